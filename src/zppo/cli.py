@@ -1,0 +1,201 @@
+"""The command line. Heavy imports happen inside the commands: `zppo --version` and a misspelt key answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zppo import __version__
+from zppo.errors import SettingsError, ZPPOError
+
+if TYPE_CHECKING:
+    from zppo.core.types import Question
+
+OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+_TRAIN_FLAGS = ("-h", "--help", "--dry-run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        overrides: list[str] = []
+        if arguments[:1] == ["train"]:
+            arguments, overrides = split_overrides(arguments)
+        options = _parser().parse_args(arguments)
+        options.overrides = overrides
+        run: Callable[[argparse.Namespace], None] = options.run
+        run(options)
+    except ZPPOError as error:
+        _print_error(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return CRASH
+    return OK
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what argparse reads, `--key=value` and `--key value` overrides), each in order."""
+    ours: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for token in rest:
+        if not token.startswith("--") or token in _TRAIN_FLAGS:
+            ours.append(token)
+            continue
+        overrides.append(token)
+        if "=" not in token:
+            value = next(rest, None)
+            if value in _TRAIN_FLAGS:
+                ours.append(value)
+            elif value is not None:
+                overrides.append(value)
+    return ours, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help may end with something that is worked out only when somebody asks."""
+
+    more: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return f"{text}\n{self.more()}\n" if self.more else text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="zppo", description="RL post-training with the teacher in the prompt, never in the gradient.")
+    parser.add_argument("--version", action="version", version=f"zppo {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        usage="zppo train RECIPE [--dry-run] [--key=value ...]",
+        help="train a student by a recipe",
+        description="Train a student by a recipe. Any setting can be given as --key=value and wins over the recipe.",
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; recipes/my-data.yaml is one to copy")
+    train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
+    train.set_defaults(run=_train)
+    train.more = _settings_help
+
+    resume = commands.add_parser("resume", help="continue a run after its newest checkpoint")
+    resume.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
+    resume.set_defaults(run=_resume)
+
+    commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
+    _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
+    return parser
+
+
+def _add_lab(lab: argparse.ArgumentParser) -> None:
+    commands = lab.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    build = commands.add_parser("build", help="make the student and the teacher of a world anew")
+    build.add_argument("world", metavar="WORLD", help="unreachable, reachable, or the settings file of a world of your own")
+    build.add_argument("--out", type=Path, metavar="DIR", help="where to put them (default: runs/lab/WORLD)")
+    build.add_argument("--seed", type=int, default=0, help="of corpus and weights (default: 0)")
+    build.add_argument("--steps", type=int, help="fewer pretraining steps than the world asks for")
+    build.set_defaults(run=_lab_build)
+    questions = commands.add_parser("questions", help="show some questions of a world")
+    questions.add_argument("--world", default="unreachable", help="default: unreachable")
+    questions.add_argument("--level", help="a level by name, or by number from 1 (default: all)")
+    questions.add_argument("--split", choices=("train", "test"), default="train", help="default: train")
+    questions.add_argument("--n", type=int, default=5, help="how many (default: 5)")
+    questions.set_defaults(run=_lab_questions)
+
+
+def register_lab() -> None:
+    """Makes `lab:<world>/<split>` a source of questions; the lab is imported when such a source is read."""
+    from zppo.data.load import register_source
+
+    register_source("lab", _lab_source)
+
+
+def _lab_source(rest: str) -> list[Question]:
+    from zppo.lab.world import lab_questions
+
+    world, slash, split = rest.partition("/")
+    if not slash:
+        raise SettingsError(f"'lab:{rest}' names no split; write lab:{rest}/train or lab:{rest}/test")
+    return lab_questions(world, split)
+
+
+def _settings_help() -> str:
+    from zppo.train.keys import help_text
+
+    return help_text()
+
+
+def _train(options: argparse.Namespace) -> None:
+    from zppo.train.plan import check_files
+    from zppo.train.recipe import load_recipe
+
+    if options.recipe is None:
+        raise SettingsError("zppo train needs a recipe: zppo train RECIPE [--key=value ...]; recipes/my-data.yaml is one to copy")
+    settings = load_recipe(options.recipe, options.overrides)
+    name = Path(options.recipe).stem
+    register_lab()
+    check_files(settings)
+    if options.dry_run:
+        from rich.console import Console
+
+        from zppo.train.plan import load_data, make_plan, render_plan
+
+        train, held_out = load_data(settings)
+        folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
+        Console().print(render_plan(settings, make_plan(settings, len(train), len(held_out)), options.recipe, folder))
+        return
+    from zppo.train.run import train as start
+
+    start(settings, name)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from zppo.train.run import resume
+
+    register_lab()
+    resume(options.folder)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from zppo.train.methods import METHODS
+
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for column in ("method", "replay buffer", "asks again with", "teacher", "in the paper"):
+        table.add_column(column)
+    for row in METHODS.values():
+        asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
+        table.add_row(row.name, "yes" if row.replay else "-", asks, "yes" if row.needs_teacher else "-", row.paper)
+    Console().print(table)
+
+
+def _lab_build(options: argparse.Namespace) -> None:
+    from zppo.lab.commands import build_command
+
+    build_command(options.world, options.out, options.seed, options.steps)
+
+
+def _lab_questions(options: argparse.Namespace) -> None:
+    from zppo.lab.commands import questions_command
+
+    questions_command(options.world, options.level, options.n, options.split)
+
+
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text("Error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True)

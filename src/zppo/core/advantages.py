@@ -1,0 +1,83 @@
+"""Advantages: two-step (Eqs. 2-6, after REINFORCE++) and group-relative (Eq. 1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Scope = Literal["nontrivial", "all", "none"]
+
+
+def _centred(
+    rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per row: A' = r - mean of its group, is the group non-trivial, population std of the group; float64, of graded rows."""
+    _, index = torch.unique(groups, return_inverse=True)
+    count = int(index.max()) + 1 if len(index) else 0
+    rewards = rewards.to(torch.float64)
+    zeros = rewards.new_zeros(count)
+    size = zeros.index_add(0, index, graded.to(torch.float64)).clamp(min=1)
+    mean = zeros.index_add(0, index, rewards.where(graded, 0.0)) / size
+    high = (zeros - torch.inf).scatter_reduce(0, index, rewards.where(graded, -torch.inf), "amax")
+    low = (zeros + torch.inf).scatter_reduce(0, index, rewards.where(graded, torch.inf), "amin")
+    nontrivial = (high > low)[index] & graded
+    centred = (rewards - mean[index]).where(nontrivial, 0.0)  # exactly 0 where all rewards are equal
+    deviation = (zeros.index_add(0, index, centred**2) / size).sqrt()
+    return centred, nontrivial, deviation[index]
+
+
+def _checked(rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor | None) -> torch.Tensor:
+    if rewards.shape != groups.shape or rewards.dim() != 1:
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must be two vectors of one length"
+        )
+    graded = torch.ones_like(rewards, dtype=torch.bool) if graded is None else graded
+    if not torch.isfinite(rewards[graded]).all():
+        raise ValueError("a reward is NaN or infinite: mend the reward function")
+    return graded
+
+
+def two_step_advantages(
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    scope: Scope = "nontrivial",
+    *,
+    eps: float = 1e-8,
+    graded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Two-step advantages of one whole rollout step (Eqs. 2-5).
+
+    Step 1, per group: A' = r - mean(r). Step 2, over the rollouts of a set S of groups: A = (A' - mean_S A') / (std_S A' + eps).
+
+    Args:
+        rewards: (N,) rewards of all rollouts of the step, plain and reformulated together.
+        groups: (N,) integer group ids; plain, BCQ and NCQ groups of one question have ids of their own.
+        scope: S = groups with max(r) > min(r) ("nontrivial"), every group ("all"), or no step 2 ("none": A = A').
+        eps: added to the population standard deviation.
+        graded: (N,) bool; an ungraded rollout gets 0 and is left out of all statistics.
+
+    Returns:
+        (N,) float32; exactly 0 for every rollout of a group with equal rewards.
+
+    Raises:
+        ValueError: shapes differ, scope unknown, or a graded reward is not finite.
+    """
+    graded = _checked(rewards, groups, graded)
+    centred, nontrivial, _ = _centred(rewards, groups, graded)
+    if scope not in ("nontrivial", "all", "none"):
+        raise ValueError(f"scope is {scope!r}: nontrivial, all or none is needed")
+    members = graded if scope == "all" else nontrivial
+    if scope == "none" or not members.any():
+        return centred.to(torch.float32)
+    inside = centred[members]
+    mean, deviation = inside.mean(), inside.std(correction=0)
+    return ((centred - mean) / (deviation + eps)).where(nontrivial, 0.0).to(torch.float32)
+
+
+def group_advantages(
+    rewards: torch.Tensor, groups: torch.Tensor, *, eps: float = 1e-8, graded: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Textbook GRPO (Eq. 1): (r - mean of the group) / (population std of the group + eps); arguments as in `two_step_advantages`."""
+    centred, _, deviation = _centred(rewards, groups, _checked(rewards, groups, graded))
+    return (centred / (deviation + eps)).where(centred != 0, 0.0).to(torch.float32)

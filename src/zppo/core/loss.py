@@ -1,0 +1,55 @@
+"""The clipped surrogate per token (method.md section 6): PPO, asymmetric clip (DAPO), dual clip, no KL term."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+MAX_LOG_RATIO = 80.0  # exp overflows fp32 at 88.7, and an infinite ratio makes NaN of a gradient that is 0
+
+
+class Surrogate(NamedTuple):
+    """Per-token loss and where a clip was active.
+
+    Attributes:
+        loss: (B, T), to be summed over completion tokens and divided by their number.
+        clipped_low, clipped_high, clipped_dual: (B, T) bool, where the bound decides and the gradient is zero.
+    """
+
+    loss: torch.Tensor
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+    clipped_dual: torch.Tensor
+
+
+def clipped_surrogate(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    clip_low: float = 0.20,
+    clip_high: float = 0.28,
+    dual_clip: float | None = 10.0,
+) -> Surrogate:
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A), for A < 0 not below dual_clip * A, with rho = exp(logprobs - old_logprobs).
+
+    Args:
+        logprobs: (B, T) of the current weights, with gradient.
+        old_logprobs: (B, T) of the weights that sampled.
+        advantages: (B,), one per rollout.
+        clip_low, clip_high: clip range below and above 1.
+        dual_clip: bound on the ratio for negative advantages; None is off.
+
+    Returns:
+        See `Surrogate`. With A = 0 the loss and its gradient are exactly 0.
+    """
+    advantage = advantages.unsqueeze(-1)
+    ratio = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    negative, positive = advantage < 0, advantage > 0
+    dual = (ratio > (torch.inf if dual_clip is None else dual_clip)) & negative
+    if dual_clip is not None:
+        loss = loss.where(~dual, -dual_clip * advantage)
+    return Surrogate(loss, (ratio < 1 - clip_low) & negative, (ratio > 1 + clip_high) & positive, dual)

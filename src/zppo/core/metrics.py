@@ -1,0 +1,53 @@
+"""What a step reports about its groups (method.md section 9)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from zppo.core.types import PLAIN, Group, Rollout
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Arithmetic mean, None where there is nothing to average; NaNs are left out."""
+    kept = [v for v in values if not math.isnan(v)]
+    return sum(kept) / len(kept) if kept else None
+
+
+def accuracy_by_kind(groups: Sequence[Group]) -> dict[str, float]:
+    """Share of correct rollouts per kind of prompt (Fig. 22); kinds without a graded rollout are left out."""
+    rollouts: dict[str, list[float]] = {}
+    for group in groups:
+        rollouts.setdefault(group.kind, []).extend(float(r.correct) for r in group.graded)
+    return {kind: sum(values) / len(values) for kind, values in rollouts.items() if values}
+
+
+def composition(groups: Sequence[Group], threshold: float) -> dict[str, float]:
+    """Shares of the batch's groups (Fig. 5a): `easy` and `hard` plain groups, and one share per other kind.
+
+    A plain group with fewer than half of its rollouts graded is neither easy nor hard: `ungraded`.
+    """
+    counts: dict[str, int] = {}
+    for group in groups:
+        name = group.kind
+        if name == PLAIN:
+            name = "ungraded" if not group.counts else "easy" if group.accuracy >= threshold else "hard"
+        counts[name] = counts.get(name, 0) + 1
+    return {name: count / len(groups) for name, count in counts.items()}
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> dict[str, float | None]:
+    """Over all rollouts of a step: positive-advantage share, entropy (nats), lengths (tokens), truncation, answers, grading."""
+    lengths = [float(len(r.ids)) for r in rollouts]
+    return {
+        "positive_advantage_share": mean((advantages > 0).double().tolist()),
+        "nonzero_advantage_share": mean((advantages != 0).double().tolist()),
+        "entropy": mean(r.entropy for r in rollouts),
+        "completion_tokens_mean": mean(lengths),
+        "completion_tokens_max": max(lengths, default=0.0),
+        "truncated_share": mean(float(r.truncated) for r in rollouts),
+        "no_answer_share": mean(float(r.answer is None) for r in rollouts),
+        "ungraded": float(sum(not r.graded for r in rollouts)),
+    }

@@ -1,0 +1,180 @@
+"""The nouns of the method (paper section 3): question, prompt, rollout, group, draft.
+
+*gold* is the right answer of a question, *answer* what was extracted from a completion, *completion* what a model wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:  # the command line reads these types before it needs torch
+    import torch
+
+PLAIN = "plain"
+BCQ = "bcq"
+NCQ = "ncq"
+
+
+class ImageRef(NamedTuple):
+    """An image by reference, never its pixels: where it is, and the SHA-256 of its bytes (hex)."""
+
+    uri: str
+    sha256: str
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with a checkable answer.
+
+    Attributes:
+        id: unique in its data set; keys every random draw that concerns the question.
+        messages: the conversation that asks it; the last turn is a user's.
+        gold: the right answer.
+        images: its images, in the order in which they stand in the conversation.
+        level: a label by which held-out accuracy is broken down (difficulty, source); "" for none.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    gold: str
+    images: tuple[ImageRef, ...] = ()
+    level: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` undoes it."""
+        return {
+            "id": self.id,
+            "messages": [list(m) for m in self.messages],
+            "gold": self.gold,
+            "images": [list(i) for i in self.images],
+            "level": self.level,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Question:
+        """The question that `to_dict` wrote."""
+        return cls(
+            id=data["id"],
+            messages=tuple(Message(*m) for m in data["messages"]),
+            gold=data["gold"],
+            images=tuple(ImageRef(*i) for i in data["images"]),
+            level=data["level"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A reformulated prompt before its words are rendered: which template (`kind`) with which `slots`.
+
+    Attributes:
+        kind: name of the reformulation and of its template (bcq, ncq, a user's own).
+        question: the hard question that is asked again.
+        slots: what the template shows, in the order in which it shows it; nothing in them says which candidate is right.
+        forced_ids: response tokens that the student continues from and that are masked from the loss (Prefix, Alg. 6).
+        audit: facts for the log that the student never sees (which candidate is right, their answers); section 9's audits.
+    """
+
+    kind: str
+    question: Question
+    slots: Mapping[str, Any]
+    forced_ids: tuple[int, ...] = ()
+    audit: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one group of rollouts is sampled from.
+
+    Attributes:
+        kind: plain, bcq, ncq, or another registered name.
+        question: the question behind it.
+        messages: the conversation as the student sees it, before the chat template.
+        ids: the same as token ids, after the chat template; the engine's input. `forced_ids` follow them.
+        think_open: whether the chat template ends inside an opened think block (method.md section 7).
+        images: the question's images, once.
+        forced_ids, audit: see `Draft`.
+    """
+
+    kind: str
+    question: Question
+    messages: tuple[Message, ...]
+    ids: tuple[int, ...]
+    think_open: bool = False
+    images: tuple[ImageRef, ...] = ()
+    forced_ids: tuple[int, ...] = ()
+    audit: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One graded completion of the student.
+
+    Attributes:
+        ids: (T,) int64, the sampled tokens with the end token where there is one.
+        logprobs: (T,) float32, of the sampled tokens under the distribution that they were sampled from.
+        text: the completion as text, special tokens left out.
+        answer: what was extracted, or None.
+        correct: decides hardness, pools and the buffer.
+        reward: feeds advantages.
+        truncated: stopped by the token limit.
+        graded: False where the judge could not be reached: advantage 0, out of all statistics.
+        reason: how the verdict came about, a short word for the log.
+        entropy: mean over the tokens of the entropy of the sampling distribution, nats.
+    """
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    text: str
+    answer: str | None
+    correct: bool
+    reward: float
+    truncated: bool = False
+    graded: bool = True
+    reason: str = ""
+    entropy: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The rollouts of one prompt; plain, BCQ and NCQ groups of one question are three groups (Alg. 1, l. 12)."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.prompt.kind
+
+    @property
+    def question(self) -> Question:
+        return self.prompt.question
+
+    @property
+    def graded(self) -> tuple[Rollout, ...]:
+        """The rollouts that have a verdict."""
+        return tuple(r for r in self.rollouts if r.graded)
+
+    @property
+    def accuracy(self) -> float:
+        """rbar_x: share of correct rollouts among the graded ones; NaN if none is graded."""
+        graded = self.graded
+        return sum(r.correct for r in graded) / len(graded) if graded else float("nan")
+
+    @property
+    def wrong(self) -> tuple[Rollout, ...]:
+        """W_x: the graded wrong rollouts, in rollout order."""
+        return tuple(r for r in self.graded if not r.correct)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the group may touch the buffer: at least half of its rollouts are graded."""
+        return 2 * len(self.graded) >= len(self.rollouts) > 0

@@ -1,0 +1,170 @@
+"""The training forward: per-token log-probs of completions, under the distribution that they were sampled from.
+
+Rows are padded on the right and trimmed to their longest one. A causal model never looks at what comes after, so no attention mask is
+passed: the attention kernels without one are the fast ones, and padding costs nothing but its own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+_CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need beside the logits
+
+
+class Row(NamedTuple):
+    """A prompt (with forced ids, if any) and the completion that is scored; lists, tuples or (T,) int64 tensors."""
+
+    prompt_ids: Sequence[int] | torch.Tensor
+    completion_ids: Sequence[int] | torch.Tensor
+
+
+class TokenScores(NamedTuple):
+    """Per-token scores of completions, padded on the right.
+
+    Attributes:
+        logprobs: (B, T) float32, 0 where there is no token; carries gradients where gradients are on.
+        mask: (B, T) bool, True on completion tokens.
+        entropies: (B, T) float32, nats, without gradients; 0 where there is no token. None unless asked for.
+    """
+
+    logprobs: torch.Tensor
+    mask: torch.Tensor
+    entropies: torch.Tensor | None
+
+
+def token_scores(
+    model: Callable[..., Any],
+    rows: Sequence[Row | tuple[Sequence[int] | torch.Tensor, Sequence[int] | torch.Tensor]],
+    *,
+    temperature: float = 1.0,
+    banned_ids: Collection[int] = (),
+    pad_id: int = 0,
+    entropies: bool = False,
+    device: torch.device | str | None = None,
+) -> TokenScores:
+    """Scores every completion token given what stands before it, as the sampler drew it (method.md section 6).
+
+    Args:
+        model: a causal language model of `transformers`, wrapped for distributed training or not. Gradients and autocast are the
+            caller's. Logits are computed from the shortest prompt's end on only.
+        rows: (prompt, completion) pairs, both non-empty; T is the longest completion.
+        temperature: divides the logits, as in sampling; > 0.
+        banned_ids: ids that the sampler never draws; they take no probability here either.
+        pad_id: any valid id.
+        entropies: also compute the entropy of every token's distribution.
+        device: where the model's inputs go; None for the device of its first parameter.
+
+    Returns:
+        The scores, on the model's device.
+    """
+    if not rows or temperature <= 0:
+        raise ValueError(
+            f"token_scores needs rows and a temperature above 0, got {len(rows)} rows and temperature {temperature}"
+        )
+    if device is None:
+        device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
+    prompts = [torch.as_tensor(prompt) for prompt, _ in rows]
+    completions = [torch.as_tensor(completion) for _, completion in rows]
+    starts, lengths = torch.tensor([[len(p), len(c)] for p, c in zip(prompts, completions, strict=True)]).unbind(1)
+    if int(torch.minimum(starts, lengths).min()) < 1:
+        raise ValueError("token_scores needs at least one prompt token and one completion token in every row")
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.cat(pair) for pair in zip(prompts, completions, strict=True)], batch_first=True, padding_value=pad_id
+    ).to(device)
+
+    first = int(starts.min())  # position of the earliest completion token
+    inputs, targets = ids[:, :-1], ids[:, first:]  # (B, L - 1), (B, N): the last token is predicted, never read
+    out = model(input_ids=inputs, use_cache=False, logits_to_keep=targets.shape[1])
+    logits = out.logits[:, -targets.shape[1] :]
+    banned = torch.tensor(
+        sorted(i for i in banned_ids if i < logits.shape[-1]), dtype=torch.int64, device=logits.device
+    )
+    logprobs, spread = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        logits, targets, temperature, banned, entropies
+    )
+
+    steps = torch.arange(int(lengths.max()))
+    mask = (steps < lengths[:, None]).to(device)
+    places = (starts[:, None] - first + steps).clamp_(max=targets.shape[1] - 1).to(device)  # (B, T)
+    return TokenScores(
+        logprobs.gather(1, places).masked_fill(~mask, 0.0),
+        mask,
+        spread.gather(1, places).masked_fill(~mask, 0.0) if entropies else None,
+    )
+
+
+def completion_logprobs(
+    model: Callable[..., Any],
+    rows: Sequence[Row | tuple[Sequence[int] | torch.Tensor, Sequence[int] | torch.Tensor]],
+    *,
+    temperature: float = 1.0,
+    banned_ids: Collection[int] = (),
+    pad_id: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_scores` without entropies: log-probs (B, T) float32 and the completion mask (B, T) bool."""
+    scores = token_scores(model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id)
+    return scores.logprobs, scores.mask
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] with little memory: nothing of the logits' size is kept but the logits themselves.
+
+    With a vocabulary of 250,000 those are most of a training step's memory. Autograd's own log-softmax and gather keep a float32 copy
+    and make two more on the way back; this keeps one number per token and makes only the gradient itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        banned: torch.Tensor,
+        want_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, N, V) logits and (B, N) targets to (B, N) float32 log-probs and entropies (empty unless wanted)."""
+        flat = targets.reshape(-1)
+        logprobs = torch.empty(flat.shape, dtype=torch.float32, device=logits.device)
+        norms = torch.empty_like(logprobs)
+        entropies = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
+        for part, scores in _parts(logits, temperature, banned):
+            norm = norms[part] = scores.logsumexp(-1)
+            logprobs[part] = scores.gather(1, flat[part, None])[:, 0] - norm
+            if want_entropy:
+                entropies[part] = torch.special.entr((scores - norm[:, None]).exp_()).sum(-1)
+        ctx.save_for_backward(logits, targets, norms, banned)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return logprobs.view_as(targets), entropies.view_as(targets) if want_entropy else entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """d logprob / d logit_v = (1[v = target] - p_v) / temperature."""
+        logits, targets, norms, banned = ctx.saved_tensors
+        flat, scale = targets.reshape(-1), grad.reshape(-1) / ctx.temperature
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        rows = out.view(-1, logits.shape[-1])
+        for part, scores in _parts(logits, ctx.temperature, banned):
+            probs = (scores - norms[part, None]).exp_()
+            probs.mul_(-scale[part, None]).scatter_add_(1, flat[part, None], scale[part, None])
+            rows[part] = probs.to(out.dtype)
+        return out, None, None, None, None
+
+
+def _parts(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of the flattened tokens and their (n, V) float32 logits after temperature and bans; never the model's own memory."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    size = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, rows.shape[0], size):
+        part = slice(start, min(start + size, rows.shape[0]))
+        scores = rows[part].float()
+        if temperature != 1:
+            scores = scores / temperature
+        if len(banned):
+            scores = scores.index_fill(1, banned, float("-inf"))
+        yield part, scores

@@ -1,0 +1,277 @@
+"""Sampling with a `transformers` model: one prefill per prompt, finished rows dropped, exact log-probs.
+
+Prompts of unequal length are padded on the *left*: their last tokens line up, so one position ends all of them, and a linear-attention
+layer (Qwen3.5) starts from a zero state that padding leaves at zero. Padding on the right would decay that state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from zppo.engines.base import Completion, SampleRequest, Sampling
+from zppo.engines.cache import DecodeState
+from zppo.engines.draw import Drawer
+from zppo.errors import ModelError
+
+_DROP_SHARE = 16  # rows are dropped once one in so many has finished
+_LOOK_EVERY = 8  # decoding steps between looks at what has finished, on devices where a look waits for the queue
+
+
+class Piece(NamedTuple):
+    """Rollouts `start` to `stop` of a request."""
+
+    request: int
+    start: int
+    stop: int
+
+
+class _Segment(NamedTuple):
+    """What one unchanged set of rows wrote: its rows (R,), first step, and per step the tokens, log-probs and entropies (R,)."""
+
+    rows: torch.Tensor
+    start: int
+    tokens: list[torch.Tensor]
+    logprobs: list[torch.Tensor]
+    entropies: list[torch.Tensor]
+
+
+class TransformersEngine:
+    """Samples from the current weights of a causal language model of `transformers`.
+
+    Draws are keyed (`zppo.engines.draw`): a rollout's tokens do not depend on what else is in the batch, up to the rounding of the
+    model's own arithmetic.
+
+    Args:
+        model: the model itself, without a wrapper of a distributed trainer. Its modules are put into evaluation mode while sampling
+            and back afterwards.
+        eos_ids: ids that end a completion; the end token is part of it.
+        pad_id: any valid id; fills up shorter prompts and is masked.
+        banned_ids: ids that are never drawn (image tokens). The training forward masks the same ids.
+        max_rows: most rollouts decoded at once; None for all. Prompts are taken longest first, equal ones in request order.
+        max_tokens: most cached tokens at once, counted as rows * (longest prompt + new-token limit); None for no limit. A single rollout
+            is decoded whatever it needs.
+        autocast_dtype: run the model under autocast with this type (bfloat16 on a GPU); None for the weights' own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos_ids: Collection[int],
+        pad_id: int,
+        banned_ids: Collection[int] = (),
+        *,
+        max_rows: int | None = None,
+        max_tokens: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.eos_ids = frozenset(eos_ids)
+        self.pad_id = pad_id
+        self.banned_ids = frozenset(banned_ids)
+        self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        self.autocast_dtype = autocast_dtype
+        config = model.config.get_text_config(decoder=True)
+        self.vocab_size: int = config.vocab_size
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        plain = set(getattr(config, "layer_types", None) or ["full_attention"]) <= {
+            "full_attention",
+            "linear_attention",
+        }
+        self._flat_mask = not (plain and config._attn_implementation == "sdpa")
+        if not self.eos_ids - self.banned_ids:
+            raise ModelError(
+                f"no end token is left to draw (end tokens {sorted(self.eos_ids)}, banned {sorted(self.banned_ids)}): completions "
+                "would never end; give the tokenizer an eos_token or the model a generation_config.eos_token_id"
+            )
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        """Completions per request, in the order of its keys.
+
+        Every completion has at most `sampling.max_new_tokens` tokens; where prompt and limit together exceed the model's context, it
+        ends at the context. Both count as truncated.
+
+        Raises:
+            ModelError: no requests; a request without prompt tokens, without keys, with ids outside the vocabulary or with a prompt that
+                fills the model's context; a limit below 1; logits that are not numbers.
+        """
+        self._check(requests, sampling)
+        done: list[list[Completion]] = [[] for _ in requests]
+        with _evaluating(self.model), self._autocast():
+            for batch in plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens):
+                completions = iter(self._decode([(requests[p.request], p) for p in batch], sampling))
+                for piece in batch:
+                    done[piece.request].extend(next(completions) for _ in range(piece.start, piece.stop))
+        return done
+
+    def _check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        if not requests:
+            raise ModelError("nothing to sample: the list of requests is empty; give at least one prompt")
+        if sampling.max_new_tokens < 1:
+            raise ModelError(
+                f"max_new_tokens is {sampling.max_new_tokens}: a completion has at least one token; give 1 or more"
+            )
+        for i, request in enumerate(requests):
+            if not request.prompt_ids or not request.keys:
+                what = "prompt tokens" if not request.prompt_ids else "keys"
+                raise ModelError(f"request {i} has no {what}: every request needs a prompt and one key per completion")
+            low, high = min(request.prompt_ids), max(request.prompt_ids)
+            if low < 0 or high >= self.vocab_size:
+                raise ModelError(
+                    f"request {i} holds token id {low if low < 0 else high}, but the model knows ids 0 to {self.vocab_size - 1}: "
+                    "tokenizer and model do not belong together; load both from one checkpoint"
+                )
+            if self.context is not None and len(request.prompt_ids) >= self.context:
+                raise ModelError(
+                    f"request {i} has a prompt of {len(request.prompt_ids)} tokens, but the model's context is {self.context}: "
+                    "shorten the prompt or drop the question (the prompt limit of the recipe does that)"
+                )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast_dtype)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """Logits after the last token (P, V), the cache, and which places hold tokens (P, L)."""
+        device, width = self.model.device, max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+        pads = torch.tensor([width - len(p) for p in prompts], device=device)
+        places = torch.arange(width, device=device) - pads[:, None]
+        mask = places >= 0
+        padded = min(map(len, prompts)) < width
+        cache = DynamicCache(config=self.model.config)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask.long() if padded else None,
+            position_ids=places.clamp(min=0) if padded else None,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1], cache, mask
+
+    def _decode(self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling) -> list[Completion]:
+        """The completions of one batch: prefill, then token by token on the rows that still live."""
+        device = self.model.device
+        prompts = [request.prompt_ids for request, _ in batch]
+        owners = [i for i, (_, piece) in enumerate(batch) for _ in range(piece.start, piece.stop)]
+        keys = [key for request, piece in batch for key in request.keys[piece.start : piece.stop]]
+        drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
+        logits, cache, mask = self._prefill(prompts)
+        state = DecodeState(cache, mask, torch.tensor(owners, device=device), self._flat_mask)
+        logits = logits[state.owners]
+        room = [sampling.max_new_tokens if self.context is None else self.context - len(prompts[i]) for i in owners]
+        limits = torch.tensor([min(sampling.max_new_tokens, r) for r in room], device=device)
+        longest, shortest = int(limits.max()), int(limits.min())
+        ends = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
+        ends[[i for i in self.eos_ids if i < self.vocab_size]] = True
+
+        rows = torch.arange(len(owners), device=device)
+        live = torch.ones(len(owners), dtype=torch.bool, device=device)
+        segments = [_Segment(rows, 0, [], [], [])]
+        look_every = 1 if device.type == "cpu" else _LOOK_EVERY
+        for step in range(longest):
+            draws = drawer.draw(logits, step)
+            for record, value in zip(segments[-1][2:], draws, strict=True):
+                record.append(value)
+            if step + 1 == longest:
+                break
+            live &= ~ends[draws.tokens]
+            if step + 1 >= shortest:
+                live &= limits[rows] > step + 1
+            tokens = draws.tokens
+            if step == 0 or (step + 1) % look_every == 0:
+                count = int(live.sum())
+                if count == 0:
+                    break
+                if (len(rows) - count) * _DROP_SHARE >= len(rows):
+                    kept = _gaps_filled(live, count)
+                    rows, live, tokens = rows[kept], live[kept], tokens[kept]
+                    drawer.keep(kept)
+                    state.keep(kept)
+                    segments.append(_Segment(rows, step + 1, [], [], []))
+            logits = state.step(self.model, tokens)
+        return _assemble(segments, limits, ends)
+
+
+def plan(
+    requests: Sequence[SampleRequest], new: int, max_rows: int | None, max_tokens: int | None
+) -> list[list[Piece]]:
+    """Splits the rollouts of all requests into batches within both limits, the longest prompts first.
+
+    A function of the requests alone, so nothing hangs on timing. A group is split only where a batch cannot hold it.
+    """
+    everything = sum(len(request.keys) for request in requests)
+    batches: list[list[Piece]] = []
+    free = 0
+    for i in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids)):
+        length, keys, start = len(requests[i].prompt_ids), len(requests[i].keys), 0
+        while start < keys:
+            if free < keys - start:
+                batches.append([])
+                free = everything if max_rows is None else max_rows
+                if max_tokens is not None:  # the first prompt of a batch is its longest
+                    free = min(free, max(1, max_tokens // (length + new)))
+            stop = min(keys, start + free)
+            batches[-1].append(Piece(i, start, stop))
+            free -= stop - start
+            start = stop
+    return batches
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode back afterwards (a frozen part may have been in evaluation mode all along)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _gaps_filled(live: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` live rows (count,), in an order that leaves as many as possible where they are: the last ones fill the gaps."""
+    kept = torch.arange(count, device=live.device)
+    kept[~live[:count]] = live[count:].nonzero()[:, 0] + count
+    return kept
+
+
+def _assemble(segments: Sequence[_Segment], limits: torch.Tensor, ends: torch.Tensor) -> list[Completion]:
+    """Cuts every row's completion out of the segments: up to its first end token, else up to its limit."""
+    width = segments[-1].start + len(segments[-1].tokens)
+    count = len(limits)
+    tokens = torch.zeros(count, width, dtype=torch.int64, device=limits.device)
+    logprobs, entropies = (torch.zeros(count, width, device=limits.device) for _ in range(2))
+    for segment in segments:
+        if segment.tokens:
+            span = slice(segment.start, segment.start + len(segment.tokens))
+            tokens[segment.rows, span] = torch.stack(segment.tokens, 1)
+            logprobs[segment.rows, span] = torch.stack(segment.logprobs, 1)
+            entropies[segment.rows, span] = torch.stack(segment.entropies, 1)
+    places = torch.arange(width, device=limits.device)
+    ended = torch.where(ends[tokens], places, width).amin(
+        -1
+    )  # a row that stopped writing holds zeros behind its end only
+    lengths = torch.minimum(ended + 1, limits)
+    written = places < lengths[:, None]
+    if bool((logprobs.isnan() & written).any()):
+        raise ModelError(
+            "the model returned logits that are not numbers while sampling: its weights have diverged or its precision overflows; "
+            "go back to a checkpoint with a lower learning rate, or use bf16 or fp32 instead of fp16"
+        )
+    means = ((entropies * written).sum(-1) / lengths).tolist()
+    truncated = (ended + 1 > limits).tolist()
+    tokens, logprobs = tokens.cpu(), logprobs.cpu()
+    return [
+        Completion(tokens[i, :n].clone(), logprobs[i, :n].clone(), truncated[i], means[i])
+        for i, n in enumerate(lengths.tolist())
+    ]

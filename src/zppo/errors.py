@@ -1,0 +1,33 @@
+"""One hierarchy of errors. Every message names the value, the cause and the mend."""
+
+
+class ZPPOError(Exception):
+    """Base of every error that zppo raises on purpose; the command line prints it without a traceback and exits with 2."""
+
+
+class SettingsError(ZPPOError, ValueError):
+    """A recipe or an override is wrong."""
+
+
+class DataError(ZPPOError, ValueError):
+    """A data file is wrong; the message names file, row and column."""
+
+
+class ModelError(ZPPOError, ValueError):
+    """A model, tokenizer or chat template cannot be used as asked."""
+
+
+class TemplateError(ZPPOError, ValueError):
+    """A prompt template cannot be read or rendered."""
+
+
+class TeacherError(ZPPOError, RuntimeError):
+    """The teacher cannot be used at all (found at start-up; a teacher that fails later costs quality, never the run)."""
+
+
+class CheckpointError(ZPPOError, RuntimeError):
+    """A checkpoint or a run folder cannot be read, or does not belong to this recipe."""
+
+
+class RewardError(ZPPOError, ValueError):
+    """A user's reward function is missing or returned something that is no reward."""

@@ -1,0 +1,209 @@
+"""One spelling for what can be written in many ways: Unicode, LaTeX commands, text wrappers, white space.
+
+Everything here is bounded: linear regular expressions on at most `MAX_ANSWER` characters, and nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+MAX_ANSWER = 1000  # characters; longer answers are compared as strings only
+MAX_DEPTH = 40  # nested brackets; deeper answers are compared as strings only
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
+_SQUARE_UNITS = {"㎡": "m^{2}", "㎝": "cm", "㎞": "km", "㎏": "kg", "㎜": "mm", "㎥": "m^{3}", "㎠": "cm^{2}", "㎢": "km^{2}"}
+
+_SYMBOLS = {
+    "−": "-", "‐": "-", "‑": "-", "–": "-", "—": "-", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
+    "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
+    "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "º": "°", "∘": "°",
+    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ",
+    "σ": r"\sigma ", "ω": r"\omega ", "∅": r"\emptyset ", "→": r"\to ", "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",",
+    "`": "'", "…": r"\ldots ", "℃": "°C", "℉": "°F",
+}  # fmt: skip
+_SYMBOL_TABLE = str.maketrans(_SYMBOLS)
+
+_WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|operatorname"
+    r"|mbox|hbox|emph|underline)\*?\s*\{([^{}]*)\}"
+)
+_TEXT_ONLY = re.compile(r"\\text\s*\{([^{}]*)\}")
+_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("{", "}"))
+_LABEL = re.compile(r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+|^(?:the )?(?:final )?answer\s*[:=]\s*|^(?:答案|答)(?:是|为|:)\s*", re.IGNORECASE)
+_FUNCTION = r"(?:arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)"
+
+# Applied in order. Each maps spellings of one thing to one spelling.
+_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"(?<=\d)(?:\\[,;:! ]|\{,\}|\u202f|\u00a0)(?=\d{3}(?!\d))", ","),  # thousands: 1\,000 and 1{,}000
+        (r"\\!", ""),
+        (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text|script)style(?![a-zA-Z])|\\limits(?![a-zA-Z])", " "),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:lbrace)(?![a-zA-Z])", r"\\{"),
+        (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
+        (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|<=", r"\\le "),
+        (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|>=", r"\\ge "),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])|\\circ(?![a-zA-Z])|\^\s*\{?\s*°\s*\}?", "°"),
+        (r"\\([%$#&])", r"\1"),
+        (r"\*\*", "^"),
+        (r"\\cdot(?![a-zA-Z])", r"\\cdot "),
+        (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√", r"\\sqrt "),
+        (r"\\(sqrt|frac)\s+(?=[\d{a-zA-Z\\])", r"\\\1 "),
+        (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*(?=\{)", r"\\frac{\1}"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\1{\2}"),
+        (r"\^\s*([-+]?\d+)", r"^{\1}"),
+        (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+        (r"\^\s*([a-zA-Z])", r"^{\1}"),
+        (r"_\s*(\d+|[a-zA-Z])", r"_{\1}"),
+        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+        (r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
+        (rf"(?<![\\a-zA-Z])({_FUNCTION})(?![a-zA-Z])(?=\s*[\^({{\\\d]|\s+[a-zA-Z](?![a-zA-Z]))", r"\\\1 "),
+        (r"\s+", " "),
+        (r" ?([=<>+*/^_{}()\[\]|;]) ?", r"\1"),
+        (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
+        (r"(?<=[\d)}]) (?=\\[a-zA-Z])", ""),
+    )
+)
+# Spellings with a space that tells a list from a number with separators: removed only after numbers were joined.
+_JOINED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])")
+_JOINED_BY_SPACE = re.compile(r"(?<![\d.,] )(?<![\d.,/])(?<!\d)([1-9]\d{0,2}(?: \d{3})+)(?![\d,/ ])")
+_COMMA = re.compile(r" ?, ?")
+_SOFT_END = re.compile(r"(?<![.])[.,;:?\s]+$")
+_PLAIN_ENGLISH = re.compile(r"[^\W\d_]{3,}")
+
+
+def normalise(answer: str) -> str:
+    """The form in which audits compare answers: lower case, `\\text{}` stripped, spaces collapsed (method.md section 9)."""
+    text = answer[:MAX_ANSWER] if len(answer) > MAX_ANSWER else answer
+    for _ in range(MAX_DEPTH):
+        text, found = _TEXT_ONLY.subn(r"\1", text)
+        if not found:
+            break
+    return " ".join((text + answer[MAX_ANSWER:]).lower().split())
+
+
+def nested_too_deep(text: str) -> bool:
+    """Whether brackets, or commands that take an argument, are nested deeper than `MAX_DEPTH`. Linear time."""
+    depth = 0
+    for char in text:
+        if char in "([{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        elif char in ")]}":
+            depth -= 1
+    return text.count("\\sqrt") > MAX_DEPTH or text.count("√") > MAX_DEPTH or text.count("^") > MAX_DEPTH
+
+
+def _plain_characters(text: str) -> str:
+    """Superscripts, vulgar fractions, full-width forms and mathematical symbols in their LaTeX or ASCII spelling."""
+    if text.isascii():
+        return text.replace("`", "'")
+    for char, unit in _SQUARE_UNITS.items():
+        text = text.replace(char, unit)
+    text = _SUPERSCRIPT_RUN.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = _SUBSCRIPT_RUN.sub(lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
+    text = _VULGAR_FRACTION.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
+    text = text.translate(_SYMBOL_TABLE)
+    return unicodedata.normalize("NFKC", text).translate(_SYMBOL_TABLE)
+
+
+def _line_breaks(text: str) -> str:
+    """`text` with `\\\\` as the row separator `\\cr` in a matrix, and as the doubled backslash of an escaped text elsewhere."""
+    if r"\begin" in text:
+        return text.replace("\\\\", r"\cr ")
+    return re.sub(r"\\{2,}(?=[a-zA-Z%$#&{}])", r"\\", text)
+
+
+def _closes_at_end(text: str) -> bool:
+    """Whether the bracket that opens `text` is closed by its last character."""
+    depth = 0
+    for index, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if depth == 0:
+            return index == len(text) - 1
+    return False
+
+
+def _unwrap(text: str) -> str:
+    """`text` without what stands around the whole of it: math delimiters, quotes, bold marks, braces, text commands."""
+    for _ in range(MAX_DEPTH):
+        before = text
+        text = text.strip()
+        for left, right in _DELIMITERS:
+            inner = text[len(left) : len(text) - len(right)]
+            if not (text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right)):
+                continue
+            if left == "{" and (not _closes_at_end(text) or "," in inner or ";" in inner):
+                continue  # two groups, or a set written with bare braces
+            if left != "{" and (left in inner or inner.endswith("\\")):
+                continue  # two quotations, not one
+            text = inner
+        text = _WRAPPER.sub(r" \1 ", text)
+        if text == before:
+            break
+    return text
+
+
+def _drop_dollars(text: str) -> str:
+    """`text` without the dollar signs that delimit math inside it; an odd one out is a currency sign and stays."""
+    bare = re.findall(r"(?<!\\)\$", text)
+    return re.sub(r"(?<!\\)\$", " ", text) if bare and len(bare) % 2 == 0 else text
+
+
+def _join_thousands(text: str) -> str:
+    """`text` without thousands separators, except in bracketed lists: 1,234.5 -> 1234.5, (1,234) stays."""
+
+    def joined(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        inside = sum(map(before.count, "([{")) > sum(map(before.count, ")]}"))
+        return match[0] if inside else match[0].replace(",", "").replace(" ", "")
+
+    text = _JOINED_THOUSANDS.sub(joined, text)
+    return _JOINED_BY_SPACE.sub(joined, text)
+
+
+@lru_cache(maxsize=8192)
+def clean(answer: str) -> str:
+    """One spelling of an answer of at most `MAX_ANSWER` characters; equal spellings are equal answers.
+
+    Unicode symbols become LaTeX, LaTeX synonyms become one command, text wrappers, delimiters, spaces without meaning, an
+    "answer:" label, thousands separators and a closing full stop go. Case stays: `text_key` folds it where that is safe.
+    """
+    text = _line_breaks(_plain_characters(answer))
+    text = _drop_dollars(_unwrap(text))
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    text = _LABEL.sub("", _unwrap(text))
+    text = re.sub(r"^(?:=|\\approx|:)\s*", "", text.strip())
+    if not text.endswith(".."):
+        text = _SOFT_END.sub("", text)
+    text = _COMMA.sub(",", _join_thousands(text)).strip()
+    while len(text) > 2 and text[0] == "(" and _closes_at_end(text) and not re.search(r"[,;]", text):
+        text = text[1:-1].strip()
+    return text
+
+
+def text_key(cleaned: str) -> str:
+    """What two texts are compared by: lower case, without articles, quotes and hyphens; case stays in formulas."""
+    if not (_PLAIN_ENGLISH.search(cleaned) or (len(cleaned) == 1 and cleaned.isalpha())):
+        return cleaned
+    text = re.sub(r"(?<![\\\w])(?:the|a|an) (?=\w)", "", cleaned.lower())
+    return " ".join(re.sub(r"[\"']|(?<=[a-z])-(?=[a-z])", " ", text).split()).rstrip("!")

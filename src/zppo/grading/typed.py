@@ -1,0 +1,340 @@
+"""Equality of two answers by type: what can be decided cheaply and safely is decided here, for good.
+
+`compare` is three-valued. It returns True or False where the types decide, and None where algebra is needed; then a worker
+calls the same function with math-verify as its `algebra` (see `zppo.grading.worker`). Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+from zppo.grading.clean import MAX_ANSWER, clean, nested_too_deep, text_key
+from zppo.grading.numeric import Number, numbers_equal, parse_number, percent_equal
+from zppo.grading.shapes import IDENTIFIER, MAX_ITEMS, Kind, Shape, parse_shape
+from zppo.grading.units import split_unit
+
+Algebra = Callable[[str, str], bool | None]
+
+_YES_NO = {
+    "yes": "yes", "no": "no", "true": "true", "false": "false", "correct": "true", "incorrect": "false",
+    "是": "yes", "是的": "yes", "否": "no", "不是": "no", "对": "true", "错": "false", "正确": "true", "错误": "false",
+}  # fmt: skip
+_CONTRADICTIONS = {"yes": {"no", "not"}, "no": {"yes"}, "true": {"false", "not"}, "false": {"true"}}
+_LETTER = re.compile(r"(?:(?:option|choice|选项?)\s*)?(?:\(([A-Za-z])\)|([A-Za-z]))[.):]?", re.IGNORECASE)
+_LETTER_WITH_TEXT = re.compile(r"(?:(?:option|choice)\s*)?(?:\(([A-J])\)[.:,]?|([A-J])(?:[.):](?!\d)|\)))\s*(\S.*)", re.DOTALL)
+_ANOTHER_LETTER = re.compile(r"(?<![A-Za-z])(?:\([A-J]\)|[A-J](?=[.):,;]|$)|[A-J]\b(?= (?:and|or)\b))")
+_LETTERS = re.compile(r"[A-J](?:(?:,| and |,and | & |、|)[A-J])+")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_TWO_LETTER_WORDS = frozenset("is or if no to of in on at it we he be by an as do go so up us my me am ok hi oh ie eg vs".split())
+_VARIABLE_RUNS = (frozenset("xyz"), frozenset("abc"), frozenset("pqr"), frozenset("uvw"), frozenset("mn"))
+_INFINITE = {r"\infty": "+", r"+\infty": "+", r"-\infty": "-"}
+_PERCENT = "%"
+
+
+def _all(decisions: Iterable[bool | None]) -> bool | None:
+    """Three-valued conjunction; stops at the first False."""
+    result: bool | None = True
+    for decision in decisions:
+        if decision is False:
+            return False
+        if decision is None:
+            result = None
+    return result
+
+
+def yes_no(text: str) -> str | None:
+    """The verdict in an answer: "yes", "no", "true" or "false", where the answer is one or starts with one and a comma."""
+    first, separator, rest = text.lower().partition(",")
+    if not separator:
+        first, separator, rest = text.lower().partition(". ")
+    verdict = _YES_NO.get(first.strip(" .!"))
+    if verdict is None or _CONTRADICTIONS[verdict] & set(re.findall(r"[a-z]+", rest)):
+        return None
+    return verdict
+
+
+def choice(text: str) -> tuple[frozenset[str], str]:
+    """The choice letters of an answer (upper case, empty if it is none) and the text that stands beside a single one."""
+    if match := _LETTER.fullmatch(text):
+        return frozenset((match[1] or match[2]).upper()), ""
+    if match := _LETTER_WITH_TEXT.fullmatch(text):
+        if _ANOTHER_LETTER.search(match[3]):
+            return frozenset(), ""
+        return frozenset(match[1] or match[2]), match[3].strip()
+    if _LETTERS.fullmatch(text):
+        letters = re.findall(r"[A-J]", text)
+        return (frozenset(letters), "") if len(set(letters)) == len(letters) else (frozenset(), "")
+    return frozenset(), ""
+
+
+@lru_cache(maxsize=8192)
+def is_prose(text: str) -> bool:
+    """Whether a cleaned answer contains words: nothing that algebra should see, nor guess a number in."""
+    if _CJK.search(text):
+        return True
+    for run in _WORD.findall(_COMMAND.sub(" ", text)):
+        letters = set(run)
+        if len(run) == 2 and run.lower() not in _TWO_LETTER_WORDS:
+            continue  # a product of two variables
+        if len(run) > 3 or not any(letters <= variables for variables in _VARIABLE_RUNS):
+            return True
+    return False
+
+
+def _scalars(gold: str, answer: str, algebra: Algebra) -> bool | None:
+    """Two answers without structure, units taken off."""
+    if gold == answer or text_key(gold) == text_key(answer):
+        return True
+    first, second = parse_number(gold), parse_number(answer)
+    if first and second:
+        return numbers_equal(first, second)
+    if is_prose(gold) or is_prose(answer):
+        return False
+    simple = [text for text, number in ((gold, first), (answer, second)) if number or IDENTIFIER.fullmatch(text)]
+    if len(simple) == 2 or r"\boxed" in gold or r"\boxed" in answer:
+        return False  # two different names, a name and a number
+    return algebra(gold, answer)
+
+
+def _ordered(golds: Sequence[str], answers: Sequence[str], algebra: Algebra) -> bool | None:
+    if len(golds) != len(answers):
+        return False
+    return _all(compare_cleaned(g, a, algebra) for g, a in zip(golds, answers, strict=True))
+
+
+def _unordered(golds: Sequence[str], answers: Sequence[str], algebra: Algebra) -> bool | None:
+    """Whether the items can be paired off so that both of each pair are equal; repeated items count once."""
+    golds, left = list(dict.fromkeys(golds)), list(dict.fromkeys(answers))
+    if len(golds) != len(left):
+        return False
+    result: bool | None = True
+    for gold in golds:
+        decisions = [compare_cleaned(gold, answer, algebra) for answer in left]
+        if True in decisions:
+            left.pop(decisions.index(True))
+        elif None in decisions:
+            result = None  # some pairing may still do; keep looking for a gold that nothing fits
+        else:
+            return False
+    return result
+
+
+def _interval(shape: Shape) -> tuple[str, str, str, str, str] | None:
+    """(lower end, upper end, opening, closing, variable or "") of an interval in brackets or as a chain; None if it is none."""
+    if shape.kind is Kind.BRACKET and len(shape.items) == 2:
+        return (*shape.items, *shape.marks, "")  # type: ignore[return-value]
+    if shape.kind is not Kind.CHAIN or len(shape.items) > 3:
+        return None
+    names = [i for i, item in enumerate(shape.items) if IDENTIFIER.fullmatch(item) and item not in _INFINITE]
+    numbers = [item for i, item in enumerate(shape.items) if i not in names]
+    if len(names) != 1 or any(shape.items[names[0]] in re.findall(r"[a-zA-Z]+", n) for n in numbers):
+        return None
+    opening = "[" if names[0] > 0 and shape.marks[names[0] - 1] == "<=" else "("
+    closing = "]" if names[0] < len(shape.marks) and shape.marks[names[0]] == "<=" else ")"
+    name = shape.items[names[0]]
+    if len(shape.items) == 2:
+        return (numbers[0], r"\infty", opening, ")", name) if names[0] == 1 else (r"-\infty", numbers[0], "(", closing, name)
+    return (numbers[0], numbers[1], opening, closing, name) if names[0] == 1 else None
+
+
+def _intervals(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+    """Two intervals, at least one of them a chain. NotImplemented-like: None is "algebra needed", as everywhere."""
+    first, second = _interval(gold), _interval(answer)
+    if first is None or second is None:
+        return algebra(gold.text, answer.text)
+    if first[4] and second[4] and first[4] != second[4]:
+        return False
+    decisions: list[bool | None] = []
+    for end, bracket in ((0, 2), (1, 3)):
+        infinite = _INFINITE.get(first[end]), _INFINITE.get(second[end])
+        if infinite != (None, None):
+            decisions.append(infinite[0] == infinite[1])
+        else:
+            decisions.append(first[bracket] == second[bracket] and compare_cleaned(first[end], second[end], algebra))
+    return _all(decisions)
+
+
+def _value_of_equation(shape: Shape, other: str, gold_first: bool, algebra: Algebra) -> bool | None:
+    """An equation against something that is none: `x = 3` is 3, `2 + 3 = 5` is 5, `8 = 5` is not."""
+    sides = shape.items[1:] if IDENTIFIER.fullmatch(shape.items[0]) else shape.items
+    if sides == shape.items and IDENTIFIER.fullmatch(shape.items[-1]) and len(sides) == 2:
+        sides = shape.items[:1]  # 3 = x
+    pair = (sides[-1], other) if gold_first else (other, sides[-1])
+    return _all([compare_cleaned(*pair, algebra), *(compare_cleaned(sides[0], s, algebra) for s in sides[1:])])
+
+
+def _equations(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+    """Two equations: of the same name, their values; of two names, different; else whatever algebra says."""
+    names = [shape.items[0] if IDENTIFIER.fullmatch(shape.items[0]) else "" for shape in (gold, answer)]
+    if all(names) and len(gold.items) == len(answer.items) == 2:
+        if names[0] == names[1]:
+            return compare_cleaned(gold.items[1], answer.items[1], algebra)
+        if parse_number(gold.items[1]) and parse_number(answer.items[1]):
+            return False
+    if is_prose(gold.text) or is_prose(answer.text):
+        return False
+    return algebra(gold.text, answer.text)
+
+
+def _assignments(shape: Shape) -> dict[str, str] | None:
+    """`x=1, y=2` as a mapping; None if an item is no assignment or a name comes twice."""
+    pairs: dict[str, str] = {}
+    for item in shape.items:
+        part = parse_shape(item)
+        if part.kind is not Kind.EQUATION or len(part.items) != 2 or not IDENTIFIER.fullmatch(part.items[0]) or part.items[0] in pairs:
+            return None
+        pairs[part.items[0]] = part.items[1]
+    return pairs
+
+
+def _values(shape: Shape) -> tuple[str, ...]:
+    """Items of a list of solutions: `x=1 or x=2` and `x_1=1, x_2=2` give 1 and 2."""
+    parts = [parse_shape(item) for item in shape.items]
+    names = {re.sub(r"_\{?\w+\}?$", "", p.items[0]) for p in parts}
+    if len(names) == 1 and all(p.kind is Kind.EQUATION and len(p.items) == 2 and IDENTIFIER.fullmatch(p.items[0]) for p in parts):
+        return tuple(p.items[1] for p in parts)
+    head = parts[0]
+    if head.kind is Kind.EQUATION and len(head.items) == 2 and IDENTIFIER.fullmatch(head.items[0]):
+        if all(p.kind is not Kind.EQUATION for p in parts[1:]):
+            return (head.items[1], *shape.items[1:])  # x = 1, 2
+    return shape.items
+
+
+def _lists(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+    """Lists, sets, tuples and closed lists against one another."""
+    golds, answers = _assignments(gold), _assignments(answer)
+    if golds is not None and answers is not None:
+        if golds.keys() == answers.keys():
+            return _all(compare_cleaned(golds[name], answers[name], algebra) for name in golds)
+    elif golds is not None and answer.kind is Kind.BRACKET:
+        return _ordered([golds[name] for name in sorted(golds)], answer.items, algebra)
+    elif answers is not None and gold.kind is Kind.BRACKET:
+        return _ordered(gold.items, [answers[name] for name in sorted(answers)], algebra)
+    first, second = _values(gold), _values(answer)
+    kinds = {gold.kind, answer.kind}
+    if kinds <= {Kind.LIST, Kind.SET}:
+        return _unordered(first, second, algebra)
+    if kinds == {Kind.BRACKET}:
+        return gold.marks == answer.marks and _ordered(first, second, algebra)
+    if kinds == {Kind.BRACKET, Kind.LIST}:
+        brackets = (gold if gold.kind is Kind.BRACKET else answer).marks
+        return (brackets == ("(", ")") or (brackets == ("[", "]") and len(first) > 2)) and _ordered(first, second, algebra)
+    return False
+
+
+_LISTS = frozenset({Kind.LIST, Kind.SET, Kind.BRACKET})
+_INTERVALS = frozenset({Kind.CHAIN, Kind.BRACKET})
+
+
+def _shapes(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+    """Two answers, at least one of them with structure."""
+    kinds = {gold.kind, answer.kind}
+    if len(gold.items) > MAX_ITEMS or len(answer.items) > MAX_ITEMS:
+        return gold.text == answer.text
+    if Kind.EQUATION in kinds:
+        if kinds == {Kind.EQUATION}:
+            return _equations(gold, answer, algebra)
+        if kinds & {Kind.CHAIN, Kind.MATRIX}:
+            return False
+        if gold.kind is Kind.EQUATION:
+            return _value_of_equation(gold, answer.text, True, algebra)
+        return _value_of_equation(answer, gold.text, False, algebra)
+    if kinds <= _LISTS:
+        return _lists(gold, answer, algebra)
+    if kinds == {Kind.MATRIX}:
+        return gold.marks == answer.marks and _ordered(gold.items, answer.items, algebra)
+    if kinds == {Kind.CHAIN} and gold.marks == answer.marks and _ordered(gold.items, answer.items, lambda g, a: g == a):
+        return True
+    if kinds == {Kind.CHAIN} and all(IDENTIFIER.fullmatch(item) for item in (*gold.items, *answer.items)):
+        return False
+    if kinds <= _INTERVALS and not (is_prose(gold.text) or is_prose(answer.text)):
+        return _intervals(gold, answer, algebra)
+    if Kind.UNION in kinds and kinds <= {Kind.UNION, Kind.LIST}:
+        return _unordered(gold.items, answer.items, algebra)
+    if kinds <= {Kind.MATRIX, Kind.SCALAR} and not (is_prose(gold.text.replace("matrix", "")) or is_prose(answer.text.replace("matrix", ""))):
+        return algebra(gold.text, answer.text)
+    if kinds == {Kind.UNION, Kind.SCALAR} and not (is_prose(gold.text) or is_prose(answer.text)):
+        return algebra(gold.text, answer.text)
+    if Kind.SCALAR in kinds and kinds & {Kind.SET, Kind.LIST}:
+        return len(gold.items) == len(answer.items) == 1 and compare_cleaned(gold.items[0], answer.items[0], algebra)
+    return False
+
+
+def _percents(gold: str, answer: str, unit_of_gold: bool, algebra: Algebra) -> bool | None:
+    """Exactly one side carries a percent sign: the same figure, or the number that the percentage means."""
+    first, second = parse_number(gold), parse_number(answer)
+    if first and second:
+        return percent_equal(first, second) if unit_of_gold else percent_equal(second, first)
+    return compare_cleaned(gold, answer, algebra)
+
+
+def compare_cleaned(gold: str, answer: str, algebra: Algebra) -> bool | None:
+    """`compare` for two cleaned answers or parts of them: units first, then structure, then scalars."""
+    if gold == answer:
+        return bool(gold)
+    (gold_rest, gold_unit), (answer_rest, answer_unit) = split_unit(gold, True), split_unit(answer, False)
+    if gold_unit and answer_unit and gold_unit != answer_unit:
+        return False
+    if (gold_unit == _PERCENT) != (answer_unit == _PERCENT):
+        return _percents(gold_rest, answer_rest, gold_unit == _PERCENT, algebra)
+    first, second = parse_shape(gold_rest), parse_shape(answer_rest)
+    if first.kind is Kind.SCALAR and second.kind is Kind.SCALAR:
+        return _scalars(first.text, second.text, algebra)
+    return _shapes(first, second, algebra)
+
+
+def _compare_choices(gold: str, answer: str, algebra: Algebra) -> bool | None:
+    """Answers one of which is a choice letter with or without its text, or several letters."""
+    (gold_letters, gold_text), (letters, text) = choice(gold), choice(answer)
+    if gold_letters and letters:
+        return gold_letters == letters
+    if gold_letters:
+        return bool(gold_text) and compare_cleaned(gold_text, answer, algebra)
+    return bool(text) and compare_cleaned(gold, text, algebra)
+
+
+def _is_choice(text: str) -> bool:
+    """Whether an answer can only be read as a choice: an upper-case letter from A to J, alone, with text, or several."""
+    letters, beside = choice(text)
+    return bool(beside) or len(letters) > 1 or bool(re.fullmatch(r"\(?[A-J]\)?[.):]?", text))
+
+
+def compare(gold: str, answer: str, algebra: Algebra) -> bool | None:
+    """Whether two answers are equal (method.md section 7 with both of its passes).
+
+    Args:
+        gold: the right answer.
+        answer: what was extracted from a completion.
+        algebra: asked about two formulas that no type decides; returns None for "cannot tell here".
+
+    Returns:
+        True or False, final; None if `algebra` said None and the rest does not decide.
+    """
+    gold, answer = gold.strip(), answer.strip()
+    if gold == answer:
+        return bool(gold)
+    if max(len(gold), len(answer)) > MAX_ANSWER or nested_too_deep(gold) or nested_too_deep(answer):
+        return False
+    gold, answer = clean(gold), clean(answer)
+    if not gold or not answer:
+        return False
+    if gold == answer or text_key(gold) == text_key(answer):
+        return True
+    verdicts = yes_no(gold), yes_no(answer)
+    if verdicts[0]:
+        return verdicts[0] == verdicts[1]
+    if _is_choice(gold) or _is_choice(answer):
+        return _compare_choices(gold, answer, algebra)
+    return compare_cleaned(gold, answer, algebra)
+
+
+def undecided(gold: str, answer: str) -> bool | None:
+    """The `algebra` of the caller's own process: none."""
+    return None
+
+
+__all__ = ["Algebra", "Number", "choice", "compare", "compare_cleaned", "is_prose", "undecided", "yes_no"]

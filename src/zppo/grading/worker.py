@@ -1,0 +1,83 @@
+"""What runs in a worker process: algebra with math-verify. Imports the standard library, math-verify and the typed rules only.
+
+A worker may be killed at any moment, by the pool when it overruns its deadline or by the kernel when it overruns its limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import resource
+import signal
+from typing import Any
+
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+from zppo.grading.typed import compare
+
+# Only a whole box is read: math-verify's search for numbers in plain text would find a 5 in "5 is wrong", and evaluates.
+_BOX = (
+    LatexExtractionConfig(
+        try_extract_without_anchor=False,
+        boxed_match_priority=0,
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
+        ),
+    ),
+)
+_RELATIVE_ERROR = 1e-6
+
+
+def limit_worker(memory_limit: int) -> None:
+    """Called once in each new worker: bounds its address space (bytes) and silences the libraries' logs."""
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(ValueError, OSError):  # a platform without this limit still has the deadline
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _limit_processor(seconds: float) -> None:
+    """Let the kernel kill this process once it has used `seconds` more: it ends even if whoever should kill it is gone."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+def _parsed(text: str) -> Any:
+    """The sympy object that a cleaned answer means, or None."""
+    text = text.replace(r"\cr", r"\\").replace("°", "")
+    found = parse("\\boxed{" + text + "}", _BOX, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+    return found[0] if found else None
+
+
+def _close(gold: Any, answer: Any) -> bool:
+    """Whether two numbers agree relative to their size: math-verify rounds to six places, and 2e-8 is not 1e-8."""
+    try:
+        first, second = complex(gold), complex(answer)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return True  # no numbers: what algebra said stands
+    return abs(first - second) <= _RELATIVE_ERROR * max(abs(first), abs(second))
+
+
+def algebra(gold: str, answer: str) -> bool:
+    """Whether two formulas in LaTeX are equal, by math-verify with the gold in a box. Never None, may take for ever."""
+    first, second = _parsed(gold), _parsed(answer)
+    if first is None or second is None or not (verify(first, second, timeout_seconds=None) is True):
+        return False
+    return _close(first, second)
+
+
+def compare_in_worker(gold: str, answer: str, deadline: float) -> bool:
+    """`zppo.grading.typed.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
+    _limit_processor(deadline)
+    return compare(gold, answer, algebra) is True
+
+
+def ready() -> bool:
+    """The first task of a pool: it returns once the libraries are loaded."""
+    return True

@@ -1,0 +1,170 @@
+"""Pretraining documents: a prompt as the trainer would show it, and what is written under it (ours).
+
+The student's corpus plants *misconceptions*: about medium and hard entries the right result is rare, fixed mistakes are common. Part of it
+are candidate documents (like BCQ and NCQ prompts); what they show of an operation that is not easy is a mistake, always: how to read
+candidates can be learnt from them, the truth cannot. The teacher's corpus is truthful, and holds compression documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message
+from zppo.lab.world import Chain, World
+from zppo.prompts import PromptBook
+
+Results = tuple[int, ...]
+# Wrong rollouts of a group of eight: how many candidates an NCQ prompt shows.
+NCQ_CANDIDATES = (1, 2, 3, 4, 5, 6, 7, 8)
+# Share of responses in the teacher's compression documents that are odd in one way or another.
+ODD = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One pretraining document: the conversation, and the completion that is learnt."""
+
+    kind: str
+    messages: tuple[Message, ...]
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response to compress, and its compressed form."""
+
+    text: str
+    summary: str
+    has_answer: bool
+
+
+class StudentCorpus:
+    """Draws the student's documents."""
+
+    def __init__(self, world: World, book: PromptBook) -> None:
+        self.world = world
+        self.book = book
+        self.settings = world.settings.corpus
+        self._sharp = _tables(world, lambda index, value: world.beliefs[index, value])
+        self._shown = _tables(world, self._mistakes_only)
+
+    def _mistakes_only(self, index: int, value: int) -> tuple[float, ...]:
+        """The mistakes of an entry, their shares moved towards even by `flatten`; the truth for an entry that is known."""
+        mistakes = self.world.mistakes.get((index, value))
+        if mistakes is None:
+            return self.world.beliefs[index, value]
+        shares = self.world.settings.beliefs[self.world.operations[index].tier].mistakes
+        flatten, total = self.settings.flatten, sum(shares)
+        weights = [0.0] * len(self.world.values)
+        for mistake, share in zip(mistakes, shares, strict=True):
+            weights[mistake] = (1 - flatten) * share / total + flatten / len(mistakes)
+        return tuple(weights)
+
+    def document(self, rng: Random) -> Document:
+        """One document."""
+        weights = (self.settings.plain, self.settings.bcq, self.settings.ncq)
+        kind = rng.choices((PLAIN, BCQ, NCQ), weights)[0]
+        level = rng.choices(tuple(self.settings.levels), tuple(self.settings.levels.values()))[0]
+        chain = self.world.draw_chain(level, rng)
+        return {PLAIN: self._plain, BCQ: self._bcq, NCQ: self._ncq}[kind](chain, level, rng)
+
+    def _plain(self, chain: Chain, level: str, rng: Random) -> Document:
+        question = self.world.question(chain, level)
+        results = _walk(self._sharp, chain, rng)
+        return Document(PLAIN, self.book.plain(question), self.world.completion_text(chain, results))
+
+    def _bcq(self, chain: Chain, level: str, rng: Random) -> Document:
+        """Two different candidates; the target is one of them, the one without a slip where only one has a slip."""
+        target = _walk(self._shown, chain, rng)
+        other = next((o for o in (_walk(self._shown, chain, rng) for _ in range(8)) if o != target), None)
+        if other is None or rng.random() < self.settings.slip:
+            other = self._slip(chain, target, rng)
+        texts = [self.world.summary_text(chain, results) for results in (target, other)]
+        rng.shuffle(texts)
+        draft = Draft(BCQ, self.world.question(chain, level), {"candidates": texts})
+        return Document(BCQ, self.book.render(draft), self.world.completion_text(chain, target))
+
+    def _ncq(self, chain: Chain, level: str, rng: Random) -> Document:
+        """Wrong candidates, duplicates kept, their distinct answers listed; the target heeds the list where a mistake is left."""
+        shown = [_walk(self._shown, chain, rng) for _ in range(rng.choice(NCQ_CANDIDATES))]
+        known = all(self.world.operations[i].tier not in self.world.settings.beliefs for i in chain.operations)
+        shown = [self._slip(chain, r, rng) if known or rng.random() < self.settings.slip else r for r in shown]
+        target = _walk(self._shown, chain, rng)
+        if rng.random() < self.settings.heed:
+            target = next((t for t in (_walk(self._shown, chain, rng) for _ in range(16)) if t not in shown), target)
+        answers = tuple(dict.fromkeys(self.world.answer_text(chain, r) for r in shown))
+        candidates = tuple(self.world.summary_text(chain, r) for r in shown)
+        draft = Draft(NCQ, self.world.question(chain, level), {"answers": answers, "candidates": candidates})
+        return Document(NCQ, self.book.render(draft), self.world.completion_text(chain, target))
+
+    def _slip(self, chain: Chain, results: Results, rng: Random) -> Results:
+        """The results with a random wrong value after one easy operation; what follows goes on from it. Never the truth of an entry that
+        is not easy."""
+        steps = [n for n, i in enumerate(chain.operations) if self.world.operations[i].tier not in self.world.settings.beliefs]
+        at = rng.choice(steps)
+        wrong = rng.choice([v for v in range(len(self.world.values)) if v != results[at]])
+        rest = Chain(wrong, chain.operations[at + 1 :])
+        return (*results[:at], wrong, *_walk(self._shown, rest, rng))
+
+
+class TeacherCorpus:
+    """Draws the teacher's documents: right answers to plain prompts, and compressions of right, wrong and broken responses."""
+
+    def __init__(self, world: World, book: PromptBook) -> None:
+        self.world = world
+        self.book = book
+        self._share = world.settings.teacher.compression
+
+    def document(self, rng: Random) -> Document:
+        """One document."""
+        if rng.random() < self._share:
+            return self._compression(rng)
+        chain = self.world.draw_chain(rng.choice(tuple(self.world.levels)), rng)
+        question = self.world.question(chain, "")
+        return Document(PLAIN, self.book.plain(question), self.world.completion_text(chain, self.world.truth(chain)))
+
+    def _compression(self, rng: Random) -> Document:
+        response = self.response(rng)
+        messages = self.book.compression(response.text, response.has_answer)
+        return Document("compression", messages, f"<summary> {response.summary} </summary>")
+
+    def response(self, rng: Random) -> Response:
+        """What was written is to be copied, never mended: the values are arbitrary, so nothing but the response can tell them."""
+        world = self.world
+        operations, values = range(len(world.operations)), range(len(world.values))
+        chain = world.draw_chain(rng.choice(tuple(world.levels)), rng)
+        if rng.random() < ODD:
+            chain = Chain(chain.start, tuple(rng.choice(operations) for _ in chain.operations))
+        results = tuple(rng.choice(values) for _ in chain.operations)
+        thought = tuple(rng.choice(values) for _ in range(rng.randint(0, 4))) if rng.random() < ODD else results
+        steps = " ".join(world.values[v] for v in thought)
+        if rng.random() < ODD / 2:
+            return Response(rng.choice((f"<think> {steps}", f"<think> {steps} </think>", steps)), steps, has_answer=False)
+        box = f"\\boxed{{ {world.answer_text(chain, results)} }}"
+        return Response(f"<think> {steps} </think> {box}", f"{steps} {box}".strip(), has_answer=True)
+
+
+def _tables(world: World, weights: Callable[[int, int], tuple[float, ...]]) -> dict[tuple[int, int], list[float]]:
+    """Cumulative weights of the results of every entry, for `random.choices`."""
+    tables: dict[tuple[int, int], list[float]] = {}
+    for index in range(len(world.operations)):
+        for value in range(len(world.values)):
+            total, cumulative = 0.0, []
+            for weight in weights(index, value):
+                total += weight
+                cumulative.append(total)
+            tables[index, value] = cumulative
+    return tables
+
+
+def _walk(tables: dict[tuple[int, int], list[float]], chain: Chain, rng: Random) -> Results:
+    """A result after each operation, drawn from the tables; each goes on from the one before."""
+    results: list[int] = []
+    value = chain.start
+    for index in chain.operations:
+        table = tables[index, value]
+        value = rng.choices(range(len(table)), cum_weights=table)[0]
+        results.append(value)
+    return tuple(results)

@@ -1,0 +1,302 @@
+"""A lab world: operations on a few named values, what a student wrongly believes about them, and questions (ours).
+
+A question is a chain of two operations on a start value; its answer names every operation and every value on the way. A world is
+data: one settings file in `worlds/`, or one of your own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from zppo.core.draws import keyed_random
+from zppo.core.types import Message, Question
+from zppo.errors import SettingsError
+
+EASY = "easy"
+WORLDS = Path(__file__).with_name("worlds")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Affine(_Part):
+    """value -> times * value + plus, modulo the number of values."""
+
+    times: int = 1
+    plus: int = 0
+
+
+class BeliefSettings(_Part):
+    """How the corpus answers the entries of a tier: `right` is a range of probabilities, `mistakes` are shares of the rest."""
+
+    right: tuple[float, float]
+    mistakes: tuple[float, ...]
+
+
+class LevelSettings(_Part):
+    """Chains of one operation of each tier, in either order."""
+
+    name: str
+    tiers: tuple[str, str]
+    train: int = Field(ge=1)
+    test: int = Field(ge=1)
+    entries: int | None = Field(None, ge=1)
+
+
+class CorpusSettings(_Part):
+    """What the student's pretraining corpus is made of: shares of document kinds, weights of levels.
+
+    `flatten`: how far the choice among mistakes moves to an even one in candidate documents; `slip`: share of candidates with one
+    wrong easy step; `heed`: share of NCQ documents whose target is none of the listed wrong answers, where a mistake is left.
+    """
+
+    plain: float = Field(ge=0)
+    bcq: float = Field(ge=0)
+    ncq: float = Field(ge=0)
+    flatten: float = Field(ge=0, le=1)
+    slip: float = Field(ge=0, le=1)
+    heed: float = Field(ge=0, le=1)
+    levels: dict[str, float]
+
+
+class ModelShape(_Part):
+    """Size of student and teacher."""
+
+    layers: int = Field(ge=1)
+    width: int = Field(ge=8)
+    heads: int = Field(ge=1)
+    feed_forward: int = Field(ge=8)
+
+
+class Pretraining(_Part):
+    """Length of a pretraining run; `batch` is in documents. `compression`: share of compression documents (teacher only)."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    compression: float = Field(0.0, ge=0, le=1)
+
+
+class WorldSettings(_Part):
+    """A world file."""
+
+    name: str
+    seed: int
+    values: tuple[str, ...]
+    operations: dict[str, dict[str, Affine | Literal["permutation"]]]
+    beliefs: dict[str, BeliefSettings]
+    levels: tuple[LevelSettings, ...]
+    corpus: CorpusSettings
+    model: ModelShape
+    pretraining: Pretraining
+    teacher: Pretraining
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WorldSettings:
+        for level in self.levels:
+            for tier in level.tiers:
+                if tier not in self.operations:
+                    raise ValueError(f"level {level.name!r} names tier {tier!r}; operations has {', '.join(self.operations)}")
+        names = {level.name for level in self.levels}
+        if set(self.corpus.levels) != names:
+            raise ValueError(f"corpus.levels must weigh exactly the levels {', '.join(sorted(names))}")
+        if EASY in self.beliefs:
+            raise ValueError("beliefs about tier 'easy': easy operations are known, leave the row out")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A start value and the operations that follow it, by index."""
+
+    start: int
+    operations: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation: `word` is how it is written, `table[value]` its right result."""
+
+    word: str
+    tier: str
+    table: tuple[int, ...]
+
+
+class World:
+    """A world made from its settings; everything in it is a function of them."""
+
+    def __init__(self, settings: WorldSettings) -> None:
+        self.settings = settings
+        self.values = settings.values
+        self.operations = tuple(
+            Operation(operation_word(name), tier, self._table(name, rule))
+            for tier, rules in settings.operations.items()
+            for name, rule in rules.items()
+        )
+        self.levels = {level.name: level for level in settings.levels}
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    def _table(self, name: str, rule: Affine | Literal["permutation"]) -> tuple[int, ...]:
+        size = len(self.settings.values)
+        if isinstance(rule, Affine):
+            return tuple((rule.times * value + rule.plus) % size for value in range(size))
+        table = list(range(size))
+        keyed_random("lab", self.settings.seed, "table", name).shuffle(table)
+        return tuple(table)
+
+    @cached_property
+    def mistakes(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """The fixed mistakes of every entry (operation, value) of a tier that has beliefs."""
+        made: dict[tuple[int, int], tuple[int, ...]] = {}
+        for index, operation in enumerate(self.operations):
+            belief = self.settings.beliefs.get(operation.tier)
+            if belief is None:
+                continue
+            for value in range(len(self.values)):
+                wrong = [v for v in range(len(self.values)) if v != operation.table[value]]
+                rng = keyed_random("lab", self.settings.seed, "mistakes", operation.word, value)
+                made[index, value] = tuple(rng.sample(wrong, len(belief.mistakes)))
+        return made
+
+    @cached_property
+    def beliefs(self) -> dict[tuple[int, int], tuple[float, ...]]:
+        """What the corpus says about every entry: a probability for each value as the result; sums to 1."""
+        return {
+            (index, value): self._belief(index, value) for index in range(len(self.operations)) for value in range(len(self.values))
+        }
+
+    def _belief(self, index: int, value: int) -> tuple[float, ...]:
+        operation = self.operations[index]
+        belief = self.settings.beliefs.get(operation.tier)
+        if belief is None:
+            return tuple(float(v == operation.table[value]) for v in range(len(self.values)))
+        rng = keyed_random("lab", self.settings.seed, "right", operation.word, value)
+        right = rng.uniform(*belief.right)
+        wrong = self.mistakes[index, value]
+        rest = (1 - right) * (1 - sum(belief.mistakes)) / (len(self.values) - 1 - len(wrong))
+        weights = [rest] * len(self.values)
+        for mistake, share in zip(wrong, belief.mistakes, strict=True):
+            weights[mistake] = (1 - right) * share
+        weights[operation.table[value]] = right
+        return tuple(weights)
+
+    def truth(self, chain: Chain) -> tuple[int, ...]:
+        """The right value after each operation."""
+        results: list[int] = []
+        value = chain.start
+        for index in chain.operations:
+            value = self.operations[index].table[value]
+            results.append(value)
+        return tuple(results)
+
+    def tier(self, name: str) -> tuple[int, ...]:
+        """Indices of the operations of a tier."""
+        return tuple(i for i, operation in enumerate(self.operations) if operation.tier == name)
+
+    def draw_chain(self, level: str, rng: Random) -> Chain:
+        """A chain of a level, any entries, either order."""
+        tiers = list(self.levels[level].tiers)
+        rng.shuffle(tiers)
+        return Chain(rng.randrange(len(self.values)), tuple(rng.choice(self.tier(tier)) for tier in tiers))
+
+    def question_text(self, chain: Chain) -> str:
+        return " ".join([self.values[chain.start], *(self.operations[i].word for i in chain.operations), "?"])
+
+    def answer_text(self, chain: Chain, results: tuple[int, ...]) -> str:
+        """Every operation with the value that it leads to: naming only values would let a chain of other operations be rewarded."""
+        steps = zip(chain.operations, results, strict=True)
+        return " ".join(f"{self.operations[i].word} {self.values[v]}" for i, v in steps)
+
+    def summary_text(self, chain: Chain, results: tuple[int, ...]) -> str:
+        """Steps and box, as the teacher writes a compressed candidate."""
+        return f"{' '.join(self.values[v] for v in results)} \\boxed{{ {self.answer_text(chain, results)} }}"
+
+    def completion_text(self, chain: Chain, results: tuple[int, ...]) -> str:
+        """What a student or the teacher writes."""
+        steps = " ".join(self.values[v] for v in results)
+        return f"<think> {steps} </think> \\boxed{{ {self.answer_text(chain, results)} }}"
+
+    def question(self, chain: Chain, level: str) -> Question:
+        """The question that asks for a chain; its id is its text."""
+        text = self.question_text(chain)
+        name = "-".join([self.name, level, *text.replace("→", "").split()[:-1]])
+        return Question(name, (Message("user", text),), self.answer_text(chain, self.truth(chain)), level=level)
+
+    def questions(self, split: Literal["train", "test"]) -> list[Question]:
+        """The questions of a split, level by level. Splits share entries (operation, value) and no chain."""
+        return [self.question(chain, name) for name in self.levels for chain in self.chains(name)[split]]
+
+    def chains(self, name: str) -> dict[str, list[Chain]]:
+        """Chains of a level by split: those to train on take every entry in turn, and both orders of the operations."""
+        level = self.levels[name]
+        rng = keyed_random("lab", self.settings.seed, "questions", name)
+        about = self._chains_by_entry(level, rng)
+        entries = rng.sample(sorted(about), level.entries or len(about))
+        chains = list(dict.fromkeys(_in_turn([about[entry] for entry in entries])))
+        if len(chains) < level.train + level.test:
+            raise SettingsError(
+                f"world {self.name!r}, level {name!r}: {len(chains)} chains are too few for {level.train} training and "
+                f"{level.test} test questions; raise `entries` or ask for fewer"
+            )
+        return {"train": chains[: level.train], "test": chains[level.train : level.train + level.test]}
+
+    def _chains_by_entry(self, level: LevelSettings, rng: Random) -> dict[tuple[int, int], list[Chain]]:
+        """Every chain of a level under the entry (operation, value) of its first tier, the entry's operation first and second in turn."""
+        about: dict[tuple[int, int], list[Chain]] = {}
+        size = len(self.values)
+        for index, value in product(self.tier(level.tiers[0]), range(size)):
+            others = self.tier(level.tiers[1])
+            first = [Chain(value, (index, other)) for other in others]
+            before = [(v, other) for other in others for v in range(size) if self.operations[other].table[v] == value]
+            second = [Chain(v, (other, index)) for v, other in before]
+            rng.shuffle(first)
+            rng.shuffle(second)
+            about[index, value] = _in_turn([first, second])
+        return about
+
+
+def _in_turn(lists: list[list[Chain]]) -> list[Chain]:
+    """The first of every list, then the second of every list, and so on."""
+    longest = max(map(len, lists), default=0)
+    return [items[turn] for turn in range(longest) for items in lists if turn < len(items)]
+
+
+def operation_word(name: str) -> str:
+    """How an operation is written. The arrow keeps answers from being read as products of letters by a symbolic comparison."""
+    return f"{name}→"
+
+
+@lru_cache(maxsize=8)
+def load_world(name: str) -> World:
+    """A bundled world by name, or one of your own by the path of its settings file.
+
+    Raises:
+        SettingsError: no such world, or its file is wrong.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else WORLDS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in WORLDS.glob("*.yaml")))
+        raise SettingsError(f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)")
+    try:
+        return World(WorldSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def lab_questions(world: str, split: str) -> list[Question]:
+    """The questions of `lab:<world>/<split>`, split being train or test."""
+    if split == "train" or split == "test":
+        return load_world(world).questions(split)
+    raise SettingsError(f"a lab world has the splits train and test, not {split!r}; write lab:{world}/train or lab:{world}/test")

@@ -1,0 +1,198 @@
+"""The words shown to models: one jinja2 file per text, each replaceable by a path.
+
+What the texts say follows method.md sections 3, 4 and 7; the wording is ours.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from zppo.core.types import PLAIN, Draft, Message, Question
+from zppo.errors import DataError, TemplateError
+
+CLOSING = "closing"
+COMPRESSION = "compression"
+JUDGE = "judge"
+
+VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        CLOSING: frozenset(),
+        "bcq": frozenset({"candidates"}),
+        "ncq": frozenset({"answers", "candidates"}),
+        COMPRESSION: frozenset({"response", "has_answer"}),
+        JUDGE: frozenset({"question", "gold", "completion"}),
+    }
+)
+"""The bundled templates and the variables that each of them may use."""
+
+_NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE})
+_BETWEEN = "\n\n"
+
+
+class PromptBook:
+    """Renders every prompt of a run.
+
+    A template is jinja2 text; values are inserted as they are and never rendered again, so template syntax in them is
+    inert.
+    """
+
+    def __init__(
+        self, overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text
+    ) -> None:
+        """Reads and checks every template.
+
+        Args:
+            overrides: name -> path of a file that replaces the bundled template of that name; a new name adds the
+                template of a reformulation of one's own, called like its `Draft.kind`. `~` is expanded.
+            neutralise: makes model text harmless (`Neutraliser` with the special texts of student and teacher).
+
+        Raises:
+            TemplateError: a file is missing or not UTF-8 text, has a syntax error, or uses a variable that its prompt
+                does not have.
+        """
+        self._neutralise = neutralise
+        self._paths = _bundled() | {name: Path(path).expanduser() for name, path in (overrides or {}).items()}
+        if PLAIN in self._paths:
+            raise TemplateError(
+                f"The template {PLAIN!r} ({self._paths[PLAIN]}) would never be shown: a plain prompt is the question "
+                f"and the closing instruction. Override {CLOSING!r} instead."
+            )
+        self._environment = ImmutableSandboxedEnvironment(
+            loader=jinja2.FunctionLoader(self._load),
+            undefined=jinja2.StrictUndefined,
+            autoescape=False,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        for name in self._paths:
+            self._check(name)
+        self._closing = self._fill(CLOSING, {})
+
+    def names(self) -> tuple[str, ...]:
+        """All templates, sorted by name."""
+        return tuple(sorted(self._paths))
+
+    def plain(self, question: Question) -> tuple[Message, ...]:
+        """The question and the closing instruction (section 7). DataError if the last turn is not a user's."""
+        return self._ask(question, "")
+
+    def render(self, draft: Draft) -> tuple[Message, ...]:
+        """The question, the template named by `draft.kind` filled with the slots, the closing instruction (Alg. 1).
+
+        Every string in the slots, nested ones too, is neutralised and stripped of surrounding white space first; the
+        question is the user's own text and stays as it is.
+
+        Raises:
+            TemplateError: no template of that name, or it uses a variable that the slots lack.
+            DataError: the question's last turn is not a user's.
+        """
+        if draft.kind in _NOT_A_KIND or draft.kind not in self._paths:
+            known = ", ".join(name for name in self.names() if name not in _NOT_A_KIND)
+            raise TemplateError(
+                f"There is no template for prompts of the kind {draft.kind!r} (known: {known}). "
+                f"Name a file for {draft.kind!r} among the template overrides."
+            )
+        return self._ask(draft.question, self._fill(draft.kind, {k: self._clean(v) for k, v in draft.slots.items()}))
+
+    def compression(self, response: str, has_answer: bool) -> tuple[Message, ...]:
+        """The request to compress one completion (method.md section 4); without an answer it asks for no box."""
+        text = self._fill(COMPRESSION, {"response": self._clean(response), "has_answer": has_answer})
+        return (Message("user", text),)
+
+    def judge(self, question_text: str, gold: str, completion: str) -> tuple[Message, ...]:
+        """The request to compare one completion with the gold (method.md section 7); the completion is neutralised."""
+        values = {"question": question_text, "gold": gold, "completion": self._clean(completion)}
+        return (Message("user", self._fill(JUDGE, values)),)
+
+    def _ask(self, question: Question, text: str) -> tuple[Message, ...]:
+        if not question.messages or question.messages[-1].role != "user":
+            last = f"a turn of the role {question.messages[-1].role!r}" if question.messages else "no turn at all"
+            raise DataError(
+                f"The conversation of question {question.id!r} ends with {last}, but it must end with the user's turn "
+                "that asks. Remove what follows that turn, or drop the question."
+            )
+        *before, last_turn = question.messages
+        parts = (last_turn.content.rstrip(), text, self._closing)
+        return (*before, Message("user", _BETWEEN.join(part for part in parts if part)))
+
+    def _clean(self, value: Any) -> Any:
+        """The value with every string in it neutralised and stripped."""
+        if isinstance(value, str):
+            return self._neutralise(value).strip()
+        if isinstance(value, Mapping):
+            return {key: self._clean(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._clean(inner) for inner in value]
+        return value
+
+    def _load(self, name: str) -> tuple[str, str, Callable[[], bool]] | None:
+        if name not in self._paths:
+            return None
+        return _read(name, self._paths[name]), str(self._paths[name]), lambda: True
+
+    def _check(self, name: str) -> None:
+        """Compiles a template now, so that a mistake in it shows before anything is sampled."""
+        try:
+            self._environment.get_template(name)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(
+                f"{error.filename or self._paths[name]}, line {error.lineno}: the template {name!r} cannot be parsed: "
+                f"{error.message}. Mend that line; see https://jinja.palletsprojects.com/templates/."
+            ) from error
+        if name not in VARIABLES:
+            return
+        tree = self._environment.parse(_read(name, self._paths[name]))
+        unknown = jinja2.meta.find_undeclared_variables(tree) - VARIABLES[name]
+        for used in tree.find_all(jinja2.nodes.Name):
+            if used.name in unknown:
+                has = ", ".join(sorted(VARIABLES[name])) or "none"
+                raise TemplateError(
+                    f"{self._paths[name]}, line {used.lineno}: the template {name!r} uses the variable {used.name!r}, "
+                    f"which it is not given (its variables: {has}). Use one of these, or remove it."
+                )
+
+    def _fill(self, name: str, values: Mapping[str, Any]) -> str:
+        try:
+            return self._environment.get_template(name).render(values).strip()
+        except Exception as error:  # a template may run any expression, so any exception may come out of it
+            has = ", ".join(sorted(values)) or "none"
+            raise TemplateError(
+                f"{self._paths[name]}, line {_line(error, self._paths)}: the template {name!r} cannot be filled: "
+                f"{error} (its variables: {has}). Mend that line."
+            ) from error
+
+
+def _bundled() -> dict[str, Path]:
+    folder = Path(str(importlib.resources.files("zppo.prompts")))
+    return {name: folder / f"{name}.jinja" for name in VARIABLES}
+
+
+def _read(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(
+            f"The template {name!r} cannot be read from {path}: {error}. Give the path of a UTF-8 text file, or leave "
+            "the override out."
+        ) from error
+
+
+def _line(error: BaseException, paths: Mapping[str, Path]) -> int | str:
+    """The innermost template line in the error's traceback."""
+    files = {str(path) for path in paths.values()}
+    line: int | str = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename in files:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line

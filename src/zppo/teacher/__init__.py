@@ -1,0 +1,1 @@
+"""The frozen teacher: it speaks in prompts only, nothing it writes carries gradient."""

@@ -1,0 +1,46 @@
+"""What a teacher is: in process today, remote behind the same protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from zppo.core.types import ImageRef, Message
+from zppo.engines.base import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSampling:
+    """How the teacher is sampled for one use (rollout, compression, judge)."""
+
+    sampling: Sampling
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRequest:
+    """One prompt for the teacher, with one key per completion asked for."""
+
+    messages: tuple[Message, ...]
+    keys: tuple[int, ...]
+    images: tuple[ImageRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherReply:
+    """What came back: one text per key, None where that completion failed; `tokens` as far as known; `error` says why."""
+
+    texts: tuple[str | None, ...]
+    think_open: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str = ""
+
+
+class Teacher(Protocol):
+    """A frozen model that completes conversations. Never raises for a single failed request: the reply says so."""
+
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+        """Replies in the order of the requests."""
+        ...

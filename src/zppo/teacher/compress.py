@@ -1,0 +1,319 @@
+"""Candidate compression: the teacher rewrites right and wrong completions alike, so that no style tells them apart.
+
+method.md section 4.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from zppo.core.draws import draw_key, keyed_random
+from zppo.core.reformulate import Candidate
+from zppo.grading import extract_boxed, normalise
+from zppo.prompts import PromptBook
+from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
+
+MAX_LINES = 5
+REDRAWS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A completion that may become a candidate.
+
+    Attributes:
+        text: the completion.
+        answer: what was extracted from it, None where it has none.
+        index: its place among the rollouts of its source.
+    """
+
+    text: str
+    answer: str | None
+    index: int = 0
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Equal for completions that are compressed once for all."""
+        return self.text, self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class PairRequest:
+    """What one hard question needs.
+
+    Attributes:
+        question_id: keys the draws.
+        positives: the correct teacher completions, T_x.
+        negatives: the wrong student completions that have an answer.
+        wrong: all wrong student completions, W_x, in rollout order.
+        want_pair: draw and compress a pair (BCQ).
+        want_wrong: compress all of `wrong` (NCQ).
+    """
+
+    question_id: str
+    positives: tuple[Source, ...] = ()
+    negatives: tuple[Source, ...] = ()
+    wrong: tuple[Source, ...] = ()
+    want_pair: bool = False
+    want_wrong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What one hard question got.
+
+    Attributes:
+        pair: (positive, negative); None where it was not wanted or a pool is empty.
+        pair_raw: both stand in the capped uncompressed form.
+        wrong: one candidate per entry of the request's `wrong`, in its order; empty where not wanted.
+        wrong_raw: how many of these stand in the capped uncompressed form.
+    """
+
+    pair: tuple[Candidate, Candidate] | None = None
+    pair_raw: bool = False
+    wrong: tuple[Candidate, ...] = ()
+    wrong_raw: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionCounts:
+    """What compression did in this step.
+
+    Attributes:
+        asked: completions sent to the teacher.
+        failed: of these, summaries that `accept` refused.
+        unreachable: of these, completions for which no reply came.
+        prompt_tokens, completion_tokens: as far as the teacher reports them.
+    """
+
+    asked: int = 0
+    failed: int = 0
+    unreachable: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES) -> str | None:
+    """The summary in a compression reply, or None where it cannot stand for the completion (section 4).
+
+    The last complete `<summary>` block after the last `</think>` counts. It is refused if it is missing or empty, if it
+    is longer than the cap, if its boxed answer differs from the completion's after section 9's normalisation (the
+    teacher may have repaired a wrong answer), or if the completion has no answer and the summary has a box. Blank lines
+    are dropped, and lines beyond `max_lines` join the last one: a teacher that counts badly costs no redraw, since the
+    cap bounds the length (all of it ours).
+
+    Args:
+        reply: the teacher's text.
+        answer: the completion's answer.
+        cap: cuts a text to the token limit; returns it unchanged where it is within.
+        max_lines: most lines of a summary.
+    """
+    text = reply.rsplit("</think>", 1)[-1]
+    end = text.rfind("</summary>")
+    start = text.rfind("<summary>", 0, max(end, 0))
+    if start < 0:
+        return None
+    lines = [line.strip() for line in text[start + len("<summary>") : end].splitlines() if line.strip()]
+    summary = "\n".join([*lines[: max_lines - 1], " ".join(lines[max_lines - 1 :])]).strip()
+    if not summary or cap(summary) != summary:
+        return None
+    if answer is None:
+        return None if "\\boxed" in summary or extract_boxed(summary) is not None else summary
+    kept = extract_boxed(summary)
+    return summary if kept is not None and normalise(kept) == normalise(answer) else None
+
+
+def token_tail(tokenizer: Any, limit: int) -> Callable[[str], str]:
+    """A cap that keeps the last `limit` tokens of a text: the tail, because the answer stands at the end (ours).
+
+    Args:
+        tokenizer: of `transformers`; tokens are counted without special ones.
+        limit: tokens, at least 1.
+    """
+
+    def cap(text: str) -> str:
+        if tokenizer.is_fast:
+            spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            return text if len(spans) <= limit else text[spans[-limit][0] :].strip()
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return text if len(ids) <= limit else str(tokenizer.decode(ids[-limit:])).lstrip("\ufffd").strip()
+
+    return cap
+
+
+def draw_order(pool: Sequence[Source], draws: int, rng: random.Random) -> tuple[Source, ...]:
+    """The candidates that are tried one after the other, at most `draws`; the first is uniform over the pool.
+
+    A completion that equals an earlier one is passed over: it would fail in the same way.
+    """
+    seen: dict[tuple[str, str | None], Source] = {}
+    for source in rng.sample(pool, len(pool)):
+        seen.setdefault(source.key, source)
+    return tuple(seen.values())[:draws]
+
+
+class Compressor:
+    """Compresses each distinct completion once a step, and draws the pairs of BCQ from what could be compressed."""
+
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        book: PromptBook,
+        how: TeacherSampling,
+        cap: Callable[[str], str],
+        *,
+        enabled: bool = True,
+        redraws: int = REDRAWS,
+    ) -> None:
+        """Sets how to compress.
+
+        Args:
+            teacher: None only where compression is off.
+            book: renders the request.
+            how: sampling and chat-template arguments; the token limit is the cap of a summary.
+            cap: cuts a completion to the same token limit, see `token_tail`.
+            enabled: False shows every completion in its capped uncompressed form and asks the teacher nothing.
+            redraws: how often a candidate of a pair that fails is drawn anew.
+        """
+        self._teacher = teacher if enabled else None
+        self._book = book
+        self._how = how
+        self._cap = cap
+        self._redraws = redraws
+        self._memo: dict[tuple[str, str | None], str | None] = {}
+        self._counts = CompressionCounts()
+
+    @property
+    def counts(self) -> CompressionCounts:
+        """What happened since `new_step`."""
+        return self._counts
+
+    def new_step(self) -> None:
+        """Forgets all summaries and counts."""
+        self._memo.clear()
+        self._counts = CompressionCounts()
+
+    def raw(self, text: str) -> str:
+        """The capped uncompressed form of a completion."""
+        return self._cap(text.strip())
+
+    def compress(self, items: Sequence[Source], seed: int, step: int) -> list[str | None]:
+        """Summaries in the order of the items, None where compression is off, failed, or got no reply.
+
+        All are asked for in one teacher call. A draw is keyed by (seed, step, completion, answer): equal completions
+        share a summary wherever they come from (ours).
+        """
+        if self._teacher is None:
+            return [None] * len(items)
+        new = list({item.key: item for item in items if item.key not in self._memo}.values())
+        if new:
+            requests = [
+                TeacherRequest(
+                    messages=self._book.compression(item.text, item.answer is not None),
+                    keys=(draw_key(seed, step, "compress", item.text, *_answer_key(item.answer)),),
+                )
+                for item in new
+            ]
+            replies = self._teacher.complete(requests, self._how)
+            for item, reply in zip(new, replies, strict=True):
+                self._memo[item.key] = self._judge(item, reply)
+        return [self._memo[item.key] for item in items]
+
+    def prepare(self, requests: Sequence[PairRequest], seed: int, step: int) -> list[Prepared]:
+        """Candidates for every request, in order; at most 1 + redraws teacher calls for all of them together.
+
+        BCQ: each side is drawn uniformly from its pool; one that fails is redrawn, and if a side fails for good *both*
+        take the capped uncompressed form, since a raw text beside a tidy summary would tell which is wrong. NCQ: all
+        are wrong anyway, so a candidate that fails takes its own capped uncompressed form (ours).
+        """
+        pairs = [self._draw(request, seed, step) for request in requests]
+        wrong = [source for request in requests if request.want_wrong for source in request.wrong]
+        for _ in range(self._redraws + 1 if self._teacher is not None else 0):
+            unsettled = [pair for pair in pairs if pair is not None and pair.open]
+            sides = [side for pair in unsettled for side in pair.sides if side.summary is None]
+            if not sides and not wrong:
+                break
+            self.compress([*(side.current for side in sides), *wrong], seed, step)
+            wrong = []
+            for side in sides:
+                side.settle(self._memo[side.current.key])
+        return [self._prepared(request, pair) for request, pair in zip(requests, pairs, strict=True)]
+
+    def _judge(self, item: Source, reply: TeacherReply) -> str | None:
+        """The accepted summary of one reply; counts what happened."""
+        text = reply.texts[0] if reply.texts else None
+        unfinished = text is not None and reply.think_open and "</think>" not in text
+        summary = None if text is None or unfinished else accept(text, item.answer, self._cap)
+        self._counts = replace(
+            self._counts,
+            asked=self._counts.asked + 1,
+            failed=self._counts.failed + (text is not None and summary is None),
+            unreachable=self._counts.unreachable + (text is None),
+            prompt_tokens=self._counts.prompt_tokens + reply.prompt_tokens,
+            completion_tokens=self._counts.completion_tokens + reply.completion_tokens,
+        )
+        return summary
+
+    def _draw(self, request: PairRequest, seed: int, step: int) -> _Pair | None:
+        if not (request.want_pair and request.positives and request.negatives):
+            return None
+
+        def side(name: str, pool: Sequence[Source]) -> _Side:
+            rng = keyed_random(seed, step, request.question_id, "candidate", name)
+            return _Side(draw_order(pool, self._redraws + 1, rng))
+
+        return _Pair((side("positive", request.positives), side("negative", request.negatives)))
+
+    def _prepared(self, request: PairRequest, pair: _Pair | None) -> Prepared:
+        wrong = [(source, self._memo.get(source.key)) for source in request.wrong] if request.want_wrong else []
+        shown = tuple(self._show(source, summary) for source, summary in wrong)
+        wrong_raw = sum(summary is None for _, summary in wrong)
+        if pair is None:
+            return Prepared(wrong=shown, wrong_raw=wrong_raw)
+        raw = any(side.summary is None for side in pair.sides)
+        positive, negative = (self._show(side.current, None if raw else side.summary) for side in pair.sides)
+        return Prepared((positive, negative), raw, shown, wrong_raw)
+
+    def _show(self, source: Source, summary: str | None) -> Candidate:
+        text = self.raw(source.text) if summary is None else summary
+        return Candidate(text, source.answer, source.index)
+
+
+def _answer_key(answer: str | None) -> Iterable[str]:
+    return () if answer is None else (answer,)
+
+
+@dataclass(slots=True)
+class _Side:
+    """One side of a pair: what may be tried, where it stands, the summary once there is one."""
+
+    options: tuple[Source, ...]
+    at: int = 0
+    summary: str | None = None
+    failed: bool = False
+
+    @property
+    def current(self) -> Source:
+        return self.options[self.at]
+
+    def settle(self, summary: str | None) -> None:
+        """Takes the summary of `current`, or moves on to the next option."""
+        self.summary = summary
+        if summary is None:
+            self.failed = self.at + 1 == len(self.options)
+            self.at = min(self.at + 1, len(self.options) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The positive and the negative side."""
+
+    sides: tuple[_Side, _Side]
+
+    @property
+    def open(self) -> bool:
+        """Whether another round can still help."""
+        return not any(side.failed for side in self.sides) and any(side.summary is None for side in self.sides)

@@ -1,0 +1,177 @@
+"""The teacher in process: any `transformers` checkpoint, frozen, on the training device or another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from zppo.core.types import Message
+from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.chat import Chat
+from zppo.engines.transformers import TransformersEngine
+from zppo.errors import TeacherError, ZPPOError
+from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+
+
+class Speech(Protocol):
+    """What the teacher needs of a `Chat`."""
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """A conversation as prompt ids."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Completion ids as text."""
+        ...
+
+    def think_open(self, ids: Sequence[int]) -> bool:
+        """Whether prompt ids end inside an opened think block."""
+        ...
+
+
+class LocalTeacher:
+    """A `Teacher` on an engine in this process. What cannot be served gets a reply that says why; nothing is raised."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat: Callable[[Mapping[str, Any]], Speech],
+        *,
+        context: int | None = None,
+        special_texts: Sequence[str] = (),
+    ) -> None:
+        """Puts a teacher together; `load` does it from a checkpoint.
+
+        Args:
+            engine: samples from the teacher's weights.
+            chat: the chat for given chat-template arguments; asked once for each distinct set of them.
+            context: a prompt of this many tokens or more is not served; None for no limit.
+            special_texts: the tokenizer's control tokens, for the `Neutraliser`.
+        """
+        self._engine = engine
+        self._make_chat = chat
+        self._chats: dict[str, Speech] = {}
+        self.context = context
+        self.special_texts = tuple(special_texts)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        template: str | None = None,
+        attention: str | None = None,
+        max_rows: int | None = None,
+    ) -> LocalTeacher:
+        """A frozen teacher from a `transformers` checkpoint.
+
+        Args:
+            model: folder or hub name.
+            revision: revision on the hub.
+            device: where it runs.
+            dtype: of the weights; None: float32 on a CPU, else what the checkpoint is stored in.
+            template: chat template (its text) instead of the tokenizer's own.
+            attention: `attn_implementation` of `transformers`; None for its default.
+            max_rows: completions that are decoded at once; None for all.
+
+        Raises:
+            TeacherError: the checkpoint cannot be loaded.
+        """
+        place = torch.device(device)
+        stored: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
+        try:
+            network: Any = AutoModelForCausalLM.from_pretrained(
+                model, revision=revision, dtype=stored, attn_implementation=attention, device_map=place
+            )
+            chat = Chat.load(str(model), template=template, revision=revision)
+            engine = TransformersEngine(
+                network.requires_grad_(False).eval(), chat.eos_ids(network), chat.pad_id(network), max_rows=max_rows
+            )
+        except Exception as error:  # many kinds, by what is missing or broken
+            raise TeacherError(
+                f"The teacher {str(model)!r} cannot be loaded: {error}. Give the folder or hub name of a transformers "
+                "checkpoint with its tokenizer, and a device with room for it."
+            ) from error
+        return cls(
+            engine,
+            lambda args: Chat(chat.tokenizer, args, template),
+            context=engine.context,
+            special_texts=chat.special_texts,
+        )
+
+    def check(self, how: TeacherSampling) -> None:
+        """Builds the chat of one use, so that wrong template arguments show at start-up (ModelError)."""
+        self._chat(how.template_args)
+
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+        """Replies in the order of the requests.
+
+        A request gets `texts` of None and an `error` if it has images, cannot be put into the chat template, fills the
+        context, or if sampling it fails: where sampling a batch fails, its halves are tried on their own.
+        """
+        chat = self._chat(how.template_args)
+        encoded = [self._encode(chat, request) for request in requests]
+        outcomes = iter(self._sample([sample for sample in encoded if not isinstance(sample, str)], how.sampling))
+        replies = []
+        for request, sample in zip(requests, encoded, strict=True):
+            if isinstance(sample, str):
+                replies.append(_failed(request, sample))
+            else:
+                replies.append(_reply(chat, request, sample, next(outcomes)))
+        return replies
+
+    def _chat(self, template_args: Mapping[str, Any]) -> Speech:
+        key = json.dumps(template_args, sort_keys=True, default=repr)
+        if key not in self._chats:
+            self._chats[key] = self._make_chat(dict(template_args))
+        return self._chats[key]
+
+    def _encode(self, chat: Speech, request: TeacherRequest) -> SampleRequest | str:
+        """What to sample, or the reason why not."""
+        if request.images:
+            return f"the prompt has {len(request.images)} image(s), and this teacher reads text only"
+        try:
+            ids = chat.encode(request.messages)
+        except ZPPOError as error:
+            return str(error)
+        if self.context is not None and len(ids) >= self.context:
+            return f"the prompt has {len(ids)} tokens, and the teacher's context holds {self.context}"
+        return SampleRequest(ids, request.keys)
+
+    def _sample(self, samples: list[SampleRequest], sampling: Sampling) -> list[list[Completion] | str]:
+        """Completions per request, or the reason why there are none."""
+        if not samples:
+            return []
+        try:
+            return list(self._engine.sample(samples, sampling))
+        except Exception as error:  # out of memory, a device fault, a model's own error: the step must go on
+            if len(samples) == 1:
+                return [f"{type(error).__name__}: {error}"]
+        # Outside of the handler, where the failed attempt's tensors are released.
+        half = len(samples) // 2
+        return self._sample(samples[:half], sampling) + self._sample(samples[half:], sampling)
+
+
+def _failed(request: TeacherRequest, error: str, prompt_tokens: int = 0) -> TeacherReply:
+    return TeacherReply((None,) * len(request.keys), prompt_tokens=prompt_tokens, error=error)
+
+
+def _reply(
+    chat: Speech, request: TeacherRequest, sample: SampleRequest, outcome: list[Completion] | str
+) -> TeacherReply:
+    if isinstance(outcome, str):
+        return _failed(request, outcome, len(sample.prompt_ids))
+    return TeacherReply(
+        texts=tuple(chat.decode(completion.ids.tolist()) for completion in outcome),
+        think_open=chat.think_open(sample.prompt_ids),
+        prompt_tokens=len(sample.prompt_ids),
+        completion_tokens=sum(len(completion.ids) for completion in outcome),
+    )

@@ -1,0 +1,127 @@
+"""What a finished run leaves: final/ with a model card, and the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from zppo import __version__
+from zppo.engines.chat import Chat
+from zppo.train.evaluate import Evaluation
+from zppo.train.trainer import Totals, entry_bin
+
+FINAL = "final"
+
+
+def save_final(run: Path, model: PreTrainedModel, chat: Chat) -> Path:
+    """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`."""
+    folder = run / FINAL
+    model.save_pretrained(folder)
+    chat.tokenizer.chat_template = chat.template  # what the student was trained with
+    chat.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    name: str,
+    method: str,
+    student: str,
+    recipe: str,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    totals: Totals,
+) -> None:
+    """README.md of final/: what was trained how, with which result."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [zppo, {method}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{student}`, post-trained with `{method}` by zppo {__version__}, an independent implementation of",
+        "[Zone of Proximal Policy Optimization](https://arxiv.org/abs/2606.18216). Check the licences of the base model and of the training data before you share it.",
+        "",
+        f"{_work(totals)}.",
+        "",
+    ]
+    if before and after:
+        lines += ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|"]
+        lines += [f"| {level} | {old} | {new} |" for level, old, new in _levels(before, after)]
+        lines += ["", f"{after.count} completions, after training evaluated from this folder.", ""]
+    lines += ["## Recipe", "", "```yaml", recipe.rstrip(), "```", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def closing_table(
+    console: Console,
+    run: Path,
+    *,
+    group_size: int,
+    threshold: float,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    totals: Totals,
+    replay: bool,
+) -> None:
+    """Held-out accuracy before and after, graduated/admitted by entry bin, what help was missed, where the files are."""
+    if before and after:
+        table = Table("level", "before", "after", title="held-out accuracy, plain prompts", title_justify="left")
+        for row in _levels(before, after):
+            table.add_row(*row)
+        console.print(table)
+    if replay:
+        table = Table(
+            "entry accuracy",
+            "admitted",
+            "graduated",
+            "evicted",
+            "graduated/admitted",
+            title="prompt replay buffer",
+            title_justify="left",
+        )
+        for correct in range(group_size + 1):
+            if correct / group_size < threshold:
+                name = entry_bin(correct / group_size)
+                admitted, graduated = totals.admitted.get(name, 0), totals.graduated.get(name, 0)
+                share = f"{graduated / admitted:.0%}" if admitted else "-"
+                table.add_row(name, str(admitted), str(graduated), str(totals.evicted.get(name, 0)), share)
+        console.print(table)
+    missed = {name: count for name, count in totals.missed.items() if count}
+    if missed:
+        console.print(
+            "help that was missed: "
+            + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in missed.items())
+        )
+    console.print(_work(totals))
+    files: Mapping[str, str] = {
+        "final/": "the trained student",
+        "metrics.jsonl": "one line a step",
+        "rollouts/": "every completion",
+        "buffer.jsonl": "who came and went",
+        "recipe.yaml": "the recipe, resolved",
+    }
+    for name, what in files.items():
+        console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _work(totals: Totals) -> str:
+    return (
+        f"{totals.rollouts:,} rollouts, {totals.student_tokens:,} student tokens, {totals.teacher_tokens:,} teacher tokens "
+        f"in {totals.seconds:,.0f} s"
+    )
+
+
+def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
+    rows = [
+        (level, f"{before.by_level.get(level, float('nan')):.3f}", f"{value:.3f}")
+        for level, value in after.by_level.items()
+    ]
+    return [*rows, ("all", f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")]

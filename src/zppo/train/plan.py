@@ -1,0 +1,227 @@
+"""What a recipe will do, worked out without touching a model: `zppo train RECIPE --dry-run`."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from zppo.core.select import share_of
+from zppo.core.types import Question
+from zppo.data.load import load_questions
+from zppo.data.order import effective_batch, steps_per_epochs
+from zppo.errors import ModelError, RewardError, TemplateError
+from zppo.prompts.book import PromptBook
+from zppo.train.settings import Settings, TeacherSettings
+
+REDRAWS = 3  # of a candidate whose compression failed (method.md section 4)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlan:
+    """What the teacher is asked for in one step, at most (counts of completions)."""
+
+    rollouts: int
+    compressions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The sizes of a run; everything per step is a most, reached when every question is hard.
+
+    Attributes:
+        questions, eval_questions: read from the data, before prompts over the token limit are dropped.
+        batch: new questions per step.
+        replayed: replayed questions per step.
+        reformulated: BCQ and NCQ prompts per step.
+        rollouts: student completions per step.
+        completion_tokens: new tokens that the student samples per step.
+        steps: rollout steps in all.
+        epochs: passes over the data that the steps make.
+        optimizer_steps: per rollout step (I).
+        evaluations: held-out evaluations in all, before and after training included.
+        lazy, literal: the teacher's work when asked lazily, and by Algorithm 1 to the letter; None where no teacher is needed.
+    """
+
+    questions: int
+    eval_questions: int
+    batch: int
+    replayed: int
+    reformulated: int
+    rollouts: int
+    completion_tokens: int
+    steps: int
+    epochs: float
+    optimizer_steps: int
+    evaluations: int
+    lazy: TeacherPlan | None
+    literal: TeacherPlan | None
+
+    @property
+    def prompts(self) -> int:
+        """Prompts per step at most: new, replayed and reformulated ones are additive (method.md section 3)."""
+        return self.batch + self.replayed + self.reformulated
+
+
+def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions of a recipe. Raises DataError."""
+    data = settings.data
+    train = load_questions(data.train, data.columns, data.limit)
+    held_out = load_questions(data.eval, data.columns, data.eval_limit) if data.eval else []
+    return train, held_out
+
+
+def check_files(settings: Settings) -> None:
+    """Whether the files that a recipe names are there: templates, folders of models, the reward function's module.
+
+    Raises:
+        TemplateError, ModelError, RewardError.
+    """
+    PromptBook(settings.prompts)
+    models = [("student", settings.student)] + ([("teacher", settings.teacher)] if settings.teacher else [])
+    for name, model in models:
+        if model.template is not None and not model.template.is_file():
+            raise TemplateError(f"{name}.template: there is no file {model.template}")
+        if Path(model.model).is_absolute() and not (Path(model.model) / "config.json").is_file():
+            raise ModelError(
+                f"{name}.model: {model.model} is no transformers checkpoint (no config.json in it); "
+                "name a folder that has one, or a model of the hub as owner/name"
+            )
+    if settings.grading.reward:
+        _check_reward(settings.grading.reward)
+
+
+def make_plan(settings: Settings, questions: int, eval_questions: int = 0) -> Plan:
+    """The sizes of a run on so many questions, by method.md sections 2 and 3."""
+    method, zone, rollout, train = settings.method.resolve(), settings.zone, settings.rollout, settings.train
+    batch = effective_batch(questions, rollout.batch_size)
+    replayed = min(share_of(zone.rho_replay, batch), zone.buffer_capacity, questions - batch) if method.replay else 0
+    plain = batch + replayed
+    cap = share_of(zone.rho_aug, batch)
+    reformulated = min(cap, plain * len(method.reformulations))
+    rollouts = (plain + reformulated) * rollout.group_size
+    steps = steps_per_epochs(questions, batch, train.epochs) if train.steps is None else train.steps
+    every = settings.eval.every
+    between = (max(steps - 1, 0) // every) if every else 0
+    lazy = literal = None
+    if method.needs_teacher and settings.teacher is not None:
+        lazy = _teacher_plan(settings, settings.teacher, asked=min(cap, plain), cap=cap, lazy=True)
+        literal = _teacher_plan(settings, settings.teacher, asked=plain, cap=cap, lazy=False)
+    return Plan(
+        questions=questions,
+        eval_questions=eval_questions,
+        batch=batch,
+        replayed=replayed,
+        reformulated=reformulated,
+        rollouts=rollouts,
+        completion_tokens=rollouts * rollout.max_new_tokens,
+        steps=steps,
+        epochs=steps * batch / questions if train.steps is not None else float(train.epochs),
+        optimizer_steps=min(train.minibatches, plain + reformulated),
+        evaluations=2 + between if eval_questions else 0,
+        lazy=lazy,
+        literal=literal,
+    )
+
+
+def render_plan(settings: Settings, plan: Plan, source: str, folder: str) -> Group:
+    """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be."""
+    parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
+    parts += [_table("one step, at most", _step_rows(settings, plan)), ""]
+    if plan.lazy is not None and plan.literal is not None:
+        parts += [_teacher_table(settings, plan.lazy, plan.literal), ""]
+    return Group(*parts, Text("Nothing was trained and no model was loaded: this was a dry run.", style="dim"))
+
+
+def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, str]]:
+    method = settings.method.resolve()
+    asks = ", ".join(kind.upper() for kind in method.reformulations) or "nothing"
+    passes = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
+    return [
+        ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, asks again with {asks}"),
+        ("student", settings.student.model),
+        ("teacher", settings.teacher.model if settings.teacher and method.needs_teacher else "not needed"),
+        ("training questions", f"{plan.questions:,} from {settings.data.train}"),
+        ("held-out questions", f"{plan.eval_questions:,} from {settings.data.eval}" if settings.data.eval else "none"),
+        ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each"),
+        ("steps", f"{plan.steps:,} ({passes})"),
+        ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
+        ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
+        ("files", folder),
+    ]
+
+
+def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
+    rollout = settings.rollout
+    plain_tokens = (plan.batch + plan.replayed) * settings.data.max_prompt_tokens
+    return [
+        ("new questions", f"{plan.batch:,}"),
+        ("replayed questions", f"{plan.replayed:,}"),
+        ("reformulated prompts", f"{plan.reformulated:,}"),
+        ("prompts", f"{plan.prompts:,}"),
+        ("rollouts", f"{plan.rollouts:,} ({rollout.group_size} per prompt)"),
+        ("sampled tokens", f"{plan.completion_tokens:,} (up to {rollout.max_new_tokens:,} per rollout)"),
+        ("plain prompt tokens", f"{plain_tokens:,} (up to {settings.data.max_prompt_tokens:,} per prompt, read once per prompt)"),
+    ]
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) -> Table:
+    assert settings.teacher is not None
+    chosen = settings.teacher.ask
+    table = Table(title="asked of the teacher per step, at most", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in ("ask", "rollouts", "their tokens", "compressions", "their tokens", ""):
+        table.add_column(name, justify="right" if name not in ("ask", "") else "left")
+    for name, work in (("lazy", lazy), ("all", literal)):
+        table.add_row(
+            name,
+            f"{work.rollouts:,}",
+            f"{work.rollouts * settings.teacher.rollout.max_new_tokens:,}",
+            f"{work.compressions:,}",
+            f"{work.compressions * settings.teacher.compression.max_new_tokens:,}",
+            "<- this run" if name == chosen else "",
+        )
+    return table
+
+
+def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, cap: int, lazy: bool) -> TeacherPlan:
+    """The most that the teacher does in a step when it is asked about `asked` hard questions and `cap` prompts are built."""
+    kinds = settings.method.resolve().reformulations
+    wrong, draws = settings.rollout.group_size, 1 + REDRAWS
+    positive = min(draws, settings.zone.teacher_group_size)
+    built = min(cap, asked)
+    # With an NCQ all wrong rollouts are compressed, the BCQ's negative among them.
+    pair = positive + (0 if "ncq" in kinds else min(draws, wrong)) if "bcq" in kinds else 0
+    most = built * (pair + (wrong if "ncq" in kinds else 0))
+    if lazy and len(kinds) == 2:
+        # A question takes two slots, or one where the teacher fails on it; the last wave may build one prompt too many.
+        both = (built + 1) // 2
+        most = max(built * wrong, both * (wrong + positive) + min(built + 1 - 2 * both, built - both) * wrong)
+    return TeacherPlan(
+        rollouts=asked * settings.zone.teacher_group_size if "bcq" in kinds else 0,
+        compressions=most if teacher.compression.enabled else 0,
+    )
+
+
+def _check_reward(name: str) -> None:
+    """The module or file of a reward function exists; it is not run here."""
+    module, colon, function = name.rpartition(":")
+    if not colon or not function:
+        raise RewardError(f"grading.reward: {name!r} names no function; write package.module:function or file.py:function")
+    if module.endswith(".py"):
+        if not Path(module).is_file():
+            raise RewardError(f"grading.reward: there is no file {module}")
+    elif importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")

@@ -1,0 +1,103 @@
+"""What a run shows in the terminal: a live display, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from zppo.train.evaluate import Evaluation
+
+
+class Progress:
+    """Shows steps and evaluations as they happen.
+
+    Args:
+        console: where to; a console that is no terminal gets a plain line every few seconds.
+        steps: steps of the whole run.
+        kinds: kinds of prompts whose accuracy is shown, plain first.
+        replay: whether there is a buffer to show.
+    """
+
+    PLAIN_LINE_SECONDS = 2.0
+
+    def __init__(self, console: Console, steps: int, kinds: tuple[str, ...], *, replay: bool) -> None:
+        self.console, self.steps, self.kinds, self.replay = console, steps, kinds, replay
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._began: tuple[float, int] | None = None
+        self._last_line = float("-inf")
+        self._means: dict[str, float] = {}
+        self._held_out = ""
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """A held-out result."""
+        levels = "  ".join(f"{name} {value:.3f}" for name, value in result.by_level.items())
+        self._held_out = f"step {step}: {result.accuracy:.3f}  {levels}".rstrip()
+        self.console.print(Text(f"held-out accuracy at {self._held_out}"), highlight=False)
+
+    def step(self, step: int, metrics: Mapping[str, Any], totals: Any) -> None:
+        """The metrics of a finished step; accuracies are shown as running means over about ten steps."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now - metrics["seconds"]["step"], step - 1)
+        for kind, value in metrics["accuracy"].items():
+            before = self._means.get(kind, value)
+            self._means[kind] = before + 0.1 * (value - before) if kind in self._means else value
+        per_step = (now - self._began[0]) / (step - self._began[1])
+        left = _clock((self.steps - step) * per_step)
+        facts = self._facts(metrics, totals)
+        if self._live:
+            self._live.update(self._panel(step, left, facts))
+        elif now - self._last_line >= self.PLAIN_LINE_SECONDS or step == self.steps:
+            self._last_line = now
+            line = "  ".join(f"{name} {value}" for name, value in facts)
+            self.console.print(Text(f"step {step}/{self.steps}  {line}  left {left}"), highlight=False, soft_wrap=True)
+
+    def _facts(self, metrics: Mapping[str, Any], totals: Any) -> list[tuple[str, str]]:
+        facts = [(kind, f"{self._means[kind]:.2f}" if kind in self._means else "-") for kind in self.kinds]
+        if self.replay:
+            facts.append(("buffer", str(metrics["buffer"])))
+            facts.append(("graduated", f"{sum(totals.graduated.values())}/{sum(totals.admitted.values())}"))
+            facts.append(("evicted", str(sum(totals.evicted.values()))))
+        facts.append(("tokens/s", f"{metrics['tokens_per_second']:,.0f}"))
+        return facts
+
+    def _panel(self, step: int, left: str, facts: list[tuple[str, str]]) -> RenderableType:
+        table = Table.grid(padding=(0, 3))
+        for _ in facts:
+            table.add_column(justify="left")
+        table.add_row(*(Text(name, style="dim") for name, _ in facts))
+        table.add_row(*(Text(value, style="bold") for _, value in facts))
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(f"step {step}/{self.steps}"),
+            ProgressBar(total=max(1, self.steps), completed=step, width=40),
+            Text(f"left {left}"),
+        )
+        held_out = Text(f"held-out accuracy at {self._held_out}", style="dim") if self._held_out else Text("")
+        return Group(head, table, held_out)
+
+
+def _clock(seconds: float) -> str:
+    """12 -> "0:12", 3723 -> "1:02:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,217 @@
+"""A recipe (YAML) and command-line overrides -> `Settings`, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from zppo.data.load import has_scheme
+from zppo.errors import SettingsError
+from zppo.train.keys import known_keys, nearest_key, show
+from zppo.train.settings import Settings
+from zppo.train.yaml12 import dump_yaml, parse_yaml
+
+_MODELS = ("student.model", "teacher.model")
+_FILES = ("data.train", "data.eval", "student.template", "teacher.template")
+_SHORTHAND = "method"
+
+Bases = tuple[Path, ...]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of a recipe with overrides applied.
+
+    Overrides are `--key.sub=value` or `--key.sub value`, values read as YAML; later ones win. Relative paths in the recipe are looked
+    for beside the recipe, then in the working directory; those of overrides in the working directory. `lab:` names and names of models
+    that are no folder pass through. The paths in the result are absolute, `output` excepted.
+
+    Raises:
+        SettingsError: the recipe is missing or no YAML, or settings are unknown, missing or wrong: all of them in one message.
+    """
+    recipe = Path(path).expanduser()
+    data = _anchor(_read(recipe), (recipe.absolute().parent, Path.cwd()))
+    given = parse_overrides(overrides)
+    problems = []
+    for key, value in given:
+        flat = _unflatten(key, value)
+        problem = _merge(data, _anchor(flat, (Path.cwd(),)), key)
+        problems += [problem] if problem else []
+    return _validate(data, str(path), {key for key, _ in given}, problems)
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """(dotted key, value) of each override, in order. Raises SettingsError for one that has no value or whose value is no YAML."""
+    result = []
+    rest = iter(overrides)
+    for token in rest:
+        name, equals, text = token.partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise SettingsError(f"{token!r} is no override; write --key.sub=value, for example --train.steps=100")
+        if not equals:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                near = _nearest(name[2:])
+                raise SettingsError(f"{name} has no value; write {name}=VALUE{near}")
+            text = following
+        try:
+            result.append((name[2:], parse_yaml(text)))
+        except (yaml.YAMLError, ValueError) as error:
+            raise SettingsError(f"the value of {name} is no YAML: {text!r} ({_reason(error)}); put it in quotes") from error
+    return result
+
+
+def dump_recipe(settings: Settings) -> str:
+    """Every setting as YAML that `load_recipe` reads back to equal settings (of settings that it made)."""
+    return dump_yaml(settings.model_dump(mode="json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise SettingsError(f"{path} is a folder, not a recipe; name a YAML file in it")
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"there is no recipe {path} (working directory {Path.cwd()}); recipes/my-data.yaml of the project is one to copy"
+        ) from error
+    except OSError as error:
+        raise SettingsError(f"the recipe {path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise SettingsError(f"the recipe {path} is no YAML: {_reason(error)}") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        what = "is empty" if data is None else f"holds {type(data).__name__} {show(data)!r}"
+        raise SettingsError(f"the recipe {path} {what}; it must hold keys and values, such as `seed: 0`")
+    return data
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error)
+
+
+def _unflatten(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(data: dict[str, Any], new: Mapping[str, Any], key: str) -> str | None:
+    """Puts the one leaf of `new`, at `key`, into `data`; what is wrong if `data` has no section there."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1], 1):
+        new = new[part]
+        below = data.get(part)
+        if isinstance(below, str) and parts[:depth] == [_SHORTHAND]:
+            below = {"name": below}
+        if below is not None and not isinstance(below, dict):
+            return f"--{key} cannot be set: {'.'.join(parts[:depth])} is {show(below)!r}, not a section{_nearest(key)}"
+        data[part] = data = dict(below or {})
+    data[parts[-1]] = new[parts[-1]]
+    return None
+
+
+def _anchor(given: Mapping[str, Any], bases: Bases) -> dict[str, Any]:
+    """The data with relative paths made absolute: the first base that has the file, else the first base."""
+    data: dict[str, Any] = _copy(given)
+    for section, key, value in _texts(data, _FILES):
+        section[key] = _file(value, bases)
+    for section, key, value in _texts(data, _MODELS):
+        section[key] = _model(value, bases)
+    for section, key, value in _texts(data, ("grading.reward",)):
+        file, colon, function = value.rpartition(":")
+        section[key] = f"{_file(file, bases)}:{function}" if colon and file.endswith(".py") else value
+    prompts = data.get("prompts")
+    if isinstance(prompts, dict):
+        data["prompts"] = {k: _file(v, bases) if isinstance(v, str) else v for k, v in prompts.items()}
+    return data
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(below) for key, below in value.items()} if isinstance(value, Mapping) else value
+
+
+def _texts(data: dict[str, Any], keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """(section, key in it, value) of those keys that are set to a text."""
+    for dotted in keys:
+        *above, last = dotted.split(".")
+        section: Any = data
+        for part in above:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(last), str):
+            yield section, last, section[last]
+
+
+def _file(value: str, bases: Bases) -> str:
+    if not value or has_scheme(value):
+        return value
+    candidates = [os.path.abspath(base / Path(value).expanduser()) for base in bases]
+    return next((c for c in candidates if os.path.exists(c)), candidates[0])
+
+
+def _model(value: str, bases: Bases) -> str:
+    """A folder of that name, else the name as it is: one on the hub. Names that only a path can have are paths."""
+    path = _file(value, bases)
+    return path if os.path.isdir(path) or value.startswith(("./", "../", "~", "/")) else value
+
+
+def _validate(data: dict[str, Any], source: str, overridden: set[str], problems: list[str]) -> Settings:
+    problems = [*problems, *_misplaced_booleans(data)]
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        problems += [_problem(details, overridden) for details in error.errors(include_url=False)]
+    else:
+        if not problems:
+            return settings
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    listing = "\n".join(f"  - {problem}" for problem in problems)
+    raise SettingsError(f"{source}: {count}\n{listing}\n`zppo train --help` lists every setting.")
+
+
+def _misplaced_booleans(data: Mapping[str, Any]) -> Iterator[str]:
+    """pydantic would read true as the number 1."""
+    for key in known_keys().values():
+        if not key.section and bool not in key.types and {int, float} & set(key.types):
+            *above, last = key.name.split(".")
+            section: Any = data
+            for part in above:
+                section = section.get(part) if isinstance(section, dict) else None
+            if isinstance(section, dict) and isinstance(section.get(last), bool):
+                yield f"{key.name}: {show(section[last])!r} does not fit; expected {key.kind} ({key.description})"
+
+
+def _problem(details: ErrorDetails, overridden: set[str]) -> str:
+    """One pydantic error in words: key, value, what is expected."""
+    parts = [str(part) for part in details["loc"]]
+    name = ".".join(parts)
+    where = " (set on the command line)" if name in overridden else ""
+    if details["type"] == "extra_forbidden":
+        return f"{name} is no setting{where}{_nearest(name)}"
+    while parts and ".".join(parts) not in known_keys():
+        parts.pop()
+    key = known_keys().get(".".join(parts))
+    if details["type"] == "missing" and key is not None:
+        wanted = [k.name for k in known_keys().values() if k.required and not k.section and f"{k.name}.".startswith(f"{name}.")]
+        return f"{name} is missing ({key.description}); set {', '.join(wanted)} in the recipe or with --{wanted[0]}=VALUE"
+    if details["type"] == "value_error" or key is None:
+        message = details["msg"].removeprefix("Value error, ")
+        return f"{name}: {message}" if name else message
+    expected = key.kind
+    if key.section:
+        expected = f"a section with {', '.join(k for k in known_keys() if k.rpartition('.')[0] == key.name)}"
+    shown = show(details["input"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return f"{name}: {shown!r} does not fit{where}; expected {expected} ({key.description})"
+
+
+def _nearest(name: str) -> str:
+    return "" if name in known_keys() else f"; the nearest one is {nearest_key(name)}"

@@ -1,0 +1,129 @@
+"""`train` starts a run, `resume` continues one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from zppo.errors import CheckpointError, SettingsError
+from zppo.train import checkpoint
+from zppo.train.assemble import Assembled, assemble, make_accelerator, make_engine, scoring
+from zppo.train.evaluate import Evaluation, evaluate
+from zppo.train.final import FINAL, closing_table, save_final, write_model_card
+from zppo.train.models import load_model
+from zppo.train.recipe import dump_recipe, load_recipe
+from zppo.train.runlog import METRICS, read_lines
+from zppo.train.settings import Settings
+
+RECIPE = "recipe.yaml"
+
+
+def train(settings: Settings, recipe_name: str, console: Console | None = None) -> Path:
+    """Train by a recipe from the start; returns the run folder.
+
+    Everything is checked and loaded before the folder is made.
+
+    Raises:
+        ZPPOError: something is wrong with recipe, data, models or templates, or the folder holds a run already.
+    """
+    run = settings.output or Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (run / RECIPE).exists():
+        raise SettingsError(
+            f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=..."
+        )
+    return _run(settings.model_copy(update={"output": run}), run, None, console or Console(), resumed=False)
+
+
+def resume(run: Path, console: Console | None = None) -> Path:
+    """Continue a run after its newest checkpoint; returns the run folder.
+
+    What was written after the checkpoint is taken back and done again; on a CPU with an in-process teacher with the same result.
+
+    Raises:
+        CheckpointError: the folder holds no run, or its checkpoint cannot be read.
+    """
+    if not (run / RECIPE).exists():
+        raise CheckpointError(
+            f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed"
+        )
+    console = console or Console()
+    settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
+    if (run / FINAL / "README.md").exists():
+        console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
+        return run
+    whole = checkpoint.existing(run)
+    return _run(settings, run, whole[-1] if whole else None, console, resumed=True)
+
+
+def _run(settings: Settings, run: Path, start: Path | None, console: Console, *, resumed: bool) -> Path:
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
+    accelerator = make_accelerator(settings)
+    with scoring(settings) as score:
+        parts = assemble(settings, run, start, score, accelerator, console)
+        trainer = parts.trainer
+        if start:
+            trainer.load_state_dict(checkpoint.load_state(start))
+        if resumed:
+            trainer.log.rewind(trainer.done if start else -1)
+            console.print(f"resumed after step {trainer.done} of {trainer.steps}")
+        else:
+            trainer.log.open()
+            (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
+            console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
+        if not start:
+            trainer.evaluate()
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            console.print(
+                f"stopped; `zppo resume {run}` continues after the newest checkpoint", soft_wrap=True, highlight=False
+            )
+            raise
+        return _finish(settings, run, parts, console)
+
+
+def _finish(settings: Settings, run: Path, parts: Assembled, console: Console) -> Path:
+    """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
+    trainer = parts.trainer
+    folder = save_final(run, parts.model, parts.chat)
+    after = None
+    if trainer.held_out:
+        fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention).to(parts.model.device)
+        after = evaluate(
+            replace(trainer.roller, engine=make_engine(settings, fresh, parts.chat)), trainer.held_out, settings.eval
+        )
+        trainer.log.metrics(trainer.done, "final", asdict(after))
+    before = _evaluation_at_start(run)
+    write_model_card(
+        folder,
+        name=run.name,
+        method=trainer.method.name,
+        student=settings.student.model,
+        recipe=dump_recipe(settings),
+        before=before,
+        after=after,
+        totals=trainer.totals,
+    )
+    closing_table(
+        console,
+        run,
+        group_size=settings.rollout.group_size,
+        threshold=settings.zone.threshold,
+        before=before,
+        after=after,
+        totals=trainer.totals,
+        replay=trainer.method.replay,
+    )
+    return run
+
+
+def _evaluation_at_start(run: Path) -> Evaluation | None:
+    for record in read_lines(run / METRICS):
+        if record["event"] == "eval" and record["step"] == 0:
+            return Evaluation(**{name: record[name] for name in Evaluation.__slots__})
+    return None

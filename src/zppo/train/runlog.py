@@ -1,0 +1,172 @@
+"""The run folder's growing files: metrics.jsonl, buffer.jsonl, rollouts/*.parquet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zppo.core.replay import Changes, Entry
+from zppo.core.types import Group
+
+METRICS = "metrics.jsonl"
+BUFFER = "buffer.jsonl"
+ROLLOUTS = "rollouts"
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("kind", pa.string()),
+        ("question_id", pa.string()),
+        ("level", pa.string()),
+        ("replayed", pa.bool_()),
+        ("entry_accuracy", pa.float32()),  # plain accuracy when the question entered the buffer; null: it is not in it
+        ("rollout", pa.int16()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("gold", pa.string()),
+        ("answer", pa.string()),
+        ("correct", pa.bool_()),
+        ("graded", pa.bool_()),
+        ("reason", pa.string()),
+        ("reward", pa.float32()),
+        ("advantage", pa.float32()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("entropy", pa.float32()),
+        ("audit", pa.string()),  # JSON: facts about the candidates that the student never sees
+    ]
+)
+
+
+class RunLog:
+    """Appends to the files of one run folder.
+
+    Every line carries its step, so that `rewind` can take back what a killed run wrote after its last checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self) -> None:
+        """Make the run folder; until then nothing is written."""
+        (self.folder / ROLLOUTS).mkdir(parents=True, exist_ok=True)
+
+    def metrics(self, step: int, event: str, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; `event` is "step" or "eval"; NaN and infinity become null."""
+        self._append(METRICS, [{"step": step, "event": event, **values}])
+
+    def buffer(self, step: int, changes: Changes) -> None:
+        """One line of buffer.jsonl per question that was admitted, graduated or evicted."""
+        named: tuple[tuple[str, Sequence[Entry]], ...] = (
+            ("admitted", changes.admitted),
+            ("graduated", changes.graduated),
+            ("evicted", changes.evicted),
+        )
+        lines = [
+            {
+                "step": step,
+                "event": event,
+                "id": e.question.id,
+                "entry_accuracy": e.accuracy,
+                "entry_step": e.step,
+                "visits": e.visits,
+            }
+            for event, entries in named
+            for e in entries
+        ]
+        self._append(BUFFER, lines)
+
+    def rollouts(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Sequence[float],
+        *,
+        replayed: frozenset[str],
+        entry_accuracy: Mapping[str, float],
+        show: Callable[[tuple[int, ...]], str],
+    ) -> None:
+        """rollouts/step-NNNNNN.parquet with one row per rollout of every kind; `show` turns prompt ids into text."""
+        values = iter(advantages)
+        rows = [
+            {
+                "step": step,
+                "kind": group.kind,
+                "question_id": group.question.id,
+                "level": group.question.level,
+                "replayed": group.question.id in replayed,
+                "entry_accuracy": entry_accuracy.get(group.question.id),
+                "rollout": index,
+                "prompt": text,
+                "completion": rollout.text,
+                "gold": group.question.gold,
+                "answer": rollout.answer,
+                "correct": rollout.correct,
+                "graded": rollout.graded,
+                "reason": rollout.reason,
+                "reward": rollout.reward,
+                "advantage": next(values),
+                "prompt_tokens": len(group.prompt.ids) + len(group.prompt.forced_ids),
+                "completion_tokens": len(rollout.ids),
+                "truncated": rollout.truncated,
+                "entropy": rollout.entropy,
+                "audit": audit,
+            }
+            for group in groups
+            for text, audit in [
+                (show(group.prompt.ids + group.prompt.forced_ids), json.dumps(dict(group.prompt.audit)))
+            ]
+            for index, rollout in enumerate(group.rollouts)
+        ]
+        target = self.folder / ROLLOUTS / f"step-{step:06d}.parquet"
+        partial = target.with_suffix(".partial")
+        pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA), partial, compression="zstd")
+        partial.rename(target)
+
+    def rewind(self, step: int) -> None:
+        """Take back everything after `step`, torn last lines and unfinished files included."""
+        for name in (METRICS, BUFFER):
+            path = self.folder / name
+            if path.exists():
+                kept = [line for line, record in _lines(path) if record["step"] <= step]
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(kept), encoding="utf-8")
+                partial.rename(path)
+        self.open()
+        for path in (self.folder / ROLLOUTS).iterdir():
+            if path.suffix != ".parquet" or int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl or buffer.jsonl; empty where the file does not exist."""
+    return [record for _, record in _lines(path)] if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whole lines and what they hold; a line that a killed run tore ends the file."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield line, json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return value

@@ -1,0 +1,266 @@
+"""Every setting, with its meaning and the paper's default (method.md sections 2, 4, 6 and 10)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zppo.engines.base import Sampling
+from zppo.teacher.base import TeacherSampling
+from zppo.train.methods import METHODS, Method
+
+Probability = Field(ge=0, le=1)
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values never change after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class MethodSettings(Section):
+    """Which method trains, and single fields of its row that are overridden."""
+
+    name: str = Field("zppo", description="row of the methods table (`zppo methods` prints it)")
+    replay: bool | None = Field(None, description="override: replay hard questions from the buffer")
+    reformulations: tuple[str, ...] | None = Field(None, description="override: kinds of reformulated prompts")
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodSettings:
+        if self.name not in METHODS:
+            raise ValueError(f"{self.name!r} is no method; known: {', '.join(METHODS)}")
+        known = {kind for row in METHODS.values() for kind in row.reformulations}
+        for kind in self.reformulations or ():
+            if kind not in known:
+                raise ValueError(f"{kind!r} is no reformulation; known: {', '.join(sorted(known))}")
+        return self
+
+    def resolve(self) -> Method:
+        """The row of the table with the overrides applied."""
+        row = METHODS[self.name]
+        return Method(
+            name=row.name,
+            replay=row.replay if self.replay is None else self.replay,
+            reformulations=row.reformulations if self.reformulations is None else self.reformulations,
+            paper=row.paper,
+        )
+
+
+class SamplingSettings(Section):
+    """How tokens are drawn."""
+
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 is off")
+    top_k: int = Field(0, ge=0, description="0 is off")
+    min_p: float = Field(0.0, ge=0, lt=1, description="0 is off")
+    presence_penalty: float = Field(0.0, description="0 is off")
+    repetition_penalty: float = Field(1.0, gt=0, description="1 is off")
+    max_new_tokens: int = Field(12_288, ge=1, description="token limit of a completion")
+
+    def sampling(self) -> Sampling:
+        """The same for an engine."""
+        return Sampling(**{name: getattr(self, name) for name in SamplingSettings.model_fields})
+
+
+class ModelSettings(Section):
+    """A `transformers` checkpoint and how it is spoken to."""
+
+    model: str = Field(description="folder or hub name of a transformers checkpoint, or lab:<world>/<student|teacher>")
+    revision: str | None = Field(None, description="revision on the hub")
+    template: Path | None = Field(None, description="chat template (a jinja file) instead of the tokenizer's own")
+    template_args: dict[str, Any] = Field(
+        {}, description="arguments of the chat template, e.g. {enable_thinking: true}"
+    )
+    attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
+
+
+class StudentSettings(ModelSettings):
+    """The model that is trained."""
+
+
+class TeacherUse(SamplingSettings):
+    """How the teacher is sampled for one use."""
+
+    template_args: dict[str, Any] = Field(
+        {}, description="chat-template arguments for this use, over teacher.template_args"
+    )
+
+
+class CompressionSettings(TeacherUse):
+    """How candidates are compressed (method.md section 4)."""
+
+    enabled: bool = Field(True, description="false: candidates are shown uncompressed, cut to `max_new_tokens`")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    max_new_tokens: int = Field(512, ge=1, description="cap of a candidate in tokens, compressed or not")
+
+
+class TeacherSettings(ModelSettings):
+    """The frozen teacher."""
+
+    device: str = Field("auto", description="auto: the training device; else a torch device such as cuda:1 or cpu")
+    ask: Literal["lazy", "all"] = Field(
+        "lazy",
+        description="lazy: hardest questions first until the cap is full, the same batches for fewer calls; all: Algorithm 1 to the letter",
+    )
+    rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
+    compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
+
+    def how(self, use: TeacherUse) -> TeacherSampling:
+        """Sampling and template arguments of one use."""
+        return TeacherSampling(use.sampling(), {**self.template_args, **use.template_args})
+
+
+class ColumnSettings(Section):
+    """Which column of the data holds what."""
+
+    prompt: str = Field("prompt", description="the question as text")
+    messages: str = Field(
+        "messages", description="the question as a list of {role, content}; used where the row has it"
+    )
+    answer: str = Field("answer", description="the right answer")
+    images: str = Field("images", description="list of image paths")
+    id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
+    level: str = Field("level", description="label by which held-out accuracy is broken down")
+
+
+class DataSettings(Section):
+    """Questions in."""
+
+    train: str = Field(description="JSON lines or parquet file, or lab:<world>/train")
+    eval: str | None = Field(None, description="held-out questions, same formats; empty: no evaluation")
+    columns: ColumnSettings = Field(ColumnSettings(), description="names of the columns")
+    max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
+    limit: int | None = Field(None, ge=1, description="use the first N training questions only")
+    eval_limit: int | None = Field(None, ge=1, description="use the first N held-out questions only")
+
+
+class RolloutSettings(SamplingSettings):
+    """Student rollouts."""
+
+    temperature: float = Field(1.0, gt=0, description="divides the logits, in sampling and in training")
+    batch_size: int = Field(384, ge=1, description="new questions per step (X_new)")
+    group_size: int = Field(8, ge=2, description="student rollouts per prompt (G_S)")
+    max_rows: int | None = Field(None, ge=1, description="rollouts that are decoded at once; empty: all of a step")
+
+
+class ZoneSettings(Section):
+    """Hard questions: threshold, replay, caps, buffer (method.md sections 2 and 3)."""
+
+    threshold: float = Field(
+        0.5, gt=0, le=1, description="a question is hard iff its plain accuracy is below this (tau)"
+    )
+    teacher_group_size: int = Field(4, ge=1, description="teacher rollouts per hard question (G_T)")
+    rho_replay: float = Field(0.25, ge=0, description="replayed questions per new question")
+    rho_aug: float = Field(0.25, ge=0, description="cap on BCQ and NCQ prompts per new question")
+    buffer_capacity: int = Field(10_000, ge=1, description="capacity of the prompt replay buffer (Bmax)")
+    ties: Literal["random", "batch"] = Field(
+        "random", description="order among equally hard questions: keyed random, or batch order"
+    )
+
+
+class AdvantageSettings(Section):
+    """Advantages (Eqs. 1-6)."""
+
+    scope: Literal["nontrivial", "all", "none", "group"] = Field(
+        "nontrivial", description="groups that the batch statistics are over; none: mean only; group: textbook GRPO"
+    )
+    eps: float = Field(1e-8, ge=0, description="added to the standard deviation")
+
+
+class LossSettings(Section):
+    """The clipped surrogate (method.md section 6)."""
+
+    clip_low: float = Field(0.20, ge=0, lt=1, description="clip range below 1")
+    clip_high: float = Field(0.28, ge=0, description="clip range above 1")
+    dual_clip: float | None = Field(10.0, gt=1, description="bound of the ratio for negative advantages; null is off")
+    mask_truncated: bool = Field(False, description="leave truncated rollouts out of the loss and its denominator")
+
+
+class TrainSettings(Section):
+    """Optimizer and loop."""
+
+    steps: int | None = Field(None, ge=0, description="rollout steps; empty: `epochs` passes over the data")
+    epochs: int = Field(1, ge=1, description="passes over the data where `steps` is empty")
+    minibatches: int = Field(4, ge=1, description="optimizer steps per rollout step (I)")
+    learning_rate: float = Field(1e-6, gt=0, description="constant, no warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="weights are fp32 always; bf16 is autocast; auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    device: Literal["auto", "cpu"] = Field("auto", description="cpu: leave a GPU alone")
+    tokens_per_microbatch: int = Field(
+        16_384, ge=1, description="padded tokens of one forward and backward: the memory knob"
+    )
+    old_logprobs: Literal["auto", "sampler", "forward"] = Field(
+        "auto", description="auto: the sampler's where they are exact, else one forward pass"
+    )
+    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none")
+    keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
+
+
+class EvalSettings(SamplingSettings):
+    """Held-out evaluation with plain prompts (decoding defaults: method.md section 10)."""
+
+    temperature: float = Field(0.6, ge=0, description="0 is greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus; 1 is off")
+    top_k: int = Field(20, ge=0, description="0 is off")
+    presence_penalty: float = Field(1.5, description="0 is off")
+    every: int = Field(50, ge=0, description="steps between evaluations; 0: before and after training only")
+    samples: int = Field(1, ge=1, description="completions per question")
+
+
+class GradingSettings(Section):
+    """How completions are graded."""
+
+    reward: str | None = Field(
+        None, description="a reward function of yours, package.module:function or file.py:function"
+    )
+    deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
+    workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
+
+
+class Settings(Section):
+    """A whole recipe."""
+
+    method: MethodSettings = Field(MethodSettings(), description="the method")
+    seed: int = Field(0, ge=0, description="keys every random draw")
+    output: Path | None = Field(None, description="run folder; empty: runs/<recipe>-<date>-<time>")
+    student: StudentSettings = Field(description="the model that is trained")
+    teacher: TeacherSettings | None = Field(
+        None, description="the frozen teacher; needed where the method reformulates"
+    )
+    data: DataSettings = Field(description="questions")
+    prompts: dict[str, Path] = Field(
+        {}, description="templates instead of the project's own: {closing: path, bcq: path, ...}"
+    )
+    rollout: RolloutSettings = Field(RolloutSettings(), description="student rollouts")
+    zone: ZoneSettings = Field(ZoneSettings(), description="hard questions")
+    advantage: AdvantageSettings = Field(AdvantageSettings(), description="advantages")
+    loss: LossSettings = Field(LossSettings(), description="loss")
+    train: TrainSettings = Field(TrainSettings(), description="optimizer and loop")
+    eval: EvalSettings = Field(EvalSettings(), description="held-out evaluation")
+    grading: GradingSettings = Field(GradingSettings(), description="grading")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_by_name(cls, data: Any) -> Any:
+        """`method: zppo` is short for `method: {name: zppo}`."""
+        if isinstance(data, dict) and isinstance(data.get("method"), str):
+            data = {**data, "method": {"name": data["method"]}}
+        return data
+
+    @model_validator(mode="after")
+    def _teacher_where_needed(self) -> Settings:
+        method = self.method.resolve()
+        if method.needs_teacher and self.teacher is None:
+            raise ValueError(
+                f"method {method.name!r} asks again with {', '.join(method.reformulations)}, which needs a teacher: "
+                "set teacher.model, or choose grpo or grpo-replay"
+            )
+        return self

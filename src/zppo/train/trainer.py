@@ -1,0 +1,231 @@
+"""The training loop. `Trainer.step` is Algorithm 1, line by line; everything that it calls is testable without a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
+from zppo.core.replay import Changes, PromptReplayBuffer
+from zppo.core.select import share_of
+from zppo.core.types import PLAIN, Group, Question
+from zppo.data.order import batch_ids
+from zppo.train.evaluate import Evaluation, evaluate
+from zppo.train.progress import Progress
+from zppo.train.rollouts import Roller
+from zppo.train.runlog import RunLog
+from zppo.train.settings import Settings
+from zppo.train.update import Updater, advantages_of
+from zppo.train.zone import ZoneBuilder
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run has done so far; part of every checkpoint.
+
+    `admitted`, `graduated` and `evicted` count buffer entries by their accuracy at admission.
+    """
+
+    rollouts: int = 0
+    student_tokens: int = 0
+    teacher_tokens: int = 0
+    seconds: float = 0.0
+    admitted: dict[str, int] = field(default_factory=dict)
+    graduated: dict[str, int] = field(default_factory=dict)
+    evicted: dict[str, int] = field(default_factory=dict)
+    missed: dict[str, int] = field(default_factory=dict)  # help that the teacher could not give
+
+    def add_changes(self, changes: Changes) -> None:
+        """Count what one buffer update did."""
+        for counts, entries in (
+            (self.admitted, changes.admitted),
+            (self.graduated, changes.graduated),
+            (self.evicted, changes.evicted),
+        ):
+            for entry in entries:
+                counts[entry_bin(entry.accuracy)] = counts.get(entry_bin(entry.accuracy), 0) + 1
+
+
+def entry_bin(accuracy: float) -> str:
+    """The name of an entry-accuracy bin: 0.125 -> "12.5%"."""
+    return f"{accuracy:.1%}".replace(".0%", "%")
+
+
+class Trainer:
+    """Runs the steps of one recipe over the parts that `zppo.train.run` put together.
+
+    Attributes:
+        done: steps that are finished.
+        totals: sums over the run.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        steps: int,
+        questions: Sequence[Question],
+        held_out: Sequence[Question],
+        roller: Roller,
+        zone: ZoneBuilder,
+        updater: Updater,
+        buffer: PromptReplayBuffer,
+        log: RunLog,
+        progress: Progress,
+        checkpoint: Callable[[int, Mapping[str, Any]], Path],
+    ) -> None:
+        self.settings, self.steps = settings, steps
+        self.questions, self.held_out = questions, held_out
+        self.roller, self.zone, self.updater = roller, zone, updater
+        self.buffer, self.log, self.progress, self.checkpoint = buffer, log, progress, checkpoint
+        self.method = settings.method.resolve()
+        self.done = 0
+        self.totals = Totals()
+
+    def run(self) -> None:
+        """All steps that are left, with evaluations and checkpoints on the way."""
+        with self.progress:
+            while self.done < self.steps:
+                self.step(self.done + 1)
+                every = self.settings.eval.every
+                if every and self.done % every == 0 and self.done < self.steps:
+                    self.evaluate()
+                every = self.settings.train.checkpoint_every
+                if every and (self.done % every == 0 or self.done == self.steps):
+                    self.checkpoint(self.done, self.state_dict())
+
+    def step(self, step: int) -> None:
+        """One step of Algorithm 1."""
+        zone, started = self.settings.zone, time.perf_counter()
+        new = [
+            self.questions[i]
+            for i in batch_ids(len(self.questions), self._batch_size, self.settings.seed, step - 1, self._epochs)
+        ]
+        replayed = (
+            self.buffer.sample(share_of(zone.rho_replay, len(new)), {q.id for q in new}) if self.method.replay else []
+        )
+
+        plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step)
+        sampled = time.perf_counter()
+        asked_again = self.zone.build(plain, len(new), step)
+        built = time.perf_counter()
+        groups = plain + self.roller.roll(asked_again.prompts, step)
+        resampled = time.perf_counter()
+        advantages = advantages_of(groups, self.settings.advantage)
+        update = self.updater.update(groups, advantages, step)
+        updated = time.perf_counter()
+
+        entry_accuracy = {g.question.id: e.accuracy for g in plain if (e := self.buffer.get(g.question.id))}
+        changes = (
+            self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)
+            if self.method.replay
+            else Changes()
+        )
+        self.totals.add_changes(changes)
+        self.log.buffer(step, changes)
+        replayed_ids = frozenset(q.id for q in replayed)
+        self.log.rollouts(
+            step,
+            groups,
+            advantages.tolist(),
+            replayed=replayed_ids,
+            entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | entry_accuracy,
+            show=self.roller.speaker.chat.show,
+        )
+        ended = time.perf_counter()
+        seconds = {
+            "sampling": sampled - started + resampled - built,
+            "teacher": built - sampled,
+            "update": updated - resampled,
+            "other": ended - updated,
+            "step": ended - started,
+        }
+        self._report(step, groups, advantages, asked_again.metrics, update, changes, seconds, replayed_ids)
+        self.done = step
+
+    def evaluate(self) -> Evaluation | None:
+        """Accuracy on the held-out questions with the current weights, logged; None where there are none."""
+        if not self.held_out:
+            return None
+        result = evaluate(self.roller, self.held_out, self.settings.eval)
+        self.log.metrics(self.done, "eval", asdict(result))
+        self.progress.evaluation(self.done, result)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, besides weights and optimizer; JSON-ready."""
+        return {
+            "buffer": self.buffer.state_dict(),
+            "totals": asdict(self.totals),
+            "skipped_in_a_row": self.updater.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step of a checkpoint."""
+        self.done = state["step"]
+        self.buffer.load_state_dict(state["buffer"])
+        self.totals = Totals(**state["totals"])
+        self.updater.skipped_in_a_row = state["skipped_in_a_row"]
+
+    @property
+    def _batch_size(self) -> int:
+        return self.settings.rollout.batch_size
+
+    @property
+    def _epochs(self) -> int | None:
+        return self.settings.train.epochs if self.settings.train.steps is None else None
+
+    def _report(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Any,
+        zone: dict[str, float | None],
+        update: dict[str, float | None],
+        changes: Changes,
+        seconds: dict[str, float],
+        replayed: frozenset[str],
+    ) -> None:
+        """One line of metrics and one of progress."""
+        rollouts = [r for g in groups for r in g.rollouts]
+        again = [g for g in groups if g.kind != PLAIN]
+        tokens = sum(len(r.ids) for r in rollouts)
+        teacher_tokens = sum(
+            int(zone.get(name) or 0) for name in ("teacher_completion_tokens", "compression_completion_tokens")
+        )
+        self.totals.rollouts += len(rollouts)
+        self.totals.student_tokens += tokens
+        self.totals.teacher_tokens += teacher_tokens
+        self.totals.seconds += seconds["step"]
+        for name in (
+            "teacher_unreachable",
+            "compression_unreachable",
+            "compression_failed",
+            "bcq_raw_pairs",
+            "too_long",
+        ):
+            self.totals.missed[name] = self.totals.missed.get(name, 0) + int(zone.get(name) or 0)
+        metrics = {
+            "accuracy": accuracy_by_kind(groups),
+            "composition": composition(groups, self.settings.zone.threshold),
+            "replayed_questions": len(replayed),
+            "replayed_share_of_slots": sum(g.question.id in replayed for g in again) / len(again) if again else None,
+            **update,
+            **rollout_metrics(rollouts, advantages),
+            **zone,
+            "buffer": len(self.buffer),
+            "buffer_by_entry": {entry_bin(a): n for a, n in self.buffer.occupancy().items()},
+            "admitted": len(changes.admitted),
+            "graduated": len(changes.graduated),
+            "evicted": len(changes.evicted),
+            "student_tokens": tokens,
+            "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
+            "teacher_tokens": teacher_tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds["step"],
+        }
+        self.log.metrics(step, "step", metrics)
+        self.progress.step(step, metrics, self.totals)

@@ -1,0 +1,227 @@
+"""Advantages -> I optimizer steps (Alg. 1, l. 13; method.md sections 5 and 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from zppo.core.advantages import group_advantages, two_step_advantages
+from zppo.core.loss import clipped_surrogate
+from zppo.core.metrics import mean
+from zppo.core.minibatch import deal_groups, micro_batches
+from zppo.core.types import Group, Rollout
+from zppo.engines.forward import Row, completion_logprobs
+from zppo.errors import ZPPOError
+from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
+
+MOST_SKIPPED_UPDATES = 3
+
+
+def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch.Tensor:
+    """Advantages of all rollouts of a step, in order of groups and rollouts, (N,) float32."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts], dtype=torch.int64)
+    graded = torch.tensor([r.graded for r in rollouts], dtype=torch.bool)
+    if settings.scope == "group":
+        return group_advantages(rewards, ids, eps=settings.eps, graded=graded)
+    return two_step_advantages(rewards, ids, settings.scope, eps=settings.eps, graded=graded)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One rollout on its way into the loss."""
+
+    row: Row
+    sampled_logprobs: torch.Tensor
+    advantage: float
+    counted: bool  # stands in the token-level denominator
+
+    @property
+    def tokens(self) -> int:
+        return len(self.row.completion_ids)
+
+    @property
+    def length(self) -> int:
+        return len(self.row.prompt_ids) + self.tokens
+
+    @property
+    def live(self) -> bool:
+        """Whether it has a gradient at all: with no KL term, a rollout with A = 0 has exactly none."""
+        return self.counted and self.advantage != 0
+
+
+def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_truncated: bool) -> list[list[Sample]]:
+    """Samples per group."""
+    values = iter(advantages.tolist())
+
+    def sample(group: Group, rollout: Rollout) -> Sample:
+        row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()))
+        return Sample(row, rollout.logprobs, next(values), not (mask_truncated and rollout.truncated))
+
+    return [[sample(group, rollout) for rollout in group.rollouts] for group in groups]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over the micro-batches of a step."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    tokens: int = 0
+    clipped_low: int = 0
+    clipped_high: int = 0
+    clipped_dual: int = 0
+    gap_sum: float = 0.0
+    gap_max: float = 0.0
+    gap_tokens: int = 0
+    needed: int = 0
+    computed: int = 0
+    skipped: int = 0
+
+    def metrics(self) -> dict[str, float | None]:
+        tokens = max(1, self.tokens)
+        return {
+            "loss": mean(self.losses),
+            "grad_norm": mean(self.grad_norms),
+            "clip_low_share": self.clipped_low / tokens,
+            "clip_high_share": self.clipped_high / tokens,
+            "clip_dual_share": self.clipped_dual / tokens,
+            "logprob_gap_mean": self.gap_sum / self.gap_tokens if self.gap_tokens else None,
+            "logprob_gap_max": self.gap_max if self.gap_tokens else None,
+            "optimizer_steps": float(len(self.losses) - self.skipped),
+            "skipped_updates": float(self.skipped),
+            "train_tokens_needed": float(self.needed),
+            "train_tokens_computed": float(self.computed),
+        }
+
+
+class Updater:
+    """Owns the optimizer; turns the groups of one rollout step into at most I optimizer steps.
+
+    Args:
+        model, optimizer: as `accelerator.prepare` returned them; weights in fp32, autocast is the accelerator's.
+        temperature, banned_ids: as in sampling, so that log-probs are those of the sampling distribution.
+        sampler_is_exact: whether `Rollout.logprobs` are old log-probs (old_logprobs: auto is resolved by the caller).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        *,
+        train: TrainSettings,
+        loss: LossSettings,
+        seed: int,
+        temperature: float,
+        banned_ids: tuple[int, ...],
+        pad_id: int,
+        sampler_is_exact: bool,
+    ) -> None:
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.train, self.loss, self.seed = train, loss, seed
+        self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
+        self.sampler_is_exact = sampler_is_exact
+        self.skipped_in_a_row = 0
+
+    def update(self, groups: Sequence[Group], advantages: torch.Tensor, step: int) -> dict[str, float | None]:
+        """I optimizer steps over whole groups; every rollout token is used once. Returns the metrics of the update."""
+        samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
+        old = self._old_logprobs(samples)
+        tally = _Tally()
+        for index, dealt in enumerate(deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)):
+            self._minibatch(
+                [(s, o) for g in dealt for s, o in zip(samples[g], old[g], strict=True)], tally, first=index == 0
+            )
+        return tally.metrics()
+
+    def _old_logprobs(self, samples: list[list[Sample]]) -> list[list[torch.Tensor]]:
+        """(T,) per sample: the sampler's, or of one forward pass over the rows that have a gradient."""
+        if self.sampler_is_exact:
+            return [[s.sampled_logprobs for s in group] for group in samples]
+        flat = [s for group in samples for s in group]
+        result = [s.sampled_logprobs for s in flat]
+        live = [i for i, s in enumerate(flat) if s.live]
+        with torch.no_grad():
+            for micro in micro_batches([flat[i].length for i in live], self.train.tokens_per_microbatch):
+                rows = [flat[live[m]] for m in micro]
+                logprobs, _ = self._forward(rows)
+                for m, sample, line in zip(micro, rows, logprobs.float().cpu(), strict=True):
+                    result[live[m]] = line[: sample.tokens]
+        lines = iter(result)
+        return [[next(lines) for _ in group] for group in samples]
+
+    def _minibatch(self, rows: list[tuple[Sample, torch.Tensor]], tally: _Tally, *, first: bool) -> None:
+        """One optimizer step: token-level mean over the minibatch, rows without gradient only in the denominator."""
+        denominator = sum(s.tokens for s, _ in rows if s.counted)
+        live = [(s, o) for s, o in rows if s.live]
+        for (
+            parameter
+        ) in self.model.parameters():  # AdamW passes over parameters without a gradient; 0 is a step, None is not
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        total = 0.0
+        for micro in micro_batches([s.length for s, _ in live], self.train.tokens_per_microbatch):
+            total += self._backward([live[m] for m in micro], denominator, tally, first=first)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm))
+        tally.losses.append(total)
+        tally.grad_norms.append(norm)
+        if torch.isfinite(torch.tensor([norm, total])).all():
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            tally.skipped += 1
+            self.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=False)
+        if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
+            raise ZPPOError(
+                f"loss {total} and gradient norm {norm}: {MOST_SKIPPED_UPDATES} updates in a row were not finite. The weights are "
+                "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
+            )
+
+    def _backward(
+        self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: _Tally, *, first: bool
+    ) -> float:
+        """Forward and backward of one micro-batch; returns its share of the minibatch's loss."""
+        logprobs, mask = self._forward([s for s, _ in rows])
+        old = torch.nn.utils.rnn.pad_sequence([o for _, o in rows], batch_first=True).to(logprobs.device)
+        advantages = torch.tensor([s.advantage for s, _ in rows], dtype=torch.float32, device=logprobs.device)
+        surrogate = clipped_surrogate(
+            logprobs,
+            old,
+            advantages,
+            clip_low=self.loss.clip_low,
+            clip_high=self.loss.clip_high,
+            dual_clip=self.loss.dual_clip,
+        )
+        loss = surrogate.loss.where(mask, 0.0).sum() / denominator
+        self.accelerator.backward(loss)
+        tally.tokens += int(mask.sum())
+        tally.clipped_low += int((surrogate.clipped_low & mask).sum())
+        tally.clipped_high += int((surrogate.clipped_high & mask).sum())
+        tally.clipped_dual += int((surrogate.clipped_dual & mask).sum())
+        if first:  # before any update of this step: what the sampler said against what the trainer says
+            gap = (
+                logprobs.detach()
+                - torch.nn.utils.rnn.pad_sequence([s.sampled_logprobs for s, _ in rows], True).to(logprobs.device)
+            ).abs()
+            tally.gap_sum += float(gap.where(mask, 0.0).sum())
+            tally.gap_max = max(tally.gap_max, float(gap.where(mask, 0.0).max()))
+            tally.gap_tokens += int(mask.sum())
+        tally.needed += sum(s.length for s, _ in rows)
+        tally.computed += len(rows) * max(s.length for s, _ in rows)
+        return float(loss.detach())
+
+    def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        return completion_logprobs(
+            self.model,
+            [s.row for s in samples],
+            temperature=self.temperature,
+            banned_ids=self.banned_ids,
+            pad_id=self.pad_id,
+        )

@@ -1,0 +1,105 @@
+"""What every test shares: one thread, no network, and tiny random models made on the spot."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, tokenizers or the hub client are imported by anybody: small tests gain nothing from threads, and none needs a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Shared cores make a deadline per example a coin toss.
+settings.register_profile("zppo", deadline=None)
+settings.load_profile("zppo")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+MERGE_TEXT = (
+    "What is 3 plus 4? Reason first inside the think tags, then give the final answer in the box.",
+    "One candidate is correct and the other one is wrong; use them as references for solving the problem.",
+    "All of these answers are wrong. The question is hard. Write at most five lines and keep the essential steps.",
+    "user assistant system response summary candidate 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20",
+)
+
+
+def make_tokenizer(merges: int = 150) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer (any text survives encode and decode) with a chat template and about 260 + `merges` tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        MERGE_TEXT,
+        trainers.BpeTrainer(
+            vocab_size=len(alphabet) + len(specials) + merges,
+            special_tokens=specials,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_tiny(path: Path, seed: int = 0, std: float = 0.1, **config: Any) -> Path:
+    """Write a tiny random Qwen3 checkpoint with tokenizer to `path` and return it.
+
+    Weights have the standard deviation `std` (small ones hide errors); `config` overrides fields of its `Qwen3Config`.
+    """
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = make_tokenizer()
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "initializer_range": std,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(Qwen3Config(**{**fields, **config}))
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 checkpoint with tokenizer, seed 0; read only."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "qwen3")

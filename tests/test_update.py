@@ -1,0 +1,210 @@
+"""The update: exact savings change no gradient, precision keeps small updates, faults are counted."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from zppo.core.loss import clipped_surrogate
+from zppo.core.minibatch import deal_groups
+from zppo.core.types import Group, Message, Prompt, Question, Rollout
+from zppo.errors import ZPPOError
+from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
+from zppo.train.update import Updater, advantages_of
+
+VOCABULARY = 300
+
+
+def load(path: Path) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def make_groups(
+    model: PreTrainedModel, rewards: list[list[float]], *, seed: int = 0, shift: float = 0.3
+) -> list[Group]:
+    """Groups of random rollouts of mixed lengths, with old log-probs near the model's own."""
+    rng = torch.Generator().manual_seed(seed)
+    groups = []
+    for g, row in enumerate(rewards):
+        length = int(torch.randint(3, 12, (1,), generator=rng))
+        ids = tuple(torch.randint(5, VOCABULARY, (length,), generator=rng).tolist())
+        question = Question(f"q{g}", (Message("user", "?"),), "1")
+        rollouts = []
+        for i, reward in enumerate(row):
+            tokens = torch.randint(5, VOCABULARY, (int(torch.randint(1, 15, (1,), generator=rng)),), generator=rng)
+            with torch.no_grad():
+                logits = model(torch.cat([torch.tensor(ids), tokens])[None]).logits[0, length - 1 : -1]
+                own = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            old = own + shift * torch.randn(len(tokens), generator=rng)
+            rollouts.append(Rollout(tokens, old, "", None, reward >= 1, reward, truncated=i == 0))
+        groups.append(Group(Prompt("plain", question, question.messages, ids), tuple(rollouts)))
+    return groups
+
+
+def make_updater(model: PreTrainedModel, *, precision: str = "no", sampler: bool = True, **settings: Any) -> Updater:
+    train = TrainSettings(**{"minibatches": 1, "learning_rate": 1e-3, **settings})
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=train.learning_rate,
+        betas=train.betas,
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
+    )
+    AcceleratorState._reset_state(True)  # one process may set its precision once; tests use several
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    return Updater(
+        prepared,
+        optimizer,
+        accelerator,
+        train=train,
+        loss=LossSettings(),
+        seed=0,
+        temperature=1.0,
+        banned_ids=(),
+        pad_id=0,
+        sampler_is_exact=sampler,
+    )
+
+
+class Recorder:
+    """Takes the place of an optimizer's step and keeps the gradients that it would have used."""
+
+    def __init__(self, updater: Updater) -> None:
+        self.gradients: list[list[torch.Tensor]] = []
+        inner = updater.optimizer.step
+
+        def step() -> None:
+            self.gradients.append([p.grad.clone() for p in updater.model.parameters() if p.grad is not None])
+            inner()
+
+        updater.optimizer.step = step  # type: ignore[method-assign, assignment]
+
+
+def plain_gradients(
+    model: PreTrainedModel, rows: list[tuple[Group, Rollout, float]], clip: float
+) -> list[torch.Tensor]:
+    """Every row on its own, zero advantages included, no padding: the formula of method.md section 6."""
+    model.zero_grad()
+    denominator = sum(len(r.ids) for _, r, _ in rows)
+    for group, rollout, advantage in rows:
+        ids = torch.cat([torch.tensor(group.prompt.ids), rollout.ids])[None]
+        logits = model(ids).logits[0, len(group.prompt.ids) - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, rollout.ids[:, None])[:, 0]
+        loss = (
+            clipped_surrogate(logprobs[None], rollout.logprobs[None], torch.tensor([advantage])).loss.sum()
+            / denominator
+        )
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0] * 4, [1.0] * 4, [0.0, 0.0, 1.0, 0.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_dropped_rows_and_micro_batches_change_no_gradient(tiny_qwen3_dir: Path, budget: int) -> None:
+    model = load(tiny_qwen3_dir)
+    reference = copy.deepcopy(model)
+    groups = make_groups(model, REWARDS)
+    advantages = advantages_of(groups, AdvantageSettings())
+    updater = make_updater(model, minibatches=1, tokens_per_microbatch=budget)
+    recorder = Recorder(updater)
+    metrics = updater.update(groups, advantages, step=1)
+    values = iter(advantages.tolist())
+    expected = plain_gradients(reference, [(g, r, next(values)) for g in groups for r in g.rollouts], clip=1.0)
+    biggest = max(float(g.abs().max()) for g in expected)
+    worst = max(float((a - b).abs().max()) for a, b in zip(recorder.gradients[0], expected, strict=True))
+    assert worst <= 1e-5 * biggest
+    live = sum(len(r.ids) + len(g.prompt.ids) for g in (groups[0], groups[3]) for r in g.rollouts)
+    assert metrics["train_tokens_needed"] == live
+
+
+def test_each_minibatch_has_its_own_denominator_and_step(tiny_qwen3_dir: Path) -> None:
+    model = load(tiny_qwen3_dir)
+    reference = copy.deepcopy(model)
+    groups = make_groups(model, REWARDS, seed=1)
+    advantages = advantages_of(groups, AdvantageSettings())
+    per_group = [advantages[4 * i : 4 * i + 4].tolist() for i in range(len(groups))]
+    updater = make_updater(model, minibatches=3)
+    recorder = Recorder(updater)
+    metrics = updater.update(groups, advantages, step=5)
+    assert metrics["optimizer_steps"] == 3
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.1)
+    for dealt, seen in zip(deal_groups(len(groups), 3, seed=0, step=5), recorder.gradients, strict=True):
+        rows = [(groups[g], r, a) for g in dealt for r, a in zip(groups[g].rollouts, per_group[g], strict=True)]
+        expected = plain_gradients(reference, rows, clip=1.0)
+        biggest = max(float(g.abs().max()) for g in expected) or 1.0
+        assert max(float((a - b).abs().max()) for a, b in zip(seen, expected, strict=True)) <= 1e-5 * biggest
+        optimizer.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        # AdamW divides by a gradient's own size: where that is near 0, rounding is blown up, to a fraction of the step of 1e-3 at most.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_minibatch_without_signal_still_takes_its_step(tiny_qwen3_dir: Path) -> None:
+    model = load(tiny_qwen3_dir)
+    before = [p.detach().clone() for p in model.parameters()]
+    groups = make_groups(model, [[0.0] * 3, [1.0] * 3])
+    metrics = make_updater(model, minibatches=4).update(groups, advantages_of(groups, AdvantageSettings()), step=1)
+    assert metrics["optimizer_steps"] == 2  # two groups in four minibatches: two are empty and skipped
+    assert metrics["loss"] == 0
+    for old, new in zip(before, model.parameters(), strict=True):  # weight decay alone has acted, twice
+        torch.testing.assert_close(new.detach(), old * (1 - 1e-3 * 0.1) ** 2)
+
+
+def test_forward_old_logprobs_start_at_ratio_one(tiny_qwen3_dir: Path) -> None:
+    model = load(tiny_qwen3_dir)
+    groups = make_groups(model, REWARDS, shift=3.0)  # the sampler's are far off: nothing may lean on them
+    updater = make_updater(model, sampler=False)
+    metrics = updater.update(groups, advantages_of(groups, AdvantageSettings()), step=1)
+    assert metrics["clip_low_share"] == metrics["clip_high_share"] == metrics["clip_dual_share"] == 0
+    assert metrics["logprob_gap_mean"] is not None and metrics["logprob_gap_mean"] > 0.5
+
+
+def test_truncated_rollouts_can_be_masked(tiny_qwen3_dir: Path) -> None:
+    groups = make_groups(load(tiny_qwen3_dir), [[1.0, 0.0, 1.0]])  # rollout 0 is truncated
+    advantages = advantages_of(groups, AdvantageSettings())
+    needed = []
+    for masked in (False, True):
+        updater = make_updater(load(tiny_qwen3_dir))
+        updater.loss = LossSettings(mask_truncated=masked)
+        needed.append(updater.update(groups, advantages, step=1)["train_tokens_needed"])
+    assert needed[0] - needed[1] == len(groups[0].prompt.ids) + len(groups[0].rollouts[0].ids)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_small_updates_are_not_rounded_away(tiny_qwen3_dir: Path, precision: str) -> None:
+    """method.md section 6: 10 updates at 1e-6 move more than 99% of the weights, since these are fp32 whatever the autocast is."""
+    model = load(tiny_qwen3_dir)
+    before = [p.detach().clone() for p in model.parameters()]
+    updater = make_updater(model, precision=precision, sampler=precision == "no", learning_rate=1e-6)
+    groups = make_groups(load(tiny_qwen3_dir), REWARDS)
+    for step in range(10):
+        updater.update(groups, advantages_of(groups, AdvantageSettings()), step)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    moved = sum(int((a != b).sum()) for a, b in zip(before, model.parameters(), strict=True))
+    assert moved > 0.99 * sum(p.numel() for p in model.parameters())
+
+
+def test_updates_that_are_not_finite_are_skipped_and_stop_the_run(tiny_qwen3_dir: Path) -> None:
+    model = load(tiny_qwen3_dir)
+    groups = make_groups(model, [[1.0, 0.0]])
+    before = [p.detach().clone() for p in model.parameters()]
+    updater = make_updater(model)
+    broken = advantages_of(groups, AdvantageSettings()) * float("nan")
+    assert updater.update(groups, broken, 1)["skipped_updates"] == 1
+    assert updater.update(groups, broken, 2)["optimizer_steps"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with pytest.raises(ZPPOError, match="not finite"):
+        updater.update(groups, broken, 3)
