@@ -11,12 +11,16 @@ from zppo.core.metrics import accuracy_by_kind, composition, mean, rollout_metri
 from zppo.core.types import BCQ, NCQ, PLAIN, Group, Message, Prompt, Question, Rollout
 
 
-def rollout(correct: bool | None, length: int = 2, entropy: float = math.nan, **rest: object) -> Rollout:
+def rollout(
+    correct: bool | None,
+    length: int = 2,
+    entropy: float = math.nan,
+    truncated: bool = False,
+    answer: str | None = "1",
+) -> Rollout:
     """None is ungraded."""
-    fields = {"answer": "1", "truncated": False} | rest
-    ids, logprobs = torch.zeros(length, dtype=torch.int64), torch.zeros(length)
-    right = correct is True
-    return Rollout(ids, logprobs, "", correct=right, reward=float(right), graded=correct is not None, entropy=entropy, **fields)  # type: ignore[arg-type]
+    ids, logprobs, right = torch.zeros(length, dtype=torch.int64), torch.zeros(length), correct is True
+    return Rollout(ids, logprobs, "", answer, right, float(right), truncated, correct is not None, entropy=entropy)
 
 
 def group(kind: str, *verdicts: bool | None) -> Group:

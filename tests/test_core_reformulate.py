@@ -65,7 +65,9 @@ def test_no_pair_no_bcq() -> None:
 
 def test_ncq_shows_all_wrong_candidates_in_order_and_nothing_of_the_teacher() -> None:
     wrong = (WRONG, Candidate("4?", "4", 1), WRONG)
-    with_pair = NegativeCandidateQuestion().draft(Material(QUESTION, (RIGHT, WRONG), wrong, ("3", "4")), random.Random(0))
+    with_pair = NegativeCandidateQuestion().draft(
+        Material(QUESTION, (RIGHT, WRONG), wrong, ("3", "4")), random.Random(0)
+    )
     without = NegativeCandidateQuestion().draft(Material(QUESTION, None, wrong, ("3", "4")), random.Random(1))
     assert with_pair is not None and with_pair == without
     assert with_pair.slots == {"answers": ("3", "4"), "candidates": (WRONG.text, "4?", WRONG.text)}

@@ -95,11 +95,27 @@ def test_the_core_stands_on_the_standard_library_and_torch(path: Path) -> None:
 
 def test_the_core_does_no_io() -> None:
     """Pure: no file, process or network module of the standard library either."""
-    banned = {"os", "io", "pathlib", "subprocess", "socket", "shutil", "tempfile", "threading", "multiprocessing", "asyncio", "time"}
+    banned = {
+        "os",
+        "io",
+        "pathlib",
+        "subprocess",
+        "socket",
+        "shutil",
+        "tempfile",
+        "threading",
+        "multiprocessing",
+        "asyncio",
+        "time",
+    }
     for path in (SOURCE / "core").rglob("*.py"):
         roots = {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"), package_of(path))}
         assert not roots & banned, path.name
-        calls = {n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        calls = {
+            n.func.id
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
         assert not calls & {"open", "print", "input", "eval", "exec"}, path.name
 
 
@@ -125,8 +141,16 @@ def test_the_check_sees_every_way_to_import(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["from zppo.core.types import Group", "from . import types", "from .types import Group", "from ..errors import ZPPOError",
-     "from zppo import __version__", "import zppo.errors", "import torch", "from zppo import errors"],
+    [
+        "from zppo.core.types import Group",
+        "from . import types",
+        "from .types import Group",
+        "from ..errors import ZPPOError",
+        "from zppo import __version__",
+        "import zppo.errors",
+        "import torch",
+        "from zppo import errors",
+    ],
 )
 def test_the_check_lets_lower_storeys_pass(source: str) -> None:
     assert upward(source, "zppo.core", "core") == []

@@ -51,7 +51,7 @@ class ScriptedTeacher:
             return TeacherReply((None,) * len(request.keys), error="refused")
         text = request.messages[-1].content
         if "<response>" in text:
-            box = extract_boxed(text.split("<response>")[1])
+            box = extract_boxed(text.rsplit("<response>", 1)[1])
             return TeacherReply((f"<summary>short \\boxed{{{box}}}</summary>",), completion_tokens=3)
         name = text.split()[0]
         self.rollouts.append(name)
@@ -149,7 +149,7 @@ def test_a_teacher_that_is_down_costs_bcq_and_compression_only() -> None:
 
 
 def test_a_prompt_over_the_context_gives_its_slot_to_the_next() -> None:
-    plain = [make_group("long", 0, 8), make_group("short", 1, 1)]
+    plain = [make_group("long", 0, 8), make_group("short", 1, 2)]
     room = len(make_builder(ScriptedTeacher(), kinds=("ncq",)).build([plain[1]], 1, step=1).prompts[0].ids) + 16
     zone = make_builder(ScriptedTeacher(), kinds=("ncq",), context=room, rho_aug=0.5).build(
         [*plain, plain[0]], 3, step=1

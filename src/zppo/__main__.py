@@ -1,4 +1,4 @@
-"""`python -m zppo` is `zppo`."""
+"""`python -m zppo` is the command line."""
 
 from zppo.cli import main
 

@@ -121,6 +121,14 @@ def register_lab() -> None:
     register_source("lab", _lab_source)
 
 
+def register_lab_models() -> None:
+    """Makes `lab:<world>/<student|teacher>` the name of a bundled model."""
+    from zppo.lab.assets import resolve
+    from zppo.train.models import register_models
+
+    register_models("lab", resolve)
+
+
 def _lab_source(rest: str) -> list[Question]:
     from zppo.lab.world import lab_questions
 
@@ -157,6 +165,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     from zppo.train.run import train as start
 
+    register_lab_models()
     start(settings, name)
 
 
@@ -164,6 +173,7 @@ def _resume(options: argparse.Namespace) -> None:
     from zppo.train.run import resume
 
     register_lab()
+    register_lab_models()
     resume(options.folder)
 
 

@@ -1,34 +1,39 @@
-"""The key-value cache of rollouts that are being decoded: a prompt's part is computed once and spread to its rollouts."""
+"""The key-value cache of rollouts that are being decoded.
+
+A prompt's keys and values are computed once. Where the decoder can (`can_share`), they are also *kept* once and every
+step attends to them for all rollouts of the prompt together; elsewhere they are copied to the rollouts.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from contextvars import ContextVar
+from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 _GROWTH = 64  # tokens by which a full buffer grows at least
+_SHARED = "zppo_shared_prompt"  # name under which the library finds `_shared_attention`
+# Decoders whose attention is softmax(q k / scale) v and nothing else; tested one by one.
+_SHARING_MODELS = frozenset({"llama", "qwen2", "qwen3", "qwen3_5_text"})
 
 
-class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class BufferedLayer(DynamicLayer):
     """A key-value cache layer that writes into a buffer with room to spare.
 
-    The library's own layer copies everything at every token (`cat`), which is most of the time of decoding with a small model, and
-    copies every row where rows are dropped. This one appends in place and moves only the rows that fill a gap.
+    The library's own layer copies everything at every token (`cat`) and copies every row where rows are dropped. This
+    one appends in place and moves only the rows that fill a gap.
     """
 
-    def __init__(self, source: DynamicLayer, rows: torch.Tensor) -> None:
-        """The `rows` (R,) of `source`, any row any number of times."""
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
+        """Starts with the `rows` (R,) of `keys` and `values` (P, H, L, D), any row any number of times."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.dtype, self.device, self.is_initialized = source.dtype, source.device, True
-        length = source.get_seq_length()
-        self._buffers: list[torch.Tensor] = []
-        for full in (source.keys, source.values):
-            assert full is not None, "a layer is spread after its prefill"
-            buffer = _room(full, len(rows), length + _GROWTH)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        length = keys.shape[2]
+        self._buffers = [_room(full, len(rows), length + _GROWTH) for full in (keys, values)]
+        for buffer, full in zip(self._buffers, (keys, values), strict=True):
             buffer[:, :, :length] = full.index_select(0, rows)
-            self._buffers.append(buffer)
         self._show(len(rows), length)
 
     def _show(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,61 +60,214 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Goes on with rows `beam_idx` (R',) in this order, R' <= R; a row that stays where it is is not touched."""
         moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero()[:, 0]
-        length = self._length
         for buffer in self._buffers:
-            buffer[moved, :, :length] = buffer[beam_idx[moved], :, :length]
-        self._show(len(beam_idx), length)
+            buffer[moved, :, : self._length] = buffer[beam_idx[moved], :, : self._length]
+        self._show(len(beam_idx), self._length)
 
 
 def _room(like: torch.Tensor, rows: int, length: int) -> torch.Tensor:
     return like.new_empty(rows, like.shape[1], length, like.shape[3])
 
 
-class DecodeState:
-    """The cache of the rows being decoded and what goes with it; prompts are spread to their rollouts at the first decoding step."""
+class Families(NamedTuple):
+    """Which rollouts belong to which prompt.
 
-    def __init__(self, cache: DynamicCache, mask: torch.Tensor, owners: torch.Tensor, flat_mask: bool) -> None:
-        self.cache = cache
-        self.owners = owners  # (R,) which prompt a row belongs to
-        self.mask = mask  # (P, L) while compact, then (R, L + steps so far) with room
-        self.lengths = mask.sum(-1)  # (P,) or (R,): the position of the next token
-        self.padded = not bool(mask.all())
-        self.flat_mask = flat_mask
-        self.spread = False
+    Attributes:
+        slots: (P, G) the rollouts of every prompt, filled up with row 0.
+        prompt, slot: (R,) each: where in `slots` a rollout stands.
+        bias: (P, 1, 1, L) what is added to a prompt's attention scores: 0, or -inf on padding; None without padding.
+    """
+
+    slots: torch.Tensor
+    prompt: torch.Tensor
+    slot: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, owners: torch.Tensor, prompts: int, bias: torch.Tensor | None) -> Families:
+        """From the prompt of every rollout, `owners` (R,)."""
+        order = owners.argsort(stable=True)
+        counts = owners.bincount(minlength=prompts)
+        ranks = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners[order]]
+        slot = torch.empty_like(owners)
+        slot[order] = ranks
+        slots = owners.new_zeros(prompts, int(counts.max()))
+        slots[owners[order], ranks] = order
+        return cls(slots, owners, slot, bias)
+
+
+class SharedLayer(BufferedLayer):
+    """A cache layer that keeps the keys and values of prompts once per prompt and those of completions in its buffer.
+
+    Decoding a small model on a CPU waits for the memory that holds these numbers: with G rollouts of a prompt this
+    reads the prompt's part once instead of G times.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
+        super().__init__(keys[:, :, :0], values[:, :, :0], rows)
+        self.prompt_keys, self.prompt_values = keys, values  # (P, H, L, D)
+
+    def get_seq_length(self) -> int:
+        """Places taken by prompt (with its padding) and completion so far."""
+        return self.prompt_keys.shape[2] + self._length
+
+    def keep_prompts(self, prompts: torch.Tensor) -> None:
+        """Goes on with these prompts (P',)."""
+        self.prompt_keys, self.prompt_values = self.prompt_keys[prompts], self.prompt_values[prompts]
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, families: Families
+    ) -> torch.Tensor:
+        """Attention of one query per rollout over its prompt and its own completion.
+
+        Args:
+            query: (R, H, 1, D); H is a multiple of the K key-value heads.
+            keys, values: (R, K, S, D) of the completions.
+            scaling: factor of the scores.
+
+        Returns:
+            (R, 1, H, D).
+        """
+        (rows, heads, _, size), kv = query.shape, keys.shape[1]
+        (prompts, group), length, rep = families.slots.shape, self.prompt_keys.shape[2], heads // kv
+        query = query.reshape(rows, kv, rep, size) * scaling
+
+        def by_prompt(x: torch.Tensor) -> torch.Tensor:  # (R, K, rep, ...) to (P, K, G * rep, ...)
+            return x[families.slots].transpose(1, 2).reshape(prompts, kv, group * rep, -1)
+
+        def by_row(x: torch.Tensor) -> torch.Tensor:  # and back
+            return x.view(prompts, kv, group, rep, -1)[families.prompt, :, families.slot]
+
+        far = by_prompt(query) @ self.prompt_keys.transpose(2, 3)
+        if families.bias is not None:
+            far = far + families.bias
+        near = query @ keys.transpose(2, 3)
+        weights = torch.cat([by_row(far), near], -1).softmax(-1)
+        out = weights[..., length:] @ values + by_row(by_prompt(weights[..., :length]) @ self.prompt_values)
+        return out.reshape(rows, 1, heads, size)
+
+
+_DECODING: ContextVar[DecodeState] = ContextVar("_DECODING")
+
+
+def _shared_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The library's attention interface for `SharedLayer`: the mask is in its families."""
+    state = _DECODING.get()
+    layer = cast(SharedLayer, state.cache.layers[cast(int, module.layer_idx)])
+    return layer.attend(
+        query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, state.families
+    ), None
+
+
+AttentionInterface.register(_SHARED, _shared_attention)
+
+
+def can_share(model: PreTrainedModel) -> bool:
+    """Whether prompts can be kept once: a known decoder in fp32 on a CPU.
+
+    Elsewhere (ours) the fused kernels win: in bf16 they keep scores in fp32, which log-probs need to be exact, and on
+    a GPU a step's time is that of starting kernels, of which they need few.
+    """
+    config = model.config.get_text_config(decoder=True)
+    here = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return here and config.model_type in _SHARING_MODELS and _plain_sdpa(config)
+
+
+def _plain_sdpa(config: PreTrainedConfig) -> bool:
+    """Whether attention is SDPA over everything before a token (no sliding windows)."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return layers <= {"full_attention", "linear_attention"} and config._attn_implementation == "sdpa"
+
+
+class DecodeState:
+    """The cache of the rows being decoded and what goes with it.
+
+    Args:
+        model: what is decoded with.
+        cache: after the prefill of P prompts.
+        mask: (P, L) bool, where the prompts' tokens are; padding stands on the left.
+        owners: (R,) which prompt each rollout belongs to.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: torch.Tensor, owners: torch.Tensor) -> None:
+        self.model, self.cache = model, cache
+        self.owners = owners
+        self._config = model.config.get_text_config(decoder=True)
+        self._shared = can_share(model)
+        self._lengths = mask.sum(-1)[owners]  # (R,) position of the next token
+        self._mask = None if bool(mask.all()) else mask[owners]  # (R, L + steps so far)
+        layers = set(getattr(self._config, "layer_types", None) or ["full_attention"])
+        self._ready_mask = (
+            layers <= {"full_attention", "linear_attention"} and self._config._attn_implementation == "sdpa"
+        )
+        bias = (
+            None
+            if self._mask is None
+            else torch.zeros(mask.shape).masked_fill(~mask.cpu(), float("-inf"))[:, None, None]
+        )
+        kind = SharedLayer if self._shared else BufferedLayer
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                assert layer.keys is not None and layer.values is not None, "decoding starts after the prefill"
+                cache.layers[i] = kind(layer.keys, layer.values, owners)
+            else:
+                layer.reorder_cache(cast(torch.LongTensor, owners))
+        if self._shared:
+            bias = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))[:, None, None]
+            self.families = Families.of(owners, len(mask), None if self._mask is None else bias)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows (R',)."""
-        if not self.spread:
-            self.owners = self.owners[rows]
-            return
+        """Goes on with these rows (R',) in this order."""
         self.cache.reorder_cache(cast(torch.LongTensor, rows))
-        self.mask, self.lengths = self.mask[rows], self.lengths[rows]
+        self.owners, self._lengths = self.owners[rows], self._lengths[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
+        if self._shared:
+            prompts, bias = self.families.slots.shape[0], self.families.bias
+            left, owners = self.owners.unique(return_inverse=True)
+            if 4 * len(left) <= 3 * prompts:
+                for layer in self.cache.layers:
+                    if isinstance(layer, SharedLayer):
+                        layer.keep_prompts(left)
+                self.owners, prompts = owners, len(left)
+                bias = None if bias is None else bias[left]
+            self.families = Families.of(self.owners, prompts, bias)
 
-    def _spread(self) -> None:
-        for i, layer in enumerate(self.cache.layers):
-            if type(layer) is DynamicLayer:
-                self.cache.layers[i] = BufferedLayer(layer, self.owners)
-            else:
-                layer.reorder_cache(cast(torch.LongTensor, self.owners))
-        self.mask, self.lengths, self.spread = self.mask[self.owners], self.lengths[self.owners], True
-
-    def step(self, model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feeds one token per row (R,), returns the logits after it (R, V)."""
-        if not self.spread:
-            self._spread()
-        mask = None
-        if self.padded:
-            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-            # A mask in four dimensions is taken as it is, which saves building one at every token; only plain SDPA can use it.
-            mask = self.mask if self.flat_mask else self.mask[:, None, None]
-        out = model(
+        if not self._shared:
+            return self._forward(tokens, self._grown_mask())
+        ours, theirs = _DECODING.set(self), self._config._attn_implementation
+        self._config._attn_implementation = _SHARED
+        try:
+            return self._forward(tokens, None)
+        finally:
+            self._config._attn_implementation = theirs
+            _DECODING.reset(ours)
+
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        out = self.model(
             input_ids=tokens[:, None],
             attention_mask=mask,
-            position_ids=self.lengths[:, None],
+            position_ids=self._lengths[:, None],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.lengths = self.lengths + 1
+        self._lengths = self._lengths + 1
         logits: torch.Tensor = out.logits[:, -1]
         return logits
+
+    def _grown_mask(self) -> torch.Tensor | None:
+        if self._mask is None:
+            return None
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+        # A mask in four dimensions is taken as it is, which saves building one at every token; only SDPA can use it.
+        return self._mask[:, None, None] if self._ready_mask else self._mask

@@ -20,8 +20,8 @@ _MEDIA_FIELDS = re.compile(r"(image|video|audio|vision)_.*token_id|(image|video|
 class Chat:
     """Turns conversations into prompts of one model and its tokens back into text.
 
-    Base models without a chat template get a plain form: the contents of the turns joined by blank lines, with a line break at the end,
-    after the beginning-of-text token where the tokenizer adds one.
+    Base models without a chat template get a plain form: the contents of the turns joined by blank lines, with a line
+    break at the end, after the beginning-of-text token where the tokenizer adds one.
 
     Args:
         tokenizer: a tokenizer of `transformers`.
@@ -40,6 +40,7 @@ class Chat:
     ) -> None:
         self.tokenizer = tokenizer
         self.template_args = dict(template_args or {})
+        self._name = str(tokenizer.name_or_path or type(tokenizer).__name__)
         self.template = template if template is not None else tokenizer.chat_template
         added = {i: (token.content, token.special) for i, token in tokenizer.added_tokens_decoder.items()}
         special = {i: text for i, (text, flagged) in added.items() if flagged}
@@ -68,7 +69,7 @@ class Chat:
             tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
-                f"cannot load the tokenizer of {name!r}: {error}; give a folder or hub name of a checkpoint that has its tokenizer"
+                f"cannot load the tokenizer of {name!r}: {error}; give a folder or hub name of a checkpoint with a tokenizer"
             ) from error
         return cls(tokenizer, template_args, template)
 
@@ -76,7 +77,8 @@ class Chat:
         """The conversation as the model's prompt text, up to where its answer begins.
 
         Raises:
-            ModelError: the template is broken or refuses this conversation (a role that it does not know, for example).
+            ModelError: the template is broken or refuses this conversation (a role that it does not know, for
+                example).
         """
         if self.template is None:
             return "\n\n".join(message.content for message in messages) + "\n"
@@ -91,8 +93,8 @@ class Chat:
         except Exception as error:  # a template is a program: it can fail in any way
             roles = ", ".join(message.role for message in messages)
             raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path or type(self.tokenizer).__name__!r} cannot render a conversation with "
-                f"the roles {roles}: {error}; mend the template, its arguments {self.template_args}, or the roles"
+                f"the chat template of {self._name!r} cannot render a conversation with the roles {roles}: {error}; "
+                f"mend the template, its arguments {self.template_args}, or the roles"
             ) from error
         return str(text)
 
@@ -105,21 +107,22 @@ class Chat:
                 ids = [bos, *ids]
         if not ids:
             raise ModelError(
-                "a conversation became an empty prompt: its turns hold no text that the tokenizer knows; give it content"
+                "a conversation became an empty prompt: its turns hold no text that the tokenizer knows; give them content"
             )
         return tuple(ids)
 
     def think_open(self, ids: Sequence[int]) -> bool:
         """Whether a prompt ends inside an opened and unclosed think block (method.md section 7).
 
-        Only what follows the last control token counts, which is the head of the model's own turn: a question may well mention the tags.
+        Only what follows the last control token counts, which is the head of the model's own turn: a question may
+        well mention the tags.
         """
         head = next((i for i in range(len(ids), 0, -1) if ids[i - 1] in self._hidden), 0)
         text = self.show(ids[head:])
         return text.rfind(THINK_OPEN) > text.rfind(THINK_CLOSE)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a completion: special tokens left out, think tags kept (even where the tokenizer counts them as special)."""
+        """The text of a completion: special tokens left out, think tags kept even where they count as special."""
         shown = [int(i) for i in ids if int(i) not in self._hidden]
         return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -139,13 +142,13 @@ class Chat:
             found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
         if not found:
             raise ModelError(
-                f"neither {self.tokenizer.name_or_path or 'the tokenizer'!r} nor the model's generation settings name an end token: "
-                "completions would never end; set eos_token in the tokenizer or eos_token_id in generation_config.json"
+                f"neither the tokenizer of {self._name!r} nor the model's generation settings name an end token: completions "
+                "would never end; set eos_token in the tokenizer or eos_token_id in generation_config.json"
             )
         return frozenset(found)
 
     def pad_id(self, model: PreTrainedModel) -> int:
-        """An id to fill up shorter rows with: the tokenizer's padding token, else an end token (padding is always masked)."""
+        """An id to fill up shorter rows with: the tokenizer's padding token, else an end token; it is always masked."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids(model))
 
     def banned_ids(self, model: PreTrainedModel, more: Collection[int] = ()) -> frozenset[int]:

@@ -1,8 +1,8 @@
-"""Keyed draws of tokens: what is drawn depends on a rollout's key and the token's place alone (method.md section 3, ours).
+"""Keyed draws of tokens: a draw depends on a rollout's key and the token's place alone (method.md section 3, ours).
 
-The uniform number of token t of a rollout with key k is a counter-based hash of (k, t), so the batch that a rollout happens to
-be in, its row there and the order of arrival change nothing. The token is the inverse of the cumulative distribution at that
-number, over the distribution after penalties, bans, temperature and truncation.
+The uniform number of token t of a rollout with key k is a counter-based hash of (k, t), so the batch that a rollout
+happens to be in, its row there and the order of arrival change nothing. The token is the inverse of the cumulative
+distribution at that number, over the distribution after penalties, bans, temperature and truncation.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
 
 
 def key_states(keys: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
-    """The generator states of rollouts with these keys, (R,) int64. Keys are mixed once, so neighbouring keys share no numbers."""
+    """The generator states of rollouts with these keys, (R,) int64; mixed once, so that neighbours share no numbers."""
     return _mix(torch.tensor([_signed(key) for key in keys], dtype=torch.int64)).to(device)
 
 
 def uniforms(states: torch.Tensor, step: int) -> torch.Tensor:
     """The uniform numbers in [0, 1) of token `step` (from 0) of every rollout, (R,).
 
-    52 bits in float64: the largest one times any total below 2 still rounds below that total, so a draw never runs off the end.
+    52 bits in float64: the largest one times any total still rounds below that total, so a draw never runs off the
+    end.
     """
     words = _mix(states + _signed((step + 1) * _GAMMA))
     if states.device.type == "mps":  # has no float64
@@ -66,8 +67,8 @@ class Drawer:
     """Draws the tokens of a batch of rollouts, step by step.
 
     Args:
-        sampling: how tokens are drawn. Penalties come first (repetition, then presence), on the raw logits; then bans; then
-            temperature, top-k, top-p and min-p, each on what the one before it left.
+        sampling: how tokens are drawn. Penalties come first (repetition, then presence), on the raw logits; then bans;
+            then temperature, top-k, top-p and min-p, each on what the one before it left.
         keys: one key per row.
         prompts: the prompt of each row; looked at by the repetition penalty only.
         banned_ids: ids that are never drawn; ids beyond the vocabulary are ignored.
@@ -97,8 +98,9 @@ class Drawer:
             step: place of the token in the completion.
 
         Returns:
-            The draws. At temperature 0 all mass lies on the arg max: log-prob and entropy are 0. Logits that are not numbers (or a
-            row without a finite one) show as NaN log-probs; the token is then meaningless but within the vocabulary.
+            The draws. At temperature 0 all mass lies on the arg max: log-prob and entropy are 0. Logits that are not
+            numbers (or a row without a finite one) show as NaN log-probs; the token is then meaningless but within the
+            vocabulary.
         """
         logits = logits.float()
         if self._penalised:
@@ -155,8 +157,9 @@ def truncate(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, to
         logits: (R, V) float32 after temperature.
 
     Returns:
-        (R, C) logits of the candidates, -inf where cut off, and their ids (R, C), or None where candidates are simply the vocabulary.
-        top-p keeps the smallest set of likeliest tokens whose mass reaches top_p, the first one always.
+        (R, C) logits of the candidates, -inf where cut off, and their ids (R, C), or None where candidates are simply
+        the vocabulary. top-p keeps the smallest set of likeliest tokens whose mass reaches top_p, the first one
+        always.
     """
     ids = None
     if 0 < sampling.top_k < logits.shape[1]:

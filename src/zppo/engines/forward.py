@@ -1,7 +1,7 @@
 """The training forward: per-token log-probs of completions, under the distribution that they were sampled from.
 
-Rows are padded on the right and trimmed to their longest one. A causal model never looks at what comes after, so no attention mask is
-passed: the attention kernels without one are the fast ones, and padding costs nothing but its own positions.
+Rows are padded on the right and trimmed to their longest one. A causal model never looks at what comes after, so no
+attention mask is passed: the attention kernels without one are the fast ones.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def token_scores(
     """Scores every completion token given what stands before it, as the sampler drew it (method.md section 6).
 
     Args:
-        model: a causal language model of `transformers`, wrapped for distributed training or not. Gradients and autocast are the
-            caller's. Logits are computed from the shortest prompt's end on only.
+        model: a causal language model of `transformers`, wrapped for distributed training or not. Gradients and
+            autocast are the caller's. Logits are computed from the shortest prompt's end on only.
         rows: (prompt, completion) pairs, both non-empty; T is the longest completion.
         temperature: divides the logits, as in sampling; > 0.
         banned_ids: ids that the sampler never draws; they take no probability here either.
@@ -62,9 +62,7 @@ def token_scores(
         The scores, on the model's device.
     """
     if not rows or temperature <= 0:
-        raise ValueError(
-            f"token_scores needs rows and a temperature above 0, got {len(rows)} rows and temperature {temperature}"
-        )
+        raise ValueError(f"token_scores needs rows and a temperature > 0; got {len(rows)} rows and {temperature}")
     if device is None:
         device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
     prompts = [torch.as_tensor(prompt) for prompt, _ in rows]
@@ -111,10 +109,11 @@ def completion_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature)[target] with little memory: nothing of the logits' size is kept but the logits themselves.
+    """log softmax(logits / temperature)[target] in little memory: nothing of the logits' size is kept but the logits.
 
-    With a vocabulary of 250,000 those are most of a training step's memory. Autograd's own log-softmax and gather keep a float32 copy
-    and make two more on the way back; this keeps one number per token and makes only the gradient itself.
+    With a vocabulary of 250,000 those are most of a training step's memory. Autograd's own log-softmax and gather
+    keep a float32 copy and make two more on the way back; this keeps one number per token and makes only the gradient
+    itself.
     """
 
     @staticmethod
@@ -157,7 +156,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _parts(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of the flattened tokens and their (n, V) float32 logits after temperature and bans; never the model's own memory."""
+    """Slices of the flattened tokens, with their (n, V) float32 logits after temperature and bans (not to be changed)."""
     rows = logits.reshape(-1, logits.shape[-1])
     size = max(1, _CHUNK // rows.shape[1])
     for start in range(0, rows.shape[0], size):

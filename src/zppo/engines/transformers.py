@@ -1,7 +1,8 @@
 """Sampling with a `transformers` model: one prefill per prompt, finished rows dropped, exact log-probs.
 
-Prompts of unequal length are padded on the *left*: their last tokens line up, so one position ends all of them, and a linear-attention
-layer (Qwen3.5) starts from a zero state that padding leaves at zero. Padding on the right would decay that state.
+Prompts of unequal length are padded on the *left*: their last tokens line up, so one position ends all of them, and a
+linear-attention layer (Qwen3.5) starts from a zero state that padding leaves at zero. Padding on the right would decay
+the state that a prompt leaves behind.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.cache import DecodeState
-from zppo.engines.draw import Drawer
+from zppo.engines.draw import Drawer, Draws
 from zppo.errors import ModelError
 
 _DROP_SHARE = 16  # rows are dropped once one in so many has finished
@@ -30,31 +31,21 @@ class Piece(NamedTuple):
     stop: int
 
 
-class _Segment(NamedTuple):
-    """What one unchanged set of rows wrote: its rows (R,), first step, and per step the tokens, log-probs and entropies (R,)."""
-
-    rows: torch.Tensor
-    start: int
-    tokens: list[torch.Tensor]
-    logprobs: list[torch.Tensor]
-    entropies: list[torch.Tensor]
-
-
 class TransformersEngine:
     """Samples from the current weights of a causal language model of `transformers`.
 
-    Draws are keyed (`zppo.engines.draw`): a rollout's tokens do not depend on what else is in the batch, up to the rounding of the
-    model's own arithmetic.
+    Draws are keyed (`zppo.engines.draw`): a rollout's tokens do not depend on what else is in the batch, up to the
+    rounding of the model's own arithmetic.
 
     Args:
-        model: the model itself, without a wrapper of a distributed trainer. Its modules are put into evaluation mode while sampling
-            and back afterwards.
+        model: the model itself, without a wrapper of a distributed trainer. Its modules are put into evaluation mode
+            while sampling and back afterwards.
         eos_ids: ids that end a completion; the end token is part of it.
         pad_id: any valid id; fills up shorter prompts and is masked.
         banned_ids: ids that are never drawn (image tokens). The training forward masks the same ids.
-        max_rows: most rollouts decoded at once; None for all. Prompts are taken longest first, equal ones in request order.
-        max_tokens: most cached tokens at once, counted as rows * (longest prompt + new-token limit); None for no limit. A single rollout
-            is decoded whatever it needs.
+        max_rows: most rollouts decoded at once; None for all. Longest prompts go first, equal ones in request order.
+        max_tokens: most cached tokens at once, counted as rows * (longest prompt + new-token limit); None for no
+            limit. A single rollout is decoded whatever it needs.
         autocast_dtype: run the model under autocast with this type (bfloat16 on a GPU); None for the weights' own.
     """
 
@@ -79,27 +70,22 @@ class TransformersEngine:
         config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        plain = set(getattr(config, "layer_types", None) or ["full_attention"]) <= {
-            "full_attention",
-            "linear_attention",
-        }
-        self._flat_mask = not (plain and config._attn_implementation == "sdpa")
         if not self.eos_ids - self.banned_ids:
             raise ModelError(
-                f"no end token is left to draw (end tokens {sorted(self.eos_ids)}, banned {sorted(self.banned_ids)}): completions "
-                "would never end; give the tokenizer an eos_token or the model a generation_config.eos_token_id"
+                f"no end token is left to draw (end tokens {sorted(self.eos_ids)}, banned {sorted(self.banned_ids)}): "
+                "completions would never end; set the tokenizer's eos_token or the generation config's eos_token_id"
             )
 
     @torch.no_grad()
     def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
         """Completions per request, in the order of its keys.
 
-        Every completion has at most `sampling.max_new_tokens` tokens; where prompt and limit together exceed the model's context, it
-        ends at the context. Both count as truncated.
+        Every completion has at most `sampling.max_new_tokens` tokens; where prompt and limit together exceed the
+        model's context, it ends at the context. Both count as truncated.
 
         Raises:
-            ModelError: no requests; a request without prompt tokens, without keys, with ids outside the vocabulary or with a prompt that
-                fills the model's context; a limit below 1; logits that are not numbers.
+            ModelError: no requests; a request without prompt tokens, without keys, with ids outside the vocabulary or
+                with a prompt that fills the model's context; a limit below 1; logits that are not numbers.
         """
         self._check(requests, sampling)
         done: list[list[Completion]] = [[] for _ in requests]
@@ -124,13 +110,13 @@ class TransformersEngine:
             low, high = min(request.prompt_ids), max(request.prompt_ids)
             if low < 0 or high >= self.vocab_size:
                 raise ModelError(
-                    f"request {i} holds token id {low if low < 0 else high}, but the model knows ids 0 to {self.vocab_size - 1}: "
-                    "tokenizer and model do not belong together; load both from one checkpoint"
+                    f"request {i} holds token id {low if low < 0 else high}, but the model knows ids 0 to "
+                    f"{self.vocab_size - 1}: tokenizer and model do not belong together; load both from one checkpoint"
                 )
             if self.context is not None and len(request.prompt_ids) >= self.context:
                 raise ModelError(
-                    f"request {i} has a prompt of {len(request.prompt_ids)} tokens, but the model's context is {self.context}: "
-                    "shorten the prompt or drop the question (the prompt limit of the recipe does that)"
+                    f"request {i} has a prompt of {len(request.prompt_ids)} tokens, but the model's context is "
+                    f"{self.context}: shorten the prompt or drop the question (the recipe's prompt limit does that)"
                 )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -163,42 +149,30 @@ class TransformersEngine:
         prompts = [request.prompt_ids for request, _ in batch]
         owners = [i for i, (_, piece) in enumerate(batch) for _ in range(piece.start, piece.stop)]
         keys = [key for request, piece in batch for key in request.keys[piece.start : piece.stop]]
-        drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
-        logits, cache, mask = self._prefill(prompts)
-        state = DecodeState(cache, mask, torch.tensor(owners, device=device), self._flat_mask)
-        logits = logits[state.owners]
         room = [sampling.max_new_tokens if self.context is None else self.context - len(prompts[i]) for i in owners]
         limits = torch.tensor([min(sampling.max_new_tokens, r) for r in room], device=device)
-        longest, shortest = int(limits.max()), int(limits.min())
         ends = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
         ends[[i for i in self.eos_ids if i < self.vocab_size]] = True
+        drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
+        progress = _Progress(limits, ends)
 
-        rows = torch.arange(len(owners), device=device)
-        live = torch.ones(len(owners), dtype=torch.bool, device=device)
-        segments = [_Segment(rows, 0, [], [], [])]
-        look_every = 1 if device.type == "cpu" else _LOOK_EVERY
-        for step in range(longest):
+        logits, cache, mask = self._prefill(prompts)
+        owner = torch.tensor(owners, device=device)
+        logits, state = logits[owner], None
+        for step in range(progress.longest):
             draws = drawer.draw(logits, step)
-            for record, value in zip(segments[-1][2:], draws, strict=True):
-                record.append(value)
-            if step + 1 == longest:
+            tokens, kept = draws.tokens, progress.record(draws)
+            if len(progress.rows) == 0:
                 break
-            live &= ~ends[draws.tokens]
-            if step + 1 >= shortest:
-                live &= limits[rows] > step + 1
-            tokens = draws.tokens
-            if step == 0 or (step + 1) % look_every == 0:
-                count = int(live.sum())
-                if count == 0:
-                    break
-                if (len(rows) - count) * _DROP_SHARE >= len(rows):
-                    kept = _gaps_filled(live, count)
-                    rows, live, tokens = rows[kept], live[kept], tokens[kept]
-                    drawer.keep(kept)
-                    state.keep(kept)
-                    segments.append(_Segment(rows, step + 1, [], [], []))
-            logits = state.step(self.model, tokens)
-        return _assemble(segments, limits, ends)
+            if kept is not None:
+                tokens = tokens[kept]
+                drawer.keep(kept)
+            if state is None:
+                state = DecodeState(self.model, cache, mask, owner if kept is None else owner[kept])
+            elif kept is not None:
+                state.keep(kept)
+            logits = state.step(tokens)
+        return progress.completions()
 
 
 def plan(
@@ -228,7 +202,7 @@ def plan(
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode back afterwards (a frozen part may have been in evaluation mode all along)."""
+    """Evaluation mode inside, every module's own mode back afterwards (a frozen part may be in it all along)."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -238,40 +212,76 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _gaps_filled(live: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` live rows (count,), in an order that leaves as many as possible where they are: the last ones fill the gaps."""
-    kept = torch.arange(count, device=live.device)
-    kept[~live[:count]] = live[count:].nonzero()[:, 0] + count
-    return kept
+class _Segment(NamedTuple):
+    """What one unchanged set of rows wrote: its rows (R,), its first step, and the draws of every step."""
+
+    rows: torch.Tensor
+    start: int
+    draws: list[Draws]
 
 
-def _assemble(segments: Sequence[_Segment], limits: torch.Tensor, ends: torch.Tensor) -> list[Completion]:
-    """Cuts every row's completion out of the segments: up to its first end token, else up to its limit."""
-    width = segments[-1].start + len(segments[-1].tokens)
-    count = len(limits)
-    tokens = torch.zeros(count, width, dtype=torch.int64, device=limits.device)
-    logprobs, entropies = (torch.zeros(count, width, device=limits.device) for _ in range(2))
-    for segment in segments:
-        if segment.tokens:
-            span = slice(segment.start, segment.start + len(segment.tokens))
-            tokens[segment.rows, span] = torch.stack(segment.tokens, 1)
-            logprobs[segment.rows, span] = torch.stack(segment.logprobs, 1)
-            entropies[segment.rows, span] = torch.stack(segment.entropies, 1)
-    places = torch.arange(width, device=limits.device)
-    ended = torch.where(ends[tokens], places, width).amin(
-        -1
-    )  # a row that stopped writing holds zeros behind its end only
-    lengths = torch.minimum(ended + 1, limits)
-    written = places < lengths[:, None]
-    if bool((logprobs.isnan() & written).any()):
-        raise ModelError(
-            "the model returned logits that are not numbers while sampling: its weights have diverged or its precision overflows; "
-            "go back to a checkpoint with a lower learning rate, or use bf16 or fp32 instead of fp16"
-        )
-    means = ((entropies * written).sum(-1) / lengths).tolist()
-    truncated = (ended + 1 > limits).tolist()
-    tokens, logprobs = tokens.cpu(), logprobs.cpu()
-    return [
-        Completion(tokens[i, :n].clone(), logprobs[i, :n].clone(), truncated[i], means[i])
-        for i, n in enumerate(lengths.tolist())
-    ]
+class _Progress:
+    """What has been drawn so far, and which rollouts still go on.
+
+    Args:
+        limits: (R,) most tokens of each rollout.
+        ends: (V,) bool, which ids end a completion.
+    """
+
+    def __init__(self, limits: torch.Tensor, ends: torch.Tensor) -> None:
+        self.rows = torch.arange(len(limits), device=limits.device)  # rollouts in the batch now, (R',)
+        self.longest, self._shortest = int(limits.max()), int(limits.min())
+        self._limits, self._ends = limits, ends
+        self._live = torch.ones_like(self.rows, dtype=torch.bool)
+        self._segments = [_Segment(self.rows, 0, [])]
+        self._step = 0
+
+    def record(self, draws: Draws) -> torch.Tensor | None:
+        """Notes one step. Returns the places in the batch to go on with, None for all; `rows` is empty once all are done."""
+        self._segments[-1].draws.append(draws)
+        self._step += 1
+        self._live &= ~self._ends[draws.tokens]
+        if self._step >= self._shortest:
+            self._live &= self._limits[self.rows] > self._step
+        # A look at what has finished waits for a GPU's queue of work: not at every step there.
+        if self.rows.device.type != "cpu" and self._step % _LOOK_EVERY != 0 and 1 < self._step < self.longest:
+            return None
+        count = int(self._live.sum())
+        if count and (len(self.rows) - count) * _DROP_SHARE < len(self.rows):
+            return None
+        # The last live rows fill the gaps, so that most stay where they are.
+        kept = torch.arange(count, device=self.rows.device)
+        kept[~self._live[:count]] = self._live[count:].nonzero()[:, 0] + count
+        self.rows, self._live = self.rows[kept], self._live[kept]
+        self._segments.append(_Segment(self.rows, self._step, []))
+        return kept
+
+    def completions(self) -> list[Completion]:
+        """Every rollout's completion: up to its first end token, else up to its limit.
+
+        Raises:
+            ModelError: a log-prob is not a number.
+        """
+        device = self._limits.device
+        shape = (len(self._limits), self._step)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        logprobs, entropies = (torch.zeros(shape, device=device) for _ in range(2))
+        for rows, start, draws in self._segments:
+            for whole, part in zip((tokens, logprobs, entropies), zip(*draws, strict=True), strict=False):
+                whole[rows, start : start + len(draws)] = torch.stack(part, 1)
+        places = torch.arange(self._step, device=device)
+        ended = torch.where(self._ends[tokens], places, self._step).amin(-1)
+        lengths = torch.minimum(ended + 1, self._limits)
+        written = places < lengths[:, None]
+        if bool((logprobs.isnan() & written).any()):
+            raise ModelError(
+                "the model's logits are not numbers while sampling: its weights have diverged or its precision overflows; "
+                "go back to a checkpoint with a lower learning rate, or use bf16 or fp32 instead of fp16"
+            )
+        means = ((entropies * written).sum(-1) / lengths).tolist()
+        truncated = (ended + 1 > self._limits).tolist()
+        tokens, logprobs = tokens.cpu(), logprobs.cpu()
+        return [
+            Completion(tokens[i, :n].clone(), logprobs[i, :n].clone(), truncated[i], means[i])
+            for i, n in enumerate(lengths.tolist())
+        ]

@@ -17,14 +17,23 @@ _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
-_SQUARE_UNITS = {"㎡": "m^{2}", "㎝": "cm", "㎞": "km", "㎏": "kg", "㎜": "mm", "㎥": "m^{3}", "㎠": "cm^{2}", "㎢": "km^{2}"}
+_SQUARE_UNITS = {
+    "㎡": "m^{2}",
+    "㎝": "cm",
+    "㎞": "km",
+    "㎏": "kg",
+    "㎜": "mm",
+    "㎥": "m^{3}",
+    "㎠": "cm^{2}",
+    "㎢": "km^{2}",
+}
 
 _SYMBOLS = {
     "−": "-", "‐": "-", "‑": "-", "–": "-", "—": "-", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
     "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
     "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "º": "°", "∘": "°",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ",
-    "σ": r"\sigma ", "ω": r"\omega ", "∅": r"\emptyset ", "→": r"\to ", "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",",
+    "σ": r"\sigma ", "ω": r"\omega ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "→": r"\to ", "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",",
     "`": "'", "…": r"\ldots ", "℃": "°C", "℉": "°F",
 }  # fmt: skip
 _SYMBOL_TABLE = str.maketrans(_SYMBOLS)
@@ -34,8 +43,20 @@ _WRAPPER = re.compile(
     r"|mbox|hbox|emph|underline)\*?\s*\{([^{}]*)\}"
 )
 _TEXT_ONLY = re.compile(r"\\text\s*\{([^{}]*)\}")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("{", "}"))
-_LABEL = re.compile(r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+|^(?:the )?(?:final )?answer\s*[:=]\s*|^(?:答案|答)(?:是|为|:)\s*", re.IGNORECASE)
+_DELIMITERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ('"', '"'),
+    ("'", "'"),
+    ("{", "}"),
+)
+_LABEL = re.compile(
+    r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+|^(?:the )?(?:final )?answer\s*[:=]\s*|^(?:答案|答)(?:是|为|:)\s*",
+    re.IGNORECASE,
+)
 _FUNCTION = r"(?:arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)"
 
 # Applied in order. Each maps spellings of one thing to one spelling.
@@ -75,6 +96,9 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
         (r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
         (rf"(?<![\\a-zA-Z])({_FUNCTION})(?![a-zA-Z])(?=\s*[\^({{\\\d]|\s+[a-zA-Z](?![a-zA-Z]))", r"\\\1 "),
+        (r"(?<![\w)}])\+(?=\\infty)", ""),
+        (r"^\\\{\s*\\\}$", r"\\emptyset "),
+        (r"^(?:all |the )*real numbers$", r"\\mathbb{R}"),
         (r"\s+", " "),
         (r" ?([=<>+*/^_{}()\[\]|;]) ?", r"\1"),
         (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
@@ -147,6 +171,8 @@ def _unwrap(text: str) -> str:
     for _ in range(MAX_DEPTH):
         before = text
         text = text.strip()
+        if text.startswith(r"\boxed{") and _closes_at_end(text[6:]):
+            text = text[7:-1]
         for left, right in _DELIMITERS:
             inner = text[len(left) : len(text) - len(right)]
             if not (text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right)):
@@ -203,6 +229,7 @@ def clean(answer: str) -> str:
 
 def text_key(cleaned: str) -> str:
     """What two texts are compared by: lower case, without articles, quotes and hyphens; case stays in formulas."""
+    cleaned = re.sub(r"(?<=[a-zA-Z])_\{(\w+)\}", r"\1", cleaned)
     if not (_PLAIN_ENGLISH.search(cleaned) or (len(cleaned) == 1 and cleaned.isalpha())):
         return cleaned
     text = re.sub(r"(?<![\\\w])(?:the|a|an) (?=\w)", "", cleaned.lower())

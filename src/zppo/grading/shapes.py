@@ -41,11 +41,12 @@ class Shape:
 
 
 IDENTIFIER = re.compile(
-    r"(?:\\?[a-zA-Z]|\\[a-zA-Z]+)'*(?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?|[A-Za-z]{2,}(?: [A-Za-z]{2,})?|∠[A-Z]{1,3}|\\angle [A-Z]{1,3}"
+    r"(?:\\?[a-zA-Z]|\\[a-zA-Z]+)'*(?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?"
+    r"|[A-Za-z]{2,}(?: [A-Za-z]{2,})?|∠[A-Z]{1,3}|\\angle [A-Z]{1,3}"
 )
 _MATRIX = re.compile(r"\\begin\{([pbB]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
-_MEMBER = re.compile(r"^[a-zA-Z]\\in(?![a-zA-Z]) ?")
-_BUILDER = re.compile(r"^\\\{ ?([a-zA-Z])(?:\\in ?\\mathbb\{R\})?(?:\\mid|\\vert|\||:)(.*)\\\}$")
+_MEMBER = re.compile(r"^[a-zA-Z] ?\\in(?![a-zA-Z]) ?")
+_BUILDER = re.compile(r"^\\\{ ?[a-zA-Z] ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid|\\vert|\||:)(.*)\\\}$")
 _AND_OR = re.compile(r"(?:^|(?<=[^a-zA-Z\\]))(?:and|or|和|或|以及)(?=[^a-zA-Z]|$)")
 _RELATIONS = {r"\le": "<=", r"\ge": ">=", "<": "<", ">": ">"}
 _RELATION = re.compile(r"\\le(?![a-zA-Z]) ?|\\ge(?![a-zA-Z]) ?|<|>")
@@ -96,10 +97,13 @@ def _bracketed(text: str) -> Shape | None:
     for opening, closing in ((r"\{", r"\}"), ("{", "}")):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
-            if _stays_open(text[: -1]) and (opening == r"\{" or "," in inner):
+            if _stays_open(text[:-1]) and (opening == r"\{" or "," in inner):
                 return Shape(Kind.SET, text, tuple(i for i in split_top(inner, _COMMAS) if i))
     if text[:1] in _CLOSING and text[-1] in _CLOSING[text[0]] and _stays_open(text[:-1]):
         items = split_top(text[1:-1], _COMMAS)
+        rows = [_bracketed(item) for item in items] if text.startswith("[[") else []
+        if len(rows) > 1 and all(row and row.kind is Kind.BRACKET for row in rows):
+            return Shape(Kind.MATRIX, text, tuple(cell for row in rows if row for cell in row.items), (str(len(rows)),))
         if len(items) > 1:
             return Shape(Kind.BRACKET, text, tuple(items), (text[0], text[-1]))
     return None
@@ -119,7 +123,10 @@ def _matrix(text: str) -> Shape | None:
     match = _MATRIX.fullmatch(text)
     if match is None or r"\begin" in match[2]:
         return None
-    rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\cr(?![a-zA-Z])", re.sub(r"\\cr\s*$", "", match[2]))]
+    rows = [
+        [cell.strip() for cell in row.split("&")]
+        for row in re.split(r"\\cr(?![a-zA-Z])", re.sub(r"\\cr\s*$", "", match[2]))
+    ]
     return Shape(Kind.MATRIX, text, tuple(cell for row in rows for cell in row), (str(len(rows)),))
 
 
@@ -137,7 +144,9 @@ def parse_shape(text: str) -> Shape:
     text = _MEMBER.sub("", text)
     builder = _BUILDER.match(text)
     if builder:
-        text = _MEMBER.sub("", builder[2].strip())
+        text = _MEMBER.sub("", builder[1].strip())
+    if text == r"\mathbb{R}":
+        return Shape(Kind.BRACKET, text, (r"-\infty", r"\infty"), ("(", ")"))
     if shape := _matrix(text) or _bracketed(text):
         return shape
     union = split_top(text, _CUPS)

@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 
 from zppo.grading.clean import MAX_ANSWER, clean, nested_too_deep, text_key
-from zppo.grading.numeric import Number, numbers_equal, parse_number, percent_equal
+from zppo.grading.numeric import numbers_equal, parse_number, percent_equal
 from zppo.grading.shapes import IDENTIFIER, MAX_ITEMS, Kind, Shape, parse_shape
 from zppo.grading.units import split_unit
+from zppo.grading.words import choice, is_prose, only_choice, yes_no
 
 Algebra = Callable[[str, str], bool | None]
 
-_YES_NO = {
-    "yes": "yes", "no": "no", "true": "true", "false": "false", "correct": "true", "incorrect": "false",
-    "是": "yes", "是的": "yes", "否": "no", "不是": "no", "对": "true", "错": "false", "正确": "true", "错误": "false",
-}  # fmt: skip
-_CONTRADICTIONS = {"yes": {"no", "not"}, "no": {"yes"}, "true": {"false", "not"}, "false": {"true"}}
-_LETTER = re.compile(r"(?:(?:option|choice|选项?)\s*)?(?:\(([A-Za-z])\)|([A-Za-z]))[.):]?", re.IGNORECASE)
-_LETTER_WITH_TEXT = re.compile(r"(?:(?:option|choice)\s*)?(?:\(([A-J])\)[.:,]?|([A-J])(?:[.):](?!\d)|\)))\s*(\S.*)", re.DOTALL)
-_ANOTHER_LETTER = re.compile(r"(?<![A-Za-z])(?:\([A-J]\)|[A-J](?=[.):,;]|$)|[A-J]\b(?= (?:and|or)\b))")
-_LETTERS = re.compile(r"[A-J](?:(?:,| and |,and | & |、|)[A-J])+")
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
-_WORD = re.compile(r"[^\W\d_]{2,}")
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_TWO_LETTER_WORDS = frozenset("is or if no to of in on at it we he be by an as do go so up us my me am ok hi oh ie eg vs".split())
-_VARIABLE_RUNS = (frozenset("xyz"), frozenset("abc"), frozenset("pqr"), frozenset("uvw"), frozenset("mn"))
+_SYMBOL = re.compile(r"[a-zA-Z]|\\(?!pi|infty|emptyset)[a-zA-Z]+")
 _INFINITE = {r"\infty": "+", r"+\infty": "+", r"-\infty": "-"}
 _PERCENT = "%"
 
@@ -46,45 +33,6 @@ def _all(decisions: Iterable[bool | None]) -> bool | None:
     return result
 
 
-def yes_no(text: str) -> str | None:
-    """The verdict in an answer: "yes", "no", "true" or "false", where the answer is one or starts with one and a comma."""
-    first, separator, rest = text.lower().partition(",")
-    if not separator:
-        first, separator, rest = text.lower().partition(". ")
-    verdict = _YES_NO.get(first.strip(" .!"))
-    if verdict is None or _CONTRADICTIONS[verdict] & set(re.findall(r"[a-z]+", rest)):
-        return None
-    return verdict
-
-
-def choice(text: str) -> tuple[frozenset[str], str]:
-    """The choice letters of an answer (upper case, empty if it is none) and the text that stands beside a single one."""
-    if match := _LETTER.fullmatch(text):
-        return frozenset((match[1] or match[2]).upper()), ""
-    if match := _LETTER_WITH_TEXT.fullmatch(text):
-        if _ANOTHER_LETTER.search(match[3]):
-            return frozenset(), ""
-        return frozenset(match[1] or match[2]), match[3].strip()
-    if _LETTERS.fullmatch(text):
-        letters = re.findall(r"[A-J]", text)
-        return (frozenset(letters), "") if len(set(letters)) == len(letters) else (frozenset(), "")
-    return frozenset(), ""
-
-
-@lru_cache(maxsize=8192)
-def is_prose(text: str) -> bool:
-    """Whether a cleaned answer contains words: nothing that algebra should see, nor guess a number in."""
-    if _CJK.search(text):
-        return True
-    for run in _WORD.findall(_COMMAND.sub(" ", text)):
-        letters = set(run)
-        if len(run) == 2 and run.lower() not in _TWO_LETTER_WORDS:
-            continue  # a product of two variables
-        if len(run) > 3 or not any(letters <= variables for variables in _VARIABLE_RUNS):
-            return True
-    return False
-
-
 def _scalars(gold: str, answer: str, algebra: Algebra) -> bool | None:
     """Two answers without structure, units taken off."""
     if gold == answer or text_key(gold) == text_key(answer):
@@ -94,7 +42,7 @@ def _scalars(gold: str, answer: str, algebra: Algebra) -> bool | None:
         return numbers_equal(first, second)
     if is_prose(gold) or is_prose(answer):
         return False
-    simple = [text for text, number in ((gold, first), (answer, second)) if number or IDENTIFIER.fullmatch(text)]
+    simple = [text for text, number in ((gold, first), (answer, second)) if number or _SYMBOL.fullmatch(text)]
     if len(simple) == 2 or r"\boxed" in gold or r"\boxed" in answer:
         return False  # two different names, a name and a number
     return algebra(gold, answer)
@@ -137,12 +85,16 @@ def _interval(shape: Shape) -> tuple[str, str, str, str, str] | None:
     closing = "]" if names[0] < len(shape.marks) and shape.marks[names[0]] == "<=" else ")"
     name = shape.items[names[0]]
     if len(shape.items) == 2:
-        return (numbers[0], r"\infty", opening, ")", name) if names[0] == 1 else (r"-\infty", numbers[0], "(", closing, name)
+        return (
+            (numbers[0], r"\infty", opening, ")", name)
+            if names[0] == 1
+            else (r"-\infty", numbers[0], "(", closing, name)
+        )
     return (numbers[0], numbers[1], opening, closing, name) if names[0] == 1 else None
 
 
 def _intervals(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
-    """Two intervals, at least one of them a chain. NotImplemented-like: None is "algebra needed", as everywhere."""
+    """Two intervals, at least one of them a chain of relations; chains that are no intervals are left to algebra."""
     first, second = _interval(gold), _interval(answer)
     if first is None or second is None:
         return algebra(gold.text, answer.text)
@@ -163,6 +115,8 @@ def _value_of_equation(shape: Shape, other: str, gold_first: bool, algebra: Alge
     sides = shape.items[1:] if IDENTIFIER.fullmatch(shape.items[0]) else shape.items
     if sides == shape.items and IDENTIFIER.fullmatch(shape.items[-1]) and len(sides) == 2:
         sides = shape.items[:1]  # 3 = x
+    if any(parse_shape(side).kind is not Kind.SCALAR for side in sides[1:]):
+        return False
     pair = (sides[-1], other) if gold_first else (other, sides[-1])
     return _all([compare_cleaned(*pair, algebra), *(compare_cleaned(sides[0], s, algebra) for s in sides[1:])])
 
@@ -185,7 +139,12 @@ def _assignments(shape: Shape) -> dict[str, str] | None:
     pairs: dict[str, str] = {}
     for item in shape.items:
         part = parse_shape(item)
-        if part.kind is not Kind.EQUATION or len(part.items) != 2 or not IDENTIFIER.fullmatch(part.items[0]) or part.items[0] in pairs:
+        if (
+            part.kind is not Kind.EQUATION
+            or len(part.items) != 2
+            or not IDENTIFIER.fullmatch(part.items[0])
+            or part.items[0] in pairs
+        ):
             return None
         pairs[part.items[0]] = part.items[1]
     return pairs
@@ -195,12 +154,14 @@ def _values(shape: Shape) -> tuple[str, ...]:
     """Items of a list of solutions: `x=1 or x=2` and `x_1=1, x_2=2` give 1 and 2."""
     parts = [parse_shape(item) for item in shape.items]
     names = {re.sub(r"_\{?\w+\}?$", "", p.items[0]) for p in parts}
-    if len(names) == 1 and all(p.kind is Kind.EQUATION and len(p.items) == 2 and IDENTIFIER.fullmatch(p.items[0]) for p in parts):
+    if len(names) == 1 and all(
+        p.kind is Kind.EQUATION and len(p.items) == 2 and IDENTIFIER.fullmatch(p.items[0]) for p in parts
+    ):
         return tuple(p.items[1] for p in parts)
     head = parts[0]
-    if head.kind is Kind.EQUATION and len(head.items) == 2 and IDENTIFIER.fullmatch(head.items[0]):
-        if all(p.kind is not Kind.EQUATION for p in parts[1:]):
-            return (head.items[1], *shape.items[1:])  # x = 1, 2
+    alone = head.kind is Kind.EQUATION and all(p.kind is not Kind.EQUATION for p in parts[1:])
+    if alone and len(head.items) == 2 and IDENTIFIER.fullmatch(head.items[0]):
+        return (head.items[1], *shape.items[1:])  # x = 1, 2
     return shape.items
 
 
@@ -222,7 +183,9 @@ def _lists(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
         return gold.marks == answer.marks and _ordered(first, second, algebra)
     if kinds == {Kind.BRACKET, Kind.LIST}:
         brackets = (gold if gold.kind is Kind.BRACKET else answer).marks
-        return (brackets == ("(", ")") or (brackets == ("[", "]") and len(first) > 2)) and _ordered(first, second, algebra)
+        return (brackets == ("(", ")") or (brackets == ("[", "]") and len(first) > 2)) and _ordered(
+            first, second, algebra
+        )
     return False
 
 
@@ -247,6 +210,10 @@ def _shapes(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
         return _lists(gold, answer, algebra)
     if kinds == {Kind.MATRIX}:
         return gold.marks == answer.marks and _ordered(gold.items, answer.items, algebra)
+    if kinds == {Kind.MATRIX, Kind.BRACKET}:
+        matrix = gold if gold.kind is Kind.MATRIX else answer
+        vector = matrix.marks[0] in ("1", str(len(matrix.items)))
+        return vector and _ordered(gold.items, answer.items, algebra)
     if kinds == {Kind.CHAIN} and gold.marks == answer.marks and _ordered(gold.items, answer.items, lambda g, a: g == a):
         return True
     if kinds == {Kind.CHAIN} and all(IDENTIFIER.fullmatch(item) for item in (*gold.items, *answer.items)):
@@ -255,7 +222,9 @@ def _shapes(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
         return _intervals(gold, answer, algebra)
     if Kind.UNION in kinds and kinds <= {Kind.UNION, Kind.LIST}:
         return _unordered(gold.items, answer.items, algebra)
-    if kinds <= {Kind.MATRIX, Kind.SCALAR} and not (is_prose(gold.text.replace("matrix", "")) or is_prose(answer.text.replace("matrix", ""))):
+    if kinds <= {Kind.MATRIX, Kind.SCALAR} and not (
+        is_prose(gold.text.replace("matrix", "")) or is_prose(answer.text.replace("matrix", ""))
+    ):
         return algebra(gold.text, answer.text)
     if kinds == {Kind.UNION, Kind.SCALAR} and not (is_prose(gold.text) or is_prose(answer.text)):
         return algebra(gold.text, answer.text)
@@ -297,12 +266,6 @@ def _compare_choices(gold: str, answer: str, algebra: Algebra) -> bool | None:
     return bool(text) and compare_cleaned(gold, text, algebra)
 
 
-def _is_choice(text: str) -> bool:
-    """Whether an answer can only be read as a choice: an upper-case letter from A to J, alone, with text, or several."""
-    letters, beside = choice(text)
-    return bool(beside) or len(letters) > 1 or bool(re.fullmatch(r"\(?[A-J]\)?[.):]?", text))
-
-
 def compare(gold: str, answer: str, algebra: Algebra) -> bool | None:
     """Whether two answers are equal (method.md section 7 with both of its passes).
 
@@ -327,7 +290,7 @@ def compare(gold: str, answer: str, algebra: Algebra) -> bool | None:
     verdicts = yes_no(gold), yes_no(answer)
     if verdicts[0]:
         return verdicts[0] == verdicts[1]
-    if _is_choice(gold) or _is_choice(answer):
+    if only_choice(gold) or only_choice(answer):
         return _compare_choices(gold, answer, algebra)
     return compare_cleaned(gold, answer, algebra)
 
@@ -335,6 +298,3 @@ def compare(gold: str, answer: str, algebra: Algebra) -> bool | None:
 def undecided(gold: str, answer: str) -> bool | None:
     """The `algebra` of the caller's own process: none."""
     return None
-
-
-__all__ = ["Algebra", "Number", "choice", "compare", "compare_cleaned", "is_prose", "undecided", "yes_no"]

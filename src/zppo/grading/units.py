@@ -9,17 +9,17 @@ from types import MappingProxyType
 # Canonical name -> its spellings. Abbreviations are case-sensitive, words are not; plurals in -s are added to words.
 _ABBREVIATIONS = {
     "mm": "mm", "cm": "cm", "dm": "dm", "m": "m", "km": "km", "nm": "nm", "um": "μm µm um", "in": "in in.", "ft": "ft ft.", "yd": "yd",
-    "mi": "mi", "mg": "mg", "g": "g gm", "kg": "kg", "t": "t", "lb": "lb lbs lb.", "oz": "oz oz.", "ml": "mL ml", "l": "L l", "s": "s sec secs",
-    "ms": "ms", "min": "min mins min.", "h": "h hr hrs", "n": "N", "kn": "kN", "j": "J", "kj": "kJ", "w": "W", "kw": "kW", "kwh": "kWh",
+    "mi": "mi", "mg": "mg", "g": "g gm", "kg": "kg", "t": "t", "lb": "lb lbs lb.", "oz": "oz oz.", "ml": "mL ml", "l": "L l",
+    "s": "s sec secs", "ms": "ms", "min": "min mins min.", "h": "h hr hrs", "n": "N", "kn": "kN", "j": "J", "kj": "kJ", "w": "W", "kw": "kW", "kwh": "kWh",
     "v": "V", "mv": "mV", "amp": "A", "ma": "mA", "ohm": "Ω", "kohm": "kΩ", "k": "K", "pa": "Pa", "kpa": "kPa", "mpa": "MPa", "atm": "atm",
-    "hz": "Hz", "khz": "kHz", "mhz": "MHz", "ghz": "GHz", "mol": "mol", "mmol": "mmol", "ev": "eV", "rad": "rad", "deg": "° deg", "cal": "cal",
-    "degc": "°C", "degf": "°F", "kcal": "kcal", "rpm": "rpm", "db": "dB", "km/h": "kmh kph kmph", "mi/h": "mph", "tesla": "T",
+    "hz": "Hz", "khz": "kHz", "mhz": "MHz", "ghz": "GHz", "mol": "mol", "mmol": "mmol", "ev": "eV", "rad": "rad", "deg": "° deg",
+    "cal": "cal", "degc": "°C", "degf": "°F", "kcal": "kcal", "rpm": "rpm", "db": "dB", "km/h": "kmh kph kmph", "mi/h": "mph", "tesla": "T",
     "coulomb": "C", "farad": "F", "kb": "KB kB", "mb": "MB", "gb": "GB", "tb": "TB", "%": "% pct", "cm^2": "sqcm", "m^2": "sqm",
     "usd": "$ USD US$", "eur": "€ EUR", "gbp": "£ GBP", "cny": "¥ CNY RMB", "inr": "₹ INR Rs Rs.", "cent": "¢", "jpy": "JPY",
 }  # fmt: skip
 _WORDS = {
-    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre", "km": "kilometer kilometre",
-    "nm": "nanometer nanometre", "um": "micrometer micron", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
+    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
+    "km": "kilometer kilometre", "nm": "nanometer nanometre", "um": "micrometer micron", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
     "mg": "milligram", "g": "gram gramme", "kg": "kilogram kilo", "t": "ton tonne", "lb": "pound", "oz": "ounce", "l": "liter litre",
     "ml": "milliliter millilitre", "s": "second", "ms": "millisecond", "min": "minute", "h": "hour", "day": "day", "week": "week",
     "month": "month", "year": "year yr", "n": "newton", "j": "joule", "w": "watt", "kw": "kilowatt", "v": "volt", "amp": "ampere amp",
@@ -50,16 +50,21 @@ def _table() -> tuple[MappingProxyType[str, str], MappingProxyType[str, str]]:
 _SHORT, _LONG = _table()
 # Words that may follow a number without being what it counts: they question, extend or multiply it.
 _NO_NOUN = frozenset(
-    "and or not no is are was be if but to of than then wrong false incorrect right true correct maybe perhaps probably about at by in "
+    "and or not no is are was be if but to than then wrong false incorrect right true correct maybe perhaps probably about at by in "
     "times always sometimes less more plus minus others else tens hundreds thousands millions billions trillions dozens hundred thousand "
     "million billion trillion dozen mod squared cubed factorial choose remainder pi guess unknown sure impossible halves thirds quarters "
     "fifths tenths sixths eighths fourths sevenths ninths hundredths thousandths".split()
 )
-_PREFIX = re.compile(r"^(?P<sign>[-+]?)(?P<unit>US ?\$|\$|€|£|¥|₹|Rs\.?|USD|EUR|GBP|CNY|RMB|INR) ?(?=[-+]?\.?\d|\\frac)")
+_PREFIX = re.compile(
+    r"^(?P<sign>[-+]?)(?P<unit>US ?\$|\$|€|£|¥|₹|Rs\.?|USD|EUR|GBP|CNY|RMB|INR) ?(?=[-+]?\.?\d|\\frac)"
+)
 _POWERED = re.compile(r"^(?P<base>.+?)(?:\^\{?(?P<power>-?\d)\}?|(?<=[a-z])(?P<digit>[23]))$")
 _MATH = re.compile(r"\d|\\pi|\\sqrt|\\frac")
 _BARE_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[\u4e00-\u9fff]")
-_ATTACHED_LETTERS = frozenset("m g s h L".split())  # single letters that count as units right behind a number; x, a, n do not
+_ATTACHED_LETTERS = frozenset(
+    "m g s h L".split()
+)  # single letters that count as units right behind a number; x, a, n do not
+_NOUN = re.compile(r"(?=.*[aeiou])[a-z]{3,}|of|per")  # "xy" is a product
 _LONGEST_UNIT = 40
 
 
@@ -84,15 +89,22 @@ def canonical_unit(text: str) -> str | None:
         if lower.endswith(word):
             base = canonical_unit(text[: -len(word)])
             return None if base is None else f"{base}^{power}"
-    if (match := _POWERED.match(text)) and (base := _SHORT.get(match["base"].strip()) or _LONG.get(match["base"].strip().lower())):
+    if (match := _POWERED.match(text)) and (
+        base := _SHORT.get(match["base"].strip()) or _LONG.get(match["base"].strip().lower())
+    ):
         return f"{base}^{match['power'] or match['digit']}"
-    return {"degrees celsius": "degc", "degree celsius": "degc", "degrees fahrenheit": "degf", "degree fahrenheit": "degf"}.get(lower)
+    return {
+        "degrees celsius": "degc",
+        "degree celsius": "degc",
+        "degrees fahrenheit": "degf",
+        "degree fahrenheit": "degf",
+    }.get(lower)
 
 
 def _counted_noun(text: str, trusted: bool) -> str | None:
     """The noun behind a number ("12 apples"): up to three words of a gold, one plural word of an answer."""
     words = text.lower().split()
-    if not words or any(not re.fullmatch(r"[a-z]{2,}", w) or w in _NO_NOUN for w in words) or len(words) > 3:
+    if not words or len(words) > 3 or any(not _NOUN.fullmatch(w) or w in _NO_NOUN for w in words):
         return None
     last = words[-1]
     plural = len(last) >= 4 and last.endswith("s") and not last.endswith(("ss", "us", "is"))
@@ -104,9 +116,11 @@ def _counted_noun(text: str, trusted: bool) -> str | None:
 def _starts(text: str) -> list[int]:
     """Where a unit may begin in `text`, longest first: behind a digit, a closing bracket or a space."""
     first = max(1, len(text) - _LONGEST_UNIT)
-    return [i for i in range(first, len(text)) if not text[i].isdigit() and text[i] not in " ({" and text[i - 1] in "0123456789)}]° "] + [
-        i for i in range(first, len(text)) if text[i] in "°%" and text[i - 1] not in "0123456789)}] "
-    ]
+    return [
+        i
+        for i in range(first, len(text))
+        if not text[i].isdigit() and text[i] not in " (){}[]" and text[i - 1] in "0123456789)}]° "
+    ] + [i for i in range(first, len(text)) if text[i] in "°%" and text[i - 1] not in "0123456789)}] "]
 
 
 @lru_cache(maxsize=8192)
@@ -125,7 +139,9 @@ def split_unit(text: str, trusted: bool = False) -> tuple[str, str | None]:
         return (behind, name) if unit in (None, name) else (text, None)
     for start in _starts(text):
         rest, tail = text[:start].rstrip(), text[start:]
-        if not _MATH.search(rest) or _BARE_WORD.search(rest.replace("million", "").replace("billion", "").replace("thousand", "")):
+        if not _MATH.search(rest) or _BARE_WORD.search(
+            rest.replace("million", "").replace("billion", "").replace("thousand", "")
+        ):
             continue
         attached = start == len(rest)
         if attached and len(tail) == 1 and tail.isalpha() and tail.isascii() and tail not in _ATTACHED_LETTERS:

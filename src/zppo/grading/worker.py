@@ -34,6 +34,7 @@ def limit_worker(memory_limit: int) -> None:
     """Called once in each new worker: bounds its address space (bytes) and silences the libraries' logs."""
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # die at once, also inside one long operation on a huge integer
     with contextlib.suppress(ValueError, OSError):  # a platform without this limit still has the deadline
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -51,7 +52,7 @@ def _limit_processor(seconds: float) -> None:
 def _parsed(text: str) -> Any:
     """The sympy object that a cleaned answer means, or None."""
     text = text.replace(r"\cr", r"\\").replace("°", "")
-    found = parse("\\boxed{" + text + "}", _BOX, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+    found = parse("\\boxed{" + text + "}", _BOX, fallback_mode="no_fallback", parsing_timeout=None)
     return found[0] if found else None
 
 
@@ -67,7 +68,7 @@ def _close(gold: Any, answer: Any) -> bool:
 def algebra(gold: str, answer: str) -> bool:
     """Whether two formulas in LaTeX are equal, by math-verify with the gold in a box. Never None, may take for ever."""
     first, second = _parsed(gold), _parsed(answer)
-    if first is None or second is None or not (verify(first, second, timeout_seconds=None) is True):
+    if first is None or second is None or verify(first, second, timeout_seconds=None) is not True:
         return False
     return _close(first, second)
 
@@ -76,8 +77,3 @@ def compare_in_worker(gold: str, answer: str, deadline: float) -> bool:
     """`zppo.grading.typed.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
     _limit_processor(deadline)
     return compare(gold, answer, algebra) is True
-
-
-def ready() -> bool:
-    """The first task of a pool: it returns once the libraries are loaded."""
-    return True

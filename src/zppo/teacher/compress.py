@@ -185,6 +185,7 @@ class Compressor:
         self._redraws = redraws
         self._memo: dict[tuple[str, str | None], str | None] = {}
         self._counts = CompressionCounts()
+        self.error = ""  # why a reply did not come, the last such reason since `new_step`
 
     @property
     def counts(self) -> CompressionCounts:
@@ -195,6 +196,7 @@ class Compressor:
         """Forgets all summaries and counts."""
         self._memo.clear()
         self._counts = CompressionCounts()
+        self.error = ""
 
     def raw(self, text: str) -> str:
         """The capped uncompressed form of a completion."""
@@ -245,6 +247,7 @@ class Compressor:
     def _judge(self, item: Source, reply: TeacherReply) -> str | None:
         """The accepted summary of one reply; counts what happened."""
         text = reply.texts[0] if reply.texts else None
+        self.error = reply.error or self.error
         unfinished = text is not None and reply.think_open and "</think>" not in text
         summary = None if text is None or unfinished else accept(text, item.answer, self._cap)
         self._counts = replace(

@@ -73,20 +73,14 @@ def closing_table(
 ) -> None:
     """Held-out accuracy before and after, graduated/admitted by entry bin, what help was missed, where the files are."""
     if before and after:
-        table = Table("level", "before", "after", title="held-out accuracy, plain prompts", title_justify="left")
+        console.print("\nheld-out accuracy, plain prompts")
+        table = Table("level", "before", "after")
         for row in _levels(before, after):
             table.add_row(*row)
         console.print(table)
     if replay:
-        table = Table(
-            "entry accuracy",
-            "admitted",
-            "graduated",
-            "evicted",
-            "graduated/admitted",
-            title="prompt replay buffer",
-            title_justify="left",
-        )
+        console.print("\nprompt replay buffer")
+        table = Table("entry accuracy", "admitted", "graduated", "evicted", "graduated/admitted")
         for correct in range(group_size + 1):
             if correct / group_size < threshold:
                 name = entry_bin(correct / group_size)
@@ -100,7 +94,7 @@ def closing_table(
             "help that was missed: "
             + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in missed.items())
         )
-    console.print(_work(totals))
+    console.print(f"\n{_work(totals)}", highlight=False)
     files: Mapping[str, str] = {
         "final/": "the trained student",
         "metrics.jsonl": "one line a step",

@@ -53,6 +53,10 @@ class Progress:
         self._held_out = f"step {step}: {result.accuracy:.3f}  {levels}".rstrip()
         self.console.print(Text(f"held-out accuracy at {self._held_out}"), highlight=False)
 
+    def warning(self, text: str) -> None:
+        """Something that a person should know; shown above the display."""
+        self.console.print(Text(text, style="yellow"), highlight=False, soft_wrap=True)
+
     def step(self, step: int, metrics: Mapping[str, Any], totals: Any) -> None:
         """The metrics of a finished step; accuracies are shown as running means over about ten steps."""
         now = time.monotonic()

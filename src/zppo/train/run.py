@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from zppo.errors import CheckpointError, SettingsError
 from zppo.train import checkpoint
@@ -60,6 +61,7 @@ def resume(run: Path, console: Console | None = None) -> Path:
 
 
 def _run(settings: Settings, run: Path, start: Path | None, console: Console, *, resumed: bool) -> Path:
+    transformers_logging.disable_progress_bar()  # our own display is live
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     accelerator = make_accelerator(settings)

@@ -111,6 +111,8 @@ class Trainer:
         plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step)
         sampled = time.perf_counter()
         asked_again = self.zone.build(plain, len(new), step)
+        if asked_again.teacher_error:
+            self.progress.warning(f"step {step}: the teacher could not serve every request: {asked_again.teacher_error}")
         built = time.perf_counter()
         groups = plain + self.roller.roll(asked_again.prompts, step)
         resampled = time.perf_counter()

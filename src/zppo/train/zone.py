@@ -33,10 +33,12 @@ class Zone:
     Attributes:
         prompts: at most floor(rho_aug * len(X_new)).
         metrics: numbers for the run log.
+        teacher_error: why the teacher could not serve a request, the last such reason; "" where it served all.
     """
 
     prompts: list[Prompt] = field(default_factory=list)
     metrics: dict[str, float | None] = field(default_factory=dict)
+    teacher_error: str = ""
 
 
 @dataclass(slots=True)
@@ -90,6 +92,7 @@ class ZoneBuilder:
         self.teacher, self.teacher_rollout, self.compressor = teacher, teacher_rollout, compressor
         self.speaker, self.score, self.settings, self.seed = speaker, score, settings, seed
         self.context, self.max_new_tokens, self.lazy = context, max_new_tokens, lazy
+        self._teacher_error = ""
 
     def build(self, plain: Sequence[Group], new_count: int, step: int) -> Zone:
         """The reformulated prompts for a step's plain groups (new questions first), hardest questions first."""
@@ -97,6 +100,7 @@ class ZoneBuilder:
         hard = hard_groups(plain, self.settings.threshold, ties=self.settings.ties, seed=self.seed, step=step)
         counts = _Counts(hard_questions=len(hard))
         self.compressor.new_step()
+        self._teacher_error = ""
         pools: dict[str, tuple[Source, ...]] = {}
         if not self.lazy and self.reformulations:
             self._ask_teacher(hard, pools, counts, step)
@@ -106,7 +110,7 @@ class ZoneBuilder:
             return self._reformulate(wave, pools, counts, step)
 
         prompts = fill_slots(hard, cap, build, len(self.reformulations), lazy=self.lazy)
-        return Zone(prompts, self._metrics(prompts, counts))
+        return Zone(prompts, self._metrics(prompts, counts), self._teacher_error or self.compressor.error)
 
     def _ask_teacher(
         self, groups: Sequence[Group], pools: dict[str, tuple[Source, ...]], counts: _Counts, step: int
@@ -125,6 +129,7 @@ class ZoneBuilder:
             for g in groups
         ]
         replies = self.teacher.complete(requests, self.teacher_rollout)
+        self._teacher_error = next((r.error for r in replies if r.error), self._teacher_error)
         answered = [
             (g.question.id, i, text, Answered(g.question, text, reply.think_open))
             for g, reply in zip(groups, replies, strict=True)
@@ -134,7 +139,8 @@ class ZoneBuilder:
         verdicts = self.score([a for *_, a in answered])
         found: dict[str, list[Source]] = {g.question.id: [] for g in groups}
         for (question_id, index, text, _), verdict in zip(answered, verdicts, strict=True):
-            if verdict.graded and verdict.correct:
+            # Beside a negative, which always has an answer, a positive without one would stand out (ours).
+            if verdict.graded and verdict.correct and verdict.answer is not None:
                 found[question_id].append(Source(text, verdict.answer, index))
         pools.update({question_id: tuple(sources) for question_id, sources in found.items()})
         counts.teacher_questions += len(groups)

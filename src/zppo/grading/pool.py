@@ -1,0 +1,204 @@
+"""The caller's side of the worker pool: start, ask, give up in time, start again. Safe in threads and after a fork."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import IO
+
+from zppo.errors import ZPPOError
+
+_START_LIMIT = 60.0  # seconds for the libraries to load on a machine that is busy
+_SLACK = 0.7  # seconds beyond a deadline after which a host that is silent counts as hung
+_LEAST_TIME = 1.0  # seconds that an answer gets however long the start took
+_END_LIMIT = 3.0  # seconds for a host to stop its workers
+_STARTS = 3  # hosts that one question may see end before it counts as an error
+_COMMAND = (
+    "import sys; sys.path[:0] = sys.argv[3:]; from zppo.grading.host import serve; "
+    "serve(workers=int(sys.argv[1]), memory_limit=int(sys.argv[2]))"
+)
+
+
+class _HostEndedError(Exception):
+    """The host process ended with questions open."""
+
+
+class _Host:
+    """One running host process and the questions that it has not answered yet."""
+
+    def __init__(self, workers: int, memory_limit: int) -> None:
+        self.owner = os.getpid()
+        self.heard = time.monotonic()  # when it last said something, or was last idle
+        self._open: dict[int, Future[str]] = {}
+        self._count = 0
+        self._lock = threading.Lock()
+        self._ready = threading.Event()
+        self._alive = True
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
+        paths = [p for p in sys.path if p]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND, str(workers), str(memory_limit), *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # Ctrl-C in a terminal is the caller's to handle
+        )
+        threading.Thread(target=self._listen, name="zppo-grading", daemon=True).start()
+        self._ready.wait(_START_LIMIT)
+        if not self._alive or not self._ready.is_set():
+            self.close()
+            raise ZPPOError(
+                f"the grading worker did not start with {sys.executable!r}: {self._last_words()}. "
+                "Check that math-verify and pebble import in this environment and that memory is left."
+            )
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    @property
+    def usable(self) -> bool:
+        return self._alive and os.getpid() == self.owner
+
+    def _listen(self) -> None:
+        """Reader thread: hand each reply to whoever waits for it; at the end wake everybody."""
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError, ValueError), self._process.stdout as replies:
+            for line in replies:
+                message = json.loads(line)
+                self.heard = time.monotonic()
+                if "ready" in message:
+                    self._ready.set()
+                    continue
+                with self._lock:
+                    future = self._open.pop(message["id"], None)
+                if future is not None:
+                    future.set_result(message["outcome"])
+        with self._lock:
+            self._alive = False
+            orphans, self._open = list(self._open.values()), {}
+        for future in orphans:
+            future.set_exception(_HostEndedError())
+        self._ready.set()
+
+    def ask(self, gold: str, answer: str, timeout: float) -> Future[str]:
+        """Send one question; the future holds "equal", "different", "timeout" or "error"."""
+        future: Future[str] = Future()
+        with self._lock:
+            if not self._alive:
+                raise _HostEndedError
+            self._count += 1
+            if not self._open:
+                self.heard = time.monotonic()
+            self._open[self._count] = future
+            request = {"id": self._count, "gold": gold, "answer": answer, "timeout": timeout}
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
+                self._process.stdin.flush()
+            except (OSError, ValueError) as error:
+                self._open.pop(self._count, None)
+                raise _HostEndedError from error
+        return future
+
+    def close(self, kill: bool = False) -> None:
+        """End the process, and its workers with it; whoever waits is told. In a forked child: leave the parent's alone."""
+        if os.getpid() != self.owner:
+            return
+        if kill:
+            self._process.kill()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.close()  # the host stops its workers and ends
+        try:
+            self._process.wait(_END_LIMIT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class WorkerPool:
+    """Killable workers for what the typed rules leave open.
+
+    Args:
+        deadline: seconds that one answer may take.
+        workers: processes.
+        memory_limit: address space of each, bytes.
+    """
+
+    def __init__(self, deadline: float, workers: int, memory_limit: int) -> None:
+        self._deadline = deadline
+        self._workers = workers
+        self._memory_limit = memory_limit
+        self._current: _Host | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def _host(self) -> _Host:
+        """The running host; started on first use, after its end, and in a forked child."""
+        if self._pid != os.getpid():  # a fork may have copied the lock while another thread held it
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._lock:
+            if self._current is None or not self._current.usable:
+                self._current = _Host(self._workers, self._memory_limit)
+                weakref.finalize(self, self._current.close)  # also when the interpreter ends
+            return self._current
+
+    def _drop(self, host: _Host) -> None:
+        with self._lock:
+            if self._current is host:
+                self._current = None
+        host.close(kill=True)
+
+    def _wait(self, host: _Host, future: Future[str]) -> str:
+        """Outcome of `future`. A host that says nothing for longer than a deadline is killed, and the answer timed out."""
+        while True:
+            patience = host.heard + self._deadline + _SLACK - time.monotonic()
+            try:
+                return future.result(timeout=max(patience, 0.01))
+            except FutureTimeoutError:
+                if time.monotonic() >= host.heard + self._deadline + _SLACK:
+                    self._drop(host)
+                    return "timeout"
+
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """For each (gold, answer), in order: "equal", "different", "timeout", or "error" where the worker died.
+
+        Raises:
+            ZPPOError: workers cannot be started at all.
+        """
+        outcomes: list[str] = ["error"] * len(pairs)
+        left = list(range(len(pairs)))
+        for _ in range(_STARTS):
+            began = time.monotonic()
+            host = self._host()
+            timeout = max(min(_LEAST_TIME, self._deadline), self._deadline - (time.monotonic() - began))
+            asked: list[tuple[int, Future[str]]] = []
+            with contextlib.suppress(_HostEndedError):
+                for index in left:
+                    asked.append((index, host.ask(*pairs[index], timeout)))
+            for index, future in asked:
+                with contextlib.suppress(_HostEndedError):
+                    outcomes[index] = self._wait(host, future)
+                    left.remove(index)
+            if not left:
+                break
+        return outcomes
+
+    def close(self) -> None:
+        """End the workers. The pool can be used again; it then starts new ones."""
+        with self._lock:
+            host, self._current = self._current, None
+        if host is not None:
+            host.close()

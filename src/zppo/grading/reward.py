@@ -1,0 +1,166 @@
+"""A user's own reward function, named in the recipe by its import path."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from zppo.errors import RewardError
+from zppo.grading.base import Verdict
+from zppo.grading.boxed import extract_boxed
+
+if TYPE_CHECKING:  # the types of the core import torch, which grading does without
+    from zppo.core.types import Question
+
+_WANTED = (
+    "return (correct, reward), a mapping with 'correct' and 'reward', or a number (correct then means reward >= 1)"
+)
+
+
+class RewardFunction:
+    """Calls a user's function `(completion, question)` and makes a verdict of what it returns (method.md section 7).
+
+    Args:
+        function: returns `(correct, reward)`, a mapping with `correct`, `reward` or both (and `answer`, `reason`, if it
+            likes), or a bare number; a bare number means correct = reward >= 1.
+        name: what errors call it.
+    """
+
+    def __init__(self, function: Callable[[str, Any], object], name: str = "") -> None:
+        self._function = function
+        self.name = name or getattr(function, "__qualname__", repr(function))
+
+    def __call__(self, completion: str, question: Question, think_open: bool = False) -> Verdict:
+        """The verdict on one completion; its answer is the boxed one unless the function names another.
+
+        Raises:
+            RewardError: the function raised, or returned something that is no reward, NaN and infinity included.
+        """
+        try:
+            result = self._function(completion, question)
+        except Exception as error:
+            raise RewardError(
+                f"reward function {self.name} failed on question {question.id!r} with {type(error).__name__}: {error}. Mend it there."
+            ) from error
+        answer: object = extract_boxed(completion, think_open)
+        reason: object = "reward"
+        if isinstance(result, Mapping):
+            answer, reason = result.get("answer", answer), result.get("reason", reason)
+        if (answer is not None and not isinstance(answer, str)) or not isinstance(reason, str):
+            raise self._bad(result, question, "its 'answer' or 'reason' is no text")
+        correct, reward = self._judged(result, question)
+        return Verdict(correct=correct, answer=answer, reason=reason, reward=reward)
+
+    def _bad(self, result: object, question: Question, cause: str) -> RewardError:
+        shown = repr(result)
+        shown = shown if len(shown) <= 200 else shown[:200] + "..."
+        return RewardError(
+            f"reward function {self.name} returned {shown} for question {question.id!r}: {cause}. It must {_WANTED}."
+        )
+
+    def _judged(self, result: object, question: Question) -> tuple[bool, float]:
+        """(correct, reward) of what the function returned."""
+        if isinstance(result, Mapping):
+            if "correct" not in result and "reward" not in result:
+                raise self._bad(result, question, "the mapping has neither 'correct' nor 'reward'")
+            correct, reward = result.get("correct"), result.get("reward")
+            if "reward" not in result:
+                reward = _flag(correct)
+            elif "correct" not in result:
+                return self._judged(reward, question)
+        elif isinstance(result, tuple | list):
+            if len(result) != 2:
+                raise self._bad(result, question, f"it has {len(result)} items, not 2")
+            correct, reward = result
+        else:
+            number = _number(result)
+            if number is None:
+                raise self._bad(result, question, "it is no finite number")
+            return number >= 1, number
+        flag, number = _flag(correct), _number(reward)
+        if flag is None:
+            raise self._bad(result, question, "'correct' is neither True nor False")
+        if number is None:
+            raise self._bad(result, question, "'reward' is no finite number")
+        return flag, number
+
+
+def _number(value: object) -> float | None:
+    """A finite float of a number or a scalar array; None for anything else (text that reads like a number too)."""
+    if value is None or isinstance(value, str | bytes):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _flag(value: object) -> bool | None:
+    """True or False of a bool, 0, 1 or a scalar array of one of them; None for anything else."""
+    number = _number(value)
+    return {0.0: False, 1.0: True}.get(number) if number is not None else None
+
+
+def _module_of_file(path: Path, spec: str) -> ModuleType:
+    if not path.is_file():
+        raise RewardError(
+            f"reward function {spec!r}: there is no file {str(path)!r}. Give a path from where you run, or an import path."
+        )
+    name = f"zppo_reward_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise RewardError(f"reward function {spec!r}: {str(path)!r} cannot be read as Python. Name a .py file.")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickles of the module look it up
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The reward function that a recipe names.
+
+    Args:
+        spec: "package.module:function" or "path/to/file.py:function"; the function may be an attribute ("Class.method").
+
+    Raises:
+        RewardError: the form, the module or the function is wrong; the message says which.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise RewardError(
+            f"reward function {spec!r} has no module and function: write package.module:function or path/to/file.py:function"
+        )
+    try:
+        target: Any = _module_of_file(Path(place), spec) if place.endswith(".py") else importlib.import_module(place)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward function {spec!r}: importing {place!r} failed with {type(error).__name__}: {error}. "
+            "Check the name and that its folder is on PYTHONPATH."
+        ) from error
+    for part in name.split("."):
+        if not hasattr(target, part):
+            raise RewardError(
+                f"reward function {spec!r}: {place!r} has no {name!r}. Check the spelling of the function."
+            )
+        target = getattr(target, part)
+    if not callable(target):
+        raise RewardError(
+            f"reward function {spec!r} is a {type(target).__name__}, which cannot be called. Name a function."
+        )
+    return RewardFunction(target, spec)

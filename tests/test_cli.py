@@ -1,0 +1,298 @@
+"""The command line: what it prints, what it refuses, how fast it answers, and the plan of a dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zppo
+from zppo import cli
+from zppo.errors import SettingsError
+from zppo.train.keys import known_keys
+from zppo.train.methods import METHODS
+from zppo.train.plan import Plan, TeacherPlan, make_plan
+from zppo.train.settings import Settings
+
+MY_DATA = Path(__file__).parents[1] / "recipes" / "my-data.yaml"
+
+
+def make_recipe(folder: Path, questions: int = 10, **settings: Any) -> Path:
+    data = "\n".join(json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(questions))
+    (folder / "train.jsonl").write_text(data, encoding="utf-8")
+    recipe = {"student": {"model": "owner/student"}, "teacher": {"model": "owner/teacher"}, "data": {"train": "train.jsonl"}} | settings
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def rows(text: str) -> dict[str, str]:
+    """Name -> value of the two-column tables of a plan."""
+    found = (re.split(r" {2,}", line.strip(), maxsplit=1) for line in text.splitlines())
+    return {parts[0]: parts[1].strip() for parts in found if len(parts) == 2}
+
+
+# --- errors and exit codes ------------------------------------------------------------------------------------------
+
+
+def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "train", str(make_recipe(tmp_path)), "--train.lr=1", "--seed", "x")
+    assert (status, out) == (2, "")
+    assert err.startswith("Error: ")
+    assert "train.lr is no setting (set on the command line); the nearest one is train.learning_rate" in err
+    assert "seed: 'x' does not fit (set on the command line); expected integer >= 0 (keys every random draw)" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "zppo train needs a recipe"),
+        (["train", "--train.steps=1"], "zppo train needs a recipe"),
+        (["train", "none.yaml"], "there is no recipe none.yaml"),
+        (["train", "{recipe}", "--dry-run", "--data.train=none.jsonl"], "there is no such file"),
+        (["train", "{recipe}", "--dry-run", "--prompts.bcq=none.jinja"], "none.jinja"),
+        (["train", "{recipe}", "--dry-run", "--student.template=none.jinja"], "student.template: there is no file"),
+        (["train", "{recipe}", "--dry-run", "--teacher.model=./none"], "teacher.model: "),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "grading.reward: there is no file"),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=no_such_module:f"], "grading.reward: there is no module 'no_such_module'"),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=f"], "names no function"),
+        (["train", "{recipe}", "--dry-run", "--data.train=lab:w"], "'lab:w' names no split"),
+        (["train", "{recipe}", "--dry-run", "--data.train=lob:w/train"], "'lob' is no source of questions (known: lab:)"),
+        (["train", "{recipe}", "--train.steps", "--dry-run"], "--train.steps has no value"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    recipe = str(make_recipe(tmp_path))
+    status, _, err = run(capsys, *(a.replace("{recipe}", recipe) for a in arguments))
+    assert status == 2
+    assert said in err
+
+
+def test_broken_templates_are_found_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.jinja").write_text("{% if %}", encoding="utf-8")
+    status, _, err = run(capsys, "train", str(make_recipe(tmp_path, prompts={"bcq": "broken.jinja"})))
+    assert status == 2
+    assert "broken.jinja" in err
+
+
+def test_a_defect_shows_its_traceback_and_an_interruption_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: BaseException) -> Any:
+        def methods(options: object) -> None:
+            raise error
+
+        return methods
+
+    monkeypatch.setattr(cli, "_methods", fail(KeyError("defect")))
+    status, _, err = run(capsys, "methods")
+    assert status == 1
+    assert "Traceback" in err and "defect" in err
+    monkeypatch.setattr(cli, "_methods", fail(KeyboardInterrupt()))
+    status, _, err = run(capsys, "methods")
+    assert (status, err) == (130, "interrupted\n")
+    monkeypatch.setattr(cli, "_methods", fail(SettingsError("a [bold]value[/bold]")))
+    status, _, err = run(capsys, "methods")
+    assert (status, err) == (2, "Error: a [bold]value[/bold]\n")
+
+
+# --- what runs ------------------------------------------------------------------------------------------------------
+
+
+def test_train_and_resume_reach_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    stand_in: Any = types.ModuleType("zppo.train.run")
+    stand_in.train = lambda settings, name: calls.append((settings, name))
+    stand_in.resume = lambda folder: calls.append((folder,))
+    monkeypatch.setitem(sys.modules, "zppo.train.run", stand_in)
+    assert run(capsys, "train", "--train.steps", "3", str(make_recipe(tmp_path)), "--seed=5")[0] == 0
+    assert run(capsys, "resume", "runs/x")[0] == 0
+    (settings, name), (folder,) = calls
+    assert (settings.train.steps, settings.seed, name) == (3, 5, "mine")
+    assert folder == Path("runs/x")
+
+
+@given(st.lists(st.sampled_from(["r.yaml", "--dry-run", "--a.b=1", "--c"]), max_size=6))
+def test_overrides_are_parted_from_the_rest(tokens: list[str]) -> None:
+    ours, overrides = cli.split_overrides(["train", *tokens])
+    assert sorted([*ours, *overrides]) == sorted(["train", *tokens])
+    assert "--dry-run" not in overrides and "--a.b=1" not in ours and "--c" not in ours
+    assert ours.count("--dry-run") == tokens.count("--dry-run")
+
+
+def test_methods_lists_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    status, out, _ = run(capsys, "methods")
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    for method in METHODS.values():
+        assert method.paper in lines[method.name]
+        assert ("BCQ" in lines[method.name].partition(method.paper)[0]) == ("bcq" in method.reformulations)
+    assert lines["grpo"].split() == ["grpo", "-", "-", "-", "GRPO"]
+    assert lines["zppo"].split()[:5] == ["zppo", "yes", "BCQ,", "NCQ", "yes"]
+
+
+def test_help_of_train_lists_every_setting_after_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert out.startswith("usage: zppo train RECIPE [--dry-run] [--key=value ...]")
+    assert all(f" {key.name}" in out for key in known_keys().values())
+    assert out.index("--dry-run  ") < out.index("train.learning_rate")
+
+
+def test_lab_questions_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "lab", "questions", "--world", "unreachable", "--level", "2", "--n", "3")
+    assert status == 0
+    assert len(out.splitlines()) == 3
+    assert run(capsys, "lab", "questions", "--world", "nowhere")[0] == 2
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"})
+
+
+def test_version_of_the_module() -> None:
+    done = python("-m", "zppo", "--version")
+    assert (done.returncode, done.stdout) == (0, f"zppo {zppo.__version__}\n")
+    assert python("-m", "zppo").returncode == 2
+
+
+def test_dry_run_errors_and_help_never_import_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys, runpy; from zppo.cli import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as end: status = end.code\n"
+        "heavy = {'torch', 'transformers', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)\n"
+    )
+    recipe = str(make_recipe(tmp_path))
+    for arguments, status in ((["train", recipe, "--dry-run"], 0), (["train", recipe, "--x=1"], 2), (["train", "--help"], 0)):
+        done = python("-c", script, *arguments)
+        assert done.returncode == status, done.stderr
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_of_the_recipe_to_copy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    status, out, _ = run(capsys, "train", str(MY_DATA), "--dry-run")
+    assert status == 0
+    plan = rows(out)
+    assert plan["method"] == "zppo (ZPPO = GRPO†+Both, Algorithm 1): replay on, asks again with BCQ, NCQ"
+    assert plan["training questions"].startswith("12 from ")
+    assert plan["held-out questions"].startswith("4 from ")
+    assert plan["steps"] == "6 (2 epochs)"
+    assert plan["optimizer steps"] == "24 (4 per step)"
+    assert (plan["new questions"], plan["replayed questions"], plan["reformulated prompts"], plan["prompts"]) == ("4", "2", "2", "8")
+    assert plan["rollouts"] == "64 (8 per prompt)"
+    assert plan["files"] == "runs/my-data-<date>-<time>"
+    assert plan["lazy"].split() == ["8", "32,768", "20", "10,240", "<-", "this", "run"]
+    assert plan["all"].split() == ["24", "98,304", "24", "12,288"]
+
+
+def test_dry_run_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    recipe = make_recipe(tmp_path, output="runs/here", method="grpo", teacher=None)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    status, out, _ = run(capsys, "train", str(recipe), "--dry-run")
+    assert status == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert rows(out)["files"] == "runs/here"
+    assert rows(out)["teacher"] == "not needed"
+    assert "asked of the teacher" not in out
+
+
+def settings_of(**parts: Any) -> Settings:
+    base = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": "x"}}
+    return Settings.model_validate(base | parts)
+
+
+def test_the_paper_in_numbers() -> None:
+    """method.md sections 2 and 3: 384 + 96 + 96 prompts, 8 rollouts each; 200 steps of 384 questions are the corpus of 77,000."""
+    plan = make_plan(settings_of(), 76_800, 100)
+    assert (plan.batch, plan.replayed, plan.reformulated, plan.prompts) == (384, 96, 96, 576)
+    assert (plan.rollouts, plan.completion_tokens) == (4608, 4608 * 12_288)
+    assert (plan.steps, plan.epochs, plan.optimizer_steps) == (200, 1.0, 4)
+    assert plan.evaluations == 2 + 3  # before, after 50, 100, 150, and at the end
+    # Literally: all 480 questions are hard; lazily: at worst every one of the 96 under the cap.
+    assert plan.literal == TeacherPlan(rollouts=480 * 4, compressions=96 * (8 + 4))
+    assert plan.lazy is not None and plan.lazy.rollouts == 96 * 4
+    assert plan.lazy.compressions == 96 * 8
+
+
+@pytest.mark.parametrize(
+    ("method", "replayed", "reformulated", "rollouts", "compressions"),
+    [
+        ("grpo", 0, 0, None, None),
+        ("grpo-replay", 2, 0, None, None),
+        ("grpo-both", 0, 2, 8, 20),
+        ("grpo-replay-bcq", 2, 2, 8, 2 * (4 + 4)),
+        ("grpo-replay-ncq", 2, 2, 0, 2 * 8),
+        ("zppo", 2, 2, 8, 20),
+    ],
+)
+def test_plans_of_the_methods(method: str, replayed: int, reformulated: int, rollouts: int | None, compressions: int | None) -> None:
+    plan = make_plan(settings_of(method=method, rollout={"batch_size": 8}), 100)
+    assert (plan.batch, plan.replayed, plan.reformulated) == (8, replayed, reformulated)
+    asked = plan.lazy and (plan.lazy.rollouts, plan.lazy.compressions)
+    assert asked == (None if rollouts is None else (rollouts, compressions))
+
+
+def test_without_compression_nothing_is_compressed() -> None:
+    plan = make_plan(settings_of(teacher={"model": "t", "compression": {"enabled": False}}), 1000)
+    assert plan.lazy is not None and plan.lazy.compressions == 0 and plan.lazy.rollouts > 0
+
+
+def test_steps_and_small_data() -> None:
+    plan = make_plan(settings_of(train={"steps": 30}), 10)
+    assert (plan.batch, plan.replayed, plan.steps, plan.epochs) == (10, 0, 30, 30.0)
+    nothing = make_plan(settings_of(train={"steps": 0}), 10, 5)
+    assert (nothing.steps, nothing.epochs, nothing.evaluations) == (0, 0.0, 2)
+
+
+@given(
+    st.integers(1, 2000),
+    st.integers(1, 400),
+    st.sampled_from(list(METHODS)),
+    st.floats(0, 1.5),
+    st.integers(1, 8),
+    st.integers(2, 16),
+)
+def test_bounds_hold_for_any_sizes(questions: int, batch: int, method: str, rho: float, teacher: int, group: int) -> None:
+    settings = settings_of(
+        method=method,
+        rollout={"batch_size": batch, "group_size": group},
+        zone={"rho_aug": rho, "rho_replay": rho, "teacher_group_size": teacher},
+    )
+    plan: Plan = make_plan(settings, questions)
+    assert plan.batch + plan.replayed <= questions
+    assert plan.reformulated <= rho * plan.batch + 1e-6
+    assert plan.rollouts == plan.prompts * group
+    if plan.lazy and plan.literal:
+        assert plan.lazy.rollouts <= plan.literal.rollouts
+        assert plan.lazy.compressions <= plan.literal.compressions

@@ -1,0 +1,276 @@
+"""Questions in: files, rows, errors that name file, row and column; and the order of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zppo.core.types import Message, Question
+from zppo.data import load
+from zppo.data.load import drop_long, has_scheme, load_questions, register_source
+from zppo.data.order import batch_ids, effective_batch, steps_per_epochs
+from zppo.errors import DataError
+from zppo.train.settings import ColumnSettings
+
+COLUMNS = ColumnSettings()
+
+
+def write(folder: Path, *rows: Any, name: str = "q.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n", encoding="utf-8")
+    return path
+
+
+def message(path: Path | str, columns: ColumnSettings = COLUMNS) -> str:
+    with pytest.raises(DataError) as caught:
+        load_questions(str(path), columns)
+    return str(caught.value)
+
+
+# --- what comes in --------------------------------------------------------------------------------------------------
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"prompt": "1+1?", "answer": "2"},
+        "",
+        {"prompt": "é\u2028?", "answer": 3, "id": 17, "level": "easy"},
+        {"prompt": None, "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": 0.5, "id": "x"},
+        {"prompt": "p", "messages": None, "answer": " 4 "},
+    )
+    first, second, third, fourth = load_questions(str(path), COLUMNS)
+    assert first == Question("q.jsonl:1", (Message("user", "1+1?"),), "2")
+    assert second == Question("17", (Message("user", "é\u2028?"),), "3", level="easy")
+    assert third == Question("x", (Message("system", "s"), Message("user", "u")), "0.5")
+    assert fourth == Question("q.jsonl:5", (Message("user", "p"),), "4")
+    assert [q.id for q in load_questions(str(path), COLUMNS, limit=2)] == ["q.jsonl:1", "17"]
+
+
+def test_messages_win_over_prompt_and_text_parts_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": ""}, {"type": "text", "text": "b"}]
+    path = write(tmp_path, {"prompt": "p", "messages": [{"role": "user", "content": parts, "name": None}], "answer": "x"})
+    assert load_questions(str(path), COLUMNS)[0].messages == (Message("user", "ab"),)
+
+
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "p", "answer": "1"}\r\n{"prompt": "q", "answer": "2"}\r\n')
+    assert [q.gold for q in load_questions(str(path), COLUMNS)] == ["1", "2"]
+
+
+def test_mapped_columns(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "p", "solution": "1", "key": "k", "prompt": 5}, name="q.json")
+    columns = ColumnSettings(prompt="question", answer="solution", id="key")
+    assert load_questions(str(path), columns) == [Question("k", (Message("user", "p"),), "1")]
+
+
+def test_parquet_equals_json_lines(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", "messages": None, "answer": "1", "id": 5},
+        {"prompt": None, "messages": [{"role": "user", "content": "u"}], "answer": "2", "id": 6},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    from_parquet = load_questions(str(tmp_path / "q.parquet"), COLUMNS)
+    assert from_parquet == load_questions(str(write(tmp_path, *rows)), COLUMNS)
+    assert [q.id for q in from_parquet] == ["5", "6"]
+
+
+def test_parquet_rows_are_numbered_across_batches(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "answer": "1"} for _ in range(3000)]
+    rows[2999]["answer"] = ""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    assert "q.parquet, row 3000, column 'answer': is empty" in message(tmp_path / "q.parquet")
+    assert load_questions(str(tmp_path / "q.parquet"), COLUMNS, limit=2500)[-1].id == "q.parquet:2500"
+
+
+def test_decimal_answers_of_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["p"], "answer": [Decimal("1.50")]}), tmp_path / "q.parquet")
+    assert load_questions(str(tmp_path / "q.parquet"), COLUMNS)[0].gold == "1.50"
+
+
+def test_images_are_references(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"pixels")
+    path = write(tmp_path, {"prompt": "p", "answer": "1", "images": ["pictures/a.png"]}, {"prompt": "q", "answer": "1", "images": []})
+    with_image, without = load_questions(str(path), COLUMNS)
+    assert with_image.images == ((str(tmp_path / "pictures/a.png"), hashlib.sha256(b"pixels").hexdigest()),)
+    assert without.images == ()
+
+
+# --- what does not --------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "p", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": "p", "answer": ', "row 2: is no JSON"),
+        ("5", "row 2: is int 5; every row must be an object"),
+        ('["p"]', "row 2: is a list; every row must be an object"),
+        ("[" * 100_000, "row 2: is no usable JSON"),
+        ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "row 2: is no usable JSON"),
+        ({"question": "p", "answer": "1"}, "row 2, column 'prompt': missing, and so is 'messages'; the row has 'question', 'answer'"),
+        ({"prompt": 5, "answer": "1"}, "row 2, column 'prompt': is int 5; expected text"),
+        ({"prompt": "  ", "answer": "1"}, "row 2, column 'prompt': is empty"),
+        ('{"prompt": "\\ud800", "answer": "1"}', "row 2, column 'prompt': holds half of a surrogate pair at character 1"),
+        ({"prompt": "p", "solution": "1"}, "row 2, column 'answer': missing; the row has 'prompt', 'solution'. Name it with"),
+        ({"prompt": "p", "answer": None}, "row 2, column 'answer': is null"),
+        ({"prompt": "p", "answer": " "}, "row 2, column 'answer': is empty"),
+        ({"prompt": "p", "answer": True}, "row 2, column 'answer': is true; an answer is a text or a number"),
+        ({"prompt": "p", "answer": ["1"]}, "row 2, column 'answer': is a list"),
+        ({"prompt": "p", "answer": {"a": 1}}, "row 2, column 'answer': is an object"),
+        ({"prompt": "p", "answer": float("nan")}, "row 2, column 'answer': is nan, which is no number"),
+        ({"messages": [], "answer": "1"}, "row 2, column 'messages': is an empty list"),
+        ({"messages": "p", "answer": "1"}, "row 2, column 'messages': is str 'p'"),
+        ({"messages": ["p"], "answer": "1"}, "row 2, column 'messages': turn 1 is str 'p'"),
+        ({"messages": [{"role": "human", "content": "p"}], "answer": "1"}, "turn 1 has the role 'human'; expected one of system, user"),
+        ({"messages": [{"role": ["user"], "content": "p"}], "answer": "1"}, "turn 1 has the role ['user']"),
+        ({"messages": [{"role": "user", "content": ""}], "answer": "1"}, "turn 1, content: is empty"),
+        ({"messages": [{"role": "user"}], "answer": "1"}, "turn 1, content: is null; expected text"),
+        ({"messages": [{"role": "user", "content": "p", "tool_calls": []}], "answer": "1"}, "turn 1 has the key 'tool_calls'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}, "a part of the kind 'image' is not supported"),
+        (
+            {"messages": [{"role": "user", "content": "p"}, {"role": "system", "content": "s"}], "answer": "1"},
+            "turn 2 is a system turn; only the first turn may be one",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}], "answer": "1"},
+            "column 'messages': the last turn is the assistant's",
+        ),
+        ({"prompt": "p", "answer": "1", "id": True}, "row 2, column 'id': is true; expected a text or a number"),
+        ({"prompt": "p", "answer": "1", "id": "q.jsonl:1"}, "rows 1 and 2, column 'id': both have the id 'q.jsonl:1'"),
+        ({"prompt": "p", "answer": "1", "level": ["a"]}, "row 2, column 'level': is a list"),
+        ({"prompt": "p", "answer": "1", "images": "a.png"}, "row 2, column 'images': is str 'a.png'; expected a list of paths"),
+        ({"prompt": "p", "answer": "1", "images": [""]}, "row 2, column 'images': holds str ''"),
+        ({"prompt": "p", "answer": "1", "images": ["none.png"]}, "row 2, column 'images': the image 'none.png' cannot be read at"),
+        ({"prompt": "p", "answer": "1", "images": ["."]}, "row 2, column 'images': the image '.' cannot be read"),
+    ],
+)
+def test_errors_name_file_row_and_column(tmp_path: Path, row: Any, said: str) -> None:
+    path = write(tmp_path, GOOD, row)
+    text = message(path)
+    assert text.startswith(str(path))
+    assert said in text
+
+
+def test_an_empty_id_is_no_id(tmp_path: Path) -> None:
+    path = write(tmp_path, {**GOOD, "id": ""}, {**GOOD, "id": None})
+    assert [q.id for q in load_questions(str(path), COLUMNS)] == ["q.jsonl:1", "q.jsonl:2"]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "there is no such file" in message(tmp_path / "none.jsonl")
+    assert "files of the kind .csv cannot be read; write JSON lines or parquet" in message(tmp_path / "q.csv")
+    assert "without an ending" in message(tmp_path / "q")
+    assert "holds no rows" in message(write(tmp_path, "", " "))
+    assert "the file is one JSON list" in message(write(tmp_path, [GOOD], name="q.json"))
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "is a folder" in message(tmp_path / "folder.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "p", "answer": "1"}\n{"prompt": "caf\xe9", "answer": "1"}\n')
+    assert "latin.jsonl, row 2: is not UTF-8 (byte 16 of the line is 0xe9)" in message(tmp_path / "latin.jsonl")
+    (tmp_path / "q.parquet").write_bytes(b"not parquet")
+    assert "cannot be read as parquet" in message(tmp_path / "q.parquet")
+
+
+# --- registered sources ---------------------------------------------------------------------------------------------
+
+
+def test_registered_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_SOURCES", {})
+    questions = [Question(str(i), (Message("user", "p"),), "1") for i in range(3)]
+    asked: list[str] = []
+    register_source("toy", lambda rest: asked.append(rest) or (questions if rest == "a/train" else []))  # type: ignore[func-returns-value]
+    assert load_questions("toy:a/train", COLUMNS) == questions
+    assert load_questions("toy:a/train", COLUMNS, limit=2) == questions[:2]
+    assert asked == ["a/train", "a/train"]
+    assert "toy:b: holds no questions" in message("toy:b")
+    assert "'tory' is no source of questions (known: toy:)" in message("tory:a/train")
+    with pytest.raises(ValueError, match="'C' is no scheme"):
+        register_source("C", lambda rest: [])
+
+
+def test_paths_have_no_scheme() -> None:
+    assert has_scheme("lab:unreachable/train")
+    for path in ("train.jsonl", "./lab:x", "C:/train.jsonl", "/a/b:c.jsonl", "a/lab:x"):
+        assert not has_scheme(path)
+
+
+def test_long_prompts_are_dropped_with_a_count() -> None:
+    questions = [Question(str(i), (Message("user", "x" * i),), "1") for i in (1, 5, 3, 4)]
+    assert drop_long(questions, lambda q: len(q.messages[0].content), 3) == ([questions[0], questions[2]], 2)
+    assert drop_long(questions, lambda q: 0, 0) == (questions, 0)
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+sizes = st.integers(1, 40)
+
+
+@given(sizes, sizes, st.integers(0, 5), st.integers(1, 5))
+def test_each_epoch_covers_every_question_exactly_once(n: int, batch_size: int, seed: int, epochs: int) -> None:
+    steps = steps_per_epochs(n, batch_size, epochs)
+    batches = [batch_ids(n, batch_size, seed, step, epochs) for step in range(steps)]
+    stream = [index for batch in batches for index in batch]
+    assert len(stream) == n * epochs
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert all(len(batch) == effective_batch(n, batch_size) for batch in batches[:-1])
+    assert 1 <= len(batches[-1]) <= min(n, batch_size)
+    with pytest.raises(ValueError, match=f"no step {steps}"):
+        batch_ids(n, batch_size, seed, steps, epochs)
+
+
+@given(sizes, sizes, st.integers(0, 5), st.integers(0, 400))
+def test_no_question_stands_twice_in_a_batch(n: int, batch_size: int, seed: int, step: int) -> None:
+    batch = batch_ids(n, batch_size, seed, step)
+    assert len(set(batch)) == len(batch) == min(n, batch_size)
+    assert set(batch) <= set(range(n))
+
+
+@given(sizes, sizes, st.lists(st.integers(0, 300), min_size=1, max_size=8))
+def test_a_batch_depends_on_seed_and_step_alone(n: int, batch_size: int, steps: list[int]) -> None:
+    from zppo.data import order
+
+    any_order = {step: batch_ids(n, batch_size, 1, step) for step in steps}
+    order._known_orders.cache_clear()
+    for step in sorted(steps, reverse=True):
+        assert batch_ids(n, batch_size, 1, step) == any_order[step]
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    orders = {tuple(batch_ids(30, 30, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_every_place_is_equally_likely() -> None:
+    first = Counter(batch_ids(5, 5, seed, 0)[0] for seed in range(2000))
+    assert set(first) == set(range(5))
+    assert all(abs(count - 400) < 5 * (2000 * 0.2 * 0.8) ** 0.5 for count in first.values())
+
+
+def test_a_far_step_is_at_hand() -> None:
+    assert len(batch_ids(7, 5, 0, 40_000)) == 5
+
+
+def test_the_data_end_where_the_epochs_end() -> None:
+    assert steps_per_epochs(10, 4, 1) == 3
+    assert steps_per_epochs(10, 4, 2) == 5
+    assert [len(batch_ids(10, 4, 0, step, 1)) for step in range(3)] == [4, 4, 2]
+    assert len(batch_ids(10, 4, 0, 2)) == 4
+    assert steps_per_epochs(3, 384, 2) == 2
+    with pytest.raises(ValueError, match="no batches"):
+        effective_batch(0, 4)
+    with pytest.raises(ValueError, match="no step -1"):
+        batch_ids(3, 1, 0, -1)

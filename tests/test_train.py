@@ -1,0 +1,257 @@
+"""Whole runs on tiny models through the command line: files, determinism, kill and resume, every method."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import make_tiny
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zppo.cli import main
+
+REWARD = '''
+import hashlib
+
+def reward(completion, question):
+    """A random model never boxes an answer, so one text in five counts as right, and a number of the text as its answer."""
+    digest = hashlib.sha256((completion + question.id).encode("utf-8", "surrogatepass")).digest()[0]
+    return {"correct": digest % 5 == 0, "reward": float(digest % 5 == 0), "answer": str(digest)}
+'''
+
+TIME_FIELDS = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """`accelerate` fixes its precision once per process; every run here stands for a process of its own."""
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe on 20 questions, a random student and a random teacher: 5 steps with evaluations and checkpoints."""
+    folder = tmp_path_factory.mktemp("recipe")
+    make_tiny(folder / "student", seed=0)
+    make_tiny(folder / "teacher", seed=1)
+    rows = [{"prompt": f"What is {i} plus {j}?", "answer": i + j, "level": "ab"[i % 2]} for i in range(5) for j in range(4)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    settings = {
+        "student": {"model": "student"},
+        "teacher": {"model": "teacher", "rollout": {"max_new_tokens": 12}, "compression": {"max_new_tokens": 12}},
+        "data": {"train": "questions.jsonl", "eval": "questions.jsonl", "eval_limit": 6},
+        "rollout": {"batch_size": 8, "group_size": 4, "max_new_tokens": 12},
+        "zone": {"rho_aug": 0.5},
+        "eval": {"max_new_tokens": 12, "every": 2},
+        "train": {"steps": 5, "checkpoint_every": 2, "learning_rate": 1e-3, "device": "cpu"},
+        "grading": {"reward": "reward.py:reward"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+def train(recipe: Path, output: Path, *overrides: str) -> Path:
+    assert main(["train", str(recipe), f"--output={output}", *overrides]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    AcceleratorState._reset_state(True)
+    return train(recipe, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Lines of a log without its time fields."""
+    lines = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIME_FIELDS} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: metrics, buffer events, rollouts, weights, the newest checkpoint; times aside."""
+    assert records(one) == records(other)
+    assert records(one, "buffer.jsonl") == records(other, "buffer.jsonl")
+    names = sorted(p.name for p in (one / "rollouts").iterdir())
+    assert names == sorted(p.name for p in (other / "rollouts").iterdir())
+    for name in names:
+        assert pq.read_table(one / "rollouts" / name).equals(pq.read_table(other / "rollouts" / name))
+    newest = sorted((one / "checkpoints").iterdir())[-1].name
+    for weights in ("final", f"checkpoints/{newest}/model"):
+        ours, theirs = (load_file(run / weights / "model.safetensors") for run in (one, other))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    ours, theirs = (torch.load(run / "checkpoints" / newest / "optimizer.pt", weights_only=True) for run in (one, other))
+    for index, state in ours["state"].items():
+        assert all(torch.equal(value, theirs["state"][index][name]) for name, value in state.items())
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    steps = [r for r in records(finished) if r["event"] == "step"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    assert [(r["event"], r["step"]) for r in records(finished) if r["event"] != "step"] == [
+        ("eval", 0),
+        ("eval", 2),
+        ("eval", 4),
+        ("final", 5),
+    ]
+    assert {"plain", "bcq", "ncq"} <= {kind for r in steps for kind in r["accuracy"]}
+    assert all(0 <= r["bcq_prompts"] + r["ncq_prompts"] <= 4 for r in steps)
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["train"]["weight_decay"] == 0.1 and recipe["zone"]["threshold"] == 0.5  # defaults stand in it
+
+
+def test_every_rollout_is_in_the_parquet_files(finished: Path) -> None:
+    steps = [r for r in records(finished) if r["event"] == "step"]
+    for record in steps:
+        rows = pq.read_table(finished / "rollouts" / f"step-{record['step']:06d}.parquet").to_pylist()
+        groups = 8 + record["replayed_questions"] + record["bcq_prompts"] + record["ncq_prompts"]
+        assert len(rows) == 4 * groups
+        for kind, accuracy in record["accuracy"].items():
+            correct = [row["correct"] for row in rows if row["kind"] == kind]
+            assert sum(correct) / len(correct) == pytest.approx(accuracy)
+        for row in rows:
+            assert row["prompt"].startswith("<|im_start|>user") and row["prompt"].count("boxed{}") >= 1
+            assert (row["kind"] == "bcq") == ("correct_at" in json.loads(row["audit"]))
+            assert 1 <= row["completion_tokens"] <= 12
+        share = sum(row["advantage"] > 0 for row in rows) / len(rows)
+        assert share == pytest.approx(record["positive_advantage_share"])
+
+
+def test_the_buffer_log_tells_the_buffer_s_story(finished: Path) -> None:
+    held: dict[str, float] = {}
+    for event in records(finished, "buffer.jsonl"):
+        if event["event"] == "admitted":
+            assert event["id"] not in held and event["entry_accuracy"] < 0.5 and event["visits"] == 0
+            held[event["id"]] = event["entry_accuracy"]
+        else:
+            assert event["visits"] >= 1 and held.pop(event["id"]) == event["entry_accuracy"]
+    assert len(held) == [r for r in records(finished) if r["event"] == "step"][-1]["buffer"]
+
+
+def test_final_loads_with_transformers_and_differs_from_the_start(finished: Path, recipe: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "final")
+    assert AutoTokenizer.from_pretrained(finished / "final").chat_template
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
+    before = load_file(recipe.parent / "student" / "model.safetensors")
+    after = load_file(finished / "final" / "model.safetensors")
+    moved = sum(int((before[k] != after[k]).sum()) for k in before)
+    assert moved > 0.9 * sum(v.numel() for v in before.values())
+    card = (finished / "final" / "README.md").read_text(encoding="utf-8")
+    assert "| all |" in card and "learning_rate: 0.001" in card and "library_name: transformers" in card
+
+
+def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(finished: Path, recipe: Path, tmp_path: Path) -> None:
+    assert_same_run(finished, train(recipe, tmp_path / "again"))
+    AcceleratorState._reset_state(True)
+    other = train(recipe, tmp_path / "other", "--seed=1", "--train.steps=1")
+    assert records(other)[1] != records(finished)[1]
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(finished: Path, recipe: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as step 3 is logged, which is after the checkpoint of step 2."""
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "zppo", "train", str(recipe), f"--output={run}", "--train.steps=500"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not any(r["step"] == 3 for r in _whole_records(run)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    (run / "recipe.yaml").write_text(text.replace("steps: 500", "steps: 5"), encoding="utf-8")
+    checkpoints = sorted(p.name for p in (run / "checkpoints").glob("step-*") if not p.name.endswith("partial"))
+    if checkpoints[-1] > "step-000005":  # the machine was slow to kill it: take it back to a checkpoint inside the run
+        pytest.fail(f"the run went on to {checkpoints[-1]} before it was killed")
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "event": "st')  # a torn line
+    (run / "rollouts" / "step-000009.partial").write_bytes(b"torn")
+    assert main(["resume", str(run)]) == 0
+    assert_same_run(finished, run)
+
+
+def _whole_records(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def test_resume_without_a_checkpoint_starts_over_and_of_a_finished_run_does_nothing(
+    finished: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(recipe, tmp_path / "run", "--train.checkpoint_every=0")
+    before = records(run)
+    (run / "final" / "README.md").unlink()
+    AcceleratorState._reset_state(True)
+    assert main(["resume", str(run)]) == 0
+    assert records(run) == before
+    stamp = (run / "metrics.jsonl").stat().st_mtime_ns
+    assert main(["resume", str(run)]) == 0
+    assert "finished already" in " ".join(capsys.readouterr().out.split())
+    assert (run / "metrics.jsonl").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("method", ["grpo", "grpo-replay", "grpo-both", "grpo-replay-bcq", "grpo-replay-ncq"])
+def test_every_method_trains(recipe: Path, tmp_path: Path, method: str) -> None:
+    run = train(recipe, tmp_path / method, f"--method={method}", "--train.steps=2", "--data.eval=null")
+    kinds = {kind for r in records(run) for kind in r["accuracy"]}
+    assert kinds - {"plain"} == {kind for kind in ("bcq", "ncq") if kind in method or method == "grpo-both"}
+    replays = any(r["replayed_questions"] for r in records(run))
+    assert replays == ("replay" in method)
+    assert not (run / "final" / "nothing").exists() and (run / "final" / "model.safetensors").exists()
+
+
+def test_the_lazy_teacher_trains_the_same_student(recipe: Path, tmp_path: Path) -> None:
+    """Equal prompts; the batches in which the teacher is asked differ, so its arithmetic may round differently: draws are the same."""
+    lazy = train(recipe, tmp_path / "lazy", "--train.steps=2")
+    AcceleratorState._reset_state(True)
+    literal = train(recipe, tmp_path / "all", "--train.steps=2", "--teacher.ask=all")
+    pair = zip(records(lazy), records(literal), strict=True)
+    for ours, theirs in pair:
+        if ours["event"] == "step":
+            assert ours["teacher_rollouts"] <= theirs["teacher_rollouts"]
+            assert ours["accuracy"] == theirs["accuracy"] and ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_bf16_trains_with_old_logprobs_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    run = train(recipe, tmp_path / "bf16", "--train.precision=bf16", "--train.steps=2", "--data.eval=null")
+    weights = load_file(run / "final" / "model.safetensors")
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert all(r["loss"] is not None and r["skipped_updates"] == 0 for r in records(run))
+
+
+def test_a_run_folder_is_never_overwritten(finished: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), f"--output={finished}"]) == 2
+    assert "zppo resume" in " ".join(capsys.readouterr().err.split())
+
+
+def test_nothing_is_written_before_the_checks_pass(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for override, told in (
+        ("--student.model=/nowhere/at/all", "/nowhere/at/all"),
+        ("--teacher.model=/nowhere/at/all", "/nowhere/at/all"),
+        ("--rollout.max_new_tokens=5000", "context of 4096"),
+        ("--data.max_prompt_tokens=3", "max_prompt_tokens"),
+        ("--prompts.bcq=/nowhere.jinja", "/nowhere.jinja"),
+        ("--grading.reward=nowhere.py:reward", "nowhere.py"),
+    ):
+        assert main(["train", str(recipe), f"--output={tmp_path / 'run'}", override]) == 2
+        assert told in " ".join(capsys.readouterr().err.split()), override
+        assert not (tmp_path / "run").exists()
+
+
+def test_resume_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "holds no run" in " ".join(capsys.readouterr().err.split())
