@@ -192,6 +192,19 @@ def test_group_advantages_are_trl_s_up_to_its_sample_deviation(size: int, count:
     torch.testing.assert_close(ours, (theirs * (size / (size - 1)) ** 0.5).flatten().float())
 
 
+def test_rewards_far_from_zero_lose_nothing() -> None:
+    """float64 inside: fp32 could not tell 1e9 from 1e9 + 1."""
+    rewards, groups = (
+        torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+    )
+    for scope in SCOPES:
+        torch.testing.assert_close(
+            two_step_advantages(rewards + 1e9, groups, scope), two_step_advantages(rewards, groups, scope)
+        )
+    torch.testing.assert_close(group_advantages(rewards + 1e9, groups), group_advantages(rewards, groups))
+
+
 def test_an_empty_step_gives_an_empty_tensor() -> None:
     empty, no_groups = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     for scope in SCOPES:

@@ -170,15 +170,16 @@ def _shared_attention(
 AttentionInterface.register(_SHARED, _shared_attention)
 
 
-def can_share(model: PreTrainedModel) -> bool:
-    """Whether prompts can be kept once: a known decoder in fp32 on a CPU.
+def can_share(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether the prompts in a cache can be kept once: those of a known decoder, in fp32 on a CPU.
 
     Elsewhere (ours) the fused kernels win: in bf16 they keep scores in fp32, which log-probs need to be exact, and on
     a GPU a step's time is that of starting kernels, of which they need few.
     """
     config = model.config.get_text_config(decoder=True)
-    here = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return here and config.model_type in _SHARING_MODELS and _plain_sdpa(config)
+    kept = [x for layer in cache.layers if isinstance(layer, DynamicLayer) for x in (layer.keys, layer.values)]
+    exact = all(x is not None and x.device.type == "cpu" and x.dtype == torch.float32 for x in kept)
+    return exact and config.model_type in _SHARING_MODELS and _plain_sdpa(config)
 
 
 def _plain_sdpa(config: PreTrainedConfig) -> bool:
@@ -201,7 +202,7 @@ class DecodeState:
         self.model, self.cache = model, cache
         self.owners = owners
         self._config = model.config.get_text_config(decoder=True)
-        self._shared = can_share(model)
+        self._shared = can_share(model, cache)
         self._lengths = mask.sum(-1)[owners]  # (R,) position of the next token
         self._mask = None if bool(mask.all()) else mask[owners]  # (R, L + steps so far)
         layers = set(getattr(self._config, "layer_types", None) or ["full_attention"])

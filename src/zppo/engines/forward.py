@@ -137,8 +137,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 entropies[part] = torch.special.entr((scores - norm[:, None]).exp_()).sum(-1)
         ctx.save_for_backward(logits, targets, norms, banned)
         ctx.temperature = temperature
+        logprobs = logprobs.view_as(targets)
+        entropies = entropies.view_as(targets) if want_entropy else entropies
         ctx.mark_non_differentiable(entropies)
-        return logprobs.view_as(targets), entropies.view_as(targets) if want_entropy else entropies
+        return logprobs, entropies
 
     @staticmethod
     @once_differentiable

@@ -51,15 +51,17 @@ class StudentCorpus:
         self._shown = _tables(world, self._mistakes_only)
 
     def _mistakes_only(self, index: int, value: int) -> tuple[float, ...]:
-        """The mistakes of an entry, their shares moved towards even by `flatten`; the truth for an entry that is known."""
+        """The mistakes of an entry, their shares moved towards even by `flatten`, and `stray` other wrong values; the truth only for an entry that is known."""
         mistakes = self.world.mistakes.get((index, value))
         if mistakes is None:
             return self.world.beliefs[index, value]
-        shares = self.world.settings.beliefs[self.world.operations[index].tier].mistakes
+        operation, size, stray = self.world.operations[index], len(self.world.values), self.settings.stray
+        shares = self.world.settings.beliefs[operation.tier].mistakes
         flatten, total = self.settings.flatten, sum(shares)
-        weights = [0.0] * len(self.world.values)
+        weights = [stray / (size - 1 - len(mistakes))] * size
         for mistake, share in zip(mistakes, shares, strict=True):
-            weights[mistake] = (1 - flatten) * share / total + flatten / len(mistakes)
+            weights[mistake] = (1 - stray) * ((1 - flatten) * share / total + flatten / len(mistakes))
+        weights[operation.table[value]] = 0.0
         return tuple(weights)
 
     def document(self, rng: Random) -> Document:

@@ -55,7 +55,8 @@ class LevelSettings(_Part):
 class CorpusSettings(_Part):
     """What the student's pretraining corpus is made of: shares of document kinds, weights of levels.
 
-    `flatten`: how far the choice among mistakes moves to an even one in candidate documents; `slip`: share of candidates with one
+    `flatten`: how far the choice among mistakes moves to an even one in candidate documents; `stray`: share of other wrong values there
+    (never the right one); `slip`: share of candidates with one
     wrong easy step; `heed`: share of NCQ documents whose target is none of the listed wrong answers, where a mistake is left.
     """
 
@@ -63,6 +64,7 @@ class CorpusSettings(_Part):
     bcq: float = Field(ge=0)
     ncq: float = Field(ge=0)
     flatten: float = Field(ge=0, le=1)
+    stray: float = Field(0.0, ge=0, le=1)
     slip: float = Field(ge=0, le=1)
     heed: float = Field(ge=0, le=1)
     levels: dict[str, float]

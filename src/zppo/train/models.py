@@ -62,7 +62,7 @@ def load_model(
             "AutoModelForCausalLM loads"
         ) from error
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -142,7 +142,10 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
     asks = ", ".join(kind.upper() for kind in method.reformulations) or "nothing"
     passes = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
     return [
-        ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, asks again with {asks}"),
+        (
+            "method",
+            f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, asks again with {asks}",
+        ),
         ("student", settings.student.model),
         ("teacher", settings.teacher.model if settings.teacher and method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train}"),
@@ -165,12 +168,17 @@ def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
         ("prompts", f"{plan.prompts:,}"),
         ("rollouts", f"{plan.rollouts:,} ({rollout.group_size} per prompt)"),
         ("sampled tokens", f"{plan.completion_tokens:,} (up to {rollout.max_new_tokens:,} per rollout)"),
-        ("plain prompt tokens", f"{plain_tokens:,} (up to {settings.data.max_prompt_tokens:,} per prompt, read once per prompt)"),
+        (
+            "plain prompt tokens",
+            f"{plain_tokens:,} (up to {settings.data.max_prompt_tokens:,} per prompt, read once per prompt)",
+        ),
     ]
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -181,7 +189,13 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
 def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) -> Table:
     assert settings.teacher is not None
     chosen = settings.teacher.ask
-    table = Table(title="asked of the teacher per step, at most", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title="asked of the teacher per step, at most",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for name in ("ask", "rollouts", "their tokens", "compressions", "their tokens", ""):
         table.add_column(name, justify="right" if name not in ("ask", "") else "left")
     for name, work in (("lazy", lazy), ("all", literal)):
@@ -219,9 +233,13 @@ def _check_reward(name: str) -> None:
     """The module or file of a reward function exists; it is not run here."""
     module, colon, function = name.rpartition(":")
     if not colon or not function:
-        raise RewardError(f"grading.reward: {name!r} names no function; write package.module:function or file.py:function")
+        raise RewardError(
+            f"grading.reward: {name!r} names no function; write package.module:function or file.py:function"
+        )
     if module.endswith(".py"):
         if not Path(module).is_file():
             raise RewardError(f"grading.reward: there is no file {module}")
     elif importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")
+        raise RewardError(
+            f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function"
+        )

@@ -62,7 +62,9 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
         try:
             result.append((name[2:], parse_yaml(text)))
         except (yaml.YAMLError, ValueError) as error:
-            raise SettingsError(f"the value of {name} is no YAML: {text!r} ({_reason(error)}); put it in quotes") from error
+            raise SettingsError(
+                f"the value of {name} is no YAML: {text!r} ({_reason(error)}); put it in quotes"
+            ) from error
     return result
 
 
@@ -200,8 +202,14 @@ def _problem(details: ErrorDetails, overridden: set[str]) -> str:
         parts.pop()
     key = known_keys().get(".".join(parts))
     if details["type"] == "missing" and key is not None:
-        wanted = [k.name for k in known_keys().values() if k.required and not k.section and f"{k.name}.".startswith(f"{name}.")]
-        return f"{name} is missing ({key.description}); set {', '.join(wanted)} in the recipe or with --{wanted[0]}=VALUE"
+        wanted = [
+            k.name
+            for k in known_keys().values()
+            if k.required and not k.section and f"{k.name}.".startswith(f"{name}.")
+        ]
+        return (
+            f"{name} is missing ({key.description}); set {', '.join(wanted)} in the recipe or with --{wanted[0]}=VALUE"
+        )
     if details["type"] == "value_error" or key is None:
         message = details["msg"].removeprefix("Value error, ")
         return f"{name}: {message}" if name else message

@@ -95,7 +95,8 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console) -
     folder = save_final(run, parts.model, parts.chat)
     after = None
     if trainer.held_out:
-        fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention).to(parts.model.device)
+        fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention)
+        torch.nn.Module.to(fresh, parts.model.device)
         after = evaluate(
             replace(trainer.roller, engine=make_engine(settings, fresh, parts.chat)), trainer.held_out, settings.eval
         )

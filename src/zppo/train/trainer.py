@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from zppo.train.runlog import RunLog
 from zppo.train.settings import Settings
 from zppo.train.update import Updater, advantages_of
 from zppo.train.zone import ZoneBuilder
+
+MISSED = ("teacher_unreachable", "compression_unreachable", "compression_failed", "bcq_raw_pairs", "too_long")
+"""Metrics of help that a step could not get; the closing table sums them."""
 
 
 @dataclass(slots=True)
@@ -99,53 +103,48 @@ class Trainer:
 
     def step(self, step: int) -> None:
         """One step of Algorithm 1."""
-        zone, started = self.settings.zone, time.perf_counter()
-        new = [
-            self.questions[i]
-            for i in batch_ids(len(self.questions), self._batch_size, self.settings.seed, step - 1, self._epochs)
-        ]
-        replayed = (
-            self.buffer.sample(share_of(zone.rho_replay, len(new)), {q.id for q in new}) if self.method.replay else []
-        )
-
-        plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step)
-        sampled = time.perf_counter()
-        asked_again = self.zone.build(plain, len(new), step)
+        zone, clock = self.settings.zone, Clock()
+        new = self._new_questions(step)
+        replayed = self._replayed_questions(new)
+        with clock("sampling"):
+            plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step)
+        with clock("teacher"):
+            asked_again = self.zone.build(plain, len(new), step)
+        with clock("sampling"):
+            groups = plain + self.roller.roll(asked_again.prompts, step)
+        with clock("update"):
+            advantages = advantages_of(groups, self.settings.advantage)
+            update = self.updater.update(groups, advantages, step)
+        with clock("other"):
+            held = {g.question.id: entry.accuracy for g in plain if (entry := self.buffer.get(g.question.id))}
+            changes = self._update_buffer(plain, step)
+            self.totals.add_changes(changes)
+            self.log.buffer(step, changes)
+            self.log.rollouts(
+                step,
+                groups,
+                advantages.tolist(),
+                replayed=frozenset(q.id for q in replayed),
+                entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
+                show=self.roller.speaker.chat.show,
+            )
         if asked_again.teacher_error:
-            self.progress.warning(f"step {step}: the teacher could not serve every request: {asked_again.teacher_error}")
-        built = time.perf_counter()
-        groups = plain + self.roller.roll(asked_again.prompts, step)
-        resampled = time.perf_counter()
-        advantages = advantages_of(groups, self.settings.advantage)
-        update = self.updater.update(groups, advantages, step)
-        updated = time.perf_counter()
-
-        entry_accuracy = {g.question.id: e.accuracy for g in plain if (e := self.buffer.get(g.question.id))}
-        changes = (
-            self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)
-            if self.method.replay
-            else Changes()
-        )
-        self.totals.add_changes(changes)
-        self.log.buffer(step, changes)
-        replayed_ids = frozenset(q.id for q in replayed)
-        self.log.rollouts(
-            step,
-            groups,
-            advantages.tolist(),
-            replayed=replayed_ids,
-            entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | entry_accuracy,
-            show=self.roller.speaker.chat.show,
-        )
-        ended = time.perf_counter()
-        seconds = {
-            "sampling": sampled - started + resampled - built,
-            "teacher": built - sampled,
-            "update": updated - resampled,
-            "other": ended - updated,
-            "step": ended - started,
+            self.progress.warning(
+                f"step {step}: the teacher could not serve every request: {asked_again.teacher_error}"
+            )
+        again = [g for g in groups if g.kind != PLAIN]
+        slots = frozenset(q.id for q in replayed)
+        metrics = {
+            "accuracy": accuracy_by_kind(groups),
+            "composition": composition(groups, zone.threshold),
+            "replayed_questions": len(replayed),
+            "replayed_share_of_slots": sum(g.question.id in slots for g in again) / len(again) if again else None,
+            **update,
+            **rollout_metrics([r for g in groups for r in g.rollouts], advantages),
+            **asked_again.metrics,
+            **self._buffer_metrics(changes),
         }
-        self._report(step, groups, advantages, asked_again.metrics, update, changes, seconds, replayed_ids)
+        self._report(step, groups, metrics, clock)
         self.done = step
 
     def evaluate(self) -> Evaluation | None:
@@ -172,57 +171,47 @@ class Trainer:
         self.totals = Totals(**state["totals"])
         self.updater.skipped_in_a_row = state["skipped_in_a_row"]
 
-    @property
-    def _batch_size(self) -> int:
-        return self.settings.rollout.batch_size
+    def _new_questions(self, step: int) -> list[Question]:
+        """X_new: a function of (seed, step)."""
+        epochs = self.settings.train.epochs if self.settings.train.steps is None else None
+        size = self.settings.rollout.batch_size
+        indices = batch_ids(len(self.questions), size, self.settings.seed, step - 1, epochs)
+        return [self.questions[i] for i in indices]
 
-    @property
-    def _epochs(self) -> int | None:
-        return self.settings.train.epochs if self.settings.train.steps is None else None
+    def _replayed_questions(self, new: Sequence[Question]) -> list[Question]:
+        """X_replay: drawn from the buffer minus X_new, on top of it (Alg. 1, l. 3)."""
+        if not self.method.replay:
+            return []
+        return self.buffer.sample(share_of(self.settings.zone.rho_replay, len(new)), {q.id for q in new})
 
-    def _report(
-        self,
-        step: int,
-        groups: Sequence[Group],
-        advantages: Any,
-        zone: dict[str, float | None],
-        update: dict[str, float | None],
-        changes: Changes,
-        seconds: dict[str, float],
-        replayed: frozenset[str],
-    ) -> None:
-        """One line of metrics and one of progress."""
-        rollouts = [r for g in groups for r in g.rollouts]
-        again = [g for g in groups if g.kind != PLAIN]
-        tokens = sum(len(r.ids) for r in rollouts)
-        teacher_tokens = sum(
-            int(zone.get(name) or 0) for name in ("teacher_completion_tokens", "compression_completion_tokens")
-        )
-        self.totals.rollouts += len(rollouts)
-        self.totals.student_tokens += tokens
-        self.totals.teacher_tokens += teacher_tokens
-        self.totals.seconds += seconds["step"]
-        for name in (
-            "teacher_unreachable",
-            "compression_unreachable",
-            "compression_failed",
-            "bcq_raw_pairs",
-            "too_long",
-        ):
-            self.totals.missed[name] = self.totals.missed.get(name, 0) + int(zone.get(name) or 0)
-        metrics = {
-            "accuracy": accuracy_by_kind(groups),
-            "composition": composition(groups, self.settings.zone.threshold),
-            "replayed_questions": len(replayed),
-            "replayed_share_of_slots": sum(g.question.id in replayed for g in again) / len(again) if again else None,
-            **update,
-            **rollout_metrics(rollouts, advantages),
-            **zone,
+    def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
+        """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 14)."""
+        if not self.method.replay:
+            return Changes()
+        return self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)
+
+    def _buffer_metrics(self, changes: Changes) -> dict[str, Any]:
+        return {
             "buffer": len(self.buffer),
             "buffer_by_entry": {entry_bin(a): n for a, n in self.buffer.occupancy().items()},
             "admitted": len(changes.admitted),
             "graduated": len(changes.graduated),
             "evicted": len(changes.evicted),
+        }
+
+    def _report(self, step: int, groups: Sequence[Group], metrics: dict[str, Any], clock: Clock) -> None:
+        """Totals, one line of metrics and one of progress."""
+        tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
+        teacher_tokens = sum(int(metrics[f"{use}_completion_tokens"]) for use in ("teacher", "compression"))
+        self.totals.rollouts += sum(len(g.rollouts) for g in groups)
+        self.totals.student_tokens += tokens
+        self.totals.teacher_tokens += teacher_tokens
+        for name in MISSED:
+            self.totals.missed[name] = self.totals.missed.get(name, 0) + int(metrics[name])
+        seconds = clock.seconds()
+        self.totals.seconds += seconds["step"]
+        metrics = {
+            **metrics,
             "student_tokens": tokens,
             "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
             "teacher_tokens": teacher_tokens,
@@ -231,3 +220,22 @@ class Trainer:
         }
         self.log.metrics(step, "step", metrics)
         self.progress.step(step, metrics, self.totals)
+
+
+class Clock:
+    """Seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Counts what happens inside towards `part`."""
+        began = time.perf_counter()
+        yield
+        self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per part, and of the whole step so far."""
+        return {**self._parts, "step": time.perf_counter() - self._began}
