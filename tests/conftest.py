@@ -64,7 +64,7 @@ def make_tokenizer(merges: int = 150) -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny(path: Path, seed: int = 0, std: float = 0.1, **config: Any) -> Path:
+def make_tiny(path: Path, seed: int = 0, std: float = 0.1, merges: int = 150, **config: Any) -> Path:
     """Write a tiny random Qwen3 checkpoint with tokenizer to `path` and return it.
 
     Weights have the standard deviation `std` (small ones hide errors); `config` overrides fields of its `Qwen3Config`.
@@ -72,7 +72,7 @@ def make_tiny(path: Path, seed: int = 0, std: float = 0.1, **config: Any) -> Pat
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(merges)
     fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

@@ -155,7 +155,7 @@ def check(world: World, choice: Choice) -> None:
     assert set(eager_asked) <= {world.groups[i].question.id for i in expected_asked}
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1200, deadline=None)
 @given(worlds(), choices)
 def test_selection_is_algorithm_1(world: World, choice: Choice) -> None:
     check(world, choice)

@@ -27,15 +27,15 @@ from zppo.engines.transformers import Piece, TransformersEngine, plan
 from zppo.errors import ModelError
 
 VOCAB, ENDS, BANNED = 64, frozenset(range(54, 64)), frozenset({3, 4})
-SIZE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=160,
-)
+SIZE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+}
 
 
 def tiny(kind: str = "qwen3", std: float = 0.2, **more: Any) -> PreTrainedModel:
@@ -43,17 +43,22 @@ def tiny(kind: str = "qwen3", std: float = 0.2, **more: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel
     if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZE | dict(head_dim=8) | more))
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZE | {"head_dim": 8} | more))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**SIZE | more))
     elif kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**SIZE | more))
     elif kind == "sliding":
-        window = dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZE | dict(head_dim=8) | window | more))
+        window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZE | {"head_dim": 8} | window | more))
     else:
-        linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)
-        shape = dict(head_dim=16, num_hidden_layers=4)
+        linear = {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        }
+        shape = {"head_dim": 16, "num_hidden_layers": 4}
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZE | shape | linear | more))
     for weight in model.parameters():
         if weight.ndim >= 2:
@@ -76,7 +81,9 @@ def engine(model: PreTrainedModel, **more: Any) -> TransformersEngine:
     return TransformersEngine(model, ENDS, 0, BANNED, **more)
 
 
-def step_by_step(model: PreTrainedModel, request: SampleRequest, key: int, sampling: Sampling) -> tuple[list[int], list[float]]:
+def step_by_step(
+    model: PreTrainedModel, request: SampleRequest, key: int, sampling: Sampling
+) -> tuple[list[int], list[float]]:
     """The plainest sampler: the whole sequence through the model for every token, one row."""
     ids, logprobs = list(request.prompt_ids), []
     drawer = Drawer(sampling, [key], [request.prompt_ids], tuple(BANNED))
@@ -145,12 +152,23 @@ def test_a_batch_draws_what_each_rollout_alone_would(kind: str, sampling: Sampli
             assert completion.truncated == (ids[-1] not in ENDS)
 
 
-@pytest.mark.parametrize("limits", [dict(max_rows=1), dict(max_rows=5), dict(max_tokens=90), dict(max_rows=7, max_tokens=60)])
+@pytest.mark.parametrize(
+    "limits", [{"max_rows": 1}, {"max_rows": 5}, {"max_tokens": 90}, {"max_rows": 7, "max_tokens": 60}]
+)
 def test_limits_change_nothing_but_the_batches(limits: dict[str, int]) -> None:
     model, asked = tiny(), requests([9, 3, 21, 3], group=4)
     whole = engine(model).sample(asked, Sampling(max_new_tokens=10))
     assert flat(engine(model, **limits).sample(asked, Sampling(max_new_tokens=10))) == flat(whole)
     assert flat(engine(model).sample(asked[1:2], Sampling(max_new_tokens=10))) == flat(whole[1:2])
+
+
+@pytest.mark.parametrize("look_every", [3, 100])
+def test_looking_less_often_changes_nothing(look_every: int) -> None:
+    model, asked = tiny(max_position_embeddings=40), requests([9, 33, 36], group=4)
+    usual = engine(model).sample(asked, Sampling(max_new_tokens=10))
+    rarely = engine(model, look_every=look_every).sample(asked, Sampling(max_new_tokens=10))
+    assert flat(rarely) == flat(usual)
+    assert [c.truncated for g in rarely for c in g] == [c.truncated for g in usual for c in g]
 
 
 def test_the_plan_fills_batches_longest_first_and_splits_no_group_that_fits() -> None:
@@ -168,7 +186,11 @@ def test_greedy_equals_generate(kind: str) -> None:
     done = TransformersEngine(model, ENDS, 0).sample(asked, Sampling(temperature=0, max_new_tokens=20))
     for request, (completion,) in zip(asked, done, strict=True):
         expected = model.generate(
-            torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=20, eos_token_id=sorted(ENDS), pad_token_id=0
+            torch.tensor([request.prompt_ids]),
+            do_sample=False,
+            max_new_tokens=20,
+            eos_token_id=sorted(ENDS),
+            pad_token_id=0,
         )
         assert completion.ids.tolist() == expected[0, len(request.prompt_ids) :].tolist()
 
@@ -227,7 +249,9 @@ def test_entropy_is_the_mean_over_the_tokens() -> None:
 def test_eager_attention_samples_the_same(kind: str) -> None:
     asked = requests([3, 14], group=2)
     usual = engine(tiny(kind)).sample(asked, Sampling(max_new_tokens=10))
-    assert flat(engine(tiny(kind, attn_implementation="eager")).sample(asked, Sampling(max_new_tokens=10))) == flat(usual)
+    assert flat(engine(tiny(kind, attn_implementation="eager")).sample(asked, Sampling(max_new_tokens=10))) == flat(
+        usual
+    )
 
 
 def test_long_completions_outgrow_the_first_buffer() -> None:

@@ -19,12 +19,23 @@ ROWS = [
 
 def tiny(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    size = dict(vocab_size=24, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
+    size = {
+        "vocab_size": 24,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     model: PreTrainedModel
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**size, num_hidden_layers=2, head_dim=8))
     else:
-        linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=1, linear_num_value_heads=2)
+        linear = {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+        }
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**size, **linear, num_hidden_layers=4, head_dim=16))
     for weight in model.parameters():
         if weight.ndim >= 2:
@@ -32,7 +43,9 @@ def tiny(kind: str) -> PreTrainedModel:
     return model
 
 
-def plainly(model: PreTrainedModel, row: Row, temperature: float, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def plainly(
+    model: PreTrainedModel, row: Row, temperature: float, banned: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of one row, each (T,)."""
     prompt, completion = torch.as_tensor(row.prompt_ids), torch.as_tensor(row.completion_ids)
     logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / temperature

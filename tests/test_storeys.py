@@ -14,7 +14,7 @@ import zppo
 SOURCE = Path(zppo.__file__).parent
 
 # For every storey the storeys that it may import, besides itself.
-BELOW_PROMPTS = {"errors", "core"}
+BELOW_PROMPTS = {"errors", "core", "imports"}
 BELOW_TEACHER = BELOW_PROMPTS | {"prompts", "grading", "engines"}
 BELOW_DATA = BELOW_TEACHER | {"teacher"}
 BELOW_TRAIN = BELOW_DATA | {"data"}
@@ -23,6 +23,7 @@ BELOW_LAB = BELOW_EVALUATE | {"evaluate", "report"}
 BELOW_ROOF = BELOW_LAB | {"lab"}
 MAY_IMPORT = {
     "errors": set(),
+    "imports": {"errors"},
     "core": {"errors"},
     "prompts": BELOW_PROMPTS,
     "grading": BELOW_PROMPTS,

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zppo.cli import main
+from zppo.train.methods import METHODS
 
 REWARD = '''
 import hashlib
@@ -46,12 +47,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     make_tiny(folder / "student", seed=0)
     make_tiny(folder / "teacher", seed=1)
-    rows = [{"prompt": f"What is {i} plus {j}?", "answer": i + j, "level": "ab"[i % 2]} for i in range(5) for j in range(4)]
+    rows = [
+        {"prompt": f"What is {i} plus {j}?", "answer": i + j, "level": "ab"[i % 2]} for i in range(5) for j in range(4)
+    ]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     settings = {
         "student": {"model": "student"},
-        "teacher": {"model": "teacher", "rollout": {"max_new_tokens": 12}, "compression": {"max_new_tokens": 12}},
+        "teacher": {"model": "teacher", "rollout": {"max_new_tokens": 6}, "compression": {"max_new_tokens": 12}},
         "data": {"train": "questions.jsonl", "eval": "questions.jsonl", "eval_limit": 6},
         "rollout": {"batch_size": 8, "group_size": 4, "max_new_tokens": 12},
         "zone": {"rho_aug": 0.5},
@@ -93,7 +96,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     for weights in ("final", f"checkpoints/{newest}/model"):
         ours, theirs = (load_file(run / weights / "model.safetensors") for run in (one, other))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    ours, theirs = (torch.load(run / "checkpoints" / newest / "optimizer.pt", weights_only=True) for run in (one, other))
+    ours, theirs = (
+        torch.load(run / "checkpoints" / newest / "optimizer.pt", weights_only=True) for run in (one, other)
+    )
     for index, state in ours["state"].items():
         assert all(torch.equal(value, theirs["state"][index][name]) for name, value in state.items())
 
@@ -154,7 +159,9 @@ def test_final_loads_with_transformers_and_differs_from_the_start(finished: Path
     assert "| all |" in card and "learning_rate: 0.001" in card and "library_name: transformers" in card
 
 
-def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(finished: Path, recipe: Path, tmp_path: Path) -> None:
+def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(
+    finished: Path, recipe: Path, tmp_path: Path
+) -> None:
     assert_same_run(finished, train(recipe, tmp_path / "again"))
     AcceleratorState._reset_state(True)
     other = train(recipe, tmp_path / "other", "--seed=1", "--train.steps=1")
@@ -204,14 +211,95 @@ def test_resume_without_a_checkpoint_starts_over_and_of_a_finished_run_does_noth
     assert (run / "metrics.jsonl").stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize("method", ["grpo", "grpo-replay", "grpo-both", "grpo-replay-bcq", "grpo-replay-ncq"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_trains(recipe: Path, tmp_path: Path, method: str) -> None:
+    """Every row of the table through the command line: its kinds of prompts, its replay, its learner."""
+    row = METHODS[method]
     run = train(recipe, tmp_path / method, f"--method={method}", "--train.steps=2", "--data.eval=null")
-    kinds = {kind for r in records(run) for kind in r["accuracy"]}
-    assert kinds - {"plain"} == {kind for kind in ("bcq", "ncq") if kind in method or method == "grpo-both"}
-    replays = any(r["replayed_questions"] for r in records(run))
-    assert replays == ("replay" in method)
-    assert not (run / "final" / "nothing").exists() and (run / "final" / "model.safetensors").exists()
+    steps = records(run)
+    kinds = {kind for r in steps for kind in r["accuracy"]} - {"plain"}
+    wanted = {f"placebo-{kind}" if row.control == "placebo" else kind for kind in row.reformulations}
+    assert kinds <= wanted and (
+        kinds == wanted or method in ("hint", "zppo-scrambled")
+    )  # a random teacher writes no hint
+    assert any(r["replayed_questions"] for r in steps) == row.replay
+    assert all(r["optimizer_steps"] == (1 if row.distils else 4) and r["loss"] is not None for r in steps)
+    if row.distils:
+        assert all(0 < r["loss"] < 0.7 for r in steps)  # a divergence lies between 0 and log 2
+    if row.teacher_response:
+        assert sum(r["teacher_responses_in_groups"] for r in steps) > 0
+        rows = pq.read_table(run / "rollouts" / "step-000001.parquet").to_pylist()
+        given = [r for r in rows if r["reason"] == "teacher response"]
+        assert given and all(r["correct"] and r["advantage"] > 0 for r in given)
+    assert (run / "final" / "model.safetensors").exists()
+
+
+def test_dynamic_sampling_leaves_trivial_groups_out_of_the_denominator(recipe: Path, tmp_path: Path) -> None:
+    runs = []
+    for mode in ("off", "after-reformulation"):
+        AcceleratorState._reset_state(True)
+        run = train(
+            recipe,
+            tmp_path / mode,
+            f"--zone.dynamic_sampling={mode}",
+            "--train.steps=1",
+            "--data.eval=null",
+            "--train.minibatches=1",
+        )
+        runs.append(records(run)[0])
+    off, on = runs
+    assert on["accuracy"] == off["accuracy"] and on["train_tokens_needed"] == off["train_tokens_needed"]
+    assert on["nonzero_advantage_share"] == off["nonzero_advantage_share"] < 1
+    assert abs(on["loss"]) > abs(off["loss"])  # the same sum over fewer tokens
+
+
+def test_distillation_needs_a_shared_tokenizer(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tiny(tmp_path / "other", merges=100)
+    assert (
+        main(
+            [
+                "train",
+                str(recipe),
+                "--method=on-distill",
+                f"--teacher.model={tmp_path / 'other'}",
+                f"--output={tmp_path / 'run'}",
+            ]
+        )
+        == 2
+    )
+    assert "must share a tokenizer" in " ".join(capsys.readouterr().err.split())
+
+
+OWN = '''
+from zppo.core.types import Draft
+
+class Warning:
+    """Names how many attempts went wrong."""
+
+    kind = "warning"
+    needs = frozenset({"wrong"})
+
+    def draft(self, material, rng):
+        return Draft(self.kind, material.question, {"count": len(material.wrong)}) if material.wrong else None
+'''
+
+
+def test_a_reformulation_of_one_s_own(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    (tmp_path / "warning.jinja").write_text("{{ count }} attempts at this problem were wrong.", encoding="utf-8")
+    method = f"--method={{name: zppo, reformulations: ['{tmp_path / 'own.py'}:Warning', bcq]}}"
+    template = f"--prompts.warning={tmp_path / 'warning.jinja'}"
+    run = train(recipe, tmp_path / "run", method, template, "--train.steps=2", "--data.eval=null")
+    rows = pq.read_table(run / "rollouts" / "step-000001.parquet").to_pylist()
+    assert any("attempts at this problem were wrong." in row["prompt"] for row in rows if row["kind"] == "warning")
+    assert main(["train", str(recipe), method, f"--output={tmp_path / 'other'}"]) == 2
+    assert "prompts.warning" in capsys.readouterr().err
+    assert (
+        main(["train", str(recipe), "--method.reformulations=[no.such:Thing]", f"--output={tmp_path / 'other'}"]) == 2
+    )
+    assert "no.such" in capsys.readouterr().err
 
 
 def test_the_lazy_teacher_trains_the_same_student(recipe: Path, tmp_path: Path) -> None:
@@ -238,7 +326,9 @@ def test_a_run_folder_is_never_overwritten(finished: Path, recipe: Path, capsys:
     assert "zppo resume" in " ".join(capsys.readouterr().err.split())
 
 
-def test_nothing_is_written_before_the_checks_pass(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_written_before_the_checks_pass(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for override, told in (
         ("--student.model=/nowhere/at/all", "/nowhere/at/all"),
         ("--teacher.model=/nowhere/at/all", "/nowhere/at/all"),

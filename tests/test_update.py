@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,15 @@ def test_updates_that_are_not_finite_are_skipped_and_stop_the_run(tiny_qwen3_dir
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(ZPPOError, match="not finite"):
         updater.update(groups, broken, 3)
+
+
+def test_a_rollout_that_the_student_did_not_sample_gets_old_logprobs_from_a_forward_pass(tiny_qwen3_dir: Path) -> None:
+    """Teacher response: its ratio starts at 1 whatever the sampler's log-probs of the others are, and it has a gradient."""
+    model = load(tiny_qwen3_dir)
+    (group,) = make_groups(model, [[1.0, 0.0]], shift=0.0)
+    foreign = replace(group.rollouts[0], logprobs=torch.full_like(group.rollouts[0].logprobs, torch.nan))
+    group = replace(group, rollouts=(foreign, group.rollouts[1]))
+    metrics = make_updater(model).update([group], advantages_of([group], AdvantageSettings()), step=1)
+    assert metrics["clip_low_share"] == metrics["clip_high_share"] == 0
+    assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] is not None and metrics["grad_norm"] > 0
+    assert metrics["logprob_gap_max"] is not None and metrics["logprob_gap_max"] < 1e-4

@@ -18,6 +18,10 @@ from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compress import Compressor
+from zppo.train.ask import Asker
+from zppo.train.make_learner import make_reformulations
+from zppo.train.materials import MaterialMaker
+from zppo.train.methods import METHODS, Method
 from zppo.train.rollouts import Answered, Speaker
 from zppo.train.settings import ZoneSettings
 from zppo.train.zone import Zone, ZoneBuilder
@@ -41,6 +45,8 @@ class ScriptedTeacher:
 
     solves: dict[str, int] = field(default_factory=dict)
     down: bool = False
+    hint: str = "<hint>look at the start</hint>"
+    hinted: int = 0
     rollouts: list[str] = field(default_factory=list)
 
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
@@ -50,6 +56,9 @@ class ScriptedTeacher:
         if self.down:
             return TeacherReply((None,) * len(request.keys), error="refused")
         text = request.messages[-1].content
+        if "Write a hint" in text:
+            self.hinted += 1
+            return TeacherReply((self.hint,))
         if "<response>" in text:
             box = extract_boxed(text.rsplit("<response>", 1)[1])
             return TeacherReply((f"<summary>short \\boxed{{{box}}}</summary>",), completion_tokens=3)
@@ -81,26 +90,37 @@ def make_group(name: str, right: int, wrong: int, answerless: int = 0) -> Group:
 
 def make_builder(
     teacher: ScriptedTeacher,
-    *,
-    kinds: tuple[str, ...] = ("bcq", "ncq"),
+    *others: ScriptedTeacher,
+    method: Method = METHODS["zppo"],
     context: int | None = None,
     lazy: bool = True,
     rho_aug: float = 1.0,
 ) -> ZoneBuilder:
     how = TeacherSampling(Sampling(max_new_tokens=16))
     book = PromptBook(neutralise=Neutraliser())
-    return ZoneBuilder(
-        kinds,
-        teacher=teacher,
-        teacher_rollout=how,
+    speaker = Speaker(book, Words())  # type: ignore[arg-type]
+    reformulations = make_reformulations(method, 0.4)
+    materials = MaterialMaker(
+        frozenset(need for r in reformulations for need in r.needs),
         compressor=Compressor(teacher, book, how, lambda text: text),
-        speaker=Speaker(book, Words()),  # type: ignore[arg-type]
-        score=score,
+        teacher=teacher,
+        hint=how,
+        book=book,
+        response_ids=lambda text: tuple(range(len(text))),
+        seed=3,
+    )
+    return ZoneBuilder(
+        reformulations,
+        asker=Asker([(t, how) for t in (teacher, *others)], speaker, score, group_size=4, seed=3),
+        materials=materials,
+        speaker=speaker,
         settings=ZoneSettings(rho_aug=rho_aug),
         seed=3,
         context=context,
         max_new_tokens=16,
         lazy=lazy,
+        every_hard_question=method.teacher_response,
+        scramble=method.control == "scrambled",
     )
 
 
@@ -150,19 +170,27 @@ def test_a_teacher_that_is_down_costs_bcq_and_compression_only() -> None:
 
 def test_a_prompt_over_the_context_gives_its_slot_to_the_next() -> None:
     plain = [make_group("long", 0, 8), make_group("short", 1, 2)]
-    room = len(make_builder(ScriptedTeacher(), kinds=("ncq",)).build([plain[1]], 1, step=1).prompts[0].ids) + 16
-    zone = make_builder(ScriptedTeacher(), kinds=("ncq",), context=room, rho_aug=0.5).build(
+    room = (
+        len(
+            make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"])
+            .build([plain[1]], 1, step=1)
+            .prompts[0]
+            .ids
+        )
+        + 16
+    )
+    zone = make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"], context=room, rho_aug=0.5).build(
         [*plain, plain[0]], 3, step=1
     )
     assert zone.prompts == []  # the pre-cap keeps one question, the hardest
-    zone = make_builder(ScriptedTeacher(), kinds=("ncq",), context=room).build(plain, 2, step=1)
+    zone = make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"], context=room).build(plain, 2, step=1)
     assert names(zone) == [("short", "ncq")]
     assert zone.metrics["too_long"] == 1
 
 
 def test_without_reformulations_nobody_is_asked() -> None:
     teacher = ScriptedTeacher()
-    assert make_builder(teacher, kinds=()).build([make_group("hard", 0, 8)], 4, step=1).prompts == []
+    assert make_builder(teacher, method=METHODS["grpo"]).build([make_group("hard", 0, 8)], 4, step=1).prompts == []
     assert teacher.rollouts == []
 
 
@@ -184,3 +212,61 @@ def test_the_lazy_teacher_gives_the_same_prompts_for_fewer_calls(seed: int, coun
     ]
     assert set(lazy.rollouts) <= set(literal.rollouts)
     assert len(literal.rollouts) == sum(g.accuracy < 0.5 for g in plain)
+
+
+def test_a_hint_never_gives_the_answer_away() -> None:
+    plain = [make_group("hard", 0, 4)]
+    good = make_builder(ScriptedTeacher({"hard": 4}), method=METHODS["hint"]).build(plain, 2, step=1)
+    assert names(good) == [("hard", "hint")]
+    assert "<hint>\nlook at the start\n</hint>" in good.prompts[0].messages[-1].content
+    for reply in ("<hint>it is Gold.</hint>", "<hint>\\boxed{x}</hint>", "<hint> </hint>", "no tags"):
+        teacher = ScriptedTeacher({"hard": 4}, hint=reply)
+        told = make_builder(teacher, method=METHODS["hint"]).build(plain, 2, step=1)
+        assert (
+            told.prompts == [] and told.metrics["hint_failed"] == teacher.hinted == 1
+        )  # four equal responses: one try
+
+
+def test_a_prefix_forces_two_fifths_of_a_correct_response() -> None:
+    zone = make_builder(ScriptedTeacher({"hard": 1}), method=METHODS["prefix"]).build(
+        [make_group("hard", 0, 4)], 2, step=1
+    )
+    (prompt,) = zone.prompts
+    assert prompt.kind == "prefix" and prompt.forced_ids == tuple(range(int(0.4 * len("so \\boxed{gold}"))))
+    assert prompt.messages == make_group("hard", 0, 4).prompt.messages
+
+
+def test_the_placebo_asks_the_plain_question_as_often() -> None:
+    plain = [make_group("a", 0, 4), make_group("b", 1, 3), make_group("c", 0, 0, answerless=4)]
+    solves = {"a": 1, "b": 0, "c": 4}
+    real = make_builder(ScriptedTeacher(solves)).build(plain, 6, step=1)
+    placebo = make_builder(ScriptedTeacher(solves), method=METHODS["zppo-placebo"]).build(plain, 6, step=1)
+    assert names(placebo) == [(q, f"placebo-{kind}") for q, kind in names(real)]
+    by_question = {g.question.id: g.prompt.messages for g in plain}
+    assert all(p.messages == by_question[p.question.id] for p in placebo.prompts)
+
+
+def test_the_scrambled_control_shows_another_question_s_candidates() -> None:
+    solves = {"a": 1, "b": 1}
+    plain = [make_group("a", 0, 4), make_group("b", 1, 3)]
+    zone = make_builder(ScriptedTeacher(solves), method=METHODS["zppo-scrambled"]).build(plain, 4, step=1)
+    assert [p.audit["scrambled"] for p in zone.prompts] == ["b", "b", "a", "a"]
+    alone = make_builder(ScriptedTeacher(solves), method=METHODS["zppo-scrambled"]).build(plain[:1], 4, step=1)
+    assert alone.prompts == []
+
+
+def test_teacher_response_asks_about_every_hard_question() -> None:
+    plain = [make_group(f"q{i}", i, 4 - i) for i in range(4)]
+    teacher = ScriptedTeacher({"q0": 2, "q1": 0})
+    zone = make_builder(teacher, method=METHODS["teacher-response"], rho_aug=0.25).build(plain, 4, step=1)
+    assert zone.prompts == [] and teacher.rollouts == ["q0", "q1"]
+    assert {q: len(pool) for q, pool in zone.pools.items()} == {"q0": 2, "q1": 0}
+
+
+def test_a_second_teacher_helps_where_the_first_one_fails() -> None:
+    plain = [make_group("hard", 0, 4)]
+    assert names(make_builder(ScriptedTeacher()).build(plain, 4, step=1)) == [("hard", "ncq")]
+    assert names(make_builder(ScriptedTeacher(), ScriptedTeacher({"hard": 1})).build(plain, 4, step=1)) == [
+        ("hard", "bcq"),
+        ("hard", "ncq"),
+    ]

@@ -94,8 +94,38 @@ def _parser() -> argparse.ArgumentParser:
     resume.set_defaults(run=_resume)
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
+    _add_bootstrap(commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are"))
+    _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
     return parser
+
+
+def _add_bootstrap(bootstrap: argparse.ArgumentParser) -> None:
+    bootstrap.add_argument(
+        "table", metavar="TABLE.csv", type=Path, help="columns scale, method, family, benchmark, accuracy (percent)"
+    )
+    bootstrap.add_argument("--minuend", metavar="METHOD", help="only this method minus each other one (default: every pair)")
+    bootstrap.add_argument("--resamples", type=int, default=10_000, help="default: 10000")
+    bootstrap.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
+    bootstrap.add_argument("--csv", type=Path, metavar="OUT", help="write the intervals to this file too")
+    bootstrap.set_defaults(run=_bootstrap)
+
+
+def _add_cost(cost: argparse.ArgumentParser) -> None:
+    cost.add_argument("target", nargs="?", type=Path, metavar="RECIPE|RUN", help="a recipe (planned) or a run folder (as run)")
+    cost.add_argument("--paper", action="store_true", help="the paper's figures (Tab. 9) beside a count from its sizes")
+    cost.add_argument("--student-params", metavar="N", help="0.8e9 or 0.8B; by default found in the checkpoint or the model's name")
+    cost.add_argument("--teacher-params", metavar="N", help="the same for the teacher")
+    of_recipe = cost.add_argument_group("of a recipe; without them, the most that it can cost")
+    of_recipe.add_argument("--mean-prompt", type=float, metavar="TOKENS", help="plain prompts")
+    of_recipe.add_argument("--mean-completion", type=float, metavar="TOKENS", help="student rollouts")
+    of_recipe.add_argument("--mean-teacher-completion", type=float, metavar="TOKENS", help="teacher rollouts")
+    of_recipe.add_argument("--hard-share", type=float, default=1.0, metavar="SHARE", help="of plain questions that are hard")
+    of_recipe.add_argument("--solved-share", type=float, default=1.0, metavar="SHARE", help="of hard questions that the teacher solves")
+    of_recipe.add_argument("--live-share", type=float, default=1.0, metavar="SHARE", help="of tokens in rows whose advantage is not 0")
+    of_recipe.add_argument("--questions", type=int, metavar="N", help="training questions, instead of reading data.train")
+    of_recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; may be repeated")
+    cost.set_defaults(run=_cost)
 
 
 def _add_lab(lab: argparse.ArgumentParser) -> None:
@@ -190,6 +220,51 @@ def _methods(options: argparse.Namespace) -> None:
         asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
         table.add_row(row.name, "yes" if row.replay else "-", asks, "yes" if row.needs_teacher else "-", row.paper)
     Console().print(table)
+
+
+def _bootstrap(options: argparse.Namespace) -> None:
+    from zppo.report.bootstrap import bootstrap_command
+
+    bootstrap_command(
+        options.table, minuend=options.minuend, resamples=options.resamples, seed=options.seed, out=options.csv
+    )
+
+
+def _cost(options: argparse.Namespace) -> None:
+    from zppo.report.cost_plan import Assumptions
+    from zppo.report.cost_view import Request, cost_command, paper_command
+    from zppo.report.parameters import parse_size
+
+    if options.target is None and not options.paper:
+        raise SettingsError("zppo cost needs a recipe or a run folder: zppo cost RECIPE|RUN, or zppo cost --paper")
+    if options.target is not None:
+        register_lab()
+        assumed = Assumptions(
+            prompt=options.mean_prompt,
+            completion=options.mean_completion,
+            teacher_completion=options.mean_teacher_completion,
+            hard=options.hard_share,
+            solved=options.solved_share,
+            live=options.live_share,
+        )
+        request = Request(
+            overrides=tuple(f"--{text}" for text in options.set),
+            assumed=assumed,
+            student=parse_size(options.student_params) if options.student_params else None,
+            teacher=parse_size(options.teacher_params) if options.teacher_params else None,
+            questions=options.questions,
+            resolve=_model_folder,
+        )
+        cost_command(options.target, request)
+    if options.paper:
+        paper_command()
+
+
+def _model_folder(name: str) -> str:
+    """The folder of a bundled model; any other name as it is."""
+    from zppo.lab.assets import SCHEME, resolve
+
+    return str(resolve(name)) if name.startswith(SCHEME) else name
 
 
 def _lab_build(options: argparse.Namespace) -> None:

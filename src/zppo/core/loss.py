@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,3 +54,22 @@ def clipped_surrogate(
     if dual_clip is not None:
         loss = loss.where(~dual, -dual_clip * advantage)
     return Surrogate(loss, (ratio < 1 - clip_low) & negative, (ratio > 1 + clip_high) & positive, dual)
+
+
+def jensen_shannon(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Per-token Jensen-Shannon divergence of two next-token distributions, nats (Algs. 2 and 3).
+
+    JSD(p, q) = KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2; between 0 and log 2.
+
+    Args:
+        logits: (..., V) of the student, with gradient.
+        teacher_logits: (..., V) of the teacher, over the same vocabulary.
+
+    Returns:
+        (...) float32.
+    """
+    student = logits.float().log_softmax(-1)
+    teacher = teacher_logits.float().log_softmax(-1)
+    middle = torch.logaddexp(student, teacher) - math.log(2.0)
+    divergence = teacher.exp() * (teacher - middle) + student.exp() * (student - middle)
+    return divergence.nan_to_num(0.0).sum(-1) / 2  # ids that both mask have probability 0 and contribute nothing

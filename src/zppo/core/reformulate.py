@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from zppo.core.types import BCQ, NCQ, Draft, Question
+from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Draft, Question
 
-Need = Literal["pair", "wrong"]
+Need = Literal["pair", "wrong", "hint", "prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,16 @@ class Material:
         pair: (correct teacher candidate, wrong student candidate); None where T_x or W_x has nothing to show.
         wrong: every wrong student rollout of the plain group (W_x), in rollout order, duplicates kept.
         wrong_answers: the distinct wrong answers, see `distinct_answers`.
+        hint: a hint that the teacher made of one of its correct responses; None where there is none.
+        response_ids: one correct teacher response in the student's tokens; empty where there is none.
     """
 
     question: Question
     pair: tuple[Candidate, Candidate] | None = None
     wrong: tuple[Candidate, ...] = ()
     wrong_answers: tuple[str, ...] = ()
+    hint: str | None = None
+    response_ids: tuple[int, ...] = ()
 
 
 class Reformulation(Protocol):
@@ -49,7 +53,8 @@ class Reformulation(Protocol):
 
     Attributes:
         kind: its name; also the name of its template.
-        needs: what of `Material` must be prepared: "pair" costs teacher rollouts and compression, "wrong" compression of all of W_x.
+        needs: what of `Material` must be prepared: "pair" costs teacher rollouts and compression, "wrong" compression of all of W_x,
+            "hint" teacher rollouts and a request for the hint, "prefix" teacher rollouts.
     """
 
     kind: str
@@ -89,6 +94,72 @@ class NegativeCandidateQuestion:
             return None
         slots = {"answers": material.wrong_answers, "candidates": tuple(c.text for c in material.wrong)}
         return Draft(self.kind, material.question, slots, audit={"wrong_answers": material.wrong_answers})
+
+
+class HintQuestion:
+    """Hint: the question with a hint of the teacher's that gives the answer away no more than the question does (Alg. 5)."""
+
+    kind = HINT
+    needs: frozenset[Need] = frozenset({"hint"})
+
+    def draft(self, material: Material, rng: random.Random) -> Draft | None:
+        """The slot `hint`."""
+        return None if material.hint is None else Draft(self.kind, material.question, {"hint": material.hint})
+
+
+class PrefixQuestion:
+    """Prefix: the student continues the first part of a correct teacher response, which is masked from the loss (Alg. 6).
+
+    Args:
+        fraction: how much of the response's tokens is given; 0.4 in the paper.
+    """
+
+    kind = PREFIX
+    needs: frozenset[Need] = frozenset({"prefix"})
+
+    def __init__(self, fraction: float = 0.4) -> None:
+        self.fraction = fraction
+
+    def draft(self, material: Material, rng: random.Random) -> Draft | None:
+        """No slots, the prefix as forced tokens; None where it would be empty."""
+        forced = material.response_ids[: int(self.fraction * len(material.response_ids) + 1e-9)]
+        return Draft(self.kind, material.question, {}, forced_ids=forced) if forced else None
+
+
+class Placebo:
+    """Another reformulation's place without its content: the plain question again, wherever `inner` would have built a prompt (ours).
+
+    What a method gains over its placebo is what the content of its prompts is worth; what the placebo gains over GRPO is the worth of
+    more rollouts on hard questions.
+    """
+
+    def __init__(self, inner: Reformulation) -> None:
+        self.inner = inner
+        self.kind = f"placebo-{inner.kind}"
+        self.needs = inner.needs
+
+    def draft(self, material: Material, rng: random.Random) -> Draft | None:
+        """No slots; None where `inner` has none."""
+        return None if self.inner.draft(material, rng) is None else Draft(self.kind, material.question, {})
+
+
+def scrambled(drafts: Sequence[Draft]) -> list[Draft]:
+    """The same prompts with another question's candidates: every draft takes the slots of the next one of its kind (ours).
+
+    A control for the form of the prompts: as many candidates, as long, and none of them about the question. A draft that is the only
+    one of its kind is left out.
+    """
+    places: dict[str, list[int]] = {}
+    for place, draft in enumerate(drafts):
+        places.setdefault(draft.kind, []).append(place)
+    following = {
+        a: b for kind in places.values() if len(kind) > 1 for a, b in zip(kind, kind[1:] + kind[:1], strict=True)
+    }
+    return [
+        replace(draft, slots=drafts[following[place]].slots, audit={"scrambled": drafts[following[place]].question.id})
+        for place, draft in enumerate(drafts)
+        if place in following
+    ]
 
 
 def distinct_answers(answers: Iterable[tuple[str | None, str]], gold: str) -> tuple[str, ...]:

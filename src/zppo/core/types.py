@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # the command line reads these types before it needs torch
 PLAIN = "plain"
 BCQ = "bcq"
 NCQ = "ncq"
+HINT = "hint"
+PREFIX = "prefix"
 
 
 class ImageRef(NamedTuple):

@@ -20,7 +20,6 @@ from zppo.engines.draw import Drawer, Draws
 from zppo.errors import ModelError
 
 _DROP_SHARE = 16  # rows are dropped once one in so many has finished
-_LOOK_EVERY = 8  # decoding steps between looks at what has finished, on devices where a look waits for the queue
 
 
 class Piece(NamedTuple):
@@ -47,6 +46,8 @@ class TransformersEngine:
         max_tokens: most cached tokens at once, counted as rows * (longest prompt + new-token limit); None for no
             limit. A single rollout is decoded whatever it needs.
         autocast_dtype: run the model under autocast with this type (bfloat16 on a GPU); None for the weights' own.
+        look_every: decoding steps between looks at which rollouts have finished; a look waits for a GPU's queue of
+            work. None for 1 on a CPU and 8 elsewhere.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class TransformersEngine:
         max_rows: int | None = None,
         max_tokens: int | None = None,
         autocast_dtype: torch.dtype | None = None,
+        look_every: int | None = None,
     ) -> None:
         self.model = model
         self.eos_ids = frozenset(eos_ids)
@@ -67,6 +69,7 @@ class TransformersEngine:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.autocast_dtype = autocast_dtype
+        self.look_every = look_every or (1 if model.device.type == "cpu" else 8)
         config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
         self.context: int | None = getattr(config, "max_position_embeddings", None)
@@ -154,7 +157,7 @@ class TransformersEngine:
         ends = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
         ends[[i for i in self.eos_ids if i < self.vocab_size]] = True
         drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
-        progress = _Progress(limits, ends)
+        progress = _Progress(limits, ends, self.look_every)
 
         logits, cache, mask = self._prefill(prompts)
         owner = torch.tensor(owners, device=device)
@@ -226,12 +229,13 @@ class _Progress:
     Args:
         limits: (R,) most tokens of each rollout.
         ends: (V,) bool, which ids end a completion.
+        look_every: steps between looks at what has finished.
     """
 
-    def __init__(self, limits: torch.Tensor, ends: torch.Tensor) -> None:
+    def __init__(self, limits: torch.Tensor, ends: torch.Tensor, look_every: int) -> None:
         self.rows = torch.arange(len(limits), device=limits.device)  # rollouts in the batch now, (R',)
         self.longest, self._shortest = int(limits.max()), int(limits.min())
-        self._limits, self._ends = limits, ends
+        self._limits, self._ends, self._look_every = limits, ends, look_every
         self._live = torch.ones_like(self.rows, dtype=torch.bool)
         self._segments = [_Segment(self.rows, 0, [])]
         self._step = 0
@@ -243,8 +247,7 @@ class _Progress:
         self._live &= ~self._ends[draws.tokens]
         if self._step >= self._shortest:
             self._live &= self._limits[self.rows] > self._step
-        # A look at what has finished waits for a GPU's queue of work: not at every step there.
-        if self.rows.device.type != "cpu" and self._step % _LOOK_EVERY != 0 and 1 < self._step < self.longest:
+        if self._step % self._look_every and self._step < self._shortest:
             return None
         count = int(self._live.sum())
         if count and (len(self.rows) - count) * _DROP_SHARE < len(self.rows):

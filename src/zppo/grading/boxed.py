@@ -6,10 +6,10 @@ import re
 
 _THINK_OPEN = "<think>"
 _THINK_CLOSE = "</think>"
-# A box, an escaped character (which neither opens nor closes anything) or a brace. One pass over the text, so
-# ten thousand unclosed boxes cost no more than ten thousand letters.
-_TOKEN = re.compile(r"(?P<box>\\+boxed\s*\{)|\\.|[{}]", re.DOTALL)
-_WHOLE_BOX = re.compile(r"\\+boxed\s*\{(.*)\}", re.DOTALL)
+# A run of backslashes with a box or a brace behind it, or a brace. Runs are taken whole (possessive), so that a million
+# backslashes, like ten thousand unclosed boxes, cost one pass over the text.
+_TOKEN = re.compile(r"(?P<run>\\++)(?:(?P<box>boxed\s*+\{)|(?P<behind>[{}]?))|(?P<brace>[{}])")
+_WHOLE_BOX = re.compile(r"\\++boxed\s*+\{(.*)\}", re.DOTALL)
 _UNWRAPPED = 8  # boxes around one answer that are taken off; more is an attack, and each costs a pass
 
 
@@ -37,9 +37,12 @@ def last_box(text: str) -> str | None:
     for token in _TOKEN.finditer(text):
         if token["box"]:
             opened.append(token.end())
-        elif token[0] == "{":
+            continue
+        escaped = token["run"] is not None and len(token["run"]) % 2 == 1
+        brace = "" if escaped else token["brace"] or token["behind"]
+        if brace == "{":
             opened.append(None)
-        elif token[0] == "}" and opened:
+        elif brace == "}" and opened:
             start = opened.pop()
             if start is not None:
                 span = (start, token.start())

@@ -33,7 +33,8 @@ _SYMBOLS = {
     "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
     "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "º": "°", "∘": "°",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ",
-    "σ": r"\sigma ", "ω": r"\omega ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "→": r"\to ", "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",",
+    "σ": r"\sigma ", "ω": r"\omega ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "→": r"\to ",
+    "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",",
     "`": "'", "…": r"\ldots ", "℃": "°C", "℉": "°F",
 }  # fmt: skip
 _SYMBOL_TABLE = str.maketrans(_SYMBOLS)
@@ -95,7 +96,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"_\s*(\d+|[a-zA-Z])", r"_{\1}"),
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
         (r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
-        (rf"(?<![\\a-zA-Z])({_FUNCTION})(?![a-zA-Z])(?=\s*[\^({{\\\d]|\s+[a-zA-Z](?![a-zA-Z]))", r"\\\1 "),
+        (rf"(?<![\\a-zA-Z])({_FUNCTION})(?![a-zA-Z])(?=\s*[\^_({{\\\d]|\s+[a-zA-Z](?![a-zA-Z]))", r"\\\1 "),
         (r"(?<![\w)}])\+(?=\\infty)", ""),
         (r"^\\\{\s*\\\}$", r"\\emptyset "),
         (r"^(?:all |the )*real numbers$", r"\\mathbb{R}"),

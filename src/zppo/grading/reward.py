@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Mapping
-from hashlib import sha256
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zppo.errors import RewardError
 from zppo.grading.base import Verdict
 from zppo.grading.boxed import extract_boxed
+from zppo.imports import load_object
 
 if TYPE_CHECKING:  # the types of the core import torch, which grading does without
     from zppo.core.types import Question
@@ -109,27 +104,6 @@ def _flag(value: object) -> bool | None:
     return {0.0: False, 1.0: True}.get(number) if number is not None else None
 
 
-def _module_of_file(path: Path, spec: str) -> ModuleType:
-    if not path.is_file():
-        raise RewardError(
-            f"reward function {spec!r}: there is no file {str(path)!r}. Give a path from where you run, or an import path."
-        )
-    name = f"zppo_reward_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise RewardError(f"reward function {spec!r}: {str(path)!r} cannot be read as Python. Name a .py file.")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickles of the module look it up
-    try:
-        found.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
 def load_reward(spec: str) -> RewardFunction:
     """The reward function that a recipe names.
 
@@ -139,28 +113,4 @@ def load_reward(spec: str) -> RewardFunction:
     Raises:
         RewardError: the form, the module or the function is wrong; the message says which.
     """
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        raise RewardError(
-            f"reward function {spec!r} has no module and function: write package.module:function or path/to/file.py:function"
-        )
-    try:
-        target: Any = _module_of_file(Path(place), spec) if place.endswith(".py") else importlib.import_module(place)
-    except RewardError:
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward function {spec!r}: importing {place!r} failed with {type(error).__name__}: {error}. "
-            "Check the name and that its folder is on PYTHONPATH."
-        ) from error
-    for part in name.split("."):
-        if not hasattr(target, part):
-            raise RewardError(
-                f"reward function {spec!r}: {place!r} has no {name!r}. Check the spelling of the function."
-            )
-        target = getattr(target, part)
-    if not callable(target):
-        raise RewardError(
-            f"reward function {spec!r} is a {type(target).__name__}, which cannot be called. Name a function."
-        )
-    return RewardFunction(target, spec)
+    return RewardFunction(load_object(spec, "reward function", RewardError), spec)

@@ -41,8 +41,8 @@ class Shape:
 
 
 IDENTIFIER = re.compile(
-    r"(?:\\?[a-zA-Z]|\\[a-zA-Z]+)'*(?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?"
-    r"|[A-Za-z]{2,}(?: [A-Za-z]{2,})?|∠[A-Z]{1,3}|\\angle [A-Z]{1,3}"
+    r"(?:\\?[a-zA-Z]|\\[a-zA-Z]+)'*(?:_\{[^{}]*\}|_\w)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?"
+    r"|[A-Za-z]{2,}(?: [A-Za-z]{2,})?|m?(?:∠|\\angle) ?[A-Z]{1,3}|\\frac\{d[a-z]\}\{d[a-z]\}"
 )
 _MATRIX = re.compile(r"\\begin\{([pbB]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 _MEMBER = re.compile(r"^[a-zA-Z] ?\\in(?![a-zA-Z]) ?")

@@ -20,6 +20,7 @@ Algebra = Callable[[str, str], bool | None]
 _SYMBOL = re.compile(r"[a-zA-Z]|\\(?!pi|infty|emptyset)[a-zA-Z]+")
 _INFINITE = {r"\infty": "+", r"+\infty": "+", r"-\infty": "-"}
 _PERCENT = "%"
+_REPEATED_SIGN = re.compile(r"[°%]\s*[°%]")
 
 
 def _all(decisions: Iterable[bool | None]) -> bool | None:
@@ -45,6 +46,13 @@ def _scalars(gold: str, answer: str, algebra: Algebra) -> bool | None:
     simple = [text for text, number in ((gold, first), (answer, second)) if number or _SYMBOL.fullmatch(text)]
     if len(simple) == 2 or r"\boxed" in gold or r"\boxed" in answer:
         return False  # two different names, a name and a number
+    if (
+        (":" in gold) != (":" in answer)
+        and (first or second)
+        and "/" not in gold + answer
+        and r"\frac" not in gold + answer
+    ):
+        return False  # a ratio or a time against a plain number
     return algebra(gold, answer)
 
 
@@ -173,11 +181,15 @@ def _lists(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
             return _all(compare_cleaned(golds[name], answers[name], algebra) for name in golds)
     elif golds is not None and answer.kind is Kind.BRACKET:
         return _ordered([golds[name] for name in sorted(golds)], answer.items, algebra)
+    elif golds is not None and len({name[0] for name in golds}) > 1:
+        return answer.kind is Kind.LIST and _ordered(list(golds.values()), answer.items, algebra)
     elif answers is not None and gold.kind is Kind.BRACKET:
         return _ordered(gold.items, [answers[name] for name in sorted(answers)], algebra)
     first, second = _values(gold), _values(answer)
     kinds = {gold.kind, answer.kind}
     if kinds <= {Kind.LIST, Kind.SET}:
+        if any(map(yes_no, first)):
+            return _ordered(first, second, algebra)  # verdicts on several statements
         return _unordered(first, second, algebra)
     if kinds == {Kind.BRACKET}:
         return gold.marks == answer.marks and _ordered(first, second, algebra)
@@ -287,6 +299,8 @@ def compare(gold: str, answer: str, algebra: Algebra) -> bool | None:
         return False
     if gold == answer or text_key(gold) == text_key(answer):
         return True
+    if _REPEATED_SIGN.search(gold + " " + answer):
+        return False
     verdicts = yes_no(gold), yes_no(answer)
     if verdicts[0]:
         return verdicts[0] == verdicts[1]

@@ -10,7 +10,8 @@ from types import MappingProxyType
 _ABBREVIATIONS = {
     "mm": "mm", "cm": "cm", "dm": "dm", "m": "m", "km": "km", "nm": "nm", "um": "μm µm um", "in": "in in.", "ft": "ft ft.", "yd": "yd",
     "mi": "mi", "mg": "mg", "g": "g gm", "kg": "kg", "t": "t", "lb": "lb lbs lb.", "oz": "oz oz.", "ml": "mL ml", "l": "L l",
-    "s": "s sec secs", "ms": "ms", "min": "min mins min.", "h": "h hr hrs", "n": "N", "kn": "kN", "j": "J", "kj": "kJ", "w": "W", "kw": "kW", "kwh": "kWh",
+    "s": "s sec secs", "ms": "ms", "min": "min mins min.", "h": "h hr hrs", "n": "N", "kn": "kN",
+    "j": "J", "kj": "kJ", "w": "W", "kw": "kW", "kwh": "kWh",
     "v": "V", "mv": "mV", "amp": "A", "ma": "mA", "ohm": "Ω", "kohm": "kΩ", "k": "K", "pa": "Pa", "kpa": "kPa", "mpa": "MPa", "atm": "atm",
     "hz": "Hz", "khz": "kHz", "mhz": "MHz", "ghz": "GHz", "mol": "mol", "mmol": "mmol", "ev": "eV", "rad": "rad", "deg": "° deg",
     "cal": "cal", "degc": "°C", "degf": "°F", "kcal": "kcal", "rpm": "rpm", "db": "dB", "km/h": "kmh kph kmph", "mi/h": "mph", "tesla": "T",
@@ -19,7 +20,8 @@ _ABBREVIATIONS = {
 }  # fmt: skip
 _WORDS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
-    "km": "kilometer kilometre", "nm": "nanometer nanometre", "um": "micrometer micron", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
+    "km": "kilometer kilometre", "nm": "nanometer nanometre", "um": "micrometer micron", "in": "inch inches",
+    "ft": "foot feet", "yd": "yard", "mi": "mile",
     "mg": "milligram", "g": "gram gramme", "kg": "kilogram kilo", "t": "ton tonne", "lb": "pound", "oz": "ounce", "l": "liter litre",
     "ml": "milliliter millilitre", "s": "second", "ms": "millisecond", "min": "minute", "h": "hour", "day": "day", "week": "week",
     "month": "month", "year": "year yr", "n": "newton", "j": "joule", "w": "watt", "kw": "kilowatt", "v": "volt", "amp": "ampere amp",
@@ -60,9 +62,10 @@ _PREFIX = re.compile(
 )
 _POWERED = re.compile(r"^(?P<base>.+?)(?:\^\{?(?P<power>-?\d)\}?|(?<=[a-z])(?P<digit>[23]))$")
 _MATH = re.compile(r"\d|\\pi|\\sqrt|\\frac")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _BARE_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[\u4e00-\u9fff]")
 _ATTACHED_LETTERS = frozenset(
-    "m g s h L".split()
+    "m g h L".split()
 )  # single letters that count as units right behind a number; x, a, n do not
 _NOUN = re.compile(r"(?=.*[aeiou])[a-z]{3,}|of|per")  # "xy" is a product
 _LONGEST_UNIT = 40
@@ -97,6 +100,8 @@ def canonical_unit(text: str) -> str | None:
         "degrees celsius": "degc",
         "degree celsius": "degc",
         "degrees fahrenheit": "degf",
+        "years old": "year",
+        "year old": "year",
         "degree fahrenheit": "degf",
     }.get(lower)
 
@@ -147,6 +152,8 @@ def split_unit(text: str, trusted: bool = False) -> tuple[str, str | None]:
         if attached and len(tail) == 1 and tail.isalpha() and tail.isascii() and tail not in _ATTACHED_LETTERS:
             continue
         unit = canonical_unit(tail) or _counted_noun(tail, trusted)
+        if unit == "deg" and _TRIGONOMETRY.search(rest):
+            continue  # the sign belongs to the angle
         if unit is not None:
             return rest.removesuffix(r"\cdot").rstrip(), unit
     return text, None

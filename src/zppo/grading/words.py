@@ -9,7 +9,7 @@ _YES_NO = {
     "yes": "yes", "no": "no", "true": "true", "false": "false", "correct": "true", "incorrect": "false",
     "是": "yes", "是的": "yes", "否": "no", "不是": "no", "对": "true", "错": "false", "正确": "true", "错误": "false",
 }  # fmt: skip
-_CONTRADICTIONS = {"yes": {"no", "not"}, "no": {"yes"}, "true": {"false", "not"}, "false": {"true"}}
+_CONTRADICTIONS: dict[str, set[str]] = {"yes": {"not"}, "no": set(), "true": {"not"}, "false": set()}
 _LETTER = re.compile(r"(?:(?:option|choice|选项?)\s*)?(?:\(([A-Za-z])\)|([A-Za-z]))[.):]?", re.IGNORECASE)
 _LETTER_WITH_TEXT = re.compile(
     r"(?:(?:option|choice)\s*)?(?:\(([A-J])\)[.:,]?|([A-J])(?:[.):](?!\d)|\)))\s*(\S.*)", re.DOTALL
@@ -31,9 +31,10 @@ def yes_no(text: str) -> str | None:
     if not separator:
         first, separator, rest = text.lower().partition(". ")
     verdict = _YES_NO.get(first.strip(" .!"))
-    if verdict is None or _CONTRADICTIONS[verdict] & set(re.findall(r"[a-z]+", rest)):
+    if verdict is None or (rest and not rest.strip()[:1].isalpha()):
         return None
-    return verdict
+    doubt = _CONTRADICTIONS[verdict] | {"yes", "no", "true", "false"}
+    return None if doubt & set(re.findall(r"[a-z]+", rest)) else verdict
 
 
 def choice(text: str) -> tuple[frozenset[str], str]:

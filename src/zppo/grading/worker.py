@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import resource
 import signal
 from typing import Any
@@ -28,6 +29,9 @@ _BOX = (
     ),
 )
 _RELATIVE_ERROR = 1e-6
+_E_NOTATION = re.compile(r"(?<=\d)[eE]([-+]?\d+)")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)°")
 
 
 def limit_worker(memory_limit: int) -> None:
@@ -51,7 +55,10 @@ def _limit_processor(seconds: float) -> None:
 
 def _parsed(text: str) -> Any:
     """The sympy object that a cleaned answer means, or None."""
-    text = text.replace(r"\cr", r"\\").replace("°", "")
+    text = _E_NOTATION.sub(r"\\cdot 10^{\1}", text.replace(r"\cr", r"\\"))
+    if _TRIGONOMETRY.search(text):
+        text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
+    text = text.replace("°", "")
     found = parse("\\boxed{" + text + "}", _BOX, fallback_mode="no_fallback", parsing_timeout=None)
     return found[0] if found else None
 

@@ -20,7 +20,10 @@ def resolve(name: str) -> Path:
     world, _, role = name.removeprefix(SCHEME).partition("/")
     folder = ASSETS / world / role
     if role not in ROLES or not (folder / "config.json").is_file():
-        known = ", ".join(f"{SCHEME}{p.parent.parent.name}/{p.parent.name}" for p in sorted(ASSETS.glob("*/*/config.json"))) or "none"
+        known = (
+            ", ".join(f"{SCHEME}{p.parent.parent.name}/{p.parent.name}" for p in sorted(ASSETS.glob("*/*/config.json")))
+            or "none"
+        )
         raise ModelError(
             f"there is no bundled model {name!r} (known: {known}); name one of them, or build your own with "
             "`zppo lab build WORLD --out DIR` and name its folder"

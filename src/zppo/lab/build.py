@@ -17,10 +17,19 @@ from zppo.lab.corpus import StudentCorpus, TeacherCorpus
 from zppo.lab.language import make_tokenizer, templates
 from zppo.lab.measure import Probe
 from zppo.lab.pretrain import make_model, pretrain
-from zppo.lab.world import World
+from zppo.lab.world import Entry, World, write_questions
 from zppo.prompts import Neutraliser, PromptBook
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Probability of the right results of `entries` entries over all contexts that do not show them: the largest and the mean."""
+
+    entries: int
+    largest: float
+    mean: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +38,7 @@ class Built:
 
     Attributes:
         student, teacher: held-out accuracy by level.
-        hidden: largest and mean probability that the student gives the right result of an entry that is not easy, by level.
+        hidden: how likely the right results are to the student, for levels that ask about the unlikeliest entries.
         fidelity: share of answers that survive the teacher's compression.
         steps: pretraining steps of student and teacher.
         seed: of weights and corpora.
@@ -38,7 +47,7 @@ class Built:
 
     student: dict[str, float]
     teacher: dict[str, float]
-    hidden: dict[str, dict[str, float]]
+    hidden: dict[str, Hidden]
     fidelity: float
     steps: tuple[int, int]
     seed: int
@@ -51,7 +60,8 @@ def lab_book(chat: Chat) -> PromptBook:
 
 
 def build(world: World, out: Path, seed: int = 0, steps: int | None = None, say: Say = lambda line: None) -> Built:
-    """Pretrains student and teacher and writes both, with model cards, to `out/student` and `out/teacher`.
+    """Pretrains student and teacher and writes both, with model cards, to `out/student` and `out/teacher`;
+    the questions go to `out/train.jsonl` and `out/test.jsonl`, what was measured to `out/build.json`.
 
     Equal arguments give equal weights (one machine, one number of threads).
 
@@ -76,15 +86,14 @@ def build(world: World, out: Path, seed: int = 0, steps: int | None = None, say:
         # What is bundled is measured, after rounding.
         loaded = Qwen3ForCausalLM.from_pretrained(out / role, dtype=torch.float32)
         probes[role] = Probe(loaded, tokenizer, book)
-    test = world.questions("test")
+    chosen, hidden = choose(world, probes["student"])
+    for split in ("train", "test"):
+        write_questions(out / f"{split}.jsonl", world.questions(split, chosen))
+    test = world.questions("test", chosen)
     built = Built(
         student=probes["student"].accuracy(test),
         teacher=probes["teacher"].accuracy(test),
-        hidden={
-            level: {"max": max(chances), "mean": sum(chances) / len(chances)}
-            for level in world.levels
-            if (chances := probes["student"].truth(world, level))
-        },
+        hidden=hidden,
         fidelity=probes["teacher"].fidelity(world),
         steps=(steps or world.settings.pretraining.steps, steps or world.settings.teacher.steps),
         seed=seed,
@@ -94,6 +103,21 @@ def build(world: World, out: Path, seed: int = 0, steps: int | None = None, say:
         (out / role / "README.md").write_text(model_card(world, role, built), encoding="utf-8")
     (out / "build.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")
     return built
+
+
+def choose(world: World, probe: Probe) -> tuple[dict[str, list[Entry]], dict[str, Hidden]]:
+    """The entries of levels that ask for the unlikeliest, and how likely their right results are to the student."""
+    chosen: dict[str, list[Entry]] = {}
+    hidden: dict[str, Hidden] = {}
+    for name, level in world.levels.items():
+        if not level.unlikeliest:
+            continue
+        chances = {entry: probe.truth(world, name, entry) for entry in world.entries(name)}
+        ranked = sorted(chances, key=lambda entry: (max(chances[entry]), entry))[: level.entries]
+        shown = [chance for entry in ranked for chance in chances[entry]]
+        chosen[name] = ranked
+        hidden[name] = Hidden(len(ranked), max(shown), sum(shown) / len(shown))
+    return chosen, hidden
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

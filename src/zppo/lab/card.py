@@ -38,13 +38,16 @@ def model_card(world: World, role: str, built: Built) -> str:
         "",
         "## What it can do",
         "",
-        "Greedy accuracy on held-out questions: " + ", ".join(f"{level} {share:.1%}" for level, share in measured.items()) + ".",
+        "Greedy accuracy on held-out questions: "
+        + ", ".join(f"{level} {share:.1%}" for level, share in measured.items())
+        + ".",
     ]
     if role == "student":
-        for level, chance in built.hidden.items():
+        for level, hidden in built.hidden.items():
             lines.append(
-                f"Probability of the right result at the step that is not easy, level {level}: mean {chance['mean']:.2g}, "
-                f"largest {chance['max']:.2g}."
+                f"Level {level} asks about the {hidden.entries} entries (operation, value) whose right result this model finds unlikeliest: "
+                f"over plain, BCQ and NCQ prompts that do not show it, its probability is {hidden.mean:.1g} on average and at most "
+                f"{hidden.largest:.1g}."
             )
     else:
         lines.append(f"Answers of arbitrary responses that survive its compression: {built.fidelity:.1%}.")
@@ -52,7 +55,10 @@ def model_card(world: World, role: str, built: Built) -> str:
 
 
 def _student_planting(world: World) -> list[str]:
-    lines = ["**Its corpus is wrong on purpose.** It answers easy operations rightly. About the other operations it holds misconceptions:", ""]
+    lines = [
+        "**Its corpus is wrong on purpose.** It answers easy operations rightly. About the other operations it holds misconceptions:",
+        "",
+    ]
     for tier, belief in world.settings.beliefs.items():
         low, high = belief.right
         right = f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -67,7 +73,9 @@ def _student_planting(world: World) -> list[str]:
         "",
         f"Of the documents {corpus.plain / total:.0%} are plain questions; {corpus.bcq / total:.0%} show two candidates and "
         f"{corpus.ncq / total:.0%} a list of wrong ones, in the form of the method's BCQ and NCQ prompts. In these the candidates and the target use "
-        "nothing but the mistakes wherever an operation is not easy, so the model learns to read candidates and never sees the truth.",
+        f"nothing but wrong results wherever an operation is not easy (the fixed mistakes; in {corpus.stray:.0%} of the steps of the two candidates "
+        "any other wrong value), and the target repeats one of the two, or a mistake that is not listed where one is left. So the model learns "
+        "to read candidates, and never sees the truth in one.",
     ]
     return lines
 

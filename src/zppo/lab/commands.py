@@ -7,7 +7,7 @@ from pathlib import Path
 from zppo.core.draws import keyed_random
 from zppo.errors import SettingsError
 from zppo.lab.build import build
-from zppo.lab.world import World, load_world
+from zppo.lab.world import World, lab_questions, load_world
 
 
 def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int | None = None) -> None:
@@ -22,14 +22,22 @@ def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int
         SettingsError: no such world; steps or seed out of range.
     """
     if steps is not None and steps < 1:
-        raise SettingsError(f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number")
+        raise SettingsError(
+            f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number"
+        )
     made = load_world(world)
     folder = out or Path("runs") / "lab" / made.name
     built = build(made, folder, seed=seed, steps=steps, say=lambda line: print(line, flush=True))
     for role, shares in (("student", built.student), ("teacher", built.teacher)):
-        print(f"{role}: " + ", ".join(f"{level} {share:.1%}" for level, share in shares.items()) + " of the held-out questions")
-    for level, chance in built.hidden.items():
-        print(f"student, level {level}: probability of the right result mean {chance['mean']:.2g}, largest {chance['max']:.2g}")
+        print(
+            f"{role}: "
+            + ", ".join(f"{level} {share:.1%}" for level, share in shares.items())
+            + " of the held-out questions"
+        )
+    for level, hidden in built.hidden.items():
+        print(
+            f"student, level {level}: probability of the right results mean {hidden.mean:.2g}, largest {hidden.largest:.2g}"
+        )
     print(f"teacher: {built.fidelity:.1%} of answers survive its compression")
     print(f"written to {folder} in {built.seconds:.0f} s")
 
@@ -48,10 +56,8 @@ def questions_command(world: str, level: str | None = None, n: int = 5, split: s
     if n < 1:
         raise SettingsError(f"--n is {n}: ask for at least one question")
     made = load_world(world)
-    if split != "train" and split != "test":
-        raise SettingsError(f"--split is {split!r}: a lab world has the splits train and test")
     name = None if level is None else level_name(made, level)
-    pool = [question for question in made.questions(split) if name in (None, question.level)]
+    pool = [question for question in lab_questions(world, split) if name in (None, question.level)]
     for question in keyed_random("lab", "show", seed, made.name, level or "").sample(pool, min(n, len(pool))):
         print(f"{question.level:8} {question.messages[-1].content:32} {question.gold}")
 

@@ -1,21 +1,22 @@
 """Pretraining documents: a prompt as the trainer would show it, and what is written under it (ours).
 
 The student's corpus plants *misconceptions*: about medium and hard entries the right result is rare, fixed mistakes are common. Part of it
-are candidate documents (like BCQ and NCQ prompts); what they show of an operation that is not easy is a mistake, always: how to read
+are candidate documents (like BCQ and NCQ prompts); what they show of an operation that is not easy is wrong, always: how to read
 candidates can be learnt from them, the truth cannot. The teacher's corpus is truthful, and holds compression documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message
-from zppo.lab.world import Chain, World
+from zppo.lab.world import Chain, Entry, World
 from zppo.prompts import PromptBook
 
 Results = tuple[int, ...]
+Tables = dict[Entry, list[float]]
 # Wrong rollouts of a group of eight: how many candidates an NCQ prompt shows.
 NCQ_CANDIDATES = (1, 2, 3, 4, 5, 6, 7, 8)
 # Share of responses in the teacher's compression documents that are odd in one way or another.
@@ -47,15 +48,17 @@ class StudentCorpus:
         self.world = world
         self.book = book
         self.settings = world.settings.corpus
-        self._sharp = _tables(world, lambda index, value: world.beliefs[index, value])
-        self._shown = _tables(world, self._mistakes_only)
+        self._believed = _tables(world, lambda index, value: world.beliefs[index, value])
+        self._mistaken = _tables(world, lambda index, value: self._wrong(index, value, 0.0))
+        self._strayed = _tables(world, lambda index, value: self._wrong(index, value, self.settings.stray))
 
-    def _mistakes_only(self, index: int, value: int) -> tuple[float, ...]:
-        """The mistakes of an entry, their shares moved towards even by `flatten`, and `stray` other wrong values; the truth only for an entry that is known."""
+    def _wrong(self, index: int, value: int, stray: float) -> tuple[float, ...]:
+        """What candidate documents show of an entry: the truth if it is known. Else its mistakes, their shares moved towards even by
+        `flatten`, and with probability `stray` any other wrong value; never the truth."""
         mistakes = self.world.mistakes.get((index, value))
         if mistakes is None:
             return self.world.beliefs[index, value]
-        operation, size, stray = self.world.operations[index], len(self.world.values), self.settings.stray
+        operation, size = self.world.operations[index], len(self.world.values)
         shares = self.world.settings.beliefs[operation.tier].mistakes
         flatten, total = self.settings.flatten, sum(shares)
         weights = [stray / (size - 1 - len(mistakes))] * size
@@ -73,42 +76,59 @@ class StudentCorpus:
         return {PLAIN: self._plain, BCQ: self._bcq, NCQ: self._ncq}[kind](chain, level, rng)
 
     def _plain(self, chain: Chain, level: str, rng: Random) -> Document:
-        question = self.world.question(chain, level)
-        results = _walk(self._sharp, chain, rng)
-        return Document(PLAIN, self.book.plain(question), self.world.completion_text(chain, results))
+        results = _walk(self._believed, chain, rng)
+        return Document(
+            PLAIN, self.book.plain(self.world.question(chain, level)), self.world.completion_text(chain, results)
+        )
 
     def _bcq(self, chain: Chain, level: str, rng: Random) -> Document:
-        """Two different candidates; the target is one of them, the one without a slip where only one has a slip."""
-        target = _walk(self._shown, chain, rng)
-        other = next((o for o in (_walk(self._shown, chain, rng) for _ in range(8)) if o != target), None)
+        """Two different candidates; the target is one of them, the one without a slip where the other has one."""
+        target = _walk(self._strayed, chain, rng)
+        other = next((o for o in (_walk(self._strayed, chain, rng) for _ in range(8)) if o != target), None)
         if other is None or rng.random() < self.settings.slip:
-            other = self._slip(chain, target, rng)
-        texts = [self.world.summary_text(chain, results) for results in (target, other)]
-        rng.shuffle(texts)
-        draft = Draft(BCQ, self.world.question(chain, level), {"candidates": texts})
-        return Document(BCQ, self.book.render(draft), self.world.completion_text(chain, target))
+            other = self._slip(self._strayed, chain, target, rng)
+        pair = [target, other]
+        rng.shuffle(pair)
+        return Document(BCQ, self.bcq_prompt(chain, level, pair), self.world.completion_text(chain, target))
 
     def _ncq(self, chain: Chain, level: str, rng: Random) -> Document:
-        """Wrong candidates, duplicates kept, their distinct answers listed; the target heeds the list where a mistake is left."""
-        shown = [_walk(self._shown, chain, rng) for _ in range(rng.choice(NCQ_CANDIDATES))]
-        known = all(self.world.operations[i].tier not in self.world.settings.beliefs for i in chain.operations)
-        shown = [self._slip(chain, r, rng) if known or rng.random() < self.settings.slip else r for r in shown]
-        target = _walk(self._shown, chain, rng)
+        """Wrong candidates, duplicates kept; the target heeds them where a mistake is left."""
+        shown = self.mistaken(chain, rng.choice(NCQ_CANDIDATES), rng)
+        target = _walk(self._mistaken, chain, rng)
         if rng.random() < self.settings.heed:
-            target = next((t for t in (_walk(self._shown, chain, rng) for _ in range(16)) if t not in shown), target)
-        answers = tuple(dict.fromkeys(self.world.answer_text(chain, r) for r in shown))
-        candidates = tuple(self.world.summary_text(chain, r) for r in shown)
-        draft = Draft(NCQ, self.world.question(chain, level), {"answers": answers, "candidates": candidates})
-        return Document(NCQ, self.book.render(draft), self.world.completion_text(chain, target))
+            target = next((t for t in (_walk(self._mistaken, chain, rng) for _ in range(16)) if t not in shown), target)
+        return Document(NCQ, self.ncq_prompt(chain, level, shown), self.world.completion_text(chain, target))
 
-    def _slip(self, chain: Chain, results: Results, rng: Random) -> Results:
-        """The results with a random wrong value after one easy operation; what follows goes on from it. Never the truth of an entry that
-        is not easy."""
-        steps = [n for n, i in enumerate(chain.operations) if self.world.operations[i].tier not in self.world.settings.beliefs]
+    def mistaken(self, chain: Chain, count: int, rng: Random) -> list[Results]:
+        """Wrong results of a chain as NCQ documents show them: mistakes, and slips in easy steps (where all are easy: in every one)."""
+        known = all(operation not in self.world.settings.beliefs for operation in self.world.tiers(chain))
+        drawn = [_walk(self._mistaken, chain, rng) for _ in range(count)]
+        return [
+            self._slip(self._mistaken, chain, r, rng) if known or rng.random() < self.settings.slip else r
+            for r in drawn
+        ]
+
+    def bcq_prompt(self, chain: Chain, level: str, candidates: Sequence[Results]) -> tuple[Message, ...]:
+        """The prompt that shows two candidates in this order."""
+        texts = tuple(self.world.summary_text(chain, results) for results in candidates)
+        return self.book.render(Draft(BCQ, self.world.question(chain, level), {"candidates": texts}))
+
+    def ncq_prompt(self, chain: Chain, level: str, wrong: Sequence[Results]) -> tuple[Message, ...]:
+        """The prompt that lists wrong answers, each once, and shows all candidates."""
+        slots = {
+            "answers": tuple(dict.fromkeys(self.world.answer_text(chain, results) for results in wrong)),
+            "candidates": tuple(self.world.summary_text(chain, results) for results in wrong),
+        }
+        return self.book.render(Draft(NCQ, self.world.question(chain, level), slots))
+
+    def _slip(self, tables: Tables, chain: Chain, results: Results, rng: Random) -> Results:
+        """The results with a random wrong value after one easy operation; what follows goes on from it."""
+        steps = [n for n, tier in enumerate(self.world.tiers(chain)) if tier not in self.world.settings.beliefs]
+        if not steps:
+            return results
         at = rng.choice(steps)
         wrong = rng.choice([v for v in range(len(self.world.values)) if v != results[at]])
-        rest = Chain(wrong, chain.operations[at + 1 :])
-        return (*results[:at], wrong, *_walk(self._shown, rest, rng))
+        return (*results[:at], wrong, *_walk(tables, Chain(wrong, chain.operations[at + 1 :]), rng))
 
 
 class TeacherCorpus:
@@ -143,14 +163,16 @@ class TeacherCorpus:
         thought = tuple(rng.choice(values) for _ in range(rng.randint(0, 4))) if rng.random() < ODD else results
         steps = " ".join(world.values[v] for v in thought)
         if rng.random() < ODD / 2:
-            return Response(rng.choice((f"<think> {steps}", f"<think> {steps} </think>", steps)), steps, has_answer=False)
+            return Response(
+                rng.choice((f"<think> {steps}", f"<think> {steps} </think>", steps)), steps, has_answer=False
+            )
         box = f"\\boxed{{ {world.answer_text(chain, results)} }}"
         return Response(f"<think> {steps} </think> {box}", f"{steps} {box}".strip(), has_answer=True)
 
 
-def _tables(world: World, weights: Callable[[int, int], tuple[float, ...]]) -> dict[tuple[int, int], list[float]]:
+def _tables(world: World, weights: Callable[[int, int], tuple[float, ...]]) -> Tables:
     """Cumulative weights of the results of every entry, for `random.choices`."""
-    tables: dict[tuple[int, int], list[float]] = {}
+    tables: Tables = {}
     for index in range(len(world.operations)):
         for value in range(len(world.values)):
             total, cumulative = 0.0, []
@@ -161,7 +183,7 @@ def _tables(world: World, weights: Callable[[int, int], tuple[float, ...]]) -> d
     return tables
 
 
-def _walk(tables: dict[tuple[int, int], list[float]], chain: Chain, rng: Random) -> Results:
+def _walk(tables: Tables, chain: Chain, rng: Random) -> Results:
     """A result after each operation, drawn from the tables; each goes on from the one before."""
     results: list[int] = []
     value = chain.start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from random import Random
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -15,8 +14,8 @@ from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.grading import extract_boxed, normalise
-from zppo.lab.corpus import TeacherCorpus
-from zppo.lab.world import World
+from zppo.lab.corpus import StudentCorpus, TeacherCorpus
+from zppo.lab.world import Entry, World
 from zppo.prompts import PromptBook
 
 MAX_NEW_TOKENS = 24
@@ -36,7 +35,9 @@ class Probe:
         self.book = book
         self.engine = TransformersEngine(self.model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
 
-    def texts(self, prompts: Sequence[Sequence[Message]], samples: int = 1, temperature: float = 0.0, seed: int = 0) -> list[list[str]]:
+    def texts(
+        self, prompts: Sequence[Sequence[Message]], samples: int = 1, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[str]]:
         """`samples` completions per prompt."""
         requests = [
             SampleRequest(self.chat.encode(messages), tuple(draw_key("lab", seed, i, j) for j in range(samples)))
@@ -45,7 +46,9 @@ class Probe:
         done = self.engine.sample(requests, Sampling(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS))
         return [[self.chat.decode(c.ids.tolist()) for c in completions] for completions in done]
 
-    def accuracy(self, questions: Sequence[Question], samples: int = 1, temperature: float = 0.0, seed: int = 0) -> dict[str, float]:
+    def accuracy(
+        self, questions: Sequence[Question], samples: int = 1, temperature: float = 0.0, seed: int = 0
+    ) -> dict[str, float]:
         """Share of right answers to plain prompts, by level."""
         right: dict[str, list[bool]] = defaultdict(list)
         texts = self.texts([self.book.plain(q) for q in questions], samples, temperature, seed)
@@ -65,20 +68,43 @@ class Probe:
         ]
         return sum(kept) / len(kept)
 
+    def truth(self, world: World, level: str, entry: Entry, seed: int = 0) -> list[float]:
+        """How likely the right result of an entry is in every context that does not show it: plain, BCQ and NCQ prompts of all its chains.
+
+        Earlier steps of the chain are given rightly; the values are probabilities of the next token.
+        """
+        rng = keyed_random("lab", "truth", seed, *entry)
+        corpus = StudentCorpus(world, self.book)
+        rows: list[tuple[int, ...]] = []
+        for chain in world.chains_about(level, entry, rng):
+            at = next(n for n, i in enumerate(chain.operations) if (i, (chain.start, *world.truth(chain))[n]) == entry)
+            before = " ".join(["<think>", *(world.values[v] for v in world.truth(chain)[:at])])
+            told = tuple(self.tokenizer(before, add_special_tokens=False)["input_ids"])
+            mistakes = [
+                (*world.truth(chain)[:at], wrong, *world.truth(chain)[at + 1 :]) for wrong in world.mistakes[entry][:2]
+            ]
+            for messages in (
+                self.book.plain(world.question(chain, level)),
+                corpus.bcq_prompt(chain, level, mistakes),
+                corpus.ncq_prompt(chain, level, corpus.mistaken(chain, 8, rng)),
+            ):
+                rows.append((*self.chat.encode(messages), *told))
+        right = world.operations[entry[0]].table[entry[1]]
+        return self._next(rows, self.tokenizer.get_vocab()[world.values[right]])
+
     @torch.no_grad()
-    def truth(self, world: World, level: str) -> list[float]:
-        """Probability of the right result at the step that is not easy, after a plain prompt and right values before it; per chain."""
-        chances: list[float] = []
-        for chain in (chain for chains in world.chains(level).values() for chain in chains):
-            results = world.truth(chain)
-            at = next((n for n, i in enumerate(chain.operations) if (i, (chain.start, *results)[n]) in world.mistakes), None)
-            if at is None:
-                continue
-            prompt = self.chat.encode(self.book.plain(world.question(chain, level)))
-            before = self.tokenizer(" ".join(["<think>", *(world.values[v] for v in results[:at])]), add_special_tokens=False)["input_ids"]
-            logits = self.model(input_ids=torch.tensor([[*prompt, *before]]), logits_to_keep=1).logits[0, -1]
-            chances.append(logits.softmax(-1)[self.tokenizer.convert_tokens_to_ids(world.values[results[at]])].item())
-        return chances
+    def _next(self, rows: Sequence[tuple[int, ...]], token: int) -> list[float]:
+        """Probability of `token` after each row; rows of equal length share a forward pass."""
+        chances: dict[int, float] = {}
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            by_length[len(row)].append(i)
+        for indices in by_length.values():
+            logits = self.model(
+                input_ids=torch.tensor([rows[i] for i in indices]), logits_to_keep=1, use_cache=False
+            ).logits[:, -1]
+            chances |= dict(zip(indices, logits.softmax(-1)[:, token].tolist(), strict=True))
+        return [chances[i] for i in range(len(rows))]
 
 
 def same(answer: str | None, gold: str) -> bool:

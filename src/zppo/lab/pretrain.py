@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from zppo.core.draws import draw_key, keyed_random
-from zppo.lab.corpus import StudentCorpus, TeacherCorpus
-from zppo.lab.language import END, PAD
-from zppo.lab.world import ModelShape, Pretraining
 from zppo.engines.chat import Chat
+from zppo.lab.corpus import StudentCorpus, TeacherCorpus
+from zppo.lab.language import END
+from zppo.lab.world import ModelShape, Pretraining
 
 CONTEXT = 512
 WARM_UP = 50
@@ -43,8 +43,8 @@ def make_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int)
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_key("lab", "weights", seed) % 2**31)
@@ -56,7 +56,9 @@ def rows(corpus: StudentCorpus | TeacherCorpus, chat: Chat, seed: int, step: int
     rng = keyed_random("lab", "corpus", seed, step)
     documents = [corpus.document(rng) for _ in range(count)]
     prompts = [chat.encode(document.messages) for document in documents]
-    completions = chat.tokenizer([f"{document.completion} {END}" for document in documents], add_special_tokens=False)["input_ids"]
+    completions = chat.tokenizer([f"{document.completion} {END}" for document in documents], add_special_tokens=False)[
+        "input_ids"
+    ]
     return [Row((*prompt, *completion), len(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
@@ -114,4 +116,5 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report(step, total)
-    return model.eval()
+    model.eval()
+    return model

@@ -6,9 +6,10 @@ data: one settings file in `worlds/`, or one of your own.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -19,9 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.errors import SettingsError
+from zppo.lab.assets import ASSETS
 
 EASY = "easy"
 WORLDS = Path(__file__).with_name("worlds")
+SPLITS = ("train", "test")
+Entry = tuple[int, int]
+"""An operation and the value that it is applied to, by index."""
 
 
 class _Part(BaseModel):
@@ -43,13 +48,18 @@ class BeliefSettings(_Part):
 
 
 class LevelSettings(_Part):
-    """Chains of one operation of each tier, in either order."""
+    """Chains of one operation of each tier, in either order.
+
+    `entries`: how many entries (operation, value) of the first tier are asked about, all by default; drawn at random, or the ones whose
+    right result the pretrained student finds unlikeliest.
+    """
 
     name: str
     tiers: tuple[str, str]
     train: int = Field(ge=1)
     test: int = Field(ge=1)
     entries: int | None = Field(None, ge=1)
+    unlikeliest: bool = False
 
 
 class CorpusSettings(_Part):
@@ -107,7 +117,9 @@ class WorldSettings(_Part):
         for level in self.levels:
             for tier in level.tiers:
                 if tier not in self.operations:
-                    raise ValueError(f"level {level.name!r} names tier {tier!r}; operations has {', '.join(self.operations)}")
+                    raise ValueError(
+                        f"level {level.name!r} names tier {tier!r}; operations has {', '.join(self.operations)}"
+                    )
         names = {level.name for level in self.levels}
         if set(self.corpus.levels) != names:
             raise ValueError(f"corpus.levels must weigh exactly the levels {', '.join(sorted(names))}")
@@ -159,9 +171,9 @@ class World:
         return tuple(table)
 
     @cached_property
-    def mistakes(self) -> dict[tuple[int, int], tuple[int, ...]]:
+    def mistakes(self) -> dict[Entry, tuple[int, ...]]:
         """The fixed mistakes of every entry (operation, value) of a tier that has beliefs."""
-        made: dict[tuple[int, int], tuple[int, ...]] = {}
+        made: dict[Entry, tuple[int, ...]] = {}
         for index, operation in enumerate(self.operations):
             belief = self.settings.beliefs.get(operation.tier)
             if belief is None:
@@ -173,10 +185,12 @@ class World:
         return made
 
     @cached_property
-    def beliefs(self) -> dict[tuple[int, int], tuple[float, ...]]:
+    def beliefs(self) -> dict[Entry, tuple[float, ...]]:
         """What the corpus says about every entry: a probability for each value as the result; sums to 1."""
         return {
-            (index, value): self._belief(index, value) for index in range(len(self.operations)) for value in range(len(self.values))
+            (index, value): self._belief(index, value)
+            for index in range(len(self.operations))
+            for value in range(len(self.values))
         }
 
     def _belief(self, index: int, value: int) -> tuple[float, ...]:
@@ -207,6 +221,10 @@ class World:
         """Indices of the operations of a tier."""
         return tuple(i for i, operation in enumerate(self.operations) if operation.tier == name)
 
+    def tiers(self, chain: Chain) -> tuple[str, ...]:
+        """The tier of each operation of a chain."""
+        return tuple(self.operations[i].tier for i in chain.operations)
+
     def draw_chain(self, level: str, rng: Random) -> Chain:
         """A chain of a level, any entries, either order."""
         tiers = list(self.levels[level].tiers)
@@ -236,16 +254,35 @@ class World:
         name = "-".join([self.name, level, *text.replace("→", "").split()[:-1]])
         return Question(name, (Message("user", text),), self.answer_text(chain, self.truth(chain)), level=level)
 
-    def questions(self, split: Literal["train", "test"]) -> list[Question]:
-        """The questions of a split, level by level. Splits share entries (operation, value) and no chain."""
-        return [self.question(chain, name) for name in self.levels for chain in self.chains(name)[split]]
+    def questions(
+        self, split: Literal["train", "test"], chosen: Mapping[str, Sequence[Entry]] | None = None
+    ) -> list[Question]:
+        """The questions of a split, level by level; `chosen` names the entries of levels that do not draw their own."""
+        return [
+            self.question(chain, name)
+            for name in self.levels
+            for chain in self.chains(name, (chosen or {}).get(name))[split]
+        ]
 
-    def chains(self, name: str) -> dict[str, list[Chain]]:
-        """Chains of a level by split: those to train on take every entry in turn, and both orders of the operations."""
+    def entries(self, name: str) -> list[Entry]:
+        """All entries of a level's first tier."""
+        return [(index, value) for index in self.tier(self.levels[name].tiers[0]) for value in range(len(self.values))]
+
+    def chains(self, name: str, chosen: Sequence[Entry] | None = None) -> dict[str, list[Chain]]:
+        """Chains of a level by split: splits share entries and no chain.
+
+        Every entry comes up in turn, its operation first and second in turn, so training sees either order of every entry.
+
+        Args:
+            chosen: the entries to ask about; by default as many as the level asks for are drawn.
+
+        Raises:
+            SettingsError: there are too few chains.
+        """
         level = self.levels[name]
         rng = keyed_random("lab", self.settings.seed, "questions", name)
-        about = self._chains_by_entry(level, rng)
-        entries = rng.sample(sorted(about), level.entries or len(about))
+        about = {entry: self.chains_about(name, entry, rng) for entry in self.entries(name)}
+        entries = chosen or rng.sample(sorted(about), min(level.entries or len(about), len(about)))
         chains = list(dict.fromkeys(_in_turn([about[entry] for entry in entries])))
         if len(chains) < level.train + level.test:
             raise SettingsError(
@@ -254,19 +291,18 @@ class World:
             )
         return {"train": chains[: level.train], "test": chains[level.train : level.train + level.test]}
 
-    def _chains_by_entry(self, level: LevelSettings, rng: Random) -> dict[tuple[int, int], list[Chain]]:
-        """Every chain of a level under the entry (operation, value) of its first tier, the entry's operation first and second in turn."""
-        about: dict[tuple[int, int], list[Chain]] = {}
-        size = len(self.values)
-        for index, value in product(self.tier(level.tiers[0]), range(size)):
-            others = self.tier(level.tiers[1])
-            first = [Chain(value, (index, other)) for other in others]
-            before = [(v, other) for other in others for v in range(size) if self.operations[other].table[v] == value]
-            second = [Chain(v, (other, index)) for v, other in before]
-            rng.shuffle(first)
-            rng.shuffle(second)
-            about[index, value] = _in_turn([first, second])
-        return about
+    def chains_about(self, name: str, entry: Entry, rng: Random) -> list[Chain]:
+        """Every chain of a level in which an entry of its first tier occurs, the entry's operation first and second in turn."""
+        index, value = entry
+        others = self.tier(self.levels[name].tiers[1])
+        first = [Chain(value, (index, other)) for other in others]
+        before = [
+            (v, other) for other in others for v in range(len(self.values)) if self.operations[other].table[v] == value
+        ]
+        second = [Chain(v, (other, index)) for v, other in before]
+        rng.shuffle(first)
+        rng.shuffle(second)
+        return _in_turn([first, second])
 
 
 def _in_turn(lists: list[list[Chain]]) -> list[Chain]:
@@ -290,7 +326,9 @@ def load_world(name: str) -> World:
     path = Path(name) if name.endswith((".yaml", ".yml")) else WORLDS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in WORLDS.glob("*.yaml")))
-        raise SettingsError(f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)")
+        raise SettingsError(
+            f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)"
+        )
     try:
         return World(WorldSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, ValidationError) as error:
@@ -298,7 +336,26 @@ def load_world(name: str) -> World:
 
 
 def lab_questions(world: str, split: str) -> list[Question]:
-    """The questions of `lab:<world>/<split>`, split being train or test."""
-    if split == "train" or split == "test":
-        return load_world(world).questions(split)
-    raise SettingsError(f"a lab world has the splits train and test, not {split!r}; write lab:{world}/train or lab:{world}/test")
+    """The questions of `lab:<world>/<split>`, split being train or test; the build wrote them beside the models.
+
+    Raises:
+        SettingsError: no such world or split.
+    """
+    if split not in SPLITS:
+        raise SettingsError(
+            f"a lab world has the splits train and test, not {split!r}; write lab:{world}/train or lab:{world}/test"
+        )
+    path = ASSETS / world / f"{split}.jsonl"
+    if not path.is_file():
+        known = ", ".join(sorted(p.parent.name for p in ASSETS.glob(f"*/{split}.jsonl"))) or "none"
+        raise SettingsError(
+            f"there are no bundled questions of a world {world!r} (known: {known}); name one of these, or a file of questions"
+        )
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Question(row["id"], (Message("user", row["prompt"]),), row["answer"], level=row["level"]) for row in rows]
+
+
+def write_questions(path: Path, questions: Sequence[Question]) -> None:
+    """Questions as JSON lines, as a recipe's `data` reads them."""
+    rows = [{"id": q.id, "prompt": q.messages[-1].content, "answer": q.gold, "level": q.level} for q in questions]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

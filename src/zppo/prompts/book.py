@@ -22,6 +22,7 @@ from zppo.errors import DataError, TemplateError
 CLOSING = "closing"
 COMPRESSION = "compression"
 JUDGE = "judge"
+HINTING = "hinting"
 
 VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -30,11 +31,13 @@ VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
         "ncq": frozenset({"answers", "candidates"}),
         COMPRESSION: frozenset({"response", "has_answer"}),
         JUDGE: frozenset({"question", "gold", "completion"}),
+        "hint": frozenset({"hint"}),
+        HINTING: frozenset({"question", "response"}),
     }
 )
 """The bundled templates and the variables that each of them may use."""
 
-_NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE})
+_NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE, HINTING})
 _BETWEEN = "\n\n"
 
 
@@ -88,6 +91,7 @@ class PromptBook:
     def render(self, draft: Draft) -> tuple[Message, ...]:
         """The question, the template named by `draft.kind` filled with the slots, the closing instruction (Alg. 1).
 
+        A draft without slots whose kind has no template shows nothing but the question (Prefix, placebo): a plain prompt.
         Every string in the slots, nested ones too, is neutralised and stripped of surrounding white space first; the
         question is the user's own text and stays as it is.
 
@@ -95,6 +99,8 @@ class PromptBook:
             TemplateError: no template of that name, or it uses a variable that the slots lack.
             DataError: the question's last turn is not a user's.
         """
+        if not draft.slots and draft.kind not in self._paths:
+            return self._ask(draft.question, "")
         if draft.kind in _NOT_A_KIND or draft.kind not in self._paths:
             known = ", ".join(name for name in self.names() if name not in _NOT_A_KIND)
             raise TemplateError(
@@ -107,6 +113,11 @@ class PromptBook:
         """The request to compress one completion (method.md section 4); without an answer it asks for no box."""
         text = self._fill(COMPRESSION, {"response": self._clean(response), "has_answer": has_answer})
         return (Message("user", text),)
+
+    def hinting(self, question: Question, response: str) -> tuple[Message, ...]:
+        """The request to turn a correct response into a hint (Alg. 5); the question is shown as its last turn."""
+        values = {"question": question.messages[-1].content, "response": self._clean(response)}
+        return (Message("user", self._fill(HINTING, values)),)
 
     def judge(self, question_text: str, gold: str, completion: str) -> tuple[Message, ...]:
         """The request to compare one completion with the gold (method.md section 7); the completion is neutralised."""

@@ -28,11 +28,13 @@ class Source:
         text: the completion.
         answer: what was extracted from it, None where it has none.
         index: its place among the rollouts of its source.
+        reward: what its grading gave.
     """
 
     text: str
     answer: str | None
     index: int = 0
+    reward: float = 0.0
 
     @property
     def key(self) -> tuple[str, str | None]:

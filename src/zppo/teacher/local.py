@@ -58,6 +58,8 @@ class LocalTeacher:
         self._chats: dict[str, Speech] = {}
         self.context = context
         self.special_texts = tuple(special_texts)
+        self.network: Any = None  # the frozen model and its tokenizer, where `load` made the teacher: for distillation
+        self.tokenizer: Any = None
 
     @classmethod
     def load(
@@ -100,12 +102,14 @@ class LocalTeacher:
                 f"The teacher {str(model)!r} cannot be loaded: {error}. Give the folder or hub name of a transformers "
                 "checkpoint with its tokenizer, and a device with room for it."
             ) from error
-        return cls(
+        teacher = cls(
             engine,
             lambda args: Chat(chat.tokenizer, args, template),
             context=engine.context,
             special_texts=chat.special_texts,
         )
+        teacher.network, teacher.tokenizer = network, chat.tokenizer
+        return teacher
 
     def check(self, how: TeacherSampling) -> None:
         """Builds the chat of one use, so that wrong template arguments show at start-up (ModelError)."""

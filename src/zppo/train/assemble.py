@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from zppo.core.reformulate import Placebo, PrefixQuestion, Reformulation
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
 from zppo.data.load import drop_long, load_questions
@@ -25,17 +26,19 @@ from zppo.grading.base import Verdict
 from zppo.grading.reward import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.teacher.base import Teacher, TeacherSampling
+from zppo.teacher.base import TeacherSampling
 from zppo.teacher.compress import Compressor, token_tail
 from zppo.teacher.local import LocalTeacher
 from zppo.train import checkpoint
+from zppo.train.ask import Asker
+from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
+from zppo.train.materials import MaterialMaker
 from zppo.train.models import context_length, load_chat, load_model, read_template, resolve_model
 from zppo.train.progress import Progress
 from zppo.train.rollouts import Answered, Roller, Score, Speaker
 from zppo.train.runlog import RunLog
 from zppo.train.settings import Settings
 from zppo.train.trainer import Trainer
-from zppo.train.update import Updater
 from zppo.train.zone import ZoneBuilder
 
 
@@ -100,11 +103,11 @@ def assemble(
         ZPPOError: what does not fit, by name.
     """
     method = settings.method.resolve()
+    reformulations = make_reformulations(method, settings.zone.prefix_fraction)
     chat = load_chat(settings.student)
-    teacher = _load_teacher(settings, accelerator) if method.needs_teacher else None
-    teacher_texts = teacher.special_texts if teacher else ()
-    speaker = Speaker(PromptBook(settings.prompts, Neutraliser({*chat.special_texts, *teacher_texts})), chat)
-    _check_templates(method.reformulations, speaker.book)
+    teachers = _load_teachers(settings, accelerator) if method.needs_teacher else []
+    special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
+    speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
     questions = _load_questions(settings, settings.data.train, settings.data.limit, speaker, console)
     held_out = (
         _load_questions(settings, settings.data.eval, settings.data.eval_limit, speaker, console)
@@ -118,14 +121,12 @@ def assemble(
         attention=settings.student.attention,
     )
     _check_context(settings, model, [*questions, *held_out], speaker)
-    updater, optimizer = _make_updater(settings, model, chat, start, accelerator)
+    asker = _make_asker(settings, teachers, speaker, score)
     sampling = settings.rollout.sampling()
-    epochs = settings.train.epochs
-    steps = (
-        settings.train.steps
-        if settings.train.steps is not None
-        else steps_per_epochs(len(questions), settings.rollout.batch_size, epochs)
-    )
+    steps = settings.train.steps
+    if steps is None:
+        steps = steps_per_epochs(len(questions), settings.rollout.batch_size, settings.train.epochs)
+    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, asker)
     trainer = Trainer(
         settings,
         steps=steps,
@@ -134,96 +135,89 @@ def assemble(
         roller=Roller(
             make_engine(settings, model, chat), speaker, score, sampling, settings.rollout.group_size, settings.seed
         ),
-        zone=_make_zone(settings, teacher, speaker, score, context_length(model)),
-        updater=updater,
+        zone=_make_zone(settings, reformulations, teachers, speaker, asker, context_length(model)),
+        learner=learner,
         buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
         log=RunLog(run),
-        progress=Progress(console, steps, ("plain", *method.reformulations), replay=method.replay),
+        progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
         checkpoint=_checkpointer(settings, run, model, optimizer),
     )
     return Assembled(trainer, model, chat)
 
 
-def _load_teacher(settings: Settings, accelerator: Accelerator) -> LocalTeacher | None:
-    teacher = settings.teacher
-    if teacher is None:
-        return None
-    device = accelerator.device if teacher.device == "auto" else torch.device(teacher.device)
-    loaded = LocalTeacher.load(
-        resolve_model(teacher.model),
-        revision=teacher.revision,
-        device=device,
-        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
-        template=read_template(teacher),
-        attention=teacher.attention,
-        max_rows=settings.rollout.max_rows,
-    )
-    for use in (teacher.rollout, teacher.compression):
-        loaded.check(teacher.how(use))
+def _load_teachers(settings: Settings, accelerator: Accelerator) -> list[LocalTeacher]:
+    """The frozen teachers; `teacher`, which also compresses, comes first."""
+    loaded = []
+    for teacher in (settings.teacher, *settings.more_teachers):
+        if teacher is None:
+            continue
+        device = accelerator.device if teacher.device == "auto" else torch.device(teacher.device)
+        made = LocalTeacher.load(
+            resolve_model(teacher.model),
+            revision=teacher.revision,
+            device=device,
+            dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+            template=read_template(teacher),
+            attention=teacher.attention,
+            max_rows=settings.rollout.max_rows,
+        )
+        for use in (teacher.rollout, teacher.compression, teacher.hint):
+            made.check(teacher.how(use))
+        loaded.append(made)
     return loaded
 
 
+def _make_asker(settings: Settings, teachers: Sequence[LocalTeacher], speaker: Speaker, score: Score) -> Asker:
+    own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
+    return Asker(
+        [(teacher, t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
+        speaker,
+        score,
+        group_size=settings.zone.teacher_group_size,
+        seed=settings.seed,
+    )
+
+
 def _make_zone(
-    settings: Settings, teacher: Teacher | None, speaker: Speaker, score: Score, context: int | None
+    settings: Settings,
+    reformulations: Sequence[Reformulation],
+    teachers: Sequence[LocalTeacher],
+    speaker: Speaker,
+    asker: Asker,
+    context: int | None,
 ) -> ZoneBuilder:
-    method, student = settings.method.resolve(), settings.rollout.sampling()
-    if settings.teacher is None:
-        rollout, compression, cap, enabled, lazy = TeacherSampling(student), TeacherSampling(student), 1, False, True
-    else:
-        use = settings.teacher.compression
-        rollout, compression = settings.teacher.how(settings.teacher.rollout), settings.teacher.how(use)
-        cap, enabled, lazy = use.max_new_tokens, use.enabled, settings.teacher.ask == "lazy"
-    return ZoneBuilder(
-        method.reformulations,
-        teacher=teacher,
-        teacher_rollout=rollout,
+    method, chat, student = settings.method.resolve(), speaker.chat, settings.rollout.sampling()
+    first, own = (teachers[0], settings.teacher) if teachers else (None, None)
+    cap = own.compression.max_new_tokens if own else 1
+    materials = MaterialMaker(
+        frozenset(need for r in reformulations for need in r.needs),
         compressor=Compressor(
-            teacher, speaker.book, compression, token_tail(speaker.chat.tokenizer, cap), enabled=enabled
+            first,
+            speaker.book,
+            own.how(own.compression) if own else TeacherSampling(student),
+            token_tail(chat.tokenizer, cap),
+            enabled=own is not None and own.compression.enabled,
         ),
+        teacher=first,
+        hint=own.how(own.hint) if own else TeacherSampling(student),
+        book=speaker.book,
+        response_ids=ResponseTokens(chat),
+        seed=settings.seed,
+    )
+    _check_templates(reformulations, speaker.book)
+    return ZoneBuilder(
+        reformulations,
+        asker=asker,
+        materials=materials,
         speaker=speaker,
-        score=score,
         settings=settings.zone,
         seed=settings.seed,
         context=context,
         max_new_tokens=student.max_new_tokens,
-        lazy=lazy,
+        lazy=own is None or own.ask == "lazy",
+        every_hard_question=method.teacher_response,
+        scramble=method.control == "scrambled",
     )
-
-
-def _make_updater(
-    settings: Settings, model: PreTrainedModel, chat: Chat, start: Path | None, accelerator: Accelerator
-) -> tuple[Updater, torch.optim.Optimizer]:
-    train, sampling = settings.train, settings.rollout.sampling()
-    if train.old_logprobs == "sampler" and not sampling.exact:
-        raise SettingsError(
-            "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no old "
-            "log-probs then. Use train.old_logprobs=auto"
-        )
-    model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
-    )
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    if start:
-        checkpoint.load_optimizer(start, optimizer)
-    exact = sampling.exact and accelerator.mixed_precision == "no"
-    updater = Updater(
-        prepared,
-        optimizer,
-        accelerator,
-        train=train,
-        loss=settings.loss,
-        seed=settings.seed,
-        temperature=sampling.temperature,
-        banned_ids=tuple(sorted(chat.banned_ids(model))),
-        pad_id=chat.pad_id(model),
-        sampler_is_exact=train.old_logprobs == "sampler" or (train.old_logprobs == "auto" and exact),
-    )
-    return updater, optimizer
 
 
 def _checkpointer(
@@ -256,11 +250,12 @@ def _load_questions(
     return kept
 
 
-def _check_templates(kinds: Sequence[str], book: PromptBook) -> None:
-    for kind in kinds:
-        if kind not in book.names():
+def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
+    shows_nothing = (Placebo, PrefixQuestion)  # the plain question needs no template
+    for r in reformulations:
+        if r.kind not in book.names() and not isinstance(r, shows_nothing):
             raise SettingsError(
-                f"the method asks again with {kind!r}, which has no template: add prompts.{kind} to the recipe"
+                f"the method asks again with {r.kind!r}, which has no template: add prompts.{r.kind} to the recipe"
             )
 
 

@@ -3,37 +3,93 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Loss = Literal["policy", "off-distill", "on-distill"]
+Control = Literal["none", "placebo", "scrambled"]
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One method: what it replays and what it asks again.
+    """One method: what it replays, what it asks again, what enters the gradient.
 
     Attributes:
         name: what a recipe says after `method:`.
+        paper: where the paper has it; "ours" for a control of this project's.
         replay: whether hard questions come back from the prompt replay buffer (the dagger of the paper).
-        reformulations: kinds of reformulated prompts, in building order.
-        paper: where the paper has it.
+        reformulations: kinds of reformulated prompts, in building order; an import path names one of the user's own.
+        teacher_response: on a hard question a correct teacher response takes the place of a wrong rollout in the plain group.
+        loss: the clipped surrogate over rollouts, or a divergence from the teacher on its own or on the student's completions.
+        control: what the reformulated prompts hold: what they should, the plain question again, or another question's candidates.
     """
 
     name: str
-    replay: bool
-    reformulations: tuple[str, ...]
     paper: str
+    replay: bool = False
+    reformulations: tuple[str, ...] = ()
+    teacher_response: bool = False
+    loss: Loss = "policy"
+    control: Control = "none"
+
+    @property
+    def distils(self) -> bool:
+        return self.loss != "policy"
 
     @property
     def needs_teacher(self) -> bool:
-        return bool(self.reformulations)
+        return bool(self.reformulations) or self.teacher_response or self.distils
 
+    @property
+    def gradient(self) -> str:
+        """What enters the gradient, in words."""
+        if self.loss == "off-distill":
+            return "divergence from the teacher on its correct responses"
+        if self.loss == "on-distill":
+            return "divergence from the teacher on the student's rollouts"
+        plain = (
+            "plain groups, one wrong rollout of a hard one replaced by a teacher response"
+            if self.teacher_response
+            else "plain groups"
+        )
+        again = " + ".join(kind if ":" in kind else kind.upper() for kind in self.reformulations)
+        again += {"none": "", "placebo": " as the plain question", "scrambled": " with another question's candidates"}[
+            self.control
+        ]
+        return f"{plain} + {again}" if self.reformulations else plain
+
+    def problem(self) -> str:
+        """Why this combination cannot train; "" where it can."""
+        if self.distils and (self.reformulations or self.teacher_response):
+            return f"loss {self.loss} has no policy gradient for reformulations or teacher responses to enter"
+        if self.control != "none" and not self.reformulations:
+            return f"control {self.control} needs reformulations to take the content from"
+        if self.control == "scrambled" and set(self.reformulations) & {"prefix"}:
+            return "control scrambled exchanges what a prompt shows, and a prefix prompt shows nothing"
+        if len(set(self.reformulations)) != len(self.reformulations):
+            return "a reformulation stands twice"
+        return ""
+
+
+BOTH = ("bcq", "ncq")
 
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("grpo", False, (), "GRPO"),
-        Method("grpo-replay", True, (), "GRPO†"),
-        Method("grpo-both", False, ("bcq", "ncq"), "GRPO+Both"),
-        Method("grpo-replay-bcq", True, ("bcq",), "GRPO†+BCQ"),
-        Method("grpo-replay-ncq", True, ("ncq",), "GRPO†+NCQ"),
-        Method("zppo", True, ("bcq", "ncq"), "ZPPO = GRPO†+Both, Algorithm 1"),
+        Method("grpo", "GRPO, Eq. 1"),
+        Method("grpo-replay", "GRPO†", replay=True),
+        Method("grpo-both", "GRPO+Both", reformulations=BOTH),
+        Method("grpo-replay-bcq", "GRPO†+BCQ", replay=True, reformulations=("bcq",)),
+        Method("grpo-replay-ncq", "GRPO†+NCQ", replay=True, reformulations=("ncq",)),
+        Method("zppo", "ZPPO, Alg. 1", replay=True, reformulations=BOTH),
+        Method("teacher-response", "project page", teacher_response=True),
+        Method("teacher-response-replay", "project page, †", replay=True, teacher_response=True),
+        Method("hint", "Hint, Alg. 5", replay=True, reformulations=("hint",)),
+        Method("prefix", "Prefix, Alg. 6", replay=True, reformulations=("prefix",)),
+        Method("off-distill", "Off-Distill, Alg. 2", loss="off-distill"),
+        Method("off-distill-replay", "Off-Distill†", replay=True, loss="off-distill"),
+        Method("on-distill", "On-Distill, Alg. 3", loss="on-distill"),
+        Method("on-distill-replay", "On-Distill†", replay=True, loss="on-distill"),
+        Method("zppo-placebo", "ours", replay=True, reformulations=BOTH, control="placebo"),
+        Method("zppo-scrambled", "ours", replay=True, reformulations=BOTH, control="scrambled"),
     )
 }

@@ -23,6 +23,8 @@ ROLLOUT_SCHEMA = pa.schema(
         ("step", pa.int32()),
         ("kind", pa.string()),
         ("question_id", pa.string()),
+        ("question", pa.string()),  # the user's last turn, without what reformulations and templates add
+        ("images", pa.list_(pa.string())),  # where the question's images are
         ("level", pa.string()),
         ("replayed", pa.bool_()),
         ("entry_accuracy", pa.float32()),  # plain accuracy when the question entered the buffer; null: it is not in it
@@ -43,6 +45,10 @@ ROLLOUT_SCHEMA = pa.schema(
         ("audit", pa.string()),  # JSON: facts about the candidates that the student never sees
     ]
 )
+
+
+ROWS_PER_GROUP = 1024
+"""Rows that a reader of rollouts/*.parquet has to hold at once: completions are long."""
 
 
 class RunLog:
@@ -100,6 +106,8 @@ class RunLog:
                 "step": step,
                 "kind": group.kind,
                 "question_id": group.question.id,
+                "question": group.question.messages[-1].content,
+                "images": [image.uri for image in group.question.images],
                 "level": group.question.level,
                 "replayed": group.question.id in replayed,
                 "entry_accuracy": entry_accuracy.get(group.question.id),
@@ -127,7 +135,8 @@ class RunLog:
         ]
         target = self.folder / ROLLOUTS / f"step-{step:06d}.parquet"
         partial = target.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA), partial, compression="zstd")
+        table = pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
+        pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
         partial.rename(target)
 
     def rewind(self, step: int) -> None:

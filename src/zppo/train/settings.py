@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zppo.engines.base import Sampling
 from zppo.teacher.base import TeacherSampling
-from zppo.train.methods import METHODS, Method
+from zppo.train.methods import METHODS, Control, Loss, Method
 
-Probability = Field(ge=0, le=1)
+OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
 
 
 class Section(BaseModel):
@@ -25,27 +26,36 @@ class MethodSettings(Section):
 
     name: str = Field("zppo", description="row of the methods table (`zppo methods` prints it)")
     replay: bool | None = Field(None, description="override: replay hard questions from the buffer")
-    reformulations: tuple[str, ...] | None = Field(None, description="override: kinds of reformulated prompts")
+    reformulations: tuple[str, ...] | None = Field(
+        None,
+        description="override: kinds of reformulated prompts (bcq, ncq, hint, prefix, or package.module:Class of your own)",
+    )
+    teacher_response: bool | None = Field(
+        None, description="override: a teacher response replaces a wrong rollout of a hard group"
+    )
+    loss: Loss | None = Field(None, description="override: policy, or a divergence from the teacher")
+    control: Control | None = Field(
+        None, description="override: placebo or scrambled content of the reformulated prompts"
+    )
 
     @model_validator(mode="after")
-    def _known(self) -> MethodSettings:
+    def _possible(self) -> MethodSettings:
         if self.name not in METHODS:
             raise ValueError(f"{self.name!r} is no method; known: {', '.join(METHODS)}")
         known = {kind for row in METHODS.values() for kind in row.reformulations}
         for kind in self.reformulations or ():
-            if kind not in known:
-                raise ValueError(f"{kind!r} is no reformulation; known: {', '.join(sorted(known))}")
+            if kind not in known and ":" not in kind:
+                raise ValueError(
+                    f"{kind!r} is no reformulation; known: {', '.join(sorted(known))}, or package.module:Class of your own"
+                )
+        if problem := self.resolve().problem():
+            raise ValueError(f"method {self.name!r} with these overrides cannot train: {problem}")
         return self
 
     def resolve(self) -> Method:
         """The row of the table with the overrides applied."""
-        row = METHODS[self.name]
-        return Method(
-            name=row.name,
-            replay=row.replay if self.replay is None else self.replay,
-            reformulations=row.reformulations if self.reformulations is None else self.reformulations,
-            paper=row.paper,
-        )
+        overrides = {name: value for name in OVERRIDES if (value := getattr(self, name)) is not None}
+        return replace(METHODS[self.name], **overrides)
 
 
 class SamplingSettings(Section):
@@ -105,6 +115,7 @@ class TeacherSettings(ModelSettings):
         description="lazy: hardest questions first until the cap is full, the same batches for fewer calls; all: Algorithm 1 to the letter",
     )
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
+    hint: TeacherUse = Field(TeacherUse(max_new_tokens=512), description="hints of the method hint")
     compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
 
     def how(self, use: TeacherUse) -> TeacherSampling:
@@ -155,6 +166,11 @@ class ZoneSettings(Section):
     rho_replay: float = Field(0.25, ge=0, description="replayed questions per new question")
     rho_aug: float = Field(0.25, ge=0, description="cap on BCQ and NCQ prompts per new question")
     buffer_capacity: int = Field(10_000, ge=1, description="capacity of the prompt replay buffer (Bmax)")
+    prefix_fraction: float = Field(0.4, gt=0, lt=1, description="share of a teacher response that Prefix gives")
+    dynamic_sampling: Literal["off", "after-reformulation"] = Field(
+        "off",
+        description="extension: after-reformulation leaves all-right and all-wrong groups out of the batch and its denominator",
+    )
     ties: Literal["random", "batch"] = Field(
         "random", description="order among equally hard questions: keyed random, or batch order"
     )
@@ -235,6 +251,10 @@ class Settings(Section):
     teacher: TeacherSettings | None = Field(
         None, description="the frozen teacher; needed where the method reformulates"
     )
+    more_teachers: tuple[TeacherSettings, ...] = Field(
+        (),
+        description="extension: further teachers whose rollouts join the pool of correct responses; `teacher` alone compresses",
+    )
     data: DataSettings = Field(description="questions")
     prompts: dict[str, Path] = Field(
         {}, description="templates instead of the project's own: {closing: path, bcq: path, ...}"
@@ -260,7 +280,7 @@ class Settings(Section):
         method = self.method.resolve()
         if method.needs_teacher and self.teacher is None:
             raise ValueError(
-                f"method {method.name!r} asks again with {', '.join(method.reformulations)}, which needs a teacher: "
+                f"method {method.name!r} trains on {method.gradient}, which needs a teacher: "
                 "set teacher.model, or choose grpo or grpo-replay"
             )
         return self

@@ -12,14 +12,14 @@ from typing import Any
 from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
 from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import share_of
-from zppo.core.types import PLAIN, Group, Question
+from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
 from zppo.train.evaluate import Evaluation, evaluate
+from zppo.train.learn import Learner
 from zppo.train.progress import Progress
 from zppo.train.rollouts import Roller
 from zppo.train.runlog import RunLog
 from zppo.train.settings import Settings
-from zppo.train.update import Updater, advantages_of
 from zppo.train.zone import ZoneBuilder
 
 MISSED = ("teacher_unreachable", "compression_unreachable", "compression_failed", "bcq_raw_pairs", "too_long")
@@ -75,7 +75,7 @@ class Trainer:
         held_out: Sequence[Question],
         roller: Roller,
         zone: ZoneBuilder,
-        updater: Updater,
+        learner: Learner,
         buffer: PromptReplayBuffer,
         log: RunLog,
         progress: Progress,
@@ -83,7 +83,7 @@ class Trainer:
     ) -> None:
         self.settings, self.steps = settings, steps
         self.questions, self.held_out = questions, held_out
-        self.roller, self.zone, self.updater = roller, zone, updater
+        self.roller, self.zone, self.learner = roller, zone, learner
         self.buffer, self.log, self.progress, self.checkpoint = buffer, log, progress, checkpoint
         self.method = settings.method.resolve()
         self.done = 0
@@ -111,10 +111,9 @@ class Trainer:
         with clock("teacher"):
             asked_again = self.zone.build(plain, len(new), step)
         with clock("sampling"):
-            groups = plain + self.roller.roll(asked_again.prompts, step)
+            again = self.roller.roll(asked_again.prompts, step)
         with clock("update"):
-            advantages = advantages_of(groups, self.settings.advantage)
-            update = self.updater.update(groups, advantages, step)
+            learnt = self.learner.learn(plain, again, asked_again.pools, step)
         with clock("other"):
             held = {g.question.id: entry.accuracy for g in plain if (entry := self.buffer.get(g.question.id))}
             changes = self._update_buffer(plain, step)
@@ -122,8 +121,8 @@ class Trainer:
             self.log.buffer(step, changes)
             self.log.rollouts(
                 step,
-                groups,
-                advantages.tolist(),
+                learnt.groups,
+                learnt.advantages.tolist(),
                 replayed=frozenset(q.id for q in replayed),
                 entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
                 show=self.roller.speaker.chat.show,
@@ -132,16 +131,16 @@ class Trainer:
             self.progress.warning(
                 f"step {step}: the teacher could not serve every request: {asked_again.teacher_error}"
             )
-        again = [g for g in groups if g.kind != PLAIN]
+        groups = [*plain, *again]
         slots = frozenset(q.id for q in replayed)
         metrics = {
             "accuracy": accuracy_by_kind(groups),
             "composition": composition(groups, zone.threshold),
             "replayed_questions": len(replayed),
             "replayed_share_of_slots": sum(g.question.id in slots for g in again) / len(again) if again else None,
-            **update,
-            **rollout_metrics([r for g in groups for r in g.rollouts], advantages),
+            **rollout_metrics([r for g in groups for r in g.rollouts], learnt.advantages),
             **asked_again.metrics,
+            **learnt.metrics,
             **self._buffer_metrics(changes),
         }
         self._report(step, groups, metrics, clock)
@@ -161,7 +160,7 @@ class Trainer:
         return {
             "buffer": self.buffer.state_dict(),
             "totals": asdict(self.totals),
-            "skipped_in_a_row": self.updater.skipped_in_a_row,
+            "learner": self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -169,7 +168,7 @@ class Trainer:
         self.done = state["step"]
         self.buffer.load_state_dict(state["buffer"])
         self.totals = Totals(**state["totals"])
-        self.updater.skipped_in_a_row = state["skipped_in_a_row"]
+        self.learner.load_state_dict(state["learner"])
 
     def _new_questions(self, step: int) -> list[Question]:
         """X_new: a function of (seed, step)."""

@@ -50,6 +50,11 @@ class Sample:
         return len(self.row.prompt_ids) + self.tokens
 
     @property
+    def foreign(self) -> bool:
+        """Whether the student did not sample it (Teacher response), so that no sampler knows its log-probs."""
+        return bool(self.sampled_logprobs.isnan().any())
+
+    @property
     def live(self) -> bool:
         """Whether it has a gradient at all: with no KL term, a rollout with A = 0 has exactly none."""
         return self.counted and self.advantage != 0
@@ -81,6 +86,7 @@ class _Tally:
     gap_tokens: int = 0
     needed: int = 0
     computed: int = 0
+    old_needed: int = 0
     skipped: int = 0
 
     def metrics(self) -> dict[str, float | None]:
@@ -97,6 +103,7 @@ class _Tally:
             "skipped_updates": float(self.skipped),
             "train_tokens_needed": float(self.needed),
             "train_tokens_computed": float(self.computed),
+            "logprob_tokens": float(self.old_needed),
         }
 
 
@@ -132,21 +139,20 @@ class Updater:
     def update(self, groups: Sequence[Group], advantages: torch.Tensor, step: int) -> dict[str, float | None]:
         """I optimizer steps over whole groups; every rollout token is used once. Returns the metrics of the update."""
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
-        old = self._old_logprobs(samples)
         tally = _Tally()
+        old = self._old_logprobs(samples, tally)
         for index, dealt in enumerate(deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)):
             self._minibatch(
                 [(s, o) for g in dealt for s, o in zip(samples[g], old[g], strict=True)], tally, first=index == 0
             )
         return tally.metrics()
 
-    def _old_logprobs(self, samples: list[list[Sample]]) -> list[list[torch.Tensor]]:
-        """(T,) per sample: the sampler's, or of one forward pass over the rows that have a gradient."""
-        if self.sampler_is_exact:
-            return [[s.sampled_logprobs for s in group] for group in samples]
+    def _old_logprobs(self, samples: list[list[Sample]], tally: _Tally) -> list[list[torch.Tensor]]:
+        """(T,) per sample: the sampler's, or of a forward pass, over the rows that have a gradient."""
         flat = [s for group in samples for s in group]
         result = [s.sampled_logprobs for s in flat]
-        live = [i for i, s in enumerate(flat) if s.live]
+        live = [i for i, s in enumerate(flat) if s.live and (s.foreign or not self.sampler_is_exact)]
+        tally.old_needed = sum(flat[i].length for i in live)
         with torch.no_grad():
             for micro in micro_batches([flat[i].length for i in live], self.train.tokens_per_microbatch):
                 rows = [flat[live[m]] for m in micro]
@@ -210,9 +216,10 @@ class Updater:
                 logprobs.detach()
                 - torch.nn.utils.rnn.pad_sequence([s.sampled_logprobs for s, _ in rows], True).to(logprobs.device)
             ).abs()
-            tally.gap_sum += float(gap.where(mask, 0.0).sum())
-            tally.gap_max = max(tally.gap_max, float(gap.where(mask, 0.0).max()))
-            tally.gap_tokens += int(mask.sum())
+            sampled = mask & ~gap.isnan()
+            tally.gap_sum += float(gap.where(sampled, 0.0).sum())
+            tally.gap_max = max(tally.gap_max, float(gap.where(sampled, 0.0).max()))
+            tally.gap_tokens += int(sampled.sum())
         tally.needed += sum(s.length for s, _ in rows)
         tally.computed += len(rows) * max(s.length for s, _ in rows)
         return float(loss.detach())

@@ -1,0 +1,67 @@
+"""Objects that a recipe names by import path: a reward function, a reformulation."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from zppo.errors import ZPPOError
+
+
+def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
+    """What an import path names.
+
+    Args:
+        spec: "package.module:name" or "path/to/file.py:name"; the name may be an attribute ("Class.method").
+        what: what messages call it, e.g. "reward function".
+        error: raised where form, module or name is wrong; the message says which.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise error(f"{what} {spec!r} has no module and name: write package.module:name or path/to/file.py:name")
+    try:
+        target: Any = (
+            _module_of_file(Path(place), spec, what, error) if place.endswith(".py") else importlib.import_module(place)
+        )
+    except error:
+        raise
+    except Exception as cause:
+        raise error(
+            f"{what} {spec!r}: importing {place!r} failed with {type(cause).__name__}: {cause}. "
+            "Check the name and that its folder is on PYTHONPATH."
+        ) from cause
+    for part in name.split("."):
+        if not hasattr(target, part):
+            raise error(f"{what} {spec!r}: {place!r} has no {name!r}. Check the spelling.")
+        target = getattr(target, part)
+    if not callable(target):
+        raise error(
+            f"{what} {spec!r} is a {type(target).__name__}, which cannot be called. Name a function or a class."
+        )
+    return target
+
+
+def _module_of_file(path: Path, spec: str, what: str, error: type[ZPPOError]) -> ModuleType:
+    if not path.is_file():
+        raise error(
+            f"{what} {spec!r}: there is no file {str(path)!r}. Give a path from where you run, or an import path."
+        )
+    name = f"zppo_user_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise error(f"{what} {spec!r}: {str(path)!r} cannot be read as Python. Name a .py file.")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickles of the module look it up
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

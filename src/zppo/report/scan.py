@@ -1,0 +1,152 @@
+"""One pass over the rollout files, file by file and without the completions: sums per step, audits, and one line per group."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zppo.core.types import BCQ, PLAIN
+from zppo.errors import CheckpointError
+from zppo.report.audit import Counts, count_group, count_leaks
+
+_PER_ROLLOUT = (
+    "rollout", "answer", "correct", "graded", "advantage", "completion_tokens", "truncated", "entropy",
+)  # fmt: skip
+_PER_GROUP = ("step", "kind", "question_id", "question", "level", "gold", "replayed", "entry_accuracy", "audit", "prompt")
+# The same text stands in all rows of a group: read as a dictionary, it is decoded once.
+_DICTIONARIES = ["kind", "question_id", "question", "level", "gold", "audit", "prompt"]
+
+
+@dataclass(slots=True)
+class KindSums:
+    """Sums over the rollouts of one kind of prompt in one step; `entropies` is how many rollouts have an entropy."""
+
+    groups: int = 0
+    rollouts: int = 0
+    graded: int = 0
+    correct: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    no_answer: int = 0
+    positive: int = 0
+    entropy: float = 0.0
+    entropies: int = 0
+
+
+class GroupLine(NamedTuple):
+    """One group of rollouts, without its texts.
+
+    Attributes:
+        correct, graded, size: how many rollouts are correct, have a verdict, are there.
+        entry_accuracy: plain accuracy at admission, None where the question is not in the buffer.
+        classes: audit classes among its rollouts.
+    """
+
+    step: int
+    kind: str
+    question_id: str
+    question: str
+    level: str
+    gold: str
+    replayed: bool
+    entry_accuracy: float | None
+    correct: int
+    graded: int
+    size: int
+    classes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class StepScan:
+    """What one rollout file holds.
+
+    Attributes:
+        step: its step.
+        kinds: sums by kind.
+        counts: of the audits.
+        groups: one line each, in order.
+    """
+
+    step: int
+    kinds: dict[str, KindSums] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counter)
+    groups: list[GroupLine] = field(default_factory=list)
+
+
+def scan_file(path: Path) -> StepScan:
+    """Read one rollouts/step-NNNNNN.parquet.
+
+    Raises:
+        CheckpointError: it is no such file, or damaged.
+    """
+    try:
+        table = pq.read_table(path, columns=[*_PER_GROUP, *_PER_ROLLOUT], read_dictionary=_DICTIONARIES, partitioning=None)
+        missing = {*_PER_GROUP, *_PER_ROLLOUT} - set(table.column_names)
+        if missing:
+            raise CheckpointError(f"{path} has no column {', '.join(sorted(missing))}: it was written by another version of zppo")
+        return _scan(table, int(path.stem.removeprefix("step-")))
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). `zppo resume` writes the steps after the last checkpoint anew") from error
+
+
+def _scan(table: pa.Table, step: int) -> StepScan:
+    numbers = {name: _numbers(table[name]) for name in _PER_ROLLOUT if name != "answer"}
+    starts = np.flatnonzero(numbers["rollout"] == 0)
+    result = StepScan(step)
+    if not len(starts):
+        return result
+    answers = table["answer"].to_pylist()
+    firsts = table.select(_PER_GROUP).take(pa.array(starts)).to_pylist()
+    ends = [*starts[1:], table.num_rows]
+    numbers["no_answer"] = np.asarray(table["answer"].is_null())
+    _sum_kinds(result, numbers, np.array([first["kind"] for first in firsts]), starts)
+    # Teacher answers that NCQ rollouts never saw: those of the same question's BCQ.
+    audits = [json.loads(first["audit"]) if first["kind"] != PLAIN else {} for first in firsts]
+    unseen = {f["question_id"]: a.get("positive_answer") for f, a in zip(firsts, audits, strict=True) if f["kind"] == BCQ}
+    correct = np.add.reduceat((numbers["correct"] & numbers["graded"]).astype(np.int64), starts)
+    graded = np.add.reduceat(numbers["graded"].astype(np.int64), starts)
+    for i, (first, audit) in enumerate(zip(firsts, audits, strict=True)):
+        rows = range(starts[i], ends[i])
+        classes: list[str] = []
+        if first["kind"] != PLAIN:
+            rollouts = [(answers[r], bool(numbers["correct"][r])) for r in rows if numbers["graded"][r]]
+            counts, classes = count_group(first["kind"], audit, unseen.get(first["question_id"]), rollouts)
+            result.counts.update(counts)
+            result.counts.update(count_leaks(first["kind"], audit, first["gold"], first["prompt"]))
+        shown = {name: first[name] for name in GroupLine._fields if name in first}
+        line = GroupLine(**shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""})
+        result.groups.append(line)
+    return result
+
+
+def _numbers(column: pa.ChunkedArray) -> Any:
+    """A column of numbers or booleans as an array; null is NaN."""
+    return column.combine_chunks().to_numpy(zero_copy_only=False)
+
+
+def _sum_kinds(result: StepScan, numbers: dict[str, Any], kinds: Any, starts: Any) -> None:
+    """Sums per kind of prompt, over the graded rollouts for accuracies and over all for the rest."""
+    total = len(numbers["rollout"])
+    of_row = np.repeat(kinds, np.diff([*starts, total]))
+    has_entropy = ~np.isnan(numbers["entropy"].astype(float))
+    for kind in dict.fromkeys(kinds.tolist()):
+        rows = of_row == kind
+        result.kinds[kind] = KindSums(
+            groups=int((kinds == kind).sum()),
+            rollouts=int(rows.sum()),
+            graded=int(numbers["graded"][rows].sum()),
+            correct=int((numbers["correct"] & numbers["graded"])[rows].sum()),
+            tokens=int(numbers["completion_tokens"][rows].sum()),
+            truncated=int(numbers["truncated"][rows].sum()),
+            no_answer=int(numbers["no_answer"][rows].sum()),
+            positive=int((numbers["advantage"][rows] > 0).sum()),
+            entropy=float(np.nansum(numbers["entropy"][rows], dtype=np.float64)),
+            entropies=int(has_entropy[rows].sum()),
+        )

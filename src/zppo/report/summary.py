@@ -1,0 +1,215 @@
+"""Everything that a page shows of a run besides the stories, worked out from its folder."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zppo.core.types import BCQ, NCQ
+from zppo.errors import ZPPOError
+from zppo.report.audit import Counts, match_rows, paper_rows, position_bias, share_of
+from zppo.report.charts import Chart
+from zppo.report.cost import as_run
+from zppo.report.figures import charts_of
+from zppo.report.load import RECIPE, Run, open_run
+from zppo.report.parameters import size_of
+from zppo.report.questions import QuestionLine, question_lines
+from zppo.report.scan import StepScan, scan_file
+from zppo.report.zone import ZoneStory, zone_story
+from zppo.train.methods import METHODS
+from zppo.train.recipe import load_recipe
+from zppo.train.runlog import METRICS
+
+Resolve = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run, worked out.
+
+    Attributes:
+        head: names and texts, label -> value, in the order of the page; `outcome` is one sentence.
+        charts: see `zppo.report.charts`.
+        tables: the zone and the audits in numbers, JSON-ready.
+        lines: one per question.
+    """
+
+    run: Run
+    outcome: str
+    head: dict[str, str]
+    charts: list[Chart]
+    tables: dict[str, Any]
+    lines: dict[str, QuestionLine]
+
+
+class Reader:
+    """Reads a run folder again and again; a rollout file that has not changed is read once.
+
+    Args:
+        folder: the run folder.
+        resolve: names of models that are no folders -> folders (the lab's), for their sizes.
+    """
+
+    def __init__(self, folder: Path, resolve: Resolve = str) -> None:
+        self.folder, self.resolve = folder, resolve
+        self._scans: dict[Path, tuple[tuple[int, int], StepScan]] = {}
+
+    def stamp(self) -> tuple[tuple[str, int, int], ...]:
+        """Changes whenever a file of the run does; cheap."""
+        run_files = [*self.folder.glob("*.jsonl"), *(self.folder / "rollouts").glob("step-*.parquet")]
+        return tuple((path.name, *_stamp(path)) for path in sorted(run_files))
+
+    def read(self) -> Summary:
+        """The run as it is now.
+
+        Raises:
+            CheckpointError: the folder holds no run, or a file of it is damaged.
+        """
+        run = open_run(self.folder)
+        scans = self._scan(run)
+        counts: Counts = Counter()
+        for scan in scans:
+            counts.update(scan.counts)
+        zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step) if run.replays and run.steps else None
+        return Summary(
+            run=run,
+            outcome=outcome(run, zone),
+            head=_head(run, self.resolve),
+            charts=charts_of(run, scans, counts, zone),
+            tables={"zone": zone.totals() if zone else [], **_audit_tables(run, counts)},
+            lines=question_lines(run, scans),
+        )
+
+    def _scan(self, run: Run) -> list[StepScan]:
+        scans = {}
+        for path in run.rollout_files:
+            stamp = _stamp(path)
+            known = self._scans.get(path)
+            scans[path] = known if known and known[0] == stamp else (stamp, scan_file(path))
+        self._scans = scans
+        return [scan for _, scan in scans.values()]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # a resumed run took it back
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+def outcome(run: Run, zone: ZoneStory | None) -> str:
+    """What came out, in one sentence."""
+    if not run.steps:
+        return "No step is finished yet."
+    parts = []
+    first = next((e for e in run.evaluations if e["step"] == 0), None)
+    if run.evaluations and first and (last := run.evaluations[-1]) is not first:
+        levels = [f"{name} {_percent(first['by_level'].get(name))} → {_percent(v)}" for name, v in last["by_level"].items()]
+        detail = f" ({', '.join(levels)})" if levels else ""
+        parts.append(f"held-out accuracy {_percent(first['accuracy'])} → {_percent(last['accuracy'])}{detail}")
+    if zone is not None and zone.admitted.any():
+        name, admitted, graduated, _ = zone.totals()[0]
+        if admitted:
+            parts.append(f"{graduated:,} of {admitted:,} entries admitted at {name} graduated ({graduated / admitted:.0%})")
+    plain = [line["accuracy"]["plain"] for line in run.steps if "plain" in line["accuracy"]]
+    if not parts and plain:
+        parts.append(f"accuracy of plain rollouts {_percent(plain[0])} → {_percent(plain[-1])}")
+    planned = run.setting("train.steps")
+    state = "" if run.finished else f" after {run.last_step:,} of {planned:,} steps" if planned else f" after {run.last_step:,} steps"
+    text = "; ".join(parts) or "No evaluation yet"
+    return f"{text[0].upper()}{text[1:]}{state}."
+
+
+def _head(run: Run, resolve: Resolve) -> dict[str, str]:
+    """What was run, and what it took."""
+    method = str(run.setting("method.name", "zppo"))
+    row = METHODS.get(method)
+    student, teacher = str(run.setting("student.model", "?")), run.setting("teacher.model")
+    planned = run.setting("train.steps")
+    seconds = math.fsum(line["seconds"]["step"] for line in run.steps)
+    of_planned = f" of {planned:,}" if planned and not run.finished else ""
+    return {
+        "method": f"{method} ({row.paper})" if row else method,
+        "student": _model_name(student),
+        "teacher": _model_name(str(teacher)) if teacher else "none",
+        "data": _model_name(str(run.setting("data.train", "?"))),
+        "seed": str(run.setting("seed", 0)),
+        "steps": f"{run.last_step:,}{of_planned}",
+        "time": f"{duration(seconds)} of steps",
+        "student tokens": f"{_total(run, 'student_tokens'):,}",
+        "teacher tokens": f"{_total(run, 'teacher_tokens'):,}",
+        "cost": _cost(run, student, teacher, resolve),
+    }
+
+
+def _total(run: Run, key: str) -> int:
+    return sum(int(line.get(key) or 0) for line in run.steps)
+
+
+def _cost(run: Run, student: str, teacher: str | None, resolve: Resolve) -> str:
+    """FLOPs with the exact savings, as `zppo cost` counts them; why not, where they are not known."""
+    if not run.steps:
+        return "no step yet"
+    try:
+        cost = as_run(load_recipe(run.folder / RECIPE), run.steps, run.folder / METRICS)
+        sizes = [size_of(student, resolve=resolve).parameters, size_of(teacher, resolve=resolve).parameters if teacher else 0.0]
+    except ZPPOError:
+        return "not known; `zppo cost` says why"
+    return f"{math.fsum(cost.saved.flops(*sizes).values()):.2g} FLOPs"
+
+
+def _audit_tables(run: Run, counts: Counts) -> dict[str, Any]:
+    """The audits in numbers."""
+    leaks = []
+    for kind, name, words in (
+        (NCQ, "gold boxed", "NCQ prompts in which something that is said to be wrong boxes the right answer"),
+        (BCQ, "gold in wrong", "BCQ prompts whose wrong candidate boxes the right answer"),
+        (BCQ, "answer changed", "BCQ prompts with a candidate that boxes another answer than the completion behind it"),
+        (BCQ, "one box", "BCQ prompts in which only one candidate has a box"),
+    ):
+        checked = counts["leak", kind, "checked"]
+        if checked:
+            leaks.append({"words": words, **_share(share_of(counts["leak", kind, name], checked))})
+    longer = counts["leak", BCQ, "right longer"], counts["leak", BCQ, "wrong longer"]
+    unchecked = counts["leak", BCQ, "unchecked"] + counts["leak", NCQ, "unchecked"]
+    return {
+        "match": [asdict(row) for row in (*match_rows(counts), *paper_rows())],
+        "unseen": {name: counts["ncq", f"unseen {name}"] for name in ("known", "unknown")},
+        "position": _share(position_bias(counts)),
+        "placed": _share(share_of(counts["position", "right first"], counts["position", "prompts"])),
+        "longer": _share(share_of(longer[0], sum(longer))),
+        "leaks": leaks,
+        "unchecked": unchecked,
+        "compression": _compression(run.steps),
+    }
+
+
+def _share(share: Any) -> dict[str, Any]:
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in asdict(share).items()}
+
+
+def _compression(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = ("compression_asked", "compression_failed", "compression_unreachable", "bcq_prompts", "bcq_raw_pairs", "ncq_raw_candidates")
+    return {name: math.fsum(line.get(name) or 0 for line in steps) for name in names}
+
+
+def _model_name(name: str) -> str:
+    """A path by its last two parts; anything else as it is."""
+    return "/".join(Path(name).parts[-2:]) if name.startswith("/") else name
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """4000 -> "1 h 07 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

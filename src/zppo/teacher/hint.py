@@ -1,0 +1,79 @@
+"""Hints: the teacher turns one of its correct responses into a hint that does not give the answer away (Alg. 5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zppo.core.draws import draw_key, keyed_random
+from zppo.core.types import Question
+from zppo.grading import normalise
+from zppo.prompts import PromptBook
+from zppo.teacher.base import Teacher, TeacherRequest, TeacherSampling
+from zppo.teacher.compress import REDRAWS, Source, draw_order
+
+
+@dataclass(frozen=True, slots=True)
+class HintRequest:
+    """A hard question and the correct teacher responses that a hint may be made of."""
+
+    question: Question
+    responses: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HintCounts:
+    """What making hints took: responses sent, hints refused, requests without a reply, tokens."""
+
+    asked: int = 0
+    failed: int = 0
+    unreachable: int = 0
+    completion_tokens: int = 0
+
+
+def accept_hint(reply: str, gold: str) -> str | None:
+    """The hint in a reply, or None where it may not be shown.
+
+    The last complete `<hint>` block after the last `</think>` counts. It is refused where it is empty, has a box, or holds the gold
+    as a word of its own, both normalised (ours).
+    """
+    text = reply.rsplit("</think>", 1)[-1]
+    end = text.rfind("</hint>")
+    start = text.rfind("<hint>", 0, max(end, 0))
+    if start < 0:
+        return None
+    hint = text[start + len("<hint>") : end].strip()
+    revealed = re.search(rf"(?<!\w){re.escape(normalise(gold))}(?!\w)", normalise(hint))
+    return None if not hint or "\\boxed" in hint or revealed else hint
+
+
+def make_hints(
+    requests: Sequence[HintRequest], teacher: Teacher, book: PromptBook, how: TeacherSampling, *, seed: int, step: int
+) -> tuple[list[str | None], HintCounts]:
+    """One hint per request, None where no response gave one; and what it took.
+
+    The response is drawn uniformly; one whose hint is refused is redrawn, up to 3 times, all open requests in one teacher call a round.
+    """
+    options = [draw_order(r.responses, REDRAWS + 1, keyed_random(seed, step, r.question.id, "hint")) for r in requests]
+    hints: list[str | None] = [None] * len(requests)
+    asked = failed = unreachable = tokens = 0
+    for turn in range(REDRAWS + 1):
+        still = [i for i, hint in enumerate(hints) if hint is None and turn < len(options[i])]
+        if not still:
+            break
+        calls = [
+            TeacherRequest(
+                book.hinting(requests[i].question, options[i][turn].text),
+                (draw_key(seed, step, requests[i].question.id, "hinting", turn),),
+            )
+            for i in still
+        ]
+        for i, reply in zip(still, teacher.complete(calls, how), strict=True):
+            text = reply.texts[0]
+            hints[i] = None if text is None else accept_hint(text, requests[i].question.gold)
+            asked += 1
+            unreachable += text is None
+            failed += text is not None and hints[i] is None
+            tokens += reply.completion_tokens
+    return hints, HintCounts(asked, failed, unreachable, tokens)

@@ -1,0 +1,107 @@
+"""Distillation, what ZPPO is measured against: divergence from the teacher on its own or on the student's completions (Algs. 2, 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from zppo.core.loss import jensen_shannon
+from zppo.core.minibatch import micro_batches
+from zppo.core.types import Group, Rollout
+from zppo.engines.forward import Row
+from zppo.teacher.compress import Source
+from zppo.train.ask import Asker, Pools
+from zppo.train.learn import Learnt
+from zppo.train.settings import TrainSettings
+
+
+def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
+    """(N, V) logits of the N completion tokens of all rows, in the order of rows and tokens."""
+    device = next(model.parameters()).device
+    lengths = [(len(row.prompt_ids), len(row.completion_ids)) for row in rows]
+    ids = [torch.tensor([*row.prompt_ids, *row.completion_ids]) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id).to(device)
+    first = min(prompt for prompt, _ in lengths)
+    logits = model(input_ids=padded[:, :-1], use_cache=False, logits_to_keep=padded.shape[1] - first).logits
+    return torch.cat([row[p - first : p - first + c] for row, (p, c) in zip(logits, lengths, strict=True)])
+
+
+class Distiller:
+    """One optimizer step per rollout step on the mean per-token Jensen-Shannon divergence.
+
+    Args:
+        model, optimizer: as `accelerator.prepare` returned them.
+        teacher: the teacher's network, which shares the student's tokenizer.
+        asker: gives correct teacher responses (Alg. 2); None to learn on the student's rollouts (Alg. 3).
+        respond: makes a completion of a teacher response, None where it is too long.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        *,
+        teacher: nn.Module,
+        asker: Asker | None,
+        respond: Callable[[Source], Rollout | None],
+        train: TrainSettings,
+        pad_id: int,
+    ) -> None:
+        self.model, self.optimizer, self.accelerator, self.teacher = model, optimizer, accelerator, teacher
+        self.asker, self.respond, self.train, self.pad_id = asker, respond, train, pad_id
+
+    def learn(self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int) -> Learnt:
+        """The student's rollouts are learnt from on-policy, and only counted off-policy; advantages are 0."""
+        rows = self._teacher_rows(plain, step) if self.asker is not None else _student_rows(plain)
+        tokens = sum(len(row.completion_ids) for row in rows)
+        total = 0.0
+        lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+        for micro in micro_batches(lengths, self.train.tokens_per_microbatch):
+            total += self._backward([rows[m] for m in micro], tokens)
+        norm = float("nan")
+        if rows:  # no question with a correct response: nothing to learn, no step
+            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        groups = [*plain, *again]
+        metrics: dict[str, float | None] = {
+            "loss": total if rows else None,
+            "grad_norm": norm if rows else None,
+            "optimizer_steps": float(bool(rows)),
+            "distilled_completions": float(len(rows)),
+            "train_tokens_needed": float(sum(lengths)),
+            **(self.asker.metrics() if self.asker is not None else {}),
+        }
+        return Learnt(groups, torch.zeros(sum(len(g.rollouts) for g in groups)), metrics)
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing besides weights and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to take over."""
+
+    def _teacher_rows(self, plain: Sequence[Group], step: int) -> list[Row]:
+        """The correct ones of G_T fresh responses per question (Alg. 2); a question without one is skipped."""
+        assert self.asker is not None
+        self.asker.new_step()
+        pools = self.asker.ask([g.question for g in plain], step)
+        made = ((g, self.respond(source)) for g in plain for source in pools[g.question.id])
+        return [Row(g.prompt.ids, tuple(r.ids.tolist())) for g, r in made if r is not None]
+
+    def _backward(self, rows: Sequence[Row], tokens: int) -> float:
+        with torch.no_grad():
+            wanted = completion_logits(self.teacher, rows, self.pad_id)
+        logits = completion_logits(self.model, rows, self.pad_id)
+        size = min(logits.shape[-1], wanted.shape[-1])  # embeddings may be padded to different sizes
+        loss = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device)).sum() / tokens
+        self.accelerator.backward(loss)
+        return float(loss.detach())
+
+
+def _student_rows(plain: Sequence[Group]) -> list[Row]:
+    return [Row(g.prompt.ids + g.prompt.forced_ids, tuple(r.ids.tolist())) for g in plain for r in g.rollouts]

@@ -1,0 +1,173 @@
+"""Builds what a method learns by: optimizer, policy gradient or distillation; and the reformulations that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from zppo.core.reformulate import (
+    BinaryCandidateQuestion,
+    HintQuestion,
+    NegativeCandidateQuestion,
+    Placebo,
+    PrefixQuestion,
+    Reformulation,
+)
+from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Rollout
+from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
+from zppo.errors import SettingsError
+from zppo.imports import load_object
+from zppo.prompts.neutralise import Neutraliser
+from zppo.teacher.compress import Source
+from zppo.teacher.local import LocalTeacher
+from zppo.train import checkpoint
+from zppo.train.ask import Asker
+from zppo.train.distill import Distiller
+from zppo.train.learn import Learner, PolicyLearner
+from zppo.train.methods import Method
+from zppo.train.settings import Settings
+from zppo.train.update import Updater
+
+
+def make_reformulations(method: Method, prefix_fraction: float) -> list[Reformulation]:
+    """The reformulations of a method, in building order.
+
+    Raises:
+        SettingsError: one of the user's own cannot be imported or is none; the message says why.
+    """
+    own: dict[str, Reformulation] = {
+        BCQ: BinaryCandidateQuestion(),
+        NCQ: NegativeCandidateQuestion(),
+        HINT: HintQuestion(),
+        PREFIX: PrefixQuestion(prefix_fraction),
+    }
+    made = [own[kind] if kind in own else _imported(kind) for kind in method.reformulations]
+    kinds = [r.kind for r in made]
+    if len(set(kinds)) != len(kinds) or PLAIN in kinds:
+        raise SettingsError(
+            f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'"
+        )
+    return [Placebo(r) for r in made] if method.control == "placebo" else made
+
+
+def _imported(spec: str) -> Reformulation:
+    made = load_object(spec, "reformulation", SettingsError)()
+    missing = [name for name in ("kind", "needs", "draft") if not hasattr(made, name)]
+    if missing:
+        raise SettingsError(
+            f"reformulation {spec!r} has no {', '.join(missing)}: a reformulation is a class with `kind`, `needs` and `draft` "
+            "(zppo.core.reformulate.Reformulation)"
+        )
+    reformulation: Reformulation = made
+    return reformulation
+
+
+class ResponseTokens:
+    """A teacher response in the student's tokens: control tokens in its text are broken up, think tags stay."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.neutralise = Neutraliser(set(chat.special_texts) - {THINK_OPEN, THINK_CLOSE}, tags=())
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        return tuple(self.chat.tokenizer(self.neutralise(text), add_special_tokens=False)["input_ids"])
+
+
+def make_learner(
+    settings: Settings,
+    model: PreTrainedModel,
+    chat: Chat,
+    start: Path | None,
+    accelerator: Accelerator,
+    teachers: Sequence[LocalTeacher],
+    asker: Asker,
+) -> tuple[Learner, torch.optim.Optimizer]:
+    """The optimizer over all weights, with the state of a checkpoint where there is one, and the learner around it."""
+    train, method = settings.train, settings.method.resolve()
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=train.learning_rate,
+        betas=train.betas,
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
+    )
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if start:
+        checkpoint.load_optimizer(start, optimizer)
+    tokens, ends = ResponseTokens(chat), chat.eos_ids(model)
+    end = chat.tokenizer.eos_token_id if chat.tokenizer.eos_token_id in ends else min(ends)
+
+    def respond(source: Source) -> Rollout | None:
+        """A teacher response as a rollout that the student did not sample; None where it is over the student's limit."""
+        ids = torch.tensor([*tokens(source.text), end])
+        if len(ids) > settings.rollout.max_new_tokens:
+            return None
+        unknown = torch.full(ids.shape, torch.nan)
+        return Rollout(ids, unknown, source.text, source.answer, True, source.reward, reason="teacher response")
+
+    if method.distils:
+        _check_shared_tokenizer(settings, chat, teachers[0])
+        learner: Learner = Distiller(
+            prepared,
+            optimizer,
+            accelerator,
+            teacher=teachers[0].network,
+            asker=asker if method.loss == "off-distill" else None,
+            respond=respond,
+            train=train,
+            pad_id=chat.pad_id(model),
+        )
+        return learner, optimizer
+    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat)
+    learner = PolicyLearner(
+        updater,
+        settings.advantage,
+        respond=respond if method.teacher_response else None,
+        drop_trivial=settings.zone.dynamic_sampling == "after-reformulation",
+        seed=settings.seed,
+    )
+    return learner, optimizer
+
+
+def _make_updater(
+    settings: Settings,
+    model: PreTrainedModel,
+    prepared: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    chat: Chat,
+) -> Updater:
+    sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
+    if old == "sampler" and not sampling.exact:
+        raise SettingsError(
+            "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no "
+            "old log-probs then. Use train.old_logprobs=auto"
+        )
+    exact = sampling.exact and accelerator.mixed_precision == "no"
+    return Updater(
+        prepared,
+        optimizer,
+        accelerator,
+        train=settings.train,
+        loss=settings.loss,
+        seed=settings.seed,
+        temperature=sampling.temperature,
+        banned_ids=tuple(sorted(chat.banned_ids(model))),
+        pad_id=chat.pad_id(model),
+        sampler_is_exact=old == "sampler" or (old == "auto" and exact),
+    )
+
+
+def _check_shared_tokenizer(settings: Settings, chat: Chat, teacher: LocalTeacher) -> None:
+    if teacher.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        name = settings.teacher.model if settings.teacher else ""
+        raise SettingsError(
+            f"method {settings.method.name!r} compares next-token distributions, so student and teacher must share a tokenizer, and "
+            f"{settings.student.model!r} and {name!r} do not: their vocabularies differ. Take a teacher of the student's family, or a "
+            "method that keeps the teacher in the prompt (zppo)"
+        )

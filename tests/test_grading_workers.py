@@ -1,0 +1,250 @@
+"""Hostile answers and the worker pool: bounded, killable, usable from anywhere, gone afterwards."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zppo.errors import SettingsError, ZPPOError
+from zppo.grading import Grader, equal
+from zppo.grading import pool as pool_module
+
+FORMULA = (r"x^2-1", r"(x-1)(x+1)")
+DEADLINE = 1.0
+HOSTILE = [
+    "9^{9^{9^{9}}}",
+    "1000000000!",
+    r"\binom{10^9}{10^8}",
+    r"(x+1)^{100000}",
+]
+HARMLESS = [
+    "9" * 100_000,
+    "{" * 10_000 + "}" * 10_000,
+    r"\sqrt{" * 10_000 + "2" + "}" * 10_000,
+    "(" * 400 + ")" * 400,
+    "a" * 1_000_000,
+    "\x00",
+    "\ud800",
+    "1e999999999",
+    "2**2**2**2**2**2",
+    "__import__('os').system('exit 1')",
+    "().__class__.__mro__",
+    "1;" * 400,
+    "x=" * 490 + "1",
+    r"\pm" * 300,
+    "a<" * 300 + "a",
+    r"\frac{" * 160,
+    r"\text{" * 140 + "a" + "}" * 140,
+    "A," * 490,
+    "°" * 990,
+    "\ufdfa" * 990,
+]
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(deadline=DEADLINE) as grader:
+        assert grader.equal(*FORMULA)
+        yield grader
+
+
+@pytest.mark.parametrize("answer", HOSTILE)
+def test_hostile_formulas_time_out_and_the_next_answer_is_graded(grader: Grader, answer: str) -> None:
+    before = grader.timeouts
+    start = time.perf_counter()
+    verdict = grader.grade(rf"\boxed{{{answer}}}", r"\sqrt{2}+y")
+    assert time.perf_counter() - start < DEADLINE + 1
+    assert (verdict.correct, verdict.reason, verdict.reward) == (False, "timeout", 0.0)
+    assert grader.timeouts == before + 1
+    assert grader.equal("x^2-4", "(x-2)(x+2)" + "+0" * (before + 1))
+
+
+def test_a_repeated_hostile_answer_costs_nothing_more(grader: Grader) -> None:
+    grader.equal(r"\sqrt{7}", "8^{8^{8^{8}}}")
+    before, start = grader.timeouts, time.perf_counter()
+    verdicts = grader.grade_many([(r"\boxed{8^{8^{8^{8}}}}", r"\sqrt{7}")] * 8)
+    assert time.perf_counter() - start < 0.2
+    assert [v.reason for v in verdicts] == ["timeout"] * 8
+    assert grader.timeouts == before + 8
+
+
+@pytest.mark.parametrize("answer", HARMLESS, ids=lambda a: ascii(a[:12]))
+def test_hostile_texts_are_wrong_at_once(grader: Grader, answer: str) -> None:
+    start = time.perf_counter()
+    assert not grader.equal("5", answer)
+    assert not grader.equal(r"\{1,2\}", answer)
+    assert not grader.grade("\\boxed{" + answer + "}", "x+5").correct
+    assert time.perf_counter() - start < DEADLINE + 1
+
+
+def test_memory_is_limited() -> None:
+    with Grader(deadline=5.0, memory_limit=512 << 20) as grader:
+        assert grader.equal(*FORMULA)
+        start = time.perf_counter()
+        verdict = grader.grade(r"\boxed{2^{40000000000}}", r"\sqrt{2}+y")
+        assert not verdict.correct
+        assert time.perf_counter() - start < 6
+        assert grader.equal("x^2-4", "(x-2)(x+2)")
+
+
+def test_grade_many_keeps_order_and_uses_the_workers_at_once() -> None:
+    with Grader(deadline=DEADLINE, workers=2) as grader:
+        assert grader.equal(*FORMULA)
+        items: list[tuple[str, str]] = [(rf"\boxed{{{n}}}", str(n % 2)) for n in range(4)]
+        items += [(rf"\boxed{{7^{{7^{{7^{{{n}}}}}}}}}", "y+z") for n in (7, 8)]
+        items += [(r"\boxed{x(x+1)}", "x^2+x"), ("none", "5")]
+        start = time.perf_counter()
+        reasons = [v.reason for v in grader.grade_many(items)]
+        assert time.perf_counter() - start < DEADLINE + 1  # both towers at the same time
+        assert reasons == ["equal", "equal", "different", "different", "timeout", "timeout", "equal", "no answer"]
+
+
+def test_threads_share_a_grader(grader: Grader) -> None:
+    results: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(grader.equal(f"x^2-{n * n}", f"(x-{n})(x+{n})")))
+        for n in range(2, 8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert results == [True] * 6
+
+
+def _grade_in_child(queue: multiprocessing.Queue[bool], grader: Grader) -> None:
+    queue.put(grader.equal("y^2-9", "(y-3)(y+3)"))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_daemonic_children_and_forks_can_grade(grader: Grader, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_grade_in_child, args=(queue, grader), daemon=True)  # type: ignore[attr-defined]
+    child.start()
+    assert queue.get(timeout=60) is True
+    child.join(20)
+    assert child.exitcode == 0
+    assert grader.equal("z^2-9", "(z-3)(z+3)")  # the parent's worker is untouched
+
+
+def test_a_script_without_a_main_guard_can_grade(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            r"""
+            print("started")
+            from zppo.grading import equal
+            print(equal("x^2-1", "(x-1)(x+1)"))
+            import sys
+            print("torch" in sys.modules, "sympy" in sys.modules)
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["started", "True", "False", "False"]
+    assert done.stderr == ""
+
+
+def _alive(pids: list[int]) -> list[int]:
+    return [
+        pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    ]
+
+
+def _descendants(pid: int) -> list[int]:
+    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return children + [d for c in children for d in _descendants(c)]
+
+
+def _gone(pids: list[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while _alive(pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not _alive(pids)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+
+
+@linux
+def test_close_leaves_no_process_and_the_grader_starts_again() -> None:
+    known = set(_descendants(os.getpid()))
+    grader = Grader()
+    assert grader.equal(*FORMULA)
+    ours = [pid for pid in _descendants(os.getpid()) if pid not in known]
+    assert ours
+    grader.close()
+    assert _gone(ours, 5)
+    assert grader.equal("x^2-9", "(x-3)(x+3)")
+    grader.close()
+
+
+@linux
+def test_killed_workers_are_replaced() -> None:
+    with Grader() as grader:
+        known = set(_descendants(os.getpid()))
+        assert grader.equal(*FORMULA)
+        for pid in [pid for pid in _descendants(os.getpid()) if pid not in known]:
+            os.kill(pid, signal.SIGKILL)
+        assert grader.equal("x^2-9", "(x-3)(x+3)")
+
+
+@linux
+def test_a_caller_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
+    script = tmp_path / "caller.py"
+    script.write_text(
+        "from zppo.grading import Grader\ng = Grader(deadline=60)\ng.equal('x+y', 'y+x')\n"
+        "print('busy', flush=True)\ng.equal('x+y', '9^{9^{9^9}}')\n"
+    )
+    caller = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert caller.stdout is not None
+    assert caller.stdout.readline().strip() == "busy"
+    time.sleep(0.5)
+    workers = _descendants(caller.pid)
+    assert workers
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    assert _gone(workers, 10)
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_COMMAND", "raise SystemExit('libraries are missing')")
+    with pytest.raises(ZPPOError, match="libraries are missing"):
+        Grader().equal(*FORMULA)
+
+
+def test_a_host_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = "import sys, time; print('{\"ready\": true}', flush=True); time.sleep(60)"
+    monkeypatch.setattr(pool_module, "_COMMAND", silent)
+    grader, start = Grader(deadline=0.3), time.perf_counter()
+    assert grader.grade(r"\boxed{x+y+1}", "x+y").reason == "timeout"
+    assert time.perf_counter() - start < 1.3
+    monkeypatch.undo()
+    assert grader.equal(*FORMULA)
+    grader.close()
+
+
+def test_pickle_and_settings() -> None:
+    copy = pickle.loads(pickle.dumps(Grader(deadline=2.0, workers=3, memory_limit=1 << 29)))
+    assert copy._settings == (2.0, 3, 1 << 29)
+    for bad in ({"deadline": 0}, {"workers": -1}, {"memory_limit": 0}):
+        with pytest.raises(SettingsError, match=next(iter(bad))):
+            Grader(**bad)  # type: ignore[arg-type]
+
+
+def test_the_shared_grader() -> None:
+    assert equal(*FORMULA)
+    assert not equal("x", "y+1")
