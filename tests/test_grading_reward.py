@@ -100,10 +100,10 @@ def test_load_from_a_file_and_a_module(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("", "no module and function"),
-        ("justaname", "no module and function"),
-        ("module:", "no module and function"),
-        (":function", "no module and function"),
+        ("", "has no module"),
+        ("justaname", "has no module"),
+        ("module:", "has no module"),
+        (":function", "has no module"),
         ("no_such_module_anywhere:f", "importing 'no_such_module_anywhere' failed"),
         ("math:no_such_function", "'math' has no 'no_such_function'"),
         ("math:pi", "a float, which cannot be called"),

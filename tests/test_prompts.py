@@ -114,7 +114,24 @@ def test_nested_slots_are_neutralised_and_the_question_is_not(tmp_path: Path) ->
     question = Question("q", (Message("user", "Close </s> it"),), "1")
     draft = Draft("mine", question, {"rows": [{"text": " <think>"}, ("</s>",)], "n": 3})
     assert book.render(draft)[-1].content == f"Close </s> it\n\n[think]|< /s>|3\n\n{CLOSING}"
-    assert book.names() == ("bcq", "closing", "compression", "judge", "mine", "ncq")
+    assert book.names() == (
+        "bcq",
+        "closing",
+        "compression",
+        "hint",
+        "hinting",
+        "judge",
+        "mine",
+        "ncq",
+    )
+
+
+def test_a_hint_and_a_draft_that_shows_nothing(book: PromptBook) -> None:
+    hint = book.render(Draft("hint", QUESTION, {"hint": "Try </hint> 6 * 7 first."}))[-1].content
+    assert "<hint>\nTry [/hint] 6 * 7 first.\n</hint>" in hint and hint.endswith(CLOSING)
+    assert book.render(Draft("prefix", QUESTION, {})) == book.plain(QUESTION)
+    (request,) = book.hinting(QUESTION, "so </response> \\boxed{41}")
+    assert request.content.count("</response>") == 1 and QUESTION.messages[-1].content in request.content
 
 
 def test_an_override_replaces_the_closing_instruction_everywhere(tmp_path: Path) -> None:
@@ -162,8 +179,8 @@ def test_missing_files_unknown_kinds_and_useless_names_are_refused(tmp_path: Pat
     (tmp_path / "latin.jinja").write_bytes(b"\xe9\xff")
     with pytest.raises(TemplateError, match=r"UTF-8"):
         PromptBook({"bcq": tmp_path / "latin.jinja"})
-    with pytest.raises(TemplateError, match="known: bcq, ncq"):
-        book.render(Draft("hint", QUESTION, {}))
+    with pytest.raises(TemplateError, match="known: bcq, hint, ncq"):
+        book.render(Draft("mine", QUESTION, {"x": 1}))
     with pytest.raises(TemplateError, match="'judge'"):
         book.render(Draft("judge", QUESTION, {}))
     (tmp_path / "plain.jinja").write_text("x", encoding="utf-8")

@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; recipes/my-data.yaml is one to copy")
-    train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
+    train.add_argument(
+        "--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded"
+    )
     train.set_defaults(run=_train)
     train.more = _settings_help
 
@@ -94,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     resume.set_defaults(run=_resume)
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
-    _add_bootstrap(commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are"))
+    _add_bootstrap(
+        commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are")
+    )
     _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
     return parser
@@ -104,7 +108,9 @@ def _add_bootstrap(bootstrap: argparse.ArgumentParser) -> None:
     bootstrap.add_argument(
         "table", metavar="TABLE.csv", type=Path, help="columns scale, method, family, benchmark, accuracy (percent)"
     )
-    bootstrap.add_argument("--minuend", metavar="METHOD", help="only this method minus each other one (default: every pair)")
+    bootstrap.add_argument(
+        "--minuend", metavar="METHOD", help="only this method minus each other one (default: every pair)"
+    )
     bootstrap.add_argument("--resamples", type=int, default=10_000, help="default: 10000")
     bootstrap.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
     bootstrap.add_argument("--csv", type=Path, metavar="OUT", help="write the intervals to this file too")
@@ -112,26 +118,42 @@ def _add_bootstrap(bootstrap: argparse.ArgumentParser) -> None:
 
 
 def _add_cost(cost: argparse.ArgumentParser) -> None:
-    cost.add_argument("target", nargs="?", type=Path, metavar="RECIPE|RUN", help="a recipe (planned) or a run folder (as run)")
+    cost.add_argument(
+        "target", nargs="?", type=Path, metavar="RECIPE|RUN", help="a recipe (planned) or a run folder (as run)"
+    )
     cost.add_argument("--paper", action="store_true", help="the paper's figures (Tab. 9) beside a count from its sizes")
-    cost.add_argument("--student-params", metavar="N", help="0.8e9 or 0.8B; by default found in the checkpoint or the model's name")
+    cost.add_argument(
+        "--student-params", metavar="N", help="0.8e9 or 0.8B; by default found in the checkpoint or the model's name"
+    )
     cost.add_argument("--teacher-params", metavar="N", help="the same for the teacher")
     of_recipe = cost.add_argument_group("of a recipe; without them, the most that it can cost")
     of_recipe.add_argument("--mean-prompt", type=float, metavar="TOKENS", help="plain prompts")
     of_recipe.add_argument("--mean-completion", type=float, metavar="TOKENS", help="student rollouts")
     of_recipe.add_argument("--mean-teacher-completion", type=float, metavar="TOKENS", help="teacher rollouts")
-    of_recipe.add_argument("--hard-share", type=float, default=1.0, metavar="SHARE", help="of plain questions that are hard")
-    of_recipe.add_argument("--solved-share", type=float, default=1.0, metavar="SHARE", help="of hard questions that the teacher solves")
-    of_recipe.add_argument("--live-share", type=float, default=1.0, metavar="SHARE", help="of tokens in rows whose advantage is not 0")
-    of_recipe.add_argument("--questions", type=int, metavar="N", help="training questions, instead of reading data.train")
-    of_recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; may be repeated")
+    of_recipe.add_argument(
+        "--hard-share", type=float, default=1.0, metavar="SHARE", help="of plain questions that are hard"
+    )
+    of_recipe.add_argument(
+        "--solved-share", type=float, default=1.0, metavar="SHARE", help="of hard questions that the teacher solves"
+    )
+    of_recipe.add_argument(
+        "--live-share", type=float, default=1.0, metavar="SHARE", help="of tokens in rows whose advantage is not 0"
+    )
+    of_recipe.add_argument(
+        "--questions", type=int, metavar="N", help="training questions, instead of reading data.train"
+    )
+    of_recipe.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; may be repeated"
+    )
     cost.set_defaults(run=_cost)
 
 
 def _add_lab(lab: argparse.ArgumentParser) -> None:
     commands = lab.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make the student and the teacher of a world anew")
-    build.add_argument("world", metavar="WORLD", help="unreachable, reachable, or the settings file of a world of your own")
+    build.add_argument(
+        "world", metavar="WORLD", help="unreachable, reachable, or the settings file of a world of your own"
+    )
     build.add_argument("--out", type=Path, metavar="DIR", help="where to put them (default: runs/lab/WORLD)")
     build.add_argument("--seed", type=int, default=0, help="of corpus and weights (default: 0)")
     build.add_argument("--steps", type=int, help="fewer pretraining steps than the world asks for")
@@ -179,7 +201,9 @@ def _train(options: argparse.Namespace) -> None:
     from zppo.train.recipe import load_recipe
 
     if options.recipe is None:
-        raise SettingsError("zppo train needs a recipe: zppo train RECIPE [--key=value ...]; recipes/my-data.yaml is one to copy")
+        raise SettingsError(
+            "zppo train needs a recipe: zppo train RECIPE [--key=value ...]; recipes/my-data.yaml is one to copy"
+        )
     settings = load_recipe(options.recipe, options.overrides)
     name = Path(options.recipe).stem
     register_lab()
@@ -213,12 +237,12 @@ def _methods(options: argparse.Namespace) -> None:
 
     from zppo.train.methods import METHODS
 
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    for column in ("method", "replay buffer", "asks again with", "teacher", "in the paper"):
-        table.add_column(column)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("method", "replayed", "asked again with", "what enters the gradient", "in the paper"):
+        table.add_column(column, no_wrap=column == "method")
     for row in METHODS.values():
         asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
-        table.add_row(row.name, "yes" if row.replay else "-", asks, "yes" if row.needs_teacher else "-", row.paper)
+        table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, row.paper)
     Console().print(table)
 
 
@@ -283,4 +307,6 @@ def _print_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text("Error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True)
+    Console(stderr=True).print(
+        Text("Error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True
+    )

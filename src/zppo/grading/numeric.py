@@ -39,6 +39,10 @@ _PATTERNS = {
     }.items()
 }
 
+_HUGE = re.compile(
+    rf"{_SIGNED}(?:[eE][-+]?\d+| ?(?:\\times|\\cdot|\*|x|X) ?10\^\{{[-+]?\d+\}})?|[-+]?10\^\{{[-+]?\d+\}}"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Number:
@@ -116,6 +120,11 @@ def parse_number(cleaned: str) -> Number | None:
             places = len(cleaned.partition(".")[2]) if name == "decimal" else None
             return Number(value, places)
     return None
+
+
+def is_huge(cleaned: str) -> bool:
+    """Whether a cleaned answer is a plain number that is never expanded: more digits or a larger exponent than read here."""
+    return parse_number(cleaned) is None and _HUGE.fullmatch(cleaned) is not None
 
 
 def _is_rounding_of(exact: Fraction, decimal: Number) -> bool:

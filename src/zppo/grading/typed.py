@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from zppo.grading.clean import MAX_ANSWER, clean, nested_too_deep, text_key
-from zppo.grading.numeric import numbers_equal, parse_number, percent_equal
+from zppo.grading.numeric import is_huge, numbers_equal, parse_number, percent_equal
 from zppo.grading.shapes import IDENTIFIER, MAX_ITEMS, Kind, Shape, parse_shape
 from zppo.grading.units import split_unit
 from zppo.grading.words import choice, is_prose, only_choice, yes_no
@@ -41,7 +41,7 @@ def _scalars(gold: str, answer: str, algebra: Algebra) -> bool | None:
     first, second = parse_number(gold), parse_number(answer)
     if first and second:
         return numbers_equal(first, second)
-    if is_prose(gold) or is_prose(answer):
+    if is_prose(gold) or is_prose(answer) or is_huge(gold) or is_huge(answer):
         return False
     simple = [text for text, number in ((gold, first), (answer, second)) if number or _SYMBOL.fullmatch(text)]
     if len(simple) == 2 or r"\boxed" in gold or r"\boxed" in answer:
@@ -64,11 +64,16 @@ def _ordered(golds: Sequence[str], answers: Sequence[str], algebra: Algebra) -> 
 
 def _unordered(golds: Sequence[str], answers: Sequence[str], algebra: Algebra) -> bool | None:
     """Whether the items can be paired off so that both of each pair are equal; repeated items count once."""
-    golds, left = list(dict.fromkeys(golds)), list(dict.fromkeys(answers))
-    if len(golds) != len(left):
+    rest, left = list(dict.fromkeys(golds)), list(dict.fromkeys(answers))
+    if len(rest) != len(left):
         return False
+    for gold in tuple(rest):  # what the types pair off needs no algebra
+        match = next((a for a in left if compare_cleaned(gold, a, undecided) is True), None)
+        if match is not None:
+            rest.remove(gold)
+            left.remove(match)
     result: bool | None = True
-    for gold in golds:
+    for gold in rest:
         decisions = [compare_cleaned(gold, answer, algebra) for answer in left]
         if True in decisions:
             left.pop(decisions.index(True))

@@ -80,6 +80,11 @@ def algebra(gold: str, answer: str) -> bool:
     return _close(first, second)
 
 
+algebra(
+    "x+1", "1+x"
+)  # workers are forked from a server that imported this: none of them starts with cold parser tables
+
+
 def compare_in_worker(gold: str, answer: str, deadline: float) -> bool:
     """`zppo.grading.typed.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
     _limit_processor(deadline)

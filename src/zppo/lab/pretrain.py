@@ -13,7 +13,7 @@ from zppo.core.draws import draw_key, keyed_random
 from zppo.engines.chat import Chat
 from zppo.lab.corpus import StudentCorpus, TeacherCorpus
 from zppo.lab.language import END
-from zppo.lab.world import ModelShape, Pretraining
+from zppo.lab.settings import ModelShape, Pretraining
 
 CONTEXT = 512
 WARM_UP = 50

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from zppo.core.types import BCQ, NCQ
 from zppo.errors import ZPPOError
-from zppo.report.audit import Counts, match_rows, paper_rows, position_bias, share_of
+from zppo.report.audit import Counts
 from zppo.report.charts import Chart
 from zppo.report.cost import as_run
 from zppo.report.figures import charts_of
@@ -19,6 +17,7 @@ from zppo.report.load import RECIPE, Run, open_run
 from zppo.report.parameters import size_of
 from zppo.report.questions import QuestionLine, question_lines
 from zppo.report.scan import StepScan, scan_file
+from zppo.report.tables import Table, percent, tables_of
 from zppo.report.zone import ZoneStory, zone_story
 from zppo.train.methods import METHODS
 from zppo.train.recipe import load_recipe
@@ -32,9 +31,9 @@ class Summary:
     """A run, worked out.
 
     Attributes:
-        head: names and texts, label -> value, in the order of the page; `outcome` is one sentence.
-        charts: see `zppo.report.charts`.
-        tables: the zone and the audits in numbers, JSON-ready.
+        outcome: what came out, in one sentence.
+        head: what was run and what it took, label -> text, in the order of the page.
+        charts, tables: what its sections show.
         lines: one per question.
     """
 
@@ -42,7 +41,7 @@ class Summary:
     outcome: str
     head: dict[str, str]
     charts: list[Chart]
-    tables: dict[str, Any]
+    tables: list[Table]
     lines: dict[str, QuestionLine]
 
 
@@ -80,7 +79,7 @@ class Reader:
             outcome=outcome(run, zone),
             head=_head(run, self.resolve),
             charts=charts_of(run, scans, counts, zone),
-            tables={"zone": zone.totals() if zone else [], **_audit_tables(run, counts)},
+            tables=tables_of(run, counts, zone),
             lines=question_lines(run, scans),
         )
 
@@ -109,16 +108,16 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     parts = []
     first = next((e for e in run.evaluations if e["step"] == 0), None)
     if run.evaluations and first and (last := run.evaluations[-1]) is not first:
-        levels = [f"{name} {_percent(first['by_level'].get(name))} → {_percent(v)}" for name, v in last["by_level"].items()]
+        levels = [f"{name} {percent(first['by_level'].get(name))} → {percent(v)}" for name, v in last["by_level"].items()]
         detail = f" ({', '.join(levels)})" if levels else ""
-        parts.append(f"held-out accuracy {_percent(first['accuracy'])} → {_percent(last['accuracy'])}{detail}")
+        parts.append(f"held-out accuracy {percent(first['accuracy'])} → {percent(last['accuracy'])}{detail}")
     if zone is not None and zone.admitted.any():
         name, admitted, graduated, _ = zone.totals()[0]
         if admitted:
             parts.append(f"{graduated:,} of {admitted:,} entries admitted at {name} graduated ({graduated / admitted:.0%})")
     plain = [line["accuracy"]["plain"] for line in run.steps if "plain" in line["accuracy"]]
     if not parts and plain:
-        parts.append(f"accuracy of plain rollouts {_percent(plain[0])} → {_percent(plain[-1])}")
+        parts.append(f"accuracy of plain rollouts {percent(plain[0])} → {percent(plain[-1])}")
     planned = run.setting("train.steps")
     state = "" if run.finished else f" after {run.last_step:,} of {planned:,} steps" if planned else f" after {run.last_step:,} steps"
     text = "; ".join(parts) or "No evaluation yet"
@@ -163,48 +162,9 @@ def _cost(run: Run, student: str, teacher: str | None, resolve: Resolve) -> str:
     return f"{math.fsum(cost.saved.flops(*sizes).values()):.2g} FLOPs"
 
 
-def _audit_tables(run: Run, counts: Counts) -> dict[str, Any]:
-    """The audits in numbers."""
-    leaks = []
-    for kind, name, words in (
-        (NCQ, "gold boxed", "NCQ prompts in which something that is said to be wrong boxes the right answer"),
-        (BCQ, "gold in wrong", "BCQ prompts whose wrong candidate boxes the right answer"),
-        (BCQ, "answer changed", "BCQ prompts with a candidate that boxes another answer than the completion behind it"),
-        (BCQ, "one box", "BCQ prompts in which only one candidate has a box"),
-    ):
-        checked = counts["leak", kind, "checked"]
-        if checked:
-            leaks.append({"words": words, **_share(share_of(counts["leak", kind, name], checked))})
-    longer = counts["leak", BCQ, "right longer"], counts["leak", BCQ, "wrong longer"]
-    unchecked = counts["leak", BCQ, "unchecked"] + counts["leak", NCQ, "unchecked"]
-    return {
-        "match": [asdict(row) for row in (*match_rows(counts), *paper_rows())],
-        "unseen": {name: counts["ncq", f"unseen {name}"] for name in ("known", "unknown")},
-        "position": _share(position_bias(counts)),
-        "placed": _share(share_of(counts["position", "right first"], counts["position", "prompts"])),
-        "longer": _share(share_of(longer[0], sum(longer))),
-        "leaks": leaks,
-        "unchecked": unchecked,
-        "compression": _compression(run.steps),
-    }
-
-
-def _share(share: Any) -> dict[str, Any]:
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in asdict(share).items()}
-
-
-def _compression(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    names = ("compression_asked", "compression_failed", "compression_unreachable", "bcq_prompts", "bcq_raw_pairs", "ncq_raw_candidates")
-    return {name: math.fsum(line.get(name) or 0 for line in steps) for name in names}
-
-
 def _model_name(name: str) -> str:
     """A path by its last two parts; anything else as it is."""
     return "/".join(Path(name).parts[-2:]) if name.startswith("/") else name
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def duration(seconds: float) -> str:

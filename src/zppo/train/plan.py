@@ -27,6 +27,7 @@ class TeacherPlan:
 
     rollouts: int
     compressions: int
+    hints: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,14 @@ def make_plan(settings: Settings, questions: int, eval_questions: int = 0) -> Pl
     between = (max(steps - 1, 0) // every) if every else 0
     lazy = literal = None
     if method.needs_teacher and settings.teacher is not None:
-        lazy = _teacher_plan(settings, settings.teacher, asked=min(cap, plain), cap=cap, lazy=True)
-        literal = _teacher_plan(settings, settings.teacher, asked=plain, cap=cap, lazy=False)
+        everything = method.teacher_response or method.loss == "off-distill"
+        lazy = _teacher_plan(
+            settings, settings.teacher, asked=plain if everything else min(cap, plain), cap=cap, lazy=True
+        )
+        capped = method.reformulations and not {"bcq"} & set(method.reformulations)  # Hint, Prefix: the capped set only
+        literal = _teacher_plan(
+            settings, settings.teacher, asked=min(cap, plain) if capped else plain, cap=cap, lazy=False
+        )
     return Plan(
         questions=questions,
         eval_questions=eval_questions,
@@ -139,12 +146,11 @@ def render_plan(settings: Settings, plan: Plan, source: str, folder: str) -> Gro
 
 def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, str]]:
     method = settings.method.resolve()
-    asks = ", ".join(kind.upper() for kind in method.reformulations) or "nothing"
     passes = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
     return [
         (
             "method",
-            f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, asks again with {asks}",
+            f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}",
         ),
         ("student", settings.student.model),
         ("teacher", settings.teacher.model if settings.teacher and method.needs_teacher else "not needed"),
@@ -196,7 +202,8 @@ def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) 
         box=None,
         padding=(0, 2, 0, 0),
     )
-    for name in ("ask", "rollouts", "their tokens", "compressions", "their tokens", ""):
+    hints = ["hints"] if literal.hints else []
+    for name in ("ask", "rollouts", "their tokens", "compressions", "their tokens", *hints, ""):
         table.add_column(name, justify="right" if name not in ("ask", "") else "left")
     for name, work in (("lazy", lazy), ("all", literal)):
         table.add_row(
@@ -205,6 +212,7 @@ def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) 
             f"{work.rollouts * settings.teacher.rollout.max_new_tokens:,}",
             f"{work.compressions:,}",
             f"{work.compressions * settings.teacher.compression.max_new_tokens:,}",
+            *([f"{work.hints:,}"] if hints else []),
             "<- this run" if name == chosen else "",
         )
     return table
@@ -212,7 +220,9 @@ def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) 
 
 def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, cap: int, lazy: bool) -> TeacherPlan:
     """The most that the teacher does in a step when it is asked about `asked` hard questions and `cap` prompts are built."""
-    kinds = settings.method.resolve().reformulations
+    method = settings.method.resolve()
+    kinds = method.reformulations
+    responses = method.teacher_response or method.loss == "off-distill" or any(kind != "ncq" for kind in kinds)
     wrong, draws = settings.rollout.group_size, 1 + REDRAWS
     positive = min(draws, settings.zone.teacher_group_size)
     built = min(cap, asked)
@@ -224,8 +234,9 @@ def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, c
         both = (built + 1) // 2
         most = max(built * wrong, both * (wrong + positive) + min(built + 1 - 2 * both, built - both) * wrong)
     return TeacherPlan(
-        rollouts=asked * settings.zone.teacher_group_size if "bcq" in kinds else 0,
+        rollouts=asked * settings.zone.teacher_group_size if responses else 0,
         compressions=most if teacher.compression.enabled else 0,
+        hints=built * positive if "hint" in kinds else 0,
     )
 
 
