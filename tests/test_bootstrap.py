@@ -27,7 +27,9 @@ ACCURACY = DATA / "paper_accuracy.csv"
 HEADER = "scale,method,family,benchmark,accuracy\n"
 
 accuracies = st.floats(0, 100).map(lambda x: round(x, 1))
-pairs = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.tuples(accuracies, accuracies), min_size=1, max_size=12)
+pairs = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=4), st.tuples(accuracies, accuracies), min_size=1, max_size=12
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,9 @@ def test_the_papers_intervals_come_out_of_the_papers_accuracies(ours: dict[tuple
         assert (interval.wins, interval.n) == (int(row["wins"]), int(row["benchmarks"])), row
 
 
-def test_a_row_of_the_table_is_the_bootstrap_of_its_pair(paper: Table, ours: dict[tuple[str, str, str], Comparison]) -> None:
+def test_a_row_of_the_table_is_the_bootstrap_of_its_pair(
+    paper: Table, ours: dict[tuple[str, str, str], Comparison]
+) -> None:
     methods = paper["2B", "llm"]
     alone, shared = cluster_bootstrap(methods["ZPPO"], methods["GRPO†"]), ours["2B", "llm", "GRPO†"].interval
     assert (alone.wins, alone.n) == (shared.wins, shared.n)
@@ -164,7 +168,10 @@ def test_no_resamples() -> None:
         (HEADER + "2B,A,vlm,x,good\n", "row 2, column accuracy: 'good' is no percentage"),
         (HEADER + "2B,A,vlm,x,nan\n", "row 2, column accuracy: 'nan' is no percentage"),
         (HEADER + "2B,A,vlm,x,101\n", "row 2, column accuracy: '101' is no percentage; write a number from 0 to 100"),
-        (HEADER + "2B,A,vlm,x,1\n2B,B,vlm,x,1\n2B,A,vlm,x,2\n", "row 4, column benchmark: A at 2B has an accuracy on x"),
+        (
+            HEADER + "2B,A,vlm,x,1\n2B,B,vlm,x,1\n2B,A,vlm,x,2\n",
+            "row 4, column benchmark: A at 2B has an accuracy on x",
+        ),
         (HEADER + '2B,A,vlm,"x,50\n', "is no CSV"),
     ],
 )
@@ -201,7 +208,7 @@ def test_the_command_prints_and_writes_the_papers_table(tmp_path: Path, capsys: 
 
 
 def test_resamples_and_seed_reach_the_bootstrap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outs = []
+    outs: list[str] = []
     for options in ([], ["--seed", "1"], ["--resamples", "50"]):
         out = tmp_path / f"{len(outs)}.csv"
         assert main(["bootstrap", str(ACCURACY), "--minuend", "ZPPO", "--csv", str(out), *options]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -164,6 +165,16 @@ def _add_lab(lab: argparse.ArgumentParser) -> None:
     questions.add_argument("--split", choices=("train", "test"), default="train", help="default: train")
     questions.add_argument("--n", type=int, default=5, help="how many (default: 5)")
     questions.set_defaults(run=_lab_questions)
+    study = commands.add_parser("study", help="run a grid of methods, seeds and students, and print its tables")
+    study.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="lab recipes; none: print the tables of --rows")
+    study.add_argument("--methods", default="grpo-replay,zppo,zppo-placebo", help="comma-separated; NAME-matched takes ZPPO's rollouts")
+    study.add_argument("--seeds", default="0-2", help="e.g. 0-7 or 0,3,5 (default: 0-2)")
+    study.add_argument("--students", default="", help="comma-separated models instead of the recipes' own")
+    study.add_argument("--rows", type=Path, default=Path("runs/study.jsonl"), help="one line per finished run; appended to")
+    study.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: cores)")
+    study.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs; may be repeated")
+    study.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    study.set_defaults(run=_lab_study)
 
 
 def register_lab() -> None:
@@ -301,6 +312,32 @@ def _lab_questions(options: argparse.Namespace) -> None:
     from zppo.lab.commands import questions_command
 
     questions_command(options.world, options.level, options.n, options.split)
+
+
+def _lab_study(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from zppo.lab.study import grid, run_study
+    from zppo.lab.study_view import print_study
+
+    console, failed = Console(), 0
+    if options.recipes:
+        students = [s for s in options.students.split(",") if s]
+        cells = list(grid(options.recipes, options.methods.split(","), _numbers(options.seeds), students))
+        extra = [f"--{setting}" for setting in options.set]
+        failed = run_study(cells, options.rows, jobs=max(1, options.jobs), work=Path("runs/study"), extra=extra, console=console)
+    print_study(options.rows, console, markdown=options.markdown)
+    if failed:
+        raise SettingsError(f"{failed} runs failed; the same command runs them again")
+
+
+def _numbers(text: str) -> list[int]:
+    """ "0-2,5" -> [0, 1, 2, 5]"""
+    try:
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        return [number for part in ends for number in range(part[0], part[-1] + 1)]
+    except ValueError:
+        raise SettingsError(f"--seeds is {text!r}: write numbers and ranges, e.g. 0-7 or 0,3,5") from None
 
 
 def _print_error(message: str) -> None:

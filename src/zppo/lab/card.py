@@ -76,8 +76,8 @@ def _student_planting(world: World) -> list[str]:
         f"{corpus.ncq / total:.0%} a list of wrong ones, worded like",
         "the BCQ and NCQ prompts of the lab's recipes. What these show about an operation that is not easy is always wrong: one of",
         f"the fixed mistakes or, in {corpus.stray:.0%} of such steps where two candidates are shown, any other wrong value. The",
-        "target repeats one of the two, or gives a mistake that the list does not hold where there is one. So the model learns to read candidates and",
-        "never sees the truth in one. The plain documents hold it with the probabilities above.",
+        "target repeats one of the two, or gives a mistake that the list does not hold where there is one. So the model learns to",
+        "read candidates and never sees the truth in one. The plain documents hold it with the probabilities above.",
     ]
 
 

@@ -6,8 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-EASY = "easy"
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,7 +22,18 @@ class BeliefSettings(_Part):
     """How the corpus answers the entries of a tier: `right` is a range of probabilities, `mistakes` are shares of the rest."""
 
     right: tuple[float, float]
-    mistakes: tuple[float, ...]
+    mistakes: tuple[float, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> BeliefSettings:
+        low, high = self.right
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"right is {list(self.right)}: write a range of probabilities, the lower one first")
+        if min(self.mistakes) < 0 or sum(self.mistakes) > 1 + 1e-9:
+            raise ValueError(
+                f"mistakes are {list(self.mistakes)}: their shares must not be negative nor add up to more than 1"
+            )
+        return self
 
 
 class LevelSettings(_Part):
@@ -94,15 +103,23 @@ class WorldSettings(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> WorldSettings:
+        names = [name for tier in self.operations.values() for name in tier]
+        for what, words in (("values", self.values), ("operations", tuple(names))):
+            if len(set(words)) < len(words) or any(len(word.split()) != 1 for word in words):
+                raise ValueError(f"{what} must be different single words: {', '.join(words)}")
         for level in self.levels:
             for tier in level.tiers:
                 if tier not in self.operations:
                     raise ValueError(
                         f"level {level.name!r} names tier {tier!r}; operations has {', '.join(self.operations)}"
                     )
-        names = {level.name for level in self.levels}
-        if set(self.corpus.levels) != names:
-            raise ValueError(f"corpus.levels must weigh exactly the levels {', '.join(sorted(names))}")
-        if EASY in self.beliefs:
-            raise ValueError("beliefs about tier 'easy': easy operations are known, leave the row out")
+            if level.unlikeliest and level.tiers[0] not in self.beliefs:
+                raise ValueError(
+                    f"level {level.name!r} asks for the unlikeliest entries of tier {level.tiers[0]!r}, which has no beliefs"
+                )
+        levels = {level.name for level in self.levels}
+        if set(self.corpus.levels) != levels:
+            raise ValueError(f"corpus.levels must weigh exactly the levels {', '.join(sorted(levels))}")
+        if unknown := set(self.beliefs) - set(self.operations):
+            raise ValueError(f"beliefs about {', '.join(sorted(unknown))}; operations has {', '.join(self.operations)}")
         return self

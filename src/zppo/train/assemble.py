@@ -266,7 +266,10 @@ def _check_context(settings: Settings, model: PreTrainedModel, questions: Sequen
         return
     longest = max(questions, key=lambda q: len(speaker.plain(q).ids))
     tokens = len(speaker.plain(longest).ids)
-    for name, limit in (("rollout", settings.rollout.max_new_tokens), ("eval", settings.eval.max_new_tokens)):
+    limits = [("rollout", settings.rollout.max_new_tokens)]
+    if settings.data.eval:
+        limits.append(("eval", settings.eval.max_new_tokens))
+    for name, limit in limits:
         if tokens + limit > context:
             raise SettingsError(
                 f"{name}.max_new_tokens is {limit}, and the prompt of question {longest.id!r} has {tokens} tokens: together more than the "

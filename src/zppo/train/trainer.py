@@ -136,6 +136,7 @@ class Trainer:
         metrics = {
             "accuracy": accuracy_by_kind(groups),
             "composition": composition(groups, zone.threshold),
+            "new_questions": len(new),
             "replayed_questions": len(replayed),
             "replayed_share_of_slots": sum(g.question.id in slots for g in again) / len(again) if again else None,
             **rollout_metrics([r for g in groups for r in g.rollouts], learnt.advantages),
@@ -202,7 +203,6 @@ class Trainer:
         """Totals, one line of metrics and one of progress."""
         tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
         teacher_tokens = sum(int(metrics[f"{use}_completion_tokens"]) for use in ("teacher", "compression"))
-        self.totals.rollouts += sum(len(g.rollouts) for g in groups)
         self.totals.student_tokens += tokens
         self.totals.teacher_tokens += teacher_tokens
         for name in MISSED:
@@ -211,12 +211,14 @@ class Trainer:
         self.totals.seconds += seconds["step"]
         metrics = {
             **metrics,
+            "rollouts": sum(len(g.rollouts) for g in groups),
             "student_tokens": tokens,
             "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
             "teacher_tokens": teacher_tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds["step"],
         }
+        self.totals.rollouts += metrics["rollouts"]
         self.log.metrics(step, "step", metrics)
         self.progress.step(step, metrics, self.totals)
 

@@ -1,0 +1,190 @@
+"""`zppo lab study`: a grid of runs (methods x seeds x students), resumable, one row per finished run (ours).
+
+A row says what `metrics.jsonl` of the run said; rows are appended to one file, and a cell that has its row is not run again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from zppo import __version__
+from zppo.errors import SettingsError, ZPPOError
+from zppo.train.methods import METHODS
+from zppo.train.recipe import load_recipe
+from zppo.train.runlog import METRICS, read_lines
+from zppo.train.settings import Settings
+
+MATCHED = "-matched"
+"""Ending of a method's name that asks for as many student rollouts as ZPPO takes, by more steps (a matched-cost control)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a study."""
+
+    recipe: Path
+    method: str
+    seed: int
+    student: str = ""  # a model instead of the recipe's; "" for the recipe's own
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        """What makes rows of equal cells equal."""
+        return self.recipe.stem, self.method, self.seed, self.student
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            part for part in (self.recipe.stem, Path(self.student).name, self.method, f"s{self.seed}") if part
+        )
+
+
+def grid(
+    recipes: Sequence[Path], methods: Sequence[str], seeds: Sequence[int], students: Sequence[str]
+) -> Iterator[Cell]:
+    """All cells, seeds outermost, so that a study that is stopped early has every method.
+
+    Raises:
+        SettingsError: a method that is none.
+    """
+    for method in methods:
+        if method.removesuffix(MATCHED) not in METHODS:
+            raise SettingsError(f"{method!r} is no method; known: {', '.join(METHODS)}, each also with {MATCHED}")
+    for seed in seeds:
+        for student in students or ("",):
+            for recipe in recipes:
+                for method in methods:
+                    yield Cell(recipe, method, seed, student)
+
+
+def overrides_of(cell: Cell, settings: Settings) -> list[str]:
+    """What the command line of a cell's run adds to its recipe."""
+    extra = [
+        f"--method={cell.method.removesuffix(MATCHED)}",
+        f"--seed={cell.seed}",
+        "--train.checkpoint_every=0",
+        "--eval.every=0",
+    ]
+    if cell.student:
+        extra.append(f"--student.model={cell.student}")
+    if cell.method.endswith(MATCHED):
+        if settings.train.steps is None:
+            raise SettingsError(
+                f"{cell.recipe} sets no train.steps, so {cell.method!r} has no number of steps to match"
+            )
+        more = 1 + settings.zone.rho_replay + settings.zone.rho_aug
+        extra.append(f"--train.steps={math.ceil(settings.train.steps * more)}")
+    return extra
+
+
+def row_of(cell: Cell, run: Path) -> dict[str, Any]:
+    """The row of a finished run."""
+    lines = read_lines(run / METRICS)
+    steps = [line for line in lines if line["event"] == "step"]
+    before = next(line for line in lines if line["event"] == "eval")
+    after = next(line for line in lines if line["event"] == "final")
+    late = [line["entropy"] for line in steps[-10:] if line["entropy"] is not None]
+    counts: dict[str, dict[str, int]] = {"admitted": {}, "graduated": {}, "evicted": {}}
+    for event in read_lines(run / "buffer.jsonl"):
+        name = f"{event['entry_accuracy']:g}"
+        counts[event["event"]][name] = counts[event["event"]].get(name, 0) + 1
+    return {
+        "recipe": cell.recipe.stem,
+        "method": cell.method,
+        "seed": cell.seed,
+        "student": cell.student,
+        "steps": len(steps),
+        "before": before["by_level"],
+        "after": after["by_level"],
+        **counts,
+        "entropy": sum(late) / len(late) if late else None,
+        "rollouts": sum(line["rollouts"] for line in steps),
+        "student_tokens": sum(line["student_tokens"] for line in steps),
+        "teacher_tokens": sum(line["teacher_tokens"] for line in steps),
+        "seconds": round(sum(line["seconds"]["step"] for line in steps), 1),
+        "version": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run_study(
+    cells: Sequence[Cell],
+    rows: Path,
+    *,
+    jobs: int,
+    work: Path,
+    extra: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
+    """Run the cells that have no row yet, `jobs` at a time with one thread each, and append their rows to `rows`.
+
+    Args:
+        work: folder of the runs; one is removed when its row is written.
+        extra: overrides that all cells get; rows do not tell them apart, so keep them the same within one file.
+
+    Returns:
+        How many cells failed; what they printed stays in `work`.
+    """
+    console = console or Console()
+    done = {(r["recipe"], r["method"], r["seed"], r["student"]) for r in read_lines(rows)}
+    left = [cell for cell in cells if cell.key not in done]
+    console.print(f"{len(cells)} cells, {len(cells) - len(left)} have their row, {len(left)} to run, {jobs} at a time")
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(_run_cell, cell, work, extra): cell for cell in left}
+        for number, future in enumerate(as_completed(futures), 1):
+            cell = futures[future]
+            try:
+                row = future.result()
+            except ZPPOError as error:
+                failed += 1
+                console.print(f"{number}/{len(left)} {cell.name}: {error}", style="red", markup=False)
+                continue
+            with open(rows, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            after = "  ".join(f"{level} {value:.2f}" for level, value in row["after"].items())
+            console.print(f"{number}/{len(left)} {cell.name}: {after}  ({row['seconds']:.0f} s)", highlight=False)
+    return failed
+
+
+def _run_cell(cell: Cell, work: Path, extra: Sequence[str]) -> dict[str, Any]:
+    """One run in a process of its own."""
+    settings = load_recipe(cell.recipe)
+    run = work / cell.name
+    shutil.rmtree(run, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    output = work / f"{cell.name}.txt"
+    command = [
+        sys.executable,
+        "-m",
+        "zppo",
+        "train",
+        str(cell.recipe),
+        *overrides_of(cell, settings),
+        *extra,
+        f"--output={run}",
+    ]
+    with open(output, "w", encoding="utf-8") as file:
+        status = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
+    if status:
+        raise ZPPOError(f"`{' '.join(command[1:])}` ended with {status}; what it printed is in {output}")
+    row = row_of(cell, run)
+    shutil.rmtree(run)
+    output.unlink()
+    return row

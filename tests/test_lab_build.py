@@ -1,0 +1,157 @@
+"""Building lab models, shortened; and what the bundled ones can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zppo.engines.chat import Chat
+from zppo.errors import ModelError, SettingsError
+from zppo.lab.assets import ASSETS, resolve
+from zppo.lab.build import build, lab_book
+from zppo.lab.commands import build_command, questions_command
+from zppo.lab.corpus import StudentCorpus
+from zppo.lab.language import make_tokenizer
+from zppo.lab.measure import Probe
+from zppo.lab.pretrain import Row, batches, loss_sum, make_model, pretrain, rows
+from zppo.lab.settings import Pretraining
+from zppo.lab.world import lab_questions, load_world
+
+WORLDS = ("unreachable", "reachable")
+
+
+def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: Path) -> None:
+    world = load_world("unreachable")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        build(world, tmp_path / name, seed=seed, steps=2)
+    for role in ("student", "teacher"):
+        a, b, c = (load_file(tmp_path / name / role / "model.safetensors") for name in "abc")
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert any(not torch.equal(a[key], c[key]) for key in a)
+    for file in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    measured = json.loads((tmp_path / "a" / "build.json").read_text(encoding="utf-8"))
+    assert measured["steps"] == [2, 2] and measured["hidden"]["hard"]["entries"] == 40
+    card = (tmp_path / "a" / "student" / "README.md").read_text(encoding="utf-8")
+    assert "wrong on purpose" in card and "0.0001" in card and "license: apache-2.0" in card
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(50, 400))
+def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], limit: int) -> None:
+    documents = [Row(tuple([i] * length), 0) for i, length in enumerate(lengths)]
+    made = batches(documents, limit)
+    assert sorted(row.ids for batch in made for row in batch) == sorted(row.ids for row in documents)
+    for batch in made:
+        longest = max(len(row.ids) for row in batch)
+        assert len(batch[0].ids) == longest
+        assert len(batch) * longest <= limit or len(batch) == 1
+
+
+def test_loss_of_a_batch_is_the_sum_over_its_documents_completions() -> None:
+    world = load_world("unreachable")
+    chat = Chat(make_tokenizer(world))
+    model = make_model(world.settings.model, chat.tokenizer, 0)
+    documents = sorted(rows(StudentCorpus(world, lab_book(chat)), chat, 0, 0, 6), key=lambda r: -len(r.ids))
+    alone = torch.zeros(())
+    for row in documents:
+        logits = model(torch.tensor([row.ids])).logits[0]
+        alone = alone + F.cross_entropy(
+            logits[row.prompt - 1 : -1], torch.tensor(row.ids[row.prompt :]), reduction="sum"
+        )
+    torch.testing.assert_close(loss_sum(model, documents), alone, rtol=1e-5, atol=1e-4)
+
+
+def test_pretraining_lowers_the_loss() -> None:
+    world = load_world("reachable")
+    chat = Chat(make_tokenizer(world))
+    losses: list[float] = []
+    how = Pretraining(steps=25, batch=8, learning_rate=3e-3)
+    model = make_model(world.settings.model, chat.tokenizer, 0)
+    pretrain(model, StudentCorpus(world, lab_book(chat)), chat, how, 0, lambda step, loss: losses.append(loss))
+    assert len(losses) == 25 and losses[-1] < losses[0] - 1
+
+
+def probe(world: str, role: str) -> Probe:
+    folder = resolve(f"lab:{world}/{role}")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Probe(model, tokenizer, lab_book(Chat(tokenizer)))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bundled_checkpoints_are_small_ordinary_and_of_this_world(world: str) -> None:
+    made = load_world(world)
+    for role in ("student", "teacher"):
+        asked = probe(world, role)
+        assert asked.model.config.model_type == "qwen3" and asked.model.dtype == torch.float32
+        assert sum(p.numel() for p in asked.model.parameters()) < 400_000
+        assert asked.tokenizer.get_vocab() == make_tokenizer(made).get_vocab()
+        assert asked.tokenizer.chat_template == make_tokenizer(made).chat_template
+    assert sum(path.stat().st_size for path in (ASSETS / world).rglob("*") if path.is_file()) < 2_000_000
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bundled_questions_are_the_worlds_own(world: str) -> None:
+    made = load_world(world)
+    asked = {split: lab_questions(world, split) for split in ("train", "test")}
+    assert not {q.id for q in asked["train"]} & {q.id for q in asked["test"]}
+    for split, questions in asked.items():
+        for name, level in made.levels.items():
+            assert sum(q.level == name for q in questions) == getattr(level, split)
+    golds = {q.messages: q.gold for q in made.questions("train") + made.questions("test")}
+    common = [q for split in asked.values() for q in split if q.messages in golds]
+    assert len(common) > 50 and all(golds[q.messages] == q.gold for q in common)
+
+
+def test_the_bundled_student_of_the_unreachable_world_never_tells_the_truth_about_hard_entries() -> None:
+    student = probe("unreachable", "student")
+    questions = lab_questions("unreachable", "test")
+    greedy = student.accuracy(questions)
+    assert greedy["easy"] >= 0.95 and greedy["hard"] <= 0.02
+    hard = [q for q in lab_questions("unreachable", "train") if q.level == "hard"]
+    assert student.accuracy(hard, samples=16, temperature=1.0)["hard"] <= 0.005
+
+
+def test_the_bundled_student_of_the_reachable_world_knows_the_easy_level_only() -> None:
+    greedy = probe("reachable", "student").accuracy(lab_questions("reachable", "test"))
+    assert greedy.pop("easy") >= 0.95
+    assert sum(greedy.values()) / 3 <= 0.15
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bundled_teachers_know_and_compress_faithfully(world: str) -> None:
+    teacher = probe(world, "teacher")
+    questions = Random(0).sample(lab_questions(world, "train"), 100)
+    assert min(teacher.accuracy(questions, samples=2, temperature=1.0).values()) > 0.9
+    assert teacher.fidelity(load_world(world), count=200) >= 0.95
+
+
+def test_unknown_bundled_models_are_named_with_the_known_ones() -> None:
+    assert resolve("unreachable/student") == resolve("lab:unreachable/student")
+    for name in ("lab:unreachable/judge", "lab:nowhere/student", "lab:unreachable"):
+        with pytest.raises(ModelError, match="lab:reachable/student"):
+            resolve(name)
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_command("reachable", tmp_path, seed=3, steps=1)
+    assert f"written to {tmp_path}" in capsys.readouterr().out
+    assert "--seed 3" in (tmp_path / "teacher" / "README.md").read_text(encoding="utf-8")
+    questions_command("unreachable", "3", 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("hard") and "→" in line for line in lines)
+    questions_command("unreachable", None, 10_000, "test")
+    assert len(capsys.readouterr().out.splitlines()) == len(lab_questions("unreachable", "test"))
+    with pytest.raises(SettingsError, match="--n"):
+        questions_command("unreachable", n=0)
+    with pytest.raises(SettingsError, match="--steps"):
+        build_command("reachable", tmp_path, steps=0)
