@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # Before torch, tokenizers or the hub client are imported by anybody: small tests gain nothing from threads, and none needs a network.
@@ -103,3 +104,40 @@ def make_tiny(path: Path, seed: int = 0, std: float = 0.1, merges: int = 150, **
 def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 checkpoint with tokenizer, seed 0; read only."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "qwen3")
+
+
+REWARD = '''
+import hashlib
+
+def reward(completion, question):
+    """A random model never boxes an answer, so one text in five counts as right, and a number of the text as its answer."""
+    digest = hashlib.sha256((completion + question.id).encode("utf-8", "surrogatepass")).digest()[0]
+    return {"correct": digest % 5 == 0, "reward": float(digest % 5 == 0), "answer": str(digest)}
+'''
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe on 20 questions, a random student and a random teacher: 5 steps with evaluations and checkpoints."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("recipe")
+    make_tiny(folder / "student", seed=0)
+    make_tiny(folder / "teacher", seed=1)
+    rows = [
+        {"prompt": f"What is {i} plus {j}?", "answer": i + j, "level": "ab"[i % 2]} for i in range(5) for j in range(4)
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    settings = {
+        "student": {"model": "student"},
+        "teacher": {"model": "teacher", "rollout": {"max_new_tokens": 6}, "compression": {"max_new_tokens": 12}},
+        "data": {"train": "questions.jsonl", "eval": "questions.jsonl", "eval_limit": 6},
+        "rollout": {"batch_size": 8, "group_size": 4, "max_new_tokens": 12},
+        "zone": {"rho_aug": 0.5},
+        "eval": {"max_new_tokens": 12, "every": 2},
+        "train": {"steps": 5, "checkpoint_every": 2, "learning_rate": 1e-3, "device": "cpu"},
+        "grading": {"reward": "reward.py:reward"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder / "recipe.yaml"

@@ -176,3 +176,15 @@ def test_fuzz_whole_way(grader: Grader, answer: str) -> None:
     for gold in ("5", r"\sqrt{2}+x"):
         assert grader.equal(gold, answer) in (True, False)
     assert time.perf_counter() - start < 2 * 4
+
+
+def test_a_fault_of_the_rules_costs_one_answer_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(gold: str, answer: str, algebra: object) -> bool:
+        raise ValueError("a rule")
+
+    monkeypatch.setattr("zppo.grading.grader.compare", broken)
+    verdict = Grader().grade(r"\boxed{5}", "5")
+    assert (verdict.correct, verdict.reason, verdict.answer) == (False, "error", "5")
+    assert "a rule" in caplog.text

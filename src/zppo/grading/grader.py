@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,8 @@ from zppo.grading.base import Verdict
 from zppo.grading.boxed import extract_boxed
 from zppo.grading.pool import WorkerPool
 from zppo.grading.typed import compare, undecided
+
+_log = logging.getLogger(__name__)
 
 DEADLINE = 3.0  # seconds for one answer
 MEMORY_LIMIT = 1 << 30  # bytes of address space for a worker; math-verify itself needs about a fifth of it
@@ -70,7 +73,14 @@ class Grader:
         """For each (gold, answer): "equal", "different", "timeout" or "error"."""
         decided: dict[tuple[str, str], str] = {}
         for pair in dict.fromkeys(pairs):
-            verdict = compare(*pair, undecided)
+            try:
+                verdict = compare(*pair, undecided)
+            except (
+                Exception
+            ):  # a fault of ours in one answer must not end a run of days: that answer is wrong, and said
+                _log.exception("grading failed on gold %.200r and answer %.200r: please report it", *pair)
+                decided[pair] = "error"
+                continue
             if verdict is not None:
                 decided[pair] = "equal" if verdict else "different"
         with self._lock:
@@ -111,7 +121,7 @@ class Grader:
 
         Returns:
             One verdict an item, in order; reward 1.0 or 0.0. Reasons: "equal", "different", "no answer", "timeout" (the
-            answer took longer than the deadline), "error" (its worker died).
+            answer took longer than the deadline), "error" (its worker died, or the rules failed on it: see the log).
 
         Raises:
             ZPPOError: workers are needed and cannot be started.

@@ -132,9 +132,10 @@ def _matrix(text: str) -> Shape | None:
 
 def _plus_minus(text: str) -> Shape | None:
     """`a \\pm b` as the list of its two values."""
-    if text.count(r"\pm") != 1 or re.search(r"\\mp(?![a-zA-Z])|=|[<>]", text):
+    sides = re.split(r"\\pm(?![a-zA-Z]) ?", text)
+    if len(sides) != 2 or not sides[1] or re.search(r"\\mp(?![a-zA-Z])|=|[<>]", text):
         return None
-    left, right = re.split(r"\\pm(?![a-zA-Z]) ?", text)
+    left, right = sides
     return Shape(Kind.LIST, text, (f"{left}+{right}" if left else right, f"{left}-{right}"))
 
 

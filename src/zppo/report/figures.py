@@ -164,18 +164,18 @@ def _zone(zone: ZoneStory | None) -> list[Chart]:
     colours, x = ramp(len(zone.names)), zone.steps.tolist()
     admitted, graduated = np.cumsum(zone.admitted, axis=1), np.cumsum(zone.graduated, axis=1)
     occupancy = tuple(
-        Series(f"admitted at {name}", x, numbers(row), colour)
+        Series(name, x, numbers(row), colour)
         for name, row, colour in zip(zone.names, zone.occupancy, colours, strict=True)
     )
     shares = tuple(
-        Series(f"admitted at {name}", x, numbers(row), colour, hover=[f"{g:,} of {a:,}" for g, a in zip(out, into, strict=True)])
+        Series(name, x, numbers(row), colour, hover=[f"{g:,} of {a:,}" for g, a in zip(out, into, strict=True)])
         for name, row, out, into, colour in zip(zone.names, zone.graduated_share, graduated, admitted, colours, strict=True)
     )
     return [
         Chart("occupancy", ZONE, "Questions in the buffer", occupancy, "area", y_title="questions",
               caption="By plain accuracy at admission."),
         Chart("graduation", ZONE, "Graduated of those admitted", shares, percent=True, smooth=False,
-              caption="So far, by plain accuracy at admission; hover for the numbers."),
+              caption="Up to each step, by plain accuracy at admission; the numbers appear under the pointer."),
         _bars("graduates", "Graduates", zone.names, {"graduated": zone.graduated.sum(axis=1)}, colours={"graduated": GREEN},
               caption="Entries that graduated, by plain accuracy at admission."),
         _bars("fate", "Fate of those that left", zone.names,
@@ -223,10 +223,10 @@ def _waiting(zone: ZoneStory, colours: Sequence[str]) -> Chart:
             values, counts = np.unique(waits, return_counts=True)
             done = np.cumsum(counts)
             hover = [f"{d:,} of {done[-1]:,}" for d in done]
-            label = f"admitted at {name} (median {median(waits):g})"
+            label = f"{name} (median {median(waits):g})"
             series.append(Series(label, values.tolist(), numbers(done / done[-1]), colour, hover=hover))
     return Chart("waiting", ZONE, "Time to graduation", tuple(series), x_title="steps since admission", percent=True, smooth=False,
-                 unit_range=True, caption="Share of a bin's graduates that took at most so many steps.")  # fmt: skip
+                 unit_range=True, caption="Share of the graduates that took at most so many steps, by plain accuracy at admission.")  # fmt: skip
 
 
 def _audits(run: Run, counts: Counts) -> list[Chart]:

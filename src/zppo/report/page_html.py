@@ -45,8 +45,8 @@ def report_page(summary: Summary, *, most_stories: int = MOST_STORIES, most_byte
         stories.append(text)
     note = (
         f"This file holds {len(stories):,} of the run's {len(summary.lines):,} questions, spread evenly over kinds of prompts, entry bins and "
-        f"audit classes (at most {most_stories:,}, and {most_bytes / 1e6:,.0f} MB in all). `zppo report RUN --watch` shows every question, "
-        "`zppo inspect RUN QUESTION_ID` one of them in the terminal."
+        f"audit classes (at most {most_stories:,}, and {most_bytes / 1e6:,.0f} MB in all). zppo report RUN --watch shows every question, "
+        "zppo inspect RUN QUESTION_ID one of them in the terminal."
     )
     return page(_payload(summary, index, note), stories)
 

@@ -158,7 +158,7 @@ def _cost(run: Run, student: str, teacher: str | None, resolve: Resolve) -> str:
         cost = as_run(load_recipe(run.folder / RECIPE), run.steps, run.folder / METRICS)
         sizes = [size_of(student, resolve=resolve).parameters, size_of(teacher, resolve=resolve).parameters if teacher else 0.0]
     except ZPPOError:
-        return "not known; `zppo cost` says why"
+        return "not known (zppo cost says why)"
     return f"{math.fsum(cost.saved.flops(*sizes).values()):.2g} FLOPs"
 
 

@@ -101,8 +101,9 @@ function chartCard(chart) {
 
 function tableCard(table) {
   const head = el("tr", {}, table.columns.map((name) => el("th", { scope: "col" }, name)));
-  const rows = table.rows.map((row) => el("tr", {}, row.map((cell) => el("td", {}, cell))));
-  return el("section", { class: "card", id: table.id }, el("h3", {}, table.title), el("p", { class: "caption" }, table.caption),
+  const mixed = table.rows.some((row) => row[0].includes("· paper"));
+  const rows = table.rows.map((row) => el("tr", { class: mixed && !row[0].includes("· paper") ? "ours" : null }, row.map((cell) => el("td", {}, cell))));
+  return el("section", { class: table.rows.length > 10 ? "card wide" : "card", id: table.id }, el("h3", {}, table.title), el("p", { class: "caption" }, table.caption),
     el("div", { class: "table", tabindex: "0", role: "group", "aria-label": table.title }, el("table", {}, el("thead", {}, head), el("tbody", {}, rows))));
 }
 
@@ -119,10 +120,10 @@ function drawSections(data) {
     const id = anchor(section.name);
     let node = document.getElementById(id);
     if (!node) {
-      node = el("section", { id }, el("h2", {}, section.name), el("div", { class: "tables" }), el("div", { class: "charts" }));
+      node = el("section", { id }, el("h2", {}, section.name), el("div", { class: "charts" }), el("div", { class: "tables" }));
       main.insertBefore(node, document.getElementById("questions") ?? document.getElementById("recipe"));
     }
-    const [, tables, charts] = node.children;
+    const [, charts, tables] = node.children;
     tables.replaceChildren(...section.tables.map(tableCard));
     tables.hidden = !section.tables.length;
     const known = [...charts.children].map((card) => card.id).join(), wanted = section.charts.map((chart) => `chart-${chart.id}`).join();
