@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from zppo.core.draws import keyed_random
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Draft, Message, Question
 from zppo.prompts.book import PromptBook
+from zppo.train.methods import METHODS
 from zppo.train.recipe import dump_recipe
 from zppo.train.runlog import ROLLOUT_SCHEMA, ROLLOUTS, ROWS_PER_GROUP, RunLog
 from zppo.train.settings import Settings
@@ -69,6 +70,7 @@ class Maker:
         self.random = random.Random(shape.seed)
         self.text = " ".join(self.random.choices(WORDS, k=400_000))
         self.buffer = PromptReplayBuffer(shape.capacity, 0.5, shape.seed)
+        self.method = METHODS[shape.method]
         self.skill = 0.0
 
     def make(self) -> None:
@@ -103,7 +105,9 @@ class Maker:
 
     def _chance(self, question: Question) -> float:
         """Chance of a right plain rollout: some questions are out of reach from the start, and the student learns."""
-        hidden = keyed_random(self.shape.seed, question.id).gauss({"easy": 1.5, "medium": -0.8, "hard": -3.2}[question.level], 1.2)
+        hidden = keyed_random(self.shape.seed, question.id).gauss(
+            {"easy": 1.5, "medium": -0.8, "hard": -3.2}[question.level], 1.2
+        )
         return 1 / (1 + math.exp(-(hidden + self.skill)))
 
     def _wrong(self, question: Question) -> str:
@@ -143,7 +147,9 @@ class Maker:
             prompt = self._render(self.book.render(Draft("bcq", question, {"candidates": shown})))
             first = (gold, negative)[correct_at]
             pool = [gold] * 5 + [negative] * 3 + [first] + [self._wrong(question)]
-            rows.append(Row("bcq", question, prompt, audit, row.replayed, [self.random.choice(pool) for _ in row.answers]))
+            rows.append(
+                Row("bcq", question, prompt, audit, row.replayed, [self.random.choice(pool) for _ in row.answers])
+            )
         listed = tuple(dict.fromkeys(a for a in wrong if a is not None))
         slots = {"answers": listed, "candidates": [self._candidate(a) for a in wrong]}
         prompt = self._render(self.book.render(Draft("ncq", question, slots)))
@@ -155,16 +161,18 @@ class Maker:
     def _step(self, step: int) -> None:
         shape = self.shape
         new = [self._question((step - 1) * shape.batch + i) for i in range(shape.batch)]
-        replayed = self.buffer.sample(shape.batch // 4, {q.id for q in new})
+        replayed = self.buffer.sample(shape.batch // 4, {q.id for q in new}) if self.method.replay else []
         self.skill = shape.gain * step / shape.steps
         plain = [self._plain(q, False) for q in new] + [self._plain(q, True) for q in replayed]
         hard = sorted((r for r in plain if _accuracy(r) < 0.5), key=_accuracy)
         again: list[Row] = []
         for row in hard:
-            again += self._again(row)[: shape.batch // 4 - len(again)]
+            wanted = [r for r in self._again(row) if r.kind in self.method.reformulations]
+            again += wanted[: shape.batch // 4 - len(again)]
         rows = plain + again
         entries = {q.question.id: e.accuracy for q in plain if (e := self.buffer.get(q.question.id))}
-        changes = self.buffer.update([(r.question, _accuracy(r)) for r in plain], step)
+        results = [(r.question, _accuracy(r)) for r in plain] if self.method.replay else []
+        changes = self.buffer.update(results, step)
         entries |= {e.question.id: e.accuracy for e in changes.admitted}
         table = self._table(step, rows, entries)
         pq.write_table(
@@ -206,7 +214,7 @@ class Maker:
             "composition": {
                 "easy": (len(kinds["plain"]) - hard) / len(rows),
                 "hard": hard / len(rows),
-                **{k: len(kinds[k]) / len(rows) for k in ("bcq", "ncq")},
+                **{k: len(kinds[k]) / len(rows) for k in self.method.reformulations},
             },
             "replayed_questions": replayed,
             "replayed_share_of_slots": sum(r.replayed for k in ("bcq", "ncq") for r in kinds[k]) / max(1, asked),
@@ -258,8 +266,9 @@ def make_run(folder: Path, shape: Shape | None = None) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name in ("steps", "batch", "group_size", "capacity", "characters", "seed"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Shape(), name))
+    for field in fields(Shape):
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     options = vars(parser.parse_args())
     folder = options.pop("folder")
     started = time.perf_counter()

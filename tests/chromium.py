@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +31,9 @@ class Browser:
     def __init__(self) -> None:
         program = next((path for name in NAMES if (path := shutil.which(name))), None)
         if program is None:
-            pytest.fail(f"this test needs a browser, and none of {', '.join(NAMES)} is installed; on Debian: apt-get install chromium")
+            pytest.fail(
+                f"this test needs a browser, and none of {', '.join(NAMES)} is installed; on Debian: apt-get install chromium"
+            )
         self.errors: list[str] = []
         self.requests: list[str] = []
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -40,15 +43,18 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         self._ids = itertools.count(1)
-        self._socket = connect(self._target(), max_size=None, compression=None)
+        self._stack = ExitStack()
+        self._socket = self._stack.enter_context(connect(self._target(), max_size=None, compression=None))
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._socket.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
         self._process.terminate()
         self._process.wait(timeout=20)
         self._profile.cleanup()
@@ -92,9 +98,18 @@ class Browser:
 
     def size(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
         """The window's size in CSS pixels; a phone has a coarse pointer and two dots a pixel."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
 
     def open(self, address: str) -> None:
         """Go there and wait until the page says that it is ready."""

@@ -171,10 +171,6 @@ def _gone(pids: list[int], seconds: float) -> bool:
     return not _alive(pids)
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
-
-
-@linux
 def test_close_leaves_no_process_and_the_grader_starts_again() -> None:
     known = set(_descendants(os.getpid()))
     grader = Grader()
@@ -188,7 +184,6 @@ def test_close_leaves_no_process_and_the_grader_starts_again() -> None:
 
 
 @pytest.mark.slow
-@linux
 def test_killed_workers_are_replaced() -> None:
     with Grader() as grader:
         known = set(_descendants(os.getpid()))
@@ -199,7 +194,6 @@ def test_killed_workers_are_replaced() -> None:
 
 
 @pytest.mark.slow
-@linux
 def test_a_caller_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
     script.write_text(

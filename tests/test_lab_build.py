@@ -9,28 +9,46 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zppo.core.draws import keyed_random
 from zppo.engines.chat import Chat
 from zppo.errors import ModelError, SettingsError
 from zppo.lab.assets import ASSETS, resolve
-from zppo.lab.build import build, lab_book
+from zppo.lab.build import build, choose, lab_book
 from zppo.lab.commands import build_command, questions_command
 from zppo.lab.corpus import StudentCorpus
 from zppo.lab.language import make_tokenizer
 from zppo.lab.measure import Probe
 from zppo.lab.pretrain import Row, batches, loss_sum, make_model, pretrain, rows
 from zppo.lab.settings import Pretraining
+from zppo.lab.world import WORLDS as SETTINGS
 from zppo.lab.world import lab_questions, load_world
 
 WORLDS = ("unreachable", "reachable")
 
 
+def small_world(tmp_path: Path) -> str:
+    """The world "unreachable" cut down, so that a build takes moments."""
+    data = yaml.safe_load((SETTINGS / "unreachable.yaml").read_text(encoding="utf-8"))
+    data["operations"]["hard"] = {"graft": "permutation"}
+    data["levels"] = [
+        {"name": "easy", "tiers": ["easy", "easy"], "train": 4, "test": 4},
+        {"name": "hard", "tiers": ["hard", "easy"], "entries": 6, "unlikeliest": True, "train": 12, "test": 12},
+    ]
+    data["corpus"]["levels"] = {"easy": 1, "hard": 1}
+    data["model"] = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(data | {"name": "small"}), encoding="utf-8")
+    return str(path)
+
+
 def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: Path) -> None:
-    world = load_world("unreachable")
+    world = load_world(small_world(tmp_path))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         build(world, tmp_path / name, seed=seed, steps=2)
     for role in ("student", "teacher"):
@@ -40,9 +58,41 @@ def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: 
     for file in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     measured = json.loads((tmp_path / "a" / "build.json").read_text(encoding="utf-8"))
-    assert measured["steps"] == [2, 2] and measured["hidden"]["hard"]["entries"] == 40
+    assert measured["steps"] == [2, 2] and measured["hidden"]["hard"]["entries"] == 6
     card = (tmp_path / "a" / "student" / "README.md").read_text(encoding="utf-8")
     assert "wrong on purpose" in card and "0.0001" in card and "license: apache-2.0" in card
+
+
+def test_the_unlikeliest_entries_are_chosen(tmp_path: Path) -> None:
+    world = load_world(small_world(tmp_path))
+    chat = Chat(make_tokenizer(world))
+    asked = Probe(make_model(world.settings.model, chat.tokenizer, 0), chat.tokenizer, lab_book(chat))
+    chances = asked.truth(world, "hard", world.entries("hard"))
+    assert len(chances) == 31 and all(len(c) == 3 * 6 for c in chances.values())
+    chosen, hidden = choose(world, asked)
+    worst_chosen = max(max(chances[entry]) for entry in chosen["hard"])
+    assert hidden["hard"].largest == worst_chosen
+    assert worst_chosen <= min(max(c) for entry, c in chances.items() if entry not in chosen["hard"])
+
+
+def test_chance_of_the_truth_is_the_models_own() -> None:
+    """Against a plain reading of the model's probabilities: prompt, think tag, right values before the step."""
+    world = load_world("unreachable")
+    chat = Chat(make_tokenizer(world))
+    model = make_model(world.settings.model, chat.tokenizer, 0)
+    asked = Probe(model, chat.tokenizer, lab_book(chat))
+    entry = world.entries("hard")[40]
+    chances = asked.truth(world, "hard", [entry])[entry]
+    plain = []
+    for chain in world.chains_about("hard", entry, keyed_random("lab", "truth", 0, *entry)):
+        right = world.truth(chain)
+        at = world.tiers(chain).index("hard")
+        text = " ".join(["<think>", *(world.values[v] for v in right[:at])])
+        ids = [*chat.encode(asked.book.plain(world.question(chain, "hard"))), *chat.tokenizer(text)["input_ids"]]
+        with torch.no_grad():
+            after = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        plain.append(after[chat.tokenizer.get_vocab()[world.values[right[at]]]].item())
+    assert chances[::3] == pytest.approx(plain, rel=1e-4)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(50, 400))
@@ -143,7 +193,7 @@ def test_unknown_bundled_models_are_named_with_the_known_ones() -> None:
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    build_command("reachable", tmp_path, seed=3, steps=1)
+    build_command(small_world(tmp_path), tmp_path, seed=3, steps=1)
     assert f"written to {tmp_path}" in capsys.readouterr().out
     assert "--seed 3" in (tmp_path / "teacher" / "README.md").read_text(encoding="utf-8")
     questions_command("unreachable", "3", 4)
@@ -154,4 +204,4 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SettingsError, match="--n"):
         questions_command("unreachable", n=0)
     with pytest.raises(SettingsError, match="--steps"):
-        build_command("reachable", tmp_path, steps=0)
+        build_command("unreachable", tmp_path, steps=0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from zppo import __version__
 from zppo.errors import SettingsError, ZPPOError
+from zppo.report.arguments import add_commands
 
 if TYPE_CHECKING:
     from zppo.core.types import Question
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are")
     )
     _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
+    add_commands(commands, _model_folder)
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
     return parser
 

@@ -112,7 +112,7 @@ def choose(world: World, probe: Probe) -> tuple[dict[str, list[Entry]], dict[str
     for name, level in world.levels.items():
         if not level.unlikeliest:
             continue
-        chances = {entry: probe.truth(world, name, entry) for entry in world.entries(name)}
+        chances = probe.truth(world, name, world.entries(name))
         ranked = sorted(chances, key=lambda entry: (max(chances[entry]), entry))[: level.entries]
         shown = [chance for entry in ranked for chance in chances[entry]]
         chosen[name] = ranked

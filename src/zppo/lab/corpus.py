@@ -19,6 +19,8 @@ Results = tuple[int, ...]
 Tables = dict[Entry, list[float]]
 # Wrong rollouts of a group of eight: how many candidates an NCQ prompt shows.
 NCQ_CANDIDATES = (1, 2, 3, 4, 5, 6, 7, 8)
+# Draws after which a result that differs from given ones is given up.
+TRIES = 16
 # Share of responses in the teacher's compression documents that are odd in one way or another.
 ODD = 0.3
 
@@ -84,9 +86,10 @@ class StudentCorpus:
     def _bcq(self, chain: Chain, level: str, rng: Random) -> Document:
         """Two different candidates; the target is one of them, the one without a slip where the other has one."""
         target = _walk(self._strayed, chain, rng)
-        other = next((o for o in (_walk(self._strayed, chain, rng) for _ in range(8)) if o != target), None)
-        if other is None or rng.random() < self.settings.slip:
-            other = self._slip(self._strayed, chain, target, rng)
+        others = (_walk(self._strayed, chain, rng) for _ in range(TRIES))
+        other = next((o for o in others if o != target), target)
+        if other == target or rng.random() < self.settings.slip:
+            other = self._slip(self._strayed, chain, target, rng) or other
         pair = [target, other]
         rng.shuffle(pair)
         return Document(BCQ, self.bcq_prompt(chain, level, pair), self.world.completion_text(chain, target))
@@ -96,16 +99,17 @@ class StudentCorpus:
         shown = self.mistaken(chain, rng.choice(NCQ_CANDIDATES), rng)
         target = _walk(self._mistaken, chain, rng)
         if rng.random() < self.settings.heed:
-            target = next((t for t in (_walk(self._mistaken, chain, rng) for _ in range(16)) if t not in shown), target)
+            others = (_walk(self._mistaken, chain, rng) for _ in range(TRIES))
+            target = next((o for o in others if o not in shown), target)
         return Document(NCQ, self.ncq_prompt(chain, level, shown), self.world.completion_text(chain, target))
 
     def mistaken(self, chain: Chain, count: int, rng: Random) -> list[Results]:
         """Wrong results of a chain as NCQ documents show them: mistakes, and slips in easy steps (where all are easy: in every one)."""
-        known = all(operation not in self.world.settings.beliefs for operation in self.world.tiers(chain))
+        known = all(tier not in self.world.settings.beliefs for tier in self.world.tiers(chain))
         drawn = [_walk(self._mistaken, chain, rng) for _ in range(count)]
+        slip = 1.0 if known else self.settings.slip
         return [
-            self._slip(self._mistaken, chain, r, rng) if known or rng.random() < self.settings.slip else r
-            for r in drawn
+            (rng.random() < slip and self._slip(self._mistaken, chain, results, rng)) or results for results in drawn
         ]
 
     def bcq_prompt(self, chain: Chain, level: str, candidates: Sequence[Results]) -> tuple[Message, ...]:
@@ -121,11 +125,11 @@ class StudentCorpus:
         }
         return self.book.render(Draft(NCQ, self.world.question(chain, level), slots))
 
-    def _slip(self, tables: Tables, chain: Chain, results: Results, rng: Random) -> Results:
-        """The results with a random wrong value after one easy operation; what follows goes on from it."""
+    def _slip(self, tables: Tables, chain: Chain, results: Results, rng: Random) -> Results | None:
+        """The results with a random wrong value after one easy operation; what follows goes on from it. None if none is easy."""
         steps = [n for n, tier in enumerate(self.world.tiers(chain)) if tier not in self.world.settings.beliefs]
         if not steps:
-            return results
+            return None
         at = rng.choice(steps)
         wrong = rng.choice([v for v in range(len(self.world.values)) if v != results[at]])
         return (*results[:at], wrong, *_walk(tables, Chain(wrong, chain.operations[at + 1 :]), rng))
@@ -150,7 +154,7 @@ class TeacherCorpus:
     def _compression(self, rng: Random) -> Document:
         response = self.response(rng)
         messages = self.book.compression(response.text, response.has_answer)
-        return Document("compression", messages, f"<summary> {response.summary} </summary>")
+        return Document("compression", messages, " ".join(["<summary>", *response.summary.split(), "</summary>"]))
 
     def response(self, rng: Random) -> Response:
         """What was written is to be copied, never mended: the values are arbitrary, so nothing but the response can tell them."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from random import Random
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -15,10 +17,11 @@ from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.grading import extract_boxed, normalise
 from zppo.lab.corpus import StudentCorpus, TeacherCorpus
-from zppo.lab.world import Entry, World
+from zppo.lab.world import Chain, Entry, World
 from zppo.prompts import PromptBook
 
 MAX_NEW_TOKENS = 24
+ROWS_AT_ONCE = 256
 
 
 class Probe:
@@ -68,43 +71,63 @@ class Probe:
         ]
         return sum(kept) / len(kept)
 
-    def truth(self, world: World, level: str, entry: Entry, seed: int = 0) -> list[float]:
-        """How likely the right result of an entry is in every context that does not show it: plain, BCQ and NCQ prompts of all its chains.
+    def truth(self, world: World, level: str, entries: Sequence[Entry], seed: int = 0) -> dict[Entry, list[float]]:
+        """How likely the right results are in contexts that do not show them: plain, BCQ and NCQ prompts of all chains of an entry.
 
         Earlier steps of the chain are given rightly; the values are probabilities of the next token.
         """
-        rng = keyed_random("lab", "truth", seed, *entry)
-        corpus = StudentCorpus(world, self.book)
+        corpus, words = StudentCorpus(world, self.book), self.tokenizer.get_vocab()
+        owners: list[Entry] = []
         rows: list[tuple[int, ...]] = []
-        for chain in world.chains_about(level, entry, rng):
-            at = next(n for n, i in enumerate(chain.operations) if (i, (chain.start, *world.truth(chain))[n]) == entry)
-            before = " ".join(["<think>", *(world.values[v] for v in world.truth(chain)[:at])])
-            told = tuple(self.tokenizer(before, add_special_tokens=False)["input_ids"])
-            mistakes = [
-                (*world.truth(chain)[:at], wrong, *world.truth(chain)[at + 1 :]) for wrong in world.mistakes[entry][:2]
-            ]
-            for messages in (
-                self.book.plain(world.question(chain, level)),
-                corpus.bcq_prompt(chain, level, mistakes),
-                corpus.ncq_prompt(chain, level, corpus.mistaken(chain, 8, rng)),
-            ):
-                rows.append((*self.chat.encode(messages), *told))
-        right = world.operations[entry[0]].table[entry[1]]
-        return self._next(rows, self.tokenizer.get_vocab()[world.values[right]])
+        for entry in entries:
+            rng = keyed_random("lab", "truth", seed, *entry)
+            for chain in world.chains_about(level, entry, rng):
+                contexts = self._contexts(corpus, chain, level, entry, rng)
+                rows += contexts
+                owners += [entry] * len(contexts)
+        tokens = [words[world.values[world.operations[index].table[value]]] for index, value in owners]
+        chances: dict[Entry, list[float]] = defaultdict(list)
+        for entry, chance in zip(owners, self._next(rows, tokens), strict=True):
+            chances[entry].append(chance)
+        return chances
+
+    def _contexts(
+        self, corpus: StudentCorpus, chain: Chain, level: str, entry: Entry, rng: Random
+    ) -> list[tuple[int, ...]]:
+        """Prompts of a chain as token ids, with the completion's beginning up to where the entry's result is due."""
+        world, right = corpus.world, corpus.world.truth(chain)
+        at = next(n for n, i in enumerate(chain.operations) if (i, (chain.start, *right)[n]) == entry)
+        before = " ".join(["<think>", *(world.values[v] for v in right[:at])])
+        told = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+        mistakes = [(*right[:at], wrong, *right[at + 1 :]) for wrong in world.mistakes[entry][:2]]
+        prompts = (
+            self.book.plain(world.question(chain, level)),
+            corpus.bcq_prompt(chain, level, mistakes),
+            corpus.ncq_prompt(chain, level, corpus.mistaken(chain, 8, rng)),
+        )
+        return [(*self.chat.encode(messages), *told) for messages in prompts]
 
     @torch.no_grad()
-    def _next(self, rows: Sequence[tuple[int, ...]], token: int) -> list[float]:
-        """Probability of `token` after each row; rows of equal length share a forward pass."""
-        chances: dict[int, float] = {}
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):
-            by_length[len(row)].append(i)
-        for indices in by_length.values():
-            logits = self.model(
-                input_ids=torch.tensor([rows[i] for i in indices]), logits_to_keep=1, use_cache=False
-            ).logits[:, -1]
-            chances |= dict(zip(indices, logits.softmax(-1)[:, token].tolist(), strict=True))
-        return [chances[i] for i in range(len(rows))]
+    def _next(self, rows: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> list[float]:
+        """Probability of a token after each row; rows of equal length share forward passes."""
+        chances = [0.0] * len(rows)
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for _, same_length in groupby(by_length, key=lambda i: len(rows[i])):
+            for indices in batched(same_length, ROWS_AT_ONCE):
+                ids = torch.tensor([rows[i] for i in indices])  # (B, T)
+                probabilities = (
+                    self.model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1)
+                )  # (B, V)
+                for i, row in zip(indices, probabilities, strict=True):
+                    chances[i] = row[tokens[i]].item()
+        return chances
+
+
+def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    """The items in lists of `size`, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def same(answer: str | None, gold: str) -> bool:

@@ -90,13 +90,21 @@ def count_group(
 
 def _count_position(counts: Counts, correct_at: int, found: Sequence[str]) -> None:
     """Sums for `position_bias`: per prompt, f rollouts follow the first candidate and t follow one of the two."""
-    followed = [correct_at if which == "positive" else 1 - correct_at for which in found if which in ("positive", "negative")]
+    followed = [
+        correct_at if which == "positive" else 1 - correct_at for which in found if which in ("positive", "negative")
+    ]
     first, total = followed.count(0), len(followed)
     counts["position", "right first"] += correct_at == 0
     counts["position", "prompts"] += 1
     if total:
         counts["position", "n"] += 1
-        for name, value in (("f", first), ("t", total), ("ff", first * first), ("ft", first * total), ("tt", total * total)):
+        for name, value in (
+            ("f", first),
+            ("t", total),
+            ("ff", first * first),
+            ("ft", first * total),
+            ("tt", total * total),
+        ):
             counts["position", name] += value
 
 
@@ -183,7 +191,7 @@ def paper_rows() -> list[MatchRow]:
     text = (files("zppo.report") / "data" / "paper_audit.csv").read_text(encoding="utf-8")
     return [
         MatchRow(
-            f"paper, {row['scale']}",
+            f"paper {row['scale']}",
             row["reformulation"].lower(),
             "right" if row["subset"] == "correct" else row["subset"],
             int(row["rollouts"]),

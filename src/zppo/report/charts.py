@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # Okabe and Ito's colours, told apart with every kind of colour blindness.
-BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F"
+BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#CC79A7",
+    "#7F7F7F",
+)
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
 KIND_COLOURS = {"plain": BLUE, "bcq": RED, "ncq": GREEN}
 # Anchors of the ramp for entry bins, ordered from dark to light, as cividis is.
@@ -82,7 +90,10 @@ class Chart:
             return None
         half = round(len(series.y) / 40)
         near = ([v for v in series.y[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(series.y)))
-        return [sum(values) / len(values) if values and y is not None else None for values, y in zip(near, series.y, strict=True)]
+        return [
+            sum(values) / len(values) if values and y is not None else None
+            for values, y in zip(near, series.y, strict=True)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with six digits; `mean` of a series is its smoothed line."""

@@ -60,8 +60,23 @@ def _outcome(run: Run) -> list[Chart]:
         for i, level in enumerate(levels)
     ]
     series.append(Series("all", x, numbers(e["accuracy"] for e in seen), "#333333" if levels else BLUE))
-    caption = "Plain prompts on held-out questions. The last point is a fresh evaluation of final/." if finals else "Plain prompts on held-out questions."
-    return [Chart("held-out", DYNAMICS, "Held-out accuracy", tuple(series), caption=caption, percent=True, smooth=False, unit_range=True)]
+    caption = (
+        "Plain prompts on held-out questions. The last point is a fresh evaluation of final/."
+        if finals
+        else "Plain prompts on held-out questions."
+    )
+    return [
+        Chart(
+            "held-out",
+            DYNAMICS,
+            "Held-out accuracy",
+            tuple(series),
+            caption=caption,
+            percent=True,
+            smooth=False,
+            unit_range=True,
+        )
+    ]
 
 
 def _by_kind(scans: Sequence[StepScan]) -> list[Chart]:
@@ -114,19 +129,19 @@ def _by_step(run: Run) -> list[Chart]:
 
     asked = any(line.get("teacher_rollouts") for line in run.steps)
     teacher = (
-        ratio("teacher rollouts right", "teacher_correct", "teacher_rollouts", GREEN),
-        ratio("questions that the teacher never solved", "teacher_solved_none", "teacher_questions", ORANGE),
+        ratio("rollouts right", "teacher_correct", "teacher_rollouts", GREEN),
+        ratio("questions never solved", "teacher_solved_none", "teacher_questions", ORANGE),
         ratio("summaries refused", "compression_failed", "compression_asked", RED),
-        ratio("BCQ shown uncompressed", "bcq_raw_pairs", "bcq_prompts", PURPLE),
+        ratio("BCQ uncompressed", "bcq_raw_pairs", "bcq_prompts", PURPLE),
     )
     missing = Chart(
         "teacher-missing", DYNAMICS, "Help that did not come",
         (
-            one("teacher rollouts unreachable", "teacher_unreachable", RED),
-            one("summaries unreachable", "compression_unreachable", ORANGE),
-            one("prompts too long for the context", "too_long", PURPLE),
+            one("rollouts", "teacher_unreachable", RED),
+            one("summaries", "compression_unreachable", ORANGE),
+            one("too long prompts", "too_long", PURPLE),
         ),
-        y_title="count", smooth=False, caption="Requests that the teacher could not serve, and prompts that were not built.",
+        y_title="count", smooth=False, caption="Teacher rollouts and summaries without a reply; prompts beyond the student's context.",
     )  # fmt: skip
     return [
         Chart("loss", DYNAMICS, "Loss", (one("loss", "loss", BLUE),),
@@ -154,7 +169,8 @@ def _parts(lines: Sequence[Mapping[str, Any]], key: str, colours: Mapping[str, s
     x = [line["step"] for line in lines]
     spare = dict(zip(names, CYCLE * 9, strict=False))
     return tuple(
-        Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n])) for n in names
+        Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n]))
+        for n in names
     )
 
 
@@ -169,7 +185,9 @@ def _zone(zone: ZoneStory | None) -> list[Chart]:
     )
     shares = tuple(
         Series(name, x, numbers(row), colour, hover=[f"{g:,} of {a:,}" for g, a in zip(out, into, strict=True)])
-        for name, row, out, into, colour in zip(zone.names, zone.graduated_share, graduated, admitted, colours, strict=True)
+        for name, row, out, into, colour in zip(
+            zone.names, zone.graduated_share, graduated, admitted, colours, strict=True
+        )
     )
     return [
         Chart("occupancy", ZONE, "Questions in the buffer", occupancy, "area", y_title="questions",
@@ -212,7 +230,9 @@ def _visits(zone: ZoneStory) -> Chart:
     parts = {"graduated": [r[0] for r in rows.values()], "evicted": [r[1] for r in rows.values()]}
     caption = "Entries that left, by how often they were asked plainly since admission."
     colours = {"graduated": GREEN, "evicted": ORANGE}
-    return _bars("visits", "Fate by number of visits", list(rows), parts, colours=colours, caption=caption, x_title="visits")
+    return _bars(
+        "visits", "Fate by number of visits", list(rows), parts, colours=colours, caption=caption, x_title="visits"
+    )
 
 
 def _waiting(zone: ZoneStory, colours: Sequence[str]) -> Chart:
@@ -226,7 +246,7 @@ def _waiting(zone: ZoneStory, colours: Sequence[str]) -> Chart:
             label = f"{name} (median {median(waits):g})"
             series.append(Series(label, values.tolist(), numbers(done / done[-1]), colour, hover=hover))
     return Chart("waiting", ZONE, "Time to graduation", tuple(series), x_title="steps since admission", percent=True, smooth=False,
-                 unit_range=True, caption="Share of the graduates that took at most so many steps, by plain accuracy at admission.")  # fmt: skip
+                 unit_range=True, caption="Share of graduates that took at most so many steps, by accuracy at admission.")  # fmt: skip
 
 
 def _audits(run: Run, counts: Counts) -> list[Chart]:
@@ -240,7 +260,9 @@ def _audits(run: Run, counts: Counts) -> list[Chart]:
         rows = [row for row in ours if row.kind == kind and row.rollouts]
         if rows:
             beside = [row for row in papers if row.kind == kind]
-            caption = "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
+            caption = (
+                "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
+            )
             charts.append(_match_chart(f"match-{kind}", title, [*rows, *beside], positive, negative, caption))
     return charts
 
@@ -250,6 +272,10 @@ def _match_chart(id: str, title: str, rows: Sequence[MatchRow], positive: str, n
     hover = [f"{row.rollouts:,} rollouts" for row in rows]
     series = tuple(
         Series(label, names, numbers(getattr(row, field) for row in rows), colour, hover=hover)
-        for label, field, colour in ((positive, "positive", GREEN), (negative, "negative", RED), ("another or none", "other", GREY))
+        for label, field, colour in (
+            (positive, "positive", GREEN),
+            (negative, "negative", RED),
+            ("another or none", "other", GREY),
+        )
     )
     return Chart(id, AUDITS, title, series, "hbar", caption, "", "share of rollouts", percent=True, unit_range=True)

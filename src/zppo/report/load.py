@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from zppo.errors import CheckpointError
 from zppo.train.methods import METHODS
 from zppo.train.runlog import BUFFER, METRICS, ROLLOUTS, read_lines
@@ -88,8 +90,10 @@ def open_run(folder: Path) -> Run:
         raise CheckpointError(f"{folder} {what}. Name the folder that `zppo train` printed")
     try:
         recipe = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Restore it from the recipe that the run was started with") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Restore it from the recipe that the run was started with"
+        ) from error
     if not isinstance(recipe, Mapping):
         raise CheckpointError(f"{path} holds no settings. Restore it from the recipe that the run was started with")
     lines = read_lines(folder / METRICS)

@@ -34,7 +34,7 @@ def report_page(summary: Summary, *, most_stories: int = MOST_STORIES, most_byte
     chosen = stratified(summary.lines.values(), most_stories)
     left = most_bytes - len(page(_payload(summary, [], ""), []).encode()) - 1000 * len(chosen)
     share = max(20_000, 4 * left // max(1, len(chosen)))  # one long story may take four times its share
-    loaded = load_stories(summary.run, chosen)
+    loaded = load_stories(summary.run, {line.id: line.steps for line in chosen})
     index, stories = [], []
     for line in chosen:
         text = script_json(trimmed(with_images(loaded[line.id]), share))
@@ -44,7 +44,7 @@ def report_page(summary: Summary, *, most_stories: int = MOST_STORIES, most_byte
         index.append(to_index(line, summary.run))
         stories.append(text)
     note = (
-        f"This file holds {len(stories):,} of the run's {len(summary.lines):,} questions, spread evenly over kinds of prompts, entry bins and "
+        f"This file holds {len(stories):,} of the run's {len(summary.lines):,} questions, spread over kinds of prompts, entry bins and "
         f"audit classes (at most {most_stories:,}, and {most_bytes / 1e6:,.0f} MB in all). zppo report RUN --watch shows every question, "
         "zppo inspect RUN QUESTION_ID one of them in the terminal."
     )
@@ -87,7 +87,12 @@ def sections(tables: Sequence[Table], charts: Sequence[Chart]) -> list[dict[str,
 
 def script_json(value: Any) -> str:
     """JSON that can stand in a script element: no `<` in it, so nothing in it can end the element."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c").encode("utf-8", "replace").decode()
+    return (
+        json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        .replace("<", "\\u003c")
+        .encode("utf-8", "replace")
+        .decode()
+    )
 
 
 def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") -> str:

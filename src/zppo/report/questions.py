@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,6 +56,11 @@ class QuestionLine:
         return tuple(dict.fromkeys(visit.kind for visit in self.visits))
 
     @property
+    def steps(self) -> list[int]:
+        """Steps in which it was asked, ascending."""
+        return sorted({visit.step for visit in self.visits})
+
+    @property
     def accuracies(self) -> list[float]:
         """Plain accuracy visit by visit; groups without a verdict are left out."""
         return [v.correct / v.graded for v in self.visits if v.kind == PLAIN and v.graded]
@@ -97,17 +103,14 @@ def stratified(lines: Iterable[QuestionLine], most: int) -> list[QuestionLine]:
         kinds = "+".join(sorted(line.kinds))
         for name in line.classes or {""}:
             strata.setdefault((kinds, str(line.entry_bin), name), []).append(line)
-    queues = [
-        iter(sorted(strata[key], key=lambda q: (draw_key("story", q.id), q.id)))
-        for key in sorted(strata)
-    ]
+    queues = [iter(sorted(strata[key], key=lambda q: (draw_key("story", q.id), q.id))) for key in sorted(strata)]
     chosen: dict[str, QuestionLine] = {}
     while queues and len(chosen) < most:
         alive = []
         for queue in queues:
-            line = next((q for q in queue if q.id not in chosen), None)
-            if line is not None and len(chosen) < most:
-                chosen[line.id] = line
+            found = next((q for q in queue if q.id not in chosen), None)
+            if found is not None and len(chosen) < most:
+                chosen[found.id] = found
                 alive.append(queue)
         queues = alive
     return list(chosen.values())
@@ -121,7 +124,7 @@ def to_index(line: QuestionLine, run: Run) -> dict[str, Any]:
         "level": line.level,
         "gold": line.gold[:EXCERPT],
         "kinds": line.kinds,
-        "steps": sorted({v.step for v in line.visits}),
+        "steps": line.steps,
         "acc": [round(a, 4) for a in line.accuracies],
         "fate": line.fate,
         "bin": None if line.entry_bin is None else bin_name(line.entry_bin, run.group_size),
@@ -130,9 +133,8 @@ def to_index(line: QuestionLine, run: Run) -> dict[str, Any]:
     }
 
 
-def nearest(wanted: str, known: Mapping[str, Any] | Sequence[str], most: int = 3) -> list[str]:
-    """Known ids that resemble a wanted one: those that contain it first, then those that look alike."""
-    import difflib
-
-    containing = [name for name in known if wanted in name]
-    return (containing or difflib.get_close_matches(wanted, list(known)[:50_000], n=most, cutoff=0.5))[:most]
+def nearest(wanted: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Known ids that resemble a wanted one: those that contain it, else those that look alike."""
+    names = list(known)
+    containing = [name for name in names if wanted in name]
+    return (containing or difflib.get_close_matches(wanted, names[:50_000], n=most, cutoff=0.5))[:most]

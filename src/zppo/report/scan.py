@@ -15,11 +15,23 @@ import pyarrow.parquet as pq
 from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError
 from zppo.report.audit import Counts, count_group, count_leaks
+from zppo.report.load import Run
 
 _PER_ROLLOUT = (
     "rollout", "answer", "correct", "graded", "advantage", "completion_tokens", "truncated", "entropy",
 )  # fmt: skip
-_PER_GROUP = ("step", "kind", "question_id", "question", "level", "gold", "replayed", "entry_accuracy", "audit", "prompt")
+_PER_GROUP = (
+    "step",
+    "kind",
+    "question_id",
+    "question",
+    "level",
+    "gold",
+    "replayed",
+    "entry_accuracy",
+    "audit",
+    "prompt",
+)
 # The same text stands in all rows of a group: read as a dictionary, it is decoded once.
 _DICTIONARIES = ["kind", "question_id", "question", "level", "gold", "audit", "prompt"]
 
@@ -80,6 +92,11 @@ class StepScan:
     groups: list[GroupLine] = field(default_factory=list)
 
 
+def step_of(path: Path) -> int:
+    """The step of a rollout file, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def scan_file(path: Path) -> StepScan:
     """Read one rollouts/step-NNNNNN.parquet.
 
@@ -87,13 +104,28 @@ def scan_file(path: Path) -> StepScan:
         CheckpointError: it is no such file, or damaged.
     """
     try:
-        table = pq.read_table(path, columns=[*_PER_GROUP, *_PER_ROLLOUT], read_dictionary=_DICTIONARIES, partitioning=None)
+        table = pq.read_table(
+            path, columns=[*_PER_GROUP, *_PER_ROLLOUT], read_dictionary=_DICTIONARIES, partitioning=None
+        )
         missing = {*_PER_GROUP, *_PER_ROLLOUT} - set(table.column_names)
         if missing:
-            raise CheckpointError(f"{path} has no column {', '.join(sorted(missing))}: it was written by another version of zppo")
-        return _scan(table, int(path.stem.removeprefix("step-")))
+            raise CheckpointError(
+                f"{path} has no column {', '.join(sorted(missing))}: it was written by another version of zppo"
+            )
+        return _scan(table, step_of(path))
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). `zppo resume` writes the steps after the last checkpoint anew") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). `zppo resume` writes the steps after the last checkpoint anew"
+        ) from error
+
+
+def question_ids(run: Run) -> list[str]:
+    """The ids of all questions that a run asked, in order of first appearance."""
+    found: dict[str, None] = {}
+    for path in run.rollout_files:
+        column = pq.read_table(path, columns=["question_id"], partitioning=None)["question_id"]
+        found.update(dict.fromkeys(column.unique().to_pylist()))
+    return list(found)
 
 
 def _scan(table: pa.Table, step: int) -> StepScan:
@@ -109,7 +141,9 @@ def _scan(table: pa.Table, step: int) -> StepScan:
     _sum_kinds(result, numbers, np.array([first["kind"] for first in firsts]), starts)
     # Teacher answers that NCQ rollouts never saw: those of the same question's BCQ.
     audits = [json.loads(first["audit"]) if first["kind"] != PLAIN else {} for first in firsts]
-    unseen = {f["question_id"]: a.get("positive_answer") for f, a in zip(firsts, audits, strict=True) if f["kind"] == BCQ}
+    unseen = {
+        f["question_id"]: a.get("positive_answer") for f, a in zip(firsts, audits, strict=True) if f["kind"] == BCQ
+    }
     correct = np.add.reduceat((numbers["correct"] & numbers["graded"]).astype(np.int64), starts)
     graded = np.add.reduceat(numbers["graded"].astype(np.int64), starts)
     for i, (first, audit) in enumerate(zip(firsts, audits, strict=True)):
@@ -121,7 +155,9 @@ def _scan(table: pa.Table, step: int) -> StepScan:
             result.counts.update(counts)
             result.counts.update(count_leaks(first["kind"], audit, first["gold"], first["prompt"]))
         shown = {name: first[name] for name in GroupLine._fields if name in first}
-        line = GroupLine(**shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""})
+        line = GroupLine(
+            **shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""}
+        )
         result.groups.append(line)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from zppo.core.types import BCQ
+from zppo.errors import CheckpointError
 from zppo.report.audit import audit_class, match
 from zppo.report.load import Run
-from zppo.report.questions import QuestionLine
 from zppo.train.runlog import ROLLOUT_SCHEMA, ROLLOUTS
 
 Story = dict[str, Any]
@@ -24,30 +24,61 @@ Story = dict[str, Any]
 IMAGE_SIDE = 640
 """Pixels of the longer side of an image on the page."""
 
-_ROLLOUT = ("completion", "answer", "correct", "graded", "reason", "reward", "advantage", "completion_tokens", "truncated", "entropy")
+_ROLLOUT = (
+    "completion",
+    "answer",
+    "correct",
+    "graded",
+    "reason",
+    "reward",
+    "advantage",
+    "completion_tokens",
+    "truncated",
+    "entropy",
+)
 
 
-def load_stories(run: Run, lines: Collection[QuestionLine]) -> dict[str, Story]:
-    """The stories of some questions, by id; each file that holds one of them is read once.
+def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Story]:
+    """The stories of some questions, by id; each file that may hold one of them is read once.
 
     A story has: id, level, gold, question, images (paths), events (of the buffer), prompts (distinct texts) and groups, each with step,
-    kind, replayed, prompt (index), audit, prompt_tokens and rollouts.
+    kind, replayed, prompt (index), audit, prompt_tokens and rollouts. A question that was not asked has no groups.
+
+    Args:
+        wanted: question id -> the steps in which it may have been asked.
+
+    Raises:
+        CheckpointError: a rollout file cannot be read.
     """
     by_step: dict[int, list[str]] = {}
-    for line in lines:
-        for step in {visit.step for visit in line.visits}:
-            by_step.setdefault(step, []).append(line.id)
+    for question_id, steps in wanted.items():
+        for step in set(steps):
+            by_step.setdefault(step, []).append(question_id)
     stories: dict[str, Story] = {
-        line.id: {"id": line.id, "level": line.level, "gold": line.gold, "question": "", "images": [], "events": [], "prompts": [],
-                  "groups": []}
-        for line in lines
-    }  # fmt: skip
+        question_id: {
+            "id": question_id,
+            "level": "",
+            "gold": "",
+            "question": "",
+            "images": [],
+            "events": [],
+            "prompts": [],
+            "groups": [],
+        }
+        for question_id in wanted
+    }
     for event in run.buffer:
         if event["id"] in stories:
             stories[event["id"]]["events"].append({k: v for k, v in event.items() if k != "id"})
     for step in sorted(by_step):
-        for row in _rows(run.folder / ROLLOUTS / f"step-{step:06d}.parquet", by_step[step]):
-            _add(stories[row["question_id"]], row)
+        path = run.folder / ROLLOUTS / f"step-{step:06d}.parquet"
+        try:
+            for row in _rows(path, by_step[step]):
+                _add(stories[row["question_id"]], row)
+        except (OSError, pa.ArrowException) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}). Was the run taken back to a checkpoint? Then try again"
+            ) from error
     for story in stories.values():
         _match(story)
     return stories
@@ -66,7 +97,7 @@ def _rows(path: Path, ids: list[str]) -> Iterable[Mapping[str, Any]]:
 def _add(story: Story, row: Mapping[str, Any]) -> None:
     """One row of a rollout file."""
     if row["rollout"] == 0:
-        story["question"], story["images"] = row["question"], row["images"] or []
+        story.update({name: row[name] for name in ("question", "images", "level", "gold")})
         if row["prompt"] not in story["prompts"]:
             story["prompts"].append(row["prompt"])
         group = {name: row[name] for name in ("step", "kind", "replayed", "prompt_tokens")}

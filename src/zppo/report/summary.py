@@ -73,7 +73,9 @@ class Reader:
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
-        zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step) if run.replays and run.steps else None
+        zone = (
+            zone_story(run.buffer, run.group_size, run.threshold, run.last_step) if run.replays and run.steps else None
+        )
         return Summary(
             run=run,
             outcome=outcome(run, zone),
@@ -108,18 +110,28 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     parts = []
     first = next((e for e in run.evaluations if e["step"] == 0), None)
     if run.evaluations and first and (last := run.evaluations[-1]) is not first:
-        levels = [f"{name} {percent(first['by_level'].get(name))} → {percent(v)}" for name, v in last["by_level"].items()]
+        levels = [
+            f"{name} {percent(first['by_level'].get(name))} → {percent(v)}" for name, v in last["by_level"].items()
+        ]
         detail = f" ({', '.join(levels)})" if levels else ""
         parts.append(f"held-out accuracy {percent(first['accuracy'])} → {percent(last['accuracy'])}{detail}")
     if zone is not None and zone.admitted.any():
         name, admitted, graduated, _ = zone.totals()[0]
         if admitted:
-            parts.append(f"{graduated:,} of {admitted:,} entries admitted at {name} graduated ({graduated / admitted:.0%})")
+            parts.append(
+                f"{graduated:,} of {admitted:,} entries admitted at {name} graduated ({graduated / admitted:.0%})"
+            )
     plain = [line["accuracy"]["plain"] for line in run.steps if "plain" in line["accuracy"]]
     if not parts and plain:
         parts.append(f"accuracy of plain rollouts {percent(plain[0])} → {percent(plain[-1])}")
     planned = run.setting("train.steps")
-    state = "" if run.finished else f" after {run.last_step:,} of {planned:,} steps" if planned else f" after {run.last_step:,} steps"
+    state = (
+        ""
+        if run.finished
+        else f" after {run.last_step:,} of {planned:,} steps"
+        if planned
+        else f" after {run.last_step:,} steps"
+    )
     text = "; ".join(parts) or "No evaluation yet"
     return f"{text[0].upper()}{text[1:]}{state}."
 
@@ -156,7 +168,10 @@ def _cost(run: Run, student: str, teacher: str | None, resolve: Resolve) -> str:
         return "no step yet"
     try:
         cost = as_run(load_recipe(run.folder / RECIPE), run.steps, run.folder / METRICS)
-        sizes = [size_of(student, resolve=resolve).parameters, size_of(teacher, resolve=resolve).parameters if teacher else 0.0]
+        sizes = [
+            size_of(student, resolve=resolve).parameters,
+            size_of(teacher, resolve=resolve).parameters if teacher else 0.0,
+        ]
     except ZPPOError:
         return "not known (zppo cost says why)"
     return f"{math.fsum(cost.saved.flops(*sizes).values()):.2g} FLOPs"

@@ -52,7 +52,9 @@ def _held_out(run: Run) -> Table:
     last = run.evaluations[-1] if run.evaluations else None
     rows: list[tuple[str, ...]] = []
     if first and last and last is not first:
-        rows = [(level, percent(first["by_level"].get(level)), percent(value)) for level, value in last["by_level"].items()]
+        rows = [
+            (level, percent(first["by_level"].get(level)), percent(value)) for level, value in last["by_level"].items()
+        ]
         rows.append(("all", percent(first["accuracy"]), percent(last["accuracy"])))
     caption = f"{last['count']:,} completions, plain prompts." if last else ""
     after = f"after step {last['step']:,}" if last else ""
@@ -67,7 +69,14 @@ def _zone(zone: ZoneStory | None) -> Table:
             share = percent(graduated / admitted if admitted else None)
             wait = f"{median(waits):g}" if waits else "–"
             rows.append((name, f"{admitted:,}", f"{graduated:,}", f"{evicted:,}", share, wait))
-    columns = ("plain accuracy at admission", "admitted", "graduated", "evicted", "graduated / admitted", "median steps to graduation")
+    columns = (
+        "plain accuracy at admission",
+        "admitted",
+        "graduated",
+        "evicted",
+        "graduated / admitted",
+        "median steps to graduation",
+    )
     caption = "Entries of the prompt replay buffer; a question that comes back after it left is a new entry."
     return Table("zone-table", ZONE, "Entries by plain accuracy at admission", columns, tuple(rows), caption)
 
@@ -77,7 +86,7 @@ def _match(counts: Counts) -> Table:
     kinds = {row.kind for row in ours}
     rows = tuple(
         (
-            f"{kind_name(row.kind)}, {row.subset} · {row.source}",
+            f"{kind_name(row.kind)} {row.subset} · {row.source}",
             f"{row.rollouts:,}",
             *(percent(v) for v in (row.positive, row.negative, row.other, row.none)),
         )
@@ -85,7 +94,14 @@ def _match(counts: Counts) -> Table:
         for row in (*ours, *paper_rows())
         if row.kind == kind and kind in kinds
     )
-    columns = ("rollouts", "how many", "the right candidate's", "a wrong one's", "another or none", "of these without answer")
+    columns = (
+        "rollouts",
+        "how many",
+        "the right candidate's",
+        "a wrong one's",
+        "another or none",
+        "of these without answer",
+    )
     known, total = counts["ncq", "unseen known"], counts["ncq", "unseen known"] + counts["ncq", "unseen unknown"]
     caption = (
         "Candidate-match audit: whose answer a rollout boxes, both sides in lower case, with spaces collapsed and \\text{} stripped. "
@@ -97,7 +113,9 @@ def _match(counts: Counts) -> Table:
 
 
 def _shares(rows: Sequence[tuple[str, Share]]) -> tuple[tuple[str, ...], ...]:
-    return tuple((words, percent(s.share), f"{percent(s.low)} to {percent(s.high)}", f"{s.n:,}") for words, s in rows if s.n)
+    return tuple(
+        (words, percent(s.share), f"{percent(s.low)} to {percent(s.high)}", f"{s.n:,}") for words, s in rows if s.n
+    )
 
 
 def _position(counts: Counts) -> Table:
@@ -112,7 +130,9 @@ def _position(counts: Counts) -> Table:
         "50% is no bias. 95% intervals by Wilson's score; for rollouts at the effective number, because those of one prompt are alike. "
         "Candidates of equal length are left out of the last row."
     )
-    return Table("position-table", AUDITS, "Position and length", ("", "share", "95% interval", "of"), _shares(rows), caption)
+    return Table(
+        "position-table", AUDITS, "Position and length", ("", "share", "95% interval", "of"), _shares(rows), caption
+    )
 
 
 def _leaks(counts: Counts) -> Table:
@@ -122,11 +142,15 @@ def _leaks(counts: Counts) -> Table:
         (BCQ, "answer changed", "BCQ prompts with a candidate that boxes another answer than the completion behind it"),
         (BCQ, "one box", "BCQ prompts in which only one of the two candidates has a box"),
     )
-    shares = [(words, share_of(counts["leak", kind, name], counts["leak", kind, "checked"])) for kind, name, words in rows]
+    shares = [
+        (words, share_of(counts["leak", kind, name], counts["leak", kind, "checked"])) for kind, name, words in rows
+    ]
     unchecked = counts["leak", BCQ, "unchecked"] + counts["leak", NCQ, "unchecked"]
     caption = "Read from the prompts as the student saw them, answers compared after normalisation."
     if unchecked:
-        caption += f" {unchecked:,} prompts have no <candidate> blocks to read (a template of one's own) and are left out."
+        caption += (
+            f" {unchecked:,} prompts have no <candidate> blocks to read (a template of one's own) and are left out."
+        )
     return Table("leaks-table", AUDITS, "Answer leaks", ("", "share", "95% interval", "of"), _shares(shares), caption)
 
 
@@ -146,5 +170,7 @@ def _compression(steps: Sequence[Mapping[str, Any]]) -> Table:
         ]  # fmt: skip
         if bcq := total("bcq_prompts"):
             raw = total("bcq_raw_pairs")
-            rows.append(("BCQ prompts with both candidates uncompressed", f"{raw:,.0f}", f"{percent(raw / bcq)} of {bcq:,.0f}"))
+            rows.append(
+                ("BCQ prompts with both candidates uncompressed", f"{raw:,.0f}", f"{percent(raw / bcq)} of {bcq:,.0f}")
+            )
     return Table("compression-table", AUDITS, "Compression", ("", "how many", "share"), tuple(rows))

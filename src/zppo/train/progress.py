@@ -51,7 +51,7 @@ class Progress:
         """A held-out result."""
         levels = "  ".join(f"{name} {value:.3f}" for name, value in result.by_level.items())
         self._held_out = f"step {step}: {result.accuracy:.3f}  {levels}".rstrip()
-        self.console.print(Text(f"held-out accuracy at {self._held_out}"), highlight=False)
+        self.console.print(Text(f"held-out accuracy at {self._held_out}"), highlight=False, soft_wrap=True)
 
     def warning(self, text: str) -> None:
         """Something that a person should know; shown above the display."""

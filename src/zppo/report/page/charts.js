@@ -58,15 +58,15 @@ function layout(chart) {
   const ink = colour("--ink"), grid = colour("--grid"), flat = chart.kind === "hbar";
   const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true, fixedrange: touch, tickfont: { size: 11 } };
   const value = { ...axis, title: { text: plain(chart.y_title), font: { size: 12 } }, tickformat: chart.percent ? ".0%" : ",~g", rangemode: "tozero" };
-  if (chart.percent && !chart.unit_range) value.tickformat = ".1~%";
-  if (chart.unit_range) value.range = chart.kind === "line" ? [-0.02, 1.02] : [0, 1];
+  if (chart.percent && !chart.unit_range) value.tickformat = ".3~%";
+  if (chart.unit_range) value.range = chart.kind === "line" ? [-0.02, 1.02] : [0, 1.0001];
   if (["loss", "grad-norm", "entropy"].includes(chart.id)) value.rangemode = "normal";
   const along = { ...axis, title: { text: plain(chart.x_title), font: { size: 12 } } };
   if (chart.kind === "bar" || flat) along.type = "category";
   if (flat) along.autorange = "reversed";
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", color: ink, size: 12 },
-    margin: { l: 8, r: 12, t: 8, b: 8 }, barmode: "stack", bargap: 0.25, hovermode: flat ? "y unified" : "x unified", dragmode: touch ? false : "zoom",
+    margin: { l: 8, r: flat ? 28 : 12, t: 8, b: 8 }, barmode: "stack", bargap: 0.25, hovermode: flat ? "y unified" : "x unified", dragmode: touch ? false : "zoom",
     hoverlabel: { bgcolor: colour("--paper"), bordercolor: colour("--line"), font: { color: ink, size: 12 } },
     showlegend: chart.series.length > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11.5 }, traceorder: "normal" },
     xaxis: flat ? value : along, yaxis: flat ? along : value,

@@ -1,0 +1,237 @@
+"""`zppo compare`: several runs on shared axes, paired over seeds where there are seeds.
+
+Runs whose recipes differ in nothing but the seed (and the place of the run) are one *arm*.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from zppo.errors import SettingsError
+from zppo.report.load import Run, open_run
+from zppo.report.statistics import mean_interval
+from zppo.report.summary import duration
+from zppo.report.tables import Table, percent
+from zppo.report.zone import ZoneStory, zone_story
+
+RESULTS = "Results"
+_NOT_ARMS = ("seed", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Runs of one recipe under several seeds.
+
+    Attributes:
+        name: what tells it from the other arms.
+        runs: by seed.
+    """
+
+    name: str
+    runs: Mapping[int, Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a comparison shows: its arms, the outcome in one sentence, tables."""
+
+    arms: tuple[Arm, ...]
+    outcome: str
+    tables: list[Table]
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Compare runs.
+
+    Raises:
+        CheckpointError: a folder holds no run.
+        SettingsError: fewer than two folders, or one folder twice.
+    """
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        named = ", ".join(map(str, folders)) or "none"
+        raise SettingsError(f"zppo compare needs at least two different run folders, and was given {named}")
+    arms = arms_of([open_run(folder) for folder in folders])
+    results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
+    tables = [_summary(arms, results), _paired(arms, results), _runs(arms, results), _differences(arms)]
+    return Comparison(tuple(arms), _outcome(arms, results), [table for table in tables if table.rows])
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """Runs by recipe, in order of first appearance. Equal recipes with equal seeds cannot be one arm: each is one by its folder's name."""
+    recipes: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        recipes.setdefault(tuple(sorted(_flat(run).items())), []).append(run)
+    groups: list[tuple[str, list[Run]]] = []
+    names = _names([dict(key) for key in recipes])
+    for name, members in zip(names, recipes.values(), strict=True):
+        seeds = [_seed(run) for run in members]
+        if len(set(seeds)) == len(seeds):
+            groups.append((name, members))
+        else:
+            groups += [(f"{name} ({run.name})", [run]) for run in members]
+    taken = Counter(name for name, _ in groups)
+    return [
+        Arm(
+            name if taken[name] == 1 else f"{name} ({members[0].folder})",
+            {_seed(run): run for run in sorted(members, key=_seed)},
+        )
+        for name, members in groups
+    ]
+
+
+def _seed(run: Run) -> int:
+    return int(run.setting("seed", 0))
+
+
+def _flat(run: Run) -> dict[str, str]:
+    """Every setting that makes an arm, dotted."""
+
+    def walk(value: Any, prefix: str) -> list[tuple[str, str]]:
+        if isinstance(value, Mapping) and value:
+            return [
+                item for key, inner in value.items() for item in walk(inner, f"{prefix}.{key}" if prefix else str(key))
+            ]
+        return [(prefix, str(value))]
+
+    return {key: value for key, value in walk(run.recipe, "") if key not in _NOT_ARMS}
+
+
+def _differing(recipes: Sequence[Mapping[str, str]]) -> list[str]:
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    return [key for key in keys if len({recipe.get(key) for recipe in recipes}) > 1]
+
+
+def _names(recipes: Sequence[Mapping[str, str]]) -> list[str]:
+    """The method, and what differs between arms of one method."""
+    names = []
+    for recipe in recipes:
+        method = recipe.get("method.name", "?")
+        alike = [other for other in recipes if other.get("method.name") == recipe.get("method.name")]
+        keys = _differing(alike)
+        shown = [f"{key.rpartition('.')[2]}={recipe.get(key, '-')[-40:]}" for key in keys[:3]] + ["..."] * (
+            len(keys) > 3
+        )
+        names.append(" ".join([method, *shown]))
+    return names
+
+
+def results_of(run: Run) -> dict[str, float | None]:
+    """What a run came to, by name; None is not known. Accuracies and shares first: these are compared in pairs."""
+    last = run.evaluations[-1] if run.evaluations else None
+    tail = run.steps[-max(1, len(run.steps) // 10) :]
+    plain = [line["accuracy"]["plain"] for line in tail if "plain" in line["accuracy"]]
+    totals = story_of(run).totals() if run.replays and run.steps else []
+    shares = {
+        f"graduated / admitted, {'all' if name == 'all' else f'entry at {name}'}": graduated / admitted
+        for name, admitted, graduated, _ in totals[:1] + totals[-1:]
+        if admitted
+    }
+    return {
+        **({"held-out accuracy": last["accuracy"]} if last else {}),
+        **({f"held-out, {level}": value for level, value in last["by_level"].items()} if last else {}),
+        "plain rollouts, last tenth": statistics.fmean(plain) if plain else None,
+        **shares,
+    }
+
+
+def story_of(run: Run) -> ZoneStory:
+    return zone_story(run.buffer, run.group_size, run.threshold, run.last_step)
+
+
+Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]
+
+
+def _quantities(results: Results) -> list[str]:
+    return list(dict.fromkeys(name for arm in results.values() for run in arm.values() for name in run))
+
+
+def _known(results: Results, arm: str, quantity: str) -> dict[int, float]:
+    """Seed -> value, where it is known."""
+    return {seed: value for seed, run in results[arm].items() if (value := run.get(quantity)) is not None}
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    if not values:
+        return "–"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
+
+
+def _summary(arms: Sequence[Arm], results: Results) -> Table:
+    """A column per arm."""
+    groups = [list(arm.runs.values()) for arm in arms]
+    spans = [sorted({min(r.last_step for r in runs), max(r.last_step for r in runs)}) for runs in groups]
+    seconds = [
+        statistics.fmean(math.fsum(line["seconds"]["step"] for line in r.steps) for r in runs) for runs in groups
+    ]
+    rows = [
+        ("runs", *(str(len(runs)) for runs in groups)),
+        ("steps", *("–".join(f"{s:,}" for s in span) for span in spans)),
+    ]
+    for quantity in _quantities(results):
+        rows.append((f"{quantity}, %", *(_mean(list(_known(results, arm.name, quantity).values())) for arm in arms)))
+    for key in ("student_tokens", "teacher_tokens"):
+        rows.append((key.replace("_", " "), *(f"{_mean_of(runs, key):,.0f}" for runs in groups)))
+    rows.append(("time", *map(duration, seconds)))
+    caption = "Means over runs, ± the standard deviation over seeds. Held-out accuracy is that of the last evaluation."
+    return Table("summary", RESULTS, "What the runs came to", ("", *(arm.name for arm in arms)), tuple(rows), caption)
+
+
+def _mean_of(runs: Sequence[Run], key: str) -> float:
+    """Mean over runs of the sum of a metric over their steps."""
+    return statistics.fmean(math.fsum(line.get(key) or 0 for line in run.steps) for run in runs)
+
+
+def _paired(arms: Sequence[Arm], results: Results) -> Table:
+    """Differences between arms seed by seed."""
+    pairs = list(combinations(arms, 2)) if len(arms) <= 4 else [(arms[0], other) for other in arms[1:]]
+    rows = []
+    for first, second in pairs:
+        for quantity in _quantities(results):
+            one, other = _known(results, first.name, quantity), _known(results, second.name, quantity)
+            differences = [100 * (one[seed] - other[seed]) for seed in one if seed in other]
+            if differences:
+                mean = mean_interval(differences)
+                interval = "–" if math.isnan(mean.low) else f"{mean.low:+.1f} to {mean.high:+.1f}"
+                wins = f"{sum(d > 0 for d in differences)} of {mean.n}"
+                rows.append((f"{first.name} minus {second.name}: {quantity}", f"{mean.value:+.1f}", interval, wins))
+    caption = "In points, over the seeds that both arms have; Student's t over seeds; wins are seeds with a difference above 0."
+    return Table(
+        "paired", RESULTS, "Paired over seeds", ("", "difference", "95% interval", "wins"), tuple(rows), caption
+    )
+
+
+def _runs(arms: Sequence[Arm], results: Results) -> Table:
+    """Every run with its first quantity, which is held-out accuracy where there is one."""
+    first = _quantities(results)[0]
+    rows = tuple(
+        (run.name, arm.name, str(seed), f"{run.last_step:,}", percent(results[arm.name][seed].get(first)))
+        for arm in arms
+        for seed, run in arm.runs.items()
+    )
+    return Table("runs", RESULTS, "Every run", ("run", "arm", "seed", "steps", first), rows)
+
+
+def _differences(arms: Sequence[Arm]) -> Table:
+    recipes = [_flat(next(iter(arm.runs.values()))) for arm in arms]
+    rows = tuple((key, *(recipe.get(key, "–") for recipe in recipes)) for key in _differing(recipes))
+    return Table("recipes", RESULTS, "Settings that differ", ("setting", *(arm.name for arm in arms)), rows)
+
+
+def _outcome(arms: Sequence[Arm], results: Results) -> str:
+    quantity = _quantities(results)[0]
+    parts = []
+    for arm in arms:
+        values = list(_known(results, arm.name, quantity).values())
+        if values:
+            seeds = f" (mean of {len(values)})" if len(values) > 1 else ""
+            parts.append(f"{arm.name} {percent(statistics.fmean(values))}{seeds}")
+    return f"{quantity[0].upper()}{quantity[1:]}: {', '.join(parts)}." if parts else "No run has a result yet."

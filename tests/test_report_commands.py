@@ -1,0 +1,186 @@
+"""`zppo report`, `zppo compare` and `zppo inspect` through the command line, on invented runs and on one that really trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import make_tiny
+from PIL import Image
+from report_runs import change_rows, files_of, invented_run, rows_of
+
+from zppo.cli import main
+from zppo.report.arguments import FIGURE_FORMATS
+from zppo.report.commands import SUFFIXES
+from zppo.report.compare import arms_of, compare
+from zppo.report.load import open_run
+from zppo.report.summary import Reader
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return invented_run(tmp_path_factory.mktemp("runs") / "run", steps=4)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int = 0) -> str:
+    """What a command printed, white space collapsed."""
+    assert main(list(map(str, arguments))) == status
+    printed = capsys.readouterr()
+    return " ".join((printed.out + printed.err).split())
+
+
+def test_report_writes_a_page_and_its_figures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "report", folder, "--out", tmp_path / "a", "--figures", "both")
+    assert "report.html" in text and "Held-out accuracy" in text
+    charts = {chart.id for chart in Reader(folder).read().charts}
+    written = sorted((tmp_path / "a" / "figures").iterdir())
+    assert {p.name for p in written} == {f"{name}.{suffix}" for name in charts for suffix in ("png", "svg")}
+    for path in written:
+        if path.suffix == ".png":
+            assert min(Image.open(path).size) > 300
+        else:
+            assert "<svg" in path.read_text()[:1000]
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert all(f'"id":"{name}"' in page for name in charts)
+    run(capsys, "report", folder, "--out", tmp_path / "b", "--figures", "svg")
+    for path in sorted((tmp_path / "b" / "figures").iterdir()):  # the same run, the same bytes
+        assert path.read_bytes() == (tmp_path / "a" / "figures" / path.name).read_bytes()
+
+
+def test_report_leaves_the_run_as_it_was(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    run(capsys, "report", folder, "--figures", "none")
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert set(after) - set(before) == {folder / "report.html"}
+    assert all(after[p] == text for p, text in before.items())
+
+
+def test_formats_are_known_to_both_sides() -> None:
+    assert tuple(SUFFIXES) == FIGURE_FORMATS
+
+
+def test_mistakes_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no run" in run(capsys, "report", tmp_path, status=2)
+    assert "is no folder" in run(capsys, "inspect", tmp_path / "none", "q", status=2)
+    assert "at least two" in run(capsys, "compare", folder, status=2)
+    assert "at least two" in run(capsys, "compare", folder, folder, status=2)
+    (tmp_path / "file").write_text("")
+    assert "--out" in run(capsys, "report", folder, "--out", tmp_path / "file", status=2)
+    assert "--port" in run(capsys, "report", folder, "--watch", "--port", "99999", status=2)
+
+
+def test_inspect_tells_a_whole_story(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(folder)
+    wanted = next(row["question_id"] for row in rows if row["kind"] == "ncq")
+    own = [row for row in rows if row["question_id"] == wanted]
+    text = run(capsys, "inspect", folder, wanted, "--full")
+    for row in own:
+        assert " ".join(row["completion"].split()) in text and " ".join(row["prompt"].split()) in text
+        assert f"answer {row['answer']}" in text if row["answer"] else "no answer" in text
+    assert len(re.findall(r"\d (?:right|wrong): (?:no )?answer", text)) == len(own)
+    only = run(capsys, "inspect", folder, wanted, "--kind", "ncq", "--step", own[0]["step"])
+    assert "NCQ" in only and "plain," not in only and "listed as wrong" in only
+    assert "No group fits" in run(capsys, "inspect", folder, wanted, "--step", 99)
+
+
+def test_inspect_names_similar_questions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "similar ones: invented.jsonl:" in run(capsys, "inspect", folder, "invented.jsonl:999999", status=2)
+    assert "such as invented.jsonl:1" in run(capsys, "inspect", folder, "@", status=2)
+
+
+def test_inspect_shows_control_characters_instead_of_obeying(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = invented_run(tmp_path / "run", steps=1)
+    attack = "\x1b]0;owned\x07\x1b[2Jtext \u202e [bold red]markup[/]"
+    change_rows(files_of(folder)[0], lambda row: {**row, "completion": attack, "answer": attack, "reason": attack})
+    assert main(["inspect", str(folder), "invented.jsonl:1"]) == 0
+    printed = capsys.readouterr().out
+    assert not re.search(r"[\x07\x1b\u202e]", printed)
+    assert r"\x1b[2Jtext" in printed and "[bold red]markup[/]" in printed
+
+
+# Comparing
+
+
+def runs_of(base: Path, *shapes: dict[str, object]) -> list[Path]:
+    return [invented_run(base / f"run-{i}", **{"steps": 3, **shape}) for i, shape in enumerate(shapes)]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_arm(tmp_path: Path) -> None:
+    folders = runs_of(
+        tmp_path, {"seed": 0}, {"seed": 1}, {"seed": 0, "method": "grpo"}, {"seed": 0, "capacity": 50}, {"seed": 1, "capacity": 50}
+    )
+    arms = arms_of([open_run(folder) for folder in folders])
+    assert [(arm.name, list(arm.runs)) for arm in arms] == [
+        ("zppo buffer_capacity=24", [0, 1]), ("grpo", [0]), ("zppo buffer_capacity=50", [0, 1]),
+    ]  # fmt: skip
+
+
+def test_equal_recipes_and_seeds_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    arms = arms_of([open_run(folder) for folder in runs_of(tmp_path, {"seed": 0}, {"seed": 0})])
+    assert [arm.name for arm in arms] == ["zppo (run-0)", "zppo (run-1)"]
+
+
+def held_out(folder: Path) -> float:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return float(next(line["accuracy"] for line in lines if line["event"] == "final"))
+
+
+def test_pairs_are_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = [{"method": m, "seed": s, "gain": g} for m, g in (("zppo", 4.0), ("grpo", 2.0)) for s in (0, 1, 2)]
+    folders = runs_of(tmp_path, *shapes, {"method": "grpo", "seed": 7})
+    table = next(t for t in compare(folders).tables if t.id == "paired")
+    row = next(r for r in table.rows if r[0] == "zppo minus grpo: held-out accuracy")
+    differences = [100 * (held_out(folders[i]) - held_out(folders[i + 3])) for i in range(3)]  # seed 7 has no partner
+    mean = sum(differences) / 3
+    spread = (sum((d - mean) ** 2 for d in differences) / 2) ** 0.5
+    half = 4.303 * spread / 3**0.5
+    assert row[1:] == (f"{mean:+.1f}", f"{mean - half:+.1f} to {mean + half:+.1f}", "3 of 3")
+    text = run(capsys, "compare", *folders, "--html", "--out", tmp_path / "c.html", "--figures", "svg")
+    assert "Paired over seeds" in text and "method.name zppo grpo" in text
+    assert (tmp_path / "c.html").exists() and (tmp_path / "c-figures" / "accuracy-plain.svg").exists()
+
+
+# A run that really trained
+
+
+@pytest.mark.slow
+def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the trainer writes is what the report reads."""
+    AcceleratorState._reset_state(True)
+    make_tiny(tmp_path / "student", seed=0)
+    make_tiny(tmp_path / "teacher", seed=1)
+    rows = [{"prompt": f"What is {i} plus {i}?", "answer": 2 * i, "level": "ab"[i % 2]} for i in range(12)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "reward.py").write_text(
+        "def reward(completion, question):\n"
+        "    share = sum(map(ord, completion)) % 4\n"
+        '    return {"correct": share == 0, "reward": float(share == 0), "answer": str(share)}\n'
+    )
+    recipe = {
+        "student": {"model": "student"},
+        "teacher": {"model": "teacher", "rollout": {"max_new_tokens": 8}, "compression": {"max_new_tokens": 8}},
+        "data": {"train": "questions.jsonl", "eval": "questions.jsonl", "eval_limit": 4},
+        "rollout": {"batch_size": 6, "group_size": 4, "max_new_tokens": 8},
+        "zone": {"rho_aug": 1.0},
+        "eval": {"max_new_tokens": 8, "every": 1},
+        "train": {"steps": 3, "device": "cpu", "checkpoint_every": 0},
+        "grading": {"reward": "reward.py:reward"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "run"
+    run(capsys, "train", tmp_path / "recipe.yaml", f"--output={out}")
+    summary = Reader(out).read()
+    names = {chart.id for chart in summary.charts}
+    assert {"held-out", "accuracy", "loss", "clip", "composition", "seconds", "teacher", "occupancy", "match-bcq"} <= names
+    assert summary.head["steps"] == "3" and "FLOPs" in summary.head["cost"]
+    assert summary.run.finished and "after" not in summary.outcome
+    logged = [line["accuracy"]["plain"] for line in summary.run.steps]
+    chart = next(chart for chart in summary.charts if chart.id == "accuracy")
+    assert list(chart.series[0].y) == pytest.approx(logged)
+    run(capsys, "report", out, "--figures", "none")
+    assert set(summary.lines) == {f"questions.jsonl:{i + 1}" for i in range(12)}
+    assert "What is 0 plus 0?" in run(capsys, "inspect", out, "questions.jsonl:1")

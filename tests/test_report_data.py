@@ -1,0 +1,475 @@
+"""What the report works out of a run folder: audits, the zone, charts, stories. Each figure is counted a second, plain way."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_runs import change_rows, files_of, invented_run, rows_of
+
+from zppo.core.types import Draft, Message, Question
+from zppo.errors import CheckpointError
+from zppo.grading import normalise
+from zppo.prompts.book import PromptBook
+from zppo.report import summary as summary_module
+from zppo.report.audit import (
+    MATCHES,
+    boxes,
+    count_group,
+    count_leaks,
+    match,
+    match_rows,
+    paper_rows,
+    position_bias,
+    share_of,
+    wilson,
+)
+from zppo.report.charts import Chart, Series, ramp
+from zppo.report.load import open_run
+from zppo.report.questions import QuestionLine, Visit, nearest, question_lines, stratified
+from zppo.report.scan import question_ids, scan_file
+from zppo.report.stories import cut, load_stories, size_of, trimmed, with_images
+from zppo.report.summary import Reader, duration
+from zppo.report.zone import bin_count, bin_name, bin_of, zone_story
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An invented run; read only."""
+    return invented_run(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return rows_of(folder)
+
+
+@pytest.fixture(scope="module")
+def summary(folder: Path) -> summary_module.Summary:
+    return Reader(folder).read()
+
+
+def chart_of(summary: summary_module.Summary, name: str) -> Chart:
+    return next(chart for chart in summary.charts if chart.id == name)
+
+
+# Intervals
+
+
+def test_wilson_of_known_values() -> None:
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0) and math.isnan(share_of(0, 0).share)
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share_and_stays_in_bounds(pair: tuple[int, int]) -> None:
+    k, n = pair
+    low, high = wilson(k, n)
+    assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1
+
+
+def bcq_counts(groups: list[tuple[int, list[str]]]) -> Counter[tuple[str, ...]]:
+    """Counts of BCQ groups given as (where the right candidate stands, answers)."""
+    total: Counter[tuple[str, ...]] = Counter()
+    for correct_at, answers in groups:
+        audit = {"correct_at": correct_at, "positive_answer": "1", "negative_answer": "2"}
+        total.update(count_group("bcq", audit, None, [(a, a == "1") for a in answers])[0])
+    return total
+
+
+def test_position_bias_counts_who_follows_the_first_candidate() -> None:
+    counts = bcq_counts([(0, ["1", "1", "2", "7"]), (1, ["1", "2", "2", "2"])])
+    share = position_bias(counts)
+    assert (share.n, share.share) == (7, 5 / 7)  # first candidate: "1" twice, then "2" three times
+
+
+def test_position_bias_interval_knows_that_the_rollouts_of_a_prompt_are_alike() -> None:
+    rng = random.Random(0)
+    firsts = [rng.random() < 0.6 for _ in range(400)]
+    alone = position_bias(bcq_counts([(0, ["1" if f else "2"]) for f in firsts]))
+    alike = position_bias(bcq_counts([(0, ["1" if f else "2"] * 8) for f in firsts]))
+    assert alone.share == alike.share and alike.n == 8 * alone.n
+    assert (alike.low, alike.high) == pytest.approx((alone.low, alone.high), abs=1e-3)
+    assert (alone.low, alone.high) == pytest.approx(wilson(sum(firsts), 400), abs=1e-3)
+    assert position_bias(bcq_counts([(0, ["1"] * 8)] * 5)).low == pytest.approx(wilson(5, 5)[0])
+
+
+# The candidate-match audit
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("A  b", "positive"), (r"\text{a B}", "positive"), ("x", "negative"), ("Y ", "negative"), ("z", "other"), (None, "none")],
+)
+def test_match_compares_after_normalisation(answer: str | None, expected: str) -> None:
+    assert match(answer, "a b", ["x", "y"]) == expected
+
+
+def test_match_without_a_teacher_s_answer() -> None:
+    assert match("a", None, []) == "other"
+
+
+def test_match_rows_equal_a_plain_recount(summary: summary_module.Summary, rows: list[dict[str, Any]]) -> None:
+    positives = {
+        (r["step"], r["question_id"]): json.loads(r["audit"])["positive_answer"] for r in rows if r["kind"] == "bcq"
+    }
+    found: Counter[tuple[str, str, str]] = Counter()
+    for row in rows:
+        if row["kind"] == "plain":
+            continue
+        audit = json.loads(row["audit"])
+        positive = positives.get((row["step"], row["question_id"]))
+        wrong = [audit["negative_answer"]] if row["kind"] == "bcq" else audit["wrong_answers"]
+        answer = row["answer"] and normalise(row["answer"])
+        which = (
+            "none" if row["answer"] is None
+            else "positive" if positive is not None and answer == normalise(positive)
+            else "negative" if answer in map(normalise, wrong)
+            else "other"
+        )  # fmt: skip
+        found[row["kind"], "right" if row["correct"] else "wrong", which] += 1
+    counts: Counter[tuple[str, ...]] = Counter()
+    for scan in map(scan_file, files_of(summary.run.folder)):
+        counts.update(scan.counts)
+    assert {k[1:]: n for k, n in counts.items() if k[0] == "match"} == dict(found)
+    assert {which for _, _, which in found} == set(MATCHES)
+    for row in match_rows(counts):
+        parts = ("right", "wrong") if row.subset == "all" else (row.subset,)
+        total = sum(found[row.kind, p, w] for p in parts for w in MATCHES)
+        assert row.rollouts == total
+        assert row.positive == pytest.approx(sum(found[row.kind, p, "positive"] for p in parts) / total)
+        assert row.positive + row.negative + row.other == pytest.approx(1)
+
+
+def test_the_paper_s_rows_are_all_there() -> None:
+    papers = paper_rows()
+    assert len(papers) == 12 and sum(row.rollouts for row in papers) == 450 + 206 + 271 + 177 + 97 + 151 + 64 + 112 + 7720
+    row = next(r for r in papers if (r.source, r.kind) == ("paper 0.8B", "ncq"))
+    assert (row.negative, row.subset, row.none) == (0.827, "all", None)
+
+
+def test_ungraded_rollouts_stay_out_of_audits_and_accuracies(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / files_of(folder)[0].name
+    path.write_bytes(files_of(folder)[0].read_bytes())
+    before = scan_file(path)
+    change_rows(path, lambda row: {**row, "graded": row["rollout"] != 0})
+    after = scan_file(path)
+    for kind, sums in after.kinds.items():
+        assert sums.graded == 7 * sums.groups and sums.rollouts == before.kinds[kind].rollouts == 8 * sums.groups
+    assert sum(n for k, n in after.counts.items() if k[:2] == ("match", "bcq")) == 7 * after.kinds["bcq"].groups
+
+
+# Answer leaks
+
+QUESTION = Question("q", (Message("user", "What is 2 plus 2?"),), "4")
+
+
+def prompt_of(kind: str, **slots: Any) -> str:
+    return PromptBook().render(Draft(kind, QUESTION, slots))[-1].content
+
+
+def leaks(kind: str, prompt: str, **audit: Any) -> dict[str, int]:
+    return {key[2]: n for key, n in count_leaks(kind, audit, "4", prompt).items() if n}
+
+
+def test_leaks_of_ncq() -> None:
+    clean = prompt_of("ncq", answers=["3"], candidates=[r"so \boxed{3}", "no idea"])
+    assert leaks("ncq", clean, wrong_answers=["3"]) == {"checked": 1}
+    dirty = prompt_of("ncq", answers=["3"], candidates=[r"first \boxed{\text{ 4 }}, then \boxed{3}"])
+    assert leaks("ncq", dirty, wrong_answers=["3"]) == {"checked": 1, "gold boxed": 1}
+    assert leaks("ncq", clean, wrong_answers=["3", " 4"]) == {"checked": 1, "gold boxed": 1}
+    assert leaks("ncq", "a template of one's own", wrong_answers=["3"]) == {"unchecked": 1}
+
+
+def test_leaks_of_bcq() -> None:
+    audit = {"positive_answer": "4", "negative_answer": "5"}
+
+    def found(right: str, wrong: str, at: int) -> dict[str, int]:
+        prompt = prompt_of("bcq", candidates=[right, wrong] if at == 0 else [wrong, right])
+        return leaks("bcq", prompt, correct_at=at, **audit)
+
+    for at in (0, 1):
+        assert found(r"it is \boxed{4}", r"it is \boxed{5}", at) == {"checked": 1}
+        assert found(r"\boxed{4}", r"maybe \boxed{4} or \boxed{5}", at) == {"checked": 1, "gold in wrong": 1, "wrong longer": 1}
+        assert found(r"\boxed{4}", r"\boxed{6}", at) == {"checked": 1, "answer changed": 1}
+        assert found(r"so \boxed{4}", "cut", at) == {"checked": 1, "one box": 1, "right longer": 1}
+    assert leaks("bcq", "no blocks", correct_at=0, **audit) == {"unchecked": 1}
+
+
+@given(st.text(alphabet="\\boxed{} 4", max_size=60))
+def test_boxes_never_fail(text: str) -> None:
+    assert all(isinstance(box, str) for box in boxes(text))
+
+
+def test_boxes_sees_nested_and_skips_open_ones() -> None:
+    assert boxes(r"\boxed{a \boxed{b}} {x} \boxed{c") == ["b", r"a \boxed{b}"]
+
+
+# The zone
+
+
+def test_zone_equals_the_buffer_of_every_step(summary: summary_module.Summary) -> None:
+    run = summary.run
+    zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step)
+    for line, column in zip(run.steps, zone.occupancy.T, strict=True):
+        expected = {name.replace(".0%", "%"): n for name, n in line["buffer_by_entry"].items()}
+        assert {name: n for name, n in zip(zone.names, column.tolist(), strict=True) if n} == expected
+    events = Counter((e["event"], e["entry_accuracy"]) for e in run.buffer)
+    assert all(events[name, 0.0] for name in ("admitted", "graduated", "evicted"))  # the run has all of it
+    for k, (_, admitted, graduated, evicted) in enumerate(zone.totals()[:-1]):
+        counted = tuple(events[name, k / 8] for name in ("admitted", "graduated", "evicted"))
+        assert (admitted, graduated, evicted) == counted
+    assert zone.totals()[-1][1:] == tuple(sum(row[i] for row in zone.totals()[:-1]) for i in (1, 2, 3))
+
+
+def test_waits_and_visits_equal_a_plain_recount(summary: summary_module.Summary) -> None:
+    run = summary.run
+    zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step)
+    waits: dict[float, list[int]] = defaultdict(list)
+    visits: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for event in run.buffer:
+        if event["event"] == "graduated":
+            waits[event["entry_accuracy"]].append(event["step"] - event["entry_step"])
+        if event["event"] != "admitted":
+            visits[event["visits"]][event["event"] == "evicted"] += 1
+    assert [list(w) for w in zone.waits] == [waits[k / 8] for k in range(4)]
+    assert zone.visits == {k: tuple(v) for k, v in sorted(visits.items())}
+
+
+def test_events_of_a_step_that_is_being_written_wait() -> None:
+    event = {"step": 3, "event": "admitted", "entry_accuracy": 0.0, "entry_step": 3, "visits": 0}
+    assert zone_story([event], 8, 0.5, 2).totals()[-1] == ("all", 0, 0, 0)
+
+
+@given(st.integers(2, 32), st.floats(0.05, 1))
+def test_bins_follow_the_group_size(size: int, threshold: float) -> None:
+    bins = bin_count(size, threshold)
+    below = [k for k in range(size) if k / size < threshold]
+    assert [bin_of(np.float32(k / size).item(), size, bins) for k in below] == below == list(range(bins))
+
+
+def test_bin_names_and_odd_denominators() -> None:
+    assert [bin_name(k, 8) for k in range(4)] == ["0%", "12.5%", "25%", "37.5%"]
+    assert bin_of(1 / 7, 8, 4) == 1 and bin_of(3 / 7, 8, 4) == 3  # one rollout of the eight was not graded
+
+
+# Charts
+
+
+def test_chart_numbers_equal_the_parquet_files(summary: summary_module.Summary, rows: list[dict[str, Any]]) -> None:
+    def by_step(kind: str, value: Any) -> list[float]:
+        steps: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            if row["kind"] == kind:
+                steps[row["step"]].append(float(value(row)))
+        return [sum(v) / len(v) for _, v in sorted(steps.items())]
+
+    for name, value in {
+        "accuracy": lambda r: r["correct"],
+        "positive": lambda r: r["advantage"] > 0,
+        "entropy": lambda r: r["entropy"],
+        "lengths": lambda r: r["completion_tokens"],
+        "truncated": lambda r: r["truncated"],
+        "no-answer": lambda r: r["answer"] is None,
+    }.items():
+        chart = chart_of(summary, name)
+        assert [s.name for s in chart.series] == ["plain", "BCQ", "NCQ"]
+        for series, kind in zip(chart.series, ("plain", "bcq", "ncq"), strict=True):
+            assert list(series.x) == list(range(1, 9))
+            assert list(series.y) == pytest.approx(by_step(kind, value))
+
+
+def test_charts_are_there_and_are_json(summary: summary_module.Summary) -> None:
+    names = [chart.id for chart in summary.charts]
+    assert len(set(names)) == len(names)
+    assert {"held-out", "loss", "clip", "composition", "teacher", "occupancy", "graduation", "graduates", "fate", "visits",
+            "waiting", "match-bcq", "match-ncq"} <= set(names)  # fmt: skip
+    for chart in summary.charts:
+        text = json.dumps(chart.to_dict(), allow_nan=False)
+        assert all(len(s["x"]) == len(s["y"]) for s in json.loads(text)["series"])
+
+
+def test_graduation_is_graduated_by_admitted(summary: summary_module.Summary) -> None:
+    series = chart_of(summary, "graduation").series[0]
+    admitted = sum(e["event"] == "admitted" and e["entry_accuracy"] == 0 for e in summary.run.buffer)
+    graduated = sum(e["event"] == "graduated" and e["entry_accuracy"] == 0 for e in summary.run.buffer)
+    assert series.name == "0%" and series.y[-1] == pytest.approx(graduated / admitted)
+    assert series.hover[-1] == f"{graduated} of {admitted}"
+    assert f"{graduated} of {admitted} entries admitted at 0% graduated" in summary.outcome
+
+
+def test_smoothing_only_of_long_lines_and_never_over_gaps() -> None:
+    values = [1.0] * 20 + [None] + [3.0] * 39
+    long = Chart("a", "", "", (Series("a", range(60), values, "#000"),))
+    mean = long.smoothed(long.series[0])
+    assert mean is not None and mean[0] == 1 and mean[20] is None and mean[-1] == 3 and 1 < mean[19] <= 3
+    short = Series("a", range(5), values[:5], "#000")
+    assert long.smoothed(short) is None
+
+
+def test_ramp_goes_from_dark_to_light() -> None:
+    light = [sum(int(c[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) for c in ramp(8)]
+    assert light == sorted(light) and len(set(light)) == 8 and len(ramp(1)) == 1
+
+
+def test_duration_reads_well() -> None:
+    assert [duration(s) for s in (5, 119, 600, 4000, 36000)] == ["5 s", "119 s", "10 min", "67 min", "10 h 00 min"]
+
+
+# Questions and stories
+
+
+def test_question_lines_tell_what_happened(summary: summary_module.Summary, rows: list[dict[str, Any]]) -> None:
+    asked = {(r["question_id"], r["step"], r["kind"]) for r in rows}
+    assert asked == {(line.id, v.step, v.kind) for line in summary.lines.values() for v in line.visits}
+    last = {e["id"]: e["event"] for e in summary.run.buffer}
+    for line in summary.lines.values():
+        assert line.fate == {"admitted": "waiting"}.get(last.get(line.id), last.get(line.id, "never hard"))
+        correct = [sum(r["correct"] for r in rows if (r["question_id"], r["step"], r["kind"]) == (line.id, v.step, "plain"))
+                   for v in line.visits if v.kind == "plain"]  # fmt: skip
+        assert line.accuracies == [c / 8 for c in correct]
+        assert bool(line.classes) == any(v.kind != "plain" for v in line.visits)
+    assert list(summary.lines) == question_ids(summary.run)
+
+
+@pytest.mark.parametrize(
+    ("plain", "stuck"), [([0, 0], True), ([2, 1, 2], True), ([0, 1, 0], False), ([0], False), ([5, 5], False)]
+)
+def test_never_improved(plain: list[int], stuck: bool) -> None:
+    line = QuestionLine("q", "", "", "", [Visit(i, "plain", c, 8) for i, c in enumerate(plain)])
+    assert line.never_improved(0.5) == stuck
+
+
+def stratum(line: QuestionLine) -> set[tuple[Any, ...]]:
+    return {(frozenset(line.kinds), line.entry_bin, name) for name in line.classes or {""}}
+
+
+def test_stories_are_spread_over_all_strata(summary: summary_module.Summary) -> None:
+    lines = list(summary.lines.values())
+    strata = set().union(*map(stratum, lines))
+    some = stratified(lines, len(strata))
+    assert set().union(*map(stratum, some)) == strata
+    assert len({line.id for line in some}) == len(some) <= len(strata)
+    assert stratified(lines[::-1], 5) == some[:5]  # whatever the order, and shorter lists are beginnings of longer ones
+    assert len(stratified(lines, 10_000)) == len(lines) and stratified(lines, 0) == []
+
+
+def test_a_story_is_whole(summary: summary_module.Summary, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    line = max(summary.lines.values(), key=lambda q: len(q.visits))
+    story = load_stories(summary.run, {line.id: line.steps})[line.id]
+    own = [r for r in rows if r["question_id"] == line.id]
+    assert [r["completion"] for g in story["groups"] for r in g["rollouts"]] == [r["completion"] for r in own]
+    assert [story["prompts"][g["prompt"]] for g in story["groups"]] == [r["prompt"] for r in own if r["rollout"] == 0]
+    assert {g["kind"] for g in story["groups"]} == {"plain", "bcq", "ncq"}
+    assert story["question"] == own[0]["question"] and story["gold"] == own[0]["gold"]
+    assert [e["event"] for e in story["events"]] == [e["event"] for e in summary.run.buffer if e["id"] == line.id]
+    classes = {r["class"] for g in story["groups"] for r in g["rollouts"] if "class" in r}
+    assert classes == line.classes
+
+
+def test_a_group_may_lie_across_row_groups(folder: Path, tmp_path: Path) -> None:
+    run = invented_run(tmp_path / "run", steps=2)
+    wanted = {name: [1, 2] for name in question_ids(open_run(run))}
+    whole = load_stories(open_run(run), wanted)
+    for path in files_of(run):
+        change_rows(path, lambda row: row, row_group_size=3)
+    assert load_stories(open_run(run), wanted) == whole
+
+
+@given(st.integers(400, 100_000))
+def test_a_trimmed_story_keeps_its_outcomes(most: int) -> None:
+    rollouts = [{"completion": "x" * 5000, "correct": i % 2 == 0} for i in range(4)]
+    story = {"prompts": ["p" * 9000], "groups": [{"step": s, "rollouts": rollouts} for s in range(9)]}
+    short = trimmed(story, most)
+    assert [[r["correct"] for r in g["rollouts"]] for g in short["groups"]] == [[r["correct"] for r in rollouts]] * 9
+    bare = {**short, "groups": [{**g, "rollouts": [{**r, "completion": None} for r in g["rollouts"]]} for g in short["groups"]]}
+    assert size_of(short) <= max(most, size_of(bare))
+    texts = [g["rollouts"][0]["completion"] is not None for g in short["groups"]]
+    assert texts == sorted(texts[:5], reverse=True) + texts[5:] and texts[0] >= texts[4]
+
+
+def test_cut_says_what_is_missing() -> None:
+    assert cut("abcdefghij", 10) == "abcdefghij"
+    assert cut("abcdefghij", 4) == "ab\n[... 6 characters left out ...]\nij"
+
+
+def test_images_become_small_data_and_missing_ones_are_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGBA", (2000, 1000), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    names = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    good, broken, missing = with_images({"images": names})["images"]
+    assert good["data"].startswith("data:image/jpeg;base64,") and len(good["data"]) < 20_000
+    assert broken["missing"] and missing["missing"] and "data" not in missing
+
+
+def test_nearest_ids() -> None:
+    assert nearest("q:1", ["q:1", "q:10", "r:1", "q:2"]) == ["q:1", "q:10"]
+    assert nearest("zzz", ["q:1"]) == []
+
+
+# Reading
+
+
+def test_the_reader_reads_a_file_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = invented_run(tmp_path / "run", steps=3)
+    read: list[str] = []
+    monkeypatch.setattr(summary_module, "scan_file", lambda path: (read.append(path.name), scan_file(path))[1])
+    reader = Reader(run)
+    stamp = reader.stamp()
+    first = reader.read()
+    assert len(read) == 3 and reader.stamp() == stamp
+    (run / "rollouts" / "step-000004.parquet").write_bytes(files_of(run)[0].read_bytes())
+    assert reader.stamp() != stamp
+    assert reader.read().lines.keys() == first.lines.keys()
+    assert read[3:] == ["step-000004.parquet"]
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    run = invented_run(tmp_path / "run", steps=1)
+    (run / "metrics.jsonl").write_text("")
+    (run / "buffer.jsonl").unlink()
+    for path in files_of(run):
+        path.unlink()
+    summary = Reader(run).read()
+    assert summary.outcome == "No step is finished yet." and summary.charts == [] and summary.lines == {}
+
+
+@pytest.mark.parametrize("what", ["no folder", "no recipe", "broken recipe", "no mapping"])
+def test_no_run_is_said(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "run"
+    if what != "no folder":
+        folder.mkdir()
+    if what in ("broken recipe", "no mapping"):
+        (folder / "recipe.yaml").write_text("a: [" if what == "broken recipe" else "- 1")
+    with pytest.raises(CheckpointError, match=str(folder)):
+        open_run(folder)
+
+
+def test_damaged_rollout_files_are_said(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "step-000001.parquet"
+    path.write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="zppo resume"):
+        scan_file(path)
+    pq.write_table(pq.read_table(files_of(folder)[0]).drop_columns(["gold"]), path)
+    with pytest.raises(CheckpointError, match="gold"):
+        scan_file(path)
+
+
+def test_question_lines_of_a_run_without_a_buffer(tmp_path: Path) -> None:
+    run = open_run(invented_run(tmp_path / "run", steps=2, method="grpo"))
+    lines = question_lines(run, map(scan_file, files_of(run.folder)))
+    assert {line.fate for line in lines.values()} == {"never hard"} and not run.replays
+    charts = {chart.id for chart in Reader(run.folder).read().charts}
+    assert "occupancy" not in charts and "match-bcq" not in charts and "accuracy" in charts
