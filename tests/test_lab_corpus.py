@@ -22,7 +22,7 @@ from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed, normalise
 from zppo.lab.build import lab_book
-from zppo.lab.corpus import Document, StudentCorpus, TeacherCorpus
+from zppo.lab.corpus import Document, Response, StudentCorpus, TeacherCorpus, compressed
 from zppo.lab.language import CONTROL, make_tokenizer, words
 from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
@@ -200,13 +200,32 @@ class _Copier:
 
 def test_compression_documents_copy_what_was_written(lab: Lab) -> None:
     rng = Random(6)
-    boxed = 0
-    for _ in range(300):
+    boxed = damaged = 0
+    for _ in range(400):
         response = lab.teacher.response(rng)
-        document_prompt = lab.book.compression(response.text, response.has_answer)[-1].content
-        assert ("without box" in document_prompt) == (not response.has_answer)
-        kept = [word for word in words(response.text) if word not in ("<think>", "</think>")]
-        assert words(response.summary) == kept
-        assert (extract_boxed(response.summary) is not None) == response.has_answer
+        prompt = lab.book.compression(response.text, response.has_answer)[-1].content
+        assert ("without box" in prompt) == (not response.has_answer)
+        kept, given = extract_boxed(response.summary), extract_boxed(response.text)
+        assert (kept is None) == (given is None) == (not response.has_answer)
+        assert kept is None or normalise(kept) == normalise(given or "")
+        if re.fullmatch(r"<think> [^\s}<\\]+ [^\s}<\\]+ </think> \\boxed\{( [^\s}<\\]+){4} \}", response.text):
+            assert words(response.summary) == [w for w in words(response.text) if w not in ("<think>", "</think>")]
+        else:
+            damaged += 1
         boxed += response.has_answer
-    assert 225 < boxed < 290
+    assert 80 < damaged < 200 and 280 < boxed < 395
+
+
+@pytest.mark.parametrize(
+    ("text", "summary"),
+    [
+        ("<think> one two </think> \\boxed{ a one b two } }", "one two \\boxed{ a one b two }"),
+        ("<think> one </think> \\boxed{ a } </think> \\boxed{ b }", "one \\boxed{ b }"),
+        ("<think> one two", "one two"),
+        ("one two", "one two"),
+        ("<think> 1 2 3 4 5 6 </think> \\boxed{ a }", "1 2 3 4 \\boxed{ a }"),
+        ("<think> } </think>", ""),
+    ],
+)
+def test_compressed_form_of_odd_responses(text: str, summary: str) -> None:
+    assert compressed(text) == Response(text, summary, has_answer="boxed" in summary)

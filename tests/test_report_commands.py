@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import make_tiny
 from PIL import Image
-from report_runs import change_rows, files_of, invented_run, rows_of
 
+from conftest import make_tiny
+from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.cli import main
 from zppo.report.arguments import FIGURE_FORMATS
 from zppo.report.commands import SUFFIXES
 from zppo.report.compare import arms_of, compare
 from zppo.report.load import open_run
+from zppo.report.static import write_figures
 from zppo.report.summary import Reader
 
 
@@ -46,8 +47,8 @@ def test_report_writes_a_page_and_its_figures(folder: Path, tmp_path: Path, caps
             assert "<svg" in path.read_text()[:1000]
     page = (tmp_path / "a" / "report.html").read_text()
     assert all(f'"id":"{name}"' in page for name in charts)
-    run(capsys, "report", folder, "--out", tmp_path / "b", "--figures", "svg")
-    for path in sorted((tmp_path / "b" / "figures").iterdir()):  # the same run, the same bytes
+    some = [chart for chart in Reader(folder).read().charts if chart.id in ("accuracy", "fate")]
+    for path in write_figures(some, tmp_path / "b", ["svg"]):  # the same run, the same bytes
         assert path.read_bytes() == (tmp_path / "a" / "figures" / path.name).read_bytes()
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import change_rows, files_of, invented_run, rows_of
 
+from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.core.types import Draft, Message, Question
 from zppo.errors import CheckpointError
 from zppo.grading import normalise

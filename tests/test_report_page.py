@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from chromium import Browser
 from report_runs import change_rows, files_of, invented_run, rows_of
-
 from zppo.report.commands import compare_command, report_command
 from zppo.report.page_html import report_page, script_json
 from zppo.report.serve import make_server
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return {**row, "images": [str(base / "image.png")]}
         if row["question_id"] != ATTACKED:
             return row
-        attacked = {name: HOSTILE for name in ("question", "level", "completion", "prompt", "gold", "reason")}
+        attacked = dict.fromkeys(("question", "level", "completion", "prompt", "gold", "reason"), HOSTILE)
         return {**row, **attacked, "answer": HOSTILE}
 
     for path in files_of(run):

@@ -17,6 +17,8 @@ from zppo.lab.study_view import graduated_share, print_study, study_tables
 from zppo.report.statistics import mean_interval, paired_difference
 from zppo.train.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_study_runs_every_cell_once(recipe: Path, tmp_path: Path) -> None:
     """Through real processes; the second call finds every row, and a later one adds to them."""

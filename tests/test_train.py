@@ -23,6 +23,8 @@ from conftest import make_tiny
 from zppo.cli import main
 from zppo.train.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 TIME_FIELDS = ("seconds", "tokens_per_second")
 
 

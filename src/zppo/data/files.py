@@ -64,7 +64,9 @@ def _parse(raw: bytes, path: Path, number: int) -> object:
             f"{where}: is not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x}); save the file as UTF-8"
         ) from error
     if number == 1 and text.lstrip().startswith("["):
-        raise DataError(f"{where}: the file is one JSON list; write one object per line, without brackets and commas between")
+        raise DataError(
+            f"{where}: the file is one JSON list; write one object per line, without brackets and commas between"
+        )
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

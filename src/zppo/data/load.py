@@ -6,34 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 from zppo.core.types import Question
 from zppo.data.files import READERS
-from zppo.data.rows import question_from_row
+from zppo.data.rows import Columns, question_from_row
 from zppo.errors import DataError
 
 SourceFn = Callable[[str], Sequence[Question]]
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9_]+):(?!//)")
 _SOURCES: dict[str, SourceFn] = {}
-
-
-class Columns(Protocol):
-    """Which column holds what (`train.settings.ColumnSettings` is one)."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def messages(self) -> str: ...
-    @property
-    def answer(self) -> str: ...
-    @property
-    def images(self) -> str: ...
-    @property
-    def id(self) -> str: ...
-    @property
-    def level(self) -> str: ...
 
 
 def register_source(scheme: str, load: SourceFn) -> None:

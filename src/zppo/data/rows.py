@@ -8,16 +8,30 @@ from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
+from typing import Any, Protocol, cast, get_args, get_type_hints
 
 from zppo.core.types import ImageRef, Message, Question
 from zppo.errors import DataError
 
-if TYPE_CHECKING:
-    from zppo.data.load import Columns
-
 _ROLES: tuple[str, ...] = get_args(get_type_hints(Message)["role"])
 _NEAREST_SHOWN = 8
+
+
+class Columns(Protocol):
+    """Which column holds what (`train.settings.ColumnSettings` is one)."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def messages(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def images(self) -> str: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def level(self) -> str: ...
 
 
 class _RowError(Exception):
@@ -102,7 +116,9 @@ def _content(value: object) -> str:
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = repr(part.get("type")) if isinstance(part, Mapping) else _a(part)
-            raise _RowError(f"a part of the kind {kind} is not supported, only text parts are; images go to the images column")
+            raise _RowError(
+                f"a part of the kind {kind} is not supported, only text parts are; images go to the images column"
+            )
         parts.append(_text(part.get("text"), empty=True))
     return _text("".join(parts))
 
@@ -123,7 +139,9 @@ def _image(item: object, folder: Path) -> ImageRef:
         return ImageRef(str(path), _sha256(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise _RowError(f"the image {item!r} cannot be read at {path} ({reason}); paths are relative to the data file") from None
+        raise _RowError(
+            f"the image {item!r} cannot be read at {path} ({reason}); paths are relative to the data file"
+        ) from None
 
 
 @lru_cache(maxsize=4096)
@@ -141,7 +159,9 @@ def _text(value: object, empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _RowError(f"holds half of a surrogate pair at character {error.start + 1}, which no encoding can write") from None
+        raise _RowError(
+            f"holds half of a surrogate pair at character {error.start + 1}, which no encoding can write"
+        ) from None
     return value
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from random import Random
 
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message
+from zppo.grading import extract_boxed
+from zppo.lab.language import words
 from zppo.lab.world import Chain, Entry, World
 from zppo.prompts import PromptBook
 
@@ -21,8 +23,10 @@ Tables = dict[Entry, list[float]]
 NCQ_CANDIDATES = (1, 2, 3, 4, 5, 6, 7, 8)
 # Draws after which a result that differs from given ones is given up.
 TRIES = 16
-# Share of responses in the teacher's compression documents that are odd in one way or another.
-ODD = 0.3
+# Share of responses in the teacher's compression documents with other operations than a question's, and of damaged ones.
+ODD = 0.35
+LONGEST = 18  # words of a response
+MOST_STEPS = 4  # words of the thought that a compressed response keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,24 +158,47 @@ class TeacherCorpus:
     def _compression(self, rng: Random) -> Document:
         response = self.response(rng)
         messages = self.book.compression(response.text, response.has_answer)
-        return Document("compression", messages, " ".join(["<summary>", *response.summary.split(), "</summary>"]))
+        return Document("compression", messages, " ".join(["<summary>", *words(response.summary), "</summary>"]))
 
     def response(self, rng: Random) -> Response:
         """What was written is to be copied, never mended: the values are arbitrary, so nothing but the response can tell them."""
         world = self.world
-        operations, values = range(len(world.operations)), range(len(world.values))
         chain = world.draw_chain(rng.choice(tuple(world.levels)), rng)
         if rng.random() < ODD:
-            chain = Chain(chain.start, tuple(rng.choice(operations) for _ in chain.operations))
-        results = tuple(rng.choice(values) for _ in chain.operations)
-        thought = tuple(rng.choice(values) for _ in range(rng.randint(0, 4))) if rng.random() < ODD else results
-        steps = " ".join(world.values[v] for v in thought)
-        if rng.random() < ODD / 2:
-            return Response(
-                rng.choice((f"<think> {steps}", f"<think> {steps} </think>", steps)), steps, has_answer=False
-            )
-        box = f"\\boxed{{ {world.answer_text(chain, results)} }}"
-        return Response(f"<think> {steps} </think> {box}", f"{steps} {box}".strip(), has_answer=True)
+            chain = Chain(chain.start, tuple(rng.randrange(len(world.operations)) for _ in chain.operations))
+        results = tuple(rng.randrange(len(world.values)) for _ in chain.operations)
+        written = world.completion_text(chain, results).split()
+        if rng.random() < ODD:
+            for _ in range(rng.randint(1, 3)):
+                written = self._damaged(written, rng)
+        return compressed(" ".join(written))
+
+    def _damaged(self, written: list[str], rng: Random) -> list[str]:
+        """A response as a student in training may write it: a word doubled, lost or out of place, an end cut off or said again."""
+        at = rng.randrange(len(written))
+        match rng.randrange(5):
+            case 0:
+                return [*written[: at + 1], *written[at:]]
+            case 1:
+                return [*written[:at], *written[at + 1 :]] or written
+            case 2:
+                word = rng.choice(
+                    (*self.world.values, *(o.word for o in self.world.operations), "}", "}", "}", "</think>")
+                )
+                return [*written[: at + 1], word, *written[at + 1 :]]
+            case 3:
+                return written[: at + 1]
+            case _:
+                return [*written, *written[at:]][:LONGEST]
+
+
+def compressed(text: str) -> Response:
+    """A response with its compressed form: the first words of its thought, and the box as it stands, if there is one."""
+    answer = extract_boxed(text)
+    thought = text.replace("<think>", " ").split("</think>")[0].split("\\boxed{")[0]
+    steps = [word for word in thought.split() if word != "}"][:MOST_STEPS]
+    box = [] if answer is None else ["\\boxed{", *words(answer), "}"]
+    return Response(text, " ".join([*steps, *box]), has_answer=answer is not None)
 
 
 def _tables(world: World, weights: Callable[[int, int], tuple[float, ...]]) -> Tables:

@@ -24,37 +24,34 @@ def write_figures(charts: Sequence[Chart], folder: Path, suffixes: Sequence[str]
     """
     if not suffixes:
         return []
+    import matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for chart in charts:
-        figure = draw(chart)
-        for suffix in suffixes:
-            path = folder / f"{chart.id}.{suffix}"
-            # A fixed salt and no date: the same run gives the same bytes.
-            figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-            written.append(path)
+    with matplotlib.rc_context(_settings()):
+        for chart in charts:
+            for suffix in suffixes:
+                path = folder / f"{chart.id}.{suffix}"
+                # A figure of its own (its layout depends on what was drawn before), no date and a fixed salt: the same run, the same bytes.
+                draw(chart).savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+                written.append(path)
     return written
+
+
+def _settings() -> Any:
+    # Names come from data: a dollar sign in one is no formula.
+    return {"svg.hashsalt": "zppo", "text.parse_math": False, "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
 
 
 def draw(chart: Chart) -> Figure:
     """One chart as a matplotlib figure."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     rows = len(chart.series[0].x) if chart.kind == "hbar" else 0
-    # Names come from data: a dollar sign in one is no formula.
-    settings: Any = {
-        "svg.hashsalt": "zppo",
-        "text.parse_math": False,
-        "font.size": 9,
-        "axes.edgecolor": GRID,
-        "text.color": INK,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.4, max(3.6, 1.4 + 0.32 * rows)), layout="constrained")
-        axes = figure.add_subplot()
-        {"line": _lines, "area": _area, "bar": _bars, "hbar": _hbars}[chart.kind](axes, chart)
-        _dress(axes, chart)
+    figure = Figure(figsize=(6.4, max(3.6, 1.4 + 0.32 * rows)), layout="constrained")
+    axes = figure.add_subplot()
+    {"line": _lines, "area": _area, "bar": _bars, "hbar": _hbars}[chart.kind](axes, chart)
+    _dress(axes, chart)
     return figure
 
 

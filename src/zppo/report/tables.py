@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from typing import Any
 
 from zppo.core.types import BCQ, NCQ
@@ -62,23 +64,46 @@ def _held_out(run: Run) -> Table:
 
 
 def _zone(zone: ZoneStory | None) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     if zone is not None and zone.admitted.any():
         everything = tuple(w for waits in zone.waits for w in waits)
         for (name, admitted, graduated, evicted), waits in zip(zone.totals(), (*zone.waits, everything), strict=True):
             share = percent(graduated / admitted if admitted else None)
             wait = f"{median(waits):g}" if waits else "–"
-            rows.append((name, f"{admitted:,}", f"{graduated:,}", f"{evicted:,}", share, wait))
+            rows.append((f"{name} · this run", f"{admitted:,}", f"{graduated:,}", f"{evicted:,}", share, wait))
+        rows += _paper_buffer()
     columns = (
-        "plain accuracy at admission",
+        "accuracy at admission",
         "admitted",
         "graduated",
         "evicted",
         "graduated / admitted",
-        "median steps to graduation",
+        "median steps to it",
     )
-    caption = "Entries of the prompt replay buffer; a question that comes back after it left is a new entry."
+    caption = (
+        "Entries of the prompt replay buffer by plain accuracy at admission; a question that comes back after it left is a new entry. "
+        "Rows of the paper: arXiv 2606.18216, Figs. 4 and 5b."
+    )
     return Table("zone-table", ZONE, "Entries by plain accuracy at admission", columns, tuple(rows), caption)
+
+
+def _paper_buffer() -> list[tuple[str, ...]]:
+    """The paper's rows as far as it gives numbers: two methods on the 2B student."""
+    text = (files("zppo.report") / "data" / "paper_buffer.csv").read_text(encoding="utf-8")
+    known: dict[tuple[str, str], dict[str, float]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        known.setdefault((row["method"], row["scale"]), {})[row["quantity"]] = float(row["value"])
+    rows: list[tuple[str, ...]] = []
+    for (method, scale), values in known.items():
+        for name in ("0%", "12.5%"):
+            admitted, graduated = values.get(f"admitted at {name}"), values.get(f"graduated from {name}")
+            share = values.get(
+                f"graduated share of {name} bin", graduated / admitted if admitted and graduated else None
+            )
+            if graduated is not None and share is not None:
+                into = f"{admitted:,.0f}" if admitted else "–"
+                rows.append((f"{name} · paper {scale}, {method}", into, f"{graduated:,.0f}", "–", percent(share), "–"))
+    return rows
 
 
 def _match(counts: Counts) -> Table:

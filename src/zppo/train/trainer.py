@@ -202,7 +202,8 @@ class Trainer:
     def _report(self, step: int, groups: Sequence[Group], metrics: dict[str, Any], clock: Clock) -> None:
         """Totals, one line of metrics and one of progress."""
         tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
-        teacher_tokens = sum(int(metrics[f"{use}_completion_tokens"]) for use in ("teacher", "compression"))
+        uses = ("teacher", "compression", "hint")
+        teacher_tokens = sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
         self.totals.student_tokens += tokens
         self.totals.teacher_tokens += teacher_tokens
         for name in MISSED:

@@ -51,6 +51,12 @@ class _Dumper(yaml.SafeDumper):
     """Quotes whatever either YAML 1.1 or 1.2 would read as something other than text."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """YAML's other line breaks survive in double quotes only, where they are written as escapes."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node).replace("_", "")
     return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
@@ -63,6 +69,7 @@ def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 for _tag, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, _pattern, [*_first, *([""] if _pattern is _NULL else [])])
     _Dumper.add_implicit_resolver(_tag, _pattern, [*_first, *([""] if _pattern is _NULL else [])])
+_Dumper.add_representer(str, _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
