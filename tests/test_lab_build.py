@@ -48,9 +48,12 @@ def small_world(tmp_path: Path) -> str:
 
 
 def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: Path) -> None:
-    world = load_world(small_world(tmp_path))
+    world, threads = load_world(small_world(tmp_path)), torch.get_num_threads()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.set_num_threads(2 if name == "b" else threads)
         build(world, tmp_path / name, seed=seed, steps=2)
+        assert torch.get_num_threads() == (2 if name == "b" else threads)
+    torch.set_num_threads(threads)
     for role in ("student", "teacher"):
         a, b, c = (load_file(tmp_path / name / role / "model.safetensors") for name in "abc")
         assert all(torch.equal(a[key], b[key]) for key in a)

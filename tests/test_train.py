@@ -313,3 +313,32 @@ def test_nothing_is_written_before_the_checks_pass(
 def test_resume_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["resume", str(tmp_path)]) == 2
     assert "holds no run" in " ".join(capsys.readouterr().err.split())
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize(("name", "level"), [("lab", "hard"), ("lab-reachable", "both")])
+def test_the_lab_s_recipes_run_on_the_bundled_models(tmp_path: Path, name: str, level: str) -> None:
+    """Three steps of each: the student knows the easy level and nothing harder, the teacher helps on what it fails."""
+    run = train(RECIPES / f"{name}.yaml", tmp_path / name, "--train.steps=3", "--eval.every=0")
+    before, *steps, after = records(run)
+    assert before["by_level"]["easy"] >= 0.95 and before["by_level"][level] <= 0.02
+    assert set(after["by_level"]) == set(before["by_level"])
+    for step in steps:
+        assert step["hard_questions"] > 16 and step["bcq_prompts"] + step["ncq_prompts"] == 16
+        assert step["teacher_correct"] == step["teacher_rollouts"] > 0  # the teacher knows
+        assert step["compression_failed"] <= 0.1 * step["compression_asked"]
+        assert step["logprob_gap_max"] < 1e-3
+    prompts = {
+        row["kind"]: row["prompt"] for row in pq.read_table(run / "rollouts" / "step-000003.parquet").to_pylist()
+    }
+    assert prompts["bcq"].count("<candidate>") == 2 and "wrong" in prompts["ncq"]
+
+
+def test_the_recipe_to_copy_runs_with_any_student_and_teacher(recipe: Path, tmp_path: Path) -> None:
+    models = [f"--{role}.model={recipe.parent / role}" for role in ("student", "teacher")]
+    limits = [f"--{key}.max_new_tokens=8" for key in ("rollout", "eval", "teacher.rollout", "teacher.compression")]
+    run = train(RECIPES / "my-data.yaml", tmp_path / "mine", *models, *limits, "--train.steps=2")
+    assert [r["event"] for r in records(run)] == ["eval", "step", "step", "final"]
+    assert (run / "final" / "tokenizer.json").exists()

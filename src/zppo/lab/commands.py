@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers.utils import logging
+
 from zppo.core.draws import keyed_random
 from zppo.errors import SettingsError
 from zppo.lab.build import build
@@ -25,6 +27,7 @@ def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int
         raise SettingsError(
             f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number"
         )
+    logging.disable_progress_bar()
     made = load_world(world)
     folder = out or Path("runs") / "lab" / made.name
     built = build(made, folder, seed=seed, steps=steps, say=lambda line: print(line, flush=True))
