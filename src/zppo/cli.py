@@ -16,6 +16,7 @@ from zppo.report.arguments import add_commands
 
 if TYPE_CHECKING:
     from zppo.core.types import Question
+    from zppo.train.settings import Settings
 
 OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -168,13 +169,23 @@ def _add_lab(lab: argparse.ArgumentParser) -> None:
     questions.add_argument("--n", type=int, default=5, help="how many (default: 5)")
     questions.set_defaults(run=_lab_questions)
     study = commands.add_parser("study", help="run a grid of methods, seeds and students, and print its tables")
-    study.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="lab recipes; none: print the tables of --rows")
-    study.add_argument("--methods", default="grpo-replay,zppo,zppo-placebo", help="comma-separated; NAME-matched takes ZPPO's rollouts")
+    study.add_argument(
+        "recipes", nargs="*", type=Path, metavar="RECIPE", help="lab recipes; none: print the tables of --rows"
+    )
+    study.add_argument(
+        "--methods", default="grpo-replay,zppo,zppo-placebo", help="comma-separated; NAME-matched takes ZPPO's rollouts"
+    )
     study.add_argument("--seeds", default="0-2", help="e.g. 0-7 or 0,3,5 (default: 0-2)")
     study.add_argument("--students", default="", help="comma-separated models instead of the recipes' own")
-    study.add_argument("--rows", type=Path, default=Path("runs/study.jsonl"), help="one line per finished run; appended to")
-    study.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: cores)")
-    study.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs; may be repeated")
+    study.add_argument(
+        "--rows", type=Path, default=Path("runs/study.jsonl"), help="one line per finished run; appended to"
+    )
+    study.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: cores)"
+    )
+    study.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs; may be repeated"
+    )
     study.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     study.set_defaults(run=_lab_study)
 
@@ -210,7 +221,7 @@ def _settings_help() -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from zppo.train.plan import check_files
+    from zppo.train.plan import check_files, check_output
     from zppo.train.recipe import load_recipe
 
     if options.recipe is None:
@@ -221,6 +232,9 @@ def _train(options: argparse.Namespace) -> None:
     name = Path(options.recipe).stem
     register_lab()
     check_files(settings)
+    if settings.output is not None:
+        check_output(settings.output)
+    _check_lab_models(settings)
     if options.dry_run:
         from rich.console import Console
 
@@ -234,6 +248,15 @@ def _train(options: argparse.Namespace) -> None:
 
     register_lab_models()
     start(settings, name)
+
+
+def _check_lab_models(settings: Settings) -> None:
+    """Whether the bundled models that a recipe names exist; a dry run loads none and would not notice."""
+    from zppo.lab.assets import SCHEME, resolve
+
+    for model in (settings.student, settings.teacher, *settings.more_teachers):
+        if model is not None and model.model.startswith(SCHEME):
+            resolve(model.model)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -327,7 +350,9 @@ def _lab_study(options: argparse.Namespace) -> None:
         students = [s for s in options.students.split(",") if s]
         cells = list(grid(options.recipes, options.methods.split(","), _numbers(options.seeds), students))
         extra = [f"--{setting}" for setting in options.set]
-        failed = run_study(cells, options.rows, jobs=max(1, options.jobs), work=Path("runs/study"), extra=extra, console=console)
+        failed = run_study(
+            cells, options.rows, jobs=max(1, options.jobs), work=Path("runs/study"), extra=extra, console=console
+        )
     print_study(options.rows, console, markdown=options.markdown)
     if failed:
         raise SettingsError(f"{failed} runs failed; the same command runs them again")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from zppo import __version__
 from zppo.engines.chat import Chat
 from zppo.train.evaluate import Evaluation
-from zppo.train.trainer import Totals, entry_bin
+from zppo.train.trainer import MISSED, Totals, entry_bin
 
 FINAL = "final"
 
@@ -41,7 +41,7 @@ def write_model_card(
     lines = [
         "---",
         "library_name: transformers",
-        f"tags: [zppo, {method}]",
+        f"tags: [{', '.join(dict.fromkeys(('zppo', method)))}]",
         "---",
         "",
         f"# {name}",
@@ -91,10 +91,7 @@ def closing_table(
         console.print(table)
     missed = {name: count for name, count in totals.missed.items() if count}
     if missed:
-        console.print(
-            "help that was missed: "
-            + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in missed.items())
-        )
+        console.print("help that was missed: " + ", ".join(f"{n:,} {MISSED[name]}" for name, n in missed.items()))
     console.print(f"\n{_work(totals)}", highlight=False)
     files: Mapping[str, str] = {
         "final/": "the trained student",
@@ -104,6 +101,8 @@ def closing_table(
         "recipe.yaml": "the recipe, resolved",
     }
     for name, what in files.items():
+        if not (run / name).exists():
+            continue
         console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
 
 

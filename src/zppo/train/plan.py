@@ -14,10 +14,11 @@ from zppo.core.select import share_of
 from zppo.core.types import Question
 from zppo.data.load import load_questions
 from zppo.data.order import effective_batch, steps_per_epochs
-from zppo.errors import ModelError, RewardError, TemplateError
+from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
 from zppo.prompts.book import PromptBook
 from zppo.train.settings import Settings, TeacherSettings
 
+RECIPE = "recipe.yaml"  # in the run folder
 REDRAWS = 3  # of a candidate whose compression failed (method.md section 4)
 
 
@@ -94,6 +95,20 @@ def check_files(settings: Settings) -> None:
             )
     if settings.grading.reward:
         _check_reward(settings.grading.reward)
+
+
+def check_output(run: Path) -> None:
+    """Whether a run may be written to this folder.
+
+    Raises:
+        SettingsError: it holds a run already, or something else.
+    """
+    if (run / RECIPE).exists():
+        raise SettingsError(
+            f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=..."
+        )
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
 
 
 def make_plan(settings: Settings, questions: int, eval_questions: int = 0) -> Plan:

@@ -195,7 +195,8 @@ def _problem(details: ErrorDetails, overridden: set[str]) -> str:
     """One pydantic error in words: key, value, what is expected."""
     parts = [str(part) for part in details["loc"]]
     name = ".".join(parts)
-    where = " (set on the command line)" if name in overridden else ""
+    ours = name in overridden or any(key.startswith(f"{name}.") for key in overridden)
+    where = " (set on the command line)" if ours else ""
     if details["type"] == "extra_forbidden":
         return f"{name} is no setting{where}{_nearest(name)}"
     while parts and ".".join(parts) not in known_keys():

@@ -10,17 +10,16 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from zppo.errors import CheckpointError, SettingsError
+from zppo.errors import CheckpointError
 from zppo.train import checkpoint
 from zppo.train.assemble import Assembled, assemble, make_accelerator, make_engine, scoring
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, save_final, write_model_card
 from zppo.train.models import load_model
+from zppo.train.plan import RECIPE, check_output
 from zppo.train.recipe import dump_recipe, load_recipe
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.settings import Settings
-
-RECIPE = "recipe.yaml"
 
 
 def train(settings: Settings, recipe_name: str, console: Console | None = None) -> Path:
@@ -32,10 +31,7 @@ def train(settings: Settings, recipe_name: str, console: Console | None = None) 
         ZPPOError: something is wrong with recipe, data, models or templates, or the folder holds a run already.
     """
     run = settings.output or Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (run / RECIPE).exists():
-        raise SettingsError(
-            f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=..."
-        )
+    check_output(run)
     return _run(settings.model_copy(update={"output": run}), run, None, console or Console(), resumed=False)
 
 
@@ -79,6 +75,7 @@ def _run(settings: Settings, run: Path, start: Path | None, console: Console, *,
             console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
         if not start:
             trainer.evaluate()
+        console.print("accuracies of rollouts are running means over about ten steps", style="dim")
         try:
             trainer.run()
         except KeyboardInterrupt:

@@ -22,8 +22,14 @@ from zppo.train.runlog import RunLog
 from zppo.train.settings import Settings
 from zppo.train.zone import ZoneBuilder
 
-MISSED = ("teacher_unreachable", "compression_unreachable", "compression_failed", "bcq_raw_pairs", "too_long")
-"""Metrics of help that a step could not get; the closing table sums them."""
+MISSED = {
+    "teacher_unreachable": "teacher rollouts without a reply",
+    "compression_unreachable": "compressions without a reply",
+    "compression_failed": "compressions refused (the answer or the form did not survive)",
+    "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
+    "too_long": "prompts over the context",
+}
+"""Metrics of help that a step could not get, in words; the closing table sums them."""
 
 
 @dataclass(slots=True)

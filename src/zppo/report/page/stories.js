@@ -101,7 +101,7 @@ async function loadStory(id) {
 async function openStory(id, scroll = true) {
   browser.open = id;
   for (const item of document.querySelectorAll(".item")) item.setAttribute("aria-current", item.dataset.id === id ? "true" : "false");
-  document.querySelector('.item[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
+  if (scroll) document.querySelector('.item[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
   const node = document.getElementById("story");
   try {
     const story = await loadStory(id);
