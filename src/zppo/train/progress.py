@@ -34,7 +34,6 @@ class Progress:
         self._began: tuple[float, int] | None = None
         self._last_line = float("-inf")
         self._means: dict[str, float] = {}
-        self._held_out = ""
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -50,8 +49,8 @@ class Progress:
     def evaluation(self, step: int, result: Evaluation) -> None:
         """A held-out result."""
         levels = "  ".join(f"{name} {value:.3f}" for name, value in result.by_level.items())
-        self._held_out = f"step {step}: {result.accuracy:.3f}  {levels}".rstrip()
-        self.console.print(Text(f"held-out accuracy at {self._held_out}"), highlight=False, soft_wrap=True)
+        text = f"held-out accuracy at step {step}: {result.accuracy:.3f}  {levels}".rstrip()
+        self.console.print(Text(text), highlight=False, soft_wrap=True)
 
     def warning(self, text: str) -> None:
         """Something that a person should know; shown above the display."""
@@ -96,8 +95,7 @@ class Progress:
             ProgressBar(total=max(1, self.steps), completed=step, width=40),
             Text(f"left {left}"),
         )
-        held_out = Text(f"held-out accuracy at {self._held_out}", style="dim") if self._held_out else Text("")
-        return Group(head, table, held_out)
+        return Group(head, table)
 
 
 def _clock(seconds: float) -> str:
