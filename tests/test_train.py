@@ -180,7 +180,7 @@ def test_resume_without_a_checkpoint_starts_over_and_of_a_finished_run_does_noth
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_trains(recipe: Path, tmp_path: Path, method: str) -> None:
+def test_every_method_trains(recipe: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every row of the table through the command line: its kinds of prompts, its replay, its learner."""
     row = METHODS[method]
     run = train(recipe, tmp_path / method, f"--method={method}", "--train.steps=2", "--data.eval=null")
@@ -200,6 +200,9 @@ def test_every_method_trains(recipe: Path, tmp_path: Path, method: str) -> None:
         given = [r for r in rows if r["reason"] == "teacher response"]
         assert given and all(r["correct"] and r["advantage"] > 0 for r in given)
     assert (run / "final" / "model.safetensors").exists()
+    capsys.readouterr()
+    assert main(["cost", str(run)]) == 0
+    assert ("scoring" in capsys.readouterr().out) == row.distils
 
 
 def test_several_teachers_are_asked(recipe: Path, tmp_path: Path) -> None:

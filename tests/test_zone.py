@@ -106,7 +106,7 @@ def make_builder(
         teacher=teacher,
         hint=how,
         book=book,
-        response_ids=lambda text: tuple(range(len(text))),
+        response_ids=lambda source: tuple(range(len(source.text))),
         seed=3,
     )
     return ZoneBuilder(

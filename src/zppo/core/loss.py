@@ -10,6 +10,10 @@ import torch
 MAX_LOG_RATIO = 80.0  # exp overflows fp32 at 88.7, and an infinite ratio makes NaN of a gradient that is 0
 
 
+MIN_LOG_PROBABILITY = -1e4
+"""exp of it is 0 in float32."""
+
+
 class Surrogate(NamedTuple):
     """Per-token loss and where a clip was active.
 
@@ -68,8 +72,9 @@ def jensen_shannon(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.
     Returns:
         (...) float32.
     """
-    student = logits.float().log_softmax(-1)
-    teacher = teacher_logits.float().log_softmax(-1)
+    # A masked id (-inf) has probability 0 at this bound already, and 0 times a finite number is 0, in the gradient too.
+    student = logits.float().log_softmax(-1).clamp(min=MIN_LOG_PROBABILITY)
+    teacher = teacher_logits.float().log_softmax(-1).clamp(min=MIN_LOG_PROBABILITY)
     middle = torch.logaddexp(student, teacher) - math.log(2.0)
     divergence = teacher.exp() * (teacher - middle) + student.exp() * (student - middle)
-    return divergence.nan_to_num(0.0).sum(-1) / 2  # ids that both mask have probability 0 and contribute nothing
+    return divergence.sum(-1) / 2

@@ -18,7 +18,7 @@ from typing import Any
 
 from zppo.core.select import share_of
 from zppo.core.types import BCQ
-from zppo.errors import CheckpointError, SettingsError
+from zppo.errors import CheckpointError
 from zppo.train.settings import Settings
 
 FORWARD, FORWARD_BACKWARD = 2, 6
@@ -92,15 +92,9 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         source: that file, for errors.
 
     Raises:
-        SettingsError: the method is a distillation, whose tokens the log does not hold.
         CheckpointError: there is no finished step, or a step lacks a number.
     """
     method = settings.method.resolve()
-    if method.distils:
-        raise SettingsError(
-            f"{source}: the log of method {method.name!r} does not hold the tokens that the teacher scored; plan the recipe with "
-            f"`zppo cost {source.parent / 'recipe.yaml'}` instead"
-        )
     steps = [record for record in records if record.get("event") == "step"]
     if not steps:
         raise CheckpointError(
@@ -127,6 +121,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.reformulations else 0.0),
+        scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
     )
     draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask == "lazy"
     asked, hard = total("teacher_questions"), total("hard_questions")
@@ -134,10 +129,11 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
     teacher = total("teacher_prompt_tokens") * draws + total("teacher_completion_tokens")
     literal = Work(
         sampling=rows,
-        logprob=rows,
-        update=rows,
+        logprob=0.0 if method.distils else rows,
+        update=saved.update if method.distils else rows,
         teacher=teacher * more,
         compression=saved.compression * _unbuilt(settings, steps),
+        scoring=saved.scoring,
     )
     padding = total("train_tokens_computed") / saved.update - 1 if saved.update else 0.0
     notes = [f"Padding, not counted, adds {padding:.1%} to the tokens of forward and backward."]

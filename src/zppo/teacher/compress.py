@@ -29,12 +29,14 @@ class Source:
         answer: what was extracted from it, None where it has none.
         index: its place among the rollouts of its source.
         reward: what its grading gave.
+        think_open: its model's prompt ended inside an opened think block, so that the text begins with thoughts.
     """
 
     text: str
     answer: str | None
     index: int = 0
     reward: float = 0.0
+    think_open: bool = False
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -69,9 +71,9 @@ class Prepared:
 
     Attributes:
         pair: (positive, negative); None where it was not wanted or a pool is empty.
-        pair_raw: both stand in the capped uncompressed form.
+        pair_raw: compression failed, so both stand in the capped uncompressed form.
         wrong: one candidate per entry of the request's `wrong`, in its order; empty where not wanted.
-        wrong_raw: how many of these stand in the capped uncompressed form.
+        wrong_raw: how many of these compression failed for, so that they stand in the capped uncompressed form.
     """
 
     pair: tuple[Candidate, Candidate] | None = None
@@ -275,12 +277,13 @@ class Compressor:
     def _prepared(self, request: PairRequest, pair: _Pair | None) -> Prepared:
         wrong = [(source, self._memo.get(source.key)) for source in request.wrong] if request.want_wrong else []
         shown = tuple(self._show(source, summary) for source, summary in wrong)
-        wrong_raw = sum(summary is None for _, summary in wrong)
+        wanted = self._teacher is not None  # with compression off the uncompressed form is what was asked for
+        wrong_raw = sum(summary is None for _, summary in wrong) if wanted else 0
         if pair is None:
             return Prepared(wrong=shown, wrong_raw=wrong_raw)
         raw = any(side.summary is None for side in pair.sides)
         positive, negative = (self._show(side.current, None if raw else side.summary) for side in pair.sides)
-        return Prepared((positive, negative), raw, shown, wrong_raw)
+        return Prepared((positive, negative), raw and wanted, shown, wrong_raw)
 
     def _show(self, source: Source, summary: str | None) -> Candidate:
         text = self.raw(source.text) if summary is None else summary

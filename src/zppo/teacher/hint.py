@@ -24,12 +24,13 @@ class HintRequest:
 
 @dataclass(frozen=True, slots=True)
 class HintCounts:
-    """What making hints took: responses sent, hints refused, requests without a reply, tokens."""
+    """What making hints took: responses sent, hints refused, requests without a reply and why (the last such reason), tokens."""
 
     asked: int = 0
     failed: int = 0
     unreachable: int = 0
     completion_tokens: int = 0
+    error: str = ""
 
 
 def accept_hint(reply: str, gold: str) -> str | None:
@@ -58,6 +59,7 @@ def make_hints(
     options = [draw_order(r.responses, REDRAWS + 1, keyed_random(seed, step, r.question.id, "hint")) for r in requests]
     hints: list[str | None] = [None] * len(requests)
     asked = failed = unreachable = tokens = 0
+    error = ""
     for turn in range(REDRAWS + 1):
         still = [i for i, hint in enumerate(hints) if hint is None and turn < len(options[i])]
         if not still:
@@ -71,9 +73,11 @@ def make_hints(
         ]
         for i, reply in zip(still, teacher.complete(calls, how), strict=True):
             text = reply.texts[0]
-            hints[i] = None if text is None else accept_hint(text, requests[i].question.gold)
+            unfinished = text is not None and reply.think_open and "</think>" not in text
+            hints[i] = None if text is None or unfinished else accept_hint(text, requests[i].question.gold)
+            error = reply.error or error
             asked += 1
             unreachable += text is None
             failed += text is not None and hints[i] is None
             tokens += reply.completion_tokens
-    return hints, HintCounts(asked, failed, unreachable, tokens)
+    return hints, HintCounts(asked, failed, unreachable, tokens, error)

@@ -92,7 +92,7 @@ class Asker:
         ]
         verdicts = self.score([a for _, a in answered])
         correct = [
-            (a.question.id, Source(a.completion, verdict.answer, index, verdict.reward))
+            (a.question.id, Source(a.completion, verdict.answer, index, verdict.reward, a.think_open))
             for (index, a), verdict in zip(answered, verdicts, strict=True)
             if verdict.graded and verdict.correct
         ]

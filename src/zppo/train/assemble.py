@@ -83,10 +83,17 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def make_engine(settings: Settings, model: PreTrainedModel, chat: Chat) -> TransformersEngine:
-    """The sampling engine over a model's current weights."""
+def make_engine(
+    settings: Settings, model: PreTrainedModel, chat: Chat, autocast_dtype: torch.dtype | None = None
+) -> TransformersEngine:
+    """The sampling engine over a model's current weights; `autocast_dtype` for a model that `accelerate` did not prepare."""
     return TransformersEngine(
-        model, chat.eos_ids(model), chat.pad_id(model), chat.banned_ids(model), max_rows=settings.rollout.max_rows
+        model,
+        chat.eos_ids(model),
+        chat.pad_id(model),
+        chat.banned_ids(model),
+        max_rows=settings.rollout.max_rows,
+        autocast_dtype=autocast_dtype,
     )
 
 
@@ -120,7 +127,7 @@ def assemble(
         revision=None if start else settings.student.revision,
         attention=settings.student.attention,
     )
-    _check_context(settings, model, [*questions, *held_out], speaker)
+    _check_context(settings, model, questions, held_out, speaker)
     asker = _make_asker(settings, teachers, speaker, score)
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
@@ -259,19 +266,20 @@ def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) 
             )
 
 
-def _check_context(settings: Settings, model: PreTrainedModel, questions: Sequence[Question], speaker: Speaker) -> None:
-    """Every plain prompt plus the token limit must fit the model."""
+def _check_context(
+    settings: Settings,
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    speaker: Speaker,
+) -> None:
+    """Every plain prompt plus its token limit must fit the model."""
     context = context_length(model)
-    if context is None:
-        return
-    longest = max(questions, key=lambda q: len(speaker.plain(q).ids))
-    tokens = len(speaker.plain(longest).ids)
-    limits = [("rollout", settings.rollout.max_new_tokens)]
-    if settings.data.eval:
-        limits.append(("eval", settings.eval.max_new_tokens))
-    for name, limit in limits:
-        if tokens + limit > context:
+    uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
+    for name, asked, sampling in uses:
+        tokens, longest = max(((len(speaker.plain(q).ids), q.id) for q in asked), default=(0, ""))
+        if context is not None and asked and tokens + sampling.max_new_tokens > context:
             raise SettingsError(
-                f"{name}.max_new_tokens is {limit}, and the prompt of question {longest.id!r} has {tokens} tokens: together more than the "
-                f"model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
+                f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "
+                f"together more than the model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
             )

@@ -16,6 +16,7 @@ from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools
 from zppo.train.learn import Learnt
 from zppo.train.settings import TrainSettings
+from zppo.train.update import GuardedStep
 
 
 def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
@@ -51,39 +52,41 @@ class Distiller:
         train: TrainSettings,
         pad_id: int,
     ) -> None:
-        self.model, self.optimizer, self.accelerator, self.teacher = model, optimizer, accelerator, teacher
+        self.model, self.accelerator, self.teacher = model, accelerator, teacher
         self.asker, self.respond, self.train, self.pad_id = asker, respond, train, pad_id
+        self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
 
     def learn(self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int) -> Learnt:
         """The student's rollouts are learnt from on-policy, and only counted off-policy; advantages are 0."""
         rows = self._teacher_rows(plain, step) if self.asker is not None else _student_rows(plain)
         tokens = sum(len(row.completion_ids) for row in rows)
-        total = 0.0
+        total, computed = 0.0, 0
         lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
         for micro in micro_batches(lengths, self.train.tokens_per_microbatch):
             total += self._backward([rows[m] for m in micro], tokens)
-        norm = float("nan")
-        if rows:  # no question with a correct response: nothing to learn, no step
-            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm))
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            computed += len(micro) * max(lengths[m] for m in micro)
+        # Without a correct response there is nothing to learn, and no step.
+        norm, stepped = self.guard.step(total) if rows else (float("nan"), False)
         groups = [*plain, *again]
         metrics: dict[str, float | None] = {
             "loss": total if rows else None,
             "grad_norm": norm if rows else None,
-            "optimizer_steps": float(bool(rows)),
+            "optimizer_steps": float(stepped),
+            "skipped_updates": float(bool(rows) and not stepped),
             "distilled_completions": float(len(rows)),
             "train_tokens_needed": float(sum(lengths)),
+            "train_tokens_computed": float(computed),
+            "logprob_tokens": 0.0,
             **(self.asker.metrics() if self.asker is not None else {}),
         }
-        return Learnt(groups, torch.zeros(sum(len(g.rollouts) for g in groups)), metrics)
+        error = self.asker.error if self.asker is not None else ""
+        return Learnt(groups, torch.zeros(sum(len(g.rollouts) for g in groups)), metrics, error)
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing besides weights and optimizer."""
-        return {}
+        return {"skipped_in_a_row": self.guard.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing to take over."""
+        self.guard.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _teacher_rows(self, plain: Sequence[Group], step: int) -> list[Row]:
         """The correct ones of G_T fresh responses per question (Alg. 2); a question without one is skipped."""

@@ -24,11 +24,13 @@ class Learnt:
         groups: what was learnt from, plain groups first; the rollout log holds these.
         advantages: (N,) of their rollouts; 0 where none is used.
         metrics: numbers for the run log.
+        teacher_error: why the teacher could not serve a request that learning needed; "" where it served all.
     """
 
     groups: list[Group]
     advantages: torch.Tensor
     metrics: dict[str, float | None]
+    teacher_error: str = ""
 
 
 class Learner(Protocol):
@@ -83,10 +85,10 @@ class PolicyLearner:
         return Learnt(groups, self._spread(groups, kept, inside), metrics)
 
     def state_dict(self) -> dict[str, int]:
-        return {"skipped_in_a_row": self.updater.skipped_in_a_row}
+        return {"skipped_in_a_row": self.updater.guard.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.updater.skipped_in_a_row = state["skipped_in_a_row"]
+        self.updater.guard.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _with_response(self, group: Group, pools: Pools, step: int) -> Group:
         """A correct teacher response in the place of a wrong rollout, both drawn uniformly, as if the student had sampled it."""

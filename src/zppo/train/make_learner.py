@@ -17,7 +17,7 @@ from zppo.core.reformulate import (
     PrefixQuestion,
     Reformulation,
 )
-from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Rollout
+from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Message, Rollout
 from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
 from zppo.errors import SettingsError
 from zppo.imports import load_object
@@ -67,14 +67,25 @@ def _imported(spec: str) -> Reformulation:
 
 
 class ResponseTokens:
-    """A teacher response in the student's tokens: control tokens in its text are broken up, think tags stay."""
+    """A teacher response in the student's tokens: control tokens in its text are broken up, think tags stay.
+
+    Where one of the two chat templates opens the think block in the prompt and the other does not, the opening or closing tag is
+    added, so that the text stands rightly behind the student's prompt (ours).
+    """
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.neutralise = Neutraliser(set(chat.special_texts) - {THINK_OPEN, THINK_CLOSE}, tags=())
+        self.think_open = chat.think_open(chat.encode([Message("user", "1 + 1 = ?")]))
 
-    def __call__(self, text: str) -> tuple[int, ...]:
-        return tuple(self.chat.tokenizer(self.neutralise(text), add_special_tokens=False)["input_ids"])
+    def __call__(self, source: Source) -> tuple[int, ...]:
+        text = self.neutralise(source.text)
+        if source.think_open and not self.think_open:
+            text = f"{THINK_OPEN}\n{text}"
+        elif self.think_open and not source.think_open:
+            thought = text.lstrip().startswith(THINK_OPEN)
+            text = text.lstrip().removeprefix(THINK_OPEN) if thought else f"{THINK_CLOSE}\n\n{text}"
+        return tuple(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def make_learner(
@@ -104,7 +115,7 @@ def make_learner(
 
     def respond(source: Source) -> Rollout | None:
         """A teacher response as a rollout that the student did not sample; None where it is over the student's limit."""
-        ids = torch.tensor([*tokens(source.text), end])
+        ids = torch.tensor([*tokens(source), end])
         if len(ids) > settings.rollout.max_new_tokens:
             return None
         unknown = torch.full(ids.shape, torch.nan)

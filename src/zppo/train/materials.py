@@ -45,7 +45,7 @@ class MaterialMaker:
         teacher: Teacher | None,
         hint: TeacherSampling,
         book: PromptBook,
-        response_ids: Callable[[str], tuple[int, ...]],
+        response_ids: Callable[[Source], tuple[int, ...]],
         seed: int,
     ) -> None:
         self.needs, self.compressor, self.teacher, self.hint = needs, compressor, teacher, hint
@@ -64,8 +64,13 @@ class MaterialMaker:
             f"compression_{f.name}": getattr(self.compressor.counts, f.name) for f in fields(self.compressor.counts)
         }
         if "hint" in self.needs:
-            named |= {f"hint_{name}": value for name, value in asdict(self._hints).items()}
+            named |= {f"hint_{name}": value for name, value in asdict(self._hints).items() if name != "error"}
         return {name: float(value) for name, value in (asdict(self._counts) | named).items()}
+
+    @property
+    def error(self) -> str:
+        """Why a compression or a hint did not come, the last such reason; "" where all came."""
+        return self.compressor.error or self._hints.error
 
     def make(self, groups: Sequence[Group], pools: Pools, step: int) -> list[Material]:
         """Materials in the order of the groups, from their wrong rollouts and the correct teacher responses."""
@@ -112,8 +117,14 @@ class MaterialMaker:
             return [None] * len(groups)
         requests = [HintRequest(g.question, pools.get(g.question.id, ())) for g in groups]
         hints, counts = make_hints(requests, self.teacher, self.book, self.hint, seed=self.seed, step=step)
-        before, new = asdict(self._hints), asdict(counts)
-        self._hints = HintCounts(**{name: before[name] + new[name] for name in before})
+        had = self._hints
+        self._hints = HintCounts(
+            asked=had.asked + counts.asked,
+            failed=had.failed + counts.failed,
+            unreachable=had.unreachable + counts.unreachable,
+            completion_tokens=had.completion_tokens + counts.completion_tokens,
+            error=counts.error or had.error,
+        )
         return hints
 
     def _response(self, group: Group, pools: Pools, step: int) -> tuple[int, ...]:
@@ -121,7 +132,7 @@ class MaterialMaker:
         pool = pools.get(group.question.id, ())
         if "prefix" not in self.needs or not pool:
             return ()
-        return self.response_ids(keyed_random(self.seed, "prefix", step, group.question.id).choice(pool).text)
+        return self.response_ids(keyed_random(self.seed, "prefix", step, group.question.id).choice(pool))
 
 
 def _wrong(group: Group) -> tuple[Source, ...]:

@@ -84,7 +84,8 @@ def check_files(settings: Settings) -> None:
         TemplateError, ModelError, RewardError.
     """
     PromptBook(settings.prompts)
-    models = [("student", settings.student)] + ([("teacher", settings.teacher)] if settings.teacher else [])
+    teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
+    models = [("student", settings.student), *(("teacher", teacher) for teacher in teachers)]
     for name, model in models:
         if model.template is not None and not model.template.is_file():
             raise TemplateError(f"{name}.template: there is no file {model.template}")
@@ -239,7 +240,8 @@ def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, c
     kinds = method.reformulations
     responses = method.teacher_response or method.loss == "off-distill" or any(kind != "ncq" for kind in kinds)
     wrong, draws = settings.rollout.group_size, 1 + REDRAWS
-    positive = min(draws, settings.zone.teacher_group_size)
+    group = settings.zone.teacher_group_size * (1 + len(settings.more_teachers))
+    positive = min(draws, group)
     built = min(cap, asked)
     # With an NCQ all wrong rollouts are compressed, the BCQ's negative among them.
     pair = positive + (0 if "ncq" in kinds else min(draws, wrong)) if "bcq" in kinds else 0
@@ -249,7 +251,7 @@ def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, c
         both = (built + 1) // 2
         most = max(built * wrong, both * (wrong + positive) + min(built + 1 - 2 * both, built - both) * wrong)
     return TeacherPlan(
-        rollouts=asked * settings.zone.teacher_group_size if responses else 0,
+        rollouts=asked * group if responses else 0,
         compressions=most if teacher.compression.enabled else 0,
         hints=built * positive if "hint" in kinds else 0,
     )

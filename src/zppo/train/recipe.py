@@ -129,8 +129,13 @@ def _anchor(given: Mapping[str, Any], bases: Bases) -> dict[str, Any]:
     for section, key, value in _texts(data, _MODELS):
         section[key] = _model(value, bases)
     for section, key, value in _texts(data, ("grading.reward",)):
-        file, colon, function = value.rpartition(":")
-        section[key] = f"{_file(file, bases)}:{function}" if colon and file.endswith(".py") else value
+        section[key] = _code(value, bases)
+    teachers = data.get("more_teachers")
+    if isinstance(teachers, list):
+        data["more_teachers"] = [_anchor({"teacher": t}, bases)["teacher"] for t in teachers]
+    method = data.get("method")
+    if isinstance(method, dict) and isinstance(kinds := method.get("reformulations"), list):
+        method["reformulations"] = [_code(kind, bases) if isinstance(kind, str) else kind for kind in kinds]
     prompts = data.get("prompts")
     if isinstance(prompts, dict):
         data["prompts"] = {k: _file(v, bases) if isinstance(v, str) else v for k, v in prompts.items()}
@@ -157,6 +162,12 @@ def _file(value: str, bases: Bases) -> str:
         return value
     candidates = [os.path.abspath(base / Path(value).expanduser()) for base in bases]
     return next((c for c in candidates if os.path.exists(c)), candidates[0])
+
+
+def _code(value: str, bases: Bases) -> str:
+    """An import path: where it names a file, that file."""
+    file, colon, name = value.rpartition(":")
+    return f"{_file(file, bases)}:{name}" if colon and file.endswith(".py") else value
 
 
 def _model(value: str, bases: Bases) -> str:

@@ -83,10 +83,10 @@ def _run(settings: Settings, run: Path, start: Path | None, console: Console, *,
                 f"stopped; `zppo resume {run}` continues after the newest checkpoint", soft_wrap=True, highlight=False
             )
             raise
-        return _finish(settings, run, parts, console)
+        return _finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
 
 
-def _finish(settings: Settings, run: Path, parts: Assembled, console: Console) -> Path:
+def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> Path:
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
     trainer = parts.trainer
     folder = save_final(run, parts.model, parts.chat)
@@ -95,7 +95,9 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console) -
         fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention)
         torch.nn.Module.to(fresh, parts.model.device)
         after = evaluate(
-            replace(trainer.roller, engine=make_engine(settings, fresh, parts.chat)), trainer.held_out, settings.eval
+            replace(trainer.roller, engine=make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)),
+            trainer.held_out,
+            settings.eval,
         )
         trainer.log.metrics(trainer.done, "final", asdict(after))
     before = _evaluation_at_start(run)

@@ -65,7 +65,7 @@ class RunLog:
         (self.folder / ROLLOUTS).mkdir(parents=True, exist_ok=True)
 
     def metrics(self, step: int, event: str, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; `event` is "step" or "eval"; NaN and infinity become null."""
+        """One line of metrics.jsonl; `event` is "step", "eval" or "final"; NaN and infinity become null."""
         self._append(METRICS, [{"step": step, "event": event, **values}])
 
     def buffer(self, step: int, changes: Changes) -> None:

@@ -106,6 +106,12 @@ class CompressionSettings(TeacherUse):
     max_new_tokens: int = Field(512, ge=1, description="cap of a candidate in tokens, compressed or not")
 
 
+class HintSettings(TeacherUse):
+    """How hints are written (Alg. 5)."""
+
+    max_new_tokens: int = Field(512, ge=1, description="token limit of a hint")
+
+
 class TeacherSettings(ModelSettings):
     """The frozen teacher."""
 
@@ -115,7 +121,7 @@ class TeacherSettings(ModelSettings):
         description="lazy: hardest questions first until the cap is full, the same batches for fewer calls; all: Algorithm 1 to the letter",
     )
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
-    hint: TeacherUse = Field(TeacherUse(max_new_tokens=512), description="hints of the method hint")
+    hint: HintSettings = Field(HintSettings(), description="hints of the method hint")
     compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
 
     def how(self, use: TeacherUse) -> TeacherSampling:

@@ -26,6 +26,8 @@ MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",
     "compression_unreachable": "compressions without a reply",
     "compression_failed": "compressions refused (the answer or the form did not survive)",
+    "hint_unreachable": "hints without a reply",
+    "hint_failed": "hints refused (they gave the answer away, or had no form)",
     "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
     "too_long": "prompts over the context",
 }
@@ -133,10 +135,8 @@ class Trainer:
                 entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
                 show=self.roller.speaker.chat.show,
             )
-        if asked_again.teacher_error:
-            self.progress.warning(
-                f"step {step}: the teacher could not serve every request: {asked_again.teacher_error}"
-            )
+        if error := asked_again.teacher_error or learnt.teacher_error:
+            self.progress.warning(f"step {step}: the teacher could not serve every request: {error}")
         groups = [*plain, *again]
         slots = frozenset(q.id for q in replayed)
         metrics = {
@@ -213,7 +213,7 @@ class Trainer:
         self.totals.student_tokens += tokens
         self.totals.teacher_tokens += teacher_tokens
         for name in MISSED:
-            self.totals.missed[name] = self.totals.missed.get(name, 0) + int(metrics[name])
+            self.totals.missed[name] = self.totals.missed.get(name, 0) + int(metrics.get(name) or 0)
         seconds = clock.seconds()
         self.totals.seconds += seconds["step"]
         metrics = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +31,39 @@ def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch
     if settings.scope == "group":
         return group_advantages(rewards, ids, eps=settings.eps, graded=graded)
     return two_step_advantages(rewards, ids, settings.scope, eps=settings.eps, graded=graded)
+
+
+class GuardedStep:
+    """Clips the gradient norm and steps, unless loss or norm is not finite: then the update is skipped, and three in a row stop the run.
+
+    Attributes:
+        skipped_in_a_row: part of a checkpoint.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float
+    ) -> None:
+        self.model, self.optimizer, self.accelerator, self.max_norm = model, optimizer, accelerator, max_norm
+        self.skipped_in_a_row = 0
+
+    def step(self, loss: float) -> tuple[float, bool]:
+        """Gradient norm before clipping, and whether the weights moved; gradients are 0 afterwards.
+
+        Raises:
+            ZPPOError: too many updates in a row were not finite.
+        """
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            self.optimizer.step()
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.optimizer.zero_grad(set_to_none=False)
+        if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
+            raise ZPPOError(
+                f"loss {loss} and gradient norm {norm}: {MOST_SKIPPED_UPDATES} updates in a row were not finite. The weights are "
+                "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
+            )
+        return norm, finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +168,7 @@ class Updater:
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.sampler_is_exact = sampler_is_exact
-        self.skipped_in_a_row = 0
+        self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
 
     def update(self, groups: Sequence[Group], advantages: torch.Tensor, step: int) -> dict[str, float | None]:
         """I optimizer steps over whole groups; every rollout token is used once. Returns the metrics of the update."""
@@ -174,21 +208,10 @@ class Updater:
         total = 0.0
         for micro in micro_batches([s.length for s, _ in live], self.train.tokens_per_microbatch):
             total += self._backward([live[m] for m in micro], denominator, tally, first=first)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm))
+        norm, stepped = self.guard.step(total)
         tally.losses.append(total)
         tally.grad_norms.append(norm)
-        if torch.isfinite(torch.tensor([norm, total])).all():
-            self.optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            tally.skipped += 1
-            self.skipped_in_a_row += 1
-        self.optimizer.zero_grad(set_to_none=False)
-        if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
-            raise ZPPOError(
-                f"loss {total} and gradient norm {norm}: {MOST_SKIPPED_UPDATES} updates in a row were not finite. The weights are "
-                "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
-            )
+        tally.skipped += not stepped
 
     def _backward(
         self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: _Tally, *, first: bool

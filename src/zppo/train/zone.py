@@ -89,7 +89,9 @@ class ZoneBuilder:
         built = fill_slots(hard, cap, build, len(self.reformulations), lazy=self.lazy)
         prompts = [prompt for _, prompt in built]
         if self.scramble:
-            prompts = [self.speaker.reformulated(draft) for draft in scrambled([draft for draft, _ in built])]
+            exchanged = [self.speaker.reformulated(draft) for draft in scrambled([draft for draft, _ in built])]
+            prompts = [prompt for prompt in exchanged if self._fits(prompt)]
+            too_long += len(exchanged) - len(prompts)
         metrics = {
             **{f"{r.kind}_prompts": float(sum(p.kind == r.kind for p in prompts)) for r in self.reformulations},
             "hard_questions": float(len(hard)),
@@ -97,7 +99,7 @@ class ZoneBuilder:
             **self.asker.metrics(),
             **self.materials.metrics(),
         }
-        return Zone(prompts, pools, metrics, self.asker.error or self.materials.compressor.error)
+        return Zone(prompts, pools, metrics, self.asker.error or self.materials.error)
 
     def _ask_ahead(self, hard: Sequence[Group], cap: int, step: int) -> Pools:
         """Responses that are asked for before any slot is filled.
