@@ -15,13 +15,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_AR
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check lint clean
+.PHONY: help train test check lint fuzz clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
 	@echo "make test    all tests"
 	@echo "make check   ruff, mypy and the quick tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make fuzz    the grader's fuzz tests, many examples"
 	@echo "make clean   remove the environment"
 
 train: $(VENV)/.installed
@@ -36,6 +37,9 @@ check: lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+fuzz: $(VENV)/.installed-dev
+	ZPPO_FUZZ_EXAMPLES=$${ZPPO_FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -k fuzz --timeout 0 $(ARGS)
 
 clean:
 	rm -rf "$(VENV)"
