@@ -23,7 +23,7 @@ FUZZ = int(os.environ.get("ZPPO_FUZZ_EXAMPLES", "150"))  # `make fuzz` raises it
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader() as grader:
+    with Grader(deadline=30.0) as grader:  # a busy machine must not fail it
         yield grader
 
 
@@ -44,7 +44,7 @@ def test_rules(grader: Grader) -> None:
 
 def test_median_is_below_a_millisecond() -> None:
     rows = json.loads((DATA / "answer_pairs.json").read_text(encoding="utf-8"))
-    with Grader() as grader:
+    with Grader(deadline=30.0) as grader:
         grader.equal("x^2-1", "(x-1)(x+1)")  # the worker's start is not what is measured
         times = []
         for row in rows:

@@ -20,13 +20,16 @@ from zppo.errors import SettingsError, ZPPOError
 from zppo.grading import Grader, equal
 from zppo.grading import pool as pool_module
 
+pytestmark = pytest.mark.slow
+
 FORMULA = (r"x^2-1", r"(x-1)(x+1)")
-DEADLINE = 1.0
+DEADLINE = 2.0
+PATIENT = 30.0  # where time is not what is tested: a busy machine must not fail it
 HOSTILE = [
     "9^{9^{9^{9}}}",
     "1000000000!",
-    pytest.param(r"\binom{10^9}{10^8}", marks=pytest.mark.slow),
-    pytest.param(r"(x+1)^{100000}", marks=pytest.mark.slow),
+    pytest.param(r"\binom{10^9}{10^8}"),
+    pytest.param(r"(x+1)^{100000}"),
 ]
 HARMLESS = [
     "9" * 100_000,
@@ -173,7 +176,7 @@ def _gone(pids: list[int], seconds: float) -> bool:
 
 def test_close_leaves_no_process_and_the_grader_starts_again() -> None:
     known = set(_descendants(os.getpid()))
-    grader = Grader()
+    grader = Grader(deadline=PATIENT)
     assert grader.equal(*FORMULA)
     ours = [pid for pid in _descendants(os.getpid()) if pid not in known]
     assert ours
@@ -183,9 +186,8 @@ def test_close_leaves_no_process_and_the_grader_starts_again() -> None:
     grader.close()
 
 
-@pytest.mark.slow
 def test_killed_workers_are_replaced() -> None:
-    with Grader() as grader:
+    with Grader(deadline=PATIENT) as grader:
         known = set(_descendants(os.getpid()))
         assert grader.equal(*FORMULA)
         for pid in [pid for pid in _descendants(os.getpid()) if pid not in known]:
@@ -193,7 +195,6 @@ def test_killed_workers_are_replaced() -> None:
         assert grader.equal("x^2-9", "(x-3)(x+3)")
 
 
-@pytest.mark.slow
 def test_a_caller_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
     script.write_text(

@@ -20,7 +20,11 @@ from zppo.report.page_html import report_page, script_json
 from zppo.report.serve import make_server
 from zppo.report.summary import Reader
 
-HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!-- <b>bold</b> \u2028 &lt;"
+pytestmark = pytest.mark.slow
+
+HOSTILE = (
+    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!-- <b>bold</b> \u2028 &lt;"
+)
 PICTURED = "invented.jsonl:3"
 ATTACKED = "invented.jsonl:2"
 
@@ -133,7 +137,9 @@ def test_model_text_stays_text(page: Browser) -> None:
 def test_nothing_runs_but_the_page_s_own_scripts(page: Browser) -> None:
     """The second wall: even markup that did get in would not run."""
     page.eval("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\" onerror=\"window.hacked = 1\">')")
-    page.eval("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 1'}))")
+    page.eval(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 1'}))"
+    )
     page.eval("fetch('https://example.org/').catch(() => 1)")
     assert page.eval("new Promise((done) => setTimeout(() => done(typeof window.hacked), 200))") == "undefined"
     refused = [error for error in page.errors if "Content Security Policy" in error]
@@ -148,7 +154,9 @@ def test_filters_show_what_the_files_say(page: Browser, folder: Path) -> None:
     def expect(field: str, value: str, ids: set[str]) -> None:
         set_field(page, field, value)
         assert ids and set(shown_ids(page)) == ids, field
-        assert page.eval("document.getElementById('shown').textContent").startswith(f"{len(ids)} of {len(lines)} questions")
+        assert page.eval("document.getElementById('shown').textContent").startswith(
+            f"{len(ids)} of {len(lines)} questions"
+        )
         assert page.eval("document.querySelectorAll('.item').length") == min(100, len(ids))
         page.eval("resetFilters()")
         assert set(shown_ids(page)) == set(lines)

@@ -20,7 +20,7 @@ from zppo.errors import ZPPOError
 
 _START_LIMIT = 60.0  # seconds for the libraries to load on a machine that is busy
 _SLACK = 0.7  # seconds beyond a deadline after which a host that is silent counts as hung
-_LEAST_TIME = 1.0  # seconds that an answer gets however long the start took
+_LEAST_TIME = 2.0  # seconds that an answer gets however long the start took
 _END_LIMIT = 3.0  # seconds for a host to stop its workers
 _STARTS = 3  # hosts that one question may see end before it counts as an error
 _COMMAND = (
