@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,15 @@ def test_resume_without_a_checkpoint_starts_over_and_of_a_finished_run_does_noth
     assert main(["resume", str(run)]) == 0
     assert "finished already" in " ".join(capsys.readouterr().out.split())
     assert (run / "metrics.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_a_run_killed_at_the_very_end_says_its_result_once(finished: Path, tmp_path: Path) -> None:
+    """After the last checkpoint and the evaluation of final/, before the model card."""
+    run = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (run / "final" / "README.md").unlink()
+    assert main(["resume", str(run)]) == 0
+    assert [r["event"] for r in records(run)].count("final") == 1
+    assert_same_run(finished, run)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -24,7 +24,7 @@ from zppo import __version__
 from zppo.errors import SettingsError, ZPPOError
 from zppo.train.methods import METHODS
 from zppo.train.recipe import load_recipe
-from zppo.train.runlog import METRICS, read_lines
+from zppo.train.runlog import BUFFER, METRICS, read_lines
 from zppo.train.settings import Settings
 
 MATCHED = "-matched"
@@ -98,7 +98,7 @@ def row_of(cell: Cell, run: Path) -> dict[str, Any]:
     after = next(line for line in lines if line["event"] == "final")
     late = [line["entropy"] for line in steps[-10:] if line["entropy"] is not None]
     counts: dict[str, dict[str, int]] = {"admitted": {}, "graduated": {}, "evicted": {}}
-    for event in read_lines(run / "buffer.jsonl"):
+    for event in read_lines(run / BUFFER):
         name = f"{event['entry_accuracy']:g}"
         counts[event["event"]][name] = counts[event["event"]].get(name, 0) + 1
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,10 @@ def assemble(
     teachers = _load_teachers(settings, accelerator) if method.needs_teacher else []
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
-    questions = _load_questions(settings, settings.data.train, settings.data.limit, speaker, console)
+    length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
+    questions = _load_questions(settings, settings.data.train, settings.data.limit, length, console)
     held_out = (
-        _load_questions(settings, settings.data.eval, settings.data.eval_limit, speaker, console)
+        _load_questions(settings, settings.data.eval, settings.data.eval_limit, length, console)
         if settings.data.eval
         else []
     )
@@ -127,7 +129,7 @@ def assemble(
         revision=None if start else settings.student.revision,
         attention=settings.student.attention,
     )
-    _check_context(settings, model, questions, held_out, speaker)
+    _check_context(settings, model, questions, held_out, length)
     asker = _make_asker(settings, teachers, speaker, score)
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
@@ -237,7 +239,7 @@ def _checkpointer(
 
 
 def _load_questions(
-    settings: Settings, source: str, limit: int | None, speaker: Speaker, console: Console
+    settings: Settings, source: str, limit: int | None, length: Callable[[Question], int], console: Console
 ) -> list[Question]:
     """Questions whose plain prompt is short enough; how many were dropped is said."""
     questions = load_questions(source, settings.data.columns, limit)
@@ -247,7 +249,7 @@ def _load_questions(
                 f"{source}: question {question.id!r} has images, and training on images is not built yet: leave the column out"
             )
     most = settings.data.max_prompt_tokens
-    kept, dropped = drop_long(questions, lambda q: len(speaker.plain(q).ids), most)
+    kept, dropped = drop_long(questions, length, most)
     if not kept:
         raise DataError(f"{source}: all {dropped} prompts have more than {most} tokens: raise data.max_prompt_tokens")
     if dropped:
@@ -271,13 +273,13 @@ def _check_context(
     model: PreTrainedModel,
     questions: Sequence[Question],
     held_out: Sequence[Question],
-    speaker: Speaker,
+    length: Callable[[Question], int],
 ) -> None:
     """Every plain prompt plus its token limit must fit the model."""
     context = context_length(model)
     uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
     for name, asked, sampling in uses:
-        tokens, longest = max(((len(speaker.plain(q).ids), q.id) for q in asked), default=(0, ""))
+        tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))
         if context is not None and asked and tokens + sampling.max_new_tokens > context:
             raise SettingsError(
                 f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "

@@ -16,10 +16,10 @@ from zppo.data.load import load_questions
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
 from zppo.prompts.book import PromptBook
+from zppo.teacher.compress import REDRAWS
 from zppo.train.settings import Settings, TeacherSettings
 
 RECIPE = "recipe.yaml"  # in the run folder
-REDRAWS = 3  # of a candidate whose compression failed (method.md section 4)
 
 
 @dataclass(frozen=True, slots=True)

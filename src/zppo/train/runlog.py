@@ -140,11 +140,11 @@ class RunLog:
         partial.rename(target)
 
     def rewind(self, step: int) -> None:
-        """Take back everything after `step`, torn last lines and unfinished files included."""
+        """Take back everything after `step`, the evaluation of final/, torn last lines and unfinished files."""
         for name in (METRICS, BUFFER):
             path = self.folder / name
             if path.exists():
-                kept = [line for line, record in _lines(path) if record["step"] <= step]
+                kept = [line for line, record in _lines(path) if record["step"] <= step and record["event"] != "final"]
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(kept), encoding="utf-8")
                 partial.rename(path)
