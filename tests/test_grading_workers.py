@@ -195,6 +195,17 @@ def test_killed_workers_are_replaced() -> None:
         assert grader.equal("x^2-9", "(x-3)(x+3)")
 
 
+def test_a_host_whose_end_nobody_has_seen_yet_is_replaced_at_once() -> None:
+    with Grader(deadline=PATIENT) as grader:
+        assert grader.equal(*FORMULA)
+        host = grader._pool._current
+        assert host is not None
+        host._process.stdin.close()  # writing fails while the host still counts as alive: what a kill looks like for an instant
+        assert host.usable
+        assert grader.equal("x^2-9", "(x-3)(x+3)")
+        assert grader._pool._current is not host
+
+
 def test_a_caller_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
     script.write_text(

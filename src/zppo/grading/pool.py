@@ -185,9 +185,11 @@ class WorkerPool:
             host = self._host()
             timeout = max(min(_LEAST_TIME, self._deadline), self._deadline - (time.monotonic() - began))
             asked: list[tuple[int, Future[str]]] = []
-            with contextlib.suppress(_HostEndedError):
+            try:
                 for index in left:
                     asked.append((index, host.ask(*pairs[index], timeout)))
+            except _HostEndedError:
+                self._drop(host)  # else the next round could meet the same host, whose end its listener has yet to see
             for index, future in asked:
                 with contextlib.suppress(_HostEndedError):
                     outcomes[index] = self._wait(host, future)
