@@ -10,9 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zppo.core.types import Question
 from zppo.errors import SettingsError
 from zppo.grading import equal
 from zppo.lab.commands import level_name
+from zppo.lab.outside import chain_of
 from zppo.lab.world import WORLDS, Chain, World, lab_questions, load_world, write_questions
 
 NAMES = ("unreachable", "reachable")
@@ -155,8 +157,46 @@ def test_too_few_chains_are_an_error_that_counts_them(tmp_path: Path) -> None:
         load_world(edited(tmp_path, levels=levels)).questions("train")
 
 
+def test_a_like_world_shares_the_truth_and_has_a_mind_of_its_own(world: World, tmp_path: Path) -> None:
+    second = load_world(f"{world.name}-2")
+    assert [o.table for o in second.operations] == [o.table for o in world.operations]
+    same = sum(second.mistakes[entry] == mistakes for entry, mistakes in world.mistakes.items())
+    assert same < len(world.mistakes) / 4
+    assert second.settings.corpus == world.settings.corpus.model_copy(update={"longer": 0.2})
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\nlike: {world.name}\nunseen: [nothing]\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="unseen names nothing"):
+        load_world(str(path))
+
+
+def test_a_study_trains_without_the_unseen_operations_and_asks_about_them(world: World) -> None:
+    left_out = {f"{name}→" for name in world.settings.unseen}
+    assert len(left_out) == 2
+
+    def asked(question: Question) -> set[str]:
+        return set(question.messages[-1].content.split())
+
+    train, test = lab_questions(world.name, "train"), lab_questions(world.name, "test")
+    trained, studied = lab_questions(world.name, "seen"), lab_questions(world.name, "study")
+    assert trained == [q for q in train if not asked(q) & left_out] and len(trained) < len(train)
+    by_level: dict[str, list[Question]] = {}
+    for question in studied:
+        by_level.setdefault(question.level, []).append(question)
+    unseen, longer = by_level.pop("unseen"), by_level.pop("longer")
+    assert all(asked(q) & left_out for q in unseen) and len(unseen) > 40
+    inside = [q for questions in by_level.values() for q in questions]
+    assert {q.id for q in (*inside, *unseen)} == {q.id for q in test} and set(by_level) == set(world.levels)
+    assert not any(asked(q) & left_out for q in (*inside, *longer))
+    assert len({q.id for q in studied}) == len(studied) and len(longer) > 40
+    hard = {q.messages[-1].content.removesuffix(" ?"): q.gold for q in inside if q.level != "easy"}
+    for question in longer:
+        start, gold = question.messages[-1].content.rsplit(" ", 2)[0], question.gold.rsplit(" ", 2)[0]
+        assert hard[start] == gold and len(question.gold.split()) == 6
+        assert world.truth(chain_of(world, question))[-1] == world.values.index(question.gold.split()[-1])
+
+
 def test_questions_of_an_unknown_split_or_world() -> None:
-    with pytest.raises(SettingsError, match="train and test"):
+    with pytest.raises(SettingsError, match="train, test, seen, study"):
         lab_questions("unreachable", "dev")
     with pytest.raises(SettingsError, match="nowhere"):
         lab_questions("nowhere", "train")

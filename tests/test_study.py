@@ -18,6 +18,7 @@ from zppo.report.statistics import mean_interval, paired_difference
 from zppo.train.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_a_study_runs_every_cell_once(recipe: Path, tmp_path: Path) -> None:
@@ -51,6 +52,14 @@ def test_a_matched_cost_run_takes_zppo_s_rollouts_by_more_steps(recipe: Path) ->
     settings = load_recipe(recipe)
     overrides = overrides_of(Cell(recipe, "grpo-matched", 1, "lab:x/student"), settings)
     assert {"--method=grpo", "--seed=1", "--student.model=lab:x/student"} <= set(overrides)
+    assert not any(o.startswith("--data.") for o in overrides)  # questions of a file are taken as they are
+    lab = load_recipe(RECIPES / "lab.yaml")
+    assert {"--data.train=lab:unreachable/seen", "--data.eval=lab:unreachable/study"} <= set(
+        overrides_of(Cell(RECIPES / "lab.yaml", "zppo", 0), lab)
+    )
+    assert {"--data.train=lab:x/seen", "--data.eval=lab:x/study"} <= set(
+        overrides_of(Cell(RECIPES / "lab.yaml", "zppo", 0, "lab:x/student"), lab)
+    )
     assert f"--train.steps={math.ceil(5 * (1 + 0.25 + 0.5))}" in overrides
     with pytest.raises(SettingsError, match="'gpro' is no method"):
         list(grid([recipe], ["gpro"], [0], []))

@@ -161,11 +161,16 @@ def _add_lab(lab: argparse.ArgumentParser) -> None:
     build.add_argument("--out", type=Path, metavar="DIR", help="where to put them (default: runs/lab/WORLD)")
     build.add_argument("--seed", type=int, default=0, help="of corpus and weights (default: 0)")
     build.add_argument("--steps", type=int, help="fewer pretraining steps than the world asks for")
+    build.add_argument(
+        "--no-teacher", action="store_true", help="the student alone, where the teacher of a like world serves"
+    )
     build.set_defaults(run=_lab_build)
     questions = commands.add_parser("questions", help="show some questions of a world")
     questions.add_argument("--world", default="unreachable", help="default: unreachable")
     questions.add_argument("--level", help="a level by name, or by number from 1 (default: all)")
-    questions.add_argument("--split", choices=("train", "test"), default="train", help="default: train")
+    questions.add_argument(
+        "--split", choices=("train", "test", "seen", "study"), default="train", help="default: train"
+    )
     questions.add_argument("--n", type=int, default=5, help="how many (default: 5)")
     questions.set_defaults(run=_lab_questions)
     study = commands.add_parser("study", help="run a grid of methods, seeds and students, and print its tables")
@@ -330,7 +335,7 @@ def _model_folder(name: str) -> str:
 def _lab_build(options: argparse.Namespace) -> None:
     from zppo.lab.commands import build_command
 
-    build_command(options.world, options.out, options.seed, options.steps)
+    build_command(options.world, options.out, options.seed, options.steps, with_teacher=not options.no_teacher)
 
 
 def _lab_questions(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from zppo.lab.corpus import StudentCorpus, TeacherCorpus
 from zppo.lab.language import make_tokenizer, templates
 from zppo.lab.measure import Probe
 from zppo.lab.pretrain import make_model, pretrain
+from zppo.lab.settings import Pretraining
 from zppo.lab.world import Entry, World, write_questions
 from zppo.prompts import Neutraliser, PromptBook
 
@@ -37,9 +38,9 @@ class Built:
     """What one build measured; shares by level are greedy accuracy on held-out plain prompts.
 
     Attributes:
-        student, teacher: held-out accuracy by level.
+        student, teacher: held-out accuracy by level; of a model that was not made, nothing.
         hidden: how likely the right results are to the student, for levels that ask about the unlikeliest entries.
-        fidelity: share of answers that survive the teacher's compression.
+        fidelity: share of answers that survive the teacher's compression; None where no teacher was made.
         steps: pretraining steps of student and teacher.
         seed: of weights and corpora.
         seconds: what it took.
@@ -48,7 +49,7 @@ class Built:
     student: dict[str, float]
     teacher: dict[str, float]
     hidden: dict[str, Hidden]
-    fidelity: float
+    fidelity: float | None
     steps: tuple[int, int]
     seed: int
     seconds: float
@@ -59,7 +60,15 @@ def lab_book(chat: Chat) -> PromptBook:
     return PromptBook(templates(), Neutraliser(chat.special_texts))
 
 
-def build(world: World, out: Path, seed: int = 0, steps: int | None = None, say: Say = lambda line: None) -> Built:
+def build(
+    world: World,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    say: Say = lambda line: None,
+    *,
+    with_teacher: bool = True,
+) -> Built:
     """Pretrains student and teacher and writes both, with model cards, to `out/student` and `out/teacher`;
     the questions go to `out/train.jsonl` and `out/test.jsonl`, what was measured to `out/build.json`.
 
@@ -69,25 +78,28 @@ def build(world: World, out: Path, seed: int = 0, steps: int | None = None, say:
         seed: draws weights and documents.
         steps: pretraining steps of either model instead of the world's own, to try things out.
         say: takes a line of progress now and then.
+        with_teacher: False for the student alone, where the teacher of a world with the same truth serves.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _build(world, out, seed, steps, say)
+        return _build(world, out, seed, steps, say, with_teacher)
     finally:
         torch.set_num_threads(threads)
 
 
-def _build(world: World, out: Path, seed: int, steps: int | None, say: Say) -> Built:
+def _build(world: World, out: Path, seed: int, steps: int | None, say: Say, with_teacher: bool) -> Built:
     started = time.perf_counter()
     tokenizer = make_tokenizer(world)
     chat = Chat(tokenizer)
     book = lab_book(chat)
     probes: dict[str, Probe] = {}
-    for role, corpus, how in (
-        ("student", StudentCorpus(world, book), world.settings.pretraining),
-        ("teacher", TeacherCorpus(world, book), world.settings.teacher),
-    ):
+    roles: list[tuple[str, StudentCorpus | TeacherCorpus, Pretraining]] = [
+        ("student", StudentCorpus(world, book), world.settings.pretraining)
+    ]
+    if with_teacher:
+        roles.append(("teacher", TeacherCorpus(world, book), world.settings.teacher))
+    for role, corpus, how in roles:
         how = how if steps is None else how.model_copy(update={"steps": steps})
         model = make_model(world.settings.model, tokenizer, seed)
         pretrain(model, corpus, chat, how, seed, _teller(say, f"{world.name}/{role}", how.steps))
@@ -101,9 +113,9 @@ def _build(world: World, out: Path, seed: int, steps: int | None, say: Say) -> B
     test = world.questions("test", chosen)
     built = Built(
         student=probes["student"].accuracy(test),
-        teacher=probes["teacher"].accuracy(test),
+        teacher=probes["teacher"].accuracy(test) if with_teacher else {},
         hidden=hidden,
-        fidelity=probes["teacher"].fidelity(world),
+        fidelity=probes["teacher"].fidelity(world) if with_teacher else None,
         steps=(steps or world.settings.pretraining.steps, steps or world.settings.teacher.steps),
         seed=seed,
         seconds=time.perf_counter() - started,

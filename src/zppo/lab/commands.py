@@ -12,8 +12,10 @@ from zppo.lab.build import build
 from zppo.lab.world import World, lab_questions, load_world
 
 
-def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int | None = None) -> None:
-    """`zppo lab build WORLD [--out DIR --seed N --steps N]`: remakes student and teacher, prints what they can do.
+def build_command(
+    world: str, out: Path | None = None, seed: int = 0, steps: int | None = None, *, with_teacher: bool = True
+) -> None:
+    """`zppo lab build WORLD [--out DIR --seed N --steps N --no-teacher]`: remakes student and teacher, prints what they can do.
 
     Args:
         world: a bundled world's name or the path of a settings file.
@@ -30,8 +32,12 @@ def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int
     logging.disable_progress_bar()
     made = load_world(world)
     folder = out or Path("runs") / "lab" / made.name
-    built = build(made, folder, seed=seed, steps=steps, say=lambda line: print(line, flush=True))
-    for role, shares in (("student", built.student), ("teacher", built.teacher)):
+    built = build(
+        made, folder, seed=seed, steps=steps, say=lambda line: print(line, flush=True), with_teacher=with_teacher
+    )
+    for role, shares in (
+        (("student", built.student), ("teacher", built.teacher)) if with_teacher else (("student", built.student),)
+    ):
         print(
             f"{role}: "
             + ", ".join(f"{level} {share:.1%}" for level, share in shares.items())
@@ -41,7 +47,8 @@ def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int
         print(
             f"student, level {level}: probability of the right results mean {hidden.mean:.2g}, largest {hidden.largest:.2g}"
         )
-    print(f"teacher: {built.fidelity:.1%} of answers survive its compression")
+    if built.fidelity is not None:
+        print(f"teacher: {built.fidelity:.1%} of answers survive its compression")
     print(f"written to {folder} in {built.seconds:.0f} s")
 
 
@@ -50,7 +57,7 @@ def questions_command(world: str, level: str | None = None, n: int = 5, split: s
 
     Args:
         level: name of a level, or its number from 1; None for all levels.
-        split: train or test.
+        split: train, test, seen or study.
         seed: draws which ones.
 
     Raises:

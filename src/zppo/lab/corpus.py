@@ -82,6 +82,8 @@ class StudentCorpus:
         return {PLAIN: self._plain, BCQ: self._bcq, NCQ: self._ncq}[kind](chain, level, rng)
 
     def _plain(self, chain: Chain, level: str, rng: Random) -> Document:
+        if self.settings.longer and rng.random() < self.settings.longer:
+            chain = self.world.lengthened(chain, rng)
         results = _walk(self._believed, chain, rng)
         return Document(
             PLAIN, self.book.plain(self.world.question(chain, level)), self.world.completion_text(chain, results)

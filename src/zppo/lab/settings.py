@@ -55,8 +55,8 @@ class CorpusSettings(_Part):
     """What the student's pretraining corpus is made of: shares of document kinds, weights of levels.
 
     `flatten`: how far the choice among mistakes moves to an even one in candidate documents; `stray`: share of other wrong values there
-    (never the right one); `slip`: share of candidates with one
-    wrong easy step; `heed`: share of NCQ documents whose target is none of the listed wrong answers, where a mistake is left.
+    (never the right one); `slip`: share of candidates with one wrong easy step; `longer`: share of plain documents with one more easy
+    operation behind the chain; `heed`: share of NCQ documents whose target is none of the listed wrong answers, where a mistake is left.
     """
 
     plain: float = Field(ge=0)
@@ -66,6 +66,7 @@ class CorpusSettings(_Part):
     stray: float = Field(0.0, ge=0, le=1)
     slip: float = Field(ge=0, le=1)
     heed: float = Field(ge=0, le=1)
+    longer: float = Field(0.0, ge=0, le=1)
     levels: dict[str, float]
 
 
@@ -88,10 +89,16 @@ class Pretraining(_Part):
 
 
 class WorldSettings(_Part):
-    """A world file."""
+    """A world file.
+
+    `like`, in a file: another bundled world that everything left out, also within a section, is taken from. `misconceptions`: seed of
+    what the student wrongly believes, the world's `seed` by default; two worlds that differ in it alone hold the same truth, so one
+    teacher serves both. `unseen`: operations that the split `seen` leaves out, and that the split `study` asks about all the same.
+    """
 
     name: str
     seed: int
+    misconceptions: int | None = None
     values: tuple[str, ...]
     operations: dict[str, dict[str, Affine | Literal["permutation"]]]
     beliefs: dict[str, BeliefSettings]
@@ -100,6 +107,7 @@ class WorldSettings(_Part):
     model: ModelShape
     pretraining: Pretraining
     teacher: Pretraining
+    unseen: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> WorldSettings:
@@ -117,6 +125,8 @@ class WorldSettings(_Part):
                 raise ValueError(
                     f"level {level.name!r} asks for the unlikeliest entries of tier {level.tiers[0]!r}, which has no beliefs"
                 )
+        if missing := set(self.unseen) - set(names):
+            raise ValueError(f"unseen names {', '.join(sorted(missing))}; operations has {', '.join(names)}")
         levels = {level.name for level in self.levels}
         if set(self.corpus.levels) != levels:
             raise ValueError(f"corpus.levels must weigh exactly the levels {', '.join(sorted(levels))}")

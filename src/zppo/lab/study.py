@@ -22,6 +22,7 @@ from rich.console import Console
 
 from zppo import __version__
 from zppo.errors import SettingsError, ZPPOError
+from zppo.lab.assets import SCHEME
 from zppo.train.methods import METHODS
 from zppo.train.recipe import load_recipe
 from zppo.train.runlog import BUFFER, METRICS, read_lines
@@ -47,9 +48,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return "-".join(
-            part for part in (self.recipe.stem, Path(self.student).name, self.method, f"s{self.seed}") if part
-        )
+        student = self.student.removeprefix(SCHEME).replace("/", "-")
+        return "-".join(part for part in (self.recipe.stem, student, self.method, f"s{self.seed}") if part)
 
 
 def grid(
@@ -73,6 +73,7 @@ def grid(
 def overrides_of(cell: Cell, settings: Settings) -> list[str]:
     """What the command line of a cell's run adds to its recipe."""
     extra = [
+        *_questions_of(cell, settings),
         f"--method={cell.method.removesuffix(MATCHED)}",
         f"--seed={cell.seed}",
         "--train.checkpoint_every=0",
@@ -88,6 +89,18 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
         more = 1 + settings.zone.rho_replay + settings.zone.rho_aug
         extra.append(f"--train.steps={math.ceil(settings.train.steps * more)}")
     return extra
+
+
+def _questions_of(cell: Cell, settings: Settings) -> list[str]:
+    """On a lab world: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its questions."""
+    world = (
+        (cell.student if cell.student.startswith(SCHEME) else settings.data.train)
+        .removeprefix(SCHEME)
+        .partition("/")[0]
+    )
+    if not settings.data.train.startswith(SCHEME):
+        return []
+    return [f"--data.train={SCHEME}{world}/seen", f"--data.eval={SCHEME}{world}/study"]
 
 
 def row_of(cell: Cell, run: Path) -> dict[str, Any]:

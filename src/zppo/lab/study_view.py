@@ -22,7 +22,7 @@ def study_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], l
     worlds = dict.fromkeys((r["recipe"], r["student"]) for r in rows)
     for recipe, student in worlds:
         mine = [r for r in rows if (r["recipe"], r["student"]) == (recipe, student)]
-        title = f"{recipe}, student {Path(student).name}" if student else recipe
+        title = f"{recipe}, student {student}" if student else recipe
         levels = list(dict.fromkeys(level for r in mine for level in r["after"]))
         methods = list(dict.fromkeys(r["method"] for r in mine))
         tables.append(_outcomes(title, mine, methods, levels))

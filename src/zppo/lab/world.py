@@ -24,7 +24,7 @@ from zppo.lab.assets import ASSETS
 from zppo.lab.settings import Affine, WorldSettings
 
 WORLDS = Path(__file__).with_name("worlds")
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "seen", "study")
 Entry = tuple[int, int]
 """An operation and the value that it is applied to, by index."""
 
@@ -63,6 +63,11 @@ class World:
     def name(self) -> str:
         return self.settings.name
 
+    @property
+    def _mind(self) -> int:
+        """Seed of the student's misconceptions."""
+        return self.settings.seed if self.settings.misconceptions is None else self.settings.misconceptions
+
     def _table(self, name: str, rule: Affine | Literal["permutation"]) -> tuple[int, ...]:
         size = len(self.settings.values)
         if isinstance(rule, Affine):
@@ -81,7 +86,7 @@ class World:
                 continue
             for value in range(len(self.values)):
                 wrong = [v for v in range(len(self.values)) if v != operation.table[value]]
-                rng = keyed_random("lab", self.settings.seed, "mistakes", operation.word, value)
+                rng = keyed_random("lab", self._mind, "mistakes", operation.word, value)
                 made[index, value] = tuple(rng.sample(wrong, len(belief.mistakes)))
         return made
 
@@ -99,7 +104,7 @@ class World:
         belief = self.settings.beliefs.get(operation.tier)
         if belief is None:
             return tuple(float(v == operation.table[value]) for v in range(len(self.values)))
-        rng = keyed_random("lab", self.settings.seed, "right", operation.word, value)
+        rng = keyed_random("lab", self._mind, "right", operation.word, value)
         right = rng.uniform(*belief.right)
         wrong = self.mistakes[index, value]
         rest = (1 - right) * (1 - sum(belief.mistakes)) / (len(self.values) - 1 - len(wrong))
@@ -131,6 +136,11 @@ class World:
         tiers = list(self.levels[level].tiers)
         rng.shuffle(tiers)
         return Chain(rng.randrange(len(self.values)), tuple(rng.choice(self.tier(tier)) for tier in tiers))
+
+    def lengthened(self, chain: Chain, rng: Random) -> Chain:
+        """The chain with one more operation behind it, drawn from those that nobody holds misconceptions about."""
+        easy = [i for i, operation in enumerate(self.operations) if operation.tier not in self.settings.beliefs]
+        return Chain(chain.start, (*chain.operations, rng.choice(easy)))
 
     def question_text(self, chain: Chain) -> str:
         return " ".join([self.values[chain.start], *(self.operations[i].word for i in chain.operations), "?"])
@@ -231,20 +241,36 @@ def load_world(name: str) -> World:
             f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)"
         )
     try:
-        return World(WorldSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(written, dict) and "like" in written:
+            base = load_world(str(written.pop("like"))).settings.model_dump()
+            written = base | {
+                key: base[key] | value if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+                for key, value in written.items()
+            }
+        return World(WorldSettings.model_validate(written))
     except (yaml.YAMLError, ValidationError) as error:
         raise SettingsError(f"{path}: {error}") from error
 
 
 def lab_questions(world: str, split: str) -> list[Question]:
-    """The questions of `lab:<world>/<split>`, split being train or test; the build wrote them beside the models.
+    """The questions of `lab:<world>/<split>`; the build wrote those of train and test beside the models.
+
+    For studies: `seen` is train without the world's unseen operations, `study` is test with more levels (`zppo.lab.outside`).
 
     Raises:
         SettingsError: no such world or split.
     """
     if split not in SPLITS:
         raise SettingsError(
-            f"a lab world has the splits train and test, not {split!r}; write lab:{world}/train or lab:{world}/test"
+            f"a lab world has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train or lab:{world}/test"
+        )
+    if split in ("seen", "study"):
+        from zppo.lab.outside import seen, study
+
+        made = load_world(world)
+        return (
+            seen(made, lab_questions(world, "train")) if split == "seen" else study(made, lab_questions(world, "test"))
         )
     path = ASSETS / world / f"{split}.jsonl"
     if not path.is_file():
