@@ -259,7 +259,7 @@ def _check_lab_models(settings: Settings) -> None:
     """Whether the bundled models that a recipe names exist; a dry run loads none and would not notice."""
     from zppo.lab.assets import SCHEME, resolve
 
-    for model in (settings.student, settings.teacher, *settings.more_teachers):
+    for model in (settings.student, settings.teacher, *settings.more_teachers, settings.judge):
         if model is not None and model.model.startswith(SCHEME):
             resolve(model.model)
 

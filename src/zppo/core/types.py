@@ -18,6 +18,11 @@ NCQ = "ncq"
 HINT = "hint"
 PREFIX = "prefix"
 
+Grading = Literal["rule", "judge"]
+"""Who decides whether an answer is right: the rules (or a reward function of the user's), or an LLM judge."""
+RULE: Grading = "rule"
+JUDGE: Grading = "judge"
+
 
 class ImageRef(NamedTuple):
     """An image by reference, never its pixels: where it is, and the SHA-256 of its bytes (hex)."""
@@ -43,6 +48,7 @@ class Question:
         gold: the right answer.
         images: its images, in the order in which they stand in the conversation.
         level: a label by which held-out accuracy is broken down (difficulty, source); "" for none.
+        grading: rule, or judge for a free-form answer (method.md section 7).
     """
 
     id: str
@@ -50,6 +56,7 @@ class Question:
     gold: str
     images: tuple[ImageRef, ...] = ()
     level: str = ""
+    grading: Grading = RULE
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` undoes it."""
@@ -59,6 +66,7 @@ class Question:
             "gold": self.gold,
             "images": [list(i) for i in self.images],
             "level": self.level,
+            "grading": self.grading,
         }
 
     @classmethod
@@ -70,6 +78,7 @@ class Question:
             gold=data["gold"],
             images=tuple(ImageRef(*i) for i in data["images"]),
             level=data["level"],
+            grading=data.get("grading", RULE),  # checkpoints from before there was a judge lack it
         )
 
 

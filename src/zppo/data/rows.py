@@ -10,10 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args, get_type_hints
 
-from zppo.core.types import ImageRef, Message, Question
+from zppo.core.types import RULE, Grading, ImageRef, Message, Question
 from zppo.errors import DataError
 
 _ROLES: tuple[str, ...] = get_args(get_type_hints(Message)["role"])
+_GRADINGS: tuple[str, ...] = get_args(Grading)
 _NEAREST_SHOWN = 8
 
 
@@ -32,6 +33,8 @@ class Columns(Protocol):
     def id(self) -> str: ...
     @property
     def level(self) -> str: ...
+    @property
+    def grading(self) -> str: ...
 
 
 class _RowError(Exception):
@@ -55,11 +58,13 @@ def question_from_row(data: object, columns: Columns, path: Path, row: int) -> Q
         identity = _label(data.get(column)) or f"{path.name}:{row}"
         column = columns.level
         level = _label(data.get(column))
+        column = columns.grading
+        grading = _grading(data.get(column))
         column = columns.images
         images = _images(data.get(column), path.parent)
     except _RowError as fault:
         raise DataError(f"{path}, row {row}, column {column!r}: {fault}") from None
-    return Question(id=identity, messages=messages, gold=gold, images=images, level=level)
+    return Question(id=identity, messages=messages, gold=gold, images=images, level=level, grading=grading)
 
 
 def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
@@ -172,6 +177,18 @@ def _label(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise _RowError(f"is {_a(value)}; expected a text or a number")
     return _text(value, empty=True).strip() if isinstance(value, str) else _number(value)
+
+
+def _grading(value: object) -> Grading:
+    """Who grades the question; the rules where the column is missing, null or blank."""
+    name = value.strip() if isinstance(value, str) else value
+    if name is None or name == "":
+        return RULE
+    if name not in _GRADINGS:
+        raise _RowError(
+            f"is {_a(value)}; write {' or '.join(_GRADINGS)}, or name another column with data.columns.grading"
+        )
+    return cast(Grading, name)
 
 
 def _number(value: int | float | Decimal) -> str:

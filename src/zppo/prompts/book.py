@@ -120,8 +120,15 @@ class PromptBook:
         return (Message("user", self._fill(HINTING, values)),)
 
     def judge(self, question_text: str, gold: str, completion: str) -> tuple[Message, ...]:
-        """The request to compare one completion with the gold (method.md section 7); the completion is neutralised."""
-        values = {"question": question_text, "gold": gold, "completion": self._clean(completion)}
+        """The request to compare one completion with the gold (method.md section 7).
+
+        All three are neutralised: what is compared is changed in the same way, and no text of a data file can pose as another block.
+        """
+        values = {
+            "question": self._clean(question_text),
+            "gold": self._clean(gold),
+            "completion": self._clean(completion),
+        }
         return (Message("user", self._fill(JUDGE, values)),)
 
     def _ask(self, question: Question, text: str) -> tuple[Message, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,9 +21,6 @@ from zppo.data.order import steps_per_epochs
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import DataError, SettingsError
-from zppo.grading import Grader
-from zppo.grading.base import Verdict
-from zppo.grading.reward import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherSampling
@@ -36,9 +32,10 @@ from zppo.train.make_learner import ResponseTokens, make_learner, make_reformula
 from zppo.train.materials import MaterialMaker
 from zppo.train.models import context_length, load_chat, load_model, read_template, resolve_model
 from zppo.train.progress import Progress
-from zppo.train.rollouts import Answered, Roller, Score, Speaker
+from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog
-from zppo.train.settings import Settings
+from zppo.train.scoring import make_scorer
+from zppo.train.settings import FrozenModelSettings, Settings
 from zppo.train.trainer import Trainer
 from zppo.train.zone import ZoneBuilder
 
@@ -50,21 +47,6 @@ class Assembled:
     trainer: Trainer
     model: PreTrainedModel
     chat: Chat
-
-
-@contextmanager
-def scoring(settings: Settings) -> Iterator[Score]:
-    """The recipe's grading for the length of a run: a reward function of the user's, else the rule grader and its workers."""
-    if settings.grading.reward:
-        reward = load_reward(settings.grading.reward)
-        yield lambda answered: [reward(a.completion, a.question, a.think_open) for a in answered]
-        return
-    with Grader(deadline=settings.grading.deadline, workers=settings.grading.workers) as grader:
-
-        def score(answered: Sequence[Answered]) -> list[Verdict]:
-            return grader.grade_many([(a.completion, a.question.gold, a.think_open) for a in answered])
-
-        yield score
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -123,6 +105,9 @@ def assemble(
         if settings.data.eval
         else []
     )
+    scorer = make_scorer(
+        settings, score, [*questions, *held_out], chat, teachers, lambda own: _load_frozen(settings, own, accelerator)
+    )
     model = load_model(
         checkpoint.model_folder(start) if start else resolve_model(settings.student.model),
         dtype=torch.float32,
@@ -130,7 +115,7 @@ def assemble(
         attention=settings.student.attention,
     )
     _check_context(settings, model, questions, held_out, length)
-    asker = _make_asker(settings, teachers, speaker, score)
+    asker = _make_asker(settings, teachers, speaker, scorer)
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
     if steps is None:
@@ -142,7 +127,7 @@ def assemble(
         questions=questions,
         held_out=held_out,
         roller=Roller(
-            make_engine(settings, model, chat), speaker, score, sampling, settings.rollout.group_size, settings.seed
+            make_engine(settings, model, chat), speaker, scorer, sampling, settings.rollout.group_size, settings.seed
         ),
         zone=_make_zone(settings, reformulations, teachers, speaker, asker, context_length(model)),
         learner=learner,
@@ -150,6 +135,7 @@ def assemble(
         log=RunLog(run),
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
         checkpoint=_checkpointer(settings, run, model, optimizer),
+        scorer=scorer,
     )
     return Assembled(trainer, model, chat)
 
@@ -160,20 +146,25 @@ def _load_teachers(settings: Settings, accelerator: Accelerator) -> list[LocalTe
     for teacher in (settings.teacher, *settings.more_teachers):
         if teacher is None:
             continue
-        device = accelerator.device if teacher.device == "auto" else torch.device(teacher.device)
-        made = LocalTeacher.load(
-            resolve_model(teacher.model),
-            revision=teacher.revision,
-            device=device,
-            dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
-            template=read_template(teacher),
-            attention=teacher.attention,
-            max_rows=settings.rollout.max_rows,
-        )
+        made = _load_frozen(settings, teacher, accelerator)
         for use in (teacher.rollout, teacher.compression, teacher.hint):
             made.check(teacher.how(use))
         loaded.append(made)
     return loaded
+
+
+def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator) -> LocalTeacher:
+    """A model that is never trained: a teacher, or a judge."""
+    device = accelerator.device if own.device == "auto" else torch.device(own.device)
+    return LocalTeacher.load(
+        resolve_model(own.model),
+        revision=own.revision,
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        template=read_template(own),
+        attention=own.attention,
+        max_rows=settings.rollout.max_rows,
+    )
 
 
 def _make_asker(settings: Settings, teachers: Sequence[LocalTeacher], speaker: Speaker, score: Score) -> Asker:

@@ -15,11 +15,13 @@ class Evaluation:
     """Accuracy on held-out questions.
 
     Attributes:
-        accuracy: share of correct completions.
-        by_level: accuracy per `Question.level`, in order of first appearance; a single unnamed level is left out.
+        accuracy: share of correct completions among the graded ones; NaN if none is graded.
+        by_level: accuracy per `Question.level`, in order of first appearance; a single unnamed level is left out, and so is one without
+            a graded completion.
         count: completions.
         tokens: mean completion length.
         truncated: share of completions that the limit stopped.
+        ungraded: completions without a verdict, since the judge could not be reached; they are no wrong answers.
     """
 
     accuracy: float
@@ -27,6 +29,7 @@ class Evaluation:
     count: int
     tokens: float
     truncated: float
+    ungraded: int = 0
 
 
 def evaluate(roller: Roller, questions: Sequence[Question], settings: EvalSettings) -> Evaluation:
@@ -35,12 +38,15 @@ def evaluate(roller: Roller, questions: Sequence[Question], settings: EvalSettin
     groups = roller.roll([roller.speaker.plain(q) for q in questions], 0, purpose="eval")
     levels: dict[str, list[bool]] = {}
     for group in groups:
-        levels.setdefault(group.question.level, []).extend(r.correct for r in group.rollouts)
+        levels.setdefault(group.question.level, []).extend(r.correct for r in group.graded)
     rollouts = [r for group in groups for r in group.rollouts]
+    correct = [value for values in levels.values() for value in values]
+    named = {level: values for level, values in levels.items() if values} if set(levels) != {""} else {}
     return Evaluation(
-        accuracy=sum(r.correct for r in rollouts) / len(rollouts),
-        by_level={level: sum(values) / len(values) for level, values in levels.items()} if set(levels) != {""} else {},
+        accuracy=sum(correct) / len(correct) if correct else float("nan"),
+        by_level={level: sum(values) / len(values) for level, values in named.items()},
         count=len(rollouts),
         tokens=sum(len(r.ids) for r in rollouts) / len(rollouts),
         truncated=sum(r.truncated for r in rollouts) / len(rollouts),
+        ungraded=len(rollouts) - len(correct),
     )

@@ -56,7 +56,11 @@ def write_model_card(
     if before and after:
         lines += ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|"]
         lines += [f"| {level} | {old} | {new} |" for level, old, new in _levels(before, after)]
-        lines += ["", f"{after.count} completions, after training evaluated from this folder.", ""]
+        lines += [
+            "",
+            f"{after.count} completions, after training evaluated from this folder.{_left_out(before, after)}",
+            "",
+        ]
     lines += ["## Recipe", "", "```yaml", recipe.rstrip(), "```", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -79,6 +83,8 @@ def closing_table(
         for row in _levels(before, after):
             table.add_row(*row)
         console.print(table)
+        if note := _left_out(before, after):
+            console.print(note.strip())
     if replay:
         console.print("\nprompt replay buffer")
         table = Table("entry accuracy", "admitted", "graduated", "evicted", "graduated/admitted")
@@ -107,9 +113,20 @@ def closing_table(
 
 
 def _work(totals: Totals) -> str:
+    judged = f", {totals.judge_tokens:,} judge tokens" if totals.judge_tokens else ""
     return (
-        f"{totals.rollouts:,} rollouts, {totals.student_tokens:,} student tokens, {totals.teacher_tokens:,} teacher tokens "
+        f"{totals.rollouts:,} rollouts, {totals.student_tokens:,} student tokens, {totals.teacher_tokens:,} teacher tokens{judged} "
         f"in {totals.seconds:,.0f} s"
+    )
+
+
+def _left_out(before: Evaluation, after: Evaluation) -> str:
+    """How many completions have no verdict; "" where all have one."""
+    if not (before.ungraded or after.ungraded):
+        return ""
+    return (
+        f" Left out, since the judge could not be reached: {before.ungraded:,} of {before.count:,} completions before training, "
+        f"{after.ungraded:,} of {after.count:,} after."
     )
 
 

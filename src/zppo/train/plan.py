@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from zppo.core.select import share_of
-from zppo.core.types import Question
+from zppo.core.types import JUDGE, Question
 from zppo.data.load import load_questions
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
 from zppo.prompts.book import PromptBook
 from zppo.teacher.compress import REDRAWS
-from zppo.train.settings import Settings, TeacherSettings
+from zppo.train.settings import ModelSettings, Settings, TeacherSettings
 
 RECIPE = "recipe.yaml"  # in the run folder
 
@@ -77,6 +78,21 @@ def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
     return train, held_out
 
 
+def count_judged(settings: Settings, questions: Iterable[Question]) -> int:
+    """How many of the questions want a judge.
+
+    Raises:
+        SettingsError: some do, and the recipe has nobody who could judge.
+    """
+    wanting = [question.id for question in questions if question.grading == JUDGE]
+    if wanting and settings.judging is None:
+        raise SettingsError(
+            f"{len(wanting):,} questions want a judge (the first is {wanting[0]!r}, column {settings.data.columns.grading!r}), and the "
+            "recipe has neither a judge nor a teacher: set judge.model, or teacher.model, or let these questions be graded by rule"
+        )
+    return len(wanting)
+
+
 def check_files(settings: Settings) -> None:
     """Whether the files that a recipe names are there: templates, folders of models, the reward function's module.
 
@@ -85,7 +101,9 @@ def check_files(settings: Settings) -> None:
     """
     PromptBook(settings.prompts)
     teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
-    models = [("student", settings.student), *(("teacher", teacher) for teacher in teachers)]
+    judges = [settings.judge] if settings.judge else []
+    models: list[tuple[str, ModelSettings]] = [("student", settings.student)]
+    models += [*(("teacher", teacher) for teacher in teachers), *(("judge", judge) for judge in judges)]
     for name, model in models:
         if model.template is not None and not model.template.is_file():
             raise TemplateError(f"{name}.template: there is no file {model.template}")

@@ -50,6 +50,8 @@ class Progress:
         """A held-out result."""
         levels = "  ".join(f"{name} {value:.3f}" for name, value in result.by_level.items())
         text = f"held-out accuracy at step {step}: {result.accuracy:.3f}  {levels}".rstrip()
+        if result.ungraded:
+            text += f"  ({result.ungraded:,} of {result.count:,} completions ungraded, left out)"
         self.console.print(Text(text), highlight=False, soft_wrap=True)
 
     def warning(self, text: str) -> None:

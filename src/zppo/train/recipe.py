@@ -17,8 +17,8 @@ from zppo.train.keys import known_keys, nearest_key, show
 from zppo.train.settings import Settings
 from zppo.train.yaml12 import dump_yaml, parse_yaml
 
-_MODELS = ("student.model", "teacher.model")
-_FILES = ("data.train", "data.eval", "student.template", "teacher.template")
+_MODELS = ("student.model", "teacher.model", "judge.model")
+_FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
 _SHORTHAND = "method"
 
 Bases = tuple[Path, ...]

@@ -12,13 +12,14 @@ from transformers.utils import logging as transformers_logging
 
 from zppo.errors import CheckpointError
 from zppo.train import checkpoint
-from zppo.train.assemble import Assembled, assemble, make_accelerator, make_engine, scoring
+from zppo.train.assemble import Assembled, assemble, make_accelerator, make_engine
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, save_final, write_model_card
 from zppo.train.models import load_model
 from zppo.train.plan import RECIPE, check_output
 from zppo.train.recipe import dump_recipe, load_recipe
 from zppo.train.runlog import METRICS, read_lines
+from zppo.train.scoring import scoring
 from zppo.train.settings import Settings
 
 
@@ -94,12 +95,13 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
     if trainer.held_out:
         fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention)
         torch.nn.Module.to(fresh, parts.model.device)
+        trainer.scorer.new_step()
         after = evaluate(
             replace(trainer.roller, engine=make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)),
             trainer.held_out,
             settings.eval,
         )
-        trainer.log.metrics(trainer.done, "final", asdict(after))
+        trainer.log.metrics(trainer.done, "final", asdict(after) | trainer.scorer.metrics())
     before = _evaluation_at_start(run)
     write_model_card(
         folder,
@@ -127,5 +129,8 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
 def _evaluation_at_start(run: Path) -> Evaluation | None:
     for record in read_lines(run / METRICS):
         if record["event"] == "eval" and record["step"] == 0:
-            return Evaluation(**{name: record[name] for name in Evaluation.__slots__})
+            found = {name: record[name] for name in Evaluation.__slots__ if name in record}
+            return Evaluation(
+                **found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]}
+            )
     return None

@@ -32,6 +32,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("gold", pa.string()),
+        ("grading", pa.string()),  # rule or judge
         ("answer", pa.string()),
         ("correct", pa.bool_()),
         ("graded", pa.bool_()),
@@ -115,6 +116,7 @@ class RunLog:
                 "prompt": text,
                 "completion": rollout.text,
                 "gold": group.question.gold,
+                "grading": group.question.grading,
                 "answer": rollout.answer,
                 "correct": rollout.correct,
                 "graded": rollout.graded,

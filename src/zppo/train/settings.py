@@ -112,10 +112,37 @@ class HintSettings(TeacherUse):
     max_new_tokens: int = Field(512, ge=1, description="token limit of a hint")
 
 
-class TeacherSettings(ModelSettings):
-    """The frozen teacher."""
+class JudgeUse(TeacherUse):
+    """How completions are judged (method.md section 7)."""
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    max_new_tokens: int = Field(512, ge=1, description="token limit of a verdict")
+    template_args: dict[str, Any] = Field(
+        {"enable_thinking": False},
+        description="chat-template arguments for judging; thinking would eat the token limit",
+    )
+    response_tokens: int = Field(
+        4096, ge=1, description="the judge reads at most so many tokens of a completion, its last ones"
+    )
+
+
+class FrozenModelSettings(ModelSettings):
+    """A model that is never trained."""
 
     device: str = Field("auto", description="auto: the training device; else a torch device such as cuda:1 or cpu")
+
+    def how(self, use: TeacherUse) -> TeacherSampling:
+        """Sampling and template arguments of one use."""
+        return TeacherSampling(use.sampling(), {**self.template_args, **use.template_args})
+
+
+class JudgeSettings(JudgeUse, FrozenModelSettings):
+    """A model that judges, where it is not the teacher."""
+
+
+class TeacherSettings(FrozenModelSettings):
+    """The frozen teacher."""
+
     ask: Literal["lazy", "all"] = Field(
         "lazy",
         description="lazy: hardest questions first until the cap is full, the same batches for fewer calls; all: Algorithm 1 to the letter",
@@ -123,10 +150,7 @@ class TeacherSettings(ModelSettings):
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
     hint: HintSettings = Field(HintSettings(), description="hints of the method hint")
     compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
-
-    def how(self, use: TeacherUse) -> TeacherSampling:
-        """Sampling and template arguments of one use."""
-        return TeacherSampling(use.sampling(), {**self.template_args, **use.template_args})
+    judge: JudgeUse = Field(JudgeUse(), description="verdicts on free-form answers, where the recipe names no judge")
 
 
 class ColumnSettings(Section):
@@ -140,6 +164,9 @@ class ColumnSettings(Section):
     images: str = Field("images", description="list of image paths")
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
+    grading: str = Field(
+        "grading", description="rule or judge: who grades the question; rows without the column go by rule"
+    )
 
 
 class DataSettings(Section):
@@ -261,6 +288,9 @@ class Settings(Section):
         (),
         description="extension: further teachers whose rollouts join the pool of correct responses; `teacher` alone compresses",
     )
+    judge: JudgeSettings | None = Field(
+        None, description="model that grades questions whose grading column says judge; empty: the teacher judges"
+    )
     data: DataSettings = Field(description="questions")
     prompts: dict[str, Path] = Field(
         {}, description="templates instead of the project's own: {closing: path, bcq: path, ...}"
@@ -280,6 +310,13 @@ class Settings(Section):
         if isinstance(data, dict) and isinstance(data.get("method"), str):
             data = {**data, "method": {"name": data["method"]}}
         return data
+
+    @property
+    def judging(self) -> tuple[FrozenModelSettings, JudgeUse] | None:
+        """Which model judges and how; None where there is neither a judge nor a teacher."""
+        if self.judge is not None:
+            return self.judge, self.judge
+        return (self.teacher, self.teacher.judge) if self.teacher is not None else None
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Settings:

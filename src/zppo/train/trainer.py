@@ -19,6 +19,7 @@ from zppo.train.learn import Learner
 from zppo.train.progress import Progress
 from zppo.train.rollouts import Roller
 from zppo.train.runlog import RunLog
+from zppo.train.scoring import Scorer
 from zppo.train.settings import Settings
 from zppo.train.zone import ZoneBuilder
 
@@ -29,6 +30,8 @@ MISSED = {
     "hint_unreachable": "hints without a reply",
     "hint_failed": "hints refused (they gave the answer away, or had no form)",
     "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
+    "judge_unreachable": "judge calls without a reply (ungraded)",
+    "judge_malformed": "judge replies that were no verdict (wrong)",
     "too_long": "prompts over the context",
 }
 """Metrics of help that a step could not get, in words; the closing table sums them."""
@@ -44,6 +47,7 @@ class Totals:
     rollouts: int = 0
     student_tokens: int = 0
     teacher_tokens: int = 0
+    judge_tokens: int = 0
     seconds: float = 0.0
     admitted: dict[str, int] = field(default_factory=dict)
     graduated: dict[str, int] = field(default_factory=dict)
@@ -88,11 +92,13 @@ class Trainer:
         log: RunLog,
         progress: Progress,
         checkpoint: Callable[[int, Mapping[str, Any]], Path],
+        scorer: Scorer,
     ) -> None:
         self.settings, self.steps = settings, steps
         self.questions, self.held_out = questions, held_out
         self.roller, self.zone, self.learner = roller, zone, learner
         self.buffer, self.log, self.progress, self.checkpoint = buffer, log, progress, checkpoint
+        self.scorer = scorer  # the roller's score: what it counts
         self.method = settings.method.resolve()
         self.done = 0
         self.totals = Totals()
@@ -112,6 +118,7 @@ class Trainer:
     def step(self, step: int) -> None:
         """One step of Algorithm 1."""
         zone, clock = self.settings.zone, Clock()
+        self.scorer.new_step()
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)
         with clock("sampling"):
@@ -137,6 +144,7 @@ class Trainer:
             )
         if error := asked_again.teacher_error or learnt.teacher_error:
             self.progress.warning(f"step {step}: the teacher could not serve every request: {error}")
+        self._warn(f"step {step}")
         groups = [*plain, *again]
         slots = frozenset(q.id for q in replayed)
         metrics = {
@@ -148,6 +156,7 @@ class Trainer:
             **rollout_metrics([r for g in groups for r in g.rollouts], learnt.advantages),
             **asked_again.metrics,
             **learnt.metrics,
+            **self.scorer.metrics(),
             **self._buffer_metrics(changes),
         }
         self._report(step, groups, metrics, clock)
@@ -157,9 +166,11 @@ class Trainer:
         """Accuracy on the held-out questions with the current weights, logged; None where there are none."""
         if not self.held_out:
             return None
+        self.scorer.new_step()
         result = evaluate(self.roller, self.held_out, self.settings.eval)
-        self.log.metrics(self.done, "eval", asdict(result))
+        self.log.metrics(self.done, "eval", asdict(result) | self.scorer.metrics())
         self.progress.evaluation(self.done, result)
+        self._warn(f"evaluation at step {self.done}")
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,6 +187,11 @@ class Trainer:
         self.buffer.load_state_dict(state["buffer"])
         self.totals = Totals(**state["totals"])
         self.learner.load_state_dict(state["learner"])
+
+    def _warn(self, when: str) -> None:
+        """What a person should know about the grading of a step or an evaluation."""
+        for text in self.scorer.warnings():
+            self.progress.warning(f"{when}: {text}")
 
     def _new_questions(self, step: int) -> list[Question]:
         """X_new: a function of (seed, step)."""
@@ -212,6 +228,7 @@ class Trainer:
         teacher_tokens = sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
         self.totals.student_tokens += tokens
         self.totals.teacher_tokens += teacher_tokens
+        self.totals.judge_tokens += int(metrics.get("judge_completion_tokens", 0))
         for name in MISSED:
             self.totals.missed[name] = self.totals.missed.get(name, 0) + int(metrics.get(name) or 0)
         seconds = clock.seconds()

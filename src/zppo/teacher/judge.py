@@ -1,0 +1,153 @@
+"""The LLM judge: a frozen model compares a free-form completion with the gold and returns a strict verdict (method.md section 7).
+
+Pure but for the one call of the model: which texts it reads, what counts as a verdict, and what was counted. Who asks is above.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from zppo.core.draws import draw_key
+from zppo.core.types import Question
+from zppo.grading.boxed import final_part
+from zppo.prompts import PromptBook
+from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
+
+Outcome = Literal["correct", "wrong", "malformed", "unreachable"]
+
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
+_WORDS = {"correct": True, "wrong": False}
+_LONGEST = 200  # characters of a verdict: the object has about 22, and deep nesting is never parsed
+
+
+class Case(NamedTuple):
+    """What is put before the judge. Equal cases are judged once.
+
+    Attributes:
+        question: with its gold.
+        response: the part of a completion that the judge reads; see `readable`.
+    """
+
+    question: Question
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeCounts:
+    """What judging took in this step.
+
+    Attributes:
+        asked: cases sent to the judge.
+        correct: of these, judged correct.
+        malformed: of these, replies that were no verdict; they count as wrong.
+        unreachable: of these, cases for which no reply came; they are ungraded.
+        prompt_tokens, completion_tokens: as far as the judge's model reports them.
+    """
+
+    asked: int = 0
+    correct: int = 0
+    malformed: int = 0
+    unreachable: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def readable(completion: str, answer: str | None, think_open: bool = False) -> str:
+    """What the judge reads of a completion: where it names a final answer, what follows the thinking; else all of it (ours).
+
+    Args:
+        completion: the model's text.
+        answer: what was extracted from it, None where it has no final answer that can be parsed.
+        think_open: whether the prompt already ended inside an opened think block.
+    """
+    part = None if answer is None else final_part(completion, think_open)
+    return (completion if part is None else part).strip()
+
+
+def parse_verdict(reply: str, think_open: bool = False) -> bool | None:
+    """Whether the judge says correct; None for a malformed verdict.
+
+    The reply must be exactly the object {"verdict": "correct"} or {"verdict": "wrong"}: no other key, no key twice, no other
+    spelling, no word beside it. (ours) Three things around it are let pass, because chat models add them unasked: white space, one code
+    fence around the whole, and a think block that was closed before it.
+    """
+    if think_open and "</think>" not in reply:
+        return None
+    text = reply.rsplit("</think>", 1)[-1].strip()
+    fenced = _FENCE.fullmatch(text)
+    text = fenced[1].strip() if fenced else text
+    if len(text) > _LONGEST or not text.startswith("{"):
+        return None
+    try:
+        pairs = json.loads(text, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        return None
+    return next((verdict for word, verdict in _WORDS.items() if pairs == (("verdict", word),)), None)
+
+
+class Judge:
+    """Puts cases before a model, each distinct one once a step, and all that are new in one call."""
+
+    def __init__(
+        self, model: Teacher, book: PromptBook, how: TeacherSampling, cap: Callable[[str], str], *, seed: int = 0
+    ) -> None:
+        """Sets how to judge.
+
+        Args:
+            model: in process or remote.
+            book: renders the request; it should neutralise the model's special texts.
+            how: sampling and chat-template arguments.
+            cap: cuts a response to what the judge reads; see `zppo.teacher.compress.token_tail`.
+            seed: keys the draws, which matter at a temperature above 0.
+        """
+        self._model, self._book, self._how, self._cap, self._seed = model, book, how, cap, seed
+        self.new_step()
+
+    def new_step(self) -> None:
+        """Forget verdicts and counts. Nothing outlives a step, so that a resumed run asks what the uninterrupted one asked."""
+        self._known: dict[Case, Outcome] = {}
+        self._counts = JudgeCounts()
+        self.error = ""  # why a reply did not come, the last such reason
+
+    @property
+    def counts(self) -> JudgeCounts:
+        """What happened since `new_step`."""
+        return self._counts
+
+    def decide(self, cases: Sequence[Case]) -> list[Outcome]:
+        """One outcome per case. An unreachable judge is not remembered: the case is asked about again when it comes again."""
+        new = [case for case in dict.fromkeys(cases) if case not in self._known]
+        outcomes = dict(self._known)
+        if new:
+            replies = self._model.complete([self._request(case) for case in new], self._how)
+            outcomes |= {case: self._outcome(reply) for case, reply in zip(new, replies, strict=True)}
+        self._known = {case: outcome for case, outcome in outcomes.items() if outcome != "unreachable"}
+        return [outcomes[case] for case in cases]
+
+    def _request(self, case: Case) -> TeacherRequest:
+        """The draw is keyed by the case, so that equal ones are judged alike in every step."""
+        asked = "\n\n".join(m.content for m in case.question.messages if m.role != "system")
+        messages = self._book.judge(asked, case.question.gold, self._cap(case.response))
+        return TeacherRequest(messages, (draw_key(self._seed, "judge", case.question.id, case.response),))
+
+    def _outcome(self, reply: TeacherReply) -> Outcome:
+        """Reads one reply and counts it."""
+        text = reply.texts[0] if reply.texts else None
+        self.error = reply.error or self.error
+        verdict = None if text is None else parse_verdict(text, reply.think_open)
+        self._counts = replace(
+            self._counts,
+            asked=self._counts.asked + 1,
+            correct=self._counts.correct + (verdict is True),
+            malformed=self._counts.malformed + (text is not None and verdict is None),
+            unreachable=self._counts.unreachable + (text is None),
+            prompt_tokens=self._counts.prompt_tokens + reply.prompt_tokens,
+            completion_tokens=self._counts.completion_tokens + reply.completion_tokens,
+        )
+        if text is None:
+            return "unreachable"
+        return "malformed" if verdict is None else "correct" if verdict else "wrong"
