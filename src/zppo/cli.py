@@ -130,6 +130,7 @@ def _add_cost(cost: argparse.ArgumentParser) -> None:
         "--student-params", metavar="N", help="0.8e9 or 0.8B; by default found in the checkpoint or the model's name"
     )
     cost.add_argument("--teacher-params", metavar="N", help="the same for the teacher")
+    cost.add_argument("--judge-params", metavar="N", help="the same for a judge that is not the teacher")
     of_recipe = cost.add_argument_group("of a recipe; without them, the most that it can cost")
     of_recipe.add_argument("--mean-prompt", type=float, metavar="TOKENS", help="plain prompts")
     of_recipe.add_argument("--mean-completion", type=float, metavar="TOKENS", help="student rollouts")
@@ -243,11 +244,13 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rich.console import Console
 
-        from zppo.train.plan import load_data, make_plan, render_plan
+        from zppo.train.plan import count_judged, load_data, make_plan, render_plan
 
         train, held_out = load_data(settings)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
-        Console().print(render_plan(settings, make_plan(settings, len(train), len(held_out)), options.recipe, folder))
+        judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
+        plan = make_plan(settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged)
+        Console().print(render_plan(settings, plan, options.recipe, folder))
         return
     from zppo.train.run import train as start
 
@@ -317,6 +320,7 @@ def _cost(options: argparse.Namespace) -> None:
             assumed=assumed,
             student=parse_size(options.student_params) if options.student_params else None,
             teacher=parse_size(options.teacher_params) if options.teacher_params else None,
+            judge=parse_size(options.judge_params) if options.judge_params else None,
             questions=options.questions,
             resolve=_model_folder,
         )

@@ -35,7 +35,7 @@ class Work:
         teacher: teacher rollouts on hard questions, prompts included.
         compression: candidate compression and hints by the teacher, prompts included.
         scoring: completions that the teacher rescores for distillation (Algs. 2 and 3).
-        judge: an LLM judge; 0, since grading is by rule or by a reward function of one's own.
+        judge: verdicts of an LLM judge on free-form answers, prompts included.
     """
 
     sampling: float = 0.0
@@ -53,8 +53,8 @@ class Work:
         """Every part times `factor`."""
         return Work(*(getattr(self, f.name) * factor for f in fields(Work)))
 
-    def flops(self, student: float, teacher: float) -> dict[str, float]:
-        """FLOPs by part for models of so many parameters."""
+    def flops(self, student: float, teacher: float, judge: float | None = None) -> dict[str, float]:
+        """FLOPs by part for models of so many parameters; without a number of its own the judge is the teacher."""
         return {
             "sampling": FORWARD * student * self.sampling,
             "logprob": FORWARD * student * self.logprob,
@@ -62,7 +62,7 @@ class Work:
             "teacher": FORWARD * teacher * self.teacher,
             "compression": FORWARD * teacher * self.compression,
             "scoring": FORWARD * teacher * self.scoring,
-            "judge": FORWARD * teacher * self.judge,
+            "judge": FORWARD * (teacher if judge is None else judge) * self.judge,
         }
 
 
@@ -122,6 +122,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.reformulations else 0.0),
         scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
+        judge=judge_tokens(steps),
     )
     draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask == "lazy"
     asked, hard = total("teacher_questions"), total("hard_questions")
@@ -134,6 +135,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         teacher=teacher * more,
         compression=saved.compression * _unbuilt(settings, steps),
         scoring=saved.scoring,
+        judge=saved.judge,
     )
     padding = total("train_tokens_computed") / saved.update - 1 if saved.update else 0.0
     notes = [f"Padding, not counted, adds {padding:.1%} to the tokens of forward and backward."]
@@ -145,6 +147,12 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
     if "hint" in method.reformulations:
         notes.append("The prompts of hints are not in the log and not counted.")
     return Cost(literal, saved, len(steps), tuple(notes))
+
+
+def judge_tokens(steps: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens that the judge read and wrote in these steps; 0 where no question wanted one."""
+    names = ("judge_prompt_tokens", "judge_completion_tokens")
+    return math.fsum(record.get(name) or 0.0 for record in steps for name in names)
 
 
 def _unbuilt(settings: Settings, steps: Sequence[Mapping[str, Any]]) -> float:

@@ -74,8 +74,8 @@ class _Lengths:
     answer: float
 
 
-def planned(settings: Settings, questions: int, assumed: Assumptions = MOST) -> Cost:
-    """The cost of a recipe on so many training questions, at most or under assumptions.
+def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, judged: float = 0.0) -> Cost:
+    """The cost of a recipe on so many training questions, the share `judged` of them graded by a judge, at most or under assumptions.
 
     Every step counts as a full one: replay and buffer are taken to be full from the start (they need a few steps).
     """
@@ -105,6 +105,13 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST) -> 
         if method.needs_teacher and teacher is not None:
             literal_teacher, saved_teacher = _planned_teacher(settings, teacher, zone, assumed, lengths)
             literal, saved = literal + literal_teacher, saved + saved_teacher
+    if judged:
+        completions = (plain + sum(zone.prompts.values())) * rollout.group_size
+        asked = _teacher_questions(settings, zone, plain)
+        literal, saved = (
+            work + _planned_judge(settings, judged, completions, count * settings.zone.teacher_group_size, lengths)
+            for work, count in zip((literal, saved), asked, strict=True)
+        )
     return Cost(literal.times(plan.steps), saved.times(plan.steps), plan.steps, tuple(notes))
 
 
@@ -137,15 +144,9 @@ def _planned_teacher(
     settings: Settings, teacher: TeacherSettings, zone: _Zone, assumed: Assumptions, lengths: _Lengths
 ) -> tuple[Work, Work]:
     """The teacher's work in a step, to the letter and as this recipe asks for it."""
-    method, lazy = settings.method.resolve(), teacher.ask == "lazy"
-    kinds, draws, group = method.reformulations, settings.zone.teacher_group_size, settings.rollout.group_size
-    # Algorithm 1 and Teacher response ask about every hard question, Hint and Prefix about the capped set, NCQ alone about none.
-    literal = saved = 0.0
-    if method.teacher_response:
-        literal = saved = zone.hard
-    elif set(kinds) - {NCQ}:
-        literal = zone.hard if BCQ in kinds else zone.precap
-        saved = zone.asked if lazy else literal
+    kinds = settings.method.resolve().reformulations
+    draws, group = settings.zone.teacher_group_size, settings.rollout.group_size
+    literal, saved = _teacher_questions(settings, zone, 0.0)
     cap = teacher.compression.max_new_tokens
     per_question = 0.0
     if teacher.compression.enabled:
@@ -154,11 +155,39 @@ def _planned_teacher(
         per_question = negatives * (lengths.completion + cap) + assumed.solved * (BCQ in kinds) * (lengths.answer + cap)
     if "hint" in kinds:
         per_question += assumed.solved * (lengths.prompt + lengths.answer + teacher.hint.max_new_tokens)
-    built = zone.asked if lazy else zone.precap
+    built = zone.asked if teacher.ask == "lazy" else zone.precap
     return (
         Work(teacher=literal * draws * (lengths.prompt + lengths.answer), compression=zone.precap * per_question),
         Work(teacher=saved * (lengths.prompt + draws * lengths.answer), compression=built * per_question),
     )
+
+
+def _teacher_questions(settings: Settings, zone: _Zone, plain: float) -> tuple[float, float]:
+    """Questions of a step that the teacher answers, to the letter and as this recipe asks.
+
+    Off-policy distillation asks about all of them, Algorithm 1 and Teacher response about every hard one, Hint and Prefix about the
+    capped set, NCQ alone about none.
+    """
+    method = settings.method.resolve()
+    kinds = set(method.reformulations)
+    if method.loss == "off-distill":
+        return plain, plain
+    if method.teacher_response:
+        return zone.hard, zone.hard
+    if not kinds - {NCQ}:
+        return 0.0, 0.0
+    literal = zone.hard if BCQ in kinds else zone.precap
+    return literal, zone.asked if settings.teacher is None or settings.teacher.ask == "lazy" else literal
+
+
+def _planned_judge(settings: Settings, share: float, student: float, teacher: float, lengths: _Lengths) -> Work:
+    """Verdicts on the completions of a step, at most: each takes a call, which reads the question and what it may of the completion."""
+    if settings.judging is None:
+        return Work()
+    use = settings.judging[1]
+    around = lengths.prompt + use.max_new_tokens
+    tokens = student * (around + min(lengths.completion, use.response_tokens))
+    return Work(judge=share * (tokens + teacher * (around + min(lengths.answer, use.response_tokens))))
 
 
 def _planned_distillation(settings: Settings, plain: int, assumed: Assumptions, lengths: _Lengths) -> tuple[Work, Work]:

@@ -15,7 +15,7 @@ from zppo.report.cost import Cost, as_run
 from zppo.report.cost_plan import MOST, Assumptions, planned
 from zppo.report.paper_flops import SCALES, UPDATES, counted, nearest_scale, paper_costs
 from zppo.report.parameters import Size, size_of
-from zppo.train.plan import load_data
+from zppo.train.plan import count_judged, load_data
 from zppo.train.recipe import load_recipe
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.settings import Settings
@@ -39,7 +39,7 @@ class Request:
     Attributes:
         overrides: `--key=value`, for a recipe.
         assumed: for a recipe.
-        student, teacher: parameters that are given instead of found.
+        student, teacher, judge: parameters that are given instead of found.
         questions: training questions, instead of reading the data.
         resolve: names of models -> folders.
     """
@@ -48,6 +48,7 @@ class Request:
     assumed: Assumptions = MOST
     student: float | None = None
     teacher: float | None = None
+    judge: float | None = None
     questions: int | None = None
     resolve: Callable[[str], str] = str
 
@@ -65,15 +66,16 @@ def cost_command(target: Path, request: Request, console: Console | None = None)
     else:
         settings, cost = _of_recipe(target, request)
         what = f"planned cost of {target}, {cost.steps:,} steps"
-    student, teacher = _sizes(settings, request, target)
-    console.print(_table(what, cost, student, teacher, "as run" if target.is_dir() else "as planned"))
+    sizes = _sizes(settings, request, target, judged=cost.saved.judge > 0)
+    student = sizes.student
+    console.print(_table(what, cost, sizes, "as run" if target.is_dir() else "as planned"))
     console.print(
         "\nLiteral: Algorithm 1 to the letter, every prompt read for every rollout, log-probs and gradients of every row, the teacher "
         "asked about every hard question. Attention, padding and held-out evaluation are not counted.",
         soft_wrap=True,
         style="dim",
     )
-    for note in (_models(settings, student, teacher), *cost.notes, *_beside_paper(settings, student)):
+    for note in (_models(settings, sizes), *cost.notes, *_beside_paper(settings, student)):
         console.print(Text(note), soft_wrap=True)
 
 
@@ -121,30 +123,47 @@ def _of_run(folder: Path, request: Request) -> tuple[Settings, Cost]:
 
 def _of_recipe(path: Path, request: Request) -> tuple[Settings, Cost]:
     settings = load_recipe(path, request.overrides)
-    questions = len(load_data(settings)[0]) if request.questions is None else request.questions
+    judged, questions = 0.0, request.questions
+    if questions is None:
+        train = load_data(settings)[0]
+        questions, judged = len(train), count_judged(settings, train) / len(train)
     if questions < 1:
         raise SettingsError(
             f"--questions is {questions}; give at least 1, or leave it out to count those of data.train"
         )
-    return settings, planned(settings, questions, request.assumed)
+    return settings, planned(settings, questions, request.assumed, judged=judged)
 
 
-def _sizes(settings: Settings, request: Request, target: Path) -> tuple[Size, Size | None]:
-    """N of the student and, where there is one, of the teacher. A run whose student's folder is gone has its size in final/."""
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """N of the models of a run; None for what it does not need."""
+
+    student: Size
+    teacher: Size | None
+    judge: Size | None
+
+
+def _sizes(settings: Settings, request: Request, target: Path, *, judged: bool) -> _Sizes:
+    """N of the student and, where they work, of teacher and judge. A run whose student's folder is gone has its size in final/."""
     name = settings.student.model
     trained = target / FINAL
     if request.student is None and Path(name).is_absolute() and not Path(name).is_dir() and trained.is_dir():
         name = str(trained)
     student = size_of(name, request.student, request.resolve)
-    if settings.teacher is None or not settings.method.resolve().needs_teacher:
-        return student, None
-    return student, size_of(settings.teacher.model, request.teacher, request.resolve)
+    teacher = judge = None
+    if settings.teacher is not None and settings.method.resolve().needs_teacher:
+        teacher = size_of(settings.teacher.model, request.teacher, request.resolve)
+    if judged and settings.judge is not None:
+        judge = size_of(settings.judge.model, request.judge, request.resolve)
+    elif judged and settings.teacher is not None:
+        judge = size_of(settings.teacher.model, request.teacher, request.resolve)
+    return _Sizes(student, teacher, judge)
 
 
-def _table(title: str, cost: Cost, student: Size, teacher: Size | None, saved_name: str) -> Table:
-    n_teacher = teacher.parameters if teacher else 0.0
-    literal = cost.literal.flops(student.parameters, n_teacher)
-    saved = cost.saved.flops(student.parameters, n_teacher)
+def _table(title: str, cost: Cost, sizes: _Sizes, saved_name: str) -> Table:
+    student, teacher, judge = (size.parameters if size else 0.0 for size in (sizes.student, sizes.teacher, sizes.judge))
+    literal = cost.literal.flops(student, teacher, judge)
+    saved = cost.saved.flops(student, teacher, judge)
     table = Table(
         title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), show_footer=True
     )
@@ -164,10 +183,12 @@ def _table(title: str, cost: Cost, student: Size, teacher: Size | None, saved_na
     return table
 
 
-def _models(settings: Settings, student: Size, teacher: Size | None) -> str:
-    parts = [f"student {settings.student.model}: {student.parameters:,.0f} parameters ({student.source})"]
-    if teacher and settings.teacher:
-        parts.append(f"teacher {settings.teacher.model}: {teacher.parameters:,.0f} ({teacher.source})")
+def _models(settings: Settings, sizes: _Sizes) -> str:
+    parts = [f"student {settings.student.model}: {sizes.student.parameters:,.0f} parameters ({sizes.student.source})"]
+    if sizes.teacher and settings.teacher:
+        parts.append(f"teacher {settings.teacher.model}: {sizes.teacher.parameters:,.0f} ({sizes.teacher.source})")
+    if sizes.judge and settings.judging and (settings.judge or not sizes.teacher):
+        parts.append(f"judge {settings.judging[0].model}: {sizes.judge.parameters:,.0f} ({sizes.judge.source})")
     return f"Models: {'; '.join(parts)}."
 
 

@@ -128,6 +128,7 @@ def _by_step(run: Run) -> list[Chart]:
         return Series(name, x, numbers(a / b if a is not None and b else None for a, b in pairs), colour, hover=hover)
 
     asked = any(line.get("teacher_rollouts") for line in run.steps)
+    judged = any(line.get("judge_asked") for line in run.steps)
     teacher = (
         ratio("rollouts right", "teacher_correct", "teacher_rollouts", GREEN),
         ratio("questions never solved", "teacher_solved_none", "teacher_questions", ORANGE),
@@ -140,8 +141,9 @@ def _by_step(run: Run) -> list[Chart]:
             one("rollouts", "teacher_unreachable", RED),
             one("summaries", "compression_unreachable", ORANGE),
             one("too long prompts", "too_long", PURPLE),
+            *([one("verdicts", "judge_unreachable", BLUE)] if judged else []),
         ),
-        y_title="count", smooth=False, caption="Teacher rollouts and summaries without a reply; prompts beyond the student's context.",
+        y_title="count", smooth=False, caption="Rollouts, summaries and verdicts that got no reply; prompts beyond the student's context.",
     )  # fmt: skip
     return [
         Chart("loss", DYNAMICS, "Loss", (one("loss", "loss", BLUE),),
@@ -155,6 +157,10 @@ def _by_step(run: Run) -> list[Chart]:
             caption="Shares of the step's groups: easy and hard questions asked plainly, and questions asked again."),
         *([Chart("teacher", DYNAMICS, "Teacher health", teacher, percent=True, unit_range=True,
                  caption="How often the teacher was right, and how often its summaries could not be used.")] if asked else []),
+        *([Chart("judge", DYNAMICS, "Judge", (
+            ratio("judged correct", "judge_correct", "judge_asked", GREEN), ratio("no verdict", "judge_malformed", "judge_asked", RED)),
+            percent=True, unit_range=True, caption="Of the completions that the judge was asked about; no verdict counts as wrong.")]
+          if judged else []),
         *([missing] if any(v for s in missing.series for v in s.y) else []),
         Chart("seconds", DYNAMICS, "Time of a step", _parts(run.steps, "seconds", {
             "sampling": BLUE, "teacher": ORANGE, "update": GREEN, "other": GREY}), "area", y_title="seconds",

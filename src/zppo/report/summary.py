@@ -154,6 +154,7 @@ def _head(run: Run, resolve: Resolve) -> dict[str, str]:
         "time": f"{duration(seconds)} of steps",
         "student tokens": f"{_total(run, 'student_tokens'):,}",
         "teacher tokens": f"{_total(run, 'teacher_tokens'):,}",
+        **({"judge tokens": f"{judged:,}"} if (judged := _total(run, "judge_completion_tokens")) else {}),
         "cost": _cost(run, student, teacher, resolve),
     }
 
@@ -167,11 +168,14 @@ def _cost(run: Run, student: str, teacher: str | None, resolve: Resolve) -> str:
     if not run.steps:
         return "no step yet"
     try:
-        cost = as_run(load_recipe(run.folder / RECIPE), run.steps, run.folder / METRICS)
+        settings = load_recipe(run.folder / RECIPE)
+        cost = as_run(settings, run.steps, run.folder / METRICS)
         sizes = [
             size_of(student, resolve=resolve).parameters,
             size_of(teacher, resolve=resolve).parameters if teacher else 0.0,
         ]
+        if cost.saved.judge and settings.judging is not None:
+            sizes.append(size_of(settings.judging[0].model, resolve=resolve).parameters)
     except ZPPOError:
         return "not known (zppo cost says why)"
     return f"{math.fsum(cost.saved.flops(*sizes).values()):.2g} FLOPs"

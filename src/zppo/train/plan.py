@@ -47,6 +47,8 @@ class Plan:
         epochs: passes over the data that the steps make.
         optimizer_steps: per rollout step (I).
         evaluations: held-out evaluations in all, before and after training included.
+        judged, eval_judged: of the questions, those that a judge grades.
+        judge_calls: completions that the judge is asked about in one step.
         lazy, literal: the teacher's work when asked lazily, and by Algorithm 1 to the letter; None where no teacher is needed.
     """
 
@@ -63,6 +65,9 @@ class Plan:
     evaluations: int
     lazy: TeacherPlan | None
     literal: TeacherPlan | None
+    judged: int = 0
+    eval_judged: int = 0
+    judge_calls: int = 0
 
     @property
     def prompts(self) -> int:
@@ -130,8 +135,10 @@ def check_output(run: Path) -> None:
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
 
 
-def make_plan(settings: Settings, questions: int, eval_questions: int = 0) -> Plan:
-    """The sizes of a run on so many questions, by method.md sections 2 and 3."""
+def make_plan(
+    settings: Settings, questions: int, eval_questions: int = 0, *, judged: int = 0, eval_judged: int = 0
+) -> Plan:
+    """The sizes of a run on so many questions, of which so many are judged, by method.md sections 2 and 3."""
     method, zone, rollout, train = settings.method.resolve(), settings.zone, settings.rollout, settings.train
     batch = effective_batch(questions, rollout.batch_size)
     replayed = min(share_of(zone.rho_replay, batch), zone.buffer_capacity, questions - batch) if method.replay else 0
@@ -166,7 +173,21 @@ def make_plan(settings: Settings, questions: int, eval_questions: int = 0) -> Pl
         evaluations=2 + between if eval_questions else 0,
         lazy=lazy,
         literal=literal,
+        judged=judged,
+        eval_judged=eval_judged,
+        judge_calls=_judge_calls(settings, min(judged, plain), reformulated, lazy, literal),
     )
+
+
+def _judge_calls(
+    settings: Settings, plain: int, reformulated: int, lazy: TeacherPlan | None, literal: TeacherPlan | None
+) -> int:
+    """Completions of `plain` judge questions in one step: of the student, asked again too, and of the teacher."""
+    again = min(reformulated, plain * len(settings.method.resolve().reformulations))
+    calls = (plain + again) * settings.rollout.group_size
+    work = lazy if settings.teacher is not None and settings.teacher.ask == "lazy" else literal
+    group = settings.zone.teacher_group_size * (1 + len(settings.more_teachers))
+    return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
 
 def render_plan(settings: Settings, plan: Plan, source: str, folder: str) -> Group:
@@ -190,12 +211,20 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ("teacher", settings.teacher.model if settings.teacher and method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train}"),
         ("held-out questions", f"{plan.eval_questions:,} from {settings.data.eval}" if settings.data.eval else "none"),
+        ("judge", _judge_row(settings, plan)),
         ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each"),
         ("steps", f"{plan.steps:,} ({passes})"),
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
     ]
+
+
+def _judge_row(settings: Settings, plan: Plan) -> str:
+    if settings.judging is None or not (plan.judged or plan.eval_judged):
+        return "not needed: no question asks for one"
+    who = settings.judging[0].model if settings.judge else f"the teacher, {settings.judging[0].model},"
+    return f"{who} for {plan.judged:,} training and {plan.eval_judged:,} held-out questions"
 
 
 def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
@@ -208,6 +237,7 @@ def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
         ("prompts", f"{plan.prompts:,}"),
         ("rollouts", f"{plan.rollouts:,} ({rollout.group_size} per prompt)"),
         ("sampled tokens", f"{plan.completion_tokens:,} (up to {rollout.max_new_tokens:,} per rollout)"),
+        *([("judge calls", f"{plan.judge_calls:,}")] if plan.judge_calls else []),
         (
             "plain prompt tokens",
             f"{plain_tokens:,} (up to {settings.data.max_prompt_tokens:,} per prompt, read once per prompt)",
