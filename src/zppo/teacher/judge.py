@@ -21,7 +21,7 @@ Outcome = Literal["correct", "wrong", "malformed", "unreachable"]
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 _WORDS = {"correct": True, "wrong": False}
-_LONGEST = 200  # characters of a verdict: the object has about 22, and deep nesting is never parsed
+_LONGEST = 200  # characters: a verdict has about 22, its fence 12; nothing long or deep is ever parsed
 
 
 class Case(NamedTuple):
@@ -78,9 +78,11 @@ def parse_verdict(reply: str, think_open: bool = False) -> bool | None:
     if think_open and "</think>" not in reply:
         return None
     text = reply.rsplit("</think>", 1)[-1].strip()
+    if len(text) > _LONGEST:
+        return None
     fenced = _FENCE.fullmatch(text)
     text = fenced[1].strip() if fenced else text
-    if len(text) > _LONGEST or not text.startswith("{"):
+    if not text.startswith("{"):
         return None
     try:
         pairs = json.loads(text, object_pairs_hook=tuple)

@@ -8,13 +8,13 @@ from dataclasses import asdict
 
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
-from zppo.grading import Grader
+from zppo.grading import Grader, extract_boxed, normalise
 from zppo.grading.base import Verdict
 from zppo.grading.reward import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.compress import token_tail
-from zppo.teacher.judge import Case, Judge, Outcome, readable
+from zppo.teacher.judge import Case, Judge, readable
 from zppo.teacher.local import LocalTeacher
 from zppo.train.plan import count_judged
 from zppo.train.rollouts import Answered, Score
@@ -25,39 +25,29 @@ _FEW = 8  # replies on which nothing is concluded yet
 
 @contextmanager
 def scoring(settings: Settings) -> Iterator[Score]:
-    """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers.
-
-    Questions that want a judge go by the rules here: a reward function is not asked about them.
-    """
+    """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers."""
+    if settings.grading.reward:
+        reward = load_reward(settings.grading.reward)
+        yield lambda answered: [reward(a.completion, a.question, a.think_open) for a in answered]
+        return
     with Grader(deadline=settings.grading.deadline, workers=settings.grading.workers) as grader:
 
-        def by_rule(answered: Sequence[Answered]) -> list[Verdict]:
+        def score(answered: Sequence[Answered]) -> list[Verdict]:
             return grader.grade_many([(a.completion, a.question.gold, a.think_open) for a in answered])
 
-        if not settings.grading.reward:
-            yield by_rule
-            return
-        reward = load_reward(settings.grading.reward)
-
-        def by_reward(answered: Sequence[Answered]) -> list[Verdict]:
-            ruled = iter(by_rule([a for a in answered if a.question.grading == JUDGE]))
-            return [
-                next(ruled) if a.question.grading == JUDGE else reward(a.completion, a.question, a.think_open)
-                for a in answered
-            ]
-
-        yield by_reward
+        yield score
 
 
 class Scorer:
-    """The `Score` of a run: the rules first, then the judge on what they do not accept of the questions that want one.
+    """The `Score` of a run: by rule, or by judge for the questions that want one.
 
-    (ours) An answer of a judge question that the rules find equal to the gold is right without a call. A malformed verdict is wrong; an
-    unreachable judge leaves the completion ungraded; an empty completion is wrong and nobody is asked.
+    (ours) An answer that has the gold's very words (section 9's normalisation) is right without a call. The rules' wider equality is not
+    used here: to them "yes" equals "Yes, since ice floats". An empty completion is wrong, and nobody is asked. A malformed verdict is
+    wrong; an unreachable judge leaves the completion ungraded.
 
     Args:
-        rule: grades by rule; a user's reward function on the questions that are not the judge's.
-        judge: decides the rest; None where no question wants one.
+        rule: grades the questions that are not the judge's: by rule, or by a reward function of the user's.
+        judge: grades the others; None where there are none.
     """
 
     def __init__(self, rule: Score, judge: Judge | None = None) -> None:
@@ -67,20 +57,25 @@ class Scorer:
 
     def __call__(self, answered: Sequence[Answered]) -> list[Verdict]:
         """Verdicts in the order of the completions; one call of the judge's model for all of them."""
-        verdicts = self.rule(answered)
         if self.judge is None:
-            return verdicts
-        cases = {
-            i: Case(a.question, text)
-            for i, (a, verdict) in enumerate(zip(answered, verdicts, strict=True))
-            if a.question.grading == JUDGE and not verdict.correct
-            if (text := readable(a.completion, verdict.answer, a.think_open))
-        }
-        asked = self.judge.counts.asked
-        for i, outcome in zip(cases, self.judge.decide(list(cases.values())), strict=True):
-            verdicts[i] = _verdict(outcome, verdicts[i].answer)
-        wanted = sum(a.question.grading == JUDGE for a in answered)
-        self._spared += wanted - (self.judge.counts.asked - asked)
+            return self.rule(answered)
+        judged = iter(self._by_judge(self.judge, [a for a in answered if a.question.grading == JUDGE]))
+        ruled = iter(self.rule([a for a in answered if a.question.grading != JUDGE]))
+        return [next(judged if a.question.grading == JUDGE else ruled) for a in answered]
+
+    def _by_judge(self, judge: Judge, answered: Sequence[Answered]) -> list[Verdict]:
+        verdicts = [_without_judge(a) for a in answered]
+        texts = [readable(a.completion, v.answer, a.think_open) for a, v in zip(answered, verdicts, strict=True)]
+        left = [
+            i for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)) if text and not verdict.correct
+        ]
+        before = judge.counts.asked
+        outcomes = judge.decide([Case(answered[i].question, texts[i]) for i in left])
+        self._spared += len(answered) - (judge.counts.asked - before)
+        for i, outcome in zip(left, outcomes, strict=True):
+            correct = outcome == "correct"
+            graded = outcome != "unreachable"
+            verdicts[i] = Verdict(correct, verdicts[i].answer, f"judge {outcome}", float(correct), graded)
         return verdicts
 
     def new_step(self) -> None:
@@ -92,8 +87,8 @@ class Scorer:
     def metrics(self) -> dict[str, float]:
         """Counts since `new_step`, named judge_*; none without a judge.
 
-        `judge_spared` are completions of judge questions that took no call of their own: the rules accepted them, their text came twice,
-        or it was empty.
+        `judge_spared` are completions of judge questions that took no call of their own: they had the gold's words, came twice, or were
+        empty.
         """
         if self.judge is None:
             return {}
@@ -151,6 +146,8 @@ def make_scorer(
     return Scorer(rule, judge)
 
 
-def _verdict(outcome: Outcome, answer: str | None) -> Verdict:
-    correct = outcome == "correct"
-    return Verdict(correct, answer, f"judge {outcome}", float(correct), graded=outcome != "unreachable")
+def _without_judge(answered: Answered) -> Verdict:
+    """What can be said of a completion of a judge question without asking."""
+    answer = extract_boxed(answered.completion, answered.think_open)
+    correct = answer is not None and normalise(answer) == normalise(answered.question.gold)
+    return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
