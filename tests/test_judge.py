@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,12 +35,13 @@ from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
 from zppo.train import assemble
+from zppo.train.ask import Asker
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import closing_table
 from zppo.train.plan import count_judged, make_plan
 from zppo.train.recipe import load_recipe
-from zppo.train.rollouts import Answered
-from zppo.train.run import train
+from zppo.train.rollouts import Answered, Speaker
+from zppo.train.run import resume, train
 from zppo.train.scoring import Scorer, make_scorer, scoring
 from zppo.train.settings import ColumnSettings, EvalSettings, Settings
 from zppo.train.trainer import Totals
@@ -423,6 +425,24 @@ def test_the_closing_table_says_what_was_not_graded(tmp_path: Path, capsys: pyte
     assert "3 judge calls without a reply (ungraded), 4 judge replies that were no verdict (wrong)" in out
 
 
+def test_teacher_rollouts_are_judged_too(by_rule: Any) -> None:
+    """What the judge finds right joins the pool, as it stands; what it could not be asked about does not."""
+
+    class Writer(ScriptedJudge):
+        def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+            return [
+                TeacherReply(("\\boxed{on the Seine}", "by the Seine", "Seine?", "\\boxed{Nice}")) for _ in requests
+            ]
+
+    judge, model = make_judge(lambda text: None if "?" in text else RIGHT if "Seine" in text else WRONG)
+    speaker = Speaker(PromptBook(), Chat(make_tokenizer()))
+    how = TeacherSampling(Sampling(max_new_tokens=8))
+    asker = Asker([(Writer(str), how)], speaker, Scorer(by_rule, judge), group_size=4, seed=0)
+    (pool,) = asker.ask([ask()], 1).values()
+    assert [(s.text, s.answer) for s in pool] == [("\\boxed{on the Seine}", "on the Seine"), ("by the Seine", None)]
+    assert model.calls == [4] and asker.metrics()["teacher_correct"] == 2
+
+
 # --- recipes and data -----------------------------------------------------------------------------------------------
 
 
@@ -616,6 +636,18 @@ def test_a_run_with_a_judge_of_its_own_that_is_not_always_there(
     assert all((q.grading == JUDGE) == (int(q.id[1:]) % 2 == 1) for q in held)
     first = lines(run)[0]
     assert first["event"] == "eval" and 0 < first["ungraded"] < first["count"]
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    (again / "final" / "README.md").unlink()
+    for step in (2, 3):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:06d}")
+    AcceleratorState._reset_state(True)
+    resume(again)
+    timeless = [
+        [{k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} for x in lines(r)]
+        for r in (run, again)
+    ]
+    assert timeless[0] == timeless[1]  # the judge was asked the same, and said the same
+    assert all(rollouts(run, step) == rollouts(again, step) for step in (1, 2, 3))
 
 
 def test_questions_that_want_a_judge_need_one(
