@@ -32,6 +32,7 @@ from zppo.errors import DataError, SettingsError
 from zppo.grading.base import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.report.summary import Reader
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
 from zppo.train import assemble
@@ -581,6 +582,10 @@ def test_a_run_with_the_teacher_as_judge(
     (judge,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("judge "))
     tokens = sum(s["judge_prompt_tokens"] + s["judge_completion_tokens"] for s in steps)
     assert float(judge[1]) == pytest.approx(tokens, rel=0.01) and float(judge[3]) > 0
+    summary = Reader(run, str).read()
+    (chart,) = (c for c in summary.charts if c.id == "judge")
+    assert [list(s.y) for s in chart.series] == [[0.0, 0.0], [1.0, 1.0]]  # judged correct, no verdict
+    assert summary.head["judge tokens"] == f"{sum(s['judge_completion_tokens'] for s in steps):,.0f}"
     assert main(["train", str(judged_recipe), "--dry-run"]) == 0
     assert "for 10 training and 3 held-out questions" in " ".join(capsys.readouterr().out.split())
     assert main(["cost", str(judged_recipe)]) == 0
