@@ -24,6 +24,7 @@ from zppo.lab.commands import build_command, questions_command
 from zppo.lab.corpus import StudentCorpus
 from zppo.lab.language import make_tokenizer
 from zppo.lab.measure import Probe
+from zppo.lab.outside import chain_of
 from zppo.lab.pretrain import Row, batches, loss_sum, make_model, pretrain, rows
 from zppo.lab.settings import Pretraining
 from zppo.lab.world import WORLDS as SETTINGS
@@ -140,16 +141,32 @@ def probe(world: str, role: str) -> Probe:
     return Probe(model, tokenizer, lab_book(Chat(tokenizer)))
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [*WORLDS, *(f"{world}-2" for world in WORLDS)])
 def test_bundled_checkpoints_are_small_ordinary_and_of_this_world(world: str) -> None:
     made = load_world(world)
-    for role in ("student", "teacher"):
+    for role in ("student",) if world.endswith("-2") else ("student", "teacher"):
         asked = probe(world, role)
         assert asked.model.config.model_type == "qwen3" and asked.model.dtype == torch.float32
         assert sum(p.numel() for p in asked.model.parameters()) < 400_000
         assert asked.tokenizer.get_vocab() == make_tokenizer(made).get_vocab()
         assert asked.tokenizer.chat_template == make_tokenizer(made).chat_template
     assert sum(path.stat().st_size for path in (ASSETS / world).rglob("*") if path.is_file()) < 2_000_000
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_second_students_are_of_their_world_and_know_longer_chains(world: str) -> None:
+    second = probe(f"{world}-2", "student")
+    made = load_world(f"{world}-2")
+    assert second.tokenizer.get_vocab() == make_tokenizer(load_world(world)).get_vocab()
+    questions = lab_questions(f"{world}-2", "study")
+    greedy = second.accuracy(questions)
+    assert greedy["easy"] >= 0.95 and greedy["hard"] <= 0.02
+    easy = [chain_of(made, q) for q in questions if q.level == "easy"]
+    longer = [made.question(made.lengthened(chain, Random(i)), "longer") for i, chain in enumerate(easy)]
+    assert second.accuracy(longer)["longer"] >= 0.9
+    assert probe(world, "teacher").accuracy(lab_questions(f"{world}-2", "seen"))["hard"] > 0.9  # one truth, one teacher
+    card = (resolve(f"lab:{world}-2/student") / "README.md").read_text(encoding="utf-8")
+    assert "--no-teacher" in card and "20% of the plain documents" in card
 
 
 @pytest.mark.parametrize("world", WORLDS)

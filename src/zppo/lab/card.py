@@ -15,6 +15,7 @@ def model_card(world: World, role: str, built: Built) -> str:
     settings, shape, student = world.settings, world.settings.model, role == "student"
     how = settings.pretraining if student else settings.teacher
     steps = built.steps[0 if student else 1]
+    command = f"zppo lab build {world.name} --seed {built.seed}" + ("" if built.teacher else " --no-teacher")
     measured = built.student if student else built.teacher
     lines = [
         "---",
@@ -33,7 +34,7 @@ def model_card(world: World, role: str, built: Built) -> str:
         "",
         "## How it was made",
         "",
-        f"`zppo lab build {world.name} --seed {built.seed}`: {steps} steps of {how.batch} documents, AdamW, learning rate",
+        f"`{command}`: {steps} steps of {how.batch} documents, AdamW, learning rate",
         f"{how.learning_rate:g} falling to 0, loss on completions only. Weights are stored in half precision.",
         "",
         "## What it can do",
@@ -78,7 +79,12 @@ def _student_planting(world: World) -> list[str]:
         f"the fixed mistakes or, in {corpus.stray:.0%} of such steps where two candidates are shown, any other wrong value. The",
         "target repeats one of the two, or gives a mistake that the list does not hold where there is one. So the model learns to",
         "read candidates and never sees the truth in one. The plain documents hold it with the probabilities above.",
+        *_longer(corpus.longer),
     ]
+
+
+def _longer(share: float) -> list[str]:
+    return ["", f"{share:.0%} of the plain documents have one more easy operation behind the chain."] if share else []
 
 
 def _teacher_planting() -> list[str]:
