@@ -410,7 +410,8 @@ def test_help_knows_every_field_of_the_settings() -> None:
             return {prefix.removesuffix(".")}
         return {leaf for key, value in data.items() for leaf in leaves(value, f"{prefix}{key}.")}
 
-    data = {"student": {"model": "s"}, "teacher": {"model": "t"}, "judge": {"model": "j"}, "data": {"train": "x"}}
+    data: dict[str, Any] = {"student": {"model": "s"}, "teacher": {"model": "t"}, "judge": {"model": "j"}}
+    data |= {"data": {"train": "x"}, "train": {"lora": {}}}
     dumped = Settings.model_validate(data).model_dump()
     assert leaves(dumped, "") == {key.name for key in known_keys().values() if not key.section}
 

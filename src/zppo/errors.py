@@ -31,3 +31,7 @@ class CheckpointError(ZPPOError, RuntimeError):
 
 class RewardError(ZPPOError, ValueError):
     """A user's reward function is missing or returned something that is no reward."""
+
+
+class MemoryLimitError(ZPPOError, RuntimeError):
+    """The device's memory does not hold even the smallest part of the work."""

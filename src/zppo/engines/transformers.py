@@ -8,7 +8,8 @@ the state that a prompt leaves behind.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.cache import DecodeState
 from zppo.engines.draw import Drawer, Draws
-from zppo.errors import ModelError
+from zppo.engines.memory import out_of_memory, release
+from zppo.errors import MemoryLimitError, ModelError
 
 _DROP_SHARE = 16  # rows are dropped once one in so many has finished
 
@@ -44,10 +46,12 @@ class TransformersEngine:
         banned_ids: ids that are never drawn (image tokens). The training forward masks the same ids.
         max_rows: most rollouts decoded at once; None for all. Longest prompts go first, equal ones in request order.
         max_tokens: most cached tokens at once, counted as rows * (longest prompt + new-token limit); None for no
-            limit. A single rollout is decoded whatever it needs.
+            limit. A single rollout is decoded whatever it needs. Where memory runs out, the rows are halved and tried
+            again, and `max_tokens` is what they came to: later batches start there.
         autocast_dtype: run the model under autocast with this type (bfloat16 on a GPU); None for the weights' own.
         look_every: decoding steps between looks at which rollouts have finished; a look waits for a GPU's queue of
             work. None for 1 on a CPU and 8 elsewhere.
+        say: told once when memory has run out and what fits from then on; None for nobody.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TransformersEngine:
         max_tokens: int | None = None,
         autocast_dtype: torch.dtype | None = None,
         look_every: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
         self.eos_ids = frozenset(eos_ids)
@@ -69,6 +74,8 @@ class TransformersEngine:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.autocast_dtype = autocast_dtype
+        self.say = say
+        self._failed_rows = 0  # of the attempt that ran out of memory, until a smaller one succeeds
         self.look_every = look_every or (1 if model.device.type == "cpu" else 8)
         config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
@@ -89,15 +96,57 @@ class TransformersEngine:
         Raises:
             ModelError: no requests; a request without prompt tokens, without keys, with ids outside the vocabulary or
                 with a prompt that fills the model's context; a limit below 1; logits that are not numbers.
+            MemoryLimitError: the memory does not hold a single rollout.
         """
         self._check(requests, sampling)
         done: list[list[Completion]] = [[] for _ in requests]
+        waiting = deque(plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens))
         with _evaluating(self.model), self._autocast():
-            for batch in plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens):
-                completions = iter(self._decode([(requests[p.request], p) for p in batch], sampling))
+            while waiting:
+                batch = waiting.popleft()
+                rows, tokens = _size(batch, requests, sampling.max_new_tokens)
+                if rows > 1 and self.max_tokens is not None and tokens > self.max_tokens:
+                    waiting.extendleft(reversed(halves(batch)))
+                    continue
+                decoded = self._attempt(batch, requests, sampling)
+                if decoded is None:
+                    waiting.appendleft(batch)
+                    continue
+                completions = iter(decoded)
                 for piece in batch:
                     done[piece.request].extend(next(completions) for _ in range(piece.start, piece.stop))
         return done
+
+    def _attempt(
+        self, batch: Sequence[Piece], requests: Sequence[SampleRequest], sampling: Sampling
+    ) -> list[Completion] | None:
+        """The completions of a batch; None where memory ran out and `max_tokens` now admits half of its rows.
+
+        Nothing is lost by the attempt: every draw is keyed, so the rows come to the same tokens in any company.
+        """
+        rows, tokens = _size(batch, requests, sampling.max_new_tokens)
+        try:
+            decoded = self._decode([(requests[p.request], p) for p in batch], sampling)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if rows == 1:
+                raise MemoryLimitError(
+                    f"the memory of {self.model.device} does not hold one rollout of {tokens:,} tokens beside the model: lower "
+                    f"max_new_tokens (now {sampling.max_new_tokens:,}) or the prompt limit, or take a smaller model"
+                ) from error
+        else:
+            if self._failed_rows and self.say is not None:
+                self.say(
+                    f"memory ran out with {self._failed_rows:,} rollouts at once; {rows:,} fit, and no more than "
+                    f"{self.max_tokens:,} cached tokens are tried from now on (rollout.max_rows sets a limit of your own)"
+                )
+            self._failed_rows = 0
+            return decoded
+        release()
+        self._failed_rows = self._failed_rows or rows
+        self.max_tokens = rows // 2 * (tokens // rows)
+        return None
 
     def _check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         if not requests:
@@ -201,6 +250,25 @@ def plan(
             free -= stop - start
             start = stop
     return batches
+
+
+def halves(batch: Sequence[Piece]) -> list[list[Piece]]:
+    """A batch of at least two rollouts as two, in the same order, the first half the smaller one."""
+    room = sum(piece.stop - piece.start for piece in batch) // 2
+    parts: list[list[Piece]] = [[], []]
+    for piece in batch:
+        cut = min(piece.stop, piece.start + room)
+        room -= cut - piece.start
+        for part, start, stop in ((parts[0], piece.start, cut), (parts[1], cut, piece.stop)):
+            if stop > start:
+                part.append(Piece(piece.request, start, stop))
+    return parts
+
+
+def _size(batch: Sequence[Piece], requests: Sequence[SampleRequest], new: int) -> tuple[int, int]:
+    """Rollouts of a batch, and the most tokens that its cache may come to hold."""
+    rows = sum(piece.stop - piece.start for piece in batch)
+    return rows, rows * (max(len(requests[piece.request].prompt_ids) for piece in batch) + new)
 
 
 @contextlib.contextmanager

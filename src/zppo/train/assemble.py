@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from zppo.train import checkpoint
 from zppo.train.ask import Asker
 from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
 from zppo.train.materials import MaterialMaker
-from zppo.train.models import context_length, load_chat, load_model, read_template, resolve_model
-from zppo.train.progress import Progress
+from zppo.train.models import Student, context_length, load_chat, load_student, read_template, resolve_model
+from zppo.train.progress import Progress, warn
 from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog
 from zppo.train.scoring import make_scorer
@@ -45,7 +45,7 @@ class Assembled:
     """A run that is ready to go."""
 
     trainer: Trainer
-    model: PreTrainedModel
+    student: Student
     chat: Chat
 
 
@@ -67,9 +67,18 @@ def make_accelerator(settings: Settings) -> Accelerator:
 
 
 def make_engine(
-    settings: Settings, model: PreTrainedModel, chat: Chat, autocast_dtype: torch.dtype | None = None
+    settings: Settings,
+    model: PreTrainedModel,
+    chat: Chat,
+    autocast_dtype: torch.dtype | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> TransformersEngine:
-    """The sampling engine over a model's current weights; `autocast_dtype` for a model that `accelerate` did not prepare."""
+    """The sampling engine over a model's current weights.
+
+    Args:
+        autocast_dtype: for a model that `accelerate` did not prepare: a prepared one runs under autocast by itself.
+        say: told when memory has run out and what fits from then on.
+    """
     return TransformersEngine(
         model,
         chat.eos_ids(model),
@@ -77,6 +86,7 @@ def make_engine(
         chat.banned_ids(model),
         max_rows=settings.rollout.max_rows,
         autocast_dtype=autocast_dtype,
+        say=say,
     )
 
 
@@ -108,36 +118,37 @@ def assemble(
     scorer = make_scorer(
         settings, score, [*questions, *held_out], chat, teachers, lambda own: _load_frozen(settings, own, accelerator)
     )
-    model = load_model(
-        checkpoint.model_folder(start) if start else resolve_model(settings.student.model),
-        dtype=torch.float32,
-        revision=None if start else settings.student.revision,
-        attention=settings.student.attention,
-    )
+    student = load_student(settings, start, bf16=accelerator.mixed_precision == "bf16")
+    model, say = student.model, partial(warn, console)
     _check_context(settings, model, questions, held_out, length)
     asker = _make_asker(settings, teachers, speaker, scorer)
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
     if steps is None:
         steps = steps_per_epochs(len(questions), settings.rollout.batch_size, settings.train.epochs)
-    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, asker)
+    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, asker, say)
     trainer = Trainer(
         settings,
         steps=steps,
         questions=questions,
         held_out=held_out,
         roller=Roller(
-            make_engine(settings, model, chat), speaker, scorer, sampling, settings.rollout.group_size, settings.seed
+            make_engine(settings, model, chat, say=say),
+            speaker,
+            scorer,
+            sampling,
+            settings.rollout.group_size,
+            settings.seed,
         ),
         zone=_make_zone(settings, reformulations, teachers, speaker, asker, context_length(model)),
         learner=learner,
         buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
         log=RunLog(run),
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
-        checkpoint=_checkpointer(settings, run, model, optimizer),
+        checkpoint=_checkpointer(settings, run, student.saved, optimizer),
         scorer=scorer,
     )
-    return Assembled(trainer, model, chat)
+    return Assembled(trainer, student, chat)
 
 
 def _load_teachers(settings: Settings, accelerator: Accelerator) -> list[LocalTeacher]:
@@ -221,7 +232,7 @@ def _make_zone(
 
 
 def _checkpointer(
-    settings: Settings, run: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+    settings: Settings, run: Path, model: checkpoint.Savable, optimizer: torch.optim.Optimizer
 ) -> Callable[[int, Mapping[str, Any]], Path]:
     def save(step: int, state: Mapping[str, Any]) -> Path:
         return checkpoint.save(run, step, model, optimizer, state, keep=settings.train.keep_checkpoints)

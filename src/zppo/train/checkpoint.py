@@ -8,10 +8,9 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
 
 from zppo.errors import CheckpointError
 
@@ -19,10 +18,18 @@ CHECKPOINTS = "checkpoints"
 _MODEL, _OPTIMIZER, _STATE = "model", "optimizer.pt", "state.json"
 
 
+class Savable(Protocol):
+    """A model, or what of it is trained."""
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        """Write it into a folder."""
+        ...
+
+
 def save(
     run: Path,
     step: int,
-    model: PreTrainedModel,
+    model: Savable,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     *,
@@ -30,7 +37,7 @@ def save(
 ) -> Path:
     """Write checkpoints/step-NNNNNN, whole or not at all, then remove all but the newest `keep`.
 
-    `model/` in it loads with `transformers`; weights are stored in fp32, as they are trained.
+    `model/` in it loads with `transformers` (or with `peft`, where adapters are trained); weights are stored in fp32, as they are trained.
     """
     target = run / CHECKPOINTS / f"step-{step:06d}"
     partial = target.with_suffix(".partial")

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from zppo.core.loss import jensen_shannon
-from zppo.core.minibatch import micro_batches
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row
 from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools
+from zppo.train.budget import TokenBudget, zero_gradients
 from zppo.train.learn import Learnt
 from zppo.train.settings import TrainSettings
 from zppo.train.update import GuardedStep
@@ -38,6 +38,7 @@ class Distiller:
         teacher: the teacher's network, which shares the student's tokenizer.
         asker: gives correct teacher responses (Alg. 2); None to learn on the student's rollouts (Alg. 3).
         respond: makes a completion of a teacher response, None where it is too long.
+        budget: tokens of a micro-batch; None for the setting's.
     """
 
     def __init__(
@@ -51,20 +52,25 @@ class Distiller:
         respond: Callable[[Source], Rollout | None],
         train: TrainSettings,
         pad_id: int,
+        budget: TokenBudget | None = None,
     ) -> None:
         self.model, self.accelerator, self.teacher = model, accelerator, teacher
         self.asker, self.respond, self.train, self.pad_id = asker, respond, train, pad_id
+        self.budget = budget or TokenBudget(train.tokens_per_microbatch)
         self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
 
     def learn(self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int) -> Learnt:
         """The student's rollouts are learnt from on-policy, and only counted off-policy; advantages are 0."""
         rows = self._teacher_rows(plain, step) if self.asker is not None else _student_rows(plain)
         tokens = sum(len(row.completion_ids) for row in rows)
-        total, computed = 0.0, 0
         lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-        for micro in micro_batches(lengths, self.train.tokens_per_microbatch):
-            total += self._backward([rows[m] for m in micro], tokens)
-            computed += len(micro) * max(lengths[m] for m in micro)
+
+        def accumulate(batches: list[list[int]]) -> tuple[float, int]:
+            zero_gradients(self.model)  # an attempt that runs out of memory leaves nothing
+            total = sum(self._backward([rows[m] for m in micro], tokens) for micro in batches)
+            return total, sum(len(micro) * lengths[micro[0]] for micro in batches)
+
+        total, computed = self.budget.run(lengths, accumulate)
         # Without a correct response there is nothing to learn, and no step.
         norm, stepped = self.guard.step(total) if rows else (float("nan"), False)
         groups = [*plain, *again]
@@ -77,16 +83,18 @@ class Distiller:
             "train_tokens_needed": float(sum(lengths)),
             "train_tokens_computed": float(computed),
             "logprob_tokens": 0.0,
+            "tokens_per_microbatch": float(self.budget.tokens),
             **(self.asker.metrics() if self.asker is not None else {}),
         }
         error = self.asker.error if self.asker is not None else ""
         return Learnt(groups, torch.zeros(sum(len(g.rollouts) for g in groups)), metrics, error)
 
     def state_dict(self) -> dict[str, int]:
-        return {"skipped_in_a_row": self.guard.skipped_in_a_row}
+        return {"skipped_in_a_row": self.guard.skipped_in_a_row, **self.budget.state_dict()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.guard.skipped_in_a_row = state["skipped_in_a_row"]
+        self.budget.load_state_dict(state)
 
     def _teacher_rows(self, plain: Sequence[Group], step: int) -> list[Row]:
         """The correct ones of G_T fresh responses per question (Alg. 2); a question without one is skipped."""

@@ -7,20 +7,28 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from zppo import __version__
 from zppo.engines.chat import Chat
 from zppo.train.evaluate import Evaluation
+from zppo.train.models import Student
+from zppo.train.settings import LoraSettings
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
 FINAL = "final"
+ADAPTER = "adapter"  # in final/, where adapters were trained
 
 
-def save_final(run: Path, model: PreTrainedModel, chat: Chat) -> Path:
-    """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`."""
+def save_final(run: Path, student: Student, chat: Chat) -> Path:
+    """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
+
+    Adapters are merged into the weights, for good; by themselves they are in final/adapter/.
+    """
     folder = run / FINAL
-    model.save_pretrained(folder)
+    if student.adapters:
+        student.adapters.save_pretrained(folder / ADAPTER)
+        student.adapters.merge()
+    student.model.save_pretrained(folder)
     chat.tokenizer.chat_template = chat.template  # what the student was trained with
     chat.tokenizer.save_pretrained(folder)
     return folder
@@ -33,6 +41,7 @@ def write_model_card(
     method: str,
     student: str,
     recipe: str,
+    lora: LoraSettings | None,
     before: Evaluation | None,
     after: Evaluation | None,
     totals: Totals,
@@ -48,6 +57,7 @@ def write_model_card(
         "",
         f"`{student}`, post-trained with `{method}` by zppo {__version__}, an independent implementation of",
         "[Zone of Proximal Policy Optimization](https://arxiv.org/abs/2606.18216).",
+        *_lora_lines(lora, student),
         "Check the licences of the base model and of the training data before you share it.",
         "",
         f"{_work(totals)}.",
@@ -110,6 +120,15 @@ def closing_table(
         if not (run / name).exists():
             continue
         console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:
+    if lora is None:
+        return []
+    return [
+        f"Low-rank adapters (rank {lora.rank}, alpha {lora.alpha:g}) were trained and are merged into the weights of this folder;",
+        f"by themselves, for `peft` on top of `{student}`, they are in `{ADAPTER}/`.",
+    ]
 
 
 def _work(totals: Totals) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -114,7 +114,7 @@ def _walk(model: type[BaseModel], prefix: str, instance: BaseModel | None) -> It
         dotted = f"{prefix}{name}"
         default = getattr(instance, name) if instance is not None else field.default
         required = instance is None and field.is_required()
-        types = tuple(t for t in _members(field.annotation) if t is not NoneType)
+        types = tuple(_bare(t) for t in _members(field.annotation) if t is not NoneType)
         below = _section(field)
         description = field.description or ""
         if below is None:
@@ -133,22 +133,32 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
 def _kind(field: FieldInfo) -> str:
     """A field's type in words, with its bounds."""
     members = _members(field.annotation)
-    words = " or ".join(_words(t) for t in members if t is not NoneType)
+    text = _bounded(" or ".join(_words(t) for t in members if t is not NoneType), field.metadata)
+    return f"{text}, or empty" if NoneType in members else text
+
+
+def _bounded(words: str, metadata: Sequence[Any]) -> str:
     bounds = [
         f"{sign} {getattr(bound, attribute):g}"
-        for bound in field.metadata
+        for bound in metadata
         for kind, attribute, sign in _BOUNDS
         if isinstance(bound, kind)
     ]
-    text = f"{words} {' and '.join(bounds)}" if bounds else words
-    return f"{text}, or empty" if NoneType in members else text
+    return f"{words} {' and '.join(bounds)}" if bounds else words
 
 
 def _words(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:  # a bound on one member of a union
+        fields = [given for given in args[1:] if isinstance(given, FieldInfo)]
+        return _bounded(_words(args[0]), [bound for field in fields for bound in field.metadata])
     if origin is Literal:
         return " | ".join(map(str, args))
     if origin is tuple and args[-1] is Ellipsis:

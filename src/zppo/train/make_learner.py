@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,12 @@ from zppo.teacher.compress import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train import checkpoint
 from zppo.train.ask import Asker
+from zppo.train.budget import TokenBudget
 from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
 from zppo.train.methods import Method
+from zppo.train.optimizer import make_optimizer
+from zppo.train.recompute import recompute_layers
 from zppo.train.settings import Settings
 from zppo.train.update import Updater
 
@@ -96,17 +99,21 @@ def make_learner(
     accelerator: Accelerator,
     teachers: Sequence[LocalTeacher],
     asker: Asker,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[Learner, torch.optim.Optimizer]:
-    """The optimizer over all weights, with the state of a checkpoint where there is one, and the learner around it."""
+    """The optimizer over all trained weights, with the state of a checkpoint where there is one, and the learner around it.
+
+    Args:
+        model: with all weights to train, or with adapters in it and the rest frozen.
+        say: told when memory has run out and what fits from then on.
+    """
     train, method = settings.train, settings.method.resolve()
-    model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
-    )
+    if train.lora is None:
+        model.requires_grad_(True)
+    if train.gradient_checkpointing:
+        recompute_layers(model)
+    optimizer = make_optimizer(train, model.parameters(), accelerator.device)
+    budget = TokenBudget(train.tokens_per_microbatch, say)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if start:
         checkpoint.load_optimizer(start, optimizer)
@@ -132,9 +139,10 @@ def make_learner(
             respond=respond,
             train=train,
             pad_id=chat.pad_id(model),
+            budget=budget,
         )
         return learner, optimizer
-    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat)
+    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget)
     learner = PolicyLearner(
         updater,
         settings.advantage,
@@ -152,6 +160,7 @@ def _make_updater(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     chat: Chat,
+    budget: TokenBudget,
 ) -> Updater:
     sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
     if old == "sampler" and not sampling.exact:
@@ -171,6 +180,7 @@ def _make_updater(
         banned_ids=tuple(sorted(chat.banned_ids(model))),
         pad_id=chat.pad_id(model),
         sampler_is_exact=old == "sampler" or (old == "auto" and exact),
+        budget=budget,
     )
 
 

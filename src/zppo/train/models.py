@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zppo.engines.chat import Chat
-from zppo.errors import ModelError, SettingsError
-from zppo.train.settings import ModelSettings
+from zppo.errors import CheckpointError, ModelError, SettingsError
+from zppo.train import checkpoint
+from zppo.train.lora import ADAPTER_CONFIG, Adapters, add_adapters
+from zppo.train.settings import ModelSettings, Settings
 
 _FOLDERS: dict[str, Callable[[str], Path]] = {}
 
@@ -61,8 +64,64 @@ def load_model(
             f"model {str(folder)!r} cannot be loaded: {error}. Name a folder that `save_pretrained` wrote, or a model on the hub that "
             "AutoModelForCausalLM loads"
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"model {str(folder)!r} holds adapters only, and the weights below them were loaded with it: merge them first (`final/` of a "
+            "run is merged), and name the folder that the merged model is in"
+        )
     model.eval()
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """The model that is trained.
+
+    Attributes:
+        model: what samples and trains.
+        adapters: what of it is trained and saved; None where that is all of it.
+    """
+
+    model: PreTrainedModel
+    adapters: Adapters | None
+
+    @property
+    def saved(self) -> PreTrainedModel | Adapters:
+        """What of it goes into a checkpoint."""
+        return self.adapters or self.model
+
+
+def load_student(settings: Settings, start: Path | None, *, bf16: bool) -> Student:
+    """The student, from where a recipe says or from a checkpoint; with LoRA the checkpoint has the adapters, and only them.
+
+    Args:
+        start: the checkpoint; None for the recipe's model.
+        bf16: whether autocast is on. Frozen weights are held in bf16 then: multiplications would round them to it anyway.
+
+    Raises:
+        ModelError, SettingsError: the model cannot be loaded, or the adapters do not fit it.
+        CheckpointError: the checkpoint has adapters and the recipe has not, or the other way round.
+    """
+    own, lora = settings.student, settings.train.lora
+    saved = checkpoint.model_folder(start) if start else None
+    if saved is not None and (saved / ADAPTER_CONFIG).exists() != (lora is not None):
+        raise CheckpointError(
+            f"{saved} holds {'all weights' if lora else 'LoRA adapters'}, and train.lora of the recipe is {'on' if lora else 'off'}: "
+            "go back to the settings that the run was started with"
+        )
+    from_saved = saved is not None and lora is None
+    model = load_model(
+        saved if saved is not None and from_saved else resolve_model(own.model),
+        dtype=torch.bfloat16 if lora and bf16 else torch.float32,
+        revision=None if from_saved else own.revision,
+        attention=own.attention,
+    )
+    if lora is None:
+        return Student(model, None)
+    adapters = add_adapters(model, lora, base=resolve_model(own.model), revision=own.revision, seed=settings.seed)
+    if saved is not None:
+        adapters.load(saved)
+    return Student(model, adapters)
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -16,6 +16,11 @@ from rich.text import Text
 from zppo.train.evaluate import Evaluation
 
 
+def warn(console: Console, text: str) -> None:
+    """Something that a person should know, in yellow; above the display where there is one."""
+    console.print(Text(text, style="yellow"), highlight=False, soft_wrap=True)
+
+
 class Progress:
     """Shows steps and evaluations as they happen.
 
@@ -56,7 +61,7 @@ class Progress:
 
     def warning(self, text: str) -> None:
         """Something that a person should know; shown above the display."""
-        self.console.print(Text(text, style="yellow"), highlight=False, soft_wrap=True)
+        warn(self.console, text)
 
     def step(self, step: int, metrics: Mapping[str, Any], totals: Any) -> None:
         """The metrics of a finished step; accuracies are shown as running means over about ten steps."""

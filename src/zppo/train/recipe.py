@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from zppo.train.yaml12 import dump_yaml, parse_yaml
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
 _SHORTHAND = "method"
+# What pydantic puts behind the key of a value that may be of several types.
+_UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|tuple\[.*\]")
 
 Bases = tuple[Path, ...]
 
@@ -181,7 +184,8 @@ def _validate(data: dict[str, Any], source: str, overridden: set[str], problems:
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
-        problems += [_problem(details, overridden) for details in error.errors(include_url=False)]
+        found = (_problem(details, overridden) for details in error.errors(include_url=False))
+        problems += dict.fromkeys(found)  # a value that may be of two types has a problem with each
     else:
         if not problems:
             return settings
@@ -204,7 +208,7 @@ def _misplaced_booleans(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _problem(details: ErrorDetails, overridden: set[str]) -> str:
     """One pydantic error in words: key, value, what is expected."""
-    parts = [str(part) for part in details["loc"]]
+    parts = [part for part in map(str, details["loc"]) if not _UNION_MEMBER.fullmatch(part)]
     name = ".".join(parts)
     ours = name in overridden or any(key.startswith(f"{name}.") for key in overridden)
     where = " (set on the command line)" if ours else ""

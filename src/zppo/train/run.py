@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, save_final, write_model_card
 from zppo.train.models import load_model
 from zppo.train.plan import RECIPE, check_output
+from zppo.train.progress import warn
 from zppo.train.recipe import dump_recipe, load_recipe
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import scoring
 from zppo.train.settings import Settings
+from zppo.train.trackers import Trackers, tracking
 
 
 def train(settings: Settings, recipe_name: str, console: Console | None = None) -> Path:
@@ -62,18 +65,23 @@ def _run(settings: Settings, run: Path, start: Path | None, console: Console, *,
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     accelerator = make_accelerator(settings)
-    with scoring(settings) as score:
+    trackers = Trackers(settings.train.trackers, settings.train.tracker_project, run, partial(warn, console))
+    trackers.check()
+    with scoring(settings) as score, tracking(trackers):
         parts = assemble(settings, run, start, score, accelerator, console)
         trainer = parts.trainer
         if start:
             trainer.load_state_dict(checkpoint.load_state(start))
         if resumed:
             trainer.log.rewind(trainer.done if start else -1)
+            trackers.start(trainer.done if start else -1)
             console.print(f"resumed after step {trainer.done} of {trainer.steps}")
         else:
+            trackers.start()
             trainer.log.open()
             (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
             console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
+        trainer.log.listener = trackers.log
         if not start:
             trainer.evaluate()
         console.print("accuracies of rollouts are running means over about ten steps", style="dim")
@@ -90,11 +98,11 @@ def _run(settings: Settings, run: Path, start: Path | None, console: Console, *,
 def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> Path:
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
     trainer = parts.trainer
-    folder = save_final(run, parts.model, parts.chat)
+    folder = save_final(run, parts.student, parts.chat)
     after = None
     if trainer.held_out:
         fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention)
-        torch.nn.Module.to(fresh, parts.model.device)
+        torch.nn.Module.to(fresh, parts.student.model.device)
         trainer.scorer.new_step()
         after = evaluate(
             replace(trainer.roller, engine=make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)),
@@ -109,6 +117,7 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
         method=trainer.method.name,
         student=settings.student.model,
         recipe=dump_recipe(settings),
+        lora=settings.train.lora,
         before=before,
         after=after,
         totals=trainer.totals,

@@ -56,10 +56,14 @@ class RunLog:
     """Appends to the files of one run folder.
 
     Every line carries its step, so that `rewind` can take back what a killed run wrote after its last checkpoint.
+
+    Attributes:
+        listener: given every line of metrics.jsonl after it is written (trackers).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.listener: Callable[[int, str, Mapping[str, Any]], None] | None = None
 
     def open(self) -> None:
         """Make the run folder; until then nothing is written."""
@@ -68,6 +72,8 @@ class RunLog:
     def metrics(self, step: int, event: str, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; `event` is "step", "eval" or "final"; NaN and infinity become null."""
         self._append(METRICS, [{"step": step, "event": event, **values}])
+        if self.listener is not None:
+            self.listener(step, event, values)
 
     def buffer(self, step: int, changes: Changes) -> None:
         """One line of buffer.jsonl per question that was admitted, graduated or evicted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -227,6 +227,24 @@ class LossSettings(Section):
     mask_truncated: bool = Field(False, description="leave truncated rollouts out of the loss and its denominator")
 
 
+class LoraSettings(Section):
+    """Low-rank adapters. There is no dropout: a run keeps its model in evaluation mode, where dropout does nothing."""
+
+    rank: int = Field(16, ge=1, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="adapters are multiplied by alpha / rank")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="layers that get adapters: all-linear (all but lm_head and a vision tower), or names and patterns of linear layers, "
+        "e.g. [q_proj, v_proj, '*.mlp.*']",
+    )
+
+    @model_validator(mode="after")
+    def _some_target(self) -> LoraSettings:
+        if not self.targets:
+            raise ValueError("targets is empty: name at least one layer, or all-linear")
+        return self
+
+
 class TrainSettings(Section):
     """Optimizer and loop."""
 
@@ -239,11 +257,23 @@ class TrainSettings(Section):
     weight_decay: float = Field(0.1, ge=0, description="AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="weights are fp32 always; bf16 is autocast; auto: bf16 on a GPU, fp32 on a CPU"
+        "auto",
+        description="trained weights are fp32 always; bf16 is autocast, and holds the frozen weights below LoRA adapters in bf16; auto: "
+        "bf16 on a GPU, fp32 on a CPU",
     )
     device: Literal["auto", "cpu"] = Field("auto", description="cpu: leave a GPU alone")
-    tokens_per_microbatch: int = Field(
-        16_384, ge=1, description="padded tokens of one forward and backward: the memory knob"
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="adamw-8bit keeps its state in 8 bits (bitsandbytes; `pip install 'zppo[8bit]'`)"
+    )
+    lora: LoraSettings | None = Field(
+        None, description="train low-rank adapters and freeze the weights (peft); empty: train all weights; {} is on"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, about a third more compute"
+    )
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        16_384,
+        description="padded tokens of one forward and backward: the memory knob; auto: 16,384, halved whenever memory runs out",
     )
     old_logprobs: Literal["auto", "sampler", "forward"] = Field(
         "auto", description="auto: the sampler's where they are exact, else one forward pass"
@@ -251,6 +281,10 @@ class TrainSettings(Section):
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none")
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
+    )
+    tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
 
 
 class EvalSettings(SamplingSettings):

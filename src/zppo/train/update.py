@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from torch import nn
 from zppo.core.advantages import group_advantages, two_step_advantages
 from zppo.core.loss import clipped_surrogate
 from zppo.core.metrics import mean
-from zppo.core.minibatch import deal_groups, micro_batches
+from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row, completion_logprobs
 from zppo.errors import ZPPOError
+from zppo.train.budget import TokenBudget, zero_gradients
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 
 MOST_SKIPPED_UPDATES = 3
@@ -148,6 +150,7 @@ class Updater:
         model, optimizer: as `accelerator.prepare` returned them; weights in fp32, autocast is the accelerator's.
         temperature, banned_ids: as in sampling, so that log-probs are those of the sampling distribution.
         sampler_is_exact: whether `Rollout.logprobs` are old log-probs (old_logprobs: auto is resolved by the caller).
+        budget: tokens of a micro-batch; None for the setting's.
     """
 
     def __init__(
@@ -163,11 +166,13 @@ class Updater:
         banned_ids: tuple[int, ...],
         pad_id: int,
         sampler_is_exact: bool,
+        budget: TokenBudget | None = None,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.sampler_is_exact = sampler_is_exact
+        self.budget = budget or TokenBudget(train.tokens_per_microbatch)
         self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
 
     def update(self, groups: Sequence[Group], advantages: torch.Tensor, step: int) -> dict[str, float | None]:
@@ -176,10 +181,10 @@ class Updater:
         tally = _Tally()
         old = self._old_logprobs(samples, tally)
         for index, dealt in enumerate(deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)):
-            self._minibatch(
+            tally = self._minibatch(
                 [(s, o) for g in dealt for s, o in zip(samples[g], old[g], strict=True)], tally, first=index == 0
             )
-        return tally.metrics()
+        return {**tally.metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
 
     def _old_logprobs(self, samples: list[list[Sample]], tally: _Tally) -> list[list[torch.Tensor]]:
         """(T,) per sample: the sampler's, or of a forward pass, over the rows that have a gradient."""
@@ -187,31 +192,38 @@ class Updater:
         result = [s.sampled_logprobs for s in flat]
         live = [i for i, s in enumerate(flat) if s.live and (s.foreign or not self.sampler_is_exact)]
         tally.old_needed = sum(flat[i].length for i in live)
-        with torch.no_grad():
-            for micro in micro_batches([flat[i].length for i in live], self.train.tokens_per_microbatch):
+
+        def score(batches: list[list[int]]) -> None:
+            for micro in batches:
                 rows = [flat[live[m]] for m in micro]
                 logprobs, _ = self._forward(rows)
                 for m, sample, line in zip(micro, rows, logprobs.float().cpu(), strict=True):
                     result[live[m]] = line[: sample.tokens]
+
+        with torch.no_grad():
+            self.budget.run([flat[i].length for i in live], score)
         lines = iter(result)
         return [[next(lines) for _ in group] for group in samples]
 
-    def _minibatch(self, rows: list[tuple[Sample, torch.Tensor]], tally: _Tally, *, first: bool) -> None:
+    def _minibatch(self, rows: list[tuple[Sample, torch.Tensor]], tally: _Tally, *, first: bool) -> _Tally:
         """One optimizer step: token-level mean over the minibatch, rows without gradient only in the denominator."""
         denominator = sum(s.tokens for s, _ in rows if s.counted)
         live = [(s, o) for s, o in rows if s.live]
-        for (
-            parameter
-        ) in self.model.parameters():  # AdamW passes over parameters without a gradient; 0 is a step, None is not
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        total = 0.0
-        for micro in micro_batches([s.length for s, _ in live], self.train.tokens_per_microbatch):
-            total += self._backward([live[m] for m in micro], denominator, tally, first=first)
+
+        def accumulate(batches: list[list[int]]) -> tuple[float, _Tally]:
+            """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
+            zero_gradients(self.model)
+            counts, total = copy.copy(tally), 0.0
+            for micro in batches:
+                total += self._backward([live[m] for m in micro], denominator, counts, first=first)
+            return total, counts
+
+        total, tally = self.budget.run([s.length for s, _ in live], accumulate)
         norm, stepped = self.guard.step(total)
         tally.losses.append(total)
         tally.grad_norms.append(norm)
         tally.skipped += not stepped
+        return tally
 
     def _backward(
         self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: _Tally, *, first: bool

@@ -1,0 +1,94 @@
+"""How many tokens one forward and backward holds: a number, or what the memory turns out to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+import torch
+
+from zppo.core.minibatch import micro_batches
+from zppo.engines.memory import out_of_memory, release
+from zppo.errors import MemoryLimitError
+
+DEFAULT_TOKENS = 16_384
+
+Result = TypeVar("Result")
+
+
+class TokenBudget:
+    """The padded tokens of a micro-batch.
+
+    Args:
+        setting: `train.tokens_per_microbatch`; "auto" starts at the default and halves whenever memory runs out.
+        say: told when memory has run out and what fits from then on; None for nobody.
+
+    Attributes:
+        tokens: the budget now; with "auto" part of a checkpoint.
+    """
+
+    def __init__(self, setting: int | Literal["auto"], say: Callable[[str], None] | None = None) -> None:
+        self.adaptive = setting == "auto"
+        self.tokens = DEFAULT_TOKENS if setting == "auto" else setting
+        self.say = say
+
+    def run(self, lengths: Sequence[int], work: Callable[[list[list[int]]], Result]) -> Result:
+        """What `work` makes of rows of these lengths, given as micro-batches of row indices.
+
+        Where memory runs out, all of `work` is done again with smaller micro-batches, so it must start from nothing: what a failed
+        micro-batch has already added to a gradient cannot be told from the rest of it.
+
+        Raises:
+            MemoryLimitError: memory ran out, and the budget is fixed or a micro-batch holds one row.
+        """
+        before = self.tokens
+        while True:
+            batches = micro_batches(lengths, self.tokens)
+            try:
+                result = work(batches)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                largest = max(len(batch) * lengths[batch[0]] for batch in batches)
+                if not self.adaptive or max(map(len, batches)) == 1:
+                    raise MemoryLimitError(self._too_large(largest, max(lengths))) from error
+            else:
+                if self.tokens != before and self.say is not None:
+                    self.say(
+                        f"memory ran out in the update; micro-batches hold {self.tokens:,} tokens from now on, where it were {before:,} "
+                        "(train.tokens_per_microbatch)"
+                    )
+                return result
+            release()
+            self.tokens = max(1, min(self.tokens, largest) // 2)
+
+    def state_dict(self) -> dict[str, int]:
+        """What was found out, JSON-ready; empty where the budget is fixed."""
+        return {"tokens_per_microbatch": self.tokens} if self.adaptive else {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue with what was found out; a fixed budget stays as it is."""
+        if self.adaptive:
+            self.tokens = state.get("tokens_per_microbatch", self.tokens)
+
+    def _too_large(self, largest: int, longest: int) -> str:
+        lighter = "turn train.gradient_checkpointing on, train with train.lora or train.optimizer=adamw-8bit"
+        if largest > longest and not self.adaptive:
+            return (
+                f"memory ran out in a micro-batch of {largest:,} tokens: set train.tokens_per_microbatch to auto or to less than "
+                f"{self.tokens:,}, or {lighter}"
+            )
+        return (
+            f"memory ran out with a single row of {longest:,} tokens in the update: lower rollout.max_new_tokens or "
+            f"data.max_prompt_tokens, or {lighter}"
+        )
+
+
+def zero_gradients(model: torch.nn.Module) -> None:
+    """Gradients of all trainable parameters as zeros: AdamW passes over a parameter whose gradient is None, and 0 is a step."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
