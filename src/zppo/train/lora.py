@@ -108,7 +108,6 @@ def add_adapters(
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction works too
         target_modules=find_targets(model, lora.targets),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
         revision=revision,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
