@@ -33,7 +33,7 @@ from zppo.engines.transformers import Piece, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
 from zppo.train import checkpoint, distill, update
 from zppo.train import optimizer as optimizer_module
-from zppo.train.budget import TokenBudget
+from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.lora import add_adapters
 from zppo.train.models import load_model
 from zppo.train.optimizer import make_optimizer
@@ -198,6 +198,33 @@ def test_an_update_that_runs_out_of_memory_halves_its_micro_batches_and_changes_
     assert other.tokens == updater.budget.tokens
 
 
+def test_an_attempt_that_fails_in_its_middle_leaves_nothing(tiny_qwen3_dir: Path) -> None:
+    """Two micro-batches succeed and the third one does not, once: gradients and counts are those of a run without it."""
+    model = load(tiny_qwen3_dir)
+    groups = make_groups(model, REWARDS)
+    advantages = advantages_of(groups, AdvantageSettings())
+    results = []
+    for fails in (False, True):
+        updater = make_updater(copy.deepcopy(model), minibatches=1, tokens_per_microbatch="auto")
+        updater.budget.tokens = 60
+        calls: list[int] = []
+
+        def hook(*_: Any, calls: list[int] = calls, fails: bool = fails) -> None:
+            calls.append(0)
+            if fails and len(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        updater.model.model.layers[0].register_forward_pre_hook(hook)
+        recorder = Recorder(updater)
+        results.append((recorder.gradients, updater.update(groups, advantages, step=1), updater.budget.tokens))
+    (expected, wanted, _), (gradients, metrics, tokens) = results
+    assert tokens <= 30 and metrics["train_tokens_needed"] == wanted["train_tokens_needed"]
+    assert metrics["clip_low_share"] == wanted["clip_low_share"]
+    assert metrics["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
+    biggest = max(float(g.abs().max()) for g in expected[0])
+    assert max(float((a - b).abs().max()) for a, b in zip(gradients[0], expected[0], strict=True)) <= 1e-5 * biggest
+
+
 def test_a_failed_backward_leaves_gradients_behind_that_an_attempt_must_not_keep(tiny_qwen3_dir: Path) -> None:
     """The stand-in above is one: without starting from 0 the test before this one would have to fail."""
     model = load(tiny_qwen3_dir)
@@ -217,6 +244,12 @@ def test_a_fixed_budget_and_a_single_row_are_errors_that_say_the_mend(tiny_qwen3
     with pytest.raises(MemoryLimitError, match="with a single row of .* lower rollout.max_new_tokens"):
         make_updater(model, tokens_per_microbatch="auto").update(groups, advantages, step=1)
     assert TokenBudget(100).state_dict() == {} and TokenBudget("auto").tokens == 16_384
+
+
+def test_several_processes_need_a_number() -> None:
+    with pytest.raises(SettingsError, match="auto works in one process"):
+        make_budget(TrainSettings(tokens_per_microbatch="auto"), processes=2)
+    assert make_budget(TrainSettings(tokens_per_microbatch=100), processes=2).tokens == 100
 
 
 def test_other_errors_pass() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from zppo.core.minibatch import micro_batches
 from zppo.engines.memory import out_of_memory, release
-from zppo.errors import MemoryLimitError
+from zppo.errors import MemoryLimitError, SettingsError
+from zppo.train.settings import TrainSettings
 
 DEFAULT_TOKENS = 16_384
 
@@ -82,6 +83,19 @@ class TokenBudget:
             f"memory ran out with a single row of {longest:,} tokens in the update: lower rollout.max_new_tokens or "
             f"data.max_prompt_tokens, or {lighter}"
         )
+
+
+def make_budget(train: TrainSettings, processes: int, say: Callable[[str], None] | None = None) -> TokenBudget:
+    """The budget of a recipe.
+
+    Raises:
+        SettingsError: "auto" in several processes: while one of them started over, the others would wait for it in vain.
+    """
+    if train.tokens_per_microbatch == "auto" and processes > 1:
+        raise SettingsError(
+            f"train.tokens_per_microbatch is auto, and {processes} processes were started; auto works in one process: give a number"
+        )
+    return TokenBudget(train.tokens_per_microbatch, say)
 
 
 def zero_gradients(model: torch.nn.Module) -> None:

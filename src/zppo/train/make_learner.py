@@ -26,7 +26,7 @@ from zppo.teacher.compress import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train import checkpoint
 from zppo.train.ask import Asker
-from zppo.train.budget import TokenBudget
+from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
 from zppo.train.methods import Method
@@ -113,7 +113,7 @@ def make_learner(
     if train.gradient_checkpointing:
         recompute_layers(model)
     optimizer = make_optimizer(train, model.parameters(), accelerator.device)
-    budget = TokenBudget(train.tokens_per_microbatch, say)
+    budget = make_budget(train, accelerator.num_processes, say)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if start:
         checkpoint.load_optimizer(start, optimizer)
