@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from test_engine import engine, flat, requests, tiny
@@ -29,7 +30,7 @@ from zppo.cli import main
 from zppo.engines.base import Sampling
 from zppo.engines.forward import completion_logprobs
 from zppo.engines.memory import out_of_memory
-from zppo.engines.transformers import Piece, halves
+from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
 from zppo.train import checkpoint, distill, update
 from zppo.train import optimizer as optimizer_module
@@ -37,6 +38,7 @@ from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.lora import add_adapters
 from zppo.train.models import load_model
 from zppo.train.optimizer import make_optimizer
+from zppo.train.precision import keep_logits_small
 from zppo.train.recompute import recompute_layers
 from zppo.train.settings import AdvantageSettings, LoraSettings, TrainSettings
 from zppo.train.update import advantages_of
@@ -502,11 +504,74 @@ def test_without_the_package_or_its_kernels_the_mend_is_said(monkeypatch: pytest
 # --- bf16 -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_accelerate_prepared_samples_under_its_autocast() -> None:
-    """The engine gets the bare model and no `autocast_dtype`: accelerate has put its autocast into the model's own forward."""
-    model, seen = tiny(), set[torch.dtype]()
-    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
-    Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    engine(model).sample(requests([5, 9]), Sampling(max_new_tokens=3))
-    assert seen == {torch.bfloat16}
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+class Casts(TorchDispatchMode):
+    """Counts how often a weight is turned into bf16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            self.count += kwargs.get("dtype") == torch.bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+def prepared(precision: str = "bf16") -> tuple[PreTrainedModel, Accelerator]:
+    model, accelerator = tiny(), Accelerator(cpu=True, mixed_precision=precision)
+    return accelerator.prepare(model), accelerator
+
+
+def test_sampling_under_autocast_turns_weights_into_bf16_once_for_all_tokens() -> None:
+    """accelerate puts its autocast into the model's own forward: by itself that turns every weight anew at every token."""
+    counts = []
+    for dtype in (None, torch.bfloat16):
+        AcceleratorState._reset_state(True)
+        model, _ = prepared()
+        seen = set[torch.dtype]()
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, out, seen=seen: seen.add(out.dtype))
+        with Casts() as casts:
+            done = engine(model, autocast_dtype=dtype).sample(requests([5]), Sampling(max_new_tokens=6))
+        assert seen == {torch.bfloat16} and {weight.dtype for weight in model.parameters()} == {torch.float32}
+        counts.append((casts.count, flat(done)))
+    linear = sum(isinstance(module, torch.nn.Linear) for module in tiny().modules())
+    (each, one), (once, other) = counts
+    steps = max(map(len, one))
+    assert once == linear and each == linear * steps > once and one == other
+
+
+def test_logits_stay_bf16_and_the_gradients_are_the_same() -> None:
+    results = []
+    for small in (False, True):
+        AcceleratorState._reset_state(True)
+        model, accelerator = prepared()
+        if small:
+            keep_logits_small(model, accelerator)
+        logits = model(torch.arange(5, 30)[None]).logits
+        assert logits.dtype == (torch.bfloat16 if small else torch.float32)
+        results.append(gradients(model))
+    (whole, kept), (ours, kept_less) = results
+    assert all(torch.equal(a, b) for a, b in zip(whole, ours, strict=True)) and kept_less < kept
+    AcceleratorState._reset_state(True)
+    model, accelerator = prepared("no")
+    before = model.forward
+    keep_logits_small(model, accelerator)
+    assert model.forward == before
+
+
+@pytest.mark.slow
+def test_a_run_s_student_samples_in_the_run_s_precision(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.dtype | None] = []
+    inner = TransformersEngine.sample
+
+    def sample(self: TransformersEngine, *args: Any) -> Any:
+        made.append(self.autocast_dtype)
+        return inner(self, *args)
+
+    monkeypatch.setattr(TransformersEngine, "sample", sample)
+    command = ["train", str(recipe), "--method=grpo", "--data.eval=null", "--train.steps=1"]
+    assert main([*command, f"--output={tmp_path / 'bf16'}", "--train.precision=bf16"]) == 0
+    assert made == [torch.bfloat16]
+    AcceleratorState._reset_state(True)
+    assert main([*command, f"--output={tmp_path / 'fp32'}"]) == 0
+    assert made == [torch.bfloat16, None]

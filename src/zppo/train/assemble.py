@@ -66,6 +66,11 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
+def autocast_type(accelerator: Accelerator) -> torch.dtype | None:
+    """What a run computes in, where that is not the type of its weights."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+
+
 def make_engine(
     settings: Settings,
     model: PreTrainedModel,
@@ -76,7 +81,7 @@ def make_engine(
     """The sampling engine over a model's current weights.
 
     Args:
-        autocast_dtype: for a model that `accelerate` did not prepare: a prepared one runs under autocast by itself.
+        autocast_dtype: bf16 where the run is: weights are then turned into it once for all tokens, instead of once a token.
         say: told when memory has run out and what fits from then on.
     """
     return TransformersEngine(
@@ -118,7 +123,7 @@ def assemble(
     scorer = make_scorer(
         settings, score, [*questions, *held_out], chat, teachers, lambda own: _load_frozen(settings, own, accelerator)
     )
-    student = load_student(settings, start, bf16=accelerator.mixed_precision == "bf16")
+    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None)
     model, say = student.model, partial(warn, console)
     _check_context(settings, model, questions, held_out, length)
     asker = _make_asker(settings, teachers, speaker, scorer)
@@ -133,7 +138,7 @@ def assemble(
         questions=questions,
         held_out=held_out,
         roller=Roller(
-            make_engine(settings, model, chat, say=say),
+            make_engine(settings, model, chat, autocast_type(accelerator), say),
             speaker,
             scorer,
             sampling,

@@ -31,6 +31,7 @@ from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
 from zppo.train.methods import Method
 from zppo.train.optimizer import make_optimizer
+from zppo.train.precision import keep_logits_small
 from zppo.train.recompute import recompute_layers
 from zppo.train.settings import Settings
 from zppo.train.update import Updater
@@ -115,6 +116,7 @@ def make_learner(
     optimizer = make_optimizer(train, model.parameters(), accelerator.device)
     budget = make_budget(train, accelerator.num_processes, say)
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    keep_logits_small(model, accelerator)
     if start:
         checkpoint.load_optimizer(start, optimizer)
     tokens, ends = ResponseTokens(chat), chat.eos_ids(model)
