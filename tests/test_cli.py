@@ -83,7 +83,7 @@ def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: p
         (["train", "{recipe}", "--dry-run", "--data.train=lab:w"], "'lab:w' names no split"),
         (
             ["train", "{recipe}", "--dry-run", "--data.train=lob:w/train"],
-            "'lob' is no source of questions (known: lab:)",
+            "'lob' is no source of questions (known: hub:, lab:, reasoning_gym:)",
         ),
         (["train", "{recipe}", "--train.steps", "--dry-run"], "--train.steps has no value"),
     ],

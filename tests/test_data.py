@@ -129,8 +129,10 @@ GOOD = {"prompt": "p", "answer": "1"}
         ({"prompt": "p", "answer": None}, "row 2, column 'answer': is null"),
         ({"prompt": "p", "answer": " "}, "row 2, column 'answer': is empty"),
         ({"prompt": "p", "answer": True}, "row 2, column 'answer': is true; an answer is a text or a number"),
-        ({"prompt": "p", "answer": ["1"]}, "row 2, column 'answer': is a list"),
-        ({"prompt": "p", "answer": {"a": 1}}, "row 2, column 'answer': is an object"),
+        ({"prompt": "p", "answer": ["1", "2"]}, "row 2, column 'answer': is a list; a question has exactly one right answer"),
+        ({"prompt": "p", "answer": []}, "row 2, column 'answer': is an empty list"),
+        ({"prompt": "p", "answer": {"a": 1}}, "is an object; name the value in it with data.columns.answer (answer.a)"),
+        ({"prompt": ["p"], "answer": "1"}, "row 2, column 'prompt': is a list; a list of {role, content} is named with"),
         ({"prompt": "p", "answer": float("nan")}, "row 2, column 'answer': is nan, which is no number"),
         ({"messages": [], "answer": "1"}, "row 2, column 'messages': is an empty list"),
         ({"messages": "p", "answer": "1"}, "row 2, column 'messages': is str 'p'"),
@@ -172,12 +174,12 @@ def test_an_empty_id_is_no_id(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "there is no such file" in message(tmp_path / "none.jsonl")
-    assert "files of the kind .csv cannot be read; write JSON lines or parquet" in message(tmp_path / "q.csv")
+    assert "files of the kind .txt cannot be read; bring JSON lines, JSON, CSV or parquet" in message(tmp_path / "q.txt")
     assert "without an ending" in message(tmp_path / "q")
-    assert "holds no rows" in message(write(tmp_path, "", " "))
-    assert "the file is one JSON list" in message(write(tmp_path, [GOOD], name="q.json"))
+    assert "holds no questions" in message(write(tmp_path, "", " "))
+    assert "the file is one JSON list; call it .json" in message(write(tmp_path, [GOOD], name="q.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
-    assert "is a folder" in message(tmp_path / "folder.jsonl")
+    assert "is a folder without data files" in message(tmp_path / "folder.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "p", "answer": "1"}\n{"prompt": "caf\xe9", "answer": "1"}\n')
     assert "latin.jsonl, row 2: is not UTF-8 (byte 16 of the line is 0xe9)" in message(tmp_path / "latin.jsonl")
     (tmp_path / "q.parquet").write_bytes(b"not parquet")
@@ -196,7 +198,7 @@ def test_registered_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_questions("toy:a/train", COLUMNS, limit=2) == questions[:2]
     assert asked == ["a/train", "a/train"]
     assert "toy:b: holds no questions" in message("toy:b")
-    assert "'tory' is no source of questions (known: toy:)" in message("tory:a/train")
+    assert "'tory' is no source of questions (known: hub:, reasoning_gym:, toy:)" in message("tory:a/train")
     with pytest.raises(ValueError, match="'C' is no scheme"):
         register_source("C", lambda rest: [])
 

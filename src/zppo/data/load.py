@@ -1,4 +1,4 @@
-"""Questions from JSON lines, parquet, or a registered source such as the lab; every error names file, row and column."""
+"""Questions from files, folders, the hub, generators, or a registered source such as the lab; errors name source, row and column."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 from zppo.core.types import Question
-from zppo.data.files import READERS
+from zppo.data import gym, hub
+from zppo.data.files import file_rows
+from zppo.data.folders import folder_rows
+from zppo.data.reading import Place, Reading, Rows
 from zppo.data.rows import Columns, question_from_row
 from zppo.errors import DataError
 
@@ -33,35 +36,56 @@ def has_scheme(source: str) -> bool:
     return _SCHEME.match(source) is not None
 
 
-def load_questions(source: str, columns: Columns, limit: int | None = None) -> list[Question]:
-    """Questions of a file or a registered source, in its order, the first `limit` of them.
+def load_questions(
+    source: str, columns: Columns, limit: int | None = None, reading: Reading | None = None
+) -> list[Question]:
+    """Questions of a source, in its order, the first `limit` of them; no more rows than that are read.
 
-    Files are JSON lines (.jsonl, .ndjson, .json) or parquet; rows count from 1 (in JSON lines: line numbers). A row without an
-    id is named `<file name>:<row>`. Images are paths relative to the file.
+    A source is a file (JSON lines, JSON, CSV, parquet), a folder (of such files, or what `save_to_disk` of `datasets` wrote),
+    `hub:owner/name`, `reasoning_gym:<task>`, or a registered one. They are held in memory: which questions a step trains on is a
+    function of (seed, step) over all of them (`data.order`). A row without an id is named `<file name>:<row>`. Images are paths
+    relative to the file.
 
     Raises:
-        DataError: file missing, empty, unreadable or of an unknown kind; a row that is no question; an id that stands twice.
+        DataError: source missing, empty, unreadable or of an unknown kind; a row that is no question; an id that stands twice.
     """
+    reading = reading or Reading()
+    scheme, _, rest = source.partition(":")
+    if has_scheme(source) and scheme != hub.SCHEME:
+        given = gym.gym_questions(rest, reading) if scheme == gym.SCHEME else _registered(source)
+        questions = list(islice(given, limit))
+    else:
+        questions = _from_rows(_rows(source, columns, reading), columns, limit, reading)
+    if not questions:
+        raise DataError(f"{source}: holds no questions; it needs at least one")
+    return questions
+
+
+def _rows(source: str, columns: Columns, reading: Reading) -> Rows:
     if has_scheme(source):
-        questions = list(islice(_registered(source), limit))
-        if not questions:
-            raise DataError(f"{source}: holds no questions")
-        return questions
+        return hub.hub_rows(source.partition(":")[2], reading, columns)
     path = Path(source).expanduser()
-    rows = _open(path)
-    questions, seen = [], dict[str, int]()
-    for row, data in islice(rows, limit):
-        question = question_from_row(data, columns, path, row)
+    return folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
+
+
+def _from_rows(rows: Rows, columns: Columns, limit: int | None, reading: Reading) -> list[Question]:
+    questions, seen = [], dict[str, Place]()
+    for place, data in islice(rows, limit):
+        question = question_from_row(data, columns, place, reading.answer_after)
         if question.id in seen:
             raise DataError(
-                f"{path}, rows {seen[question.id]} and {row}, column {columns.id!r}: both have the id {question.id!r}; "
-                "give every question an id of its own, or leave the column out"
+                f"{_both(seen[question.id], place)}, column {columns.id!r}: both have the id {question.id!r}; "
+                "give every question an id of its own, or name another column in data.columns.id"
             )
-        seen[question.id] = row
+        seen[question.id] = place
         questions.append(question)
-    if not questions:
-        raise DataError(f"{path}: the file holds no rows; it needs at least one question")
     return questions
+
+
+def _both(first: Place, second: Place) -> str:
+    if first.source == second.source:
+        return f"{first.source}, rows {first.row} and {second.row}"
+    return f"{first} and {second}"
 
 
 def drop_long(
@@ -75,22 +99,8 @@ def drop_long(
 def _registered(source: str) -> Iterable[Question]:
     scheme, _, rest = source.partition(":")
     if scheme not in _SOURCES:
-        known = ", ".join(sorted(f"{name}:" for name in _SOURCES)) or "none"
+        known = ", ".join(sorted(f"{name}:" for name in (*_SOURCES, hub.SCHEME, gym.SCHEME)))
         raise DataError(
             f"{source!r}: {scheme!r} is no source of questions (known: {known}); for a file of that name write ./{source}"
         )
     return _SOURCES[scheme](rest)
-
-
-def _open(path: Path) -> Iterable[tuple[int, object]]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: files of the kind {path.suffix or 'without an ending'} cannot be read; "
-            f"write JSON lines or parquet ({', '.join(READERS)})"
-        )
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a file in it")
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file (working directory {Path.cwd()})")
-    return reader(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, get_args, get_type_hints
 
 from zppo.core.types import RULE, Grading, ImageRef, Message, Question
+from zppo.data.reading import Place
 from zppo.errors import DataError
 
 _ROLES: tuple[str, ...] = get_args(get_type_hints(Message)["role"])
@@ -18,8 +19,11 @@ _GRADINGS: tuple[str, ...] = get_args(Grading)
 _NEAREST_SHOWN = 8
 
 
+_GOLD_KEY = "ground_truth"  # where a column holds an object (VeRL's `reward_model`), the answer is under this key
+
+
 class Columns(Protocol):
-    """Which column holds what (`train.settings.ColumnSettings` is one)."""
+    """Which column holds what (`train.settings.ColumnSettings` is one); `a.b` is the value under b of the object in column a."""
 
     @property
     def prompt(self) -> str: ...
@@ -41,50 +45,88 @@ class _RowError(Exception):
     """What is wrong with a value; the caller knows file, row and column."""
 
 
-def question_from_row(data: object, columns: Columns, path: Path, row: int) -> Question:
-    """The question in row `row` (from 1) of the file `path`. Raises DataError."""
+def column_names(columns: Columns) -> tuple[str, ...]:
+    """Every column that is looked for."""
+    return columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
+
+
+def question_from_row(data: object, columns: Columns, place: Place, answer_after: str | None = None) -> Question:
+    """The question in a row; with `answer_after`, the gold is what follows its last occurrence. Raises DataError."""
     if not isinstance(data, Mapping):
-        raise DataError(f"{path}, row {row}: is {_a(data)}; every row must be an object with columns")
+        raise DataError(f"{place}: is {_a(data)}; every row must be an object with columns")
     column = ""
     try:
         column = columns.messages
-        messages = _messages(data[column]) if data.get(column) is not None else None
+        given = _value(data, column)
+        messages = _messages(given) if given not in (None, "") else None
         column = columns.prompt
         if messages is None:
             messages = (Message("user", _prompt(data, columns)),)
         column = columns.answer
-        gold = _answer(data, column)
+        gold = _answer(data, column, answer_after)
         column = columns.id
-        identity = _label(data.get(column)) or f"{path.name}:{row}"
+        identity = _label(_value(data, column)) or f"{place.name}:{place.row}"
         column = columns.level
-        level = _label(data.get(column))
+        level = _label(_value(data, column))
         column = columns.grading
-        grading = _grading(data.get(column))
+        grading = _grading(_value(data, column))
         column = columns.images
-        images = _images(data.get(column), path.parent)
+        images = _images(_value(data, column), place.folder)
     except _RowError as fault:
-        raise DataError(f"{path}, row {row}, column {column!r}: {fault}") from None
+        raise DataError(f"{place}, column {column!r}: {fault}") from None
     return Question(id=identity, messages=messages, gold=gold, images=images, level=level, grading=grading)
 
 
+def _value(data: Mapping[str, Any], column: str) -> Any:
+    """What stands in a column, None for nothing; a name with dots that is no column leads into objects."""
+    if column in data:
+        return data[column]
+    value: Any = data
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
-    value = data.get(columns.prompt)
+    value = _value(data, columns.prompt)
     if value is None:
         raise _RowError(
             f"missing, and so is {columns.messages!r}; {_found(data)}. "
             "Name the columns of your file with data.columns.prompt or data.columns.messages"
         )
+    if isinstance(value, list):
+        raise _RowError(f"is {_a(value)}; a list of {{role, content}} is named with data.columns.messages")
     return _text(value)
 
 
-def _answer(data: Mapping[str, Any], column: str) -> str:
-    value = data.get(column)
+def _answer(data: Mapping[str, Any], column: str, after: str | None) -> str:
+    """The gold: a text, a number, a list of one of them, or an object that holds it under `ground_truth`."""
+    value = _value(data, column)
+    if isinstance(value, Mapping) and _GOLD_KEY in value:
+        value = value[_GOLD_KEY]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if value is None:
         why = "is null" if column in data else f"missing; {_found(data)}. Name it with data.columns.answer"
         raise _RowError(f"{why} (every question needs a right answer)")
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{column}.{key}" for key in list(value)[:_NEAREST_SHOWN])
+        raise _RowError(f"is an object; name the value in it with data.columns.answer ({inside or 'it is empty'})")
+    if isinstance(value, list):
+        raise _RowError(f"is {_a(value)}; a question has exactly one right answer, so give one text or number")
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise _RowError(f"is {_a(value)}; an answer is a text or a number")
-    return _number(value) if not isinstance(value, str) else _text(value).strip()
+    gold = _number(value) if not isinstance(value, str) else _text(value).strip()
+    return gold if after is None else _tail(gold, after)
+
+
+def _tail(gold: str, after: str) -> str:
+    _, mark, tail = gold.rpartition(after)
+    if not mark or not tail.strip():
+        shown = _a(gold if len(gold) <= 30 else f"...{gold[-27:]}")
+        why = f"nothing follows {after!r} in it" if mark else f"holds no {after!r}"
+        raise _RowError(f"{why} ({shown}); mend the row or data.answer_after")
+    return tail.strip()
 
 
 def _messages(value: object) -> tuple[Message, ...]:
@@ -129,7 +171,7 @@ def _content(value: object) -> str:
 
 
 def _images(value: object, folder: Path) -> tuple[ImageRef, ...]:
-    if value is None:
+    if value is None or value == "":
         return ()
     if not isinstance(value, list):
         raise _RowError(f"is {_a(value)}; expected a list of paths")

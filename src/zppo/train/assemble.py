@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from zppo.core.reformulate import Placebo, PrefixQuestion, Reformulation
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
-from zppo.data.load import drop_long, load_questions
+from zppo.data.load import drop_long
 from zppo.data.order import steps_per_epochs
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
@@ -31,7 +31,9 @@ from zppo.train.ask import Asker
 from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
 from zppo.train.materials import MaterialMaker
 from zppo.train.models import Student, context_length, load_chat, load_student, read_template, resolve_model
+from zppo.train.plan import load_data
 from zppo.train.progress import Progress, warn
+from zppo.train.prompt_check import unknown_tokens
 from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog
 from zppo.train.scoring import make_scorer
@@ -114,12 +116,10 @@ def assemble(
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
     length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
-    questions = _load_questions(settings, settings.data.train, settings.data.limit, length, console)
-    held_out = (
-        _load_questions(settings, settings.data.eval, settings.data.eval_limit, length, console)
-        if settings.data.eval
-        else []
-    )
+    sources = zip((settings.data.train, settings.data.eval or ""), load_data(settings), strict=True)
+    questions, held_out = (_short(settings, source, asked, length, console) for source, asked in sources)
+    if warning := unknown_tokens(chat, questions):
+        console.print(warning, style="yellow", soft_wrap=True, highlight=False)
     scorer = make_scorer(
         settings, score, [*questions, *held_out], chat, teachers, lambda own: _load_frozen(settings, own, accelerator)
     )
@@ -245,20 +245,27 @@ def _checkpointer(
     return save
 
 
-def _load_questions(
-    settings: Settings, source: str, limit: int | None, length: Callable[[Question], int], console: Console
+def _short(
+    settings: Settings,
+    source: str,
+    questions: Sequence[Question],
+    length: Callable[[Question], int],
+    console: Console,
 ) -> list[Question]:
     """Questions whose plain prompt is short enough; how many were dropped is said."""
-    questions = load_questions(source, settings.data.columns, limit)
     for question in questions:
         if question.images:
             raise DataError(
-                f"{source}: question {question.id!r} has images, and training on images is not built yet: leave the column out"
+                f"{source}: question {question.id!r} has images, and training on images is not built yet: leave the column out, "
+                "or name one that does not exist in data.columns.images"
             )
     most = settings.data.max_prompt_tokens
     kept, dropped = drop_long(questions, length, most)
-    if not kept:
-        raise DataError(f"{source}: all {dropped} prompts have more than {most} tokens: raise data.max_prompt_tokens")
+    if questions and not kept:
+        shortest = min(map(length, questions))
+        raise DataError(
+            f"{source}: all {dropped} prompts have more than {most} tokens, the shortest {shortest}: raise data.max_prompt_tokens"
+        )
     if dropped:
         console.print(
             f"{source}: {dropped} of {len(questions)} questions dropped, their prompts have more than {most} tokens"

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from zppo.data.gym import check_apart
+from zppo.data.reading import Reading
 from zppo.engines.base import Sampling
 from zppo.teacher.base import TeacherSampling
 from zppo.train.methods import METHODS, Control, Loss, Method
@@ -154,7 +156,7 @@ class TeacherSettings(FrozenModelSettings):
 
 
 class ColumnSettings(Section):
-    """Which column of the data holds what."""
+    """Which column of the data holds what; `a.b` is the value under b of the object in column a."""
 
     prompt: str = Field("prompt", description="the question as text")
     messages: str = Field(
@@ -172,12 +174,58 @@ class ColumnSettings(Section):
 class DataSettings(Section):
     """Questions in."""
 
-    train: str = Field(description="JSON lines or parquet file, or lab:<world>/train")
-    eval: str | None = Field(None, description="held-out questions, same formats; empty: no evaluation")
+    train: str = Field(
+        description="JSON lines, JSON, CSV or parquet file, a folder of such files or of save_to_disk, hub:<owner>/<name>, "
+        "reasoning_gym:<task>, or lab:<world>/train"
+    )
+    eval: str | None = Field(
+        None, description="held-out questions, from the same kinds of source; empty: no evaluation"
+    )
+    config: str | None = Field(None, description="configuration of a hub set or of a folder laid out like one")
+    split: str = Field("train", min_length=1, description="split of a hub set or a folder that the student trains on")
+    eval_split: str = Field("test", min_length=1, description="split of a hub set or a folder that is held out")
+    revision: str | None = Field(None, description="revision of a hub set: a commit, a tag or a branch")
+    streaming: bool = Field(
+        False, description="read the first `limit` rows of a hub set one by one instead of downloading it; needs limit"
+    )
     columns: ColumnSettings = Field(ColumnSettings(), description="names of the columns")
+    answer_after: str | None = Field(
+        None,
+        min_length=1,
+        description="the right answer is what follows the last occurrence of this in the answer column: '####' for GSM8K",
+    )
     max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
     limit: int | None = Field(None, ge=1, description="use the first N training questions only")
     eval_limit: int | None = Field(None, ge=1, description="use the first N held-out questions only")
+
+    @model_validator(mode="after")
+    def _readable(self) -> DataSettings:
+        named = [("data.train", self.train, "data.limit", self.limit)]
+        named += [("data.eval", self.eval, "data.eval_limit", self.eval_limit)] if self.eval is not None else []
+        from_hub = [row for row in named if row[1].startswith("hub:")]
+        for setting, value in (("data.streaming", self.streaming), ("data.revision", self.revision)):
+            if value and not from_hub:
+                raise ValueError(f"{setting} is set, but neither data.train nor data.eval is a hub set; leave it out")
+        for setting, source, name, limit in from_hub:
+            if self.streaming and limit is None:
+                raise ValueError(
+                    f"data.streaming needs {name} for {setting}={source}: every epoch goes over all questions in an order of its own, "
+                    "so they are held in memory; set how many to read from the start, or leave streaming out"
+                )
+        if self.eval is not None:
+            check_apart(self.train, self.eval)
+        return self
+
+    def reading(self, held_out: bool = False) -> Reading:
+        """How the training or the held-out source is read."""
+        return Reading(
+            held_out=held_out,
+            config=self.config,
+            split=self.eval_split if held_out else self.split,
+            revision=self.revision,
+            streaming=self.streaming,
+            answer_after=self.answer_after,
+        )
 
 
 class RolloutSettings(SamplingSettings):

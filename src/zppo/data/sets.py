@@ -1,0 +1,72 @@
+"""Rows of a set of `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from zppo.data.reading import Place, Rows
+from zppo.data.rows import Columns, column_names
+from zppo.errors import DataError
+
+_SHOWN = 20
+
+
+def set_rows(loaded: Any, source: str, name: str, columns: Columns, folder: Path) -> Rows:
+    """(place, values by column) of a `Dataset` or `IterableDataset`, of the columns that are asked for alone.
+
+    Others may hold images, which would be decoded for nothing.
+
+    Raises:
+        DataError: a column is missing; while iterating, that the set cannot be read further.
+    """
+    have = loaded.column_names  # None where a stream does not say
+    if have is not None:
+        check_columns(source, have, columns)
+        loaded = loaded.select_columns([column for column in have if column in _roots(columns)])
+    return _rows(loaded, source, name, folder)
+
+
+def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
+    """Whether a set has a question and an answer. DataError lists its columns."""
+    listing = ", ".join(have[:_SHOWN]) + (f" and {len(have) - _SHOWN} more" if len(have) > _SHOWN else "")
+    if not set(have) & {*_names(columns.prompt), *_names(columns.messages)}:
+        raise DataError(
+            f"{source}: has no column {columns.prompt!r} and none {columns.messages!r}; it has {listing}. "
+            "Name the one with the question in data.columns.prompt or data.columns.messages"
+        )
+    if not set(have) & set(_names(columns.answer)):
+        raise DataError(
+            f"{source}: has no column {columns.answer!r}; it has {listing}. Name the one with the answer in data.columns.answer"
+        )
+
+
+def shorten(error: BaseException) -> str:
+    """An error of a library in one line, without its example of use."""
+    text = " ".join(str(error).split()).partition(" Example of usage")[0]
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+def _rows(loaded: Iterable[object], source: str, name: str, folder: Path) -> Rows:
+    number, rows = 0, iter(loaded)
+    while True:
+        try:
+            value = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # a stream fails in as many ways as a network
+            raise DataError(
+                f"{source}, after row {number}: cannot be read further ({shorten(error)}); try again, or lower data.limit"
+            ) from error
+        number += 1
+        yield Place(source, name, number, folder), value
+
+
+def _names(column: str) -> tuple[str, str]:
+    """A column's own name, and the column that it lies in if it is a nested one."""
+    return column, column.partition(".")[0]
+
+
+def _roots(columns: Columns) -> set[str]:
+    return {name for column in column_names(columns) for name in _names(column)}
