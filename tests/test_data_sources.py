@@ -22,7 +22,7 @@ from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader
 from zppo.train.plan import load_data
-from zppo.train.prompt_check import unknown_tokens
+from zppo.train.questions import unknown_tokens
 from zppo.train.recipe import load_recipe
 from zppo.train.settings import ColumnSettings, DataSettings, Settings
 

@@ -5,6 +5,12 @@ class ZPPOError(Exception):
     """Base of every error that zppo raises on purpose; the command line prints it without a traceback and exits with 2."""
 
 
+def one_line(error: BaseException, most: int = 400) -> str:
+    """What a library said, in one line of at most so many characters, without the full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= most else f"{text[: most - 3]}...").rstrip(".")
+
+
 class SettingsError(ZPPOError, ValueError):
     """A recipe or an override is wrong."""
 

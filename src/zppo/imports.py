@@ -33,7 +33,7 @@ def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
     except Exception as cause:
         raise error(
             f"{what} {spec!r}: importing {place!r} failed with {type(cause).__name__}: {cause}. "
-            "Check the name and that its folder is on PYTHONPATH."
+            + ("Mend that file." if place.endswith(".py") else "Check the name and that its folder is on PYTHONPATH.")
         ) from cause
     for part in name.split("."):
         if not hasattr(target, part):

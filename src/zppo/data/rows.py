@@ -202,7 +202,7 @@ def _text(value: object, empty: bool = False) -> str:
     if not isinstance(value, str):
         raise _RowError(f"is {_a(value)}; expected text")
     if not empty and not value.strip():
-        raise _RowError("is empty")
+        raise _RowError("is empty; give it a text, or remove the row")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from zppo.data.reading import Place, Rows
 from zppo.data.rows import Columns, column_names
-from zppo.errors import DataError
+from zppo.errors import DataError, one_line
 
 _SHOWN = 20
 
@@ -44,8 +44,7 @@ def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
 
 def shorten(error: BaseException) -> str:
     """An error of a library in one line, without its example of use."""
-    text = " ".join(str(error).split()).partition(" Example of usage")[0]
-    return f"{type(error).__name__}: {text[:400]}"
+    return f"{type(error).__name__}: {one_line(error).partition(' Example of usage')[0]}"
 
 
 def _rows(loaded: Iterable[object], source: str, name: str, folder: Path) -> Rows:

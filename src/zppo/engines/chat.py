@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zppo.core.types import Message
-from zppo.errors import ModelError
+from zppo.errors import ModelError, one_line
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _CONTROL = re.compile(r"[<\[{|]\S*[>\]}|]")  # how control tokens look: <tool_call>, [INST], <|im_end|>
@@ -69,8 +69,14 @@ class Chat:
             tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
-                f"cannot load the tokenizer of {name!r}: {error}; give a folder or hub name of a checkpoint with a tokenizer"
+                f"cannot load the tokenizer of {name!r}: {one_line(error)}; name a folder of a checkpoint with a tokenizer, or a model on "
+                "the hub (the first time that needs a network)"
             ) from error
+        if not tokenizer("0 a")["input_ids"]:  # what `transformers` makes of a checkpoint that has none
+            raise ModelError(
+                f"{name!r} has no tokenizer: there is no tokenizer.json in it, or an empty one; copy the tokenizer's files of the "
+                "checkpoint into the folder"
+            )
         return cls(tokenizer, template_args, template)
 
     def render(self, messages: Sequence[Message]) -> str:

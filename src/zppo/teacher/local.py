@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from zppo.core.types import Message
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
+from zppo.engines.loading import load_network
 from zppo.engines.transformers import TransformersEngine
-from zppo.errors import TeacherError, ZPPOError
+from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 
 
@@ -90,16 +90,16 @@ class LocalTeacher:
         place = torch.device(device)
         stored: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
-            network: Any = AutoModelForCausalLM.from_pretrained(
-                model, revision=revision, dtype=stored, attn_implementation=attention, device_map=place
-            )
+            network: Any = load_network(model, revision=revision, dtype=stored, attention=attention, device_map=place)
             chat = Chat.load(str(model), template=template, revision=revision)
             engine = TransformersEngine(
                 network.requires_grad_(False).eval(), chat.eos_ids(network), chat.pad_id(network), max_rows=max_rows
             )
-        except Exception as error:  # many kinds, by what is missing or broken
+        except ModelError as error:
+            raise TeacherError(f"teacher: {error}") from error
+        except Exception as error:  # many kinds: no room on the device, no such device
             raise TeacherError(
-                f"The teacher {str(model)!r} cannot be loaded: {error}. Give the folder or hub name of a transformers "
+                f"The teacher {str(model)!r} cannot be loaded: {one_line(error)}. Give the folder or hub name of a transformers "
                 "checkpoint with its tokenizer, and a device with room for it."
             ) from error
         teacher = cls(

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from zppo.core.reformulate import Placebo, PrefixQuestion, Reformulation
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
-from zppo.data.load import drop_long
 from zppo.data.order import steps_per_epochs
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
-from zppo.errors import DataError, SettingsError
-from zppo.prompts.book import PromptBook
+from zppo.errors import SettingsError, TemplateError
+from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherSampling
 from zppo.teacher.compress import Compressor, token_tail
@@ -31,9 +30,8 @@ from zppo.train.ask import Asker
 from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
 from zppo.train.materials import MaterialMaker
 from zppo.train.models import Student, context_length, load_chat, load_student, read_template, resolve_model
-from zppo.train.plan import load_data
 from zppo.train.progress import Progress, warn
-from zppo.train.prompt_check import unknown_tokens
+from zppo.train.questions import check_vocabulary, load_short
 from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog
 from zppo.train.scoring import make_scorer
@@ -116,15 +114,13 @@ def assemble(
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
     length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
-    sources = zip((settings.data.train, settings.data.eval or ""), load_data(settings), strict=True)
-    questions, held_out = (_short(settings, source, asked, length, console) for source, asked in sources)
-    if warning := unknown_tokens(chat, questions):
-        console.print(warning, style="yellow", soft_wrap=True, highlight=False)
+    questions, held_out = load_short(settings, chat, length, console)
     scorer = make_scorer(
         settings, score, [*questions, *held_out], chat, teachers, lambda own: _load_frozen(settings, own, accelerator)
     )
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None)
     model, say = student.model, partial(warn, console)
+    check_vocabulary(model, speaker, questions)
     _check_context(settings, model, questions, held_out, length)
     asker = _make_asker(settings, teachers, speaker, scorer)
     sampling = settings.rollout.sampling()
@@ -245,40 +241,19 @@ def _checkpointer(
     return save
 
 
-def _short(
-    settings: Settings,
-    source: str,
-    questions: Sequence[Question],
-    length: Callable[[Question], int],
-    console: Console,
-) -> list[Question]:
-    """Questions whose plain prompt is short enough; how many were dropped is said."""
-    for question in questions:
-        if question.images:
-            raise DataError(
-                f"{source}: question {question.id!r} has images, and training on images is not built yet: leave the column out, "
-                "or name one that does not exist in data.columns.images"
-            )
-    most = settings.data.max_prompt_tokens
-    kept, dropped = drop_long(questions, length, most)
-    if questions and not kept:
-        shortest = min(map(length, questions))
-        raise DataError(
-            f"{source}: all {dropped} prompts have more than {most} tokens, the shortest {shortest}: raise data.max_prompt_tokens"
-        )
-    if dropped:
-        console.print(
-            f"{source}: {dropped} of {len(questions)} questions dropped, their prompts have more than {most} tokens"
-        )
-    return kept
-
-
 def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
     shows_nothing = (Placebo, PrefixQuestion)  # the plain question needs no template
     for r in reformulations:
         if r.kind not in book.names() and not isinstance(r, shows_nothing):
             raise SettingsError(
                 f"the method asks again with {r.kind!r}, which has no template: add prompts.{r.kind} to the recipe"
+            )
+    known = [*VARIABLES, *(r.kind for r in reformulations)]
+    for name in book.names():
+        if name not in known:
+            raise TemplateError(
+                f"prompts.{name}: no prompt of this run is called {name!r}, so the template would never be shown (known: "
+                f"{', '.join(dict.fromkeys(known))}); mend the name, or leave it out"
             )
 
 

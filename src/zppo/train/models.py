@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from zppo.engines.chat import Chat
+from zppo.engines.loading import load_network
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.train import checkpoint
 from zppo.train.lora import ADAPTER_CONFIG, Adapters, add_adapters
@@ -54,16 +55,9 @@ def load_model(
     """A causal language model in evaluation mode (no dropout anywhere in a run: old and new log-probs must be comparable).
 
     Raises:
-        ModelError: `transformers` cannot load it; the message names the model and says why.
+        ModelError: it cannot be loaded whole; the message names the model and says why.
     """
-    extra = {"attn_implementation": attention} if attention else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, revision=revision, **extra)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"model {str(folder)!r} cannot be loaded: {error}. Name a folder that `save_pretrained` wrote, or a model on the hub that "
-            "AutoModelForCausalLM loads"
-        ) from error
+    model = load_network(folder, dtype=dtype, revision=revision, attention=attention)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             f"model {str(folder)!r} holds adapters only, and the weights below them were loaded with it: merge them first (`final/` of a "

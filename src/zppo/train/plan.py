@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,9 @@ def check_files(settings: Settings) -> None:
     models += [*(("teacher", teacher) for teacher in teachers), *(("judge", judge) for judge in judges)]
     for name, model in models:
         if model.template is not None and not model.template.is_file():
-            raise TemplateError(f"{name}.template: there is no file {model.template}")
+            raise TemplateError(
+                f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out"
+            )
         if Path(model.model).is_absolute() and not (Path(model.model) / "config.json").is_file():
             raise ModelError(
                 f"{name}.model: {model.model} is no transformers checkpoint (no config.json in it); "
@@ -127,11 +130,18 @@ def check_output(run: Path) -> None:
     """Whether a run may be written to this folder.
 
     Raises:
-        SettingsError: it holds a run already, or something else.
+        SettingsError: it holds a run already, or something else; it is a file, or below one; it cannot be written.
     """
     if (run / RECIPE).exists():
         raise SettingsError(
             f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=..."
+        )
+    above = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
+    if not above.is_dir():
+        raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise SettingsError(
+            f"{run} cannot be written: {above} is read-only for you; choose another one with --output=..."
         )
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
@@ -316,7 +326,9 @@ def _check_reward(name: str) -> None:
         )
     if module.endswith(".py"):
         if not Path(module).is_file():
-            raise RewardError(f"grading.reward: there is no file {module}")
+            raise RewardError(
+                f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function"
+            )
     elif importlib.util.find_spec(module.partition(".")[0]) is None:
         raise RewardError(
             f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function"

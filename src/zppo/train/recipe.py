@@ -86,9 +86,15 @@ def _read(path: Path) -> dict[str, Any]:
             f"there is no recipe {path} (working directory {Path.cwd()}); recipes/my-data.yaml of the project is one to copy"
         ) from error
     except OSError as error:
-        raise SettingsError(f"the recipe {path} cannot be read ({error.strerror})") from error
+        raise SettingsError(
+            f"the recipe {path} cannot be read ({error.strerror}); check that it is a file that you may read"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(
+            f"the recipe {path} is not UTF-8 (byte {error.start + 1} is 0x{error.object[error.start]:02x}); save it as UTF-8"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"the recipe {path} is no YAML: {_reason(error)}") from error
+        raise SettingsError(f"the recipe {path} is no YAML: {_reason(error)}; mend it there") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         what = "is empty" if data is None else f"holds {type(data).__name__} {show(data)!r}"
         raise SettingsError(f"the recipe {path} {what}; it must hold keys and values, such as `seed: 0`")

@@ -51,7 +51,7 @@ class MethodSettings(Section):
                     f"{kind!r} is no reformulation; known: {', '.join(sorted(known))}, or package.module:Class of your own"
                 )
         if problem := self.resolve().problem():
-            raise ValueError(f"method {self.name!r} with these overrides cannot train: {problem}")
+            raise ValueError(f"method {self.name!r} with these overrides cannot train: {problem}; `zppo methods` lists what can")
         return self
 
     def resolve(self) -> Method:
@@ -131,7 +131,11 @@ class JudgeUse(TeacherUse):
 class FrozenModelSettings(ModelSettings):
     """A model that is never trained."""
 
-    device: str = Field("auto", description="auto: the training device; else a torch device such as cuda:1 or cpu")
+    device: str = Field(
+        "auto",
+        pattern="^(auto|cpu|mps|(cuda|xpu|npu|hpu|mlu|musa)(:[0-9]+)?)$",
+        description="auto: the training device; else a torch device such as cuda:1 or cpu",
+    )
 
     def how(self, use: TeacherUse) -> TeacherSampling:
         """Sampling and template arguments of one use."""

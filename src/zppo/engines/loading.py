@@ -1,0 +1,68 @@
+"""Causal language models from a folder or the hub: whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from zppo.errors import ModelError, one_line
+
+_MEND = (
+    "name a folder that `save_pretrained` wrote, or a model on the hub that AutoModelForCausalLM loads (the first time "
+    "that needs a network)"
+)
+_SHOWN = 3
+
+
+def load_network(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    revision: str | None = None,
+    attention: str | None = None,
+    **more: Any,
+) -> PreTrainedModel:
+    """A model with every weight from its checkpoint; `more` goes to `from_pretrained`.
+
+    `transformers` fills weights that a checkpoint lacks with random numbers and goes on with a warning; here that is an error (ours).
+
+    Raises:
+        ModelError: it cannot be loaded, or weights are missing or of another size than its configuration says.
+    """
+    if attention:
+        more["attn_implementation"] = attention
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **more
+        )
+    except SafetensorError as error:
+        raise ModelError(
+            f"model {str(name)!r}: its weights cannot be read ({one_line(error)}): the file is damaged or was not copied whole; "
+            "copy or download it again"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"model {str(name)!r} cannot be loaded: {one_line(error)}; {_MEND}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"model {str(name)!r}: {len(missing)} of its weights are not in the checkpoint ({_some(missing)}) and would be random; "
+            "copy or download it again, or name a checkpoint of that architecture"
+        )
+    if odd := sorted(
+        f"{key}: {list(found)} instead of {list(wanted)}" for key, found, wanted in report["mismatched_keys"]
+    ):
+        raise ModelError(
+            f"model {str(name)!r}: {len(odd)} of its weights have other sizes than config.json says ({_some(odd)}); "
+            "the two do not belong together: copy both from one place"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{'; '.join(list(names)[:_SHOWN])}{more}"

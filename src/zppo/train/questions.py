@@ -1,0 +1,96 @@
+"""The questions of a run, and whether the student can read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from zppo.core.types import Question
+from zppo.data.load import drop_long
+from zppo.engines.chat import Chat
+from zppo.errors import DataError, ModelError
+from zppo.train.plan import load_data
+from zppo.train.rollouts import Speaker
+from zppo.train.settings import Settings
+
+SAMPLE = 200
+MOST_UNKNOWN = 0.05
+
+
+def load_short(
+    settings: Settings, chat: Chat, length: Callable[[Question], int], console: Console
+) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What was dropped is said, and a
+    tokenizer that does not know their words.
+
+    Raises:
+        DataError: see `data.load.load_questions`; no question is short enough; one has images.
+    """
+    sources = zip((settings.data.train, settings.data.eval or ""), load_data(settings), strict=True)
+    train, held_out = (
+        _short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources
+    )
+    if warning := unknown_tokens(chat, train):
+        console.print(warning, style="yellow", soft_wrap=True, highlight=False)
+    return train, held_out
+
+
+def _short(
+    source: str, questions: Sequence[Question], most: int, length: Callable[[Question], int], console: Console
+) -> list[Question]:
+    for question in questions:
+        if question.images:
+            raise DataError(
+                f"{source}: question {question.id!r} has images, and training on images is not built yet: leave the column out, "
+                "or name one that does not exist in data.columns.images"
+            )
+    kept, dropped = drop_long(questions, length, most)
+    if questions and not kept:
+        shortest = min(map(length, questions))
+        raise DataError(
+            f"{source}: all {dropped} prompts have more than {most} tokens, the shortest {shortest}: raise data.max_prompt_tokens"
+        )
+    if dropped:
+        console.print(
+            f"{source}: {dropped} of {len(questions)} questions dropped, their prompts have more than {most} tokens"
+        )
+    return kept
+
+
+def check_vocabulary(model: PreTrainedModel, speaker: Speaker, questions: Sequence[Question]) -> None:
+    """Whether the model has a row for every token of the first 200 plain prompts. ModelError where it has not.
+
+    A tokenizer may know more tokens than its model, as long as none of them is used.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    largest = max((max(speaker.plain(question).ids) for question in questions[:SAMPLE]), default=0)
+    if largest >= rows:
+        raise ModelError(
+            f"student.model: the prompts hold the token {speaker.chat.show([largest])!r} with the id {largest}, and the model knows "
+            f"the ids 0 to {rows - 1}: tokenizer and model do not belong together; take both from one checkpoint"
+        )
+
+
+def unknown_tokens(chat: Chat, questions: Sequence[Question]) -> str:
+    """A warning where more than 5% of the tokens of the first 200 questions are the unknown token (ours); "" where they are not.
+
+    Such a tokenizer maps different questions to one prompt without a word; most have no unknown token at all.
+    """
+    unknown = chat.tokenizer.unk_token_id
+    if unknown is None:
+        return ""
+    texts = ["\n\n".join(message.content for message in question.messages) for question in questions[:SAMPLE]]
+    rows = chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    count, total = sum(row.count(unknown) for row in rows), sum(map(len, rows))
+    if count <= MOST_UNKNOWN * total:
+        return ""
+    first = next(question.id for question, row in zip(questions, rows, strict=False) if unknown in row)
+    return (
+        f"warning: {count / total:.0%} of the tokens of the questions are {chat.tokenizer.unk_token!r}, which stands for any text that the "
+        f"student's tokenizer does not know (question {first!r}, for one): different questions become the same prompt. "
+        "Choose a student whose tokenizer knows your words"
+    )

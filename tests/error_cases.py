@@ -1,0 +1,570 @@
+"""What can be wrong, one function per row of docs/errors.md: each breaks a good recipe in one way (see tests/test_errors.py).
+
+To add a row: a function with `@case("what is wrong")`, the same words in the table of docs/errors.md, and what is said beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass
+class World:
+    """A folder with a recipe that trains: change it, then say what to run.
+
+    Attributes:
+        folder: where everything lies; `student` in it is a tiny checkpoint, `train.jsonl` the questions.
+        recipe: the recipe's data, written to `recipe.yaml` when the command is run.
+        more: further arguments of `zppo train recipe.yaml`.
+        output: the run folder.
+        command: other arguments than those of `zppo train`.
+    """
+
+    folder: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+    more: list[str] = field(default_factory=list)
+    command: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.recipe = {
+            "method": "grpo",
+            "output": str(self.output),
+            "student": {"model": "./student"},
+            "data": {"train": "train.jsonl"},
+            "rollout": {"batch_size": 2, "group_size": 2, "max_new_tokens": 4},
+            "train": {"steps": 1, "device": "cpu"},
+        }
+        self.questions(*({"prompt": f"{i} plus 1?", "answer": i + 1} for i in range(4)))
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def student(self) -> Path:
+        return self.folder / "student"
+
+    def write(self, name: str, text: str | bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    def questions(self, *rows: Any) -> None:
+        self.write("train.jsonl", "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+
+    def set(self, key: str, value: Any) -> None:
+        """A setting of the recipe by its dotted name."""
+        section = self.recipe
+        *above, last = key.split(".")
+        for part in above:
+            section = section.setdefault(part, {})
+        section[last] = value
+
+    def config(self, **changes: Any) -> None:
+        """Fields of the student's config.json; None removes one."""
+        path = self.student / "config.json"
+        data = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+    def with_teacher(self) -> None:
+        self.set("method", "zppo")
+        self.set("teacher.model", "./student")
+
+    def arguments(self) -> list[str]:
+        if self.command is not None:
+            return self.command
+        path = self.folder / "recipe.yaml"
+        if not path.exists():
+            path.write_text(yaml.safe_dump(self.recipe))
+        return ["train", str(path), *self.more]
+
+
+Break = Callable[[World], None]
+CASES: dict[str, Break] = {}
+
+
+def case(wrong: str) -> Callable[[Break], Break]:
+    """Registers what breaks the world in the way of that row."""
+
+    def register(function: Break) -> Break:
+        assert wrong not in CASES, wrong
+        CASES[wrong] = function
+        return function
+
+    return register
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+@case("the recipe does not exist")
+def _(w: World) -> None:
+    w.command = ["train", str(w.folder / "none.yaml")]
+
+
+@case("the recipe is a folder")
+def _(w: World) -> None:
+    w.command = ["train", str(w.folder)]
+
+
+@case("the recipe is no YAML")
+def _(w: World) -> None:
+    w.write("recipe.yaml", "data: {train: train.jsonl\nstudent: [\n")
+
+
+@case("the recipe is not UTF-8")
+def _(w: World) -> None:
+    w.write("recipe.yaml", b"seed: 0 # caf\xe9\n")
+
+
+@case("the recipe is no mapping")
+def _(w: World) -> None:
+    w.write("recipe.yaml", "- student\n- data\n")
+
+
+@case("an unknown key")
+def _(w: World) -> None:
+    w.set("train.lr", 1e-6)
+
+
+@case("a required setting is missing")
+def _(w: World) -> None:
+    del w.recipe["student"]
+
+
+@case("a value of the wrong type")
+def _(w: World) -> None:
+    w.set("train.steps", "many")
+
+
+@case("a value out of range")
+def _(w: World) -> None:
+    w.set("rollout.group_size", 1)
+
+
+@case("true where a number is expected")
+def _(w: World) -> None:
+    w.set("train.steps", True)
+
+
+@case("an override without a value")
+def _(w: World) -> None:
+    w.more = ["--train.steps"]
+
+
+@case("an override below a value that is no section")
+def _(w: World) -> None:
+    w.more = ["--seed.first=1"]
+
+
+@case("an unknown method")
+def _(w: World) -> None:
+    w.set("method", "zpo")
+
+
+@case("an impossible combination of a method and its overrides")
+def _(w: World) -> None:
+    w.set("method", {"name": "grpo", "control": "scrambled"})
+
+
+@case("a method that needs a teacher has none")
+def _(w: World) -> None:
+    w.set("method", "zppo")
+
+
+@case("a reformulation of one's own cannot be imported")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.write("mine.py", "import no_such_package\n")
+    w.set("method", {"name": "zppo", "reformulations": ["mine.py:Warning"]})
+
+
+@case("a reformulation of one's own has no template")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.write(
+        "mine.py",
+        "class Mine:\n    kind = 'mine'\n    needs = frozenset()\n    def draft(self, material, rng): return None\n",
+    )
+    w.set("method", {"name": "zppo", "reformulations": ["mine.py:Mine"]})
+
+
+@case("a reward function's file does not exist")
+def _(w: World) -> None:
+    w.set("grading.reward", "none.py:score")
+
+
+@case("a reward function cannot be imported")
+def _(w: World) -> None:
+    w.write("reward.py", "raise RuntimeError('not ready')\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function's file lacks the function")
+def _(w: World) -> None:
+    w.write("reward.py", "def other(completion, question): return True\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@case("the data file does not exist")
+def _(w: World) -> None:
+    w.set("data.train", "none.jsonl")
+
+
+@case("a file of a kind that is not read")
+def _(w: World) -> None:
+    w.write("train.txt", "1+1?")
+    w.set("data.train", "train.txt")
+
+
+@case("a line that is no JSON")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1}, '{"prompt": "b", "answer": }')
+
+
+@case("a file that is not UTF-8")
+def _(w: World) -> None:
+    w.write("train.jsonl", b'{"prompt": "caf\xe9", "answer": 1}\n')
+
+
+@case("a column is missing")
+def _(w: World) -> None:
+    w.questions({"question": "a", "solution": 1})
+
+
+@case("the answer's column is missing")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "solution": 1})
+
+
+@case("a file without rows")
+def _(w: World) -> None:
+    w.questions()
+
+
+@case("an empty prompt")
+def _(w: World) -> None:
+    w.questions({"prompt": " ", "answer": 1})
+
+
+@case("an id that stands twice")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "id": "x"}, {"prompt": "b", "answer": 2, "id": "x"})
+
+
+@case("an answer of the wrong type")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": True})
+
+
+@case("several answers")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": ["1", "2"]})
+
+
+@case("no answer after the mark")
+def _(w: World) -> None:
+    w.set("data.answer_after", "####")
+
+
+@case("a last turn that is not the user's")
+def _(w: World) -> None:
+    w.questions({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": 1})
+
+
+@case("every prompt is too long")
+def _(w: World) -> None:
+    w.set("data.max_prompt_tokens", 5)
+
+
+@case("images, which cannot be trained on yet")
+def _(w: World) -> None:
+    w.write("a.png", b"pixels")
+    w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})
+
+
+@case("a CSV row with too many cells")
+def _(w: World) -> None:
+    w.write("train.csv", "prompt,answer\n1, 2 or 3?,2\n")
+    w.set("data.train", "train.csv")
+
+
+@case("a file that is no parquet")
+def _(w: World) -> None:
+    w.write("train.parquet", "prompt,answer")
+    w.set("data.train", "train.parquet")
+
+
+@case("a folder without data files")
+def _(w: World) -> None:
+    (w.folder / "empty").mkdir()
+    w.set("data.train", "empty")
+
+
+@case("a folder without the split")
+def _(w: World) -> None:
+    (w.folder / "data").mkdir()
+    shutil.copy(w.folder / "train.jsonl", w.folder / "data" / "train.jsonl")
+    w.set("data.train", "data")
+    w.set("data.eval", "data")
+
+
+@case("a hub set without a network")
+def _(w: World) -> None:
+    w.set("data.train", "hub:owner/name")
+
+
+@case("a hub set by a name that cannot be")
+def _(w: World) -> None:
+    w.set("data.train", "hub:owner/name/more")
+
+
+@case("streaming without a limit")
+def _(w: World) -> None:
+    w.set("data.train", "hub:owner/name")
+    w.set("data.streaming", True)
+
+
+@case("an unknown kind of source")
+def _(w: World) -> None:
+    w.set("data.train", "hab:owner/name")
+
+
+@case("a generated task that cannot be graded")
+def _(w: World) -> None:
+    w.set("data.train", "reasoning_gym:countdown")
+
+
+@case("generated questions that overlap")
+def _(w: World) -> None:
+    w.set("data.train", "reasoning_gym:aiw?size=10")
+    w.set("data.eval", "reasoning_gym:aiw?size=5&seed=9")
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@case("a folder that does not exist or holds no checkpoint")
+def _(w: World) -> None:
+    w.set("student.model", "./none")
+
+
+@case("a hub model without a network")
+def _(w: World) -> None:
+    w.set("student.model", "owner/name")
+
+
+@case("an unknown bundled model")
+def _(w: World) -> None:
+    w.set("student.model", "lab:nowhere/student")
+
+
+@case("config.json is no JSON")
+def _(w: World) -> None:
+    (w.student / "config.json").write_text('{"model_type": ')
+
+
+@case("config.json names no architecture")
+def _(w: World) -> None:
+    w.config(model_type=None, architectures=None)
+
+
+@case("an unknown architecture")
+def _(w: World) -> None:
+    w.config(model_type="qwen99", architectures=["Qwen99ForCausalLM"])
+
+
+@case("an architecture that does not write text")
+def _(w: World) -> None:
+    w.config(model_type="vit", architectures=["ViTModel"])
+
+
+@case("no weights")
+def _(w: World) -> None:
+    (w.student / "model.safetensors").unlink()
+
+
+@case("weights that are cut off")
+def _(w: World) -> None:
+    path = w.student / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@case("weights that are no safetensors")
+def _(w: World) -> None:
+    (w.student / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+
+
+@case("weights of other sizes than config.json says")
+def _(w: World) -> None:
+    w.config(hidden_size=48)
+
+
+@case("weights that lack a tensor")
+def _(w: World) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = w.student / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+
+
+@case("no tokenizer")
+def _(w: World) -> None:
+    for path in w.student.glob("*token*"):
+        path.unlink()
+
+
+@case("tokenizer.json is broken")
+def _(w: World) -> None:
+    (w.student / "tokenizer.json").write_text("{")
+
+
+@case("a tokenizer with more tokens than the model")
+def _(w: World) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = w.student / "model.safetensors"
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    save_file(
+        {k: (v[:300].contiguous() if k in names else v) for k, v in load_file(path).items()}, path, {"format": "pt"}
+    )
+    w.config(vocab_size=300)
+
+
+@case("no end token")
+def _(w: World) -> None:
+    w.config(eos_token_id=None)
+    (w.student / "generation_config.json").unlink()
+    path = w.student / "tokenizer_config.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in data.items() if key != "eos_token"}))
+
+
+@case("a teacher whose weights are cut off")
+def _(w: World) -> None:
+    w.with_teacher()
+    shutil.copytree(w.student, w.folder / "teacher")
+    path = w.folder / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    w.set("teacher.model", "./teacher")
+
+
+@case("a context that is too small")
+def _(w: World) -> None:
+    w.config(max_position_embeddings=64)
+    w.set("rollout.max_new_tokens", 60)
+
+
+@case("a device that does not exist")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.set("teacher.device", "gpu:0")
+
+
+@case("an attention implementation that does not exist")
+def _(w: World) -> None:
+    w.set("student.attention", "flush")
+
+
+# --- templates ------------------------------------------------------------------------------------------------------
+
+
+@case("a chat template's file does not exist")
+def _(w: World) -> None:
+    w.set("student.template", "none.jinja")
+
+
+@case("a chat template with a syntax error")
+def _(w: World) -> None:
+    w.write("chat.jinja", "{% for message in messages %}{{ message.content }}")
+    w.set("student.template", "chat.jinja")
+
+
+@case("a chat template that refuses a system turn")
+def _(w: World) -> None:
+    w.write(
+        "chat.jinja",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}",
+    )
+    w.set("student.template", "chat.jinja")
+    w.questions({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": 1})
+
+
+@case("a prompt template under a name that nothing uses")
+def _(w: World) -> None:
+    w.write("mine.jinja", "words")
+    w.set("prompts.bqc", "mine.jinja")
+
+
+@case("a prompt template's file does not exist")
+def _(w: World) -> None:
+    w.set("prompts.closing", "none.jinja")
+
+
+@case("a prompt template with a syntax error")
+def _(w: World) -> None:
+    w.write("closing.jinja", "Think.\n{% if %}\n")
+    w.set("prompts.closing", "closing.jinja")
+
+
+@case("a prompt template with a variable that it is not given")
+def _(w: World) -> None:
+    w.write("bcq.jinja", "{{ candidates }}\n{{ solution }}\n")
+    w.set("prompts.bcq", "bcq.jinja")
+
+
+# --- folders of runs ------------------------------------------------------------------------------------------------
+
+
+@case("the output folder holds a run")
+def _(w: World) -> None:
+    w.output.mkdir()
+    (w.output / "recipe.yaml").write_text("seed: 0\n")
+
+
+@case("the output folder is not empty")
+def _(w: World) -> None:
+    w.output.mkdir()
+    (w.output / "notes.txt").write_text("mine")
+
+
+@case("the output folder is a file")
+def _(w: World) -> None:
+    w.output.write_text("mine")
+
+
+@case("the output folder lies below a file")
+def _(w: World) -> None:
+    w.write("file", "mine")
+    w.set("output", str(w.folder / "file" / "run"))
+
+
+@case("the output folder cannot be written")
+def _(w: World) -> None:
+    (w.folder / "locked").mkdir(mode=0o555)
+    w.set("output", str(w.folder / "locked" / "run"))
+
+
+@case("nothing to resume")
+def _(w: World) -> None:
+    w.command = ["resume", str(w.output)]
+
+
+@case("a run whose recipe is damaged")
+def _(w: World) -> None:
+    w.output.mkdir()
+    (w.output / "recipe.yaml").write_text("student: {model\n")
+    w.command = ["resume", str(w.output)]
