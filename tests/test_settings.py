@@ -233,7 +233,7 @@ def test_missing_recipes(tmp_path: Path) -> None:
     assert "is a folder" in message(tmp_path)
     broken = tmp_path / "latin.yaml"
     broken.write_bytes(b"seed: \xff\n")
-    assert "is no YAML" in message(broken)
+    assert "is not UTF-8 (byte 7 is 0xff); save it as UTF-8" in message(broken)
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
