@@ -278,6 +278,16 @@ def _(w: World) -> None:
     w.set("data.answer_after", "####")
 
 
+@case("a grading that does not exist")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "grading": "llm"})
+
+
+@case("questions that want a judge, and nobody who could")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "grading": "judge"})
+
+
 @case("a last turn that is not the user's")
 def _(w: World) -> None:
     w.questions({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": 1})

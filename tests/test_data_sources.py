@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import datasets.load
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
 from conftest import make_tokenizer
+from error_cases import World
+from zppo import cli
 from zppo.core.types import Message, Question
 from zppo.data import gym
 from zppo.data.gym_tasks import REFUSED, TASKS
@@ -500,3 +504,36 @@ def test_unknown_tokens_are_said(text: str, warned: bool) -> None:
     if warned:
         assert "'<unk>'" in warning and "question 'q'" in warning and "Choose a student" in warning
     assert unknown_tokens(Chat(make_tokenizer()), questions) == unknown_tokens(chat, []) == ""
+
+
+# --- a run on each of them ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["train.csv", "folder", "saved", "hub:owner/name", "reasoning_gym:aiw?size=3"])
+def test_a_run_on_each_kind_of_source(
+    tmp_path: Path, tiny_qwen3_dir: Path, hub: list[dict[str, Any]], source: str
+) -> None:
+    shutil.copytree(tiny_qwen3_dir, tmp_path / "student")
+    world = World(tmp_path)
+    (tmp_path / "train.csv").write_text("prompt,answer\n0?,0\n1?,1\n2?,2\n", encoding="utf-8")
+    lines(tmp_path / "folder" / "train.jsonl")
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    world.set("data.train", source)
+    if source.startswith("hub:"):
+        world.set(
+            "data",
+            {
+                "train": source,
+                "config": "main",
+                "answer_after": "####",
+                "columns": {"prompt": "question", "id": "n.id"},
+            },
+        )
+    world.set("rollout.batch_size", 3)
+    assert cli.main(world.arguments()) == 0
+    rows = pq.read_table(world.output / "rollouts" / "step-000001.parquet").to_pylist()
+    expected = load_data(load_recipe(world.output / "recipe.yaml"))[0]
+    assert {(row["question_id"], row["question"], row["gold"]) for row in rows} == {
+        (q.id, q.messages[-1].content, q.gold) for q in expected
+    }
+    assert len(expected) == 3

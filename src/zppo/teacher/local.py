@@ -96,7 +96,7 @@ class LocalTeacher:
                 network.requires_grad_(False).eval(), chat.eos_ids(network), chat.pad_id(network), max_rows=max_rows
             )
         except ModelError as error:
-            raise TeacherError(f"teacher: {error}") from error
+            raise TeacherError(str(error)) from error
         except Exception as error:  # many kinds: no room on the device, no such device
             raise TeacherError(
                 f"The teacher {str(model)!r} cannot be loaded: {one_line(error)}. Give the folder or hub name of a transformers "
