@@ -72,6 +72,10 @@ def test_median_is_below_a_millisecond() -> None:
         ("0", "__import__('os').getpid()*0"),
         ("4", "2+2 # four"),
         ("4", "(lambda: 4)()"),
+        ("0xe956", "0xe957"),
+        ("16", "0xe957"),
+        ("BDAC", "ABDC"),
+        ("BDAC", "A, B, C, D"),
     ],
 )
 def test_traps(grader: Grader, gold: str, answer: str) -> None:

@@ -35,6 +35,7 @@ _PATTERNS = {
         "mixed": r"(?P<sign>[-+]?) ?(?P<whole>\d+)(?:\\frac\{(?P<a>\d+)\}\{(?P<b>\d+)\}| (?P<c>\d+)/(?P<d>\d+))",
         "product": rf"(?P<a>{_SIGNED}) ?(?:\\times|\\cdot|\*) ?(?P<b>{_SIGNED})",
         "repeating": r"(?P<sign>[-+]?)(?P<whole>\d*)\.(?P<once>\d*)\\(?:overline|dot|bar)\{(?P<again>\d+)\}",
+        "hexadecimal": r"(?P<sign>[-+]?)0[xX](?P<hex>[0-9a-fA-F]+)",
         "scaled": rf"(?P<a>{_SIGNED}) ?(?P<scale>{'|'.join(sorted(_SCALES, key=len, reverse=True))})",
     }.items()
 }
@@ -85,6 +86,8 @@ def _value(name: str, match: re.Match[str]) -> Fraction | None:
     if name == "mixed":
         broken = _quotient(_fraction(part["a"] or part["c"]), _fraction(part["b"] or part["d"]))
         return None if broken is None else sign * (int(part["whole"]) + broken)
+    if name == "hexadecimal":  # algebra would read a product with the factor 0
+        return Fraction(sign * int(part["hex"], 16))
     if name == "repeating":
         return sign * _repeating(part["whole"], part["once"], part["again"])
     first = _fraction(part["a"])
@@ -103,7 +106,7 @@ def parse_number(cleaned: str) -> Number | None:
     """The number that a cleaned answer without unit is; None if it is not one of the plain spellings.
 
     Plain spellings: integers, decimals, fractions, mixed numbers, scientific notation, a product of two numbers, repeating
-    decimals, "2.5 million", the words zero to twenty.
+    decimals, hexadecimal with 0x, "2.5 million", the words zero to twenty.
     """
     if len(cleaned) > _MAX_DIGITS:
         return None

@@ -277,6 +277,8 @@ def _compare_choices(gold: str, answer: str, algebra: Algebra) -> bool | None:
     """Answers one of which is a choice letter with or without its text, or several letters."""
     (gold_letters, gold_text), (letters, text) = choice(gold), choice(answer)
     if gold_letters and letters:
+        if len(gold) > 1 and gold.isalpha() and list(gold) != sorted(gold):
+            return [c for c in answer if c in gold_letters] == list(gold)  # BDAC is an order; AC is a choice of two
         return gold_letters == letters
     if gold_letters:
         return bool(gold_text) and compare_cleaned(gold_text, answer, algebra)
