@@ -20,7 +20,7 @@ BELOW_DATA = BELOW_TEACHER | {"teacher"}
 BELOW_TRAIN = BELOW_DATA | {"data"}
 BELOW_EVALUATE = BELOW_TRAIN | {"train"}
 BELOW_LAB = BELOW_EVALUATE | {"evaluate", "report"}
-BELOW_ROOF = BELOW_LAB | {"lab"}
+BELOW_ROOF = BELOW_LAB | {"lab", "serve"}
 MAY_IMPORT = {
     "errors": set(),
     "imports": {"errors"},
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "prompts": BELOW_PROMPTS,
     "grading": BELOW_PROMPTS,
     "engines": BELOW_PROMPTS,
+    "serve": BELOW_PROMPTS | {"engines"},
     "teacher": BELOW_TEACHER,
     "data": BELOW_DATA,
     "train": BELOW_TRAIN,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from zppo import __version__
 from zppo.errors import SettingsError, ZPPOError
 from zppo.report.arguments import add_commands
+from zppo.serve.arguments import add_serve
 
 if TYPE_CHECKING:
     from zppo.core.types import Question
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
     add_commands(commands, _model_folder)
+    add_serve(commands, _model_folder)
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
     return parser
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from zppo.core.types import Message
-from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.base import Completion, Engine, SampleRequest
 from zppo.engines.chat import Chat
+from zppo.engines.halves import sample_in_halves
 from zppo.engines.loading import load_network
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
@@ -123,7 +124,8 @@ class LocalTeacher:
         """
         chat = self._chat(how.template_args)
         encoded = [self._encode(chat, request) for request in requests]
-        outcomes = iter(self._sample([sample for sample in encoded if not isinstance(sample, str)], how.sampling))
+        samples = [sample for sample in encoded if not isinstance(sample, str)]
+        outcomes = iter(sample_in_halves(self._engine, samples, how.sampling))
         replies = []
         for request, sample in zip(requests, encoded, strict=True):
             if isinstance(sample, str):
@@ -149,19 +151,6 @@ class LocalTeacher:
         if self.context is not None and len(ids) >= self.context:
             return f"the prompt has {len(ids)} tokens, and the teacher's context holds {self.context}"
         return SampleRequest(ids, request.keys)
-
-    def _sample(self, samples: list[SampleRequest], sampling: Sampling) -> list[list[Completion] | str]:
-        """Completions per request, or the reason why there are none."""
-        if not samples:
-            return []
-        try:
-            return list(self._engine.sample(samples, sampling))
-        except Exception as error:  # out of memory, a device fault, a model's own error: the step must go on
-            if len(samples) == 1:
-                return [f"{type(error).__name__}: {error}"]
-        # Outside of the handler, where the failed attempt's tensors are released.
-        half = len(samples) // 2
-        return self._sample(samples[:half], sampling) + self._sample(samples[half:], sampling)
 
 
 def _failed(request: TeacherRequest, error: str, prompt_tokens: int = 0) -> TeacherReply:

@@ -1,0 +1,1 @@
+"""`zppo serve MODEL`: an OpenAI-compatible chat-completions server over the transformers engine."""

@@ -1,0 +1,214 @@
+"""The HTTP side: routes, keys, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from dataclasses import dataclass
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from zppo.core.draws import draw_key
+from zppo.engines.base import Completion, SampleRequest
+from zppo.errors import ModelError
+from zppo.serve.answer import answer
+from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
+from zppo.serve.body import Body, read_body
+from zppo.serve.failure import RequestError, answer_error
+from zppo.serve.words import Words
+
+_NO_CONTEXT = 4096  # new tokens where neither request nor model sets a limit
+_OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the routes work with.
+
+    Attributes:
+        model: name that the model is served under.
+        context: tokens of prompt and completion together; None for no limit.
+        key: what a client must send; None lets everybody in who reaches the server.
+        loopback: without a key, only requests that are addressed to this machine by a name of its own are answered: a page of another site
+            could point a name of its own at this address.
+        max_body: bytes of a request.
+    """
+
+    model: str
+    words: Words
+    batcher: Batcher
+    context: int | None
+    key: str | None = None
+    loopback: bool = True
+    max_body: int = 8 << 20
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        self._admit(request)
+        body = read_body(await self._read(request))
+        if body.model != self.model:
+            raise RequestError(
+                404,
+                f"there is no model {body.model!r} here; this server has {self.model!r}",
+                "model_not_found",
+                param="model",
+            )
+        prompt = await anyio.to_thread.run_sync(self._encode, body)
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        keys = tuple(draw_key(seed, "serve", i) for i in range(body.n))
+        sampling = body.sampling(self.context or _NO_CONTEXT)
+        try:
+            job = self.batcher.submit(SampleRequest(prompt, keys), sampling)
+            completions = await _completed(self.batcher, job, request)
+        except QueueFullError as error:
+            raise RequestError(
+                429,
+                f"{error.waiting} requests wait already; try again in {error.retry_after} s, or with fewer at a time",
+                "queue_full",
+                headers={"Retry-After": str(error.retry_after)},
+            ) from None
+        except StoppedError as error:
+            raise RequestError(503, f"{error}; try again later", "stopping", headers={"Retry-After": "5"}) from None
+        except DecodingError as error:
+            raise RequestError(
+                500, f"this request could not be decoded: {str(error)[:500]}", "decoding_failed"
+            ) from None
+        if completions is None:
+            return Response(status_code=499)  # the client is gone; nobody reads this
+
+        def written() -> JSONResponse:
+            return JSONResponse(
+                answer(self.words, self.model, len(prompt), completions, stop=body.stop, logprobs=body.logprobs)
+            )
+
+        return await anyio.to_thread.run_sync(written)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        self._admit(request)
+        entry = {
+            "id": self.model,
+            "object": "model",
+            "created": _STARTED,
+            "owned_by": "zppo",
+            "max_model_len": self.context,
+        }
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def health(self, _: Request) -> Response:
+        """GET /health, for everybody: how many requests wait and are decoded."""
+        waiting, decoding = self.batcher.load
+        return JSONResponse({"status": "ok", "waiting": waiting, "decoding": decoding})
+
+    def _admit(self, request: Request) -> None:
+        """Raises a `RequestError` unless the request may be answered."""
+        if self.key is not None:
+            scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+            # Digests have one length, so the comparison takes one time.
+            same = hmac.compare_digest(*(hashlib.sha256(key.encode()).digest() for key in (sent.strip(), self.key)))
+            if scheme.lower() != "bearer" or not same:
+                raise RequestError(
+                    401,
+                    "the key is missing or wrong; send the server's key as `Authorization: Bearer KEY`",
+                    "invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        elif self.loopback and _host(request) not in _OWN_NAMES:
+            raise RequestError(
+                403, f"this server answers to {', '.join(_OWN_NAMES)} only, unless it has a key", "foreign_host"
+            )
+
+    async def _read(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RequestError(415, f"the content type is {kind[:80]!r}; send application/json", "wrong_content_type")
+        length = request.headers.get("content-length", "0")
+        too_large = RequestError(
+            413, f"the body has more than {self.max_body} bytes; send a smaller one", "body_too_large"
+        )
+        if length.isdecimal() and int(length) > self.max_body:
+            raise too_large
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.max_body:
+                raise too_large
+        return bytes(body)
+
+    def _encode(self, body: Body) -> tuple[int, ...]:
+        """Prompt ids that leave room for what is asked for."""
+        try:
+            prompt = self.words.encode(body.conversation(), body.chat_template_kwargs)
+        except ModelError as error:
+            field = "chat_template_kwargs" if body.chat_template_kwargs else "messages"
+            raise RequestError(400, str(error), "template_refused", param=field) from None
+        needed = len(prompt) + (body.limit or 1)
+        if self.context is not None and needed > self.context:
+            asked = f" and {body.limit} new ones are asked for" if body.limit else ""
+            raise RequestError(
+                400,
+                f"the prompt has {len(prompt)} tokens{asked}, and the model's context holds {self.context}; send a shorter "
+                "conversation or ask for fewer tokens",
+                "context_length_exceeded",
+                param="messages" if len(prompt) >= self.context or not body.limit else "max_tokens",
+            )
+        return prompt
+
+
+_STARTED = int(time.time())
+
+
+async def _completed(batcher: Batcher, job: Job, request: Request) -> list[Completion] | None:
+    """The completions of a job; None where the client went away first, and then the job is given up."""
+    done = asyncio.wrap_future(job.future)
+    gone = asyncio.ensure_future(request.receive())  # the body is read: what comes is the end of the connection
+    try:
+        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await done if done.done() else None
+    finally:
+        gone.cancel()
+        if not done.done():
+            batcher.abandon(job)
+            done.cancel()
+
+
+def _host(request: Request) -> str:
+    """The name that a request is addressed to, without the port."""
+    host = request.headers.get("host", "")
+    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+async def _answer_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    routes = "POST /v1/chat/completions, GET /v1/models, GET /health"
+    said = f"{request.method} {request.url.path[:80]} is not served ({error.detail}); there are {routes}"
+    return RequestError(error.status_code, said, "no_such_route", headers=error.headers).response()
+
+
+async def _client_left(*_: object) -> Response:
+    return Response(status_code=499)
+
+
+def make_app(service: Service) -> Starlette:
+    """The application over a service."""
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", service.chat, methods=["POST"]),
+            Route("/v1/models", service.models, methods=["GET"]),
+            Route("/health", service.health, methods=["GET"]),
+        ],
+        exception_handlers={
+            HTTPException: _answer_route,
+            ClientDisconnect: _client_left,
+            RequestError: answer_error,
+            Exception: answer_error,
+        },
+    )

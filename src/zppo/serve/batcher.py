@@ -1,0 +1,175 @@
+"""Requests that wait are decoded together, by one thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.halves import sample_in_halves
+
+_LINGER, _LONGEST_LINGER = 0.01, 0.1  # seconds without an arrival before a batch starts; seconds in all
+
+
+class QueueFullError(Exception):
+    """Too many requests wait; `retry_after` seconds from now it may be better."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(waiting)
+        self.waiting, self.retry_after = waiting, retry_after
+
+
+class DecodingError(Exception):
+    """A request that could not be decoded; the message says why."""
+
+
+class StoppedError(DecodingError):
+    """The server ended first."""
+
+
+class _Abandoned(BaseException):
+    """Nobody waits for the batch any more. No `Exception`: it must not be taken for a failed batch and tried again in halves."""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request on its way; `future` gets its completions, or `DecodingError`."""
+
+    request: SampleRequest
+    sampling: Sampling
+    future: Future[list[Completion]] = field(default_factory=Future)
+    gone: bool = False
+
+
+class Batcher:
+    """A queue before an engine.
+
+    The oldest request is decoded next, and with it those that wait with the same sampling settings, in order of arrival. Draws are
+    keyed by request, so company changes nothing but speed. A batch is finished before the next one starts.
+
+    Args:
+        engine: used by one thread only.
+        max_rows: completions in a batch; a single request may have more and is left to the engine to split.
+        max_tokens: cached tokens in a batch, counted as rows * (longest prompt + new-token limit); None for no limit.
+        max_queue: requests that may wait.
+    """
+
+    def __init__(self, engine: Engine, *, max_rows: int, max_tokens: int | None = None, max_queue: int) -> None:
+        self._engine, self._max_rows, self._max_tokens, self._max_queue = engine, max_rows, max_tokens, max_queue
+        self._waiting: deque[Job] = deque()
+        self._batch: list[Job] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._seconds = 1.0  # that the last batch took
+        self._thread = threading.Thread(target=self._work, name="zppo-serve-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(requests that wait, requests in the batch)."""
+        return len(self._waiting), len(self._batch)
+
+    def submit(self, request: SampleRequest, sampling: Sampling) -> Job:
+        """Queues a request.
+
+        Raises:
+            QueueFullError: `max_queue` requests wait.
+            StoppedError: the batcher was closed.
+        """
+        with self._changed:
+            if self._stopping:
+                raise StoppedError("the server is stopping")
+            if len(self._waiting) >= self._max_queue:
+                raise QueueFullError(len(self._waiting), min(60, max(1, round(self._seconds))))
+            job = Job(request, sampling)
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def abandon(self, job: Job) -> None:
+        """The client went away: a waiting request is dropped, a batch that nobody waits for ends at its next token."""
+        with self._changed:
+            job.gone = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def check(self) -> None:
+        """To be called before every step of the model; ends a batch that nobody waits for, by an exception for `_work`."""
+        if threading.current_thread() is self._thread and (self._stopping or all(job.gone for job in self._batch)):
+            raise _Abandoned
+
+    def stop(self) -> None:
+        """Ends the thread at the model's next step; requests that are not done fail with `StoppedError`. Safe in a signal handler."""
+        self._stopping = True
+
+    def close(self, timeout: float | None = None) -> None:
+        """`stop`, and wait up to `timeout` seconds until it has happened."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _work(self) -> None:
+        while self._take():
+            start = time.monotonic()
+            try:
+                requests = [job.request for job in self._batch]
+                outcomes = sample_in_halves(self._engine, requests, self._batch[0].sampling)
+            except _Abandoned:
+                self._fail(self._batch, "the server is stopping")
+                continue
+            self._seconds = time.monotonic() - start
+            for job, outcome in zip(self._batch, outcomes, strict=True):
+                if isinstance(outcome, str):
+                    job.future.set_exception(DecodingError(outcome))
+                else:
+                    job.future.set_result(outcome)
+        with self._changed:
+            self._fail(self._waiting, "the server is stopping")
+            self._waiting.clear()
+
+    def _take(self) -> bool:
+        """Moves the next batch out of the queue; False once the batcher is closed."""
+        with self._changed:
+            self._batch = []
+            while not self._batch:  # all that waited may have gone away meanwhile
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                self._linger(
+                    lambda: self._stopping or sum(len(job.request.keys) for job in self._waiting) >= self._max_rows
+                )
+                if self._stopping:
+                    return False
+                self._batch = self._choose()
+            for job in self._batch:
+                self._waiting.remove(job)
+        return True
+
+    def _linger(self, enough: Callable[[], bool]) -> None:
+        """Lets requests that arrive at the same moment come in, so that the first of them is not decoded alone."""
+        end = time.monotonic() + _LONGEST_LINGER
+        while not enough() and time.monotonic() < end:
+            count = len(self._waiting)
+            self._changed.wait(_LINGER)
+            if len(self._waiting) == count:
+                return
+
+    def _choose(self) -> list[Job]:
+        batch: list[Job] = []
+        rows = longest = 0
+        for job in self._waiting:
+            if batch and job.sampling != batch[0].sampling:
+                continue
+            rows, longest = rows + len(job.request.keys), max(longest, len(job.request.prompt_ids))
+            cached = rows * (longest + job.sampling.max_new_tokens)
+            if batch and (rows > self._max_rows or (self._max_tokens is not None and cached > self._max_tokens)):
+                break
+            batch.append(job)
+        return batch
+
+    def _fail(self, jobs: list[Job] | deque[Job], why: str) -> None:
+        for job in jobs:
+            job.future.set_exception(StoppedError(why))

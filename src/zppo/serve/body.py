@@ -1,0 +1,186 @@
+"""The body of a chat-completions request: read strictly, refused with the field, its value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from zppo.core.types import Message
+from zppo.engines.base import Sampling
+from zppo.serve.failure import RequestError
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+_MAX_SEED = 2**63 - 1
+_SHOWN = 80  # characters of a wrong value that an error repeats
+_SAID = 5  # wrong fields that an error lists
+
+
+def _join_parts(content: Any) -> Any:
+    """A message's content as text: text parts are joined by line breaks, as vLLM does. Other kinds of parts end here."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or set(part) != {"type", "text"} or kind != "text":
+            cause = f"it is of type {_show(kind)}, and this server reads text only" if kind and kind != "text" else ""
+            raise ValueError(f"part {i} is no text part" + (f": {cause}" if cause else ""))
+        if not isinstance(part["text"], str):
+            raise ValueError(f"the text of part {i} is {_show(part['text'])}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _listed(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Turn(_Strict):
+    """One message. The descriptions of fields, here and below, are what an error says to be allowed."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="system, user or assistant")
+    content: Annotated[str, BeforeValidator(_join_parts)] = Field(
+        description='a text, or a list of parts {"type": "text", "text": "..."}'
+    )
+
+
+class Body(_Strict):
+    """A whole request."""
+
+    model: str = Field(description="the name that GET /v1/models lists")
+    messages: list[Turn] = Field(description="a list of one message or more", min_length=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description=f"an integer from 1 to {MAX_CHOICES}")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 (greedy), or a number from 0.01 to 2")
+    top_p: float = Field(1.0, ge=0, le=1, description="a number from 0 to 1")
+    top_k: int = Field(0, ge=-1, le=2**31, description="a positive integer, or 0 or -1 for all tokens")
+    min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10, description="a number from 0.1 to 10")
+    max_tokens: int | None = Field(None, ge=1, description="a positive integer")
+    max_completion_tokens: int | None = Field(None, ge=1, description="a positive integer")
+    seed: int | None = Field(None, ge=-_MAX_SEED - 1, le=_MAX_SEED, description="an integer of 64 bits")
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed)] = Field(
+        default_factory=list,
+        max_length=MAX_STOPS,
+        description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts",
+    )
+    logprobs: bool = Field(False, description="true or false")
+    top_logprobs: int = Field(0, ge=0, le=0, description="0: only the log-prob of the drawn token itself is kept")
+    stream: Literal[False] = Field(False, description="false: completions are sent whole")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description='an object of arguments for the chat template, e.g. {"enable_thinking": false}',
+    )
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a completion; None: to the end of the context."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def conversation(self) -> tuple[Message, ...]:
+        """The messages as the engine's chat takes them."""
+        return tuple(Message(turn.role, turn.content) for turn in self.messages)
+
+    def sampling(self, default_limit: int) -> Sampling:
+        """How to draw; `default_limit` where the request gives none."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repetition_penalty,
+            max_new_tokens=self.limit or default_limit,
+        )
+
+
+_ALLOWED = {name: field.description for model in (Body, Turn) for name, field in model.model_fields.items()}
+
+
+def read_body(raw: bytes) -> Body:
+    """The request in a body.
+
+    Raises:
+        RequestError: (400) it is no JSON object, or fields are unknown, missing or wrong; the message names each.
+    """
+    given = _read_json(raw)
+    if not isinstance(given, dict):
+        raise RequestError(
+            400, f"the body is {_show(given)}; send a JSON object with model and messages", "invalid_json"
+        )
+    known = {name: value for name, value in given.items() if value is not None or name not in Body.model_fields}
+    try:
+        body = Body.model_validate(known)
+    except ValidationError as error:
+        faults = [(list(e["loc"]), e["type"], e["input"], e["msg"]) for e in error.errors(include_url=False)]
+        said = "; ".join(_fault(*fault) for fault in faults[:_SAID])
+        more = f"; and {len(faults) - _SAID} more" if len(faults) > _SAID else ""
+        loc, kind, *_ = faults[0]
+        code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(kind, "invalid_value")
+        raise RequestError(400, said + more, code, param=_path(loc)) from None
+    if 0 < body.temperature < 0.01:
+        _refuse("temperature", body.temperature)
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise RequestError(
+            400,
+            f"max_tokens is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}: they mean the same; send one",
+            "invalid_value",
+            param="max_tokens",
+        )
+    return body
+
+
+def _read_json(raw: bytes) -> Any:
+    def no_number(text: str) -> NoReturn:
+        raise ValueError(f"{text} is no JSON number")
+
+    try:
+        given = json.loads(raw.decode("utf-8"), parse_constant=no_number)
+        json.dumps(given, ensure_ascii=False).encode("utf-8")  # a lone surrogate is text for no tokenizer
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise RequestError(
+            400, f"the body holds text that is not Unicode ({error.reason}); send UTF-8", "invalid_json"
+        ) from None
+    except RecursionError:
+        raise RequestError(400, "the body is nested too deeply; send a plain request", "invalid_json") from None
+    except ValueError as error:
+        raise RequestError(400, f"the body is no JSON: {error}; send a JSON object", "invalid_json") from None
+    return given
+
+
+def _refuse(name: str, value: Any) -> NoReturn:
+    raise RequestError(400, _fault([name], "value", value, ""), "invalid_value", param=name)
+
+
+def _fault(loc: list[str | int], kind: str, value: Any, cause: str) -> str:
+    """One wrong field in words."""
+    path = _path(loc)
+    if kind == "extra_forbidden":
+        fields = Body.model_fields if len(loc) == 1 else Turn.model_fields
+        return f"{path} is no field that this server knows; it knows {', '.join(fields)}"
+    allowed = _ALLOWED[next(part for part in reversed(loc) if isinstance(part, str) and part in _ALLOWED)]
+    if kind == "missing":
+        return f"{path} is missing; it must be {allowed}"
+    why = f" ({cause.removeprefix('Value error, ')})" if kind == "value_error" else ""
+    return f"{path} is {_show(value)}{why}; it must be {allowed}"
+
+
+def _path(loc: list[str | int]) -> str:
+    """["messages", 0, "role"] -> messages[0].role"""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in loc)
+    return text.removeprefix(".")
+
+
+def _show(value: Any) -> str:
+    return _short(json.dumps(value, ensure_ascii=False, default=repr))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
