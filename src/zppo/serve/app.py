@@ -104,9 +104,10 @@ class Service:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, _: Request) -> Response:
-        """GET /health, for everybody: how many requests wait and are decoded."""
+        """GET /health, for everybody: how many requests wait and are decoded; 503 at the end."""
         waiting, decoding = self.batcher.load
-        return JSONResponse({"status": "ok", "waiting": waiting, "decoding": decoding})
+        status, closed = ("stopping", True) if self.batcher.closed else ("ok", False)
+        return JSONResponse({"status": status, "waiting": waiting, "decoding": decoding}, 503 if closed else 200)
 
     def _admit(self, request: Request) -> None:
         """Raises a `RequestError` unless the request may be answered."""

@@ -73,6 +73,11 @@ class Batcher:
         """(requests that wait, requests in the batch)."""
         return len(self._waiting), len(self._batch)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is decoded any more."""
+        return self._stopping
+
     def submit(self, request: SampleRequest, sampling: Sampling) -> Job:
         """Queues a request.
 
@@ -86,6 +91,7 @@ class Batcher:
             if len(self._waiting) >= self._max_queue:
                 raise QueueFullError(len(self._waiting), min(60, max(1, round(self._seconds))))
             job = Job(request, sampling)
+            job.future.set_running_or_notify_cancel()  # from here on only the batcher ends it
             self._waiting.append(job)
             self._changed.notify()
         return job
@@ -114,23 +120,30 @@ class Batcher:
         self._thread.join(timeout)
 
     def _work(self) -> None:
-        while self._take():
-            start = time.monotonic()
-            try:
-                requests = [job.request for job in self._batch]
-                outcomes = sample_in_halves(self._engine, requests, self._batch[0].sampling)
-            except _Abandoned:
-                self._fail(self._batch, "the server is stopping")
-                continue
+        try:
+            while self._take():
+                self._decode()
+        finally:  # whatever ends the thread: nobody is left waiting, and nobody comes to wait
+            with self._changed:
+                self._stopping = True
+                _give_up([*self._batch, *self._waiting])
+                self._batch, self._waiting = [], deque()
+
+    def _decode(self) -> None:
+        start = time.monotonic()
+        try:
+            requests = [job.request for job in self._batch]
+            outcomes = sample_in_halves(self._engine, requests, self._batch[0].sampling)
+        except _Abandoned:  # by its clients, or by the end of the server
+            _give_up(self._batch)
+            return
+        finally:
             self._seconds = time.monotonic() - start
-            for job, outcome in zip(self._batch, outcomes, strict=True):
-                if isinstance(outcome, str):
-                    job.future.set_exception(DecodingError(outcome))
-                else:
-                    job.future.set_result(outcome)
-        with self._changed:
-            self._fail(self._waiting, "the server is stopping")
-            self._waiting.clear()
+        for job, outcome in zip(self._batch, outcomes, strict=True):
+            if isinstance(outcome, str):
+                job.future.set_exception(DecodingError(outcome))
+            else:
+                job.future.set_result(outcome)
 
     def _take(self) -> bool:
         """Moves the next batch out of the queue; False once the batcher is closed."""
@@ -170,6 +183,8 @@ class Batcher:
             batch.append(job)
         return batch
 
-    def _fail(self, jobs: list[Job] | deque[Job], why: str) -> None:
-        for job in jobs:
-            job.future.set_exception(StoppedError(why))
+
+def _give_up(jobs: list[Job]) -> None:
+    for job in jobs:
+        if not job.future.done():
+            job.future.set_exception(StoppedError("the server is stopping"))

@@ -123,6 +123,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         SettingsError: the address cannot be had.
     """
     try:
+        if not 0 <= port < 1 << 16:
+            raise OverflowError("ports are numbers from 0 to 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:

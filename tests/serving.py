@@ -1,0 +1,103 @@
+"""What the tests of the server share: a tiny model behind it, engines that can be watched, and how to ask."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from starlette.testclient import TestClient
+
+from conftest import make_tiny
+from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.chat import Chat
+from zppo.engines.transformers import TransformersEngine
+from zppo.serve.app import Service, make_app
+from zppo.serve.batcher import Batcher
+from zppo.serve.load import load
+from zppo.serve.words import Words
+
+CONTEXT = 192
+URL = "/v1/chat/completions"
+QUESTION = {"role": "user", "content": "What is 3 plus 4?"}
+
+
+class Counting:
+    """Passes on to a real engine and notes each batch."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self.engine, self.batches, self.steps = engine, [], 0
+        self.batches: list[tuple[int, Sampling]] = []
+        engine.model.register_forward_pre_hook(lambda *_: self.step())
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        self.batches.append((len(requests), sampling))
+        return self.engine.sample(requests, sampling)
+
+
+class Gate:
+    """An engine that waits to be let on; prompts of the given length fail."""
+
+    def __init__(self, poison: int = -1) -> None:
+        self.open, self.entered, self.poison = threading.Event(), threading.Event(), poison
+        self.batches: list[list[int]] = []
+        self.check = lambda: None
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        self.entered.set()
+        while not self.open.wait(0.005):
+            self.check()
+        self.batches.append([len(request.prompt_ids) for request in requests])
+        if any(len(request.prompt_ids) == self.poison for request in requests):
+            raise torch.OutOfMemoryError("no room for the cache")
+        one = Completion(torch.tensor([5]), torch.tensor([-0.5]), False, 0.0)
+        return [[one] * len(request.keys) for request in requests]
+
+
+def service(engine: Engine, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> Service:
+    batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue)
+    return Service(**{"model": "tiny", "words": Words(chat), "batcher": batcher, "context": CONTEXT} | fields)
+
+
+def connect(served: Service) -> TestClient:
+    return TestClient(make_app(served), base_url="http://127.0.0.1:8000")
+
+
+def ask(client: TestClient, status: int = 200, **fields: Any) -> dict[str, Any]:
+    answer = client.post(URL, json={"model": "tiny", "messages": [QUESTION], "max_tokens": 8} | fields)
+    assert answer.status_code == status, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def texts(answer: dict[str, Any]) -> list[str]:
+    return [choice["message"]["content"] for choice in answer["choices"]]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def make_served(folder: Path) -> tuple[Counting, Chat]:
+    """A tiny model with a small context."""
+    path = make_tiny(folder, max_position_embeddings=CONTEXT)
+    return Counting(load(str(path), device="cpu", max_rows=64).engine), Chat.load(str(path))
+
+
+@contextmanager
+def connected(engine: Engine, chat: Chat, **fields: Any) -> Iterator[TestClient]:
+    """A client of a server that ends with the block."""
+    served = service(engine, chat, **fields)
+    with connect(served) as client:
+        yield client
+    served.batcher.close(30)
