@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -24,7 +25,7 @@ from zppo.core.draws import draw_key
 from zppo.core.types import Message
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.serve.body import read_body
+from zppo.serve.body import Body, read_body
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,11 @@ def test_models_and_health(client: TestClient) -> None:
 def test_sampling_of_a_body_is_frozen_and_equal_for_equal_settings() -> None:
     raw = json.dumps({"model": "m", "messages": [QUESTION], "top_p": 1}).encode()
     assert read_body(raw).sampling(7) == replace(Sampling(), max_new_tokens=7)
+
+
+def test_the_page_about_it_names_every_field_and_every_option() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serve.md").read_text(encoding="utf-8")
+    for name in Body.model_fields:
+        assert f"`{name}`" in page, name
+    for option in ("--host", "--port", "--name", "--key-env", "--key-file", "--no-key", "--max-rows", "--max-queue"):
+        assert option in page, option

@@ -66,7 +66,7 @@ def test_too_many_waiting_requests_are_told_to_come_back(chat: Chat) -> None:
         assert texts(ask(client))
 
 
-def test_a_request_that_cannot_be_decoded_fails_alone(chat: Chat) -> None:
+def test_a_request_that_cannot_be_decoded_fails_alone(chat: Chat, caplog: pytest.LogCaptureFixture) -> None:
     def conversation(i: int) -> list[dict[str, str]]:
         return [{"role": "user", "content": "1" + " 2" * i}]
 
@@ -81,6 +81,9 @@ def test_a_request_that_cannot_be_decoded_fails_alone(chat: Chat) -> None:
         assert "OutOfMemoryError: no room for the cache" in error["message"]
         assert all(len(texts(answer.result(30))) == 1 for i, answer in enumerate(answers) if i != 3)
         assert texts(ask(client)), "the server lives on"
+    assert [record.getMessage() for record in caplog.records if record.name == "zppo.serve"] == [
+        f"a request of {poison} tokens could not be decoded: OutOfMemoryError: no room for the cache"
+    ]
 
 
 def test_a_defect_is_a_500_in_the_same_shape(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +185,7 @@ def test_an_engine_thread_that_dies_leaves_nobody_waiting() -> None:
     wait_for(lambda: batcher.closed)
     with pytest.raises(StoppedError):
         batcher.submit(SampleRequest((1,), (1,)), Sampling())
+    batcher.close(30)
 
 
 def test_a_real_model_stops_at_its_next_step_when_nobody_waits(tmp_path: Path) -> None:

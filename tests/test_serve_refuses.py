@@ -166,6 +166,9 @@ def test_a_conversation_that_does_not_fit_is_refused(client: TestClient) -> None
 def test_wrong_models_routes_and_types_are_refused(client: TestClient) -> None:
     error = ask(client, 404, model="other")["error"]
     assert (error["code"], error["param"]) == ("model_not_found", "model") and "'tiny'" in error["message"]
+    assert len(ask(client, 404, model="x" * 10_000)["error"]["message"]) < 300
+    assert len(ask(client, 400, chat_template_kwargs={"chat_template": "x" * 10_000})["error"]["message"]) < 600
+    assert len(ask(client, 400, chat_template_kwargs={"messages": "x" * 10_000})["error"]["message"]) < 600
     for answer in (client.get("/v1/nothing"), client.get(URL), client.post("/health")):
         assert answer.status_code in (404, 405) and "there are POST /v1/chat" in answer.json()["error"]["message"]
     answer = client.post(URL, content=b"{}", headers={"Content-Type": "text/plain"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from zppo.engines.base import Completion, SampleRequest
 from zppo.errors import ModelError
 from zppo.serve.answer import answer
 from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
-from zppo.serve.body import Body, read_body
+from zppo.serve.body import Body, read_body, shorten
 from zppo.serve.failure import RequestError, answer_error
 from zppo.serve.words import Words
 
+_LOG = logging.getLogger("zppo.serve")
+_LONGEST = 500  # characters of another part's message
 _NO_CONTEXT = 4096  # new tokens where neither request nor model sets a limit
 _OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
@@ -57,7 +60,7 @@ class Service:
         if body.model != self.model:
             raise RequestError(
                 404,
-                f"there is no model {body.model!r} here; this server has {self.model!r}",
+                f"there is no model {shorten(body.model)!r} here; this server has {self.model!r}",
                 "model_not_found",
                 param="model",
             )
@@ -78,8 +81,9 @@ class Service:
         except StoppedError as error:
             raise RequestError(503, f"{error}; try again later", "stopping", headers={"Retry-After": "5"}) from None
         except DecodingError as error:
+            _LOG.warning("a request of %d tokens could not be decoded: %s", len(prompt), error)
             raise RequestError(
-                500, f"this request could not be decoded: {str(error)[:500]}", "decoding_failed"
+                500, f"this request could not be decoded: {str(error)[:_LONGEST]}", "decoding_failed"
             ) from None
         if completions is None:
             return Response(status_code=499)  # the client is gone; nobody reads this
@@ -150,7 +154,7 @@ class Service:
             prompt = self.words.encode(body.conversation(), body.chat_template_kwargs)
         except ModelError as error:
             field = "chat_template_kwargs" if body.chat_template_kwargs else "messages"
-            raise RequestError(400, str(error), "template_refused", param=field) from None
+            raise RequestError(400, str(error)[:_LONGEST], "template_refused", param=field) from None
         needed = len(prompt) + (body.limit or 1)
         if self.context is not None and needed > self.context:
             asked = f" and {body.limit} new ones are asked for" if body.limit else ""

@@ -174,13 +174,14 @@ def _fault(loc: list[str | int], kind: str, value: Any, cause: str) -> str:
 
 def _path(loc: list[str | int]) -> str:
     """["messages", 0, "role"] -> messages[0].role"""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in loc)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{shorten(part)}" for part in loc)
     return text.removeprefix(".")
 
 
 def _show(value: Any) -> str:
-    return _short(json.dumps(value, ensure_ascii=False, default=repr))
+    return shorten(json.dumps(value, ensure_ascii=False, default=repr))
 
 
-def _short(text: str) -> str:
+def shorten(text: str) -> str:
+    """A text from a request, for an error that repeats it."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
