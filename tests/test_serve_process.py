@@ -139,7 +139,7 @@ def test_a_server_that_is_told_to_end_finishes_what_runs_or_ends_at_once_when_to
         (["tiny", "--device", "toaster"], "--device toaster is no device"),
         (["./none"], "there is no folder './none'"),
         (["unfinished"], "the run 'unfinished' has no final/ yet"),
-        (["empty"], "the model 'empty' cannot be loaded"),
+        (["empty"], "model 'empty' cannot be loaded"),
         (["lab:nowhere/teacher"], "there is no bundled model 'lab:nowhere/teacher'"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

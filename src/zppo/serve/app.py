@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from zppo.core.draws import draw_key
 from zppo.engines.base import Completion, SampleRequest
-from zppo.errors import ModelError
+from zppo.errors import ModelError, one_line
 from zppo.serve.answer import answer
 from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
 from zppo.serve.body import Body, read_body, shorten
@@ -83,7 +83,7 @@ class Service:
         except DecodingError as error:
             _LOG.warning("a request of %d tokens could not be decoded: %s", len(prompt), error)
             raise RequestError(
-                500, f"this request could not be decoded: {str(error)[:_LONGEST]}", "decoding_failed"
+                500, f"this request could not be decoded: {one_line(error, _LONGEST)}", "decoding_failed"
             ) from None
         if completions is None:
             return Response(status_code=499)  # the client is gone; nobody reads this
@@ -154,7 +154,7 @@ class Service:
             prompt = self.words.encode(body.conversation(), body.chat_template_kwargs)
         except ModelError as error:
             field = "chat_template_kwargs" if body.chat_template_kwargs else "messages"
-            raise RequestError(400, str(error)[:_LONGEST], "template_refused", param=field) from None
+            raise RequestError(400, one_line(error, _LONGEST), "template_refused", param=field) from None
         needed = len(prompt) + (body.limit or 1)
         if self.context is not None and needed > self.context:
             asked = f" and {body.limit} new ones are asked for" if body.limit else ""

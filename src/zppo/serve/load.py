@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from zppo.engines.chat import Chat
+from zppo.engines.loading import load_network
 from zppo.engines.transformers import TransformersEngine
-from zppo.errors import ModelError
+from zppo.errors import ModelError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FINAL = "final"  # of a run folder
@@ -72,18 +72,17 @@ def load(
     try:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError as error:
-        raise ModelError(f"--device {device} is no device: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"--device {device} is no device: {one_line(error)}") from None
     stored: Any = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else "auto")
     try:
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, revision=revision, dtype=stored, device_map=place
-        )
-    except Exception as error:  # many kinds, by what is missing or broken
+        network: Any = load_network(checkpoint, dtype=stored, revision=revision, device_map=place).requires_grad_(False)
+    except ModelError:
+        raise
+    except Exception as error:  # many kinds: no room on the device, a device that is not there
         raise ModelError(
-            f"the model {checkpoint!r} cannot be loaded: {error}. Name the folder or hub name of a causal language model of "
-            "transformers, and a device with room for it"
+            f"model {checkpoint!r} cannot be loaded on {place}: {one_line(error)}; choose another --device or --dtype"
         ) from error
-    network.requires_grad_(False).eval()
+    network.eval()
     chat = Chat.load(checkpoint, revision=revision)
     engine = TransformersEngine(
         network,
