@@ -1,4 +1,4 @@
-"""What a teacher is: in process today, remote behind the same protocol."""
+"""What a teacher is, in process or remote."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from zppo.engines.base import Sampling
 
 @dataclass(frozen=True, slots=True)
 class TeacherSampling:
-    """How the teacher is sampled for one use (rollout, compression, judge)."""
+    """How the teacher is sampled for one use (rollout, compression, hint, judge).
+
+    Attributes:
+        sampling: how tokens are drawn.
+        template_args: arguments of the chat template.
+        extra_body: fields of a remote request, over all others; None leaves a field out. Nothing in process.
+    """
 
     sampling: Sampling
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

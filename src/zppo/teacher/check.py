@@ -1,0 +1,127 @@
+"""The start-up check of a remote model: address, key, model and fields, tried before anything of a run is written."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from zppo.errors import TeacherError
+from zppo.teacher.servers import backoff
+from zppo.teacher.wire import OPENAI_HOST, REPLY_BYTES, Trouble, Wire
+
+CHECK_SECONDS = 60.0  # for one small completion
+PATIENCE = 5  # attempts where the server is busy or faulty
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How messages name what to change: the section of the recipe, and the environment variable of the key."""
+
+    section: str = "teacher"
+    key_env: str = ""
+
+    def of(self, use: str) -> str:
+        """The section of one use."""
+        return f"{self.section}.{use}" if use else self.section
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a check found: addresses that cannot be reached now and why, and whether all others give several choices at once."""
+
+    unreachable: tuple[str, ...]
+    several: bool
+
+
+def read_key(key_env: str, base_urls: Sequence[str], section: str = "teacher") -> str:
+    """The key in an environment variable; "" where none is set. Its value appears in no message.
+
+    Raises:
+        TeacherError: it cannot be a key, or there is none and OpenAI's own address is called.
+    """
+    key = os.environ.get(key_env, "").strip() if key_env else ""
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise TeacherError(
+            f"{section}.key_env: the value of the environment variable {key_env} is no key: it holds spaces or characters that no "
+            "key has. Set it to the key alone"
+        )
+    if not key and any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls):
+        raise TeacherError(
+            f"{section}.key_env: the environment variable {key_env or '(none)'} holds no key, and {OPENAI_HOST} wants one. Set it, "
+            f"or name another variable in {section}.key_env"
+        )
+    return key
+
+
+async def check_servers(
+    wires: Sequence[Wire], bodies: Sequence[Mapping[str, Any]], use: str, names: Names, key_given: bool
+) -> Found:
+    """Sends every address a small completion with the fields of one use.
+
+    Args:
+        bodies: requests for one choice, and for several where a request of this use asks for several.
+
+    Raises:
+        TeacherError: no address can be reached, or one refuses key, model or fields. The message names value, cause and mend.
+    """
+    results = await asyncio.gather(*(_check_one(wire, bodies) for wire in wires))
+    for wire, (trouble, _) in zip(wires, results, strict=True):
+        if trouble is not None and not trouble.again:
+            raise await _refusal(wire, trouble, str(bodies[0]["model"]), use, names, key_given)
+    unreachable = tuple(trouble.reason for trouble, _ in results if trouble is not None)
+    if len(unreachable) == len(wires):
+        model = bodies[0]["model"]
+        raise TeacherError(
+            f"{names.section}.base_urls: the model {model!r} cannot be reached: {'; '.join(unreachable)}. Start its server "
+            f"(`vllm serve {model}` serves http://HOST:8000/v1), or correct the address"
+        )
+    return Found(unreachable, all(several for _, several in results))
+
+
+async def _check_one(wire: Wire, bodies: Sequence[Mapping[str, Any]]) -> tuple[Trouble | None, bool]:
+    """What went wrong at one address, and whether it gives several choices."""
+    trouble, _ = await _ping(wire, bodies[0])
+    if trouble is not None or len(bodies) == 1:
+        return trouble, True
+    trouble, choices = await _ping(wire, bodies[1])
+    return trouble if trouble is not None and trouble.again else None, choices >= bodies[1]["n"]
+
+
+async def _ping(wire: Wire, body: Mapping[str, Any]) -> tuple[Trouble | None, int]:
+    """What went wrong with a small completion, and how many choices came. A server that is busy is asked again, for some seconds."""
+    for attempt in range(1, PATIENCE + 1):
+        try:
+            answer = await wire.chat(body, REPLY_BYTES, CHECK_SECONDS)
+        except Trouble as trouble:
+            if not trouble.again or trouble.status is None or attempt == PATIENCE:
+                return trouble, 0
+            await asyncio.sleep(max(backoff(attempt), min(trouble.wait, 10.0)))
+        else:
+            return None, len(answer.choices)
+    raise AssertionError("the last attempt returns")
+
+
+async def _refusal(wire: Wire, trouble: Trouble, model: str, use: str, names: Names, key_given: bool) -> TeacherError:
+    """What to change."""
+    if trouble.status in (401, 403):
+        variable = names.key_env or "(none)"
+        state = "holds a key that it refuses" if key_given else "is not set"
+        return TeacherError(
+            f"{names.section}.key_env: the environment variable {variable} {state} ({trouble.reason}). Put a valid key into it, or "
+            f"name another one in {names.section}.key_env"
+        )
+    served = await wire.models()
+    if trouble.status == 404 or (served and model not in served):
+        known = f"it serves {', '.join(served[:10])}" if served else "it does not say which models it serves"
+        return TeacherError(
+            f"{names.section}.model: {model!r} is not served ({trouble.reason}); {known}. Correct {names.section}.model, or "
+            f"{names.section}.base_urls if the address lacks its path, mostly /v1"
+        )
+    return TeacherError(
+        f"{names.of(use)}: the server refuses the request ({trouble.reason}). Change the sampling, or leave a field out with "
+        f"{names.of(use)}.extra_body, e.g. {{chat_template_kwargs: null}} or {{seed: null}}"
+    )

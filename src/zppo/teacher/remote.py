@@ -1,0 +1,272 @@
+"""The teacher on a server: any OpenAI-compatible chat-completions address, or several of them.
+
+`complete` is a plain blocking call. Behind it one thread runs an event loop, in which every request is sent under one cap, retried with
+back-off while the teacher may come back, and given up when it does not: the reply then says why, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from zppo.core.types import Message
+from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.check import Names, check_servers
+from zppo.teacher.servers import Servers, Service, backoff
+from zppo.teacher.wire import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Trouble, Wire, sound
+
+TOKEN_BYTES = 256  # of a reply, for each token: JSON escapes, and thoughts in a field of their own
+TURNS = 3  # so often a choice is asked for that does not come
+PING = (Message("user", "Say ok."),)
+PING_TOKENS = 16
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Got:
+    """What one request has got so far."""
+
+    texts: list[str | None]
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def reply(self) -> TeacherReply:
+        missing = any(text is None for text in self.texts)
+        return TeacherReply(
+            tuple(self.texts),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            error=self.errors[-1] if missing and self.errors else "",
+        )
+
+
+class RemoteTeacher:
+    """A `Teacher` over HTTP. What cannot be served gets a reply that says why; nothing is raised.
+
+    `think_open` of its replies is False: a server that splits thoughts off puts the answer alone into `content`, and one that does not
+    leaves the closing tag in it.
+
+    Attributes:
+        model: the name that the servers know it by.
+        servers: its addresses and what serving took; belongs to the teacher's thread.
+        one_by_one: a request asks for one choice, because a server does not give several; the start-up check finds that out.
+        special_texts: none: what its tokenizer takes for control tokens is not known (the student's are neutralised).
+    """
+
+    special_texts: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: str,
+        base_urls: Sequence[str],
+        *,
+        key: str = "",
+        concurrency: int = 64,
+        deadline: float = 600.0,
+        retry_for: float = 600.0,
+        names: Names = Names(),  # noqa: B008 - frozen
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Starts the thread; nothing is sent.
+
+        Args:
+            model: as the servers name it.
+            base_urls: at least one; mostly ending in /v1.
+            key: the bearer key; "" for servers that want none.
+            concurrency: requests under way at once, over all addresses.
+            deadline: seconds for one attempt, to the last byte of its reply.
+            retry_for: seconds for which a request is tried again, and without any success after which the teacher counts as down.
+            names: for messages of `check`.
+            warn: takes what `check` found and the run can do without.
+        """
+        self.model = model
+        self._names, self._warn, self._key_given = names, warn, bool(key)
+        self._told: set[str] = set()
+        self.servers = Servers([Wire(url, key, deadline, concurrency) for url in base_urls], retry_for)
+        self.one_by_one = False
+        self._official = any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"RemoteTeacher({self.model!r}, {[a.wire.url for a in self.servers.addresses]})"
+
+    def check(self, how: TeacherSampling, use: str = "", n: int = 1) -> None:
+        """Sends every address a small completion with the fields of one use, so that mistakes show at start-up.
+
+        An address that cannot be reached while another can is a warning. Whether all give several choices to one request is remembered.
+
+        Args:
+            use: its section in the recipe, for messages.
+            n: choices that a request of this use asks for.
+
+        Raises:
+            TeacherError: no address can be reached, or one refuses key, model or fields.
+        """
+        counts = [1, n] if n > 1 and how.sampling.temperature > 0 else [1]
+        bodies = [self.body(PING, count, 0, how, PING_TOKENS) for count in counts]
+        wires = [address.wire for address in self.servers.addresses]
+        found = self.run(check_servers(wires, bodies, use, self._names, self._key_given))
+        self.one_by_one = self.one_by_one or not found.several
+        for reason in found.unreachable:
+            url = reason.partition(": ")[0]
+            if url not in self._told:
+                self._told.add(url)
+                self._warn(f"{self._names.section}.base_urls: {reason}; the run starts without this address")
+
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+        """Replies in the order of the requests, when all are served or given up.
+
+        `len(keys)` completions are asked for in one request, with a seed that follows from the keys, so that a server that honours
+        seeds repeats itself. At temperature 0 one completion serves all keys of a request.
+        """
+        return self.run(self._complete(requests, how)) if requests else []
+
+    def take_service(self) -> Service:
+        """What serving took since the last call of this."""
+        taken, self.servers.service = self.servers.service, Service()
+        return taken
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, done in the teacher's thread; an interruption here ends it there."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Ends what is under way, the connections and the thread. A second call does nothing."""
+        if self._loop.is_closed():
+            return
+        self.run(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def body(
+        self, messages: Sequence[Message], n: int, seed: int, how: TeacherSampling, most_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """The JSON of one request.
+
+        temperature and top_p are always sent, since servers have defaults of their own; top_k, min_p and penalties where they are not
+        neutral; template arguments as `chat_template_kwargs`, the name that vLLM and SGLang read. `how.extra_body` wins over
+        everything; None leaves a field out.
+
+        Args:
+            n: choices.
+            most_tokens: a lower token limit than the sampling's.
+        """
+        s = how.sampling
+        tokens = s.max_new_tokens if most_tokens is None else min(most_tokens, s.max_new_tokens)
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": m.role, "content": sound(m.content)} for m in messages],
+            "n": n,
+            "seed": seed,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            # OpenAI's newer models refuse the old name, others do not know the new one.
+            "max_completion_tokens" if self._official else "max_tokens": tokens,
+        }
+        neutral = {"top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+        fields |= {name: getattr(s, name) for name, value in neutral.items() if getattr(s, name) != value}
+        if how.template_args:
+            fields["chat_template_kwargs"] = dict(how.template_args)
+        fields |= how.extra_body
+        return {name: value for name, value in fields.items() if value is not None}
+
+    async def _complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+        got = [_Got([None] * len(request.keys)) for request in requests]
+        down = await self.servers.still_down(self.body(PING, 1, 0, how, PING_TOKENS), REPLY_BYTES)
+        async with asyncio.TaskGroup() as group:
+            for request, mine in zip(requests, got, strict=True):
+                images = f"the prompt has {len(request.images)} image(s), and this teacher reads text only"
+                if down or request.images:
+                    self._give_up(mine, down or images)
+                else:
+                    places = tuple(range(len(request.keys)))
+                    group.create_task(self._serve(group, request, how, mine, places, 1))
+        return [mine.reply() for mine in got]
+
+    async def _serve(
+        self,
+        group: asyncio.TaskGroup,
+        request: TeacherRequest,
+        how: TeacherSampling,
+        got: _Got,
+        places: tuple[int, ...],
+        turn: int,
+    ) -> None:
+        """Asks for the completions of the keys at `places`; those that do not come are asked for again one by one."""
+        greedy = how.sampling.temperature == 0
+        n = 1 if greedy else len(places)
+        async with self._slots:
+            if n > 1 and self.one_by_one:
+                answer = None
+            else:
+                body = self.body(request.messages, n, seed_of([request.keys[place] for place in places]), how)
+                try:
+                    answer = await self.servers.ask(body, REPLY_BYTES + TOKEN_BYTES * n * how.sampling.max_new_tokens)
+                except Trouble as trouble:
+                    self.servers.service.oversized += trouble.oversized
+                    self._give_up(got, trouble.reason)
+                    return
+        if answer is None:
+            missing = list(places)
+        else:
+            missing = self._take(answer, got, places, n)
+            if turn == TURNS and missing:
+                self._give_up(got, got.errors[-1])
+                return
+            self.servers.service.retries += len(missing) if not greedy else bool(missing)
+            if len(missing) == len(places):
+                await self.servers.wait(backoff(turn))
+            turn += 1
+        for again in [tuple(missing)] if greedy and missing else [(place,) for place in missing]:
+            group.create_task(self._serve(group, request, how, got, again, turn))
+
+    def _take(self, answer: Answer, got: _Got, places: tuple[int, ...], n: int) -> list[int]:
+        """Puts the choices where they belong; the places of those that may be asked for again."""
+        got.prompt_tokens += answer.prompt_tokens
+        got.completion_tokens += answer.completion_tokens
+        choices = list(answer.choices[:n])
+        if len(choices) < n:
+            self.servers.service.short += 1
+            choices += [Choice(None, "the server gave fewer choices than it was asked for", True)] * (n - len(choices))
+        missing = []
+        for place, choice in zip(places, choices if n == len(places) else choices * len(places), strict=True):
+            got.texts[place] = choice.text
+            if choice.text is None:
+                got.errors.append(choice.why)
+                missing += [place] if choice.again else []
+        self.servers.service.given_up += any(choice.text is None and not choice.again for choice in choices)
+        return missing
+
+    def _give_up(self, got: _Got, reason: str) -> None:
+        got.errors.append(reason)
+        self.servers.service.given_up += 1
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*(a.wire.close() for a in self.servers.addresses), return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+
+
+def seed_of(keys: Sequence[int]) -> int:
+    """A seed in 31 bits, which every server takes, from the keys of a request."""
+    digest = hashlib.blake2b(",".join(map(str, keys)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

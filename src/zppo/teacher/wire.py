@@ -1,0 +1,296 @@
+"""One address that speaks the OpenAI chat-completions protocol: a request out, a reply in, trouble classified.
+
+What a server sends is hostile input: replies are read up to a limit, every field is checked before it is used, and text that goes into
+messages is cut, freed of control characters and of the key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import openai
+
+try:  # the HTTP client that the openai package stands on
+    import httpx2 as httpx
+except ImportError:  # its older versions
+    import httpx  # type: ignore[import-not-found, no-redef]
+
+OPENAI_HOST = "api.openai.com"
+REPLY_BYTES = 1 << 16  # of a reply, whatever was asked for; tokens come on top
+REASON_CHARACTERS = 300
+CONNECT_SECONDS = 10.0
+BUSY = frozenset({408, 409, 425, 429, 503})
+ELSEWHERE = frozenset({401, 403, 404})
+SHORTEST_SECRET = 8  # characters; a shorter key could be a word of an honest completion
+
+_limit: ContextVar[int] = ContextVar("_limit")  # bytes of a reply, set by the task that asks
+
+
+class OversizedError(Exception):
+    """A reply is longer than anything that was asked for."""
+
+
+@dataclass(eq=False)
+class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
+    """Why one attempt gave no reply.
+
+    Attributes:
+        reason: in words, harmless to print.
+        again: another attempt may help.
+        elsewhere: this address refuses; another one may not.
+        fault: the server answered, but wrongly: asking for the same again and again is of little use.
+        wait: seconds that the server asked for.
+        status: of HTTP, None where there was no answer.
+        oversized: the reply was too long.
+    """
+
+    reason: str
+    again: bool = True
+    elsewhere: bool = False
+    fault: bool = False
+    wait: float = 0.0
+    status: int | None = None
+    oversized: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One completion; `text` is None where there is none, `why` says why, `again` whether asking again may help."""
+
+    text: str | None
+    why: str = ""
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply: its choices, and the tokens that the server says it took."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Scrubber:
+    """Takes the key out of texts, and makes a server's words fit to print."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __repr__(self) -> str:
+        return "Scrubber()"
+
+    def words(self, value: object, limit: int = REASON_CHARACTERS) -> str:
+        """One line of at most `limit` characters without control characters and without the key."""
+        text = str(value)[: 100 * limit]
+        text = text.replace(self._key, "[key]") if self._key else text
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return text if len(text) <= limit else f"{text[:limit]}..."
+
+    def completion(self, text: str) -> str:
+        """A completion that can be written to any file: no lone surrogates, and no key if the server echoes it."""
+        text = sound(text)
+        return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
+
+
+def sound(text: str) -> str:
+    """The text with lone surrogates, which no UTF-8 file takes, replaced by question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class _Bounded(httpx.AsyncByteStream):
+    """A reply's body that stops at a limit of bytes."""
+
+    def __init__(self, stream: Any, limit: int) -> None:
+        self._stream, self._left = stream, limit
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            self._left -= len(part)
+            if self._left < 0:
+                raise OversizedError
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _bound(response: Any) -> None:
+    """Runs before the body of any reply is read, that of an error too. A compressed body could unpack to anything: none was asked for."""
+    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+        raise OversizedError
+    response.stream = _Bounded(response.stream, _limit.get())
+
+
+class Wire:
+    """The client of one address. Its methods raise nothing but `Trouble` (and cancellation)."""
+
+    def __init__(self, url: str, key: str, deadline: float, connections: int) -> None:
+        """Opens nothing yet.
+
+        Args:
+            url: base address, mostly ending in /v1.
+            key: sent as bearer; "" sends "EMPTY", which servers that want none ignore.
+            deadline: seconds for one whole call.
+            connections: most at once.
+        """
+        self.url = url
+        self._scrub = Scrubber(key)
+        self._deadline = deadline
+        self._client = openai.AsyncOpenAI(
+            api_key=key or "EMPTY",
+            base_url=url,
+            max_retries=0,
+            timeout=openai.Timeout(deadline, connect=min(CONNECT_SECONDS, deadline)),
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"response": [_bound]},
+                limits=httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections),
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return f"Wire({self.url!r})"
+
+    async def close(self) -> None:
+        """Closes its connections."""
+        await self._client.close()
+
+    async def chat(self, body: Mapping[str, Any], limit: int, deadline: float | None = None) -> Answer:
+        """One chat completion.
+
+        Args:
+            body: the JSON of the request.
+            limit: bytes of the reply.
+            deadline: seconds, where not the wire's own.
+        """
+        extra = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        content = await self._call(
+            lambda: self._client.chat.completions.with_raw_response.create(
+                model=body["model"], messages=body["messages"], extra_body=extra
+            ),
+            limit,
+            deadline,
+        )
+        return self._read(content)
+
+    async def models(self, limit: int = 1 << 20, deadline: float = 10.0) -> list[str]:
+        """Names of the models that are served; empty where the server does not say."""
+        try:
+            content = await self._call(lambda: self._client.models.with_raw_response.list(), limit, deadline)
+            listed = json.loads(content)["data"]
+            return [self._scrub.words(model["id"], 100) for model in listed]
+        except (Trouble, ValueError, KeyError, TypeError, RecursionError):
+            return []
+
+    async def _call(self, send: Any, limit: int, deadline: float | None) -> bytes:
+        """The body of a reply, within the limits."""
+        seconds = self._deadline if deadline is None else deadline
+        _limit.set(limit)
+        try:
+            async with asyncio.timeout(seconds):  # the client's own time-outs start anew with every byte
+                return bytes((await send()).content)
+        except TimeoutError:
+            raise Trouble(f"{self.url}: no whole reply within {seconds:g} s") from None
+        except Exception as error:
+            raise self._trouble(error, limit) from None  # the chain would hold the request's headers
+
+    def _trouble(self, error: Exception, limit: int) -> Trouble:
+        cause = error.__cause__
+        if isinstance(error, OversizedError) or isinstance(cause, OversizedError):
+            reason = f"{self.url}: the reply is compressed or longer than {limit:,} bytes"
+            return Trouble(reason, again=False, oversized=True)
+        if isinstance(error, openai.APIStatusError):
+            return self._refusal(error)
+        if isinstance(error, openai.APIConnectionError):
+            return Trouble(f"{self.url}: {self._scrub.words(cause or error) or type(cause).__name__}")
+        # A reply that the client cannot take, or a request that cannot be made: whatever it is, the run goes on.
+        return Trouble(f"{self.url}: {type(error).__name__}: {self._scrub.words(error)}", fault=True)
+
+    def _refusal(self, error: openai.APIStatusError) -> Trouble:
+        status = error.status_code
+        body = error.body
+        said = (body.get("message") or body.get("detail") or body) if isinstance(body, dict) else body
+        reason = f"{self.url}: status {status}: {self._scrub.words(said or '(no reason given)')}"
+        busy = status in BUSY
+        return Trouble(
+            reason,
+            again=busy or status >= 500,
+            elsewhere=status in ELSEWHERE,
+            fault=status == 500,
+            wait=retry_after(error.response.headers) if busy or status >= 500 else 0.0,
+            status=status,
+        )
+
+    def _read(self, content: bytes) -> Answer:
+        try:
+            reply = json.loads(content)
+            choices = reply["choices"]
+            if not isinstance(choices, list):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            start = self._scrub.words(content[:200].decode("utf-8", "replace"), 80)
+            raise Trouble(f"{self.url}: the reply is no chat completion: {start!r}", fault=True) from None
+        usage = reply.get("usage")
+        return Answer(
+            tuple(self._choice(choice) for choice in choices),
+            _count(usage, "prompt_tokens"),
+            _count(usage, "completion_tokens"),
+        )
+
+    def _choice(self, choice: object) -> Choice:
+        """The text of a choice. Nothing but `content` is read: thoughts in a field of their own are no part of the answer.
+
+        An empty text is a completion only where the model stopped by itself. Where the token limit or a filter ended it, there is
+        none, and asking again would give none; without a reason to end, the choice is broken and may be asked for again (ours).
+        """
+        message = choice.get("message") if isinstance(choice, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        ended = choice.get("finish_reason") if isinstance(choice, dict) else None
+        if isinstance(content, str) and content:
+            return Choice(self._scrub.completion(content))
+        if ended == "stop" and isinstance(message, dict) and content in ("", None):
+            return Choice("")
+        if ended == "length":
+            return Choice(
+                None,
+                f"{self.url}: the token limit was used up before any text came (thinking?): raise max_new_tokens of this use, "
+                "or turn thinking off in its template_args",
+            )
+        known = ended in ("content_filter", "tool_calls")
+        return Choice(
+            None, f"{self.url}: a choice without text (finish_reason {self._scrub.words(ended, 40)})", not known
+        )
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a reply's headers ask to wait: Retry-After in seconds or as a date, or its form in milliseconds; 0 where none."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        text = headers.get(name, "")
+        try:
+            seconds = float(text) * scale
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(text).timestamp() - time.time()
+            except (ValueError, TypeError, OverflowError):
+                continue
+        if math.isfinite(seconds):
+            return max(0.0, seconds)
+    return 0.0
+
+
+def _count(usage: object, name: str) -> int:
+    """A token count of `usage`, 0 where it is none."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) and 0 <= value < 1 << 40 else 0

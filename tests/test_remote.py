@@ -1,0 +1,485 @@
+"""The remote teacher against a real server process that misbehaves: killed, hanging, trickling, storms, broken and endless replies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fault_server import Server
+from zppo.core.types import ImageRef, Message
+from zppo.engines.base import Sampling
+from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.remote import RemoteTeacher, seed_of
+from zppo.teacher.servers import FAULTS, Service, backoff
+from zppo.teacher.wire import Scrubber, retry_after
+
+HOW = TeacherSampling(Sampling(max_new_tokens=16))
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Back-off begins at a twentieth of a second, where it is not what is tested."""
+    if "backoff" not in request.node.name:
+        monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.05)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(shared: Server) -> Server:
+    """The shared server, well-behaved again."""
+    if shared.process is None:
+        shared.start()
+    shared.control()
+    return shared
+
+
+@pytest.fixture
+def make() -> Iterator[Any]:
+    """Makes teachers that are closed at the end."""
+    made: list[RemoteTeacher] = []
+
+    def teacher(*servers: Server, **options: Any) -> RemoteTeacher:
+        made.append(RemoteTeacher("tiny", [s.url for s in servers], **{"retry_for": 120.0, "deadline": 60.0} | options))
+        return made[-1]
+
+    yield teacher
+    for teacher_ in made:
+        teacher_.close()
+
+
+def ask(text: str = "hello", *keys: int) -> TeacherRequest:
+    return TeacherRequest((Message("user", text),), keys or (1,))
+
+
+def words(text: str, *keys: int) -> str:
+    """What the server says to such a request."""
+    return f"{text} seed {seed_of(keys or (1,))}"
+
+
+def many(count: int) -> list[TeacherRequest]:
+    return [ask(f"question {i}", i, -i) for i in range(count)]
+
+
+def right(replies: list[TeacherReply]) -> bool:
+    """Whether `many` was answered in order and in full."""
+    wanted = [(words(f"question {i}", i, -i), f"{words(f'question {i}', i, -i)} #1") for i in range(len(replies))]
+    return [r.texts for r in replies] == wanted and not any(r.error for r in replies)
+
+
+# --- the protocol ---------------------------------------------------------------------------------------------------
+
+
+def test_replies_in_order_several_choices_in_one_request_and_only_the_content(server: Server, make: Any) -> None:
+    teacher = make(server)
+    replies = teacher.complete([ask("one", 1, 2, 3), ask("two", 4)], HOW)
+    first = words("one", 1, 2, 3)
+    assert [r.texts for r in replies] == [(first, f"{first} #1", f"{first} #2"), (words("two", 4),)]
+    assert [(r.prompt_tokens, r.completion_tokens, r.think_open, r.error) for r in replies] == [
+        (7, 9, False, ""),
+        (7, 3, False, ""),
+    ]
+    assert sorted(request["n"] for request in server.log) == [1, 3]
+    assert teacher.complete([], HOW) == []
+    assert teacher.complete([ask("one", 1, 2, 3)], HOW)[0] == replies[0]
+    assert teacher.take_service() == Service(requests=3)
+    assert teacher.take_service() == Service()
+
+
+def test_what_is_sent(server: Server, make: Any) -> None:
+    teacher = make(server)
+    sampling = Sampling(0.7, 0.9, 20, 0.05, 1.5, 1.1, 33)
+    how = TeacherSampling(sampling, {"enable_thinking": False}, {"top_p": 0.5, "seed": None, "guided": {"a": 1}})
+    teacher.complete([TeacherRequest((Message("system", "be"), Message("user", "x\ud800")), (5,))], how)
+    assert server.log == [
+        {
+            "model": "tiny",
+            "messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "x?"}],
+            "n": 1,
+            "temperature": 0.7,
+            "top_p": 0.5,
+            "top_k": 20,
+            "min_p": 0.05,
+            "presence_penalty": 1.5,
+            "repetition_penalty": 1.1,
+            "max_tokens": 33,
+            "chat_template_kwargs": {"enable_thinking": False},
+            "guided": {"a": 1},
+        }
+    ]
+    server.control()
+    teacher.complete([ask("x", 5)], HOW)
+    assert server.log[0].keys() == {"model", "messages", "n", "seed", "temperature", "top_p", "max_tokens"}
+    official = make(replace_url(server, "https://api.openai.com/v1"))
+    assert official.body([Message("user", "x")], 1, 0, HOW)["max_completion_tokens"] == 16
+
+
+class replace_url:  # noqa: N801 - stands for a server
+    def __init__(self, server: Server, url: str) -> None:
+        self.url = url
+
+
+def test_greedy_asks_once_for_all_keys(server: Server, make: Any) -> None:
+    greedy = TeacherSampling(replace(HOW.sampling, temperature=0.0))
+    server.control({"kind": "text", "content": None, "finish": None})
+    (reply,) = make(server).complete([ask("x", 1, 2, 3)], greedy)
+    assert reply.texts == (words("x", 1, 2, 3),) * 3
+    assert [request["n"] for request in server.log] == [1, 1]
+
+
+def test_a_server_that_gives_one_choice_only_is_asked_one_by_one(server: Server, make: Any) -> None:
+    teacher = make(server)
+    teacher.one_by_one = True
+    (reply,) = teacher.complete([ask("x", 1, 2, 3)], HOW)
+    assert reply.texts == tuple(words("x", key) for key in (1, 2, 3))
+    assert [request["n"] for request in server.log] == [1, 1, 1]
+
+
+def test_the_cap_on_requests_under_way(server: Server, make: Any) -> None:
+    server.control(always={"kind": "slow", "seconds": 0.2})
+    assert len(make(server, concurrency=3).complete([ask(str(i)) for i in range(12)], HOW)) == 12
+    assert server.most_open == 3
+
+
+def test_images_are_refused_in_words(server: Server, make: Any) -> None:
+    seen = TeacherRequest((Message("user", "x"),), (1, 2), (ImageRef("a.png", "00"),))
+    replies = make(server).complete([seen, ask("y")], HOW)
+    assert replies[0].texts == (None, None) and "image" in replies[0].error
+    assert replies[1].texts == (words("y"),)
+
+
+# --- replies that are not what was asked for ------------------------------------------------------------------------
+
+
+def test_missing_choices_are_asked_for_again(server: Server, make: Any) -> None:
+    teacher = make(server)
+    server.control({"kind": "short", "choices": 2}, {"kind": "short", "choices": 0})
+    (reply,) = teacher.complete([ask("x", 1, 2, 3)], HOW)
+    assert reply.texts == (words("x", 1, 2, 3), words("x", 1, 2, 3), words("x", 3))
+    assert [request["n"] for request in server.log] == [3, 1, 1]
+    service = teacher.take_service()
+    assert (service.short, service.retries, service.given_up) == (2, 2, 0)
+
+
+def test_choices_that_never_come_are_none(server: Server, make: Any) -> None:
+    server.control(always={"kind": "short", "choices": 0})
+    teacher = make(server)
+    (reply,) = teacher.complete([ask("x", 1, 2)], HOW)
+    assert reply.texts == (None, None)
+    assert "fewer choices" in reply.error
+    assert len(server.log) == 1 + 2 * 2
+    assert teacher.take_service().given_up == 2
+
+
+def test_more_choices_than_asked_for_are_cut(server: Server, make: Any) -> None:
+    server.control({"kind": "short", "choices": 5})
+    (reply,) = make(server).complete([ask("x", 1, 2)], HOW)
+    assert len(reply.texts) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "finish", "text", "requests"),
+    [
+        ("", "stop", "", 1),  # the model said nothing: a wrong answer
+        (None, "stop", "", 1),
+        (None, "length", None, 1),  # thoughts ate the limit
+        ("", "content_filter", None, 1),
+        (None, None, "again", 2),  # a broken choice
+        ("", "unheard-of", "again", 2),
+        (["a", "list"], "stop", "again", 2),
+        ("half a \ud83d", "stop", "half a ?", 1),  # no file takes a lone surrogate
+        ("null \x00 byte", "length", "null \x00 byte", 1),
+    ],
+)
+def test_empty_and_odd_texts(server: Server, make: Any, content: Any, finish: Any, text: Any, requests: int) -> None:
+    server.control({"kind": "text", "content": content, "finish": finish})
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert reply.texts == ((words("x") if text == "again" else text),)
+    assert bool(reply.error) == (text is None)
+    assert len(server.log) == requests
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "null",
+        "[]",
+        '{"choices": null}',
+        '{"choices": {"0": {}}}',
+        '{"error": {"message": "no"}}',
+        '{"choices": [null, 5], "usage": []}',
+        '{"choices": [{"message": "text", "finish_reason": "stop"}], "usage": {"prompt_tokens": "many"}}',
+        '{"choices": [{"message": {"content": 7}, "finish_reason": []}], "usage": {"prompt_tokens": -1}}',
+        '{"choices": 1' + "0" * 5000 + "}",
+        "",
+    ],
+)
+def test_replies_of_odd_shapes_are_retried(server: Server, make: Any, reply: str) -> None:
+    server.control({"kind": "reply", "reply": reply})
+    (got,) = make(server).complete([ask("x")], HOW)
+    assert (got.texts, got.prompt_tokens, got.error) == ((words("x"),), 7, "")
+
+
+@pytest.mark.parametrize("kind", ["malformed", "html", "drop", "bomb"])
+def test_replies_that_are_none_are_retried(server: Server, make: Any, kind: str) -> None:
+    teacher = make(server)
+    server.control(*[{"kind": kind}] * 2)
+    assert right(teacher.complete(many(2), HOW))
+    assert teacher.take_service().retries == 2
+
+
+@pytest.mark.parametrize("fault", [{"kind": "big", "bytes": 2_000_000}, {"kind": "flood"}, {"kind": "gzip"}])
+def test_huge_replies_are_cut_off_and_counted(server: Server, make: Any, fault: dict[str, Any]) -> None:
+    teacher = make(server)
+    server.control(fault)
+    replies = teacher.complete([ask("x"), ask("y")], HOW)
+    assert sorted(r.texts == (None,) for r in replies) == [False, True]
+    assert any("longer than" in r.error for r in replies)
+    assert teacher.take_service().oversized == 1
+    assert server.flooded < 20_000_000  # what sockets hold, not a billion
+
+
+def test_a_long_limit_allows_a_long_reply(server: Server, make: Any) -> None:
+    server.control({"kind": "big", "bytes": 1_000_000})
+    how = TeacherSampling(replace(HOW.sampling, max_new_tokens=12_288))
+    (reply,) = make(server).complete([ask("x")], how)
+    assert reply.texts == ("x" * 1_000_000,)
+
+
+# --- weather --------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_restarted_every_request_recovers(server: Server, make: Any) -> None:
+    teacher = make(server, concurrency=8)
+    server.control(always={"kind": "slow", "seconds": 0.3})
+    replies: list[TeacherReply] = []
+    work = threading.Thread(target=lambda: replies.extend(teacher.complete(many(40), HOW)))
+    work.start()
+    server.wait_for(10)
+    server.kill()
+    time.sleep(3)
+    server.start()
+    work.join(timeout=120)
+    assert right(replies) and len(replies) == 40
+    service = teacher.take_service()
+    assert service.retries >= 8 and service.given_up == 0 and 0 < service.waited_seconds < 60
+
+
+@pytest.mark.parametrize("fault", [{"kind": "hang"}, {"kind": "trickle", "pause": 0.1}])
+def test_a_server_that_never_ends_its_reply_is_given_up_in_time(
+    server: Server, make: Any, fault: dict[str, Any]
+) -> None:
+    """A byte now and then keeps every time-out of an HTTP client from running out."""
+    teacher = make(server, deadline=1.0, retry_for=1.0)
+    server.control(always=fault)
+    began = time.monotonic()
+    replies = teacher.complete(many(100), HOW)
+    assert time.monotonic() - began < 20
+    assert all(r.texts == (None, None) and r.error for r in replies)
+    assert "no whole reply within 1 s" in replies[0].error
+    assert len(server.log) <= 64 + 64  # those that wait in line are not even tried
+    assert teacher.take_service().given_up == 100
+    server.control()
+    assert right(teacher.complete(many(3), HOW))
+
+
+@pytest.mark.parametrize("fault", [{"kind": "hang"}, {"kind": "trickle", "pause": 0.05}])
+def test_one_request_that_hangs_is_sent_again(server: Server, make: Any, fault: dict[str, Any]) -> None:
+    server.control(fault)
+    assert right(make(server, deadline=1.5).complete(many(4), HOW))
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504])
+def test_a_storm_passes(server: Server, make: Any, status: int) -> None:
+    teacher = make(server, concurrency=4)
+    server.control(*[{"kind": "status", "status": status}] * 6)
+    assert right(teacher.complete(many(8), HOW))
+    service = teacher.take_service()
+    assert (service.retries, service.requests, service.given_up) == (6, 14, 0)
+
+
+def test_retry_after_is_honoured_by_those_who_come_later_too(server: Server, make: Any) -> None:
+    teacher = make(server, concurrency=1)
+    server.control({"kind": "status", "status": 429, "headers": {"Retry-After": "1"}})
+    began = time.monotonic()
+    assert right(teacher.complete(many(3), HOW))
+    assert time.monotonic() - began >= 1
+    assert len(server.log) == 4
+
+
+def test_a_storm_that_does_not_pass_is_given_up_in_time(server: Server, make: Any) -> None:
+    """Retry-After beyond all patience does not stretch it."""
+    teacher = make(server, retry_for=1.0)
+    server.control(always={"kind": "status", "status": 429, "headers": {"Retry-After": "86400"}, "body": "quota"})
+    began = time.monotonic()
+    replies = teacher.complete(many(200), HOW)
+    assert time.monotonic() - began < 30
+    assert all(r.texts == (None, None) and "quota" in r.error for r in replies)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+def test_refusals_are_not_retried_and_give_the_reason(server: Server, make: Any, status: int) -> None:
+    teacher = make(server, key=KEY)
+    said = f"bad \x1b[31m thing {KEY} " + "y" * 5000
+    server.control({"kind": "status", "status": status, "body": said})
+    (reply,) = teacher.complete([ask("x", 1, 2)], HOW)
+    assert reply.texts == (None, None)
+    assert f"status {status}: bad [31m thing [key] yyy" in reply.error
+    assert len(reply.error) < 500 and reply.error.isprintable()
+    assert len(server.log) == 1
+    assert teacher.take_service().given_up == 1
+
+
+def test_a_request_that_breaks_the_server_is_given_up_when_others_are_served(server: Server, make: Any) -> None:
+    """Always 500 for one request: after some attempts, not after all of the minutes."""
+    teacher = make(server, retry_for=600.0, concurrency=2)
+    server.control(always={"kind": "status", "status": 500, "when": "poison"})
+    began = time.monotonic()
+    first, *others = teacher.complete([ask("poison"), *many(20)], HOW)
+    assert time.monotonic() - began < 120
+    assert first.texts == (None,) and "500" in first.error
+    assert right(others)
+    assert sum(request["messages"][0]["content"] == "poison" for request in server.log) == FAULTS
+
+
+def test_a_dead_teacher_costs_its_patience_once_and_is_used_again_when_it_is_back(server: Server, make: Any) -> None:
+    teacher = make(server, retry_for=1.0)
+    server.kill()
+    began = time.monotonic()
+    replies = teacher.complete(many(300), HOW)
+    first = time.monotonic() - began
+    assert 1 <= first < 20
+    assert all(r.texts == (None, None) and "connect" in r.error for r in replies)
+    began = time.monotonic()
+    replies = teacher.complete(many(300), HOW)
+    assert time.monotonic() - began < max(1.0, first / 2)
+    assert all("unreachable for" in r.error for r in replies)
+    assert teacher.take_service().given_up == 600
+    server.start()
+    assert right(teacher.complete(many(20), HOW))
+
+
+def test_an_interruption_ends_the_call(server: Server, make: Any) -> None:
+    """What a signal raises in the caller ends the work in the thread, and the teacher can be used again."""
+    teacher = make(server)
+    server.control({"kind": "hang"})
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        teacher.complete([ask("x")], HOW)
+    assert right(teacher.complete(many(2), HOW))
+
+
+def test_close_ends_the_thread_and_may_be_called_twice(server: Server) -> None:
+    teacher = RemoteTeacher("tiny", [server.url], key=KEY)
+    assert right(teacher.complete(many(2), HOW))
+    assert KEY not in repr(teacher) + repr(vars(teacher)) + repr(teacher.servers.addresses)
+    teacher.close()
+    teacher.close()
+    assert "teacher" not in {thread.name for thread in threading.enumerate()}
+
+
+# --- several addresses ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.kill()
+
+
+def test_two_addresses_share_the_load_and_one_stands_in_for_the_other(server: Server, other: Server, make: Any) -> None:
+    teacher = make(server, other, concurrency=8)
+    for each in (server, other):
+        each.control(always={"kind": "slow", "seconds": 0.1})
+    assert right(teacher.complete(many(20), HOW))
+    assert abs(len(server.log) - len(other.log)) <= 4
+    other.kill()
+    assert right(teacher.complete(many(20), HOW))
+    assert teacher.take_service().given_up == 0
+    other.start()
+    other.control()
+    end = time.monotonic() + 60
+    while not other.log and time.monotonic() < end:  # its rest ends, one request finds it alive
+        assert right(teacher.complete(many(4), HOW))
+        time.sleep(0.2)
+    other.control()
+    assert right(teacher.complete(many(20), HOW))
+    assert len(other.log) >= 5
+
+
+def test_a_hanging_address_is_left_alone(server: Server, other: Server, make: Any) -> None:
+    teacher = make(server, other, deadline=1.5)
+    other.control(always={"kind": "hang"})
+    assert right(teacher.complete(many(20), HOW))
+    before = len(other.log)
+    assert right(teacher.complete(many(40), HOW))
+    assert len(other.log) - before <= 2  # at most now and then one to see
+
+
+def test_an_address_that_refuses_the_key_passes_its_requests_on(server: Server, make: Any) -> None:
+    locked = Server(key="another-key")
+    try:
+        assert right(make(server, locked, key=KEY).complete(many(6), HOW))
+        (reply,) = make(locked, key=KEY).complete([ask("x")], HOW)
+        assert reply.texts == (None,) and "401" in reply.error and KEY not in reply.error
+    finally:
+        locked.kill()
+
+
+# --- small parts ----------------------------------------------------------------------------------------------------
+
+
+def test_backoff_grows_to_a_bound_with_jitter() -> None:
+    waits = [[backoff(times) for _ in range(200)] for times in (1, 2, 3, 50)]
+    for longest, drawn in zip((0.5, 1.0, 2.0, 30.0), waits, strict=True):
+        assert longest / 2 <= min(drawn) < max(drawn) <= longest
+        assert max(drawn) - min(drawn) > longest / 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "low", "high"),
+    [
+        ({}, 0, 0),
+        ({"retry-after": "3"}, 3, 3),
+        ({"retry-after": "0.5"}, 0.5, 0.5),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25, 0.25),
+        ({"retry-after": "-5"}, 0, 0),
+        ({"retry-after": "nan"}, 0, 0),
+        ({"retry-after": "inf"}, 0, 0),
+        ({"retry-after": "soon"}, 0, 0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0, 0),
+        ({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT"}, 1e9, 1e10),
+        ({"retry-after": "Wed, 99 Oct 99999 07:28:00 GMT"}, 0, 0),
+    ],
+)
+def test_retry_after(headers: dict[str, str], low: float, high: float) -> None:
+    assert low <= retry_after(headers) <= high
+
+
+def test_scrubbing() -> None:
+    scrub = Scrubber(KEY)
+    assert scrub.words(f"a\n\x07{KEY}\u202eb") == "a [key] b"
+    assert scrub.completion(f"the key is {KEY}") == "the key is [key]"
+    assert Scrubber("x").completion("x = 5") == "x = 5"  # too short to be told from a word
+    assert KEY not in repr(scrub)
+
+
+def test_seeds_are_in_31_bits_and_follow_from_the_keys() -> None:
+    seeds = [seed_of((i, j)) for i in range(20) for j in range(20)]
+    assert len(set(seeds)) == 400
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert seed_of((1, 2)) == seed_of((1, 2)) != seed_of((2, 1))
