@@ -18,6 +18,7 @@ from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSamp
 
 MAX_LINES = 5
 REDRAWS = 3
+ECHO = 20  # characters: a shorter line of the instructions could be anybody's
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +101,23 @@ class CompressionCounts:
     completion_tokens: int = 0
 
 
-def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES) -> str | None:
+def accept(
+    reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES, instructions: str = ""
+) -> str | None:
     """The summary in a compression reply, or None where it cannot stand for the completion (section 4).
 
     The last complete `<summary>` block after the last `</think>` counts. It is refused if it is missing or empty, if it
     is longer than the cap, if its boxed answer differs from the completion's after section 9's normalisation (the
-    teacher may have repaired a wrong answer), or if the completion has no answer and the summary has a box. Blank lines
-    are dropped, and lines beyond `max_lines` join the last one: a teacher that counts badly costs no redraw, since the
-    cap bounds the length (all of it ours).
+    teacher may have repaired a wrong answer), if the completion has no answer and the summary has a box, or if it repeats
+    the instructions instead of following them. Blank lines are dropped, and lines beyond `max_lines` join the last one: a
+    teacher that counts badly costs no redraw, since the cap bounds the length (all of it ours).
 
     Args:
         reply: the teacher's text.
         answer: the completion's answer.
         cap: cuts a text to the token limit; returns it unchanged where it is within.
         max_lines: most lines of a summary.
+        instructions: what the teacher was told, without the completion.
     """
     text = reply.rsplit("</think>", 1)[-1]
     end = text.rfind("</summary>")
@@ -122,12 +126,18 @@ def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines:
         return None
     lines = [line.strip() for line in text[start + len("<summary>") : end].splitlines() if line.strip()]
     summary = "\n".join([*lines[: max_lines - 1], " ".join(lines[max_lines - 1 :])]).strip()
-    if not summary or cap(summary) != summary:
+    if not summary or cap(summary) != summary or _echoes(lines, summary, instructions):
         return None
     if answer is None:
         return None if "\\boxed" in summary or extract_boxed(summary) is not None else summary
     kept = extract_boxed(summary)
     return summary if kept is not None and normalise(kept) == normalise(answer) else None
+
+
+def _echoes(lines: Sequence[str], summary: str, instructions: str) -> bool:
+    """Whether a summary is a piece of the instructions, or has a line of theirs."""
+    told = {stripped for line in instructions.splitlines() if len(stripped := line.strip(" -")) >= ECHO}
+    return summary in instructions or any(line.strip(" -") in told for line in lines)
 
 
 def token_tail(tokenizer: Any, limit: int) -> Callable[[str], str]:
@@ -253,7 +263,8 @@ class Compressor:
         text = reply.texts[0] if reply.texts else None
         self.error = reply.error or self.error
         unfinished = text is not None and reply.think_open and "</think>" not in text
-        summary = None if text is None or unfinished else accept(text, item.answer, self._cap)
+        told = self._book.compression("", item.answer is not None)[-1].content
+        summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=told)
         self._counts = replace(
             self._counts,
             asked=self._counts.asked + 1,
