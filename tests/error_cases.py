@@ -5,15 +5,19 @@ To add a row: a function with `@case("what is wrong")`, the same words in the ta
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fault_server import Server
 
 
 @dataclass
@@ -534,6 +538,94 @@ def _(w: World) -> None:
 def _(w: World) -> None:
     w.write("bcq.jinja", "{{ candidates }}\n{{ solution }}\n")
     w.set("prompts.bcq", "bcq.jinja")
+
+
+# --- endpoints ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def open_server() -> Server:
+    """A server that serves the model `tiny` to everybody."""
+    server = Server()
+    atexit.register(server.kill)
+    return server
+
+
+@cache
+def locked_server() -> Server:
+    """The same for those who have the key."""
+    server = Server(key="sk-0123456789")
+    atexit.register(server.kill)
+    return server
+
+
+def at(w: World, url: str, **teacher: Any) -> None:
+    w.set("method", "zppo")
+    w.set("teacher", {"model": "tiny", "base_urls": [url], "key_env": "ZPPO_NO_SUCH_KEY"} | teacher)
+
+
+@case("an address that is none")
+def _(w: World) -> None:
+    at(w, "localhost:8000/v1")
+
+
+@case("an address with a password")
+def _(w: World) -> None:
+    at(w, "http://me:secret@localhost:8000/v1")
+
+
+@case("a key instead of the name of its variable")
+def _(w: World) -> None:
+    at(w, "http://localhost:8000/v1", key_env="sk-0123456789")
+
+
+@case("a setting that only a teacher in this process has")
+def _(w: World) -> None:
+    at(w, "http://localhost:8000/v1", device="cuda:1")
+
+
+@case("request fields for a teacher in this process")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.set("teacher.compression.extra_body", {"seed": None})
+
+
+@case("distillation from a teacher on a server")
+def _(w: World) -> None:
+    at(w, "http://localhost:8000/v1")
+    w.set("method", "on-distill")
+
+
+@case("nobody answers at the address")
+def _(w: World) -> None:
+    at(w, "http://127.0.0.1:9/v1")
+
+
+@case("no key where one is needed")
+def _(w: World) -> None:
+    at(w, "https://api.openai.com/v1")
+
+
+@case("a key that the server refuses")
+def _(w: World) -> None:
+    at(w, locked_server().url)
+
+
+@case("a model that the server does not have")
+def _(w: World) -> None:
+    at(w, open_server().url, model="huge")
+
+
+@case("an address without its path")
+def _(w: World) -> None:
+    at(w, open_server().url.removesuffix("/v1"))
+
+
+@case("request fields that the server refuses")
+def _(w: World) -> None:
+    open_server().control({"kind": "status", "status": 422, "body": "unknown field top_k"})
+    at(w, open_server().url)
+    w.set("teacher.rollout", {"top_k": 5})
 
 
 # --- folders of runs ------------------------------------------------------------------------------------------------

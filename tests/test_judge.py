@@ -35,7 +35,7 @@ from zppo.prompts.neutralise import Neutraliser
 from zppo.report.summary import Reader
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
-from zppo.train import assemble
+from zppo.train import teachers as staff
 from zppo.train.ask import Asker
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import closing_table
@@ -62,7 +62,7 @@ class ScriptedJudge:
     how: TeacherSampling | None = None
     special_texts: tuple[str, ...] = SPECIAL
 
-    def check(self, how: TeacherSampling) -> None:
+    def check(self, how: TeacherSampling, use: str = "", n: int = 1) -> None:
         self.how = how
 
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
@@ -612,7 +612,7 @@ def test_a_run_with_a_judge_of_its_own_that_is_not_always_there(
                 for text, reply in zip(away, replies, strict=True)
             ]
 
-    monkeypatch.setattr(assemble, "_load_frozen", lambda settings, own, accelerator: Away(say))
+    monkeypatch.setattr(staff, "_load_frozen", lambda settings, own, accelerator: Away(say))
     overrides = [
         "--method=grpo-replay",
         "--teacher=null",

@@ -406,7 +406,11 @@ def test_help_lists_every_setting_with_type_default_and_meaning() -> None:
 
 def test_help_knows_every_field_of_the_settings() -> None:
     def leaves(data: Any, prefix: str) -> set[str]:
-        if not isinstance(data, dict) or prefix.removesuffix(".") in ("prompts",) or prefix.endswith("template_args."):
+        if (
+            not isinstance(data, dict)
+            or prefix.removesuffix(".") in ("prompts",)
+            or prefix.endswith(("template_args.", "extra_body."))
+        ):
             return {prefix.removesuffix(".")}
         return {leaf for key, value in data.items() for leaf in leaves(value, f"{prefix}{key}.")}
 

@@ -264,8 +264,9 @@ def _check_lab_models(settings: Settings) -> None:
     """Whether the bundled models that a recipe names exist; a dry run loads none and would not notice."""
     from zppo.lab.assets import SCHEME, resolve
 
-    for model in (settings.student, settings.teacher, *settings.more_teachers, settings.judge):
-        if model is not None and model.model.startswith(SCHEME):
+    frozen = (settings.teacher, *settings.more_teachers, settings.judge)
+    for model in (settings.student, *(m for m in frozen if m is not None and not m.base_urls)):
+        if model.model.startswith(SCHEME):
             resolve(model.model)
 
 

@@ -112,8 +112,8 @@ class LocalTeacher:
         teacher.network, teacher.tokenizer = network, chat.tokenizer
         return teacher
 
-    def check(self, how: TeacherSampling) -> None:
-        """Builds the chat of one use, so that wrong template arguments show at start-up (ModelError)."""
+    def check(self, how: TeacherSampling, use: str = "", n: int = 1) -> None:
+        """Builds the chat of one use, so that wrong template arguments show at start-up (ModelError). Its name and size are not needed."""
         self._chat(how.template_args)
 
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:

@@ -24,18 +24,18 @@ from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherSampling
 from zppo.teacher.compress import Compressor, token_tail
-from zppo.teacher.local import LocalTeacher
 from zppo.train import checkpoint
 from zppo.train.ask import Asker
 from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
 from zppo.train.materials import MaterialMaker
-from zppo.train.models import Student, context_length, load_chat, load_student, read_template, resolve_model
+from zppo.train.models import Student, context_length, load_chat, load_student
 from zppo.train.progress import Progress, warn
 from zppo.train.questions import check_vocabulary, load_short
 from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog
 from zppo.train.scoring import make_scorer
-from zppo.train.settings import FrozenModelSettings, Settings
+from zppo.train.settings import Settings
+from zppo.train.teachers import FrozenTeacher, Staff
 from zppo.train.trainer import Trainer
 from zppo.train.zone import ZoneBuilder
 
@@ -96,27 +96,38 @@ def make_engine(
 
 
 def assemble(
-    settings: Settings, run: Path, start: Path | None, score: Score, accelerator: Accelerator, console: Console
+    settings: Settings,
+    run: Path,
+    start: Path | None,
+    score: Score,
+    staff: Staff,
+    accelerator: Accelerator,
+    console: Console,
 ) -> Assembled:
     """Loads data, models and templates, checks that they fit together, and builds the trainer.
 
     Args:
         run: where the trainer will write; nothing is written here.
         start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
+        staff: the frozen models.
 
     Raises:
         ZPPOError: what does not fit, by name.
     """
     method = settings.method.resolve()
     reformulations = make_reformulations(method, settings.zone.prefix_fraction)
-    chat = load_chat(settings.student)
-    teachers = _load_teachers(settings, accelerator) if method.needs_teacher else []
+    chat, teachers = load_chat(settings.student), staff.teachers
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
     length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
     questions, held_out = load_short(settings, chat, length, console)
     scorer = make_scorer(
-        settings, score, [*questions, *held_out], chat, teachers, lambda own: _load_frozen(settings, own, accelerator)
+        settings,
+        score,
+        [*questions, *held_out],
+        chat,
+        teachers,
+        lambda own: staff.load(own, "judge" if settings.judge else "teacher"),
     )
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None)
     model, say = student.model, partial(warn, console)
@@ -148,38 +159,12 @@ def assemble(
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
         checkpoint=_checkpointer(settings, run, student.saved, optimizer),
         scorer=scorer,
+        service=staff.take_service,
     )
     return Assembled(trainer, student, chat)
 
 
-def _load_teachers(settings: Settings, accelerator: Accelerator) -> list[LocalTeacher]:
-    """The frozen teachers; `teacher`, which also compresses, comes first."""
-    loaded = []
-    for teacher in (settings.teacher, *settings.more_teachers):
-        if teacher is None:
-            continue
-        made = _load_frozen(settings, teacher, accelerator)
-        for use in (teacher.rollout, teacher.compression, teacher.hint):
-            made.check(teacher.how(use))
-        loaded.append(made)
-    return loaded
-
-
-def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator) -> LocalTeacher:
-    """A model that is never trained: a teacher, or a judge."""
-    device = accelerator.device if own.device == "auto" else torch.device(own.device)
-    return LocalTeacher.load(
-        resolve_model(own.model),
-        revision=own.revision,
-        device=device,
-        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
-        template=read_template(own),
-        attention=own.attention,
-        max_rows=settings.rollout.max_rows,
-    )
-
-
-def _make_asker(settings: Settings, teachers: Sequence[LocalTeacher], speaker: Speaker, score: Score) -> Asker:
+def _make_asker(settings: Settings, teachers: Sequence[FrozenTeacher], speaker: Speaker, score: Score) -> Asker:
     own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
     return Asker(
         [(teacher, t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
@@ -193,7 +178,7 @@ def _make_asker(settings: Settings, teachers: Sequence[LocalTeacher], speaker: S
 def _make_zone(
     settings: Settings,
     reformulations: Sequence[Reformulation],
-    teachers: Sequence[LocalTeacher],
+    teachers: Sequence[FrozenTeacher],
     speaker: Speaker,
     asker: Asker,
     context: int | None,

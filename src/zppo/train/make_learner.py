@@ -34,6 +34,7 @@ from zppo.train.optimizer import make_optimizer
 from zppo.train.precision import keep_logits_small
 from zppo.train.recompute import recompute_layers
 from zppo.train.settings import Settings
+from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
 
 
@@ -98,7 +99,7 @@ def make_learner(
     chat: Chat,
     start: Path | None,
     accelerator: Accelerator,
-    teachers: Sequence[LocalTeacher],
+    teachers: Sequence[FrozenTeacher],
     asker: Asker,
     say: Callable[[str], None] | None = None,
 ) -> tuple[Learner, torch.optim.Optimizer]:
@@ -131,12 +132,13 @@ def make_learner(
         return Rollout(ids, unknown, source.text, source.answer, True, source.reward, reason="teacher response")
 
     if method.distils:
-        _check_shared_tokenizer(settings, chat, teachers[0])
+        teacher = in_process(teachers[0])
+        _check_shared_tokenizer(settings, chat, teacher)
         learner: Learner = Distiller(
             prepared,
             optimizer,
             accelerator,
-            teacher=teachers[0].network,
+            teacher=teacher.network,
             asker=asker if method.loss == "off-distill" else None,
             respond=respond,
             train=train,

@@ -19,7 +19,7 @@ from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
 from zppo.prompts.book import PromptBook
 from zppo.teacher.compress import REDRAWS
-from zppo.train.settings import ModelSettings, Settings, TeacherSettings
+from zppo.train.settings import FrozenModelSettings, ModelSettings, Settings, TeacherSettings
 
 RECIPE = "recipe.yaml"  # in the run folder
 
@@ -109,9 +109,10 @@ def check_files(settings: Settings) -> None:
     """
     PromptBook(settings.prompts)
     teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
-    judges = [settings.judge] if settings.judge else []
+    frozen: list[tuple[str, FrozenModelSettings]] = [("teacher", teacher) for teacher in teachers]
+    frozen += [("judge", settings.judge)] if settings.judge else []
     models: list[tuple[str, ModelSettings]] = [("student", settings.student)]
-    models += [*(("teacher", teacher) for teacher in teachers), *(("judge", judge) for judge in judges)]
+    models += [(name, model) for name, model in frozen if not model.base_urls]
     for name, model in models:
         if model.template is not None and not model.template.is_file():
             raise TemplateError(
@@ -220,7 +221,7 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
             f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}",
         ),
         ("student", settings.student.model),
-        ("teacher", settings.teacher.model if settings.teacher and method.needs_teacher else "not needed"),
+        ("teacher", _teachers(settings) if method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train}"),
         ("held-out questions", f"{plan.eval_questions:,} from {settings.data.eval}" if settings.data.eval else "none"),
         ("judge", _judge_row(settings, plan)),
@@ -235,8 +236,17 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
 def _judge_row(settings: Settings, plan: Plan) -> str:
     if settings.judging is None or not (plan.judged or plan.eval_judged):
         return "not needed: no question asks for one"
-    who = settings.judging[0].model if settings.judge else f"the teacher, {settings.judging[0].model},"
+    who = _where(settings.judge) if settings.judge else f"the teacher, {settings.judging[0].model},"
     return f"{who} for {plan.judged:,} training and {plan.eval_judged:,} held-out questions"
+
+
+def _teachers(settings: Settings) -> str:
+    return "; ".join(_where(t) for t in (settings.teacher, *settings.more_teachers) if t is not None)
+
+
+def _where(own: FrozenModelSettings) -> str:
+    """A model, and its addresses where it answers over HTTP; nothing is called here."""
+    return f"{own.model} at {', '.join(own.base_urls)}" if own.base_urls else own.model
 
 
 def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:

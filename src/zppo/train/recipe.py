@@ -38,12 +38,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         SettingsError: the recipe is missing or no YAML, or settings are unknown, missing or wrong: all of them in one message.
     """
     recipe = Path(path).expanduser()
-    data = _anchor(_read(recipe), (recipe.absolute().parent, Path.cwd()))
-    given = parse_overrides(overrides)
+    raw, given = _read(recipe), parse_overrides(overrides)
+    served = _served(raw, given)
+    data = _anchor(raw, (recipe.absolute().parent, Path.cwd()), served)
     problems = []
     for key, value in given:
         flat = _unflatten(key, value)
-        problem = _merge(data, _anchor(flat, (Path.cwd(),)), key)
+        problem = _merge(data, _anchor(flat, (Path.cwd(),), served), key)
         problems += [problem] if problem else []
     return _validate(data, str(path), {key for key, _ in given}, problems)
 
@@ -130,18 +131,34 @@ def _merge(data: dict[str, Any], new: Mapping[str, Any], key: str) -> str | None
     return None
 
 
-def _anchor(given: Mapping[str, Any], bases: Bases) -> dict[str, Any]:
+def _served(raw: Mapping[str, Any], given: Sequence[tuple[str, Any]] = ()) -> frozenset[str]:
+    """The models that are on servers, `teacher.model` or `judge.model`: they have names there and are no paths here."""
+    found = []
+    for section in ("teacher", "judge"):
+        own = raw.get(section)
+        for key, value in given:
+            if key == section:
+                own = value
+            elif key == f"{section}.base_urls":
+                own = {"base_urls": value}
+        if isinstance(own, Mapping) and own.get("base_urls"):
+            found.append(f"{section}.model")
+    return frozenset(found)
+
+
+def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> dict[str, Any]:
     """The data with relative paths made absolute: the first base that has the file, else the first base."""
     data: dict[str, Any] = _copy(given)
     for section, key, value in _texts(data, _FILES):
         section[key] = _file(value, bases)
-    for section, key, value in _texts(data, _MODELS):
+    for section, key, value in _texts(data, [name for name in _MODELS if name not in served]):
         section[key] = _model(value, bases)
     for section, key, value in _texts(data, ("grading.reward",)):
         section[key] = _code(value, bases)
     teachers = data.get("more_teachers")
     if isinstance(teachers, list):
-        data["more_teachers"] = [_anchor({"teacher": t}, bases)["teacher"] for t in teachers]
+        further = [{"teacher": teacher} for teacher in teachers]
+        data["more_teachers"] = [_anchor(f, bases, _served(f))["teacher"] for f in further]
     method = data.get("method")
     if isinstance(method, dict) and isinstance(kinds := method.get("reformulations"), list):
         method["reformulations"] = [_code(kind, bases) if isinstance(kind, str) else kind for kind in kinds]

@@ -23,6 +23,7 @@ from zppo.train.recipe import dump_recipe, load_recipe
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import scoring
 from zppo.train.settings import Settings
+from zppo.train.teachers import staffing
 from zppo.train.trackers import Trackers, tracking
 
 
@@ -67,8 +68,8 @@ def _run(settings: Settings, run: Path, start: Path | None, console: Console, *,
     accelerator = make_accelerator(settings)
     trackers = Trackers(settings.train.trackers, settings.train.tracker_project, run, partial(warn, console))
     trackers.check()
-    with scoring(settings) as score, tracking(trackers):
-        parts = assemble(settings, run, start, score, accelerator, console)
+    with scoring(settings) as score, staffing(settings, accelerator, console) as staff, tracking(trackers):
+        parts = assemble(settings, run, start, score, staff, accelerator, console)
         trainer = parts.trainer
         if start:
             trainer.load_state_dict(checkpoint.load_state(start))

@@ -15,10 +15,10 @@ from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.compress import token_tail
 from zppo.teacher.judge import Case, Judge, readable
-from zppo.teacher.local import LocalTeacher
 from zppo.train.plan import count_judged
 from zppo.train.rollouts import Answered, Score
 from zppo.train.settings import FrozenModelSettings, Settings
+from zppo.train.teachers import FrozenTeacher
 
 _FEW = 8  # replies on which nothing is concluded yet
 
@@ -119,8 +119,8 @@ def make_scorer(
     rule: Score,
     questions: Iterable[Question],
     chat: Chat,
-    teachers: Sequence[LocalTeacher],
-    load: Callable[[FrozenModelSettings], LocalTeacher],
+    teachers: Sequence[FrozenTeacher],
+    load: Callable[[FrozenModelSettings], FrozenTeacher],
 ) -> Scorer:
     """The score of a run; a judge is loaded where a question wants one, and only there.
 
@@ -140,7 +140,7 @@ def make_scorer(
     own, use = settings.judging
     model = teachers[0] if settings.judge is None and teachers else load(own)
     how = own.how(use)
-    model.check(how)
+    model.check(how, "" if settings.judge else "judge")
     book = PromptBook(settings.prompts, Neutraliser({*chat.special_texts, *model.special_texts}))
     judge = Judge(model, book, how, token_tail(chat.tokenizer, use.response_tokens), seed=settings.seed)
     return Scorer(rule, judge)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,7 @@ from zppo.data.reading import Reading
 from zppo.engines.base import Sampling
 from zppo.teacher.base import TeacherSampling
 from zppo.train.methods import METHODS, Control, Loss, Method
+from zppo.train.remote_settings import RemoteSettings
 
 OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
 
@@ -95,13 +96,21 @@ class StudentSettings(ModelSettings):
 class TeacherUse(SamplingSettings):
     """How the teacher is sampled for one use."""
 
+    thinks: ClassVar[bool] = True
+    """False where the token limit has no room for thoughts."""
+
     template_args: dict[str, Any] = Field(
         {}, description="chat-template arguments for this use, over teacher.template_args"
+    )
+    extra_body: dict[str, Any] = Field(
+        {}, description="fields of requests to base_urls, over all others; null leaves a field out"
     )
 
 
 class CompressionSettings(TeacherUse):
     """How candidates are compressed (method.md section 4)."""
+
+    thinks: ClassVar[bool] = False
 
     enabled: bool = Field(True, description="false: candidates are shown uncompressed, cut to `max_new_tokens`")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
@@ -111,11 +120,15 @@ class CompressionSettings(TeacherUse):
 class HintSettings(TeacherUse):
     """How hints are written (Alg. 5)."""
 
+    thinks: ClassVar[bool] = False
+
     max_new_tokens: int = Field(512, ge=1, description="token limit of a hint")
 
 
 class JudgeUse(TeacherUse):
     """How completions are judged (method.md section 7)."""
+
+    thinks: ClassVar[bool] = False
 
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     max_new_tokens: int = Field(512, ge=1, description="token limit of a verdict")
@@ -128,8 +141,8 @@ class JudgeUse(TeacherUse):
     )
 
 
-class FrozenModelSettings(ModelSettings):
-    """A model that is never trained."""
+class FrozenModelSettings(ModelSettings, RemoteSettings):
+    """A model that is never trained, in this process or behind OpenAI-compatible addresses."""
 
     device: str = Field(
         "auto",
@@ -137,9 +150,38 @@ class FrozenModelSettings(ModelSettings):
         description="auto: the training device; else a torch device such as cuda:1 or cpu",
     )
 
+    @model_validator(mode="after")
+    def _in_process_or_remote(self) -> Self:
+        if self.base_urls:
+            for name in ("revision", "template", "attention", "device"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is set, and base_urls too: there the server decides it; leave one of the two out"
+                    )
+            return self
+        for name, use in self.uses().items():
+            if use.extra_body:
+                key = f"{name}.extra_body".lstrip(".")
+                raise ValueError(
+                    f"{key} is set, and base_urls is not: it holds fields of HTTP requests; set base_urls, or leave it out"
+                )
+        return self
+
+    def uses(self) -> dict[str, TeacherUse]:
+        """What the model is asked for, by the name of its section; "" where that is the model's own."""
+        own: dict[str, TeacherUse] = {"": self} if isinstance(self, TeacherUse) else {}
+        return own | {n: use for n in type(self).model_fields if isinstance(use := getattr(self, n), TeacherUse)}
+
     def how(self, use: TeacherUse) -> TeacherSampling:
-        """Sampling and template arguments of one use."""
-        return TeacherSampling(use.sampling(), {**self.template_args, **use.template_args})
+        """Sampling, template arguments and request fields of one use.
+
+        A remote model is told `enable_thinking: false` where thoughts would eat the token limit, unless the recipe says otherwise.
+        OpenAI's own address knows no template arguments, and is sent none.
+        """
+        args = {**self.template_args, **use.template_args}
+        if self.base_urls and not use.thinks:
+            args.setdefault("enable_thinking", False)
+        return TeacherSampling(use.sampling(), {} if self.official else args, use.extra_body)
 
 
 class JudgeSettings(JudgeUse, FrozenModelSettings):
@@ -411,5 +453,10 @@ class Settings(Section):
             raise ValueError(
                 f"method {method.name!r} trains on {method.gradient}, which needs a teacher: "
                 "set teacher.model, or choose grpo or grpo-replay"
+            )
+        if method.distils and self.teacher is not None and self.teacher.base_urls:
+            raise ValueError(
+                f"method {method.name!r} compares next-token distributions, which no chat server gives: teacher.base_urls must be empty, "
+                "so that the teacher runs in this process; or choose a method that keeps the teacher in the prompt (zppo)"
             )
         return self

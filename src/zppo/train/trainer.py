@@ -93,12 +93,14 @@ class Trainer:
         progress: Progress,
         checkpoint: Callable[[int, Mapping[str, Any]], Path],
         scorer: Scorer,
+        service: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.settings, self.steps = settings, steps
         self.questions, self.held_out = questions, held_out
         self.roller, self.zone, self.learner = roller, zone, learner
         self.buffer, self.log, self.progress, self.checkpoint = buffer, log, progress, checkpoint
         self.scorer = scorer  # the roller's score: what it counts
+        self.service = service  # what calling remote models took since it was last asked
         self.method = settings.method.resolve()
         self.done = 0
         self.totals = Totals()
@@ -157,6 +159,7 @@ class Trainer:
             **asked_again.metrics,
             **learnt.metrics,
             **self.scorer.metrics(),
+            **self.service(),
             **self._buffer_metrics(changes),
         }
         self._report(step, groups, metrics, clock)

@@ -1,0 +1,118 @@
+"""The frozen models of a run, teachers and a judge: loaded in this process or reached over HTTP, and let go of at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from zppo.errors import TeacherError
+from zppo.teacher.check import Names, read_key
+from zppo.teacher.local import LocalTeacher
+from zppo.teacher.remote import RemoteTeacher
+from zppo.train.methods import Method
+from zppo.train.models import read_template, resolve_model
+from zppo.train.progress import warn
+from zppo.train.settings import FrozenModelSettings, Settings, TeacherSettings
+
+FrozenTeacher = LocalTeacher | RemoteTeacher
+
+
+class Staff:
+    """The frozen models of one run.
+
+    Attributes:
+        teachers: those that the method needs; `teacher`, which also compresses, comes first.
+    """
+
+    def __init__(self, settings: Settings, accelerator: Accelerator, console: Console) -> None:
+        self.teachers: list[FrozenTeacher] = []
+        self._settings, self._accelerator, self._console = settings, accelerator, console
+        self._remote: list[RemoteTeacher] = []
+
+    def load(self, own: FrozenModelSettings, section: str) -> FrozenTeacher:
+        """A frozen model by its section of the recipe.
+
+        Raises:
+            TeacherError: it cannot be loaded, or there is no key for its address.
+        """
+        if not own.base_urls:
+            return _load_frozen(self._settings, own, self._accelerator)
+        teacher = RemoteTeacher(
+            own.model,
+            own.base_urls,
+            key=read_key(own.key_env, own.base_urls, section),
+            concurrency=own.concurrency,
+            deadline=own.deadline,
+            retry_for=own.retry_for,
+            names=Names(section, own.key_env),
+            warn=lambda text: warn(self._console, f"warning: {text}"),
+        )
+        self._remote.append(teacher)
+        return teacher
+
+    def take_service(self) -> dict[str, float]:
+        """What calling the remote models took since the last call of this, named remote_*; empty where all are in this process."""
+        taken = [asdict(teacher.take_service()) for teacher in self._remote]
+        return {f"remote_{name}": sum(counts[name] for counts in taken) for name in taken[0]} if taken else {}
+
+    def close(self) -> None:
+        """Ends the threads and connections of remote models."""
+        for teacher in self._remote:
+            teacher.close()
+
+
+@contextmanager
+def staffing(settings: Settings, accelerator: Accelerator, console: Console) -> Iterator[Staff]:
+    """The frozen models for the length of a run; the teachers that the method needs are loaded and checked.
+
+    Raises:
+        TeacherError: a teacher cannot be loaded, or cannot be reached with this key, model and fields.
+        ModelError: template arguments break a chat template.
+    """
+    method = settings.method.resolve()
+    named = [("teacher", settings.teacher), *((f"more_teachers.{i}", t) for i, t in enumerate(settings.more_teachers))]
+    with ExitStack() as stack:
+        staff = Staff(settings, accelerator, console)
+        stack.callback(staff.close)
+        for section, own in named if method.needs_teacher else ():
+            if own is not None:
+                teacher = staff.load(own, section)
+                for use in _uses(own, method, first=section == "teacher"):
+                    n = settings.zone.teacher_group_size if use == "rollout" else 1
+                    teacher.check(own.how(own.uses()[use]), use, n)
+                staff.teachers.append(teacher)
+        yield staff
+
+
+def in_process(teacher: FrozenTeacher) -> LocalTeacher:
+    """A teacher whose distributions can be read. TeacherError where it is behind an address."""
+    if isinstance(teacher, LocalTeacher):
+        return teacher
+    raise TeacherError(
+        f"the teacher {teacher.model!r} is remote, and distillation needs one in this process: leave base_urls empty"
+    )
+
+
+def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
+    """What the method asks a teacher for; further teachers give rollouts only. The judge checks its own."""
+    compresses = first and own.compression.enabled and bool({"bcq", "ncq"} & set(method.reformulations))
+    return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.reformulations)]
+
+
+def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator) -> LocalTeacher:
+    """A model that is never trained, in this process: a teacher, or a judge."""
+    device = accelerator.device if own.device == "auto" else torch.device(own.device)
+    return LocalTeacher.load(
+        resolve_model(own.model),
+        revision=own.revision,
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        template=read_template(own),
+        attention=own.attention,
+        max_rows=settings.rollout.max_rows,
+    )
