@@ -14,7 +14,14 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from fault_server import Server
+from test_serve_process import KEY as SERVE_KEY
+from test_serve_process import serving
 from zppo.cli import main
+from zppo.core.types import Message
+from zppo.engines.base import Sampling
+from zppo.teacher.base import TeacherRequest, TeacherSampling
+from zppo.teacher.local import LocalTeacher
+from zppo.teacher.remote import RemoteTeacher
 from zppo.train.runlog import RunLog
 
 pytestmark = pytest.mark.slow
@@ -187,3 +194,32 @@ def test_a_remote_judge_that_dies_leaves_completions_ungraded(
     assert steps[2]["judge_unreachable"] == steps[2]["judge_asked"] == steps[2]["remote_given_up"] > 0
     assert steps[2]["ungraded"] == steps[2]["rollouts"]
     assert server.process is None and "judge calls without a reply" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_teacher_behind_zppo_serve_is_the_teacher(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy completions are those of the same checkpoint in this process; a run with it asks, compresses and misses nothing."""
+    model = recipe.parent / "teacher"
+    requests = [TeacherRequest((Message("user", f"What is {i} plus 4?"),), (1, 2)) for i in range(5)]
+    how = TeacherSampling(Sampling(temperature=0.0, max_new_tokens=8), {"enable_thinking": False})
+    with serving(str(model), "--name", "tiny", "--device", "cpu") as (_, url):
+        remote = RemoteTeacher("tiny", [url], key=SERVE_KEY)
+        try:
+            remote.check(TeacherSampling(Sampling(max_new_tokens=8)), "rollout", 4)
+            assert not remote.one_by_one
+            replies = remote.complete(requests, how)
+        finally:
+            remote.close()
+        local = LocalTeacher.load(model).complete(requests, how)
+        assert [r.texts for r in replies] == [r.texts for r in local]
+        assert [r.prompt_tokens for r in replies] == [r.prompt_tokens for r in local]
+        monkeypatch.setenv("TEACHER_KEY", SERVE_KEY)
+        assert train(recipe, tmp_path / "run", url, "--train.steps=2", "--data.eval=null") == 0
+    steps = steps_of(tmp_path / "run")
+    for step in (1, 2):
+        assert steps[step]["teacher_rollouts"] == 4 * steps[step]["teacher_questions"] > 0
+        assert steps[step]["teacher_correct"] > 0 and steps[step]["compression_asked"] > 0
+        assert steps[step]["teacher_unreachable"] == steps[step]["compression_unreachable"] == 0
+        assert steps[step]["remote_retries"] == steps[step]["remote_given_up"] == 0
+    assert SERVE_KEY not in everything_in(tmp_path / "run")
