@@ -262,6 +262,7 @@ def test_a_long_limit_allows_a_long_reply(server: Server, make: Any) -> None:
 # --- weather --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_every_request_recovers(server: Server, make: Any) -> None:
     teacher = make(server, concurrency=8)
     server.control(always={"kind": "slow", "seconds": 0.3})
