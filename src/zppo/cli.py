@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zppo import __version__
-from zppo.errors import SettingsError, ZPPOError
+from zppo.errors import Interrupted, SettingsError, ZPPOError
 from zppo.report.arguments import add_commands
 from zppo.serve.arguments import add_serve
 
@@ -25,7 +25,11 @@ _TRAIN_FLAGS = ("-h", "--help", "--dry-run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user, 130 when interrupted."""
+    """Run one command.
+
+    Returns the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user or a full disk, 130 when
+    interrupted, 143 when asked to end by SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         overrides: list[str] = []
@@ -38,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZPPOError as error:
         _print_error(str(error))
         return USER_ERROR
+    except Interrupted as stopped:  # the run has said where it is saved
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -255,9 +261,12 @@ def _train(options: argparse.Namespace) -> None:
         Console().print(render_plan(settings, plan, options.recipe, folder))
         return
     from zppo.train.run import train as start
+    from zppo.train.stop import Stop, catch_signals
 
     register_lab_models()
-    start(settings, name)
+    stop = Stop()
+    with catch_signals(stop):
+        start(settings, name, stop=stop)
 
 
 def _check_lab_models(settings: Settings) -> None:
@@ -272,10 +281,13 @@ def _check_lab_models(settings: Settings) -> None:
 
 def _resume(options: argparse.Namespace) -> None:
     from zppo.train.run import resume
+    from zppo.train.stop import Stop, catch_signals
 
     register_lab()
     register_lab_models()
-    resume(options.folder)
+    stop = Stop()
+    with catch_signals(stop):
+        resume(options.folder, stop=stop)
 
 
 def _methods(options: argparse.Namespace) -> None:

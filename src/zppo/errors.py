@@ -35,9 +35,21 @@ class CheckpointError(ZPPOError, RuntimeError):
     """A checkpoint or a run folder cannot be read, or does not belong to this recipe."""
 
 
+class StorageError(ZPPOError, OSError):
+    """A file of the run cannot be written: the disk is full, the folder is read-only."""
+
+
 class RewardError(ZPPOError, ValueError):
     """A user's reward function is missing or returned something that is no reward."""
 
 
 class MemoryLimitError(ZPPOError, RuntimeError):
     """The device's memory does not hold even the smallest part of the work."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run stopped because it was asked to; `signum` says by which signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum

@@ -26,17 +26,20 @@ from zppo.teacher.base import TeacherSampling
 from zppo.teacher.compress import Compressor, token_tail
 from zppo.train import checkpoint
 from zppo.train.ask import Asker
+from zppo.train.halfway import Halfway
 from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
 from zppo.train.materials import MaterialMaker
 from zppo.train.models import Student, context_length, load_chat, load_student
+from zppo.train.origin import origin_of
 from zppo.train.progress import Progress, warn
 from zppo.train.questions import check_vocabulary, load_short
 from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog
 from zppo.train.scoring import make_scorer
 from zppo.train.settings import Settings
+from zppo.train.stop import Stop
 from zppo.train.teachers import FrozenTeacher, Staff
-from zppo.train.trainer import Trainer
+from zppo.train.trainer import Save, Trainer
 from zppo.train.zone import ZoneBuilder
 
 
@@ -47,6 +50,7 @@ class Assembled:
     trainer: Trainer
     student: Student
     chat: Chat
+    origin: dict[str, Any]  # what it trains from; every checkpoint says so
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -103,6 +107,7 @@ def assemble(
     staff: Staff,
     accelerator: Accelerator,
     console: Console,
+    stop: Stop,
 ) -> Assembled:
     """Loads data, models and templates, checks that they fit together, and builds the trainer.
 
@@ -110,6 +115,7 @@ def assemble(
         run: where the trainer will write; nothing is written here.
         start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
         staff: the frozen models.
+        stop: ends the run where nothing is lost by it.
 
     Raises:
         ZPPOError: what does not fit, by name.
@@ -138,7 +144,10 @@ def assemble(
     steps = settings.train.steps
     if steps is None:
         steps = steps_per_epochs(len(questions), settings.rollout.batch_size, settings.train.epochs)
-    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, asker, say)
+    origin = origin_of(settings, questions, model.config, accelerator.num_processes)
+    learner, optimizer = make_learner(
+        settings, model, chat, start, accelerator, teachers, asker, say, lambda: stop.wanted
+    )
     trainer = Trainer(
         settings,
         steps=steps,
@@ -157,11 +166,12 @@ def assemble(
         buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
         log=RunLog(run),
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
-        checkpoint=_checkpointer(settings, run, student.saved, optimizer),
+        checkpoint=_checkpointer(settings, run, student.saved, optimizer, origin),
+        stop=stop,
         scorer=scorer,
         service=staff.take_service,
     )
-    return Assembled(trainer, student, chat)
+    return Assembled(trainer, student, chat, origin)
 
 
 def _make_asker(settings: Settings, teachers: Sequence[FrozenTeacher], speaker: Speaker, score: Score) -> Asker:
@@ -218,10 +228,23 @@ def _make_zone(
 
 
 def _checkpointer(
-    settings: Settings, run: Path, model: checkpoint.Savable, optimizer: torch.optim.Optimizer
-) -> Callable[[int, Mapping[str, Any]], Path]:
-    def save(step: int, state: Mapping[str, Any]) -> Path:
-        return checkpoint.save(run, step, model, optimizer, state, keep=settings.train.keep_checkpoints)
+    settings: Settings,
+    run: Path,
+    model: checkpoint.Savable,
+    optimizer: torch.optim.Optimizer,
+    origin: Mapping[str, Any],
+) -> Save:
+    def save(step: int, state: Mapping[str, Any], halfway: Halfway | None) -> Path:
+        return checkpoint.save(
+            run,
+            step,
+            model,
+            optimizer,
+            {**state, "origin": origin},
+            keep=settings.train.keep_checkpoints,
+            updates=halfway.begun.done if halfway else None,
+            more=halfway.write if halfway else None,
+        )
 
     return save
 

@@ -1,21 +1,25 @@
-"""Checkpoints at step boundaries: model, optimizer, buffer, counters. No pickled code is ever loaded."""
+"""Checkpoints: model, optimizer, buffer, counters, and a step that a signal stopped. No pickled code is ever loaded."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from zppo.errors import CheckpointError
+from zppo.train.manifest import MANIFEST, fault, make_manifest
+from zppo.train.storage import PARTIAL, sync, writing
 
 CHECKPOINTS = "checkpoints"
 _MODEL, _OPTIMIZER, _STATE = "model", "optimizer.pt", "state.json"
+_DAMAGED = ".damaged"
+_NAME = re.compile(r"step-(\d+)(?:\+(\d+))?")
 
 
 class Savable(Protocol):
@@ -34,31 +38,89 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int,
+    updates: int | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write checkpoints/step-NNNNNN, whole or not at all, then remove all but the newest `keep`.
+    """Write a checkpoint, whole or not at all, then remove all but the newest `keep`.
 
-    `model/` in it loads with `transformers` (or with `peft`, where adapters are trained); weights are stored in fp32, as they are trained.
+    `model/` in it loads with `transformers` (or with `peft`, where adapters are trained); weights are stored in fp32, as they are
+    trained. It is named step-NNNNNN after the last
+    whole step, or step-NNNNNN+K where `updates` = K optimizer steps of the next one are in the weights too.
+
+    Args:
+        state: JSON-ready; `load_state` gives it back.
+        more: writes further files into the folder that it is given.
+
+    Raises:
+        StorageError: the disk refuses; older checkpoints are as they were.
     """
-    target = run / CHECKPOINTS / f"step-{step:06d}"
-    partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial / _MODEL)
-    torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
-    (partial / _STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    for path in partial.rglob("*"):
-        _sync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    _sync(target.parent)
-    for old in existing(run)[:-keep]:
-        shutil.rmtree(old)
+    target = run / CHECKPOINTS / _name(step, updates)
+    partial = target.with_name(target.name + PARTIAL)
+    with writing(target):
+        try:
+            _remove_partial(run)
+            partial.mkdir(parents=True)
+            model.save_pretrained(partial / _MODEL)
+            with open(partial / _OPTIMIZER, "wb") as file:
+                torch.save(optimizer.state_dict(), file)
+            (partial / _STATE).write_text(json.dumps({"step": step, "updates": updates, **state}), encoding="utf-8")
+            if more is not None:
+                more(partial)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            (partial / MANIFEST).write_text(make_manifest(partial), encoding="utf-8")
+            sync(partial / MANIFEST)
+            if target.exists():
+                target.rename(target.with_name(f"{target.name}.old{PARTIAL}"))
+            partial.rename(target)
+            sync(target.parent)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)  # where the disk is full, the space is needed
+            raise
+        for old in existing(run)[:-keep]:
+            old.rename(old.with_name(old.name + PARTIAL))  # a kill amid the removal leaves nothing that looks whole
+        _remove_partial(run)
     return target
 
 
 def existing(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / CHECKPOINTS).glob("step-*") if p.suffix != ".partial" and p.is_dir())
+    """Checkpoints of a run that were written to their end, oldest first."""
+    found = ((_NAME.fullmatch(p.name), p) for p in (run / CHECKPOINTS).glob("step-*") if p.is_dir())
+    return [path for *_, path in sorted(_place(match, path) for match, path in found if match)]
+
+
+def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose files are as they were written, None where there is none at all; and what newer ones lack.
+
+    Nothing is changed.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(existing(run)):
+        problem = fault(checkpoint, (_OPTIMIZER, _STATE))
+        if problem is None:
+            return checkpoint, damaged
+        damaged[checkpoint] = problem
+    if damaged:
+        listing = "\n".join(f"  - {path}: {problem}" for path, problem in damaged.items())
+        raise CheckpointError(
+            f"no checkpoint of {run} is whole, and nothing was removed:\n{listing}\n"
+            f"Put a whole one back from a copy; or move {run / CHECKPOINTS} away, and the run starts over"
+        )
+    return None, {}
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is not counted any more; returns its new place."""
+    target, number = checkpoint.with_name(checkpoint.name + _DAMAGED), 1
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}-{number}")
+    with writing(target):
+        checkpoint.rename(target)
+    return target
 
 
 def model_folder(checkpoint: Path) -> Path:
@@ -67,7 +129,7 @@ def model_folder(checkpoint: Path) -> Path:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, and the step."""
+    """What `save` was given as `state`, with `step` and `updates`."""
     path = checkpoint / _STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -75,26 +137,62 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("it holds no step")
         return state
     except (OSError, ValueError) as error:
-        raise CheckpointError(_damaged(path, error)) from error
+        raise CheckpointError(unusable(path, error)) from error
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer its state back."""
+    """Give the optimizer its state back.
+
+    Raises:
+        CheckpointError: the file is no state of an optimizer, or of one over other weights.
+    """
     path = checkpoint / _OPTIMIZER
     try:
-        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(_damaged(path, error)) from error
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read: {error}. Remove the folder {path.parent}; the checkpoint before it is used then"
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to the disk, so that a rename never outlives what it names."""
-    handle = os.open(path, os.O_RDONLY)
+        raise CheckpointError(unusable(path, error)) from error
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        optimizer.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(_foreign(path, str(error))) from error
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments and moments[name].shape != parameter.shape:
+                    raise CheckpointError(
+                        _foreign(
+                            path,
+                            f"a moment of shape {tuple(moments[name].shape)} for weights of {tuple(parameter.shape)}",
+                        )
+                    )
+
+
+def unusable(path: Path, error: Exception) -> str:
+    """The words for a file of a checkpoint that is as it was written, and yet cannot be used."""
+    return (
+        f"{path} cannot be used: {error}. It is as it was written, so another version or another program wrote it. "
+        f"Move the folder {path.parent} away, and the checkpoint before it is used"
+    )
+
+
+def _foreign(path: Path, reason: str) -> str:
+    return (
+        f"{path} does not fit the student of this run: {reason}. The checkpoint comes from another recipe; move the folder {path.parent} "
+        "away, and the checkpoint before it is used"
+    )
+
+
+def _name(step: int, updates: int | None) -> str:
+    return f"step-{step:06d}" + ("" if updates is None else f"+{updates}")
+
+
+def _place(match: re.Match[str], path: Path) -> tuple[int, int, Path]:
+    """Sorts checkpoints by age: a whole step comes before the updates of the next one."""
+    return int(match[1]), -1 if match[2] is None else int(match[2]), path
+
+
+def _remove_partial(run: Path) -> None:
+    """Remove what was not written to its end, or is on its way out."""
+    for path in (run / CHECKPOINTS).glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(path)

@@ -16,7 +16,7 @@ from zppo.train.ask import Asker, Pools
 from zppo.train.budget import TokenBudget, zero_gradients
 from zppo.train.learn import Learnt
 from zppo.train.settings import TrainSettings
-from zppo.train.update import GuardedStep
+from zppo.train.update import Begun, GuardedStep
 
 
 def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
@@ -59,8 +59,13 @@ class Distiller:
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
         self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
 
-    def learn(self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int) -> Learnt:
-        """The student's rollouts are learnt from on-policy, and only counted off-policy; advantages are 0."""
+    def learn(
+        self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
+    ) -> Learnt:
+        """The student's rollouts are learnt from on-policy, and only counted off-policy; advantages are 0.
+
+        There is one optimizer step, so nothing can stop in between: `begun` is always None.
+        """
         rows = self._teacher_rows(plain, step) if self.asker is not None else _student_rows(plain)
         tokens = sum(len(row.completion_ids) for row in rows)
         lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]

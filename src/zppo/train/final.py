@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from zppo.engines.chat import Chat
 from zppo.train.evaluate import Evaluation
 from zppo.train.models import Student
 from zppo.train.settings import LoraSettings
+from zppo.train.storage import PARTIAL, sync, writing
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
 FINAL = "final"
@@ -23,15 +25,36 @@ def save_final(run: Path, student: Student, chat: Chat) -> Path:
     """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
 
     Adapters are merged into the weights, for good; by themselves they are in final/adapter/.
+
+    Returns:
+        The folder that it is in until `finish_final` gives it its name.
+
+    Raises:
+        StorageError: the disk refuses.
     """
-    folder = run / FINAL
-    if student.adapters:
-        student.adapters.save_pretrained(folder / ADAPTER)
-        student.adapters.merge()
-    student.model.save_pretrained(folder)
-    chat.tokenizer.chat_template = chat.template  # what the student was trained with
-    chat.tokenizer.save_pretrained(folder)
+    folder = run / f"{FINAL}{PARTIAL}"
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if student.adapters:
+            student.adapters.save_pretrained(folder / ADAPTER)
+            student.adapters.merge()
+        student.model.save_pretrained(folder)
+        chat.tokenizer.chat_template = chat.template  # what the student was trained with
+        chat.tokenizer.save_pretrained(folder)
     return folder
+
+
+def finish_final(run: Path, folder: Path) -> Path:
+    """Give the folder of `save_final` its name: from now on the run is finished."""
+    target = run / FINAL
+    with writing(target):
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+        sync(run)
+    return target
 
 
 def write_model_card(
@@ -72,7 +95,8 @@ def write_model_card(
             "",
         ]
     lines += ["## Recipe", "", "```yaml", recipe.rstrip(), "```", ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    with writing(folder / "README.md"):
+        (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def closing_table(

@@ -13,7 +13,7 @@ from zppo.core.types import Group, Rollout
 from zppo.teacher.compress import Source
 from zppo.train.ask import Pools
 from zppo.train.settings import AdvantageSettings
-from zppo.train.update import Updater, advantages_of
+from zppo.train.update import Begun, Updater, advantages_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,17 @@ class Learnt:
 class Learner(Protocol):
     """Turns the groups of a step into optimizer steps."""
 
-    def learn(self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int) -> Learnt:
-        """Learn from plain groups, reformulated groups and correct teacher responses."""
+    def learn(
+        self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
+    ) -> Learnt:
+        """Learn from plain groups, reformulated groups and correct teacher responses.
+
+        Args:
+            begun: where `UpdateStopped` left the same step; None: from its start.
+
+        Raises:
+            UpdateStopped: the run shall stop, and the learner is between two optimizer steps.
+        """
         ...
 
     def state_dict(self) -> dict[str, int]:
@@ -73,13 +82,15 @@ class PolicyLearner:
         self.updater, self.advantage, self.respond = updater, advantage, respond
         self.drop_trivial, self.seed = drop_trivial, seed
 
-    def learn(self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int) -> Learnt:
+    def learn(
+        self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
+    ) -> Learnt:
         """Advantages over the whole step, then I optimizer steps."""
         groups = [*(self._with_response(g, pools, step) for g in plain), *again]
         replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
         kept = [g for g in groups if not (self.drop_trivial and trivial(g))]
         inside = advantages_of(kept, self.advantage)
-        metrics = self.updater.update(kept, inside, step)
+        metrics = self.updater.update(kept, inside, step, begun)
         if self.respond is not None:
             metrics["teacher_responses_in_groups"] = float(replaced)
         return Learnt(groups, self._spread(groups, kept, inside), metrics)

@@ -102,12 +102,14 @@ def make_learner(
     teachers: Sequence[FrozenTeacher],
     asker: Asker,
     say: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Learner, torch.optim.Optimizer]:
     """The optimizer over all trained weights, with the state of a checkpoint where there is one, and the learner around it.
 
     Args:
         model: with all weights to train, or with adapters in it and the rest frozen.
         say: told when memory has run out and what fits from then on.
+        stop: asked between two optimizer steps: whether to leave the step there.
     """
     train, method = settings.train, settings.method.resolve()
     if train.lora is None:
@@ -146,7 +148,7 @@ def make_learner(
             budget=budget,
         )
         return learner, optimizer
-    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget)
+    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget, stop)
     learner = PolicyLearner(
         updater,
         settings.advantage,
@@ -165,6 +167,7 @@ def _make_updater(
     accelerator: Accelerator,
     chat: Chat,
     budget: TokenBudget,
+    stop: Callable[[], bool],
 ) -> Updater:
     sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
     if old == "sampler" and not sampling.exact:
@@ -185,6 +188,7 @@ def _make_updater(
         pad_id=chat.pad_id(model),
         sampler_is_exact=old == "sampler" or (old == "auto" and exact),
         budget=budget,
+        stop=stop,
     )
 
 

@@ -20,6 +20,7 @@ from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
 from zppo.prompts.book import PromptBook
 from zppo.teacher.compress import REDRAWS
 from zppo.train.settings import FrozenModelSettings, ModelSettings, Settings, TeacherSettings
+from zppo.train.storage import PARTIAL
 
 RECIPE = "recipe.yaml"  # in the run folder
 
@@ -144,7 +145,8 @@ def check_output(run: Path) -> None:
         raise SettingsError(
             f"{run} cannot be written: {above} is read-only for you; choose another one with --output=..."
         )
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    begun = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
+    if run.exists() and (not run.is_dir() or any(path.name != begun for path in run.iterdir())):
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -9,44 +10,52 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from zppo.errors import CheckpointError
-from zppo.train import checkpoint
+from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.train.assemble import Assembled, assemble, make_accelerator, make_engine
 from zppo.train.evaluate import Evaluation, evaluate
-from zppo.train.final import FINAL, closing_table, save_final, write_model_card
+from zppo.train.final import FINAL, closing_table, finish_final, save_final, write_model_card
 from zppo.train.models import load_model
 from zppo.train.plan import RECIPE, check_output
 from zppo.train.progress import warn
 from zppo.train.recipe import dump_recipe, load_recipe
+from zppo.train.recover import Start, rescue, way_on
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import scoring
 from zppo.train.settings import Settings
+from zppo.train.stop import Stop
+from zppo.train.storage import write_whole, writing
 from zppo.train.teachers import staffing
 from zppo.train.trackers import Trackers, tracking
+from zppo.train.trainer import Trainer
 
 
-def train(settings: Settings, recipe_name: str, console: Console | None = None) -> Path:
+def train(settings: Settings, recipe_name: str, console: Console | None = None, stop: Stop | None = None) -> Path:
     """Train by a recipe from the start; returns the run folder.
 
-    Everything is checked and loaded before the folder is made.
+    Everything is checked and loaded before the folder is made. `stop` ends the run where nothing is lost by it.
 
     Raises:
         ZPPOError: something is wrong with recipe, data, models or templates, or the folder holds a run already.
+        StorageError: the disk refuses; what was saved before is whole.
+        Interrupted: `stop` wanted it; what was trained is saved.
     """
     run = settings.output or Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_output(run)
-    return _run(settings.model_copy(update={"output": run}), run, None, console or Console(), resumed=False)
+    return _run(settings.model_copy(update={"output": run}), run, console or Console(), stop or Stop(), resumed=False)
 
 
-def resume(run: Path, console: Console | None = None) -> Path:
-    """Continue a run after its newest checkpoint; returns the run folder.
+def resume(run: Path, console: Console | None = None, stop: Stop | None = None) -> Path:
+    """Continue a run after its newest checkpoint that is whole; returns the run folder.
 
     What was written after the checkpoint is taken back and done again; on a CPU with an in-process teacher with the same result.
+    Damaged newer checkpoints are named and set aside.
 
     Raises:
-        CheckpointError: the folder holds no run, or its checkpoint cannot be read.
+        CheckpointError: the folder holds no run, no checkpoint of it is whole, or it belongs to another recipe.
+        StorageError, Interrupted: as in `train`.
     """
     if not (run / RECIPE).exists():
         raise CheckpointError(
@@ -57,48 +66,65 @@ def resume(run: Path, console: Console | None = None) -> Path:
     if (run / FINAL / "README.md").exists():
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
         return run
-    whole = checkpoint.existing(run)
-    return _run(settings, run, whole[-1] if whole else None, console, resumed=True)
+    return _run(settings, run, console, stop or Stop(), resumed=True)
 
 
-def _run(settings: Settings, run: Path, start: Path | None, console: Console, *, resumed: bool) -> Path:
+def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed: bool) -> Path:
     transformers_logging.disable_progress_bar()  # our own display is live
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
-    accelerator = make_accelerator(settings)
-    trackers = Trackers(settings.train.trackers, settings.train.tracker_project, run, partial(warn, console))
-    trackers.check()
-    with scoring(settings) as score, staffing(settings, accelerator, console) as staff, tracking(trackers):
-        parts = assemble(settings, run, start, score, staff, accelerator, console)
-        trainer = parts.trainer
-        if start:
-            trainer.load_state_dict(checkpoint.load_state(start))
-        if resumed:
-            trainer.log.rewind(trainer.done if start else -1)
-            trackers.start(trainer.done if start else -1)
-            console.print(f"resumed after step {trainer.done} of {trainer.steps}")
-        else:
-            trackers.start()
-            trainer.log.open()
-            (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
-            console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
-        trainer.log.listener = trackers.log
-        if not start:
-            trainer.evaluate()
-        console.print("accuracies of rollouts are running means over about ten steps", style="dim")
-        try:
-            trainer.run()
-        except KeyboardInterrupt:
-            console.print(
-                f"stopped; `zppo resume {run}` continues after the newest checkpoint", soft_wrap=True, highlight=False
-            )
-            raise
-        return _finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+    try:
+        accelerator = make_accelerator(settings)
+        trackers = Trackers(settings.train.trackers, settings.train.tracker_project, run, partial(warn, console))
+        trackers.check()
+        start = Start.find(settings, run, console) if resumed else None
+        with scoring(settings) as score, staffing(settings, accelerator, console) as staff, tracking(trackers):
+            parts = assemble(settings, run, start.folder if start else None, score, staff, accelerator, console, stop)
+            if start:
+                start.load(parts, console)
+            with stop.shield():
+                _open(settings, run, parts.trainer, trackers, console, resumed=resumed)
+            console.print("accuracies of rollouts are running means over about ten steps", style="dim")
+            try:
+                parts.trainer.run()
+                return _finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+            except BaseException as error:
+                rescue(run, parts.trainer, error, console)  # before anything else is closed: there may be little time
+                raise
+    except StorageError as error:
+        told = way_on(run)
+        raise StorageError(f"{error}. {told[:1].upper()}{told[1:]}") from error
+    except KeyboardInterrupt as error:
+        name = signal.Signals(error.signum).name if isinstance(error, Interrupted) else "interrupted"
+        console.print(Text(f"{name}: {way_on(run)}"), soft_wrap=True, highlight=False)
+        raise
+
+
+def _open(
+    settings: Settings, run: Path, trainer: Trainer, trackers: Trackers, console: Console, *, resumed: bool
+) -> None:
+    """Make the run folder, or take back what was written after the checkpoint."""
+    if resumed:
+        step = trainer.done if trainer.folder else -1
+        trainer.log.rewind(step, trainer.evaluated)
+        trackers.start(step)
+        far = f" and {trainer.halfway.begun.done} updates of the next" if trainer.halfway else ""
+        console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")
+    else:
+        trackers.start()
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+        write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
+        trainer.log.open()
+        console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
+    trainer.log.listener = trackers.log
 
 
 def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> Path:
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
     trainer = parts.trainer
+    if parts.student.adapters:
+        trainer.weights_leave()  # they are merged, for good
     folder = save_final(run, parts.student, parts.chat)
     after = None
     if trainer.held_out:
@@ -110,19 +136,22 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
             trainer.held_out,
             settings.eval,
         )
-        trainer.log.metrics(trainer.done, "final", asdict(after) | trainer.scorer.metrics())
+        with trainer.stop.shield():
+            trainer.log.metrics(trainer.done, "final", asdict(after) | trainer.scorer.metrics())
     before = _evaluation_at_start(run)
-    write_model_card(
-        folder,
-        name=run.name,
-        method=trainer.method.name,
-        student=settings.student.model,
-        recipe=dump_recipe(settings),
-        lora=settings.train.lora,
-        before=before,
-        after=after,
-        totals=trainer.totals,
-    )
+    with trainer.stop.ignored():  # it is finished, whoever asks it to stop now
+        write_model_card(
+            folder,
+            name=run.name,
+            method=trainer.method.name,
+            student=settings.student.model,
+            recipe=dump_recipe(settings),
+            lora=settings.train.lora,
+            before=before,
+            after=after,
+            totals=trainer.totals,
+        )
+        finish_final(run, folder)
     closing_table(
         console,
         run,

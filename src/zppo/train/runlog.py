@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from zppo.core.replay import Changes, Entry
 from zppo.core.types import Group
+from zppo.train.storage import PARTIAL, sync, write_whole, writing
 
 METRICS = "metrics.jsonl"
 BUFFER = "buffer.jsonl"
@@ -64,10 +65,12 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listener: Callable[[int, str, Mapping[str, Any]], None] | None = None
+        self._unsynced: set[Path] = set()
 
     def open(self) -> None:
         """Make the run folder; until then nothing is written."""
-        (self.folder / ROLLOUTS).mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            (self.folder / ROLLOUTS).mkdir(parents=True, exist_ok=True)
 
     def metrics(self, step: int, event: str, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; `event` is "step", "eval" or "final"; NaN and infinity become null."""
@@ -142,28 +145,46 @@ class RunLog:
             for index, rollout in enumerate(group.rollouts)
         ]
         target = self.folder / ROLLOUTS / f"step-{step:06d}.parquet"
-        partial = target.with_suffix(".partial")
+        partial = target.with_suffix(PARTIAL)
         table = pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
-        pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
-        partial.rename(target)
+        with writing(target):
+            try:
+                pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
+                partial.rename(target)
+            except OSError:
+                partial.unlink(missing_ok=True)  # where the disk is full, the space is needed
+                raise
+        self._unsynced |= {target, target.parent}
 
-    def rewind(self, step: int) -> None:
-        """Take back everything after `step`, the evaluation of final/, torn last lines and unfinished files."""
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Take back steps after `step`, evaluations after `evaluated` and that of final/, torn last lines and unfinished files.
+
+        A kill in the middle does no harm: it is done again.
+        """
+        last = {"eval": evaluated, "final": -1}
         for name in (METRICS, BUFFER):
             path = self.folder / name
             if path.exists():
-                kept = [line for line, record in _lines(path) if record["step"] <= step and record["event"] != "final"]
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(kept), encoding="utf-8")
-                partial.rename(path)
+                kept = [line for line, record in _lines(path) if record["step"] <= last.get(record["event"], step)]
+                write_whole(path, "".join(kept))
         self.open()
-        for path in (self.folder / ROLLOUTS).iterdir():
-            if path.suffix != ".parquet" or int(path.stem.removeprefix("step-")) > step:
-                path.unlink()
+        with writing(self.folder / ROLLOUTS):
+            for path in (self.folder / ROLLOUTS).iterdir():
+                if path.suffix != ".parquet" or int(path.stem.removeprefix("step-")) > step:
+                    path.unlink()
+
+    def sync(self) -> None:
+        """Force what was written onto the disk: a checkpoint counts on it."""
+        with writing(self.folder):
+            for path in sorted(self._unsynced):
+                sync(path)
+        self._unsynced.clear()
 
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
+        path = self.folder / name
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records))
+        self._unsynced |= {path, path.parent}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -175,6 +196,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whole lines and what they hold; a line that a killed run tore ends the file."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
+            if not line.endswith("\n"):
+                return
             try:
                 yield line, json.loads(line)
             except json.JSONDecodeError:

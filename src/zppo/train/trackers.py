@@ -19,6 +19,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from zppo.errors import SettingsError
+from zppo.train.storage import write_whole
 
 TRACKERS = "trackers.json"  # in the run folder: the name under which wandb and trackio find the run again
 FINISH_SECONDS = 60.0
@@ -76,7 +77,7 @@ class Trackers:
                 self.say(f"{text}. The run goes on without it")
         if self._live.keys() - {"tensorboard"}:
             self.run.mkdir(parents=True, exist_ok=True)
-            (self.run / TRACKERS).write_text(json.dumps({"id": identity}), encoding="utf-8")
+            write_whole(self.run / TRACKERS, json.dumps({"id": identity}))
 
     def log(self, step: int, event: str, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl: its numbers under flattened names, those of evaluations behind `eval/` and `final/`."""

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
 from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import share_of
 from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
+from zppo.errors import Interrupted
 from zppo.train.evaluate import Evaluation, evaluate
-from zppo.train.learn import Learner
+from zppo.train.halfway import Collected, Halfway
+from zppo.train.learn import Learner, Learnt
 from zppo.train.progress import Progress
 from zppo.train.rollouts import Roller
 from zppo.train.runlog import RunLog
 from zppo.train.scoring import Scorer
 from zppo.train.settings import Settings
+from zppo.train.stop import Stop
+from zppo.train.update import Begun, UpdateStopped
 from zppo.train.zone import ZoneBuilder
 
 MISSED = {
@@ -70,12 +75,25 @@ def entry_bin(accuracy: float) -> str:
     return f"{accuracy:.1%}".replace(".0%", "%")
 
 
+class Save(Protocol):
+    """Writes a checkpoint of the current weights."""
+
+    def __call__(self, step: int, state: Mapping[str, Any], halfway: Halfway | None) -> Path:
+        """After `step` whole steps, and the updates of `halfway` in the next one where it is given."""
+        ...
+
+
 class Trainer:
     """Runs the steps of one recipe over the parts that `zppo.train.run` put together.
 
     Attributes:
         done: steps that are finished.
+        evaluated: the step of the last evaluation, -1 before the first.
         totals: sums over the run.
+        halfway: where the next step begins, None for its start.
+        saved: (done, updates of the next step) of the checkpoint that was last written or loaded, None where there is none.
+        folder: where that checkpoint is.
+        stop: somebody's wish that the run stops.
     """
 
     def __init__(
@@ -91,35 +109,77 @@ class Trainer:
         buffer: PromptReplayBuffer,
         log: RunLog,
         progress: Progress,
-        checkpoint: Callable[[int, Mapping[str, Any]], Path],
+        checkpoint: Save,
+        stop: Stop,
         scorer: Scorer,
         service: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.settings, self.steps = settings, steps
         self.questions, self.held_out = questions, held_out
         self.roller, self.zone, self.learner = roller, zone, learner
-        self.buffer, self.log, self.progress, self.checkpoint = buffer, log, progress, checkpoint
+        self.buffer, self.log, self.progress, self.checkpoint, self.stop = buffer, log, progress, checkpoint, stop
         self.scorer = scorer  # the roller's score: what it counts
         self.service = service  # what calling remote models took since it was last asked
         self.method = settings.method.resolve()
-        self.done = 0
+        self.done, self.evaluated = 0, -1
         self.totals = Totals()
+        self.halfway: Halfway | None = None
+        self.saved: tuple[int, int | None] | None = None
+        self.folder: Path | None = None
+        self._boundary: dict[str, Any] | None = (
+            None  # what belongs to the weights; None where they are between two steps
+        )
 
     def run(self) -> None:
-        """All steps that are left, with evaluations and checkpoints on the way."""
+        """All steps that are left, with evaluations and checkpoints on the way.
+
+        Raises:
+            Interrupted: `stop` wanted it. Between two updates the step is saved as far as it is; elsewhere see `rescue`.
+        """
         with self.progress:
+            if self.halfway is None:
+                self._boundary = self.state_dict()
+                self._evaluate_if_due()
             while self.done < self.steps:
                 self.step(self.done + 1)
-                every = self.settings.eval.every
-                if every and self.done % every == 0 and self.done < self.steps:
-                    self.evaluate()
+                self._evaluate_if_due()
                 every = self.settings.train.checkpoint_every
                 if every and (self.done % every == 0 or self.done == self.steps):
-                    self.checkpoint(self.done, self.state_dict())
+                    with self.stop.shield():
+                        self._save(self.state_dict(), None)
 
     def step(self, step: int) -> None:
-        """One step of Algorithm 1."""
-        zone, clock = self.settings.zone, Clock()
+        """One step of Algorithm 1; one that was stopped between two updates goes on there."""
+        halfway, self.halfway = self.halfway, None
+        collected = halfway.collected if halfway else self._collect(step)
+        clock = Clock(collected.seconds)
+        with self.stop.shield():
+            self._boundary = None
+            learnt = self._learn(collected, halfway.begun if halfway else None, step, clock)
+            if halfway is None:
+                collected = self._counted(collected, step)  # now, since distillation asks and grades in its update
+            with clock("other"):
+                held = {
+                    g.question.id: entry.accuracy for g in collected.plain if (entry := self.buffer.get(g.question.id))
+                }
+                changes = self._update_buffer(collected.plain, step)
+                self.totals.add_changes(changes)
+                self.log.buffer(step, changes)
+                self.log.rollouts(
+                    step,
+                    learnt.groups,
+                    learnt.advantages.tolist(),
+                    replayed=frozenset(collected.replayed),
+                    entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
+                    show=self.roller.speaker.chat.show,
+                )
+            self._report(step, collected, learnt, changes, clock)
+            self.done = step
+            self._boundary = self.state_dict()
+
+    def _collect(self, step: int) -> Collected:
+        """Rollouts, teacher, reformulated prompts and their rollouts (Alg. 1, l. 3-12); a wish to stop ends it at once."""
+        clock = Clock()
         self.scorer.new_step()
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)
@@ -129,41 +189,37 @@ class Trainer:
             asked_again = self.zone.build(plain, len(new), step)
         with clock("sampling"):
             again = self.roller.roll(asked_again.prompts, step)
-        with clock("update"):
-            learnt = self.learner.learn(plain, again, asked_again.pools, step)
-        with clock("other"):
-            held = {g.question.id: entry.accuracy for g in plain if (entry := self.buffer.get(g.question.id))}
-            changes = self._update_buffer(plain, step)
-            self.totals.add_changes(changes)
-            self.log.buffer(step, changes)
-            self.log.rollouts(
-                step,
-                learnt.groups,
-                learnt.advantages.tolist(),
-                replayed=frozenset(q.id for q in replayed),
-                entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
-                show=self.roller.speaker.chat.show,
-            )
-        if error := asked_again.teacher_error or learnt.teacher_error:
-            self.progress.warning(f"step {step}: the teacher could not serve every request: {error}")
+        return Collected(len(new), tuple(q.id for q in replayed), plain, again, asked_again, {}, clock.seconds())
+
+    def _learn(self, collected: Collected, begun: Begun | None, step: int, clock: Clock) -> Learnt:
+        """I optimizer steps (Alg. 1, l. 13). Where somebody wants the run to stop, the step is saved between two of them."""
+        try:
+            with clock("update"):
+                return self.learner.learn(collected.plain, collected.again, collected.zone.pools, step, begun)
+        except UpdateStopped as stopped:
+            if begun is None:
+                collected = self._counted(collected, step)
+            if self.saved != (self.done, stopped.begun.done):
+                self._save(self.state_dict(), Halfway(replace(collected, seconds=clock.seconds()), stopped.begun))
+            raise Interrupted(self.stop.signum or signal.SIGTERM) from None
+
+    def _counted(self, collected: Collected, step: int) -> Collected:
+        """With what grading and remote models took; what a person should know of it is said."""
         self._warn(f"step {step}")
-        groups = [*plain, *again]
-        slots = frozenset(q.id for q in replayed)
-        metrics = {
-            "accuracy": accuracy_by_kind(groups),
-            "composition": composition(groups, zone.threshold),
-            "new_questions": len(new),
-            "replayed_questions": len(replayed),
-            "replayed_share_of_slots": sum(g.question.id in slots for g in again) / len(again) if again else None,
-            **rollout_metrics([r for g in groups for r in g.rollouts], learnt.advantages),
-            **asked_again.metrics,
-            **learnt.metrics,
-            **self.scorer.metrics(),
-            **self.service(),
-            **self._buffer_metrics(changes),
-        }
-        self._report(step, groups, metrics, clock)
-        self.done = step
+        return replace(collected, counts={**self.scorer.metrics(), **self.service()})
+
+    def rescue(self) -> None:
+        """Save the last step boundary, where no checkpoint has it yet and the weights are still there.
+
+        For a run that ends before its time, by a signal or an error: what a step has sampled is lost, what it has learnt never.
+        """
+        if self._boundary is not None and self.done > 0 and self.saved != (self.done, None):
+            with self.stop.ignored():
+                self._save(self._boundary, None)
+
+    def weights_leave(self) -> None:
+        """From now on the weights are no longer those of a step boundary: there is nothing to rescue."""
+        self._boundary = None
 
     def evaluate(self) -> Evaluation | None:
         """Accuracy on the held-out questions with the current weights, logged; None where there are none."""
@@ -171,9 +227,12 @@ class Trainer:
             return None
         self.scorer.new_step()
         result = evaluate(self.roller, self.held_out, self.settings.eval)
-        self.log.metrics(self.done, "eval", asdict(result) | self.scorer.metrics())
-        self.progress.evaluation(self.done, result)
-        self._warn(f"evaluation at step {self.done}")
+        with self.stop.shield():
+            self.log.metrics(self.done, "eval", asdict(result) | self.scorer.metrics())
+            self.progress.evaluation(self.done, result)
+            self._warn(f"evaluation at step {self.done}")
+            self.evaluated = self.done
+            self._boundary = self.state_dict()
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,14 +241,28 @@ class Trainer:
             "buffer": self.buffer.state_dict(),
             "totals": asdict(self.totals),
             "learner": self.learner.state_dict(),
+            "evaluated": self.evaluated,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the step of a checkpoint."""
-        self.done = state["step"]
+    def load(self, folder: Path, state: dict[str, Any], halfway: Halfway | None) -> None:
+        """Continue after a checkpoint: its folder, its state, and the step that it was made in, if any."""
         self.buffer.load_state_dict(state["buffer"])
         self.totals = Totals(**state["totals"])
         self.learner.load_state_dict(state["learner"])
+        self.done, self.evaluated, self.halfway = state["step"], state["evaluated"], halfway
+        self.folder, self.saved = folder, (self.done, halfway.begun.done if halfway else None)
+
+    def _save(self, state: Mapping[str, Any], halfway: Halfway | None) -> None:
+        self.log.sync()
+        self.folder = self.checkpoint(self.done, state, halfway)
+        self.saved = (self.done, halfway.begun.done if halfway else None)
+
+    def _evaluate_if_due(self) -> None:
+        """Before training, and every so many steps; after training final/ is evaluated."""
+        every = self.settings.eval.every
+        due = self.done == 0 or (every and self.done % every == 0 and self.done < self.steps)
+        if due and self.evaluated < self.done:
+            self.evaluate()
 
     def _warn(self, when: str) -> None:
         """What a person should know about the grading of a step or an evaluation."""
@@ -224,9 +297,26 @@ class Trainer:
             "evicted": len(changes.evicted),
         }
 
-    def _report(self, step: int, groups: Sequence[Group], metrics: dict[str, Any], clock: Clock) -> None:
+    def _report(self, step: int, collected: Collected, learnt: Learnt, changes: Changes, clock: Clock) -> None:
         """Totals, one line of metrics and one of progress."""
+        zone = collected.zone
+        if error := zone.teacher_error or learnt.teacher_error:
+            self.progress.warning(f"step {step}: the teacher could not serve every request: {error}")
+        groups = [*collected.plain, *collected.again]
+        replayed_slots = sum(g.question.id in collected.replayed for g in collected.again)
         tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
+        metrics: dict[str, Any] = {
+            "accuracy": accuracy_by_kind(groups),
+            "composition": composition(groups, self.settings.zone.threshold),
+            "new_questions": collected.new,
+            "replayed_questions": len(collected.replayed),
+            "replayed_share_of_slots": replayed_slots / len(collected.again) if collected.again else None,
+            **rollout_metrics([r for g in groups for r in g.rollouts], learnt.advantages),
+            **zone.metrics,
+            **learnt.metrics,
+            **collected.counts,
+            **self._buffer_metrics(changes),
+        }
         uses = ("teacher", "compression", "hint")
         teacher_tokens = sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
         self.totals.student_tokens += tokens
@@ -251,18 +341,20 @@ class Trainer:
 
 
 class Clock:
-    """Seconds by part of a step."""
+    """Seconds by part of a step; `spent` by the part of it that came before."""
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._parts: dict[str, float] = {}
+    def __init__(self, spent: Mapping[str, float] | None = None) -> None:
+        self._parts = dict(spent or {})
+        self._began = time.perf_counter() - self._parts.pop("step", 0.0)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Counts what happens inside towards `part`."""
         began = time.perf_counter()
-        yield
-        self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - began
 
     def seconds(self) -> dict[str, float]:
         """Seconds per part, and of the whole step so far."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,7 +108,7 @@ def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_trunca
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """Sums over the micro-batches of a step."""
 
     losses: list[float] = field(default_factory=list)
@@ -143,6 +143,29 @@ class _Tally:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The update of a step between two of its I optimizer steps.
+
+    Attributes:
+        done: minibatches that are in the weights.
+        tally: sums over them.
+        old: (T,) old log-probs of every rollout, of the weights before the first one.
+    """
+
+    done: int
+    tally: Tally
+    old: list[torch.Tensor]
+
+
+class UpdateStopped(Exception):  # noqa: N818 - nothing went wrong
+    """The run shall stop, and the update of a step waits at `begun`; the weights are those between two optimizer steps."""
+
+    def __init__(self, begun: Begun) -> None:
+        super().__init__(f"stopped after {begun.done} updates")
+        self.begun = begun
+
+
 class Updater:
     """Owns the optimizer; turns the groups of one rollout step into at most I optimizer steps.
 
@@ -151,6 +174,7 @@ class Updater:
         temperature, banned_ids: as in sampling, so that log-probs are those of the sampling distribution.
         sampler_is_exact: whether `Rollout.logprobs` are old log-probs (old_logprobs: auto is resolved by the caller).
         budget: tokens of a micro-batch; None for the setting's.
+        stop: asked before each optimizer step: whether to leave the step there.
     """
 
     def __init__(
@@ -167,27 +191,41 @@ class Updater:
         pad_id: int,
         sampler_is_exact: bool,
         budget: TokenBudget | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
-        self.sampler_is_exact = sampler_is_exact
+        self.sampler_is_exact, self.stop = sampler_is_exact, stop
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
         self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
 
-    def update(self, groups: Sequence[Group], advantages: torch.Tensor, step: int) -> dict[str, float | None]:
-        """I optimizer steps over whole groups; every rollout token is used once. Returns the metrics of the update."""
+    def update(
+        self, groups: Sequence[Group], advantages: torch.Tensor, step: int, begun: Begun | None = None
+    ) -> dict[str, float | None]:
+        """I optimizer steps over whole groups; every rollout token is used once. Returns the metrics of the update.
+
+        Args:
+            begun: where the update of this step, of the same groups, was left; None: from its start.
+
+        Raises:
+            UpdateStopped: `stop` said so.
+        """
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
-        tally = _Tally()
-        old = self._old_logprobs(samples, tally)
-        for index, dealt in enumerate(deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)):
-            tally = self._minibatch(
-                [(s, o) for g in dealt for s, o in zip(samples[g], old[g], strict=True)], tally, first=index == 0
-            )
+        tally = begun.tally if begun else Tally()
+        lines = begun.old if begun else self._old_logprobs(samples, tally)
+        each = iter(lines)
+        old = [[next(each) for _ in group] for group in samples]
+        dealt = deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)
+        for index in range(begun.done if begun else 0, len(dealt)):
+            if self.stop():
+                raise UpdateStopped(Begun(index, tally, lines))
+            rows = [(s, o) for g in dealt[index] for s, o in zip(samples[g], old[g], strict=True)]
+            tally = self._minibatch(rows, tally, first=index == 0)
         return {**tally.metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
 
-    def _old_logprobs(self, samples: list[list[Sample]], tally: _Tally) -> list[list[torch.Tensor]]:
-        """(T,) per sample: the sampler's, or of a forward pass, over the rows that have a gradient."""
+    def _old_logprobs(self, samples: list[list[Sample]], tally: Tally) -> list[torch.Tensor]:
+        """(T,) per sample, in their order: the sampler's, or of a forward pass, over the rows that have a gradient."""
         flat = [s for group in samples for s in group]
         result = [s.sampled_logprobs for s in flat]
         live = [i for i, s in enumerate(flat) if s.live and (s.foreign or not self.sampler_is_exact)]
@@ -202,15 +240,14 @@ class Updater:
 
         with torch.no_grad():
             self.budget.run([flat[i].length for i in live], score)
-        lines = iter(result)
-        return [[next(lines) for _ in group] for group in samples]
+        return result
 
-    def _minibatch(self, rows: list[tuple[Sample, torch.Tensor]], tally: _Tally, *, first: bool) -> _Tally:
+    def _minibatch(self, rows: list[tuple[Sample, torch.Tensor]], tally: Tally, *, first: bool) -> Tally:
         """One optimizer step: token-level mean over the minibatch, rows without gradient only in the denominator."""
         denominator = sum(s.tokens for s, _ in rows if s.counted)
         live = [(s, o) for s, o in rows if s.live]
 
-        def accumulate(batches: list[list[int]]) -> tuple[float, _Tally]:
+        def accumulate(batches: list[list[int]]) -> tuple[float, Tally]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
             zero_gradients(self.model)
             counts, total = copy.copy(tally), 0.0
@@ -226,7 +263,7 @@ class Updater:
         return tally
 
     def _backward(
-        self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: _Tally, *, first: bool
+        self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: Tally, *, first: bool
     ) -> float:
         """Forward and backward of one micro-batch; returns its share of the minibatch's loss."""
         logprobs, mask = self._forward([s for s, _ in rows])

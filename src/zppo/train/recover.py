@@ -1,0 +1,92 @@
+"""How a run goes on after an end that came too early: the checkpoint to start from, the state to save, the words to leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from zppo.errors import CheckpointError, StorageError
+from zppo.train import checkpoint
+from zppo.train.assemble import Assembled
+from zppo.train.halfway import Halfway
+from zppo.train.origin import changes_since, check_student
+from zppo.train.plan import RECIPE
+from zppo.train.progress import warn
+from zppo.train.settings import Settings
+from zppo.train.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A checkpoint to continue from."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @classmethod
+    def find(cls, settings: Settings, run: Path, console: Console) -> Start | None:
+        """The newest checkpoint that is whole, None where none was written yet; damaged newer ones are named and set aside.
+
+        Raises:
+            CheckpointError: all are damaged, or the newest whole one is of another student. Nothing was changed then.
+            StorageError: a damaged one cannot be renamed.
+        """
+        folder, damaged = checkpoint.newest_good(run)
+        if folder is None:
+            return None
+        state = checkpoint.load_state(folder)
+        check_student(state, settings.student, folder)
+        for path, problem in damaged.items():
+            aside = checkpoint.set_aside(path)
+            warn(
+                console,
+                f"{path} is damaged: {problem}. It is called {aside.name} from now on, and {folder.name} is used",
+            )
+        return cls(folder, state)
+
+    def load(self, parts: Assembled, console: Console) -> None:
+        """Give the trainer its state, after a look at what has changed since.
+
+        Raises:
+            CheckpointError: it belongs to another recipe, or holds something else than a state.
+        """
+        halfway = Halfway.read(self.folder)
+        try:
+            notes = changes_since(self.state["origin"], parts.origin, self.folder, halfway=halfway is not None)
+            parts.trainer.load(self.folder, self.state, halfway)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(checkpoint.unusable(self.folder / "state.json", error)) from error
+        if notes:
+            warn(console, f"since the checkpoint: {'; '.join(notes)}. The rest of the run goes by what is there now")
+
+
+def rescue(run: Path, trainer: Trainer, error: BaseException, console: Console) -> None:
+    """Save what was trained before the run ends by `error`; where that fails it is said, and the error stays what it is.
+
+    Raises:
+        StorageError: somebody wanted to stop the run, and it cannot be saved.
+    """
+    if isinstance(error, StorageError):
+        return  # the same disk would refuse again
+    before, say = trainer.folder, partial(warn, console)
+    try:
+        trainer.rescue()
+    except Exception as failed:
+        if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
+            raise failed from error
+        say(f"the run after step {trainer.done} could not be saved: {failed}")
+    if trainer.folder != before and not isinstance(error, KeyboardInterrupt):
+        say(way_on(run))
+
+
+def way_on(run: Path) -> str:
+    """What is saved and how it goes on: the last words of a run that ends before its time."""
+    if not (run / RECIPE).exists():
+        return "the run ended before anything was written"
+    if saved := checkpoint.existing(run):
+        return f"the run is saved in {saved[-1]}; continue with `zppo resume {run}`"
+    return f"no step was saved yet; `zppo resume {run}` starts over"

@@ -1,0 +1,92 @@
+"""Writing so that nothing is lost: whole files or none, on the disk before they count, and clear words where the disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from zppo.errors import StorageError
+
+PARTIAL = ".partial"
+"""Suffix of what is being written; a killed run may leave it, and nobody reads it."""
+
+_MENDS = {
+    errno.ENOSPC: "Make space on that disk",
+    errno.EDQUOT: "Make space in your quota on that disk",
+    errno.EFBIG: "Raise the limit of file sizes (`ulimit -f`)",
+    errno.EROFS: "Make that disk writable",
+    errno.EACCES: "Make the folder writable",
+    errno.EPERM: "Make the folder writable",
+}
+# Libraries that write from Rust or C++ hide the system's error in a text.
+_OS_ERROR = re.compile(r"os error (\d+)")
+_NO_SPACE = re.compile(r"no space left on device", re.IGNORECASE)
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|iostream error|file write failed")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes a StorageError of what the disk refuses while `path` is written; other errors pass.
+
+    Raises:
+        StorageError: it names the path, the cause and the mend.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        found = _refused(error)
+        if found is None:
+            raise
+        code, cause = found
+        raise StorageError(
+            f"{path} cannot be written: {cause}. {_MENDS.get(code, 'See to that disk')}, then continue"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, and onto the disk. StorageError where that fails; the old file stays then."""
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()  # where the disk is full, the space is needed
+            raise
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk, so that a rename never outlives what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refused(error: BaseException | None) -> tuple[int, str] | None:
+    """The system's error number (0: unknown) and its words, where one is behind this error."""
+    seen: set[int] = set()
+    hidden = None
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        text = str(error)
+        if isinstance(error, OSError) and error.errno:
+            return error.errno, os.strerror(error.errno)
+        if match := _OS_ERROR.search(text):
+            return int(match[1]), os.strerror(int(match[1]))
+        if _NO_SPACE.search(text):
+            return errno.ENOSPC, os.strerror(errno.ENOSPC)
+        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and _TORCH_WRITER.search(text)):
+            hidden = hidden or (0, text.splitlines()[0] if text else type(error).__name__)
+        error = error.__cause__ or error.__context__
+    return hidden
