@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,12 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_tiny
+from same_run import assert_same_run, records
 from zppo.cli import main
 from zppo.train.methods import METHODS
 
 pytestmark = pytest.mark.slow
-
-TIME_FIELDS = ("seconds", "tokens_per_second")
 
 
 @pytest.fixture(autouse=True)
@@ -45,31 +38,6 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run."""
     AcceleratorState._reset_state(True)
     return train(recipe, tmp_path_factory.mktemp("runs") / "whole")
-
-
-def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Lines of a log without its time fields."""
-    lines = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIME_FIELDS} for line in lines]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit: metrics, buffer events, rollouts, weights, the newest checkpoint; times aside."""
-    assert records(one) == records(other)
-    assert records(one, "buffer.jsonl") == records(other, "buffer.jsonl")
-    names = sorted(p.name for p in (one / "rollouts").iterdir())
-    assert names == sorted(p.name for p in (other / "rollouts").iterdir())
-    for name in names:
-        assert pq.read_table(one / "rollouts" / name).equals(pq.read_table(other / "rollouts" / name))
-    newest = sorted((one / "checkpoints").iterdir())[-1].name
-    for weights in ("final", f"checkpoints/{newest}/model"):
-        ours, theirs = (load_file(run / weights / "model.safetensors") for run in (one, other))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    ours, theirs = (
-        torch.load(run / "checkpoints" / newest / "optimizer.pt", weights_only=True) for run in (one, other)
-    )
-    for index, state in ours["state"].items():
-        assert all(torch.equal(value, theirs["state"][index][name]) for name, value in state.items())
 
 
 def test_a_run_leaves_its_files(finished: Path) -> None:
@@ -135,34 +103,6 @@ def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(
     AcceleratorState._reset_state(True)
     other = train(recipe, tmp_path / "other", "--seed=1", "--train.steps=1")
     assert records(other)[1] != records(finished)[1]
-
-
-def test_a_run_killed_at_any_moment_resumes_to_the_same_end(finished: Path, recipe: Path, tmp_path: Path) -> None:
-    """SIGKILL as soon as step 3 is logged, which is after the checkpoint of step 2."""
-    run = tmp_path / "killed"
-    command = [sys.executable, "-m", "zppo", "train", str(recipe), f"--output={run}", "--train.steps=500"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or not any(r["step"] == 3 for r in _whole_records(run)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    (run / "recipe.yaml").write_text(text.replace("steps: 500", "steps: 5"), encoding="utf-8")
-    checkpoints = sorted(p.name for p in (run / "checkpoints").glob("step-*") if not p.name.endswith("partial"))
-    if checkpoints[-1] > "step-000005":  # the machine was slow to kill it: take it back to a checkpoint inside the run
-        pytest.fail(f"the run went on to {checkpoints[-1]} before it was killed")
-    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 4, "event": "st')  # a torn line
-    (run / "rollouts" / "step-000009.partial").write_bytes(b"torn")
-    assert main(["resume", str(run)]) == 0
-    assert_same_run(finished, run)
-
-
-def _whole_records(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 def test_resume_without_a_checkpoint_starts_over_and_of_a_finished_run_does_nothing(

@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
             raise
         code, cause = found
         raise StorageError(
-            f"{path} cannot be written: {cause}. {_MENDS.get(code, 'See to that disk')}, then continue"
+            f"{path} cannot be written: {cause}. {_MENDS.get(code, 'Look at that folder and its disk')}"
         ) from error
 
 

@@ -1,0 +1,174 @@
+"""Runs the command line in children that die where a test says. As a script: jobs come in on stdin, one JSON object a line.
+
+The children are forked from one process that has imported everything, so that a kill costs tenths of a second and not an import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+FILES = "files"
+"""The place that stands for everything that opens, renames, makes or removes something in the run folder."""
+
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+
+
+class Victims:
+    """Starts children, one after the other, and waits for them."""
+
+    def __init__(self) -> None:
+        self.driver = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.said = ""
+
+    def run(
+        self,
+        *argv: object,
+        run: Path,
+        at: str = "",
+        nth: int = 1,
+        do: str = "kill",
+        seconds: float = 0,
+        teacher: str = "",
+    ) -> int:
+        """The exit status of `zppo argv...`, negative for a signal that ended it; what it printed is in `said`.
+
+        Args:
+            run: the run folder.
+            at: module:function whose nth call does it, before anything else; or FILES.
+            do: kill, term, int (signals to itself), int-twice, or full: from then on no file grows beyond 100 bytes.
+            seconds: kill it from outside after this time; 0: never.
+            teacher: module:function in the place of the teacher's `complete`.
+        """
+        assert self.driver.stdin and self.driver.stdout
+        job = {
+            "argv": [str(a) for a in argv],
+            "run": str(run),
+            "at": at,
+            "nth": nth,
+            "do": do,
+            "seconds": seconds,
+            "teacher": teacher,
+        }
+        self.driver.stdin.write(json.dumps(job) + "\n")
+        self.driver.stdin.flush()
+        reply = json.loads(self.driver.stdout.readline())
+        self.said = " ".join(reply["said"].split())
+        return int(reply["status"])
+
+    def close(self) -> None:
+        assert self.driver.stdin
+        self.driver.stdin.close()
+        self.driver.wait()
+
+
+def befall(what: str) -> None:
+    """What happens to the child."""
+    me = os.getpid()
+    if what == "kill":
+        os.kill(me, signal.SIGKILL)
+    elif what == "term":
+        os.kill(me, signal.SIGTERM)
+    elif what == "int":
+        os.kill(me, signal.SIGINT)
+    elif what == "int-twice":
+        stop = importlib.import_module("zppo.train.stop")
+        stop.REPEAT_SECONDS = -1.0  # type: ignore[attr-defined]
+        os.kill(me, signal.SIGINT)
+        os.kill(me, signal.SIGINT)
+    elif what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+
+
+def find(spec: str) -> tuple[Any, str]:
+    """(what holds it, its name) of module:name.name"""
+    module, _, dotted = spec.partition(":")
+    *above, name = dotted.split(".")
+    holder: Any = importlib.import_module(module)
+    for part in above:
+        holder = getattr(holder, part)
+    return holder, name
+
+
+def lay_trap(job: dict[str, Any]) -> None:
+    """Make the nth call of the named function, or the nth event on the run folder's files, do what the job says."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+        if count == job["nth"]:
+            befall(job["do"])
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and str(arguments[0]).startswith(job["run"]):
+            tick()
+
+    if job["at"] == FILES:
+        sys.addaudithook(hook)
+    elif job["at"]:
+        holder, name = find(job["at"])
+        original = getattr(holder, name)
+
+        def trapped(*args: Any, **kwargs: Any) -> Any:
+            tick()
+            return original(*args, **kwargs)
+
+        setattr(holder, name, trapped)
+
+
+def child(job: dict[str, Any], out: int) -> None:
+    """One command line, after the fork."""
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(out)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    status = 70
+    try:
+        from zppo.cli import main
+
+        lay_trap(job)
+        if job["teacher"]:
+            own, name = find(job["teacher"])
+            setattr(*find("zppo.teacher.local:LocalTeacher.complete"), getattr(own, name))
+        status = main(job["argv"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    """Fork a child per job and answer with its exit status and what it printed."""
+    for spec in ("zppo.train.run", "zppo.cli", "zppo.lab.assets", "pyarrow.parquet", "transformers.models.qwen3"):
+        importlib.import_module(spec)
+    importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+    for line in sys.stdin:
+        job = json.loads(line)
+        out_of, into = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(out_of)
+            child(job, into)
+        os.close(into)
+        timer = threading.Timer(job["seconds"] or 3600, os.kill, (pid, signal.SIGKILL))
+        timer.start()
+        with os.fdopen(out_of, "rb") as file:
+            said = file.read().decode("utf-8", "replace")
+        _, status = os.waitpid(pid, 0)
+        timer.cancel()
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "said": said}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
