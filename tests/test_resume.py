@@ -168,6 +168,20 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
 
 
 @slow
+def test_adapters_are_stopped_and_killed_like_all_weights(run: Run, tmp_path: Path) -> None:
+    lora = ["--train.lora={rank: 2}", "--train.steps=2", "--data.eval=null"]
+    whole = tmp_path / "whole"
+    assert run.victims.run("train", run.recipe, *SHORT, *lora, f"--output={whole}", run=whole) == 0, run.said
+    assert run.victims.run(*run.start, *lora, run=run.folder, at=UPDATE, nth=6, do="term") == 143
+    assert run.checkpoints() == ["step-000001+2"]
+    assert run.go(at="zppo.train.run:write_model_card") == -signal.SIGKILL  # they are merged into the weights by then
+    assert run.go() == 0, run.said
+    assert records(whole) == records(run.folder)
+    names = [p.relative_to(whole) for p in (whole / "final").rglob("*.safetensors")]
+    assert len(names) == 2 and all((whole / n).read_bytes() == (run.folder / n).read_bytes() for n in names)
+
+
+@slow
 def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:
     assert run.go(at=UPDATE, nth=2, do="int-twice") == 130
     assert not run.checkpoints() and "Ctrl-C again ends at once" in run.said

@@ -38,7 +38,7 @@ def origin_of(
         digest.update(json.dumps(question.to_dict(), sort_keys=True).encode())
     teachers = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
     models = {
-        "student": _files(settings.student, ("tokenizer*", "*.jinja")),
+        "student": _files(settings.student, _WHOLE if settings.train.lora else ("tokenizer*", "*.jinja")),
         **{f"teacher {i}": _files(t, _WHOLE) for i, t in enumerate(teachers, 1)},
         **({"judge": _files(settings.judge, _WHOLE)} if settings.judge else {}),
     }
