@@ -416,6 +416,7 @@ class Payload:
         return os.system, (self.command,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_checkpoint_never_runs_code(kept: Path, tmp_path: Path) -> None:
     """Somebody put a pickle that runs a command in the optimizer's place, with a manifest that fits."""
     folder = Path(shutil.copytree(kept / "checkpoints" / "step-000004", tmp_path / "step-000004"))

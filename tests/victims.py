@@ -19,6 +19,7 @@ from typing import Any
 FILES = "files"
 """The place that stands for everything that opens, renames, makes or removes something in the run folder."""
 
+QWEN3 = "transformers.models.qwen3.modeling_qwen3"
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
 
@@ -150,9 +151,8 @@ def child(job: dict[str, Any], out: int) -> None:
 
 def serve() -> None:
     """Fork a child per job and answer with its exit status and what it printed."""
-    for spec in ("zppo.train.run", "zppo.cli", "zppo.lab.assets", "pyarrow.parquet", "transformers.models.qwen3"):
+    for spec in ("zppo.train.run", "zppo.cli", "zppo.lab.assets", "pyarrow.parquet", "peft", QWEN3):
         importlib.import_module(spec)
-    importlib.import_module("transformers.models.qwen3.modeling_qwen3")
     for line in sys.stdin:
         job = json.loads(line)
         out_of, into = os.pipe()
