@@ -104,7 +104,7 @@ def test_kills_at_random_moments(run: Run, whole: Path) -> None:
     """SIGKILL after random times, and at random operations on files: again and again, until the run comes to its end by itself."""
     rng = random.Random(SEED)
     kills = 0
-    for attempt in range(8):
+    for attempt in range(6):
         moment = {"seconds": rng.uniform(0.2, 1.5)} if attempt % 2 else {"at": FILES, "nth": rng.randrange(1, 60)}
         status = run.go(**moment)
         kills += status == -signal.SIGKILL
@@ -117,9 +117,7 @@ def test_kills_at_random_moments(run: Run, whole: Path) -> None:
 
 
 PLACES = [
-    ("first sampling", SAMPLE, 1),
     ("teacher", "zppo.train.ask:Asker.ask", 2),
-    ("between two updates", UPDATE, 6),
     ("checkpoint, before its manifest", MANIFEST_MADE, 1),
     ("checkpoint, before it counts", "zppo.train.checkpoint:_remove_partial", 2),
     ("second epoch, between two updates", UPDATE, 7),
