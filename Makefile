@@ -10,6 +10,10 @@ RECIPE ?= recipes/lab.yaml
 ARGS ?=
 PIP_ARGS ?=
 
+# Tests run in as many processes as there are cores, four at most, each with one thread.
+JOBS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --maxprocesses 4
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
@@ -29,10 +33,10 @@ train: $(VENV)/.installed
 	$(BIN)/zppo train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: lint
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

@@ -44,7 +44,7 @@ def small_world(tmp_path: Path) -> str:
     data["corpus"]["levels"] = {"easy": 1, "hard": 1}
     data["model"] = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16}
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(data | {"name": "small"}), encoding="utf-8")
+    path.write_text(yaml.safe_dump(data | {"name": "small", "unseen": []}), encoding="utf-8")
     return str(path)
 
 
