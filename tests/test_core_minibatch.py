@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo.core.minibatch import deal_groups, micro_batches
+from zppo.core.minibatch import deal_groups, micro_batches, shares
 
 counts = st.integers(0, 80)
 
@@ -50,3 +50,17 @@ def test_micro_batches_keep_the_budget(lengths: list[int], budget: int) -> None:
 
 def test_a_row_over_the_budget_stands_alone() -> None:
     assert micro_batches([3, 50, 4, 60], 10) == [[3], [1], [2, 0]]
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=30), st.integers(1, 6))
+def test_shares_deal_everything_once_and_evenly(costs: list[float], count: int) -> None:
+    dealt = shares(costs, count)
+    assert len(dealt) == count and sorted(i for share in dealt for i in share) == list(range(len(costs)))
+    heaviest = max(sum(costs[i] for i in share) for share in dealt)
+    assert heaviest <= sum(costs) / count + max(costs, default=0) + 1e-3
+    assert dealt == shares(list(costs), count)
+
+
+def test_equal_items_are_dealt_in_turn() -> None:
+    assert shares([1.0] * 5, 2) == [[0, 2, 4], [1, 3]] and shares([0.0] * 4, 2) == [[0, 2], [1, 3]]
+    assert shares([1.0], 3) == [[0], [], []]

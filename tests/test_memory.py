@@ -248,10 +248,10 @@ def test_a_fixed_budget_and_a_single_row_are_errors_that_say_the_mend(tiny_qwen3
     assert TokenBudget(100).state_dict() == {} and TokenBudget("auto").tokens == 16_384
 
 
-def test_several_processes_need_a_number() -> None:
-    with pytest.raises(SettingsError, match="auto works in one process"):
-        make_budget(TrainSettings(tokens_per_microbatch="auto"), processes=2)
-    assert make_budget(TrainSettings(tokens_per_microbatch=100), processes=2).tokens == 100
+def test_sharded_weights_need_a_number() -> None:
+    with pytest.raises(SettingsError, match="equally many passes"):
+        make_budget(TrainSettings(tokens_per_microbatch="auto"), sharded=True)
+    assert make_budget(TrainSettings(tokens_per_microbatch=100), sharded=True).tokens == 100
 
 
 def test_other_errors_pass() -> None:

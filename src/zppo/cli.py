@@ -30,7 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user or a full disk, 130 when
     interrupted, 143 when asked to end by SIGTERM.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    status = _main(list(sys.argv[1:] if argv is None else argv))
+    if _rank():
+        # Threads of the process group are still there when Python takes itself apart, and may abort it or make it hang.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _main(arguments: list[str]) -> int:
     try:
         overrides: list[str] = []
         if arguments[:1] == ["train"]:
@@ -48,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception:
+        print(_rank(), end="", file=sys.stderr)
         traceback.print_exc()
         return CRASH
     return OK
@@ -252,13 +262,14 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rich.console import Console
 
+        from zppo.train.launch import rank_of
         from zppo.train.plan import count_judged, load_data, make_plan, render_plan
 
         train, held_out = load_data(settings)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
         plan = make_plan(settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged)
-        Console().print(render_plan(settings, plan, options.recipe, folder))
+        Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder))
         return
     from zppo.train.run import train as start
     from zppo.train.stop import Stop, catch_signals
@@ -391,10 +402,18 @@ def _numbers(text: str) -> list[int]:
         raise SettingsError(f"--seeds is {text!r}: write numbers and ranges, e.g. 0-7 or 0,3,5") from None
 
 
+def _rank() -> str:
+    """Which of several processes speaks; "" where there is one."""
+    from zppo.train.launch import rank_of
+
+    rank = rank_of()
+    return "" if rank is None else f"rank {rank}: "
+
+
 def _print_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
     Console(stderr=True).print(
-        Text("Error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True
+        Text(f"{_rank()}Error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True
     )

@@ -47,6 +47,10 @@ class MemoryLimitError(ZPPOError, RuntimeError):
     """The device's memory does not hold even the smallest part of the work."""
 
 
+class LauncherError(ZPPOError, RuntimeError):
+    """The processes of a run are not what was asked for, disagree, or one of them has ended."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run stopped because it was asked to; `signum` says by which signal."""
 

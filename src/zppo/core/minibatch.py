@@ -35,3 +35,18 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
             room = max(1, budget // max(1, lengths[row]))
         batches[-1].append(row)
     return batches
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Indices of `costs` dealt to `count` processes, costly ones first, each to the process with least to do (ours).
+
+    A function of its arguments, so that every process can work out what each of them does. No share costs more than the
+    mean plus the costliest item; a share may be empty.
+    """
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    load = [0.0] * count
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        process = min(range(count), key=lambda p: (load[p], len(dealt[p]), p))
+        dealt[process].append(index)
+        load[process] += costs[index]
+    return [sorted(share) for share in dealt]

@@ -33,13 +33,16 @@ from zppo.train.models import Student, context_length, load_chat, load_student
 from zppo.train.origin import origin_of
 from zppo.train.progress import Progress, warn
 from zppo.train.questions import check_vocabulary, load_short
+from zppo.train.recipe import dump_recipe
 from zppo.train.rollouts import Roller, Score, Speaker
-from zppo.train.runlog import RunLog
+from zppo.train.runlog import RunLog, SilentLog
 from zppo.train.scoring import make_scorer
 from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.teachers import FrozenTeacher, Staff
+from zppo.train.team import Team
 from zppo.train.trainer import Save, Trainer
+from zppo.train.weights import Weights
 from zppo.train.zone import ZoneBuilder
 
 
@@ -51,23 +54,7 @@ class Assembled:
     student: Student
     chat: Chat
     origin: dict[str, Any]  # what it trains from; every checkpoint says so
-
-
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Device and precision by the recipe.
-
-    Raises:
-        SettingsError: several processes were launched.
-    """
-    on_cpu = settings.train.device == "cpu" or not torch.cuda.is_available()
-    bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no")
-    if accelerator.num_processes > 1:
-        raise SettingsError(
-            f"{accelerator.num_processes} processes were started, but training runs in one process so far: start `zppo train` "
-            "without a launcher"
-        )
-    return accelerator
+    weights: Weights
 
 
 def autocast_type(accelerator: Accelerator) -> torch.dtype | None:
@@ -106,6 +93,7 @@ def assemble(
     score: Score,
     staff: Staff,
     accelerator: Accelerator,
+    weights: Weights,
     console: Console,
     stop: Stop,
 ) -> Assembled:
@@ -115,6 +103,7 @@ def assemble(
         run: where the trainer will write; nothing is written here.
         start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
         staff: the frozen models.
+        weights: the processes of the run; its data must be the same in all of them.
         stop: ends the run where nothing is lost by it.
 
     Raises:
@@ -139,14 +128,16 @@ def assemble(
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, speaker, questions)
     _check_context(settings, model, questions, held_out, length)
-    asker = _make_asker(settings, teachers, speaker, scorer)
+    team = weights.team
+    team.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
+    asker = _make_asker(settings, teachers, speaker, scorer, team)
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
     if steps is None:
         steps = steps_per_epochs(len(questions), settings.rollout.batch_size, settings.train.epochs)
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
     learner, optimizer = make_learner(
-        settings, model, chat, start, accelerator, teachers, asker, say, lambda: stop.wanted
+        settings, model, chat, start, accelerator, teachers, asker, weights, say, lambda: stop.wanted
     )
     trainer = Trainer(
         settings,
@@ -160,26 +151,31 @@ def assemble(
             sampling,
             settings.rollout.group_size,
             settings.seed,
+            team,
+            weights.whole,
         ),
-        zone=_make_zone(settings, reformulations, teachers, speaker, asker, context_length(model)),
+        zone=_make_zone(settings, reformulations, teachers, speaker, asker, context_length(model), team),
         learner=learner,
         buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
-        log=RunLog(run),
+        log=RunLog(run) if team.main else SilentLog(run),
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
-        checkpoint=_checkpointer(settings, run, student.saved, optimizer, origin),
+        checkpoint=_checkpointer(settings, run, student, optimizer, origin, weights),
         stop=stop,
         scorer=scorer,
         service=staff.take_service,
+        team=team,
     )
-    return Assembled(trainer, student, chat, origin)
+    return Assembled(trainer, student, chat, origin, weights)
 
 
-def _make_asker(settings: Settings, teachers: Sequence[FrozenTeacher], speaker: Speaker, score: Score) -> Asker:
+def _make_asker(
+    settings: Settings, teachers: Sequence[FrozenTeacher], speaker: Speaker, score: Score, team: Team
+) -> Asker:
     own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
     return Asker(
-        [(teacher, t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
+        [(team.teacher(teacher), t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
         speaker,
-        score,
+        team.score(score),
         group_size=settings.zone.teacher_group_size,
         seed=settings.seed,
     )
@@ -192,9 +188,10 @@ def _make_zone(
     speaker: Speaker,
     asker: Asker,
     context: int | None,
+    team: Team,
 ) -> ZoneBuilder:
     method, chat, student = settings.method.resolve(), speaker.chat, settings.rollout.sampling()
-    first, own = (teachers[0], settings.teacher) if teachers else (None, None)
+    first, own = (team.teacher(teachers[0]), settings.teacher) if teachers else (None, None)
     cap = own.compression.max_new_tokens if own else 1
     materials = MaterialMaker(
         frozenset(need for r in reformulations for need in r.needs),
@@ -230,21 +227,31 @@ def _make_zone(
 def _checkpointer(
     settings: Settings,
     run: Path,
-    model: checkpoint.Savable,
+    student: Student,
     optimizer: torch.optim.Optimizer,
     origin: Mapping[str, Any],
+    weights: Weights,
 ) -> Save:
-    def save(step: int, state: Mapping[str, Any], halfway: Halfway | None) -> Path:
-        return checkpoint.save(
-            run,
-            step,
-            model,
-            optimizer,
-            {**state, "origin": origin},
-            keep=settings.train.keep_checkpoints,
-            updates=halfway.begun.done if halfway else None,
-            more=halfway.write if halfway else None,
-        )
+    team = weights.team
+
+    def save(step: int, state: Mapping[str, Any], halfway: Halfway | None, together: bool) -> Path | None:
+        if not together and (weights.sharded or not team.main):
+            return None
+        model = weights.saved(student) if together else student.saved
+        held = weights.snapshot_of(optimizer) if together else optimizer
+        folder = None
+        if team.main:
+            folder = checkpoint.save(
+                run,
+                step,
+                model,
+                held,
+                {**state, "origin": origin},
+                keep=settings.train.keep_checkpoints,
+                updates=halfway.begun.done if halfway else None,
+                more=halfway.write if halfway else None,
+            )
+        return team.gather(folder)[0] if together else folder
 
     return save
 

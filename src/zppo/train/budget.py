@@ -85,15 +85,16 @@ class TokenBudget:
         )
 
 
-def make_budget(train: TrainSettings, processes: int, say: Callable[[str], None] | None = None) -> TokenBudget:
+def make_budget(train: TrainSettings, sharded: bool, say: Callable[[str], None] | None = None) -> TokenBudget:
     """The budget of a recipe.
 
     Raises:
-        SettingsError: "auto" in several processes: while one of them started over, the others would wait for it in vain.
+        SettingsError: "auto" with sharded weights: while one process started over, the others would wait for it in vain.
     """
-    if train.tokens_per_microbatch == "auto" and processes > 1:
+    if train.tokens_per_microbatch == "auto" and sharded:
         raise SettingsError(
-            f"train.tokens_per_microbatch is auto, and {processes} processes were started; auto works in one process: give a number"
+            "train.tokens_per_microbatch is auto, and the weights are sharded over several processes, which must do equally many passes: "
+            "give a number"
         )
     return TokenBudget(train.tokens_per_microbatch, say)
 

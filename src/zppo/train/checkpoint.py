@@ -30,11 +30,37 @@ class Savable(Protocol):
         ...
 
 
+class HoldsState(Protocol):
+    """An optimizer, as far as it is saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its whole state, whatever way it lies over several processes."""
+        ...
+
+
+class TakesState(Protocol):
+    """An optimizer, as far as it is loaded."""
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """By parameter."""
+        ...
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters, under `params`."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Undoes `HoldsState.state_dict`."""
+        ...
+
+
 def save(
     run: Path,
     step: int,
     model: Savable,
-    optimizer: torch.optim.Optimizer,
+    optimizer: HoldsState,
     state: Mapping[str, Any],
     *,
     keep: int,
@@ -140,7 +166,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(unusable(path, error)) from error
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Path, optimizer: TakesState) -> None:
     """Give the optimizer its state back.
 
     Raises:

@@ -9,14 +9,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from zppo.core.loss import jensen_shannon
+from zppo.core.minibatch import micro_batches, shares
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row
 from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools
 from zppo.train.budget import TokenBudget, zero_gradients
+from zppo.train.guard import GuardedStep
 from zppo.train.learn import Learnt
 from zppo.train.settings import TrainSettings
-from zppo.train.update import Begun, GuardedStep
+from zppo.train.update import Begun
+from zppo.train.weights import Weights
 
 
 def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
@@ -39,6 +42,7 @@ class Distiller:
         asker: gives correct teacher responses (Alg. 2); None to learn on the student's rollouts (Alg. 3).
         respond: makes a completion of a teacher response, None where it is too long.
         budget: tokens of a micro-batch; None for the setting's.
+        weights: how the student's weights lie over the processes.
     """
 
     def __init__(
@@ -53,11 +57,13 @@ class Distiller:
         train: TrainSettings,
         pad_id: int,
         budget: TokenBudget | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.model, self.accelerator, self.teacher = model, accelerator, teacher
         self.asker, self.respond, self.train, self.pad_id = asker, respond, train, pad_id
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
-        self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
+        self.weights = weights or Weights()
+        self.guard = GuardedStep(optimizer, accelerator, train.max_grad_norm, self.weights)
 
     def learn(
         self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
@@ -67,21 +73,13 @@ class Distiller:
         There is one optimizer step, so nothing can stop in between: `begun` is always None.
         """
         rows = self._teacher_rows(plain, step) if self.asker is not None else _student_rows(plain)
-        tokens = sum(len(row.completion_ids) for row in rows)
         lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
-
-        def accumulate(batches: list[list[int]]) -> tuple[float, int]:
-            zero_gradients(self.model)  # an attempt that runs out of memory leaves nothing
-            total = sum(self._backward([rows[m] for m in micro], tokens) for micro in batches)
-            return total, sum(len(micro) * lengths[micro[0]] for micro in batches)
-
-        total, computed = self.budget.run(lengths, accumulate)
         # Without a correct response there is nothing to learn, and no step.
-        norm, stepped = self.guard.step(total) if rows else (float("nan"), False)
+        loss, norm, stepped, computed = self._update(rows, lengths) if rows else (None, None, False, 0)
         groups = [*plain, *again]
         metrics: dict[str, float | None] = {
-            "loss": total if rows else None,
-            "grad_norm": norm if rows else None,
+            "loss": loss,
+            "grad_norm": norm,
             "optimizer_steps": float(stepped),
             "skipped_updates": float(bool(rows) and not stepped),
             "distilled_completions": float(len(rows)),
@@ -108,6 +106,31 @@ class Distiller:
         pools = self.asker.ask([g.question for g in plain], step)
         made = ((g, self.respond(source)) for g in plain for source in pools[g.question.id])
         return [Row(g.prompt.ids, tuple(r.ids.tolist())) for g, r in made if r is not None]
+
+    def _update(self, rows: Sequence[Row], lengths: Sequence[int]) -> tuple[float, float, bool, int]:
+        """One optimizer step over all rows, of which this process does its share: loss, gradient norm, whether it stepped, tokens."""
+        team = self.weights.team
+        tokens = sum(len(row.completion_ids) for row in rows)
+        parts = shares(lengths, team.size)
+        own = parts[team.rank]
+
+        def accumulate(batches: list[list[int]]) -> tuple[float, int]:
+            zero_gradients(self.model)  # an attempt that runs out of memory leaves nothing
+            total = sum(self._backward([rows[own[m]] for m in micro], tokens) for micro in batches)
+            if self.weights.sharded:  # a process without a row left takes part in the passes of the others
+                most = max(len(micro_batches([lengths[i] for i in part], self.budget.tokens)) for part in parts)
+                for _ in range(most - len(batches)):
+                    self._idle(min(rows, key=lambda row: len(row.prompt_ids) + len(row.completion_ids)))
+            return total, sum(len(micro) * lengths[own[micro[0]]] for micro in batches)
+
+        total, computed = self.budget.run([lengths[i] for i in own], accumulate)
+        loss, norm, stepped = self.guard.step(total)
+        return loss, norm, stepped, sum(team.gather(computed))
+
+    def _idle(self, row: Row) -> None:
+        """A pass that adds nothing."""
+        logits = completion_logits(self.model, [row], self.pad_id)
+        self.accelerator.backward(logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum())
 
     def _backward(self, rows: Sequence[Row], tokens: int) -> float:
         with torch.no_grad():

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from zppo import __version__
 from zppo.engines.chat import Chat
+from zppo.train.checkpoint import Savable
 from zppo.train.evaluate import Evaluation
 from zppo.train.models import Student
 from zppo.train.settings import LoraSettings
@@ -21,10 +22,10 @@ FINAL = "final"
 ADAPTER = "adapter"  # in final/, where adapters were trained
 
 
-def save_final(run: Path, student: Student, chat: Chat) -> Path:
+def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Path:
     """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
 
-    Adapters are merged into the weights, for good; by themselves they are in final/adapter/.
+    Adapters are merged into the weights, for good; by themselves they are in final/adapter/. Without adapters `weights` is saved.
 
     Returns:
         The folder that it is in until `finish_final` gives it its name.
@@ -38,8 +39,8 @@ def save_final(run: Path, student: Student, chat: Chat) -> Path:
         folder.mkdir()
         if student.adapters:
             student.adapters.save_pretrained(folder / ADAPTER)
-            student.adapters.merge()
-        student.model.save_pretrained(folder)
+            weights = student.adapters.merge()
+        weights.save_pretrained(folder)
         chat.tokenizer.chat_template = chat.template  # what the student was trained with
         chat.tokenizer.save_pretrained(folder)
     return folder

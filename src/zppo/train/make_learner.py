@@ -31,11 +31,11 @@ from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
 from zppo.train.methods import Method
 from zppo.train.optimizer import make_optimizer
-from zppo.train.precision import keep_logits_small
 from zppo.train.recompute import recompute_layers
 from zppo.train.settings import Settings
 from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
+from zppo.train.weights import Weights
 
 
 def make_reformulations(method: Method, prefix_fraction: float) -> list[Reformulation]:
@@ -101,6 +101,7 @@ def make_learner(
     accelerator: Accelerator,
     teachers: Sequence[FrozenTeacher],
     asker: Asker,
+    weights: Weights,
     say: Callable[[str], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Learner, torch.optim.Optimizer]:
@@ -108,6 +109,7 @@ def make_learner(
 
     Args:
         model: with all weights to train, or with adapters in it and the rest frozen.
+        weights: how they lie over the processes.
         say: told when memory has run out and what fits from then on.
         stop: asked between two optimizer steps: whether to leave the step there.
     """
@@ -116,12 +118,11 @@ def make_learner(
         model.requires_grad_(True)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    optimizer = make_optimizer(train, model.parameters(), accelerator.device)
-    budget = make_budget(train, accelerator.num_processes, say)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    keep_logits_small(model, accelerator)
+    budget = make_budget(train, weights.sharded, say)
+    prepared = weights.prepare(model, accelerator)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(train, prepared.parameters(), accelerator.device))
     if start:
-        checkpoint.load_optimizer(start, optimizer)
+        checkpoint.load_optimizer(start, weights.state_of(optimizer))
     tokens, ends = ResponseTokens(chat), chat.eos_ids(model)
     end = chat.tokenizer.eos_token_id if chat.tokenizer.eos_token_id in ends else min(ends)
 
@@ -146,9 +147,10 @@ def make_learner(
             train=train,
             pad_id=chat.pad_id(model),
             budget=budget,
+            weights=weights,
         )
         return learner, optimizer
-    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget, stop)
+    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights)
     learner = PolicyLearner(
         updater,
         settings.advantage,
@@ -168,6 +170,7 @@ def _make_updater(
     chat: Chat,
     budget: TokenBudget,
     stop: Callable[[], bool],
+    weights: Weights,
 ) -> Updater:
     sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
     if old == "sampler" and not sampling.exact:
@@ -189,6 +192,7 @@ def _make_updater(
         sampler_is_exact=old == "sampler" or (old == "auto" and exact),
         budget=budget,
         stop=stop,
+        weights=weights,
     )
 
 

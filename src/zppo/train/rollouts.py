@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from zppo.core.draws import draw_key
@@ -11,6 +12,7 @@ from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.grading.base import Verdict
 from zppo.prompts.book import PromptBook
+from zppo.train.team import ALONE, Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Roller:
         sampling: how tokens are drawn.
         group_size: G_S.
         seed: keys the draw of every rollout by (seed, step, question id, kind, index).
+        team: the processes that share the groups out; each samples and grades whole groups, and all get all of them.
+        whole: inside it the engine has all weights.
     """
 
     engine: Engine
@@ -73,11 +77,23 @@ class Roller:
     sampling: Sampling
     group_size: int
     seed: int
+    team: Team = ALONE
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def roll(self, prompts: Sequence[Prompt], step: int, *, purpose: str = "rollout") -> list[Group]:
         """One group per prompt, in order. `purpose` keeps the draws of evaluation apart from those of training."""
         if not prompts:
             return []
+
+        def work(mine: Sequence[Prompt]) -> list[tuple[Rollout, ...]]:
+            return self._rollouts(mine, step, purpose)
+
+        with self.whole():
+            rolled = self.team.map(prompts, work, lambda p: float(len(p.ids) + self.sampling.max_new_tokens))
+        return [Group(prompt, rollouts) for prompt, rollouts in zip(prompts, rolled, strict=True)]
+
+    def _rollouts(self, prompts: Sequence[Prompt], step: int, purpose: str) -> list[tuple[Rollout, ...]]:
+        """Of this process's prompts, in order."""
         requests = [
             SampleRequest(
                 p.ids + p.forced_ids,
@@ -101,8 +117,8 @@ class Roller:
             )
         )
         return [
-            Group(prompt, tuple(_rollout(c, text, next(verdicts)) for c, text in zip(row, row_texts, strict=True)))
-            for prompt, row, row_texts in zip(prompts, completions, texts, strict=True)
+            tuple(_rollout(c, text, next(verdicts)) for c, text in zip(row, row_texts, strict=True))
+            for row, row_texts in zip(completions, texts, strict=True)
         ]
 
 

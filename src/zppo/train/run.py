@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,13 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from zppo.errors import CheckpointError, Interrupted, StorageError
-from zppo.train.assemble import Assembled, assemble, make_accelerator, make_engine
+from zppo.train.assemble import Assembled, assemble, make_engine
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, finish_final, save_final, write_model_card
+from zppo.train.launch import read_launch
 from zppo.train.models import load_model
 from zppo.train.plan import RECIPE, check_output
+from zppo.train.processes import make_accelerator, make_weights
 from zppo.train.progress import warn
 from zppo.train.recipe import dump_recipe, load_recipe
 from zppo.train.recover import Start, rescue, way_on
@@ -74,23 +77,40 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     try:
-        accelerator = make_accelerator(settings)
-        trackers = Trackers(settings.train.trackers, settings.train.tracker_project, run, partial(warn, console))
+        launch = read_launch()
+        accelerator = make_accelerator(settings, launch)
+        weights = make_weights(settings, accelerator, launch, stop)
+        team = weights.team
+        run = team.gather(run)[0]  # its name has the time in it
+        settings = settings.model_copy(update={"output": run})
+        if not team.main:
+            console = Console(quiet=True, force_terminal=False)
+        names = settings.train.trackers if team.main else ()
+        trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
         trackers.check()
-        start = Start.find(settings, run, console) if resumed else None
+        start = team.gather(Start.find(settings, run, console) if resumed and team.main else None)[0]
         with scoring(settings) as score, staffing(settings, accelerator, console) as staff, tracking(trackers):
-            parts = assemble(settings, run, start.folder if start else None, score, staff, accelerator, console, stop)
+            folder = start.folder if start else None
+            parts = assemble(settings, run, folder, score, staff, accelerator, weights, console, stop)
             if start:
                 start.load(parts, console)
             with stop.shield():
                 _open(settings, run, parts.trainer, trackers, console, resumed=resumed)
+                if team.size > 1:
+                    console.print(f"{team.size} processes, {weights.kind}")
             console.print("accuracies of rollouts are running means over about ten steps", style="dim")
-            try:
-                parts.trainer.run()
-                return _finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
-            except BaseException as error:
-                rescue(run, parts.trainer, error, console)  # before anything else is closed: there may be little time
-                raise
+            with team.uninterrupted():
+                try:
+                    parts.trainer.run()
+                    _finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+                except BaseException as error:
+                    rescue(
+                        run, parts.trainer, error, console
+                    )  # before anything else is closed: there may be little time
+                    raise
+        team.wait()
+        accelerator.end_training()
+        return run
     except StorageError as error:
         told = way_on(run)
         raise StorageError(f"{error}. {told[:1].upper()}{told[1:]}") from error
@@ -112,32 +132,40 @@ def _open(
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")
     else:
         trackers.start()
-        with writing(run):
-            run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
+        if trainer.team.main:
+            with writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+            write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
         trainer.log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
     trainer.log.listener = trackers.log
 
 
-def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> Path:
+def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> None:
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
-    trainer = parts.trainer
+    trainer, team = parts.trainer, parts.weights.team
     if parts.student.adapters:
         trainer.weights_leave()  # they are merged, for good
-    folder = save_final(run, parts.student, parts.chat)
+    saved = parts.weights.saved(parts.student)
+    folder = team.gather(save_final(run, parts.student, saved, parts.chat) if team.main else run)[0]
     after = None
     if trainer.held_out:
         fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention)
         torch.nn.Module.to(fresh, parts.student.model.device)
         trainer.scorer.new_step()
         after = evaluate(
-            replace(trainer.roller, engine=make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)),
+            replace(
+                trainer.roller,
+                engine=make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None),
+                whole=nullcontext,
+            ),
             trainer.held_out,
             settings.eval,
         )
         with trainer.stop.shield():
-            trainer.log.metrics(trainer.done, "final", asdict(after) | trainer.scorer.metrics())
+            trainer.log.metrics(trainer.done, "final", asdict(after) | team.total(trainer.scorer.metrics()))
+    if not team.main:
+        return
     before = _evaluation_at_start(run)
     with trainer.stop.ignored():  # it is finished, whoever asks it to stop now
         write_model_card(
@@ -162,7 +190,6 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
         totals=trainer.totals,
         replay=trainer.method.replay,
     )
-    return run
 
 
 def _evaluation_at_start(run: Path) -> Evaluation | None:

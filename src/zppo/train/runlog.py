@@ -187,6 +187,22 @@ class RunLog:
         self._unsynced |= {path, path.parent}
 
 
+class SilentLog(RunLog):
+    """The log of a process that does not write: the first one of a run does (`zppo.train.team`)."""
+
+    def open(self) -> None:
+        pass
+
+    def rewind(self, step: int, evaluated: int) -> None:
+        pass
+
+    def rollouts(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl or buffer.jsonl; empty where the file does not exist."""
     return [record for _, record in _lines(path)] if path.exists() else []

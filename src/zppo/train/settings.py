@@ -52,7 +52,9 @@ class MethodSettings(Section):
                     f"{kind!r} is no reformulation; known: {', '.join(sorted(known))}, or package.module:Class of your own"
                 )
         if problem := self.resolve().problem():
-            raise ValueError(f"method {self.name!r} with these overrides cannot train: {problem}; `zppo methods` lists what can")
+            raise ValueError(
+                f"method {self.name!r} with these overrides cannot train: {problem}; `zppo methods` lists what can"
+            )
         return self
 
     def resolve(self) -> Method:
@@ -379,6 +381,13 @@ class TrainSettings(Section):
         (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
     )
     tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="several processes: each holds all weights, or a share of them (FSDP2); an FSDP2 accelerate configuration wins",
+    )
+    collective_timeout: float = Field(
+        1800, gt=0, description="seconds that a process waits for the others before it gives up"
+    )
 
 
 class EvalSettings(SamplingSettings):

@@ -58,6 +58,16 @@ class Stop:
         self.check()
 
     @contextmanager
+    def exposed(self) -> Iterator[None]:
+        """Inside, no shield is up: a wish is granted at once, one that came before at the start."""
+        shields, self._shields = self._shields, 0
+        try:
+            self.check()
+            yield
+        finally:
+            self._shields = shields
+
+    @contextmanager
     def ignored(self) -> Iterator[None]:
         """As `shield`, and nothing is granted at the end."""
         self._shields += 1

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from zppo.train.runlog import RunLog
 from zppo.train.scoring import Scorer
 from zppo.train.settings import Settings
 from zppo.train.stop import Stop
+from zppo.train.team import ALONE, Team
 from zppo.train.update import Begun, UpdateStopped
 from zppo.train.zone import ZoneBuilder
 
@@ -78,8 +80,12 @@ def entry_bin(accuracy: float) -> str:
 class Save(Protocol):
     """Writes a checkpoint of the current weights."""
 
-    def __call__(self, step: int, state: Mapping[str, Any], halfway: Halfway | None) -> Path:
-        """After `step` whole steps, and the updates of `halfway` in the next one where it is given."""
+    def __call__(self, step: int, state: Mapping[str, Any], halfway: Halfway | None, together: bool) -> Path | None:
+        """After `step` whole steps, and the updates of `halfway` in the next one where it is given.
+
+        Args:
+            together: all processes of the run call it now; otherwise the first one saves what it has, None where it has not all.
+        """
         ...
 
 
@@ -113,6 +119,7 @@ class Trainer:
         stop: Stop,
         scorer: Scorer,
         service: Callable[[], Mapping[str, float]] = dict,
+        team: Team = ALONE,
     ) -> None:
         self.settings, self.steps = settings, steps
         self.questions, self.held_out = questions, held_out
@@ -120,6 +127,7 @@ class Trainer:
         self.buffer, self.log, self.progress, self.checkpoint, self.stop = buffer, log, progress, checkpoint, stop
         self.scorer = scorer  # the roller's score: what it counts
         self.service = service  # what calling remote models took since it was last asked
+        self.team = team
         self.method = settings.method.resolve()
         self.done, self.evaluated = 0, -1
         self.totals = Totals()
@@ -155,6 +163,7 @@ class Trainer:
         clock = Clock(collected.seconds)
         with self.stop.shield():
             self._boundary = None
+            self._check_same(step, [*collected.plain, *collected.again])
             learnt = self._learn(collected, halfway.begun if halfway else None, step, clock)
             if halfway is None:
                 collected = self._counted(collected, step)  # now, since distillation asks and grades in its update
@@ -206,16 +215,21 @@ class Trainer:
     def _counted(self, collected: Collected, step: int) -> Collected:
         """With what grading and remote models took; what a person should know of it is said."""
         self._warn(f"step {step}")
-        return replace(collected, counts={**self.scorer.metrics(), **self.service()})
+        return replace(collected, counts=self._counts())
 
-    def rescue(self) -> None:
+    def _counts(self) -> dict[str, float]:
+        """What grading and remote models took in all processes."""
+        return self.team.total({**self.scorer.metrics(), **self.service()})
+
+    def rescue(self, *, together: bool) -> None:
         """Save the last step boundary, where no checkpoint has it yet and the weights are still there.
 
         For a run that ends before its time, by a signal or an error: what a step has sampled is lost, what it has learnt never.
+        `together`: all processes of the run end here, as after a signal; otherwise the first one saves alone where it can.
         """
         if self._boundary is not None and self.done > 0 and self.saved != (self.done, None):
             with self.stop.ignored():
-                self._save(self._boundary, None)
+                self._save(self._boundary, None, together=together)
 
     def weights_leave(self) -> None:
         """From now on the weights are no longer those of a step boundary: there is nothing to rescue."""
@@ -228,7 +242,7 @@ class Trainer:
         self.scorer.new_step()
         result = evaluate(self.roller, self.held_out, self.settings.eval)
         with self.stop.shield():
-            self.log.metrics(self.done, "eval", asdict(result) | self.scorer.metrics())
+            self.log.metrics(self.done, "eval", asdict(result) | self.team.total(self.scorer.metrics()))
             self.progress.evaluation(self.done, result)
             self._warn(f"evaluation at step {self.done}")
             self.evaluated = self.done
@@ -252,9 +266,12 @@ class Trainer:
         self.done, self.evaluated, self.halfway = state["step"], state["evaluated"], halfway
         self.folder, self.saved = folder, (self.done, halfway.begun.done if halfway else None)
 
-    def _save(self, state: Mapping[str, Any], halfway: Halfway | None) -> None:
+    def _save(self, state: Mapping[str, Any], halfway: Halfway | None, *, together: bool = True) -> None:
         self.log.sync()
-        self.folder = self.checkpoint(self.done, state, halfway)
+        folder = self.checkpoint(self.done, state, halfway, together)
+        if folder is None:
+            return
+        self.folder = folder
         self.saved = (self.done, halfway.begun.done if halfway else None)
 
     def _evaluate_if_due(self) -> None:
@@ -266,7 +283,7 @@ class Trainer:
 
     def _warn(self, when: str) -> None:
         """What a person should know about the grading of a step or an evaluation."""
-        for text in self.scorer.warnings():
+        for text in dict.fromkeys(chain.from_iterable(self.team.gather(self.scorer.warnings()))):
             self.progress.warning(f"{when}: {text}")
 
     def _new_questions(self, step: int) -> list[Question]:
@@ -281,6 +298,12 @@ class Trainer:
         if not self.method.replay:
             return []
         return self.buffer.sample(share_of(self.settings.zone.rho_replay, len(new)), {q.id for q in new})
+
+    def _check_same(self, step: int, groups: Sequence[Group]) -> None:
+        """That every process is about to learn the same; with one process there is nothing to check."""
+        if self.team.size > 1:
+            batch = [(g.kind, g.question.id, g.prompt.ids, [r.reward for r in g.rollouts]) for g in groups]
+            self.team.check_same(f"the groups and the buffer of step {step}", (batch, self.buffer.state_dict()))
 
     def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
         """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 14)."""

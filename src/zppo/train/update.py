@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +14,13 @@ from zppo.core.advantages import group_advantages, two_step_advantages
 from zppo.core.loss import clipped_surrogate
 from zppo.core.metrics import mean
 from zppo.core.minibatch import deal_groups
-from zppo.core.types import Group, Rollout
-from zppo.engines.forward import Row, completion_logprobs
-from zppo.errors import ZPPOError
+from zppo.core.types import Group
+from zppo.engines.forward import completion_logprobs
 from zppo.train.budget import TokenBudget, zero_gradients
+from zppo.train.guard import GuardedStep
+from zppo.train.samples import Sample, Share, samples_of, share_minibatch
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
-
-MOST_SKIPPED_UPDATES = 3
+from zppo.train.weights import Weights
 
 
 def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch.Tensor:
@@ -33,78 +32,6 @@ def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch
     if settings.scope == "group":
         return group_advantages(rewards, ids, eps=settings.eps, graded=graded)
     return two_step_advantages(rewards, ids, settings.scope, eps=settings.eps, graded=graded)
-
-
-class GuardedStep:
-    """Clips the gradient norm and steps, unless loss or norm is not finite: then the update is skipped, and three in a row stop the run.
-
-    Attributes:
-        skipped_in_a_row: part of a checkpoint.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float
-    ) -> None:
-        self.model, self.optimizer, self.accelerator, self.max_norm = model, optimizer, accelerator, max_norm
-        self.skipped_in_a_row = 0
-
-    def step(self, loss: float) -> tuple[float, bool]:
-        """Gradient norm before clipping, and whether the weights moved; gradients are 0 afterwards.
-
-        Raises:
-            ZPPOError: too many updates in a row were not finite.
-        """
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm))
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        if finite:
-            self.optimizer.step()
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.optimizer.zero_grad(set_to_none=False)
-        if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
-            raise ZPPOError(
-                f"loss {loss} and gradient norm {norm}: {MOST_SKIPPED_UPDATES} updates in a row were not finite. The weights are "
-                "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
-            )
-        return norm, finite
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One rollout on its way into the loss."""
-
-    row: Row
-    sampled_logprobs: torch.Tensor
-    advantage: float
-    counted: bool  # stands in the token-level denominator
-
-    @property
-    def tokens(self) -> int:
-        return len(self.row.completion_ids)
-
-    @property
-    def length(self) -> int:
-        return len(self.row.prompt_ids) + self.tokens
-
-    @property
-    def foreign(self) -> bool:
-        """Whether the student did not sample it (Teacher response), so that no sampler knows its log-probs."""
-        return bool(self.sampled_logprobs.isnan().any())
-
-    @property
-    def live(self) -> bool:
-        """Whether it has a gradient at all: with no KL term, a rollout with A = 0 has exactly none."""
-        return self.counted and self.advantage != 0
-
-
-def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_truncated: bool) -> list[list[Sample]]:
-    """Samples per group."""
-    values = iter(advantages.tolist())
-
-    def sample(group: Group, rollout: Rollout) -> Sample:
-        row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()))
-        return Sample(row, rollout.logprobs, next(values), not (mask_truncated and rollout.truncated))
-
-    return [[sample(group, rollout) for rollout in group.rollouts] for group in groups]
 
 
 @dataclass(slots=True)
@@ -125,6 +52,15 @@ class Tally:
     old_needed: int = 0
     skipped: int = 0
 
+    def plus(self, others: Sequence[Tally]) -> Tally:
+        """With what other processes have counted of their rows; losses, norms and skipped updates are everybody's already."""
+        summed = {name: sum(getattr(t, name) for t in (self, *others)) for name in _COUNTED}
+        return replace(self, gap_max=max(t.gap_max for t in (self, *others)), **summed)
+
+    def without_rows(self) -> Tally:
+        """Losses, norms and skipped updates alone."""
+        return Tally(losses=list(self.losses), grad_norms=list(self.grad_norms), skipped=self.skipped)
+
     def metrics(self) -> dict[str, float | None]:
         tokens = max(1, self.tokens)
         return {
@@ -143,13 +79,16 @@ class Tally:
         }
 
 
+_COUNTED = tuple("tokens clipped_low clipped_high clipped_dual gap_sum gap_tokens needed computed old_needed".split())
+
+
 @dataclass(frozen=True, slots=True)
 class Begun:
     """The update of a step between two of its I optimizer steps.
 
     Attributes:
         done: minibatches that are in the weights.
-        tally: sums over them.
+        tally: sums over them, of all processes.
         old: (T,) old log-probs of every rollout, of the weights before the first one.
     """
 
@@ -175,6 +114,7 @@ class Updater:
         sampler_is_exact: whether `Rollout.logprobs` are old log-probs (old_logprobs: auto is resolved by the caller).
         budget: tokens of a micro-batch; None for the setting's.
         stop: asked before each optimizer step: whether to leave the step there.
+        weights: how the weights lie over the processes.
     """
 
     def __init__(
@@ -192,13 +132,15 @@ class Updater:
         sampler_is_exact: bool,
         budget: TokenBudget | None = None,
         stop: Callable[[], bool] = lambda: False,
+        weights: Weights | None = None,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.sampler_is_exact, self.stop = sampler_is_exact, stop
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
-        self.guard = GuardedStep(model, optimizer, accelerator, train.max_grad_norm)
+        self.weights = weights or Weights()
+        self.guard = GuardedStep(optimizer, accelerator, train.max_grad_norm, self.weights)
 
     def update(
         self, groups: Sequence[Group], advantages: torch.Tensor, step: int, begun: Begun | None = None
@@ -209,43 +151,79 @@ class Updater:
             begun: where the update of this step, of the same groups, was left; None: from its start.
 
         Raises:
-            UpdateStopped: `stop` said so.
+            UpdateStopped: `stop` said so, in one of the processes.
         """
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
-        tally = begun.tally if begun else Tally()
-        lines = begun.old if begun else self._old_logprobs(samples, tally)
-        each = iter(lines)
-        old = [[next(each) for _ in group] for group in samples]
-        dealt = deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)
-        for index in range(begun.done if begun else 0, len(dealt)):
-            if self.stop():
-                raise UpdateStopped(Begun(index, tally, lines))
-            rows = [(s, o) for g in dealt[index] for s, o in zip(samples[g], old[g], strict=True)]
-            tally = self._minibatch(rows, tally, first=index == 0)
-        return {**tally.metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
+        team = self.weights.team
+        deals = deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)
+        mine = [share_minibatch(samples, dealt, rank=team.rank, size=team.size) for dealt in deals]
+        rows = [row for share in mine for row in share.rows]
+        if begun:
+            tally = begun.tally if team.main else begun.tally.without_rows()
+            lines = iter(begun.old)
+            known = {(g, i): next(lines) for g, group in enumerate(samples) for i in range(len(group))}
+            old = {row: known[row] for row in rows}
+        else:
+            tally = Tally()
+            old = self._old_logprobs(samples, rows, tally)
+        for index in range(begun.done if begun else 0, len(deals)):
+            if team.any(self.stop()):
+                raise UpdateStopped(self._begun(index, tally, samples, old))
+            live = [(samples[g][i], old[g, i]) for g, i in mine[index].rows]
+            minibatch = [s for g in deals[index] for s in samples[g]]
+            tally = self._minibatch(minibatch, live, mine[index], tally, first=index == 0)
+        first, *others = team.gather(tally)
+        return {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
 
-    def _old_logprobs(self, samples: list[list[Sample]], tally: Tally) -> list[torch.Tensor]:
-        """(T,) per sample, in their order: the sampler's, or of a forward pass, over the rows that have a gradient."""
-        flat = [s for group in samples for s in group]
-        result = [s.sampled_logprobs for s in flat]
-        live = [i for i, s in enumerate(flat) if s.live and (s.foreign or not self.sampler_is_exact)]
-        tally.old_needed = sum(flat[i].length for i in live)
+    def _begun(
+        self,
+        done: int,
+        tally: Tally,
+        samples: Sequence[Sequence[Sample]],
+        old: Mapping[tuple[int, int], torch.Tensor],
+    ) -> Begun:
+        """What all processes together know after `done` minibatches."""
+        parts = self.weights.team.gather((tally, dict(old)))
+        known = {row: line for _, lines in parts for row, line in lines.items()}
+        every = [known.get((g, i), s.sampled_logprobs) for g, group in enumerate(samples) for i, s in enumerate(group)]
+        return Begun(done, parts[0][0].plus([other for other, _ in parts[1:]]), every)
+
+    def _old_logprobs(
+        self, samples: Sequence[Sequence[Sample]], rows: Sequence[tuple[int, int]], tally: Tally
+    ) -> dict[tuple[int, int], torch.Tensor]:
+        """(T,) per row, given as (group, rollout): the sampler's, or of a forward pass."""
+        result = {(g, i): samples[g][i].sampled_logprobs for g, i in rows}
+        unknown = [(g, i) for g, i in rows if samples[g][i].foreign or not self.sampler_is_exact]
+        tally.old_needed = sum(samples[g][i].length for g, i in unknown)
 
         def score(batches: list[list[int]]) -> None:
             for micro in batches:
-                rows = [flat[live[m]] for m in micro]
-                logprobs, _ = self._forward(rows)
-                for m, sample, line in zip(micro, rows, logprobs.float().cpu(), strict=True):
-                    result[live[m]] = line[: sample.tokens]
+                asked = [unknown[m] for m in micro]
+                logprobs, _ = self._forward([samples[g][i] for g, i in asked])
+                for (g, i), line in zip(asked, logprobs.float().cpu(), strict=True):
+                    result[g, i] = line[: samples[g][i].tokens]
 
-        with torch.no_grad():
-            self.budget.run([flat[i].length for i in live], score)
+        if self.weights.team.any(bool(unknown)):
+            with torch.no_grad(), self.weights.whole():
+                self.budget.run([samples[g][i].length for g, i in unknown], score)
         return result
 
-    def _minibatch(self, rows: list[tuple[Sample, torch.Tensor]], tally: Tally, *, first: bool) -> Tally:
-        """One optimizer step: token-level mean over the minibatch, rows without gradient only in the denominator."""
-        denominator = sum(s.tokens for s, _ in rows if s.counted)
-        live = [(s, o) for s, o in rows if s.live]
+    def _minibatch(
+        self,
+        samples: Sequence[Sample],
+        live: Sequence[tuple[Sample, torch.Tensor]],
+        share: Share,
+        tally: Tally,
+        *,
+        first: bool,
+    ) -> Tally:
+        """One optimizer step: token-level mean over the minibatch, rows without gradient only in the denominator.
+
+        Args:
+            samples: the whole minibatch.
+            live: those that have a gradient and are this process's, with their old log-probs.
+        """
+        denominator = sum(s.tokens for s in samples if s.counted)
 
         def accumulate(batches: list[list[int]]) -> tuple[float, Tally]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
@@ -253,14 +231,21 @@ class Updater:
             counts, total = copy.copy(tally), 0.0
             for micro in batches:
                 total += self._backward([live[m] for m in micro], denominator, counts, first=first)
+            for _ in range(share.idle_passes(len(batches), self.budget.tokens) if self.weights.sharded else 0):
+                self._idle(min((s for s in samples if s.live), key=lambda s: s.length))
             return total, counts
 
         total, tally = self.budget.run([s.length for s, _ in live], accumulate)
-        norm, stepped = self.guard.step(total)
+        total, norm, stepped = self.guard.step(total)
         tally.losses.append(total)
         tally.grad_norms.append(norm)
         tally.skipped += not stepped
         return tally
+
+    def _idle(self, sample: Sample) -> None:
+        """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others."""
+        logprobs, mask = self._forward([sample])
+        self.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
 
     def _backward(
         self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: Tally, *, first: bool

@@ -1,0 +1,228 @@
+"""How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 (ours).
+
+Gradients are *summed* over the processes, once per optimizer step where every process holds all weights: the loss of a
+minibatch is already divided by the tokens of all of them. DistributedDataParallel is not used: it averages, and wants
+as many backward passes from each process as from the others, while here some have more rows with a gradient than others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from zppo.errors import LauncherError
+from zppo.train.checkpoint import HoldsState, Savable, TakesState
+from zppo.train.models import Student
+from zppo.train.precision import keep_logits_small
+from zppo.train.team import ALONE, Team
+
+
+class Weights:
+    """Every process holds all weights and the whole optimizer.
+
+    Attributes:
+        team: the processes.
+        sharded: whether a forward or backward pass of one process needs all others.
+        kind: how they lie, in words.
+    """
+
+    sharded = False
+    kind = "each with all weights"
+
+    def __init__(self, team: Team = ALONE) -> None:
+        self.team = team
+
+    def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        """The model on its device, with autocast where asked for; before an optimizer is made over its parameters."""
+        prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)  # True: not wrapped
+        keep_logits_small(prepared, accelerator)
+        if self.team.size > 1:
+            self.team.check_same("the student's weights at the start", _checksum(prepared))
+        return prepared
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, every process can run forward passes on its own. Every process must enter."""
+        return nullcontext()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sums the gradients of the processes in place; all parameters must have one."""
+        if self.team.size == 1:
+            return
+        pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
+        for work in pending:
+            work.wait()
+
+    def saved(self, student: Student) -> Savable:
+        """What the first process saves the student from. Every process must call it."""
+        if self.team.size > 1:
+            self.team.check_same("the trained weights", _checksum(student.model))
+        return student.saved
+
+    def state_of(self, optimizer: Any) -> TakesState:
+        """What gives the optimizer the state of a checkpoint."""
+        takes: TakesState = optimizer
+        return takes
+
+    def snapshot_of(self, optimizer: Any) -> HoldsState:
+        """What the first process saves the optimizer from. Every process must call it."""
+        holds: HoldsState = optimizer
+        return holds
+
+
+class ShardedWeights(Weights):
+    """FSDP2: weights, gradients and optimizer state are sharded; a pass gathers one layer after the other.
+
+    Args:
+        reshard: free a layer's gathered weights after its forward pass (less memory, as ZeRO-3) or after its backward pass.
+    """
+
+    sharded = True
+    kind = "weights sharded over them (FSDP2)"
+
+    def __init__(self, team: Team, *, reshard: bool = True) -> None:
+        super().__init__(team)
+        self.reshard = reshard
+        self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
+
+    def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        """Shards every layer that the architecture names as one, then the rest.
+
+        Raises:
+            LauncherError: parameters are not sharded afterwards.
+        """
+        self.team.check_same("the student's weights at the start", _checksum(model))
+        prepared: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        keep_logits_small(prepared, accelerator)
+        mesh = init_device_mesh(accelerator.device.type, (self.team.size,))
+        layers = set(getattr(prepared, "_no_split_modules", None) or ())
+        for layer in [m for m in prepared.modules() if type(m).__name__ in layers]:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard)
+        fully_shard(prepared, mesh=mesh, reshard_after_forward=False)  # it is needed again at once
+        sharded = [m for m in prepared.modules() if isinstance(m, FSDPModule)]
+        self._modules = [(m, self.reshard and m is not prepared) for m in sharded]
+        for module in sharded:
+            module.set_gradient_divide_factor(1.0)  # sums, as above
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        whole = [name for name, parameter in prepared.named_parameters() if not isinstance(parameter, DTensor)]
+        if whole:
+            raise LauncherError(
+                f"sharding was asked for, but {len(whole)} parameters are not sharded (the first is {whole[0]!r}): train without "
+                "sharding (train.sharding: none, recipes/accelerate/ddp.yaml)"
+            )
+        return prepared
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        for module, _ in self._modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module, reshard in self._modules:
+                module.set_reshard_after_forward(reshard, recurse=False)
+                module.reshard()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Nothing: the backward passes have done it."""
+
+    def saved(self, student: Student) -> Savable:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return _GatheredModel(student.model, get_model_state_dict(student.model, options=options))
+
+    def state_of(self, optimizer: Any) -> TakesState:
+        return _ShardedState(optimizer)
+
+    def snapshot_of(self, optimizer: Any) -> HoldsState:
+        return _Snapshot(gathered_state(optimizer, keep=self.team.main))
+
+
+class _GatheredModel:
+    """Saves a sharded model from its gathered weights."""
+
+    def __init__(self, model: Any, state: dict[str, Any]) -> None:
+        self._model, self._state = model, state
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        self._model.save_pretrained(folder, state_dict=self._state)
+
+
+class _ShardedState:
+    """A sharded optimizer that takes a whole state: checkpoints do not know about shards."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        return self._optimizer.state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        parameters = trained_parameters(self._optimizer)
+        sharded = {
+            index: {name: _like(parameters[int(index)], value) for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        self._optimizer.load_state_dict({**state, "state": sharded})
+
+
+class _Snapshot:
+    """An optimizer's whole state as it was."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+
+def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """A sharded optimizer's state in whole tensors on the CPU, gathered one by one. Every process must call it.
+
+    Args:
+        keep: whether this process wants them; the others pass them on.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if keep else None
+
+    state = optimizer.state_dict()
+    kept = {i: {name: whole(value) for name, value in values.items()} for i, values in state["state"].items()}
+    return {**state, "state": kept}
+
+
+def _like(parameter: torch.Tensor, value: Any) -> Any:
+    """A whole tensor of the optimizer's state in the shards of its parameter; a step count as it is."""
+    if not (isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape):
+        return value
+    mesh = parameter.device_mesh
+    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+
+
+def _checksum(model: nn.Module) -> list[float]:
+    """A number per parameter that changes when a weight does."""
+    with torch.no_grad():
+        return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer moves."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
