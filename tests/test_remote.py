@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -475,6 +476,9 @@ def test_scrubbing() -> None:
     scrub = Scrubber(KEY)
     assert scrub.words(f"a\n\x07{KEY}\u202eb") == "a [key] b"
     assert scrub.completion(f"the key is {KEY}") == "the key is [key]"
+    long = "".join(f"{i:04}" for i in range(500))  # no cut leaves a piece of a key
+    said = Scrubber(long).words(" ".join([long] * 200), 300)
+    assert not re.search(r"\d", said)
     assert Scrubber("x").completion("x = 5") == "x = 5"  # too short to be told from a word
     assert KEY not in repr(scrub)
 

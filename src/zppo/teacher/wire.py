@@ -93,8 +93,10 @@ class Scrubber:
 
     def words(self, value: object, limit: int = REASON_CHARACTERS) -> str:
         """One line of at most `limit` characters without control characters and without the key."""
-        text = str(value)[: 100 * limit]
-        text = text.replace(self._key, "[key]") if self._key else text
+        text = str(value)
+        if self._key:  # before any cut, which could leave a piece of it
+            text = text.replace(self._key, "[key]")
+        text = text[: 100 * limit]
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= limit else f"{text[:limit]}..."
 
@@ -240,7 +242,7 @@ class Wire:
             if not isinstance(choices, list):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            start = self._scrub.words(content[:200].decode("utf-8", "replace"), 80)
+            start = self._scrub.words(content.decode("utf-8", "replace"), 80)
             raise Trouble(f"{self.url}: the reply is no chat completion: {start!r}", fault=True) from None
         usage = reply.get("usage")
         return Answer(
