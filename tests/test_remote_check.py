@@ -14,7 +14,7 @@ from fault_server import Server
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError, TeacherError
 from zppo.teacher.base import TeacherSampling
-from zppo.teacher.check import Names, read_key
+from zppo.teacher.check import Found, Names, read_key
 from zppo.teacher.remote import RemoteTeacher
 from zppo.train.plan import check_files, make_plan, render_plan
 from zppo.train.recipe import dump_recipe, load_recipe
@@ -130,6 +130,35 @@ def test_fields_that_a_server_refuses(server: Server) -> None:
     said = refused(server.url)
     assert "teacher.compression" in said and "422: what is chat_template_kwargs" in said
     assert "teacher.compression.extra_body, e.g. {chat_template_kwargs: null}" in said
+
+
+def test_a_token_limit_over_the_servers_context_is_found_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(USES, "rollout", (TeacherSampling(Sampling(max_new_tokens=600)), 4))
+    server.control({"kind": "ok"}, {"kind": "status", "status": 400, "body": "the context holds 512"})
+    said = refused(server.url)
+    assert "teacher.rollout: " in said and "the context holds 512" in said and "max_new_tokens" in said
+    assert [r["max_tokens"] for r in server.log] == [16, 600]
+    # A server that takes the limit may need long for its answer: that is not waited for, and says nothing against it.
+    monkeypatch.setattr("zppo.teacher.check.LIMIT_SECONDS", 0.3)
+    server.control({"kind": "ok"}, {"kind": "hang"})
+    assert checked(server.url)[0] == []
+    assert [(r["max_tokens"], r["n"]) for r in server.log] == [(16, 1), (600, 1), (16, 4), (8, 1)]
+
+
+def test_openai_gets_room_for_thoughts_in_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    async def check_servers(wires: Any, bodies: Any, use: str, names: Names, key: bool, whole: Any) -> Found:
+        seen.extend([*bodies, whole])
+        return Found((), True)
+
+    monkeypatch.setattr("zppo.teacher.remote.check_servers", check_servers)
+    teacher = RemoteTeacher("gpt", ["https://api.openai.com/v1"], key=KEY)
+    try:
+        teacher.check(TeacherSampling(Sampling(max_new_tokens=8192)))
+    finally:
+        teacher.close()
+    assert [body["max_completion_tokens"] for body in seen] == [1024, 8192]
 
 
 def test_a_busy_server_is_waited_for_a_little(server: Server) -> None:

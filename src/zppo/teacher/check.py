@@ -14,6 +14,7 @@ from zppo.teacher.servers import backoff
 from zppo.teacher.wire import OPENAI_HOST, REPLY_BYTES, Trouble, Wire
 
 CHECK_SECONDS = 60.0  # for one small completion
+LIMIT_SECONDS = 3.0  # in which a server refuses a token limit, if it does
 PATIENCE = 5  # attempts where the server is busy or faulty
 
 
@@ -58,17 +59,23 @@ def read_key(key_env: str, base_urls: Sequence[str], section: str = "teacher") -
 
 
 async def check_servers(
-    wires: Sequence[Wire], bodies: Sequence[Mapping[str, Any]], use: str, names: Names, key_given: bool
+    wires: Sequence[Wire],
+    bodies: Sequence[Mapping[str, Any]],
+    use: str,
+    names: Names,
+    key_given: bool,
+    whole: Mapping[str, Any] | None = None,
 ) -> Found:
     """Sends every address a small completion with the fields of one use.
 
     Args:
         bodies: requests for one choice, and for several where a request of this use asks for several.
+        whole: a request with the token limit of this use, where it is higher: a server whose context is shorter refuses it.
 
     Raises:
         TeacherError: no address can be reached, or one refuses key, model or fields. The message names value, cause and mend.
     """
-    results = await asyncio.gather(*(_check_one(wire, bodies) for wire in wires))
+    results = await asyncio.gather(*(_check_one(wire, bodies, whole) for wire in wires))
     for wire, (trouble, _) in zip(wires, results, strict=True):
         if trouble is not None and not trouble.again:
             raise await _refusal(wire, trouble, str(bodies[0]["model"]), use, names, key_given)
@@ -82,9 +89,13 @@ async def check_servers(
     return Found(unreachable, all(several for _, several in results))
 
 
-async def _check_one(wire: Wire, bodies: Sequence[Mapping[str, Any]]) -> tuple[Trouble | None, bool]:
+async def _check_one(
+    wire: Wire, bodies: Sequence[Mapping[str, Any]], whole: Mapping[str, Any] | None
+) -> tuple[Trouble | None, bool]:
     """What went wrong at one address, and whether it gives several choices."""
     trouble, _ = await _ping(wire, bodies[0])
+    if trouble is None and whole is not None:
+        trouble = await _limit_refused(wire, whole)
     if trouble is not None or len(bodies) == 1:
         return trouble, True
     trouble, choices = await _ping(wire, bodies[1])
@@ -105,6 +116,15 @@ async def _ping(wire: Wire, body: Mapping[str, Any]) -> tuple[Trouble | None, in
     raise AssertionError("the last attempt returns")
 
 
+async def _limit_refused(wire: Wire, whole: Mapping[str, Any]) -> Trouble | None:
+    """Why a server refuses a token limit. It does so before it decodes anything: the answer itself is not waited for."""
+    try:
+        await wire.chat(whole, REPLY_BYTES, LIMIT_SECONDS)
+    except Trouble as trouble:
+        return trouble if trouble.status is not None and not trouble.again else None
+    return None
+
+
 async def _refusal(wire: Wire, trouble: Trouble, model: str, use: str, names: Names, key_given: bool) -> TeacherError:
     """What to change."""
     if trouble.status in (401, 403):
@@ -122,6 +142,7 @@ async def _refusal(wire: Wire, trouble: Trouble, model: str, use: str, names: Na
             f"{names.section}.base_urls if the address lacks its path, mostly /v1"
         )
     return TeacherError(
-        f"{names.of(use)}: the server refuses the request ({trouble.reason}). Change the sampling, or leave a field out with "
-        f"{names.of(use)}.extra_body, e.g. {{chat_template_kwargs: null}} or {{seed: null}}"
+        f"{names.of(use)}: the server refuses the request ({trouble.reason}). Change its sampling (max_new_tokens must fit the server's "
+        f"context beside the prompt), or leave a field out with {names.of(use)}.extra_body, e.g. {{chat_template_kwargs: null}} "
+        "or {seed: null}"
     )

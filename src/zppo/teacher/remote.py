@@ -24,6 +24,7 @@ TOKEN_BYTES = 256  # of a reply, for each token: JSON escapes, and thoughts in a
 TURNS = 3  # so often a choice is asked for that does not come
 PING = (Message("user", "Say ok."),)
 PING_TOKENS = 16
+OFFICIAL_PING_TOKENS = 1024  # OpenAI's models that think answer 400 where the limit leaves no room for it
 
 T = TypeVar("T")
 
@@ -113,9 +114,11 @@ class RemoteTeacher:
             TeacherError: no address can be reached, or one refuses key, model or fields.
         """
         counts = [1, n] if n > 1 and how.sampling.temperature > 0 else [1]
-        bodies = [self.body(PING, count, 0, how, PING_TOKENS) for count in counts]
+        few = OFFICIAL_PING_TOKENS if self._official else PING_TOKENS
+        bodies = [self.body(PING, count, 0, how, few) for count in counts]
+        whole = self.body(PING, 1, 0, how) if how.sampling.max_new_tokens > few else None
         wires = [address.wire for address in self.servers.addresses]
-        found = self.run(check_servers(wires, bodies, use, self._names, self._key_given))
+        found = self.run(check_servers(wires, bodies, use, self._names, self._key_given, whole))
         self.one_by_one = self.one_by_one or not found.several
         for reason in found.unreachable:
             url = reason.partition(": ")[0]
