@@ -332,6 +332,30 @@ def test_a_storm_that_does_not_pass_is_given_up_in_time(server: Server, make: An
     assert all(r.texts == (None, None) and "quota" in r.error for r in replies)
 
 
+def test_an_address_that_is_open_before_the_time_it_gave_is_used(server: Server, make: Any) -> None:
+    """A Retry-After of a day must not cost every later call all of the patience."""
+    teacher = make(server, retry_for=2.0)
+    server.control({"kind": "status", "status": 503, "headers": {"Retry-After": "86400"}})
+    assert right(teacher.complete(many(1), HOW))
+    teacher.take_service()
+    assert right(teacher.complete(many(3), HOW))
+    assert teacher.take_service() == Service(requests=3)
+
+
+def test_a_long_silence_is_said_once_and_so_is_its_end(
+    server: Server, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zppo.teacher.servers.SILENCE_SECONDS", 0.2)
+    said: list[str] = []
+    teacher = make(server, warn=said.append)
+    server.control(*[{"kind": "status", "status": 503, "body": "loading"}] * 6)
+    assert right(teacher.complete(many(1), HOW))
+    assert right(teacher.complete(many(2), HOW))
+    assert len(said) == 2
+    assert "teacher.base_urls: no reply for" in said[0] and "for up to 120 s" in said[0] and "503: loading" in said[0]
+    assert said[1] == f"teacher.base_urls: {server.url} replies again"
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_refusals_are_not_retried_and_give_the_reason(server: Server, make: Any, status: int) -> None:
     teacher = make(server, key=KEY)

@@ -85,12 +85,13 @@ class RemoteTeacher:
             deadline: seconds for one attempt, to the last byte of its reply.
             retry_for: seconds for which a request is tried again, and without any success after which the teacher counts as down.
             names: for messages of `check`.
-            warn: takes what `check` found and the run can do without.
+            warn: takes what `check` found and the run can do without, and that nothing is served, or is again; called in any thread.
         """
         self.model = model
         self._names, self._warn, self._key_given = names, warn, bool(key)
         self._told: set[str] = set()
-        self.servers = Servers([Wire(url, key, deadline, concurrency) for url in base_urls], retry_for)
+        wires = [Wire(url, key, deadline, concurrency) for url in base_urls]
+        self.servers = Servers(wires, retry_for, lambda text: warn(f"{names.section}.base_urls: {text}"))
         self.one_by_one = False
         self._official = any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls)
         self._slots = asyncio.Semaphore(concurrency)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ LONGEST_WAIT = 30.0
 LONGEST_REST = 300.0
 FAULTS = 6  # faulty answers to one request, while others are served, after which it is given up
 PING_SECONDS = 30.0
+SILENCE_SECONDS = 10.0  # without any success, after which it is said that requests are tried again
 
 
 def backoff(times: int) -> float:
@@ -53,7 +54,7 @@ class Address:
         outstanding, sent: calls that are under way, and calls in all.
         failures: rests in a row without a success between them.
         resting_until: it failed; others are preferred until then.
-        closed_until: it asked not to be called before then (Retry-After).
+        closed_until: it asked not to be called before then (Retry-After); it asked at `closed_at`.
     """
 
     wire: Wire
@@ -62,6 +63,7 @@ class Address:
     failures: int = 0
     resting_until: float = 0.0
     closed_until: float = 0.0
+    closed_at: float = 0.0
 
     def ready(self, now: float) -> bool:
         """Whether it takes calls; one that failed takes one at a time after its rest, until one succeeds."""
@@ -82,11 +84,14 @@ class Address:
         if now >= self.resting_until:  # of calls that fail together, the first counts
             self.failures += 1
             self.resting_until = now + max(backoff(self.failures), min(took, LONGEST_REST))
-        self.closed_until = max(self.closed_until, now + wait)
+        if wait:
+            self.closed_until, self.closed_at = max(self.closed_until, now + wait), now
 
-    def served(self) -> None:
-        """A call succeeded."""
+    def served(self, started: float) -> None:
+        """A call succeeded; one that began after the address had asked to wait shows that it is open before the time it gave."""
         self.failures, self.resting_until = 0, 0.0
+        if started > self.closed_at:
+            self.closed_until = 0.0
 
 
 class Servers:
@@ -97,10 +102,13 @@ class Servers:
     Used from one event loop.
     """
 
-    def __init__(self, wires: Sequence[Wire], retry_for: float) -> None:
+    def __init__(
+        self, wires: Sequence[Wire], retry_for: float, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`tell` takes what a person who waits should know: nothing is served, and is served again."""
         self.addresses = tuple(Address(wire) for wire in wires)
         self.service = Service()
-        self._retry_for = retry_for
+        self._retry_for, self._tell, self._told = retry_for, tell, False
         self._served = time.monotonic()  # the last success
         self._failing_since: float | None = None  # no success since then
         self._reason = ""  # of the last failure
@@ -141,11 +149,12 @@ class Servers:
         """Why the teacher is down; "" where it is not. One that was down is asked whether it is back, with `body`."""
         if self._left(time.monotonic()) > 0:
             return ""
+        started = time.monotonic()
         pings = (a.wire.chat(body, limit, PING_SECONDS) for a in self.addresses)
         results = await asyncio.gather(*pings, return_exceptions=True)
         for address, result in zip(self.addresses, results, strict=True):
             if not isinstance(result, Trouble) or not result.again:
-                self._succeeded(address)
+                self._succeeded(address, started)
         return self._down_words() if self._failing_since is not None else ""
 
     async def wait(self, seconds: float) -> None:
@@ -172,9 +181,9 @@ class Servers:
                 answer = await address.wire.chat(body, limit)
         except Trouble as trouble:
             if not trouble.again and not trouble.elsewhere:
-                self._succeeded(address)  # it is there, and dislikes this request
+                self._succeeded(address, started)  # it is there, and dislikes this request
             return trouble, started
-        self._succeeded(address)
+        self._succeeded(address, started)
         return answer, started
 
     def _pick(self, refused: Collection[str]) -> Address | None:
@@ -196,10 +205,17 @@ class Servers:
         self._reason = trouble.reason
         if self._failing_since is None:
             self._failing_since = max(started, self._served)
+        silent = now - self._failing_since
+        if not self._told and SILENCE_SECONDS <= silent < self._retry_for:
+            self._told = True
+            self._tell(f"no reply for {silent:.0f} s, tried again for up to {self._retry_for:g} s: {trouble.reason}")
 
-    def _succeeded(self, address: Address) -> None:
-        address.served()
+    def _succeeded(self, address: Address, started: float) -> None:
+        address.served(started)
         self._served, self._failing_since = time.monotonic(), None
+        if self._told:
+            self._told = False
+            self._tell(f"{address.wire.url} replies again")
 
     def _left(self, now: float) -> float:
         """Seconds until the teacher counts as down."""
