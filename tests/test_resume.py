@@ -480,13 +480,16 @@ def test_rewinding_keeps_what_belongs_to_the_checkpoint(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 2, "event": "step"}')  # torn before the end of its line
     (tmp_path / "rollouts" / "step-000003.partial").write_bytes(b"torn")
+    foreign = [tmp_path / "rollouts" / name for name in ("notes.txt", "step-000003 copy.parquet")]
+    for path in foreign:
+        path.write_text("mine", encoding="utf-8")
     log.rewind(3, 2)
     events = [(r["step"], r["event"]) for r in records(tmp_path)]
     assert events == [(0, "eval"), (1, "step"), (2, "step"), (2, "eval"), (3, "step")]
     log.rewind(2, 0)  # a checkpoint that was made before the evaluation of its step
     assert [(r["step"], r["event"]) for r in records(tmp_path)] == [(0, "eval"), (1, "step"), (2, "step")]
     log.rewind(-1, -1)
-    assert records(tmp_path) == [] and not list((tmp_path / "rollouts").iterdir())
+    assert records(tmp_path) == [] and sorted((tmp_path / "rollouts").iterdir()) == foreign
 
 
 def collected_step() -> Halfway:
@@ -611,6 +614,10 @@ def test_signals_are_caught_in_the_main_thread_and_given_back() -> None:
             os.kill(os.getpid(), signal.SIGINT)  # and pass on a terminal's Ctrl-C
             assert stop.wanted and stop.signum == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with catch_signals(Stop()):
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the second one does not end what saves the run
     seen: list[object] = []
 
     def elsewhere() -> None:

@@ -92,10 +92,9 @@ def save(
             (partial / _STATE).write_text(json.dumps({"step": step, "updates": updates, **state}), encoding="utf-8")
             if more is not None:
                 more(partial)
+            (partial / MANIFEST).write_text(make_manifest(partial), encoding="utf-8")
             for path in (*partial.rglob("*"), partial):
                 sync(path)
-            (partial / MANIFEST).write_text(make_manifest(partial), encoding="utf-8")
-            sync(partial / MANIFEST)
             if target.exists():
                 target.rename(target.with_name(f"{target.name}.old{PARTIAL}"))
             partial.rename(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from zppo.train.storage import PARTIAL, sync, write_whole, writing
 METRICS = "metrics.jsonl"
 BUFFER = "buffer.jsonl"
 ROLLOUTS = "rollouts"
+_STEP = re.compile(r"step-(\d+)\.(parquet|partial)")
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -159,6 +161,8 @@ class RunLog:
     def rewind(self, step: int, evaluated: int) -> None:
         """Take back steps after `step`, evaluations after `evaluated` and that of final/, torn last lines and unfinished files.
 
+        Files of other names are somebody else's and stay.
+
         A kill in the middle does no harm: it is done again.
         """
         last = {"eval": evaluated, "final": -1}
@@ -170,7 +174,8 @@ class RunLog:
         self.open()
         with writing(self.folder / ROLLOUTS):
             for path in (self.folder / ROLLOUTS).iterdir():
-                if path.suffix != ".parquet" or int(path.stem.removeprefix("step-")) > step:
+                match = _STEP.fullmatch(path.name)
+                if match and (int(match[1]) > step or match[2] == "partial"):
                     path.unlink()
 
     def sync(self) -> None:

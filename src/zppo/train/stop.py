@@ -100,7 +100,7 @@ def catch_signals(stop: Stop) -> Iterator[None]:
             asked = now
             again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
             _say(f"\n{signal.Signals(signum).name}: stopping as soon as nothing is lost by it{again}\n")
-        stop.check()
+            stop.check()  # not for a repeated one: it would end what saves the run
 
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
