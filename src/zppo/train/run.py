@@ -145,6 +145,7 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
     trainer, team = parts.trainer, parts.weights.team
     if parts.student.adapters:
+        trainer.rescue(together=True)  # for runs without checkpoints
         trainer.weights_leave()  # they are merged, for good
     saved = parts.weights.saved(parts.student)
     folder = team.gather(save_final(run, parts.student, saved, parts.chat) if team.main else run)[0]
