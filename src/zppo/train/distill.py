@@ -90,7 +90,7 @@ class Distiller:
             **(self.asker.metrics() if self.asker is not None else {}),
         }
         error = self.asker.error if self.asker is not None else ""
-        return Learnt(groups, torch.zeros(sum(len(g.rollouts) for g in groups)), metrics, error)
+        return Learnt(groups, torch.zeros(sum(len(g.rollouts) for g in groups)), metrics, error, self.guard.fault)
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped_in_a_row": self.guard.skipped_in_a_row, **self.budget.state_dict()}

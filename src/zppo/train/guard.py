@@ -8,33 +8,30 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from zppo.errors import ZPPOError
 from zppo.train.weights import Weights, trained_parameters
 
 MOST_SKIPPED_UPDATES = 3
 
 
 class GuardedStep:
-    """Clips the gradient norm and steps, unless loss or norm is not finite: then the update is skipped, and three in a row stop the run.
+    """Clips the gradient norm and steps, unless loss or norm is not finite: then the update is skipped.
 
     Attributes:
         skipped_in_a_row: part of a checkpoint.
+        fault: why the run has to stop after this step: too many skipped updates in a row; "" as long as there is no reason.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, weights: Weights
     ) -> None:
         self.optimizer, self.accelerator, self.max_norm, self.weights = optimizer, accelerator, max_norm, weights
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.fault = 0, ""
 
     def step(self, loss: float) -> tuple[float, float, bool]:
         """Loss of all processes together, gradient norm before clipping, and whether the weights moved; gradients are 0 afterwards.
 
         Args:
             loss: what this process's rows add to the loss.
-
-        Raises:
-            ZPPOError: too many updates in a row were not finite.
         """
         parameters = trained_parameters(self.optimizer)
         loss = sum(self.weights.team.gather(loss))
@@ -46,8 +43,8 @@ class GuardedStep:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.optimizer.zero_grad(set_to_none=False)
         if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
-            raise ZPPOError(
-                f"loss {loss} and gradient norm {norm}: {MOST_SKIPPED_UPDATES} updates in a row were not finite. The weights are "
+            self.fault = (
+                f"loss {loss} and gradient norm {norm}: {self.skipped_in_a_row} updates in a row were not finite. The weights are "
                 "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
             )
         return loss, norm, finite

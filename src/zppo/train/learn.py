@@ -25,12 +25,14 @@ class Learnt:
         advantages: (N,) of their rollouts; 0 where none is used.
         metrics: numbers for the run log.
         teacher_error: why the teacher could not serve a request that learning needed; "" where it served all.
+        fault: why the run has to stop after this step; "" where it goes on.
     """
 
     groups: list[Group]
     advantages: torch.Tensor
     metrics: dict[str, float | None]
     teacher_error: str = ""
+    fault: str = ""
 
 
 class Learner(Protocol):
@@ -46,6 +48,7 @@ class Learner(Protocol):
 
         Raises:
             UpdateStopped: the run shall stop, and the learner is between two optimizer steps.
+            MemoryLimitError: memory ran out; in one process only before the first optimizer step.
         """
         ...
 
@@ -93,7 +96,7 @@ class PolicyLearner:
         metrics = self.updater.update(kept, inside, step, begun)
         if self.respond is not None:
             metrics["teacher_responses_in_groups"] = float(replaced)
-        return Learnt(groups, self._spread(groups, kept, inside), metrics)
+        return Learnt(groups, self._spread(groups, kept, inside), metrics, fault=self.updater.guard.fault)
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped_in_a_row": self.updater.guard.skipped_in_a_row, **self.updater.budget.state_dict()}

@@ -72,14 +72,14 @@ def rescue(run: Path, trainer: Trainer, error: BaseException, console: Console) 
     """
     if isinstance(error, StorageError):
         return  # the same disk would refuse again
-    before, say = trainer.folder, partial(warn, console)
+    say = partial(warn, console)
     try:
         trainer.rescue(together=trainer.team.size == 1 or isinstance(error, Interrupted))
     except Exception as failed:
         if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
             raise failed from error
         say(f"the run after step {trainer.done} could not be saved: {failed}")
-    if trainer.folder != before and not isinstance(error, KeyboardInterrupt):
+    if not isinstance(error, KeyboardInterrupt):
         say(way_on(run))
 
 

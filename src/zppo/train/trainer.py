@@ -16,7 +16,7 @@ from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import share_of
 from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
-from zppo.errors import Interrupted
+from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.halfway import Collected, Halfway
 from zppo.train.learn import Learner, Learnt
@@ -162,7 +162,6 @@ class Trainer:
         collected = halfway.collected if halfway else self._collect(step)
         clock = Clock(collected.seconds)
         with self.stop.shield():
-            self._boundary = None
             self._check_same(step, [*collected.plain, *collected.again])
             learnt = self._learn(collected, halfway.begun if halfway else None, step, clock)
             if halfway is None:
@@ -185,6 +184,9 @@ class Trainer:
             self._report(step, collected, learnt, changes, clock)
             self.done = step
             self._boundary = self.state_dict()
+            if learnt.fault:
+                self._save(self._boundary, None)  # all processes are here, so that sharded weights can be saved too
+                raise ZPPOError(learnt.fault)
 
     def _collect(self, step: int) -> Collected:
         """Rollouts, teacher, reformulated prompts and their rollouts (Alg. 1, l. 3-12); a wish to stop ends it at once."""
@@ -201,16 +203,21 @@ class Trainer:
         return Collected(len(new), tuple(q.id for q in replayed), plain, again, asked_again, {}, clock.seconds())
 
     def _learn(self, collected: Collected, begun: Begun | None, step: int, clock: Clock) -> Learnt:
-        """I optimizer steps (Alg. 1, l. 13). Where somebody wants the run to stop, the step is saved between two of them."""
+        """I optimizer steps (Alg. 1, l. 13). Where the run has to stop between two of them, the step is saved there."""
+        boundary, self._boundary = self._boundary, None
         try:
             with clock("update"):
                 return self.learner.learn(collected.plain, collected.again, collected.zone.pools, step, begun)
+        except MemoryLimitError:
+            if self.team.size == 1:
+                self._boundary = boundary  # the weights have not moved
+            raise
         except UpdateStopped as stopped:
             if begun is None:
                 collected = self._counted(collected, step)
             if self.saved != (self.done, stopped.begun.done):
                 self._save(self.state_dict(), Halfway(replace(collected, seconds=clock.seconds()), stopped.begun))
-            raise Interrupted(self.stop.signum or signal.SIGTERM) from None
+            raise stopped.cause or Interrupted(self.stop.signum or signal.SIGTERM) from None
 
     def _counted(self, collected: Collected, step: int) -> Collected:
         """With what grading and remote models took; what a person should know of it is said."""

@@ -16,6 +16,7 @@ from zppo.core.metrics import mean
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group
 from zppo.engines.forward import completion_logprobs
+from zppo.errors import MemoryLimitError
 from zppo.train.budget import TokenBudget, zero_gradients
 from zppo.train.guard import GuardedStep
 from zppo.train.samples import Sample, Share, samples_of, share_minibatch
@@ -98,11 +99,15 @@ class Begun:
 
 
 class UpdateStopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run shall stop, and the update of a step waits at `begun`; the weights are those between two optimizer steps."""
+    """The run shall stop, and the update of a step waits at `begun`; the weights are those between two optimizer steps.
 
-    def __init__(self, begun: Begun) -> None:
+    Attributes:
+        cause: the error that ends the run; None where somebody wants it to stop.
+    """
+
+    def __init__(self, begun: Begun, cause: MemoryLimitError | None = None) -> None:
         super().__init__(f"stopped after {begun.done} updates")
-        self.begun = begun
+        self.begun, self.cause = begun, cause
 
 
 class Updater:
@@ -151,7 +156,8 @@ class Updater:
             begun: where the update of this step, of the same groups, was left; None: from its start.
 
         Raises:
-            UpdateStopped: `stop` said so, in one of the processes.
+            UpdateStopped: `stop` said so, in one of the processes; or memory ran out, and there is only this one.
+            MemoryLimitError: memory ran out before the first optimizer step, or in one of several processes.
         """
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
         team = self.weights.team
@@ -171,7 +177,13 @@ class Updater:
                 raise UpdateStopped(self._begun(index, tally, samples, old))
             live = [(samples[g][i], old[g, i]) for g, i in mine[index].rows]
             minibatch = [s for g in deals[index] for s in samples[g]]
-            tally = self._minibatch(minibatch, live, mine[index], tally, first=index == 0)
+            try:
+                tally = self._minibatch(minibatch, live, mine[index], tally, first=index == 0)
+            except MemoryLimitError as error:
+                if team.size > 1:
+                    raise  # the others wait for its gradients
+                # There was no optimizer step: the weights are those before this minibatch.
+                raise UpdateStopped(self._begun(index, tally, samples, old), error) from error
         first, *others = team.gather(tally)
         return {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
 
