@@ -25,9 +25,11 @@ from zppo.data.reading import Reading
 from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader
+from zppo.prompts.book import PromptBook
 from zppo.train.plan import load_data
 from zppo.train.questions import unknown_tokens
 from zppo.train.recipe import load_recipe
+from zppo.train.rollouts import Speaker
 from zppo.train.settings import ColumnSettings, DataSettings, Settings
 
 httpx: Any = datasets.load.httpx  # the client, under whichever name the hub's library has it
@@ -488,7 +490,7 @@ def test_settings_that_fit() -> None:
 
 
 @pytest.mark.parametrize(("text", "warned"), [("one two", False), ("one dos", True), ("<unk>", True)])
-def test_unknown_tokens_are_said(text: str, warned: bool) -> None:
+def test_unknown_tokens_are_said(tmp_path: Path, text: str, warned: bool) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -498,12 +500,17 @@ def test_unknown_tokens_are_said(text: str, warned: bool) -> None:
         Question("known", (Message("user", "one " * 20),), "1"),
         Question("q", (Message("user", f"{text} {text}"),), "1"),
     ]
-    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
-    warning = unknown_tokens(chat, [*questions[1:], *questions])
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", chat_template=template))
+    closing = tmp_path / "closing.jinja"
+    closing.write_text("one", encoding="utf-8")
+    speaker = Speaker(PromptBook({"closing": closing}), chat)
+    warning = unknown_tokens(speaker, [*questions[1:], *questions])
     assert bool(warning) == warned
     if warned:
         assert "'<unk>'" in warning and "question 'q'" in warning and "Choose a student" in warning
-    assert unknown_tokens(Chat(make_tokenizer()), questions) == unknown_tokens(chat, []) == ""
+    assert unknown_tokens(Speaker(PromptBook(), Chat(make_tokenizer())), questions) == unknown_tokens(speaker, []) == ""
+    assert "of the prompts are" in unknown_tokens(Speaker(PromptBook(), chat), questions[:1])  # the closing's words count too
 
 
 # --- a run on each of them ------------------------------------------------------------------------------------------

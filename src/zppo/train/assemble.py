@@ -115,7 +115,7 @@ def assemble(
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
     length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
-    questions, held_out = load_short(settings, chat, length, console)
+    questions, held_out = load_short(settings, speaker, length, console)
     scorer = make_scorer(
         settings,
         score,

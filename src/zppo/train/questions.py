@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from zppo.core.types import Question
 from zppo.data.load import drop_long
-from zppo.engines.chat import Chat
 from zppo.errors import DataError, ModelError
 from zppo.train.plan import load_data
 from zppo.train.rollouts import Speaker
@@ -21,7 +20,7 @@ MOST_UNKNOWN = 0.05
 
 
 def load_short(
-    settings: Settings, chat: Chat, length: Callable[[Question], int], console: Console
+    settings: Settings, speaker: Speaker, length: Callable[[Question], int], console: Console
 ) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What was dropped is said, and a
     tokenizer that does not know their words.
@@ -33,7 +32,7 @@ def load_short(
     train, held_out = (
         _short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources
     )
-    if warning := unknown_tokens(chat, train):
+    if warning := unknown_tokens(speaker, train):
         console.print(warning, style="yellow", soft_wrap=True, highlight=False)
     return train, held_out
 
@@ -75,22 +74,22 @@ def check_vocabulary(model: PreTrainedModel, speaker: Speaker, questions: Sequen
         )
 
 
-def unknown_tokens(chat: Chat, questions: Sequence[Question]) -> str:
-    """A warning where more than 5% of the tokens of the first 200 questions are the unknown token (ours); "" where they are not.
+def unknown_tokens(speaker: Speaker, questions: Sequence[Question]) -> str:
+    """A warning where more than 5% of the tokens of the first 200 plain prompts are the unknown token (ours); "" where they are not.
 
     Such a tokenizer maps different questions to one prompt without a word; most have no unknown token at all.
     """
-    unknown = chat.tokenizer.unk_token_id
+    tokenizer = speaker.chat.tokenizer
+    unknown = tokenizer.unk_token_id
     if unknown is None:
         return ""
-    texts = ["\n\n".join(message.content for message in question.messages) for question in questions[:SAMPLE]]
-    rows = chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = [speaker.plain(question).ids for question in questions[:SAMPLE]]
     count, total = sum(row.count(unknown) for row in rows), sum(map(len, rows))
     if count <= MOST_UNKNOWN * total:
         return ""
     first = next(question.id for question, row in zip(questions, rows, strict=False) if unknown in row)
     return (
-        f"warning: {count / total:.0%} of the tokens of the questions are {chat.tokenizer.unk_token!r}, which stands for any text that the "
-        f"student's tokenizer does not know (question {first!r}, for one): different questions become the same prompt. "
-        "Choose a student whose tokenizer knows your words"
+        f"warning: {count / total:.0%} of the tokens of the prompts are {tokenizer.unk_token!r}, which stands for any text that the "
+        f"student's tokenizer does not know (question {first!r}, for one): different texts become the same prompt. "
+        "Choose a student whose tokenizer knows the words of your questions and of the templates (the lab's models know only the lab's)"
     )
