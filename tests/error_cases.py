@@ -493,6 +493,11 @@ def _(w: World) -> None:
     w.set("student.attention", "flush")
 
 
+@case("vLLM as the engine, and it is not installed")
+def _(w: World) -> None:
+    w.set("rollout.engine", "vllm")
+
+
 # --- templates ------------------------------------------------------------------------------------------------------
 
 

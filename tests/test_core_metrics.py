@@ -17,10 +17,11 @@ def rollout(
     entropy: float = math.nan,
     truncated: bool = False,
     answer: str | None = "1",
+    reason: str = "",
 ) -> Rollout:
     """None is ungraded."""
     ids, logprobs, right = torch.zeros(length, dtype=torch.int64), torch.zeros(length), correct is True
-    return Rollout(ids, logprobs, "", answer, right, float(right), truncated, correct is not None, entropy=entropy)
+    return Rollout(ids, logprobs, "", answer, right, float(right), truncated, correct is not None, reason, entropy)
 
 
 def group(kind: str, *verdicts: bool | None) -> Group:
@@ -60,7 +61,7 @@ def test_rollout_metrics() -> None:
         rollout(True, 2, 1.0),
         rollout(False, 6, 2.0, truncated=True),
         rollout(False, 4, answer=None),
-        rollout(None, 4),
+        rollout(None, 4, reason="timeout"),
     ]
     assert rollout_metrics(rollouts, torch.tensor([0.5, -1.0, 0.0, 0.0])) == {
         "positive_advantage_share": 0.25,
@@ -70,6 +71,7 @@ def test_rollout_metrics() -> None:
         "completion_tokens_max": 6.0,
         "truncated_share": 0.25,
         "no_answer_share": 0.25,
+        "grading_timeout_share": 0.25,
         "ungraded": 1.0,
     }
 

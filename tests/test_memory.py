@@ -574,7 +574,8 @@ def test_a_run_s_student_samples_in_the_run_s_precision(
     monkeypatch.setattr(TransformersEngine, "sample", sample)
     command = ["train", str(recipe), "--method=grpo", "--data.eval=null", "--train.steps=1"]
     assert main([*command, f"--output={tmp_path / 'bf16'}", "--train.precision=bf16"]) == 0
-    assert made == [torch.bfloat16]
+    assert set(made) == {torch.bfloat16}
+    made.clear()
     AcceleratorState._reset_state(True)
     assert main([*command, f"--output={tmp_path / 'fp32'}"]) == 0
-    assert made == [torch.bfloat16, None]
+    assert set(made) == {None}

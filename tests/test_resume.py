@@ -41,7 +41,7 @@ from zppo.train.update import Begun, Tally
 from zppo.train.zone import Zone
 
 UPDATE = "torch.optim:AdamW.step"
-SAMPLE = "zppo.engines.transformers:TransformersEngine.sample"
+SAMPLE = "zppo.train.rollouts:Roller.roll"
 MANIFEST_MADE = "zppo.train.checkpoint:make_manifest"
 FINAL_MADE = "zppo.train.run:save_final"
 SEED = 20

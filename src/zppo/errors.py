@@ -23,6 +23,10 @@ class ModelError(ZPPOError, ValueError):
     """A model, tokenizer or chat template cannot be used as asked."""
 
 
+class EngineError(ZPPOError, RuntimeError):
+    """A sampling engine cannot start, cannot be reached, or does not hold the trainer's weights."""
+
+
 class TemplateError(ZPPOError, ValueError):
     """A prompt template cannot be read or rendered."""
 

@@ -49,5 +49,6 @@ def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> di
         "completion_tokens_max": max(lengths, default=0.0),
         "truncated_share": mean(float(r.truncated) for r in rollouts),
         "no_answer_share": mean(float(r.answer is None) for r in rollouts),
+        "grading_timeout_share": mean(float(r.reason == "timeout") for r in rollouts),
         "ungraded": float(sum(not r.graded for r in rollouts)),
     }

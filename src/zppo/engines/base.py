@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from zppo.errors import ModelError
 
 if TYPE_CHECKING:  # the command line reads these types before it needs torch
     import torch
@@ -55,7 +57,7 @@ class Completion:
         ids: (T,) int64 on the CPU, T >= 1, with the end token where it finished by itself.
         logprobs: (T,) float32 on the CPU, of `ids` under the distribution that they were drawn from.
         truncated: True where the limit stopped it.
-        entropy: mean entropy over its tokens of the sampling distribution, nats.
+        entropy: mean entropy over its tokens of the sampling distribution, nats; NaN where the engine does not tell.
     """
 
     ids: torch.Tensor
@@ -64,8 +66,54 @@ class Completion:
     entropy: float
 
 
+def check_requests(requests: Sequence[SampleRequest], sampling: Sampling, vocab_size: int, context: int | None) -> None:
+    """Refuses what no engine can sample.
+
+    Args:
+        vocab_size, context: ids that the model knows, and its positions (None: unknown).
+
+    Raises:
+        ModelError: no requests; a request without prompt tokens, without keys, with ids outside the vocabulary or with a
+            prompt that fills the model's context; a limit below 1.
+    """
+    if not requests:
+        raise ModelError("nothing to sample: the list of requests is empty; give at least one prompt")
+    if sampling.max_new_tokens < 1:
+        raise ModelError(
+            f"max_new_tokens is {sampling.max_new_tokens}: a completion has at least one token; give 1 or more"
+        )
+    for i, request in enumerate(requests):
+        if not request.prompt_ids or not request.keys:
+            what = "prompt tokens" if not request.prompt_ids else "keys"
+            raise ModelError(f"request {i} has no {what}: every request needs a prompt and one key per completion")
+        low, high = min(request.prompt_ids), max(request.prompt_ids)
+        if low < 0 or high >= vocab_size:
+            raise ModelError(
+                f"request {i} holds token id {low if low < 0 else high}, but the model knows ids 0 to "
+                f"{vocab_size - 1}: tokenizer and model do not belong together; load both from one checkpoint"
+            )
+        if context is not None and len(request.prompt_ids) >= context:
+            raise ModelError(
+                f"request {i} has a prompt of {len(request.prompt_ids)} tokens, but the model's context is "
+                f"{context}: shorten the prompt or drop the question (the recipe's prompt limit does that)"
+            )
+
+
+def check_end_tokens(eos_ids: Collection[int], banned_ids: Collection[int]) -> None:
+    """Raises `ModelError` where every end token is banned: completions would never end."""
+    if not set(eos_ids) - set(banned_ids):
+        raise ModelError(
+            f"no end token is left to draw (end tokens {sorted(eos_ids)}, banned {sorted(banned_ids)}): "
+            "completions would never end; set the tokenizer's eos_token or the generation config's eos_token_id"
+        )
+
+
 class Engine(Protocol):
     """Samples completions from the current weights of one model."""
+
+    def sync(self) -> None:
+        """Takes over the model's weights; called before the first sampling and whenever they have changed."""
+        ...
 
     def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
         """Completions per request, in the order of its keys."""

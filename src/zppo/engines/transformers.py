@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from zppo.engines.base import Completion, SampleRequest, Sampling
+from zppo.engines.base import Completion, SampleRequest, Sampling, check_end_tokens, check_requests
 from zppo.engines.cache import DecodeState
 from zppo.engines.draw import Drawer, Draws
 from zppo.engines.memory import out_of_memory, release
@@ -80,11 +80,10 @@ class TransformersEngine:
         config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = config.vocab_size
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        if not self.eos_ids - self.banned_ids:
-            raise ModelError(
-                f"no end token is left to draw (end tokens {sorted(self.eos_ids)}, banned {sorted(self.banned_ids)}): "
-                "completions would never end; set the tokenizer's eos_token or the generation config's eos_token_id"
-            )
+        check_end_tokens(self.eos_ids, self.banned_ids)
+
+    def sync(self) -> None:
+        """Nothing to do: the engine samples from the trainer's own weights."""
 
     @torch.no_grad()
     def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
@@ -98,7 +97,7 @@ class TransformersEngine:
                 with a prompt that fills the model's context; a limit below 1; logits that are not numbers.
             MemoryLimitError: the memory does not hold a single rollout.
         """
-        self._check(requests, sampling)
+        check_requests(requests, sampling, self.vocab_size, self.context)
         done: list[list[Completion]] = [[] for _ in requests]
         waiting = deque(plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens))
         with _evaluating(self.model), self._autocast():
@@ -147,29 +146,6 @@ class TransformersEngine:
         self._failed_rows = self._failed_rows or rows
         self.max_tokens = rows // 2 * (tokens // rows)
         return None
-
-    def _check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
-        if not requests:
-            raise ModelError("nothing to sample: the list of requests is empty; give at least one prompt")
-        if sampling.max_new_tokens < 1:
-            raise ModelError(
-                f"max_new_tokens is {sampling.max_new_tokens}: a completion has at least one token; give 1 or more"
-            )
-        for i, request in enumerate(requests):
-            if not request.prompt_ids or not request.keys:
-                what = "prompt tokens" if not request.prompt_ids else "keys"
-                raise ModelError(f"request {i} has no {what}: every request needs a prompt and one key per completion")
-            low, high = min(request.prompt_ids), max(request.prompt_ids)
-            if low < 0 or high >= self.vocab_size:
-                raise ModelError(
-                    f"request {i} holds token id {low if low < 0 else high}, but the model knows ids 0 to "
-                    f"{self.vocab_size - 1}: tokenizer and model do not belong together; load both from one checkpoint"
-                )
-            if self.context is not None and len(request.prompt_ids) >= self.context:
-                raise ModelError(
-                    f"request {i} has a prompt of {len(request.prompt_ids)} tokens, but the model's context is "
-                    f"{self.context}: shorten the prompt or drop the question (the recipe's prompt limit does that)"
-                )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:

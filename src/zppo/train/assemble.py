@@ -19,12 +19,14 @@ from zppo.core.types import Question
 from zppo.data.order import steps_per_epochs
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
+from zppo.engines.vllm import require_vllm
 from zppo.errors import SettingsError, TemplateError
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherSampling
 from zppo.teacher.compress import Compressor, token_tail
 from zppo.train import checkpoint
+from zppo.train.advice import Adviser, TimedScore
 from zppo.train.ask import Asker
 from zppo.train.halfway import Halfway
 from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
@@ -39,6 +41,7 @@ from zppo.train.runlog import RunLog, SilentLog
 from zppo.train.scoring import make_scorer
 from zppo.train.settings import Settings
 from zppo.train.stop import Stop
+from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
 from zppo.train.teachers import FrozenTeacher, Staff
 from zppo.train.team import Team
 from zppo.train.trainer import Save, Trainer
@@ -109,7 +112,9 @@ def assemble(
     Raises:
         ZPPOError: what does not fit, by name.
     """
-    method = settings.method.resolve()
+    if settings.rollout.engine == "vllm":
+        require_vllm()  # before models are loaded
+    rule, method = TimedScore(score), settings.method.resolve()
     reformulations = make_reformulations(method, settings.zone.prefix_fraction)
     chat, teachers = load_chat(settings.student), staff.teachers
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
@@ -118,7 +123,7 @@ def assemble(
     questions, held_out = load_short(settings, speaker, length, console)
     scorer = make_scorer(
         settings,
-        score,
+        rule,
         [*questions, *held_out],
         chat,
         teachers,
@@ -127,7 +132,7 @@ def assemble(
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, speaker, questions)
-    _check_context(settings, model, questions, held_out, length)
+    _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
     team = weights.team
     team.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
     asker = _make_asker(settings, teachers, speaker, scorer, team)
@@ -139,23 +144,26 @@ def assemble(
     learner, optimizer = make_learner(
         settings, model, chat, start, accelerator, teachers, asker, weights, say, lambda: stop.wanted
     )
+    if settings.rollout.engine == "vllm":
+        engine: StudentEngine = start_vllm(settings, model, chat, accelerator)
+    else:
+        engine = make_engine(settings, model, chat, autocast_type(accelerator), say)
+    _check_context(settings, engine.context, questions, held_out, length)
+    guard = make_guard(settings, engine, model, speaker.plain(questions[0]).ids, chat, accelerator, weights)
+    guard.refresh(0)  # a wrong engine is found before anything is written
     trainer = Trainer(
         settings,
         steps=steps,
         questions=questions,
         held_out=held_out,
         roller=Roller(
-            make_engine(settings, model, chat, autocast_type(accelerator), say),
-            speaker,
-            scorer,
-            sampling,
-            settings.rollout.group_size,
-            settings.seed,
-            team,
-            weights.whole,
+            engine, speaker, scorer, sampling, settings.rollout.group_size, settings.seed, team, weights.whole
         ),
-        zone=_make_zone(settings, reformulations, teachers, speaker, asker, context_length(model), team),
+        zone=_make_zone(settings, reformulations, teachers, speaker, asker, engine.context, team),
         learner=learner,
+        guard=guard,
+        rule=rule,
+        adviser=Adviser(own_reward=settings.grading.reward is not None),
         buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
         log=RunLog(run) if team.main else SilentLog(run),
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
@@ -274,13 +282,12 @@ def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) 
 
 def _check_context(
     settings: Settings,
-    model: PreTrainedModel,
+    context: int | None,
     questions: Sequence[Question],
     held_out: Sequence[Question],
     length: Callable[[Question], int],
 ) -> None:
     """Every plain prompt plus its token limit must fit the model."""
-    context = context_length(model)
     uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
     for name, asked, sampling in uses:
         tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))

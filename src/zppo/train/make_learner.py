@@ -178,7 +178,8 @@ def _make_updater(
             "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no "
             "old log-probs then. Use train.old_logprobs=auto"
         )
-    exact = sampling.exact and accelerator.mixed_precision == "no"
+    # vLLM computes in another precision and with other kernels: near is not exact.
+    exact = sampling.exact and accelerator.mixed_precision == "no" and settings.rollout.engine == "transformers"
     return Updater(
         prepared,
         optimizer,

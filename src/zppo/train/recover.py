@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from zppo.errors import CheckpointError, Interrupted, StorageError
+from zppo.errors import CheckpointError, EngineError, Interrupted, StorageError
 from zppo.train import checkpoint
 from zppo.train.assemble import Assembled
 from zppo.train.halfway import Halfway
@@ -74,7 +74,8 @@ def rescue(run: Path, trainer: Trainer, error: BaseException, console: Console) 
         return  # the same disk would refuse again
     say = partial(warn, console)
     try:
-        trainer.rescue(together=trainer.team.size == 1 or isinstance(error, Interrupted))
+        together = trainer.team.size == 1 or isinstance(error, Interrupted | EngineError)  # the guard stops all of them
+        trainer.rescue(together=together)
     except Exception as failed:
         if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
             raise failed from error

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from zppo.engines.vllm import VLLMEngine
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.train.assemble import Assembled, assemble, make_engine
 from zppo.train.evaluate import Evaluation, evaluate
@@ -154,15 +155,12 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
         fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention)
         torch.nn.Module.to(fresh, parts.student.model.device)
         trainer.scorer.new_step()
-        after = evaluate(
-            replace(
-                trainer.roller,
-                engine=make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None),
-                whole=nullcontext,
-            ),
-            trainer.held_out,
-            settings.eval,
-        )
+        engine = trainer.roller.engine
+        if isinstance(engine, VLLMEngine):
+            engine.take(fresh)
+        else:
+            engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
+        after = evaluate(replace(trainer.roller, engine=engine, whole=nullcontext), trainer.held_out, settings.eval)
         with trainer.stop.shield():
             trainer.log.metrics(trainer.done, "final", asdict(after) | team.total(trainer.scorer.metrics()))
     if not team.main:

@@ -21,7 +21,9 @@ OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values never change after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class MethodSettings(Section):
@@ -276,6 +278,34 @@ class DataSettings(Section):
         )
 
 
+class VLLMSettings(Section):
+    """vLLM as the student's sampling engine (docs/vllm.md)."""
+
+    mode: Literal["colocate", "server"] = Field(
+        "colocate",
+        description="colocate: in the training process, on its GPU; server: in a `vllm serve` with GPUs of its own",
+    )
+    base_url: str = Field(
+        "http://localhost:8000", pattern=r"^https?://[^@\s]+$", description="server: where it listens"
+    )
+    wait: float = Field(240.0, ge=0, description="server: seconds to wait for it at the start")
+    group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent")
+    gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="colocate: share of the GPU's memory for vLLM; the rest is for training"
+    )
+    max_model_length: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of prompt and completion; empty: the model's context, which may need much memory",
+    )
+    enable_sleep_mode: bool = Field(
+        False, description="colocate: give vLLM's memory back during updates, for some seconds a step"
+    )
+    model_impl: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="colocate: whose implementation of the model vLLM runs"
+    )
+
+
 class RolloutSettings(SamplingSettings):
     """Student rollouts."""
 
@@ -283,6 +313,11 @@ class RolloutSettings(SamplingSettings):
     batch_size: int = Field(384, ge=1, description="new questions per step (X_new)")
     group_size: int = Field(8, ge=2, description="student rollouts per prompt (G_S)")
     max_rows: int | None = Field(None, ge=1, description="rollouts that are decoded at once; empty: all of a step")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what samples: transformers, with keyed draws, or vLLM, fast on a GPU and not repeatable",
+    )
+    vllm: VLLMSettings = Field(VLLMSettings(), description="vLLM, where it is the engine")
 
 
 class ZoneSettings(Section):
@@ -373,6 +408,14 @@ class TrainSettings(Section):
     )
     old_logprobs: Literal["auto", "sampler", "forward"] = Field(
         "auto", description="auto: the sampler's where they are exact, else one forward pass"
+    )
+    check_engine_every: int = Field(
+        1, ge=0, description="updates between comparisons of engine and trainer on a fixed prompt; 0: none"
+    )
+    engine_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, else 0.05 (bf16 rounds)",
     )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none")
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")

@@ -17,6 +17,8 @@ from zppo.core.select import share_of
 from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
 from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
+from zppo.train.advice import Adviser, TimedScore
+from zppo.train.engine_guard import EngineGuard
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.halfway import Collected, Halfway
 from zppo.train.learn import Learner, Learnt
@@ -112,6 +114,9 @@ class Trainer:
         roller: Roller,
         zone: ZoneBuilder,
         learner: Learner,
+        guard: EngineGuard,
+        rule: TimedScore,
+        adviser: Adviser,
         buffer: PromptReplayBuffer,
         log: RunLog,
         progress: Progress,
@@ -124,6 +129,7 @@ class Trainer:
         self.settings, self.steps = settings, steps
         self.questions, self.held_out = questions, held_out
         self.roller, self.zone, self.learner = roller, zone, learner
+        self.guard, self.rule, self.adviser = guard, rule, adviser
         self.buffer, self.log, self.progress, self.checkpoint, self.stop = buffer, log, progress, checkpoint, stop
         self.scorer = scorer  # the roller's score: what it counts
         self.service = service  # what calling remote models took since it was last asked
@@ -162,6 +168,7 @@ class Trainer:
         collected = halfway.collected if halfway else self._collect(step)
         clock = Clock(collected.seconds)
         with self.stop.shield():
+            self.guard.stale = True
             self._check_same(step, [*collected.plain, *collected.again])
             learnt = self._learn(collected, halfway.begun if halfway else None, step, clock)
             if halfway is None:
@@ -191,7 +198,10 @@ class Trainer:
     def _collect(self, step: int) -> Collected:
         """Rollouts, teacher, reformulated prompts and their rollouts (Alg. 1, l. 3-12); a wish to stop ends it at once."""
         clock = Clock()
+        self.rule.take()  # what was graded before is none of this step's
         self.scorer.new_step()
+        with clock("engine"):
+            self.guard.refresh(step - 1)
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)
         with clock("sampling"):
@@ -200,7 +210,10 @@ class Trainer:
             asked_again = self.zone.build(plain, len(new), step)
         with clock("sampling"):
             again = self.roller.roll(asked_again.prompts, step)
-        return Collected(len(new), tuple(q.id for q in replayed), plain, again, asked_again, {}, clock.seconds())
+        graded, grading = self.rule.take()
+        counts = {**self.team.total({"graded_answers": float(graded)}), **self.guard.found}
+        seconds = {**clock.seconds(), "grading": grading}  # a part of sampling and teacher
+        return Collected(len(new), tuple(q.id for q in replayed), plain, again, asked_again, counts, seconds)
 
     def _learn(self, collected: Collected, begun: Begun | None, step: int, clock: Clock) -> Learnt:
         """I optimizer steps (Alg. 1, l. 13). Where the run has to stop between two of them, the step is saved there."""
@@ -222,7 +235,7 @@ class Trainer:
     def _counted(self, collected: Collected, step: int) -> Collected:
         """With what grading and remote models took; what a person should know of it is said."""
         self._warn(f"step {step}")
-        return replace(collected, counts=self._counts())
+        return replace(collected, counts={**collected.counts, **self._counts()})
 
     def _counts(self) -> dict[str, float]:
         """What grading and remote models took in all processes."""
@@ -246,6 +259,7 @@ class Trainer:
         """Accuracy on the held-out questions with the current weights, logged; None where there are none."""
         if not self.held_out:
             return None
+        self.guard.refresh(self.done)
         self.scorer.new_step()
         result = evaluate(self.roller, self.held_out, self.settings.eval)
         with self.stop.shield():
@@ -367,6 +381,8 @@ class Trainer:
         }
         self.totals.rollouts += metrics["rollouts"]
         self.log.metrics(step, "step", metrics)
+        for text in self.adviser.advice(step, metrics):
+            self.progress.warning(text)
         self.progress.step(step, metrics, self.totals)
 
 

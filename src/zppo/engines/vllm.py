@@ -1,0 +1,314 @@
+"""Sampling with vLLM, by way of TRL's `VLLMGeneration`: in this process beside the trainer (colocate) or in a server.
+
+vLLM holds a copy of the weights, in bf16 as a rule: `sync` sends them over, and its log-probs are close to the trainer's, never equal.
+It draws from generators of its own, so rollouts are not keyed: two runs of one seed differ, and so does a resumed one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from zppo.engines.base import Completion, SampleRequest, Sampling, check_end_tokens, check_requests
+from zppo.errors import EngineError, ModelError, SettingsError
+
+LOGPROBS_MODE = "processed_logprobs"
+"""Log-probs of the distribution that tokens are drawn from, after temperature; vLLM's default is before it."""
+
+_NEVER = -100.0  # the lowest logit bias that vLLM's server takes
+_SEEDS = 1 << 31
+
+SERVE = f"""VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE} --weight-transfer-config '{{"backend": "nccl"}}'"""
+
+
+class Generation(Protocol):
+    """What is used of `trl.generation.vllm_generation.VLLMGeneration`; the sampling fields are read anew by every call."""
+
+    model: Any
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_completion_length: int
+    generation_kwargs: dict[str, Any]
+
+    def sync_weights(self) -> None: ...
+
+    def generate(
+        self, prompts: list[list[int]], images: None, num_generations: int
+    ) -> tuple[
+        list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None
+    ]: ...
+
+
+class VLLMEngine:
+    """Samples with vLLM from the weights of the last `sync`.
+
+    Args:
+        generation: the connection to vLLM.
+        eos_ids: ids that end a completion; the end token is part of it.
+        banned_ids: ids that are never drawn (image tokens), by a logit bias of -100.
+        vocab_size: ids that the model knows.
+        context: most tokens of prompt and completion together; None where unknown.
+        where: the server's address for messages; "" for an engine in this process.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        eos_ids: Collection[int],
+        banned_ids: Collection[int] = (),
+        *,
+        vocab_size: int,
+        context: int | None,
+        where: str = "",
+    ) -> None:
+        check_end_tokens(eos_ids, banned_ids)
+        self.generation = generation
+        self.eos_ids, self.banned_ids = frozenset(eos_ids), frozenset(banned_ids)
+        self.vocab_size, self.context, self.where = vocab_size, context, where
+
+    def sync(self) -> None:
+        """Sends the trainer's weights to vLLM and empties its prefix cache.
+
+        Raises:
+            EngineError: the server cannot be reached or refuses them.
+        """
+        self._guarded(self.generation.sync_weights)
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Samples from another model of the same shape from now on (what a run saved, for its last evaluation)."""
+        self.generation.model = model
+        self.sync()
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        """Completions per request, as many as it has keys; entropies are NaN, since vLLM does not tell them.
+
+        A key is used only where a call asks for a single completion: `VLLMGeneration` takes one seed a call, and one seed would
+        give all rollouts of a prompt the same tokens.
+
+        Raises:
+            ModelError: see `check_requests`; or log-probs that are not numbers.
+            EngineError: the server cannot be reached; or an answer without what was asked for.
+        """
+        check_requests(requests, sampling, self.vocab_size, self.context)
+        calls: dict[tuple[int, int], list[int]] = defaultdict(list)  # one call has one group size and one limit
+        for i, request in enumerate(requests):
+            room = sampling.max_new_tokens if self.context is None else self.context - len(request.prompt_ids)
+            calls[len(request.keys), min(room, sampling.max_new_tokens)].append(i)
+        done: list[list[Completion]] = [[] for _ in requests]
+        for (size, limit), places in calls.items():
+            found = self._call([requests[i] for i in places], size, limit, sampling)
+            for n, i in enumerate(places):
+                done[i] = found[n * size : (n + 1) * size]
+        return done
+
+    def _call(self, requests: Sequence[SampleRequest], size: int, limit: int, sampling: Sampling) -> list[Completion]:
+        """`size` completions of every request, request by request."""
+        generation = self.generation
+        generation.temperature, generation.top_p = sampling.temperature, sampling.top_p
+        generation.top_k, generation.min_p = sampling.top_k, sampling.min_p
+        generation.repetition_penalty, generation.max_completion_length = sampling.repetition_penalty, limit
+        generation.generation_kwargs = {
+            "presence_penalty": sampling.presence_penalty,
+            "stop_token_ids": sorted(self.eos_ids),
+        }
+        if self.banned_ids:
+            generation.generation_kwargs["logit_bias"] = dict.fromkeys(sorted(self.banned_ids), _NEVER)
+        if len(requests) == size == 1:
+            generation.generation_kwargs["seed"] = requests[0].keys[0] % _SEEDS
+        prompts = [list(request.prompt_ids) for request in requests for _ in range(size)]
+        _, ids, logprobs, scored = self._guarded(lambda: generation.generate(prompts, None, size))
+        if logprobs is None or scored is None or not len(ids) == len(logprobs) == len(scored) == len(prompts):
+            raise EngineError(
+                f"vLLM{self.where} answered {len(prompts)} prompts with {len(ids)} completions"
+                f"{'' if logprobs is not None else ' without log-probs'}: use a version of vLLM and TRL that "
+                "constraints-vllm.txt allows"
+            )
+        return [self._completion(*row, limit) for row in zip(ids, logprobs, scored, strict=True)]
+
+    def _completion(
+        self,
+        ids: Sequence[int],
+        logprobs: Sequence[Sequence[float | None]],
+        scored: Sequence[Sequence[int]],
+        limit: int,
+    ) -> Completion:
+        """One completion; every token comes with the log-probs of one or more ids, its own among them."""
+        own = [
+            dict(zip(names, values, strict=True)).get(token)
+            for token, names, values in zip(ids, scored, logprobs, strict=True)
+        ]
+        if not own or any(value is None or math.isnan(value) for value in own):
+            raise ModelError(
+                f"vLLM{self.where} returned {'log-probs that are not numbers' if own else 'an empty completion'}: the weights have "
+                "diverged or its precision overflows; go back to a checkpoint with a lower learning rate"
+            )
+        return Completion(
+            torch.tensor(ids, dtype=torch.int64),
+            torch.tensor(own, dtype=torch.float32),
+            ids[-1] not in self.eos_ids and len(ids) >= limit,
+            math.nan,
+        )
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """The call's result; a server's failures as `EngineError`, those of vLLM in this process as they are."""
+        if not self.where:
+            return call()
+        try:
+            return call()
+        except Exception as error:  # the client raises whatever its libraries raise
+            raise EngineError(
+                f"the vLLM server{self.where} failed: {_short(error)}. Look at its log, start it again, and continue with "
+                "`zppo resume RUN`"
+            ) from error
+
+
+def require_vllm() -> None:
+    """Raises `SettingsError` where vLLM or TRL is not installed."""
+    missing = [name for name in ("vllm", "trl") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsError(
+            f"rollout.engine is vllm, and {' and '.join(missing)} cannot be imported here: run "
+            "`pip install -c constraints-vllm.txt '.[vllm]'` on a machine with a GPU, or set rollout.engine to transformers"
+        )
+
+
+def open_vllm(
+    model: PreTrainedModel,
+    checkpoint: str,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    *,
+    eos_ids: Collection[int],
+    banned_ids: Collection[int],
+    server: str | None,
+    **options: Any,
+) -> VLLMEngine:
+    """Starts vLLM in this process, or connects to a server, and makes an engine of it; weights come with the first `sync`.
+
+    Args:
+        model: the trainer's model, without a wrapper of a distributed trainer.
+        checkpoint: folder or hub name that vLLM loads the architecture (and first weights) from.
+        server: base URL; None for colocate.
+        options: further arguments of `VLLMGeneration`.
+
+    Raises:
+        SettingsError: vLLM is not installed.
+        EngineError: vLLM cannot start or the server cannot be used; the message says why.
+    """
+    require_vllm()
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    names = _checkpoint_names(model, _tensor_names(checkpoint))
+
+    class NamedGeneration(VLLMGeneration):
+        """Sends what `merged_weights` gives, under the checkpoint's names."""
+
+        def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return ((names.get(name, name), value) for name, value in merged_weights(self.model))
+
+    model.name_or_path = checkpoint  # where vLLM loads from; a resumed run's own checkpoint holds no tokenizer
+    where = f" at {server}" if server else ""
+    try:
+        generation = NamedGeneration(
+            model, accelerator, tokenizer, mode="server" if server else "colocate", server_base_url=server, **options
+        )
+        found = _server_settings(generation) if server else {}
+    except Exception as error:  # vLLM, NCCL, HTTP and CUDA all have errors of their own
+        mend = (
+            f"Start it with: {SERVE}"
+            if server
+            else "Lower rollout.vllm.gpu_memory_utilization or set rollout.vllm.max_model_length if memory is short; it needs a GPU"
+        )
+        raise EngineError(f"vLLM{where} cannot be used: {_short(error)}. {mend}") from error
+    if server and found.get("logprobs_mode") != LOGPROBS_MODE:
+        raise EngineError(
+            f"the vLLM server{where} returns {found.get('logprobs_mode')}, but training needs the log-probs that tokens were drawn "
+            f"from. Start it with: {SERVE}"
+        )
+    config = model.config.get_text_config(decoder=True)
+    limits = (
+        getattr(config, "max_position_embeddings", None),
+        options.get("max_model_length"),
+        found.get("max_model_len"),
+    )
+    return VLLMEngine(
+        generation,
+        eos_ids,
+        banned_ids,
+        vocab_size=config.vocab_size,
+        context=min((limit for limit in limits if limit), default=None),
+        where=where,
+    )
+
+
+def _server_settings(generation: Any) -> dict[str, Any]:
+    """The server's `model_config`."""
+    return dict(generation.vllm_client.get_server_info()["model_config"])
+
+
+def _tensor_names(checkpoint: str) -> frozenset[str]:
+    """Names of a checkpoint's tensors on disk; empty where it has no safetensors."""
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    if index := cached_file(checkpoint, "model.safetensors.index.json", **quiet):
+        with open(index, encoding="utf-8") as file:
+            return frozenset(json.load(file)["weight_map"])
+    if whole := cached_file(checkpoint, "model.safetensors", **quiet):
+        with safe_open(whole, "pt") as file:
+            return frozenset(file.keys())
+    return frozenset()
+
+
+def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of a model's weights with LoRA adapters added to them; the model's own weights are not touched.
+
+    Merging in place and taking it back, once an update, would wear frozen bf16 weights away by their rounding.
+    """
+    adapted = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
+    }
+    for name, parameter in model.named_parameters():
+        owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
+        if owner is None:
+            yield name, parameter.data
+        elif name.startswith(f"{owner}.base_layer."):
+            value, layer = parameter.data, adapted[owner]
+            if name == f"{owner}.base_layer.weight":
+                value = sum((layer.get_delta_weight(a).detach().float() for a in layer.active_adapters), value.float())
+            yield name.replace(".base_layer.", "."), value
+
+
+def _checkpoint_names(model: PreTrainedModel, theirs: Collection[str]) -> dict[str, str]:
+    """What the checkpoint calls the model's parameters, where it calls them otherwise.
+
+    vLLM expects the names on disk. The text model of an image checkpoint (Qwen3.5) lies there under a prefix of its own, which
+    `transformers` takes off, and vLLM passes over names that it does not know. The token embeddings show both prefixes.
+    """
+    table = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
+    last = ".".join(table.rsplit(".", 2)[1:])  # embed_tokens.weight
+    tables = [name for name in theirs if name == last or name.endswith(f".{last}")]
+    if table in theirs or len(tables) != 1:
+        return {}
+    before, after = table.removesuffix(last), tables[0].removesuffix(last)
+    moved = ((name, after + name.removeprefix(before)) for name, _ in merged_weights(model) if name.startswith(before))
+    return {name: new for name, new in moved if new in theirs}
+
+
+def _short(error: Exception) -> str:
+    """The error on one line of bounded length: servers answer with pages."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 500 else text[:500] + " ..."

@@ -1,0 +1,123 @@
+"""Warnings with advice while a run goes on: what rots quietly shows in a few numbers of each step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zppo.grading.base import Verdict
+from zppo.train.rollouts import Answered, Score
+
+EVERY = 50
+"""Steps after which the same warning may come again."""
+
+Metrics = Mapping[str, Any]
+
+
+class TimedScore:
+    """A score that knows how many answers it graded in how many seconds."""
+
+    def __init__(self, score: Score) -> None:
+        self._score = score
+        self._answers, self._seconds = 0, 0.0
+
+    def __call__(self, answered: Sequence[Answered]) -> list[Verdict]:
+        """Grades, and counts."""
+        began = time.perf_counter()
+        try:
+            return self._score(answered)
+        finally:
+            self._seconds += time.perf_counter() - began
+            self._answers += len(answered)
+
+    def take(self) -> tuple[int, float]:
+        """Answers and seconds since the last call."""
+        taken = self._answers, self._seconds
+        self._answers, self._seconds = 0, 0.0
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A number that should not rise above a limit.
+
+    Attributes:
+        value: the number of a step, None where it has none.
+        limit: no warning up to here.
+        text: the warning; `{value}` is the number.
+        own_reward: whether it means anything with a user's reward function, which may have no answers to find.
+    """
+
+    name: str
+    value: Callable[[Metrics], float | None]
+    limit: float
+    text: str
+    own_reward: bool = True
+
+
+def _slow_grading(metrics: Metrics) -> float | None:
+    """Seconds per 1,000 answers, where grading takes more than a fifth of the step."""
+    seconds, answers = metrics["seconds"].get("grading", 0.0), metrics.get("graded_answers", 0)
+    if not answers or seconds < 0.2 * metrics["seconds"]["step"]:
+        return None
+    return float(1000 * seconds / answers)
+
+
+WATCHES = (
+    Watch(
+        "truncated",
+        lambda m: m.get("truncated_share"),
+        0.3,
+        "{value:.0%} of the completions were cut off at rollout.max_new_tokens, and few of those have an answer. Raise the limit; where "
+        "the completions repeat themselves (see the report's stories), lower train.learning_rate instead",
+    ),
+    Watch(
+        "no answer",
+        lambda m: m.get("no_answer_share"),
+        0.5,
+        "{value:.0%} of the completions have no \\boxed{{}} answer after their reasoning and count as wrong. Look at some in the "
+        "report: a base model may need an instruction-tuned checkpoint or student.template, a thinking one a higher "
+        "rollout.max_new_tokens",
+        own_reward=False,
+    ),
+    Watch(
+        "grading time-outs",
+        lambda m: m.get("grading_timeout_share"),
+        0.02,
+        "grading gave up on {value:.1%} of the answers and counted them wrong. Raise grading.deadline, or grading.workers where the "
+        "machine has cores to spare",
+    ),
+    Watch(
+        "slow grading",
+        _slow_grading,
+        50.0,
+        "grading takes {value:.0f} seconds per 1,000 answers and much of the step. Raise grading.workers, or make your reward "
+        "function faster",
+    ),
+)
+"""What is watched; the limits are this project's (ours): far above what healthy runs show after their first steps."""
+
+
+class Adviser:
+    """Warns of what a step's metrics show, each thing once in `EVERY` steps.
+
+    Args:
+        own_reward: the recipe grades with a user's reward function.
+    """
+
+    def __init__(self, *, own_reward: bool) -> None:
+        self._watches = [w for w in WATCHES if w.own_reward or not own_reward]
+        self._said: dict[str, int] = {}
+
+    def advice(self, step: int, metrics: Metrics) -> list[str]:
+        """Warnings about this step that are due."""
+        due = []
+        for watch in self._watches:
+            value = watch.value(metrics)
+            if value is None or value <= watch.limit or step - self._said.get(watch.name, step - EVERY) < EVERY:
+                continue
+            self._said[watch.name] = step
+            due.append(f"step {step}: {watch.text.format(value=value)}")
+        return due

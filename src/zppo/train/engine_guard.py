@@ -1,0 +1,177 @@
+"""Does the sampling engine hold the trainer's weights? A fixed prompt is sampled and scored by both after every sync.
+
+A stale or wrong engine samples from another policy without any error: rollouts look well and training goes astray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from zppo.core.draws import draw_key
+from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.forward import Row, completion_logprobs
+from zppo.errors import EngineError
+from zppo.train.team import ALONE, Team
+
+TOLERANCE_FP32 = 1e-3
+"""Same weights, same arithmetic: the recurrent form of Qwen3.5 differs from its chunked one by this in single tokens, less on average."""
+
+TOLERANCE_ROUNDED = 0.05
+"""bf16 has 8 bits: two orders of the same sums, or two sets of kernels, differ by 0.01 to 0.03 a token on average."""
+
+_LOOK = (1, 8)  # completions and their token limit: a look at every sync,
+_LOOK_TWICE = (8, 64)  # and what decides where the look was over the tolerance: one unlikely token must not end a run
+_STALE = 0.1  # of the tolerance: how far the trainer may move while the engine says the same to the last bit
+
+
+class _Probe(NamedTuple):
+    """Log-probs of the same tokens, (N,) float32 each: what the engine said and what the trainer says."""
+
+    ids: torch.Tensor
+    engine: torch.Tensor
+    trainer: torch.Tensor
+
+    @property
+    def gap(self) -> torch.Tensor:
+        return (self.engine - self.trainer).abs()
+
+
+class _Gap(NamedTuple):
+    """Difference of log-probs, nats a token."""
+
+    mean: float
+    largest: float
+
+
+class EngineGuard:
+    """Syncs the engine after a change of weights and compares it with the trainer.
+
+    Attributes:
+        stale: the weights have changed since the last sync; the trainer says so.
+        found: metrics of the last `refresh`, none where it did not look.
+
+    Args:
+        engine: what samples.
+        model: the trainer's model; under the trainer's autocast.
+        prompt_ids: the fixed prompt.
+        temperature, banned_ids, pad_id: as in sampling and training.
+        tolerance: largest mean difference of log-probs, nats a token.
+        every: updates between comparisons; 0 for none.
+        seed: keys the draws.
+        team: the processes; each looks at its own engine, and where one is wrong all of them say so.
+        whole: inside it this process has all weights.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: nn.Module,
+        prompt_ids: tuple[int, ...],
+        *,
+        temperature: float,
+        banned_ids: tuple[int, ...],
+        pad_id: int,
+        tolerance: float,
+        every: int,
+        seed: int,
+        team: Team = ALONE,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.engine, self.model, self.prompt_ids = engine, model, prompt_ids
+        self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
+        self.tolerance, self.every, self.seed = tolerance, every, seed
+        self.team, self.whole = team, whole
+        self.stale = True
+        self.found: dict[str, float] = {}
+        self._gap: _Gap | None = None  # of the weights that the engine has now
+        self._last: _Probe | None = None  # since when the engine says the same
+
+    def refresh(self, step: int) -> None:
+        """Brings the engine up to the trainer's weights after `step` (0: before the first) and looks whether they arrived.
+
+        Every process must call it.
+
+        Raises:
+            EngineError: the engine's weights are not the trainer's.
+        """
+        if self.stale:
+            with self.whole():
+                self.engine.sync()
+            self.stale, self._gap = False, None
+        self.found = {}
+        if self.every and step % self.every == 0:
+            self._gap = self._gap or self._look_together(step)
+            self.found = {"engine_gap_mean": self._gap.mean, "engine_gap_max": self._gap.largest}
+
+    def _look_together(self, step: int) -> _Gap:
+        """The largest numbers of all processes."""
+        with self.whole():
+            try:
+                found: _Gap | str = self._look(step)
+            except EngineError as error:
+                found = str(error)
+        all_found = self.team.gather(found)
+        if fault := next((f for f in all_found if isinstance(f, str)), None):
+            raise EngineError(fault)
+        gaps = [f for f in all_found if isinstance(f, _Gap)]
+        return _Gap(max(gap.mean for gap in gaps), max(gap.largest for gap in gaps))
+
+    def _look(self, step: int) -> _Gap:
+        probe = self._probe(*_LOOK)
+        if not _mean(probe.gap) <= self.tolerance:
+            probe = self._probe(*_LOOK_TWICE)
+        if not _mean(probe.gap) <= self.tolerance:
+            raise self._error(
+                step,
+                f"its log-probs differ by {_mean(probe.gap):.3g} on average over {len(probe.gap)} tokens of a fixed prompt",
+            )
+        self._look_for_standstill(step, probe)
+        return _Gap(_mean(probe.gap), float(probe.gap.max()))
+
+    def _look_for_standstill(self, step: int, probe: _Probe) -> None:
+        """Small updates stay below the tolerance for many steps; an engine that never moves at all shows earlier."""
+        last = self._last
+        if last is None or not torch.equal(last.ids, probe.ids) or not torch.equal(last.engine, probe.engine):
+            self._last = probe
+        elif (moved := _mean(probe.trainer - last.trainer)) > _STALE * self.tolerance:
+            raise self._error(
+                step, f"it says the same to the last bit while the trainer's log-probs moved by {moved:.3g}"
+            )
+
+    def _probe(self, size: int, tokens: int) -> _Probe:
+        keys = tuple(draw_key(self.seed, "engine", i) for i in range(size))
+        sampling = Sampling(temperature=self.temperature, max_new_tokens=tokens)
+        (completions,) = self.engine.sample([SampleRequest(self.prompt_ids, keys)], sampling)
+        return _Probe(
+            torch.cat([c.ids for c in completions]),
+            torch.cat([c.logprobs for c in completions]),
+            self._scored(completions),
+        )
+
+    def _scored(self, completions: list[Completion]) -> torch.Tensor:
+        with torch.no_grad():
+            logprobs, mask = completion_logprobs(
+                self.model,
+                [Row(self.prompt_ids, c.ids) for c in completions],
+                temperature=self.temperature,
+                banned_ids=self.banned_ids,
+                pad_id=self.pad_id,
+            )
+        return logprobs[mask].float().cpu()
+
+    def _error(self, step: int, fact: str) -> EngineError:
+        when = f"after step {step}" if step else "before the first step"
+        return EngineError(
+            f"{when} the sampling engine does not hold the trainer's weights: {fact} (allowed: {self.tolerance:g}). Its weights are "
+            "stale, or it runs another model, precision or temperature. Nothing was sampled from them. Start the engine again with "
+            "student.model and continue with `zppo resume RUN`; where the difference is rounding, raise train.engine_tolerance"
+        )
+
+
+def _mean(values: torch.Tensor) -> float:
+    return float(values.abs().mean())

@@ -1,0 +1,271 @@
+"""The guard between trainer and sampling engine, and the warnings with advice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conftest import make_tiny
+from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.transformers import TransformersEngine
+from zppo.errors import EngineError
+from zppo.train.advice import EVERY, WATCHES, Adviser, TimedScore
+from zppo.train.engine_guard import EngineGuard, _Gap
+from zppo.train.models import load_chat
+from zppo.train.recipe import load_recipe
+from zppo.train.student_engine import make_guard
+from zppo.train.team import Team
+from zppo.train.weights import Weights
+
+PROMPT = tuple(range(10, 40))
+
+
+class Recorded:
+    """An engine over a model that counts its calls; `off` is added to the log-probs of the calls named in `wrong`."""
+
+    def __init__(self, model: PreTrainedModel, off: float = 0.0, wrong: Sequence[int] = ()) -> None:
+        self.engine, self.off, self.wrong = TransformersEngine(model, [2], 0), off, wrong
+        self.syncs = 0
+        self.calls: list[tuple[int, Sampling]] = []
+
+    def sync(self) -> None:
+        self.syncs += 1
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        off = self.off if len(self.calls) in self.wrong else 0.0
+        self.calls.append((len(requests[0].keys), sampling))
+        done = self.engine.sample(requests, sampling)
+        return [[Completion(c.ids, c.logprobs + off, c.truncated, c.entropy) for c in row] for row in done]
+
+
+@pytest.fixture
+def model(tiny_qwen3_dir: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
+
+
+def guard(engine: Engine, model: PreTrainedModel, **more: Any) -> EngineGuard:
+    fields: dict[str, Any] = {
+        "temperature": 1.0,
+        "banned_ids": (),
+        "pad_id": 0,
+        "tolerance": 1e-3,
+        "every": 1,
+        "seed": 0,
+    }
+    return EngineGuard(engine, model, PROMPT, **{**fields, **more})
+
+
+def look(watching: EngineGuard, step: int) -> dict[str, float]:
+    """After a change of weights."""
+    watching.stale = True
+    watching.refresh(step)
+    return watching.found
+
+
+def nudge(model: PreTrainedModel, by: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_an_engine_that_shares_the_weights_passes_through_every_update(model: PreTrainedModel) -> None:
+    engine = TransformersEngine(model, [2], 0, [5, 6])
+    watching = guard(engine, model, temperature=0.7, banned_ids=(5, 6))
+    for step in range(4):
+        found = look(watching, step)
+        assert 0 <= found["engine_gap_mean"] <= found["engine_gap_max"] < 1e-5
+        nudge(model, 0.01)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.5}, {"banned_ids": tuple(range(200))}])
+def test_an_engine_with_other_settings_is_refused(model: PreTrainedModel, wrong: dict[str, Any]) -> None:
+    class Fixed(Recorded):
+        def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+            return super().sample(requests, Sampling(max_new_tokens=sampling.max_new_tokens))
+
+    with pytest.raises(EngineError, match="before the first step"):
+        look(guard(Fixed(model), model, **wrong), 0)
+
+
+def test_another_model_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path / "other", seed=1), dtype=torch.float32).eval()
+    with pytest.raises(EngineError, match=r"after step 3 .* on average over \d+ tokens .*allowed: 0.001.*zppo resume"):
+        look(guard(Recorded(other), model), 3)
+
+
+def test_a_stale_engine_is_found_long_before_the_tolerance(model: PreTrainedModel) -> None:
+    """Updates move the log-probs by a few thousandths each; the tolerance for bf16 is ten times that."""
+    watching = guard(Recorded(copy.deepcopy(model)), model, tolerance=0.05)
+    gaps = []
+    with pytest.raises(EngineError, match="to the last bit while the trainer's log-probs moved by"):
+        for step in range(100):
+            gaps.append(look(watching, step)["engine_gap_mean"])
+            nudge(model, 1e-4)
+    assert 3 <= len(gaps) < 60 and gaps[-1] <= 0.005  # the last gap that passed
+
+
+def test_an_engine_may_say_the_same_while_nothing_moves(model: PreTrainedModel) -> None:
+    watching = guard(Recorded(model), model)
+    for step in range(3):
+        look(watching, step)
+
+
+def test_one_odd_look_is_looked_at_again(model: PreTrainedModel) -> None:
+    engine = Recorded(model, off=0.5, wrong=[0])
+    assert look(guard(engine, model), 0)["engine_gap_mean"] < 1e-5
+    assert [size for size, _ in engine.calls] == [1, 8]
+    assert [sampling.max_new_tokens for _, sampling in engine.calls] == [8, 64]
+    with pytest.raises(EngineError):
+        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model), 0)
+
+
+def test_numbers_that_are_none_are_refused(model: PreTrainedModel) -> None:
+    engine = Recorded(copy.deepcopy(model))
+    nudge(model, float("nan"))
+    with pytest.raises(EngineError, match="differ by nan"):
+        look(guard(engine, model), 1)
+
+
+@pytest.mark.parametrize(("every", "looks"), [(0, 0), (1, 7), (3, 3)])
+def test_every_change_is_synced_and_some_are_looked_at(model: PreTrainedModel, every: int, looks: int) -> None:
+    engine = Recorded(model)
+    watching = guard(engine, model, every=every)
+    found = [look(watching, step) for step in range(7)]
+    assert engine.syncs == 7 and len(engine.calls) == sum(bool(f) for f in found) == looks
+
+
+def test_weights_that_stay_are_looked_at_once(model: PreTrainedModel) -> None:
+    """A step after an evaluation finds the engine ready, and its numbers are those of an uninterrupted run."""
+    engine = Recorded(model)
+    watching = guard(engine, model, every=2)
+    watching.refresh(0)
+    found = watching.found
+    watching.refresh(1)
+    assert watching.found == {}
+    watching.refresh(2)
+    assert watching.found == found and engine.syncs == len(engine.calls) == 1
+
+
+def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel) -> None:
+    """Each looks at its own engine, inside `whole`; the metrics are those of the worst."""
+
+    class Others(Team):
+        def __init__(self, *found: Any) -> None:
+            super().__init__(0, 1 + len(found))
+            self.found = found
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, *self.found]
+
+    inside: list[str] = []
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        inside.append("in")
+        yield
+        inside.append("out")
+
+    well = guard(Recorded(model), model, team=Others(_Gap(2e-4, 7e-4)), whole=whole)
+    assert look(well, 0) == {"engine_gap_mean": 2e-4, "engine_gap_max": 7e-4}
+    assert inside == ["in", "out"] * 2  # the sync, the look
+    with pytest.raises(EngineError, match="rank 1 is stale"):
+        look(guard(Recorded(model), model, team=Others("rank 1 is stale")), 0)
+    with pytest.raises(EngineError, match="after step 2"):
+        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, team=Others(_Gap(0.0, 0.0))), 2)
+
+
+def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe: Path) -> None:
+    def made(engine: Engine, precision: str, *overrides: str) -> EngineGuard:
+        settings = load_recipe(recipe, overrides)
+        chat = load_chat(settings.student)
+        return make_guard(settings, engine, model, PROMPT, chat, SimpleNamespace(mixed_precision=precision), Weights())  # type: ignore[arg-type]
+
+    ours = TransformersEngine(model, [2], 0)
+    assert made(ours, "no").tolerance == 1e-3 and made(ours, "bf16").tolerance == 0.05
+    assert made(Recorded(model), "no").tolerance == 0.05
+    assert made(ours, "no", "--train.engine_tolerance=0.2").tolerance == 0.2
+    assert made(ours, "no", "--train.check_engine_every=7").every == 7
+
+
+# --- advice ------------------------------------------------------------------------------------------------------------
+
+FINE: dict[str, Any] = {
+    "truncated_share": 0.1,
+    "no_answer_share": 0.2,
+    "grading_timeout_share": 0.0,
+    "graded_answers": 1000,
+    "seconds": {"step": 10.0, "grading": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"truncated_share": 0.4}, "40% of the completions were cut off at rollout.max_new_tokens"),
+        ({"no_answer_share": 0.75}, r"75% of the completions have no \boxed{} answer"),
+        ({"grading_timeout_share": 0.034}, "grading gave up on 3.4% of the answers"),
+        ({"graded_answers": 10, "seconds": {"step": 10.0, "grading": 4.0}}, "400 seconds per 1,000 answers"),
+    ],
+)
+def test_each_watch_warns_with_advice(change: dict[str, Any], said: str) -> None:
+    (text,) = Adviser(own_reward=False).advice(3, {**FINE, **change})
+    assert text.startswith("step 3: ") and said in text
+    assert any(word in text for word in ("Raise", "Look at"))
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        FINE,
+        {**FINE, "truncated_share": None, "no_answer_share": None, "grading_timeout_share": None, "graded_answers": 0},
+        {**FINE, "graded_answers": 10, "seconds": {"step": 100.0, "grading": 4.0}},  # slow, but who cares
+        {"seconds": {"step": 1.0}},
+    ],
+)
+def test_healthy_steps_are_quiet(metrics: dict[str, Any]) -> None:
+    assert Adviser(own_reward=False).advice(1, metrics) == []
+
+
+def test_the_same_warning_comes_again_only_after_a_while() -> None:
+    adviser, bad = Adviser(own_reward=False), {**FINE, "truncated_share": 0.9}
+    said = [step for step in range(1, 2 * EVERY + 2) if adviser.advice(step, bad)]
+    assert said == [1, 1 + EVERY, 1 + 2 * EVERY]
+    assert len(adviser.advice(60, {**bad, "no_answer_share": 0.9})) == 1  # another one does not wait for it
+
+
+def test_a_reward_of_one_s_own_has_no_boxes_to_miss() -> None:
+    bad = {**FINE, "truncated_share": 0.9, "no_answer_share": 1.0}
+    assert len(Adviser(own_reward=True).advice(1, bad)) == 1 < len(Adviser(own_reward=False).advice(1, bad))
+    assert len({watch.name for watch in WATCHES}) == len(WATCHES)
+
+
+def test_grading_is_timed_and_taken_once() -> None:
+    score = TimedScore(lambda answered: [None] * len(answered))  # type: ignore[misc]
+    score([None] * 3)  # type: ignore[list-item]
+    score([None] * 4)  # type: ignore[list-item]
+    answers, seconds = score.take()
+    assert answers == 7 and seconds >= 0 and score.take() == (0, 0.0)
+
+
+@pytest.mark.slow
+def test_a_run_warns_and_times_its_grading(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from zppo.cli import main
+    from zppo.train.runlog import read_lines
+
+    run = tmp_path / "run"
+    options = ["--train.steps=2", "--eval.every=0", "--grading.reward=null", "--method=grpo"]
+    assert main(["train", str(recipe), f"--output={run}", *options]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("have no \\boxed{} answer") == 1 and said.count("cut off at rollout.max_new_tokens") == 1
+    steps = [line for line in read_lines(run / "metrics.jsonl") if line["event"] == "step"]
+    assert [step["graded_answers"] for step in steps] == [32, 32]  # evaluations are none of a step's
+    assert all(0 < step["seconds"]["grading"] <= step["seconds"]["sampling"] for step in steps)
+    assert all(step["engine_gap_max"] < 1e-4 for step in steps)

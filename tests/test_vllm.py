@@ -1,0 +1,450 @@
+"""vLLM as the student's engine, against a stand-in (tests/fake_vllm) that checks the calls and samples with the weights it was sent.
+
+TRL's `VLLMGeneration` and its HTTP client are the real ones; vLLM and NCCL are not, and no GPU is at hand: `make gpu-check` is for that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import make_tiny, make_tokenizer
+from zppo.cli import main
+from zppo.engines.base import SampleRequest, Sampling
+from zppo.engines.forward import Row, completion_logprobs
+from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
+from zppo.errors import EngineError, ModelError, SettingsError
+from zppo.train.lora import add_adapters
+from zppo.train.runlog import read_lines
+from zppo.train.settings import LoraSettings
+
+FAKE = Path(__file__).parent / "fake_vllm"
+SMALL = (
+    "--rollout.engine=vllm",
+    "--rollout.batch_size=4",
+    "--rollout.max_new_tokens=8",
+    "--zone.rho_aug=1",
+    "--data.eval_limit=2",
+)
+
+
+@pytest.fixture
+def vllm() -> Iterator[ModuleType]:
+    """The stand-in, importable as `vllm`; TRL looks for vLLM when its generation modules are imported."""
+    environment = dict(os.environ)  # VLLMGeneration sets RANK and its like
+    sys.path.insert(0, str(FAKE))
+    _forget()
+    AcceleratorState._reset_state(True)
+    yield importlib.import_module("vllm")
+    sys.path.remove(str(FAKE))
+    _forget()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _forget() -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "vllm" or n.startswith("trl.generation")]:
+        del sys.modules[name]
+
+
+def records(run: Path, event: str) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run / "metrics.jsonl") if line["event"] == event]
+
+
+def assert_holds(engine: Any, weights: Path) -> None:
+    """Every parameter of the stand-in's model equals the saved one."""
+    saved = load_file(weights / "model.safetensors")
+    assert set(saved) == set(engine.model.by_name) and engine.model.unknown == 0
+    assert all(torch.equal(saved[name], value) for name, value in engine.model.by_name.items())
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_with_vllm_in_its_process(
+    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = [*SMALL, "--train.steps=2", "--train.engine_tolerance=1e-5", "--rollout.max_rows=64"]
+    limits = ["--rollout.vllm.gpu_memory_utilization=0.4", "--rollout.vllm.max_model_length=1000", "--eval.every=0"]
+    assert main(["train", str(recipe), f"--output={run}", *options, *limits]) == 0
+    (engine,) = vllm.ENGINES
+    assert engine.arguments["model"] == str(recipe.parent / "student")
+    assert engine.arguments["gpu_memory_utilization"] == 0.4 and engine.arguments["max_num_seqs"] == 64
+    assert engine.arguments["max_model_len"] == 1000 and engine.arguments["model_impl"] == "auto"
+    steps = records(run, "step")
+    assert {"plain", "bcq", "ncq"} <= {kind for s in steps for kind in s["accuracy"]}
+    for step in steps:
+        assert step["entropy"] is None  # vLLM does not tell
+        assert step["engine_gap_mean"] < 1e-5 and step["logprob_gap_max"] < 1e-4  # fresh weights, right log-probs
+        assert step["logprob_tokens"] > 0  # old log-probs are the trainer's own
+        assert 0 < step["truncated_share"] <= 1
+    assert_holds(engine, run / "final")
+    assert engine.model.loads == (1 + 1 + 1) * len(engine.model.by_name)  # start, between the steps, what was saved
+    assert engine.resets == 3
+    rollout = [how for ids, how in engine.calls if how.temperature == 1 and len(ids) > 1]
+    assert all((how.top_p, how.top_k, how.max_tokens) == (1, 0, 8) and how.seed is None for how in rollout)
+    held_out = [how for _, how in engine.calls if how.temperature == 0.6]
+    assert [(how.top_p, how.top_k, how.presence_penalty) for how in held_out] == [(0.95, 20, 1.5)] * 2
+    assert len(records(run, "eval")) == len(records(run, "final")) == 1
+    assert main(["report", str(run), "--figures", "none"]) == 0
+
+
+@pytest.mark.slow
+def test_a_stale_vllm_stops_the_run(
+    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine starts from the student's own weights and then never takes any."""
+    vllm.FAULTS.add("deaf")
+    run = tmp_path / "run"
+    options = [*SMALL, "--data.eval=null", "--train.steps=4", "--train.learning_rate=3e-3"]
+    assert main(["train", str(recipe), f"--output={run}", *options]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the sampling engine does not hold the trainer's weights" in said and "zppo resume" in said
+    done = len(records(run, "step"))
+    assert 1 <= done < 4
+    assert (run / "checkpoints" / f"step-{done:06d}" / "model").is_dir()  # nothing that was learnt is lost
+
+
+@pytest.mark.slow
+def test_a_stale_vllm_goes_unnoticed_without_the_guard(vllm: ModuleType, recipe: Path, tmp_path: Path) -> None:
+    vllm.FAULTS.add("deaf")
+    options = [*SMALL, "--data.eval=null", "--train.steps=1", "--train.check_engine_every=0"]
+    assert main(["train", str(recipe), f"--output={tmp_path / 'run'}", *options]) == 0
+    (step,) = records(tmp_path / "run", "step")
+    assert "engine_gap_mean" not in step
+
+
+@pytest.mark.slow
+def test_a_run_with_a_vllm_server(
+    vllm: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = _serve(vllm, recipe.parent / "student", monkeypatch)
+    run = tmp_path / "run"
+    options = [*SMALL, "--rollout.vllm.mode=server", f"--rollout.vllm.base_url={server.url}/"]
+    try:
+        assert main(["train", str(recipe), f"--output={run}", *options, "--train.steps=2", "--eval.every=0"]) == 0
+    finally:
+        server.close()
+    assert_holds(server, run / "final")
+    assert all(step["engine_gap_mean"] < 1e-5 for step in records(run, "step"))
+    assert server.log.count("/update_weights") == server.log.count("/reset_prefix_cache") == 3
+    sizes = {body["n"] for body in server.bodies}
+    assert sizes == {1, 4}  # a group is one prompt with n completions
+    assert all("seed" not in body or body["n"] == len(body["prompt"]) == 1 for body in server.bodies)
+
+
+def _serve(vllm: ModuleType, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """A stand-in server; TRL's client refuses to send weights from a CPU, so its joining of the group is replaced."""
+    client = importlib.import_module("trl.generation.vllm_client")
+
+    def join(self: Any, device: Any) -> None:
+        assert self.get_server_info()["weight_transfer_config"] and self.get_world_size() == 1
+        info = {"master_address": "127.0.0.1", "master_port": self.group_port, "rank_offset": 1, "world_size": 2}
+        self._post(f"{self.base_url}/init_weight_transfer_engine", json={"init_info": {**info, "packed": True}})
+        self.communicator = client.open_trainer_endpoint({**info, "packed": True})
+
+    monkeypatch.setattr(client.VLLMClient, "init_communicator", join)
+    return importlib.import_module("vllm.server").Server(str(checkpoint), vllm.FAULTS, **options)
+
+
+# --- what can go wrong at the start ------------------------------------------------------------------------------------
+
+
+def start(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What a run says that cannot start; it leaves nothing."""
+    assert main(["train", str(recipe), f"--output={tmp_path / 'run'}", "--rollout.engine=vllm", *options]) == 2
+    assert not (tmp_path / "run").exists()
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_without_vllm_nothing_starts(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "constraints-vllm.txt" in start(recipe, tmp_path, capsys)
+    with pytest.raises(SettingsError, match="vllm cannot be imported"):
+        require_vllm()
+
+
+def test_vllm_that_does_not_start_says_why(
+    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vllm.FAULTS.add("no memory")
+    said = start(recipe, tmp_path, capsys)
+    assert "No available memory" in said and "gpu_memory_utilization" in said
+
+
+def test_no_server(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = ["--rollout.vllm.mode=server", "--rollout.vllm.base_url=http://127.0.0.1:9", "--rollout.vllm.wait=0"]
+    began = time.monotonic()
+    said = start(recipe, tmp_path, capsys, *address)
+    assert "http://127.0.0.1:9" in said and "vllm serve" in said and "--weight-transfer-config" in said
+    assert time.monotonic() - began < 60
+    assert "base_url" in start(recipe, tmp_path, capsys, "--rollout.vllm.base_url=http://key@host")
+
+
+@pytest.mark.parametrize(("mode", "length"), [("raw_logprobs", None), ("processed_logprobs", 40)])
+def test_a_server_that_does_not_fit(
+    vllm: ModuleType,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    length: int | None,
+) -> None:
+    server = _serve(vllm, recipe.parent / "student", monkeypatch, mode=mode, max_model_len=length)
+    try:
+        said = start(recipe, tmp_path, capsys, "--rollout.vllm.mode=server", f"--rollout.vllm.base_url={server.url}")
+    finally:
+        server.close()
+    assert ("--logprobs-mode processed_logprobs" if length is None else "context of 40") in said
+
+
+def test_a_server_of_another_model_is_found_before_anything_is_sampled(
+    vllm: ModuleType,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = _serve(vllm, recipe.parent / "teacher", monkeypatch)
+    vllm.FAULTS.add("deaf")
+    try:
+        said = start(recipe, tmp_path, capsys, "--rollout.vllm.mode=server", f"--rollout.vllm.base_url={server.url}")
+    finally:
+        server.close()
+    assert "before the first step" in said and "on average over" in said
+
+
+# --- the engine --------------------------------------------------------------------------------------------------------
+
+
+def colocated(vllm: ModuleType, folder: Path, **options: Any) -> tuple[VLLMEngine, Any, Any]:
+    """(engine after a sync, the trainer's model, the stand-in)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    more = {"eos_ids": [tokenizer.eos_token_id], "banned_ids": [], "server": None, **options}
+    engine = open_vllm(model, str(folder), tokenizer, Accelerator(cpu=True), **more)
+    engine.sync()
+    return engine, model, vllm.ENGINES[-1]
+
+
+def requests(count: int, size: int, length: int = 6) -> list[SampleRequest]:
+    return [SampleRequest(tuple(range(10 + i, 10 + i + length)), tuple(range(size))) for i in range(count)]
+
+
+def test_logprobs_are_the_trainers_at_the_sampling_temperature(vllm: ModuleType, tiny_qwen3_dir: Path) -> None:
+    """With banned ids and a temperature: what is returned is what a training forward with both computes."""
+    engine, model, fake = colocated(vllm, tiny_qwen3_dir, banned_ids=[5, 6, 7])
+    asked = requests(3, 4)
+    done = engine.sample(asked, Sampling(temperature=0.7, max_new_tokens=8))
+    assert [len(row) for row in done] == [4, 4, 4] and len(fake.calls) == 1
+    for request, row in zip(asked, done, strict=True):
+        rows = [Row(request.prompt_ids, c.ids) for c in row]
+        with torch.no_grad():
+            logprobs, mask = completion_logprobs(model, rows, temperature=0.7, banned_ids=[5, 6, 7])
+        torch.testing.assert_close(torch.cat([c.logprobs for c in row]), logprobs[mask], atol=1e-4, rtol=0)
+        assert all(math.isnan(c.entropy) and not {5, 6, 7} & set(c.ids.tolist()) for c in row)
+    prompts, how = fake.calls[0]
+    assert [tuple(p) for p in prompts] == [r.prompt_ids for r in asked for _ in range(4)]
+    assert how.logit_bias == {5: -100, 6: -100, 7: -100} and how.stop_token_ids == sorted(engine.eos_ids)
+
+
+def test_sampling_settings_are_those_of_the_call(vllm: ModuleType, tiny_qwen3_dir: Path) -> None:
+    engine, _, fake = colocated(vllm, tiny_qwen3_dir)
+    how = Sampling(0.6, 0.9, 20, 0.05, 1.5, 1.1, 5)
+    engine.sample(requests(1, 2), how)
+    engine.sample(requests(1, 2), Sampling(temperature=0, max_new_tokens=3))
+    first, second = (call[1] for call in fake.calls)
+    assert (first.temperature, first.top_p, first.top_k, first.min_p) == (0.6, 0.9, 20, 0.05)
+    assert (first.presence_penalty, first.repetition_penalty, first.max_tokens) == (1.5, 1.1, 5)
+    assert first.logit_bias is None
+    assert (second.temperature, second.top_p, second.top_k, second.max_tokens) == (0, 1, 0, 3)
+    assert (second.presence_penalty, second.repetition_penalty) == (0, 1)
+
+
+def test_truncation_and_the_end_token(vllm: ModuleType, tiny_qwen3_dir: Path) -> None:
+    everything = range(30, 400)
+    engine, _, _ = colocated(vllm, tiny_qwen3_dir, eos_ids=everything)
+    (row,) = engine.sample(requests(1, 40), Sampling(max_new_tokens=3))
+    ended = [c for c in row if int(c.ids[-1]) in everything]
+    assert ended and all(not c.truncated for c in ended)
+    cut = [c for c in row if int(c.ids[-1]) not in everything]
+    assert all(c.truncated and len(c.ids) == 3 for c in cut)
+
+
+def test_groups_of_unequal_size_and_prompts_near_the_context_keep_their_places(
+    vllm: ModuleType, tmp_path: Path
+) -> None:
+    folder = make_tiny(tmp_path / "short", max_position_embeddings=20)
+    engine, _, fake = colocated(vllm, folder)
+    asked = [requests(1, 2)[0], requests(1, 3, length=18)[0], requests(2, 2)[1]]
+    done = engine.sample(asked, Sampling(max_new_tokens=4))
+    assert [len(row) for row in done] == [2, 3, 2]
+    assert all(len(c.ids) <= 2 for c in done[1]) and any(len(c.ids) > 2 for c in done[0] + done[2])
+    assert sorted((len(p), how.max_tokens) for p, how in fake.calls) == [(3, 2), (4, 4)]
+    with pytest.raises(ModelError, match="context is 20"):
+        engine.sample(requests(1, 1, length=20), Sampling(max_new_tokens=4))
+
+
+def test_a_single_completion_is_drawn_from_its_key(vllm: ModuleType, tiny_qwen3_dir: Path) -> None:
+    engine, _, fake = colocated(vllm, tiny_qwen3_dir)
+    how = Sampling(max_new_tokens=16)
+    draw = lambda key: engine.sample([SampleRequest((11, 12, 13), (key,))], how)[0][0].ids.tolist()  # noqa: E731
+    assert draw(1 << 60) == draw(1 << 60) != draw(77)
+    assert 0 <= fake.calls[0][1].seed < 1 << 31
+
+
+def test_sleep_mode_gets_its_weights_back(vllm: ModuleType, tiny_qwen3_dir: Path) -> None:
+    """The stand-in forgets its weights when it sleeps, as level 2 does."""
+    engine, _, fake = colocated(vllm, tiny_qwen3_dir, enable_sleep_mode=True)
+    for _ in range(2):  # two calls between updates, as in a step
+        engine.sample(requests(2, 2), Sampling(max_new_tokens=3))
+    assert fake.slept == 3 and fake.sleeping
+
+
+def test_the_text_model_of_an_image_checkpoint_is_sent_under_its_names_on_disk(
+    vllm: ModuleType, tmp_path: Path
+) -> None:
+    """Qwen3.5: `transformers` takes `language_model` off the names, and vLLM passes over names that it does not know."""
+    folder = make_image_checkpoint(tmp_path / "image")
+    engine, model, fake = colocated(vllm, folder)
+    assert any(name.startswith("model.language_model.") for name in fake.model.by_name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    engine.sync()
+    assert fake.model.unknown == 0
+    theirs = dict(fake.model.network.named_parameters())
+    assert all(torch.equal(value, theirs[name]) for name, value in model.named_parameters())
+
+
+def test_adapters_are_sent_merged_and_the_frozen_weights_stay_as_they_are(
+    vllm: ModuleType, tiny_qwen3_dir: Path
+) -> None:
+    engine, model, fake = colocated(vllm, tiny_qwen3_dir)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    add_adapters(model, LoraSettings(rank=4), base="x")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    engine.sync()
+    assert fake.model.unknown == 0 and fake.model.loads == 2 * len(before)
+    after = {n.replace(".base_layer", ""): v for n, v in model.named_parameters() if "lora" not in n}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    (row,) = engine.sample(requests(1, 4), Sampling(max_new_tokens=8))
+    with torch.no_grad():
+        logprobs, mask = completion_logprobs(model, [Row(requests(1, 1)[0].prompt_ids, c.ids) for c in row])
+    torch.testing.assert_close(torch.cat([c.logprobs for c in row]), logprobs[mask], atol=1e-4, rtol=0)
+    moved = [name for name, value in fake.model.by_name.items() if not torch.equal(value, before[name])]
+    assert len(moved) == 2 * 7  # every linear layer
+
+
+def make_image_checkpoint(folder: Path) -> Path:
+    """A tiny Qwen3.5 with an image tower, as it lies on the hub."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    tokenizer = make_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Answers:
+    """A generation that answers what it is told."""
+
+    def __init__(self, *answer: Any) -> None:
+        self.answer = answer
+
+    def sync_weights(self) -> None:
+        raise ConnectionError("gone " + "x" * 2000)
+
+    def generate(self, prompts: Any, images: None, num_generations: int) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "said"),
+    [
+        (([[1]], [[3, 4]], None, None), EngineError, "without log-probs"),
+        (([[1]], [], [], []), EngineError, "1 prompts with 0 completions"),
+        (([[1]], [[3]], [[[None]]], [[[3]]]), ModelError, "not numbers"),
+        (([[1]], [[3]], [[[-1.0]]], [[[9]]]), ModelError, "not numbers"),
+        (([[1]], [[]], [[]], [[]]), ModelError, "empty completion"),
+    ],
+)
+def test_answers_that_are_none(answer: Any, error: type[Exception], said: str) -> None:
+    engine = VLLMEngine(Answers(*answer), [2], vocab_size=50, context=None)
+    with pytest.raises(error, match=said):
+        engine.sample([SampleRequest((1,), (0,))], Sampling(max_new_tokens=4))
+
+
+def test_the_log_prob_of_the_drawn_token_is_found_among_others() -> None:
+    engine = VLLMEngine(
+        Answers([[1]], [[3, 2]], [[[-0.1, -3.0], [-0.5, -1.0]]], [[[9, 3], [2, 7]]]), [2], vocab_size=50, context=None
+    )
+    ((completion,),) = engine.sample([SampleRequest((1,), (0,))], Sampling(max_new_tokens=4))
+    assert completion.logprobs.tolist() == [-3.0, -0.5] and not completion.truncated
+
+
+def test_a_failing_server_is_named_in_bounded_words() -> None:
+    engine = VLLMEngine(Answers(), [2], vocab_size=50, context=None, where=" at http://host:1")
+    with pytest.raises(EngineError, match="at http://host:1 failed: ConnectionError: gone") as caught:
+        engine.sync()
+    assert len(str(caught.value)) < 800
+    with pytest.raises(ConnectionError):  # in this process: a defect, with its traceback
+        VLLMEngine(Answers(), [2], vocab_size=50, context=None).sync()
+
+
+def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch, tiny_qwen3_dir: Path) -> None:
+    from zppo.train import student_engine
+    from zppo.train.settings import StudentSettings
+
+    asked: list[Any] = []
+    monkeypatch.setattr(student_engine, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "/snapshot")
+    assert student_engine._checkpoint(StudentSettings(model="owner/name", revision="abc")) == "/snapshot"
+    assert asked[0][0] == ("owner/name",) and asked[0][1]["revision"] == "abc"
+    assert student_engine._checkpoint(StudentSettings(model="owner/name")) == "owner/name"
+    assert student_engine._checkpoint(StudentSettings(model=str(tiny_qwen3_dir), revision="abc")) == str(tiny_qwen3_dir)
+    assert len(asked) == 1
+
+
+def test_several_processes_are_refused(recipe: Path) -> None:
+    from zppo.train.recipe import load_recipe
+    from zppo.train.student_engine import start_vllm
+
+    settings, several = load_recipe(recipe, ["--rollout.engine=vllm"]), SimpleNamespace(num_processes=2)
+    with pytest.raises(SettingsError, match="2 processes"):
+        start_vllm(settings, None, None, several)  # type: ignore[arg-type]
