@@ -17,13 +17,17 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --maxproc
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
+LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.py update.py chat.py data.py settings.py engine_guard.py) \
+	tests/test_train.py::test_a_run_leaves_its_files
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check lint fuzz clean
+.PHONY: help train test test-lowest check lint fuzz gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
 	@echo "make test    all tests"
+	@echo "make test-lowest   the tests of what hangs on other packages, with the lowest versions that are admitted"
+	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"
 	@echo "make check   ruff, mypy and the quick tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make fuzz    the grader's fuzz tests, many examples"
@@ -34,6 +38,15 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
+
+# An environment of its own with the lowest versions; the tests that need no more than pytest.
+test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest -q $(LOWEST_TESTS) $(ARGS)
+
+# VLLM=1: in an environment with vLLM, which wants an older transformers.
+GPU_VENV := $(if $(VLLM),$(VENV)-vllm,$(VENV))
+gpu-check: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(ARGS)
 
 check: lint
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -46,7 +59,7 @@ fuzz: $(VENV)/.installed-dev
 	ZPPO_FUZZ_EXAMPLES=$${ZPPO_FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -k fuzz --timeout 0 $(ARGS)
 
 clean:
-	rm -rf "$(VENV)"
+	rm -rf "$(VENV)" "$(VENV)-lowest" "$(VENV)-vllm"
 
 # A stamp per set of packages: nothing is installed again until the project's requirements change.
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
@@ -58,6 +71,17 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	@echo "installing zppo and its test tools into $(VENV) (once; torch is large)"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
+	@$(PYTHON) -m venv "$(VENV)-vllm"
+	@$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints-vllm.txt -e '.[vllm]'
+	@touch $@
+
+$(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt
+	@$(PYTHON) -m venv "$(VENV)-lowest"
+	@$(VENV)-lowest/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints-lowest.txt \
+		-e . pytest pytest-timeout hypothesis
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
