@@ -24,7 +24,7 @@ from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.report.cost import Work, as_run
 from zppo.report.cost_plan import MOST, Assumptions, planned
 from zppo.report.paper_flops import HARD, SCALES, STEPS, TEACHER, counted, nearest_scale, paper_costs
-from zppo.report.parameters import count_parameters, nominal_size, parse_size, size_of
+from zppo.train.parameters import count_parameters, nominal_size, parse_size, size_of
 from zppo.train.recipe import load_recipe
 from zppo.train.settings import Settings
 

@@ -327,7 +327,7 @@ def _bootstrap(options: argparse.Namespace) -> None:
 def _cost(options: argparse.Namespace) -> None:
     from zppo.report.cost_plan import Assumptions
     from zppo.report.cost_view import Request, cost_command, paper_command
-    from zppo.report.parameters import parse_size
+    from zppo.train.parameters import parse_size
 
     if options.target is None and not options.paper:
         raise SettingsError("zppo cost needs a recipe or a run folder: zppo cost RECIPE|RUN, or zppo cost --paper")

@@ -73,16 +73,19 @@ def nominal_size(name: str) -> float | None:
     return float(chosen[0][1]) * _UNITS[chosen[0][2].lower()] if chosen else None
 
 
-def count_parameters(folder: Path) -> Size:
+def count_parameters(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> Size:
     """N of a checkpoint folder: from the headers of its safetensors files, else by building its architecture without memory.
 
     Tied weights count once. Every tensor counts, those of a vision tower or of experts that a token does not visit too.
+
+    Args:
+        keep: which tensors of the files count, by their names.
 
     Raises:
         ModelError: the folder holds no checkpoint, or one that cannot be read.
     """
     if files := _weight_files(folder):
-        return Size(float(sum(_elements(file) for file in files)), "from the headers of its weights")
+        return Size(float(sum(_elements(file, keep) for file in files)), "from the headers of its weights")
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} is no transformers checkpoint (no config.json in it); name another folder, or give the number "
@@ -103,15 +106,15 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _elements(file: Path) -> int:
-    """Elements of all tensors in a safetensors file: 8 bytes of length (little endian), then a JSON header of that length."""
+def _elements(file: Path, keep: Callable[[str], bool]) -> int:
+    """Elements of the tensors that count in a safetensors file: 8 bytes of length (little endian), then a JSON header of that length."""
     try:
         with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > _LONGEST_HEADER:
                 raise ValueError(f"its header would have {length:,} bytes")
             header: dict[str, Any] = json.loads(handle.read(length))
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__" and keep(name))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
         raise ModelError(f"{file} is no readable safetensors file ({error}); fetch the checkpoint again") from error
 

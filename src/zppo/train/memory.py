@@ -1,0 +1,214 @@
+"""How much memory a recipe needs, from sizes alone: what stands all the time, what sampling and the update come and go with.
+
+An estimate of the most. Weights, gradients and optimizer are counted; activations are a fit to what autograd keeps of the library's own layers
+(tests/test_memory_plan.py measures how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how rough each part is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zppo.core.types import BCQ, HINT, NCQ, PREFIX
+from zppo.train.machine import GIB
+from zppo.train.parameters import count_parameters
+from zppo.train.settings import ModelSettings, Settings
+from zppo.train.shapes import LINEAR, Shape, shape_of
+
+RUNTIME = GIB  # Python, torch, and CUDA's own
+AUTO_TOKENS = 16_384  # where train.tokens_per_microbatch is auto
+_CHUNK = 64  # tokens that linear attention works on at a time
+_DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
+_DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
+_WORDS = 300  # tokens of the reformulation's own words, about
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        weights, gradients, optimizer: of the student; adapters among them.
+        others: weights of frozen models in this process.
+        vllm: vLLM's share of the GPU where it samples in this process.
+        cast: the bf16 copy of fp32 weights under autocast.
+        row, rows: what one rollout that is being sampled holds at its longest, and how many are sampled at once.
+        activations, logits: of the largest micro-batch, gradients of the logits included.
+        tokens: of that micro-batch.
+        longest: tokens of the longest single row, which no micro-batch can be smaller than.
+        stepping: what the optimizer's step holds beside its state.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    others: int
+    vllm: int
+    cast: int
+    row: int
+    rows: int
+    activations: int
+    logits: int
+    tokens: int
+    longest: int
+    stepping: int
+
+    @property
+    def standing(self) -> int:
+        """What is held all the time."""
+        return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm
+
+    @property
+    def sampling(self) -> int:
+        """What sampling holds on top."""
+        return self.cast + self.row * self.rows
+
+    @property
+    def update(self) -> int:
+        """What the update holds on top: the larger of its backward pass and its optimizer step."""
+        return max(self.cast + self.activations + self.logits, self.stepping)
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        return self.standing + max(self.sampling, self.update)
+
+
+def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Callable[[str], str] = str) -> Memory | str:
+    """What a run of this recipe needs in one process that holds all weights.
+
+    Args:
+        gpu: whether it trains on one; decides what `auto` precision is.
+        capacity: bytes of that GPU, of which vLLM in this process takes its share.
+        resolve: names of models -> folders.
+
+    Returns:
+        The estimate, or why there is none.
+
+    Raises:
+        ModelError: a checkpoint on disk cannot be read.
+    """
+    shape = shape_of(settings.student.model, resolve)
+    if shape is None:
+        return (
+            f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
+        )
+    others = 0
+    for frozen in _in_process(settings):
+        known = shape_of(frozen.model, resolve)
+        if known is None:
+            return f"not known: {frozen.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
+        others += _parameters(frozen, known, resolve) * (2 if gpu else 4)
+    train = settings.train
+    parameters = _parameters(settings.student, shape, resolve)
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
+    trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters
+    frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else 0
+    longest = _longest(settings)
+    budget = AUTO_TOKENS if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
+    tokens = max(longest, budget // longest * longest)
+    width = 2 if bf16 else 4
+    if settings.method.resolve().distils:
+        logits = tokens * shape.vocab * _DIVERGENCE
+    else:
+        logits = 2 * width * tokens * shape.vocab
+    own = settings.rollout.engine == "transformers"
+    vllm = settings.rollout.vllm
+    return Memory(
+        weights=trained * 4 + frozen_bytes,
+        gradients=trained * 4,
+        optimizer=_optimizer(train.optimizer, trained),
+        others=others,
+        vllm=int(capacity * vllm.gpu_memory_utilization) if not own and vllm.mode == "colocate" else 0,
+        cast=parameters * 2 if bf16 and not train.lora else 0,
+        row=_row(settings, shape, width) if own else 0,
+        rows=_rows(settings) if own else 0,
+        activations=int(tokens * activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)),
+        logits=logits,
+        tokens=tokens,
+        longest=longest,
+        stepping=trained * 4 if gpu else 0,
+    )
+
+
+def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> float:
+    """Bytes that autograd keeps per token of a row until the backward pass, the logits aside.
+
+    Args:
+        recomputed: gradient checkpointing: the input of every layer, and all of one layer.
+    """
+    layers = [_layer(shape, kind, bf16=bf16) for kind in shape.layers]
+    ends = 24.0 * shape.hidden  # embedding, last norm
+    return ends + (4 * shape.hidden * len(layers) + max(layers) if recomputed else sum(layers))
+
+
+def _layer(shape: Shape, kind: str, *, bf16: bool) -> float:
+    """Bytes per token of one layer: a fit to what is saved for the backward pass (transformers 5.23, its own torch code for linear attention)."""
+    h, i = shape.hidden, shape.mlp
+    if kind == LINEAR:
+        heads, spread, values = shape.linear_value_heads, shape.linear_value_heads * shape.linear_key_dim, shape.linear_values
+        state = spread * shape.linear_value_dim / _CHUNK  # one state per chunk
+        if bf16:
+            return 28 * h + 8 * i + 8 * shape.linear_keys + 38 * spread + 36 * values + 934 * heads + 8 * state
+        return 22 * h + 16 * i + 24 * shape.linear_keys + 30 * spread + 36 * values + 1732 * heads + 30 * state
+    gate = (8 if bf16 else 16) * shape.queries if shape.gated else 0
+    if bf16:
+        return 26 * h + 8 * i + 10 * shape.queries + gate + 12 * shape.keys + 12 * shape.heads
+    return 24 * h + 16 * i + 16 * shape.queries + gate + 16 * shape.keys + 10 * shape.heads
+
+
+def _optimizer(name: str, trained: int) -> int:
+    """Bytes of AdamW's two moments: fp32, or 8 bits with a scale for every 256 numbers."""
+    return trained * 8 if name == "adamw" else trained * 2 + 2 * 4 * (trained // 256)
+
+
+def _row(settings: Settings, shape: Shape, width: int) -> int:
+    """Bytes of one rollout: the larger of its share of reading the prompt, and of its cache at the end and drawing a token."""
+    prompt, new = settings.data.max_prompt_tokens, settings.rollout.max_new_tokens
+    cache = shape.cache_per_token(width) * (prompt + new) + shape.cache_per_row(width)
+    layer = max(_layer(shape, kind, bf16=width == 2) for kind in set(shape.layers))
+    reading = prompt * (layer + shape.cache_per_token(width)) / settings.rollout.group_size
+    return int(max(reading, cache + _DRAW * shape.vocab))
+
+
+def _rows(settings: Settings) -> int:
+    """Rollouts that are sampled at once, at most: all plain ones of a step, or `rollout.max_rows`."""
+    rollout = settings.rollout
+    replay = settings.zone.rho_replay if settings.method.resolve().replay else 0.0
+    rows = int(rollout.batch_size * (1 + replay)) * rollout.group_size
+    return rows if rollout.max_rows is None else min(rows, rollout.max_rows)
+
+
+def _longest(settings: Settings) -> int:
+    """Tokens of the longest row that may come: a prompt at its limit, the candidates of the widest reformulation at theirs, a rollout."""
+    kinds, teacher, zone = settings.method.resolve().reformulations, settings.teacher, settings.zone
+    added = 0
+    if teacher is not None:
+        cap = teacher.compression.max_new_tokens
+        shown = {
+            BCQ: 2 * cap + _WORDS,
+            NCQ: settings.rollout.group_size * cap + _WORDS,
+            HINT: teacher.hint.max_new_tokens + _WORDS,
+            PREFIX: int(zone.prefix_fraction * teacher.rollout.max_new_tokens),
+        }
+        added = max((shown.get(kind, 0) for kind in kinds), default=0)
+    return settings.data.max_prompt_tokens + added + settings.rollout.max_new_tokens
+
+
+def _in_process(settings: Settings) -> list[ModelSettings]:
+    """Frozen models that the run loads."""
+    teachers = (settings.teacher, *settings.more_teachers) if settings.method.resolve().needs_teacher else ()
+    return [m for m in (*teachers, settings.judge) if m is not None and not m.base_urls]
+
+
+def _parameters(model: ModelSettings, shape: Shape, resolve: Callable[[str], str]) -> int:
+    """N of what is loaded: from the headers of the weights on disk without vision tower and draft layers, else from the shape."""
+    folder = Path(resolve(model.model))
+    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+        return int(count_parameters(folder, keep=_is_loaded).parameters)
+    return shape.parameters
+
+
+def _is_loaded(tensor: str) -> bool:
+    return not any(part in ("visual", "mtp") for part in tensor.split("."))

@@ -1,0 +1,128 @@
+"""The memory estimate of a dry run as a table, with a verdict, and what to turn where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from zppo.train.machine import GIB, Machine, find_machine
+from zppo.train.memory import Memory, estimate
+from zppo.train.settings import LoraSettings, Settings
+
+_TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does not fit
+
+Rows = list[tuple[str, str]]
+
+
+def memory_rows(settings: Settings, resolve: Callable[[str], str] = str, machine: Machine | None = None) -> Rows:
+    """(what, how much) for the plan, the verdict last.
+
+    Args:
+        resolve: names of models -> folders.
+        machine: None for the one that this runs on.
+
+    Raises:
+        ModelError: a checkpoint on disk cannot be read.
+    """
+    machine = machine or find_machine(settings.train.device)
+    memory = _estimate(settings, machine, resolve)
+    if isinstance(memory, str):
+        return [("estimate", memory)]
+    return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, resolve)]
+
+
+def _estimate(settings: Settings, machine: Machine | None, resolve: Callable[[str], str]) -> Memory | str:
+    gpu = machine is not None and machine.gpu
+    return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, resolve=resolve)
+
+
+def _parts(settings: Settings, memory: Memory) -> Rows:
+    trained = "adapters and frozen weights" if settings.train.lora else "weights"
+    rows = [
+        (f"student: {trained}", _size(memory.weights)),
+        ("gradients", _size(memory.gradients)),
+        (f"{settings.train.optimizer} state", _size(memory.optimizer)),
+    ]
+    if memory.others:
+        rows.append(("teachers and judge in this process", _size(memory.others)))
+    if memory.vllm:
+        rows.append(("vLLM in this process", f"{_size(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
+    if memory.cast:
+        rows.append(("bf16 copy of the weights", _size(memory.cast)))
+    if memory.rows:
+        each = f"{memory.rows:,} rollouts at once, {_size(memory.row)} each at the limits"
+        rows.append(("sampling", f"{_size(memory.row * memory.rows)} ({each})"))
+    rows.append(("update: activations", f"{_size(memory.activations)} (micro-batches of {memory.tokens:,} tokens)"))
+    rows.append(("update: logits", _size(memory.logits)))
+    return rows
+
+
+def _verdict(settings: Settings, memory: Memory, machine: Machine | None, resolve: Callable[[str], str]) -> Rows:
+    if machine is None:
+        return [("verdict", "this machine does not say how much memory it has")]
+    room = machine.usable
+    if memory.total <= room:
+        tight = memory.total > _TIGHT * room
+        return [("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")]
+    words = []
+    if memory.standing + memory.update > room:
+        words.append(_lighter(settings, machine, resolve))
+    if memory.standing + memory.sampling > room:
+        words.append(_fewer_rows(memory, machine))
+    return [("verdict", "; ".join(words))]
+
+
+def _fewer_rows(memory: Memory, machine: Machine) -> str:
+    """How many rollouts fit at once."""
+    fit = (machine.usable - memory.standing - memory.cast) // memory.row if memory.row else 0
+    if fit < 1:
+        return "sampling: not even one rollout fits beside what stands; lower rollout.max_new_tokens or data.max_prompt_tokens"
+    says = "it halves them by itself until they fit" if machine.gpu else "set it: a machine that runs out of RAM ends the run"
+    return f"sampling: {fit:,} of {memory.rows:,} rollouts fit at once, rollout.max_rows={fit}; {says}"
+
+
+def _lighter(settings: Settings, machine: Machine, resolve: Callable[[str], str]) -> str:
+    """The first change of settings with which the update fits."""
+    for changes in _changes(settings):
+        memory = _estimate(_with(settings, changes), machine, resolve)
+        if isinstance(memory, Memory) and memory.standing + memory.update <= machine.usable:
+            keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
+            return f"the update does not fit; it would with {keys} ({_size(memory.standing + memory.update)})"
+    return (
+        "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
+        "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student"
+    )
+
+
+def _changes(settings: Settings) -> Iterator[Mapping[str, Any]]:
+    """Settings of `train` that take less memory, those that cost least first."""
+    again: dict[str, Any] = {} if settings.train.gradient_checkpointing else {"gradient_checkpointing": True}
+    memory = estimate(settings, gpu=False)
+    small: dict[str, Any] = {}
+    if isinstance(memory, Memory) and memory.tokens > memory.longest:
+        small = {"tokens_per_microbatch": memory.longest}
+    steps: list[dict[str, Any]] = [small, again, {**small, **again}]
+    if settings.train.lora is None:
+        if settings.train.optimizer == "adamw":
+            steps.append({**small, **again, "optimizer": "adamw-8bit"})
+        steps.append({**small, **again, "lora": LoraSettings()})
+    yield from (step for step in steps if step)
+
+
+def _with(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    return settings.model_copy(update={"train": settings.train.model_copy(update=dict(changes))})
+
+
+def _shown(value: Any) -> str:
+    return "'{}'" if isinstance(value, LoraSettings) else str(value).lower()
+
+
+def _against(needed: int, machine: Machine | None) -> str:
+    if machine is None:
+        return _size(needed)
+    free = "" if machine.free is None or machine.free > _TIGHT * machine.total else f", {_size(machine.free)} of it free now"
+    return f"{_size(needed)} of {_size(machine.total)} ({machine.name}{free})"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= GIB // 10 else f"{count / 1024**2:,.1f} MiB"
