@@ -263,13 +263,16 @@ def _train(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from zppo.train.launch import rank_of
+        from zppo.train.memory import within
+        from zppo.train.memory_view import memory_rows
         from zppo.train.plan import count_judged, load_data, make_plan, render_plan
 
         train, held_out = load_data(settings)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
         plan = make_plan(settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged)
-        Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder))
+        memory = memory_rows(within(settings, [*train, *held_out]), _lab_folder)
+        Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder, memory))
         return
     from zppo.train.run import train as start
     from zppo.train.stop import Stop, catch_signals
@@ -278,6 +281,13 @@ def _train(options: argparse.Namespace) -> None:
     stop = Stop()
     with catch_signals(stop):
         start(settings, name, stop=stop)
+
+
+def _lab_folder(name: str) -> str:
+    """The folder of a bundled model; other names as they are."""
+    from zppo.lab.assets import SCHEME, resolve
+
+    return str(resolve(name)) if name.startswith(SCHEME) else name
 
 
 def _check_lab_models(settings: Settings) -> None:

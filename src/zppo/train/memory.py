@@ -6,11 +6,12 @@ An estimate of the most. Weights, gradients and optimizer are counted; activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
-from zppo.core.types import BCQ, HINT, NCQ, PREFIX
+from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
 from zppo.train.machine import GIB
 from zppo.train.parameters import count_parameters
 from zppo.train.settings import ModelSettings, Settings
@@ -21,7 +22,7 @@ AUTO_TOKENS = 16_384  # where train.tokens_per_microbatch is auto
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
-_WORDS = 300  # tokens of the reformulation's own words, about
+_WORDS = 300  # tokens of closing instruction and chat template, and of a reformulation's own words, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,9 @@ class Memory:
         vllm: vLLM's share of the GPU where it samples in this process.
         cast: the bf16 copy of fp32 weights under autocast.
         row, rows: what one rollout that is being sampled holds at its longest, and how many are sampled at once.
-        activations, logits: of the largest micro-batch, gradients of the logits included.
+        activations: what the largest micro-batch keeps for its backward pass.
+        layer: what the backward pass computes again of one layer, with gradient checkpointing; 0 without.
+        logits: of that micro-batch, with their gradients; gone when layers are computed again.
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
         stepping: what the optimizer's step holds beside its state.
@@ -49,6 +52,7 @@ class Memory:
     row: int
     rows: int
     activations: int
+    layer: int
     logits: int
     tokens: int
     longest: int
@@ -67,7 +71,7 @@ class Memory:
     @property
     def update(self) -> int:
         """What the update holds on top: the larger of its backward pass and its optimizer step."""
-        return max(self.cast + self.activations + self.logits, self.stepping)
+        return max(self.cast + self.activations + max(self.logits, self.layer), self.stepping)
 
     @property
     def total(self) -> int:
@@ -91,9 +95,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
     """
     shape = shape_of(settings.student.model, resolve)
     if shape is None:
-        return (
-            f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
-        )
+        return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
     others = 0
     for frozen in _in_process(settings):
         known = shape_of(frozen.model, resolve)
@@ -107,8 +109,9 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else 0
     longest = _longest(settings)
     budget = AUTO_TOKENS if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
-    tokens = max(longest, budget // longest * longest)
+    tokens = longest * max(1, min(budget // longest, _minibatch(settings)))
     width = 2 if bf16 else 4
+    kept, again = activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)
     if settings.method.resolve().distils:
         logits = tokens * shape.vocab * _DIVERGENCE
     else:
@@ -124,7 +127,8 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
         cast=parameters * 2 if bf16 and not train.lora else 0,
         row=_row(settings, shape, width) if own else 0,
         rows=_rows(settings) if own else 0,
-        activations=int(tokens * activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)),
+        activations=int(tokens * kept),
+        layer=int(tokens * again),
         logits=logits,
         tokens=tokens,
         longest=longest,
@@ -132,22 +136,33 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
     )
 
 
-def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> float:
-    """Bytes that autograd keeps per token of a row until the backward pass, the logits aside.
+def within(settings: Settings, questions: Iterable[Question]) -> Settings:
+    """The settings with a prompt limit that the questions can reach: a token has a byte at least."""
+    longest = max((sum(len(m.content.encode()) for m in q.messages) for q in questions), default=0)
+    limit = min(settings.data.max_prompt_tokens, longest + _WORDS)
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": limit})})
+
+
+def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> tuple[float, float]:
+    """Bytes per token of a row, the logits aside: what is kept until the backward pass, and what that computes again at a time.
 
     Args:
-        recomputed: gradient checkpointing: the input of every layer, and all of one layer.
+        recomputed: gradient checkpointing: kept is the input of every layer, computed again is one of them.
     """
     layers = [_layer(shape, kind, bf16=bf16) for kind in shape.layers]
     ends = 24.0 * shape.hidden  # embedding, last norm
-    return ends + (4 * shape.hidden * len(layers) + max(layers) if recomputed else sum(layers))
+    return (ends + 4 * shape.hidden * len(layers), max(layers)) if recomputed else (ends + sum(layers), 0.0)
 
 
 def _layer(shape: Shape, kind: str, *, bf16: bool) -> float:
     """Bytes per token of one layer: a fit to what is saved for the backward pass (transformers 5.23, its own torch code for linear attention)."""
     h, i = shape.hidden, shape.mlp
     if kind == LINEAR:
-        heads, spread, values = shape.linear_value_heads, shape.linear_value_heads * shape.linear_key_dim, shape.linear_values
+        heads, spread, values = (
+            shape.linear_value_heads,
+            shape.linear_value_heads * shape.linear_key_dim,
+            shape.linear_values,
+        )
         state = spread * shape.linear_value_dim / _CHUNK  # one state per chunk
         if bf16:
             return 28 * h + 8 * i + 8 * shape.linear_keys + 38 * spread + 36 * values + 934 * heads + 8 * state
@@ -170,6 +185,14 @@ def _row(settings: Settings, shape: Shape, width: int) -> int:
     layer = max(_layer(shape, kind, bf16=width == 2) for kind in set(shape.layers))
     reading = prompt * (layer + shape.cache_per_token(width)) / settings.rollout.group_size
     return int(max(reading, cache + _DRAW * shape.vocab))
+
+
+def _minibatch(settings: Settings) -> int:
+    """Rows of one minibatch, at most."""
+    rollout, zone, method = settings.rollout, settings.zone, settings.method.resolve()
+    share = 1 + (zone.rho_replay if method.replay else 0) + (zone.rho_aug if method.reformulations else 0)
+    prompts = ceil(rollout.batch_size * share)
+    return ceil(prompts / (1 if method.distils else settings.train.minibatches)) * rollout.group_size
 
 
 def _rows(settings: Settings) -> int:

@@ -28,7 +28,11 @@ def memory_rows(settings: Settings, resolve: Callable[[str], str] = str, machine
     memory = _estimate(settings, machine, resolve)
     if isinstance(memory, str):
         return [("estimate", memory)]
-    return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, resolve)]
+    return [
+        *_parts(settings, memory),
+        ("at most", _against(memory.total, machine)),
+        *_verdict(settings, memory, machine, resolve),
+    ]
 
 
 def _estimate(settings: Settings, machine: Machine | None, resolve: Callable[[str], str]) -> Memory | str:
@@ -53,7 +57,9 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
         each = f"{memory.rows:,} rollouts at once, {_size(memory.row)} each at the limits"
         rows.append(("sampling", f"{_size(memory.row * memory.rows)} ({each})"))
     rows.append(("update: activations", f"{_size(memory.activations)} (micro-batches of {memory.tokens:,} tokens)"))
-    rows.append(("update: logits", _size(memory.logits)))
+    if memory.layer:
+        rows.append(("update: a layer computed again", f"{_size(memory.layer)} (not while logits are held)"))
+    rows.append(("update: logits", f"{_size(memory.logits)} (gradients included)"))
     return rows
 
 
@@ -63,10 +69,13 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, resolv
     room = machine.usable
     if memory.total <= room:
         tight = memory.total > _TIGHT * room
-        return [("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")]
+        return [
+            ("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")
+        ]
     words = []
     if memory.standing + memory.update > room:
-        words.append(_lighter(settings, machine, resolve))
+        advice, memory = _lighter(settings, memory, machine, resolve)
+        words.append(advice)
     if memory.standing + memory.sampling > room:
         words.append(_fewer_rows(memory, machine))
     return [("verdict", "; ".join(words))]
@@ -77,30 +86,44 @@ def _fewer_rows(memory: Memory, machine: Machine) -> str:
     fit = (machine.usable - memory.standing - memory.cast) // memory.row if memory.row else 0
     if fit < 1:
         return "sampling: not even one rollout fits beside what stands; lower rollout.max_new_tokens or data.max_prompt_tokens"
-    says = "it halves them by itself until they fit" if machine.gpu else "set it: a machine that runs out of RAM ends the run"
+    says = (
+        "it halves them by itself until they fit"
+        if machine.gpu
+        else "set it: a machine that runs out of RAM ends the run"
+    )
     return f"sampling: {fit:,} of {memory.rows:,} rollouts fit at once, rollout.max_rows={fit}; {says}"
 
 
-def _lighter(settings: Settings, machine: Machine, resolve: Callable[[str], str]) -> str:
-    """The first change of settings with which the update fits."""
-    for changes in _changes(settings):
-        memory = _estimate(_with(settings, changes), machine, resolve)
-        if isinstance(memory, Memory) and memory.standing + memory.update <= machine.usable:
+def _lighter(settings: Settings, memory: Memory, machine: Machine, resolve: Callable[[str], str]) -> tuple[str, Memory]:
+    """The first change of settings with which the update fits, in words, and the memory with it."""
+
+    def fitting(changes: Mapping[str, Any]) -> Memory | None:
+        lighter = _estimate(_with(settings, changes), machine, resolve)
+        fits = isinstance(lighter, Memory) and lighter.standing + lighter.update <= machine.usable
+        return lighter if fits and isinstance(lighter, Memory) else None
+
+    if settings.train.tokens_per_microbatch == "auto" and machine.gpu:
+        if smallest := fitting({"tokens_per_microbatch": memory.longest}):
+            says = "the update does not fit at once; train.tokens_per_microbatch=auto halves its micro-batches until they do"
+            return says, smallest
+    for changes in _changes(settings, memory):
+        if lighter := fitting(changes):
             keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
-            return f"the update does not fit; it would with {keys} ({_size(memory.standing + memory.update)})"
+            return (
+                f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})",
+                lighter,
+            )
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
-        "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student"
+        "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
+        memory,
     )
 
 
-def _changes(settings: Settings) -> Iterator[Mapping[str, Any]]:
+def _changes(settings: Settings, memory: Memory) -> Iterator[Mapping[str, Any]]:
     """Settings of `train` that take less memory, those that cost least first."""
     again: dict[str, Any] = {} if settings.train.gradient_checkpointing else {"gradient_checkpointing": True}
-    memory = estimate(settings, gpu=False)
-    small: dict[str, Any] = {}
-    if isinstance(memory, Memory) and memory.tokens > memory.longest:
-        small = {"tokens_per_microbatch": memory.longest}
+    small: dict[str, Any] = {"tokens_per_microbatch": memory.longest} if memory.tokens > memory.longest else {}
     steps: list[dict[str, Any]] = [small, again, {**small, **again}]
     if settings.train.lora is None:
         if settings.train.optimizer == "adamw":
@@ -120,7 +143,11 @@ def _shown(value: Any) -> str:
 def _against(needed: int, machine: Machine | None) -> str:
     if machine is None:
         return _size(needed)
-    free = "" if machine.free is None or machine.free > _TIGHT * machine.total else f", {_size(machine.free)} of it free now"
+    free = (
+        ""
+        if machine.free is None or machine.free > _TIGHT * machine.total
+        else f", {_size(machine.free)} of it free now"
+    )
     return f"{_size(needed)} of {_size(machine.total)} ({machine.name}{free})"
 
 

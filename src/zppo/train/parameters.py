@@ -114,7 +114,9 @@ def _elements(file: Path, keep: Callable[[str], bool]) -> int:
             if length > _LONGEST_HEADER:
                 raise ValueError(f"its header would have {length:,} bytes")
             header: dict[str, Any] = json.loads(handle.read(length))
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__" and keep(name))
+        return sum(
+            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__" and keep(name)
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
         raise ModelError(f"{file} is no readable safetensors file ({error}); fetch the checkpoint again") from error
 

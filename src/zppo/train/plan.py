@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,12 +205,16 @@ def _judge_calls(
     return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
 
-def render_plan(settings: Settings, plan: Plan, source: str, folder: str) -> Group:
-    """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be."""
+def render_plan(
+    settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = ()
+) -> Group:
+    """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`."""
     parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
     parts += [_table("one step, at most", _step_rows(settings, plan)), ""]
     if plan.lazy is not None and plan.literal is not None:
         parts += [_teacher_table(settings, plan.lazy, plan.literal), ""]
+    if memory:
+        parts += [_table("memory, estimated for one process", list(memory)), ""]
     return Group(*parts, Text("Nothing was trained and no model was loaded: this was a dry run.", style="dim"))
 
 

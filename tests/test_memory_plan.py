@@ -1,0 +1,336 @@
+"""The memory estimate of a dry run against what real models hold, and its verdicts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny
+from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from zppo.core.types import Message, Question
+from zppo.engines.forward import completion_logprobs
+from zppo.errors import ModelError
+from zppo.train.lora import add_adapters
+from zppo.train.machine import GIB, Machine, _pick, find_machine
+from zppo.train.memory import Memory, activations_per_token, estimate, within
+from zppo.train.memory_view import memory_rows
+from zppo.train.recipe import load_recipe
+from zppo.train.recompute import recompute_layers
+from zppo.train.settings import LoraSettings, Settings
+from zppo.train.shapes import Shape, shape_of
+
+FACTOR = 1.35
+"""How far the estimate of activations and logits may be from a measured peak, up or down; docs/train-your-model.md states it."""
+
+WIDTHS = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LINEAR = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**WIDTHS, num_hidden_layers=3, head_dim=24)),
+    "qwen3-tied": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**WIDTHS, num_hidden_layers=2, head_dim=16, tie_word_embeddings=True)
+    ),
+    "qwen3.5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**WIDTHS, **LINEAR, num_hidden_layers=4, head_dim=16)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDTHS, num_hidden_layers=2)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDTHS, num_hidden_layers=2)),
+}
+
+
+def made(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MODELS[kind]().eval()
+
+
+def shape(model: PreTrainedModel, folder: Path) -> Shape:
+    model.config.save_pretrained(folder)
+    found = shape_of(str(folder))
+    assert found is not None
+    return found
+
+
+def peak(work: Callable[[], Any]) -> int:
+    """Bytes that are allocated at most while something runs, over what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = top = 0
+    for _, count in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        held += count
+        top = max(top, held)
+    return top
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_parameters_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
+    model = made(kind)
+    assert shape(model, tmp_path).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "*.mlp.*"), ("in_proj_a", "*layers.1.*_proj", "up_proj")])
+def test_adapters_are_those_of_peft(kind: str, targets: Any, tmp_path: Path) -> None:
+    if kind == "qwen3" and "in_proj_a" in targets:
+        targets = targets[1:]
+    model = made(kind)
+    found = shape(model, tmp_path)
+    add_adapters(model, LoraSettings(rank=3, targets=targets), base="x")
+    assert found.adapters(3, targets) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen3.5-0.8B", 0.75),
+        ("Qwen3.5-2B", 1.88),
+        ("Qwen3.5-4B", 4.2),
+        ("Qwen3.5-9B", 8.95),
+        ("Qwen3.5-27B-FP8", 26.9),
+    ],
+)
+def test_known_names_need_no_files(name: str, billions: float) -> None:
+    known = shape_of(f"Qwen/{name}")
+    assert known is not None and known.source == "by its name"
+    assert known.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_unknown_models_have_no_shape(tmp_path: Path) -> None:
+    assert shape_of("someone/unheard-of") is None
+    assert shape_of("not a name/at all/of a model") is None
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe", "num_experts": 8, **WIDTHS, "num_hidden_layers": 2})
+    )
+    assert shape_of(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        shape_of(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Qwen3.5 student, a teacher and a recipe."""
+    root = tmp_path_factory.mktemp("memory")
+    made("qwen3.5").save_pretrained(root / "student")
+    make_tiny(root / "teacher")
+    (root / "recipe.yaml").write_text(
+        "student: {model: student}\nteacher: {model: teacher, compression: {max_new_tokens: 16}, rollout: {max_new_tokens: 32}}\n"
+        "data: {train: questions.jsonl, max_prompt_tokens: 64}\nrollout: {max_new_tokens: 64, batch_size: 8, group_size: 4}\n"
+        "train: {tokens_per_microbatch: 4096}\n"
+    )
+    return root
+
+
+def settings(folder: Path, *overrides: str) -> Settings:
+    return load_recipe(folder / "recipe.yaml", overrides)
+
+
+def estimated(folder: Path, *overrides: str, gpu: bool = False) -> Memory:
+    found = estimate(settings(folder, *overrides), gpu=gpu)
+    assert isinstance(found, Memory)
+    return found
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_gradients_and_optimizer_are_exact(folder: Path, lora: bool) -> None:
+    model = made("qwen3.5")
+    if lora:
+        add_adapters(model, LoraSettings(), base="x")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = sum(s[name].nbytes for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    real = (
+        sum(p.nbytes for p in model.parameters()),
+        sum(p.grad.nbytes for p in trained if p.grad is not None),
+        moments,
+    )
+    memory = estimated(folder, *(["--train.lora={}"] if lora else []))
+    assert (memory.weights, memory.gradients, memory.optimizer) == real
+
+
+def test_precision_optimizer_and_frozen_models_count(folder: Path) -> None:
+    whole, gpu = estimated(folder), estimated(folder, gpu=True)
+    n = whole.weights // 4
+    assert (gpu.weights, gpu.cast, gpu.stepping, whole.cast) == (4 * n, 2 * n, 4 * n, 0)
+    assert (
+        whole.others
+        == 2 * gpu.others
+        == 4 * sum(p.numel() for p in Qwen3ForCausalLM.from_pretrained(folder / "teacher").parameters())
+    )
+    assert whole.optimizer / estimated(folder, "--train.optimizer=adamw-8bit").optimizer == pytest.approx(4, rel=0.02)
+    adapters = estimated(folder, "--train.lora={}", gpu=True)
+    assert adapters.cast == 0 and adapters.weights == 2 * n + adapters.gradients
+    remote = ("--teacher.base_urls=[http://localhost:1/v1]", "--method=grpo-both")
+    assert estimated(folder, *remote).others == 0 == estimated(folder, "--method=grpo").others
+    assert estimated(folder, *remote, f"--judge.model={folder / 'teacher'}").others == whole.others
+
+
+def test_a_vision_tower_that_is_not_loaded_does_not_count(folder: Path, tmp_path: Path) -> None:
+    model = made("qwen3.5")
+    model.config.save_pretrained(tmp_path)
+    extra = {"model.visual.blocks.0.w": torch.zeros(100, 100), "mtp.fc.weight": torch.zeros(100, 100)}
+    save_file(
+        {**{name: p.detach().clone() for name, p in model.named_parameters()}, **extra}, tmp_path / "model.safetensors"
+    )
+    assert estimated(folder, f"--student.model={tmp_path}").weights == estimated(folder).weights
+
+
+def test_vllm_takes_its_share_and_the_run_keeps_no_cache(folder: Path) -> None:
+    within_process = estimate(settings(folder, "--rollout.engine=vllm"), gpu=True, capacity=100 * GIB)
+    beside = estimate(
+        settings(folder, "--rollout.engine=vllm", "--rollout.vllm.mode=server"), gpu=True, capacity=100 * GIB
+    )
+    assert isinstance(within_process, Memory) and isinstance(beside, Memory)
+    assert (within_process.vllm, within_process.rows) == (30 * GIB, 0) and beside.vllm == 0
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
+def test_the_update_holds_about_what_is_estimated(kind: str, bf16: bool, recomputed: bool, tmp_path: Path) -> None:
+    model = made(kind)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    if recomputed:
+        recompute_layers(model)
+    rows = [((1,) * 8, tuple(range(1, 249))) for _ in range(4)]
+
+    def update() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+            logprobs, _ = completion_logprobs(model, rows)
+        logprobs.sum().backward()
+
+    update()  # the first time allocates what stays
+    tokens, n = 4 * 256, sum(p.numel() for p in model.parameters())
+    kept, again = activations_per_token(shape(model, tmp_path), bf16=bf16, recomputed=recomputed)
+    logits = 2 * (2 if bf16 else 4) * tokens * model.config.vocab_size
+    guess, real = tokens * kept + max(logits, tokens * again) + (2 * n if bf16 else 0), peak(update)
+    assert 1 / FACTOR < guess / real < FACTOR, (guess, real)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
+def test_a_rollouts_cache_is_exact(kind: str, tmp_path: Path) -> None:
+    model, rows, length = made(kind), 3, 70
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.ones(rows, length, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    held = 0
+    for layer in cache.layers:
+        values = [list(v.values()) if isinstance(v, dict) else v for v in vars(layer).values()]
+        tensors = [t for value in values for t in (value if isinstance(value, (list, tuple)) else [value])]
+        held += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+    found = shape(model, tmp_path)
+    assert rows * (found.cache_per_token(4) * length + found.cache_per_row(4)) == held
+
+
+def test_lengths_follow_the_settings_and_the_questions(folder: Path) -> None:
+    base = estimated(folder)
+    assert base.longest == 64 + 4 * 16 + 300 + 64 and base.tokens == 4096 // base.longest * base.longest
+    assert estimated(folder, "--method=grpo").longest == 128
+    assert estimated(folder, "--train.tokens_per_microbatch=10").tokens == base.longest
+    assert estimated(folder, "--train.minibatches=3", "--method=grpo").tokens == 128 * 4 * 3
+    assert (base.rows, estimated(folder, "--rollout.max_rows=5").rows) == (40, 5)
+    short = [Question("q", (Message("user", "é" * 10),), "1")]
+    assert within(settings(folder, "--data.max_prompt_tokens=4096"), short).data.max_prompt_tokens == 320
+    assert within(settings(folder), short).data.max_prompt_tokens == 64
+    wide = estimated(folder, "--method=off-distill")
+    assert wide.logits / wide.tokens > 4 * base.logits / base.tokens
+
+
+def verdict(chosen: Settings, machine: Machine) -> str:
+    rows = dict(memory_rows(chosen, machine=machine))
+    return rows["verdict"]
+
+
+@pytest.mark.parametrize("gigabytes", [16, 24, 48, 80, 141])
+@pytest.mark.parametrize("student", ["Qwen/Qwen3.5-0.8B", "Qwen/Qwen3.5-4B"])
+def test_what_is_advised_fits(student: str, gigabytes: int) -> None:
+    machine = Machine("GPU", True, gigabytes * 10**9)
+    recipe = Path(__file__).parents[1] / "recipes" / "my-data.yaml"
+    base = [f"--student.model={student}", "--teacher.base_urls=[http://localhost:1/v1]", "--rollout.batch_size=32"]
+    said = verdict(load_recipe(recipe, base), machine)
+    if "even with LoRA" in said:
+        assert gigabytes <= 24
+        return
+    changes = re.findall(r"--train\.\S+", said.replace("'", "")) + [
+        f"--{r}" for r in re.findall(r"rollout\.max_rows=\d+", said)
+    ]
+    again = verdict(load_recipe(recipe, [*base, *changes]), machine)
+    assert again.startswith("fits"), (said, again)
+    if changes:
+        assert not said.startswith("fits")
+
+
+def test_verdicts_in_words(folder: Path) -> None:
+    memory = estimated(folder, gpu=True)
+    fits = Machine("GPU", True, 2 * memory.total)
+    assert verdict(settings(folder), fits) == "fits"
+    assert "tight" in verdict(settings(folder), Machine("GPU", True, memory.total + 1))
+    assert (
+        "free now"
+        in dict(memory_rows(settings(folder), machine=Machine("GPU", True, 4 * memory.total, 2 * memory.total)))[
+            "at most"
+        ]
+    )
+    small = Machine("GPU", True, memory.standing + memory.cast + 2 * memory.row)
+    auto = verdict(settings(folder, "--train.tokens_per_microbatch=auto", "--rollout.batch_size=64"), small)
+    assert "rollouts fit at once" in auto
+    none = verdict(settings(folder), Machine("GPU", True, GIB))
+    assert "even with LoRA" in none and "not even one rollout" in none
+    assert "not known" in dict(memory_rows(settings(folder, "--student.model=someone/else"), machine=fits))["estimate"]
+
+
+def test_the_gpu_that_a_run_would_see_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = "0, GPU-aaa, NVIDIA A, 24564, 24000\n1, GPU-bbb, NVIDIA B, 81559, 100\n2, GPU-ccc, Cut, [N/A], [N/A]\n"
+    assert _pick(table, "") == Machine("NVIDIA A", True, 24564 * 2**20, 24000 * 2**20)
+    for chosen in ("1", "GPU-bb"):
+        found = _pick(table, chosen)
+        assert found is not None and found.name == "NVIDIA B" and found.usable == 100 * 2**20
+    assert _pick(table, "2") is None and _pick("", "") is None and _pick("no devices were found", "") is None
+
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{table}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpu, ram = find_machine("auto"), find_machine("cpu")
+    assert gpu is not None and gpu.name == "NVIDIA A" and ram is not None and not ram.gpu and ram.total > GIB // 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert find_machine("auto") == _pick(table, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_machine("auto") == ram
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert find_machine("auto") == ram
