@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from conftest import make_tiny
 from zppo.core.types import Message, Question
 from zppo.engines.forward import completion_logprobs
 from zppo.errors import ModelError
@@ -43,14 +43,14 @@ from zppo.train.shapes import Shape, shape_of
 FACTOR = 1.35
 """How far the estimate of activations and logits may be from a measured peak, up or down; docs/train-your-model.md states it."""
 
-WIDTHS = {
+WIDTHS: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 160,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-LINEAR = {
+LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
     "linear_num_key_heads": 2,
@@ -69,7 +69,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 def made(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    return MODELS[kind]().eval()
+    model = MODELS[kind]()
+    model.eval()
+    return model
 
 
 def shape(model: PreTrainedModel, folder: Path) -> Shape:
@@ -83,7 +85,7 @@ def peak(work: Callable[[], Any]) -> int:
     """Bytes that are allocated at most while something runs, over what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
-    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = trace.profiler.kineto_results.events()
     held = top = 0
     for _, count in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         held += count

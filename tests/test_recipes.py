@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REWARD, make_tiny, make_tokenizer
-from fault_server import Server
 from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
+from conftest import REWARD, make_tiny, make_tokenizer
+from fault_server import Server
 from zppo.cli import main
+from zppo.core.types import Message, Question
 from zppo.train.machine import Machine
 from zppo.train.memory import within
 from zppo.train.memory_view import memory_rows
@@ -52,9 +53,13 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student.save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
     make_tiny(folder / "teacher")
-    rows = [{"question": f"What is {i} + {j}?", "answer": f"They add up.\n#### {i + j}"} for i in range(4) for j in range(4)]
+    rows = [
+        {"question": f"What is {i} + {j}?", "answer": f"They add up.\n#### {i + j}"} for i in range(4) for j in range(4)
+    ]
     (folder / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    math = [{"problem": f"What is ${i}^2$?", "answer": str(i * i), "level": i % 5, "unique_id": f"n/{i}"} for i in range(16)]
+    math = [
+        {"problem": f"What is ${i}^2$?", "answer": str(i * i), "level": i % 5, "unique_id": f"n/{i}"} for i in range(16)
+    ]
     (folder / "math.jsonl").write_text("\n".join(map(json.dumps, math)))
     (folder / "reward.py").write_text(REWARD)
     return folder
@@ -72,7 +77,12 @@ def tiny(name: str, folder: Path) -> list[str]:
     return [
         f"--student.model={folder / 'student'}",
         *questions(name, folder),
-        *("--rollout.batch_size=4", "--rollout.group_size=4", "--rollout.max_new_tokens=8", "--rollout.engine=transformers"),
+        *(
+            "--rollout.batch_size=4",
+            "--rollout.group_size=4",
+            "--rollout.max_new_tokens=8",
+            "--rollout.engine=transformers",
+        ),
         *("--teacher.rollout.max_new_tokens=16", "--teacher.compression.max_new_tokens=16"),
         *("--train.steps=2", "--train.checkpoint_every=1", "--train.device=cpu", "--train.optimizer=adamw"),
         *("--eval.every=0", "--eval.max_new_tokens=8", "--data.eval_limit=4"),
@@ -102,22 +112,33 @@ def test_the_large_recipes_are_the_papers(name: str) -> None:
     assert settings.zone == ZoneSettings() and settings.advantage == default["advantage"].default
     assert settings.loss == default["loss"].default
     rollout, train = settings.rollout, settings.train
-    assert (rollout.batch_size, rollout.group_size, rollout.max_new_tokens, rollout.temperature) == (384, 8, 12_288, 1.0)
+    assert (rollout.batch_size, rollout.group_size, rollout.max_new_tokens, rollout.temperature) == (
+        384,
+        8,
+        12_288,
+        1.0,
+    )
     assert (train.steps, train.minibatches, train.learning_rate, train.weight_decay) == (200, 4, 1e-6, 0.1)
     assert settings.data.max_prompt_tokens == 4096 and settings.rollout.engine == "vllm"
     assert settings.eval.sampling() == default["eval"].default.sampling()
     teacher = settings.teacher
     assert teacher is not None and teacher.model == "Qwen/Qwen3.5-27B-FP8"
-    assert (teacher.rollout.max_new_tokens, teacher.rollout.temperature, teacher.compression.max_new_tokens) == (12_288, 1.0, 512)
+    assert (teacher.rollout.max_new_tokens, teacher.rollout.temperature, teacher.compression.max_new_tokens) == (
+        12_288,
+        1.0,
+        512,
+    )
     length = settings.rollout.vllm.max_model_length
     assert length is not None and length >= 4096 + 8 * 512 + 300 + 12_288
 
 
 @pytest.mark.parametrize("name", MADE_FOR)
 def test_recipes_fit_the_machine_that_they_name(name: str) -> None:
+    """By the estimate, with questions of up to 2,000 characters."""
     machine = Machine("GPU", True, MADE_FOR[name] * 10**9)
     assert f"{MADE_FOR[name]} GB" in (RECIPES / f"{name}.yaml").read_text()
-    rows = dict(memory_rows(load_recipe(RECIPES / f"{name}.yaml", ["--data.max_prompt_tokens=2048"]), machine=machine))
+    asked = [Question("q", (Message("user", "x" * 2000),), "1")]
+    rows = dict(memory_rows(within(load_recipe(RECIPES / f"{name}.yaml"), asked), machine=machine))
     assert rows["verdict"].startswith("fits"), rows
 
 

@@ -14,12 +14,12 @@ from zppo.report.charts import Chart
 from zppo.report.cost import as_run
 from zppo.report.figures import charts_of
 from zppo.report.load import RECIPE, Run, open_run
-from zppo.train.parameters import size_of
 from zppo.report.questions import QuestionLine, question_lines
 from zppo.report.scan import StepScan, scan_file
 from zppo.report.tables import Table, percent, tables_of
 from zppo.report.zone import ZoneStory, zone_story
 from zppo.train.methods import METHODS
+from zppo.train.parameters import size_of
 from zppo.train.recipe import load_recipe
 from zppo.train.runlog import METRICS
 

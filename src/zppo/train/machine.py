@@ -35,7 +35,7 @@ class Machine:
 
 
 def find_machine(device: Literal["auto", "cpu"]) -> Machine | None:
-    """The first GPU that a run would see, or the RAM where there is none or the recipe leaves it alone; None where neither says its size."""
+    """The first GPU that a run would see; the RAM where there is none, or the recipe leaves it alone; None where nothing is known."""
     return (None if device == "cpu" else _gpu()) or _ram()
 
 

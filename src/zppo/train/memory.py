@@ -1,7 +1,8 @@
 """How much memory a recipe needs, from sizes alone: what stands all the time, what sampling and the update come and go with.
 
-An estimate of the most. Weights, gradients and optimizer are counted; activations are a fit to what autograd keeps of the library's own layers
-(tests/test_memory_plan.py measures how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how rough each part is.
+An estimate of the most. Weights, gradients and optimizer are counted; activations are a fit to what autograd keeps of the library's
+own layers (tests/test_memory_plan.py measures how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how
+rough each part is.
 """
 
 from __future__ import annotations
@@ -96,12 +97,9 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
     shape = shape_of(settings.student.model, resolve)
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
-    others = 0
-    for frozen in _in_process(settings):
-        known = shape_of(frozen.model, resolve)
-        if known is None:
-            return f"not known: {frozen.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
-        others += _parameters(frozen, known, resolve) * (2 if gpu else 4)
+    others = _frozen(settings, gpu, resolve)
+    if isinstance(others, str):
+        return others
     train = settings.train
     parameters = _parameters(settings.student, shape, resolve)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
@@ -112,10 +110,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
     tokens = longest * max(1, min(budget // longest, _minibatch(settings)))
     width = 2 if bf16 else 4
     kept, again = activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)
-    if settings.method.resolve().distils:
-        logits = tokens * shape.vocab * _DIVERGENCE
-    else:
-        logits = 2 * width * tokens * shape.vocab
+    per_logit = _DIVERGENCE if settings.method.resolve().distils else 2 * width
     own = settings.rollout.engine == "transformers"
     vllm = settings.rollout.vllm
     return Memory(
@@ -129,7 +124,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
         rows=_rows(settings) if own else 0,
         activations=int(tokens * kept),
         layer=int(tokens * again),
-        logits=logits,
+        logits=tokens * shape.vocab * per_logit,
         tokens=tokens,
         longest=longest,
         stepping=trained * 4 if gpu else 0,
@@ -155,7 +150,10 @@ def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> tupl
 
 
 def _layer(shape: Shape, kind: str, *, bf16: bool) -> float:
-    """Bytes per token of one layer: a fit to what is saved for the backward pass (transformers 5.23, its own torch code for linear attention)."""
+    """Bytes per token of one layer: a fit to what is saved for the backward pass.
+
+    Of transformers 5.23, with its own torch code for linear attention; scaled-dot-product attention keeps no scores.
+    """
     h, i = shape.hidden, shape.mlp
     if kind == LINEAR:
         heads, spread, values = (
@@ -219,10 +217,18 @@ def _longest(settings: Settings) -> int:
     return settings.data.max_prompt_tokens + added + settings.rollout.max_new_tokens
 
 
-def _in_process(settings: Settings) -> list[ModelSettings]:
-    """Frozen models that the run loads."""
+def _frozen(settings: Settings, gpu: bool, resolve: Callable[[str], str]) -> int | str:
+    """Bytes of the frozen models that the run loads, or why they are not known."""
     teachers = (settings.teacher, *settings.more_teachers) if settings.method.resolve().needs_teacher else ()
-    return [m for m in (*teachers, settings.judge) if m is not None and not m.base_urls]
+    total = 0
+    for model in (*teachers, settings.judge):
+        if model is None or model.base_urls:
+            continue
+        shape = shape_of(model.model, resolve)
+        if shape is None:
+            return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
+        total += _parameters(model, shape, resolve) * (2 if gpu else 4)
+    return total
 
 
 def _parameters(model: ModelSettings, shape: Shape, resolve: Callable[[str], str]) -> int:

@@ -102,10 +102,12 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, resolve: Call
         fits = isinstance(lighter, Memory) and lighter.standing + lighter.update <= machine.usable
         return lighter if fits and isinstance(lighter, Memory) else None
 
-    if settings.train.tokens_per_microbatch == "auto" and machine.gpu:
-        if smallest := fitting({"tokens_per_microbatch": memory.longest}):
-            says = "the update does not fit at once; train.tokens_per_microbatch=auto halves its micro-batches until they do"
-            return says, smallest
+    halves = settings.train.tokens_per_microbatch == "auto" and machine.gpu
+    if halves and (smallest := fitting({"tokens_per_microbatch": memory.longest})):
+        says = (
+            "the update does not fit at once; train.tokens_per_microbatch=auto halves its micro-batches until they do"
+        )
+        return says, smallest
     for changes in _changes(settings, memory):
         if lighter := fitting(changes):
             keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
