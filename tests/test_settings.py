@@ -434,6 +434,6 @@ def test_every_recipe_of_the_project_is_valid(recipe: Path) -> None:
     settings = load_recipe(recipe)
     assert not isinstance(settings.data.train, Path)
     for source in (settings.data.train, settings.data.eval):
-        assert source is None or source.startswith("lab:") or Path(source).is_file()
+        assert source is None or source.startswith(("lab:", "hub:")) or Path(source).is_file()
     for path in settings.prompts.values():
         assert path.is_file()
