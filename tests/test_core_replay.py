@@ -302,6 +302,7 @@ def seconds_of_a_step(buffer: PromptReplayBuffer, capacity: int) -> float:
     return best
 
 
+@pytest.mark.slow
 def test_cost_does_not_grow_with_the_capacity() -> None:
     """A hundred times the capacity: anything that is linear in it would cost a hundred times as much, caches cost a few times."""
     small, large = 10_000, 1_000_000

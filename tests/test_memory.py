@@ -44,6 +44,8 @@ from zppo.train.recompute import recompute_layers
 from zppo.train.settings import AdvantageSettings, LoraSettings, TrainSettings
 from zppo.train.update import UpdateStopped, advantages_of
 
+pytestmark = pytest.mark.slow
+
 TIME_FIELDS = ("seconds", "tokens_per_second")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

@@ -40,6 +40,8 @@ from zppo.train.recompute import recompute_layers
 from zppo.train.settings import LoraSettings, Settings
 from zppo.train.shapes import Shape, shape_of
 
+pytestmark = pytest.mark.slow
+
 FACTOR = 1.35
 """How far the estimate of activations and logits may be from a measured peak, up or down; docs/train-your-model.md states it."""
 

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -46,6 +47,7 @@ def test_the_constraints_for_vllm_admit_what_the_project_admits() -> None:
     assert wanted["vllm"]["trl"].specifier == wanted["dev"]["trl"].specifier
 
 
+@pytest.mark.slow
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     """CUDA_VISIBLE_DEVICES empty: none, wherever this runs."""
     done = subprocess.run(

@@ -21,6 +21,8 @@ from zppo.teacher.remote import RemoteTeacher, seed_of
 from zppo.teacher.servers import FAULTS, Service, backoff
 from zppo.teacher.wire import Scrubber, retry_after
 
+pytestmark = pytest.mark.slow
+
 HOW = TeacherSampling(Sampling(max_new_tokens=16))
 KEY = "sk-very-secret-0123456789"
 

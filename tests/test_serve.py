@@ -27,6 +27,8 @@ from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.serve.body import Body, read_body
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Counting, Chat]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -194,6 +195,7 @@ def test_without_reformulations_nobody_is_asked() -> None:
     assert teacher.rollouts == []
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 12), rho=st.sampled_from([0.1, 0.25, 0.5, 1.0]))
 def test_the_lazy_teacher_gives_the_same_prompts_for_fewer_calls(seed: int, count: int, rho: float) -> None:
     rng = random.Random(seed)
