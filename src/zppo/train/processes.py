@@ -52,15 +52,15 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
                 "train RECIPE, or set train.sharding to none"
             )
         return Weights(Team(stop=stop))
-    group = None  # the processes' own, where that carries objects on the CPU
-    if torch.distributed.get_backend() != "gloo":
-        group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
     if sharding == "fsdp2" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
         name = "train.lora" if settings.train.lora is not None else f"train.optimizer={settings.train.optimizer}"
         raise SettingsError(
             f"{name} does not go with sharded weights (fsdp2): leave one of them out. With adapters or an 8-bit optimizer there is "
             "little left to shard"
         )
+    group = None  # the processes' own, where that carries objects on the CPU
+    if torch.distributed.get_backend() != "gloo":
+        group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
     team = Team(accelerator.process_index, size, group, stop)
     return ShardedWeights(team, reshard=launch.reshard) if sharding == "fsdp2" else Weights(team)
 

@@ -213,7 +213,7 @@ class Updater:
                 asked = [unknown[m] for m in micro]
                 logprobs, _ = self._forward([samples[g][i] for g, i in asked])
                 for (g, i), line in zip(asked, logprobs.float().cpu(), strict=True):
-                    result[g, i] = line[: samples[g][i].tokens]
+                    result[g, i] = line[: samples[g][i].tokens].clone()  # a view is sent with its whole batch
 
         if self.weights.team.any(bool(unknown)):
             with torch.no_grad(), self.weights.whole():
