@@ -30,12 +30,14 @@ class World:
         more: further arguments of `zppo train recipe.yaml`.
         output: the run folder.
         command: other arguments than those of `zppo train`.
+        env: environment variables, as a launcher sets them.
     """
 
     folder: Path
     recipe: dict[str, Any] = field(default_factory=dict)
     more: list[str] = field(default_factory=list)
     command: list[str] | None = None
+    env: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe = {
@@ -631,6 +633,54 @@ def _(w: World) -> None:
     open_server().control({"kind": "status", "status": 422, "body": "unknown field top_k"})
     at(w, open_server().url)
     w.set("teacher.rollout", {"top_k": 5})
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def _accelerate(w: World, **more: str) -> None:
+    """The environment of one process of `accelerate launch`."""
+    w.env = {"RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "no", **more}
+
+
+@case("accelerate launch on CPUs, which starts one process")
+def _(w: World) -> None:
+    w.env = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+
+
+@case("sharding, and one process runs")
+def _(w: World) -> None:
+    w.set("train.sharding", "fsdp2")
+
+
+@case("an accelerate configuration with DeepSpeed")
+def _(w: World) -> None:
+    _accelerate(w, ACCELERATE_USE_DEEPSPEED="true")
+
+
+@case("an accelerate configuration with FSDP 1")
+def _(w: World) -> None:
+    _accelerate(w, ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
+
+
+@case("an accelerate configuration that moves weights to the CPU")
+def _(w: World) -> None:
+    _accelerate(w, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_OFFLOAD_PARAMS="true")
+
+
+@case("an accelerate configuration with gradient accumulation")
+def _(w: World) -> None:
+    _accelerate(w, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+
+
+@case("an accelerate configuration with another precision")
+def _(w: World) -> None:
+    _accelerate(w, ACCELERATE_MIXED_PRECISION="fp16")
+
+
+@case("a number of processes that is none")
+def _(w: World) -> None:
+    w.env = {"RANK": "0", "WORLD_SIZE": "two"}
 
 
 # --- folders of runs ------------------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ def test_the_message_names_value_cause_and_mend(
     world = World(tmp_path)
     CASES[wrong](world)
     arguments = world.arguments()
+    for name, value in world.env.items():
+        monkeypatch.setenv(name, value)
     before = everything(tmp_path)
     # Tests may run as root, whom no permission stops.
     monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
