@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import make_tiny
+from zppo.cli import main
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
@@ -210,6 +211,7 @@ FINE: dict[str, Any] = {
     ("change", "said"),
     [
         ({"truncated_share": 0.4}, "40% of the completions were cut off at rollout.max_new_tokens"),
+        ({"truncated": 0.5}, "50% of the held-out completions were cut off at eval.max_new_tokens"),
         ({"no_answer_share": 0.75}, r"75% of the completions have no \boxed{} answer"),
         ({"grading_timeout_share": 0.034}, "grading gave up on 3.4% of the answers"),
         ({"graded_answers": 10, "seconds": {"step": 10.0, "grading": 4.0}}, "400 seconds per 1,000 answers"),
@@ -228,6 +230,7 @@ def test_each_watch_warns_with_advice(change: dict[str, Any], said: str) -> None
         {**FINE, "truncated_share": None, "no_answer_share": None, "grading_timeout_share": None, "graded_answers": 0},
         {**FINE, "graded_answers": 10, "seconds": {"step": 100.0, "grading": 4.0}},  # slow, but who cares
         {"seconds": {"step": 1.0}},
+        {"accuracy": 0.0, "truncated": 0.0},  # an evaluation
     ],
 )
 def test_healthy_steps_are_quiet(metrics: dict[str, Any]) -> None:
@@ -245,6 +248,22 @@ def test_a_reward_of_one_s_own_has_no_boxes_to_miss() -> None:
     bad = {**FINE, "truncated_share": 0.9, "no_answer_share": 1.0}
     assert len(Adviser(own_reward=True).advice(1, bad)) == 1 < len(Adviser(own_reward=False).advice(1, bad))
     assert len({watch.name for watch in WATCHES}) == len(WATCHES)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_why_and_a_healthy_one_is_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lab's chains take eleven tokens: with five all answers are cut off, and nothing is right."""
+    recipe = Path(__file__).parents[1] / "recipes" / "lab.yaml"
+    small = ["--train.steps=1", "--rollout.batch_size=8", "--data.eval_limit=8", "--eval.every=0"]
+    warnings = ("cut off at rollout.max_new_tokens", "have no \\boxed{} answer", "cut off at eval.max_new_tokens")
+    for run, limit in (("healthy", 16), ("failing", 5)):
+        limits = [f"--rollout.max_new_tokens={limit}", f"--eval.max_new_tokens={limit}"]
+        assert main(["train", str(recipe), f"--output={tmp_path / run}", *small, *limits]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert [text in said for text in warnings] == [run == "failing"] * 3
+        assert ("step 1: " in said) == (run == "failing")
 
 
 def test_grading_is_timed_and_taken_once() -> None:

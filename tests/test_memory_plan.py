@@ -313,6 +313,10 @@ def test_verdicts_in_words(folder: Path) -> None:
     assert "rollouts fit at once" in auto
     none = verdict(settings(folder), Machine("GPU", True, GIB))
     assert "even with LoRA" in none and "not even one rollout" in none
+    sharded = dict(memory_rows(settings(folder, "--train.sharding=fsdp2"), machine=fits))
+    assert "counted whole" in sharded["sharding"] and "sharding" not in dict(
+        memory_rows(settings(folder), machine=fits)
+    )
     assert "not known" in dict(memory_rows(settings(folder, "--student.model=someone/else"), machine=fits))["estimate"]
 
 

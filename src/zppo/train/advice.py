@@ -59,8 +59,8 @@ class Watch:
 
 def _slow_grading(metrics: Metrics) -> float | None:
     """Seconds per 1,000 answers, where grading takes more than a fifth of the step."""
-    seconds, answers = metrics["seconds"].get("grading", 0.0), metrics.get("graded_answers", 0)
-    if not answers or seconds < 0.2 * metrics["seconds"]["step"]:
+    answers = metrics.get("graded_answers", 0)
+    if not answers or (seconds := metrics["seconds"].get("grading", 0.0)) < 0.2 * metrics["seconds"]["step"]:
         return None
     return float(1000 * seconds / answers)
 
@@ -72,6 +72,13 @@ WATCHES = (
         0.3,
         "{value:.0%} of the completions were cut off at rollout.max_new_tokens, and few of those have an answer. Raise the limit; where "
         "the completions repeat themselves (see the report's stories), lower train.learning_rate instead",
+    ),
+    Watch(
+        "truncated evaluation",
+        lambda m: m.get("truncated"),
+        0.3,
+        "{value:.0%} of the held-out completions were cut off at eval.max_new_tokens, and few of those have an answer: the accuracy says "
+        "little. Raise the limit",
     ),
     Watch(
         "no answer",
@@ -112,7 +119,7 @@ class Adviser:
         self._said: dict[str, int] = {}
 
     def advice(self, step: int, metrics: Metrics) -> list[str]:
-        """Warnings about this step that are due."""
+        """Warnings that are due about the metrics of this step, or of an evaluation after it."""
         due = []
         for watch in self._watches:
             value = watch.value(metrics)

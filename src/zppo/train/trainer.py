@@ -266,6 +266,7 @@ class Trainer:
             self.log.metrics(self.done, "eval", asdict(result) | self.team.total(self.scorer.metrics()))
             self.progress.evaluation(self.done, result)
             self._warn(f"evaluation at step {self.done}")
+            self._advise(self.done, asdict(result))
             self.evaluated = self.done
             self._boundary = self.state_dict()
         return result
@@ -306,6 +307,10 @@ class Trainer:
         """What a person should know about the grading of a step or an evaluation."""
         for text in dict.fromkeys(chain.from_iterable(self.team.gather(self.scorer.warnings()))):
             self.progress.warning(f"{when}: {text}")
+
+    def _advise(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for text in self.adviser.advice(step, metrics):
+            self.progress.warning(text)
 
     def _new_questions(self, step: int) -> list[Question]:
         """X_new: a function of (seed, step)."""
@@ -381,8 +386,7 @@ class Trainer:
         }
         self.totals.rollouts += metrics["rollouts"]
         self.log.metrics(step, "step", metrics)
-        for text in self.adviser.advice(step, metrics):
-            self.progress.warning(text)
+        self._advise(step, metrics)
         self.progress.step(step, metrics, self.totals)
 
 
