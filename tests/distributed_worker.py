@@ -72,6 +72,8 @@ def stopped_after_two(updater: Updater, groups: list[Group], advantages: torch.T
         updater.update(groups, advantages, step)
     except UpdateStopped as stopped:
         assert stopped.begun.done == 2 and len(stopped.begun.old) == sum(len(g.rollouts) for g in groups)
+        views = [line for line in stopped.begun.old if line.untyped_storage().nbytes() > line.nbytes]
+        assert not views, "old log-probs were sent with the batch that they are a part of"
         updater.stop = lambda: False
         return stopped.begun
     raise AssertionError("it did not stop")
