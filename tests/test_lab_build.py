@@ -26,9 +26,10 @@ from zppo.lab.language import make_tokenizer
 from zppo.lab.measure import Probe
 from zppo.lab.outside import chain_of
 from zppo.lab.pretrain import Row, batches, loss_sum, make_model, pretrain, rows
+from zppo.lab.questions import lab_questions
 from zppo.lab.settings import Pretraining
 from zppo.lab.world import WORLDS as SETTINGS
-from zppo.lab.world import lab_questions, load_world
+from zppo.lab.world import load_world
 
 WORLDS = ("unreachable", "reachable")
 

@@ -15,7 +15,8 @@ from zppo.errors import SettingsError
 from zppo.grading import equal
 from zppo.lab.commands import level_name
 from zppo.lab.outside import chain_of
-from zppo.lab.world import WORLDS, Chain, World, lab_questions, load_world, write_questions
+from zppo.lab.questions import lab_questions, write_questions
+from zppo.lab.world import WORLDS, Chain, World, load_world
 
 NAMES = ("unreachable", "reachable")
 

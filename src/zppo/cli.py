@@ -230,7 +230,7 @@ def register_lab_models() -> None:
 
 
 def _lab_source(rest: str) -> list[Question]:
-    from zppo.lab.world import lab_questions
+    from zppo.lab.questions import lab_questions
 
     world, slash, split = rest.partition("/")
     if not slash:

@@ -17,8 +17,9 @@ from zppo.lab.corpus import StudentCorpus, TeacherCorpus
 from zppo.lab.language import make_tokenizer, templates
 from zppo.lab.measure import Probe
 from zppo.lab.pretrain import make_model, pretrain
+from zppo.lab.questions import write_questions
 from zppo.lab.settings import Pretraining
-from zppo.lab.world import Entry, World, write_questions
+from zppo.lab.world import Entry, World
 from zppo.prompts import Neutraliser, PromptBook
 
 Say = Callable[[str], None]

@@ -9,7 +9,8 @@ from transformers.utils import logging
 from zppo.core.draws import keyed_random
 from zppo.errors import SettingsError
 from zppo.lab.build import build
-from zppo.lab.world import World, lab_questions, load_world
+from zppo.lab.questions import lab_questions
+from zppo.lab.world import World, load_world
 
 
 def build_command(
