@@ -27,7 +27,7 @@ from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader
 from zppo.prompts.book import PromptBook
 from zppo.train.plan import load_data
-from zppo.train.questions import unknown_tokens
+from zppo.train.questions import in_both, unknown_tokens
 from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Speaker
 from zppo.train.settings import ColumnSettings, DataSettings, Settings
@@ -82,6 +82,10 @@ def test_tables(tmp_path: Path) -> None:
         ("prompt,prompt\na,1\n", "q.csv, row 1: two columns are called 'prompt'"),
         ('prompt,answer\n"a"b,1\n', "q.csv, after row 1: is no CSV"),
         ("a,b\n1,2\n", "column 'prompt': missing, and so is 'messages'; the row has 'a', 'b'"),
+        (
+            "prompt;answer\na;1\n",
+            "row 1: is one column called 'prompt;answer', so the file seems to be separated by ';'",
+        ),
         ("prompt,answer\n", "holds no questions"),
         ("", "holds no questions"),
     ],
@@ -510,7 +514,9 @@ def test_unknown_tokens_are_said(tmp_path: Path, text: str, warned: bool) -> Non
     if warned:
         assert "'<unk>'" in warning and "question 'q'" in warning and "Choose a student" in warning
     assert unknown_tokens(Speaker(PromptBook(), Chat(make_tokenizer())), questions) == unknown_tokens(speaker, []) == ""
-    assert "of the prompts are" in unknown_tokens(Speaker(PromptBook(), chat), questions[:1])  # the closing's words count too
+    assert "of the prompts are" in unknown_tokens(
+        Speaker(PromptBook(), chat), questions[:1]
+    )  # the closing's words count too
 
 
 # --- a run on each of them ------------------------------------------------------------------------------------------
@@ -544,3 +550,12 @@ def test_a_run_on_each_kind_of_source(
         (q.id, q.messages[-1].content, q.gold) for q in expected
     }
     assert len(expected) == 3
+
+
+def test_held_out_questions_that_are_trained_on_are_said(tmp_path: Path) -> None:
+    for name, first in (("train", 0), ("test", 3), ("other", 9)):
+        lines = [f"q{i},{i}" for i in range(first, first + 5)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt,answer", *lines]), encoding="utf-8")
+    train, test, other = (load_questions(str(tmp_path / f"{name}.csv")) for name in ("train", "test", "other"))
+    assert "2 of 5 held-out questions are training questions too ('test.csv:2', for one)" in in_both(train, test)
+    assert in_both(train, other) == in_both(train, []) == ""

@@ -110,7 +110,8 @@ def test_an_address_without_its_path(server: Server) -> None:
 def test_an_address_that_nobody_answers_at() -> None:
     url = closed_port()
     said = refused(url)
-    assert f"cannot be reached: {url}: " in said and "Start its server" in said
+    assert f"cannot be reached: {url}: " in said and "Start its server (`vllm serve tiny`" in said
+    assert "Start its server (`zppo serve lab:unreachable/teacher`" in refused(url, model="lab:unreachable/teacher")
 
 
 def test_a_host_that_does_not_exist() -> None:

@@ -88,6 +88,12 @@ def table(path: Path) -> Numbered:
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise DataError(f"{path}, row 1: two columns are called {twice!r}; give every column a name of its own")
+            other = next((sign for sign in ";\t,|" if sign in names[0]), None) if len(names) == 1 else None
+            if other is not None:
+                raise DataError(
+                    f"{path}, row 1: is one column called {names[0]!r}, so the file seems to be separated by {other!r}; "
+                    f"save it with {separator!r} between the columns"
+                )
             for number, cells in enumerate(reader, 2):
                 if len(cells) > len(names):
                     raise DataError(

@@ -82,9 +82,10 @@ async def check_servers(
     unreachable = tuple(trouble.reason for trouble, _ in results if trouble is not None)
     if len(unreachable) == len(wires):
         model = bodies[0]["model"]
+        server = "zppo" if str(model).startswith("lab:") else "vllm"  # only zppo knows the bundled models
         raise TeacherError(
             f"{names.section}.base_urls: the model {model!r} cannot be reached: {'; '.join(unreachable)}. Start its server "
-            f"(`vllm serve {model}` serves http://HOST:8000/v1), or correct the address"
+            f"(`{server} serve {model}` serves http://HOST:8000/v1), or correct the address"
         )
     return Found(unreachable, all(several for _, several in results))
 

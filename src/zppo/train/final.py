@@ -145,6 +145,7 @@ def closing_table(
         if not (run / name).exists():
             continue
         console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
+    console.print(f"`zppo report {run}` makes a page of it", highlight=False, soft_wrap=True)
 
 
 def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:

@@ -22,8 +22,8 @@ MOST_UNKNOWN = 0.05
 def load_short(
     settings: Settings, speaker: Speaker, length: Callable[[Question], int], console: Console
 ) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What was dropped is said, and a
-    tokenizer that does not know their words.
+    """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What was dropped is said, a tokenizer
+    that does not know their words, and questions that are in both.
 
     Raises:
         DataError: see `data.load.load_questions`; no question is short enough; one has images.
@@ -32,8 +32,10 @@ def load_short(
     train, held_out = (
         _short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources
     )
-    if warning := unknown_tokens(speaker, train):
-        console.print(warning, style="yellow", soft_wrap=True, highlight=False)
+    trains = settings.train.steps != 0  # a run of 0 steps only evaluates
+    for warning in (unknown_tokens(speaker, train), in_both(train, held_out) if trains else ""):
+        if warning:
+            console.print(warning, style="yellow", soft_wrap=True, highlight=False)
     return train, held_out
 
 
@@ -72,6 +74,18 @@ def check_vocabulary(model: PreTrainedModel, speaker: Speaker, questions: Sequen
             f"student.model: the prompts hold the token {speaker.chat.show([largest])!r} with the id {largest}, and the model knows "
             f"the ids 0 to {rows - 1}: tokenizer and model do not belong together; take both from one checkpoint"
         )
+
+
+def in_both(train: Sequence[Question], held_out: Sequence[Question]) -> str:
+    """A warning where held-out questions are asked in training too, word for word (ours); "" where none is."""
+    trained = {question.messages for question in train}
+    both = [question.id for question in held_out if question.messages in trained]
+    if not both:
+        return ""
+    return (
+        f"warning: {len(both)} of {len(held_out)} held-out questions are training questions too ({both[0]!r}, for one): held-out "
+        "accuracy will look better than it is. Remove them from data.train or from data.eval"
+    )
 
 
 def unknown_tokens(speaker: Speaker, questions: Sequence[Question]) -> str:
