@@ -316,6 +316,12 @@ def _(w: World) -> None:
     w.set("data.train", "train.csv")
 
 
+@case("a CSV that is separated by something else")
+def _(w: World) -> None:
+    w.write("train.csv", "prompt;answer\n1 or 2?;2\n")
+    w.set("data.train", "train.csv")
+
+
 @case("a file that is no parquet")
 def _(w: World) -> None:
     w.write("train.parquet", "prompt,answer")

@@ -554,8 +554,8 @@ def test_a_run_on_each_kind_of_source(
 
 def test_held_out_questions_that_are_trained_on_are_said(tmp_path: Path) -> None:
     for name, first in (("train", 0), ("test", 3), ("other", 9)):
-        lines = [f"q{i},{i}" for i in range(first, first + 5)]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt,answer", *lines]), encoding="utf-8")
-    train, test, other = (load_questions(str(tmp_path / f"{name}.csv")) for name in ("train", "test", "other"))
+        cells = [f"q{i},{i}" for i in range(first, first + 5)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt,answer", *cells]), encoding="utf-8")
+    train, test, other = (load(tmp_path / f"{name}.csv") for name in ("train", "test", "other"))
     assert "2 of 5 held-out questions are training questions too ('test.csv:2', for one)" in in_both(train, test)
     assert in_both(train, other) == in_both(train, []) == ""
