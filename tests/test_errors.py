@@ -11,6 +11,9 @@ import pytest
 
 from error_cases import CASES, World
 from zppo import cli
+from zppo.errors import ModelError
+from zppo.train.plan import check_files
+from zppo.train.recipe import load_recipe
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 _ROW = re.compile(
@@ -81,3 +84,9 @@ def test_the_good_recipe_trains(tmp_path: Path, tiny_qwen3_dir: Path) -> None:
     world = World(tmp_path)
     assert cli.main(world.arguments()) == 0
     assert (world.output / "final" / "model.safetensors").is_file()
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(recipe: Path) -> None:
+    settings = load_recipe(recipe, ["--student.model=models/qwen/none"])
+    with pytest.raises(ModelError, match="models/qwen/none is no transformers checkpoint"):
+        check_files(settings)

@@ -119,13 +119,19 @@ def check_files(settings: Settings) -> None:
             raise TemplateError(
                 f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out"
             )
-        if Path(model.model).is_absolute() and not (Path(model.model) / "config.json").is_file():
+        if _is_path(model.model) and not (Path(model.model) / "config.json").is_file():
             raise ModelError(
                 f"{name}.model: {model.model} is no transformers checkpoint (no config.json in it); "
                 "name a folder that has one, or a model of the hub as owner/name"
             )
     if settings.grading.reward:
         _check_reward(settings.grading.reward)
+
+
+def _is_path(model: str) -> bool:
+    """Whether a model's name can only be a folder: the hub's names are one or two words with a slash between them."""
+    path = Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    return path and ":" not in model
 
 
 def check_output(run: Path) -> None:
