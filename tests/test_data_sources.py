@@ -420,7 +420,7 @@ def test_generated_questions_that_cannot_be(source: str, said: str) -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    assert "pip install 'zppo[gym]'" in message("reasoning_gym:aiw")
+    assert "pip install reasoning-gym" in message("reasoning_gym:aiw")
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def gym_questions(rest: str, reading: Reading) -> Iterator[Question]:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise DataError(f"{source}: needs the package reasoning-gym: pip install 'zppo[gym]' ({error})") from error
+        raise DataError(f"{source}: needs the package reasoning-gym: pip install reasoning-gym ({error})") from error
     if wanted.task not in DATASETS:
         raise DataError(f"{source}: the installed reasoning-gym has no task {wanted.task!r}; install a later version")
     known = [f.name for f in dataclasses.fields(DATASETS[wanted.task][1]) if f.name.startswith(("min_", "max_"))]

@@ -101,7 +101,7 @@ def add_adapters(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise SettingsError(
-            f"train.lora needs peft, which cannot be used: {error}. Install it with `pip install 'zppo[lora]'`, or set train.lora to null"
+            f"train.lora needs peft, which cannot be used: {error}. Install it with `pip install peft`, or set train.lora to null"
         ) from error
     config = LoraConfig(
         r=lora.rank,

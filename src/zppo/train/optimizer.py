@@ -45,7 +45,7 @@ def _adamw_8bit() -> Any:
         return importlib.import_module("bitsandbytes.optim").AdamW8bit
     except Exception as error:  # not installed; or installed, and its compiled library does not load
         raise SettingsError(
-            f"train.optimizer is adamw-8bit, and bitsandbytes cannot be used: {error}. Install it with `pip install 'zppo[8bit]'`, or "
+            f"train.optimizer is adamw-8bit, and bitsandbytes cannot be used: {error}. Install it with `pip install bitsandbytes`, or "
             "take train.optimizer=adamw"
         ) from error
 

@@ -394,7 +394,7 @@ class TrainSettings(Section):
     )
     device: Literal["auto", "cpu"] = Field("auto", description="cpu: leave a GPU alone")
     optimizer: Literal["adamw", "adamw-8bit"] = Field(
-        "adamw", description="adamw-8bit keeps its state in 8 bits (bitsandbytes; `pip install 'zppo[8bit]'`)"
+        "adamw", description="adamw-8bit keeps its state in 8 bits (`pip install bitsandbytes`)"
     )
     lora: LoraSettings | None = Field(
         None, description="train low-rank adapters and freeze the weights (peft); empty: train all weights; {} is on"
