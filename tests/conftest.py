@@ -17,7 +17,13 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from starlette.testclient import TestClient
     from transformers import PreTrainedTokenizerFast
+
+    from serving import Counting
+    from zppo.engines.chat import Chat
 
 # Shared cores make a deadline per example a coin toss.
 settings.register_profile("zppo", deadline=None)
@@ -141,3 +147,29 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     return folder / "recipe.yaml"
+
+
+# `served`, `engine`, `chat` and `client` are the tiny server of the tests of `zppo serve` (tests/serving.py).
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Counting, Chat]:
+    from serving import make_served
+
+    return make_served(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(served: tuple[Counting, Chat]) -> Counting:
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def chat(served: tuple[Counting, Chat]) -> Chat:
+    return served[1]
+
+
+@pytest.fixture(scope="module")
+def client(engine: Counting, chat: Chat) -> Iterator[TestClient]:
+    from serving import connected
+
+    with connected(engine, chat) as client:
+        yield client

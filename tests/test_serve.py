@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from serving import (
     QUESTION,
     Counting,
     ask,
-    connected,
-    make_served,
     texts,
 )
 from zppo.core.draws import draw_key
@@ -28,27 +25,6 @@ from zppo.engines.chat import Chat
 from zppo.serve.body import Body, read_body
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Counting, Chat]:
-    return make_served(tmp_path_factory.mktemp("served") / "model")
-
-
-@pytest.fixture(scope="module")
-def engine(served: tuple[Counting, Chat]) -> Counting:
-    return served[0]
-
-
-@pytest.fixture(scope="module")
-def chat(served: tuple[Counting, Chat]) -> Chat:
-    return served[1]
-
-
-@pytest.fixture(scope="module")
-def client(engine: Counting, chat: Chat) -> Iterator[TestClient]:
-    with connected(engine, chat) as client:
-        yield client
 
 
 def sampled(engine: Counting, chat: Chat, seed: int, n: int, sampling: Sampling) -> list[Completion]:

@@ -21,7 +21,6 @@ from serving import (
     Gate,
     ask,
     connect,
-    make_served,
     service,
     texts,
     wait_for,
@@ -33,21 +32,6 @@ from zppo.serve.app import make_app
 from zppo.serve.batcher import Batcher, StoppedError
 from zppo.serve.load import load
 from zppo.serve.words import Words
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Counting, Chat]:
-    return make_served(tmp_path_factory.mktemp("served") / "model")
-
-
-@pytest.fixture(scope="module")
-def engine(served: tuple[Counting, Chat]) -> Counting:
-    return served[0]
-
-
-@pytest.fixture(scope="module")
-def chat(served: tuple[Counting, Chat]) -> Chat:
-    return served[1]
 
 
 def test_too_many_waiting_requests_are_told_to_come_back(chat: Chat) -> None:

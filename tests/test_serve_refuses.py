@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,34 +17,11 @@ from serving import (
     Counting,
     ask,
     connected,
-    make_served,
     texts,
 )
 from zppo.engines.chat import Chat
 from zppo.serve.body import MAX_CHOICES, read_body
 from zppo.serve.failure import RequestError
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Counting, Chat]:
-    return make_served(tmp_path_factory.mktemp("served") / "model")
-
-
-@pytest.fixture(scope="module")
-def engine(served: tuple[Counting, Chat]) -> Counting:
-    return served[0]
-
-
-@pytest.fixture(scope="module")
-def chat(served: tuple[Counting, Chat]) -> Chat:
-    return served[1]
-
-
-@pytest.fixture(scope="module")
-def client(engine: Counting, chat: Chat) -> Iterator[TestClient]:
-    with connected(engine, chat) as client:
-        yield client
-
 
 WRONG = [
     ({"model": 3}, "model", "model is 3; it must be the name"),

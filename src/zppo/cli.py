@@ -271,7 +271,7 @@ def _train(options: argparse.Namespace) -> None:
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
         plan = make_plan(settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged)
-        memory = memory_rows(within(settings, [*train, *held_out]), _lab_folder)
+        memory = memory_rows(within(settings, [*train, *held_out]), _model_folder)
         Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder, memory))
         return
     from zppo.train.run import train as start
@@ -281,13 +281,6 @@ def _train(options: argparse.Namespace) -> None:
     stop = Stop()
     with catch_signals(stop):
         start(settings, name, stop=stop)
-
-
-def _lab_folder(name: str) -> str:
-    """The folder of a bundled model; other names as they are."""
-    from zppo.lab.assets import SCHEME, resolve
-
-    return str(resolve(name)) if name.startswith(SCHEME) else name
 
 
 def _check_lab_models(settings: Settings) -> None:

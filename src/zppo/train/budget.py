@@ -10,9 +10,7 @@ import torch
 from zppo.core.minibatch import micro_batches
 from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
-from zppo.train.settings import TrainSettings
-
-DEFAULT_TOKENS = 16_384
+from zppo.train.settings import TOKENS_PER_MICROBATCH, TrainSettings
 
 Result = TypeVar("Result")
 
@@ -30,7 +28,7 @@ class TokenBudget:
 
     def __init__(self, setting: int | Literal["auto"], say: Callable[[str], None] | None = None) -> None:
         self.adaptive = setting == "auto"
-        self.tokens = DEFAULT_TOKENS if setting == "auto" else setting
+        self.tokens = TOKENS_PER_MICROBATCH if setting == "auto" else setting
         self.say = say
 
     def run(self, lengths: Sequence[int], work: Callable[[list[list[int]]], Result]) -> Result:

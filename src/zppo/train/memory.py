@@ -15,11 +15,10 @@ from pathlib import Path
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
 from zppo.train.machine import GIB
 from zppo.train.parameters import count_parameters
-from zppo.train.settings import ModelSettings, Settings
+from zppo.train.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings
 from zppo.train.shapes import LINEAR, Shape, shape_of
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
-AUTO_TOKENS = 16_384  # where train.tokens_per_microbatch is auto
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
@@ -106,7 +105,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else 0
     longest = _longest(settings)
-    budget = AUTO_TOKENS if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
+    budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
     tokens = longest * max(1, min(budget // longest, _minibatch(settings)))
     width = 2 if bf16 else 4
     kept, again = activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)

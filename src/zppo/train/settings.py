@@ -15,6 +15,7 @@ from zppo.teacher.base import TeacherSampling
 from zppo.train.methods import METHODS, Control, Loss, Method
 from zppo.train.remote_settings import RemoteSettings
 
+TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
 OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
 
 
@@ -403,8 +404,9 @@ class TrainSettings(Section):
         False, description="compute activations again in the backward pass: less memory, about a third more compute"
     )
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        16_384,
-        description="padded tokens of one forward and backward: the memory knob; auto: 16,384, halved whenever memory runs out",
+        TOKENS_PER_MICROBATCH,
+        description="padded tokens of one forward and backward: the memory knob; "
+        f"auto: {TOKENS_PER_MICROBATCH:,}, halved whenever memory runs out",
     )
     old_logprobs: Literal["auto", "sampler", "forward"] = Field(
         "auto", description="auto: the sampler's where they are exact, else one forward pass"
