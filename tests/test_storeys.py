@@ -15,7 +15,8 @@ SOURCE = Path(zppo.__file__).parent
 
 # For every storey the storeys that it may import, besides itself.
 BELOW_PROMPTS = {"errors", "core", "imports"}
-BELOW_TEACHER = BELOW_PROMPTS | {"prompts", "grading", "engines"}
+BELOW_ENGINES = BELOW_PROMPTS | {"images"}
+BELOW_TEACHER = BELOW_ENGINES | {"prompts", "grading", "engines"}
 BELOW_DATA = BELOW_TEACHER | {"teacher"}
 BELOW_TRAIN = BELOW_DATA | {"data"}
 BELOW_EVALUATE = BELOW_TRAIN | {"train"}
@@ -25,10 +26,11 @@ MAY_IMPORT = {
     "errors": set(),
     "imports": {"errors"},
     "core": {"errors"},
+    "images": {"errors", "core"},
     "prompts": BELOW_PROMPTS,
     "grading": BELOW_PROMPTS,
-    "engines": BELOW_PROMPTS,
-    "serve": BELOW_PROMPTS | {"engines"},
+    "engines": BELOW_ENGINES,
+    "serve": BELOW_ENGINES | {"engines"},
     "teacher": BELOW_TEACHER,
     "data": BELOW_DATA,
     "train": BELOW_TRAIN,

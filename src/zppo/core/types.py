@@ -24,6 +24,10 @@ RULE: Grading = "rule"
 JUDGE: Grading = "judge"
 
 
+IMAGE = "<image>"
+"""Marks the place of the next image in the text of a conversation that has images; in one without images it is ordinary text (ours)."""
+
+
 class ImageRef(NamedTuple):
     """An image by reference, never its pixels: where it is, and the SHA-256 of its bytes (hex)."""
 
@@ -46,7 +50,8 @@ class Question:
         id: unique in its data set; keys every random draw that concerns the question.
         messages: the conversation that asks it; the last turn is a user's.
         gold: the right answer.
-        images: its images, in the order in which they stand in the conversation.
+        images: its images, in the order in which they stand in the conversation: at its `IMAGE` markers, or, where it has none, at the
+            start of the last user turn (`core.parts`).
         level: a label by which held-out accuracy is broken down (difficulty, source); "" for none.
         grading: rule, or judge for a free-form answer (method.md section 7).
     """

@@ -1,0 +1,213 @@
+"""Image files: checked by their digest, decoded the same way everywhere, and kept under it.
+
+Files of images are hostile input: only common formats are decoded, no size is believed before it is checked, and what is broken is a
+`DataError` that names the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import secrets
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageFile, ImageOps
+
+from zppo.core.types import ImageRef
+from zppo.errors import DataError, StorageError, one_line
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded; others of PIL's start programs of their own, or are rarely looked at."""
+MOST_PIXELS = 1 << 26
+"""A larger picture is refused: 8,192 by 8,192, 200 MB when decoded, 51 times what a model is shown at most."""
+MOST_BYTES = 1 << 28
+"""A larger file is refused unread."""
+MOST_STRETCHED = 200
+"""The longer side by the shorter; image processors of the Qwen family refuse more."""
+
+_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class Header(NamedTuple):
+    """What the first bytes of an image say: PIL's name of the format, and the size in pixels as stored."""
+
+    format: str
+    width: int
+    height: int
+    media_type: str
+
+
+def cache_folder() -> Path:
+    """Where images are kept that came without a file: `ZPPO_CACHE`/images, or zppo/images in the user's cache folder."""
+    own = os.environ.get("ZPPO_CACHE")
+    if own:
+        return Path(own).expanduser() / "images"
+    users = os.environ.get("XDG_CACHE_HOME")
+    return (Path(users) if users else Path.home() / ".cache") / "zppo" / "images"
+
+
+def reference(path: Path) -> ImageRef:
+    """The reference to a file as it is now. DataError where it cannot be read or is no usable image by its header."""
+    data = _read(path)
+    header_of(data, str(path))
+    return ImageRef(str(path), hashlib.sha256(data).hexdigest())
+
+
+def read_bytes(ref: ImageRef) -> bytes:
+    """The bytes behind a reference.
+
+    Raises:
+        DataError: the file is gone, cannot be read, or is not the one that was referred to.
+    """
+    data = _read(Path(ref.uri))
+    if hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise DataError(
+            f"the image {ref.uri} is not the one that the questions were read with (SHA-256 {ref.sha256[:12]}... then): put the old file "
+            "back, or start a new run; a file in the cache may be deleted, and is written again when the data is read"
+        )
+    return data
+
+
+def open_image(ref: ImageRef) -> Image.Image:
+    """The picture as every model sees it: RGB, transparency on white, turned as its EXIF data says, the first frame of several.
+
+    Raises:
+        DataError: see `read_bytes` and `decode`.
+    """
+    return decode(read_bytes(ref), ref.uri)
+
+
+def data_url(ref: ImageRef) -> str:
+    """The file as a `data:` URL, unchanged. DataError as in `read_bytes`."""
+    data = read_bytes(ref)
+    return as_url(data, header_of(data, ref.uri).media_type)
+
+
+def as_url(data: bytes, media_type: str) -> str:
+    """Bytes as a `data:` URL."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def header_of(data: bytes, name: str) -> Header:
+    """What an image's header says, without decoding it.
+
+    Args:
+        data: the whole file.
+        name: for messages.
+
+    Raises:
+        DataError: it is no image of a format that is read, or its size is out of bounds.
+    """
+    with _opened(data, name) as image:
+        return _header(image, name)
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The picture in a file's bytes: RGB, transparency on white, EXIF orientation applied, the first frame of several.
+
+    16-bit grey values keep their upper 8 bits; CMYK and palettes become RGB.
+
+    Raises:
+        DataError: it is no image of a format that is read, it is too large, or it is broken.
+    """
+    with _opened(data, name) as image:
+        _header(image, name)
+        try:
+            image.load()
+            return _rgb(_upright(image))
+        except Exception as error:  # decoders fail in many ways
+            raise DataError(
+                f"the image {name} is broken: {one_line(error)}; replace the file, or remove its row"
+            ) from error
+
+
+def keep(data: bytes, folder: Path) -> ImageRef:
+    """Writes an image under the name of its digest, unless it is there, and refers to it; several processes may do so at once.
+
+    Raises:
+        DataError: it is no usable image by its header.
+        StorageError: it cannot be written.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    header = header_of(data, f"with the SHA-256 {digest[:12]}...")
+    path = (folder / digest[:2] / f"{digest}.{header.media_type.rpartition('/')[2]}").absolute()
+    try:
+        if not path.is_file() or path.stat().st_size != len(data):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+            try:
+                partial.write_bytes(data)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror or error}): images without a file are kept there; make space, or name another "
+            "folder with ZPPO_CACHE"
+        ) from error
+    return ImageRef(str(path), digest)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise DataError(f"the image {path} has more than {MOST_BYTES >> 20} MiB; make it smaller")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the image {path} cannot be read ({reason}): put the file back, or remove its row") from error
+
+
+def _opened(data: bytes, name: str) -> ImageFile.ImageFile:
+    if not data:
+        raise DataError(f"the image {name} is empty (0 bytes); replace the file, or remove its row")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(name, one_line(error)) from error
+    except Exception as error:  # plug-ins fail in many ways on broken headers; a bomb may be a warning that is an error
+        raise DataError(
+            f"the image {name} is no image that can be read ({', '.join(FORMATS)} are), or its header is broken; "
+            "convert the file, or remove its row"
+        ) from error
+
+
+def _header(image: ImageFile.ImageFile, name: str) -> Header:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise _too_large(name, f"it has {width:,} x {height:,} pixels")
+    if min(width, height) < 1 or max(width, height) > MOST_STRETCHED * min(width, height):
+        raise DataError(
+            f"the image {name} has {width:,} x {height:,} pixels, and its longer side may be {MOST_STRETCHED} times the shorter one; "
+            "crop it, or remove its row"
+        )
+    return Header(str(image.format), width, height, str(image.get_format_mimetype()))
+
+
+def _too_large(name: str, why: str) -> DataError:
+    return DataError(f"the image {name} is too large ({why}; {MOST_PIXELS:,} pixels at most); make it smaller")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says; a picture whose EXIF data is broken stays as it is, as viewers show it."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers, with no brightness that they stand for")
+    if image.mode in _16_BIT:
+        image = image.convert("I").point(lambda value: value * (1 / 256) + 0).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
