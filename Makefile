@@ -21,13 +21,14 @@ LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.
 	tests/test_train.py::test_a_run_leaves_its_files
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest check lint fuzz gpu-check clean
+.PHONY: help train test test-lowest check lint fuzz bench gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
 	@echo "make test    all tests"
 	@echo "make test-lowest   the tests of what hangs on other packages, with the lowest versions that are admitted"
 	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"
+	@echo "make bench   speed and memory against TRL, then the tables of docs/performance.md; ARGS=step_vs_trl: that row alone"
 	@echo "make check   ruff, mypy and the quick tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make fuzz    the grader's fuzz tests, many examples"
@@ -47,6 +48,9 @@ test-lowest: $(VENV)-lowest/.installed
 GPU_VENV := $(if $(VLLM),$(VENV)-vllm,$(VENV))
 gpu-check: $(GPU_VENV)/.installed
 	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks $(ARGS)
 
 check: lint
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -1,0 +1,212 @@
+"""Our side: the trainer of a recipe, put together as `zppo train` does it, one step at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workers import PeakMemory, Stopwatch
+from benchmarks.world import Shape, completions, correct
+
+TEACHER_SAID = "teacher-said"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """What our side runs.
+
+    Attributes:
+        model: folder of the student.
+        shape: of a step.
+        questions: rows of the data set.
+        threads: of the CPU.
+        method: grpo or zppo.
+        tokens: `train.tokens_per_microbatch`.
+        settings: more settings, by section.
+    """
+
+    model: Path
+    shape: Shape
+    questions: list[dict[str, str]]
+    threads: int
+    method: str = "grpo"
+    tokens: int | str = 16_384
+    settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def settings_of(own: Ours, folder: Path) -> Any:
+    """The recipe: one optimizer step per rollout step, as the peer's default; everything else by default."""
+    from zppo.train.settings import Settings
+
+    shape = own.shape
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, own.questions)), encoding="utf-8")
+    given: dict[str, Any] = {
+        "method": own.method,
+        "output": folder / "run",
+        "student": {"model": str(own.model)},
+        "data": {"train": str(folder / "questions.jsonl")},
+        "rollout": {"batch_size": shape.questions, "group_size": shape.group, "max_new_tokens": shape.limit},
+        "train": {
+            "steps": shape.steps,
+            "minibatches": 1,
+            "checkpoint_every": 0,
+            "device": "cpu",
+            "threads": own.threads,
+            "tokens_per_microbatch": own.tokens,
+        },
+    }
+    if own.method != "grpo":
+        summary = {"max_new_tokens": shape.limit // 4}
+        given["teacher"] = {
+            "model": "scripted",
+            "rollout": {"max_new_tokens": shape.limit},
+            "compression": summary,
+        }
+    for section, values in own.settings.items():
+        given[section] = {**given.get(section, {}), **values}
+    return Settings.model_validate(given)
+
+
+class Script:
+    """Rewards by place in the batch, and a teacher whose replies are ready: responses of mean length, summaries of its cap.
+
+    Attributes:
+        trivial: share of the groups of the next step that are all-right or all-wrong, among reformulated ones too.
+    """
+
+    special_texts: tuple[str, ...] = ()
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.trivial = shape, 0.5
+        self._calls = 0
+
+    def new_step(self, trivial: float) -> None:
+        """Rewards of the next step."""
+        self.trivial, self._calls = trivial, 0
+
+    def score(self, answered: Sequence[Any]) -> list[Any]:
+        """A verdict per completion: plain groups come first in a step, then reformulated ones; of the teacher's 3 in 4 are right."""
+        from zppo.grading.base import Verdict
+
+        if answered and answered[0].completion.startswith(TEACHER_SAID):
+            flags = [i % 4 != 3 for i in range(len(answered))]
+        else:
+            self._calls += 1
+            size = self.shape.group
+            flags = [f for row in correct(len(answered) // size, size, self.trivial, self._calls) for f in row]
+        return [
+            Verdict(flag, a.question.gold if flag else f"w{i % 7}", "script", float(flag))
+            for i, (flag, a) in enumerate(zip(flags, answered, strict=True))
+        ]
+
+    def check(self, *_: Any) -> None:
+        """Nothing can be wrong with it."""
+
+    def complete(self, requests: Sequence[Any], how: Any) -> list[Any]:
+        """Replies at once: a summary that keeps the boxed answer where one is asked for, else a response."""
+        from zppo.teacher.base import TeacherReply
+
+        return [TeacherReply((self._reply(r.messages[-1].content, how),) * len(r.keys)) for r in requests]
+
+    def _reply(self, asked: str, how: Any) -> str:
+        if "<summary>" not in asked:
+            return " ".join([TEACHER_SAID, *["w1"] * int(self.shape.mean)])
+        box = asked[asked.rfind("\\boxed{") :].partition("}")[0] + "}"
+        return f"<summary>\n{' '.join(['w2'] * (how.sampling.max_new_tokens - 2))} {box}\n</summary>"
+
+
+@contextmanager
+def assembled(own: Ours, script: Script) -> Iterator[Any]:
+    """A trainer that is ready for its first step, in a run folder of its own."""
+    import torch
+    from rich.console import Console
+
+    from zppo.train.assemble import assemble
+    from zppo.train.launch import read_launch
+    from zppo.train.processes import make_accelerator, make_weights
+    from zppo.train.stop import Stop
+    from zppo.train.teachers import Staff
+
+    torch.set_num_threads(own.threads)
+    with tempfile.TemporaryDirectory() as name:
+        settings, stop, launch = settings_of(own, Path(name)), Stop(), read_launch()
+        accelerator = make_accelerator(settings, launch)
+        weights = make_weights(settings, accelerator, launch, stop)
+        console = Console(quiet=True, force_terminal=False)
+        staff = Staff(settings, accelerator, console)
+        if own.method != "grpo":
+            staff.teachers.append(script)  # type: ignore[arg-type]
+        run = Path(name) / "run"
+        parts = assemble(settings, run, None, script.score, staff, accelerator, weights, console, stop)
+        run.mkdir()
+        parts.trainer.log.open()
+        yield parts
+
+
+class Replaying:
+    """An engine that says what it is told to; log-probs are of the current weights, as a sampler's would be."""
+
+    def __init__(self, engine: Any, rows: list[list[list[int]]]) -> None:
+        self.engine, self.rows = engine, rows
+
+    def sample(self, requests: Sequence[Any], sampling: Any) -> list[list[Any]]:
+        """The rows, whatever is asked."""
+        import torch
+
+        from zppo.engines.base import Completion
+        from zppo.engines.forward import completion_logprobs
+
+        made = []
+        for request, group in zip(requests, self.rows, strict=True):
+            with torch.no_grad():
+                logprobs, _ = completion_logprobs(self.engine.model, [(request.prompt_ids, ids) for ids in group])
+            rows = zip(group, logprobs, strict=True)
+            made.append([Completion(torch.tensor(ids), lp[: len(ids)].clone(), False, 0.0) for ids, lp in rows])
+        return made
+
+
+def serve(pipe: Connection, own: Ours) -> None:
+    """Steps on demand. A message is {"trivial": share, "replay": bool}; the reply holds seconds by part, and counts."""
+    script = Script(own.shape)
+    with assembled(own, script) as parts:
+        trainer = parts.trainer
+        sampling = trainer.roller
+        replaying = dataclasses.replace(sampling, engine=Replaying(sampling.engine, completions(own.shape, seed=0)))
+        updater, watch, memory = trainer.learner.updater, Stopwatch(), PeakMemory()
+        updater._old_logprobs = watch.timed("logprobs", updater._old_logprobs)
+        reported: dict[str, Any] = {}
+        trainer.log.listener = lambda step, event, metrics: reported.update(metrics)
+        pipe.send(("ready", None))
+        while True:
+            asked = pipe.recv()
+            script.new_step(asked["trivial"])
+            trainer.roller = replaying if asked.get("replay") else sampling
+            watch.start()
+            trainer.step(trainer.done + 1)
+            pipe.send(("step", {**by_part(watch.seconds(), reported), "memory": memory.above()}))
+
+
+def by_part(watched: dict[str, float], reported: dict[str, Any]) -> dict[str, float]:
+    """Seconds of sampling, log-probs, forward and backward, teacher, other; of the step; processor seconds; counts."""
+    seconds = reported["seconds"]
+    logprobs = watched.get("logprobs", 0.0)
+    parts = {
+        "sampling": seconds["sampling"],
+        "logprobs": logprobs,
+        "update": seconds["update"] - logprobs,
+        "teacher": seconds["teacher"],
+    }
+    counts = ("student_tokens", "prompt_tokens", "rollouts", "train_tokens_needed", "train_tokens_computed")
+    return {
+        **parts,
+        "other": watched["step"] - sum(parts.values()),
+        "step": watched["step"],
+        "cpu": watched["cpu"],
+        **{name: float(reported[name]) for name in counts},
+    }
