@@ -1,0 +1,1 @@
+"""31 benchmarks under one protocol (method.md section 10): where they are, how their rows are asked, how answers are scored."""

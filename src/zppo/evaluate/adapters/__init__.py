@@ -1,0 +1,1 @@
+"""From the rows of a data set, in its own schema, to items: one small pure function per benchmark."""

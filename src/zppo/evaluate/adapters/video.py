@@ -1,0 +1,151 @@
+"""Video: MMVU, MVBench, Video-MME with and without subtitles, Video-MMMU.
+
+A clip is a file below the folder of the data, or a list of pictures in the column `frames`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zppo.core.types import Message
+from zppo.evaluate.adapters.directives import strip_directives
+from zppo.evaluate.adapters.row import Row
+from zppo.evaluate.adapters.words import LETTERS, ask, checked_options, with_options
+from zppo.evaluate.item import Item, Kind, Media
+
+_HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
+_NO_SUBTITLES = "This video has no subtitles."
+
+
+def _video_item(
+    row: Row,
+    identity: str,
+    messages: tuple[Message, ...],
+    gold: str,
+    kind: Kind,
+    *fields: str,
+    options: tuple[str, ...] = (),
+    facts: Mapping[str, Any] | None = None,
+    clip: tuple[float, float] | None = None,
+    where: str = "",
+) -> Item:
+    """An item about the clip that is named in one of the fields, or by `where`."""
+    shown: tuple[tuple[Media, ...], Path | None]
+    shown = ((), row.path(fields[0], where)) if where and not row.has("frames") else row.video(*fields)
+    frames, video = shown
+    if kind == "choice" and (len(gold) != 1 or gold not in LETTERS[: len(options)]):
+        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+    return Item(
+        identity,
+        row.benchmark,
+        messages,
+        gold,
+        kind,
+        frames=frames,
+        video=video,
+        clip=clip,
+        options=options,
+        facts=facts or {},
+    )
+
+
+def mmvu(row: Row) -> tuple[Item, ...]:
+    """MMVU: options under the letters of an object, or an open answer; the clip may be named by its address on the hub."""
+    facts = {"discipline": row.text("id").rpartition("_")[0] or row.text("id")}
+    question = strip_directives(row.text("question"))
+    where = "" if row.has("frames") else _HUB_FILE.sub("", row.text("video_path", "video"))
+    if row.one_of("question_type", ("multiple-choice", "open-ended")) == "open-ended":
+        return (
+            _video_item(
+                row, row.text("id"), ask(question), row.text("answer"), "judged", "video_path", facts=facts, where=where
+            ),
+        )
+    choices = row.value("choices")
+    if not isinstance(choices, Mapping):
+        row.fail("choices", "is no object of letters and texts")
+    texts = [
+        Row(row.benchmark, row.number, choices).text(letter)
+        for letter in LETTERS
+        if choices.get(letter) not in (None, "")
+    ]
+    options = checked_options(row, "choices", texts)
+    text = with_options(question, options)
+    return (
+        _video_item(
+            row,
+            row.text("id"),
+            ask(text),
+            row.text("answer"),
+            "choice",
+            "video_path",
+            options=options,
+            facts=facts,
+            where=where,
+        ),
+    )
+
+
+def mvbench(row: Row) -> tuple[Item, ...]:
+    """MVBench: the answer is the text of a candidate; some tasks are about a part of the clip, in seconds."""
+    options = checked_options(row, "candidates", row.texts("candidates"))
+    if row.text("answer") not in options:
+        row.fail("answer", f"{row.text('answer')[:40]!r} is none of the candidates")
+    gold = LETTERS[options.index(row.text("answer"))]
+    clip = None
+    if row.has("start") and row.has("end"):
+        clip = (row.seconds("start"), row.seconds("end"))
+        if clip[0] >= clip[1]:
+            row.fail("end", f"is {clip[1]}, which is not behind start ({clip[0]})")
+    text = with_options(strip_directives(row.text("question")), options)
+    identity = f"{row.config or 'mvbench'}-{row.number}"
+    return (
+        _video_item(
+            row, identity, ask(text), gold, "choice", "video", options=options, facts={"task": row.config}, clip=clip
+        ),
+    )
+
+
+def videomme(row: Row) -> tuple[Item, ...]:
+    """Video-MME without subtitles."""
+    return (_videomme(row, ""),)
+
+
+def videomme_subtitles(row: Row) -> tuple[Item, ...]:
+    """Video-MME with subtitles: `subtitles` is the text of the clip's file of subtitles, which loading puts into the row."""
+    text = subtitle_text(row.maybe("subtitles"))
+    return (_videomme(row, f"The subtitles of the video:\n{text}\n\n" if text else f"{_NO_SUBTITLES}\n\n"),)
+
+
+def _videomme(row: Row, before: str) -> Item:
+    options = checked_options(row, "options", row.texts("options"))
+    facts = {name: row.maybe(name) for name in ("duration", "domain", "sub_category", "task_type")}
+    text = before + with_options(strip_directives(row.text("question")), options)
+    where = "" if row.has("frames") else f"{row.text('videoID')}.mp4"
+    gold = row.text("answer")
+    return _video_item(
+        row, row.text("question_id"), ask(text), gold, "choice", "videoID", options=options, facts=facts, where=where
+    )
+
+
+def subtitle_text(srt: str) -> str:
+    """What is said in a file of subtitles (SRT), a line for each, without numbers, times and marks of fonts."""
+    lines = (re.sub(r"<[^<>]*>", "", line).strip() for line in srt.replace("\ufeff", "").splitlines())
+    spoken = [line for line in lines if line and not line.isdigit() and "-->" not in line]
+    return "\n".join(line for i, line in enumerate(spoken) if i == 0 or line != spoken[i - 1])
+
+
+def videommmu(row: Row) -> tuple[Item, ...]:
+    """Video-MMMU: three configurations; those of the kind open want a number or a few words."""
+    identity = row.text("id")
+    facts = {"track": row.config, "subject": "_".join(identity.split("_")[1:-1])}
+    where = "" if row.has("frames") else f"{identity}.mp4"
+    question, gold = strip_directives(row.text("question")), row.text("answer")
+    name = f"{row.config}/{identity}" if row.config else identity
+    if not row.has("options"):
+        return (_video_item(row, name, ask(question), gold, "text", "id", facts=facts, where=where),)
+    options = checked_options(row, "options", row.texts("options"))
+    text = with_options(question, options)
+    return (_video_item(row, name, ask(text), gold, "choice", "id", options=options, facts=facts, where=where),)

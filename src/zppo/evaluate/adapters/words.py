@@ -1,0 +1,72 @@
+"""How questions are written: options in one shape, images where they belong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from zppo.core.types import Message
+from zppo.evaluate.adapters.row import Row
+from zppo.evaluate.item import IMAGE
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*")
+_MARK = re.compile(r"<image(?:[ _]?\d+)?>", re.IGNORECASE)
+_NUMBERED = re.compile(r"<image[ _]?(\d+)>", re.IGNORECASE)
+
+
+def bare_options(options: Sequence[str]) -> tuple[str, ...]:
+    """Options without their letters, where every one of them carries its own (`A. `, `(A) `, `A) `)."""
+    labels = [_LABEL.match(option) for option in options]
+    if not all(label and (label[1] or label[2]) == LETTERS[i] for i, label in enumerate(labels) if i < len(LETTERS)):
+        return tuple(option.strip() for option in options)
+    return tuple(option[label.end() :].strip() for option, label in zip(options, labels, strict=True) if label)
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """The question and, a line each, its options as `A. text`."""
+    lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return "\n".join((question, *lines))
+
+
+def letter_of(row: Row, field: str, index: int, count: int) -> str:
+    """The letter of the option with this index, from 0."""
+    if not 0 <= index < count:
+        row.fail(field, f"is option {index} (the first is 0), and the row has {count}")
+    return LETTERS[index]
+
+
+def checked_options(row: Row, field: str, options: Sequence[str]) -> tuple[str, ...]:
+    """Bare options; DataError for fewer than two, or more than there are letters."""
+    if not 2 <= len(options) <= len(LETTERS):
+        row.fail(field, f"has {len(options)} options; 2 to {len(LETTERS)} are expected")
+    return bare_options(options)
+
+
+def place_images(row: Row, text: str, count: int) -> str:
+    """The text with `count` marks for images: its own, in order, or, where it has none, all of them in front."""
+    marks = _MARK.findall(text)
+    if len(marks) == count:
+        return _MARK.sub(IMAGE, text)
+    if marks:
+        row.fail("question", f"has {len(marks)} marks for images, and the row has {count} of these")
+    return "\n".join([IMAGE] * count + [text])
+
+
+def numbered_images(text: str) -> tuple[str, tuple[int, ...]]:
+    """Marks `<image 3>` as plain ones, and the numbers in the order in which they first stand; a later one is named in words."""
+    order: list[int] = []
+
+    def mark(match: re.Match[str]) -> str:
+        number = int(match[1][:4])
+        if number in order:
+            return f"(image {order.index(number) + 1})"
+        order.append(number)
+        return IMAGE
+
+    return _NUMBERED.sub(mark, text), tuple(order)
+
+
+def ask(text: str) -> tuple[Message, ...]:
+    """One user's turn."""
+    return (Message("user", text),)

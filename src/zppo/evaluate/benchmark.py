@@ -1,0 +1,68 @@
+"""What the registry knows of a benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zppo.evaluate.adapters.row import Adapter
+
+Family = Literal["vlm", "llm", "video"]
+Aggregate = Literal["mean", "worst case", "wemath", "by language task", "axes"]
+"""How the scores of a benchmark's rows become its figure; see `zppo.evaluate.aggregate`."""
+
+Judge = Literal["judge", "eval_charxiv", "eval_hle", "eval_mmvet", "eval_mmvu", "eval_multichallenge"]
+"""Whose words ask the judge: `judge` is the shared one, of training too; the others follow a benchmark's own protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A data set of the Hugging Face hub.
+
+    Attributes:
+        id: owner/name.
+        splits: all that belong to the benchmark.
+        configs: all that belong to it; "" is the only one there is.
+        revision: commit that the fields were read at; None where nobody has named one: what is loaded is then the newest, and its
+            commit is written down with the results.
+    """
+
+    id: str
+    splits: tuple[str, ...]
+    configs: tuple[str, ...] = ("",)
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        name: the paper's abbreviation, by which it is chosen and its results are named.
+        title: its full name.
+        family: whose average it counts in.
+        source: where its rows are.
+        adapter: rows to items.
+        differs: how its official protocol differs from the shared one, a sentence.
+        judge: whose words ask about rows that the rules leave open.
+        aggregate: from scores of rows to the benchmark's figure.
+        rows: questions in all, None where nobody has counted.
+        licence: of the data, as its card names it; None: look there.
+        gated: its terms must be accepted on the hub, and a log-in is needed.
+        also: copies of the same data at other owners, which the adapter reads too.
+        unverified: what is not certain about this row; "" where nothing is known to be.
+    """
+
+    name: str
+    title: str
+    family: Family
+    source: Source
+    adapter: Adapter
+    differs: str
+    judge: Judge = "judge"
+    aggregate: Aggregate = "mean"
+    rows: int | None = None
+    licence: str | None = None
+    gated: bool = False
+    also: tuple[Source, ...] = ()
+    unverified: str = ""
