@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,21 +38,78 @@ def test_seed_and_step_change_the_permutation() -> None:
     assert len(orders) == 25
 
 
-@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 200))
-def test_micro_batches_keep_the_budget(lengths: list[int], budget: int) -> None:
-    batches = micro_batches(lengths, budget)
+def filled_up(lengths: list[int], budget: int) -> list[list[int]]:
+    """Sorted rows, each micro-batch as full as the budget admits: the fewest passes, and no look at padding."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def padded(batches: list[list[int]], lengths: list[int]) -> int:
+    return sum(len(batch) * max(lengths[r] for r in batch) for batch in batches)
+
+
+def least_cost(lengths: list[int], budget: int, overhead: int) -> int:
+    """Padded tokens and overheads of the best split, by trying every cut."""
+    ordered = sorted(lengths, reverse=True)
+    rest = [0]
+    for start in reversed(range(len(ordered))):
+        ends = [
+            end
+            for end in range(start + 1, len(ordered) + 1)
+            if end == start + 1 or (end - start) * ordered[start] <= budget
+        ]
+        rest.insert(0, min((end - start) * ordered[start] + overhead + rest[end - start - 1] for end in ends))
+    return rest[0]
+
+
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 400), st.sampled_from([0, 1, 7, 64, 10_000]))
+def test_micro_batches_keep_the_budget_and_cost_least(lengths: list[int], budget: int, overhead: int) -> None:
+    batches = micro_batches(lengths, budget, overhead)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= budget
     ordered = [lengths[row] for batch in batches for row in batch]
     assert ordered == sorted(lengths, reverse=True)
-    for batch, following in zip(batches, batches[1:], strict=False):
-        assert (len(batch) + 1) * lengths[batch[0]] > budget or lengths[batch[0]] == 0, "one more row would have fitted"
-        assert lengths[batch[-1]] >= lengths[following[0]]
+    cost = padded(batches, lengths) + overhead * len(batches)
+    assert cost == least_cost(lengths, budget, overhead)
+    full = filled_up(lengths, budget)
+    assert cost <= padded(full, lengths) + overhead * len(full) and len(batches) >= len(full)
+    if len(batches) == len(full):
+        assert padded(batches, lengths) <= padded(full, lengths)
+
+
+def test_passes_that_cost_nothing_pad_nothing_and_costly_ones_are_few() -> None:
+    lengths = [5, 5, 9, 9, 9, 2]
+    assert micro_batches(lengths, 1000, 0) == [[2, 3, 4], [0, 1], [5]]
+    assert micro_batches(lengths, 1000, 10_000) == [[2, 3, 4, 0, 1, 5]]
+
+
+@pytest.mark.parametrize("trivial", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("reformulated", [0, 8])
+def test_the_benchmark_batch_computes_at_most_a_tenth_too_much(trivial: float, reformulated: int) -> None:
+    """16 plain prompts of 40-80 tokens, 8 of several hundred, 8 completions each of 80 on average and 160 at most; I = 4, the default budget."""
+    needed = computed = full = 0
+    for step in range(20):
+        rng = random.Random(step)
+        prompts = [rng.randint(40, 80) for _ in range(16)] + [rng.randint(200, 600) for _ in range(reformulated)]
+        groups = [
+            [p + min(160, max(1, round(rng.gauss(80, 40)))) for _ in range(8)] if rng.random() >= trivial else []
+            for p in prompts
+        ]
+        for dealt in deal_groups(len(groups), 4, seed=0, step=step):
+            lengths = [length for g in dealt for length in groups[g]]
+            needed += sum(lengths)
+            computed += padded(micro_batches(lengths, 16_384), lengths)
+            full += padded(filled_up(lengths, 16_384), lengths)
+    assert computed <= 1.10 * needed < 1.4 * needed < full
 
 
 def test_a_row_over_the_budget_stands_alone() -> None:
-    assert micro_batches([3, 50, 4, 60], 10) == [[3], [1], [2, 0]]
+    assert micro_batches([3, 50, 4, 60], 10) == [[3], [1], [2, 0]] and micro_batches([3, 50], 10, 0) == [[1], [0]]
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=30), st.integers(1, 6))

@@ -267,6 +267,9 @@ def test_other_errors_pass() -> None:
         TokenBudget("auto").run([3], work)
 
 
+LIMIT = 700  # padded tokens of a pass, between one row's and those of the run's larger micro-batches
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["zppo", "on-distill"])
 def test_a_run_finds_its_budget_once_and_keeps_it_in_its_checkpoints(
@@ -277,7 +280,7 @@ def test_a_run_finds_its_budget_once_and_keeps_it_in_its_checkpoints(
     def limited(inner: Callable[..., Any]) -> Callable[..., Any]:
         def forward(model: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
             tried.append(len(rows) * max(len(row.prompt_ids) + len(row.completion_ids) for row in rows))
-            if tried[-1] > 1500:
+            if tried[-1] > LIMIT:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return inner(model, rows, *args, **kwargs)
 
@@ -289,7 +292,7 @@ def test_a_run_finds_its_budget_once_and_keeps_it_in_its_checkpoints(
     command = [f"--output={run}", f"--method={method}", "--train.tokens_per_microbatch=auto", "--data.eval=null"]
     assert main(["train", str(recipe), *command, "--train.steps=3", "--train.minibatches=2"]) == 0
     budgets = [r["tokens_per_microbatch"] for r in records(run)]
-    assert 16_384 > budgets[0] >= budgets[-1] >= 100 and max(tried) > 1500
+    assert 16_384 > budgets[0] >= budgets[-1] >= 100 and max(tried) > LIMIT
     assert "memory ran out in the update" in " ".join(capsys.readouterr().out.split())
     before = records(run)
     shutil.rmtree(run / "final")
@@ -297,7 +300,7 @@ def test_a_run_finds_its_budget_once_and_keeps_it_in_its_checkpoints(
     tried.clear()
     AcceleratorState._reset_state(True)
     assert main(["resume", str(run)]) == 0
-    assert records(run) == before and max(tried) <= 1500
+    assert records(run) == before and max(tried) <= LIMIT
     assert "memory ran out" not in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from zppo.core.minibatch import micro_batches
+from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, micro_batches
 from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
 from zppo.train.settings import TOKENS_PER_MICROBATCH, TrainSettings
@@ -21,15 +21,27 @@ class TokenBudget:
     Args:
         setting: `train.tokens_per_microbatch`; "auto" starts at the default and halves whenever memory runs out.
         say: told when memory has run out and what fits from then on; None for nobody.
+        overhead: what a pass costs beside its tokens, in tokens; decides between padding and more micro-batches.
 
     Attributes:
         tokens: the budget now; with "auto" part of a checkpoint.
     """
 
-    def __init__(self, setting: int | Literal["auto"], say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        setting: int | Literal["auto"],
+        say: Callable[[str], None] | None = None,
+        *,
+        overhead: int = PASS_TOKENS,
+    ) -> None:
+        self.overhead = overhead
         self.adaptive = setting == "auto"
         self.tokens = TOKENS_PER_MICROBATCH if setting == "auto" else setting
         self.say = say
+
+    def split(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Row indices per micro-batch, under the budget as it is now."""
+        return micro_batches(lengths, self.tokens, self.overhead)
 
     def run(self, lengths: Sequence[int], work: Callable[[list[list[int]]], Result]) -> Result:
         """What `work` makes of rows of these lengths, given as micro-batches of row indices.
@@ -42,7 +54,7 @@ class TokenBudget:
         """
         before = self.tokens
         while True:
-            batches = micro_batches(lengths, self.tokens)
+            batches = self.split(lengths)
             try:
                 result = work(batches)
             except RuntimeError as error:
@@ -83,7 +95,9 @@ class TokenBudget:
         )
 
 
-def make_budget(train: TrainSettings, sharded: bool, say: Callable[[str], None] | None = None) -> TokenBudget:
+def make_budget(
+    train: TrainSettings, sharded: bool, say: Callable[[str], None] | None = None, *, gpu: bool = False
+) -> TokenBudget:
     """The budget of a recipe.
 
     Raises:
@@ -94,7 +108,7 @@ def make_budget(train: TrainSettings, sharded: bool, say: Callable[[str], None] 
             "train.tokens_per_microbatch is auto, and the weights are sharded over several processes, which must do equally many passes: "
             "give a number"
         )
-    return TokenBudget(train.tokens_per_microbatch, say)
+    return TokenBudget(train.tokens_per_microbatch, say, overhead=PASS_TOKENS_GPU if gpu else PASS_TOKENS)
 
 
 def zero_gradients(model: torch.nn.Module) -> None:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from zppo.core.loss import jensen_shannon
-from zppo.core.minibatch import micro_batches, shares
+from zppo.core.minibatch import shares
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row
 from zppo.teacher.compress import Source
@@ -118,7 +118,7 @@ class Distiller:
             zero_gradients(self.model)  # an attempt that runs out of memory leaves nothing
             total = sum(self._backward([rows[own[m]] for m in micro], tokens) for micro in batches)
             if self.weights.sharded:  # a process without a row left takes part in the passes of the others
-                most = max(len(micro_batches([lengths[i] for i in part], self.budget.tokens)) for part in parts)
+                most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
                 for _ in range(most - len(batches)):
                     self._idle(min(rows, key=lambda row: len(row.prompt_ids) + len(row.completion_ids)))
             return total, sum(len(micro) * lengths[own[micro[0]]] for micro in batches)

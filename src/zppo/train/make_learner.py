@@ -118,7 +118,7 @@ def make_learner(
         model.requires_grad_(True)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    budget = make_budget(train, weights.sharded, say)
+    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
     prepared = weights.prepare(model, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(train, prepared.parameters(), accelerator.device))
     if start:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from zppo.core.minibatch import micro_batches, shares
+from zppo.core.minibatch import shares
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row
 
@@ -63,9 +63,9 @@ class Share:
     rows: list[tuple[int, int]]
     others: list[list[int]]
 
-    def idle_passes(self, own: int, tokens: int) -> int:
-        """Micro-batches that another process has more than the `own` ones of this, all under the same budget of `tokens`."""
-        return max([0, *(len(micro_batches(lengths, tokens)) - own for lengths in self.others)])
+    def idle_passes(self, own: int, split: Callable[[Sequence[int]], Sequence[object]]) -> int:
+        """Micro-batches that another process has more than the `own` ones of this; all of them `split` their lengths alike."""
+        return max([0, *(len(split(lengths)) - own for lengths in self.others)])
 
 
 def share_minibatch(samples: Sequence[Sequence[Sample]], dealt: Sequence[int], *, rank: int, size: int) -> Share:

@@ -243,7 +243,7 @@ class Updater:
             counts, total = copy.copy(tally), 0.0
             for micro in batches:
                 total += self._backward([live[m] for m in micro], denominator, counts, first=first)
-            for _ in range(share.idle_passes(len(batches), self.budget.tokens) if self.weights.sharded else 0):
+            for _ in range(share.idle_passes(len(batches), self.budget.split) if self.weights.sharded else 0):
                 self._idle(min((s for s in samples if s.live), key=lambda s: s.length))
             return total, counts
 
