@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import make_tiny
 from zppo.cli import main
+from zppo.core.types import Prompt, Question
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
@@ -187,7 +188,8 @@ def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe:
     def made(engine: Engine, precision: str, *overrides: str) -> EngineGuard:
         settings = load_recipe(recipe, overrides)
         chat = load_chat(settings.student)
-        return make_guard(settings, engine, model, PROMPT, chat, SimpleNamespace(mixed_precision=precision), Weights())  # type: ignore[arg-type]
+        prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)
+        return make_guard(settings, engine, model, prompt, chat, SimpleNamespace(mixed_precision=precision), Weights())  # type: ignore[arg-type]
 
     ours = TransformersEngine(model, [2], 0)
     assert made(ours, "no").tolerance == 1e-3 and made(ours, "bf16").tolerance == 0.05

@@ -24,7 +24,7 @@ class Letters:
     def __init__(self, args: Mapping[str, Any]) -> None:
         self.args = args
 
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode(self, messages: Sequence[Message], images: Sequence[ImageRef] = ()) -> tuple[int, ...]:
         if messages[0].role == "system":
             raise ModelError("no system turns")
         return tuple(map(ord, messages[-1].content + self.args.get("mark", "")))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo.core.types import Group, Message, Question, Rollout
+from zppo.core.types import Group, ImageRef, Message, Question, Rollout
 from zppo.engines.base import Sampling
 from zppo.grading import extract_boxed
 from zppo.grading.base import Verdict
@@ -33,7 +33,7 @@ class Words:
 
     special_texts = ()
 
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode(self, messages: Sequence[Message], images: Sequence[ImageRef] = ()) -> tuple[int, ...]:
         return tuple(range(len(messages[-1].content.split())))
 
     def think_open(self, ids: Sequence[int]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from zppo.core.types import ImageRef
 from zppo.errors import ModelError
 
 if TYPE_CHECKING:  # the command line reads these types before it needs torch
@@ -43,10 +44,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One prompt and the keys of its rollouts: `len(keys)` completions are sampled, each drawn from its own key alone."""
+    """One prompt and the keys of its rollouts: `len(keys)` completions are sampled, each drawn from its own key alone.
+
+    `images` are those that stand in the prompt, in order; its ids hold one token for every feature of them.
+    """
 
     prompt_ids: tuple[int, ...]
     keys: tuple[int, ...]
+    images: tuple[ImageRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

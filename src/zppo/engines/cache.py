@@ -195,15 +195,23 @@ class DecodeState:
         model: what is decoded with.
         cache: after the prefill of P prompts.
         mask: (P, L) bool, where the prompts' tokens are; padding stands on the left.
+        following: (P,) position of the token after each prompt, on every axis of the rotary positions.
         owners: (R,) which prompt each rollout belongs to.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: torch.Tensor, owners: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        mask: torch.Tensor,
+        following: torch.Tensor,
+        owners: torch.Tensor,
+    ) -> None:
         self.model, self.cache = model, cache
         self.owners = owners
         self._config = model.config.get_text_config(decoder=True)
         self._shared = can_share(model, cache)
-        self._lengths = mask.sum(-1)[owners]  # (R,) position of the next token
+        self._positions = following[owners]  # (R,) of the next token
         self._mask = None if bool(mask.all()) else mask[owners]  # (R, L + steps so far)
         layers = set(getattr(self._config, "layer_types", None) or ["full_attention"])
         self._ready_mask = (
@@ -228,7 +236,7 @@ class DecodeState:
     def keep(self, rows: torch.Tensor) -> None:
         """Goes on with these rows (R',) in this order."""
         self.cache.reorder_cache(cast(torch.LongTensor, rows))
-        self.owners, self._lengths = self.owners[rows], self._lengths[rows]
+        self.owners, self._positions = self.owners[rows], self._positions[rows]
         self._mask = None if self._mask is None else self._mask[rows]
         if self._shared:
             prompts, bias = self.families.slots.shape[0], self.families.bias
@@ -257,12 +265,12 @@ class DecodeState:
         out = self.model(
             input_ids=tokens[:, None],
             attention_mask=mask,
-            position_ids=self._lengths[:, None],
+            position_ids=self._positions[:, None],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self._lengths = self._lengths + 1
+        self._positions = self._positions + 1
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 

@@ -8,8 +8,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from zppo.core.types import Message
-from zppo.errors import ModelError, one_line
+from zppo.core.parts import TurnParts, message_parts
+from zppo.core.types import ImageRef, Message
+from zppo.engines.sight import Sight
+from zppo.errors import DataError, ModelError, one_line
+from zppo.images.cache import PixelCache
+from zppo.images.pixels import PixelLimits
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _CONTROL = re.compile(r"[<\[{|]\S*[>\]}|]")  # how control tokens look: <tool_call>, [INST], <|im_end|>
@@ -27,9 +31,10 @@ class Chat:
         tokenizer: a tokenizer of `transformers`.
         template_args: arguments passed on to the chat template (for example {"enable_thinking": False}).
         template: a chat template (its Jinja text) to use in place of the tokenizer's own.
+        sight: how the model sees; None for one that reads text only.
 
     Raises:
-        ModelError: the template cannot be rendered.
+        ModelError: the template cannot be rendered, or shows no images to a model that sees.
     """
 
     def __init__(
@@ -37,11 +42,13 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         template_args: Mapping[str, Any] | None = None,
         template: str | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.sight = tokenizer, sight
         self.template_args = dict(template_args or {})
         self._name = str(tokenizer.name_or_path or type(tokenizer).__name__)
-        self.template = template if template is not None else tokenizer.chat_template
+        own = sight.template if sight is not None and sight.template is not None else tokenizer.chat_template
+        self.template = template if template is not None else own
         added = {i: (token.content, token.special) for i, token in tokenizer.added_tokens_decoder.items()}
         special = {i: text for i, (text, flagged) in added.items() if flagged}
         special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
@@ -53,20 +60,33 @@ class Chat:
             sorted((t for t in controls if t.strip()), key=lambda t: (-len(t), t))
         )
         self._hidden = frozenset(i for i, text in special.items() if text not in (THINK_OPEN, THINK_CLOSE))
+        self._texts_in_parts = False  # whether the template wants texts as lists of parts too
         if self.template is not None:
-            self.render([Message("user", "1 + 1 = ?")])
+            self._try_template()
 
     @classmethod
     def load(
-        cls, name: str, template_args: Mapping[str, Any] | None = None, template: str | None = None, **kwargs: Any
+        cls,
+        name: str,
+        template_args: Mapping[str, Any] | None = None,
+        template: str | None = None,
+        *,
+        images: PixelLimits | None = None,
+        cache: PixelCache | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
     ) -> Chat:
         """The tokenizer of a checkpoint (folder or hub name); `kwargs` go to `AutoTokenizer.from_pretrained`.
+
+        Args:
+            images: load its image processor too, which brings pictures into these limits; None for text only.
+            cache: of preprocessed pictures, where it is shared.
 
         Raises:
             ModelError: there is none, or it cannot be read.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **kwargs)
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
                 f"cannot load the tokenizer of {name!r}: {one_line(error)}; name a folder of a checkpoint with a tokenizer, or a model on "
@@ -77,20 +97,51 @@ class Chat:
                 f"{name!r} has no tokenizer: there is no tokenizer.json in it, or an empty one; copy the tokenizer's files of the "
                 "checkpoint into the folder"
             )
-        return cls(tokenizer, template_args, template)
+        sight = None if images is None else Sight.load(name, tokenizer, images, cache, revision=revision)
+        return cls(tokenizer, template_args, template, sight)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as the model's prompt text, up to where its answer begins.
+    def with_arguments(self, template_args: Mapping[str, Any]) -> Chat:
+        """The same with other arguments of the chat template."""
+        return Chat(self.tokenizer, template_args, self.template, self.sight)
+
+    def new_step(self) -> None:
+        """Forgets the pictures of the last step."""
+        if self.sight is not None:
+            self.sight.cache.clear()
+
+    def _try_template(self) -> None:
+        probe = "1 + 1 = ?"
+        shown = self.render([Message("user", probe)])
+        if self.sight is None:
+            return
+        if probe not in shown:  # SmolVLM's goes over parts, and a text has none
+            self._texts_in_parts = True
+            shown = self.render([Message("user", probe)])
+        picture = self.render([Message("user", probe)], [ImageRef("", "")])
+        if probe not in shown or self.sight.token in shown or picture.count(self.sight.token) != 1:
+            raise ModelError(
+                f"the chat template of {self._name!r} does not show images as {self.sight.token!r}: take the template of a vision-language "
+                "checkpoint, or questions without images"
+            )
+
+    def render(self, messages: Sequence[Message], images: Sequence[ImageRef] = ()) -> str:
+        """The conversation as the model's prompt text, up to where its answer begins; a picture is one placeholder.
 
         Raises:
+            DataError: see `message_parts`.
             ModelError: the template is broken or refuses this conversation (a role that it does not know, for
-                example).
+                example); or there are images, and the model reads text only.
         """
+        if images and (self.sight is None or self.template is None):
+            raise ModelError(
+                f"the conversation has {len(images)} image(s), and {self._name!r} reads text only: name a vision-language model"
+            )
         if self.template is None:
             return "\n\n".join(message.content for message in messages) + "\n"
+        turns: list[Any] = [{"role": t.role, "content": self._content(t)} for t in message_parts(messages, images)]
         try:
             text = self.tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
+                turns,
                 chat_template=self.template,
                 add_generation_prompt=True,
                 tokenize=False,
@@ -104,9 +155,26 @@ class Chat:
             ) from error
         return str(text)
 
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The conversation as token ids, up to where the model's answer begins. Raises `ModelError` like `render`."""
-        ids = self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"]
+    def _content(self, turn: TurnParts) -> str | list[dict[str, str]]:
+        """A turn as templates take it: a text, or a list of parts."""
+        if not self._texts_in_parts and not any(isinstance(part, ImageRef) for part in turn.parts):
+            return "".join(map(str, turn.parts))
+        return [
+            {"type": "image"} if isinstance(part, ImageRef) else {"type": "text", "text": part} for part in turn.parts
+        ]
+
+    def encode(self, messages: Sequence[Message], images: Sequence[ImageRef] = ()) -> tuple[int, ...]:
+        """The conversation as token ids, up to where the model's answer begins; one id per feature of a picture.
+
+        Of a picture only the size is looked at.
+
+        Raises:
+            DataError, ModelError: as `render`; or a text holds the token that stands for images.
+        """
+        text = self.render(messages, images)
+        if self.sight is not None:
+            return self._with_pictures(self.sight, text, images)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.template is None and self.tokenizer.bos_token_id is not None:
             bos = self.tokenizer.bos_token_id
             if self.tokenizer("")["input_ids"][:1] == [bos] and ids[:1] != [bos]:
@@ -114,6 +182,21 @@ class Chat:
         if not ids:
             raise ModelError(
                 "a conversation became an empty prompt: its turns hold no text that the tokenizer knows; give them content"
+            )
+        return tuple(ids)
+
+    def _with_pictures(self, sight: Sight, text: str, images: Sequence[ImageRef]) -> tuple[int, ...]:
+        """Token ids of a rendered text, every placeholder replaced by what stands for its picture."""
+        places = [sight.placeholder(ref) for ref in images]
+        pieces = text.split(sight.token)
+        ids: list[int] = []
+        if len(pieces) == len(places) + 1:
+            whole = "".join([pieces[0], *(place.text + piece for place, piece in zip(places, pieces[1:], strict=True))])
+            ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        if len(pieces) != len(places) + 1 or sum(i in sight.image_ids for i in ids) != sum(p.features for p in places):
+            raise DataError(
+                f"the text of a conversation with {len(places)} image(s) holds {sight.token!r} or another token that stands for an image "
+                "in this model: take it out of the question"
             )
         return tuple(ids)
 
@@ -165,4 +248,5 @@ class Chat:
         config = model.config.to_dict()
         named = {v for k, v in config.items() if _MEDIA_FIELDS.fullmatch(k) and isinstance(v, int)}
         marked = {i for i, token in self.tokenizer.added_tokens_decoder.items() if _MEDIA.fullmatch(token.content)}
-        return frozenset(named | marked | set(more))
+        seen = self.sight.image_ids if self.sight is not None else frozenset()
+        return frozenset(named | marked | seen | set(more))

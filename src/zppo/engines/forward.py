@@ -12,14 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from zppo.core.types import ImageRef
+from zppo.engines.sight import Sight
+from zppo.engines.vision import Seen, picture_inputs, positions_of
+
 _CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need beside the logits
 
 
 class Row(NamedTuple):
-    """A prompt (with forced ids, if any) and the completion that is scored; lists, tuples or (T,) int64 tensors."""
+    """A prompt (with forced ids, if any) and the completion that is scored; lists, tuples or (T,) int64 tensors.
+
+    `images` are those that stand in the prompt, in order.
+    """
 
     prompt_ids: Sequence[int] | torch.Tensor
     completion_ids: Sequence[int] | torch.Tensor
+    images: tuple[ImageRef, ...] = ()
 
 
 class TokenScores(NamedTuple):
@@ -45,18 +53,20 @@ def token_scores(
     pad_id: int = 0,
     entropies: bool = False,
     device: torch.device | str | None = None,
+    sight: Sight | None = None,
 ) -> TokenScores:
     """Scores every completion token given what stands before it, as the sampler drew it (method.md section 6).
 
     Args:
         model: a causal language model of `transformers`, wrapped for distributed training or not. Gradients and
             autocast are the caller's. Logits are computed from the shortest prompt's end on only.
-        rows: (prompt, completion) pairs, both non-empty; T is the longest completion.
+        rows: (prompt, completion) pairs, both non-empty, with images or without; T is the longest completion.
         temperature: divides the logits, as in sampling; > 0.
         banned_ids: ids that the sampler never draws; they take no probability here either.
         pad_id: any valid id.
         entropies: also compute the entropy of every token's distribution.
         device: where the model's inputs go; None for the device of its first parameter.
+        sight: how the model sees the images of rows; features of a picture are computed once for all rows that hold it.
 
     Returns:
         The scores, on the model's device.
@@ -65,8 +75,9 @@ def token_scores(
         raise ValueError(f"token_scores needs rows and a temperature > 0; got {len(rows)} rows and {temperature}")
     if device is None:
         device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
-    prompts = [torch.as_tensor(prompt) for prompt, _ in rows]
-    completions = [torch.as_tensor(completion) for _, completion in rows]
+    whole = [Row(*row) for row in rows]
+    prompts = [torch.as_tensor(row.prompt_ids) for row in whole]
+    completions = [torch.as_tensor(row.completion_ids) for row in whole]
     starts, lengths = torch.tensor([[len(p), len(c)] for p, c in zip(prompts, completions, strict=True)]).unbind(1)
     if int(torch.minimum(starts, lengths).min()) < 1:
         raise ValueError("token_scores needs at least one prompt token and one completion token in every row")
@@ -76,7 +87,8 @@ def token_scores(
 
     first = int(starts.min())  # position of the earliest completion token
     inputs, targets = ids[:, :-1], ids[:, first:]  # (B, L - 1), (B, N): the last token is predicted, never read
-    out = model(input_ids=inputs, use_cache=False, logits_to_keep=targets.shape[1])
+    seen = image_inputs(model, sight, whole, inputs)
+    out = model(input_ids=inputs, use_cache=False, logits_to_keep=targets.shape[1], **seen)
     logits = out.logits[:, -targets.shape[1] :]
     banned = torch.tensor(
         sorted(i for i in banned_ids if i < logits.shape[-1]), dtype=torch.int64, device=logits.device
@@ -95,6 +107,34 @@ def token_scores(
     )
 
 
+def image_inputs(model: Any, sight: Sight | None, rows: Sequence[Row], inputs: torch.Tensor) -> dict[str, Any]:
+    """What a forward pass over right-padded rows is given for their images; empty where none has one.
+
+    Args:
+        inputs: (B, L) token ids as they go into the model, on its device.
+
+    Raises:
+        ModelError: there are images, and no sight.
+        DataError: an image cannot be read.
+    """
+    given = picture_inputs(model, sight, [row.images for row in rows], inputs)
+    if not given or sight is None:
+        return {}
+    width, known, places = inputs.shape[1], {}, []
+    for row in rows:
+        ids = torch.as_tensor(row.prompt_ids)
+        key = (tuple(ids.tolist()), row.images)
+        if key not in known:
+            known[key] = positions_of(model, sight, Seen(ids, row.images))
+        ranked, start = known[key]
+        rest = torch.arange(start, start + max(0, width - len(ids)))
+        places.append(torch.cat([ranked, rest.expand(len(ranked), -1)], 1)[:, :width])
+    positions = torch.stack(places, 1).to(inputs.device)
+    if len(positions) > 1:  # one axis: the model counts them itself
+        given["position_ids"] = positions
+    return given
+
+
 def completion_logprobs(
     model: Callable[..., Any],
     rows: Sequence[Row | tuple[Sequence[int] | torch.Tensor, Sequence[int] | torch.Tensor]],
@@ -102,9 +142,10 @@ def completion_logprobs(
     temperature: float = 1.0,
     banned_ids: Collection[int] = (),
     pad_id: int = 0,
+    sight: Sight | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_scores` without entropies: log-probs (B, T) float32 and the completion mask (B, T) bool."""
-    scores = token_scores(model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id)
+    scores = token_scores(model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id, sight=sight)
     return scores.logprobs, scores.mask
 
 

@@ -1,4 +1,4 @@
-"""Causal language models from a folder or the hub: whole, or not at all."""
+"""Language models from a folder or the hub, with or without eyes: whole, or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from zppo.errors import ModelError, one_line
 
@@ -25,19 +26,25 @@ def load_network(
     dtype: torch.dtype | str,
     revision: str | None = None,
     attention: str | None = None,
+    images: bool = False,
     **more: Any,
 ) -> PreTrainedModel:
     """A model with every weight from its checkpoint; `more` goes to `from_pretrained`.
 
     `transformers` fills weights that a checkpoint lacks with random numbers and goes on with a warning; here that is an error (ours).
 
+    Args:
+        images: with its vision tower. Without, a checkpoint that has a text model of its own (Qwen3.5) is loaded as that, and others
+            that read images (Qwen3-VL) whole.
+
     Raises:
         ModelError: it cannot be loaded, or weights are missing or of another size than its configuration says.
     """
     if attention:
         more["attn_implementation"] = attention
+    kind = AutoModelForImageTextToText if images or _sees_only_whole(name, revision) else AutoModelForCausalLM
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             name, dtype=dtype, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **more
         )
     except SafetensorError as error:
@@ -61,6 +68,23 @@ def load_network(
             "the two do not belong together: copy both from one place"
         )
     return cast(PreTrainedModel, model)
+
+
+def reads_images(name: str | Path, revision: str | None = None) -> bool:
+    """Whether a checkpoint's architecture takes images and text; False too where its config.json cannot be read."""
+    return type(_config(name, revision)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _sees_only_whole(name: str | Path, revision: str | None) -> bool:
+    config = _config(name, revision)
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _config(name: str | Path, revision: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except Exception:  # whoever loads the model says what is wrong
+        return None
 
 
 def _some(names: Collection[str]) -> str:

@@ -19,6 +19,8 @@ from zppo.engines.base import Completion, SampleRequest, Sampling, check_end_tok
 from zppo.engines.cache import DecodeState
 from zppo.engines.draw import Drawer, Draws
 from zppo.engines.memory import out_of_memory, release
+from zppo.engines.sight import Sight
+from zppo.engines.vision import Positions, Seen, picture_inputs, positions_of
 from zppo.errors import MemoryLimitError, ModelError
 
 _DROP_SHARE = 16  # rows are dropped once one in so many has finished
@@ -52,6 +54,7 @@ class TransformersEngine:
         look_every: decoding steps between looks at which rollouts have finished; a look waits for a GPU's queue of
             work. None for 1 on a CPU and 8 elsewhere.
         say: told once when memory has run out and what fits from then on; None for nobody.
+        sight: how the model sees the images of requests; None for one that reads text only.
     """
 
     def __init__(
@@ -66,8 +69,9 @@ class TransformersEngine:
         autocast_dtype: torch.dtype | None = None,
         look_every: int | None = None,
         say: Callable[[str], None] | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.sight = model, sight
         self.eos_ids = frozenset(eos_ids)
         self.pad_id = pad_id
         self.banned_ids = frozenset(banned_ids)
@@ -94,7 +98,9 @@ class TransformersEngine:
 
         Raises:
             ModelError: no requests; a request without prompt tokens, without keys, with ids outside the vocabulary or
-                with a prompt that fills the model's context; a limit below 1; logits that are not numbers.
+                with a prompt that fills the model's context; images, and no sight; a limit below 1; logits that are
+                not numbers.
+            DataError: an image cannot be read.
             MemoryLimitError: the memory does not hold a single rollout.
         """
         check_requests(requests, sampling, self.vocab_size, self.context)
@@ -152,24 +158,36 @@ class TransformersEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.autocast_dtype)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Logits after the last token (P, V), the cache, and which places hold tokens (P, L)."""
-        device, width = self.model.device, max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-        pads = torch.tensor([width - len(p) for p in prompts], device=device)
+    def _prefill(
+        self, prompts: Sequence[SampleRequest]
+    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
+        """Logits after the last token (P, V), the cache, which places hold tokens (P, L), and the next positions (P,)."""
+        device, width = self.model.device, max(len(p.prompt_ids) for p in prompts)
+        ids = torch.tensor(
+            [[self.pad_id] * (width - len(p.prompt_ids)) + list(p.prompt_ids) for p in prompts], device=device
+        )
+        pads = torch.tensor([width - len(p.prompt_ids) for p in prompts], device=device)
         places = torch.arange(width, device=device) - pads[:, None]
         mask = places >= 0
-        padded = min(map(len, prompts)) < width
+        padded = min(len(p.prompt_ids) for p in prompts) < width
+        positions: torch.Tensor | None = places.clamp(min=0) if padded else None
+        following = mask.sum(-1)
+        pictures = picture_inputs(self.model, self.sight, [p.images for p in prompts], ids)
+        if pictures and self.sight is not None:
+            ranked = [positions_of(self.model, self.sight, Seen(torch.tensor(p.prompt_ids), p.images)) for p in prompts]
+            positions = _left_padded(ranked, width).to(device)
+            following = torch.tensor([rank.next for rank in ranked], device=device)
         cache = DynamicCache(config=self.model.config)
         out = self.model(
             input_ids=ids,
             attention_mask=mask.long() if padded else None,
-            position_ids=places.clamp(min=0) if padded else None,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **pictures,
         )
-        return out.logits[:, -1], cache, mask
+        return out.logits[:, -1], cache, mask, following
 
     def _decode(self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling) -> list[Completion]:
         """The completions of one batch: prefill, then token by token on the rows that still live."""
@@ -184,7 +202,7 @@ class TransformersEngine:
         drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
         progress = _Progress(limits, ends, self.look_every)
 
-        logits, cache, mask = self._prefill(prompts)
+        logits, cache, mask, following = self._prefill([request for request, _ in batch])
         owner = torch.tensor(owners, device=device)
         logits, state = logits[owner], None
         for step in range(progress.longest):
@@ -196,7 +214,7 @@ class TransformersEngine:
                 tokens = tokens[kept]
                 drawer.keep(kept)
             if state is None:
-                state = DecodeState(self.model, cache, mask, owner if kept is None else owner[kept])
+                state = DecodeState(self.model, cache, mask, following, owner if kept is None else owner[kept])
             elif kept is not None:
                 state.keep(kept)
             logits = state.step(tokens)
@@ -239,6 +257,13 @@ def halves(batch: Sequence[Piece]) -> list[list[Piece]]:
             if stop > start:
                 part.append(Piece(piece.request, start, stop))
     return parts
+
+
+def _left_padded(ranked: Sequence[Positions], width: int) -> torch.Tensor:
+    """Positions of prompts as a model takes them: (P, L), or (A, P, L) on A axes; 0 on the padding."""
+    padded = [torch.nn.functional.pad(rank.places, (width - rank.places.shape[1], 0)) for rank in ranked]
+    places = torch.stack(padded, 1)
+    return places[0] if len(places) == 1 else places
 
 
 def _size(batch: Sequence[Piece], requests: Sequence[SampleRequest], new: int) -> tuple[int, int]:

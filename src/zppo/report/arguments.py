@@ -45,7 +45,9 @@ def add_commands(commands: Any, resolve: Callable[[str], str]) -> None:
         description="Print every prompt, answer and verdict of one question of a run.",
     )
     inspect.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
-    inspect.add_argument("question", metavar="QUESTION_ID", help="as in the data, or <file>:<row>; the report and buffer.jsonl name them")
+    inspect.add_argument(
+        "question", metavar="QUESTION_ID", help="as in the data, or <file>:<row>; the report and buffer.jsonl name them"
+    )
     inspect.add_argument("--step", type=int, help="only this step")
     inspect.add_argument("--kind", help="only this kind of prompt: plain, bcq, ncq")
     inspect.add_argument("--full", action="store_true", help="show long texts whole")

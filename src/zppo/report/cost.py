@@ -121,7 +121,9 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.reformulations else 0.0),
-        scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
+        scoring=total("train_tokens_needed")
+        if method.distils
+        else 0.0,  # the teacher reads what the student learns from
         judge=judge_tokens(steps),
     )
     draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask == "lazy"

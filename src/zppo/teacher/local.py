@@ -9,20 +9,23 @@ from typing import Any, Protocol
 
 import torch
 
-from zppo.core.types import Message
+from zppo.core.types import ImageRef, Message
 from zppo.engines.base import Completion, Engine, SampleRequest
 from zppo.engines.chat import Chat
 from zppo.engines.halves import sample_in_halves
-from zppo.engines.loading import load_network
+from zppo.engines.loading import load_network, reads_images
+from zppo.engines.sight import Sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
+from zppo.images.cache import PixelCache
+from zppo.images.pixels import PixelLimits
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 
 
 class Speech(Protocol):
     """What the teacher needs of a `Chat`."""
 
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode(self, messages: Sequence[Message], images: Sequence[ImageRef] = ()) -> tuple[int, ...]:
         """A conversation as prompt ids."""
         ...
 
@@ -61,6 +64,7 @@ class LocalTeacher:
         self.special_texts = tuple(special_texts)
         self.network: Any = None  # the frozen model and its tokenizer, where `load` made the teacher: for distillation
         self.tokenizer: Any = None
+        self.sight: Sight | None = None  # how it sees; None for one that reads text only
 
     @classmethod
     def load(
@@ -73,6 +77,8 @@ class LocalTeacher:
         template: str | None = None,
         attention: str | None = None,
         max_rows: int | None = None,
+        images: PixelLimits | None = None,
+        cache: PixelCache | None = None,
     ) -> LocalTeacher:
         """A frozen teacher from a `transformers` checkpoint.
 
@@ -84,6 +90,8 @@ class LocalTeacher:
             template: chat template (its text) instead of the tokenizer's own.
             attention: `attn_implementation` of `transformers`; None for its default.
             max_rows: completions that are decoded at once; None for all.
+            images: load it with its eyes where it has any, and bring pictures into these limits; None for text only.
+            cache: of preprocessed pictures, where it is shared.
 
         Raises:
             TeacherError: the checkpoint cannot be loaded.
@@ -91,10 +99,20 @@ class LocalTeacher:
         place = torch.device(device)
         stored: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
-            network: Any = load_network(model, revision=revision, dtype=stored, attention=attention, device_map=place)
-            chat = Chat.load(str(model), template=template, revision=revision)
+            sees = images is not None and reads_images(model, revision)
+            network: Any = load_network(
+                model, revision=revision, dtype=stored, attention=attention, images=sees, device_map=place
+            )
+            chat = Chat.load(
+                str(model), template=template, images=images if sees else None, cache=cache, revision=revision
+            )
             engine = TransformersEngine(
-                network.requires_grad_(False).eval(), chat.eos_ids(network), chat.pad_id(network), max_rows=max_rows
+                network.requires_grad_(False).eval(),
+                chat.eos_ids(network),
+                chat.pad_id(network),
+                chat.banned_ids(network) if sees else (),
+                max_rows=max_rows,
+                sight=chat.sight,
             )
         except ModelError as error:
             raise TeacherError(str(error)) from error
@@ -105,11 +123,11 @@ class LocalTeacher:
             ) from error
         teacher = cls(
             engine,
-            lambda args: Chat(chat.tokenizer, args, template),
+            chat.with_arguments,
             context=engine.context,
             special_texts=chat.special_texts,
         )
-        teacher.network, teacher.tokenizer = network, chat.tokenizer
+        teacher.network, teacher.tokenizer, teacher.sight = network, chat.tokenizer, chat.sight
         return teacher
 
     def check(self, how: TeacherSampling, use: str = "", n: int = 1) -> None:
@@ -119,8 +137,9 @@ class LocalTeacher:
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
         """Replies in the order of the requests.
 
-        A request gets `texts` of None and an `error` if it has images, cannot be put into the chat template, fills the
-        context, or if sampling it fails: where sampling a batch fails, its halves are tried on their own.
+        A request gets `texts` of None and an `error` if it has images that this teacher cannot read, cannot be put into
+        the chat template, fills the context, or if sampling it fails: where sampling a batch fails, its halves are tried
+        on their own.
         """
         chat = self._chat(how.template_args)
         encoded = [self._encode(chat, request) for request in requests]
@@ -142,15 +161,15 @@ class LocalTeacher:
 
     def _encode(self, chat: Speech, request: TeacherRequest) -> SampleRequest | str:
         """What to sample, or the reason why not."""
-        if request.images:
+        if request.images and self.sight is None:
             return f"the prompt has {len(request.images)} image(s), and this teacher reads text only"
         try:
-            ids = chat.encode(request.messages)
+            ids = chat.encode(request.messages, request.images)
         except ZPPOError as error:
             return str(error)
         if self.context is not None and len(ids) >= self.context:
             return f"the prompt has {len(ids)} tokens, and the teacher's context holds {self.context}"
-        return SampleRequest(ids, request.keys)
+        return SampleRequest(ids, request.keys, request.images)
 
 
 def _failed(request: TeacherRequest, error: str, prompt_tokens: int = 0) -> TeacherReply:

@@ -39,6 +39,7 @@ from zppo.train.recipe import dump_recipe
 from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog, SilentLog
 from zppo.train.scoring import make_scorer
+from zppo.train.seeing import RunData
 from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
@@ -86,11 +87,13 @@ def make_engine(
         max_rows=settings.rollout.max_rows,
         autocast_dtype=autocast_dtype,
         say=say,
+        sight=chat.sight,
     )
 
 
 def assemble(
     settings: Settings,
+    data: RunData,
     run: Path,
     start: Path | None,
     score: Score,
@@ -100,9 +103,10 @@ def assemble(
     console: Console,
     stop: Stop,
 ) -> Assembled:
-    """Loads data, models and templates, checks that they fit together, and builds the trainer.
+    """Loads models and templates, checks that they fit together, and builds the trainer.
 
     Args:
+        data: the questions, and how the models see.
         run: where the trainer will write; nothing is written here.
         start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
         staff: the frozen models.
@@ -116,11 +120,12 @@ def assemble(
         require_vllm()  # before models are loaded
     rule, method = TimedScore(score), settings.method.resolve()
     reformulations = make_reformulations(method, settings.zone.prefix_fraction)
-    chat, teachers = load_chat(settings.student), staff.teachers
+    seeing, teachers = data.seeing, staff.teachers
+    chat = load_chat(settings.student, seeing.limits, seeing.cache) if seeing else load_chat(settings.student)
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
     length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
-    questions, held_out = load_short(settings, speaker, length, console)
+    questions, held_out = load_short(settings, data, speaker, length, console)
     scorer = make_scorer(
         settings,
         rule,
@@ -129,7 +134,7 @@ def assemble(
         teachers,
         lambda own: staff.load(own, "judge" if settings.judge else "teacher"),
     )
-    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None)
+    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=seeing is not None)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, speaker, questions)
     _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
@@ -149,7 +154,10 @@ def assemble(
     else:
         engine = make_engine(settings, model, chat, autocast_type(accelerator), say)
     _check_context(settings, engine.context, questions, held_out, length)
-    guard = make_guard(settings, engine, model, speaker.plain(questions[0]).ids, chat, accelerator, weights)
+    watched = speaker.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
+    if chat.sight is not None:
+        chat.sight.cache.pin({image.sha256 for image in watched.images})
+    guard = make_guard(settings, engine, model, watched, chat, accelerator, weights)
     guard.refresh(0)  # a wrong engine is found before anything is written
     trainer = Trainer(
         settings,

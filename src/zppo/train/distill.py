@@ -11,7 +11,8 @@ from torch import nn
 from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import shares
 from zppo.core.types import Group, Rollout
-from zppo.engines.forward import Row
+from zppo.engines.forward import Row, image_inputs
+from zppo.engines.sight import Sight
 from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools
 from zppo.train.budget import TokenBudget, zero_gradients
@@ -22,14 +23,16 @@ from zppo.train.update import Begun
 from zppo.train.weights import Weights
 
 
-def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
+def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int, sight: Sight | None = None) -> torch.Tensor:
     """(N, V) logits of the N completion tokens of all rows, in the order of rows and tokens."""
     device = next(model.parameters()).device
     lengths = [(len(row.prompt_ids), len(row.completion_ids)) for row in rows]
     ids = [torch.tensor([*row.prompt_ids, *row.completion_ids]) for row in rows]
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id).to(device)
     first = min(prompt for prompt, _ in lengths)
-    logits = model(input_ids=padded[:, :-1], use_cache=False, logits_to_keep=padded.shape[1] - first).logits
+    inputs = padded[:, :-1]
+    seen = image_inputs(model, sight, rows, inputs)
+    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=padded.shape[1] - first, **seen).logits
     return torch.cat([row[p - first : p - first + c] for row, (p, c) in zip(logits, lengths, strict=True)])
 
 
@@ -43,6 +46,7 @@ class Distiller:
         respond: makes a completion of a teacher response, None where it is too long.
         budget: tokens of a micro-batch; None for the setting's.
         weights: how the student's weights lie over the processes.
+        sight, teacher_sight: how the two see the images of prompts, alike; None for text only.
     """
 
     def __init__(
@@ -58,8 +62,11 @@ class Distiller:
         pad_id: int,
         budget: TokenBudget | None = None,
         weights: Weights | None = None,
+        sight: Sight | None = None,
+        teacher_sight: Sight | None = None,
     ) -> None:
         self.model, self.accelerator, self.teacher = model, accelerator, teacher
+        self.sight, self.teacher_sight = sight, teacher_sight
         self.asker, self.respond, self.train, self.pad_id = asker, respond, train, pad_id
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
         self.weights = weights or Weights()
@@ -105,7 +112,7 @@ class Distiller:
         self.asker.new_step()
         pools = self.asker.ask([g.question for g in plain], step)
         made = ((g, self.respond(source)) for g in plain for source in pools[g.question.id])
-        return [Row(g.prompt.ids, tuple(r.ids.tolist())) for g, r in made if r is not None]
+        return [Row(g.prompt.ids, tuple(r.ids.tolist()), g.prompt.images) for g, r in made if r is not None]
 
     def _update(self, rows: Sequence[Row], lengths: Sequence[int]) -> tuple[float, float, bool, int]:
         """One optimizer step over all rows, of which this process does its share: loss, gradient norm, whether it stepped, tokens."""
@@ -129,13 +136,14 @@ class Distiller:
 
     def _idle(self, row: Row) -> None:
         """A pass that adds nothing."""
-        logits = completion_logits(self.model, [row], self.pad_id)
+        logits = completion_logits(self.model, [row], self.pad_id, self.sight)
         self.accelerator.backward(logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum())
 
     def _backward(self, rows: Sequence[Row], tokens: int) -> float:
         with torch.no_grad():
-            wanted = completion_logits(self.teacher, rows, self.pad_id)
-        logits = completion_logits(self.model, rows, self.pad_id)
+            wanted = completion_logits(self.teacher, rows, self.pad_id, self.teacher_sight)
+        with self.accelerator.autocast():  # the vision tower is called by itself
+            logits = completion_logits(self.model, rows, self.pad_id, self.sight)
         size = min(logits.shape[-1], wanted.shape[-1])  # embeddings may be padded to different sizes
         loss = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device)).sum() / tokens
         self.accelerator.backward(loss)
@@ -143,4 +151,8 @@ class Distiller:
 
 
 def _student_rows(plain: Sequence[Group]) -> list[Row]:
-    return [Row(g.prompt.ids + g.prompt.forced_ids, tuple(r.ids.tolist())) for g in plain for r in g.rollouts]
+    return [
+        Row(g.prompt.ids + g.prompt.forced_ids, tuple(r.ids.tolist()), g.prompt.images)
+        for g in plain
+        for r in g.rollouts
+    ]

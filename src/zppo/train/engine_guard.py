@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from zppo.core.draws import draw_key
+from zppo.core.types import ImageRef
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.forward import Row, completion_logprobs
+from zppo.engines.sight import Sight
 from zppo.errors import EngineError
 from zppo.train.team import ALONE, Team
 
@@ -65,6 +67,7 @@ class EngineGuard:
         seed: keys the draws.
         team: the processes; each looks at its own engine, and where one is wrong all of them say so.
         whole: inside it this process has all weights.
+        images, sight: of the fixed prompt, and how the trainer's model sees them.
     """
 
     def __init__(
@@ -81,7 +84,10 @@ class EngineGuard:
         seed: int,
         team: Team = ALONE,
         whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        images: tuple[ImageRef, ...] = (),
+        sight: Sight | None = None,
     ) -> None:
+        self.images, self.sight = images, sight
         self.engine, self.model, self.prompt_ids = engine, model, prompt_ids
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.tolerance, self.every, self.seed = tolerance, every, seed
@@ -146,7 +152,7 @@ class EngineGuard:
     def _probe(self, size: int, tokens: int) -> _Probe:
         keys = tuple(draw_key(self.seed, "engine", i) for i in range(size))
         sampling = Sampling(temperature=self.temperature, max_new_tokens=tokens)
-        (completions,) = self.engine.sample([SampleRequest(self.prompt_ids, keys)], sampling)
+        (completions,) = self.engine.sample([SampleRequest(self.prompt_ids, keys, self.images)], sampling)
         return _Probe(
             torch.cat([c.ids for c in completions]),
             torch.cat([c.logprobs for c in completions]),
@@ -157,10 +163,11 @@ class EngineGuard:
         with torch.no_grad():
             logprobs, mask = completion_logprobs(
                 self.model,
-                [Row(self.prompt_ids, c.ids) for c in completions],
+                [Row(self.prompt_ids, c.ids, self.images) for c in completions],
                 temperature=self.temperature,
                 banned_ids=self.banned_ids,
                 pad_id=self.pad_id,
+                sight=self.sight,
             )
         return logprobs[mask].float().cpu()
 

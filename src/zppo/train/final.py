@@ -25,6 +25,8 @@ ADAPTER = "adapter"  # in final/, where adapters were trained
 def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Path:
     """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
 
+    A student that was trained on images keeps its vision tower and processor, and loads with `AutoModelForImageTextToText`.
+
     Adapters are merged into the weights, for good; by themselves they are in final/adapter/. Without adapters `weights` is saved.
 
     Returns:
@@ -43,6 +45,8 @@ def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Pat
         weights.save_pretrained(folder)
         chat.tokenizer.chat_template = chat.template  # what the student was trained with
         chat.tokenizer.save_pretrained(folder)
+        for name, content in chat.sight.files.items() if chat.sight is not None else ():
+            (folder / name).write_bytes(content)
     return folder
 
 

@@ -148,6 +148,8 @@ def make_learner(
             pad_id=chat.pad_id(model),
             budget=budget,
             weights=weights,
+            sight=chat.sight,
+            teacher_sight=teacher.sight,
         )
         return learner, optimizer
     updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights)
@@ -194,6 +196,7 @@ def _make_updater(
         budget=budget,
         stop=stop,
         weights=weights,
+        sight=chat.sight,
     )
 
 
@@ -204,4 +207,10 @@ def _check_shared_tokenizer(settings: Settings, chat: Chat, teacher: LocalTeache
             f"method {settings.method.name!r} compares next-token distributions, so student and teacher must share a tokenizer, and "
             f"{settings.student.model!r} and {name!r} do not: their vocabularies differ. Take a teacher of the student's family, or a "
             "method that keeps the teacher in the prompt (zppo)"
+        )
+    if chat.sight is not None and (teacher.sight is None or not chat.sight.same_as(teacher.sight)):
+        why = "the teacher reads text only" if teacher.sight is None else "their image processors differ"
+        raise SettingsError(
+            f"method {settings.method.name!r} compares next-token distributions on prompts with images, which student and teacher must "
+            f"see alike, and {why}: take a teacher of the student's family, or a method that keeps the teacher in the prompt (zppo)"
         )

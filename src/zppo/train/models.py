@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from zppo.engines.chat import Chat
 from zppo.engines.loading import load_network
 from zppo.errors import CheckpointError, ModelError, SettingsError
+from zppo.images.cache import PixelCache
+from zppo.images.pixels import PixelLimits
 from zppo.train import checkpoint
 from zppo.train.lora import ADAPTER_CONFIG, Adapters, add_adapters
 from zppo.train.settings import ModelSettings, Settings
@@ -42,22 +44,39 @@ def read_template(settings: ModelSettings) -> str | None:
         ) from error
 
 
-def load_chat(settings: ModelSettings) -> Chat:
-    """Tokenizer and chat template of a checkpoint, with the recipe's template and arguments."""
+def load_chat(settings: ModelSettings, images: PixelLimits | None = None, cache: PixelCache | None = None) -> Chat:
+    """Tokenizer and chat template of a checkpoint, with the recipe's template and arguments.
+
+    Args:
+        images, cache: see `Chat.load`.
+    """
     return Chat.load(
-        resolve_model(settings.model), settings.template_args, read_template(settings), revision=settings.revision
+        resolve_model(settings.model),
+        settings.template_args,
+        read_template(settings),
+        images=images,
+        cache=cache,
+        revision=settings.revision,
     )
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype, revision: str | None = None, attention: str | None = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attention: str | None = None,
+    images: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode (no dropout anywhere in a run: old and new log-probs must be comparable).
+    """A language model in evaluation mode (no dropout anywhere in a run: old and new log-probs must be comparable).
+
+    Args:
+        images: with its vision tower.
 
     Raises:
         ModelError: it cannot be loaded whole; the message names the model and says why.
     """
-    model = load_network(folder, dtype=dtype, revision=revision, attention=attention)
+    model = load_network(folder, dtype=dtype, revision=revision, attention=attention, images=images)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             f"model {str(folder)!r} holds adapters only, and the weights below them were loaded with it: merge them first (`final/` of a "
@@ -85,11 +104,12 @@ class Student:
         return self.adapters or self.model
 
 
-def load_student(settings: Settings, start: Path | None, *, bf16: bool) -> Student:
+def load_student(settings: Settings, start: Path | None, *, bf16: bool, images: bool = False) -> Student:
     """The student, from where a recipe says or from a checkpoint; with LoRA the checkpoint has the adapters, and only them.
 
     Args:
         start: the checkpoint; None for the recipe's model.
+        images: with its vision tower.
         bf16: whether autocast is on. Frozen weights are held in bf16 then: multiplications would round them to it anyway.
 
     Raises:
@@ -109,6 +129,7 @@ def load_student(settings: Settings, start: Path | None, *, bf16: bool) -> Stude
         dtype=torch.bfloat16 if lora and bf16 else torch.float32,
         revision=None if from_saved else own.revision,
         attention=own.attention,
+        images=images,
     )
     if lora is None:
         return Student(model, None)

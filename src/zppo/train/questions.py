@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from zppo.core.types import Question
 from zppo.data.load import drop_long
 from zppo.errors import DataError, ModelError
-from zppo.train.plan import load_data
 from zppo.train.rollouts import Speaker
+from zppo.train.seeing import RunData
 from zppo.train.settings import Settings
 
 SAMPLE = 200
@@ -20,15 +20,15 @@ MOST_UNKNOWN = 0.05
 
 
 def load_short(
-    settings: Settings, speaker: Speaker, length: Callable[[Question], int], console: Console
+    settings: Settings, data: RunData, speaker: Speaker, length: Callable[[Question], int], console: Console
 ) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What was dropped is said, a tokenizer
     that does not know their words, and questions that are in both.
 
     Raises:
-        DataError: see `data.load.load_questions`; no question is short enough; one has images.
+        DataError: no question is short enough.
     """
-    sources = zip((settings.data.train, settings.data.eval or ""), load_data(settings), strict=True)
+    sources = zip((settings.data.train, settings.data.eval or ""), (data.train, data.held_out), strict=True)
     train, held_out = (
         _short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources
     )
@@ -42,12 +42,6 @@ def load_short(
 def _short(
     source: str, questions: Sequence[Question], most: int, length: Callable[[Question], int], console: Console
 ) -> list[Question]:
-    for question in questions:
-        if question.images:
-            raise DataError(
-                f"{source}: question {question.id!r} has images, and training on images is not built yet: leave the column out, "
-                "or name one that does not exist in data.columns.images"
-            )
     kept, dropped = drop_long(questions, length, most)
     if questions and not kept:
         shortest = min(map(length, questions))
@@ -77,9 +71,13 @@ def check_vocabulary(model: PreTrainedModel, speaker: Speaker, questions: Sequen
 
 
 def in_both(train: Sequence[Question], held_out: Sequence[Question]) -> str:
-    """A warning where held-out questions are asked in training too, word for word (ours); "" where none is."""
-    trained = {question.messages for question in train}
-    both = [question.id for question in held_out if question.messages in trained]
+    """A warning where held-out questions are asked in training too, word for word and about the same images (ours); "" where none is."""
+
+    def asked(question: Question) -> tuple[object, ...]:
+        return question.messages, tuple(image.sha256 for image in question.images)
+
+    trained = {asked(question) for question in train}
+    both = [question.id for question in held_out if asked(question) in trained]
     if not both:
         return ""
     return (

@@ -54,7 +54,7 @@ class Speaker:
         )
 
     def _prompt(self, kind: str, question: Question, messages: tuple[Message, ...]) -> Prompt:
-        ids = self.chat.encode(messages)
+        ids = self.chat.encode(messages, question.images)
         return Prompt(kind, question, messages, ids, self.chat.think_open(ids), question.images)
 
 
@@ -98,6 +98,7 @@ class Roller:
             SampleRequest(
                 p.ids + p.forced_ids,
                 tuple(draw_key(self.seed, purpose, step, p.question.id, p.kind, i) for i in range(self.group_size)),
+                p.images,
             )
             for p in prompts
         ]

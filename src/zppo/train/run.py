@@ -28,6 +28,7 @@ from zppo.train.recipe import dump_recipe, load_recipe
 from zppo.train.recover import Start, rescue, way_on
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import scoring
+from zppo.train.seeing import read_data
 from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.storage import write_whole, writing
@@ -90,9 +91,14 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
         trackers.check()
         start = team.gather(Start.find(settings, run, console) if resumed and team.main else None)[0]
-        with scoring(settings) as score, staffing(settings, accelerator, console) as staff, tracking(trackers):
+        data = read_data(settings)
+        with (
+            scoring(settings) as score,
+            staffing(settings, accelerator, console, data.seeing) as staff,
+            tracking(trackers),
+        ):
             folder = start.folder if start else None
-            parts = assemble(settings, run, folder, score, staff, accelerator, weights, console, stop)
+            parts = assemble(settings, data, run, folder, score, staff, accelerator, weights, console, stop)
             if start:
                 start.load(parts, console)
             with stop.shield():
@@ -152,7 +158,12 @@ def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *
     folder = team.gather(save_final(run, parts.student, saved, parts.chat) if team.main else run)[0]
     after = None
     if trainer.held_out:
-        fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention)
+        fresh = load_model(
+            folder,
+            dtype=torch.float32,
+            attention=settings.student.attention,
+            images=parts.chat.sight is not None,
+        )
         torch.nn.Module.to(fresh, parts.student.model.device)
         trainer.scorer.new_step()
         engine = trainer.roller.engine

@@ -45,7 +45,7 @@ def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_trunca
     values = iter(advantages.tolist())
 
     def sample(group: Group, rollout: Rollout) -> Sample:
-        row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()))
+        row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()), group.prompt.images)
         return Sample(row, rollout.logprobs, next(values), not (mask_truncated and rollout.truncated))
 
     return [[sample(group, rollout) for rollout in group.rollouts] for group in groups]

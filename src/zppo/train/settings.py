@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from zppo.data.gym import check_apart
 from zppo.data.reading import Reading
 from zppo.engines.base import Sampling
+from zppo.images.pixels import PixelLimits
 from zppo.teacher.base import TeacherSampling
 from zppo.train.methods import METHODS, Control, Loss, Method
 from zppo.train.remote_settings import RemoteSettings
@@ -222,6 +223,28 @@ class ColumnSettings(Section):
     )
 
 
+class ImageSettings(Section):
+    """Images of questions (docs/images.md)."""
+
+    min_pixels: int = Field(
+        PixelLimits().min_pixels, ge=1, description="smaller images are enlarged to about so many pixels"
+    )
+    max_pixels: int = Field(
+        PixelLimits().max_pixels, ge=1, description="larger images are reduced to about so many pixels"
+    )
+    cache_gib: float = Field(
+        4.0, gt=0, description="memory for the preprocessed images of a step; what is over it is preprocessed again"
+    )
+
+    @model_validator(mode="after")
+    def _some_size(self) -> ImageSettings:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"min_pixels is {self.min_pixels}, more than max_pixels, which is {self.max_pixels}; exchange them"
+            )
+        return self
+
+
 class DataSettings(Section):
     """Questions in."""
 
@@ -240,6 +263,7 @@ class DataSettings(Section):
         False, description="read the first `limit` rows of a hub set one by one instead of downloading it; needs limit"
     )
     columns: ColumnSettings = Field(ColumnSettings(), description="names of the columns")
+    images: ImageSettings = Field(ImageSettings(), description="how images are shown to models in this process")
     answer_after: str | None = Field(
         None,
         min_length=1,

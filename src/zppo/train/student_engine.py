@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from zppo.core.types import Prompt
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
@@ -71,17 +72,17 @@ def make_guard(
     settings: Settings,
     engine: Engine,
     model: PreTrainedModel,
-    prompt_ids: tuple[int, ...],
+    prompt: Prompt,
     chat: Chat,
     accelerator: Accelerator,
     weights: Weights,
 ) -> EngineGuard:
-    """The guard over the run's engine; `prompt_ids` is the fixed prompt."""
+    """The guard over the run's engine; `prompt` is the fixed one."""
     exact = isinstance(engine, TransformersEngine) and accelerator.mixed_precision == "no"
     return EngineGuard(
         engine,
         model,
-        prompt_ids,
+        prompt.ids,
         temperature=settings.rollout.temperature,
         banned_ids=tuple(sorted(chat.banned_ids(model))),
         pad_id=chat.pad_id(model),
@@ -90,4 +91,6 @@ def make_guard(
         seed=settings.seed,
         team=weights.team,
         whole=weights.whole,
+        images=prompt.images,
+        sight=chat.sight,
     )

@@ -17,6 +17,7 @@ from zppo.teacher.remote import RemoteTeacher
 from zppo.train.methods import Method
 from zppo.train.models import read_template, resolve_model
 from zppo.train.progress import warn
+from zppo.train.seeing import Seeing
 from zppo.train.settings import FrozenModelSettings, Settings, TeacherSettings
 
 FrozenTeacher = LocalTeacher | RemoteTeacher
@@ -29,9 +30,11 @@ class Staff:
         teachers: those that the method needs; `teacher`, which also compresses, comes first.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, console: Console) -> None:
+    def __init__(
+        self, settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None
+    ) -> None:
         self.teachers: list[FrozenTeacher] = []
-        self._settings, self._accelerator, self._console = settings, accelerator, console
+        self._settings, self._accelerator, self._console, self._seeing = settings, accelerator, console, seeing
         self._remote: list[RemoteTeacher] = []
 
     def load(self, own: FrozenModelSettings, section: str) -> FrozenTeacher:
@@ -41,7 +44,7 @@ class Staff:
             TeacherError: it cannot be loaded, or there is no key for its address.
         """
         if not own.base_urls:
-            return _load_frozen(self._settings, own, self._accelerator)
+            return _load_frozen(self._settings, own, self._accelerator, self._seeing)
         teacher = RemoteTeacher(
             own.model,
             own.base_urls,
@@ -67,8 +70,13 @@ class Staff:
 
 
 @contextmanager
-def staffing(settings: Settings, accelerator: Accelerator, console: Console) -> Iterator[Staff]:
+def staffing(
+    settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None
+) -> Iterator[Staff]:
     """The frozen models for the length of a run; the teachers that the method needs are loaded and checked.
+
+    Args:
+        seeing: how those in this process see, where the run has images and they can.
 
     Raises:
         TeacherError: a teacher cannot be loaded, or cannot be reached with this key, model and fields.
@@ -77,7 +85,7 @@ def staffing(settings: Settings, accelerator: Accelerator, console: Console) -> 
     method = settings.method.resolve()
     named = [("teacher", settings.teacher), *((f"more_teachers.{i}", t) for i, t in enumerate(settings.more_teachers))]
     with ExitStack() as stack:
-        staff = Staff(settings, accelerator, console)
+        staff = Staff(settings, accelerator, console, seeing)
         stack.callback(staff.close)
         for section, own in named if method.needs_teacher else ():
             if own is not None:
@@ -104,7 +112,9 @@ def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
     return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.reformulations)]
 
 
-def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator) -> LocalTeacher:
+def _load_frozen(
+    settings: Settings, own: FrozenModelSettings, accelerator: Accelerator, seeing: Seeing | None
+) -> LocalTeacher:
     """A model that is never trained, in this process: a teacher, or a judge."""
     device = accelerator.device if own.device == "auto" else torch.device(own.device)
     return LocalTeacher.load(
@@ -115,4 +125,6 @@ def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Acce
         template=read_template(own),
         attention=own.attention,
         max_rows=settings.rollout.max_rows,
+        images=seeing.limits if seeing else None,
+        cache=seeing.cache if seeing else None,
     )

@@ -200,6 +200,7 @@ class Trainer:
         clock = Clock()
         self.rule.take()  # what was graded before is none of this step's
         self.scorer.new_step()
+        self.roller.speaker.chat.new_step()
         with clock("engine"):
             self.guard.refresh(step - 1)
         new = self._new_questions(step)
@@ -261,6 +262,7 @@ class Trainer:
             return None
         self.guard.refresh(self.done)
         self.scorer.new_step()
+        self.roller.speaker.chat.new_step()
         result = evaluate(self.roller, self.held_out, self.settings.eval)
         with self.stop.shield():
             self.log.metrics(self.done, "eval", asdict(result) | self.team.total(self.scorer.metrics()))

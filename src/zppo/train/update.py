@@ -16,6 +16,7 @@ from zppo.core.metrics import mean
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group
 from zppo.engines.forward import completion_logprobs
+from zppo.engines.sight import Sight
 from zppo.errors import MemoryLimitError
 from zppo.train.budget import TokenBudget, zero_gradients
 from zppo.train.guard import GuardedStep
@@ -120,6 +121,7 @@ class Updater:
         budget: tokens of a micro-batch; None for the setting's.
         stop: asked before each optimizer step: whether to leave the step there.
         weights: how the weights lie over the processes.
+        sight: how the model sees the images of prompts; None for one that reads text only.
     """
 
     def __init__(
@@ -138,8 +140,9 @@ class Updater:
         budget: TokenBudget | None = None,
         stop: Callable[[], bool] = lambda: False,
         weights: Weights | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.model, self.optimizer, self.accelerator, self.sight = model, optimizer, accelerator, sight
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.sampler_is_exact, self.stop = sampler_is_exact, stop
@@ -294,10 +297,12 @@ class Updater:
         return float(loss.detach())
 
     def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        return completion_logprobs(
-            self.model,
-            [s.row for s in samples],
-            temperature=self.temperature,
-            banned_ids=self.banned_ids,
-            pad_id=self.pad_id,
-        )
+        with self.accelerator.autocast():  # the vision tower is called by itself
+            return completion_logprobs(
+                self.model,
+                [s.row for s in samples],
+                temperature=self.temperature,
+                banned_ids=self.banned_ids,
+                pad_id=self.pad_id,
+                sight=self.sight,
+            )

@@ -1,0 +1,208 @@
+"""How a checkpoint sees: the token ids that stand for a picture, and the tensors that its model takes for one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.hub import cached_file
+
+from zppo.core.types import ImageRef
+from zppo.errors import ModelError, one_line
+from zppo.images.cache import PixelCache, Pixels
+from zppo.images.pixels import PixelLimits, fit, fitted_size, shown_size
+from zppo.images.store import open_image
+
+FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What a checkpoint may hold beside weights and tokenizer, for those who show pictures to it."""
+_ROUND_TRIP = ((96, 64), (50, 210))  # sizes of pictures on which placeholders are looked at when a checkpoint is loaded
+
+
+class Placeholder(NamedTuple):
+    """What stands for a picture in a prompt's text, and how many of its token ids stand for features of the picture."""
+
+    text: str
+    features: int
+
+
+class Sight:
+    """The image processor of a checkpoint and what its prompts hold in a picture's place.
+
+    Pictures are brought into the pixel limits: by the processor where it knows such limits itself (Qwen), before it elsewhere.
+
+    Args:
+        processor: of `transformers`, with its image processor and tokenizer.
+        limits: fewest and most pixels of a picture as the model sees it.
+        cache: of preprocessed pictures; shared by those who see alike.
+        files: what the checkpoint holds for its processor, by name; a trained student keeps them.
+
+    Attributes:
+        token: what the chat template writes in a picture's place.
+        image_ids: the ids that stand for features of pictures; never written by a model.
+
+    Raises:
+        ModelError: the processor does not say what stands for a picture.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        limits: PixelLimits | None = None,
+        cache: PixelCache | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.processor, self.limits = processor, limits or PixelLimits()
+        self.cache, self.files = cache or PixelCache(), dict(files or {})
+        own = getattr(type(processor.image_processor), "valid_kwargs", None)
+        self._limits_itself = {"min_pixels", "max_pixels"} <= set(getattr(own, "__annotations__", {}))
+        if self._limits_itself:
+            kind = type(processor.image_processor.size)
+            processor.image_processor.size = kind(
+                shortest_edge=self.limits.min_pixels, longest_edge=self.limits.max_pixels
+            )
+        self.token: str = processor.image_token
+        self.image_ids = frozenset(int(i) for i in processor.image_token_ids if i is not None)
+        if not self.token or not self.image_ids:
+            raise ModelError(f"{type(processor).__name__} names no token that stands for an image")
+        look = (type(processor.image_processor).__name__, self.limits, processor.image_processor.to_json_string())
+        self._fingerprint = json.dumps(look)
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._placeholder_of = lru_cache(maxsize=512)(self._make_placeholder)
+        self._counted = self._counts_patches()
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: PixelLimits | None = None,
+        cache: PixelCache | None = None,
+        *,
+        revision: str | None = None,
+    ) -> Sight:
+        """The sight of a checkpoint (folder or hub name), its image processor with PIL.
+
+        A processor for videos, which may want packages that are not there, is left out: frames come as several images.
+
+        Raises:
+            ModelError: it has no image processor, or one that cannot be used.
+        """
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+            kind: Any = PROCESSOR_MAPPING[type(config)]
+            options, _ = kind.get_processor_dict(name, revision=revision)
+            processor = _unchecked(kind)(
+                **_fitting(kind, options), **dict.fromkeys(_parts(kind)), image_processor=images, tokenizer=tokenizer
+            )
+            return cls(processor, limits, cache, _read_files(name, revision))
+        except Exception as error:  # many kinds, by what is missing or broken
+            raise ModelError(
+                f"model {str(name)!r} cannot be shown images: {one_line(error)}; name a vision-language checkpoint with its "
+                "preprocessor_config.json, or questions without images"
+            ) from error
+
+    @property
+    def template(self) -> str | None:
+        """The processor's own chat template; None where only the tokenizer has one."""
+        own = getattr(self.processor, "chat_template", None)
+        return own if isinstance(own, str) else None
+
+    def same_as(self, other: Sight) -> bool:
+        """Whether two checkpoints get the same tensors and placeholders for every picture."""
+        return self._fingerprint == other._fingerprint and (self.token, self.image_ids) == (
+            other.token,
+            other.image_ids,
+        )
+
+    def placeholder(self, ref: ImageRef) -> Placeholder:
+        """What stands for a picture in a prompt; its size is all that is looked at. DataError where the file is no picture."""
+        if ref.sha256 not in self._sizes:
+            self._sizes[ref.sha256] = shown_size(ref)
+        return self._placeholder_of(*self._sizes[ref.sha256])
+
+    def pixels(self, ref: ImageRef) -> Pixels:
+        """What the model takes for one picture, decoded and preprocessed once a step. DataError where it cannot be decoded."""
+
+        def make() -> Pixels:
+            return {
+                name: value.detach().clone()
+                for name, value in self._process(open_image(ref)).items()
+                if isinstance(value, torch.Tensor)
+            }
+
+        return self.cache.get((ref.sha256, self._fingerprint), make)
+
+    def _process(self, image: Image.Image) -> Mapping[str, Any]:
+        """Everything that the image processor makes of one picture."""
+        if not self._limits_itself:
+            image = fit(image, self.limits)
+        (pictures, *_) = self.processor.prepare_inputs_layout(images=[image])
+        options = getattr(type(self.processor), "images_kwargs", None)
+        made: Mapping[str, Any] = self.processor.image_processor(
+            pictures, **(options if isinstance(options, dict) else {}), return_tensors="pt"
+        )
+        return made
+
+    def _make_placeholder(self, width: int, height: int) -> Placeholder:
+        if self._counted:
+            images = self.processor.image_processor
+            count = images.get_number_of_image_patches(height, width) // images.merge_size**2
+            return Placeholder(self.token * count, count)
+        size = (width, height) if self._limits_itself else fitted_size(width, height, self.limits)
+        return self._of_blank(*size)
+
+    def _of_blank(self, width: int, height: int) -> Placeholder:
+        """By the processor itself, of an empty picture of that size."""
+        text = str(self.processor.replace_image_token(self._process(Image.new("RGB", (width, height), "white")), 0))
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Placeholder(text, sum(i in self.image_ids for i in ids))
+
+    def _counts_patches(self) -> bool:
+        """Whether placeholders are one token per merged patch, which needs no preprocessing to be known; found by trying."""
+        images = self.processor.image_processor
+        if not (hasattr(images, "merge_size") and hasattr(images, "get_number_of_image_patches")):
+            return False
+        for width, height in _ROUND_TRIP:
+            count = images.get_number_of_image_patches(height, width) // images.merge_size**2
+            if self._of_blank(width, height) != Placeholder(self.token * count, count):
+                return False
+        return True
+
+
+def _unchecked(kind: type[Any]) -> type[Any]:
+    """A processor class that takes None for its video processor."""
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: type(value)})
+
+
+def _parts(kind: type[Any]) -> Sequence[str]:
+    return [part for part in kind.get_attributes() if part not in ("image_processor", "tokenizer")]
+
+
+def _fitting(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a processor's saved options that its constructor takes, its parts aside."""
+    taken = set(inspect.signature(kind.__init__).parameters) - {"self", "args", "kwargs", *kind.get_attributes()}
+    return {name: value for name, value in options.items() if name in taken}
+
+
+def _read_files(name: str | Path, revision: str | None) -> dict[str, bytes]:
+    found = {}
+    for file in FILES:
+        path = cached_file(
+            str(name),
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is not None:
+            found[file] = Path(path).read_bytes()
+    return found

@@ -1,0 +1,161 @@
+"""What a model is given beside token ids where prompts hold pictures: features, positions, token types.
+
+Features are computed once for every distinct picture of a batch and placed wherever it stands, so that the rollouts of a prompt share
+them and their gradients add up. Positions are always passed: models of the Qwen family keep those of the last prompt as a state.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from zppo.core.types import ImageRef
+from zppo.engines.sight import Sight
+from zppo.errors import ModelError
+from zppo.images.cache import Pixels
+
+_PACKED = "image_grid_thw"  # with it, pictures of all sizes stand in one sequence of patches
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+_PER_IMAGE = ("pooler_output", "deepstack_features")  # what a language model reads of the encoder's output
+
+
+class Seen(NamedTuple):
+    """A prompt with its pictures: token ids (L,) and references in the order in which they stand."""
+
+    ids: torch.Tensor
+    images: Sequence[ImageRef]
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a prompt stand.
+
+    Attributes:
+        places: (A, L) int64; A axes of rotary positions, 1 where the model knows no others.
+        next: position of the first token after it, on all axes.
+    """
+
+    places: torch.Tensor
+    next: int
+
+
+def positions_of(model: Any, sight: Sight, prompt: Seen) -> Positions:
+    """Positions of one prompt; with multimodal rotary positions a picture takes fewer than it has tokens."""
+    length = len(prompt.ids)
+    ranker = _ranker(model)
+    if ranker is None:
+        return Positions(torch.arange(length)[None], length)
+    ids = prompt.ids[None].cpu()
+    types = _types(prompt.ids.cpu(), sight)[None]
+    # `image_grid_thw` is what all who rank positions ask for; text alone is ranked by its order.
+    if not prompt.images:
+        return Positions(torch.arange(length).expand(3, length), length)
+    grids = torch.cat([sight.pixels(ref)[_PACKED] for ref in prompt.images])
+    places, deltas = ranker(
+        input_ids=ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=torch.ones_like(ids)
+    )
+    return Positions(places[:, 0], int(deltas.reshape(-1)[0]) + length)
+
+
+def picture_inputs(
+    model: Any, sight: Sight | None, images: Sequence[Sequence[ImageRef]], ids: torch.Tensor
+) -> dict[str, Any]:
+    """Arguments of a forward pass over rows with these pictures; empty where no row has one.
+
+    Args:
+        model: whose parameters the features are computed with, gradients and autocast as the caller has them.
+        images: of every row, in order.
+        ids: (B, L) as they go into the model.
+
+    Raises:
+        ModelError: there are pictures and no sight.
+    """
+    refs = [ref for row in images for ref in row]
+    if not refs:
+        return {}
+    if sight is None:
+        raise ModelError(
+            "the prompts have images, and this model was loaded without its image processor: it reads text only"
+        )
+    given: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, sight, refs)}}
+    names = inspect.signature(_inner(model).forward).parameters
+    for name in _TYPES:
+        if name in names:
+            given[name] = _types(ids, sight)
+    return given
+
+
+def encode(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> Any:
+    """The vision encoder's output for these pictures, in this order; each distinct one is computed once."""
+    inner = _inner(model)
+    parameter = next(inner.parameters())
+    takes = inspect.signature(inner.get_image_features).parameters
+    distinct = {ref.sha256: ref for ref in refs}
+    pixels = {
+        digest: {name: value for name, value in sight.pixels(ref).items() if name in takes}
+        for digest, ref in distinct.items()
+    }
+    parts: dict[str, dict[str, Any]] = {}
+    whole: Any = None
+    for batch in _alike(pixels):
+        tensors = {name: torch.cat([pixels[d][name] for d in batch]).to(parameter.device) for name in pixels[batch[0]]}
+        whole = inner.get_image_features(**tensors, return_dict=True)
+        for place, digest in enumerate(batch):
+            parts[digest] = {
+                name: _part(getattr(whole, name), place, len(batch))
+                for name in _PER_IMAGE
+                if getattr(whole, name, None) is not None
+            }
+    placed = [parts[ref.sha256] for ref in refs]
+    return type(whole)(**{name: _joined([part[name] for part in placed], getattr(whole, name)) for name in placed[0]})
+
+
+def _inner(model: Any) -> Any:
+    """The model itself, without the wrapper of a distributed trainer."""
+    return getattr(model, "module", model)
+
+
+def _ranker(model: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """What gives multimodal rotary positions, None where there are none."""
+    base = getattr(_inner(model), "base_model", None)
+    found: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = getattr(base, "get_rope_index", None)
+    return found
+
+
+def _types(ids: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """1 where a token stands for a picture, 0 elsewhere."""
+    known = torch.tensor(sorted(sight.image_ids), device=ids.device)
+    return torch.isin(ids, known).long()
+
+
+def _alike(pixels: Mapping[str, Pixels]) -> list[list[str]]:
+    """Pictures that can be encoded together: all where they are sequences of patches, else those of equal shapes."""
+    groups: dict[Any, list[str]] = {}
+    for digest, tensors in pixels.items():
+        shape = None if _PACKED in tensors else tuple((name, tuple(t.shape)) for name, t in sorted(tensors.items()))
+        groups.setdefault(shape, []).append(digest)
+    return list(groups.values())
+
+
+def _part(value: Any, place: int, count: int) -> Any:
+    """What belongs to one of `count` pictures: an entry of a list of them, an equal share of a tensor, or that of every layer."""
+    if isinstance(value, torch.Tensor):
+        if len(value) % count:
+            raise ModelError(
+                f"the vision encoder made {len(value)} outputs of {count} images: they cannot be told apart"
+            )
+        return value.split(len(value) // count)[place]
+    if len(value) == count and not isinstance(value[0], (list, tuple)):
+        return value[place]
+    return [_part(layer, place, count) for layer in value]
+
+
+def _joined(parts: Sequence[Any], like: Any) -> Any:
+    """The parts of pictures in order, in the form that the encoder gave."""
+    if isinstance(like, torch.Tensor):
+        return torch.cat(list(parts))
+    if isinstance(like[0], torch.Tensor):
+        return list(parts)
+    return [_joined([part[layer] for part in parts], like[layer]) for layer in range(len(like))]

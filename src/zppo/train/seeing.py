@@ -1,0 +1,92 @@
+"""Whether a run has images to show, and how its models see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zppo.core.types import Question
+from zppo.engines.loading import reads_images
+from zppo.errors import DataError, SettingsError
+from zppo.images.cache import PixelCache
+from zppo.images.pixels import PixelLimits
+from zppo.train.models import resolve_model
+from zppo.train.plan import load_data
+from zppo.train.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Seeing:
+    """How every model of a run that is in this process sees.
+
+    Attributes:
+        limits: of the pixels of a picture.
+        cache: preprocessed pictures of the step, shared by those who see alike.
+    """
+
+    limits: PixelLimits
+    cache: PixelCache
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """The questions of a run, before any is dropped.
+
+    Attributes:
+        train, held_out: as read.
+        seeing: None where no question has an image: then nothing of a model that sees is loaded.
+    """
+
+    train: list[Question]
+    held_out: list[Question]
+    seeing: Seeing | None
+
+
+def read_data(settings: Settings) -> RunData:
+    """The questions of a recipe, and how its models are to see.
+
+    Raises:
+        DataError: see `load_questions`; or a question has images and the student reads none.
+        SettingsError: images cannot be trained on with these settings.
+    """
+    train, held_out = load_data(settings)
+    first = _first_with_images(settings, train, held_out)
+    if first is None:
+        return RunData(train, held_out, None)
+    check_images(settings, *first)
+    images = settings.data.images
+    return RunData(
+        train,
+        held_out,
+        Seeing(PixelLimits(images.min_pixels, images.max_pixels), PixelCache(int(images.cache_gib * (1 << 30)))),
+    )
+
+
+def check_images(settings: Settings, source: str, question: Question) -> None:
+    """Whether the student of a recipe can be shown a question's images. DataError, SettingsError where not."""
+    has = f"{source}: question {question.id!r} has {len(question.images)} image(s)"
+    if not reads_images(resolve_model(settings.student.model), settings.student.revision):
+        raise DataError(
+            f"{has}, and the student {settings.student.model!r} reads text only: name a vision-language checkpoint (one that "
+            "AutoModelForImageTextToText of transformers loads), or a column that does not exist in data.columns.images"
+        )
+    if settings.rollout.engine == "vllm":
+        raise SettingsError(
+            f"{has}, and rollout.engine is vllm, which is not shown images yet: set rollout.engine to transformers"
+        )
+    if settings.train.sharding != "none":
+        raise SettingsError(
+            f"{has}, and train.sharding is {settings.train.sharding}: the vision tower is called only by the processes that have an image "
+            "in their rows, and shards need all of them; train without sharding"
+        )
+
+
+def _first_with_images(
+    settings: Settings, train: Sequence[Question], held_out: Sequence[Question]
+) -> tuple[str, Question] | None:
+    """The first question that has images, and where it is from."""
+    for source, questions in ((settings.data.train, train), (settings.data.eval or "", held_out)):
+        for question in questions:
+            if question.images:
+                return source, question
+    return None
