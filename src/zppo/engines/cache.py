@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 _GROWTH = 64  # tokens by which a full buffer grows at least
 _SHARED = "zppo_shared_prompt"  # name under which the library finds `_shared_attention`
 # Decoders whose attention is softmax(q k / scale) v and nothing else; tested one by one.
-_SHARING_MODELS = frozenset({"llama", "qwen2", "qwen3", "qwen3_5_text"})
+_SHARING_MODELS = frozenset({"llama", "qwen2", "qwen3", "qwen3_5_text", "qwen2_5_vl_text", "qwen3_vl_text"})
 
 
 class BufferedLayer(DynamicLayer):

@@ -106,7 +106,7 @@ class TransformersEngine:
         check_requests(requests, sampling, self.vocab_size, self.context)
         done: list[list[Completion]] = [[] for _ in requests]
         waiting = deque(plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens))
-        with _evaluating(self.model), self._autocast():
+        with _evaluating(self.model), self.autocast():
             while waiting:
                 batch = waiting.popleft()
                 rows, tokens = _size(batch, requests, sampling.max_new_tokens)
@@ -153,7 +153,8 @@ class TransformersEngine:
         self.max_tokens = rows // 2 * (tokens // rows)
         return None
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """What the model is run under."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.autocast_dtype)

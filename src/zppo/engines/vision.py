@@ -112,6 +112,25 @@ def encode(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> Any:
     return type(whole)(**{name: _joined([part[name] for part in placed], getattr(whole, name)) for name in placed[0]})
 
 
+def why_blind(model: Any) -> str:
+    """Why pictures cannot be shown to a model of this class; "" where they can, as far as its signature says."""
+    inner = _inner(model)
+    if not hasattr(inner, "get_image_features"):
+        return "its class computes no image features apart from its forward pass"
+    names = inspect.signature(inner.forward).parameters
+    lacking = [name for name in ("mm_encoder_outputs", "logits_to_keep") if name not in names]
+    return f"its forward pass takes no {' and no '.join(lacking)} in this version of transformers" if lacking else ""
+
+
+def plain_inputs(model: Any, sight: Sight, ids: torch.Tensor, ref: ImageRef) -> dict[str, Any]:
+    """Arguments with which a model's own code shows one picture to itself; (1, L) ids."""
+    inner = _inner(model)
+    device = next(inner.parameters()).device
+    names = inspect.signature(inner.forward).parameters
+    given = {name: value.to(device) for name, value in sight.pixels(ref).items() if name in names}
+    return given | {name: _types(ids, sight) for name in _TYPES if name in names}
+
+
 def _inner(model: Any) -> Any:
     """The model itself, without the wrapper of a distributed trainer."""
     return getattr(model, "module", model)

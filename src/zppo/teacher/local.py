@@ -15,6 +15,7 @@ from zppo.engines.chat import Chat
 from zppo.engines.halves import sample_in_halves
 from zppo.engines.loading import load_network, reads_images
 from zppo.engines.sight import Sight
+from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
 from zppo.images.cache import PixelCache
@@ -114,6 +115,8 @@ class LocalTeacher:
                 max_rows=max_rows,
                 sight=chat.sight,
             )
+            if sees:
+                check_sight(engine, chat, str(model))
         except ModelError as error:
             raise TeacherError(str(error)) from error
         except Exception as error:  # many kinds: no room on the device, no such device

@@ -18,6 +18,7 @@ from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
 from zppo.data.order import steps_per_epochs
 from zppo.engines.chat import Chat
+from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import require_vllm
 from zppo.errors import SettingsError, TemplateError
@@ -153,6 +154,8 @@ def assemble(
         engine: StudentEngine = start_vllm(settings, model, chat, accelerator)
     else:
         engine = make_engine(settings, model, chat, autocast_type(accelerator), say)
+        if chat.sight is not None:
+            check_sight(engine, chat, settings.student.model)
     _check_context(settings, engine.context, questions, held_out, length)
     watched = speaker.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
     if chat.sight is not None:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
 from zppo.train.settings import LoraSettings
+from zppo.train.vision import Part, parts_of
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_VISION = re.compile(r"(^|\.)(visual|vision\w*|image_\w*|multi_modal_projector|mm_projector)(\.|$)")
+_NAMES_EYES = re.compile(r"vis|image|merger|project|connector")  # in an entry of targets that means them
 
 
 class Adapters:
@@ -122,17 +123,17 @@ def add_adapters(
 def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
     """Full names of the linear layers that get adapters.
 
-    "all-linear" is every linear layer but the output embedding (lm_head) and those of a vision tower. In a list every entry is a
-    layer's last name (q_proj) or a pattern of full names (*.mlp.*, *layers.1?.*); layers of a vision tower are taken only by a
-    pattern that names the tower (*visual*).
+    "all-linear" is every linear layer of the language model but the output embedding (lm_head). In a list every entry is a
+    layer's last name (q_proj) or a pattern of full names (*.mlp.*, *layers.1?.*); layers of a vision tower or its projector are
+    taken only by a pattern that names them (*visual*, *connector*).
 
     Raises:
         SettingsError: an entry takes no linear layer, or an output embedding that shares its weights with the input.
     """
-    head = model.get_output_embeddings()
+    head, parts = model.get_output_embeddings(), parts_of(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if targets == "all-linear":
-        found = [name for name, module in linear.items() if module is not head and not _VISION.search(name)]
+        found = [name for name, module in linear.items() if module is not head and parts[name] == "language"]
         if not found:
             raise SettingsError(
                 f"train.lora: {type(model).__name__} has no linear layers that peft adapts; set it to null"
@@ -140,7 +141,7 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
         return found
     taken: dict[str, None] = {}
     for entry in targets:
-        names = [name for name in linear if _takes(entry, name)]
+        names = [name for name in linear if _takes(entry, name, parts[name])]
         if not names:
             last = sorted({name.rpartition(".")[2] for name in linear})
             raise SettingsError(
@@ -157,7 +158,7 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
     return list(taken)
 
 
-def _takes(entry: str, name: str) -> bool:
-    if _VISION.search(name) and "vis" not in entry and "image" not in entry:
+def _takes(entry: str, name: str, part: Part) -> bool:
+    if part != "language" and not ("*" in entry and _NAMES_EYES.search(entry)):
         return False
     return entry == name.rpartition(".")[2] or fnmatchcase(name, entry)

@@ -35,6 +35,7 @@ from zppo.train.recompute import recompute_layers
 from zppo.train.settings import Settings
 from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
+from zppo.train.vision import freeze_parts, parameter_groups
 from zppo.train.weights import Weights
 
 
@@ -116,11 +117,14 @@ def make_learner(
     train, method = settings.train, settings.method.resolve()
     if train.lora is None:
         model.requires_grad_(True)
+    freeze_parts(model, train)
     if train.gradient_checkpointing:
         recompute_layers(model)
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
     prepared = weights.prepare(model, accelerator)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(train, prepared.parameters(), accelerator.device))
+    optimizer = accelerator.prepare_optimizer(
+        make_optimizer(train, parameter_groups(prepared, train), accelerator.device)
+    )
     if start:
         checkpoint.load_optimizer(start, weights.state_of(optimizer))
     tokens, ends = ResponseTokens(chat), chat.eos_ids(model)

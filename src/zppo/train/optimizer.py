@@ -14,16 +14,19 @@ from zppo.train.settings import TrainSettings
 _PROBE_SIZE = 8192  # bitsandbytes keeps tensors of fewer than 4,096 numbers in 32 bits
 
 
-def make_optimizer(train: TrainSettings, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> Any:
-    """The recipe's optimizer over the parameters that are trained (`requires_grad`).
+def make_optimizer(
+    train: TrainSettings, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], device: torch.device
+) -> Any:
+    """The recipe's optimizer.
 
     Args:
+        parameters: those that are trained among them (`requires_grad`), or groups of them with settings of their own.
         device: where the parameters will be; an optimizer that does not work there is refused now, not after the first rollouts.
 
     Raises:
         SettingsError: bitsandbytes is not installed, or does not work on this device.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained: list[Any] = [p for p in parameters if isinstance(p, dict) or p.requires_grad]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(trained, **_arguments(train))
     made = _adamw_8bit()

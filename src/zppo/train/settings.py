@@ -401,6 +401,19 @@ class LoraSettings(Section):
         return self
 
 
+class VisionSettings(Section):
+    """The parts of a student that sees (docs/images.md); they do nothing to one that reads text."""
+
+    freeze_tower: bool = Field(
+        False, description="leave the vision tower as it is: no gradients, no optimizer state; it is saved all the same"
+    )
+    freeze_projector: bool = Field(
+        False, description="leave what brings its features into the language model (Qwen's merger) as it is"
+    )
+    tower_rate: float = Field(1.0, gt=0, description="learning rate of the vision tower, in train.learning_rate")
+    projector_rate: float = Field(1.0, gt=0, description="learning rate of the projector, in train.learning_rate")
+
+
 class TrainSettings(Section):
     """Optimizer and loop."""
 
@@ -424,6 +437,7 @@ class TrainSettings(Section):
     lora: LoraSettings | None = Field(
         None, description="train low-rank adapters and freeze the weights (peft); empty: train all weights; {} is on"
     )
+    vision: VisionSettings = Field(VisionSettings(), description="the parts of a student that sees images")
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, about a third more compute"
     )

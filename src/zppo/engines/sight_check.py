@@ -1,0 +1,95 @@
+"""Does this model see here what it sees in its own code? Found out before a run starts, whatever the architecture (ours)."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from zppo.core.types import ImageRef, Message
+from zppo.engines.base import SampleRequest, Sampling
+from zppo.engines.chat import Chat
+from zppo.engines.forward import Row, completion_logprobs
+from zppo.engines.transformers import TransformersEngine
+from zppo.engines.vision import plain_inputs, why_blind
+from zppo.errors import ModelError, ZPPOError, one_line
+
+TOLERANCE_FP32, TOLERANCE_ROUNDED = 2e-3, 0.1  # mean difference of log-probs, nats a token
+_TOKENS = 4
+
+
+def check_sight(engine: TransformersEngine, chat: Chat, name: str) -> None:
+    """Compares sampling, the training forward and the library's own forward pass on a prompt with a picture beside one without.
+
+    Args:
+        engine: over the model, with the chat's sight.
+        name: of the model, for messages.
+
+    Raises:
+        ModelError: they differ, or one of them cannot be done; the message says what.
+    """
+    if reason := why_blind(engine.model):
+        raise _cannot(name, reason)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            worst = _difference(engine, chat, _picture(Path(folder)))
+    except ZPPOError as error:
+        raise _cannot(name, str(error)) from error
+    except Exception as error:  # the model's own code may fail in any way
+        raise _cannot(name, f"{type(error).__name__}: {one_line(error)}") from error
+    exact = next(engine.model.parameters()).dtype == torch.float32 and engine.autocast_dtype is None
+    if not worst <= (TOLERANCE_FP32 if exact else TOLERANCE_ROUNDED):
+        raise _cannot(
+            name, f"its log-probs with a picture in a batch differ by {worst:.3g} a token from those of its own code"
+        )
+
+
+def _picture(folder: Path) -> ImageRef:
+    """A gradient of colours, as a file."""
+    path = folder / "check.png"
+    ramp = Image.linear_gradient("L").resize((96, 64))
+    Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.FLIP_TOP_BOTTOM), ramp.rotate(90))).save(path)
+    return ImageRef(str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@torch.no_grad()
+def _difference(engine: TransformersEngine, chat: Chat, ref: ImageRef) -> float:
+    """The larger mean difference of log-probs from the library's own: of the sampler, of the training forward."""
+    assert chat.sight is not None
+    words = [Message("user", "What do you see?")]
+    seen, unseen = chat.encode(words, [ref]), chat.encode([Message("user", "1 + 1 = ? " * 3)])
+    requests = [SampleRequest(seen, (1, 2), (ref,)), SampleRequest(unseen, (3,))]
+    done = engine.sample(requests, Sampling(max_new_tokens=_TOKENS))
+    rows = [Row(r.prompt_ids, c.ids, r.images) for r, group in zip(requests, done, strict=True) for c in group]
+    banned = sorted(engine.banned_ids)
+    with engine.autocast():
+        logprobs, mask = completion_logprobs(
+            engine.model, rows, banned_ids=banned, pad_id=engine.pad_id, sight=chat.sight
+        )
+        wanted = [_plainly(engine, chat, row, banned) for row in rows]
+    sampled = torch.cat([c.logprobs for group in done for c in group])
+    own = torch.cat(wanted).float().cpu()
+    return max(float((values - own).abs().mean()) for values in (sampled, logprobs[mask].float().cpu()))
+
+
+def _plainly(engine: TransformersEngine, chat: Chat, row: Row, banned: list[int]) -> torch.Tensor:
+    """(T,) log-probs of one row as the model's own code has them."""
+    assert chat.sight is not None
+    completion = torch.as_tensor(row.completion_ids)
+    ids = torch.cat([torch.as_tensor(row.prompt_ids), completion])[None].to(engine.model.device)
+    given = plain_inputs(engine.model, chat.sight, ids, row.images[0]) if row.images else {}
+    out = engine.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
+    logits = out.logits[0, len(row.prompt_ids) - 1 : -1].float()
+    logits[:, [i for i in banned if i < logits.shape[1]]] = float("-inf")
+    logprobs: torch.Tensor = logits.log_softmax(-1).gather(1, completion[:, None].to(logits.device))[:, 0]
+    return logprobs
+
+
+def _cannot(name: str, reason: str) -> ModelError:
+    return ModelError(
+        f"model {name!r} cannot be shown images here: {reason}. Take a model of a family that docs/images.md names, or questions without "
+        "images"
+    )

@@ -1,0 +1,68 @@
+"""The parts of a model that sees: what of it is trained, and how fast."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from zppo.train.settings import TrainSettings
+
+Part = Literal["language", "projector", "tower"]
+PARTS: tuple[Part, ...] = ("language", "projector", "tower")
+_PROJECTS = re.compile(r"merger|project|connector|adapter|resampler|perceiver")
+_ADAPTERS = re.compile(r"\.(lora_[AB]|base_layer)(\.|$).*")  # what peft puts below a layer's name
+
+
+def parts_of(model: PreTrainedModel) -> dict[str, Part]:
+    """Which part every module and parameter belongs to, by its name.
+
+    The tower turns pixels into features, the projector brings these into the language model's space (Qwen's merger, which lies
+    inside the tower's module, belongs to it), and all else is the language model, which is all of a model that reads text only.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    finder: Any = model
+    tower, decoder = finder.get_encoder(modality="image"), finder.get_decoder()
+    if tower is model or tower is getattr(model, "base_model", None) or id(tower) not in names or decoder is model:
+        return dict.fromkeys(_names(model), "language")
+    heads = [m for m in (model.get_output_embeddings(), model.get_input_embeddings()) if m is not None]
+    language = tuple(f"{names[id(m)]}." for m in (decoder, *heads) if id(m) in names)
+    seeing = f"{names[id(tower)]}."
+
+    def part(name: str) -> Part:
+        if f"{name}.".startswith(language):
+            return "language"
+        inside = f"{name}.".startswith(seeing)
+        return "tower" if inside and not _PROJECTS.search(_ADAPTERS.sub("", name.removeprefix(seeing))) else "projector"
+
+    return {name: part(name) for name in _names(model)}
+
+
+def freeze_parts(model: PreTrainedModel, train: TrainSettings) -> None:
+    """Takes the frozen parts of a recipe out of training: no gradients, no optimizer state; they are still saved."""
+    frozen = {part for part in PARTS if part != "language" and getattr(train.vision, f"freeze_{part}")}
+    if frozen:
+        parts = parts_of(model)
+        for name, parameter in model.named_parameters():
+            if parts[name] in frozen:
+                parameter.requires_grad_(False)
+
+
+def parameter_groups(model: torch.nn.Module, train: TrainSettings) -> list[torch.nn.Parameter] | list[dict[str, Any]]:
+    """What the optimizer is made over: the trained parameters, in groups with learning rates of their own where these differ."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rates = {"language": 1.0, "projector": train.vision.projector_rate, "tower": train.vision.tower_rate}
+    if set(rates.values()) == {1.0}:
+        return [p for _, p in trained]
+    parts = parts_of(cast(PreTrainedModel, model))
+    groups = {part: [p for name, p in trained if parts[name] == part] for part in PARTS}
+    return [{"params": params, "lr": train.learning_rate * rates[part]} for part, params in groups.items() if params]
+
+
+def _names(model: PreTrainedModel) -> Iterable[str]:
+    return dict.fromkeys(
+        (*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters()))
+    )
