@@ -91,7 +91,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
         trackers.check()
         start = team.gather(Start.find(settings, run, console) if resumed and team.main else None)[0]
-        data = read_data(settings)
+        data = read_data(settings, sharded=weights.sharded)
         with (
             scoring(settings) as score,
             staffing(settings, accelerator, console, data.seeing) as staff,

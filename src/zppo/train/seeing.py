@@ -42,8 +42,11 @@ class RunData:
     seeing: Seeing | None
 
 
-def read_data(settings: Settings) -> RunData:
+def read_data(settings: Settings, *, sharded: bool = False) -> RunData:
     """The questions of a recipe, and how its models are to see.
+
+    Args:
+        sharded: whether the student's weights lie in shards over several processes.
 
     Raises:
         DataError: see `load_questions`; or a question has images and the student reads none.
@@ -53,7 +56,7 @@ def read_data(settings: Settings) -> RunData:
     first = _first_with_images(settings, train, held_out)
     if first is None:
         return RunData(train, held_out, None)
-    check_images(settings, *first)
+    check_images(settings, *first, sharded=sharded)
     images = settings.data.images
     return RunData(
         train,
@@ -62,7 +65,7 @@ def read_data(settings: Settings) -> RunData:
     )
 
 
-def check_images(settings: Settings, source: str, question: Question) -> None:
+def check_images(settings: Settings, source: str, question: Question, *, sharded: bool) -> None:
     """Whether the student of a recipe can be shown a question's images. DataError, SettingsError where not."""
     has = f"{source}: question {question.id!r} has {len(question.images)} image(s)"
     if not reads_images(resolve_model(settings.student.model), settings.student.revision):
@@ -74,10 +77,10 @@ def check_images(settings: Settings, source: str, question: Question) -> None:
         raise SettingsError(
             f"{has}, and rollout.engine is vllm, which is not shown images yet: set rollout.engine to transformers"
         )
-    if settings.train.sharding != "none":
+    if sharded:
         raise SettingsError(
-            f"{has}, and train.sharding is {settings.train.sharding}: the vision tower is called only by the processes that have an image "
-            "in their rows, and shards need all of them; train without sharding"
+            f"{has}, and the weights are sharded over several processes: the vision tower is called only by those that have an image in "
+            "their rows, and shards need all of them. Train without sharding (train.sharding: none)"
         )
 
 

@@ -1,0 +1,221 @@
+"""Whole runs on pictures: one batch with questions about text, decoded once, saved, stopped, resumed, and evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from conftest import REWARD, make_tiny
+from same_run import assert_same_run, records
+from seeing import PIXELS, make_picture, make_seeing
+from test_stopped_updates import nth_call_raises
+from zppo.cli import main
+from zppo.engines import sight as sight_module
+from zppo.errors import SettingsError
+from zppo.images.store import open_image
+from zppo.train import checkpoint
+from zppo.train.halfway import Collected
+from zppo.train.recipe import load_recipe
+from zppo.train.seeing import read_data
+from zppo.train.trainer import Trainer
+from zppo.train.update import Updater
+
+Zppo = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve questions, two in three with a picture, a third of those with two; a student and a teacher that see."""
+    folder = tmp_path_factory.mktemp("pictures")
+    make_seeing(folder / "student", "qwen3_vl")
+    make_seeing(folder / "teacher", "qwen3_vl", seed=1)
+    pictures = [make_picture(folder, i, 16 + 8 * (i % 3), 16).uri for i in range(5)]
+    rows: list[dict[str, Any]] = [{"prompt": f"What is {i} plus 1?", "answer": i + 1} for i in range(12)]
+    for i, row in enumerate(rows):
+        if i % 3 == 1:
+            row["images"] = [pictures[i % 5]]
+        elif i % 3 == 2:
+            row |= {"images": [pictures[i % 5], pictures[(i + 1) % 5]], "prompt": f"<image> or <image>, and {i}?"}
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    settings = {
+        "student": {"model": "student"},
+        "teacher": {"model": "teacher", "rollout": {"max_new_tokens": 4}, "compression": {"enabled": False}},
+        "data": {"train": "questions.jsonl", "eval": "questions.jsonl", "eval_limit": 3, "images": PIXELS},
+        "rollout": {"batch_size": 6, "group_size": 3, "max_new_tokens": 5},
+        "zone": {"rho_aug": 0.5},
+        "eval": {"max_new_tokens": 4, "every": 0},
+        "train": {"steps": 2, "learning_rate": 1e-3, "device": "cpu", "keep_checkpoints": 9},
+        "grading": {"reward": "reward.py:reward"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture
+def zppo(capsys: pytest.CaptureFixture[str]) -> Zppo:
+    def run(*argv: object) -> tuple[int, str]:
+        AcceleratorState._reset_state(True)
+        status = main([str(a) for a in argv])
+        said = capsys.readouterr()
+        return status, " ".join((said.out + said.err).split())
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_decodes_every_picture_once_a_step_and_goes_on_where_it_was_stopped(
+    zppo: Zppo, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run, opened, steps = tmp_path / "whole", tmp_path / "run", list[str](), list[tuple[list[str], set[str]]]()
+    step, collect = Trainer.step, Trainer._collect
+
+    def counted(self: Trainer, number: int) -> None:
+        opened.clear()
+        step(self, number)
+        steps[-1][0].extend(opened)
+
+    def collected(self: Trainer, number: int) -> Collected:
+        found = collect(self, number)
+        steps.append(([], {image.sha256 for group in found.plain for image in group.question.images}))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sight_module, "open_image", lambda ref: opened.append(ref.sha256) or open_image(ref))  # type: ignore[func-returns-value]
+        patch.setattr(Trainer, "step", counted)
+        patch.setattr(Trainer, "_collect", collected)
+        assert zppo("train", recipe, f"--output={whole}")[0] == 0
+    for (
+        decoded,
+        shown,
+    ) in steps:  # student, teacher, BCQ, NCQ, both passes; the engine guard's picture stays from step to step
+        assert len(decoded) == len(set(decoded)) and 0 <= len(shown - set(decoded)) <= 1 and set(decoded) <= shown
+    lines = [r for r in records(whole) if r["event"] == "step"]
+    assert all(r["logprob_gap_max"] <= 1e-5 and r["engine_gap_max"] <= 1e-5 for r in lines)
+    assert sum(r["bcq_prompts"] + r["ncq_prompts"] for r in lines) > 0 and not any(
+        r["teacher_unreachable"] for r in lines
+    )
+
+    with monkeypatch.context() as patch:
+        nth_call_raises(patch, Updater, "_backward", 7)  # one micro-batch per update, four updates a step
+        assert zppo("train", recipe, f"--output={run}")[0] == 2
+    (stopped,) = [path for path in checkpoint.existing(run) if "+" in path.name]
+    told = (stopped / "halfway.json").read_text(encoding="utf-8")
+    assert ".png" in told and sum(f.stat().st_size for f in stopped.glob("halfway*")) < 60_000  # references, no pixels
+    assert zppo("resume", run)[0] == 0
+    assert_same_run(whole, run)
+
+    final = whole / "final"
+    model, report = AutoModelForImageTextToText.from_pretrained(final, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and AutoTokenizer.from_pretrained(final).chat_template
+    assert AutoImageProcessor.from_pretrained(final, backend="pil").merge_size == 2
+    before = load_file(recipe.parent / "student" / "model.safetensors")
+    after = model.state_dict()
+    assert all((before[name] != after[name]).any() for name in before if "blocks" in name and name.endswith("weight"))
+
+
+SHORT = ["--train.steps=1", "--train.minibatches=1", "--train.checkpoint_every=1", "--data.eval=null"]
+
+
+@pytest.mark.slow
+def test_frozen_parts_have_no_optimizer_state_and_are_saved(zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
+    vision = ["--train.vision.freeze_tower=true", "--train.vision.projector_rate=0.5", "--method=grpo"]
+    assert zppo("train", recipe, *SHORT, *vision, f"--output={tmp_path / 'run'}")[0] == 0
+    before, after = (
+        load_file(p / "model.safetensors") for p in (recipe.parent / "student", tmp_path / "run" / "final")
+    )
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    tower = {name for name in before if "visual" in name and "merger" not in name}
+    assert tower and not moved & tower and any("merger" in name for name in moved) and any("layers" in n for n in moved)
+    (saved,) = checkpoint.existing(tmp_path / "run")
+    state = torch.load(saved / "optimizer.pt", weights_only=True)
+    assert [group["lr"] for group in state["param_groups"]] == [1e-3, 5e-4]
+    assert len(state["state"]) == len(before) - len(tower)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["on-distill", "off-distill"])
+def test_distillation_shows_pictures_to_both(method: str, zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
+    status, said = zppo("train", recipe, *SHORT, f"--method={method}", f"--output={tmp_path / 'run'}")
+    assert status == 0, said
+    (line,) = [r for r in records(tmp_path / "run") if r["event"] == "step"]
+    assert line["loss"] > 0.01 and line["distilled_completions"] > 0
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_beside_a_tower_that_stays(zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert zppo("train", recipe, *SHORT, "--train.lora={}", "--method=grpo", f"--output={run}")[0] == 0
+    adapted = load_file(run / "final" / "adapter" / "adapter_model.safetensors")
+    assert adapted and not any("visual" in name for name in adapted)
+    before, after = (load_file(p / "model.safetensors") for p in (recipe.parent / "student", run / "final"))
+    assert all(torch.equal(before[n], after[n]) == ("layers" not in n or "norm" in n) for n in before)
+
+
+def test_a_teacher_that_reads_text_only_says_so_and_the_run_goes_on(
+    zppo: Zppo, recipe: Path, tmp_path: Path, tiny_qwen3_dir: Path
+) -> None:
+    run = tmp_path / "run"
+    status, said = zppo("train", recipe, *SHORT, f"--teacher.model={tiny_qwen3_dir}", f"--output={run}")
+    assert status == 0 and "this teacher reads text only" in said
+    assert records(run)[0]["teacher_unreachable"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["--student.model={text}"],
+            "question 'questions.jsonl:2' has 1 image(s), and the student '{text}' reads text only",
+        ),
+        (["--rollout.engine=vllm"], "rollout.engine is vllm, which is not shown images yet"),
+        (["--method=on-distill", "--teacher.model={text}"], "their vocabularies differ"),
+        (["--data.images.min_pixels=9", "--data.images.max_pixels=8"], "min_pixels is 9, more than max_pixels"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_folder_is_made(
+    overrides: list[str], said: str, zppo: Zppo, recipe: Path, tmp_path: Path, tiny_qwen3_dir: Path
+) -> None:
+    given = [o.replace("{text}", str(tiny_qwen3_dir)) for o in overrides]
+    status, told = zppo("train", recipe, *given, f"--output={tmp_path / 'run'}")
+    assert status == 2 and said.replace("{text}", str(tiny_qwen3_dir)) in told, told
+    assert not (tmp_path / "run").exists()
+
+
+def test_sharded_weights_are_not_shown_pictures(recipe: Path) -> None:
+    """Found before anything is loaded; a configuration of accelerate may ask for sharding too."""
+    settings = load_recipe(recipe, [])
+    assert read_data(settings, sharded=False).seeing is not None
+    with pytest.raises(SettingsError, match="has 1 image.*the weights are sharded over several processes"):
+        read_data(settings, sharded=True)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_distillation_wants_two_that_see_alike(template: bool, zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
+    """The same tokenizer, but another patch size, or no eyes at all."""
+    teacher = make_seeing(tmp_path / "teacher", "qwen3_vl")
+    if template:
+        file = teacher / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.4] * 3}))
+    else:
+        make_tiny(teacher)
+        make_seeing(tmp_path / "words", "qwen3_vl")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (teacher / name).write_bytes((tmp_path / "words" / name).read_bytes())
+        (teacher / "preprocessor_config.json").unlink(missing_ok=True)
+    status, told = zppo(
+        "train", recipe, "--method=on-distill", f"--teacher.model={teacher}", f"--output={tmp_path / 'run'}"
+    )
+    assert status == 2 and ("their image processors differ" if template else "the teacher reads text only") in told, (
+        told
+    )
