@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
-import zlib
+import os
 from pathlib import Path
 
 import pytest
@@ -13,32 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pictures import bomb, noise, picture
 from zppo.core.parts import TurnParts, message_parts
 from zppo.core.types import IMAGE, ImageRef, Message
 from zppo.errors import DataError, StorageError
-from zppo.images.store import cache_folder, data_url, decode, header_of, keep, open_image, read_bytes, reference
+from zppo.images.store import (
+    cache_folder,
+    check_whole,
+    data_url,
+    decode,
+    header_of,
+    keep,
+    open_image,
+    read_bytes,
+    reference,
+)
 
 A, B = ImageRef("a.png", "0a"), ImageRef("b.png", "0b")
-
-
-def png(
-    size: tuple[int, int] = (8, 6), colour: object = (255, 0, 0), mode: str = "RGB", kind: str = "PNG", **more: object
-) -> bytes:
-    out = io.BytesIO()
-    Image.new(mode, size, colour).save(out, kind, **more)
-    return out.getvalue()
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims a size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
-    )
 
 
 # Where images stand.
@@ -96,9 +86,9 @@ def test_parts_are_the_text_again_with_every_image_once(texts: list[str]) -> Non
 
 
 def test_a_reference_gives_back_the_bytes_of_its_file(tmp_path: Path) -> None:
-    data = png()
+    data = picture()
     (tmp_path / "a.png").write_bytes(data)
-    ref = reference(tmp_path / "a.png")
+    ref = reference(tmp_path / "a.png").ref
     assert ref == ImageRef(str(tmp_path / "a.png"), hashlib.sha256(data).hexdigest())
     assert read_bytes(ref) == data
     assert data_url(ref).startswith("data:image/png;base64,iVBOR")
@@ -106,9 +96,9 @@ def test_a_reference_gives_back_the_bytes_of_its_file(tmp_path: Path) -> None:
 
 def test_a_file_that_has_changed_or_is_gone_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(png())
-    ref = reference(path)
-    path.write_bytes(png(colour=(0, 0, 255)))
+    path.write_bytes(picture())
+    ref = reference(path).ref
+    path.write_bytes(picture(colour=(0, 0, 255)))
     with pytest.raises(DataError, match="a.png is not the one that the questions were read with"):
         read_bytes(ref)
     path.unlink()
@@ -117,25 +107,25 @@ def test_a_file_that_has_changed_or_is_gone_is_refused(tmp_path: Path) -> None:
 
 
 def test_kept_images_are_named_by_their_digest_and_written_once(tmp_path: Path) -> None:
-    data = png()
+    data = picture()
     ref = keep(data, tmp_path)
     assert Path(ref.uri).name == f"{ref.sha256}.png" and read_bytes(ref) == data
     written = Path(ref.uri).stat().st_mtime_ns
     assert keep(data, tmp_path) == ref and Path(ref.uri).stat().st_mtime_ns == written
-    assert keep(png(kind="JPEG"), tmp_path).uri.endswith(".jpeg")
+    assert keep(picture(kind="JPEG"), tmp_path).uri.endswith(".jpeg")
     assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_kept_file_that_was_cut_is_written_again(tmp_path: Path) -> None:
-    ref = keep(png(), tmp_path)
+    ref = keep(picture(), tmp_path)
     Path(ref.uri).write_bytes(b"")
-    assert keep(png(), tmp_path) == ref and read_bytes(ref) == png()
+    assert keep(picture(), tmp_path) == ref and read_bytes(ref) == picture()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="ZPPO_CACHE"):
-        keep(png(), tmp_path / "file")
+        keep(picture(), tmp_path / "file")
 
 
 def test_the_cache_is_where_the_variables_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,20 +150,20 @@ def pixel(data: bytes) -> tuple[int, ...]:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (png(), (255, 0, 0)),
-        (png(mode="L", colour=7), (7, 7, 7)),
-        (png(mode="1", colour=1), (255, 255, 255)),
-        (png(mode="RGBA", colour=(0, 0, 0, 0)), (255, 255, 255)),
-        (png(mode="LA", colour=(0, 0)), (255, 255, 255)),
-        (png(mode="P", colour=0, transparency=0), (255, 255, 255)),
-        (png(mode="RGB", colour=(1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
-        (png(mode="I;16", colour=0x8000), (128, 128, 128)),
-        (png(mode="I;16", colour=0xFFFF), (255, 255, 255)),
-        (png(mode="I", colour=0x4000, kind="TIFF"), (64, 64, 64)),
-        (png(mode="CMYK", colour=(0, 0, 0, 255), kind="TIFF"), (0, 0, 0)),
-        (png(mode="CMYK", colour=(0, 0, 0, 0), kind="JPEG"), (255, 255, 255)),
-        (png(kind="BMP"), (255, 0, 0)),
-        (png(kind="GIF"), (255, 0, 0)),
+        (picture(), (255, 0, 0)),
+        (picture(mode="L", colour=7), (7, 7, 7)),
+        (picture(mode="1", colour=1), (255, 255, 255)),
+        (picture(mode="RGBA", colour=(0, 0, 0, 0)), (255, 255, 255)),
+        (picture(mode="LA", colour=(0, 0)), (255, 255, 255)),
+        (picture(mode="P", colour=0, transparency=0), (255, 255, 255)),
+        (picture(mode="RGB", colour=(1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
+        (picture(mode="I;16", colour=0x8000), (128, 128, 128)),
+        (picture(mode="I;16", colour=0xFFFF), (255, 255, 255)),
+        (picture(mode="I", colour=0x4000, kind="TIFF"), (64, 64, 64)),
+        (picture(mode="CMYK", colour=(0, 0, 0, 255), kind="TIFF"), (0, 0, 0)),
+        (picture(mode="CMYK", colour=(0, 0, 0, 0), kind="JPEG"), (255, 255, 255)),
+        (picture(kind="BMP"), (255, 0, 0)),
+        (picture(kind="GIF"), (255, 0, 0)),
     ],
 )
 def test_every_kind_of_picture_becomes_rgb(data: bytes, expected: tuple[int, ...]) -> None:
@@ -191,9 +181,9 @@ def test_the_first_frame_of_several_is_the_picture(kind: str) -> None:
 def test_a_picture_stands_as_its_exif_data_says() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    data = png((8, 6), exif=exif.tobytes())
+    data = picture((8, 6), exif=exif.tobytes())
     assert decode(data, "x").size == (6, 8)
-    broken = png((8, 6), exif=b"Exif\0\0MM\0*\0\0\xff\xff")
+    broken = picture((8, 6), exif=b"Exif\0\0MM\0*\0\0\xff\xff")
     assert decode(broken, "x").size == (8, 6)
 
 
@@ -203,13 +193,13 @@ def test_a_picture_stands_as_its_exif_data_says() -> None:
         (b"", "is empty"),
         (b"no image", "is no image that can be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is no image that can be read"),
-        (png()[:20], "is no image that can be read"),
-        (png((64, 64), mode="RGB", colour=(9, 8, 7))[:-30], "is broken"),
-        (png((64, 64), kind="JPEG")[:-30], "is broken"),
+        (picture()[:20], "is no image that can be read"),
+        (picture((64, 64), mode="RGB", colour=(9, 8, 7))[:-30], "is broken"),
+        (picture((64, 64), kind="JPEG")[:-30], "is broken"),
         (bomb(1 << 14, 1 << 13), "too large"),
         (bomb(1 << 30, 1 << 30), "too large"),
-        (png((402, 2)), "longer side"),
-        (png(mode="F", colour=0.5, kind="TIFF"), "floating-point"),
+        (picture((402, 2)), "longer side"),
+        (picture(mode="F", colour=0.5, kind="TIFF"), "floating-point"),
     ],
 )
 def test_what_is_no_usable_picture_is_refused_with_its_name(data: bytes, why: str) -> None:
@@ -218,7 +208,7 @@ def test_what_is_no_usable_picture_is_refused_with_its_name(data: bytes, why: st
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([png((16, 16), kind=k) for k in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")]), st.data())
+@given(st.sampled_from([picture((16, 16), kind=k) for k in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")]), st.data())
 def test_damaged_files_give_a_picture_or_a_data_error(data: bytes, draw: st.DataObject) -> None:
     damaged = bytearray(data)
     for place in draw.draw(st.lists(st.integers(0, len(data) - 1), max_size=6)):
@@ -229,3 +219,20 @@ def test_damaged_files_give_a_picture_or_a_data_error(data: bytes, draw: st.Data
         assert decode(bytes(damaged), "x").mode == "RGB"
     except DataError as error:
         assert str(error).startswith("the image x ")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_files_that_were_cut_are_found_without_decoding_whole_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = noise((32, 32), kind=kind)
+    with pytest.raises(DataError, match="the image x is "):
+        check_whole(data[: len(data) // 2], "x")
+    check_whole(data + b"\0" * 3, "x")  # something behind the end does no harm
+    monkeypatch.setattr("zppo.images.store.decode", lambda *_: pytest.fail("decoded"))
+    if kind not in ("BMP", "TIFF"):
+        check_whole(data, "x")
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe.png cannot be read \(it is no file\)"):
+        reference(tmp_path / "pipe.png")

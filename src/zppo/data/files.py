@@ -13,7 +13,7 @@ from zppo.errors import DataError
 Numbered = Iterator[tuple[int, object]]
 
 _BOM = b"\xef\xbb\xbf"
-_PARQUET_BATCH = 1024
+_PARQUET_BATCH = 64  # rows that are held at once; with images in them they are large
 _LONGEST_CELL = 1 << 26  # characters; the csv module's own limit, 131,072, is less than a long solution
 
 

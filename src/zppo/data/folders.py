@@ -54,7 +54,11 @@ def _splits(folder: Path, reading: Reading) -> Mapping[str, Sequence[Path]]:
         hint = "; name one with data.config" if "config" in str(error).lower() else ""
         raise DataError(f"{folder}: is no folder of data that can be used ({shorten(error)}){hint}") from error
     top = folder.absolute()
-    splits = {str(split): [folder / os.path.relpath(path, top) for path in paths] for split, paths in found.items()}
+    splits = {
+        str(split): files
+        for split, paths in found.items()  # of a folder of images: the images too, and its metadata.jsonl
+        if (files := [folder / os.path.relpath(p, top) for p in paths if Path(p).suffix.lower() in READERS])
+    }
     left_out = set(known).difference(*splits.values())
     if left_out and reading.config is None:
         raise DataError(

@@ -11,6 +11,7 @@ from zppo.core.types import Question
 from zppo.data import gym, hub
 from zppo.data.files import file_rows
 from zppo.data.folders import folder_rows
+from zppo.data.images import Pictures
 from zppo.data.reading import Place, Reading, Rows
 from zppo.data.rows import Columns, question_from_row
 from zppo.errors import DataError
@@ -43,11 +44,13 @@ def load_questions(
 
     A source is a file (JSON lines, JSON, CSV, parquet), a folder (of such files, or what `save_to_disk` of `datasets` wrote),
     `hub:owner/name`, `reasoning_gym:<task>`, or a registered one. They are held in memory: which questions a step trains on is a
-    function of (seed, step) over all of them (`data.order`). A row without an id is named `<file name>:<row>`. Images are paths
-    relative to the file.
+    function of (seed, step) over all of them (`data.order`). A row without an id is named `<file name>:<row>`. Images become references
+    (`data.images`).
 
     Raises:
-        DataError: source missing, empty, unreadable or of an unknown kind; a row that is no question; an id that stands twice.
+        DataError: source missing, empty, unreadable or of an unknown kind; a row that is no question; an image that cannot be used;
+            an id that stands twice.
+        StorageError: the cache of images cannot be written.
     """
     reading = reading or Reading()
     scheme, _, rest = source.partition(":")
@@ -70,8 +73,9 @@ def _rows(source: str, columns: Columns, reading: Reading) -> Rows:
 
 def _from_rows(rows: Rows, columns: Columns, limit: int | None, reading: Reading) -> list[Question]:
     questions, seen = [], dict[str, Place]()
+    pictures = Pictures(reading.image_cache)
     for place, data in islice(rows, limit):
-        question = question_from_row(data, columns, place, reading.answer_after)
+        question = question_from_row(data, columns, place, reading.answer_after, pictures)
         if question.id in seen:
             raise DataError(
                 f"{_both(seen[question.id], place)}, column {columns.id!r}: both have the id {question.id!r}; "

@@ -39,6 +39,7 @@ class Reading:
         config, split, revision: of a set of the hub, or of a folder laid out like one.
         streaming: rows of a hub set come one by one, without a copy on the disk.
         answer_after: the right answer is what follows the last occurrence of this text in the answer column.
+        image_cache: where images without a file of their own are kept; None for the user's cache folder.
     """
 
     held_out: bool = False
@@ -47,6 +48,7 @@ class Reading:
     revision: str | None = None
     streaming: bool = False
     answer_after: str | None = None
+    image_cache: Path | None = None
 
     @property
     def split_setting(self) -> str:

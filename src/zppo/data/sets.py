@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ _SHOWN = 20
 def set_rows(loaded: Any, source: str, name: str, columns: Columns, folder: Path) -> Rows:
     """(place, values by column) of a `Dataset` or `IterableDataset`, of the columns that are asked for alone.
 
-    Others may hold images, which would be decoded for nothing.
+    Images come as bytes or paths: decoding them here would be for nothing.
 
     Raises:
         DataError: a column is missing; while iterating, that the set cannot be read further.
@@ -25,7 +26,7 @@ def set_rows(loaded: Any, source: str, name: str, columns: Columns, folder: Path
     if have is not None:
         check_columns(source, have, columns)
         loaded = loaded.select_columns([column for column in have if column in _roots(columns)])
-    return _rows(loaded, source, name, folder)
+    return _rows(_undecoded(loaded), source, name, folder)
 
 
 def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
@@ -51,7 +52,7 @@ def _rows(loaded: Iterable[object], source: str, name: str, folder: Path) -> Row
     number, rows = 0, iter(loaded)
     while True:
         try:
-            value = next(rows)
+            value = _fetched(next(rows))
         except StopIteration:
             return
         except Exception as error:  # a stream fails in as many ways as a network
@@ -60,6 +61,43 @@ def _rows(loaded: Iterable[object], source: str, name: str, folder: Path) -> Row
             ) from error
         number += 1
         yield Place(source, name, number, folder), value
+
+
+def _undecoded(loaded: Any) -> Any:
+    """The set with its images as `{"bytes", "path"}`."""
+    for column, feature in (loaded.features or {}).items():
+        plain = _plain(feature)
+        if plain != feature:
+            loaded = loaded.cast_column(column, plain)
+    return loaded
+
+
+def _plain(feature: Any) -> Any:
+    """A feature of `datasets` whose images, however deep inside, are not decoded."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, Mapping):
+        return {name: _plain(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_plain(feature.feature))
+    return feature
+
+
+def _fetched(value: object) -> object:
+    """A row in which images that lie on the hub have their bytes: a stream gives no more than their addresses."""
+    if isinstance(value, list):
+        return [_fetched(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    path = value.get("path")
+    if set(value) == {"bytes", "path"} and value["bytes"] is None and isinstance(path, str) and "hf://" in path:
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            return {"bytes": file.read(), "path": None}
+    return {name: _fetched(inner) for name, inner in value.items()}
 
 
 def _names(column: str) -> tuple[str, str]:

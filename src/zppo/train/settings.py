@@ -215,7 +215,9 @@ class ColumnSettings(Section):
         "messages", description="the question as a list of {role, content}; used where the row has it"
     )
     answer: str = Field("answer", description="the right answer")
-    images: str = Field("images", description="list of image paths")
+    images: str = Field(
+        "images", description="an image or a list of them: paths relative to the data file, bytes, or data: URLs"
+    )
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
     grading: str = Field(
@@ -269,6 +271,10 @@ class DataSettings(Section):
         min_length=1,
         description="the right answer is what follows the last occurrence of this in the answer column: '####' for GSM8K",
     )
+    image_cache: Path | None = Field(
+        None,
+        description="folder for images that come as bytes; empty: $ZPPO_CACHE/images, or zppo/images in the user's cache folder",
+    )
     max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
     limit: int | None = Field(None, ge=1, description="use the first N training questions only")
     eval_limit: int | None = Field(None, ge=1, description="use the first N held-out questions only")
@@ -300,6 +306,7 @@ class DataSettings(Section):
             revision=self.revision,
             streaming=self.streaming,
             answer_after=self.answer_after,
+            image_cache=self.image_cache.expanduser() if self.image_cache else None,
         )
 
 
