@@ -29,6 +29,11 @@ from pathlib import Path
 from typing import Any
 
 
+def said_in(content: Any) -> str:
+    """The text of a message, without its images."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 class Faulty:
     """The state of the server and what it answers."""
 
@@ -80,7 +85,7 @@ class Faulty:
         self.most_open = max(self.open, self.most_open)
         try:
             fault = (self.faults.pop(0) if self.faults else self.always) or {"kind": "ok"}
-            meant = fault.get("when", "") in data["messages"][-1]["content"]
+            meant = fault.get("when", "") in said_in(data["messages"][-1]["content"])
             await self.chat(data, fault if meant else {"kind": "ok"}, writer)
         finally:
             self.open -= 1
@@ -147,7 +152,7 @@ class Faulty:
     @staticmethod
     def words(data: dict[str, Any]) -> str:
         """What a well-behaved teacher would say: a summary where one is asked for, else the question and the seed."""
-        asked = data["messages"][-1]["content"]
+        asked = said_in(data["messages"][-1]["content"])
         if response := re.search(r"<response>\n(.*)\n</response>", asked, re.DOTALL):
             return f"<summary>{response[1][-40:]}</summary>"
         return f"{asked[:20]} seed {data.get('seed')}"

@@ -25,7 +25,7 @@ from zppo.data.load import load_questions
 from zppo.data.reading import Reading
 from zppo.errors import DataError
 from zppo.images.store import open_image, read_bytes
-from zppo.train.settings import ColumnSettings, DataSettings
+from zppo.train.settings import ColumnSettings, DataSettings, ImageSettings
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -100,7 +100,7 @@ def test_bytes_of_any_form_are_kept_once_under_their_digest(tmp_path: Path, cach
 
 
 def test_the_cache_is_where_the_recipe_says(tmp_path: Path) -> None:
-    data = DataSettings(train="q.jsonl", image_cache=tmp_path / "own")
+    data = DataSettings(train="q.jsonl", images=ImageSettings(folder=tmp_path / "own"))
     path = lines(tmp_path, {"images": url(picture())})
     assert data.reading().image_cache == tmp_path / "own"
     [question] = load_questions(str(path), data.columns, None, data.reading())

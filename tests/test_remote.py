@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fault_server import Server
-from zppo.core.types import ImageRef, Message
+from zppo.core.types import Message
 from zppo.engines.base import Sampling
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.remote import RemoteTeacher, seed_of
@@ -155,13 +155,6 @@ def test_the_cap_on_requests_under_way(server: Server, make: Any) -> None:
     server.control(always={"kind": "slow", "seconds": 0.2})
     assert len(make(server, concurrency=3).complete([ask(str(i)) for i in range(12)], HOW)) == 12
     assert server.most_open == 3
-
-
-def test_images_are_refused_in_words(server: Server, make: Any) -> None:
-    seen = TeacherRequest((Message("user", "x"),), (1, 2), (ImageRef("a.png", "00"),))
-    replies = make(server).complete([seen, ask("y")], HOW)
-    assert replies[0].texts == (None, None) and "image" in replies[0].error
-    assert replies[1].texts == (words("y"),)
 
 
 # --- replies that are not what was asked for ------------------------------------------------------------------------

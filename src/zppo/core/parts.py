@@ -52,6 +52,12 @@ def message_parts(messages: Sequence[Message], images: Sequence[ImageRef]) -> li
     ]
 
 
+def last_turn_images(messages: Sequence[Message], images: Sequence[ImageRef]) -> tuple[ImageRef, ...]:
+    """The images that stand in the last turn: what goes along where that turn alone is shown. DataError as in `message_parts`."""
+    turns = message_parts(messages, images)
+    return tuple(part for part in turns[-1].parts if isinstance(part, ImageRef)) if turns else ()
+
+
 def _placed(texts: Sequence[str], images: Iterator[ImageRef]) -> tuple[Part, ...]:
     """The texts around a turn's markers, with the next images between them."""
     parts: list[Part] = [texts[0]]

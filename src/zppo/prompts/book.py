@@ -44,6 +44,9 @@ _BETWEEN = "\n\n"
 class PromptBook:
     """Renders every prompt of a run.
 
+    Images stay with the question, once: its markers (`core.types.IMAGE`) stay where they are, model text holds none (it is neutralised),
+    and what is asked about texts alone, compression and judging, shows none.
+
     A template is jinja2 text; values are inserted as they are and never rendered again, so template syntax in them is
     inert.
     """
@@ -115,7 +118,8 @@ class PromptBook:
         return (Message("user", text),)
 
     def hinting(self, question: Question, response: str) -> tuple[Message, ...]:
-        """The request to turn a correct response into a hint (Alg. 5); the question is shown as its last turn."""
+        """The request to turn a correct response into a hint (Alg. 5); the question is shown as its last turn, whose
+        images go along (`core.parts.last_turn_images`)."""
         values = {"question": question.messages[-1].content, "response": self._clean(response)}
         return (Message("user", self._fill(HINTING, values)),)
 

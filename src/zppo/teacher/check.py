@@ -15,6 +15,10 @@ from zppo.teacher.wire import OPENAI_HOST, REPLY_BYTES, Trouble, Wire
 
 CHECK_SECONDS = 60.0  # for one small completion
 LIMIT_SECONDS = 3.0  # in which a server refuses a token limit, if it does
+PING_IMAGE = (  # a white PNG of 64 by 64 pixels: smaller ones are refused by some servers that do read images
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAATUlEQVR42u3PQQ0AAAgEILV/5zOFDzdoQCepz6aeExAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQELi3cqoDfaKuZM4AAAAASUVORK5CYII="
+)
 PATIENCE = 5  # attempts where the server is busy or faulty
 
 
@@ -88,6 +92,21 @@ async def check_servers(
             f"(`{server} serve {model}` serves http://HOST:8000/v1), or correct the address"
         )
     return Found(unreachable, all(several for _, several in results))
+
+
+async def check_images(wires: Sequence[Wire], body: Mapping[str, Any], count: int, use: str, names: Names) -> None:
+    """Sends every address a request about images. An address that cannot be reached is passed over: `check_servers` has said so.
+
+    Raises:
+        TeacherError: one refuses it.
+    """
+    for wire, (trouble, _) in zip(wires, await asyncio.gather(*(_ping(wire, body) for wire in wires)), strict=True):
+        if trouble is not None and not trouble.again:
+            raise TeacherError(
+                f"{names.of(use)}: questions have up to {count} image(s), and {body['model']!r} at {wire.url} refuses them "
+                f"({trouble.reason}). Name a vision-language model in {names.section}.model, let the server take as many "
+                "(`--limit-mm-per-prompt` of vLLM), or leave the questions with images out"
+            )
 
 
 async def _check_one(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zppo.core.draws import draw_key, keyed_random
+from zppo.core.parts import last_turn_images
 from zppo.core.types import Question
 from zppo.grading import normalise
 from zppo.prompts import PromptBook
@@ -54,7 +55,8 @@ def make_hints(
 ) -> tuple[list[str | None], HintCounts]:
     """One hint per request, None where no response gave one; and what it took.
 
-    The response is drawn uniformly; one whose hint is refused is redrawn, up to 3 times, all open requests in one teacher call a round.
+    The teacher sees the question's last turn, the images in it and the response (ours). The response is drawn uniformly; one whose hint
+    is refused is redrawn, up to 3 times, all open requests in one teacher call a round.
     """
     options = [draw_order(r.responses, REDRAWS + 1, keyed_random(seed, step, r.question.id, "hint")) for r in requests]
     hints: list[str | None] = [None] * len(requests)
@@ -68,6 +70,7 @@ def make_hints(
             TeacherRequest(
                 book.hinting(requests[i].question, options[i][turn].text),
                 (draw_key(seed, step, requests[i].question.id, "hinting", turn),),
+                last_turn_images(requests[i].question.messages, requests[i].question.images),
             )
             for i in still
         ]

@@ -9,19 +9,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from zppo.core.types import Message
+from zppo.core.parts import TurnParts, message_parts
+from zppo.core.types import ImageRef, Message
+from zppo.errors import ZPPOError
+from zppo.images.pixels import PixelLimits
+from zppo.images.send import request_url
+from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.check import Names, check_servers
+from zppo.teacher.check import PING_IMAGE, Names, check_images, check_servers
 from zppo.teacher.servers import Servers, Service, backoff
 from zppo.teacher.wire import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Trouble, Wire, sound
 
 TOKEN_BYTES = 256  # of a reply, for each token: JSON escapes, and thoughts in a field of their own
 TURNS = 3  # so often a choice is asked for that does not come
+ENCODERS = (
+    4  # images decoded at once, of up to 200 MB each; what is encoded already is bounded by the requests under way
+)
 PING = (Message("user", "Say ok."),)
 PING_TOKENS = 16
 OFFICIAL_PING_TOKENS = 1024  # OpenAI's models that think answer 400 where the limit leaves no room for it
@@ -58,10 +67,11 @@ class RemoteTeacher:
         model: the name that the servers know it by.
         servers: its addresses and what serving took; belongs to the teacher's thread.
         one_by_one: a request asks for one choice, because a server does not give several; the start-up check finds that out.
-        special_texts: none: what its tokenizer takes for control tokens is not known (the student's are neutralised).
+        special_texts: what its tokenizer takes for control tokens is not known (the student's are neutralised): the image tokens of
+            common families alone, since a server refuses a prompt with a place too many.
     """
 
-    special_texts: tuple[str, ...] = ()
+    special_texts: tuple[str, ...] = IMAGE_TEXTS
 
     def __init__(
         self,
@@ -73,6 +83,7 @@ class RemoteTeacher:
         deadline: float = 600.0,
         retry_for: float = 600.0,
         names: Names = Names(),  # noqa: B008 - frozen
+        limits: PixelLimits = PixelLimits(),  # noqa: B008 - frozen
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Starts the thread; nothing is sent.
@@ -85,9 +96,10 @@ class RemoteTeacher:
             deadline: seconds for one attempt, to the last byte of its reply.
             retry_for: seconds for which a request is tried again, and without any success after which the teacher counts as down.
             names: for messages of `check`.
+            limits: fewest and most pixels of an image that is sent.
             warn: takes what `check` found and the run can do without, and that nothing is served, or is again; called in any thread.
         """
-        self.model = model
+        self.model, self._limits = model, limits
         self._names, self._warn, self._key_given = names, warn, bool(key)
         self._told: set[str] = set()
         wires = [Wire(url, key, deadline, concurrency) for url in base_urls]
@@ -95,6 +107,7 @@ class RemoteTeacher:
         self.one_by_one = False
         self._official = any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls)
         self._slots = asyncio.Semaphore(concurrency)
+        self._encoding = asyncio.Semaphore(ENCODERS)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
@@ -126,6 +139,20 @@ class RemoteTeacher:
             if url not in self._told:
                 self._told.add(url)
                 self._warn(f"{self._names.section}.base_urls: {reason}; the run starts without this address")
+
+    def check_images(self, how: TeacherSampling, count: int, use: str = "") -> None:
+        """Sends every address a small completion about `count` small images, the most that a question of the run has.
+
+        Raises:
+            TeacherError: one refuses them.
+        """
+        few = OFFICIAL_PING_TOKENS if self._official else PING_TOKENS
+        parts = [{"type": "image_url", "image_url": {"url": PING_IMAGE}}] * count + [
+            {"type": "text", "text": PING[0].content}
+        ]
+        body = self.body(PING, 1, 0, how, few) | {"messages": [{"role": "user", "content": parts}]}
+        wires = [address.wire for address in self.servers.addresses]
+        self.run(check_images(wires, body, count, use, self._names))
 
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
         """Replies in the order of the requests, when all are served or given up.
@@ -159,7 +186,15 @@ class RemoteTeacher:
         self._loop.close()
 
     def body(
-        self, messages: Sequence[Message], n: int, seed: int, how: TeacherSampling, most_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        n: int,
+        seed: int,
+        how: TeacherSampling,
+        most_tokens: int | None = None,
+        *,
+        images: Sequence[ImageRef] = (),
+        urls: Mapping[ImageRef, str] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """The JSON of one request.
 
@@ -170,12 +205,17 @@ class RemoteTeacher:
         Args:
             n: choices.
             most_tokens: a lower token limit than the sampling's.
+            images: of the conversation, in order.
+            urls: each of them as it is sent.
+
+        Raises:
+            DataError: the images do not fit the conversation's markers.
         """
         s = how.sampling
         tokens = s.max_new_tokens if most_tokens is None else min(most_tokens, s.max_new_tokens)
         fields: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": m.role, "content": sound(m.content)} for m in messages],
+            "messages": [_turn(turn, urls) for turn in message_parts(messages, images)],
             "n": n,
             "seed": seed,
             "temperature": s.temperature,
@@ -195,9 +235,8 @@ class RemoteTeacher:
         down = await self.servers.still_down(self.body(PING, 1, 0, how, PING_TOKENS), REPLY_BYTES)
         async with asyncio.TaskGroup() as group:
             for request, mine in zip(requests, got, strict=True):
-                images = f"the prompt has {len(request.images)} image(s), and this teacher reads text only"
-                if down or request.images:
-                    self._give_up(mine, down or images)
+                if down:
+                    self._give_up(mine, down)
                 else:
                     places = tuple(range(len(request.keys)))
                     group.create_task(self._serve(group, request, how, mine, places, 1))
@@ -219,12 +258,17 @@ class RemoteTeacher:
             if n > 1 and self.one_by_one:
                 answer = None
             else:
-                body = self.body(request.messages, n, seed_of([request.keys[place] for place in places]), how)
+                seed = seed_of([request.keys[place] for place in places])
                 try:
+                    urls = await self._urls(request.images)
+                    body = self.body(request.messages, n, seed, how, images=request.images, urls=urls)
                     answer = await self.servers.ask(body, REPLY_BYTES + TOKEN_BYTES * n * how.sampling.max_new_tokens)
                 except Trouble as trouble:
                     self.servers.service.oversized += trouble.oversized
                     self._give_up(got, trouble.reason)
+                    return
+                except ZPPOError as error:  # an image that is gone; the run goes on without this request
+                    self._give_up(got, str(error))
                     return
         if answer is None:
             missing = list(places)
@@ -239,6 +283,14 @@ class RemoteTeacher:
             turn += 1
         for again in [tuple(missing)] if greedy and missing else [(place,) for place in missing]:
             group.create_task(self._serve(group, request, how, got, again, turn))
+
+    async def _urls(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+        """The images as they are sent, made in threads. Raises DataError."""
+        urls = {}
+        for ref in dict.fromkeys(images):
+            async with self._encoding:
+                urls[ref] = await asyncio.to_thread(request_url, ref, self._limits)
+        return urls
 
     def _take(self, answer: Answer, got: _Got, places: tuple[int, ...], n: int) -> list[int]:
         """Puts the choices where they belong; the places of those that may be asked for again."""
@@ -268,6 +320,19 @@ class RemoteTeacher:
         await asyncio.gather(*others, return_exceptions=True)
         await asyncio.gather(*(a.wire.close() for a in self.servers.addresses), return_exceptions=True)
         await self._loop.shutdown_asyncgens()
+
+
+def _turn(turn: TurnParts, urls: Mapping[ImageRef, str]) -> dict[str, Any]:
+    """A turn as the protocol has it: a text, or a list of parts where there are images in it."""
+    if all(isinstance(part, str) for part in turn.parts):
+        return {"role": turn.role, "content": sound("".join(map(str, turn.parts)))}
+    content: list[dict[str, Any]] = [
+        {"type": "text", "text": sound(part)}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": urls[part]}}
+        for part in turn.parts
+    ]
+    return {"role": turn.role, "content": content}
 
 
 def seed_of(keys: Sequence[int]) -> int:

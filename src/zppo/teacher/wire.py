@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
@@ -30,6 +31,8 @@ CONNECT_SECONDS = 10.0
 BUSY = frozenset({408, 409, 425, 429, 503})
 ELSEWHERE = frozenset({401, 403, 404})
 SHORTEST_SECRET = 8  # characters; a shorter key could be a word of an honest completion
+
+_BASE64 = re.compile(r"(data:[\w/+.;=-]{1,60}?base64,)?([A-Za-z0-9+/]{60,}={0,2})")
 
 _limit: ContextVar[int] = ContextVar("_limit")  # bytes of a reply, set by the task that asks
 
@@ -92,11 +95,11 @@ class Scrubber:
         return "Scrubber()"
 
     def words(self, value: object, limit: int = REASON_CHARACTERS) -> str:
-        """One line of at most `limit` characters without control characters and without the key."""
+        """One line of at most `limit` characters without control characters, without the key and without images."""
         text = str(value)
         if self._key:  # before any cut, which could leave a piece of it
             text = text.replace(self._key, "[key]")
-        text = text[: 100 * limit]
+        text = _BASE64.sub(_without_data, text)[: 100 * limit]  # a refused request comes back in some errors, images and all
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= limit else f"{text[:limit]}..."
 
@@ -104,6 +107,13 @@ class Scrubber:
         """A completion that can be written to any file: no lone surrogates, and no key if the server echoes it."""
         text = sound(text)
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
+
+
+def _without_data(found: re.Match[str]) -> str:
+    """`[data]` for what is encoded data; a long word that merely could be some stays."""
+    head, body = found.groups()
+    mixed = head or (not body.isupper() and not body.islower() and any(c.isdigit() for c in body))
+    return "[data]" if mixed else found[0]
 
 
 def sound(text: str) -> str:

@@ -127,6 +127,7 @@ def assemble(
     speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
     length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
     questions, held_out = load_short(settings, data, speaker, length, console)
+    staff.check_images(max((len(question.images) for question in questions), default=0))
     scorer = make_scorer(
         settings,
         rule,

@@ -234,6 +234,10 @@ class ImageSettings(Section):
     max_pixels: int = Field(
         PixelLimits().max_pixels, ge=1, description="larger images are reduced to about so many pixels"
     )
+    folder: Path | None = Field(
+        None,
+        description="where images are kept that come as bytes; empty: $ZPPO_CACHE/images, or zppo/images in the user's cache folder",
+    )
     cache_gib: float = Field(
         4.0, gt=0, description="memory for the preprocessed images of a step; what is over it is preprocessed again"
     )
@@ -265,15 +269,11 @@ class DataSettings(Section):
         False, description="read the first `limit` rows of a hub set one by one instead of downloading it; needs limit"
     )
     columns: ColumnSettings = Field(ColumnSettings(), description="names of the columns")
-    images: ImageSettings = Field(ImageSettings(), description="how images are shown to models in this process")
+    images: ImageSettings = Field(ImageSettings(), description="how images are kept, and shown to models")
     answer_after: str | None = Field(
         None,
         min_length=1,
         description="the right answer is what follows the last occurrence of this in the answer column: '####' for GSM8K",
-    )
-    image_cache: Path | None = Field(
-        None,
-        description="folder for images that come as bytes; empty: $ZPPO_CACHE/images, or zppo/images in the user's cache folder",
     )
     max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
     limit: int | None = Field(None, ge=1, description="use the first N training questions only")
@@ -306,7 +306,7 @@ class DataSettings(Section):
             revision=self.revision,
             streaming=self.streaming,
             answer_after=self.answer_after,
-            image_cache=self.image_cache.expanduser() if self.image_cache else None,
+            image_cache=self.images.folder.expanduser() if self.images.folder else None,
         )
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from zppo.errors import TeacherError
+from zppo.images.pixels import PixelLimits
 from zppo.teacher.check import Names, read_key
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
@@ -28,12 +29,14 @@ class Staff:
 
     Attributes:
         teachers: those that the method needs; `teacher`, which also compresses, comes first.
+        settings_of: the section of the recipe of each of them.
     """
 
     def __init__(
         self, settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None
     ) -> None:
         self.teachers: list[FrozenTeacher] = []
+        self.settings_of: list[TeacherSettings] = []
         self._settings, self._accelerator, self._console, self._seeing = settings, accelerator, console, seeing
         self._remote: list[RemoteTeacher] = []
 
@@ -45,6 +48,7 @@ class Staff:
         """
         if not own.base_urls:
             return _load_frozen(self._settings, own, self._accelerator, self._seeing)
+        images = self._settings.data.images
         teacher = RemoteTeacher(
             own.model,
             own.base_urls,
@@ -53,10 +57,21 @@ class Staff:
             deadline=own.deadline,
             retry_for=own.retry_for,
             names=Names(section, own.key_env),
+            limits=PixelLimits(images.min_pixels, images.max_pixels),
             warn=lambda text: warn(self._console, f"warning: {text}"),
         )
         self._remote.append(teacher)
         return teacher
+
+    def check_images(self, count: int) -> None:
+        """Whether remote teachers read `count` images in one prompt, the most that a training question has; nothing where it is 0.
+
+        Raises:
+            TeacherError: one refuses them.
+        """
+        for teacher, own in zip(self.teachers, self.settings_of, strict=True):
+            if count and isinstance(teacher, RemoteTeacher):
+                teacher.check_images(own.how(own.rollout), count, "rollout")
 
     def take_service(self) -> dict[str, float]:
         """What calling the remote models took since the last call of this, named remote_*; empty where all are in this process."""
@@ -94,6 +109,7 @@ def staffing(
                     n = settings.zone.teacher_group_size if use == "rollout" else 1
                     teacher.check(own.how(own.uses()[use]), use, n)
                 staff.teachers.append(teacher)
+                staff.settings_of.append(own)
         yield staff
 
 
