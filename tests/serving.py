@@ -19,6 +19,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.serve.app import Service, make_app
 from zppo.serve.batcher import Batcher
 from zppo.serve.load import load
+from zppo.serve.pictures import Pictures
 from zppo.serve.words import Words
 
 CONTEXT = 192
@@ -63,7 +64,9 @@ class Gate:
 
 def service(engine: Engine, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> Service:
     batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue)
-    return Service(**{"model": "tiny", "words": Words(chat), "batcher": batcher, "context": CONTEXT} | fields)
+    pictures = Pictures(Path("unused"), 16, "" if chat.sight else "this model reads text only")
+    own = {"model": "tiny", "words": Words(chat), "batcher": batcher, "pictures": pictures, "context": CONTEXT}
+    return Service(**own | fields)
 
 
 def connect(served: Service) -> TestClient:

@@ -22,6 +22,7 @@ from conftest import make_tiny
 from serving import wait_for
 from zppo import cli
 from zppo.grading import extract_boxed, normalise
+from zppo.images.pixels import PixelLimits
 from zppo.lab.questions import lab_questions
 from zppo.prompts import PromptBook
 from zppo.serve import run
@@ -132,6 +133,8 @@ def test_a_server_that_is_told_to_end_finishes_what_runs_or_ends_at_once_when_to
         (["tiny", "--key-env", "ZPPO_BAD", "--key-file", "key"], "--key-env and --key-file both name a key"),
         (["tiny", "--key-file", "none"], "the file none cannot be read"),
         (["tiny", "--max-rows", "0"], "--max-rows is 0: it must be 1 or more"),
+        (["tiny", "--max-images", "-1"], "--max-images is -1: it must be 0 or more"),
+        (["tiny", "--min-pixels", "5", "--max-pixels", "4"], "--min-pixels is 5, more than --max-pixels, 4: exchange them"),
         (["tiny", "--max-batch-tokens", "-1"], "--max-batch-tokens is -1"),
         (["tiny", "--max-queue", "0"], "--max-queue is 0"),
         (["tiny", "--max-body", "0"], "--max-body is 0"),
@@ -208,7 +211,7 @@ def test_every_option_does_what_it_says(
     assert engine.banned_ids == frozenset() and not any(p.requires_grad for p in engine.model.parameters())
 
     options = "--port 0 --name small --device cpu --dtype bfloat16 --max-rows 3 --max-batch-tokens 99 --max-queue 5"
-    more = f"--max-body 2 --revision main --host 0.0.0.0 --key-file {tmp_path / 'key'}"
+    more = f"--max-images 3 --min-pixels 5 --max-pixels 7 --max-body 2 --revision main --host 0.0.0.0 --key-file {tmp_path / 'key'}"
     service, said = served(str(tmp_path / "run"), *options.split(), *more.split())
     assert (service.model, service.key, service.max_body, service.loopback) == ("small", KEY, 2 << 20, False)
     assert said.startswith("http://0.0.0.0:") and said.split()[1] == "small" and KEY not in said
@@ -216,6 +219,9 @@ def test_every_option_does_what_it_says(
     assert (engine.max_rows, engine.max_tokens, engine.model.dtype) == (3, 99, torch.bfloat16)
     assert (batcher._max_rows, batcher._max_tokens, batcher._max_queue) == (3, 99, 5)
     assert (loaded[0]["revision"], loaded[1]["revision"]) == (None, "main")
+    assert (loaded[0]["images"], loaded[1]["images"]) == (PixelLimits(), PixelLimits(5, 7))
+    assert (service.pictures.most, service.pictures.blind) == (3, "this model reads text only")
+    assert not service.pictures.folder.exists()  # the server has ended
     assert batcher.closed
 
     monkeypatch.setenv("ZPPO_TEST_KEY", KEY)

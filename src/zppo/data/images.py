@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 from zppo.core.types import ImageRef
 from zppo.errors import DataError, one_line
-from zppo.images.store import cache_folder, check_whole, decode, keep, reference, rgb
+from zppo.images.store import cache_folder, check_whole, data_of, decode, keep, reference, rgb
 
 FULLY_CHECKED = 256
 """So many images of a source are decoded when it is read, seconds at most; of the others header and end are looked at (ours)."""
@@ -101,21 +99,6 @@ class Pictures:
             check_whole(data, ref.uri)
 
 
-def data_of(url: str) -> bytes:
-    """The bytes in a `data:` URL. DataError where it is none."""
-    head, comma, body = url.partition(",")
-    try:
-        if not comma:
-            raise ValueError("it has no comma")
-        if not head.lower().endswith(";base64"):
-            return unquote_to_bytes(body)
-        return base64.b64decode("".join(body.split()), validate=True)
-    except (ValueError, binascii.Error) as error:
-        raise DataError(
-            f"the image {_short(url)!r} is no data: URL that can be read ({error}); write data:image/png;base64,..."
-        ) from error
-
-
 def _listed(text: str) -> object:
     """A cell of a table that holds a JSON list; the text itself where it holds none."""
     try:
@@ -139,7 +122,7 @@ def _as_png(image: Image.Image) -> bytes:
     try:
         rgb(image).save(out, "PNG", compress_level=1)
     except Exception as error:  # it may be read from a broken file only now
-        raise DataError(f"holds an image that is broken: {one_line(error)}; mend it, or remove its row") from error
+        raise DataError(f"holds an image that is broken: {one_line(error)}; replace it, or leave it out") from error
     return out.getvalue()
 
 

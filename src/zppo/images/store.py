@@ -7,6 +7,7 @@ Files of images are hostile input: only common formats are decoded, no size is b
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import io
 import os
@@ -14,6 +15,7 @@ import secrets
 import stat
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageFile, ImageOps
 
@@ -29,6 +31,7 @@ MOST_BYTES = 1 << 28
 MOST_STRETCHED = 200
 """The longer side by the shorter; image processors of the Qwen family refuse more."""
 
+_SHOWN = 40  # characters of a URL that an error repeats
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_END = b"\xff\xd9"
 _16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -100,6 +103,21 @@ def as_url(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def data_of(url: str) -> bytes:
+    """The bytes in a `data:` URL. DataError where it is none."""
+    head, comma, body = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError("it has no comma")
+        if not head.lower().endswith(";base64"):
+            return unquote_to_bytes(body)
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise DataError(
+            f"the image {url[:_SHOWN]!r} is no data: URL that can be read ({error}); write data:image/png;base64,..."
+        ) from error
+
+
 def header_of(data: bytes, name: str) -> Header:
     """What an image's header says, without decoding it.
 
@@ -145,9 +163,7 @@ def decode(data: bytes, name: str) -> Image.Image:
             image.load()
             return rgb(image)
         except Exception as error:  # decoders fail in many ways
-            raise DataError(
-                f"the image {name} is broken: {one_line(error)}; replace the file, or remove its row"
-            ) from error
+            raise DataError(f"the image {name} is broken: {one_line(error)}; replace it, or leave it out") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -194,12 +210,12 @@ def _read(path: Path) -> bytes:
         if isinstance(error, DataError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"the image {path} cannot be read ({reason}): put the file back, or remove its row") from error
+        raise DataError(f"the image {path} cannot be read ({reason}): put the file back, or leave it out") from error
 
 
 def _opened(data: bytes, name: str) -> ImageFile.ImageFile:
     if not data:
-        raise DataError(f"the image {name} is empty (0 bytes); replace the file, or remove its row")
+        raise DataError(f"the image {name} is empty (0 bytes); replace it, or leave it out")
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -207,7 +223,7 @@ def _opened(data: bytes, name: str) -> ImageFile.ImageFile:
     except Exception as error:  # plug-ins fail in many ways on broken headers; a bomb may be a warning that is an error
         raise DataError(
             f"the image {name} is no image that can be read ({', '.join(FORMATS)} are), or its header is broken; "
-            "convert the file, or remove its row"
+            "convert it, or leave it out"
         ) from error
 
 
@@ -218,7 +234,7 @@ def _header(image: ImageFile.ImageFile, name: str) -> Header:
     if min(width, height) < 1 or max(width, height) > MOST_STRETCHED * min(width, height):
         raise DataError(
             f"the image {name} has {width:,} x {height:,} pixels, and its longer side may be {MOST_STRETCHED} times the shorter one; "
-            "crop it, or remove its row"
+            "crop it, or leave it out"
         )
     return Header(str(image.format), width, height, str(image.get_format_mimetype()))
 

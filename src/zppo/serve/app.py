@@ -18,12 +18,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from zppo.core.draws import draw_key
+from zppo.core.types import ImageRef
 from zppo.engines.base import Completion, SampleRequest
-from zppo.errors import ModelError, one_line
+from zppo.errors import DataError, ModelError, one_line
 from zppo.serve.answer import answer
 from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
 from zppo.serve.body import Body, read_body, shorten
 from zppo.serve.failure import RequestError, answer_error
+from zppo.serve.pictures import Pictures
 from zppo.serve.words import Words
 
 _LOG = logging.getLogger("zppo.serve")
@@ -43,11 +45,13 @@ class Service:
         loopback: without a key, only requests that are addressed to this machine by a name of its own are answered: a page of another site
             could point a name of its own at this address.
         max_body: bytes of a request.
+        pictures: takes the images of requests.
     """
 
     model: str
     words: Words
     batcher: Batcher
+    pictures: Pictures
     context: int | None
     key: str | None = None
     loopback: bool = True
@@ -64,22 +68,19 @@ class Service:
                 "model_not_found",
                 param="model",
             )
-        prompt = await anyio.to_thread.run_sync(self._encode, body)
-        seed = secrets.randbits(63) if body.seed is None else body.seed
-        keys = tuple(draw_key(seed, "serve", i) for i in range(body.n))
-        sampling = body.sampling(self.context or _NO_CONTEXT)
+        self.pictures.check(body.images)
+        taken = await self.pictures.take(body.images)
         try:
-            job = self.batcher.submit(SampleRequest(prompt, keys), sampling)
+            prompt = await anyio.to_thread.run_sync(self._encode, body, taken.refs)
+            job = self._submit(body, prompt, taken.refs)
+        except BaseException:
+            taken.release()
+            raise
+        job.future.add_done_callback(lambda _: taken.release())  # the engine reads them until then
+        try:
             completions = await _completed(self.batcher, job, request)
-        except QueueFullError as error:
-            raise RequestError(
-                429,
-                f"{error.waiting} requests wait already; try again in {error.retry_after} s, or with fewer at a time",
-                "queue_full",
-                headers={"Retry-After": str(error.retry_after)},
-            ) from None
         except StoppedError as error:
-            raise RequestError(503, f"{error}; try again later", "stopping", headers={"Retry-After": "5"}) from None
+            raise _stopping(error) from None
         except DecodingError as error:
             _LOG.warning("a request of %d tokens could not be decoded: %s", len(prompt), error)
             raise RequestError(
@@ -94,6 +95,22 @@ class Service:
             )
 
         return await anyio.to_thread.run_sync(written)
+
+    def _submit(self, body: Body, prompt: tuple[int, ...], images: tuple[ImageRef, ...]) -> Job:
+        """Queues a request. Raises a `RequestError` where it cannot be."""
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        keys = tuple(draw_key(seed, "serve", i) for i in range(body.n))
+        try:
+            return self.batcher.submit(SampleRequest(prompt, keys, images), body.sampling(self.context or _NO_CONTEXT))
+        except QueueFullError as error:
+            raise RequestError(
+                429,
+                f"{error.waiting} requests wait already; try again in {error.retry_after} s, or with fewer at a time",
+                "queue_full",
+                headers={"Retry-After": str(error.retry_after)},
+            ) from None
+        except StoppedError as error:
+            raise _stopping(error) from None
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -148,10 +165,12 @@ class Service:
                 raise too_large
         return bytes(body)
 
-    def _encode(self, body: Body) -> tuple[int, ...]:
+    def _encode(self, body: Body, images: tuple[ImageRef, ...]) -> tuple[int, ...]:
         """Prompt ids that leave room for what is asked for."""
         try:
-            prompt = self.words.encode(body.conversation(), body.chat_template_kwargs)
+            prompt = self.words.encode(body.conversation(), body.chat_template_kwargs, images)
+        except DataError as error:
+            raise RequestError(400, one_line(error, _LONGEST), "invalid_value", param="messages") from None
         except ModelError as error:
             field = "chat_template_kwargs" if body.chat_template_kwargs else "messages"
             raise RequestError(400, one_line(error, _LONGEST), "template_refused", param=field) from None
@@ -166,6 +185,10 @@ class Service:
                 param="messages" if len(prompt) >= self.context or not body.limit else "max_tokens",
             )
         return prompt
+
+
+def _stopping(error: StoppedError) -> RequestError:
+    return RequestError(503, f"{error}; try again later", "stopping", headers={"Retry-After": "5"})
 
 
 _STARTED = int(time.time())

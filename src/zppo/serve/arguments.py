@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zppo.images.pixels import PixelLimits
+
 
 def add_serve(commands: Any, resolve: Callable[[str], str]) -> None:
     """Add the command to a parser's commands.
@@ -51,6 +53,21 @@ def add_serve(commands: Any, resolve: Callable[[str], str]) -> None:
         "--max-queue", type=int, default=1024, help="requests that may wait; more get 429 (default: 1024)"
     )
     serve.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default: 8)")
+    serve.add_argument(
+        "--max-images", type=int, default=16, help="images of a request; 0 loads the model for text alone (default: 16)"
+    )
+    serve.add_argument(
+        "--min-pixels",
+        type=int,
+        default=PixelLimits().min_pixels,
+        help="smaller images are enlarged (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-pixels",
+        type=int,
+        default=PixelLimits().max_pixels,
+        help="larger ones are reduced (default: %(default)s)",
+    )
     serve.set_defaults(run=lambda options: _serve(options, resolve))
 
 

@@ -100,8 +100,11 @@ class Batcher:
         """The client went away: a waiting request is dropped, a batch that nobody waits for ends at its next token."""
         with self._changed:
             job.gone = True
-            if job in self._waiting:
+            waiting = job in self._waiting
+            if waiting:
                 self._waiting.remove(job)
+        if waiting:
+            _give_up([job])  # whoever waits for its end, to tidy up
 
     def check(self) -> None:
         """To be called before every step of the model; ends a batch that nobody waits for, by an exception for `_work`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from zppo.core.types import Message
+from zppo.core.types import IMAGE, Message
 from zppo.engines.base import Sampling
 from zppo.serve.failure import RequestError
 
@@ -18,20 +19,56 @@ _SHOWN = 80  # characters of a wrong value that an error repeats
 _SAID = 5  # wrong fields that an error lists
 
 
-def _join_parts(content: Any) -> Any:
-    """A message's content as text: text parts are joined by line breaks, as vLLM does. Other kinds of parts end here."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for i, part in enumerate(content):
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a message says.
+
+    Attributes:
+        text: its text parts, with an `IMAGE` marker where an image part stood; neighbouring texts are joined by a line break, as vLLM does.
+        images: `data:` URLs of its image parts, unread, in order.
+    """
+
+    text: str
+    images: tuple[str, ...] = ()
+
+
+def _read_content(given: Any) -> Any:
+    """A text or a list of parts as `Content`; other kinds of values stay what they are and are refused by their type."""
+    if isinstance(given, str):
+        return Content(given)
+    if not isinstance(given, list):
+        return given
+    pieces: list[str] = []
+    images: list[str] = []
+    for i, part in enumerate(given):
         kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or kind != "text":
-            cause = f"it is of type {_show(kind)}, and this server reads text only" if kind and kind != "text" else ""
-            raise ValueError(f"part {i} is no text part" + (f": {cause}" if cause else ""))
-        if not isinstance(part["text"], str):
-            raise ValueError(f"the text of part {i} is {_show(part['text'])}")
-        texts.append(part["text"])
-    return "\n".join(texts)
+        if kind == "text" and set(part) == {"type", "text"}:
+            if not isinstance(part["text"], str):
+                raise ValueError(f"the text of part {i} is {_show(part['text'])}")
+            pieces.append(part["text"] if not pieces or pieces[-1] == IMAGE else f"\n{part['text']}")
+        elif kind == "image_url" and set(part) == {"type", "image_url"}:
+            images.append(_url(part["image_url"], i))
+            pieces.append(IMAGE)
+        else:
+            known = kind in (None, "text", "image_url")
+            cause = "" if known else f": it is of type {_show(kind)}, and this server reads texts and images"
+            raise ValueError(f"part {i} is no text part and no image part{cause}")
+    if images and "".join(pieces).count(IMAGE) != len(images):
+        raise ValueError(f"its text holds {IMAGE}, which marks the place of an image; write it in another way")
+    return Content("".join(pieces), tuple(images))
+
+
+def _url(given: Any, part: int) -> str:
+    """The URL of an image part, which holds the image itself: nothing is fetched and no file is read for a client."""
+    url = given.get("url") if isinstance(given, dict) and set(given) <= {"url", "detail"} else None
+    if not isinstance(url, str):
+        raise ValueError(f'the image_url of part {part} is {_show(given)} and no {{"url": "data:..."}}')
+    scheme = url.partition(":")[0].lower()
+    if scheme != "data":
+        raise ValueError(
+            f"the image of part {part} is at {_show(url)}, and this server fetches nothing: send the image itself as a data: URL"
+        )
+    return url
 
 
 def _listed(stop: Any) -> Any:
@@ -39,16 +76,25 @@ def _listed(stop: Any) -> Any:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
 
 
 class Turn(_Strict):
     """One message. The descriptions of fields, here and below, are what an error says to be allowed."""
 
     role: Literal["system", "user", "assistant"] = Field(description="system, user or assistant")
-    content: Annotated[str, BeforeValidator(_join_parts)] = Field(
-        description='a text, or a list of parts {"type": "text", "text": "..."}'
+    content: Annotated[Content, BeforeValidator(_read_content)] = Field(
+        description='a text, or a list of parts {"type": "text", "text": "..."} and, in turns of the user, '
+        '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
     )
+
+    @model_validator(mode="after")
+    def _seen_by_the_user(self) -> Turn:
+        if self.content.images and self.role != "user":
+            raise ValueError(f"images stand in turns of the user, not of the {self.role}")
+        return self
 
 
 class Body(_Strict):
@@ -86,7 +132,12 @@ class Body(_Strict):
 
     def conversation(self) -> tuple[Message, ...]:
         """The messages as the engine's chat takes them."""
-        return tuple(Message(turn.role, turn.content) for turn in self.messages)
+        return tuple(Message(turn.role, turn.content.text) for turn in self.messages)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """`data:` URLs of all images, in order."""
+        return tuple(url for turn in self.messages for url in turn.content.images)
 
     def sampling(self, default_limit: int) -> Sampling:
         """How to draw; `default_limit` where the request gives none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any
 import torch
 
 from zppo.engines.chat import Chat
-from zppo.engines.loading import load_network
+from zppo.engines.loading import load_network, reads_images
+from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, one_line
+from zppo.images.cache import PixelCache
+from zppo.images.pixels import PixelLimits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOG = logging.getLogger("zppo.serve")
+_CACHE = 1 << 28  # bytes of preprocessed pictures that are kept for requests that show them again
 _FINAL = "final"  # of a run folder
 
 
@@ -23,11 +29,13 @@ class Loaded:
     """A frozen model, ready to sample.
 
     Attributes:
+        blind: why it is shown no images; "" where it is.
         before_step: calls the given function before every step of the model; what that raises ends the sampling.
     """
 
     engine: TransformersEngine
     chat: Chat
+    blind: str
     before_step: Callable[[Callable[[], None]], None]
 
 
@@ -58,6 +66,7 @@ def load(
     dtype: str = "auto",
     max_rows: int | None = None,
     max_tokens: int | None = None,
+    images: PixelLimits | None = None,
 ) -> Loaded:
     """A frozen model of `transformers` with its chat.
 
@@ -65,6 +74,7 @@ def load(
         device: auto takes a GPU where there is one.
         dtype: of the weights, a name in `DTYPES`; auto takes float32 on a CPU, else what the checkpoint is stored in.
         max_rows, max_tokens: limits of a batch, as in `TransformersEngine`.
+        images: bring pictures into these limits, where the checkpoint reads any; None for text only.
 
     Raises:
         ModelError: what cannot be loaded, and why.
@@ -74,8 +84,11 @@ def load(
     except RuntimeError as error:
         raise ModelError(f"--device {device} is no device: {one_line(error)}") from None
     stored: Any = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else "auto")
+    sees = images is not None and reads_images(checkpoint, revision)
     try:
-        network: Any = load_network(checkpoint, dtype=stored, revision=revision, device_map=place).requires_grad_(False)
+        network: Any = load_network(
+            checkpoint, dtype=stored, revision=revision, images=sees, device_map=place
+        ).requires_grad_(False)
     except ModelError:
         raise
     except Exception as error:  # many kinds: no room on the device, a device that is not there
@@ -83,7 +96,7 @@ def load(
             f"model {checkpoint!r} cannot be loaded on {place}: {one_line(error)}; choose another --device or --dtype"
         ) from error
     network.eval()
-    chat = Chat.load(checkpoint, revision=revision)
+    chat, blind = _load_chat(checkpoint, revision, images if sees else None)
     engine = TransformersEngine(
         network,
         chat.eos_ids(network),
@@ -91,9 +104,27 @@ def load(
         chat.banned_ids(network),
         max_rows=max_rows,
         max_tokens=max_tokens,
+        sight=chat.sight,
     )
+    if not blind:
+        try:
+            check_sight(engine, chat, checkpoint)
+        except ModelError as error:
+            raise ModelError(f"{one_line(error)}; or serve it for text alone with --max-images 0") from error
 
     def before_step(call: Callable[[], None]) -> None:
         network.register_forward_pre_hook(lambda *_: call())
 
-    return Loaded(engine, chat, before_step)
+    return Loaded(engine, chat, blind, before_step)
+
+
+def _load_chat(checkpoint: str, revision: str | None, images: PixelLimits | None) -> tuple[Chat, str]:
+    """The chat, and why it shows no images. A checkpoint whose image processor cannot be used is served for text (ours)."""
+    if images is None:
+        return Chat.load(checkpoint, revision=revision), "this model reads text only"
+    try:
+        return Chat.load(checkpoint, revision=revision, images=images, cache=PixelCache(_CACHE)), ""
+    except ModelError as error:
+        chat = Chat.load(checkpoint, revision=revision)
+        _LOG.warning("images are refused: %s", error)
+        return chat, f"this model cannot be shown images here ({one_line(error, 200)})"

@@ -7,16 +7,20 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 import uvicorn
 
 from zppo.errors import SettingsError
+from zppo.images.pixels import PixelLimits
 from zppo.serve.app import Service, make_app
 from zppo.serve.batcher import Batcher
 from zppo.serve.load import checkpoint_of, load
+from zppo.serve.pictures import Pictures
 from zppo.serve.words import Words
 
 _GRACE = 30  # seconds that running requests get at the end
@@ -40,6 +44,9 @@ class ServeOptions:
     max_batch_tokens: int | None
     max_queue: int
     max_body: int
+    max_images: int
+    min_pixels: int
+    max_pixels: int
 
 
 def serve(options: ServeOptions, resolve: Callable[[str], str]) -> None:
@@ -53,7 +60,8 @@ def serve(options: ServeOptions, resolve: Callable[[str], str]) -> None:
     """
     _check_limits(options)
     key = read_key(options)
-    with open_socket(options.host, options.port) as listener:
+    with ExitStack() as stack:
+        listener = stack.enter_context(open_socket(options.host, options.port))
         loopback = is_loopback(listener.getsockname()[0])
         if not loopback and key is None and not options.no_key:
             raise SettingsError(
@@ -67,7 +75,9 @@ def serve(options: ServeOptions, resolve: Callable[[str], str]) -> None:
             dtype=options.dtype,
             max_rows=options.max_rows,
             max_tokens=options.max_batch_tokens,
+            images=PixelLimits(options.min_pixels, options.max_pixels) if options.max_images else None,
         )
+        folder = stack.enter_context(TemporaryDirectory(prefix="zppo-serve-"))
         batcher = Batcher(
             loaded.engine,
             max_rows=options.max_rows,
@@ -79,6 +89,7 @@ def serve(options: ServeOptions, resolve: Callable[[str], str]) -> None:
             model=options.name or options.model,
             words=Words(loaded.chat),
             batcher=batcher,
+            pictures=Pictures(Path(folder), options.max_images, loaded.blind),
             context=loaded.engine.context,
             key=key,
             loopback=loopback,
@@ -156,10 +167,18 @@ def _check_limits(options: ServeOptions) -> None:
         "--max-batch-tokens": options.max_batch_tokens,
         "--max-queue": options.max_queue,
         "--max-body": options.max_body,
+        "--min-pixels": options.min_pixels,
+        "--max-pixels": options.max_pixels,
     }
     for flag, value in limits.items():
         if value is not None and value < 1:
             raise SettingsError(f"{flag} is {value}: it must be 1 or more")
+    if options.max_images < 0:
+        raise SettingsError(f"--max-images is {options.max_images}: it must be 0 or more")
+    if options.min_pixels > options.max_pixels:
+        raise SettingsError(
+            f"--min-pixels is {options.min_pixels}, more than --max-pixels, {options.max_pixels}: exchange them"
+        )
 
 
 class _Server(uvicorn.Server):

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from zppo.core.types import Message
+from zppo.core.types import ImageRef, Message
 from zppo.engines.chat import Chat
 from zppo.errors import ModelError
 
@@ -26,14 +26,17 @@ class Words:
         self._chats: dict[str, Chat] = {}
         self._lock = threading.Lock()
 
-    def encode(self, messages: Sequence[Message], template_args: Mapping[str, Any]) -> tuple[int, ...]:
+    def encode(
+        self, messages: Sequence[Message], template_args: Mapping[str, Any], images: Sequence[ImageRef] = ()
+    ) -> tuple[int, ...]:
         """Prompt ids of a conversation.
 
         Raises:
             ModelError: the template cannot render it, or does not take these arguments.
+            DataError: a text holds what stands for an image.
         """
         with self._lock:
-            return self._with(template_args).encode(messages)
+            return self._with(template_args).encode(messages, images)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens; think tags stay."""
@@ -61,5 +64,5 @@ class Words:
         if key not in self._chats:
             if len(self._chats) >= _CHATS:
                 self._chats.clear()
-            self._chats[key] = Chat(self._chat.tokenizer, template_args, self._chat.template)
+            self._chats[key] = self._chat.with_arguments(template_args)
         return self._chats[key]
