@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pictures import noise
 from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.core.types import Draft, Message, Question
 from zppo.errors import CheckpointError
@@ -37,8 +38,9 @@ from zppo.report.charts import Chart, Series, ramp
 from zppo.report.load import open_run
 from zppo.report.questions import QuestionLine, Visit, nearest, question_lines, stratified
 from zppo.report.scan import question_ids, scan_file
-from zppo.report.stories import cut, load_stories, size_of, trimmed, with_images
+from zppo.report.stories import cut, load_stories, size_of, trimmed
 from zppo.report.summary import Reader, duration
+from zppo.report.thumbnails import SIDES, with_images
 from zppo.report.zone import bin_count, bin_name, bin_of, zone_story
 
 
@@ -410,8 +412,27 @@ def test_images_become_small_data_and_missing_ones_are_named(tmp_path: Path) -> 
     (tmp_path / "b.png").write_bytes(b"no image")
     names = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
     good, broken, missing = with_images({"images": names})["images"]
-    assert good["data"].startswith("data:image/jpeg;base64,") and len(good["data"]) < 20_000
-    assert broken["missing"] and missing["missing"] and "data" not in missing
+    assert good["data"].startswith("data:image/png;base64,") and len(good["data"]) < 20_000
+    assert broken["missing"].startswith("is no image") and "data" not in missing
+    assert missing["missing"].startswith("cannot be read (No such file")
+
+
+def test_many_images_are_shown_smaller_so_that_a_story_fits(tmp_path: Path) -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    names = []
+    for seed in range(4):
+        (tmp_path / f"{seed}.png").write_bytes(noise((800, 400), seed))
+        names.append(str(tmp_path / f"{seed}.png"))
+
+    def side(most: int | None) -> int:
+        data = with_images({"images": names}, most)["images"][0]["data"]
+        return Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).width
+
+    assert (side(None), side(300_000), side(1)) == SIDES
 
 
 def test_nearest_ids() -> None:

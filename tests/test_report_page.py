@@ -26,6 +26,7 @@ HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!-- <b>bold</b> \u2028 &lt;"
 )
 PICTURED = "invented.jsonl:3"
+COMPARED = "invented.jsonl:4"
 ATTACKED = "invented.jsonl:2"
 
 
@@ -37,10 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("page")
     run = invented_run(base / "run")
     Image.new("RGB", (40, 30), (0, 114, 178)).save(base / "image.png")
+    Image.new("RGB", (700, 300), (213, 94, 0)).save(base / "wide.png")
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
         if row["question_id"] == PICTURED:
             return {**row, "images": [str(base / "image.png")]}
+        if row["question_id"] == COMPARED:
+            names = [str(base / name) for name in ("image.png", "wide.png", "gone.png")]
+            return {**row, "images": names, "question": "Is <image> in <image>, or in <image>?"}
         if row["question_id"] != ATTACKED:
             return row
         attacked = dict.fromkeys(("question", "level", "completion", "prompt", "gold", "reason"), HOSTILE)
@@ -198,6 +203,18 @@ def test_a_story_shows_prompts_answers_and_verdicts(page: Browser, folder: Path)
 def test_images_of_a_question_are_shown(page: Browser) -> None:
     page.eval(f"openStory({json.dumps(PICTURED)})")
     page.until("document.querySelector('#story img')?.naturalWidth === 40")
+
+
+def test_several_images_stand_at_their_places(page: Browser) -> None:
+    page.eval(f"openStory({json.dumps(COMPARED)})")
+    page.until("document.querySelectorAll('#story img').length === 2 && document.querySelectorAll('#story img')[1].naturalWidth === 640")
+    parts = "[...document.querySelector('#story .question').childNodes].map((n) => n.alt || n.textContent)"
+    first, image, second, wide, third, gone, last = page.eval(parts)
+    assert (first, second, third, last) == ("Is ", " in ", ", or in ", "?")
+    assert image.startswith("image 1: ") and wide.endswith("wide.png") and "gone.png cannot be read" in gone
+    page.size(390, 800, phone=True)
+    assert page.eval("document.documentElement.scrollWidth <= innerWidth")
+    page.size(1280, 900)
 
 
 def test_the_keyboard_does_it_all(page: Browser) -> None:

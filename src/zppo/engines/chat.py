@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -218,6 +219,15 @@ class Chat:
     def show(self, ids: Sequence[int]) -> str:
         """Token ids as text with every special token in sight, as a model sees a prompt."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def show_short(self, ids: Sequence[int]) -> str:
+        """The same for a log: of tokens that stand for features of a picture the first is written, and how many there are."""
+        images = self.sight.image_ids if self.sight is not None else frozenset()
+        text = ""
+        for image, run in groupby(ids, lambda i: i if i in images else None):
+            same = list(run)
+            text += self.show(same) if image is None else f"{self.show(same[:1])}[x {len(same):,}]"
+        return text
 
     def eos_ids(self, model: PreTrainedModel) -> frozenset[int]:
         """The ids that end a completion: those of the model's generation settings and the tokenizer's own.

@@ -92,6 +92,11 @@ def open_image(ref: ImageRef) -> Image.Image:
     return decode(read_bytes(ref), ref.uri)
 
 
+def open_file(path: Path) -> Image.Image:
+    """The picture in a file as it is now, for those who know no digest of it. DataError as in `open_image`."""
+    return decode(_read(path), str(path))
+
+
 def data_url(ref: ImageRef) -> str:
     """The file as a `data:` URL, unchanged. DataError as in `read_bytes`."""
     data = read_bytes(ref)

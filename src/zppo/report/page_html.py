@@ -17,9 +17,10 @@ from zppo import __version__
 from zppo.report.charts import Chart
 from zppo.report.load import RECIPE
 from zppo.report.questions import stratified, to_index
-from zppo.report.stories import load_stories, trimmed, with_images
+from zppo.report.stories import load_stories, trimmed
 from zppo.report.summary import Summary
 from zppo.report.tables import Table
+from zppo.report.thumbnails import with_images
 
 MOST_STORIES = 300
 MOST_BYTES = 25_000_000
@@ -37,7 +38,7 @@ def report_page(summary: Summary, *, most_stories: int = MOST_STORIES, most_byte
     loaded = load_stories(summary.run, {line.id: line.steps for line in chosen})
     index, stories = [], []
     for line in chosen:
-        text = script_json(trimmed(with_images(loaded[line.id]), share))
+        text = script_json(trimmed(with_images(loaded[line.id], share // 2), share))
         if (size := len(text.encode())) > left:
             continue
         left -= size

@@ -12,8 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from zppo.errors import CheckpointError, SettingsError
 from zppo.report.page_html import page, script_json, watch_payload
-from zppo.report.stories import load_stories, with_images
+from zppo.report.stories import load_stories
 from zppo.report.summary import Reader, Summary
+from zppo.report.thumbnails import with_images
 
 LOOPBACK = "127.0.0.1"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,9 +18,6 @@ from zppo.report.load import Run
 from zppo.train.runlog import ROLLOUT_SCHEMA, ROLLOUTS
 
 Story = dict[str, Any]
-
-IMAGE_SIDE = 640
-"""Pixels of the longer side of an image on the page."""
 
 _ROLLOUT = (
     "completion",
@@ -161,22 +156,3 @@ def cut(text: str, characters: int) -> str:
 def size_of(story: Story) -> int:
     """Bytes of a story on the page."""
     return len(json.dumps(story, ensure_ascii=False).encode("utf-8", "replace"))
-
-
-def with_images(story: Story) -> Story:
-    """The story with its images as data URIs, small enough for a page; one that cannot be read is named instead."""
-    return {**story, "images": [_image(path) for path in story["images"]]}
-
-
-def _image(path: str) -> dict[str, str]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-            paper = Image.new("RGBA", image.size, "white")
-            out = io.BytesIO()
-            Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB").save(out, "JPEG", quality=80)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return {"path": path, "missing": str(error)}
-    return {"path": path, "data": f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"}

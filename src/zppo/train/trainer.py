@@ -186,7 +186,7 @@ class Trainer:
                     learnt.advantages.tolist(),
                     replayed=frozenset(collected.replayed),
                     entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
-                    show=self.roller.speaker.chat.show,
+                    show=self.roller.speaker.chat.show_short,
                 )
             self._report(step, collected, learnt, changes, clock)
             self.done = step

@@ -120,16 +120,25 @@ function eventText(event) {
 
 function storyNodes(story) {
   const steps = [...new Set(story.groups.map((g) => g.step))];
-  const images = story.images.map((image) => (image.data ? el("img", { src: image.data, alt: image.path }) : el("p", { class: "facts" }, `image ${image.path} cannot be shown: ${image.missing}`)));
   const note = story.cut ? el("p", { class: "facts" }, `Long texts are cut on this page. zppo inspect shows them whole.`) : null;
   return [
     el("div", { class: "bar" }, el("button", { type: "button", class: "back", onclick: () => document.getElementById("questions").scrollIntoView() }, "back to the list"),
       el("button", { type: "button", onclick: () => move(-1) }, "previous"), el("button", { type: "button", onclick: () => move(1) }, "next"), el("button", { type: "button", onclick: toggleAll }, "open or close all answers")),
-    el("h3", {}, story.id), el("div", { class: "question" }, story.question), ...images,
+    el("h3", {}, story.id), questionNode(story),
     el("p", { class: "facts" }, "right answer ", el("span", { class: "answer" }, story.gold), story.level ? ` · level ${story.level}` : ""),
     story.events.length ? el("p", { class: "facts" }, "buffer: ", story.events.map(eventText).join(" · ")) : el("p", { class: "facts" }, "never in the buffer"),
     note, ...steps.map((step) => visitNode(story, step)),
   ].filter(Boolean);
+}
+
+/* The question with its images: at their <image> marks where there are as many, else before the text. */
+function questionNode(story) {
+  const images = story.images.map((image, i) => (image.data ? el("img", { src: image.data, alt: `image ${i + 1}: ${image.path}`, title: image.path })
+    : el("span", { class: "missing" }, `image ${image.path} ${image.missing}`)));
+  const texts = story.question.split("<image>");
+  if (!images.length) return el("div", { class: "question" }, story.question);
+  if (texts.length !== images.length + 1) return el("div", { class: "question" }, el("div", { class: "images" }, ...images), story.question);
+  return el("div", { class: "question" }, texts[0], ...images.flatMap((image, i) => [image, texts[i + 1]]));
 }
 
 function visitNode(story, step) {
