@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from fault_server import Server
+from pictures import bomb, noise, picture
+from seeing import PIXELS, make_seeing
 
 
 @dataclass
@@ -304,10 +306,49 @@ def _(w: World) -> None:
     w.set("data.max_prompt_tokens", 5)
 
 
-@case("images, which cannot be trained on yet")
+@case("images, and a student that reads text only")
 def _(w: World) -> None:
-    w.write("a.png", b"pixels")
+    w.write("a.png", picture())
     w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})
+
+
+@case("an image that is not there")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})
+
+
+@case("an image that is broken")
+def _(w: World) -> None:
+    w.write("a.png", noise((32, 32))[:-200])
+    w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})
+
+
+@case("a file that is no image")
+def _(w: World) -> None:
+    w.write("a.svg", "<svg/>")
+    w.questions({"prompt": "a", "answer": 1, "images": "a.svg"})
+
+
+@case("an image that is too large")
+def _(w: World) -> None:
+    w.write("a.png", bomb(30_000, 20_000))
+    w.questions({"prompt": "a", "answer": 1, "images": "a.png"})
+
+
+@case("an image on the web")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "images": "https://example.org/a.png"})
+
+
+@case("another number of images than of their places")
+def _(w: World) -> None:
+    w.write("a.png", picture())
+    w.questions({"prompt": "is <image> in <image>?", "answer": 1, "images": ["a.png"]})
+
+
+@case("image parts without images")
+def _(w: World) -> None:
+    w.questions({"messages": [{"role": "user", "content": [{"type": "image"}]}], "answer": 1})
 
 
 @case("a CSV row with too many cells")
@@ -575,6 +616,18 @@ def locked_server() -> Server:
 def at(w: World, url: str, **teacher: Any) -> None:
     w.set("method", "zppo")
     w.set("teacher", {"model": "tiny", "base_urls": [url], "key_env": "ZPPO_NO_SUCH_KEY"} | teacher)
+
+
+@case("a teacher on a server that reads no images")
+def _(w: World) -> None:
+    shutil.rmtree(w.student)
+    make_seeing(w.student)
+    w.write("a.png", picture())
+    w.questions(*({"prompt": "<image> or <image>?", "answer": 1, "images": ["a.png", "a.png"]} for _ in range(4)))
+    server = open_server()
+    server.control(always={"kind": "status", "status": 400, "body": "no multimodal model", "image": True})
+    at(w, server.url, model="tiny")
+    w.set("data.images", PIXELS)
 
 
 @case("an address that is none")

@@ -4,7 +4,8 @@ Bare asyncio, so that it can do what no framework lets one do. POST /control set
 
     {"faults": [...], "always": {...}}     faults are used up one per chat request, then `always` (null: none) applies
 
-A fault is {"kind": ..., "when": TEXT}, of requests that hold the text (empty: all). Kinds: status (with status, headers, body), hang,
+A fault is {"kind": ..., "when": TEXT}, of requests that hold the text (empty: all), or
+{"image": true}, of requests with images. Kinds: status (with status, headers, body), hang,
 trickle (a byte each `pause` seconds), malformed, html, gzip, drop (closes without a reply), short (`choices` of them), text (`content`,
 `finish`), big (`bytes`), flood (a reply without end), bomb (a deeply nested one), reply (this very `reply`), slow (`seconds`, then
 well-behaved), suffix (well-behaved, but for a `suffix`). GET /log gives what was asked, POST /control with {"reset": true} forgets it.
@@ -85,7 +86,8 @@ class Faulty:
         self.most_open = max(self.open, self.most_open)
         try:
             fault = (self.faults.pop(0) if self.faults else self.always) or {"kind": "ok"}
-            meant = fault.get("when", "") in said_in(data["messages"][-1]["content"])
+            asked = data["messages"][-1]["content"]
+            meant = fault.get("when", "") in said_in(asked) and not (fault.get("image") and isinstance(asked, str))
             await self.chat(data, fault if meant else {"kind": "ok"}, writer)
         finally:
             self.open -= 1

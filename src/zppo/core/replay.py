@@ -73,6 +73,10 @@ class PromptReplayBuffer:
         """The entry of a question, None where it is not in the buffer."""
         return self._entries.get(question_id)
 
+    def questions(self) -> list[Question]:
+        """What it holds, oldest first."""
+        return [entry.question for entry in self._entries.values()]
+
     def occupancy(self) -> dict[float, int]:
         """Entries by accuracy at admission, ascending (Fig. 20)."""
         return {accuracy: count for accuracy, count in sorted(self._bins.items()) if count}

@@ -78,7 +78,7 @@ def read_bytes(ref: ImageRef) -> bytes:
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise DataError(
             f"the image {ref.uri} is not the one that the questions were read with (SHA-256 {ref.sha256[:12]}... then): put the old file "
-            "back, or start a new run; a file in the cache may be deleted, and is written again when the data is read"
+            "back, or start a new run"
         )
     return data
 

@@ -33,9 +33,13 @@ def origin_of(
         config: of the student.
         processes: that train side by side.
     """
-    digest = hashlib.sha256()
+    digest, images = hashlib.sha256(), hashlib.sha256()
     for question in questions:
-        digest.update(json.dumps(question.to_dict(), sort_keys=True).encode())
+        # An image is known by its bytes: its file may lie elsewhere now.
+        named = question.to_dict() | {"images": [""] * len(question.images)}
+        digest.update(json.dumps(named, sort_keys=True).encode())
+        for image in question.images:
+            images.update(image.sha256.encode())
     teachers = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
     models = {
         "student": _files(settings.student, _WHOLE if settings.train.lora else ("tokenizer*", "*.jinja")),
@@ -46,6 +50,7 @@ def origin_of(
         "recipe": settings.model_dump(mode="json", exclude={"output"}),
         "method": settings.method.resolve().name,
         "questions": {"count": len(questions), "sha256": digest.hexdigest()},
+        "images": images.hexdigest(),
         "student": _shape(config),
         "models": models,
         "processes": processes,
@@ -103,6 +108,8 @@ def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, 
             else ""
         )
         notes.append(f"the training questions are not the same as before{more}")
+    if then.get("images", now["images"]) != now["images"]:
+        notes.append("the images of the training questions are not the same as before")
     notes += [
         f"the files of the {name} are not the same as before"
         for name, files in now["models"].items()

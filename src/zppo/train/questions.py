@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from zppo.core.types import Question
+from zppo.core.types import IMAGE, Question
 from zppo.data.load import drop_long
 from zppo.errors import DataError, ModelError
 from zppo.train.rollouts import Speaker
@@ -23,7 +23,7 @@ def load_short(
     settings: Settings, data: RunData, speaker: Speaker, length: Callable[[Question], int], console: Console
 ) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What was dropped is said, a tokenizer
-    that does not know their words, and questions that are in both.
+    that does not know their words, questions that are in both, and places for images without images.
 
     Raises:
         DataError: no question is short enough.
@@ -33,7 +33,8 @@ def load_short(
         _short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources
     )
     trains = settings.train.steps != 0  # a run of 0 steps only evaluates
-    for warning in (unknown_tokens(speaker, train), in_both(train, held_out) if trains else ""):
+    told = unknown_tokens(speaker, train), in_both(train, held_out) if trains else "", unseen([*train, *held_out])
+    for warning in told:
         if warning:
             console.print(warning, style="yellow", soft_wrap=True, highlight=False)
     return train, held_out
@@ -83,6 +84,17 @@ def in_both(train: Sequence[Question], held_out: Sequence[Question]) -> str:
     return (
         f"warning: {len(both)} of {len(held_out)} held-out questions are training questions too ({both[0]!r}, for one): held-out "
         "accuracy will look better than it is. Remove them from data.train or from data.eval"
+    )
+
+
+def unseen(questions: Sequence[Question]) -> str:
+    """A warning where a text marks the place of an image and the question has none (ours); "" where none does."""
+    blind = [q.id for q in questions if not q.images and any(IMAGE in m.content for m in q.messages)]
+    if not blind:
+        return ""
+    return (
+        f"warning: {len(blind)} of {len(questions)} questions hold {IMAGE} and have no image ({blind[0]!r}, for one): it is shown as text. "
+        "Name the column of the images in data.columns.images, or take the marks out"
     )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from zppo.errors import CheckpointError, EngineError, Interrupted, StorageError
+from zppo.core.replay import PromptReplayBuffer
+from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError
+from zppo.images.store import read_bytes
 from zppo.train import checkpoint
 from zppo.train.assemble import Assembled
 from zppo.train.halfway import Halfway
@@ -52,16 +54,28 @@ class Start:
         """Give the trainer its state, after a look at what has changed since.
 
         Raises:
-            CheckpointError: it belongs to another recipe, or holds something else than a state.
+            CheckpointError: it belongs to another recipe, holds something else than a state, or an image of its questions is gone or
+                has changed.
         """
         halfway = Halfway.read(self.folder)
         try:
             notes = changes_since(self.state["origin"], parts.origin, self.folder, halfway=halfway is not None)
             parts.trainer.load(self.folder, self.state, halfway)
+            self._check_images(parts.trainer.buffer, halfway)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(checkpoint.unusable(self.folder / "state.json", error)) from error
         if notes:
             warn(console, f"since the checkpoint: {'; '.join(notes)}. The rest of the run goes by what is there now")
+
+    def _check_images(self, buffer: PromptReplayBuffer, halfway: Halfway | None) -> None:
+        """A checkpoint holds references: the files behind them are looked at now and not when a question is replayed."""
+        groups = [*halfway.collected.plain, *halfway.collected.again] if halfway else []
+        questions = [*buffer.questions(), *(group.question for group in groups)]
+        for image in {image.sha256: image for question in questions for image in question.images}.values():
+            try:
+                read_bytes(image)
+            except DataError as error:
+                raise CheckpointError(f"{self.folder} holds questions with images: {error}") from error
 
 
 def rescue(run: Path, trainer: Trainer, error: BaseException, console: Console) -> None:
