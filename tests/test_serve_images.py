@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -24,8 +26,12 @@ from zppo.errors import ModelError
 from zppo.images.pixels import PixelLimits
 from zppo.images.store import keep
 from zppo.serve import pictures
+from zppo.serve.app import make_app
 from zppo.serve.load import Loaded, load
 from zppo.serve.pictures import Pictures
+from zppo.teacher.base import TeacherRequest, TeacherSampling
+from zppo.teacher.local import LocalTeacher
+from zppo.teacher.remote import RemoteTeacher
 
 LIMITS = PixelLimits(16 * 16, 24 * 24)
 
@@ -268,3 +274,37 @@ def test_few_images_are_decoded_at_once(loaded: Loaded, tmp_path: Path, monkeypa
     ):
         assert all(pool.map(lambda i: ask(client, messages=[turn(noise((16, 16), i), "?")]), range(8)))
     assert most <= pictures.DECODERS
+
+
+# --- a teacher that is served ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_served_model_is_a_teacher_that_sees(loaded: Loaded, tmp_path: Path) -> None:
+    """What a remote teacher sends is what the server shows to its model: the same pictures as in this process."""
+    served = service(loaded.engine, loaded.chat, pictures=Pictures(tmp_path / "served", 3), context=512)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(make_app(served), log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        teacher = RemoteTeacher("tiny", [f"http://127.0.0.1:{listener.getsockname()[1]}/v1"], limits=LIMITS)
+        try:
+            how = TeacherSampling(Sampling(temperature=0.0, max_new_tokens=8))
+            teacher.check(how)
+            teacher.check_images(how, 2)
+            refs = (keep(noise((20, 20)), tmp_path), keep(noise((24, 16), seed=1), tmp_path))
+            turns = (Message("system", "be"), Message("user", f"{IMAGE} or {IMAGE}?"))
+            requests = [TeacherRequest(turns, (1,), refs), TeacherRequest((Message("user", "?"),), (2,))]
+            remote = teacher.complete(requests, how)
+            here = LocalTeacher(loaded.engine, lambda args: loaded.chat)
+            here.sight = loaded.chat.sight
+            local = here.complete(requests, how)
+            assert [(r.texts, r.prompt_tokens, r.error) for r in remote] == [
+                (r.texts, r.prompt_tokens, "") for r in local
+            ]
+            assert list((tmp_path / "served").iterdir()) == []
+        finally:
+            teacher.close()
+            server.should_exit = True
+            thread.join(60)
+            served.batcher.close(30)
