@@ -5,9 +5,11 @@ torchrun --nproc_per_node 2 distributed_worker.py MODEL RECORDED OUT
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -29,6 +32,7 @@ from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.team import Team
 from zppo.train.update import Begun, Updater, UpdateStopped, advantages_of
 from zppo.train.weights import ShardedWeights, Weights
+from zppo.train.zero import ZeroWeights, import_deepspeed
 
 LEARNING_RATE = (
     1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it
@@ -43,12 +47,19 @@ def load(path: str) -> PreTrainedModel:
 def make_updater(
     model: PreTrainedModel, accelerator: Accelerator, weights: Weights, *, sampler: bool = True
 ) -> Updater:
-    """Four minibatches in small micro-batches."""
+    """Four minibatches in small micro-batches; vectors learn at half the rate of matrices, and one of them not at all."""
     train = TrainSettings(learning_rate=LEARNING_RATE, tokens_per_microbatch=60)
-    prepared = weights.prepare(model, accelerator)
-    optimizer = accelerator.prepare_optimizer(
-        torch.optim.AdamW(prepared.parameters(), lr=LEARNING_RATE, weight_decay=train.weight_decay)
-    )
+    model.model.norm.weight.requires_grad_(False)
+
+    def make(placed: torch.nn.Module) -> torch.optim.Optimizer:
+        by_rate: dict[float, list[torch.nn.Parameter]] = {LEARNING_RATE: [], LEARNING_RATE / 2: []}
+        for name, p in placed.named_parameters():
+            if p.requires_grad:
+                by_rate[LEARNING_RATE / 2 if "norm" in name else LEARNING_RATE].append(p)
+        groups = [{"params": params, "lr": rate} for rate, params in by_rate.items()]
+        return torch.optim.AdamW(groups, weight_decay=train.weight_decay)
+
+    prepared, optimizer = weights.prepare(model, accelerator, make)
     return Updater(
         prepared,
         optimizer,
@@ -115,34 +126,69 @@ def sample(model: PreTrainedModel, whole: AbstractContextManager[None], keys: ra
     return [c.ids.tolist() for c in done[0]]
 
 
-def one(name: str, weights: Weights, model_path: str, recorded: list[list[Group]], out: Path) -> None:
+def check_shards(updater: Updater) -> None:
+    """Every process keeps its share, and no more."""
+    weights, parameters = updater.weights, list(updater.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    if isinstance(weights, ShardedWeights):
+        assert all(isinstance(p, DTensor) for p in parameters) and all(isinstance(p.grad, DTensor) for p in trained)
+        local = sum(p.to_local().numel() for p in parameters)  # type: ignore[attr-defined]
+        assert local < 0.6 * sum(p.numel() for p in parameters)
+    if isinstance(weights, ZeroWeights):
+        third = weights.stage == 3
+        assert all(hasattr(p, "ds_tensor") == third for p in parameters)
+        for p in parameters if third else ():
+            assert p.numel() == 0 and p.ds_tensor.numel() == math.ceil(p.ds_numel / 2)  # type: ignore[attr-defined]
+        size = sum(p.ds_numel if third else p.numel() for p in trained)  # type: ignore[attr-defined, misc]
+        inner = updater.optimizer.optimizer.state  # type: ignore[attr-defined]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert size <= 2 * sum(state[moment].numel() for state in inner.values()) <= size + 2 * len(parameters)
+        assert all(p.grad is None for p in parameters)
+
+
+def skips_what_is_not_finite(updater: Updater) -> None:
+    """A loss or a gradient of one process that is not finite moves no weight in any, and leaves nothing behind."""
+    weights, bad = updater.weights, updater.weights.team.rank == 1
+    for loss, factor in ((math.inf, 1.0), (0.0, math.nan)):
+        weights.start_gradients(updater.model)
+        logits = updater.model(input_ids=torch.tensor([[5, 6, 7]])).logits
+        weights.backward(logits.sum() * (factor if bad else 1.0), updater.accelerator)
+        _, norm, moved = updater.guard.step(loss if bad else 0.0)
+        assert not moved and (math.isfinite(loss) or not math.isnan(norm))
+    assert updater.guard.skipped_in_a_row == 2
+
+
+def written(updater: Updater, model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer as a checkpoint has them, and the weights read back."""
+    weights = updater.weights
+    saved, state = weights.saved(Student(model, None)), weights.snapshot_of(updater.optimizer)
+    if weights.team.main:
+        saved.save_pretrained(folder)
+        torch.save(state.state_dict(), f"{folder}-optimizer.pt")
+    weights.team.wait()
+    return load_file(folder / "model.safetensors")
+
+
+def one(name: str, make: Callable[[], Weights], model_path: str, recorded: list[list[Group]], out: Path) -> None:
     """Trains one layout of the weights and writes what one process has to compare with."""
-    accelerator, team = Accelerator(cpu=True), weights.team
-    model = load(model_path)
+    weights, accelerator = make(), Accelerator(cpu=True)
+    team, model = weights.team, load(model_path)
     updater = make_updater(model, accelerator, weights, sampler=False)
     before = sample(model, weights.whole(), range(1 + 2 * team.rank))
     assert before == sample(load(model_path), Weights().whole(), range(1 + 2 * team.rank))
     metrics = train(updater, recorded, stop_in=2)
-    if weights.sharded:
-        assert all(isinstance(p, DTensor) for p in updater.model.parameters())
-        assert all(isinstance(p.grad, DTensor) for p in updater.model.parameters())
-        local = sum(p.to_local().numel() for p in updater.model.parameters())  # type: ignore[attr-defined]
-        assert local < 0.6 * sum(p.numel() for p in updater.model.parameters())
+    check_shards(updater)
+    skips_what_is_not_finite(updater)
     metrics.append(distil(updater, load(model_path), recorded[0]))
-    saved, state = weights.saved(Student(model, None)), weights.snapshot_of(updater.optimizer)
-    if team.main:
-        saved.save_pretrained(out / name)
-        torch.save(state.state_dict(), out / f"{name}-optimizer.pt")
-    # What was saved puts a fresh optimizer where this one is, whatever way its weights lie.
-    team.wait()
+    written(updater, model, out / name)
+    # What was saved puts a fresh model and optimizer where these are, whatever way the weights lie: they go on alike.
+    fresh, weights = load(str(out / name)), make()
+    other = make_updater(fresh, accelerator, weights, sampler=False)
     loaded = torch.load(out / f"{name}-optimizer.pt", weights_only=True)
-    weights.state_of(updater.optimizer).load_state_dict(loaded)
-    again = weights.snapshot_of(updater.optimizer).state_dict()
-    if team.main:
-        pairs = [
-            (loaded["state"][i][n], again["state"][i][n]) for i in loaded["state"] for n in ("exp_avg", "exp_avg_sq")
-        ]
-        assert pairs and all(torch.equal(a, b) for a, b in pairs)
+    weights.state_of(other.optimizer).load_state_dict(loaded)
+    assert train(updater, recorded[:1]) == train(other, recorded[:1])
+    ours, theirs = (written(*pair, out / f"{name}-on") for pair in ((updater, model), (other, fresh)))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     (out / f"{name}-{team.rank}.pickle").write_bytes(pickle.dumps(metrics))
 
 
@@ -151,8 +197,12 @@ def main() -> None:
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
     team = Team(dist.get_rank(), dist.get_world_size())
     recorded = pickle.loads(recorded_path.read_bytes())
-    one("replicated", Weights(team), model_path, recorded, out)
-    one("sharded", ShardedWeights(team), model_path, recorded, out)
+    deepspeed = import_deepspeed("cpu")
+    small = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 5000, "stage3_prefetch_bucket_size": 5000}
+    one("replicated", lambda: Weights(team), model_path, recorded, out)
+    one("sharded", lambda: ShardedWeights(team), model_path, recorded, out)
+    one("zero2", lambda: ZeroWeights(team, 2, deepspeed, small), model_path, recorded, out)
+    one("zero3", lambda: ZeroWeights(team, 3, deepspeed, small), model_path, recorded, out)
     assert (
         team.map(list(range(7)), lambda mine: [(i, team.rank) for i in mine], float)
         == team.gather(team.map(list(range(7)), lambda mine: [(i, team.rank) for i in mine], float))[0]

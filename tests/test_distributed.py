@@ -21,8 +21,13 @@ import yaml
 from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from distributed_worker import distil, load, make_updater, train
 from test_update import make_groups
@@ -35,6 +40,7 @@ from zppo.train.recipe import load_recipe
 from zppo.train.stop import Stop
 from zppo.train.student_engine import start_vllm
 from zppo.train.weights import Weights
+from zppo.train.zero_launch import ZeroWish
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -47,7 +53,9 @@ METRICS_OF_ONE_PROCESS = (
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith(("ACCELERATE_", "FSDP_"))}
+    kept = {
+        k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith(("ACCELERATE_", "FSDP_", "DS_"))
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **more}
 
 
@@ -123,7 +131,7 @@ def recorded(tiny_qwen3_dir: Path) -> list[list[Group]]:
 def test_recorded_completions_train_the_same_weights(
     tiny_qwen3_dir: Path, recorded: list[list[Group]], tmp_path: Path
 ) -> None:
-    """Two processes, each with all weights and with FSDP2's shards, against one: five steps of four minibatches, and a distillation."""
+    """Two processes, with all weights and three ways of sharding, against one: five steps of four minibatches, and a distillation."""
     AcceleratorState._reset_state(True)
     model = load(str(tiny_qwen3_dir))
     updater = make_updater(model, Accelerator(cpu=True), Weights(), sampler=False)
@@ -136,7 +144,7 @@ def test_recorded_completions_train_the_same_weights(
     done = torchrun(str(worker), str(tiny_qwen3_dir), str(tmp_path / "recorded.pickle"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert distance(tmp_path / "one", tiny_qwen3_dir) > 5e-4  # it has learnt something
-    for layout in ("replicated", "sharded"):
+    for layout in ("replicated", "sharded", "zero2", "zero3"):
         assert distance(tmp_path / "one", tmp_path / layout) <= 1e-6, layout
         ranks = [pickle.loads((tmp_path / f"{layout}-{rank}.pickle").read_bytes()) for rank in (0, 1)]
         assert ranks[0] == ranks[1]
@@ -205,6 +213,60 @@ def test_resumed_with_sharded_weights_by_accelerate_launch(alone: Path, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes, weights sharded over them (FSDP2)" in done.stdout
     assert_near_run(alone, run)
+
+
+KILLED = """
+import hashlib, os, signal
+
+calls = 0
+
+def reward(completion, question):
+    global calls
+    calls += 1
+    if os.environ.get("RANK") == "1" and calls == int(os.environ.get("KILL_AT", 0)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    digest = hashlib.sha256((completion + question.id).encode("utf-8", "surrogatepass")).digest()[0]
+    return {"correct": digest % 5 == 0, "reward": float(digest % 5 == 0), "answer": str(digest)}
+"""
+
+
+@pytest.mark.slow
+def test_killed_under_zero2_it_goes_on_under_zero3(alone: Path, recipe: Path, tmp_path: Path) -> None:
+    """DeepSpeed from end to end: trained at stage 2 until a process is killed, on at stage 3 by accelerate launch."""
+    (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
+    run, more = tmp_path / "run", (f"--grading.reward={tmp_path / 'killed.py'}:reward", "--data.eval=null")
+    command = ("-m", "zppo", "train", str(recipe), f"--output={run}", "--train.sharding=zero2", *more)
+    done = torchrun(*command, KILL_AT="90")
+    assert done.returncode != 0 and "gradients and optimizer sharded over them (DeepSpeed ZeRO-2)" in done.stdout
+    assert newest(run).name == "step-000002" and not (run / "final").exists()
+
+    tuning = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "train_batch_size": "auto"}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(tuning), encoding="utf-8")
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "deepspeed-zero3.yaml"),
+    ]
+    sizes = ["--num_processes", "2", "--main_process_port", free_port()]
+    file = ["--deepspeed_config_file", str(tmp_path / "deepspeed.json")]
+    done = subprocess.run(
+        [*launcher, *sizes, *file, "-m", "zppo", "resume", str(run)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed after step 2 of 5" in done.stdout and "(DeepSpeed ZeRO-3)" in " ".join(done.stdout.split())
+    ours, theirs = ([r for r in records(folder) if r["event"] == "step"] for folder in (run, alone))
+    for own, other in zip(ours, theirs, strict=True):
+        assert_near(own, other, f"step {own['step']}")
+    assert records(run, "buffer.jsonl") == records(alone, "buffer.jsonl")
+    final, expected = (AutoModelForCausalLM.from_pretrained(folder / "final") for folder in (run, alone))
+    pairs = zip(final.state_dict().values(), expected.state_dict().values(), strict=True)
+    assert all(a.dtype == torch.float32 and float((a - b).abs().max()) < 2e-5 for a, b in pairs)
 
 
 STOPPING = """
@@ -287,6 +349,9 @@ def accelerate_environment(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
         monkeypatch.delenv(name)
     parsed = launch_command_parser().parse_args([*arguments, "script.py"])
     options, _, _ = _validate_launch_command(parsed)
+    if options.use_deepspeed:
+        options.main_process_port, options.deepspeed_fields_from_accelerate_config = 0, ""
+        return dict(prepare_deepspeed_cmd_env(options)[1])
     if options.cpu or not (options.multi_gpu or options.use_fsdp):
         return dict(prepare_simple_launcher_cmd_env(options)[1])
     options.main_process_port = 0
@@ -295,6 +360,8 @@ def accelerate_environment(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
 
 EXPECTED = {
     "ddp.yaml": Launch(processes=8),
+    "deepspeed-zero2.yaml": Launch(processes=8, sharding="zero2", zero=ZeroWish(2)),
+    "deepspeed-zero3.yaml": Launch(processes=8, sharding="zero3", zero=ZeroWish(3)),
     "fsdp2.yaml": Launch(processes=8, sharding="fsdp2", reshard=True),
 }
 
@@ -339,7 +406,6 @@ def test_a_layer_may_stay_gathered_until_its_backward_pass(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "train.tokens_per_microbatch"),
@@ -368,12 +434,13 @@ def test_sharding_needs_several_processes(recipe: Path, tmp_path: Path, capsys: 
     assert "one runs" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize(
     ("override", "said"),
     [("--train.lora={}", "train.lora does not go"), ("--train.optimizer=adamw-8bit", "adamw-8bit does not go")],
 )
-def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: str) -> None:
-    settings = load_recipe(recipe, [override, "--train.sharding=fsdp2"])
+def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: str, sharding: str) -> None:
+    settings = load_recipe(recipe, [override, f"--train.sharding={sharding}"])
     two: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(SettingsError, match=said):
         make_weights(settings, two, Launch(processes=2), Stop())

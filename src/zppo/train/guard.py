@@ -6,9 +6,8 @@ import math
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 
-from zppo.train.weights import Weights, trained_parameters
+from zppo.train.weights import Weights
 
 MOST_SKIPPED_UPDATES = 3
 
@@ -33,22 +32,12 @@ class GuardedStep:
         Args:
             loss: what this process's rows add to the loss.
         """
-        parameters = trained_parameters(self.optimizer)
         loss = sum(self.weights.team.gather(loss))
-        self.weights.sum_gradients(parameters)
-        norm = float(_full(self.accelerator.clip_grad_norm_(parameters, self.max_norm)))
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        if finite:
-            self.optimizer.step()
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.optimizer.zero_grad(set_to_none=False)
+        norm, moved = self.weights.step(self.optimizer, self.accelerator, self.max_norm, finite=math.isfinite(loss))
+        self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
             self.fault = (
                 f"loss {loss} and gradient norm {norm}: {self.skipped_in_a_row} updates in a row were not finite. The weights are "
                 "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
             )
-        return loss, norm, finite
-
-
-def _full(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+        return loss, norm, moved

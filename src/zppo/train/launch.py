@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zppo.errors import LauncherError
+from zppo.train.zero_launch import ZeroWish, read_zero
 
-Sharding = Literal["none", "fsdp2"]
+Sharding = Literal["none", "fsdp2", "zero2", "zero3"]
 
 _PER_NODE = "torchrun --nproc_per_node N -m zppo train RECIPE"
 
@@ -23,6 +24,7 @@ class Launch:
         sharding: what an accelerate configuration says, None where there is none that says something.
         mixed_precision: the same; "" for none.
         reshard: FSDP2's `reshard_after_forward`.
+        zero: what an accelerate configuration says of DeepSpeed, None where it does not name it.
     """
 
     rank: int = 0
@@ -30,6 +32,7 @@ class Launch:
     sharding: Sharding | None = None
     mixed_precision: str = ""
     reshard: bool = True
+    zero: ZeroWish | None = None
 
     def check_processes(self, running: int) -> None:
         """Raises LauncherError unless as many processes train together as were started."""
@@ -69,17 +72,19 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
             raise LauncherError(
                 f"the accelerate configuration asks for {what}, which zppo does not train with: {_MEND}"
             )
-    if _true(env, "ACCELERATE_USE_DEEPSPEED"):
-        raise LauncherError(f"the accelerate configuration asks for DeepSpeed, which zppo does not train with: {_MEND}")
     if (steps := env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("1", "auto"):
         raise LauncherError(
             f"the accelerate configuration sets gradient_accumulation_steps to {steps}, which would scale the loss: leave it out. "
             "Minibatches are train.minibatches, and how much memory one pass takes is train.tokens_per_microbatch"
         )
     sharding: Sharding | None = None
+    zero = None
     if _true(env, "ACCELERATE_USE_FSDP"):
         _check_fsdp(env)
         sharding = "fsdp2"
+    if _true(env, "ACCELERATE_USE_DEEPSPEED"):
+        zero = read_zero(env)
+        sharding = "zero3" if zero.stage == 3 else "zero2"
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
     return Launch(
         rank,
@@ -87,6 +92,7 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
         sharding,
         "" if precision == "no" else precision,
         _true(env, "FSDP_RESHARD_AFTER_FORWARD", True),
+        zero,
     )
 
 

@@ -121,9 +121,8 @@ def make_learner(
     if train.gradient_checkpointing:
         recompute_layers(model)
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
-    prepared = weights.prepare(model, accelerator)
-    optimizer = accelerator.prepare_optimizer(
-        make_optimizer(train, parameter_groups(prepared, train), accelerator.device)
+    prepared, optimizer = weights.prepare(
+        model, accelerator, lambda placed: make_optimizer(train, parameter_groups(placed, train), accelerator.device)
     )
     if start:
         checkpoint.load_optimizer(start, weights.state_of(optimizer))

@@ -60,7 +60,7 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     if memory.layer:
         rows.append(("update: a layer computed again", f"{_size(memory.layer)} (not while logits are held)"))
     rows.append(("update: logits", f"{_size(memory.logits)} (gradients included)"))
-    if settings.train.sharding == "fsdp2":
+    if settings.train.sharding != "none":
         rows.append(("sharding", "not taken off here: weights, gradients and optimizer state are counted whole"))
     return rows
 

@@ -14,6 +14,7 @@ from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.team import Team
 from zppo.train.weights import ShardedWeights, Weights
+from zppo.train.zero import ZeroWeights, import_deepspeed
 
 
 def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
@@ -26,8 +27,13 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
     precision = "bf16" if bf16 else "no"
     launch.check_precision(precision)
-    # accelerate would shard on GPUs, and turn the wish into something else on CPUs: `ShardedWeights` does it on both.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if launch.zero:
+        launch.zero.check_clipping(settings.train.max_grad_norm)
+    # Set before anything imports DeepSpeed, which would look for a GPU by itself.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
+    # accelerate would shard on GPUs, and turn the wish into something else on CPUs: `make_weights` does it on both.
+    for wish in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(wish, None)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
@@ -41,28 +47,33 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     """The team of this run's processes, and how the trained weights lie over them.
 
     Raises:
-        LauncherError: sharding was asked for, and there is one process.
+        LauncherError: sharding was asked for, and there is one process; or DeepSpeed, and it cannot be used.
         SettingsError: the recipe trains what cannot be sharded.
     """
     size, sharding = accelerator.num_processes, launch.sharding or settings.train.sharding
     if size == 1:
-        if sharding == "fsdp2":
+        if sharding != "none":
             raise LauncherError(
-                "sharding over several processes was asked for (fsdp2), but one runs: start with torchrun --nproc_per_node N -m zppo "
+                f"sharding over several processes was asked for ({sharding}), but one runs: start with torchrun --nproc_per_node N -m zppo "
                 "train RECIPE, or set train.sharding to none"
             )
         return Weights(Team(stop=stop))
-    if sharding == "fsdp2" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
+    if sharding != "none" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
         name = "train.lora" if settings.train.lora is not None else f"train.optimizer={settings.train.optimizer}"
         raise SettingsError(
-            f"{name} does not go with sharded weights (fsdp2): leave one of them out. With adapters or an 8-bit optimizer there is "
+            f"{name} does not go with sharding ({sharding}): leave one of them out. With adapters or an 8-bit optimizer there is "
             "little left to shard"
         )
     group = None  # the processes' own, where that carries objects on the CPU
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
     team = Team(accelerator.process_index, size, group, stop)
-    return ShardedWeights(team, reshard=launch.reshard) if sharding == "fsdp2" else Weights(team)
+    if sharding == "none":
+        return Weights(team)
+    if sharding == "fsdp2":
+        return ShardedWeights(team, reshard=launch.reshard)
+    deepspeed = import_deepspeed(accelerator.device.type)
+    return ZeroWeights(team, 3 if sharding == "zero3" else 2, deepspeed, launch.zero.tuning if launch.zero else {})
 
 
 def _patience(settings: Settings) -> timedelta:

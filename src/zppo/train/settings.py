@@ -471,9 +471,9 @@ class TrainSettings(Section):
         (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
     )
     tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
-    sharding: Literal["none", "fsdp2"] = Field(
+    sharding: Literal["none", "fsdp2", "zero2", "zero3"] = Field(
         "none",
-        description="several processes: each holds all weights, or a share of them (FSDP2); an FSDP2 accelerate configuration wins",
+        description="several processes: each holds all, or a share: FSDP2, DeepSpeed ZeRO-2 or -3; an accelerate configuration wins",
     )
     collective_timeout: float = Field(
         1800, gt=0, description="seconds that a process waits for the others before it gives up"

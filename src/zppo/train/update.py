@@ -18,7 +18,7 @@ from zppo.core.types import Group
 from zppo.engines.forward import completion_logprobs
 from zppo.engines.sight import Sight
 from zppo.errors import MemoryLimitError
-from zppo.train.budget import TokenBudget, zero_gradients
+from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.samples import Sample, Share, samples_of, share_minibatch
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
@@ -242,7 +242,7 @@ class Updater:
 
         def accumulate(batches: list[list[int]]) -> tuple[float, Tally]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
-            zero_gradients(self.model)
+            self.weights.start_gradients(self.model)
             counts, total = copy.copy(tally), 0.0
             for micro in batches:
                 total += self._backward([live[m] for m in micro], denominator, counts, first=first)
@@ -260,7 +260,7 @@ class Updater:
     def _idle(self, sample: Sample) -> None:
         """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others."""
         logprobs, mask = self._forward([sample])
-        self.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
+        self.weights.backward(logprobs.where(mask, 0.0).sum() * 0.0, self.accelerator)
 
     def _backward(
         self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: Tally, *, first: bool
@@ -278,7 +278,7 @@ class Updater:
             dual_clip=self.loss.dual_clip,
         )
         loss = surrogate.loss.where(mask, 0.0).sum() / denominator
-        self.accelerator.backward(loss)
+        self.weights.backward(loss, self.accelerator)
         tally.tokens += int(mask.sum())
         tally.clipped_low += int((surrogate.clipped_low & mask).sum())
         tally.clipped_high += int((surrogate.clipped_high & mask).sum())

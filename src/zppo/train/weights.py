@@ -7,7 +7,8 @@ as many backward passes from each process as from the others, while here some ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zppo.errors import LauncherError
+from zppo.train.budget import zero_gradients
 from zppo.train.checkpoint import HoldsState, Savable, TakesState
 from zppo.train.models import Student
 from zppo.train.precision import keep_logits_small
 from zppo.train.team import ALONE, Team
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+"""The recipe's optimizer over the parameters of a placed model."""
 
 
 class Weights:
@@ -43,19 +48,55 @@ class Weights:
     def __init__(self, team: Team = ALONE) -> None:
         self.team = team
 
-    def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
-        """The model on its device, with autocast where asked for; before an optimizer is made over its parameters."""
+    def prepare(
+        self, model: nn.Module, accelerator: Accelerator, make_optimizer: MakeOptimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model on its device, with autocast where asked for, and the optimizer over its parameters."""
+        prepared = self._place(model, accelerator)
+        return prepared, accelerator.prepare_optimizer(make_optimizer(prepared))
+
+    def _place(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)  # True: not wrapped
         keep_logits_small(prepared, accelerator)
         if self.team.size > 1:
-            self.team.check_same("the student's weights at the start", _checksum(prepared))
+            self.team.check_same("the student's weights at the start", checksum(prepared))
         return prepared
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, every process can run forward passes on its own. Every process must enter."""
         return nullcontext()
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def start_gradients(self, model: nn.Module) -> None:
+        """Gradients of a minibatch start at 0, whatever a failed attempt has left in them."""
+        zero_gradients(model)
+
+    def backward(self, loss: torch.Tensor, accelerator: Accelerator) -> None:
+        """Adds the gradients of this process's part of the loss; `sharded`: every process must call it equally often."""
+        accelerator.backward(loss)
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, *, finite: bool
+    ) -> tuple[float, bool]:
+        """One optimizer step with the gradients of all processes, clipped; none where they are not finite, or `finite` is false.
+
+        Every process must call it. Afterwards gradients are 0.
+
+        Args:
+            finite: whether the loss of all processes together is; the same in all of them.
+
+        Returns:
+            The gradient norm before clipping, and whether the weights moved.
+        """
+        parameters = trained_parameters(optimizer)
+        self._sum_gradients(parameters)
+        norm = float(_full(accelerator.clip_grad_norm_(parameters, max_norm)))
+        moved = finite and math.isfinite(norm)
+        if moved:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return norm, moved
+
+    def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sums the gradients of the processes in place; all parameters must have one."""
         if self.team.size == 1:
             return
@@ -66,7 +107,7 @@ class Weights:
     def saved(self, student: Student) -> Savable:
         """What the first process saves the student from. Every process must call it."""
         if self.team.size > 1:
-            self.team.check_same("the trained weights", _checksum(student.model))
+            self.team.check_same("the trained weights", checksum(student.model))
         return student.saved
 
     def state_of(self, optimizer: Any) -> TakesState:
@@ -95,13 +136,13 @@ class ShardedWeights(Weights):
         self.reshard = reshard
         self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
 
-    def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    def _place(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         """Shards every layer that the architecture names as one, then the rest.
 
         Raises:
             LauncherError: parameters are not sharded afterwards.
         """
-        self.team.check_same("the student's weights at the start", _checksum(model))
+        self.team.check_same("the student's weights at the start", checksum(model))
         prepared: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         keep_logits_small(prepared, accelerator)
         mesh = init_device_mesh(accelerator.device.type, (self.team.size,))
@@ -134,21 +175,21 @@ class ShardedWeights(Weights):
                 module.set_reshard_after_forward(reshard, recurse=False)
                 module.reshard()
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Nothing: the backward passes have done it."""
 
     def saved(self, student: Student) -> Savable:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return _GatheredModel(student.model, get_model_state_dict(student.model, options=options))
+        return GatheredModel(student.model, get_model_state_dict(student.model, options=options))
 
     def state_of(self, optimizer: Any) -> TakesState:
         return _ShardedState(optimizer)
 
     def snapshot_of(self, optimizer: Any) -> HoldsState:
-        return _Snapshot(gathered_state(optimizer, keep=self.team.main))
+        return Snapshot(gathered_state(optimizer, keep=self.team.main))
 
 
-class _GatheredModel:
+class GatheredModel:
     """Saves a sharded model from its gathered weights."""
 
     def __init__(self, model: Any, state: dict[str, Any]) -> None:
@@ -181,7 +222,7 @@ class _ShardedState:
         self._optimizer.load_state_dict({**state, "state": sharded})
 
 
-class _Snapshot:
+class Snapshot:
     """An optimizer's whole state as it was."""
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -217,10 +258,14 @@ def _like(parameter: torch.Tensor, value: Any) -> Any:
     return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
 
 
-def _checksum(model: nn.Module) -> list[float]:
+def checksum(model: nn.Module) -> list[float]:
     """A number per parameter that changes when a weight does."""
     with torch.no_grad():
         return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+def _full(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
