@@ -26,6 +26,7 @@ TRIES = 16
 # Share of responses in the teacher's compression documents with other operations than a question's, and of damaged ones.
 ODD = 0.35
 LONGEST = 18  # words of a response
+MOST_DAMAGE = 3  # places of a response
 MOST_STEPS = 4  # words of the thought that a compressed response keeps
 
 
@@ -171,27 +172,26 @@ class TeacherCorpus:
         results = tuple(rng.randrange(len(world.values)) for _ in chain.operations)
         written = world.completion_text(chain, results).split()
         if rng.random() < ODD:
-            for _ in range(rng.randint(1, 3)):
-                written = self._damaged(written, rng)
+            inserted = (*world.values, *(o.word for o in world.operations), "}", "}", "}", "</think>")
+            for _ in range(rng.randint(1, MOST_DAMAGE)):
+                written = damaged(written, inserted, rng)
         return compressed(" ".join(written))
 
-    def _damaged(self, written: list[str], rng: Random) -> list[str]:
-        """A response as a student in training may write it: a word doubled, lost or out of place, an end cut off or said again."""
-        at = rng.randrange(len(written))
-        match rng.randrange(5):
-            case 0:
-                return [*written[: at + 1], *written[at:]]
-            case 1:
-                return [*written[:at], *written[at + 1 :]] or written
-            case 2:
-                word = rng.choice(
-                    (*self.world.values, *(o.word for o in self.world.operations), "}", "}", "}", "</think>")
-                )
-                return [*written[: at + 1], word, *written[at + 1 :]]
-            case 3:
-                return written[: at + 1]
-            case _:
-                return [*written, *written[at:]][:LONGEST]
+
+def damaged(written: list[str], inserted: Sequence[str], rng: Random) -> list[str]:
+    """A response as a student in training may write it: a word doubled, lost or out of place, an end cut off or said again."""
+    at = rng.randrange(len(written))
+    match rng.randrange(5):
+        case 0:
+            return [*written[: at + 1], *written[at:]]
+        case 1:
+            return [*written[:at], *written[at + 1 :]] or written
+        case 2:
+            return [*written[: at + 1], rng.choice(inserted), *written[at + 1 :]]
+        case 3:
+            return written[: at + 1]
+        case _:
+            return [*written, *written[at:]][:LONGEST]
 
 
 def compressed(text: str) -> Response:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from zppo.core.types import BCQ, NCQ, Draft, Message, Question
@@ -44,8 +45,13 @@ def words(text: str) -> list[str]:
     return re.sub(f"({_WORDS_OF_THEIR_OWN})", r" \1 ", text).split()
 
 
-def vocabulary(world: World) -> list[str]:
-    """Every word of a world: control tokens first, then tags, template words, operations and values."""
+def own_words(world: World) -> tuple[str, ...]:
+    """The operations and values of a world of text."""
+    return (*(operation.word for operation in world.operations), *world.values)
+
+
+def vocabulary(own: Iterable[str], control: Sequence[str] = CONTROL) -> list[str]:
+    """Every word of a world: control tokens first, then tags, template words, and the world's own."""
     book = PromptBook(templates())
     asked = Question("vocabulary", (Message("user", "?"),), "")
     prompts = [
@@ -57,29 +63,34 @@ def vocabulary(world: World) -> list[str]:
     ]
     shown = [word for prompt in prompts for message in prompt for word in words(message.content)]
     every: Iterable[str] = (
-        *CONTROL,
+        *control,
         *TAGS,
         *HARMLESS_TAGS,
         "\\boxed{",
         "}",
         *shown,
-        *(operation.word for operation in world.operations),
-        *world.values,
+        *own,
     )
     return list(dict.fromkeys(every))
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """The tokenizer of a world: whole words, decoded with single spaces between them; the template opens no think block."""
-    model = WordLevel({word: i for i, word in enumerate(vocabulary(world))}, unk_token=UNKNOWN)
+    """The tokenizer of a world of text: whole words, decoded with single spaces between them; the template opens no think block."""
+    return word_tokenizer(own_words(world))
+
+
+def word_tokenizer(own: Iterable[str], media: Sequence[str] = (), template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words: the lab's and `own`; `media` are special tokens that stand for pictures."""
+    words_of = vocabulary(own, (*CONTROL, *media))
+    model = WordLevel({word: i for i, word in enumerate(words_of)}, unk_token=UNKNOWN)
     backend = Tokenizer(model)
-    backend.pre_tokenizer = Sequence([Split(Regex(_WORDS_OF_THEIR_OWN), "isolated"), WhitespaceSplit()])
+    backend.pre_tokenizer = PreTokenizers([Split(Regex(_WORDS_OF_THEIR_OWN), "isolated"), WhitespaceSplit()])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         unk_token=UNKNOWN,
         eos_token=END,
-        additional_special_tokens=[USER, ASSISTANT],
+        additional_special_tokens=[USER, ASSISTANT, *media],
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )

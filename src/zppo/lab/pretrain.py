@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.engines.chat import Chat
@@ -19,6 +19,8 @@ CONTEXT = 512
 WARM_UP = 50
 # Padded tokens of one forward and backward; documents of like length share one.
 TOKENS_AT_ONCE = 2048
+
+Report = Callable[[int, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +94,36 @@ def pretrain(
     chat: Chat,
     how: Pretraining,
     seed: int,
-    report: Callable[[int, float], None] = lambda step, loss: None,
+    report: Report = lambda step, loss: None,
 ) -> Qwen3ForCausalLM:
     """Trains the model in place on `how.steps` batches of fresh documents; deterministic on one machine and thread count.
 
     Args:
         report: called with (step, mean loss per completion token in nats) after every step.
     """
+
+    def losses(step: int) -> Iterator[torch.Tensor]:
+        documents = rows(corpus, chat, seed, step, how.batch)
+        tokens = sum(len(row.ids) - row.prompt for row in documents)
+        for batch in batches(documents):
+            yield loss_sum(model, batch) / tokens
+
+    optimise(model, how, losses, report)
+    return model
+
+
+def optimise(
+    model: PreTrainedModel, how: Pretraining, losses: Callable[[int], Iterator[torch.Tensor]], report: Report
+) -> None:
+    """Takes `how.steps` optimizer steps; `losses(step)` yields parts (scalars) that add up to the loss of a step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in range(how.steps):
         rate = min((step + 1) / WARM_UP, 1.0) * (1 - step / how.steps)
         for group in optimizer.param_groups:
             group["lr"] = how.learning_rate * rate
-        documents = rows(corpus, chat, seed, step, how.batch)
-        tokens = sum(len(row.ids) - row.prompt for row in documents)
         total = 0.0
-        for batch in batches(documents):
-            loss = loss_sum(model, batch) / tokens
+        for loss in losses(step):
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,4 +131,3 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         report(step, total)
     model.eval()
-    return model

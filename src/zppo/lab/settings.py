@@ -7,18 +7,20 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A section of a world file: frozen, and nothing in it that is not known."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Affine(_Part):
+class Affine(Part):
     """value -> times * value + plus, modulo the number of values."""
 
     times: int = 1
     plus: int = 0
 
 
-class BeliefSettings(_Part):
+class BeliefSettings(Part):
     """How the corpus answers the entries of a tier: `right` is a range of probabilities, `mistakes` are shares of the rest."""
 
     right: tuple[float, float]
@@ -36,7 +38,7 @@ class BeliefSettings(_Part):
         return self
 
 
-class LevelSettings(_Part):
+class LevelSettings(Part):
     """Chains of one operation of each tier, in either order.
 
     `entries`: how many entries (operation, value) of the first tier are asked about, all by default; drawn at random, or the ones whose
@@ -51,7 +53,7 @@ class LevelSettings(_Part):
     unlikeliest: bool = False
 
 
-class CorpusSettings(_Part):
+class CorpusSettings(Part):
     """What the student's pretraining corpus is made of: shares of document kinds, weights of levels.
 
     `flatten`: how far the choice among mistakes moves to an even one in candidate documents; `stray`: share of other wrong values there
@@ -70,7 +72,7 @@ class CorpusSettings(_Part):
     levels: dict[str, float]
 
 
-class ModelShape(_Part):
+class ModelShape(Part):
     """Size of student and teacher."""
 
     layers: int = Field(ge=1)
@@ -79,7 +81,7 @@ class ModelShape(_Part):
     feed_forward: int = Field(ge=8)
 
 
-class Pretraining(_Part):
+class Pretraining(Part):
     """Length of a pretraining run; `batch` is in documents. `compression`: share of compression documents (teacher only)."""
 
     steps: int = Field(ge=1)
@@ -88,7 +90,7 @@ class Pretraining(_Part):
     compression: float = Field(0.0, ge=0, le=1)
 
 
-class WorldSettings(_Part):
+class WorldSettings(Part):
     """A world file.
 
     `like`, in a file: another bundled world that everything left out, also within a section, is taken from. `misconceptions`: seed of

@@ -1,0 +1,179 @@
+"""Kinds of questions about pictures: what is asked, and what is read off a picture under each meaning that a word could have (ours).
+
+Every question has one word that carries its meaning ("red" in "count red ?"). The words of a kind are also its meanings: meaning number i
+is what word number i truly says. A student that takes a word for another one's meaning reads the picture well and answers another question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+from zppo.lab.vision.pictures import CELLS, COLOURS, SHAPES, SIDE, TALLEST, Chart, Picture, Scene, Thing, draw_chart, draw_scene
+
+NOTHING = "nothing"
+COLOUR_WORDS = tuple(COLOURS)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is thought and what is answered, both as words."""
+
+    thought: tuple[str, ...]
+    answer: str
+
+
+Draw = Callable[[Random], tuple[Picture, tuple[int, ...]]]
+"""A picture, and what a question about it names besides its word, by index."""
+Read = Callable[[Picture, tuple[int, ...], int], Reading]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of questions.
+
+    Attributes:
+        words: the words that carry the meaning.
+        draw: a picture and the other things that a question names.
+        text: the question, from word and things.
+        read: thought and answer, from picture, things and meaning.
+    """
+
+    words: tuple[str, ...]
+    draw: Draw
+    text: Callable[[str, tuple[int, ...]], str]
+    read: Read
+
+
+def _things(picture: Picture) -> tuple[Thing | None, ...]:
+    assert isinstance(picture, Scene)
+    return picture.cells
+
+
+def _bars(picture: Picture) -> tuple[tuple[int, int], ...]:
+    assert isinstance(picture, Chart)
+    return picture.bars
+
+
+def _any_scene(rng: Random) -> tuple[Picture, tuple[int, ...]]:
+    return draw_scene(rng), ()
+
+
+def _any_chart(rng: Random) -> tuple[Picture, tuple[int, ...]]:
+    return draw_chart(rng), ()
+
+
+def _scene_and_thing(rng: Random) -> tuple[Picture, tuple[int, ...]]:
+    """A scene and one of its things, as colour and shape."""
+    scene = draw_scene(rng)
+    thing = rng.choice([thing for thing in scene.cells if thing is not None])
+    return scene, (thing.colour, thing.shape)
+
+
+def _chart_and_pair(rng: Random) -> tuple[Picture, tuple[int, ...]]:
+    """A chart and the colours of two of its bars."""
+    chart = draw_chart(rng)
+    return chart, tuple(colour for colour, _ in rng.sample(chart.bars, 2))
+
+
+def _colour_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
+    thing = _things(picture)[cell]
+    return Reading((CELLS[cell],), NOTHING if thing is None else COLOUR_WORDS[thing.colour])
+
+
+def _shape_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
+    thing = _things(picture)[cell]
+    return Reading((CELLS[cell],), NOTHING if thing is None else SHAPES[thing.shape])
+
+
+def _counted(cells: list[int]) -> Reading:
+    return Reading(tuple(CELLS[cell] for cell in cells), str(len(cells)))
+
+
+def _count_shape(picture: Picture, about: tuple[int, ...], shape: int) -> Reading:
+    return _counted([cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.shape == shape])
+
+
+def _count_colour(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
+    return _counted(
+        [cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.colour == colour]
+    )
+
+
+DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Words and their steps on the grid (x, y)."""
+
+
+def _beside(picture: Picture, about: tuple[int, ...], direction: int) -> Reading:
+    things = _things(picture)
+    at = next(i for i, thing in enumerate(things) if thing is not None and (thing.colour, thing.shape) == about)
+    dx, dy = tuple(DIRECTIONS.values())[direction]
+    x, y = at % SIDE + dx, at // SIDE + dy
+    if not (0 <= x < SIDE and 0 <= y < SIDE):
+        return Reading((CELLS[at],), NOTHING)
+    there = things[y * SIDE + x]
+    return Reading((CELLS[at], CELLS[y * SIDE + x]), NOTHING if there is None else there.words)
+
+
+def _height(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
+    heights = dict(_bars(picture))
+    return Reading((), str(heights[colour]) if colour in heights else NOTHING)
+
+
+def _rank(picture: Picture, about: tuple[int, ...], rank: int) -> Reading:
+    bars = _bars(picture)
+    colour, _ = sorted(bars, key=lambda bar: -bar[1])[rank]
+    return Reading(tuple(str(height) for _, height in bars), COLOUR_WORDS[colour])
+
+
+PAIRINGS: Mapping[str, Callable[[int, int], int]] = {
+    "sum": lambda a, b: a + b,
+    "difference": lambda a, b: abs(a - b),
+    "larger": max,
+    "smaller": min,
+}
+
+
+def _pair(picture: Picture, about: tuple[int, ...], how: int) -> Reading:
+    heights = dict(_bars(picture))
+    first, second = (heights[colour] for colour in about)
+    return Reading((str(first), str(second)), str(tuple(PAIRINGS.values())[how](first, second)))
+
+
+def _names(about: tuple[int, ...]) -> str:
+    return f"{COLOUR_WORDS[about[0]]} {SHAPES[about[1]]}"
+
+
+KINDS: Mapping[str, Kind] = {
+    "colour": Kind(CELLS, _any_scene, lambda word, _: f"colour at {word} ?", _colour_at),
+    "shape": Kind(CELLS, _any_scene, lambda word, _: f"shape at {word} ?", _shape_at),
+    "shapes": Kind(SHAPES, _any_scene, lambda word, _: f"count {word} ?", _count_shape),
+    "height": Kind(COLOUR_WORDS, _any_chart, lambda word, _: f"height of {word} ?", _height),
+    "rank": Kind(("tallest", "middle", "shortest"), _any_chart, lambda word, _: f"{word} bar ?", _rank),
+    "colours": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count_colour),
+    "beside": Kind(
+        tuple(DIRECTIONS), _scene_and_thing, lambda word, about: f"{word} of {_names(about)} ?", _beside
+    ),
+    "pair": Kind(
+        tuple(PAIRINGS),
+        _chart_and_pair,
+        lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?",
+        _pair,
+    ),
+}
+"""All kinds by name."""
+
+WORDS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        (
+            *CELLS,
+            *COLOUR_WORDS,
+            *SHAPES,
+            *(str(n) for n in range(2 * TALLEST + 1)),
+            NOTHING,
+            *(part for kind in KINDS.values() for word in kind.words for part in kind.text(word, (0, 0)).split()),
+        )
+    )
+)
+"""Every word of questions, thoughts and answers."""
