@@ -46,6 +46,8 @@ class StudentCorpus:
         kind = rng.choices((PLAIN, BCQ, NCQ), weights)[0]
         level = rng.choices(tuple(self.settings.levels), tuple(self.settings.levels.values()))[0]
         ask = self.world.draw(level, rng)
+        if len(KINDS[level].words) == 1:  # nothing to be wrong about
+            kind = PLAIN
         return {PLAIN: self._plain, BCQ: self._bcq, NCQ: self._ncq}[kind](ask, rng)
 
     def _plain(self, ask: Ask, rng: Random) -> Document:
@@ -115,7 +117,8 @@ class TeacherCorpus:
         self.world = world
         self.book = book
         self._share = world.settings.teacher.compression
-        self._kinds = tuple(world.settings.kinds)
+        self._weights = world.settings.corpus.levels
+        self._kinds = tuple(kind for kind in self._weights if len(KINDS[kind].words) > 1)
 
     def document(self, rng: Random) -> Document:
         """One document."""
@@ -124,7 +127,8 @@ class TeacherCorpus:
             messages = self.book.compression(response.text, response.has_answer)
             summary = " ".join(["<summary>", *words(response.summary), "</summary>"])
             return Document("compression", messages, None, summary)
-        ask = self.world.draw(rng.choice(self._kinds), rng)
+        kind = rng.choices(tuple(self._weights), tuple(self._weights.values()))[0]
+        ask = self.world.draw(kind, rng)
         return Document(PLAIN, self.book.plain(self.world.question(ask)), ask.picture, completion_text(ask.truth))
 
     def response(self, rng: Random) -> Response:

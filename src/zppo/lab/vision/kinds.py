@@ -141,6 +141,19 @@ def _pair(picture: Picture, about: tuple[int, ...], how: int) -> Reading:
     return Reading((str(first), str(second)), str(tuple(PAIRINGS.values())[how](first, second)))
 
 
+def _any_picture(rng: Random) -> tuple[Picture, tuple[int, ...]]:
+    return (draw_scene(rng) if rng.random() < 0.5 else draw_chart(rng)), ()
+
+
+def _everything(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
+    """All that there is, in order; how many things is the answer."""
+    if isinstance(picture, Chart):
+        bars = [part for colour, height in picture.bars for part in (COLOUR_WORDS[colour], str(height))]
+        return Reading(tuple(bars), str(len(picture.bars)))
+    seen = [(CELLS[cell], NOTHING if thing is None else thing.words) for cell, thing in enumerate(picture.cells)]
+    return Reading(tuple(part for pair in seen for part in pair), str(sum(t is not None for t in picture.cells)))
+
+
 def _names(about: tuple[int, ...]) -> str:
     return f"{COLOUR_WORDS[about[0]]} {SHAPES[about[1]]}"
 
@@ -161,8 +174,18 @@ KINDS: Mapping[str, Kind] = {
         lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?",
         _pair,
     ),
+    "describe": Kind(("describe",), _any_picture, lambda word, _: f"{word} ?", _everything),
 }
 """All kinds by name."""
+
+def cell_words(picture: Picture) -> list[tuple[str, str, str]]:
+    """What lies in every cell, in three words: its name, and colour and shape of its thing; of a chart colour and height of its bar."""
+    if isinstance(picture, Chart):
+        bars = [(COLOUR_WORDS[colour], str(height)) for colour, height in picture.bars]
+        return [(name, *bars[cell % SIDE]) for cell, name in enumerate(CELLS)]
+    things = [(COLOUR_WORDS[t.colour], SHAPES[t.shape]) if t else (NOTHING, NOTHING) for t in picture.cells]
+    return [(name, *thing) for name, thing in zip(CELLS, things, strict=True)]
+
 
 WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(

@@ -21,8 +21,8 @@ class SightSettings(Part):
     """One kind of questions: the tier of beliefs that its words are of, and how many questions each split has."""
 
     tier: str
-    train: int = Field(ge=1)
-    test: int = Field(ge=1)
+    train: int = Field(ge=0)
+    test: int = Field(ge=0)
 
 
 class VisionSettings(Part):
