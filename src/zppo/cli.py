@@ -175,7 +175,7 @@ def _add_lab(lab: argparse.ArgumentParser) -> None:
     commands = lab.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make the student and the teacher of a world anew")
     build.add_argument(
-        "world", metavar="WORLD", help="unreachable, reachable, or the settings file of a world of your own"
+        "world", metavar="WORLD", help="unreachable, reachable, vision, or the settings file of a world of your own"
     )
     build.add_argument("--out", type=Path, metavar="DIR", help="where to put them (default: runs/lab/WORLD)")
     build.add_argument("--seed", type=int, default=0, help="of corpus and weights (default: 0)")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from zppo.engines.chat import Chat
 from zppo.lab.card import model_card
@@ -103,7 +103,7 @@ def _build(world: World, out: Path, seed: int, steps: int | None, say: Say, with
     for role, corpus, how in roles:
         how = how if steps is None else how.model_copy(update={"steps": steps})
         model = make_model(world.settings.model, tokenizer, seed)
-        pretrain(model, corpus, chat, how, seed, _teller(say, f"{world.name}/{role}", how.steps))
+        pretrain(model, corpus, chat, how, seed, teller(say, f"{world.name}/{role}", how.steps))
         save(model, tokenizer, out / role)
         # What is bundled is measured, after rounding.
         loaded = Qwen3ForCausalLM.from_pretrained(out / role, dtype=torch.float32)
@@ -142,7 +142,7 @@ def choose(world: World, probe: Probe) -> tuple[dict[str, list[Entry]], dict[str
     return chosen, hidden
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes a checkpoint with weights stored in half precision; `from_pretrained` gives them back in single precision."""
     config = model.config.to_dict()
     state = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items()}
@@ -153,7 +153,9 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _teller(say: Say, name: str, steps: int) -> Callable[[int, float], None]:
+def teller(say: Say, name: str, steps: int) -> Callable[[int, float], None]:
+    """Says now and then how far a pretraining run is."""
+
     def tell(step: int, loss: float) -> None:
         if (step + 1) % max(1, steps // 10) == 0:
             say(f"{name}: step {step + 1} of {steps}, loss {loss:.3f} nats per token")

@@ -8,8 +8,10 @@ from transformers.utils import logging
 
 from zppo.core.draws import keyed_random
 from zppo.errors import SettingsError
-from zppo.lab.build import build
+from zppo.lab.build import Built, build
 from zppo.lab.questions import lab_questions
+from zppo.lab.vision.build import build_vision
+from zppo.lab.vision.world import VisionWorld, load_vision_world, sees
 from zppo.lab.world import World, load_world
 
 
@@ -31,10 +33,12 @@ def build_command(
             f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number"
         )
     logging.disable_progress_bar()
-    made = load_world(world)
+    made = load_vision_world(world) if sees(world) else load_world(world)
     folder = out or Path("runs") / "lab" / made.name
-    built = build(
-        made, folder, seed=seed, steps=steps, say=lambda line: print(line, flush=True), with_teacher=with_teacher
+    built = (
+        build_vision(made, folder, seed, steps, _say, with_teacher=with_teacher)
+        if isinstance(made, VisionWorld)
+        else build(made, folder, seed, steps, _say, with_teacher=with_teacher)
     )
     for role, shares in (
         (("student", built.student), ("teacher", built.teacher)) if with_teacher else (("student", built.student),)
@@ -44,7 +48,7 @@ def build_command(
             + ", ".join(f"{level} {share:.1%}" for level, share in shares.items())
             + " of the held-out questions"
         )
-    for level, hidden in built.hidden.items():
+    for level, hidden in (built.hidden if isinstance(built, Built) else {}).items():
         print(
             f"student, level {level}: probability of the right results mean {hidden.mean:.2g}, largest {hidden.largest:.2g}"
         )
@@ -58,7 +62,7 @@ def questions_command(world: str, level: str | None = None, n: int = 5, split: s
 
     Args:
         level: name of a level, or its number from 1; None for all levels.
-        split: train, test, seen or study.
+        split: train, test, seen or study; a world of pictures has the first two.
         seed: draws which ones.
 
     Raises:
@@ -66,14 +70,19 @@ def questions_command(world: str, level: str | None = None, n: int = 5, split: s
     """
     if n < 1:
         raise SettingsError(f"--n is {n}: ask for at least one question")
-    made = load_world(world)
+    made = load_vision_world(world) if sees(world) else load_world(world)
     name = None if level is None else level_name(made, level)
     pool = [question for question in lab_questions(world, split) if name in (None, question.level)]
     for question in keyed_random("lab", "show", seed, made.name, level or "").sample(pool, min(n, len(pool))):
-        print(f"{question.level:8} {question.messages[-1].content:32} {question.gold}")
+        shown = "".join(f"  {ref.uri}" for ref in question.images)
+        print(f"{question.level:8} {question.messages[-1].content:32} {question.gold}{shown}")
 
 
-def level_name(world: World, level: str) -> str:
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def level_name(world: World | VisionWorld, level: str) -> str:
     """The level that was asked for by name or by its number from 1.
 
     Raises:

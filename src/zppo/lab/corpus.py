@@ -194,11 +194,11 @@ def damaged(written: list[str], inserted: Sequence[str], rng: Random) -> list[st
             return [*written, *written[at:]][:LONGEST]
 
 
-def compressed(text: str) -> Response:
+def compressed(text: str, most_steps: int = MOST_STEPS) -> Response:
     """A response with its compressed form: the first words of its thought, and the box as it stands, if there is one."""
     answer = extract_boxed(text)
     thought = text.replace("<think>", " ").split("</think>")[0].split("\\boxed{")[0]
-    steps = [word for word in thought.split() if word != "}"][:MOST_STEPS]
+    steps = [word for word in thought.split() if word != "}"][:most_steps]
     box = [] if answer is None else ["\\boxed{", *words(answer), "}"]
     return Response(text, " ".join([*steps, *box]), has_answer=answer is not None)
 

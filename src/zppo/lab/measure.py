@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from random import Random
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from zppo.core.draws import draw_key, keyed_random
-from zppo.core.types import Message, Question
+from zppo.core.types import ImageRef, Message, Question
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
+from zppo.engines.sight import Sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.grading import extract_boxed, normalise
-from zppo.lab.corpus import StudentCorpus, TeacherCorpus
+from zppo.lab.corpus import Response, StudentCorpus, TeacherCorpus
 from zppo.lab.world import Chain, Entry, World
 from zppo.prompts import PromptBook
 
@@ -29,40 +30,63 @@ class Probe:
 
     Args:
         book: with the neutraliser of the run, so that prompts are those of training.
+        sight: how the model sees; None for one that reads text only.
     """
 
-    def __init__(self, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, book: PromptBook) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        book: PromptBook,
+        sight: Sight | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.chat = Chat(tokenizer)
+        self.chat = Chat(tokenizer, sight=sight)
         self.book = book
-        self.engine = TransformersEngine(self.model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+        self.engine = TransformersEngine(self.model, [tokenizer.eos_token_id], tokenizer.pad_token_id, sight=sight)
 
     def texts(
-        self, prompts: Sequence[Sequence[Message]], samples: int = 1, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[Message]],
+        samples: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        images: Sequence[tuple[ImageRef, ...]] | None = None,
     ) -> list[list[str]]:
-        """`samples` completions per prompt."""
+        """`samples` completions per prompt; `images` are those of every prompt."""
+        shown = images or [()] * len(prompts)
         requests = [
-            SampleRequest(self.chat.encode(messages), tuple(draw_key("lab", seed, i, j) for j in range(samples)))
-            for i, messages in enumerate(prompts)
+            SampleRequest(self.chat.encode(messages, refs), tuple(draw_key("lab", seed, i, j) for j in range(samples)), refs)
+            for i, (messages, refs) in enumerate(zip(prompts, shown, strict=True))
         ]
         done = self.engine.sample(requests, Sampling(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS))
         return [[self.chat.decode(c.ids.tolist()) for c in completions] for completions in done]
 
     def accuracy(
-        self, questions: Sequence[Question], samples: int = 1, temperature: float = 0.0, seed: int = 0
+        self,
+        questions: Sequence[Question],
+        samples: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        prompt: Callable[[Question], Sequence[Message]] | None = None,
     ) -> dict[str, float]:
-        """Share of right answers to plain prompts, by level."""
+        """Share of right answers by level, to plain prompts or to those that `prompt` makes."""
         right: dict[str, list[bool]] = defaultdict(list)
-        texts = self.texts([self.book.plain(q) for q in questions], samples, temperature, seed)
+        prompts = [(prompt or self.book.plain)(q) for q in questions]
+        texts = self.texts(prompts, samples, temperature, seed, [q.images for q in questions])
         for question, written in zip(questions, texts, strict=True):
             right[question.level] += [same(extract_boxed(text), question.gold) for text in written]
         return {level: sum(marks) / len(marks) for level, marks in right.items()}
 
     def fidelity(self, world: World, count: int = 400, seed: int = 0) -> float:
-        """Share of responses with an answer, right or wrong, whose answer survives this model's greedy compression."""
-        corpus, rng = TeacherCorpus(world, self.book), keyed_random("lab", "fidelity", seed)
-        responses = [response for response in (corpus.response(rng) for _ in range(count)) if response.has_answer]
+        """Share of a world's responses with an answer, right or wrong, whose answer survives this model's greedy compression."""
+        return self.copied(TeacherCorpus(world, self.book).response, count, seed)
+
+    def copied(self, respond: Callable[[Random], Response], count: int = 400, seed: int = 0) -> float:
+        """The same for responses that `respond` draws."""
+        rng = keyed_random("lab", "fidelity", seed)
+        responses = [response for response in (respond(rng) for _ in range(count)) if response.has_answer]
         prompts = [self.book.compression(response.text, response.has_answer) for response in responses]
         summaries = [written[0] for written in self.texts(prompts)]
         kept = [

@@ -10,6 +10,8 @@ from zppo.core.types import Message, Question
 from zppo.errors import SettingsError
 from zppo.lab.assets import ASSETS
 from zppo.lab.outside import seen, study
+from zppo.lab.vision.questions import vision_questions
+from zppo.lab.vision.world import sees
 from zppo.lab.world import load_world
 
 SPLITS = ("train", "test", "seen", "study")
@@ -18,11 +20,13 @@ SPLITS = ("train", "test", "seen", "study")
 def lab_questions(world: str, split: str) -> list[Question]:
     """The questions of `lab:<world>/<split>`; the build wrote those of train and test beside the models.
 
-    For studies: `seen` is train without the world's unseen operations, `study` is test with more levels (`zppo.lab.outside`).
+    Those of a world of pictures are drawn when they are asked for. For studies: `seen` is train without the world's unseen operations, `study` is test with more levels (`zppo.lab.outside`).
 
     Raises:
         SettingsError: no such world or split.
     """
+    if sees(world):
+        return vision_questions(world, split)
     if split not in SPLITS:
         raise SettingsError(
             f"a lab world has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train or lab:{world}/test"
@@ -34,7 +38,7 @@ def lab_questions(world: str, split: str) -> list[Question]:
         )
     path = ASSETS / world / f"{split}.jsonl"
     if not path.is_file():
-        known = ", ".join(sorted(p.parent.name for p in ASSETS.glob(f"*/{split}.jsonl"))) or "none"
+        known = ", ".join(sorted({p.parent.parent.name for p in ASSETS.glob("*/student/config.json")})) or "none"
         raise SettingsError(
             f"there are no bundled questions of a world {world!r} (known: {known}); name one of these, or a file of questions"
         )

@@ -23,6 +23,7 @@ from rich.console import Console
 from zppo import __version__
 from zppo.errors import SettingsError, ZPPOError
 from zppo.lab.assets import SCHEME
+from zppo.lab.vision.world import sees
 from zppo.train.methods import METHODS
 from zppo.train.recipe import load_recipe
 from zppo.train.runlog import BUFFER, METRICS, read_lines
@@ -92,13 +93,13 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
 
 
 def _questions_of(cell: Cell, settings: Settings) -> list[str]:
-    """On a lab world: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its questions."""
+    """On a lab world of text: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its questions."""
     world = (
         (cell.student if cell.student.startswith(SCHEME) else settings.data.train)
         .removeprefix(SCHEME)
         .partition("/")[0]
     )
-    if not settings.data.train.startswith(SCHEME):
+    if not settings.data.train.startswith(SCHEME) or sees(world):
         return []
     return [f"--data.train={SCHEME}{world}/seen", f"--data.eval={SCHEME}{world}/study"]
 

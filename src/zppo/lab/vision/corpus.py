@@ -20,6 +20,8 @@ from zppo.lab.vision.pictures import Picture
 from zppo.lab.vision.world import Ask, VisionWorld, Word, completion_text
 from zppo.prompts import PromptBook
 
+MOST_STEPS = 8  # words of the thought that a compressed response keeps
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -137,7 +139,7 @@ class TeacherCorpus:
         if rng.random() < ODD:
             for _ in range(rng.randint(1, MOST_DAMAGE)):
                 written = damaged(written, written, rng)
-        return compressed(" ".join(written))
+        return compressed(" ".join(written), MOST_STEPS)
 
     def _reading(self, rng: Random) -> Reading:
         """Any reading of any picture; some have the thought of one and the answer of another."""
@@ -151,5 +153,5 @@ class TeacherCorpus:
 
 def summary_text(reading: Reading) -> str:
     """A reading as the teacher writes a compressed candidate."""
-    return compressed(completion_text(reading)).summary
+    return compressed(completion_text(reading), MOST_STEPS).summary
 

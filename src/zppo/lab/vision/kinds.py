@@ -18,7 +18,8 @@ COLOUR_WORDS = tuple(COLOURS)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is thought and what is answered, both as words."""
+    """What is thought and what is answered, both as words. The thought says first what the question is taken to mean, and then one thing
+    after the other, each to be found from those before it."""
 
     thought: tuple[str, ...]
     answer: str
@@ -79,26 +80,28 @@ def _chart_and_pair(rng: Random) -> tuple[Picture, tuple[int, ...]]:
 
 def _colour_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
     thing = _things(picture)[cell]
-    return Reading((CELLS[cell],), NOTHING if thing is None else COLOUR_WORDS[thing.colour])
+    seen = NOTHING if thing is None else COLOUR_WORDS[thing.colour]
+    return Reading((CELLS[cell], seen), seen)
 
 
 def _shape_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
     thing = _things(picture)[cell]
-    return Reading((CELLS[cell],), NOTHING if thing is None else SHAPES[thing.shape])
+    seen = NOTHING if thing is None else SHAPES[thing.shape]
+    return Reading((CELLS[cell], seen), seen)
 
 
-def _counted(cells: list[int]) -> Reading:
-    return Reading(tuple(CELLS[cell] for cell in cells), str(len(cells)))
+def _counted(word: str, cells: list[int]) -> Reading:
+    return Reading((word, *(CELLS[cell] for cell in cells)), str(len(cells)))
 
 
 def _count_shape(picture: Picture, about: tuple[int, ...], shape: int) -> Reading:
-    return _counted([cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.shape == shape])
+    cells = [cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.shape == shape]
+    return _counted(SHAPES[shape], cells)
 
 
 def _count_colour(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
-    return _counted(
-        [cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.colour == colour]
-    )
+    cells = [cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.colour == colour]
+    return _counted(COLOUR_WORDS[colour], cells)
 
 
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -108,23 +111,28 @@ DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "
 def _beside(picture: Picture, about: tuple[int, ...], direction: int) -> Reading:
     things = _things(picture)
     at = next(i for i, thing in enumerate(things) if thing is not None and (thing.colour, thing.shape) == about)
-    dx, dy = tuple(DIRECTIONS.values())[direction]
+    word, (dx, dy) = tuple(DIRECTIONS.items())[direction]
+    thought = (word, *_names(about).split(), CELLS[at])
     x, y = at % SIDE + dx, at // SIDE + dy
     if not (0 <= x < SIDE and 0 <= y < SIDE):
-        return Reading((CELLS[at],), NOTHING)
+        return Reading((*thought, NOTHING), NOTHING)
     there = things[y * SIDE + x]
-    return Reading((CELLS[at], CELLS[y * SIDE + x]), NOTHING if there is None else there.words)
+    seen = NOTHING if there is None else there.words
+    return Reading((*thought, CELLS[y * SIDE + x], *seen.split()), seen)
 
 
 def _height(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
     heights = dict(_bars(picture))
-    return Reading((), str(heights[colour]) if colour in heights else NOTHING)
+    seen = str(heights[colour]) if colour in heights else NOTHING
+    return Reading((COLOUR_WORDS[colour], seen), seen)
+
+
+RANKS = ("tallest", "middle", "shortest")
 
 
 def _rank(picture: Picture, about: tuple[int, ...], rank: int) -> Reading:
-    bars = _bars(picture)
-    colour, _ = sorted(bars, key=lambda bar: -bar[1])[rank]
-    return Reading(tuple(str(height) for _, height in bars), COLOUR_WORDS[colour])
+    colour, height = sorted(_bars(picture), key=lambda bar: -bar[1])[rank]
+    return Reading((RANKS[rank], str(height), COLOUR_WORDS[colour]), COLOUR_WORDS[colour])
 
 
 PAIRINGS: Mapping[str, Callable[[int, int], int]] = {
@@ -137,8 +145,9 @@ PAIRINGS: Mapping[str, Callable[[int, int], int]] = {
 
 def _pair(picture: Picture, about: tuple[int, ...], how: int) -> Reading:
     heights = dict(_bars(picture))
-    first, second = (heights[colour] for colour in about)
-    return Reading((str(first), str(second)), str(tuple(PAIRINGS.values())[how](first, second)))
+    word, result = tuple(PAIRINGS.items())[how]
+    bars = [part for colour in about for part in (COLOUR_WORDS[colour], str(heights[colour]))]
+    return Reading((word, *bars), str(result(*(heights[colour] for colour in about))))
 
 
 def _any_picture(rng: Random) -> tuple[Picture, tuple[int, ...]]:
@@ -163,7 +172,7 @@ KINDS: Mapping[str, Kind] = {
     "shape": Kind(CELLS, _any_scene, lambda word, _: f"shape at {word} ?", _shape_at),
     "shapes": Kind(SHAPES, _any_scene, lambda word, _: f"count {word} ?", _count_shape),
     "height": Kind(COLOUR_WORDS, _any_chart, lambda word, _: f"height of {word} ?", _height),
-    "rank": Kind(("tallest", "middle", "shortest"), _any_chart, lambda word, _: f"{word} bar ?", _rank),
+    "rank": Kind(RANKS, _any_chart, lambda word, _: f"{word} bar ?", _rank),
     "colours": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count_colour),
     "beside": Kind(
         tuple(DIRECTIONS), _scene_and_thing, lambda word, about: f"{word} of {_names(about)} ?", _beside

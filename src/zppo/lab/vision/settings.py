@@ -29,6 +29,7 @@ class VisionSettings(Part):
     """A world of pictures.
 
     `beliefs`: what the corpus says about words of a tier; a tier without beliefs is known. `kinds`: the levels of the world.
+    `seeing`: how long the part that sees is trained before student and teacher go on from it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class VisionSettings(Part):
     corpus: CorpusSettings
     model: ModelShape
     vision: VisionShape
+    seeing: Pretraining
     pretraining: Pretraining
     teacher: Pretraining
 

@@ -69,6 +69,11 @@ class VisionWorld:
     def name(self) -> str:
         return self.settings.name
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The kinds that there are questions of."""
+        return tuple(name for name, kind in self.settings.kinds.items() if kind.train or kind.test)
+
     @cached_property
     def words(self) -> tuple[Word, ...]:
         """Every word of every kind."""
@@ -160,6 +165,17 @@ class VisionWorld:
 def completion_text(reading: Reading) -> str:
     """What a student or the teacher writes."""
     return " ".join(["<think>", *reading.thought, "</think>", "\\boxed{", reading.answer, "}"])
+
+
+def sees(name: str) -> bool:
+    """Whether the name, or the settings file, is that of a world of pictures."""
+    if not name.endswith((".yaml", ".yml")):
+        return (WORLDS / f"{name}.yaml").is_file()
+    try:
+        written = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # the worlds of text say what is wrong with it
+    return isinstance(written, dict) and "kinds" in written
 
 
 @lru_cache(maxsize=8)
