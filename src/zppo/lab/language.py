@@ -79,7 +79,9 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     return word_tokenizer(own_words(world))
 
 
-def word_tokenizer(own: Iterable[str], media: Sequence[str] = (), template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    own: Iterable[str], media: Sequence[str] = (), template: str = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words: the lab's and `own`; `media` are special tokens that stand for pictures."""
     words_of = vocabulary(own, (*CONTROL, *media))
     model = WordLevel({word: i for i, word in enumerate(words_of)}, unk_token=UNKNOWN)

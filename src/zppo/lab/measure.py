@@ -57,7 +57,9 @@ class Probe:
         """`samples` completions per prompt; `images` are those of every prompt."""
         shown = images or [()] * len(prompts)
         requests = [
-            SampleRequest(self.chat.encode(messages, refs), tuple(draw_key("lab", seed, i, j) for j in range(samples)), refs)
+            SampleRequest(
+                self.chat.encode(messages, refs), tuple(draw_key("lab", seed, i, j) for j in range(samples)), refs
+            )
             for i, (messages, refs) in enumerate(zip(prompts, shown, strict=True))
         ]
         done = self.engine.sample(requests, Sampling(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS))

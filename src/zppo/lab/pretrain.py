@@ -116,7 +116,8 @@ def optimise(
     model: PreTrainedModel, how: Pretraining, losses: Callable[[int], Iterator[torch.Tensor]], report: Report
 ) -> None:
     """Takes `how.steps` optimizer steps; `losses(step)` yields parts (scalars) that add up to the loss of a step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=how.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in range(how.steps):
         rate = min((step + 1) / WARM_UP, 1.0) * (1 - step / how.steps)
@@ -126,7 +127,7 @@ def optimise(
         for loss in losses(step):
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report(step, total)

@@ -21,7 +21,7 @@ from zppo.lab.build import Say, lab_book, save, teller
 from zppo.lab.measure import Probe
 from zppo.lab.settings import Pretraining
 from zppo.lab.vision.card import model_card
-from zppo.lab.vision.corpus import StudentCorpus, TeacherCorpus
+from zppo.lab.vision.corpus import Descriptions, StudentCorpus, TeacherCorpus
 from zppo.lab.vision.pictures import SIZE
 from zppo.lab.vision.pretrain import learn_to_see, make_model, make_processor, make_tokenizer, pretrain
 from zppo.lab.vision.questions import with_pictures, write_vision_questions
@@ -42,7 +42,7 @@ class BuiltVision:
         sampled: share of the student's rollouts at temperature 1 that are right, on plain prompts.
         candidates: greedy accuracy of the student on prompts with a right and a wrong candidate.
         fidelity: share of answers that survive the teacher's compression; None where no teacher was made.
-        steps: of seeing, of the student and of the teacher.
+        steps: of seeing, of describing, of the student and of the teacher.
         seed: of weights and corpora.
         seconds: what it took.
     """
@@ -52,7 +52,7 @@ class BuiltVision:
     candidates: dict[str, float]
     teacher: dict[str, float]
     fidelity: float | None
-    steps: tuple[int, int, int]
+    steps: tuple[int, int, int, int]
     seed: int
     seconds: float
 
@@ -68,7 +68,7 @@ def build_vision(
 ) -> BuiltVision:
     """As `zppo.lab.build.build`; the pictures of the questions go to `out/pictures`.
 
-    What sees is trained first, once; student and teacher go on from there, each with its own documents.
+    What sees is trained first, then the rest on descriptions, both once; student and teacher go on from there with their own documents.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -83,12 +83,14 @@ def _build(world: VisionWorld, out: Path, seed: int, steps: int | None, say: Say
     settings, tokenizer = world.settings, make_tokenizer()
     chat = Chat(tokenizer)
     book = lab_book(chat)
-    seeing, own, teachers = (
+    seeing, describing, own, teachers = (
         how if steps is None else how.model_copy(update={"steps": steps})
-        for how in (settings.seeing, settings.pretraining, settings.teacher)
+        for how in (settings.seeing, settings.describing, settings.pretraining, settings.teacher)
     )
     seer = make_model(settings, tokenizer, seed)
     learn_to_see(seer, chat, seeing, seed, teller(say, f"{world.name}/sight", seeing.steps))
+    told = teller(say, f"{world.name}/words", describing.steps)
+    pretrain(seer, Descriptions(world, book), chat, describing, seed, told)
     roles: list[tuple[str, StudentCorpus | TeacherCorpus, Pretraining]] = [("student", StudentCorpus(world, book), own)]
     if with_teacher:
         roles.append(("teacher", TeacherCorpus(world, book), teachers))
@@ -111,7 +113,7 @@ def _build(world: VisionWorld, out: Path, seed: int, steps: int | None, say: Say
         candidates=student.accuracy(test, prompt=lambda q: shown[q.id]),
         teacher=probes["teacher"].accuracy(test) if with_teacher else {},
         fidelity=probes["teacher"].copied(TeacherCorpus(world, book).response) if with_teacher else None,
-        steps=(seeing.steps, own.steps, teachers.steps),
+        steps=(seeing.steps, describing.steps, own.steps, teachers.steps),
         seed=seed,
         seconds=time.perf_counter() - started,
     )

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from random import Random
 
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message
-from zppo.grading import extract_boxed
 from zppo.lab.corpus import MOST_DAMAGE, NCQ_CANDIDATES, ODD, TRIES, Response, compressed, damaged
 from zppo.lab.language import words
 from zppo.lab.vision.kinds import KINDS, Reading
 from zppo.lab.vision.pictures import Picture
-from zppo.lab.vision.world import Ask, VisionWorld, Word, completion_text
+from zppo.lab.vision.world import Ask, VisionWorld, completion_text
 from zppo.prompts import PromptBook
 
 MOST_STEPS = 8  # words of the thought that a compressed response keeps
@@ -31,6 +30,19 @@ class Document:
     messages: tuple[Message, ...]
     picture: Picture | None
     completion: str
+
+
+class Descriptions:
+    """Draws documents that say what pictures hold: from these it is learnt to look where a word points."""
+
+    def __init__(self, world: VisionWorld, book: PromptBook) -> None:
+        self.world = world
+        self.book = book
+
+    def document(self, rng: Random) -> Document:
+        """One document."""
+        ask = self.world.draw("describe", rng)
+        return Document(PLAIN, self.book.plain(self.world.question(ask)), ask.picture, completion_text(ask.truth))
 
 
 class StudentCorpus:
@@ -48,7 +60,7 @@ class StudentCorpus:
         kind = rng.choices((PLAIN, BCQ, NCQ), weights)[0]
         level = rng.choices(tuple(self.settings.levels), tuple(self.settings.levels.values()))[0]
         ask = self.world.draw(level, rng)
-        if len(KINDS[level].words) == 1:  # nothing to be wrong about
+        if not self.world.settings.kinds[level].asked:
             kind = PLAIN
         return {PLAIN: self._plain, BCQ: self._bcq, NCQ: self._ncq}[kind](ask, rng)
 
@@ -120,7 +132,7 @@ class TeacherCorpus:
         self.book = book
         self._share = world.settings.teacher.compression
         self._weights = world.settings.corpus.levels
-        self._kinds = tuple(kind for kind in self._weights if len(KINDS[kind].words) > 1)
+        self._kinds = world.levels
 
     def document(self, rng: Random) -> Document:
         """One document."""
@@ -154,4 +166,3 @@ class TeacherCorpus:
 def summary_text(reading: Reading) -> str:
     """A reading as the teacher writes a compressed candidate."""
     return compressed(completion_text(reading), MOST_STEPS).summary
-

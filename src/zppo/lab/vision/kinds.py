@@ -10,7 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from zppo.lab.vision.pictures import CELLS, COLOURS, SHAPES, SIDE, TALLEST, Chart, Picture, Scene, Thing, draw_chart, draw_scene
+from zppo.lab.vision.pictures import (
+    CELLS,
+    COLOURS,
+    SHAPES,
+    SIDE,
+    TALLEST,
+    Chart,
+    Picture,
+    Scene,
+    Thing,
+    draw_chart,
+    draw_scene,
+)
 
 NOTHING = "nothing"
 COLOUR_WORDS = tuple(COLOURS)
@@ -174,9 +186,7 @@ KINDS: Mapping[str, Kind] = {
     "height": Kind(COLOUR_WORDS, _any_chart, lambda word, _: f"height of {word} ?", _height),
     "rank": Kind(RANKS, _any_chart, lambda word, _: f"{word} bar ?", _rank),
     "colours": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count_colour),
-    "beside": Kind(
-        tuple(DIRECTIONS), _scene_and_thing, lambda word, about: f"{word} of {_names(about)} ?", _beside
-    ),
+    "beside": Kind(tuple(DIRECTIONS), _scene_and_thing, lambda word, about: f"{word} of {_names(about)} ?", _beside),
     "pair": Kind(
         tuple(PAIRINGS),
         _chart_and_pair,
@@ -186,6 +196,7 @@ KINDS: Mapping[str, Kind] = {
     "describe": Kind(("describe",), _any_picture, lambda word, _: f"{word} ?", _everything),
 }
 """All kinds by name."""
+
 
 def cell_words(picture: Picture) -> list[tuple[str, str, str]]:
     """What lies in every cell, in three words: its name, and colour and shape of its thing; of a chart colour and height of its bar."""

@@ -11,7 +11,13 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (240, 200, 20), "purple": (150, 60, 190)}
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 90, 200),
+    "yellow": (240, 200, 20),
+    "purple": (150, 60, 190),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 SIDE = 3  # cells of the grid on a side
 CELLS = tuple(f"{column}{row}" for row in (1, 2, 3) for column in "abc")

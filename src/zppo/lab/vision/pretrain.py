@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from zppo.engines.chat import Chat
 from zppo.lab.language import ASSISTANT, END, USER, word_tokenizer
 from zppo.lab.pretrain import CONTEXT, Report, batches, optimise
 from zppo.lab.settings import Pretraining
-from zppo.lab.vision.corpus import StudentCorpus, TeacherCorpus
+from zppo.lab.vision.corpus import Document
 from zppo.lab.vision.kinds import WORDS, cell_words
 from zppo.lab.vision.pictures import CELL, PALETTE, SIDE, SIZE, Picture, draw_chart, draw_scene, pixels
 from zppo.lab.vision.settings import VisionSettings
@@ -32,7 +34,11 @@ CHAT_TEMPLATE = (
     "{{ ('" + ASSISTANT + "' if message['role'] == 'assistant' else '" + USER + "') + ' ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '" + VISION_START + IMAGE_PAD + VISION_END + "' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '"
+    + VISION_START
+    + IMAGE_PAD
+    + VISION_END
+    + "' }}{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{{ ' " + END + " ' if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}"
@@ -42,6 +48,7 @@ MERGE = 2  # patches of a token on a side
 PATCH = CELL // MERGE  # pixels of a patch on a side
 FRAMES = 2  # a picture counts as a film of two equal frames, as in every model of this family
 CHARTS = 0.4  # share of charts among the pictures that seeing is learnt from
+ALIKE = 8.0  # how much more a word counts that is nearer by one, in nats: keeps a picture's tokens as long as words are
 GRID = SIZE // PATCH
 TOKENS = (GRID // MERGE) ** 2
 """Tokens of a picture: one for every cell of the grid."""
@@ -75,7 +82,9 @@ def make_processor() -> Qwen2VLImageProcessorPil:
     )
 
 
-def make_model(settings: VisionSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
+def make_model(
+    settings: VisionSettings, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Qwen3VLForConditionalGeneration:
     """A Qwen3-VL model with random weights drawn from `seed`; embeddings are tied."""
     text, sight = settings.model, settings.vision
     ids = tokenizer.get_vocab()
@@ -143,15 +152,18 @@ def grids(count: int) -> torch.Tensor:
 
 
 def look(model: Qwen3VLForConditionalGeneration, pictures: Sequence[Picture]) -> torch.Tensor:
-    """What every token of a picture says of its cell, as if it were a word to be written: logits (pictures * TOKENS, V)."""
+    """How alike every token of a picture is to every word, where both enter the language model: logits (pictures * TOKENS, V)."""
     seen = model.model.get_image_features(patches(pictures), grids(len(pictures)), return_dict=True)
     features = torch.cat(list(seen.pooler_output))
-    logits: torch.Tensor = model.lm_head(model.model.language_model.norm(features))
-    return logits
+    return ALIKE * F.linear(features, model.get_input_embeddings().weight)
 
 
 def learn_to_see(
-    model: Qwen3VLForConditionalGeneration, chat: Chat, how: Pretraining, seed: int, report: Report = lambda step, loss: None
+    model: Qwen3VLForConditionalGeneration,
+    chat: Chat,
+    how: Pretraining,
+    seed: int,
+    report: Report = lambda step, loss: None,
 ) -> None:
     """Teaches the part that sees, before any document: a picture's token is to be what lies in its cell, in the model's own words.
 
@@ -176,7 +188,15 @@ def with_picture(ids: Sequence[int], chat: Chat) -> tuple[int, ...]:
     return (ids[0], *places, *ids[1:])
 
 
-def rows(corpus: StudentCorpus | TeacherCorpus, chat: Chat, seed: int, step: int, count: int) -> list[Row]:
+class Corpus(Protocol):
+    """Where documents come from."""
+
+    def document(self, rng: Random) -> Document:
+        """One document."""
+        ...
+
+
+def rows(corpus: Corpus, chat: Chat, seed: int, step: int, count: int) -> list[Row]:
     """The documents of one step, the same for equal (seed, step)."""
     rng = keyed_random("lab", "corpus", seed, step)
     documents = [corpus.document(rng) for _ in range(count)]
@@ -215,13 +235,15 @@ def loss_sum(model: Qwen3VLForConditionalGeneration, batch: Sequence[Row]) -> to
 
 def pretrain(
     model: Qwen3VLForConditionalGeneration,
-    corpus: StudentCorpus | TeacherCorpus,
+    corpus: Corpus,
     chat: Chat,
     how: Pretraining,
     seed: int,
     report: Report = lambda step, loss: None,
 ) -> Qwen3VLForConditionalGeneration:
     """Trains the model in place on `how.steps` batches of fresh documents; see `zppo.lab.pretrain.pretrain`."""
+
+    model.model.visual.requires_grad_(False)  # it sees already
 
     def losses(step: int) -> Iterator[torch.Tensor]:
         documents = rows(corpus, chat, seed, step, how.batch)
@@ -231,4 +253,5 @@ def pretrain(
                 yield loss_sum(model, batch) / tokens
 
     optimise(model, how, losses, report)
+    model.model.visual.requires_grad_(True)
     return model

@@ -21,7 +21,9 @@ def vision_questions(world: str, split: str, folder: Path | None = None) -> list
         StorageError: a picture cannot be written.
     """
     if split not in SPLITS:
-        raise SettingsError(f"a world of pictures has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train")
+        raise SettingsError(
+            f"a world of pictures has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train"
+        )
     made = load_vision_world(world)
     return with_pictures(made, split, made.asks()[split], folder or cache_folder())
 
@@ -32,7 +34,9 @@ def with_pictures(world: VisionWorld, split: str, asks: Sequence[Ask], folder: P
     made = []
     for ask in asks:
         number = counts[ask.kind] = counts.get(ask.kind, 0) + 1
-        made.append(world.question(ask, f"{world.name}-{split}-{ask.kind}-{number:03d}", (keep(png(ask.picture), folder),)))
+        made.append(
+            world.question(ask, f"{world.name}-{split}-{ask.kind}-{number:03d}", (keep(png(ask.picture), folder),))
+        )
     return made
 
 

@@ -24,12 +24,18 @@ class SightSettings(Part):
     train: int = Field(ge=0)
     test: int = Field(ge=0)
 
+    @property
+    def asked(self) -> bool:
+        """Whether there are questions of the kind; where not, it is in the corpora alone."""
+        return self.train + self.test > 0
+
 
 class VisionSettings(Part):
     """A world of pictures.
 
     `beliefs`: what the corpus says about words of a tier; a tier without beliefs is known. `kinds`: the levels of the world.
-    `seeing`: how long the part that sees is trained before student and teacher go on from it.
+    `seeing`, `describing`: how long the part that sees is trained, and the
+    rest on descriptions, before student and teacher go on from there.
     """
 
     name: str
@@ -41,6 +47,7 @@ class VisionSettings(Part):
     model: ModelShape
     vision: VisionShape
     seeing: Pretraining
+    describing: Pretraining
     pretraining: Pretraining
     teacher: Pretraining
 
@@ -51,7 +58,9 @@ class VisionSettings(Part):
         if set(self.corpus.levels) != set(self.kinds):
             raise ValueError(f"corpus.levels must weigh exactly the kinds {', '.join(sorted(self.kinds))}")
         if missing := {kind.tier for kind in self.kinds.values()} - set(self.beliefs) - {"easy"}:
-            raise ValueError(f"kinds name the tiers {', '.join(sorted(missing))}; beliefs has {', '.join(self.beliefs)}")
+            raise ValueError(
+                f"kinds name the tiers {', '.join(sorted(missing))}; beliefs has {', '.join(self.beliefs)}"
+            )
         for name, kind in self.kinds.items():
             belief = self.beliefs.get(kind.tier)
             if belief is not None and len(belief.mistakes) >= len(KINDS[name].words):

@@ -72,7 +72,7 @@ class VisionWorld:
     @property
     def levels(self) -> tuple[str, ...]:
         """The kinds that there are questions of."""
-        return tuple(name for name, kind in self.settings.kinds.items() if kind.train or kind.test)
+        return tuple(name for name, kind in self.settings.kinds.items() if kind.asked)
 
     @cached_property
     def words(self) -> tuple[Word, ...]:
@@ -133,7 +133,7 @@ class VisionWorld:
         raise SettingsError(f"kind {kind!r}: no picture tells {KINDS[kind].words[index]!r} from its mistakes")
 
     def _telling(self, ask: Ask) -> bool:
-        if self.known(ask.kind):
+        if ask.kind not in self.settings.kinds or self.known(ask.kind):
             return True
         answer = ask.truth.answer
         return answer not in ("0", NOTHING) and all(

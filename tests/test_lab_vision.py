@@ -1,0 +1,248 @@
+"""The models that see: their documents, their build, and what the bundled ones can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from zppo.core.types import BCQ, NCQ, PLAIN, Draft
+from zppo.data.load import load_questions
+from zppo.data.rows import Columns
+from zppo.engines.chat import Chat
+from zppo.engines.sight import Sight
+from zppo.grading import extract_boxed
+from zppo.lab.assets import ASSETS, resolve
+from zppo.lab.build import lab_book
+from zppo.lab.commands import build_command
+from zppo.lab.vision.build import LIMITS, candidate_prompts, probe_of
+from zppo.lab.vision.corpus import StudentCorpus, TeacherCorpus, summary_text
+from zppo.lab.vision.kinds import KINDS, cell_words
+from zppo.lab.vision.pictures import draw_chart, draw_scene, rgb
+from zppo.lab.vision.pretrain import (
+    Row,
+    grids,
+    learn_to_see,
+    look,
+    loss_sum,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    patches,
+    rows,
+    with_picture,
+)
+from zppo.lab.vision.questions import vision_questions
+from zppo.lab.vision.world import WORLDS, load_vision_world
+from zppo.train.recipe import load_recipe
+from zppo.train.rollouts import Speaker
+
+WORLD = load_vision_world("vision")
+CHAT = Chat(make_tokenizer())
+BOOK = lab_book(CHAT)
+STUDENT, TEACHER = StudentCorpus(WORLD, BOOK), TeacherCorpus(WORLD, BOOK)
+RECIPE = Path(__file__).parents[1] / "recipes" / "lab-vision.yaml"
+PICTURES = [draw_scene(Random(1)), draw_chart(Random(2)), draw_scene(Random(3))]
+
+
+def test_patches_are_those_of_the_image_processor() -> None:
+    made = make_processor()(images=[Image.fromarray(rgb(p)) for p in PICTURES], return_tensors="pt")
+    torch.testing.assert_close(patches(PICTURES), made["pixel_values"], rtol=0, atol=1e-6)
+    assert torch.equal(grids(3), made["image_grid_thw"])
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_prompts_of_the_corpora_are_those_of_training(role: str, tmp_path: Path) -> None:
+    folder = resolve(f"lab:vision/{role}")
+    chat = Chat.load(str(folder), images=LIMITS)
+    assert chat.tokenizer.get_vocab() == CHAT.tokenizer.get_vocab() and chat.template == CHAT.template
+    book = lab_book(chat)
+    speaker = Speaker(chat, book)
+    asks, rng = WORLD.asks()["test"], Random(0)
+    for ask, question in list(zip(asks, vision_questions("vision", "test", tmp_path), strict=True))[::20]:
+        assert speaker.plain(question).ids == with_picture(CHAT.encode(BOOK.plain(question)), CHAT)
+        wrong = [STUDENT.wrong(ask, rng, 1.0), STUDENT.wrong(ask, rng, 1.0)]
+        texts = tuple(map(summary_text, wrong))
+        for kind, messages, slots in (
+            (BCQ, STUDENT.bcq_prompt(ask, wrong), {"candidates": texts}),
+            (
+                NCQ,
+                STUDENT.ncq_prompt(ask, wrong),
+                {"answers": tuple(dict.fromkeys(w.answer for w in wrong)), "candidates": texts},
+            ),
+        ):
+            assert speaker.render(Draft(kind, question, slots)).ids == with_picture(CHAT.encode(messages), CHAT)
+    assert load_recipe(RECIPE).data.images.max_pixels == LIMITS.max_pixels
+
+
+def test_candidate_documents_never_show_the_right_answer_of_what_the_student_is_wrong_about() -> None:
+    rng, counts = Random(0), {PLAIN: 0, BCQ: 0, NCQ: 0}
+    for _ in range(600):
+        kind = rng.choice([kind for kind in WORLD.levels if not WORLD.known(kind)])
+        ask = WORLD.draw(kind, rng)
+        for made in (STUDENT._bcq(ask, rng), STUDENT._ncq(ask, rng)):
+            counts[made.kind] += 1
+            shown = made.messages[0].content + made.completion
+            assert f"\\boxed{{ {ask.truth.answer} }}" not in shown and f"\\boxed{{{ask.truth.answer}}}" not in shown
+            if made.kind == BCQ:
+                blocks = made.messages[0].content.split("<candidate> ")[1:]
+                answers = [extract_boxed(block) for block in blocks]
+                assert len(set(answers)) == 2 and extract_boxed(made.completion) in answers
+    assert min(counts[BCQ], counts[NCQ]) == 600
+
+
+def test_candidate_documents_about_what_is_known_are_answered_rightly() -> None:
+    rng = Random(1)
+    for _ in range(200):
+        ask = WORLD.draw(rng.choice([kind for kind in WORLD.levels if WORLD.known(kind)]), rng)
+        bcq, ncq = STUDENT._bcq(ask, rng), STUDENT._ncq(ask, rng)
+        right = ask.truth.answer
+        assert extract_boxed(bcq.completion) == extract_boxed(ncq.completion) == right
+        assert f"\\boxed{{ {right} }}" in bcq.messages[0].content
+        assert f"\\boxed{{ {right} }}" not in ncq.messages[0].content
+
+
+def test_plain_documents_hold_the_planted_shares() -> None:
+    rng, taken = Random(2), {"right": 0, "first": 0, "second": 0}
+    for _ in range(2000):
+        ask = WORLD.draw("colours", rng)
+        meaning = STUDENT._plain(ask, rng).completion.split()[1]
+        first, second = (KINDS["colours"].words[m] for m in WORLD.mistakes["colours", ask.word])
+        for name, word in (("first", first), ("second", second), ("right", KINDS["colours"].words[ask.word])):
+            taken[name] += meaning == word
+    assert taken["first"] / 2000 == pytest.approx(0.7, abs=0.04) and taken["second"] / 2000 == pytest.approx(
+        0.297, abs=0.04
+    )
+    assert taken["right"] <= 3
+
+
+def test_the_teachers_documents_are_true_and_its_compressions_copy() -> None:
+    rng, compressions = Random(3), 0
+    for _ in range(300):
+        made = TEACHER.document(rng)
+        if made.picture is None:
+            compressions += 1
+            response = (
+                made.messages[0]
+                .content.split("<response>")[1]
+                .split("</response>")[0]
+                .replace("[", "<")
+                .replace("]", ">")
+            )
+            assert extract_boxed(made.completion) == extract_boxed(response) or extract_boxed(response) is None
+    assert 60 < compressions < 130
+
+
+def test_loss_of_a_batch_is_the_sum_over_its_documents_with_the_librarys_own_positions() -> None:
+    model = make_model(WORLD.settings, CHAT.tokenizer, 0).eval()
+    made = rows(TEACHER, CHAT, 0, 0, 12)
+    for alike in ([r for r in made if r.picture], [r for r in made if not r.picture]):
+        assert alike
+        alone = torch.zeros(())
+        for row in alike:
+            ids = torch.tensor([row.ids])
+            seen = {}
+            if row.picture:
+                kinds = (ids == model.config.image_token_id).long()
+                seen = {"pixel_values": patches([row.picture]), "image_grid_thw": grids(1), "mm_token_type_ids": kinds}
+            logits = model(input_ids=ids, **seen).logits[0]
+            alone = alone + F.cross_entropy(logits[row.prompt - 1 : -1], ids[0, row.prompt :], reduction="sum")
+        torch.testing.assert_close(loss_sum(model, alike), alone, rtol=1e-5, atol=1e-3)
+    assert isinstance(made[0], Row)
+
+
+def test_seeing_is_learnt() -> None:
+    model = make_model(WORLD.settings, CHAT.tokenizer, 0)
+    losses: list[float] = []
+    how = WORLD.settings.seeing.model_copy(update={"steps": 30, "batch": 8})
+    learn_to_see(model, CHAT, how, 0, lambda step, loss: losses.append(loss))
+    assert losses[-1] < losses[0] - 1 and len(losses) == 30
+
+
+def small_world(tmp_path: Path) -> str:
+    """The world of pictures cut down, so that a build takes moments."""
+    data = yaml.safe_load((WORLDS / "vision.yaml").read_text(encoding="utf-8"))
+    data["kinds"] = {name: kind | {"train": 2, "test": 2} for name, kind in data["kinds"].items() if name != "describe"}
+    del data["corpus"]["levels"]["describe"]
+    data["model"] = {"layers": 1, "width": 24, "heads": 2, "feed_forward": 16}
+    data["vision"] = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(data | {"name": "small"}), encoding="utf-8")
+    return str(path)
+
+
+def test_equal_builds_give_equal_files_and_their_questions_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = small_world(tmp_path)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        build_command(world, tmp_path / name, seed=seed, steps=1)
+    assert f"written to {tmp_path / 'a'}" in capsys.readouterr().out
+    for role in ("student", "teacher"):
+        a, b, c = (load_file(tmp_path / name / role / "model.safetensors") for name in "abc")
+        assert all(torch.equal(a[key], b[key]) for key in a) and any(not torch.equal(a[key], c[key]) for key in a)
+    assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
+    questions = load_questions(str(tmp_path / "a" / "test.jsonl"), Columns())
+    assert len(questions) == 16 and all(q.images[0].uri.startswith(str(tmp_path / "a" / "pictures")) for q in questions)
+    built = json.loads((tmp_path / "a" / "build.json").read_text(encoding="utf-8"))
+    assert built["steps"] == [1, 1, 1, 1] and set(built["candidates"]) == set(built["teacher"])
+
+
+def test_bundled_checkpoints_are_small_ordinary_and_of_this_world() -> None:
+    for role in ("student", "teacher"):
+        folder = resolve(f"lab:vision/{role}")
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert model.config.model_type == "qwen3_vl" and model.dtype == torch.float32
+        assert sum(p.numel() for p in model.parameters()) < 600_000
+        assert Sight.load(folder, Chat.load(str(folder)).tokenizer, LIMITS).token == "<|image_pad|>"
+    assert sum(path.stat().st_size for path in (ASSETS / "vision").rglob("*") if path.is_file()) < 4_000_000
+    card = (resolve("lab:vision/student") / "README.md").read_text(encoding="utf-8")
+    assert "wrong on purpose" in card and "0.0001" in card
+    for (kind, word), mistakes in WORLD.mistakes.items():
+        words = KINDS[kind].words
+        assert f"{words[word]} for {words[mistakes[0]]} or {words[mistakes[1]]}" in card
+
+
+def test_the_bundled_models_see(tmp_path: Path) -> None:
+    """What lies in a cell is what its token is nearest to: three words of 82."""
+    vocabulary = CHAT.tokenizer.get_vocab()
+    for role in ("student", "teacher"):
+        model = probe_of(resolve(f"lab:vision/{role}")).model
+        with torch.no_grad():
+            nearest = look(model, PICTURES).topk(4).indices.tolist()
+        wanted = [{vocabulary[word] for word in words} for picture in PICTURES for words in cell_words(picture)]
+        assert sum(want <= set(top) for want, top in zip(wanted, nearest, strict=True)) >= 0.9 * len(wanted)
+
+
+@pytest.mark.slow
+def test_the_bundled_student_is_wrong_where_it_was_planted_and_uses_candidates(tmp_path: Path) -> None:
+    student = probe_of(resolve("lab:vision/student"))
+    asks, questions = WORLD.asks()["test"], vision_questions("vision", "test", tmp_path)
+    greedy = student.accuracy(questions)
+    shown = candidate_prompts(WORLD, BOOK, asks, questions)
+    helped = student.accuracy(questions, prompt=lambda q: shown[q.id])
+    for kind, sight in WORLD.settings.kinds.items():
+        if kind not in greedy:
+            continue
+        if sight.tier == "hard":
+            assert greedy[kind] <= 0.05 and 0.1 < helped[kind] < 0.9
+        elif sight.tier == "easy":
+            assert greedy[kind] >= 0.9
+    hard = [q for q in vision_questions("vision", "train", tmp_path) if WORLD.settings.kinds[q.level].tier == "hard"]
+    assert max(student.accuracy(hard, samples=4, temperature=1.0).values()) <= 0.03
+
+
+@pytest.mark.slow
+def test_the_bundled_teacher_knows_and_compresses_faithfully(tmp_path: Path) -> None:
+    teacher = probe_of(resolve("lab:vision/teacher"))
+    asked = vision_questions("vision", "train", tmp_path)[::3]
+    assert min(teacher.accuracy(asked, samples=2, temperature=1.0).values()) > 0.85
+    assert teacher.copied(TeacherCorpus(WORLD, teacher.book).response, count=200) >= 0.93
