@@ -20,7 +20,8 @@ SPLITS = ("train", "test", "seen", "study")
 def lab_questions(world: str, split: str) -> list[Question]:
     """The questions of `lab:<world>/<split>`; the build wrote those of train and test beside the models.
 
-    Those of a world of pictures are drawn when they are asked for. For studies: `seen` is train without the world's unseen operations, `study` is test with more levels (`zppo.lab.outside`).
+    Those of a world of pictures are drawn when they are asked for. For studies of the others: `seen` is train without the world's unseen
+    operations, `study` is test with more levels (`zppo.lab.outside`).
 
     Raises:
         SettingsError: no such world or split.

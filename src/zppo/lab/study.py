@@ -93,7 +93,8 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
 
 
 def _questions_of(cell: Cell, settings: Settings) -> list[str]:
-    """On a lab world of text: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its questions."""
+    """On a lab world of text: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its
+    questions."""
     world = (
         (cell.student if cell.student.startswith(SCHEME) else settings.data.train)
         .removeprefix(SCHEME)

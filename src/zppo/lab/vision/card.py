@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def model_card(world: VisionWorld, role: str, built: BuiltVision) -> str:
     """Markdown for the checkpoint's README."""
     settings, student = world.settings, role == "student"
-    text, sight = settings.model, settings.vision
+    text, sight, seeing, describing = settings.model, settings.vision, settings.seeing, settings.describing
     how = settings.pretraining if student else settings.teacher
     command = f"zppo lab build {world.name} --seed {built.seed}" + ("" if built.teacher else " --no-teacher")
     lines = [
@@ -26,9 +26,9 @@ def model_card(world: VisionWorld, role: str, built: BuiltVision) -> str:
         "---",
         f"# zppo lab: {role} of the world {world.name}",
         "",
-        f"A toy vision-language model of the Qwen3-VL architecture ({text.layers} layers, width {text.width}, {text.heads} heads; to see",
-        f"{sight.layers} layers, width {sight.width}) whose vocabulary is whole words, trained from random weights on generated pictures of",
-        f"{SIZE} by {SIZE} pixels and generated text. It was made for the offline lab of `zppo` and knows nothing else.",
+        f"A toy vision-language model of the Qwen3-VL architecture ({text.layers} layers, width {text.width}, {text.heads} heads;",
+        f"to see {sight.layers} layers, width {sight.width}) whose vocabulary is whole words, trained from random weights on generated",
+        f"pictures of {SIZE} by {SIZE} pixels and generated text. It was made for the offline lab of `zppo` and knows nothing else.",
         "",
         "## What was planted",
         "",
@@ -36,11 +36,16 @@ def model_card(world: VisionWorld, role: str, built: BuiltVision) -> str:
         "",
         "## How it was made",
         "",
-        f"`{command}`. First {built.steps[0]} steps of {settings.seeing.batch} pictures, learning rate {settings.seeing.learning_rate:g}: a picture's",
-        f"token is to be the words for what lies in its cell. Then {built.steps[1]} steps of {settings.describing.batch} descriptions of pictures, learning",
-        f"rate {settings.describing.learning_rate:g}. Student and teacher both go on from there:",
-        f"{built.steps[2 if student else 3]} steps of {how.batch} documents, AdamW, learning rate {how.learning_rate:g} falling to 0, loss on completions",
-        "only. Weights are stored in half precision.",
+        f"`{command}`:",
+        "",
+        f"1. {built.steps[0]} steps of {seeing.batch} pictures, learning rate {seeing.learning_rate:g}: what a picture's token is turned",
+        "   into is to be near the words for what lies in its cell;",
+        f"2. {built.steps[1]} steps of {describing.batch} descriptions of pictures, learning rate {describing.learning_rate:g}; what",
+        "   sees is left as it is, here and from here on;",
+        f"3. student and teacher each go on from there: {built.steps[2 if student else 3]} steps of {how.batch} documents, learning rate",
+        f"   {how.learning_rate:g}.",
+        "",
+        "AdamW, learning rates falling to 0, loss on completions only. Weights are stored in half precision.",
         "",
         "## What it can do",
         "",
@@ -88,10 +93,11 @@ def _student_planting(world: VisionWorld) -> list[str]:
         "",
         f"Of the documents {corpus.plain / total:.0%} are plain questions, {corpus.bcq / total:.0%} show two candidates and "
         f"{corpus.ncq / total:.0%} a list of wrong ones, worded like",
-        "the BCQ and NCQ prompts of the lab's recipes. Candidates for questions of these tiers never hold the right answer: they are read",
-        f"under one of the two wrong meanings or, in {corpus.stray:.0%} of cases where two candidates are shown, under any other, off this picture or",
-        "another. The target repeats one of the two, or gives a mistake that the list does not hold where there is one. So the model learns to",
-        "read candidates and never sees the truth in one. The plain documents hold it with the probabilities above.",
+        "the BCQ and NCQ prompts of the lab's recipes. Candidates for questions of these tiers never hold the right answer: they",
+        f"are read under one of the two wrong meanings or, in {corpus.stray:.0%} of cases where two candidates are shown, under any",
+        "other, off this picture or another. The target repeats one of the two, or gives a mistake that the list does not hold",
+        "where there is one. So the model learns to read candidates and never sees the truth in one. The plain documents hold it",
+        "with the probabilities above.",
     ]
 
 

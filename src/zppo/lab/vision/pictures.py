@@ -1,4 +1,7 @@
-"""The lab's pictures: coloured shapes on a grid of three by three, or three bars; drawn without a library, so that bytes never change (ours)."""
+"""The lab's pictures: coloured shapes on a grid of three by three, or three bars (ours).
+
+They are drawn without a library, so that their bytes never change.
+"""
 
 from __future__ import annotations
 
