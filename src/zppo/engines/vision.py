@@ -172,9 +172,9 @@ def _part(value: Any, place: int, count: int) -> Any:
 
 
 def _joined(parts: Sequence[Any], like: Any) -> Any:
-    """The parts of pictures in order, in the form that the encoder gave."""
+    """The parts of pictures in order, in the form that the encoder gave; it may give none of a kind (Qwen3-VL without deep features)."""
     if isinstance(like, torch.Tensor):
         return torch.cat(list(parts))
-    if isinstance(like[0], torch.Tensor):
+    if len(like) > 0 and isinstance(like[0], torch.Tensor):
         return list(parts)
     return [_joined([part[layer] for part in parts], like[layer]) for layer in range(len(like))]
