@@ -38,10 +38,11 @@ class Descriptions:
     def __init__(self, world: VisionWorld, book: PromptBook) -> None:
         self.world = world
         self.book = book
+        self._weights = {k: w for k, w in world.settings.corpus.levels.items() if not world.settings.kinds[k].asked}
 
     def document(self, rng: Random) -> Document:
         """One document."""
-        ask = self.world.draw("describe", rng)
+        ask = self.world.draw(rng.choices(tuple(self._weights), tuple(self._weights.values()))[0], rng)
         return Document(PLAIN, self.book.plain(self.world.question(ask)), ask.picture, completion_text(ask.truth))
 
 

@@ -6,7 +6,7 @@ is what word number i truly says. A student that takes a word for another one's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -26,6 +26,7 @@ from zppo.lab.vision.pictures import (
 
 NOTHING = "nothing"
 COLOUR_WORDS = tuple(COLOURS)
+DESCRIBED = 3  # things that a description by things names
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +121,23 @@ DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "
 """Words and their steps on the grid (x, y)."""
 
 
+def _neighbour(cell: int, step: tuple[int, int]) -> int | None:
+    """The cell that is a step away, None outside of the picture."""
+    x, y = cell % SIDE + step[0], cell // SIDE + step[1]
+    return y * SIDE + x if 0 <= x < SIDE and 0 <= y < SIDE else None
+
+
 def _beside(picture: Picture, about: tuple[int, ...], direction: int) -> Reading:
     things = _things(picture)
     at = next(i for i, thing in enumerate(things) if thing is not None and (thing.colour, thing.shape) == about)
-    word, (dx, dy) = tuple(DIRECTIONS.items())[direction]
+    word, step = tuple(DIRECTIONS.items())[direction]
     thought = (word, *_names(about).split(), CELLS[at])
-    x, y = at % SIDE + dx, at // SIDE + dy
-    if not (0 <= x < SIDE and 0 <= y < SIDE):
+    there = _neighbour(at, step)
+    if there is None:
         return Reading((*thought, NOTHING), NOTHING)
-    there = things[y * SIDE + x]
-    seen = NOTHING if there is None else there.words
-    return Reading((*thought, CELLS[y * SIDE + x], *seen.split()), seen)
+    thing = things[there]
+    seen = NOTHING if thing is None else thing.words
+    return Reading((*thought, CELLS[there], *seen.split()), seen)
 
 
 def _height(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
@@ -162,17 +169,51 @@ def _pair(picture: Picture, about: tuple[int, ...], how: int) -> Reading:
     return Reading((word, *bars), str(result(*(heights[colour] for colour in about))))
 
 
-def _any_picture(rng: Random) -> tuple[Picture, tuple[int, ...]]:
-    return (draw_scene(rng) if rng.random() < 0.5 else draw_chart(rng)), ()
+def _by_cell(things: Sequence[Thing | None]) -> Iterator[str]:
+    for cell, thing in zip(CELLS, things, strict=True):
+        yield from (cell, *(NOTHING if thing is None else thing.words).split())
 
 
-def _everything(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
-    """All that there is, in order; how many things is the answer."""
-    if isinstance(picture, Chart):
-        bars = [part for colour, height in picture.bars for part in (COLOUR_WORDS[colour], str(height))]
-        return Reading(tuple(bars), str(len(picture.bars)))
-    seen = [(CELLS[cell], NOTHING if thing is None else thing.words) for cell, thing in enumerate(picture.cells)]
-    return Reading(tuple(part for pair in seen for part in pair), str(sum(t is not None for t in picture.cells)))
+def _by_colour(things: Sequence[Thing | None]) -> Iterator[str]:
+    for colour, word in enumerate(COLOUR_WORDS):
+        yield from (word, *(cell for cell, t in zip(CELLS, things, strict=True) if t and t.colour == colour))
+
+
+def _by_shape(things: Sequence[Thing | None]) -> Iterator[str]:
+    for shape, word in enumerate(SHAPES):
+        yield from (word, *(cell for cell, t in zip(CELLS, things, strict=True) if t and t.shape == shape))
+
+
+def _by_thing(things: Sequence[Thing | None]) -> Iterator[str]:
+    """Some things, where each is, and the cells around it."""
+    for at in [i for i, thing in enumerate(things) if thing][:DESCRIBED]:
+        thing = things[at]
+        assert thing is not None
+        yield from (*thing.words.split(), CELLS[at])
+        for word, step in DIRECTIONS.items():
+            there = _neighbour(at, step)
+            yield from (word, NOTHING if there is None else CELLS[there])
+
+
+FORMS: Mapping[str, Callable[[Sequence[Thing | None]], Iterator[str]]] = {
+    "cells": _by_cell,
+    "colours": _by_colour,
+    "shapes": _by_shape,
+    "things": _by_thing,
+}
+
+
+def _describe(picture: Picture, about: tuple[int, ...], form: int) -> Reading:
+    """All that there is, in an order; how many things there are is the answer."""
+    things = _things(picture)
+    thought = tuple(FORMS.values())[form](things)
+    return Reading((tuple(FORMS)[form], *thought), str(sum(thing is not None for thing in things)))
+
+
+def _describe_bars(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
+    bars = _bars(picture)
+    parts = [part for colour, height in bars for part in (COLOUR_WORDS[colour], str(height))]
+    return Reading(("bars", *parts), str(len(bars)))
 
 
 def _names(about: tuple[int, ...]) -> str:
@@ -193,7 +234,8 @@ KINDS: Mapping[str, Kind] = {
         lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?",
         _pair,
     ),
-    "describe": Kind(("describe",), _any_picture, lambda word, _: f"{word} ?", _everything),
+    "describe": Kind(tuple(FORMS), _any_scene, lambda word, _: f"describe {word} ?", _describe),
+    "bars": Kind(("bars",), _any_chart, lambda word, _: f"describe {word} ?", _describe_bars),
 }
 """All kinds by name."""
 

@@ -57,6 +57,10 @@ class VisionSettings(Part):
             raise ValueError(f"kinds names {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
         if set(self.corpus.levels) != set(self.kinds):
             raise ValueError(f"corpus.levels must weigh exactly the kinds {', '.join(sorted(self.kinds))}")
+        if all(kind.asked for kind in self.kinds.values()):
+            raise ValueError(
+                "no kind is in the corpora alone (train: 0, test: 0): descriptions of pictures are learnt from one"
+            )
         if missing := {kind.tier for kind in self.kinds.values()} - set(self.beliefs) - {"easy"}:
             raise ValueError(
                 f"kinds name the tiers {', '.join(sorted(missing))}; beliefs has {', '.join(self.beliefs)}"
