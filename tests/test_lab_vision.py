@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from random import Random
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from zppo.cli import main
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.data.load import load_questions
 from zppo.data.rows import Columns
@@ -247,3 +249,29 @@ def test_the_bundled_teacher_knows_and_compresses_faithfully(tmp_path: Path) -> 
     asked = vision_questions("vision", "train", tmp_path)[::3]
     assert min(teacher.accuracy(asked, samples=2, temperature=1.0).values()) > 0.85
     assert teacher.copied(TeacherCorpus(WORLD, teacher.book).response, count=200) >= 0.93
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_on_pictures_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of the bundled recipe: BCQ and NCQ prompts about pictures, references in the log, a student that loads and still sees."""
+    monkeypatch.setenv("ZPPO_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    small = ["--train.steps=2", "--rollout.batch_size=16", "--eval.every=0", "--train.minibatches=2"]
+    assert main(["train", str(RECIPE), *small, f"--output={run}"]) == 0
+    capsys.readouterr()
+    logged = pq.read_table(sorted((run / "rollouts").glob("*.parquet"))).to_pylist()
+    assert {row["kind"] for row in logged} == {PLAIN, BCQ, NCQ}
+    for row in logged:
+        (uri,) = row["images"]
+        assert Path(uri).is_relative_to(tmp_path / "cache") and Path(uri).is_file()
+        assert row["prompt"].count("<|image_pad|>") == 9
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["event"] for line in lines].count("step") == 2
+    assert all(line["logprob_gap_max"] < 1e-4 for line in lines if line["event"] == "step")
+    entries = (run / "buffer.jsonl").read_text(encoding="utf-8").splitlines()
+    assert entries and not list(run.glob("**/*.png"))
+    trained, before = (load_file(f / "model.safetensors") for f in (run / "final", resolve("lab:vision/student")))
+    moved = [name for name in before if not torch.equal(trained[name].float(), before[name].float())]
+    assert any("visual" in name for name in moved) and any("language_model" in name for name in moved)
