@@ -20,7 +20,7 @@ from zppo.images.store import open_image, read_bytes
 from zppo.lab.commands import questions_command
 from zppo.lab.questions import lab_questions
 from zppo.lab.vision.kinds import DIRECTIONS, KINDS, PAIRINGS, WORDS
-from zppo.lab.vision.pictures import CELL, CELLS, COLOURS, SHAPES, SIDE, SIZE, STEP, draw_scene, png
+from zppo.lab.vision.pictures import CELL, CELLS, COLOURS, SIDE, SIZE, STEP, draw_scene, png
 from zppo.lab.vision.questions import vision_questions
 from zppo.lab.vision.world import WORLDS, Ask, VisionWorld, load_vision_world, sees
 
@@ -76,10 +76,10 @@ def right_answer(ask: Ask) -> str:
     match ask.kind:
         case "colour" | "shape":
             return seen(ask).get(words[2], ("nothing", "nothing"))[ask.kind == "shape"]
-        case "shapes" | "colours":
+        case "count":
             return str(sum(words[1] in thing for thing in seen(ask).values()))
         case "beside":
-            at = next(name for name, thing in seen(ask).items() if thing == (words[2], words[3]))
+            at = words[2]
             dx, dy = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}[words[0]]
             return " ".join(seen(ask)[f"{chr(ord(at[0]) + dx)}{int(at[1]) + dy}"])
         case "height":
@@ -116,7 +116,7 @@ def test_mistakes_never_answer_rightly_by_luck(seed: int) -> None:
 
 def test_every_meaning_that_a_kind_has_is_some_words_mistake() -> None:
     """So the student knows how to read each of them off a picture, and not which word asks for it."""
-    for kind in ("rank", "colours", "beside", "pair"):
+    for kind in ("rank", "count", "beside", "pair"):
         words = range(len(KINDS[kind].words))
         for place in (0, 1):
             assert sorted(WORLD.mistakes[kind, word][place] for word in words) == list(words)
@@ -202,5 +202,5 @@ def test_wrong_settings_are_refused(tmp_path: Path, section: str, key: str, valu
 
 
 def test_pairings_and_kinds_are_as_described() -> None:
-    assert list(PAIRINGS) == list(KINDS["pair"].words) and set(SHAPES) == set(KINDS["shapes"].words)
+    assert list(PAIRINGS) == list(KINDS["pair"].words) and list(KINDS["colour"].words) == list(CELLS)
     assert VisionWorld(WORLD.settings.model_copy(update={"misconceptions": 99})).mistakes != WORLD.mistakes

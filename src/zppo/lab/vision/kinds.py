@@ -26,7 +26,6 @@ from zppo.lab.vision.pictures import (
 
 NOTHING = "nothing"
 COLOUR_WORDS = tuple(COLOURS)
-DESCRIBED = 3  # things that a description by things names
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +77,8 @@ def _any_chart(rng: Random) -> tuple[Picture, tuple[int, ...]]:
     return draw_chart(rng), ()
 
 
-def _scene_and_thing(rng: Random) -> tuple[Picture, tuple[int, ...]]:
-    """A scene and one of its things, as colour and shape."""
-    scene = draw_scene(rng)
-    thing = rng.choice([thing for thing in scene.cells if thing is not None])
-    return scene, (thing.colour, thing.shape)
+def _scene_and_cell(rng: Random) -> tuple[Picture, tuple[int, ...]]:
+    return draw_scene(rng), (rng.randrange(len(CELLS)),)
 
 
 def _chart_and_pair(rng: Random) -> tuple[Picture, tuple[int, ...]]:
@@ -103,18 +99,13 @@ def _shape_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
     return Reading((CELLS[cell], seen), seen)
 
 
-def _counted(word: str, cells: list[int]) -> Reading:
-    return Reading((word, *(CELLS[cell] for cell in cells)), str(len(cells)))
+def _count(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
+    count = str(_of_colour(_things(picture), colour))
+    return Reading((COLOUR_WORDS[colour], count), count)
 
 
-def _count_shape(picture: Picture, about: tuple[int, ...], shape: int) -> Reading:
-    cells = [cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.shape == shape]
-    return _counted(SHAPES[shape], cells)
-
-
-def _count_colour(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
-    cells = [cell for cell, thing in enumerate(_things(picture)) if thing is not None and thing.colour == colour]
-    return _counted(COLOUR_WORDS[colour], cells)
+def _of_colour(things: Sequence[Thing | None], colour: int) -> int:
+    return sum(thing is not None and thing.colour == colour for thing in things)
 
 
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -128,16 +119,14 @@ def _neighbour(cell: int, step: tuple[int, int]) -> int | None:
 
 
 def _beside(picture: Picture, about: tuple[int, ...], direction: int) -> Reading:
-    things = _things(picture)
-    at = next(i for i, thing in enumerate(things) if thing is not None and (thing.colour, thing.shape) == about)
+    (at,) = about
     word, step = tuple(DIRECTIONS.items())[direction]
-    thought = (word, *_names(about).split(), CELLS[at])
     there = _neighbour(at, step)
     if there is None:
-        return Reading((*thought, NOTHING), NOTHING)
-    thing = things[there]
+        return Reading((word, CELLS[at], NOTHING), NOTHING)
+    thing = _things(picture)[there]
     seen = NOTHING if thing is None else thing.words
-    return Reading((*thought, CELLS[there], *seen.split()), seen)
+    return Reading((word, CELLS[at], CELLS[there], *seen.split()), seen)
 
 
 def _height(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
@@ -176,30 +165,12 @@ def _by_cell(things: Sequence[Thing | None]) -> Iterator[str]:
 
 def _by_colour(things: Sequence[Thing | None]) -> Iterator[str]:
     for colour, word in enumerate(COLOUR_WORDS):
-        yield from (word, *(cell for cell, t in zip(CELLS, things, strict=True) if t and t.colour == colour))
-
-
-def _by_shape(things: Sequence[Thing | None]) -> Iterator[str]:
-    for shape, word in enumerate(SHAPES):
-        yield from (word, *(cell for cell, t in zip(CELLS, things, strict=True) if t and t.shape == shape))
-
-
-def _by_thing(things: Sequence[Thing | None]) -> Iterator[str]:
-    """Some things, where each is, and the cells around it."""
-    for at in [i for i, thing in enumerate(things) if thing][:DESCRIBED]:
-        thing = things[at]
-        assert thing is not None
-        yield from (*thing.words.split(), CELLS[at])
-        for word, step in DIRECTIONS.items():
-            there = _neighbour(at, step)
-            yield from (word, NOTHING if there is None else CELLS[there])
+        yield from (word, str(_of_colour(things, colour)))
 
 
 FORMS: Mapping[str, Callable[[Sequence[Thing | None]], Iterator[str]]] = {
     "cells": _by_cell,
     "colours": _by_colour,
-    "shapes": _by_shape,
-    "things": _by_thing,
 }
 
 
@@ -216,18 +187,13 @@ def _describe_bars(picture: Picture, about: tuple[int, ...], word: int) -> Readi
     return Reading(("bars", *parts), str(len(bars)))
 
 
-def _names(about: tuple[int, ...]) -> str:
-    return f"{COLOUR_WORDS[about[0]]} {SHAPES[about[1]]}"
-
-
 KINDS: Mapping[str, Kind] = {
     "colour": Kind(CELLS, _any_scene, lambda word, _: f"colour at {word} ?", _colour_at),
     "shape": Kind(CELLS, _any_scene, lambda word, _: f"shape at {word} ?", _shape_at),
-    "shapes": Kind(SHAPES, _any_scene, lambda word, _: f"count {word} ?", _count_shape),
     "height": Kind(COLOUR_WORDS, _any_chart, lambda word, _: f"height of {word} ?", _height),
     "rank": Kind(RANKS, _any_chart, lambda word, _: f"{word} bar ?", _rank),
-    "colours": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count_colour),
-    "beside": Kind(tuple(DIRECTIONS), _scene_and_thing, lambda word, about: f"{word} of {_names(about)} ?", _beside),
+    "count": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count),
+    "beside": Kind(tuple(DIRECTIONS), _scene_and_cell, lambda word, about: f"{word} of {CELLS[about[0]]} ?", _beside),
     "pair": Kind(
         tuple(PAIRINGS),
         _chart_and_pair,
@@ -240,12 +206,16 @@ KINDS: Mapping[str, Kind] = {
 """All kinds by name."""
 
 
-def cell_words(picture: Picture) -> list[tuple[str, str, str]]:
-    """What lies in every cell, in three words: its name, and colour and shape of its thing; of a chart colour and height of its bar."""
+def cell_words(picture: Picture) -> list[tuple[str, str, str, str]]:
+    """What lies in every cell, in four words: its name, colour and shape of its thing, and how many things have that colour; of a chart
+    the cell's name, and colour and height of its bar, the height twice."""
     if isinstance(picture, Chart):
-        bars = [(COLOUR_WORDS[colour], str(height)) for colour, height in picture.bars]
+        bars = [(COLOUR_WORDS[colour], str(height), str(height)) for colour, height in picture.bars]
         return [(name, *bars[cell % SIDE]) for cell, name in enumerate(CELLS)]
-    things = [(COLOUR_WORDS[t.colour], SHAPES[t.shape]) if t else (NOTHING, NOTHING) for t in picture.cells]
+    things = [
+        (COLOUR_WORDS[t.colour], SHAPES[t.shape], str(_of_colour(picture.cells, t.colour))) if t else (NOTHING,) * 3
+        for t in picture.cells
+    ]
     return [(name, *thing) for name, thing in zip(CELLS, things, strict=True)]
 
 

@@ -30,7 +30,7 @@ SIZE = SIDE * CELL
 """Pixels of a picture on a side."""
 SHAPE = 10  # pixels of a shape on a side
 SHIFTS = CELL - SHAPE  # a shape may begin this far into its cell, less one, from either edge
-TALLEST = 6  # steps of the tallest bar
+TALLEST = 5  # steps of the tallest bar
 STEP = SIZE // TALLEST
 BAR = 10  # pixels of a bar's width
 PAPER = (250, 250, 250)
