@@ -19,6 +19,10 @@ class DataError(ZPPOError, ValueError):
     """A data file is wrong; the message names file, row and column."""
 
 
+class UnavailableError(DataError):
+    """The data of a benchmark cannot be had: no network, no access, no files. It is said and skipped, never scored 0."""
+
+
 class ModelError(ZPPOError, ValueError):
     """A model, tokenizer or chat template cannot be used as asked."""
 

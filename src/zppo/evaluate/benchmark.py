@@ -8,7 +8,7 @@ from typing import Literal
 from zppo.evaluate.adapters.row import Adapter
 
 Family = Literal["vlm", "llm", "video"]
-Aggregate = Literal["mean", "worst case", "wemath", "by language task", "axes"]
+Aggregate = Literal["mean", "worst case", "wemath", "abilities", "axes"]
 """How the scores of a benchmark's rows become its figure; see `zppo.evaluate.aggregate`."""
 
 Judge = Literal["judge", "eval_charxiv", "eval_hle", "eval_mmvet", "eval_mmvu", "eval_multichallenge"]

@@ -135,6 +135,16 @@ class PromptBook:
         }
         return (Message("user", self._fill(JUDGE, values)),)
 
+    def text(self, name: str, values: Mapping[str, Any]) -> str:
+        """The template of this name filled with the values, neutralised like slots; no question, no closing instruction.
+
+        Raises:
+            TemplateError: no template of that name, or it uses a variable that it is not given.
+        """
+        if name not in self._paths:
+            raise TemplateError(f"There is no template {name!r}; name a file for it among the template overrides.")
+        return self._fill(name, {key: self._clean(value) for key, value in values.items()})
+
     def _ask(self, question: Question, text: str) -> tuple[Message, ...]:
         if not question.messages or question.messages[-1].role != "user":
             last = f"a turn of the role {question.messages[-1].role!r}" if question.messages else "no turn at all"

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from zppo.core.draws import draw_key
 from zppo.core.types import Question
@@ -68,12 +68,11 @@ def readable(completion: str, answer: str | None, think_open: bool = False) -> s
     return (completion if part is None else part).strip()
 
 
-def parse_verdict(reply: str, think_open: bool = False) -> bool | None:
-    """Whether the judge says correct; None for a malformed verdict.
+def strict_object(reply: str, think_open: bool = False) -> tuple[tuple[str, object], ...] | None:
+    """The (key, value) pairs of a reply that is one flat JSON object and nothing else; None for any other reply.
 
-    The reply must be exactly the object {"verdict": "correct"} or {"verdict": "wrong"}: no other key, no key twice, no other
-    spelling, no word beside it. (ours) Three things around it are let pass, because chat models add them unasked: white space, one code
-    fence around the whole, and a think block that was closed before it.
+    (ours) Three things around it are let pass, because chat models add them unasked: white space, one code fence around the whole, and a
+    think block that was closed before it.
     """
     if think_open and "</think>" not in reply:
         return None
@@ -85,9 +84,18 @@ def parse_verdict(reply: str, think_open: bool = False) -> bool | None:
     if not text.startswith("{"):
         return None
     try:
-        pairs = json.loads(text, object_pairs_hook=tuple)
+        return cast(tuple[tuple[str, object], ...], json.loads(text, object_pairs_hook=tuple))
     except (ValueError, RecursionError):
         return None
+
+
+def parse_verdict(reply: str, think_open: bool = False) -> bool | None:
+    """Whether the judge says correct; None for a malformed verdict.
+
+    The reply must be exactly the object {"verdict": "correct"} or {"verdict": "wrong"}: no other key, no key twice, no other
+    spelling, no word beside it.
+    """
+    pairs = strict_object(reply, think_open)
     return next((verdict for word, verdict in _WORDS.items() if pairs == (("verdict", word),)), None)
 
 

@@ -17,7 +17,7 @@ from zppo.errors import DataError
 from zppo.evaluate.item import Item, Media
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
-_PICTURES = frozenset((".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"))
+PICTURES = frozenset((".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"))
 _LONGEST_LIST = 200_000  # characters of a list that is written as text
 
 
@@ -128,7 +128,7 @@ class Row:
         if not isinstance(value, str) or not value.strip():
             self.fail(field, f"is {_a(value)}; a picture is expected (bytes, a path, or base64)")
         uri = _DATA_URI.match(value)
-        if uri is None and Path(value[:4096]).suffix.lower() in _PICTURES:
+        if uri is None and Path(value[:4096]).suffix.lower() in PICTURES:
             return self.path(field, value)
         try:
             return base64.b64decode(value[uri.end() if uri else 0 :], validate=True)

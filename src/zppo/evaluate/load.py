@@ -1,0 +1,252 @@
+"""Items of a benchmark, from the hub or from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from zppo.data.files import READERS
+from zppo.errors import DataError, UnavailableError, one_line
+from zppo.evaluate.adapters.row import PICTURES, Row
+from zppo.evaluate.benchmark import Benchmark, Source
+from zppo.evaluate.item import Item, Media
+
+_ENDINGS = (".jsonl", ".parquet", ".json")
+_CONFIG, _SPLIT = "_config", "_split"
+_GROUPS = ("seed", "problem")
+_SUBTITLES = "VMMES"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The items of a benchmark and where they come from.
+
+    Attributes:
+        items: in the order of the data set, ids unique.
+        origin: a file, or owner/name of a set on the hub.
+        revision: the commit of that set; "" for a file, or where the hub did not say.
+        left_out: records that are no part of the benchmark.
+    """
+
+    items: tuple[Item, ...]
+    origin: str
+    revision: str
+    left_out: int
+
+
+def load_items(
+    benchmark: Benchmark,
+    data: Path | None = None,
+    *,
+    clips: Path | None = None,
+    store: Path | None = None,
+    limit: int | None = None,
+) -> Loaded:
+    """All items of a benchmark, or the first `limit`.
+
+    Args:
+        benchmark: a row of the registry.
+        data: a folder with `<name>.jsonl`, `.parquet` or `.json`, in the data set's own schema, instead of the hub. Paths of pictures and
+            clips in it are relative to the folder. A row may say its configuration and split in `_config` and `_split`.
+        clips: where the clips of video benchmarks are, unpacked; the hub has them as archives. With `data` that folder by default.
+            Subtitles are in `subtitle/<videoID>.srt` below it.
+        store: a folder for pictures that come as bytes; items then hold their paths, and the pictures no memory.
+        limit: at most so many; of DynaMath and We-Math whole groups of questions, since they are scored together.
+
+    Raises:
+        UnavailableError: the data cannot be had: said and skipped, never scored 0.
+        DataError: a row cannot be read; the message names benchmark, row and field.
+    """
+    if data is None:
+        rows, origin, revision = *_hub_rows(benchmark, clips), _commit(benchmark.source)
+    else:
+        rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
+    adapt = partial(_adapted, benchmark)
+    found: list[Item] = []
+    left_out = 0
+    whole = limit is None or benchmark.aggregate in ("worst case", "wemath")
+    for row in rows:
+        items = adapt(row)
+        left_out += not items
+        found += (_placed(item, benchmark, row.folder, store) for item in items)
+        if not whole and len(found) >= (limit or 0):
+            break
+    items = limited(unique(found), limit)
+    if not items:
+        raise UnavailableError(
+            f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data"
+        )
+    return Loaded(items, origin, revision, left_out)
+
+
+def unique(items: Iterable[Item]) -> tuple[Item, ...]:
+    """The items with `~2`, `~3`, ... behind an id that was there before."""
+    seen: dict[str, int] = {}
+    result = []
+    for item in items:
+        seen[item.id] = seen.get(item.id, 0) + 1
+        result.append(item if seen[item.id] == 1 else replace(item, id=f"{item.id}~{seen[item.id]}"))
+    return tuple(result)
+
+
+def limited(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:
+    """The first items, at most `limit`; items that are scored together come whole, one group at least."""
+    if limit is None or len(items) <= limit:
+        return items
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(next((str(item.facts[name]) for name in _GROUPS if name in item.facts), item.id), []).append(
+            item
+        )
+    taken: list[Item] = []
+    for group in groups.values():
+        if taken and len(taken) + len(group) > limit:
+            break
+        taken += group
+    return tuple(taken)
+
+
+def _adapted(benchmark: Benchmark, row: Row) -> tuple[Item, ...]:
+    if benchmark.name == _SUBTITLES and not row.has("subtitles") and row.has("videoID"):
+        row = replace(row, data={**row.data, "subtitles": _subtitles(row)})
+    return benchmark.adapter(row)
+
+
+def _subtitles(row: Row) -> str:
+    path = row.path("videoID", f"subtitle/{row.text('videoID')}.srt")
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[Row], str]:
+    path = next((file for ending in _ENDINGS if (file := data / f"{benchmark.name}{ending}").is_file()), None)
+    if path is None:
+        names = ", ".join(f"{benchmark.name}{ending}" for ending in _ENDINGS)
+        raise UnavailableError(
+            f"{benchmark.name}: {data} has none of {names}; put the rows there, or leave the benchmark out"
+        )
+    folder = clips if benchmark.family == "video" else data
+
+    def rows() -> Iterator[Row]:
+        for number, value in READERS[path.suffix](path):
+            if not isinstance(value, Mapping):
+                raise DataError(f"{benchmark.name}, row {number}: is no object with fields ({path})")
+            config, split = (str(value.get(name) or "") for name in (_CONFIG, _SPLIT))
+            yield Row(benchmark.name, number, value, config, split, folder)
+
+    return rows(), str(path)
+
+
+def _hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[Row], str]:
+    source = benchmark.source
+    if benchmark.family == "video" and clips is None:
+        raise UnavailableError(
+            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{source.id}; unpack them and name their folder"
+        )
+    if Path(source.id).exists():
+        raise UnavailableError(
+            f"{benchmark.name}: {Path(source.id).absolute()} exists, and would be read instead of the hub's set; start in another folder"
+        )
+    parts = [(config, split) for config in source.configs for split in source.splits]
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for config, split in parts:
+            for value in _records(benchmark, config, split):
+                number += 1
+                yield Row(benchmark.name, number, value, config, split, clips or Path(), trusted=True)
+
+    return rows(), source.id
+
+
+def _records(benchmark: Benchmark, config: str, split: str) -> Iterator[Mapping[str, Any]]:
+    """Records of a part of a set, pictures as bytes."""
+    # Heavy, and not needed with a folder.
+    import datasets
+
+    source = benchmark.source
+    try:
+        part = datasets.load_dataset(source.id, config or None, split=split, revision=source.revision)
+        for name, feature in part.features.items():
+            if isinstance(feature, datasets.Image | datasets.Video):
+                part = part.cast_column(name, type(feature)(decode=False))
+    except Exception as error:  # whatever is missing: a network, a log-in, the set, a part of it
+        raise UnavailableError(f"{benchmark.name}: {_why(benchmark, config, split, error)}") from error
+    yield from part
+
+
+def _why(benchmark: Benchmark, config: str, split: str, error: BaseException) -> str:
+    source = benchmark.source
+    page = f"https://huggingface.co/datasets/{source.id}"
+    what = f"{source.id}, {f'configuration {config}, ' if config else ''}split {split}, cannot be loaded ({one_line(error)})"
+    if benchmark.gated:
+        return f"{what}; it is gated: accept its terms at {page}, then run `hf auth login`"
+    return f"{what}; see {page}, check the network, or bring the rows in a folder"
+
+
+def _commit(source: Source) -> str:
+    """The commit that the hub has under the revision; "" where it cannot be asked."""
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(source.id, revision=source.revision).sha or "")
+    except Exception:  # offline with a copy of the set: it loads all the same
+        return source.revision or ""
+
+
+def _placed(item: Item, benchmark: Benchmark, folder: Path, store: Path | None) -> Item:
+    """The item with media that are there: bytes in files, clips where they are, a folder of frames as frames."""
+    keep: Callable[[Media], Media] = partial(_kept, benchmark=benchmark, folder=folder, store=store)
+    images, frames = tuple(map(keep, item.images)), tuple(map(keep, item.frames))
+    if item.video is None:
+        return replace(item, images=images, frames=frames)
+    video = _found(item.video, benchmark, folder)
+    if video.is_dir():
+        frames = tuple(sorted(path for path in video.iterdir() if path.suffix.lower() in PICTURES))
+        if not frames:
+            raise UnavailableError(f"{benchmark.name}: {video} holds no pictures; unpack the clips again")
+        return replace(item, images=images, frames=frames, video=None)
+    return replace(item, images=images, frames=frames, video=video)
+
+
+def _kept(media: Media, *, benchmark: Benchmark, folder: Path, store: Path | None) -> Media:
+    if isinstance(media, Path):
+        return _found(media, benchmark, folder)
+    if store is None:
+        return media
+    path = store / f"{hashlib.sha256(media).hexdigest()}.img"
+    if not path.exists():
+        store.mkdir(parents=True, exist_ok=True)
+        half = path.with_suffix(".part")
+        half.write_bytes(media)
+        half.replace(path)
+    return path
+
+
+def _found(path: Path, benchmark: Benchmark, folder: Path) -> Path:
+    """The path, or the only one of its name below the folder: archives differ in how they are unpacked."""
+    if path.exists():
+        return path
+    same = _by_name(folder).get(path.name, []) if folder != Path() else []
+    if len(same) != 1:
+        why = (
+            f"{len(same)} files below {folder} have its name"
+            if same
+            else f"nor is there a file of its name below {folder}"
+        )
+        raise UnavailableError(
+            f"{benchmark.name}: {path} does not exist, {why}; unpack the pictures and clips of the set there"
+        )
+    return same[0]
+
+
+@lru_cache(maxsize=4)
+def _by_name(folder: Path) -> Mapping[str, list[Path]]:
+    """Everything below a folder by its name, looked through once: there may be thousands of clips."""
+    names: dict[str, list[Path]] = {}
+    for path in folder.rglob("*"):
+        names.setdefault(path.name, []).append(path)
+    return names

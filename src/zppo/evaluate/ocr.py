@@ -1,0 +1,298 @@
+"""OCRBench v2's metrics, one per task (Fu et al. 2025, appendix): from a response to a score between 0 and 1.
+
+Written from what the benchmark publishes of them; where the two differ, the docstring says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, product
+from types import MappingProxyType
+
+from zppo.evaluate.anls import similarity
+from zppo.evaluate.item import Item
+from zppo.evaluate.page_text import page_score
+from zppo.evaluate.trees import outline_similarity, teds
+
+Box = tuple[int, int, int, int]
+
+_MOST = 40_000  # characters of a response that are looked at
+_CANVAS = 1000  # boxes are given in thousandths of the picture
+_IOU = 0.5
+_MOST_VARIANTS = 512  # of a dictionary in which some values have several spellings
+_FENCE = re.compile(r"```(?:\w+)?\n(.*?)\n?```", re.DOTALL)
+_PAIR = re.compile(r"[\"']?([\w\s]{1,80})[\"']?\s{0,5}[:=]\s{0,5}[\"']?([^\n,\"'{}]{1,200})[\"']?")
+_NUMBERS = r"\s{0,5},\s{0,5}".join([r"(\d{1,4})"] * 4)
+_BOX = re.compile(rf"[(\[]\s{{0,5}}{_NUMBERS}\s{{0,5}}[)\]]", re.ASCII)
+_WORD_BOX = re.compile(rf"[(\[]\s{{0,5}}{_NUMBERS}\s{{0,5}},\s{{0,5}}([^\[\]()]{{1,200}}?)\s{{0,5}}[)\]]", re.ASCII)
+_SHORT_WORDS = 5  # a gold with fewer words must be contained, one with more is compared by edit distance
+_SHORT_LIST = 4  # the same in Chinese, which has no spaces: parts between commas
+_JOINTS = (
+    "",
+    ".",
+    ". ",
+    ",",
+    ", ",
+    "、",
+    ";",
+    "; ",
+    " ",
+    "和",
+)  # what may stand between letters of a handwritten choice
+
+
+def ocr_score(item: Item, response: str) -> float:
+    """The score of a response by the metric of `facts["task"]`; 0 for a task that the benchmark does not have."""
+    metric = _METRICS.get(str(item.facts["task"]))
+    return 0.0 if metric is None else float(min(1.0, max(0.0, metric(item, response[:_MOST]))))
+
+
+def _line(text: str) -> str:
+    return text.strip().replace("\n", " ")
+
+
+def _contained(golds: Sequence[str], response: str, few: Callable[[str], bool]) -> float:
+    """1 if a short gold is contained in the response; for a long one the similarity, from 0.5 on."""
+    best = 0.0
+    for gold in golds:
+        if few(gold):
+            best = max(best, float(gold in response))
+        elif (near := similarity(gold, response)) >= 0.5:
+            best = max(best, near)
+    return best
+
+
+def _few_words(text: str) -> bool:
+    return len(text.split()) < _SHORT_WORDS
+
+
+def _question(item: Item, response: str) -> float:
+    """Questions in English: a letter, or text with or without regard to case."""
+    how = item.facts.get("how", "")
+    if how == "multiple choice":
+        return _letter(item, response)
+    if how == "case sensitive":
+        return _contained([_line(gold) for gold in item.golds], _line(response), _few_words)
+    return _contained([_line(gold.lower()) for gold in item.golds], _line(response.lower()), _few_words)
+
+
+def _question_cn(item: Item, response: str) -> float:
+    """Questions in Chinese: without spaces."""
+    if item.facts.get("how", "") in ("multiple choice", "case sensitive"):
+        return _question(item, response)
+    golds = [_line(gold.lower()).replace(" ", "") for gold in item.golds]
+    return _contained(golds, _line(response.lower()).replace(" ", ""), lambda text: len(text.split(",")) < _SHORT_LIST)
+
+
+def _letter(item: Item, response: str) -> float:
+    """The letters of the response are exactly the gold; of `B. text` only the letter counts (the benchmark: all letters of the text)."""
+    match = re.fullmatch(r"\s*\(?([A-Za-z])\)?\s*(?:[.:,)].*)?", response, re.DOTALL)
+    return float(item.golds[0] == (match[1].upper() if match else "".join(filter(str.isalpha, response))))
+
+
+def _handwritten(item: Item, response: str) -> float:
+    """Answers written by hand: prose as a page of text, letters of choices in any joint, the rest by containment."""
+    gold = item.golds[0]
+    if "简答" in str(item.facts.get("question", "")):
+        return page_score(gold, response)
+    return float(any(joint.join(gold) in response for joint in _JOINTS))
+
+
+def _counting(item: Item, response: str) -> float:
+    """Words are matched exactly; numbers of characters by how far off they are, from half right on."""
+    if item.facts.get("how") != "regression":
+        return float(any(_line(gold.lower()) in response.lower() for gold in item.golds))
+    found = re.search(r"\d{1,9}", response, re.ASCII)
+    best = 0.0
+    for gold in item.golds:
+        if found and (want := int(gold) if re.fullmatch(r"\d{1,9}", gold.strip(), re.ASCII) else 0):
+            near = 1 - abs(int(found[0]) - want) / want
+            best = max(best, near if near > 0.5 else 0.0)
+    return best
+
+
+def _formula(item: Item, response: str) -> float:
+    """A gold formula is contained, spaces and text wrappers aside (the benchmark keeps the wrappers in English)."""
+    bare = [
+        re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace("\n", "").replace(" ", "")
+        for text in (response, *item.golds)
+    ]
+    return float(any(gold in bare[0] for gold in bare[1:]))
+
+
+def _page(item: Item, response: str) -> float:
+    return page_score(item.golds[0], response)
+
+
+def _table(item: Item, response: str) -> float:
+    """A table in HTML, or in Markdown where the question asks for it."""
+    gold = item.golds[0]
+    asked = str(item.facts.get("question", "")).lower()
+    if "markdown" in asked and "html" not in asked:
+        return teds(_markdown_table(gold), _markdown_table(response))
+    start = max(response.find("<body"), response.find("<table")) if "<body" not in response else response.find("<body")
+    return 0.0 if start < 0 else teds(_as_table(gold), _as_table(response[start:]))
+
+
+def _as_table(html: str) -> str:
+    html = html.replace("\n", "")
+    return html if "<table" in html else f"<table>{html}</table>"
+
+
+def _markdown_table(text: str) -> str:
+    fenced = _FENCE.search(text)
+    lines = (fenced[1] if fenced else text).strip().split("\n")
+    rows = [[cell.strip() or " " for cell in line.strip().split("|")[1:-1]] for line in (lines[:1] + lines[2:])]
+    return "<table>" + "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows) + "</table>"
+
+
+def _cell(text: str) -> str:
+    return "<td>" + text.replace("&", "&amp;").replace("<", "&lt;") + "</td>"
+
+
+def _chart(item: Item, response: str) -> float:
+    """Data of a chart, a dictionary of dictionaries, compared as a table of keys and values."""
+    gold, answer = _object(item.golds[0]), _object(response)
+    return teds(_pairs_table(gold), _pairs_table(answer)) if gold and answer else 0.0
+
+
+def _pairs_table(data: Mapping[object, object]) -> str:
+    # A space between all characters of a value: the benchmark's own table has them, and they weigh in its similarity.
+    rows = (f"<tr>{_cell(str(key))}{_cell(' '.join(str(value)))}</tr>" for key, value in data.items())
+    return "<table>" + "".join(rows) + "</table>"
+
+
+def _document(item: Item, response: str) -> float:
+    return outline_similarity(item.golds[0], response)
+
+
+def _fields(item: Item, response: str) -> float:
+    """Key information: the share of keys, of gold and response together, whose values agree; the best over spellings of the gold."""
+    answer = {str(key).strip(): _plain(str(value)) for key, value in _object(response, loose=True).items()}
+    best = 0.0
+    for gold in islice(_variants(_object(item.golds[0])), _MOST_VARIANTS):
+        keys = gold.keys() | answer.keys()
+        right = sum(key in answer and answer[key] == _plain(gold[key]) for key in gold)
+        best = max(best, right / len(keys) if keys else 0.0)
+    return best
+
+
+def _variants(data: Mapping[object, object]) -> Iterator[dict[str, str]]:
+    """The dictionary with one of the values that each key may have."""
+    values = [[str(v) for v in value] if isinstance(value, list | tuple) else [str(value)] for value in data.values()]
+    for chosen in product(*values):
+        yield dict(zip(map(str, data), chosen, strict=True))
+
+
+def _plain(text: str) -> str:
+    return text.lower().strip().replace("\n", " ").replace(" ", "")
+
+
+def _placed(item: Item, response: str) -> float:
+    """An answer and where it stands: half for each."""
+    data = _object(response, loose=True)
+    golds = [_line(gold.lower()) for gold in item.golds]
+    content = _contained(golds, _line(str(data.get("answer", "")).lower()), _few_words) if "answer" in data else 0.0
+    found = _BOX.search(str(data.get("bbox", "")))
+    gold = item.facts.get("bbox", ())
+    near = _iou(_box(found), tuple(gold)) if found and len(gold) == 4 else 0.0
+    return (content + near) / 2
+
+
+def _grounding(item: Item, response: str) -> float:
+    """The last box of the response against the gold's four numbers."""
+    boxes = [_box(match) for match in _BOX.finditer(response)]
+    boxes = [box for box in boxes if max(box) <= _CANVAS]
+    gold = [int(n) for n in re.findall(r"\d{1,5}", " ".join(item.golds), re.ASCII)]
+    return _iou(boxes[-1], tuple(gold)) if boxes and len(gold) == 4 else 0.0
+
+
+def _spotting(item: Item, response: str) -> float:
+    """All words and where they stand: F1 of words whose box overlaps by more than half and whose text is the same, in any case.
+
+    Words marked `###` do not count. Unlike the benchmark's script, marks around a word are not taken off before comparing.
+    """
+    golds = [
+        (_around(box), text.strip().upper())
+        for box, text in zip(item.facts.get("boxes", ()), item.facts.get("content", ()), strict=True)
+    ]
+    found = {(_box(m), m[5].strip().strip("\"'").strip().upper()) for m in _WORD_BOX.finditer(response)}
+    words = [w for w in sorted(found) if max(w[0]) <= _CANVAS and w[0][0] < w[0][2] and w[0][1] < w[0][3]]
+    ignored = [box for box, text in golds if text == "###"]
+    golds = [gold for gold in golds if gold[1] != "###"]
+    words = [word for word in words if all(_iou(word[0], box) <= _IOU for box in ignored)][:_MOST_VARIANTS]
+    right, left = 0, list(words)
+    for box, text in golds:
+        match = next((word for word in left if _iou(word[0], box) > _IOU), None)
+        if match is not None:
+            left.remove(match)
+            right += match[1] == text
+    return 2 * right / (len(golds) + len(words)) if golds and words else 0.0
+
+
+def _box(match: re.Match[str]) -> Box:
+    return int(match[1]), int(match[2]), int(match[3]), int(match[4])
+
+
+def _around(points: Sequence[int]) -> Box:
+    """The upright box around a polygon x, y, x, y, ..."""
+    return min(points[0::2]), min(points[1::2]), max(points[0::2]), max(points[1::2])
+
+
+def _iou(first: Sequence[int], second: Sequence[int]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2)."""
+    width = max(0, min(first[2], second[2]) - max(first[0], second[0]))
+    height = max(0, min(first[3], second[3]) - max(first[1], second[1]))
+    both = width * height
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)) - both
+    return both / union if union > 0 else 0.0
+
+
+def _object(text: str, loose: bool = False) -> Mapping[object, object]:
+    """The dictionary in a text, in JSON or as Python writes it, in a fence or behind a name; loosely, also lines of `key: value`."""
+    fences = _FENCE.findall(text)
+    body = max(fences, key=len) if fences else text.strip()
+    inside = body[body.find("{") : body.rfind("}") + 1] if "{" in body else body
+    for read in (json.loads, ast.literal_eval):
+        try:
+            data = read(inside)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        if isinstance(data, Mapping):
+            return data
+    return {key.strip(): value.strip() for key, value in _PAIR.findall(body)} if loose else {}
+
+
+_METRICS: Mapping[str, Callable[[Item, str], float]] = MappingProxyType(
+    dict.fromkeys(
+        "APP agent en,ASCII art classification en,math QA en,reasoning VQA en,science QA en,text recognition en,"
+        "document classification en,cognition VQA en,diagram QA en".split(","),
+        _question,
+    )
+    | {
+        "cognition VQA cn": _question_cn,
+        "reasoning VQA cn": _question_cn,
+        "handwritten answer extraction cn": _handwritten,
+        "formula recognition en": _formula,
+        "formula recognition cn": _formula,
+        "text counting en": _counting,
+        "table parsing en": _table,
+        "table parsing cn": _table,
+        "chart parsing en": _chart,
+        "document parsing en": _document,
+        "document parsing cn": _document,
+        "key information extraction en": _fields,
+        "key information mapping en": _fields,
+        "key information extraction cn": _fields,
+        "VQA with position en": _placed,
+        "text translation cn": _page,
+        "fine-grained text recognition en": _page,
+        "full-page OCR en": _page,
+        "full-page OCR cn": _page,
+        "text grounding en": _grounding,
+        "text spotting en": _spotting,
+    }
+)

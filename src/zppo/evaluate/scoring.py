@@ -1,0 +1,188 @@
+"""From a completion to a score, as far as rules go (method.md section 10): rule first, the judge where it cannot decide."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+
+from zppo.evaluate.anls import anls
+from zppo.evaluate.item import Item, Kind
+from zppo.grading.boxed import extract_boxed, final_part
+from zppo.grading.clean import MAX_ANSWER, clean, nested_too_deep, normalise
+from zppo.grading.numeric import Number, parse_number
+from zppo.grading.units import split_unit
+from zppo.grading.words import choice, yes_no
+
+Equal = Callable[[str, str], bool]
+"""Whether an answer, the second, is a gold in another spelling at most: `Grader.equal`."""
+
+NO_ANSWER = "no answer"
+_LARGEST_FLOAT = 10**12  # beyond it a float has no decimals worth rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the rules say of one completion.
+
+    Attributes:
+        value: 0 to 1; None where a judge must decide.
+        answer: what was extracted, None where there is none.
+        reason: how it came about, a short word or two for the log.
+    """
+
+    value: float | None
+    answer: str | None
+    reason: str
+
+    @property
+    def decided(self) -> bool:
+        """Whether no judge is needed."""
+        return self.value is not None
+
+
+Rule = Callable[[Item, str, Equal], tuple[float | None, str]]
+"""(value or None, reason) for an answer."""
+
+
+def score(item: Item, completion: str, equal: Equal, think_open: bool = False) -> Score:
+    """The rules' score of a completion.
+
+    Without a boxed answer behind the thinking the score is 0, except where a whole response is scored: by OCRBench v2's metrics, or by a
+    benchmark's own judge. Thinking that never ends leaves nothing to score: 0 as well.
+
+    Args:
+        item: the question.
+        completion: the model's text, with or without its thoughts.
+        equal: `zppo.grading.Grader.equal`.
+        think_open: whether the prompt already ended inside an opened think block, and the completion still holds its thoughts.
+    """
+    part = final_part(completion, think_open)
+    if part is None or not part.strip():
+        return Score(0.0, None, NO_ANSWER)
+    answer = extract_boxed(completion, think_open)
+    if item.kind in _WHOLE_RESPONSE:
+        value, reason = _WHOLE_RESPONSE[item.kind](item, part.strip() if answer is None else answer, equal)
+        return Score(value, answer, reason)
+    if answer is None:
+        return Score(0.0, None, NO_ANSWER)
+    value, reason = _RULES[item.kind](item, answer, equal)
+    return Score(value, answer, reason)
+
+
+def _decided(right: bool, reason: str = "") -> tuple[float, str]:
+    return float(right), reason or ("equal" if right else "different")
+
+
+def _choice(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
+    """A letter, with or without its text, in any case; a text alone where it is that of exactly one option."""
+    cleaned = _cleaned(answer)
+    gold = item.golds[0]
+    if cleaned is None:
+        return None, "unclear"
+    letters, _ = choice(cleaned)
+    if letters:
+        return _decided(letters == {gold}, "letter")
+    same = [i for i, option in enumerate(item.options) if normalise(option) == normalise(answer)]
+    if not same:
+        same = [i for i, option in enumerate(item.options) if equal(option, answer)]
+    if len(same) == 1:
+        return _decided(same[0] == ord(gold) - ord("A"), "option")
+    return None, "unclear"
+
+
+def _short(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
+    """The project's rules; where they say no, that is final only for two plain numbers, two verdicts or two letters."""
+    if any(equal(gold, answer) for gold in item.golds):
+        return 1.0, "equal"
+    cleaned = _cleaned(answer)
+    golds = [_cleaned(gold) for gold in item.golds]
+    if cleaned is not None and all(gold is not None and _same_type(gold, cleaned) for gold in golds):
+        return 0.0, "different"
+    return None, "unclear"
+
+
+def _same_type(gold: str, answer: str) -> bool:
+    """Whether two cleaned answers are both a number, a yes or no, or a letter, so that no reading makes them equal."""
+    if yes_no(gold) or yes_no(answer):
+        return bool(yes_no(gold) and yes_no(answer))
+    if choice(gold)[0] or choice(answer)[0]:
+        return bool(choice(gold)[0] and choice(answer)[0])
+    (first, first_unit), (second, second_unit) = split_unit(gold, True), split_unit(answer)
+    return bool(parse_number(first) and parse_number(second)) and first_unit == second_unit
+
+
+def _precision(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
+    """A number: equal to the gold at `facts["precision"]` decimals, or within `facts["tolerance"]` of it.
+
+    MathVista rounds the answer to as many decimals as the question asks for; DynaMath lets pass what is at most 0.001 off.
+    """
+    gold, number = _number(item.golds[0]), _number(answer)
+    if gold is None or number is None:
+        return _short(item, answer, equal)
+    if "tolerance" in item.facts:
+        near = abs(gold.value - number.value) <= Fraction(str(item.facts["tolerance"]))
+    else:
+        places = int(item.facts["precision"])
+        # As the benchmark does it: a float rounded. An integer is not rounded to: 3.4 is not 3.
+        near = number.value == gold.value or (
+            places > 0
+            and max(abs(gold.value), abs(number.value)) < _LARGEST_FLOAT
+            and round(float(number.value), places) == round(float(gold.value), places)
+        )
+    if near:
+        return 1.0, "precision"
+    return _decided(equal(item.golds[0], answer))
+
+
+def _grid(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
+    """The same whole numbers in the same order."""
+    found = re.findall(r"\d{1,6}", answer, re.ASCII)
+    if not found:
+        return None, "unclear"
+    return _decided([int(n) for n in found] == [int(n) for n in re.findall(r"\d{1,6}", item.golds[0], re.ASCII)])
+
+
+def _anls(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
+    text = answer[:MAX_ANSWER]
+    wrapped = re.fullmatch(r"\\text\{([^{}]*)\}", text.strip())
+    return anls(item.golds, wrapped[1] if wrapped else text), "anls"
+
+
+def _ocr(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:
+    # Its metrics need packages of the extra `ocr`, which nobody else needs.
+    from zppo.evaluate.ocr import ocr_score
+
+    return ocr_score(item, response), str(item.facts["task"])
+
+
+def _judged(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:
+    """The gold in the gold's very words is right without a call; everything else is the judge's."""
+    if any(normalise(gold) == normalise(response) for gold in item.golds):
+        return 1.0, "same words"
+    return None, "judge"
+
+
+def _always(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:
+    return None, "judge"
+
+
+def _cleaned(text: str) -> str | None:
+    """The answer in one spelling; None where it is empty, or too long or too deep to be read."""
+    return None if len(text) > MAX_ANSWER or nested_too_deep(text) else clean(text) or None
+
+
+def _number(text: str) -> Number | None:
+    """The number in an answer, its unit taken off."""
+    cleaned = _cleaned(text)
+    return None if cleaned is None else parse_number(split_unit(cleaned)[0])
+
+
+_RULES: Mapping[Kind, Rule] = MappingProxyType(
+    {"choice": _choice, "number": _short, "text": _short, "precision": _precision, "grid": _grid, "anls": _anls}
+)
+_WHOLE_RESPONSE: Mapping[Kind, Rule] = MappingProxyType(
+    {"ocr": _ocr, "judged": _judged, "graded": _always, "criterion": _always}
+)
