@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zppo.core.types import Message, Question
+from zppo.errors import DataError
 from zppo.prompts import PromptBook
 
 IMAGE = "<image>"
@@ -50,6 +51,9 @@ class Item:
         clip: (start, end) in seconds where only a part of `video` belongs to the question.
         options: texts of the options, A first, where there are some.
         facts: what scorers and breakdowns need beside that (precision, variant, category, ...).
+
+    Raises:
+        DataError: marks and images differ in number, or there is no gold.
     """
 
     id: str
@@ -63,6 +67,15 @@ class Item:
     clip: tuple[float, float] | None = None
     options: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        marks = sum(message.content.count(IMAGE) for message in self.messages)
+        if marks != len(self.images):
+            raise DataError(
+                f"{self.benchmark}, question {self.id!r}: has {marks} marks {IMAGE} and {len(self.images)} images"
+            )
+        if not self.golds:
+            raise DataError(f"{self.benchmark}, question {self.id!r}: has no right answer")
 
     @property
     def golds(self) -> tuple[str, ...]:

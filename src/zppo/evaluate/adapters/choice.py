@@ -14,7 +14,6 @@ from zppo.evaluate.adapters.words import (
     checked_options,
     letter_of,
     numbered_images,
-    place_images,
     with_options,
 )
 from zppo.evaluate.item import IMAGE, Item, Media
@@ -34,9 +33,8 @@ def choice_item(
     """An item of the kind choice; the gold must be the letter of one of the options."""
     if gold not in LETTERS[: len(options)] or len(gold) != 1:
         row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
-    text = with_options(question, options)
-    text = place_images(row, text, len(images)) if images else text
-    return Item(identity, row.benchmark, ask(text), gold, "choice", images, options=options, facts=facts or {})
+    messages = ask(row, with_options(question, options), len(images))
+    return Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts or {})
 
 
 def indexed_gold(row: Row, field: str, options: tuple[str, ...]) -> str:
@@ -73,8 +71,8 @@ def visual_puzzles(row: Row) -> tuple[Item, ...]:
     facts = {"category": row.maybe("category")}
     if options:
         return (choice_item(row, identity, question, options, gold, (image,), facts),)
-    text = place_images(row, f"{question}\nThe options A, B, C and D are shown in the image.", 1)
-    return (Item(identity, row.benchmark, ask(text), gold, "choice", (image,), options=tuple("ABCD"), facts=facts),)
+    messages = ask(row, f"{question}\nThe options A, B, C and D are shown in the image.", 1)
+    return (Item(identity, row.benchmark, messages, gold, "choice", (image,), options=tuple("ABCD"), facts=facts),)
 
 
 def mmmu_pro(row: Row) -> tuple[Item, ...]:
@@ -92,7 +90,8 @@ def mmmu_pro(row: Row) -> tuple[Item, ...]:
         images = (row.image("image"),)
     if gold not in LETTERS[: len(options)]:
         row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
-    return (Item(identity, row.benchmark, ask(text), gold, "choice", images, options=options, facts=facts),)
+    messages = ask(row, text, len(images))
+    return (Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts),)
 
 
 def babyvision(row: Row) -> tuple[Item, ...]:
@@ -106,8 +105,7 @@ def babyvision(row: Row) -> tuple[Item, ...]:
         return (
             choice_item(row, identity, question, options, indexed_gold(row, "choiceAns", options), (image,), facts),
         )
-    text = place_images(row, question, 1)
-    return (Item(identity, row.benchmark, ask(text), row.text("blankAns"), "text", (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask(row, question, 1), row.text("blankAns"), "text", (image,), facts=facts),)
 
 
 def mmlu(row: Row) -> tuple[Item, ...]:

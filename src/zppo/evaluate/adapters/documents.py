@@ -9,7 +9,7 @@ from typing import Any
 
 from zppo.evaluate.adapters.directives import strip_directives
 from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.adapters.words import ask, place_images
+from zppo.evaluate.adapters.words import ask
 from zppo.evaluate.item import Item, Kind
 
 _BLIND_KINDS: Mapping[str, Kind] = MappingProxyType({"touching circles": "text", "circled letter": "text"})
@@ -18,21 +18,19 @@ _GRID = "counting grid"
 
 def infovqa(row: Row) -> tuple[Item, ...]:
     """InfographicVQA: several accepted answers; the test split has none."""
-    text = place_images(row, strip_directives(row.text("question")), 1)
-    return (
-        Item(row.text("questionId"), row.benchmark, ask(text), row.texts("answers"), "anls", (row.image("image"),)),
-    )
+    messages = ask(row, strip_directives(row.text("question")), 1)
+    return (Item(row.text("questionId"), row.benchmark, messages, row.texts("answers"), "anls", (row.image("image"),)),)
 
 
 def mmvet(row: Row) -> tuple[Item, ...]:
     """MM-Vet: the gold may join parts with <AND> and <OR>, which its judge is told about."""
-    text = place_images(row, strip_directives(row.text("question")), 1)
+    messages = ask(row, strip_directives(row.text("question")), 1)
     facts = {"capability": row.maybe("capability")}
     return (
         Item(
             row.text("question_id"),
             row.benchmark,
-            ask(text),
+            messages,
             row.text("answer"),
             "graded",
             (row.image("image"),),
@@ -48,9 +46,9 @@ def vlms_are_blind(row: Row) -> tuple[Item, ...]:
     text = strip_directives(row.text("prompt"))
     if kind == "grid":  # the directive names the numbers that are asked for
         text = re.sub(r"\s+and answer with numbers in curly brackets\b", "", text, flags=re.IGNORECASE)
-    text = place_images(row, text, 1)
+    messages = ask(row, text, 1)
     image, gold = row.image("image"), row.text("groundtruth")
-    return (Item(f"blind-{row.number}", row.benchmark, ask(text), gold, kind, (image,), facts={"task": task}),)
+    return (Item(f"blind-{row.number}", row.benchmark, messages, gold, kind, (image,), facts={"task": task}),)
 
 
 def ocrbench_en(row: Row) -> tuple[Item, ...]:
@@ -77,9 +75,9 @@ def _ocrbench(row: Row, language: str) -> tuple[Item, ...]:
         facts["content"] = row.texts("content")
         if len(facts["boxes"]) != len(facts["content"]):
             row.fail("content", f"has {len(facts['content'])} texts for {len(facts['boxes'])} boxes")
-    text = place_images(row, strip_directives(row.text("question")), 1)
+    messages = ask(row, strip_directives(row.text("question")), 1)
     identity = row.maybe("id") or f"ocrbench-{row.number}"
-    return (Item(identity, row.benchmark, ask(text), answers, "ocr", (row.image("image"),), facts=facts),)
+    return (Item(identity, row.benchmark, messages, answers, "ocr", (row.image("image"),), facts=facts),)
 
 
 def _whole(row: Row, field: str, value: object) -> int:
@@ -138,7 +136,7 @@ def charxiv(row: Row) -> tuple[Item, ...]:
         return Item(
             f"{identity}/{part}",
             row.benchmark,
-            ask(place_images(row, question, 1)),
+            ask(row, question, 1),
             gold,
             "judged",
             (image,),

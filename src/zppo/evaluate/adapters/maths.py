@@ -11,13 +11,12 @@ from zppo.evaluate.adapters.words import (
     LETTERS,
     ask,
     checked_options,
-    place_images,
     with_options,
 )
 from zppo.evaluate.item import Item, Kind
 
 _VARIANT = re.compile(r"variant_?(\d{1,2})$")
-_OPTION = re.compile(r"(?:^|[;；]|\n)\s*(?:\(([A-H])\)|([A-H])[.、):：])\s*")
+_OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.、):：]|(?:^|[;；\s])\(([A-H])\))\s*")
 _STEPS = re.compile(r"[23]steps_(?:[123]|multi)")
 
 
@@ -25,21 +24,21 @@ def aime25(row: Row) -> tuple[Item, ...]:
     """AIME 2025, I and II: `question`, or `problem` in another owner's copy."""
     identity = row.maybe("id") or f"{row.config or 'aime25'}-{row.number}"
     text = strip_directives(row.text("question", "problem"))
-    return (Item(identity, row.benchmark, ask(text), row.text("answer"), "number"),)
+    return (Item(identity, row.benchmark, ask(row, text), row.text("answer"), "number"),)
 
 
 def aime26(row: Row) -> tuple[Item, ...]:
     """AIME 2026."""
     identity = row.maybe("problem_idx", "id") or f"aime26-{row.number}"
     text = strip_directives(row.text("problem", "question"))
-    return (Item(identity, row.benchmark, ask(text), row.text("answer"), "number"),)
+    return (Item(identity, row.benchmark, ask(row, text), row.text("answer"), "number"),)
 
 
 def imo_answerbench(row: Row) -> tuple[Item, ...]:
     """IMO-AnswerBench: the answers are numbers, formulas, sets, or a few words."""
     facts = {"category": row.maybe("Category"), "subcategory": row.maybe("Subcategory")}
     text = strip_directives(row.text("Problem"))
-    return (Item(row.text("Problem ID"), row.benchmark, ask(text), row.text("Short Answer"), "text", facts=facts),)
+    return (Item(row.text("Problem ID"), row.benchmark, ask(row, text), row.text("Short Answer"), "text", facts=facts),)
 
 
 def mathvista(row: Row) -> tuple[Item, ...]:
@@ -62,8 +61,7 @@ def mathvista(row: Row) -> tuple[Item, ...]:
     if facts["answer_type"] in ("integer", "float"):
         kind = "precision"
         facts["precision"] = str(0 if facts["answer_type"] == "integer" else row.integer("precision"))
-    text = place_images(row, question, 1)
-    return (Item(identity, row.benchmark, ask(text), row.text("answer"), kind, (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask(row, question, 1), row.text("answer"), kind, (image,), facts=facts),)
 
 
 def mathvision(row: Row) -> tuple[Item, ...]:
@@ -74,8 +72,7 @@ def mathvision(row: Row) -> tuple[Item, ...]:
     if row.has("options"):
         options = checked_options(row, "options", row.texts("options"))
         return (choice_item(row, identity, _one_mark(question), options, gold, (image,), facts),)
-    text = place_images(row, _one_mark(question), 1)
-    return (Item(identity, row.benchmark, ask(text), gold, "text", (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask(row, _one_mark(question), 1), gold, "text", (image,), facts=facts),)
 
 
 def _one_mark(text: str) -> str:
@@ -89,7 +86,7 @@ def mathverse(row: Row) -> tuple[Item, ...]:
     The version whose question stands in the picture alone has a `query_wo` that is nothing but directives.
     """
     identity, image = row.text("sample_index"), row.image("image")
-    facts = {"version": row.text("problem_version"), "problem": row.maybe("problem_index")}
+    facts = {"version": row.text("problem_version"), "problem_index": row.maybe("problem_index")}
     gold = row.text("answer")
     text = strip_directives(row.text("query_wo").removeprefix("Question:").strip())
     text = re.sub(r"^Question:\s*", "", text) or "Answer the question that is shown in the image."
@@ -100,22 +97,18 @@ def mathverse(row: Row) -> tuple[Item, ...]:
         options = options or tuple("ABCD")
         gold = gold.strip("() .")
         text = with_options(text, options) if options != tuple("ABCD") else text
-    return (
-        Item(
-            identity, row.benchmark, ask(place_images(row, text, 1)), gold, kind, (image,), options=options, facts=facts
-        ),
-    )
+    return (Item(identity, row.benchmark, ask(row, text, 1), gold, kind, (image,), options=options, facts=facts),)
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
-    """A question that ends with its options, `A: 1; B: 2` or a line each, taken apart; no options if they are not A, B, C, ..."""
+    """A question that ends with its options, `A: 1; B: 2`, `(A) 1 (B) 2` or a line each, taken apart; no options if they are not A, B, C, ..."""
     marks = list(_OPTION.finditer(text))
     letters = "".join(mark[1] or mark[2] for mark in marks)
     if len(marks) < 2 or not LETTERS.startswith(letters):
         return text, ()
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     options = tuple(text[mark.end() : end].strip(" ;；\n") for mark, end in zip(marks, ends, strict=True))
-    head = re.sub(r"\n?\s*(?:Choices|Options)\s*[:：]?\s*$", "", text[: marks[0].start()], flags=re.IGNORECASE)
+    head = re.sub(r"\s*\b(?:choices?|options?)\s*[:：]?\s*$", "", text[: marks[0].start()], flags=re.IGNORECASE)
     return (head.strip(), options) if all(options) else (text, ())
 
 
@@ -130,17 +123,17 @@ def dynamath(row: Row) -> tuple[Item, ...]:
     identity = f"{seed}/{variant}"
     if kind == "multiple choice":
         head, options = split_options(question)
-        text = place_images(row, with_options(head, options) if options else question, 1)
+        messages = ask(row, with_options(head, options) if options else question, 1)
         options = options or tuple("ABCDEFGH")
         return (
             Item(
-                identity, row.benchmark, ask(text), gold.strip("() ."), "choice", (image,), options=options, facts=facts
+                identity, row.benchmark, messages, gold.strip("() ."), "choice", (image,), options=options, facts=facts
             ),
         )
     number: Kind = "precision" if kind == "float" else "text"
     if kind == "float":
         facts["tolerance"] = "0.001"
-    return (Item(identity, row.benchmark, ask(place_images(row, question, 1)), gold, number, (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask(row, question, 1), gold, number, (image,), facts=facts),)
 
 
 def wemath(row: Row) -> tuple[Item, ...]:

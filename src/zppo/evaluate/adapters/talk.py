@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from zppo.core.types import Message
 from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.adapters.words import ask, place_images
+from zppo.evaluate.adapters.words import ask
 from zppo.evaluate.item import Item
 
 _ROLES = ("system", "user", "assistant")
@@ -16,10 +16,9 @@ _ROLES = ("system", "user", "assistant")
 def hle(row: Row) -> tuple[Item, ...]:
     """Humanity's Last Exam, with its picture where a question has one; options are part of the question's text."""
     images = (row.image("image"),) if row.has("image") else ()
-    text = row.text("question")
-    text = place_images(row, text, 1) if images else text
+    messages = ask(row, row.text("question"), len(images))
     facts = {name: row.maybe(name) for name in ("answer_type", "category", "raw_subject")}
-    return (Item(row.text("id"), row.benchmark, ask(text), row.text("answer"), "judged", images, facts=facts),)
+    return (Item(row.text("id"), row.benchmark, messages, row.text("answer"), "judged", images, facts=facts),)
 
 
 def multichallenge(row: Row) -> tuple[Item, ...]:
@@ -43,4 +42,5 @@ def _turn(row: Row, turn: object) -> Message:
             "conversation",
             f"holds a turn with the role {role!r:.40} that cannot be shown: {', '.join(_ROLES)} and a text are expected",
         )
-    return Message(cast(Literal["system", "user", "assistant"], role), content)
+    shown = ask(row, content)[0].content
+    return Message(cast(Literal["system", "user", "assistant"], role), shown)

@@ -60,7 +60,14 @@ def mmvu(row: Row) -> tuple[Item, ...]:
     if row.one_of("question_type", ("multiple-choice", "open-ended")) == "open-ended":
         return (
             _video_item(
-                row, row.text("id"), ask(question), row.text("answer"), "judged", "video_path", facts=facts, where=where
+                row,
+                row.text("id"),
+                ask(row, question),
+                row.text("answer"),
+                "judged",
+                "video_path",
+                facts=facts,
+                where=where,
             ),
         )
     choices = row.value("choices")
@@ -77,7 +84,7 @@ def mmvu(row: Row) -> tuple[Item, ...]:
         _video_item(
             row,
             row.text("id"),
-            ask(text),
+            ask(row, text),
             row.text("answer"),
             "choice",
             "video_path",
@@ -103,7 +110,15 @@ def mvbench(row: Row) -> tuple[Item, ...]:
     identity = f"{row.config or 'mvbench'}-{row.number}"
     return (
         _video_item(
-            row, identity, ask(text), gold, "choice", "video", options=options, facts={"task": row.config}, clip=clip
+            row,
+            identity,
+            ask(row, text),
+            gold,
+            "choice",
+            "video",
+            options=options,
+            facts={"task": row.config},
+            clip=clip,
         ),
     )
 
@@ -126,7 +141,15 @@ def _videomme(row: Row, before: str) -> Item:
     where = "" if row.has("frames") else f"{row.text('videoID')}.mp4"
     gold = row.text("answer")
     return _video_item(
-        row, row.text("question_id"), ask(text), gold, "choice", "videoID", options=options, facts=facts, where=where
+        row,
+        row.text("question_id"),
+        ask(row, text),
+        gold,
+        "choice",
+        "videoID",
+        options=options,
+        facts=facts,
+        where=where,
     )
 
 
@@ -145,7 +168,7 @@ def videommmu(row: Row) -> tuple[Item, ...]:
     question, gold = strip_directives(row.text("question")), row.text("answer")
     name = f"{row.config}/{identity}" if row.config else identity
     if not row.has("options"):
-        return (_video_item(row, name, ask(question), gold, "text", "id", facts=facts, where=where),)
+        return (_video_item(row, name, ask(row, question), gold, "text", "id", facts=facts, where=where),)
     options = checked_options(row, "options", row.texts("options"))
     text = with_options(question, options)
-    return (_video_item(row, name, ask(text), gold, "choice", "id", options=options, facts=facts, where=where),)
+    return (_video_item(row, name, ask(row, text), gold, "choice", "id", options=options, facts=facts, where=where),)

@@ -24,7 +24,9 @@ def bare_options(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
-    """The question and, a line each, its options as `A. text`."""
+    """The question and, a line each, its options as `A. text`; options that are but letters stand in a picture."""
+    if tuple(options) == tuple(LETTERS[: len(options)]):
+        return question
     lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return "\n".join((question, *lines))
 
@@ -43,14 +45,21 @@ def checked_options(row: Row, field: str, options: Sequence[str]) -> tuple[str, 
     return bare_options(options)
 
 
-def place_images(row: Row, text: str, count: int) -> str:
-    """The text with `count` marks for images: its own, in order, or, where it has none, all of them in front."""
-    marks = _MARK.findall(text)
-    if len(marks) == count:
-        return _MARK.sub(IMAGE, text)
-    if marks:
-        row.fail("question", f"has {len(marks)} marks for images, and the row has {count} of these")
-    return "\n".join([IMAGE] * count + [text])
+def ask(row: Row, text: str, images: int = 0) -> tuple[Message, ...]:
+    """One user's turn with so many images, at the text's own marks, in order, or, where it has none, all in front.
+
+    A text without images may still say `<image>` (a question about HTML): that is no mark, and is written differently.
+    """
+    marks = len(_MARK.findall(text))
+    if not images:
+        text = _MARK.sub("[image]", text)
+    elif marks == images:
+        text = _MARK.sub(IMAGE, text)
+    elif marks:
+        row.fail("question", f"has {marks} marks for images, and the row has {images} of these")
+    else:
+        text = "\n".join([IMAGE] * images + [text])
+    return (Message("user", text),)
 
 
 def numbered_images(text: str) -> tuple[str, tuple[int, ...]]:
@@ -65,8 +74,3 @@ def numbered_images(text: str) -> tuple[str, tuple[int, ...]]:
         return IMAGE
 
     return _NUMBERED.sub(mark, text), tuple(order)
-
-
-def ask(text: str) -> tuple[Message, ...]:
-    """One user's turn."""
-    return (Message("user", text),)
