@@ -18,9 +18,9 @@ def similarity(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
 
 
 def anls(golds: Iterable[str], answer: str, threshold: float = THRESHOLD) -> float:
-    """The best similarity to one of the golds, without regard to case and white space; 0 below the threshold."""
+    """The best similarity to one of the golds, without regard to case and white space; 0 where it is not above the threshold."""
     best = max((similarity(_plain(gold), _plain(answer)) for gold in golds), default=0.0)
-    return best if best >= threshold else 0.0
+    return best if best > threshold else 0.0
 
 
 def _plain(text: str) -> str:

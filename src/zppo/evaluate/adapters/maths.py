@@ -101,7 +101,7 @@ def mathverse(row: Row) -> tuple[Item, ...]:
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
-    """A question that ends with its options, `A: 1; B: 2`, `(A) 1 (B) 2` or a line each, taken apart; no options if they are not A, B, C, ..."""
+    """A question that ends with its options, `A: 1; B: 2`, `(A) 1 (B) 2` or a line each, taken apart; else no options."""
     marks = list(_OPTION.finditer(text))
     letters = "".join(mark[1] or mark[2] for mark in marks)
     if len(marks) < 2 or not LETTERS.startswith(letters):

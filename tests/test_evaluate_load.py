@@ -1,0 +1,226 @@
+"""Items from folders and from the hub; what cannot be had is said as such."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+
+from evaluate_data import items, write_data
+from zppo.errors import DataError, UnavailableError
+from zppo.evaluate.item import Item
+from zppo.evaluate.load import limited, load_items, unique
+from zppo.evaluate.registry import BENCHMARKS, find
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.name)
+def test_items_come_from_a_folder(benchmark: Any, folder: Path, tmp_path: Path) -> None:
+    loaded = load_items(benchmark, folder, store=tmp_path)
+    expected = items(benchmark, folder)
+    assert [item.id for item in loaded.items] == [item.id for item in expected]
+    assert (loaded.origin, loaded.revision) == (str(folder / f"{benchmark.name}.jsonl"), "")
+    for item, same in zip(loaded.items, expected, strict=True):
+        assert (item.messages, item.gold, item.facts) == (same.messages, same.gold, same.facts)
+        assert all(isinstance(media, Path) and media.is_file() for media in (*item.images, *item.frames))
+
+
+def test_left_out_rows_are_counted(folder: Path) -> None:
+    assert load_items(find("MMLU-Rd"), folder).left_out == 1
+    assert load_items(find("MMLU"), folder).left_out == 0
+
+
+def test_pictures_that_come_as_bytes_are_stored_once(folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        image = load_items(find("HLE"), folder, store=tmp_path).items[1].images[0]
+    assert isinstance(image, Path) and image.read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert isinstance(load_items(find("HLE"), folder).items[1].images[0], bytes)
+
+
+def test_parquet_is_read_too(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "AI2D.jsonl").read_text().splitlines()]
+    pictures = [{"bytes": (folder / row["image"]).read_bytes(), "path": None} for row in rows]
+    table = [{**row, "image": picture} for row, picture in zip(rows, pictures, strict=True)]
+    datasets.Dataset.from_list(table).to_parquet(tmp_path / "AI2D.parquet")
+    loaded = load_items(find("AI2D"), tmp_path)
+    assert [item.gold for item in loaded.items] == ["B", "A"]
+    assert loaded.items[0].images == (pictures[0]["bytes"],)
+
+
+def test_subtitles_are_read_beside_the_clips(folder: Path, tmp_path: Path) -> None:
+    """And only for the benchmark with subtitles; a clip without them says so."""
+    clips = write_data(tmp_path)
+    (clips / "subtitle").mkdir()
+    (clips / "subtitle" / "fFjv93ACGo8.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nThree candles!\n")
+    with_them = load_items(find("VMMES"), folder, clips=clips).items
+    assert "Three candles!" in with_them[0].messages[0].content
+    assert "no subtitles" in load_items(find("VMMES"), folder).items[0].messages[0].content
+    assert "subtitles" not in load_items(find("VMME"), folder, clips=clips).items[0].messages[0].content
+
+
+def test_clips_are_found_wherever_they_were_unpacked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "clips").symlink_to(folder / "clips")
+    (tmp_path / "star" / "ZS9XR.mp4").mkdir(parents=True)  # a clip that comes as a folder of pictures
+    for number in range(2):
+        (tmp_path / "star" / "ZS9XR.mp4" / f"{number}.png").write_bytes((folder / "clips" / "0.png").read_bytes())
+    first = load_items(find("MVBench"), folder, clips=tmp_path).items[0]
+    assert [path.name for path in first.frames if isinstance(path, Path)] == ["0.png", "1.png"] and first.video is None
+
+
+@pytest.mark.parametrize(
+    ("name", "clips", "message"),
+    [
+        ("AI2D", None, r"AI2D: .* has none of AI2D\.jsonl, AI2D\.parquet, AI2D\.json"),
+        ("VMME", None, r"VMME: .*fFjv93ACGo8\.mp4 does not exist, nor is there a file of its name below"),
+    ],
+)
+def test_what_a_folder_lacks_is_unavailable(
+    name: str, clips: Path | None, message: str, folder: Path, tmp_path: Path
+) -> None:
+    if name != "AI2D":
+        (tmp_path / f"{name}.jsonl").write_text((folder / f"{name}.jsonl").read_text())
+    with pytest.raises(UnavailableError, match=message):
+        load_items(find(name), tmp_path, clips=clips)
+
+
+def test_data_of_another_benchmark_is_not_scored_zero(folder: Path, tmp_path: Path) -> None:
+    lines = (folder / "OCREN.jsonl").read_text().splitlines()
+    (tmp_path / "OCRZH.jsonl").write_text(lines[0] + "\n")  # English only
+    with pytest.raises(UnavailableError, match="holds no question of the benchmark"):
+        load_items(find("OCRZH"), tmp_path)
+
+
+def test_a_row_that_cannot_be_read_names_itself(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "MMLU.jsonl").write_text((folder / "MMLU.jsonl").read_text() + '{"question": "?"}\n')
+    with pytest.raises(DataError, match=r"^MMLU, row 3, field 'choices': missing") as caught:
+        load_items(find("MMLU"), tmp_path)
+    assert not isinstance(caught.value, UnavailableError)
+    (tmp_path / "MMLU.jsonl").write_text("[1]\n")
+    with pytest.raises(DataError):
+        load_items(find("MMLU"), tmp_path)
+
+
+def test_a_limit_keeps_groups_whole(folder: Path) -> None:
+    """DynaMath: both variants of a seed question or none; else the first items."""
+    assert [item.id for item in load_items(find("DynaM"), folder, limit=3).items] == ["1/1", "1/2"]
+    assert len(load_items(find("WeMath"), folder, limit=1).items) == 3  # one group at least
+    assert [item.id for item in load_items(find("CharXiv"), folder, limit=2).items] == ["2004.10956/r", "2004.10956/d1"]
+    assert limited((), 3) == ()
+
+
+def test_ids_that_stand_twice_are_told_apart() -> None:
+    item = items(find("MMLU"))[0]
+    assert [i.id for i in unique([item, item, item])] == [item.id, f"{item.id}~2", f"{item.id}~3"]
+
+
+# The hub, without a network: `load_dataset` gives what it is told to.
+
+
+class Hub:
+    """Stands for `datasets.load_dataset`; remembers what it was asked for."""
+
+    def __init__(self, parts: dict[tuple[str | None, str], list[dict[str, Any]]]) -> None:
+        self.parts, self.asked = parts, []  # type: ignore[var-annotated]
+
+    def __call__(self, name: str, config: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
+        self.asked.append((name, config, split, revision))
+        return datasets.Dataset.from_list(self.parts[config, split])
+
+
+class Info:
+    sha = "c0ffee"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(parts: dict[tuple[str | None, str], list[dict[str, Any]]]) -> Hub:
+        made = Hub(parts)
+        monkeypatch.setattr(datasets, "load_dataset", made)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision=None: Info())
+        return made
+
+    return make
+
+
+def test_all_parts_of_a_set_are_asked_for_at_the_known_revision(hub: Any) -> None:
+    mmlu = find("MMLU")
+    made = hub({("all", "test"): [{"question": "2+2?", "subject": "maths", "choices": ["3", "4"], "answer": 1}]})
+    loaded = load_items(mmlu)
+    assert made.asked == [("cais/mmlu", "all", "test", mmlu.source.revision)] and mmlu.source.revision
+    assert (loaded.origin, loaded.revision) == ("cais/mmlu", "c0ffee")
+    assert loaded.items[0].id == "maths-1"
+
+
+def test_splits_and_configurations_reach_the_adapter(hub: Any) -> None:
+    row = {"id": "7", "question": "?", "decoded_image": b"png", "ground_truth": "1", "answer_type": "float"}
+    made = hub({(None, f"sample_variant{i}"): [row] for i in range(1, 11)})
+    loaded = load_items(find("DynaM"))
+    assert [item.id for item in loaded.items] == [f"7/{i}" for i in range(1, 11)]
+    assert len(made.asked) == 10
+    hub({(name, "test"): [{"question": "?", "answer": 7}] for name in ("AIME2025-I", "AIME2025-II")})
+    assert [item.id for item in load_items(find("AIME25")).items] == ["AIME2025-I-1", "AIME2025-II-2"]
+
+
+def test_pictures_of_the_hub_come_as_bytes(hub: Any, folder: Path) -> None:
+    part = [{"question": "?", "options": ["a", "b"], "answer": "0", "image": str(folder / "images" / "red.png")}]
+    made = hub({})
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "options": datasets.List(datasets.Value("string")), "answer": datasets.Value("string"),
+         "image": datasets.Image()}
+    )  # fmt: skip
+    made.parts = {(None, "test"): part}
+    import unittest.mock
+
+    with unittest.mock.patch.object(
+        datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(part, features=features)
+    ):
+        (item,) = load_items(find("AI2D")).items
+    assert item.images in ((folder / "images" / "red.png",), ((folder / "images" / "red.png").read_bytes(),))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("MMLU", ConnectionError("no route"), r"MMLU: cais/mmlu, configuration all, split test, cannot be loaded \(no route\)"),
+        ("GPQA-D", PermissionError("401"), "it is gated: accept its terms at https://huggingface.co/datasets/Idavidrein/gpqa"),
+    ],
+)  # fmt: skip
+def test_a_set_that_cannot_be_reached_is_unavailable(
+    name: str, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
+    with pytest.raises(UnavailableError, match=message):
+        load_items(find(name))
+
+
+def test_clips_of_the_hub_must_be_unpacked_by_hand() -> None:
+    with pytest.raises(
+        UnavailableError, match="MVBench: its clips are archives at https://huggingface.co/datasets/OpenGVLab/MVBench"
+    ):
+        load_items(find("MVBench"))
+
+
+def test_a_folder_of_the_sets_name_is_not_read_by_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cais" / "mmlu").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnavailableError, match="would be read instead"):
+        load_items(find("MMLU"))
+
+
+def test_item_is_frozen() -> None:
+    item: Item = items(find("MMLU"))[0]
+    with pytest.raises(AttributeError):
+        item.gold = "B"  # type: ignore[misc]
