@@ -148,7 +148,7 @@ def test_directives_are_taken_out_and_questions_stay(text: str, left: str) -> No
     assert strip_directives(left) == left
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text(max_size=400))
 def test_taking_directives_out_only_takes_away(text: str) -> None:
     left = strip_directives(text)
@@ -256,7 +256,7 @@ JUNK = st.recursive(
 
 
 @EACH
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_malformed_row_raises_nothing_but_a_data_error(benchmark: Benchmark, data: st.DataObject) -> None:
     """Some fields of a good row replaced by junk or taken away: an item, or an error that names the benchmark."""

@@ -104,7 +104,7 @@ def test_thoughts_of_an_opened_prompt_end_at_their_tag(grader: Grader) -> None:
     assert score(asked, "so</think>\\boxed{3}", grader.equal, think_open=True).value == 1.0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(get_args(Kind)), st.text(max_size=60), st.text(max_size=60))
 def test_no_answer_raises_and_scores_are_shares(kind: Kind, gold: str, answer: str) -> None:
     facts = {"task": "text grounding en", "precision": "1"}

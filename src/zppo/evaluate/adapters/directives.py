@@ -14,10 +14,10 @@ _FORM = (
     r"(?:only )?(?:the |an? )?(?:correct |final |single |full )?"
     r"(?:option(?:['’]s)?|choice|letters?|number|integer|word|phrase|answer|yes/no|yes or no)"
 )
-_WORDS = r"(?:e\.g\.|i\.e\.|\d\.\d|[^.!?\n])*+"
+_WORDS = r"(?:e\.g\.|i\.e\.|\d\.\d|[^.!?\n]){0,400}+"  # bounded, and so linear in the text
 _END = r"(?:[.!][\"'”’]?|(?=\n|$))"  # a sentence with a question mark is none of these
 _REST = _WORDS + _END
-_BOXED = r"[^.!?\n\\]*\\boxed\{[^{}]*\}" + _REST
+_BOXED = r"[^.!?\n\\]{0,200}\\boxed\{[^{}]{0,80}\}" + _REST
 _DIRECTIVES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -32,7 +32,7 @@ _DIRECTIVES = tuple(
         r"(?:please )?(?:carefully )?solve (?:the|this) (?:problem|question)" + _BOXED,
         r"(?:please )?(?:put|give|write|place|state|return|report|present|provide|enclose)" + _BOXED,
         r"think about the question and give your final answer" + _REST,
-        r"(?:hint: )?please answer the question(?: requiring [^.!?\n]*)? and provide [^\n]*?at the end[.!]?",
+        r"(?:hint: )?please answer the question(?: requiring [^.!?\n]{0,100})? and provide [^\n]{0,300}?at the end[.!]?",
         rf"please first conduct reasoning,? and then answer the question{_REST}",
         rf"please directly answer the question{_REST}",
         r"(?:the )?last line of your response should[^\n]*",
