@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluate_data import GOLDEN, golden, items, rows, write_data
+from zppo.core.types import IMAGE
 from zppo.errors import DataError, SettingsError
 from zppo.evaluate.adapters.directives import strip_directives
 from zppo.evaluate.adapters.maths import split_options
@@ -19,7 +20,7 @@ from zppo.evaluate.adapters.row import Row
 from zppo.evaluate.adapters.video import subtitle_text
 from zppo.evaluate.adapters.words import LETTERS, ask, bare_options, numbered_images, with_options
 from zppo.evaluate.benchmark import Benchmark
-from zppo.evaluate.item import IMAGE, Item, conversation
+from zppo.evaluate.item import Item, conversation
 from zppo.evaluate.registry import BENCHMARKS, find, suite
 from zppo.prompts import PromptBook
 
@@ -207,7 +208,7 @@ def test_subtitles_are_what_is_said() -> None:
 
 def test_an_image_that_is_only_talked_about_is_no_image() -> None:
     row = Row("HLE", 1, {})
-    assert ask(row, "What does <image> do in SVG?")[0].content == "What does [image] do in SVG?"
+    assert ask(row, "What does <image> do in SVG?")[0].content == "What does <image> do in SVG?"
     with pytest.raises(DataError, match=r"^HLE, row 1, field 'question': has 2 marks"):
         ask(row, "<image> and <image>", 1)
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluate_data import items
-from zppo.core.types import Message
+from zppo.core.types import IMAGE, Message
 from zppo.errors import DataError, TemplateError
 from zppo.evaluate.aggregate import Scored, figure, mastery
 from zppo.evaluate.benchmark import Aggregate, Judge
-from zppo.evaluate.item import IMAGE, Item, Kind
+from zppo.evaluate.item import Item, Kind
 from zppo.evaluate.judging import judge_book, judge_request, judge_score
 from zppo.evaluate.registry import BENCHMARKS, find
 from zppo.evaluate.scoring import NO_ANSWER, score
@@ -201,8 +201,9 @@ def test_every_judge_has_its_words() -> None:
 
 
 def test_an_item_counts_its_marks() -> None:
-    with pytest.raises(DataError, match="has 1 marks <image> and 0 images"):
-        Item("1", "x", (Message("user", IMAGE),), "A", "text")
+    with pytest.raises(DataError, match="has 2 marks <image> and 1 images"):
+        Item("1", "x", (Message("user", IMAGE + IMAGE),), "A", "text", (b"png",))
+    assert Item("1", "x", (Message("user", IMAGE),), "A", "text").images == ()  # ordinary text
     with pytest.raises(DataError, match="no right answer"):
         Item("1", "x", (Message("user", "?"),), (), "text")
 

@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from zppo.core.types import Message, Question
+from zppo.core.types import IMAGE, Message, Question
 from zppo.errors import DataError
 from zppo.prompts import PromptBook
-
-IMAGE = "<image>"
-"""Stands in a message where an image of the item belongs; the n-th one in the conversation is `Item.images[n]`."""
 
 Media = bytes | Path
 """A picture: its encoded bytes (PNG, JPEG, ...), or the file that holds them."""
@@ -41,8 +38,8 @@ class Item:
     Attributes:
         id: stable and unique in its benchmark; resuming and comparing runs go by it.
         benchmark: its name in the registry.
-        messages: the conversation that asks it, the last turn a user's, images marked by `IMAGE`, without any directive on how to
-            reason or how to write the answer; `conversation` adds the shared one.
+        messages: the conversation that asks it, the last turn a user's, images at their marks (`core.types.IMAGE`), without any directive on how
+            to reason or how to write the answer; `conversation` adds the shared one.
         gold: the right answer, or all that are accepted.
         kind: what is expected; see `Kind`.
         images: its images, in the order of their marks.
@@ -70,7 +67,7 @@ class Item:
 
     def __post_init__(self) -> None:
         marks = sum(message.content.count(IMAGE) for message in self.messages)
-        if marks != len(self.images):
+        if self.images and marks != len(self.images):
             raise DataError(
                 f"{self.benchmark}, question {self.id!r}: has {marks} marks {IMAGE} and {len(self.images)} images"
             )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
-from zppo.core.types import Message
+from zppo.core.types import IMAGE, Message
 from zppo.evaluate.benchmark import Benchmark, Judge
-from zppo.evaluate.item import IMAGE, Item
+from zppo.evaluate.item import Item
 from zppo.grading.boxed import extract_boxed, final_part
 from zppo.prompts import PromptBook
 from zppo.prompts.book import JUDGE
@@ -50,7 +50,7 @@ def judge_request(
     (`zppo.teacher.judge.readable`). At most the last 20,000 characters of it.
     """
     gold = " or ".join(item.golds)
-    asked = item.asked.replace(IMAGE, "").strip()
+    asked = (item.asked.replace(IMAGE, "") if item.images else item.asked).strip()
     if benchmark.judge == JUDGE:
         response = readable(completion, extract_boxed(completion, think_open), think_open)
         return book.judge(asked, gold, response[-_MOST:])

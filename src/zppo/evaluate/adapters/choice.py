@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zppo.core.draws import keyed_random
+from zppo.core.types import IMAGE
 from zppo.evaluate.adapters.directives import strip_directives
 from zppo.evaluate.adapters.row import Row
 from zppo.evaluate.adapters.words import (
@@ -16,7 +17,7 @@ from zppo.evaluate.adapters.words import (
     numbered_images,
     with_options,
 )
-from zppo.evaluate.item import IMAGE, Item, Media
+from zppo.evaluate.item import Item, Media
 
 _GPQA_SEED = 0
 

@@ -42,5 +42,4 @@ def _turn(row: Row, turn: object) -> Message:
             "conversation",
             f"holds a turn with the role {role!r:.40} that cannot be shown: {', '.join(_ROLES)} and a text are expected",
         )
-    shown = ask(row, content)[0].content
-    return Message(cast(Literal["system", "user", "assistant"], role), shown)
+    return Message(cast(Literal["system", "user", "assistant"], role), content)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from zppo.core.types import Message
+from zppo.core.types import IMAGE, Message
 from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.item import IMAGE
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*")
@@ -48,16 +47,14 @@ def checked_options(row: Row, field: str, options: Sequence[str]) -> tuple[str, 
 def ask(row: Row, text: str, images: int = 0) -> tuple[Message, ...]:
     """One user's turn with so many images, at the text's own marks, in order, or, where it has none, all in front.
 
-    A text without images may still say `<image>` (a question about HTML): that is no mark, and is written differently.
+    A text without images may still say `<image>` (a question about HTML): that is no mark, and stays.
     """
     marks = len(_MARK.findall(text))
-    if not images:
-        text = _MARK.sub("[image]", text)
-    elif marks == images:
+    if images and marks == images:
         text = _MARK.sub(IMAGE, text)
-    elif marks:
+    elif images and marks:
         row.fail("question", f"has {marks} marks for images, and the row has {images} of these")
-    else:
+    elif images:
         text = "\n".join([IMAGE] * images + [text])
     return (Message("user", text),)
 
