@@ -1,6 +1,7 @@
 """Made-up rows of the 31 benchmarks, each in its data set's own schema, with pictures and clips that are drawn here.
 
-`python tests/evaluate_data.py` writes the golden renderings in `data/evaluate/golden` anew: look at the difference before committing it.
+`python tests/evaluate_data.py` writes the golden renderings in `data/evaluate/golden` and the table in `docs/evaluation.md` anew: look at the
+difference before committing it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from zppo.prompts import PromptBook
 
 ROWS = Path(__file__).parent / "data" / "evaluate"
 GOLDEN = ROWS / "golden"
+DOCS = Path(__file__).parents[1] / "docs" / "evaluation.md"
+MARK = "<!-- made by `python tests/evaluate_data.py` -->"
 _COLOURS = {"red": (40, 40), "green": (48, 40), "blue": (40, 56), "wide": (120, 40)}
 _CLIPS = ("videos/Art/0.mp4", "ZS9XR.mp4", "fFjv93ACGo8.mp4")
 
@@ -78,7 +81,31 @@ def golden(benchmark: Benchmark) -> str:
     return "\n".join(rendering(item, book) for item in items(benchmark))
 
 
+def with_table(text: str) -> str:
+    """The document with the table of all benchmarks behind its mark."""
+    lines = [
+        "| name | benchmark | data set | questions | judge | official protocol | not certain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in BENCHMARKS:
+        source = each.source
+        where = f"[{source.id}](https://huggingface.co/datasets/{source.id})"
+        parts = source.configs[0] if len(source.configs) == 1 else f"{len(source.configs)} configurations"
+        splits = source.splits[0] if len(source.splits) == 1 else f"{len(source.splits)} splits"
+        where += f", {', '.join(part for part in (parts, splits) if part)}"
+        where += f", at `{source.revision[:8]}`" if source.revision else ""
+        where += ", gated" if each.gated else ""
+        where += f", {each.licence}" if each.licence else ""
+        judge = "shared" if each.judge == "judge" else each.judge.removeprefix("eval_")
+        count = f"{each.rows:,}" if each.rows else "?"
+        lines.append(
+            f"| {each.name} | {each.title} | {where} | {count} | {judge} | {each.differs} | {each.unverified} |"
+        )
+    return text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
+    DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
     GOLDEN.mkdir(parents=True, exist_ok=True)
     for each in BENCHMARKS:
         (GOLDEN / f"{each.name}.txt").write_text(golden(each), encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluate_data import GOLDEN, golden, items, rows, write_data
+from evaluate_data import DOCS, GOLDEN, golden, items, rows, with_table, write_data
 from zppo.core.types import IMAGE
 from zppo.errors import DataError, SettingsError
 from zppo.evaluate.adapters.directives import strip_directives
@@ -302,6 +302,12 @@ def test_five_benchmarks_have_a_judge_of_their_own() -> None:
     """method.md section 10."""
     own = {b.name for b in BENCHMARKS if b.judge != "judge"}
     assert own == {"MM-Vet", "MultiCh", "MMVU", "HLE", "CharXiv"}
+
+
+def test_the_docs_have_every_benchmark_as_the_registry_has_it() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    assert with_table(text) == text
+    assert all(benchmark.differs in text and benchmark.unverified in text for benchmark in BENCHMARKS)
 
 
 def test_suites() -> None:

@@ -78,6 +78,11 @@ def test_rules(kind: Kind, gold: Any, facts: dict[str, Any], answer: str, value:
     assert score(asked, f"\\boxed{{{answer}}}", grader.equal) == found
 
 
+def test_a_text_that_two_options_have_decides_nothing(grader: Grader) -> None:
+    same = item("choice", "A", options=("half", "third", "Half"))
+    assert score(same, "\\boxed{half}", grader.equal).value is None
+
+
 NEEDS_A_BOX = ("choice", "number", "text", "precision", "grid", "anls")
 
 
@@ -136,6 +141,8 @@ def test_the_shared_judge_reads_all_of_a_completion_without_an_answer() -> None:
         benchmark, items(benchmark)[0], "<think>it is rabbit</think>Yes, that one.", judge_book()
     )
     assert "it is rabbit" in message.content
+    (message,) = judge_request(benchmark, items(benchmark)[0], "x" * 50_000 + " the end", judge_book())
+    assert "the end" in message.content and len(message.content) < 23_000
 
 
 def test_a_response_can_neither_leave_its_block_nor_be_endless() -> None:

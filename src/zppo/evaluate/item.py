@@ -38,8 +38,8 @@ class Item:
     Attributes:
         id: stable and unique in its benchmark; resuming and comparing runs go by it.
         benchmark: its name in the registry.
-        messages: the conversation that asks it, the last turn a user's, images at their marks (`core.types.IMAGE`), without any directive on how
-            to reason or how to write the answer; `conversation` adds the shared one.
+        messages: the conversation that asks it, the last turn a user's, images at their marks (`core.types.IMAGE`), without any directive
+            on how to reason or how to write the answer; `conversation` adds the shared one.
         gold: the right answer, or all that are accepted.
         kind: what is expected; see `Kind`.
         images: its images, in the order of their marks.
