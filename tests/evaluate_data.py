@@ -1,7 +1,7 @@
 """Made-up rows of the 31 benchmarks, each in its data set's own schema, with pictures and clips that are drawn here.
 
-`python tests/evaluate_data.py` writes the golden renderings in `data/evaluate/golden` and the table in `docs/evaluation.md` anew: look at the
-difference before committing it.
+`python tests/evaluate_data.py` writes the golden renderings in `data/evaluate/golden` and the table in `docs/evaluation.md` anew: look
+at the difference before committing it.
 """
 
 from __future__ import annotations
