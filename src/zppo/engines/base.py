@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -113,6 +113,10 @@ def check_end_tokens(eos_ids: Collection[int], banned_ids: Collection[int]) -> N
         )
 
 
+Finished = Callable[[int, int, Completion], None]
+"""Takes a completion that has ended while others are still sampled: the request's place, its key's place, the completion."""
+
+
 class Engine(Protocol):
     """Samples completions from the current weights of one model."""
 
@@ -120,6 +124,13 @@ class Engine(Protocol):
         """Takes over the model's weights; called before the first sampling and whenever they have changed."""
         ...
 
-    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
-        """Completions per request, in the order of its keys."""
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
+    ) -> list[list[Completion]]:
+        """Completions per request, in the order of its keys.
+
+        Args:
+            finished: called with completions as they end, each at most once, in the caller's thread. An engine may leave any of them
+                out: nothing depends on it, and all are returned.
+        """
         ...

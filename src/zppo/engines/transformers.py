@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from zppo.engines.base import Completion, SampleRequest, Sampling, check_end_tokens, check_requests
+from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
 from zppo.engines.cache import DecodeState
-from zppo.engines.draw import Drawer, Draws
+from zppo.engines.draw import Drawer
 from zppo.engines.memory import out_of_memory, release
+from zppo.engines.rows import Rows
 from zppo.engines.sight import Sight
 from zppo.engines.vision import Positions, Seen, picture_inputs, positions_of
-from zppo.errors import MemoryLimitError, ModelError
-
-_DROP_SHARE = 16  # rows are dropped once one in so many has finished
+from zppo.errors import MemoryLimitError
 
 
 class Piece(NamedTuple):
@@ -90,8 +89,10 @@ class TransformersEngine:
         """Nothing to do: the engine samples from the trainer's own weights."""
 
     @torch.no_grad()
-    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
-        """Completions per request, in the order of its keys.
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
+    ) -> list[list[Completion]]:
+        """Completions per request, in the order of its keys; `finished` is given each as soon as its row is dropped.
 
         Every completion has at most `sampling.max_new_tokens` tokens; where prompt and limit together exceed the
         model's context, it ends at the context. Both count as truncated.
@@ -104,34 +105,45 @@ class TransformersEngine:
             MemoryLimitError: the memory does not hold a single rollout.
         """
         check_requests(requests, sampling, self.vocab_size, self.context)
-        done: list[list[Completion]] = [[] for _ in requests]
+        done: list[dict[int, Completion]] = [{} for _ in requests]  # by the key's place
         waiting = deque(plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens))
         with _evaluating(self.model), self.autocast():
             while waiting:
-                batch = waiting.popleft()
+                batch = [piece for whole in waiting.popleft() for piece in _missing(whole, done[whole.request])]
+                if not batch:
+                    continue
                 rows, tokens = _size(batch, requests, sampling.max_new_tokens)
                 if rows > 1 and self.max_tokens is not None and tokens > self.max_tokens:
                     waiting.extendleft(reversed(halves(batch)))
                     continue
-                decoded = self._attempt(batch, requests, sampling)
-                if decoded is None:
+                if not self._attempt(batch, requests, sampling, done, finished):
                     waiting.appendleft(batch)
-                    continue
-                completions = iter(decoded)
-                for piece in batch:
-                    done[piece.request].extend(next(completions) for _ in range(piece.start, piece.stop))
-        return done
+        return [[row[i] for i in range(len(request.keys))] for request, row in zip(requests, done, strict=True)]
 
     def _attempt(
-        self, batch: Sequence[Piece], requests: Sequence[SampleRequest], sampling: Sampling
-    ) -> list[Completion] | None:
-        """The completions of a batch; None where memory ran out and `max_tokens` now admits half of its rows.
+        self,
+        batch: Sequence[Piece],
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        done: list[dict[int, Completion]],
+        finished: Finished | None,
+    ) -> bool:
+        """Decodes a batch into `done`; False where memory ran out and `max_tokens` now admits half of its rows.
 
-        Nothing is lost by the attempt: every draw is keyed, so the rows come to the same tokens in any company.
+        Nothing is lost by the attempt: what has finished stays, and every draw is keyed, so the other rows come to the same tokens in
+        any company.
         """
         rows, tokens = _size(batch, requests, sampling.max_new_tokens)
+        places = [(piece.request, i) for piece in batch for i in range(piece.start, piece.stop)]
+
+        def end(row: int, completion: Completion) -> None:
+            request, place = places[row]
+            done[request][place] = completion
+            if finished is not None:
+                finished(request, place, completion)
+
         try:
-            decoded = self._decode([(requests[p.request], p) for p in batch], sampling)
+            self._decode([(requests[p.request], p) for p in batch], sampling, end)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -141,17 +153,18 @@ class TransformersEngine:
                     f"max_new_tokens (now {sampling.max_new_tokens:,}) or the prompt limit, or take a smaller model"
                 ) from error
         else:
-            if self._failed_rows and self.say is not None:
+            if self._failed_rows and self.say is not None and self.max_tokens is not None:
+                fit = max(1, self.max_tokens // (tokens // rows))  # more than now, where the failed attempt had finished some
                 self.say(
-                    f"memory ran out with {self._failed_rows:,} rollouts at once; {rows:,} fit, and no more than "
+                    f"memory ran out with {self._failed_rows:,} rollouts at once; {fit:,} fit, and no more than "
                     f"{self.max_tokens:,} cached tokens are tried from now on (rollout.max_rows sets a limit of your own)"
                 )
             self._failed_rows = 0
-            return decoded
+            return True
         release()
         self._failed_rows = self._failed_rows or rows
         self.max_tokens = rows // 2 * (tokens // rows)
-        return None
+        return False
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """What the model is run under."""
@@ -190,8 +203,10 @@ class TransformersEngine:
         )
         return out.logits[:, -1], cache, mask, following
 
-    def _decode(self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling) -> list[Completion]:
-        """The completions of one batch: prefill, then token by token on the rows that still live."""
+    def _decode(
+        self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling, end: Callable[[int, Completion], None]
+    ) -> None:
+        """One batch: prefill, then token by token on the rows that still live; `end` is given each row that has finished."""
         device = self.model.device
         prompts = [request.prompt_ids for request, _ in batch]
         owners = [i for i, (_, piece) in enumerate(batch) for _ in range(piece.start, piece.stop)]
@@ -201,7 +216,7 @@ class TransformersEngine:
         ends = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
         ends[[i for i in self.eos_ids if i < self.vocab_size]] = True
         drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
-        progress = _Progress(limits, ends, self.look_every)
+        progress = Rows(limits, ends, self.look_every, end)
 
         logits, cache, mask, following = self._prefill([request for request, _ in batch])
         owner = torch.tensor(owners, device=device)
@@ -219,7 +234,6 @@ class TransformersEngine:
             elif kept is not None:
                 state.keep(kept)
             logits = state.step(tokens)
-        return progress.completions()
 
 
 def plan(
@@ -273,6 +287,11 @@ def _size(batch: Sequence[Piece], requests: Sequence[SampleRequest], new: int) -
     return rows, rows * (max(len(requests[piece.request].prompt_ids) for piece in batch) + new)
 
 
+def _missing(piece: Piece, done: Collection[int]) -> list[Piece]:
+    """What of a piece is not done yet: an attempt that ran out of memory may have finished some of its rollouts."""
+    return [Piece(piece.request, i, i + 1) for i in range(piece.start, piece.stop) if i not in done] if done else [piece]
+
+
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every module's own mode back afterwards (a frozen part may be in it all along)."""
@@ -283,78 +302,3 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _Segment(NamedTuple):
-    """What one unchanged set of rows wrote: its rows (R,), its first step, and the draws of every step."""
-
-    rows: torch.Tensor
-    start: int
-    draws: list[Draws]
-
-
-class _Progress:
-    """What has been drawn so far, and which rollouts still go on.
-
-    Args:
-        limits: (R,) most tokens of each rollout.
-        ends: (V,) bool, which ids end a completion.
-        look_every: steps between looks at what has finished.
-    """
-
-    def __init__(self, limits: torch.Tensor, ends: torch.Tensor, look_every: int) -> None:
-        self.rows = torch.arange(len(limits), device=limits.device)  # rollouts in the batch now, (R',)
-        self.longest, self._shortest = int(limits.max()), int(limits.min())
-        self._limits, self._ends, self._look_every = limits, ends, look_every
-        self._live = torch.ones_like(self.rows, dtype=torch.bool)
-        self._segments = [_Segment(self.rows, 0, [])]
-        self._step = 0
-
-    def record(self, draws: Draws) -> torch.Tensor | None:
-        """Notes one step. Returns the places in the batch to go on with, None for all; `rows` is empty once all are done."""
-        self._segments[-1].draws.append(draws)
-        self._step += 1
-        self._live &= ~self._ends[draws.tokens]
-        if self._step >= self._shortest:
-            self._live &= self._limits[self.rows] > self._step
-        if self._step % self._look_every and self._step < self._shortest:
-            return None
-        count = int(self._live.sum())
-        if count and (len(self.rows) - count) * _DROP_SHARE < len(self.rows):
-            return None
-        # The last live rows fill the gaps, so that most stay where they are.
-        kept = torch.arange(count, device=self.rows.device)
-        kept[~self._live[:count]] = self._live[count:].nonzero()[:, 0] + count
-        self.rows, self._live = self.rows[kept], self._live[kept]
-        self._segments.append(_Segment(self.rows, self._step, []))
-        return kept
-
-    def completions(self) -> list[Completion]:
-        """Every rollout's completion: up to its first end token, else up to its limit.
-
-        Raises:
-            ModelError: a log-prob is not a number.
-        """
-        device = self._limits.device
-        shape = (len(self._limits), self._step)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        logprobs, entropies = (torch.zeros(shape, device=device) for _ in range(2))
-        for rows, start, draws in self._segments:
-            for whole, part in zip((tokens, logprobs, entropies), zip(*draws, strict=True), strict=False):
-                whole[rows, start : start + len(draws)] = torch.stack(part, 1)
-        places = torch.arange(self._step, device=device)
-        ended = torch.where(self._ends[tokens], places, self._step).amin(-1)
-        lengths = torch.minimum(ended + 1, self._limits)
-        written = places < lengths[:, None]
-        if bool((logprobs.isnan() & written).any()):
-            raise ModelError(
-                "the model's logits are not numbers while sampling: its weights have diverged or its precision overflows; "
-                "go back to a checkpoint with a lower learning rate, or use bf16 or fp32 instead of fp16"
-            )
-        means = ((entropies * written).sum(-1) / lengths).tolist()
-        truncated = (ended + 1 > self._limits).tolist()
-        tokens, logprobs = tokens.cpu(), logprobs.cpu()
-        return [
-            Completion(tokens[i, :n].clone(), logprobs[i, :n].clone(), truncated[i], means[i])
-            for i, n in enumerate(lengths.tolist())
-        ]

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from zppo.engines.base import Completion, SampleRequest, Sampling, check_end_tokens, check_requests
+from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
 from zppo.errors import EngineError, ModelError, SettingsError
 
 LOGPROBS_MODE = "processed_logprobs"
@@ -92,8 +92,10 @@ class VLLMEngine:
         self.generation.model = model
         self.sync()
 
-    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
-        """Completions per request, as many as it has keys; entropies are NaN, since vLLM does not tell them.
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
+    ) -> list[list[Completion]]:
+        """Completions per request, as many as it has keys, handed to `finished` when a call returns; entropies are NaN, since vLLM does not tell them.
 
         A key is used only where a call asks for a single completion: `VLLMGeneration` takes one seed a call, and one seed would
         give all rollouts of a prompt the same tokens.
@@ -112,6 +114,9 @@ class VLLMEngine:
             found = self._call([requests[i] for i in places], size, limit, sampling)
             for n, i in enumerate(places):
                 done[i] = found[n * size : (n + 1) * size]
+                if finished is not None:
+                    for place, completion in enumerate(done[i]):
+                        finished(i, place, completion)
         return done
 
     def _call(self, requests: Sequence[SampleRequest], size: int, limit: int, sampling: Sampling) -> list[Completion]:
