@@ -313,3 +313,21 @@ def test_what_cannot_be_sampled_is_refused(asked: list[SampleRequest], sampling:
 def test_an_engine_without_an_end_is_refused() -> None:
     with pytest.raises(ModelError, match="no end token"):
         TransformersEngine(tiny(), [3], 0, banned_ids=[3])
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_rows": 7}, {"max_tokens": 300}, {"look_every": 5}])
+def test_completions_are_handed_over_as_they_end(limits: dict[str, int]) -> None:
+    """Each once and as it is returned, and most of them before the longest has ended; a group that is split over batches too."""
+    model, asked = tiny(), requests([3, 40, 17, 1, 70], group=6)
+    steps, given = [0], {}
+    model.register_forward_pre_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
+
+    def finished(request: int, key: int, completion: Completion) -> None:
+        assert (request, key) not in given
+        given[request, key] = (steps[0], completion)
+
+    done = engine(model, **limits).sample(asked, Sampling(max_new_tokens=20), finished)
+    assert {place: c for place, (_, c) in given.items()} == {
+        (i, j): completion for i, row in enumerate(done) for j, completion in enumerate(row)
+    }
+    assert sum(at < steps[0] for at, _ in given.values()) > len(given) / 2

@@ -116,7 +116,9 @@ def test_sampling_halves_its_rows_and_changes_nothing(kind: str) -> None:
     said: list[str] = []
     sampler = engine(model, say=said.append)
     with small_device(model, 450) as sizes:
-        done = sampler.sample(asked, how)
+        given: list[tuple[int, int]] = []
+        done = sampler.sample(asked, how, lambda request, key, _: given.append((request, key)))
+        assert sorted(given) == [(i, j) for i in range(5) for j in range(4)], "what had ended is not decoded again"
         assert sum(size > 450 for size in sizes) == 2
         assert flat(done) == flat(whole)
         for ours, theirs in zip(sum(done, []), sum(whole, []), strict=True):

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Draft, Question
 
 Need = Literal["pair", "wrong", "hint", "prefix"]
+RESPONSES: frozenset[Need] = frozenset({"pair", "hint", "prefix"})
+"""Needs that take a correct teacher response."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,9 @@ class TransformersEngine:
                 ) from error
         else:
             if self._failed_rows and self.say is not None and self.max_tokens is not None:
-                fit = max(1, self.max_tokens // (tokens // rows))  # more than now, where the failed attempt had finished some
+                fit = max(
+                    1, self.max_tokens // (tokens // rows)
+                )  # more than now, where the failed attempt had finished some
                 self.say(
                     f"memory ran out with {self._failed_rows:,} rollouts at once; {fit:,} fit, and no more than "
                     f"{self.max_tokens:,} cached tokens are tried from now on (rollout.max_rows sets a limit of your own)"
@@ -289,7 +291,9 @@ def _size(batch: Sequence[Piece], requests: Sequence[SampleRequest], new: int) -
 
 def _missing(piece: Piece, done: Collection[int]) -> list[Piece]:
     """What of a piece is not done yet: an attempt that ran out of memory may have finished some of its rollouts."""
-    return [Piece(piece.request, i, i + 1) for i in range(piece.start, piece.stop) if i not in done] if done else [piece]
+    return (
+        [Piece(piece.request, i, i + 1) for i in range(piece.start, piece.stop) if i not in done] if done else [piece]
+    )
 
 
 @contextlib.contextmanager

@@ -95,7 +95,9 @@ class VLLMEngine:
     def sample(
         self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
     ) -> list[list[Completion]]:
-        """Completions per request, as many as it has keys, handed to `finished` when a call returns; entropies are NaN, since vLLM does not tell them.
+        """Completions per request, as many as it has keys; entropies are NaN, since vLLM does not tell them.
+
+        `finished` is given them when a call returns: all that have one group size and one limit.
 
         A key is used only where a call asks for a single completion: `VLLMGeneration` takes one seed a call, and one seed would
         give all rollouts of a prompt the same tokens.

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from zppo.errors import ZPPOError
 from zppo.images.pixels import PixelLimits
 from zppo.images.send import request_url
 from zppo.prompts.neutralise import IMAGE_TEXTS
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.base import Cancelled, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.check import PING_IMAGE, Names, check_images, check_servers
 from zppo.teacher.servers import Servers, Service, backoff
 from zppo.teacher.wire import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Trouble, Wire, sound
@@ -108,6 +109,7 @@ class RemoteTeacher:
         self._official = any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls)
         self._slots = asyncio.Semaphore(concurrency)
         self._encoding = asyncio.Semaphore(ENCODERS)
+        self._running: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
@@ -168,13 +170,23 @@ class RemoteTeacher:
         return taken
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, done in the teacher's thread; an interruption here ends it there."""
+        """The result of `work`, done in the teacher's thread; an interruption here ends it there. Any thread may call it."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._running.add(future)
         try:
             return future.result()
+        except CancelledError:
+            raise Cancelled from None
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._running.discard(future)
+
+    def cancel(self) -> None:
+        """Ends the calls that other threads are in, and their requests: they raise `Cancelled`."""
+        for future in tuple(self._running):
+            future.cancel()
 
     def close(self) -> None:
         """Ends what is under way, the connections and the thread. A second call does nothing."""

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from zppo.core.reformulate import Placebo, PrefixQuestion, Reformulation
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
 from zppo.data.order import steps_per_epochs
@@ -21,17 +20,15 @@ from zppo.engines.chat import Chat
 from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import require_vllm
-from zppo.errors import SettingsError, TemplateError
-from zppo.prompts.book import VARIABLES, PromptBook
+from zppo.errors import SettingsError
+from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.teacher.base import TeacherSampling
-from zppo.teacher.compress import Compressor, token_tail
 from zppo.train import checkpoint
 from zppo.train.advice import Adviser, TimedScore
-from zppo.train.ask import Asker
+from zppo.train.early import EarlyScore, EarlyTeacher
 from zppo.train.halfway import Halfway
-from zppo.train.make_learner import ResponseTokens, make_learner, make_reformulations
-from zppo.train.materials import MaterialMaker
+from zppo.train.make_learner import make_learner, make_reformulations
+from zppo.train.make_zone import grades_beside, make_asker, make_zone
 from zppo.train.models import Student, context_length, load_chat, load_student
 from zppo.train.origin import origin_of
 from zppo.train.progress import Progress, warn
@@ -44,11 +41,9 @@ from zppo.train.seeing import RunData
 from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
-from zppo.train.teachers import FrozenTeacher, Staff
-from zppo.train.team import Team
+from zppo.train.teachers import Staff
 from zppo.train.trainer import Save, Trainer
 from zppo.train.weights import Weights
-from zppo.train.zone import ZoneBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +137,8 @@ def assemble(
     _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
     team = weights.team
     team.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
-    asker = _make_asker(settings, teachers, speaker, scorer, team)
+    early, graded = [EarlyTeacher(teacher, team) for teacher in teachers], EarlyScore(scorer, team)
+    asker = make_asker(settings, early, speaker, graded)
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
     if steps is None:
@@ -169,9 +165,17 @@ def assemble(
         questions=questions,
         held_out=held_out,
         roller=Roller(
-            engine, speaker, scorer, sampling, settings.rollout.group_size, settings.seed, team, weights.whole
+            engine,
+            speaker,
+            scorer,
+            sampling,
+            settings.rollout.group_size,
+            settings.seed,
+            team,
+            weights.whole,
+            beside=grades_beside(settings, scorer),
         ),
-        zone=_make_zone(settings, reformulations, teachers, speaker, asker, engine.context, team),
+        zone=make_zone(settings, reformulations, early, graded, speaker, asker, engine.context, staff.cancel, team),
         learner=learner,
         guard=guard,
         rule=rule,
@@ -186,62 +190,6 @@ def assemble(
         team=team,
     )
     return Assembled(trainer, student, chat, origin, weights)
-
-
-def _make_asker(
-    settings: Settings, teachers: Sequence[FrozenTeacher], speaker: Speaker, score: Score, team: Team
-) -> Asker:
-    own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
-    return Asker(
-        [(team.teacher(teacher), t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
-        speaker,
-        team.score(score),
-        group_size=settings.zone.teacher_group_size,
-        seed=settings.seed,
-    )
-
-
-def _make_zone(
-    settings: Settings,
-    reformulations: Sequence[Reformulation],
-    teachers: Sequence[FrozenTeacher],
-    speaker: Speaker,
-    asker: Asker,
-    context: int | None,
-    team: Team,
-) -> ZoneBuilder:
-    method, chat, student = settings.method.resolve(), speaker.chat, settings.rollout.sampling()
-    first, own = (team.teacher(teachers[0]), settings.teacher) if teachers else (None, None)
-    cap = own.compression.max_new_tokens if own else 1
-    materials = MaterialMaker(
-        frozenset(need for r in reformulations for need in r.needs),
-        compressor=Compressor(
-            first,
-            speaker.book,
-            own.how(own.compression) if own else TeacherSampling(student),
-            token_tail(chat.tokenizer, cap),
-            enabled=own is not None and own.compression.enabled,
-        ),
-        teacher=first,
-        hint=own.how(own.hint) if own else TeacherSampling(student),
-        book=speaker.book,
-        response_ids=ResponseTokens(chat),
-        seed=settings.seed,
-    )
-    _check_templates(reformulations, speaker.book)
-    return ZoneBuilder(
-        reformulations,
-        asker=asker,
-        materials=materials,
-        speaker=speaker,
-        settings=settings.zone,
-        seed=settings.seed,
-        context=context,
-        max_new_tokens=student.max_new_tokens,
-        lazy=own is None or own.ask == "lazy",
-        every_hard_question=method.teacher_response,
-        scramble=method.control == "scrambled",
-    )
 
 
 def _checkpointer(
@@ -274,22 +222,6 @@ def _checkpointer(
         return team.gather(folder)[0] if together else folder
 
     return save
-
-
-def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
-    shows_nothing = (Placebo, PrefixQuestion)  # the plain question needs no template
-    for r in reformulations:
-        if r.kind not in book.names() and not isinstance(r, shows_nothing):
-            raise SettingsError(
-                f"the method asks again with {r.kind!r}, which has no template: add prompts.{r.kind} to the recipe"
-            )
-    known = [*VARIABLES, *(r.kind for r in reformulations)]
-    for name in book.names():
-        if name not in known:
-            raise TemplateError(
-                f"prompts.{name}: no prompt of this run is called {name!r}, so the template would never be shown (known: "
-                f"{', '.join(dict.fromkeys(known))}); mend the name, or leave it out"
-            )
 
 
 def _check_context(

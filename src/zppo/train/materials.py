@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from zppo.core.draws import keyed_random
-from zppo.core.reformulate import Material, Need, distinct_answers
-from zppo.core.types import Group
+from zppo.core.reformulate import Material, Need, Reformulation, distinct_answers
+from zppo.core.types import Draft, Group
 from zppo.grading import normalise
 from zppo.prompts.book import PromptBook
 from zppo.teacher.base import Teacher, TeacherSampling
@@ -133,6 +133,14 @@ class MaterialMaker:
         if "prefix" not in self.needs or not pool:
             return ()
         return self.response_ids(keyed_random(self.seed, "prefix", step, group.question.id).choice(pool))
+
+
+def drafts_of(reformulations: Sequence[Reformulation], material: Material, seed: int, step: int) -> list[Draft]:
+    """What one question is asked again with, in building order (Alg. 1, l. 9-10)."""
+    drafts = (
+        r.draft(material, keyed_random(seed, "reformulate", step, material.question.id, r.kind)) for r in reformulations
+    )
+    return [draft for draft in drafts if draft is not None]
 
 
 def _wrong(group: Group) -> tuple[Source, ...]:

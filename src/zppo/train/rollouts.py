@@ -12,6 +12,7 @@ from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.grading.base import Verdict
 from zppo.prompts.book import PromptBook
+from zppo.train.lane import lane
 from zppo.train.team import ALONE, Team
 
 
@@ -26,6 +27,11 @@ class Answered:
 
 Score = Callable[[Sequence[Answered]], list[Verdict]]
 """Grades completions, in their order: the rule grader, or a user's reward function."""
+
+Seen = Callable[[Prompt, int, Rollout], None]
+"""Is told of a graded rollout: its prompt, its place in the group, itself."""
+
+_Ended = tuple[int, int, Completion]  # the prompt's place, the rollout's place in its group, what was sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class Roller:
         seed: keys the draw of every rollout by (seed, step, question id, kind, index).
         team: the processes that share the groups out; each samples and grades whole groups, and all get all of them.
         whole: inside it the engine has all weights.
+        beside: grade in a thread of its own while other rollouts are sampled, where the engine hands them over as they end.
     """
 
     engine: Engine
@@ -79,20 +86,30 @@ class Roller:
     seed: int
     team: Team = ALONE
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    beside: bool = False
 
-    def roll(self, prompts: Sequence[Prompt], step: int, *, purpose: str = "rollout") -> list[Group]:
-        """One group per prompt, in order. `purpose` keeps the draws of evaluation apart from those of training."""
+    def roll(
+        self, prompts: Sequence[Prompt], step: int, *, purpose: str = "rollout", seen: Seen | None = None
+    ) -> list[Group]:
+        """One group per prompt, in order.
+
+        Args:
+            purpose: keeps the draws of evaluation apart from those of training.
+            seen: told of every rollout of this process's prompts once it is graded, in the thread that grades.
+        """
         if not prompts:
             return []
 
         def work(mine: Sequence[Prompt]) -> list[tuple[Rollout, ...]]:
-            return self._rollouts(mine, step, purpose)
+            return self._rollouts(mine, step, purpose, seen)
 
         with self.whole():
             rolled = self.team.map(prompts, work, lambda p: float(len(p.ids) + self.sampling.max_new_tokens))
         return [Group(prompt, rollouts) for prompt, rollouts in zip(prompts, rolled, strict=True)]
 
-    def _rollouts(self, prompts: Sequence[Prompt], step: int, purpose: str) -> list[tuple[Rollout, ...]]:
+    def _rollouts(
+        self, prompts: Sequence[Prompt], step: int, purpose: str, seen: Seen | None
+    ) -> list[tuple[Rollout, ...]]:
         """Of this process's prompts, in order."""
         requests = [
             SampleRequest(
@@ -102,25 +119,47 @@ class Roller:
             )
             for p in prompts
         ]
-        completions = self.engine.sample(requests, self.sampling)
+        done: dict[tuple[int, int], Rollout] = {}
+
+        def grade(ended: Sequence[_Ended]) -> None:
+            for (i, j, _), rollout in zip(ended, self._graded(prompts, ended), strict=True):
+                done[i, j] = rollout
+                if seen is not None:
+                    seen(prompts[i], j, rollout)
+
+        if self.beside:
+            self._sample_and_grade(requests, grade)
+        else:
+            grade(_all_of(self.engine.sample(requests, self.sampling)))
+        return [tuple(done[i, j] for j in range(self.group_size)) for i in range(len(prompts))]
+
+    def _sample_and_grade(self, requests: Sequence[SampleRequest], grade: Callable[[Sequence[_Ended]], None]) -> None:
+        """Has the rollouts graded in a thread as they end; those that the engine does not hand over, when all have ended."""
+        given: set[tuple[int, int]] = set()
+        with lane("grading", grade) as beside:
+
+            def finished(request: int, key: int, completion: Completion) -> None:
+                given.add((request, key))
+                beside.put((request, key, completion))
+
+            for i, j, completion in _all_of(self.engine.sample(requests, self.sampling, finished)):
+                if (i, j) not in given:
+                    beside.put((i, j, completion))
+            beside.drain()
+
+    def _graded(self, prompts: Sequence[Prompt], ended: Sequence[_Ended]) -> list[Rollout]:
         decode = self.speaker.chat.decode
-        texts = [
-            [decode(prompt.forced_ids + tuple(c.ids.tolist())) for c in row]
-            for prompt, row in zip(prompts, completions, strict=True)
+        texts = [decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
+        answered = [
+            Answered(prompts[i].question, text, prompts[i].think_open)
+            for (i, _, _), text in zip(ended, texts, strict=True)
         ]
-        verdicts = iter(
-            self.score(
-                [
-                    Answered(p.question, text, p.think_open)
-                    for p, row in zip(prompts, texts, strict=True)
-                    for text in row
-                ]
-            )
-        )
-        return [
-            tuple(_rollout(c, text, next(verdicts)) for c, text in zip(row, row_texts, strict=True))
-            for row, row_texts in zip(completions, texts, strict=True)
-        ]
+        verdicts = self.score(answered)
+        return [_rollout(c, text, verdict) for (_, _, c), text, verdict in zip(ended, texts, verdicts, strict=True)]
+
+
+def _all_of(completions: Sequence[Sequence[Completion]]) -> list[_Ended]:
+    return [(i, j, completion) for i, row in enumerate(completions) for j, completion in enumerate(row)]
 
 
 def _rollout(completion: Completion, text: str, verdict: Verdict) -> Rollout:

@@ -197,9 +197,10 @@ class JudgeSettings(JudgeUse, FrozenModelSettings):
 class TeacherSettings(FrozenModelSettings):
     """The frozen teacher."""
 
-    ask: Literal["lazy", "all"] = Field(
+    ask: Literal["lazy", "eager", "all"] = Field(
         "lazy",
-        description="lazy: hardest questions first until the cap is full, the same batches for fewer calls; all: Algorithm 1 to the letter",
+        description="lazy: hardest questions first until the cap is full; eager: the same while the student still samples, less waiting "
+        "for more calls; all: Algorithm 1 to the letter; the batches are the same",
     )
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
     hint: HintSettings = Field(HintSettings(), description="hints of the method hint")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zppo.core.minibatch import shares
@@ -85,28 +85,34 @@ class Team:
         """
         mine = shares([cost(item) for item in items], self.size)[self.rank]
         own = [items[i] for i in mine]
-        done = self._until_stopped(lambda: work(own)) if mine else []
-        parts = self.gather((self.stop.signum, list(zip(mine, done, strict=False))))
-        for signum, _ in parts if self.size > 1 else ():
+        parts = self.each(lambda: list(zip(mine, work(own), strict=True)) if mine else [])
+        results = dict(pair for part in parts for pair in part)
+        return [results[i] for i in range(len(items))]
+
+    def each(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work` gives in every process, in the order of ranks, on all of them.
+
+        Raises:
+            Interrupted: somebody wants the run to stop; in several processes it is raised in all of them.
+        """
+        if self.size == 1:
+            return [work()]
+        done: Result | None = None
+        with (
+            suppress(Interrupted),
+            self.stop.exposed(),
+        ):  # that somebody wants to stop is for all processes to know first
+            done = work()
+        parts = self.gather((self.stop.signum, done))
+        for signum, _ in parts:
             if signum is not None:
                 self.stop.request(signum)
                 raise Interrupted(signum)
-        results = dict(pair for _, part in parts for pair in part)
-        return [results[i] for i in range(len(items))]
+        return [part for _, part in parts]  # type: ignore[misc]
 
     def uninterrupted(self) -> AbstractContextManager[None]:
         """While several processes train together: see `stop`."""
         return nullcontext() if self.size == 1 else self.stop.ignored()
-
-    def _until_stopped(self, work: Callable[[], Sequence[Result]]) -> Sequence[Result]:
-        """What `work` gives; nothing where somebody wants the run to stop, and that is for all processes to know first."""
-        if self.size == 1:
-            return work()
-        try:
-            with self.stop.exposed():
-                return work()
-        except Interrupted:
-            return []
 
     def total(self, counts: Mapping[str, float]) -> dict[str, float]:
         """The sums over the processes of what each has counted of its own share, by name."""

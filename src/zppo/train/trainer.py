@@ -50,12 +50,15 @@ MISSED = {
 class Totals:
     """What a run has done so far; part of every checkpoint.
 
+    `teacher_tokens` are all that were asked for, the unused ones of `ask: eager` too.
     `admitted`, `graduated` and `evicted` count buffer entries by their accuracy at admission.
     """
 
     rollouts: int = 0
     student_tokens: int = 0
     teacher_tokens: int = 0
+    teacher_unused_tokens: int = 0
+    teacher_wait_seconds: float = 0.0
     judge_tokens: int = 0
     seconds: float = 0.0
     admitted: dict[str, int] = field(default_factory=dict)
@@ -205,10 +208,11 @@ class Trainer:
             self.guard.refresh(step - 1)
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)
-        with clock("sampling"):
-            plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step)
-        with clock("teacher"):
-            asked_again = self.zone.build(plain, len(new), step)
+        with self.zone.asking(len(new), step) as seen:
+            with clock("sampling"):
+                plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step, seen=seen)
+            with clock("teacher"):
+                asked_again = self.zone.build(plain, len(new), step)
         with clock("sampling"):
             again = self.roller.roll(asked_again.prompts, step)
         graded, grading = self.rule.take()
@@ -369,9 +373,12 @@ class Trainer:
             **self._buffer_metrics(changes),
         }
         uses = ("teacher", "compression", "hint")
-        teacher_tokens = sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
+        unused = int(metrics.get("teacher_unused_tokens", 0))
+        teacher_tokens = unused + sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
         self.totals.student_tokens += tokens
         self.totals.teacher_tokens += teacher_tokens
+        self.totals.teacher_unused_tokens += unused
+        self.totals.teacher_wait_seconds += metrics.get("teacher_wait_seconds", 0.0)
         self.totals.judge_tokens += int(metrics.get("judge_completion_tokens", 0))
         for name in MISSED:
             self.totals.missed[name] = self.totals.missed.get(name, 0) + int(metrics.get(name) or 0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from zppo.core.draws import keyed_random
-from zppo.core.reformulate import Material, Reformulation, scrambled
+from zppo.core.reformulate import RESPONSES, Reformulation, scrambled
 from zppo.core.select import fill_slots, hard_groups, share_of
 from zppo.core.types import Draft, Group, Prompt
 from zppo.train.ask import Asker, Pools
-from zppo.train.materials import MaterialMaker
-from zppo.train.rollouts import Speaker
+from zppo.train.eager import Ahead
+from zppo.train.early import EarlyTeacher
+from zppo.train.materials import MaterialMaker, drafts_of
+from zppo.train.rollouts import Seen, Speaker
 from zppo.train.settings import ZoneSettings
 
 
@@ -42,6 +44,8 @@ class ZoneBuilder:
         context: the student's context in tokens, None if unbounded.
         max_new_tokens: limit of a student completion, counted against the context.
         lazy: ask the teacher hardest first until the cap is full (the same prompts), or as Algorithm 1 is written.
+        ahead: asks it while the plain rollouts are still sampled; None for nobody.
+        teachers: whose replies the step waits for.
         every_hard_question: responses are wanted for all hard questions (Teacher response), not for prompts alone.
         scramble: exchange the candidates between questions (control).
     """
@@ -58,6 +62,8 @@ class ZoneBuilder:
         context: int | None,
         max_new_tokens: int,
         lazy: bool = True,
+        ahead: Ahead | None = None,
+        teachers: Sequence[EarlyTeacher] = (),
         every_hard_question: bool = False,
         scramble: bool = False,
     ) -> None:
@@ -65,10 +71,24 @@ class ZoneBuilder:
         self.asker, self.materials, self.speaker = asker, materials, speaker
         self.settings, self.seed, self.context, self.max_new_tokens = settings, seed, context, max_new_tokens
         self.lazy, self.every_hard_question, self.scramble = lazy, every_hard_question, scramble
-        self.needs_responses = any(r.needs & {"pair", "hint", "prefix"} for r in self.reformulations)
+        self.ahead, self.teachers = ahead, tuple(teachers)
+        self.needs_responses = any(r.needs & RESPONSES for r in self.reformulations)
+
+    @contextmanager
+    def asking(self, new_count: int, step: int) -> Iterator[Seen | None]:
+        """Around the plain rollouts and `build`: gives what is to be told of each rollout, None where nobody asks ahead."""
+        for teacher in self.teachers:
+            teacher.seconds = 0.0
+        if self.ahead is None:
+            yield None
+        else:
+            with self.ahead.asking(share_of(self.settings.rho_aug, new_count), step) as seen:
+                yield seen
 
     def build(self, plain: Sequence[Group], new_count: int, step: int) -> Zone:
         """The reformulated prompts for a step's plain groups (new questions first), hardest questions first."""
+        if self.ahead is not None:
+            self.ahead.collected()
         cap = share_of(self.settings.rho_aug, new_count)
         hard = hard_groups(plain, self.settings.threshold, ties=self.settings.ties, seed=self.seed, step=step)
         self.asker.new_step()
@@ -80,7 +100,8 @@ class ZoneBuilder:
             nonlocal too_long
             if self.needs_responses:
                 pools.update(self.asker.ask([g.question for g in wave if g.question.id not in pools], step))
-            drafts = [self._drafts(material, step) for material in self.materials.make(wave, pools, step)]
+            materials = self.materials.make(wave, pools, step)
+            drafts = [drafts_of(self.reformulations, material, self.seed, step) for material in materials]
             prompts = [[(draft, self.speaker.reformulated(draft)) for draft in row] for row in drafts]
             fitting = [[pair for pair in row if self._fits(pair[1])] for row in prompts]
             too_long += sum(map(len, prompts)) - sum(map(len, fitting))
@@ -92,12 +113,14 @@ class ZoneBuilder:
             exchanged = [self.speaker.reformulated(draft) for draft in scrambled([draft for draft, _ in built])]
             prompts = [prompt for prompt in exchanged if self._fits(prompt)]
             too_long += len(exchanged) - len(prompts)
-        metrics = {
+        metrics: dict[str, float | None] = {
             **{f"{r.kind}_prompts": float(sum(p.kind == r.kind for p in prompts)) for r in self.reformulations},
             "hard_questions": float(len(hard)),
             "too_long": float(too_long),
             **self.asker.metrics(),
             **self.materials.metrics(),
+            **({"teacher_wait_seconds": sum(t.seconds for t in self.teachers)} if self.teachers else {}),
+            **(self.ahead.settle() if self.ahead is not None else {}),
         }
         return Zone(prompts, pools, metrics, self.asker.error or self.materials.error)
 
@@ -113,14 +136,6 @@ class ZoneBuilder:
         else:
             return {}
         return self.asker.ask([g.question for g in asked], step)
-
-    def _drafts(self, material: Material, step: int) -> list[Draft]:
-        """Drafts of one question in building order."""
-        drafts = (
-            r.draft(material, keyed_random(self.seed, "reformulate", step, material.question.id, r.kind))
-            for r in self.reformulations
-        )
-        return [draft for draft in drafts if draft is not None]
 
     def _fits(self, prompt: Prompt) -> bool:
         needed = len(prompt.ids) + len(prompt.forced_ids) + self.max_new_tokens
