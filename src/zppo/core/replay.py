@@ -77,6 +77,11 @@ class PromptReplayBuffer:
         """What it holds, oldest first."""
         return [entry.question for entry in self._entries.values()]
 
+    @property
+    def draws(self) -> int:
+        """How often it was sampled from, which keys the next sample."""
+        return self._draws
+
     def occupancy(self) -> dict[float, int]:
         """Entries by accuracy at admission, ascending (Fig. 20)."""
         return {accuracy: count for accuracy, count in sorted(self._bins.items()) if count}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ Key = tuple[str, str]
 
 
 class PixelCache:
-    """Preprocessed pictures by digest and processor, within a bound of memory; the least recently used ones leave first.
+    """Preprocessed pictures by digest and processor, within a bound of memory; the least recently used ones leave first. Threads take turns.
 
     Args:
         most_bytes: what the tensors may take together; the last one is kept however large it is.
@@ -28,17 +29,19 @@ class PixelCache:
         self.held_bytes = 0
         self._held: OrderedDict[Key, Pixels] = OrderedDict()
         self._pinned: frozenset[str] = frozenset()
+        self._turn = threading.Lock()
 
     def get(self, key: Key, make: Callable[[], Pixels]) -> Pixels:
         """What is held under a key, made where it is not."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        made = self._held[key] = make()
-        self.held_bytes += _size(made)
-        while self.held_bytes > self.most_bytes and len(self._held) > 1:
-            self._drop(next(iter(self._held)))
-        return made
+        with self._turn:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+            made = self._held[key] = make()
+            self.held_bytes += _size(made)
+            while self.held_bytes > self.most_bytes and len(self._held) > 1:
+                self._drop(next(iter(self._held)))
+            return made
 
     def pin(self, digests: Collection[str]) -> None:
         """Names the pictures that `clear` leaves: those that every step looks at."""
@@ -46,8 +49,9 @@ class PixelCache:
 
     def clear(self) -> None:
         """Forgets everything that is not pinned: a new step begins."""
-        for key in [key for key in self._held if key[0] not in self._pinned]:
-            self._drop(key)
+        with self._turn:
+            for key in [key for key in self._held if key[0] not in self._pinned]:
+                self._drop(key)
 
     def _drop(self, key: Key) -> None:
         self.held_bytes -= _size(self._held.pop(key))

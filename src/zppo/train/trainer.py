@@ -143,9 +143,7 @@ class Trainer:
         self.halfway: Halfway | None = None
         self.saved: tuple[int, int | None] | None = None
         self.folder: Path | None = None
-        self._boundary: dict[str, Any] | None = (
-            None  # what belongs to the weights; None where they are between two steps
-        )
+        self._boundary: dict[str, Any] | None = None  # see `_facts`; None where the weights are between two steps
 
     def run(self) -> None:
         """All steps that are left, with evaluations and checkpoints on the way.
@@ -155,7 +153,7 @@ class Trainer:
         """
         with self.progress:
             if self.halfway is None:
-                self._boundary = self.state_dict()
+                self._boundary = self._facts()
                 self._evaluate_if_due()
             while self.done < self.steps:
                 self.step(self.done + 1)
@@ -193,9 +191,9 @@ class Trainer:
                 )
             self._report(step, collected, learnt, changes, clock)
             self.done = step
-            self._boundary = self.state_dict()
+            self._boundary = self._facts()
             if learnt.fault:
-                self._save(self._boundary, None)  # all processes are here, so that sharded weights can be saved too
+                self._save(self.state_dict(), None)  # all processes are here, so that sharded weights can be saved too
                 raise ZPPOError(learnt.fault)
 
     def _collect(self, step: int) -> Collected:
@@ -254,7 +252,7 @@ class Trainer:
         """
         if self._boundary is not None and self.done > 0 and self.saved != (self.done, None):
             with self.stop.ignored():
-                self._save(self._boundary, None, together=together)
+                self._save(self._state_at(self._boundary), None, together=together)
 
     def weights_leave(self) -> None:
         """From now on the weights are no longer those of a step boundary: there is nothing to rescue."""
@@ -274,17 +272,30 @@ class Trainer:
             self._warn(f"evaluation at step {self.done}")
             self._advise(self.done, asdict(result))
             self.evaluated = self.done
-            self._boundary = self.state_dict()
+            self._boundary = self._facts()
         return result
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, besides weights and optimizer; JSON-ready."""
+        return self._state_at(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What a later step may have changed of a step boundary's state before the weights have moved.
+
+        The buffer's entries are not in it: they change after the weights, and a copy of all of them in every step would take longer than
+        the step where there are a million.
+        """
         return {
-            "buffer": self.buffer.state_dict(),
+            "draws": self.buffer.draws,
             "totals": asdict(self.totals),
             "learner": self.learner.state_dict(),
             "evaluated": self.evaluated,
         }
+
+    def _state_at(self, boundary: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a step boundary that the weights are still at."""
+        rest = {name: value for name, value in boundary.items() if name != "draws"}
+        return {"buffer": {**self.buffer.state_dict(), "draws": boundary["draws"]}, **rest}
 
     def load(self, folder: Path, state: dict[str, Any], halfway: Halfway | None) -> None:
         """Continue after a checkpoint: its folder, its state, and the step that it was made in, if any."""
@@ -335,7 +346,9 @@ class Trainer:
         """That every process is about to learn the same; with one process there is nothing to check."""
         if self.team.size > 1:
             batch = [(g.kind, g.question.id, g.prompt.ids, [r.reward for r in g.rollouts]) for g in groups]
-            self.team.check_same(f"the groups and the buffer of step {step}", (batch, self.buffer.state_dict()))
+            # The entries follow from the groups of all steps, and each step's were compared.
+            buffer = (len(self.buffer), self.buffer.draws, self.buffer.occupancy())
+            self.team.check_same(f"the groups and the buffer of step {step}", (batch, buffer))
 
     def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
         """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 14)."""
