@@ -14,7 +14,7 @@ import time
 from benchmarks import tables
 from benchmarks.common import ROOT
 
-ROWS = ("step_vs_trl",)
+ROWS = ("step_vs_trl", "teacher_waiting", "bookkeeping")
 
 
 def main(argv: list[str]) -> int:

@@ -130,6 +130,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
     from zppo.train.assemble import assemble
     from zppo.train.launch import read_launch
     from zppo.train.processes import make_accelerator, make_weights
+    from zppo.train.seeing import read_data
     from zppo.train.stop import Stop
     from zppo.train.teachers import Staff
 
@@ -143,7 +144,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
         if own.method != "grpo":
             staff.teachers.append(script)  # type: ignore[arg-type]
         run = Path(name) / "run"
-        parts = assemble(settings, run, None, script.score, staff, accelerator, weights, console, stop)
+        parts = assemble(settings, read_data(settings), run, None, script.score, staff, accelerator, weights, console, stop)
         run.mkdir()
         parts.trainer.log.open()
         yield parts
@@ -176,7 +177,7 @@ def serve(pipe: Connection, own: Ours) -> None:
     script = Script(own.shape)
     with assembled(own, script) as parts:
         trainer = parts.trainer
-        sampling = trainer.roller
+        sampling = dataclasses.replace(trainer.roller, beside=False)  # the script's rewards go by place in the batch
         replaying = dataclasses.replace(sampling, engine=Replaying(sampling.engine, completions(own.shape, seed=0)))
         updater, watch, memory = trainer.learner.updater, Stopwatch(), PeakMemory()
         updater._old_logprobs = watch.timed("logprobs", updater._old_logprobs)

@@ -18,7 +18,9 @@ Key = tuple[str, str]
 
 
 class PixelCache:
-    """Preprocessed pictures by digest and processor, within a bound of memory; the least recently used ones leave first. Threads take turns.
+    """Preprocessed pictures by digest and processor, within a bound of memory; the least recently used ones leave first.
+
+    Threads take turns.
 
     Args:
         most_bytes: what the tensors may take together; the last one is kept however large it is.

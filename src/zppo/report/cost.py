@@ -110,6 +110,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
                 )
         return math.fsum(record[name] for record in steps)
 
+    unused = math.fsum(record.get("teacher_unused_tokens") or 0.0 for record in steps)
     per_rollout, sampled = total("prompt_tokens"), total("student_tokens")
     once = per_rollout / settings.rollout.group_size
     rows = per_rollout + sampled
@@ -117,7 +118,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         sampling=once + sampled,
         logprob=total("logprob_tokens"),
         update=total("train_tokens_needed"),
-        teacher=total("teacher_prompt_tokens") + total("teacher_completion_tokens"),
+        teacher=total("teacher_prompt_tokens") + total("teacher_completion_tokens") + unused,
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.reformulations else 0.0),
@@ -126,7 +127,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         else 0.0,  # the teacher reads what the student learns from
         judge=judge_tokens(steps),
     )
-    draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask == "lazy"
+    draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask != "all"
     asked, hard = total("teacher_questions"), total("hard_questions")
     more = hard / asked if asked and lazy and BCQ in method.reformulations else 1.0
     teacher = total("teacher_prompt_tokens") * draws + total("teacher_completion_tokens")
@@ -146,6 +147,8 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
             f"The teacher was asked about {asked:,.0f} of {hard:,.0f} hard questions; what the others would have taken is an estimate "
             "from the means of these (they are easier)."
         )
+    if unused:
+        notes.append(f"Of the teacher's tokens {unused:,.0f} were asked for early and not used; prompts of such requests are not counted.")
     if "hint" in method.reformulations:
         notes.append("The prompts of hints are not in the log and not counted.")
     return Cost(literal, saved, len(steps), tuple(notes))

@@ -155,7 +155,7 @@ def _planned_teacher(
         per_question = negatives * (lengths.completion + cap) + assumed.solved * (BCQ in kinds) * (lengths.answer + cap)
     if "hint" in kinds:
         per_question += assumed.solved * (lengths.prompt + lengths.answer + teacher.hint.max_new_tokens)
-    built = zone.asked if teacher.ask == "lazy" else zone.precap
+    built = zone.precap if teacher.ask == "all" else zone.asked
     return (
         Work(teacher=literal * draws * (lengths.prompt + lengths.answer), compression=zone.precap * per_question),
         Work(teacher=saved * (lengths.prompt + draws * lengths.answer), compression=built * per_question),
@@ -164,6 +164,8 @@ def _planned_teacher(
 
 def _teacher_questions(settings: Settings, zone: _Zone, plain: float) -> tuple[float, float]:
     """Questions of a step that the teacher answers, to the letter and as this recipe asks.
+
+    What `ask: eager` asks in vain is not foreseen.
 
     Off-policy distillation asks about all of them, Algorithm 1 and Teacher response about every hard one, Hint and Prefix about the
     capped set, NCQ alone about none.
@@ -177,7 +179,7 @@ def _teacher_questions(settings: Settings, zone: _Zone, plain: float) -> tuple[f
     if not kinds - {NCQ}:
         return 0.0, 0.0
     literal = zone.hard if BCQ in kinds else zone.precap
-    return literal, zone.asked if settings.teacher is None or settings.teacher.ask == "lazy" else literal
+    return literal, literal if settings.teacher is not None and settings.teacher.ask == "all" else zone.asked
 
 
 def _planned_judge(settings: Settings, share: float, student: float, teacher: float, lengths: _Lengths) -> Work:

@@ -165,6 +165,9 @@ def _by_step(run: Run) -> list[Chart]:
         Chart("seconds", DYNAMICS, "Time of a step", _parts(run.steps, "seconds", {
             "sampling": BLUE, "teacher": ORANGE, "update": GREEN, "other": GREY}), "area", y_title="seconds",
             caption="Where the wall clock of a step goes."),
+        *([Chart("waited", DYNAMICS, "Waiting for the teacher", (one("waited", "teacher_wait_seconds", ORANGE),), y_title="seconds",
+                 caption="Seconds of each step in which it could do nothing but wait for the teacher's replies.")]
+          if any(line.get("teacher_wait_seconds") for line in run.steps) else []),
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,10 +23,9 @@ from zppo.engines.vllm import require_vllm
 from zppo.errors import SettingsError
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.train import checkpoint
 from zppo.train.advice import Adviser, TimedScore
+from zppo.train.checkpointer import Checkpointer
 from zppo.train.early import EarlyScore, EarlyTeacher
-from zppo.train.halfway import Halfway
 from zppo.train.make_learner import make_learner, make_reformulations
 from zppo.train.make_zone import grades_beside, make_asker, make_zone
 from zppo.train.models import Student, context_length, load_chat, load_student
@@ -42,7 +41,7 @@ from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
 from zppo.train.teachers import Staff
-from zppo.train.trainer import Save, Trainer
+from zppo.train.trainer import Trainer
 from zppo.train.weights import Weights
 
 
@@ -183,45 +182,13 @@ def assemble(
         buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
         log=RunLog(run) if team.main else SilentLog(run),
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
-        checkpoint=_checkpointer(settings, run, student, optimizer, origin, weights),
+        checkpoint=Checkpointer(settings.train, run, student, optimizer, origin, weights),
         stop=stop,
         scorer=scorer,
         service=staff.take_service,
         team=team,
     )
     return Assembled(trainer, student, chat, origin, weights)
-
-
-def _checkpointer(
-    settings: Settings,
-    run: Path,
-    student: Student,
-    optimizer: torch.optim.Optimizer,
-    origin: Mapping[str, Any],
-    weights: Weights,
-) -> Save:
-    team = weights.team
-
-    def save(step: int, state: Mapping[str, Any], halfway: Halfway | None, together: bool) -> Path | None:
-        if not together and (weights.sharded or not team.main):
-            return None
-        model = weights.saved(student) if together else student.saved
-        held = weights.snapshot_of(optimizer) if together else optimizer
-        folder = None
-        if team.main:
-            folder = checkpoint.save(
-                run,
-                step,
-                model,
-                held,
-                {**state, "origin": origin},
-                keep=settings.train.keep_checkpoints,
-                updates=halfway.begun.done if halfway else None,
-                more=halfway.write if halfway else None,
-            )
-        return team.gather(folder)[0] if together else folder
-
-    return save
 
 
 def _check_context(

@@ -108,6 +108,11 @@ def save(
     return target
 
 
+def place(run: Path, step: int) -> Path:
+    """Where the checkpoint after a whole step is."""
+    return run / CHECKPOINTS / _name(step, None)
+
+
 def existing(run: Path) -> list[Path]:
     """Checkpoints of a run that were written to their end, oldest first."""
     found = ((_NAME.fullmatch(p.name), p) for p in (run / CHECKPOINTS).glob("step-*") if p.is_dir())

@@ -466,6 +466,10 @@ class TrainSettings(Section):
         description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, else 0.05 (bf16 rounds)",
     )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none")
+    checkpoint_in_background: bool = Field(
+        False,
+        description="write them while the next step goes on, from a copy of weights and optimizer in the processor's memory",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
 from zppo.core.replay import Changes, PromptReplayBuffer
@@ -18,6 +18,7 @@ from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
 from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
 from zppo.train.advice import Adviser, TimedScore
+from zppo.train.checkpointer import Checkpointer
 from zppo.train.engine_guard import EngineGuard
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.halfway import Collected, Halfway
@@ -82,18 +83,6 @@ def entry_bin(accuracy: float) -> str:
     return f"{accuracy:.1%}".replace(".0%", "%")
 
 
-class Save(Protocol):
-    """Writes a checkpoint of the current weights."""
-
-    def __call__(self, step: int, state: Mapping[str, Any], halfway: Halfway | None, together: bool) -> Path | None:
-        """After `step` whole steps, and the updates of `halfway` in the next one where it is given.
-
-        Args:
-            together: all processes of the run call it now; otherwise the first one saves what it has, None where it has not all.
-        """
-        ...
-
-
 class Trainer:
     """Runs the steps of one recipe over the parts that `zppo.train.run` put together.
 
@@ -123,7 +112,7 @@ class Trainer:
         buffer: PromptReplayBuffer,
         log: RunLog,
         progress: Progress,
-        checkpoint: Save,
+        checkpoint: Checkpointer,
         stop: Stop,
         scorer: Scorer,
         service: Callable[[], Mapping[str, float]] = dict,
@@ -156,12 +145,15 @@ class Trainer:
                 self._boundary = self._facts()
                 self._evaluate_if_due()
             while self.done < self.steps:
+                self.checkpoint.check()
                 self.step(self.done + 1)
                 self._evaluate_if_due()
                 every = self.settings.train.checkpoint_every
                 if every and (self.done % every == 0 or self.done == self.steps):
                     with self.stop.shield():
-                        self._save(self.state_dict(), None)
+                        self._save(self.state_dict(), None, beside=True)
+            with self.stop.shield():
+                self.checkpoint.wait()
 
     def step(self, step: int) -> None:
         """One step of Algorithm 1; one that was stopped between two updates goes on there."""
@@ -250,6 +242,8 @@ class Trainer:
         For a run that ends before its time, by a signal or an error: what a step has sampled is lost, what it has learnt never.
         `together`: all processes of the run end here, as after a signal; otherwise the first one saves alone where it can.
         """
+        with self.stop.ignored():
+            self.checkpoint.wait()
         if self._boundary is not None and self.done > 0 and self.saved != (self.done, None):
             with self.stop.ignored():
                 self._save(self._state_at(self._boundary), None, together=together)
@@ -305,9 +299,11 @@ class Trainer:
         self.done, self.evaluated, self.halfway = state["step"], state["evaluated"], halfway
         self.folder, self.saved = folder, (self.done, halfway.begun.done if halfway else None)
 
-    def _save(self, state: Mapping[str, Any], halfway: Halfway | None, *, together: bool = True) -> None:
+    def _save(
+        self, state: Mapping[str, Any], halfway: Halfway | None, *, together: bool = True, beside: bool = False
+    ) -> None:
         self.log.sync()
-        folder = self.checkpoint(self.done, state, halfway, together)
+        folder = self.checkpoint(self.done, state, halfway, together, beside=beside)
         if folder is None:
             return
         self.folder = folder

@@ -1,0 +1,138 @@
+"""Who writes a run's checkpoints: at once, or in a thread from a copy while the next step goes on (`train.checkpoint_in_background`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zppo.train import checkpoint
+from zppo.train.checkpoint import HoldsState, Savable
+from zppo.train.halfway import Halfway
+from zppo.train.models import Student
+from zppo.train.settings import TrainSettings
+from zppo.train.weights import Weights
+
+
+class Checkpointer:
+    """Writes checkpoints of the current weights.
+
+    In the background the file operations are those of the foreground, from a copy in the processor's memory of weights and optimizer; so
+    a kill at any moment leaves whole checkpoints alone, with the same bytes. One is written at a time. Copies are made of plain
+    tensors in one process: adapters, sharded weights, 8-bit optimizers and several processes are written in the foreground.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        run: Path,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        origin: Mapping[str, Any],
+        weights: Weights,
+    ) -> None:
+        self._run, self._student, self._optimizer, self._origin = run, student, optimizer, origin
+        self._weights, self._keep = weights, settings.keep_checkpoints
+        self._copies = (
+            settings.checkpoint_in_background
+            and weights.team.size == 1
+            and not student.adapters
+            and settings.optimizer == "adamw"
+        )
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __call__(
+        self, step: int, state: Mapping[str, Any], halfway: Halfway | None, together: bool, *, beside: bool = False
+    ) -> Path | None:
+        """After `step` whole steps, and the updates of `halfway` in the next one where it is given.
+
+        Args:
+            together: all processes of the run call it now; otherwise the first one saves what it has, None where it has not all.
+            beside: it may be written in the background; `wait` or the next call says how that went.
+
+        Raises:
+            StorageError: the disk refuses, now or since the last call.
+        """
+        self.wait()
+        team = self._weights.team
+        if not together and (self._weights.sharded or not team.main):
+            return None
+        model: Savable = self._weights.saved(self._student) if together else self._student.saved
+        held: HoldsState = self._weights.snapshot_of(self._optimizer) if together else self._optimizer
+        save = partial(
+            checkpoint.save,
+            self._run,
+            step,
+            state={**state, "origin": self._origin},
+            keep=self._keep,
+            updates=halfway.begun.done if halfway else None,
+            more=halfway.write if halfway else None,
+        )
+        if beside and self._copies:
+            self._begin(partial(save, CopiedModel(self._student.model), CopiedState(held)))
+            return checkpoint.place(self._run, step)
+        folder = save(model, held) if team.main else None
+        return team.gather(folder)[0] if together else folder
+
+    def check(self) -> None:
+        """Raises what writing in the background has raised."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk; raises what that has raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _begin(self, write: Callable[[], object]) -> None:
+        def work() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(
+            target=work, name="checkpoint"
+        )  # no daemon: the process ends when it is written
+        self._thread.start()
+
+
+class CopiedModel:
+    """A model as it was: it can be trained on while this is written."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, held = model, dict[int, torch.Tensor]()
+        for tensor in model.state_dict().values():
+            if tensor.data_ptr() not in held:  # tied weights stay one tensor
+                held[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
+        self._state = {name: held[tensor.data_ptr()] for name, tensor in model.state_dict().items()}
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        self._model.save_pretrained(folder, state_dict=self._state)
+
+
+class CopiedState:
+    """An optimizer's state as it was."""
+
+    def __init__(self, optimizer: HoldsState) -> None:
+        self._state = _copied(optimizer.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._state
+        return state
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _copied(part) for name, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list) else value
