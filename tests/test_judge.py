@@ -612,7 +612,7 @@ def test_a_run_with_a_judge_of_its_own_that_is_not_always_there(
                 for text, reply in zip(away, replies, strict=True)
             ]
 
-    monkeypatch.setattr(staff, "_load_frozen", lambda settings, own, accelerator: Away(say))
+    monkeypatch.setattr(staff, "_load_frozen", lambda *_: Away(say))
     overrides = [
         "--method=grpo-replay",
         "--teacher=null",

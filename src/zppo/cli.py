@@ -271,7 +271,9 @@ def _train(options: argparse.Namespace) -> None:
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
         plan = make_plan(settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged)
-        memory = memory_rows(within(settings, [*train, *held_out]), _model_folder)
+        asked = [*train, *held_out]
+        images = max((len(q.images) for q in asked), default=0)
+        memory = memory_rows(within(settings, asked, _model_folder), _model_folder, images=images)
         Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder, memory))
         return
     from zppo.train.run import train as start

@@ -17,6 +17,7 @@ from zppo.train.machine import GIB
 from zppo.train.parameters import count_parameters
 from zppo.train.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings
 from zppo.train.shapes import LINEAR, Shape, shape_of
+from zppo.train.vision_shape import VisionShape, vision_shape_of
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
 _CHUNK = 64  # tokens that linear attention works on at a time
@@ -41,6 +42,8 @@ class Memory:
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
         stepping: what the optimizer's step holds beside its state.
+        tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
+        images: preprocessed pictures of a step, where they lie in the same memory.
     """
 
     weights: int
@@ -57,11 +60,13 @@ class Memory:
     tokens: int
     longest: int
     stepping: int
+    tower: int = 0
+    images: int = 0
 
     @property
     def standing(self) -> int:
         """What is held all the time."""
-        return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm
+        return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm + self.images
 
     @property
     def sampling(self) -> int:
@@ -71,7 +76,7 @@ class Memory:
     @property
     def update(self) -> int:
         """What the update holds on top: the larger of its backward pass and its optimizer step."""
-        return max(self.cast + self.activations + max(self.logits, self.layer), self.stepping)
+        return max(self.cast + self.activations + self.tower + max(self.logits, self.layer), self.stepping)
 
     @property
     def total(self) -> int:
@@ -79,13 +84,16 @@ class Memory:
         return self.standing + max(self.sampling, self.update)
 
 
-def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Callable[[str], str] = str) -> Memory | str:
+def estimate(
+    settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Callable[[str], str] = str, images: int = 0
+) -> Memory | str:
     """What a run of this recipe needs in one process that holds all weights.
 
     Args:
         gpu: whether it trains on one; decides what `auto` precision is.
         capacity: bytes of that GPU, of which vLLM in this process takes its share.
         resolve: names of models -> folders.
+        images: most images of a question; with any the student has its vision tower, and so has a teacher in this process.
 
     Returns:
         The estimate, or why there is none.
@@ -96,14 +104,16 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
     shape = shape_of(settings.student.model, resolve)
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
-    others = _frozen(settings, gpu, resolve)
+    eyes = vision_shape_of(settings.student.model, resolve) if images else None
+    others = _frozen(settings, gpu, resolve, images=bool(images))
     if isinstance(others, str):
         return others
     train = settings.train
-    parameters = _parameters(settings.student, shape, resolve)
+    parameters = _parameters(settings.student, shape, resolve, eyes)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
-    trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters
-    frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else 0
+    still = _still(settings, eyes)
+    trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
+    frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
     longest = _longest(settings)
     budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
     tokens = longest * max(1, min(budget // longest, _minibatch(settings)))
@@ -127,12 +137,17 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Calla
         tokens=tokens,
         longest=longest,
         stepping=trained * 4 if gpu else 0,
+        tower=_tower(settings, eyes, tokens // longest, images, bf16=bf16),
+        images=int(settings.data.images.cache_gib * GIB) if eyes and not gpu else 0,
     )
 
 
-def within(settings: Settings, questions: Iterable[Question]) -> Settings:
-    """The settings with a prompt limit that the questions can reach: a token has a byte at least."""
-    longest = max((sum(len(m.content.encode()) for m in q.messages) for q in questions), default=0)
+def within(settings: Settings, questions: Iterable[Question], resolve: Callable[[str], str] = str) -> Settings:
+    """The settings with a prompt limit that the questions can reach: a token has a byte at least, an image those of the largest."""
+    asked = list(questions)
+    eyes = vision_shape_of(settings.student.model, resolve) if any(q.images for q in asked) else None
+    each = eyes.tokens(settings.data.images.max_pixels) if eyes else 0
+    longest = max((sum(len(m.content.encode()) for m in q.messages) + each * len(q.images) for q in asked), default=0)
     limit = min(settings.data.max_prompt_tokens, longest + _WORDS)
     return settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": limit})})
 
@@ -216,7 +231,28 @@ def _longest(settings: Settings) -> int:
     return settings.data.max_prompt_tokens + added + settings.rollout.max_new_tokens
 
 
-def _frozen(settings: Settings, gpu: bool, resolve: Callable[[str], str]) -> int | str:
+def _still(settings: Settings, eyes: VisionShape | None) -> int:
+    """Parameters that are there and are not trained."""
+    if eyes is None:
+        return 0
+    vision = settings.train.vision
+    return eyes.tower * vision.freeze_tower + eyes.projector * vision.freeze_projector
+
+
+def _tower(settings: Settings, eyes: VisionShape | None, rows: int, images: int, *, bf16: bool) -> int:
+    """Bytes that the tower keeps for the backward pass.
+
+    At worst every row of a micro-batch has pictures of its own, of the largest size or as many as its prompt holds.
+    """
+    train = settings.train
+    if eyes is None or train.vision.freeze_tower or train.lora is not None:
+        return 0
+    kept = eyes.kept_per_patch(bf16=bf16, recomputed=train.gradient_checkpointing)
+    tokens = min(images * eyes.tokens(settings.data.images.max_pixels), settings.data.max_prompt_tokens)
+    return int(rows * tokens * eyes.merge**2 * kept)
+
+
+def _frozen(settings: Settings, gpu: bool, resolve: Callable[[str], str], *, images: bool) -> int | str:
     """Bytes of the frozen models that the run loads, or why they are not known."""
     teachers = (settings.teacher, *settings.more_teachers) if settings.method.resolve().needs_teacher else ()
     total = 0
@@ -226,16 +262,24 @@ def _frozen(settings: Settings, gpu: bool, resolve: Callable[[str], str]) -> int
         shape = shape_of(model.model, resolve)
         if shape is None:
             return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
-        total += _parameters(model, shape, resolve) * (2 if gpu else 4)
+        eyes = vision_shape_of(model.model, resolve) if images else None
+        total += _parameters(model, shape, resolve, eyes) * (2 if gpu else 4)
     return total
 
 
-def _parameters(model: ModelSettings, shape: Shape, resolve: Callable[[str], str]) -> int:
-    """N of what is loaded: from the headers of the weights on disk without vision tower and draft layers, else from the shape."""
+def _parameters(model: ModelSettings, shape: Shape, resolve: Callable[[str], str], eyes: VisionShape | None) -> int:
+    """N of what is loaded: from the headers of the weights on disk without draft layers, else from the shapes.
+
+    The vision tower counts where there are images to show; without, a text model of its own is loaded.
+    """
     folder = Path(resolve(model.model))
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return int(count_parameters(folder, keep=_is_loaded).parameters)
-    return shape.parameters
+        return int(count_parameters(folder, keep=_is_loaded if eyes is None else _is_no_draft).parameters)
+    return shape.parameters + (eyes.tower + eyes.projector if eyes else 0)
+
+
+def _is_no_draft(tensor: str) -> bool:
+    return "mtp" not in tensor.split(".")
 
 
 def _is_loaded(tensor: str) -> bool:

@@ -14,30 +14,33 @@ _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does 
 Rows = list[tuple[str, str]]
 
 
-def memory_rows(settings: Settings, resolve: Callable[[str], str] = str, machine: Machine | None = None) -> Rows:
+def memory_rows(
+    settings: Settings, resolve: Callable[[str], str] = str, machine: Machine | None = None, images: int = 0
+) -> Rows:
     """(what, how much) for the plan, the verdict last.
 
     Args:
         resolve: names of models -> folders.
         machine: None for the one that this runs on.
+        images: most images of a question.
 
     Raises:
         ModelError: a checkpoint on disk cannot be read.
     """
     machine = machine or find_machine(settings.train.device)
-    memory = _estimate(settings, machine, resolve)
+    memory = _estimate(settings, machine, resolve, images)
     if isinstance(memory, str):
         return [("estimate", memory)]
     return [
         *_parts(settings, memory),
         ("at most", _against(memory.total, machine)),
-        *_verdict(settings, memory, machine, resolve),
+        *_verdict(settings, memory, machine, resolve, images),
     ]
 
 
-def _estimate(settings: Settings, machine: Machine | None, resolve: Callable[[str], str]) -> Memory | str:
+def _estimate(settings: Settings, machine: Machine | None, resolve: Callable[[str], str], images: int) -> Memory | str:
     gpu = machine is not None and machine.gpu
-    return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, resolve=resolve)
+    return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, resolve=resolve, images=images)
 
 
 def _parts(settings: Settings, memory: Memory) -> Rows:
@@ -57,6 +60,12 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
         each = f"{memory.rows:,} rollouts at once, {_size(memory.row)} each at the limits"
         rows.append(("sampling", f"{_size(memory.row * memory.rows)} ({each})"))
     rows.append(("update: activations", f"{_size(memory.activations)} (micro-batches of {memory.tokens:,} tokens)"))
+    if memory.images:
+        rows.append(("preprocessed images of a step", f"{_size(memory.images)} at most (data.images.cache_gib)"))
+    if memory.tower:
+        rows.append(
+            ("update: vision tower", f"{_size(memory.tower)} (roughly; every row with images of the largest size)")
+        )
     if memory.layer:
         rows.append(("update: a layer computed again", f"{_size(memory.layer)} (not while logits are held)"))
     rows.append(("update: logits", f"{_size(memory.logits)} (gradients included)"))
@@ -65,7 +74,9 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     return rows
 
 
-def _verdict(settings: Settings, memory: Memory, machine: Machine | None, resolve: Callable[[str], str]) -> Rows:
+def _verdict(
+    settings: Settings, memory: Memory, machine: Machine | None, resolve: Callable[[str], str], images: int
+) -> Rows:
     if machine is None:
         return [("verdict", "this machine does not say how much memory it has")]
     room = machine.usable
@@ -76,7 +87,7 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, resolv
         ]
     words = []
     if memory.standing + memory.update > room:
-        advice, memory = _lighter(settings, memory, machine, resolve)
+        advice, memory = _lighter(settings, memory, machine, resolve, images)
         words.append(advice)
     if memory.standing + memory.sampling > room:
         words.append(_fewer_rows(memory, machine))
@@ -96,11 +107,13 @@ def _fewer_rows(memory: Memory, machine: Machine) -> str:
     return f"sampling: {fit:,} of {memory.rows:,} rollouts fit at once, rollout.max_rows={fit}; {says}"
 
 
-def _lighter(settings: Settings, memory: Memory, machine: Machine, resolve: Callable[[str], str]) -> tuple[str, Memory]:
+def _lighter(
+    settings: Settings, memory: Memory, machine: Machine, resolve: Callable[[str], str], images: int
+) -> tuple[str, Memory]:
     """The first change of settings with which the update fits, in words, and the memory with it."""
 
     def fitting(changes: Mapping[str, Any]) -> Memory | None:
-        lighter = _estimate(_with(settings, changes), machine, resolve)
+        lighter = _estimate(_with(settings, changes), machine, resolve, images)
         fits = isinstance(lighter, Memory) and lighter.standing + lighter.update <= machine.usable
         return lighter if fits and isinstance(lighter, Memory) else None
 

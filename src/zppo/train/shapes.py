@@ -151,12 +151,17 @@ def shape_of(name: str, resolve: Callable[[str], str] = str) -> Shape | None:
     Raises:
         ModelError: the config.json cannot be read.
     """
-    folder = Path(resolve(name))
-    file = folder / "config.json" if folder.is_dir() else _cached(name)
+    file = config_file(name, resolve)
     if file is not None:
         return _from_config(file)
     last = name.rpartition("/")[2].removesuffix("-FP8").removesuffix("-Base")
     return _from_table(last) if last in _QWEN35 else None
+
+
+def config_file(name: str, resolve: Callable[[str], str] = str) -> Path | None:
+    """The config.json of a model on disk or in the hub's cache; None where it is in neither."""
+    folder = Path(resolve(name))
+    return folder / "config.json" if folder.is_dir() else _cached(name)
 
 
 def _cached(name: str) -> Path | None:
