@@ -67,7 +67,7 @@ def test_what_a_tower_keeps_is_estimated_to_a_quarter(hidden: int, mlp: int, bf1
     assert kept_per_patch(shape, bf16=bf16) == pytest.approx(
         shape.kept_per_patch(bf16=bf16, recomputed=False), rel=0.25
     )
-    assert shape.kept_per_patch(bf16=bf16, recomputed=True) < 0.5 * shape.kept_per_patch(bf16=bf16, recomputed=False)
+    assert shape.kept_per_patch(bf16=bf16, recomputed=True) < 0.6 * shape.kept_per_patch(bf16=bf16, recomputed=False)
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("qwen3_5", 9), ("smolvlm", 9), ("gemma3", 4)])
