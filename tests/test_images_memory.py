@@ -93,7 +93,8 @@ def test_images_add_the_tower_its_activations_and_their_tokens(tmp_path: Path) -
     assert within(recipe, [seen]).data.max_prompt_tokens == 320 + 2 * 9
 
     def found(images: int, *overrides: str, gpu: bool = True) -> Memory:
-        memory = estimate(settings(tmp_path, "--data.images.max_pixels=65536", "--data.images.min_pixels=64", *overrides), gpu=gpu, images=images)
+        limits = ["--data.images.max_pixels=65536", "--data.images.min_pixels=64"]
+        memory = estimate(settings(tmp_path, *limits, *overrides), gpu=gpu, images=images)
         assert isinstance(memory, Memory)
         return memory
 

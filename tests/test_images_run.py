@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from conftest import REWARD, make_tiny
 from same_run import assert_same_run, records
 from seeing import PIXELS, make_picture, make_seeing
 from test_stopped_updates import nth_call_raises
+from test_vllm import vllm  # noqa: F401 - a fixture
 from zppo.cli import main
 from zppo.engines import sight as sight_module
 from zppo.errors import SettingsError
@@ -178,7 +180,6 @@ def test_a_teacher_that_reads_text_only_says_so_and_the_run_goes_on(
             ["--student.model={text}"],
             "question 'questions.jsonl:2' has 1 image(s), and the student '{text}' reads text only",
         ),
-        (["--rollout.engine=vllm"], "rollout.engine is vllm, which is not shown images yet"),
         (["--method=on-distill", "--teacher.model={text}"], "their vocabularies differ"),
         (["--data.images.min_pixels=9", "--data.images.max_pixels=8"], "min_pixels is 9, more than max_pixels"),
     ],
@@ -190,6 +191,29 @@ def test_what_cannot_be_is_refused_before_a_folder_is_made(
     status, told = zppo("train", recipe, *given, f"--output={tmp_path / 'run'}")
     assert status == 2 and said.replace("{text}", str(tiny_qwen3_dir)) in told, told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_shown_what_the_trainer_sees(zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
+    """The stand-in preprocesses the pictures by the checkpoint's own rules; its log-probs are the trainer's."""
+    run, student = tmp_path / "run", Path(shutil.copytree(recipe.parent / "student", tmp_path / "student"))
+    given = ["--rollout.engine=vllm", f"--student.model={student}", f"--output={run}", "--train.engine_tolerance=1e-5"]
+    status, said = zppo("train", recipe, *SHORT, *given)
+    assert status == 2 and "vLLM resizes images to the checkpoint's own 3136 to 1003520" in said
+    file = student / "preprocessor_config.json"
+    sizes = {"shortest_edge": 64, "longest_edge": 4096}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": sizes}))
+    status, said = zppo("train", recipe, *SHORT, *given)
+    assert status == 0, said
+    (line,) = [r for r in records(run) if r["event"] == "step"]
+    assert line["engine_gap_mean"] < 1e-5 and line["logprob_gap_max"] < 1e-4 and line["teacher_unreachable"] == 0
+
+
+def test_the_recipe_s_limits_reach_the_models(recipe: Path) -> None:
+    settings = load_recipe(recipe, ["--data.images.max_pixels=900", "--data.images.cache_gib=0.5"])
+    seeing = read_data(settings).seeing
+    assert seeing is not None and seeing.limits == (256, 900) and seeing.cache.most_bytes == 1 << 29
 
 
 def test_sharded_weights_are_not_shown_pictures(recipe: Path) -> None:

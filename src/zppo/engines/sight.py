@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from zppo.images.store import open_image
 
 FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """What a checkpoint may hold beside weights and tokenizer, for those who show pictures to it."""
+_PICTURE = "_picture"  # (H, W, 3) uint8, beside what the model takes
 _ROUND_TRIP = ((96, 64), (50, 210))  # sizes of pictures on which placeholders are looked at when a checkpoint is loaded
 
 
@@ -47,6 +49,8 @@ class Sight:
     Attributes:
         token: what the chat template writes in a picture's place.
         image_ids: the ids that stand for features of pictures; never written by a model.
+        own_limits: pixel limits that the checkpoint's processor has of its own; None where it knows none.
+        keeps_pictures: keep the pictures themselves too, for an engine that preprocesses them once more (vLLM).
 
     Raises:
         ModelError: the processor does not say what stands for a picture.
@@ -63,9 +67,12 @@ class Sight:
         self.cache, self.files = cache or PixelCache(), dict(files or {})
         own = getattr(type(processor.image_processor), "valid_kwargs", None)
         self._limits_itself = {"min_pixels", "max_pixels"} <= set(getattr(own, "__annotations__", {}))
+        self.own_limits: PixelLimits | None = None
+        self.keeps_pictures = False
         if self._limits_itself:
-            kind = type(processor.image_processor.size)
-            processor.image_processor.size = kind(
+            size = processor.image_processor.size
+            self.own_limits = PixelLimits(size["shortest_edge"], size["longest_edge"])
+            processor.image_processor.size = type(size)(
                 shortest_edge=self.limits.min_pixels, longest_edge=self.limits.max_pixels
             )
         self.token: str = processor.image_token
@@ -133,13 +140,28 @@ class Sight:
         """What the model takes for one picture, decoded and preprocessed once a step. DataError where it cannot be decoded."""
 
         def make() -> Pixels:
-            return {
-                name: value.detach().clone()
-                for name, value in self._process(open_image(ref)).items()
+            image = open_image(ref)
+            made = {
+                n: value.detach().clone()
+                for n, value in self._process(image).items()
                 if isinstance(value, torch.Tensor)
             }
+            if self.keeps_pictures:
+                made[_PICTURE] = torch.from_numpy(numpy.array(self._resized(image, made)))
+            return made
 
         return self.cache.get((ref.sha256, self._fingerprint), make)
+
+    def picture(self, ref: ImageRef) -> Image.Image:
+        """The picture in the size in which the model sees it; another processor of the family makes the same of it. DataError as above."""
+        return Image.fromarray(self.pixels(ref)[_PICTURE].numpy())
+
+    def _resized(self, image: Image.Image, made: Pixels) -> Image.Image:
+        if "image_grid_thw" not in made:
+            return fit(image, self.limits)
+        _, rows, columns = made["image_grid_thw"][0].tolist()
+        patch = self.processor.image_processor.patch_size
+        return image.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
 
     def _process(self, image: Image.Image) -> Mapping[str, Any]:
         """Everything that the image processor makes of one picture."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
+from zppo.engines.sight import Sight
 from zppo.errors import EngineError, ModelError, SettingsError
 
 LOGPROBS_MODE = "processed_logprobs"
@@ -46,7 +47,7 @@ class Generation(Protocol):
     def sync_weights(self) -> None: ...
 
     def generate(
-        self, prompts: list[list[int]], images: None, num_generations: int
+        self, prompts: list[list[int]], images: list[list[Any] | None] | None, num_generations: int
     ) -> tuple[
         list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None
     ]: ...
@@ -62,6 +63,7 @@ class VLLMEngine:
         vocab_size: ids that the model knows.
         context: most tokens of prompt and completion together; None where unknown.
         where: the server's address for messages; "" for an engine in this process.
+        sight: how the trainer's model sees; vLLM gets the pictures in that size. None for text only.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class VLLMEngine:
         vocab_size: int,
         context: int | None,
         where: str = "",
+        sight: Sight | None = None,
     ) -> None:
         check_end_tokens(eos_ids, banned_ids)
+        self.sight = sight
         self.generation = generation
         self.eos_ids, self.banned_ids = frozenset(eos_ids), frozenset(banned_ids)
         self.vocab_size, self.context, self.where = vocab_size, context, where
@@ -136,7 +140,8 @@ class VLLMEngine:
         if len(requests) == size == 1:
             generation.generation_kwargs["seed"] = requests[0].keys[0] % _SEEDS
         prompts = [list(request.prompt_ids) for request in requests for _ in range(size)]
-        _, ids, logprobs, scored = self._guarded(lambda: generation.generate(prompts, None, size))
+        images = self._pictures(requests, size)
+        _, ids, logprobs, scored = self._guarded(lambda: generation.generate(prompts, images, size))
         if logprobs is None or scored is None or not len(ids) == len(logprobs) == len(scored) == len(prompts):
             raise EngineError(
                 f"vLLM{self.where} answered {len(prompts)} prompts with {len(ids)} completions"
@@ -144,6 +149,17 @@ class VLLMEngine:
                 "constraints-vllm.txt allows"
             )
         return [self._completion(*row, limit) for row in zip(ids, logprobs, scored, strict=True)]
+
+    def _pictures(self, requests: Sequence[SampleRequest], size: int) -> list[list[Any] | None] | None:
+        """Of every prompt as often as it is sampled; None where none has any."""
+        if not any(request.images for request in requests):
+            return None
+        if self.sight is None:
+            raise ModelError(
+                "the prompts have images, and vLLM was started for text only: load the student's image processor"
+            )
+        shown = [[self.sight.picture(ref) for ref in request.images] or None for request in requests]
+        return [pictures for pictures in shown for _ in range(size)]
 
     def _completion(
         self,
@@ -201,6 +217,7 @@ def open_vllm(
     eos_ids: Collection[int],
     banned_ids: Collection[int],
     server: str | None,
+    sight: Sight | None = None,
     **options: Any,
 ) -> VLLMEngine:
     """Starts vLLM in this process, or connects to a server, and makes an engine of it; weights come with the first `sync`.
@@ -209,6 +226,7 @@ def open_vllm(
         model: the trainer's model, without a wrapper of a distributed trainer.
         checkpoint: folder or hub name that vLLM loads the architecture (and first weights) from.
         server: base URL; None for colocate.
+        sight: how the model sees; None for text only.
         options: further arguments of `VLLMGeneration`.
 
     Raises:
@@ -216,6 +234,10 @@ def open_vllm(
         EngineError: vLLM cannot start or the server cannot be used; the message says why.
     """
     require_vllm()
+    if sight is not None:
+        _check_limits(sight)
+        sight.keeps_pictures = True
+        tokenizer.image_token_id = min(sight.image_ids)  # TRL looks for the places of images by it
     from trl.generation.vllm_generation import VLLMGeneration
 
     names = _checkpoint_names(model, _tensor_names(checkpoint))
@@ -258,7 +280,19 @@ def open_vllm(
         vocab_size=config.vocab_size,
         context=min((limit for limit in limits if limit), default=None),
         where=where,
+        sight=sight,
     )
+
+
+def _check_limits(sight: Sight) -> None:
+    """vLLM brings pictures into the limits of the checkpoint; those of the recipe must be within. SettingsError where not."""
+    own, limits = sight.own_limits, sight.limits
+    if own is not None and (limits.min_pixels < own.min_pixels or limits.max_pixels > own.max_pixels):
+        raise SettingsError(
+            f"data.images.min_pixels and max_pixels are {limits.min_pixels} and {limits.max_pixels}, and vLLM resizes images to the "
+            f"checkpoint's own {own.min_pixels} to {own.max_pixels} (preprocessor_config.json): choose limits within these, or set "
+            "rollout.engine to transformers"
+        )
 
 
 def _server_settings(generation: Any) -> dict[str, Any]:

@@ -73,10 +73,6 @@ def check_images(settings: Settings, source: str, question: Question, *, sharded
             f"{has}, and the student {settings.student.model!r} reads text only: name a vision-language checkpoint (one that "
             "AutoModelForImageTextToText of transformers loads), or a column that does not exist in data.columns.images"
         )
-    if settings.rollout.engine == "vllm":
-        raise SettingsError(
-            f"{has}, and rollout.engine is vllm, which is not shown images yet: set rollout.engine to transformers"
-        )
     if sharded:
         raise SettingsError(
             f"{has}, and the weights are sharded over several processes: the vision tower is called only by those that have an image in "

@@ -54,6 +54,7 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
         banned_ids=chat.banned_ids(model),
         server=vllm.base_url.rstrip("/") if server else None,
         max_model_length=vllm.max_model_length,
+        sight=chat.sight,
         **options,
     )
 

@@ -80,8 +80,9 @@ class LLM:
     ) -> list[RequestOutput]:
         assert not self.sleeping and not use_tqdm
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        images = [prompt.get("multi_modal_data", {}).get("image") for prompt in prompts]
         self.calls.append((ids, sampling_params))
         return [
             RequestOutput(prompt_token_ids=row, outputs=[CompletionOutput(token_ids=tokens, logprobs=logprobs)])
-            for row, (tokens, logprobs) in zip(ids, self.model.generate(ids, sampling_params), strict=True)
+            for row, (tokens, logprobs) in zip(ids, self.model.generate(ids, sampling_params, images), strict=True)
         ]

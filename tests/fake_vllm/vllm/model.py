@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from vllm.sampling_params import SamplingParams
 
@@ -17,7 +23,9 @@ class Model:
     """Args: a checkpoint with a tokenizer, the longest sequence, and the faults that are looked at at every call."""
 
     def __init__(self, checkpoint: str, max_model_len: int | None, faults: set[str]) -> None:
-        self.network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        sees = (Path(checkpoint) / "preprocessor_config.json").exists()
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        self.checkpoint, self.network = checkpoint, kind.from_pretrained(checkpoint, dtype=torch.float32).eval()
         AutoTokenizer.from_pretrained(checkpoint)  # as vLLM does: a checkpoint without one is an error
         self.context = max_model_len or self.network.config.get_text_config().max_position_embeddings
         self.faults, self.loads, self.unknown, self.calls = faults, 0, 0, 0
@@ -45,9 +53,18 @@ class Model:
             for parameter in self.by_name.values():
                 parameter.fill_(torch.nan)
 
+    def seen(self, row: list[int], images: Any) -> torch.Tensor:
+        """Logits after a row and its pictures, which are preprocessed here, by the checkpoint's own rules."""
+        ids, given = torch.tensor([row]), dict[str, Any]()
+        if images is not None:
+            processor = AutoImageProcessor.from_pretrained(self.checkpoint, backend="pil")
+            given = dict(processor(images if isinstance(images, list) else [images], return_tensors="pt"))
+            given["mm_token_type_ids"] = (ids == self.network.config.image_token_id).int()
+        return self.network(input_ids=ids, use_cache=False, **given).logits[0, -1].float()
+
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[list[int]], how: SamplingParams
+        self, prompts: Sequence[list[int]], how: SamplingParams, images: Sequence[Any] = ()
     ) -> list[tuple[list[int], list[dict[int, Any]]]]:
         """Per prompt one completion: tokens and, per token, {id: (logprob, rank)} of that token alone."""
         assert all(len(prompt) < self.context for prompt in prompts)
@@ -59,7 +76,10 @@ class Model:
         while live:
             places = torch.tensor([len(rows[i]) - 1 for i in live])
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in live], batch_first=True)
-            logits = self.network(input_ids=ids, use_cache=False).logits[torch.arange(len(live)), places].float()
+            if any(images):
+                logits = torch.stack([self.seen(rows[i], images[i]) for i in live])
+            else:
+                logits = self.network(input_ids=ids, use_cache=False).logits[torch.arange(len(live)), places].float()
             for line, i in zip(logits, live, strict=True):
                 logprobs = processed(line, rows[i][len(prompts[i]) :], rows[i], how)
                 best = int(logprobs.argmax())
