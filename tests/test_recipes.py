@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from conftest import REWARD, make_tiny, make_tokenizer
+from conftest import REWARD, make_tiny
 from fault_server import Server
+from seeing import make_picture, make_seeing
 from zppo.cli import main
-from zppo.core.types import Message, Question
+from zppo.core.types import ImageRef, Message, Question
 from zppo.train.machine import Machine
 from zppo.train.memory import within
 from zppo.train.memory_view import memory_rows
@@ -24,34 +25,14 @@ from zppo.train.settings import Settings, ZoneSettings
 RECIPES = Path(__file__).parents[1] / "recipes"
 LARGE = ("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b")
 NAMES = (*LARGE, "single-gpu-lora", "api-teacher")
-MADE_FOR = {"qwen3.5-0.8b": 80, "qwen3.5-2b": 80, "qwen3.5-4b": 141, "qwen3.5-9b": 141, "single-gpu-lora": 24}  # GB
+MADE_FOR = {"qwen3.5-0.8b": 80, "qwen3.5-2b": 141, "qwen3.5-4b": 141, "qwen3.5-9b": 180, "single-gpu-lora": 24}  # GB
 
 
 @pytest.fixture(scope="module")
 def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny student of the recipes' architecture, and questions with the columns of their data sets."""
     folder = tmp_path_factory.mktemp("standins")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    student = Qwen3_5ForCausalLM(
-        Qwen3_5TextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    student.save_pretrained(folder / "student")
-    tokenizer.save_pretrained(folder / "student")
+    make_seeing(folder / "student", "qwen3_5")
     make_tiny(folder / "teacher")
     rows = [
         {"question": f"What is {i} + {j}?", "answer": f"They add up.\n#### {i + j}"} for i in range(4) for j in range(4)
@@ -61,6 +42,9 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"problem": f"What is ${i}^2$?", "answer": str(i * i), "level": i % 5, "unique_id": f"n/{i}"} for i in range(16)
     ]
     (folder / "math.jsonl").write_text("\n".join(map(json.dumps, math)))
+    figures = [make_picture(folder, i).uri for i in range(3)]
+    geometry = [{"problem": f"<image>Find angle {i}.", "images": [figures[i % 3]], "answer": str(i)} for i in range(16)]
+    (folder / "geometry.jsonl").write_text("\n".join(map(json.dumps, geometry)))
     (folder / "reward.py").write_text(REWARD)
     return folder
 
@@ -68,7 +52,8 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def questions(name: str, folder: Path) -> list[str]:
     """The stand-in for a recipe's questions; the settings that only a hub set has go."""
     text = (RECIPES / f"{name}.yaml").read_text()
-    file = folder / ("gsm8k.jsonl" if "openai/gsm8k" in text else "math.jsonl")
+    names = {"openai/gsm8k": "gsm8k.jsonl", "geometry3k": "geometry.jsonl"}
+    file = folder / next((file for name, file in names.items() if name in text), "math.jsonl")
     return [f"--data.train={file}", f"--data.eval={file}", "--data.config=null"]
 
 
@@ -82,6 +67,8 @@ def tiny(name: str, folder: Path) -> list[str]:
             "--rollout.group_size=4",
             "--rollout.max_new_tokens=8",
             "--rollout.engine=transformers",
+            "--data.images.min_pixels=256",
+            "--data.images.max_pixels=576",
         ),
         *("--teacher.rollout.max_new_tokens=16", "--teacher.compression.max_new_tokens=16"),
         *("--train.steps=2", "--train.checkpoint_every=1", "--train.device=cpu", "--train.optimizer=adamw"),
@@ -97,7 +84,7 @@ def test_recipes_load_and_say_no_more_than_is_true(name: str) -> None:
     assert teacher is not None and teacher.base_urls and settings.method.resolve().name == "zppo"
     assert settings.data.train.startswith("hub:") and settings.data.eval
     text = (RECIPES / f"{name}.yaml").read_text()
-    assert "mages are not built yet" in text
+    assert ("about images" in text) == (name in LARGE)
     assert max(map(len, text.splitlines())) <= 150
     marks = {int(n) for n in re.findall(r"# \((\d)\)", text)}
     assert marks == set(range(1, int(re.search(r"lines marked \(1\) to \((\d)\)", text)[1]) + 1))  # type: ignore[index]
@@ -137,8 +124,9 @@ def test_recipes_fit_the_machine_that_they_name(name: str) -> None:
     """By the estimate, with questions of up to 2,000 characters."""
     machine = Machine("GPU", True, MADE_FOR[name] * 10**9)
     assert f"{MADE_FOR[name]} GB" in (RECIPES / f"{name}.yaml").read_text()
-    asked = [Question("q", (Message("user", "x" * 2000),), "1")]
-    rows = dict(memory_rows(within(load_recipe(RECIPES / f"{name}.yaml"), asked), machine=machine))
+    images = (ImageRef("figure.png", ""),) if name in LARGE else ()
+    asked = [Question("q", (Message("user", "x" * 2000),), "1", images)]
+    rows = dict(memory_rows(within(load_recipe(RECIPES / f"{name}.yaml"), asked), machine=machine, images=len(images)))
     assert rows["verdict"].startswith("fits"), rows
 
 
@@ -178,8 +166,8 @@ def test_recipes_train(
     steps = [line for line in lines if line["event"] == "step"]
     assert len(steps) == 2 and any(line["remote_requests"] for line in steps)
     assert any("<response>" in asked["messages"][-1]["content"] for asked in server.log)
-    trained = AutoModelForCausalLM.from_pretrained(run / "final").state_dict()
-    before = AutoModelForCausalLM.from_pretrained(standins / "student").state_dict()
+    kind = AutoModelForImageTextToText if name in LARGE else AutoModelForCausalLM
+    trained, before = (kind.from_pretrained(folder).state_dict() for folder in (run / "final", standins / "student"))
     assert any(not torch.equal(trained[key], before[key]) for key in before)
     assert (run / "final" / "adapter").exists() == (name == "single-gpu-lora")
     assert all(server.key not in file.read_text(errors="replace") for file in run.rglob("*") if file.is_file())
