@@ -21,7 +21,7 @@ from zppo.lab.corpus import Response, StudentCorpus, TeacherCorpus
 from zppo.lab.world import Chain, Entry, World
 from zppo.prompts import PromptBook
 
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 28
 ROWS_AT_ONCE = 256
 
 

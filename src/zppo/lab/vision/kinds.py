@@ -6,7 +6,7 @@ is what word number i truly says. A student that takes a word for another one's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -100,12 +100,12 @@ def _shape_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
 
 
 def _count(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
-    count = str(_of_colour(_things(picture), colour))
-    return Reading((COLOUR_WORDS[colour], count), count)
-
-
-def _of_colour(things: Sequence[Thing | None], colour: int) -> int:
-    return sum(thing is not None and thing.colour == colour for thing in things)
+    """Cell by cell with how many there have been so far."""
+    thought, count = [COLOUR_WORDS[colour]], 0
+    for cell, thing in zip(CELLS, _things(picture), strict=True):
+        count += thing is not None and thing.colour == colour
+        thought += [cell, str(count)]
+    return Reading(tuple(thought), str(count))
 
 
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -158,27 +158,13 @@ def _pair(picture: Picture, about: tuple[int, ...], how: int) -> Reading:
     return Reading((word, *bars), str(result(*(heights[colour] for colour in about))))
 
 
-def _by_cell(things: Sequence[Thing | None]) -> Iterator[str]:
-    for cell, thing in zip(CELLS, things, strict=True):
-        yield from (cell, *(NOTHING if thing is None else thing.words).split())
-
-
-def _by_colour(things: Sequence[Thing | None]) -> Iterator[str]:
-    for colour, word in enumerate(COLOUR_WORDS):
-        yield from (word, str(_of_colour(things, colour)))
-
-
-FORMS: Mapping[str, Callable[[Sequence[Thing | None]], Iterator[str]]] = {
-    "cells": _by_cell,
-    "colours": _by_colour,
-}
-
-
-def _describe(picture: Picture, about: tuple[int, ...], form: int) -> Reading:
-    """All that there is, in an order; how many things there are is the answer."""
+def _describe(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
+    """All that there is, cell by cell, or all of one colour; how many things that are is the answer."""
+    if word < len(COLOUR_WORDS):
+        return _count(picture, about, word)
     things = _things(picture)
-    thought = tuple(FORMS.values())[form](things)
-    return Reading((tuple(FORMS)[form], *thought), str(sum(thing is not None for thing in things)))
+    seen = [(cell, NOTHING if thing is None else thing.words) for cell, thing in zip(CELLS, things, strict=True)]
+    return Reading(tuple(part for pair in seen for part in pair), str(sum(thing is not None for thing in things)))
 
 
 def _describe_bars(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
@@ -200,22 +186,18 @@ KINDS: Mapping[str, Kind] = {
         lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?",
         _pair,
     ),
-    "describe": Kind(tuple(FORMS), _any_scene, lambda word, _: f"describe {word} ?", _describe),
+    "describe": Kind((*COLOUR_WORDS, "all"), _any_scene, lambda word, _: f"describe {word} ?", _describe),
     "bars": Kind(("bars",), _any_chart, lambda word, _: f"describe {word} ?", _describe_bars),
 }
 """All kinds by name."""
 
 
-def cell_words(picture: Picture) -> list[tuple[str, str, str, str]]:
-    """What lies in every cell, in four words: its name, colour and shape of its thing, and how many things have that colour; of a chart
-    the cell's name, and colour and height of its bar, the height twice."""
+def cell_words(picture: Picture) -> list[tuple[str, str, str]]:
+    """What lies in every cell, in three words: its name, and colour and shape of its thing; of a chart colour and height of its bar."""
     if isinstance(picture, Chart):
-        bars = [(COLOUR_WORDS[colour], str(height), str(height)) for colour, height in picture.bars]
+        bars = [(COLOUR_WORDS[colour], str(height)) for colour, height in picture.bars]
         return [(name, *bars[cell % SIDE]) for cell, name in enumerate(CELLS)]
-    things = [
-        (COLOUR_WORDS[t.colour], SHAPES[t.shape], str(_of_colour(picture.cells, t.colour))) if t else (NOTHING,) * 3
-        for t in picture.cells
-    ]
+    things = [(COLOUR_WORDS[t.colour], SHAPES[t.shape]) if t else (NOTHING, NOTHING) for t in picture.cells]
     return [(name, *thing) for name, thing in zip(CELLS, things, strict=True)]
 
 

@@ -167,7 +167,7 @@ def learn_to_see(
 ) -> None:
     """Teaches the part that sees, before any document: a picture's token is to be what lies in its cell, in the model's own words.
 
-    Its words (`zppo.lab.vision.kinds.cell_words`) are equally likely. Language comes to pictures that mean something
+    Its three words (`zppo.lab.vision.kinds.cell_words`) are equally likely. Language comes to pictures that mean something
     this way, in a tenth of the steps; loss in nats per token of a picture.
     """
     ids = chat.tokenizer.get_vocab()
@@ -175,7 +175,7 @@ def learn_to_see(
     def losses(step: int) -> Iterator[torch.Tensor]:
         rng = keyed_random("lab", "sight", seed, step)
         pictures = [draw_chart(rng) if rng.random() < CHARTS else draw_scene(rng) for _ in range(how.batch)]
-        wanted = torch.tensor([[ids[word] for word in words] for p in pictures for words in cell_words(p)])  # (N, 4)
+        wanted = torch.tensor([[ids[word] for word in words] for p in pictures for words in cell_words(p)])  # (N, 3)
         yield -look(model, pictures).log_softmax(-1).gather(1, wanted).mean()
 
     optimise(model, how, losses, report)
