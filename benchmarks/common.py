@@ -28,11 +28,13 @@ class Options:
     Attributes:
         quick: tiny sizes and few repetitions: shows that the row works, its numbers mean nothing.
         threads: CPU threads of every process that is measured.
+        repetitions: of what is compared.
         results: folder of the JSON files.
     """
 
     quick: bool
     threads: int
+    repetitions: int
     results: Path
 
 
@@ -40,7 +42,7 @@ Row = Callable[[Options], Mapping[str, Any]]
 
 
 def run(name: str, row: Row, argv: Sequence[str] | None = None) -> int:
-    """The command line of one row: `python -m benchmarks.NAME [--quick] [--threads N] [--results FOLDER]`."""
+    """The command line of one row: `python -m benchmarks.NAME [--quick] [--threads N] [--repetitions N] [--results FOLDER]`."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=sys.modules["__main__"].__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes; the numbers mean nothing, and no result is kept"
@@ -49,9 +51,11 @@ def run(name: str, row: Row, argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--results", type=Path, help="folder of the result (default: benchmarks/results; with --quick nowhere)"
     )
+    parser.add_argument("--repetitions", type=int, default=7, help="of what is compared (default: 7)")
     given = parser.parse_args(argv)
     prepare_environment(given.threads)
-    options = Options(given.quick, given.threads, given.results or RESULTS)
+    repetitions = 1 if given.quick else given.repetitions
+    options = Options(given.quick, given.threads, repetitions, given.results or RESULTS)
     began = time.perf_counter()
     result = {**facts(options), **row(options), "took_seconds": round(time.perf_counter() - began, 1)}
     if given.results or not given.quick:

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks import flops
 from benchmarks.workers import PeakMemory, Stopwatch
 from benchmarks.world import Shape, completions, correct
 
@@ -27,7 +28,6 @@ class Ours:
         questions: rows of the data set.
         threads: of the CPU.
         method: grpo or zppo.
-        tokens: `train.tokens_per_microbatch`.
         settings: more settings, by section.
     """
 
@@ -36,7 +36,6 @@ class Ours:
     questions: list[dict[str, str]]
     threads: int
     method: str = "grpo"
-    tokens: int | str = 16_384
     settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -58,7 +57,6 @@ def settings_of(own: Ours, folder: Path) -> Any:
             "checkpoint_every": 0,
             "device": "cpu",
             "threads": own.threads,
-            "tokens_per_microbatch": own.tokens,
         },
     }
     if own.method != "grpo":
@@ -85,10 +83,12 @@ class Script:
     def __init__(self, shape: Shape) -> None:
         self.shape, self.trivial = shape, 0.5
         self._calls = 0
+        self._answers: dict[str, str | None] = {}  # by completion: a summary has to keep it
 
     def new_step(self, trivial: float) -> None:
         """Rewards of the next step."""
         self.trivial, self._calls = trivial, 0
+        self._answers.clear()
 
     def score(self, answered: Sequence[Any]) -> list[Any]:
         """A verdict per completion: plain groups come first in a step, then reformulated ones; of the teacher's 3 in 4 are right."""
@@ -100,25 +100,28 @@ class Script:
             self._calls += 1
             size = self.shape.group
             flags = [f for row in correct(len(answered) // size, size, self.trivial, self._calls) for f in row]
-        return [
-            Verdict(flag, a.question.gold if flag else f"w{i % 7}", "script", float(flag))
-            for i, (flag, a) in enumerate(zip(flags, answered, strict=True))
+        answers = [
+            a.question.gold if flag else f"x{i % 7}" for i, (flag, a) in enumerate(zip(flags, answered, strict=True))
         ]
+        self._answers |= {a.completion.strip(): answer for a, answer in zip(answered, answers, strict=True)}
+        return [Verdict(flag, answer, "script", float(flag)) for flag, answer in zip(flags, answers, strict=True)]
 
     def check(self, *_: Any) -> None:
         """Nothing can be wrong with it."""
 
     def complete(self, requests: Sequence[Any], how: Any) -> list[Any]:
-        """Replies at once: a summary that keeps the boxed answer where one is asked for, else a response."""
+        """Replies at once."""
         from zppo.teacher.base import TeacherReply
 
-        return [TeacherReply((self._reply(r.messages[-1].content, how),) * len(r.keys)) for r in requests]
+        return [TeacherReply(tuple(self._reply(r.messages[-1].content, key, how) for key in r.keys)) for r in requests]
 
-    def _reply(self, asked: str, how: Any) -> str:
+    def _reply(self, asked: str, key: int, how: Any) -> str:
+        """A summary that keeps the answer where one is asked for, else a response; one word, one token."""
         if "<summary>" not in asked:
-            return " ".join([TEACHER_SAID, *["w1"] * int(self.shape.mean)])
-        box = asked[asked.rfind("\\boxed{") :].partition("}")[0] + "}"
-        return f"<summary>\n{' '.join(['w2'] * (how.sampling.max_new_tokens - 2))} {box}\n</summary>"
+            return " ".join([TEACHER_SAID, str(key), *["w1"] * (int(self.shape.mean) - 2)])
+        response = asked.rpartition("<response>")[2].partition("</response>")[0].strip()
+        room = " ".join(["w2"] * (how.sampling.max_new_tokens - 1))
+        return f"<summary>\n{room} \\boxed{{{self._answers[response]}}}\n</summary>"
 
 
 @contextmanager
@@ -144,10 +147,18 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
         if own.method != "grpo":
             staff.teachers.append(script)  # type: ignore[arg-type]
         run = Path(name) / "run"
-        parts = assemble(settings, read_data(settings), run, None, script.score, staff, accelerator, weights, console, stop)
+        parts = assemble(
+            settings, read_data(settings), run, None, script.score, staff, accelerator, weights, console, stop
+        )
         run.mkdir()
         parts.trainer.log.open()
         yield parts
+
+
+def in_order(trainer: Any) -> Any:
+    """The trainer's roller, which from now on grades whole batches: the script's rewards go by place in the batch."""
+    trainer.roller = dataclasses.replace(trainer.roller, beside=False)
+    return trainer.roller
 
 
 class Replaying:
@@ -156,7 +167,7 @@ class Replaying:
     def __init__(self, engine: Any, rows: list[list[list[int]]]) -> None:
         self.engine, self.rows = engine, rows
 
-    def sample(self, requests: Sequence[Any], sampling: Any) -> list[list[Any]]:
+    def sample(self, requests: Sequence[Any], sampling: Any, finished: Any = None) -> list[list[Any]]:
         """The rows, whatever is asked."""
         import torch
 
@@ -172,25 +183,56 @@ class Replaying:
         return made
 
 
+class Seen:
+    """What the updater was given: which rollouts, of what length, with a gradient or not."""
+
+    def __init__(self, updater: Any) -> None:
+        self.groups: list[list[flops.Line]] = []
+        self._update = updater.update
+        updater.update = self
+
+    def __call__(self, groups: Sequence[Any], advantages: Any, *rest: Any) -> Any:
+        live = iter((advantages != 0).tolist())
+        self.groups = [[flops.Line(len(g.prompt.ids), len(r.ids), next(live)) for r in g.rollouts] for g in groups]
+        return self._update(groups, advantages, *rest)
+
+    def operations(self, config: Any) -> dict[str, float]:
+        """That sampling and training of these cannot do without."""
+        cost = flops.Cost.of(config)
+        training = cost.training([line for group in self.groups for line in group])
+        return {"sampling_operations": float(cost.sampling(self.groups)), "update_operations": float(training)}
+
+
 def serve(pipe: Connection, own: Ours) -> None:
-    """Steps on demand. A message is {"trivial": share, "replay": bool}; the reply holds seconds by part, and counts."""
+    """Steps on demand.
+
+    A message is {"trivial": share, "replay": bool}; the reply holds seconds by part, and counts. {"rates": True} is answered by the
+    rates at which matrices are multiplied.
+    """
     script = Script(own.shape)
     with assembled(own, script) as parts:
-        trainer = parts.trainer
-        sampling = dataclasses.replace(trainer.roller, beside=False)  # the script's rewards go by place in the batch
-        replaying = dataclasses.replace(sampling, engine=Replaying(sampling.engine, completions(own.shape, seed=0)))
+        trainer, config = parts.trainer, parts.student.model.config
+        sampling = in_order(trainer)
+        replayed = Replaying(sampling.engine, completions(own.shape, seed=0))
+        replaying = dataclasses.replace(sampling, engine=replayed)
         updater, watch, memory = trainer.learner.updater, Stopwatch(), PeakMemory()
         updater._old_logprobs = watch.timed("logprobs", updater._old_logprobs)
+        seen = Seen(updater)
         reported: dict[str, Any] = {}
         trainer.log.listener = lambda step, event, metrics: reported.update(metrics)
         pipe.send(("ready", None))
         while True:
             asked = pipe.recv()
+            if asked.get("rates"):
+                rows = own.shape.questions * own.shape.group // 2  # half of the rollouts go on, on average
+                pipe.send(("rates", flops.rates(config, 2048, rows)))
+                continue
             script.new_step(asked["trivial"])
             trainer.roller = replaying if asked.get("replay") else sampling
             watch.start()
             trainer.step(trainer.done + 1)
-            pipe.send(("step", {**by_part(watch.seconds(), reported), "memory": memory.above()}))
+            seconds = watch.seconds()
+            pipe.send(("step", {**by_part(seconds, reported), "memory": memory.above(), **seen.operations(config)}))
 
 
 def by_part(watched: dict[str, float], reported: dict[str, Any]) -> dict[str, float]:

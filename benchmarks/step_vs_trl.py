@@ -9,19 +9,21 @@ from typing import Any
 
 from benchmarks.common import Options, interleaved, medians, ratio, run
 from benchmarks.pair import sides
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, span
 from benchmarks.world import QUICK, Shape
 
 SHARES = (0.5, 0.3, 0.7)
-PEER_ROWS = (16, 32, 64)
+PEER_ROWS = (8, 32, 64)
 WARM = 2  # steps that are not counted: imports, caches, and a buffer to replay from
+NAMES = {"grpo": "our GRPO", "zppo": "our ZPPO"}
+PARTS = ("sampling", "logprobs", "update", "teacher", "other", "step")
+TARGETS = {"grpo": 0.45, "zppo": 0.75}
 
 
 def measure(options: Options) -> Mapping[str, Any]:
     """TRL with three micro-batch sizes at the first share; the fastest one at the others too."""
-    shape, repetitions = (QUICK, 1) if options.quick else (Shape(), 7)
-    peer_rows = (4,) if options.quick else PEER_ROWS
-    shares = SHARES[:1] if options.quick else SHARES
+    shape = QUICK if options.quick else Shape()
+    peer_rows, shares = ((8,), SHARES[:1]) if options.quick else (PEER_ROWS, SHARES)
     found: dict[str, Any] = {}
     with sides(shape, options.threads, peer_rows=peer_rows, methods=("grpo", "zppo")) as started:
         for _ in range(WARM):
@@ -29,56 +31,75 @@ def measure(options: Options) -> Mapping[str, Any]:
                 worker.ask({"trivial": 0.5})
         names = list(started)
         for share in shares:
-            steps = interleaved(repetitions, {n: partial(started[n].ask, {"trivial": share}) for n in names})
-            peers = [n for n in names if n.startswith("trl")]
-            best = min(peers, key=lambda n: medians(steps[n])["step"])
-            names = ["grpo", "zppo", best]
+            turns = {n: partial(started[n].ask, {"trivial": share}) for n in names}
+            turns["rates"] = partial(started["grpo"].ask, {"rates": True})
+            steps = interleaved(options.repetitions, turns)
+            best = min((n for n in names if n.startswith("trl")), key=lambda n: medians(steps[n])["step"])
+            names = [*NAMES, best]
             found[f"{share:.0%}"] = {
                 "peer": best,
-                "ratios": {n: ratio(steps[n], steps[best], "step") for n in ("grpo", "zppo")},
-                "cpu_ratios": {n: ratio(steps[n], steps[best], "cpu") for n in ("grpo", "zppo")},
+                "ratios": {n: ratio(steps[n], steps[best], "step") for n in NAMES},
+                "cpu_ratios": {n: ratio(steps[n], steps[best], "cpu") for n in NAMES},
                 "medians": {n: medians(rows) for n, rows in steps.items()},
-                "repetitions": repetitions,
+                "peak_bytes": {n: max(row["memory"] for row in steps[n]) for n in started if n in steps},
             }
-    return {"shape": vars(shape), "shares": found}
-
-
-PARTS = ("sampling", "logprobs", "update", "teacher", "other", "step")
+    return {"shape": vars(shape), "repetitions": options.repetitions, "shares": found}
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Ratios first, then seconds by part."""
+    """Ratios first, then seconds by part, how far each part is from its floor, and memory."""
     shares = result["shares"]
-    names = {"grpo": "our GRPO", "zppo": "our ZPPO"}
-    ratios = [
-        (
-            f"{name} / TRL GRPO",
-            *(
-                f"**{s['ratios'][n]['median']:.2f}** ({s['ratios'][n]['low']:.2f}-{s['ratios'][n]['high']:.2f})"
-                for s in shares.values()
-            ),
-        )
-        for n, name in names.items()
+    return "\n\n".join((_ratios(shares), _parts(shares), _floors(shares), _memory(shares)))
+
+
+def _ratios(shares: Mapping[str, Any]) -> str:
+    rows = [(f"**{name} / TRL GRPO**", *(span(s["ratios"][n]) for s in shares.values())) for n, name in NAMES.items()]
+    rows += [
+        (f"{name}, in processor seconds", *(span(s["cpu_ratios"][n]) for s in shares.values()))
+        for n, name in NAMES.items()
     ]
-    ratios += [
-        (f"the same in processor seconds, {n}", *(f"{s['cpu_ratios'][n]['median']:.2f}" for s in shares.values()))
-        for n in names
-    ]
-    parts = [
-        (
-            f"{share}, {names.get(n, n)}",
-            *(f"{m[part]:.3f}" for part in PARTS),
-            f"{m['student_tokens']:,.0f}",
-            f"{m['memory'] / 2**20:.0f}",
-        )
+    rows.append(("tokens computed / needed, GRPO", *(_waste(s["medians"]["grpo"]) for s in shares.values())))
+    rows.append(("tokens computed / needed, ZPPO", *(_waste(s["medians"]["zppo"]) for s in shares.values())))
+    return markdown(["groups without a gradient", *shares], rows)
+
+
+def _waste(row: Mapping[str, float]) -> float:
+    return row["train_tokens_computed"] / row["train_tokens_needed"]
+
+
+def _parts(shares: Mapping[str, Any]) -> str:
+    rows = [
+        (share, _called(name), *(f"{row[part]:.3f}" for part in PARTS), row["student_tokens"])
         for share, s in shares.items()
-        for n, m in s["medians"].items()
+        for name, row in s["medians"].items()
+        if name != "rates"
     ]
-    return (
-        markdown(["groups without a gradient", *shares], ratios)
-        + "\n\n"
-        + markdown(["seconds of a step", *PARTS, "tokens sampled", "peak MiB"], parts)
+    return markdown(["", "seconds of", *PARTS, "tokens sampled"], rows)
+
+
+def _floors(shares: Mapping[str, Any]) -> str:
+    rows = []
+    for share, s in shares.items():
+        for name in NAMES:
+            row, rates = s["medians"][name], s["medians"]["rates"]
+            for part in ("sampling", "update"):
+                floor = row[f"{part}_operations"] / rates[part]
+                cells = (row[f"{part}_operations"] / 1e9, rates[part] / 1e9, floor, row[part], row[part] / floor)
+                rows.append((share, _called(name), part, *cells))
+    return markdown(
+        ["", "", "part", "must do, GFLOP", "matrix product, GFLOP/s", "floor, s", "took, s", "times the floor"], rows
     )
+
+
+def _memory(shares: Mapping[str, Any]) -> str:
+    peaks: dict[str, float] = next(iter(shares.values()))["peak_bytes"]
+    best = next(iter(shares.values()))["peer"]
+    rows = [(_called(n), peak / 2**20, peak / peaks[best]) for n, peak in peaks.items()]
+    return markdown(["peak memory above the loaded model", "MiB", "of the fastest TRL's"], rows)
+
+
+def _called(name: str) -> str:
+    return NAMES.get(name) or f"TRL GRPO, {name.split()[1]} rows a micro-batch"
 
 
 if __name__ == "__main__":

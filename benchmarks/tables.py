@@ -56,6 +56,11 @@ def shown(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def span(ratio: Mapping[str, float]) -> str:
+    """A ratio with its extremes."""
+    return f"**{ratio['median']:.2f}** ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
 def main() -> int:
     """Rewrites the page."""
     page = PAGE.read_text(encoding="utf-8")

@@ -129,7 +129,7 @@ def serve(pipe: Connection, own: Ours) -> None:
 
 def measure(options: Options) -> Mapping[str, Any]:
     """For each latency every way, in turn, beside a teacher that answers at once."""
-    shape, repetitions = (QUICK, 1) if options.quick else (Shape(), 7)
+    shape, repetitions = (QUICK, 1) if options.quick else (Shape(), min(3, options.repetitions))
     found = {}
     with tempfile.TemporaryDirectory() as name:
         asked, model = questions(shape), make_model(Path(name) / "model", shape)

@@ -77,6 +77,11 @@ def _guarded(serve: Serve, pipe: Connection, config: Any) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)  # trainers talk; what matters comes through the pipe
     os.dup2(silent, 1)
     os.dup2(silent, 2)
+    obey(serve, pipe, config)
+
+
+def obey(serve: Serve, pipe: Connection, config: Any) -> None:
+    """Serves until the other end is closed; what goes wrong is sent there."""
     try:
         serve(pipe, config)
     except EOFError:

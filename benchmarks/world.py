@@ -9,15 +9,15 @@ anything or patched; both draw from that one distribution, and the lengths that 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 200
-WORDS = tuple(f"w{i}" for i in range(191))
-SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<unk>")  # the third and the fourth end a completion
-TURNS = ("user", "assistant", "<think>", "</think>")
+WORDS = tuple(f"w{i}" for i in range(193))
+SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<unk>")
+ENDS = (2, 3)
+TURNS = ("user", "assistant")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
@@ -48,19 +48,25 @@ class Shape:
     @property
     def mean(self) -> float:
         """Mean length of a completion."""
-        chance = 2 / VOCABULARY
+        chance = len(ENDS) / VOCABULARY
         return (1 - (1 - chance) ** self.limit) / chance
 
 
 QUICK = Shape(questions=4, group=4, prompt=(20, 30), limit=12, layers=1, width=32, steps=12)
 
 
-def make_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
-    """Writes the tiny Qwen3 with its tokenizer: one word, one token."""
+def make_model(folder: Path, shape: Shape, *, std: float = 0.02, head: float = 1e-3) -> Path:
+    """Writes the tiny random Qwen3 with its tokenizer: one word, one token.
+
+    Args:
+        std, head: standard deviation of the weights, and of those of the output layer; lengths are as said above with a small one.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *TURNS, *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -72,11 +78,12 @@ def make_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
         additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
         chat_template=TEMPLATE,
     )
-    ends = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]]
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(model_config(shape))
-    torch.nn.init.normal_(model.lm_head.weight, std=1e-3)
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=vocabulary["<pad>"], do_sample=True)
+    torch.manual_seed(0)
+    config = model_config(shape)
+    config.initializer_range = std
+    model = Qwen3ForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=head)
+    model.generation_config = GenerationConfig(eos_token_id=list(ENDS), pad_token_id=0, do_sample=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -147,14 +154,10 @@ def completions(shape: Shape, seed: int) -> list[list[list[int]]]:
 
     def one() -> list[int]:
         ids: list[int] = []
-        while len(ids) < shape.limit and not set(ids[-1:]) & {2, 3}:
+        for _ in range(shape.limit):
             ids.append(rng.randrange(VOCABULARY))
+            if ids[-1] in ENDS:
+                break
         return ids
 
     return [[one() for _ in range(shape.group)] for _ in range(shape.questions)]
-
-
-def lengths(rows: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
-    """Mean length, and the share at the longest."""
-    flat = [len(ids) for group in rows for ids in group]
-    return {"mean": sum(flat) / len(flat), "longest": max(flat)}
