@@ -100,7 +100,7 @@ def of_grading(groups: list[Any]) -> float:
         return seconds(lambda: grader.grade_many(items))
 
 
-def of_checkpoint(folder: Path, width: int) -> dict[str, float]:
+def of_checkpoint(folder: Path, width: int, vocabulary: int) -> dict[str, float]:
     """A checkpoint with AdamW's state: how long a step stands still for it, in the foreground and in the background."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -110,7 +110,7 @@ def of_checkpoint(folder: Path, width: int) -> dict[str, float]:
     from zppo.train.settings import TrainSettings
     from zppo.train.weights import Weights
 
-    config = Qwen3Config(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, vocab_size=8192)
+    config = Qwen3Config(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, vocab_size=vocabulary)
     model = Qwen3ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
@@ -137,7 +137,7 @@ def measure(options: Options) -> Mapping[str, Any]:
             "buffer": {str(n): of_buffer(n) for n in entries},
             "log": {str(n * len(groups) * GROUP): of_log(groups, folder / f"log-{n}", n) for n in (1, steps)},
             "grading": of_grading(groups),
-            "checkpoint": of_checkpoint(folder / "run", 64 if options.quick else 1024),
+            "checkpoint": of_checkpoint(folder / "run", *((32, 64) if options.quick else (1024, 8192))),
         }
 
 

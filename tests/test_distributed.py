@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distributed_worker import distil, load, make_updater, train
+from same_run import BY_CHANCE
 from test_update import make_groups
 from zppo.cli import main
 from zppo.core.types import Group
@@ -48,8 +49,10 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 METRICS_OF_ONE_PROCESS = (
     "seconds",
     "tokens_per_second",
-    "train_tokens_computed",
-)  # padding depends on who computes what
+    "teacher_wait_seconds",
+    "train_tokens_computed",  # padding depends on who computes what
+    *BY_CHANCE,
+)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -172,9 +175,9 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in two processes."""
+    """The same run in two processes, each of which asks the teacher early about its own questions."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    done = torchrun("-m", "zppo", "train", str(recipe), f"--output={run}")
+    done = torchrun("-m", "zppo", "train", str(recipe), "--teacher.ask=eager", f"--output={run}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes, each with all weights" in done.stdout
     assert done.stdout.count("run folder") == done.stdout.count("graduated/admitted") == 1  # one of them speaks
