@@ -19,7 +19,7 @@ from zppo.lab.vision.pictures import Picture
 from zppo.lab.vision.world import Ask, VisionWorld, completion_text
 from zppo.prompts import PromptBook
 
-MOST_STEPS = 8  # words of the thought that a compressed response keeps
+MOST_STEPS = 6  # words of the thought that a compressed response keeps
 
 
 @dataclass(frozen=True, slots=True)

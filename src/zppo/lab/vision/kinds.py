@@ -159,12 +159,11 @@ def _pair(picture: Picture, about: tuple[int, ...], how: int) -> Reading:
 
 
 def _describe(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
-    """All that there is, cell by cell, or all of one colour; how many things that are is the answer."""
-    if word < len(COLOUR_WORDS):
-        return _count(picture, about, word)
+    """All that there is, cell by cell; how many things that are is the answer."""
     things = _things(picture)
     seen = [(cell, NOTHING if thing is None else thing.words) for cell, thing in zip(CELLS, things, strict=True)]
-    return Reading(tuple(part for pair in seen for part in pair), str(sum(thing is not None for thing in things)))
+    thought = [part for cell, words in seen for part in (cell, *words.split())]
+    return Reading(tuple(thought), str(sum(thing is not None for thing in things)))
 
 
 def _describe_bars(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
@@ -186,7 +185,8 @@ KINDS: Mapping[str, Kind] = {
         lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?",
         _pair,
     ),
-    "describe": Kind((*COLOUR_WORDS, "all"), _any_scene, lambda word, _: f"describe {word} ?", _describe),
+    "describe": Kind(("all",), _any_scene, lambda word, _: f"describe {word} ?", _describe),
+    "those": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"describe {word} ?", _count),
     "bars": Kind(("bars",), _any_chart, lambda word, _: f"describe {word} ?", _describe_bars),
 }
 """All kinds by name."""
