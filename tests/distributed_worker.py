@@ -28,6 +28,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
 from zppo.train.distill import Distiller
 from zppo.train.models import Student
+from zppo.train.sampler_check import SamplerCheck
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.team import Team
 from zppo.train.update import Begun, Updater, UpdateStopped, advantages_of
@@ -99,6 +100,18 @@ def train(
         advantages = advantages_of(groups, AdvantageSettings())
         begun = stopped_after_two(updater, groups, advantages, step) if step == stop_in else None
         metrics.append(updater.update(groups, advantages, step, begun))
+    return metrics
+
+
+def distrust(updater: Updater, recorded: list[list[Group]]) -> list[dict[str, float | None]]:
+    """Steps whose sampler, which recorded other weights' log-probs, is believed until it is looked at."""
+    metrics = []
+    updater.sampler_is_exact = True
+    for step, groups in enumerate(recorded):
+        updater.check = SamplerCheck(1e-4, team=updater.weights.team)
+        metrics.append(updater.update(groups, advantages_of(groups, AdvantageSettings()), step))
+        assert updater.check.refused and metrics[-1]["logprob_fallback"] == 1
+    updater.sampler_is_exact, updater.check = False, None
     return metrics
 
 
@@ -176,7 +189,7 @@ def one(name: str, make: Callable[[], Weights], model_path: str, recorded: list[
     updater = make_updater(model, accelerator, weights, sampler=False)
     before = sample(model, weights.whole(), range(1 + 2 * team.rank))
     assert before == sample(load(model_path), Weights().whole(), range(1 + 2 * team.rank))
-    metrics = train(updater, recorded, stop_in=2)
+    metrics = train(updater, recorded, stop_in=2) + distrust(updater, recorded[:2])
     check_shards(updater)
     skips_what_is_not_finite(updater)
     metrics.append(distil(updater, load(model_path), recorded[0]))

@@ -91,7 +91,7 @@ def test_passes_that_cost_nothing_pad_nothing_and_costly_ones_are_few() -> None:
 @pytest.mark.parametrize("trivial", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("reformulated", [0, 8])
 def test_the_benchmark_batch_computes_at_most_a_tenth_too_much(trivial: float, reformulated: int) -> None:
-    """16 plain prompts of 40-80 tokens, 8 of several hundred, 8 completions each of 80 on average and 160 at most; I = 4, the default budget."""
+    """16 prompts of 40-80 tokens, 8 of several hundred; 8 completions each, of 80 on average and 160 at most; I = 4, default budget."""
     needed = computed = full = 0
     for step in range(20):
         rng = random.Random(step)

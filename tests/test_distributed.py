@@ -29,7 +29,7 @@ from accelerate.utils.launch import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distributed_worker import distil, load, make_updater, train
+from distributed_worker import distil, distrust, load, make_updater, train
 from same_run import BY_CHANCE
 from test_update import make_groups
 from zppo.cli import main
@@ -138,7 +138,7 @@ def test_recorded_completions_train_the_same_weights(
     AcceleratorState._reset_state(True)
     model = load(str(tiny_qwen3_dir))
     updater = make_updater(model, Accelerator(cpu=True), Weights(), sampler=False)
-    expected = train(updater, recorded)
+    expected = train(updater, recorded) + distrust(updater, recorded[:2])
     expected.append(distil(updater, load(str(tiny_qwen3_dir)), recorded[0]))
     model.save_pretrained(tmp_path / "one")
     (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(recorded))

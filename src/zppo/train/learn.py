@@ -99,11 +99,18 @@ class PolicyLearner:
         return Learnt(groups, self._spread(groups, kept, inside), metrics, fault=self.updater.guard.fault)
 
     def state_dict(self) -> dict[str, int]:
-        return {"skipped_in_a_row": self.updater.guard.skipped_in_a_row, **self.updater.budget.state_dict()}
+        checked = self.updater.check.state_dict() if self.updater.check else {}
+        return {
+            "skipped_in_a_row": self.updater.guard.skipped_in_a_row,
+            **self.updater.budget.state_dict(),
+            **checked,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.updater.guard.skipped_in_a_row = state["skipped_in_a_row"]
         self.updater.budget.load_state_dict(state)
+        if self.updater.check:
+            self.updater.check.load_state_dict(state)
 
     def _with_response(self, group: Group, pools: Pools, step: int) -> Group:
         """A correct teacher response in the place of a wrong rollout, both drawn uniformly, as if the student had sampled it."""

@@ -32,6 +32,7 @@ from zppo.train.learn import Learner, PolicyLearner
 from zppo.train.methods import Method
 from zppo.train.optimizer import make_optimizer
 from zppo.train.recompute import recompute_layers
+from zppo.train.sampler_check import make_check
 from zppo.train.settings import Settings
 from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
@@ -155,7 +156,7 @@ def make_learner(
             teacher_sight=teacher.sight,
         )
         return learner, optimizer
-    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights)
+    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights, say)
     learner = PolicyLearner(
         updater,
         settings.advantage,
@@ -176,6 +177,7 @@ def _make_updater(
     budget: TokenBudget,
     stop: Callable[[], bool],
     weights: Weights,
+    say: Callable[[str], None] | None,
 ) -> Updater:
     sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
     if old == "sampler" and not sampling.exact:
@@ -196,6 +198,7 @@ def _make_updater(
         banned_ids=tuple(sorted(chat.banned_ids(model))),
         pad_id=chat.pad_id(model),
         sampler_is_exact=old == "sampler" or (old == "auto" and exact),
+        check=make_check(settings.train, exact, say, weights.team),
         budget=budget,
         stop=stop,
         weights=weights,

@@ -455,7 +455,16 @@ class TrainSettings(Section):
         f"auto: {TOKENS_PER_MICROBATCH:,}, halved whenever memory runs out",
     )
     old_logprobs: Literal["auto", "sampler", "forward"] = Field(
-        "auto", description="auto: the sampler's where they are exact, else one forward pass"
+        "auto",
+        description="auto: the sampler's where they are exact, else one forward pass; sampler: always the sampler's; both as long as "
+        "`logprob_tolerance` is kept",
+    )
+    logprob_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest mean difference between the sampler's and the trainer's log-probs before a step's first update, a single "
+        "token 100 times as much; above it old log-probs come from a forward pass for the rest of the run; empty: 1e-4 for transformers "
+        "in fp32, else 0.05 (bf16 rounds)",
     )
     check_engine_every: int = Field(
         1, ge=0, description="updates between comparisons of engine and trainer on a fixed prompt; 0: none"

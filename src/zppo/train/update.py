@@ -20,9 +20,13 @@ from zppo.engines.sight import Sight
 from zppo.errors import MemoryLimitError
 from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
+from zppo.train.sampler_check import Gap, SamplerCheck
 from zppo.train.samples import Sample, Share, samples_of, share_minibatch
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.weights import Weights
+
+PROBE = 8
+"""Rows that are scored to compare sampler and trainer where the first minibatch has none with a gradient."""
 
 
 def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch.Tensor:
@@ -53,6 +57,33 @@ class Tally:
     computed: int = 0
     old_needed: int = 0
     skipped: int = 0
+    fallback: int = 0  # 1 where the sampler's log-probs were to be old log-probs, and were refused
+
+    @property
+    def gap(self) -> Gap:
+        """Between sampler and trainer, before the first update."""
+        return Gap(self.gap_sum, self.gap_max, self.gap_tokens)
+
+    def add(self, sums: Sequence[torch.Tensor]) -> float:
+        """Counts what `Updater._backward` gave for each micro-batch, read at once; returns their loss.
+
+        Float32 holds whole numbers up to 16 million, more than a micro-batch has tokens.
+        """
+        loss = 0.0
+        for line in torch.stack(list(sums)).tolist() if sums else ():
+            loss += line[0]
+            self.clipped_low += int(line[1])
+            self.clipped_high += int(line[2])
+            self.clipped_dual += int(line[3])
+            if len(line) > 4:
+                self.add_gap(*line[4:])
+        return loss
+
+    def add_gap(self, total: float, largest: float, tokens: float) -> None:
+        """Counts differences between sampler and trainer."""
+        self.gap_sum += total
+        self.gap_max = max(self.gap_max, largest)
+        self.gap_tokens += int(tokens)
 
     def plus(self, others: Sequence[Tally]) -> Tally:
         """With what other processes have counted of their rows; losses, norms and skipped updates are everybody's already."""
@@ -78,6 +109,7 @@ class Tally:
             "train_tokens_needed": float(self.needed),
             "train_tokens_computed": float(self.computed),
             "logprob_tokens": float(self.old_needed),
+            "logprob_fallback": float(self.fallback),
         }
 
 
@@ -118,6 +150,7 @@ class Updater:
         model, optimizer: as `accelerator.prepare` returned them; weights in fp32, autocast is the accelerator's.
         temperature, banned_ids: as in sampling, so that log-probs are those of the sampling distribution.
         sampler_is_exact: whether `Rollout.logprobs` are old log-probs (old_logprobs: auto is resolved by the caller).
+        check: takes that back where they turn out to be others than the trainer's; None for never.
         budget: tokens of a micro-batch; None for the setting's.
         stop: asked before each optimizer step: whether to leave the step there.
         weights: how the weights lie over the processes.
@@ -137,6 +170,7 @@ class Updater:
         banned_ids: tuple[int, ...],
         pad_id: int,
         sampler_is_exact: bool,
+        check: SamplerCheck | None = None,
         budget: TokenBudget | None = None,
         stop: Callable[[], bool] = lambda: False,
         weights: Weights | None = None,
@@ -145,10 +179,15 @@ class Updater:
         self.model, self.optimizer, self.accelerator, self.sight = model, optimizer, accelerator, sight
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
-        self.sampler_is_exact, self.stop = sampler_is_exact, stop
+        self.sampler_is_exact, self.check, self.stop = sampler_is_exact, check, stop
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
         self.weights = weights or Weights()
         self.guard = GuardedStep(optimizer, accelerator, train.max_grad_norm, self.weights)
+
+    @property
+    def trusts_sampler(self) -> bool:
+        """Whether the sampler's log-probs are old log-probs now."""
+        return self.sampler_is_exact and not (self.check and self.check.refused)
 
     def update(
         self, groups: Sequence[Group], advantages: torch.Tensor, step: int, begun: Begun | None = None
@@ -173,15 +212,20 @@ class Updater:
             known = {(g, i): next(lines) for g, group in enumerate(samples) for i in range(len(group))}
             old = {row: known[row] for row in rows}
         else:
-            tally = Tally()
+            tally = Tally(fallback=int(self.sampler_is_exact and not self.trusts_sampler))
             old = self._old_logprobs(samples, rows, tally)
         for index in range(begun.done if begun else 0, len(deals)):
             if team.any(self.stop()):
                 raise UpdateStopped(self._begun(index, tally, samples, old))
-            live = [(samples[g][i], old[g, i]) for g, i in mine[index].rows]
             minibatch = [s for g in deals[index] for s in samples[g]]
             try:
-                tally = self._minibatch(minibatch, live, mine[index], tally, first=index == 0)
+                total, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=index == 0)
+                if index == 0 and self._refuses(step, counts, minibatch, samples):
+                    # The weights have not moved yet: a forward pass still gives old log-probs.
+                    tally.fallback, (tally.gap_sum, tally.gap_max, tally.gap_tokens) = 1, counts.gap
+                    old = self._old_logprobs(samples, rows, tally)
+                    total, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=False)
+                tally = self._step(total, counts)
             except MemoryLimitError as error:
                 if team.size > 1:
                     raise  # the others wait for its gradients
@@ -208,8 +252,8 @@ class Updater:
     ) -> dict[tuple[int, int], torch.Tensor]:
         """(T,) per row, given as (group, rollout): the sampler's, or of a forward pass."""
         result = {(g, i): samples[g][i].sampled_logprobs for g, i in rows}
-        unknown = [(g, i) for g, i in rows if samples[g][i].foreign or not self.sampler_is_exact]
-        tally.old_needed = sum(samples[g][i].length for g, i in unknown)
+        unknown = [(g, i) for g, i in rows if samples[g][i].foreign or not self.trusts_sampler]
+        tally.old_needed += sum(samples[g][i].length for g, i in unknown)
 
         def score(batches: list[list[int]]) -> None:
             for micro in batches:
@@ -223,37 +267,72 @@ class Updater:
                 self.budget.run([samples[g][i].length for g, i in unknown], score)
         return result
 
-    def _minibatch(
+    def _refuses(
+        self, step: int, counts: Tally, minibatch: Sequence[Sample], samples: Sequence[Sequence[Sample]]
+    ) -> bool:
+        """Whether the sampler's log-probs, which the first minibatch was computed with, are not the trainer's; all processes agree.
+
+        Its rows are what is looked at, for nothing, since their forward pass was to be made anyway. Where none of them has a gradient
+        a few others are scored: after the optimizer step it would be too late.
+        """
+        if self.check is None or not self.trusts_sampler:
+            return False
+        if not any(s.live and not s.foreign for s in minibatch):
+            self._probe([s for group in samples for s in group if s.live and not s.foreign][:PROBE], counts)
+        return self.check.refuses(step, counts.gap)
+
+    def _probe(self, rows: Sequence[Sample], counts: Tally) -> None:
+        """Counts the gap of rows that every process scores."""
+
+        def score(batches: list[list[int]]) -> list[torch.Tensor]:
+            found = []
+            for micro in batches:
+                logprobs, mask = self._forward([rows[m] for m in micro])
+                found.append(_gap(logprobs, mask, [rows[m] for m in micro]))
+            return found
+
+        with torch.no_grad():
+            parts = self.budget.run([s.length for s in rows], score) if rows else []
+        for part in parts if self.weights.team.main else ():
+            counts.add_gap(*part.tolist())
+
+    def _gradients(
         self,
-        samples: Sequence[Sample],
-        live: Sequence[tuple[Sample, torch.Tensor]],
+        minibatch: Sequence[Sample],
         share: Share,
+        samples: Sequence[Sequence[Sample]],
+        old: Mapping[tuple[int, int], torch.Tensor],
         tally: Tally,
         *,
         first: bool,
-    ) -> Tally:
-        """One optimizer step: token-level mean over the minibatch, rows without gradient only in the denominator.
+    ) -> tuple[float, Tally]:
+        """Gradients of a minibatch: token-level mean over all of it, rows without gradient only in the denominator.
 
         Args:
-            samples: the whole minibatch.
-            live: those that have a gradient and are this process's, with their old log-probs.
+            share: this process's rows, with their old log-probs in `old`.
+
+        Returns:
+            What this process's rows add to the loss, and the tally with them.
         """
-        denominator = sum(s.tokens for s in samples if s.counted)
+        live = [(samples[g][i], old[g, i]) for g, i in share.rows]
+        denominator = sum(s.tokens for s in minibatch if s.counted)
 
         def accumulate(batches: list[list[int]]) -> tuple[float, Tally]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
             self.weights.start_gradients(self.model)
-            counts, total = copy.copy(tally), 0.0
-            for micro in batches:
-                total += self._backward([live[m] for m in micro], denominator, counts, first=first)
+            counts = copy.copy(tally)
+            sums = [self._backward([live[m] for m in micro], denominator, counts, first=first) for micro in batches]
             for _ in range(share.idle_passes(len(batches), self.budget.split) if self.weights.sharded else 0):
-                self._idle(min((s for s in samples if s.live), key=lambda s: s.length))
-            return total, counts
+                self._idle(min((s for s in minibatch if s.live), key=lambda s: s.length))
+            return counts.add(sums), counts
 
-        total, tally = self.budget.run([s.length for s, _ in live], accumulate)
+        return self.budget.run([s.length for s, _ in live], accumulate)
+
+    def _step(self, total: float, tally: Tally) -> Tally:
+        """One optimizer step with the gradients that are there."""
         total, norm, stepped = self.guard.step(total)
-        tally.losses.append(total)
-        tally.grad_norms.append(norm)
+        tally.losses = [*tally.losses, total]
+        tally.grad_norms = [*tally.grad_norms, norm]
         tally.skipped += not stepped
         return tally
 
@@ -264,37 +343,29 @@ class Updater:
 
     def _backward(
         self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: Tally, *, first: bool
-    ) -> float:
-        """Forward and backward of one micro-batch; returns its share of the minibatch's loss."""
-        logprobs, mask = self._forward([s for s, _ in rows])
-        old = torch.nn.utils.rnn.pad_sequence([o for _, o in rows], batch_first=True).to(logprobs.device)
-        advantages = torch.tensor([s.advantage for s, _ in rows], dtype=torch.float32, device=logprobs.device)
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; sums over it (see `Tally.add`) that stay on the device: reading them would wait."""
+        samples = [s for s, _ in rows]
+        logprobs, mask = self._forward(samples)
+        old = _padded([o for _, o in rows], logprobs.device)
+        advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
         surrogate = clipped_surrogate(
             logprobs,
             old,
-            advantages,
+            advantages.to(logprobs.device, non_blocking=True),
             clip_low=self.loss.clip_low,
             clip_high=self.loss.clip_high,
             dual_clip=self.loss.dual_clip,
         )
         loss = surrogate.loss.where(mask, 0.0).sum() / denominator
         self.weights.backward(loss, self.accelerator)
-        tally.tokens += int(mask.sum())
-        tally.clipped_low += int((surrogate.clipped_low & mask).sum())
-        tally.clipped_high += int((surrogate.clipped_high & mask).sum())
-        tally.clipped_dual += int((surrogate.clipped_dual & mask).sum())
-        if first:  # before any update of this step: what the sampler said against what the trainer says
-            gap = (
-                logprobs.detach()
-                - torch.nn.utils.rnn.pad_sequence([s.sampled_logprobs for s, _ in rows], True).to(logprobs.device)
-            ).abs()
-            sampled = mask & ~gap.isnan()
-            tally.gap_sum += float(gap.where(sampled, 0.0).sum())
-            tally.gap_max = max(tally.gap_max, float(gap.where(sampled, 0.0).max()))
-            tally.gap_tokens += int(sampled.sum())
-        tally.needed += sum(s.length for s, _ in rows)
-        tally.computed += len(rows) * max(s.length for s, _ in rows)
-        return float(loss.detach())
+        tally.tokens += sum(s.tokens for s in samples)
+        tally.needed += sum(s.length for s in samples)
+        tally.computed += len(rows) * max(s.length for s in samples)
+        clips = [(clip & mask).sum() for clip in surrogate[1:]]
+        sums = torch.stack([loss.detach(), *clips]).float()
+        # Before any update of this step: what the sampler said against what the trainer says.
+        return torch.cat([sums, _gap(logprobs, mask, samples)]) if first else sums
 
     def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         with self.accelerator.autocast():  # the vision tower is called by itself
@@ -306,3 +377,16 @@ class Updater:
                 pad_id=self.pad_id,
                 sight=self.sight,
             )
+
+
+def _padded(lines: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """(B, T) of tensors on the CPU, without waiting for what the device has still to do."""
+    return torch.nn.utils.rnn.pad_sequence(list(lines), batch_first=True).to(device, non_blocking=True)
+
+
+def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
+    """(3,) float32: sum, largest and number of the differences between sampler and trainer, over tokens that a sampler knows."""
+    gap = (logprobs.detach() - _padded([s.sampled_logprobs for s in samples], logprobs.device)).abs()
+    known = mask & ~gap.isnan()
+    gap = gap.where(known, 0.0)
+    return torch.stack([gap.sum(), gap.max(), known.sum()]).float()
