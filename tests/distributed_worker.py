@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zppo.core.types import Group
 from zppo.engines.base import SampleRequest, Sampling
+from zppo.engines.shared import Sharing
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
 from zppo.train.distill import Distiller
@@ -72,6 +73,7 @@ def make_updater(
         banned_ids=(),
         pad_id=0,
         sampler_is_exact=sampler,
+        sharing=Sharing(reach=10**6),
         weights=weights,
     )
 
@@ -112,7 +114,8 @@ def distrust(updater: Updater, recorded: list[list[Group]]) -> list[dict[str, fl
         metrics.append(updater.update(groups, advantages_of(groups, AdvantageSettings()), step))
         assert updater.check.refused and metrics[-1]["logprob_fallback"] == 1
     updater.sampler_is_exact, updater.check = False, None
-    return metrics
+    # How many rows are looked at hangs on how the weights lie.
+    return [{name: value for name, value in m.items() if not name.startswith("logprob_gap")} for m in metrics]
 
 
 def distil(updater: Updater, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:

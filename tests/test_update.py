@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group, Message, Prompt, Question, Rollout
+from zppo.engines.shared import Sharing
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.update import Updater, advantages_of
 
@@ -50,7 +51,14 @@ def make_groups(
     return groups
 
 
-def make_updater(model: PreTrainedModel, *, precision: str = "no", sampler: bool = True, **settings: Any) -> Updater:
+def make_updater(
+    model: PreTrainedModel,
+    *,
+    precision: str = "no",
+    sampler: bool = True,
+    sharing: Sharing | None = None,
+    **settings: Any,
+) -> Updater:
     train = TrainSettings(**{"minibatches": 1, "learning_rate": 1e-3, **settings})
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -73,6 +81,7 @@ def make_updater(model: PreTrainedModel, *, precision: str = "no", sampler: bool
         banned_ids=(),
         pad_id=0,
         sampler_is_exact=sampler,
+        sharing=sharing,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from zppo.core.draws import keyed_random
 
@@ -57,6 +59,57 @@ def micro_batches(lengths: Sequence[int], budget: int, overhead: int = PASS_TOKE
         batches.append(order[start : cuts[start]])
         start = cuts[start]
     return batches
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward and backward pass computes.
+
+    Attributes:
+        packs: row indices; rows of one pack have the same prompt, which is computed once for them.
+        width: tokens of the longest pack.
+    """
+
+    packs: list[list[int]]
+    width: int
+
+    @property
+    def rows(self) -> list[int]:
+        """Row indices, pack by pack."""
+        return [row for pack in self.packs for row in pack]
+
+    @property
+    def padded(self) -> int:
+        """Tokens, padding included."""
+        return len(self.packs) * self.width
+
+
+def share_prompt(prompt: int, completions: Sequence[int], *, reach: int, most: int) -> list[list[int]]:
+    """Completions of one prompt in packs that compute the prompt once, where that takes less than each on its own (ours).
+
+    A pack is one sequence, prompt and all its completions, in which no completion sees another; its attention still passes over all pairs
+    of tokens, so a few packs per prompt may be better than one: t tokens take t + t^2 / reach.
+
+    Args:
+        prompt: tokens of the prompt.
+        completions: tokens of each completion.
+        reach: length at which attention over all pairs costs as much as everything else in a model.
+        most: tokens of the largest pack of several completions.
+
+    Returns:
+        Indices of `completions` per pack, each pack with long and short ones.
+    """
+    order = sorted(range(len(completions)), key=lambda i: (-completions[i], i))
+    best, least = [[i] for i in order], math.inf
+    for count in range(len(order), 0, -1):
+        packs = [order[i::count] for i in range(count)]
+        lengths = [prompt + sum(completions[i] for i in pack) for pack in packs]
+        if count < len(order) and max(lengths) > most:
+            break
+        cost = sum(t + t * t / reach for t in lengths)
+        if cost < least:
+            best, least = packs, cost
+    return best
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:

@@ -83,23 +83,18 @@ def token_scores(
         raise ValueError("token_scores needs at least one prompt token and one completion token in every row")
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.cat(pair) for pair in zip(prompts, completions, strict=True)], batch_first=True, padding_value=pad_id
-    ).to(device)
+    ).to(device, non_blocking=True)  # a copy that is waited for would wait for all work before it
 
     first = int(starts.min())  # position of the earliest completion token
     inputs, targets = ids[:, :-1], ids[:, first:]  # (B, L - 1), (B, N): the last token is predicted, never read
     seen = image_inputs(model, sight, whole, inputs)
     out = model(input_ids=inputs, use_cache=False, logits_to_keep=targets.shape[1], **seen)
     logits = out.logits[:, -targets.shape[1] :]
-    banned = torch.tensor(
-        sorted(i for i in banned_ids if i < logits.shape[-1]), dtype=torch.int64, device=logits.device
-    )
-    logprobs, spread = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        logits, targets, temperature, banned, entropies
-    )
+    logprobs, spread = score_targets(logits, targets, temperature, banned_ids, entropies)
 
     steps = torch.arange(int(lengths.max()))
-    mask = (steps < lengths[:, None]).to(device)
-    places = (starts[:, None] - first + steps).clamp_(max=targets.shape[1] - 1).to(device)  # (B, T)
+    mask = (steps < lengths[:, None]).to(device, non_blocking=True)
+    places = (starts[:, None] - first + steps).clamp_(max=targets.shape[1] - 1).to(device, non_blocking=True)  # (B, T)
     return TokenScores(
         logprobs.gather(1, places).masked_fill(~mask, 0.0),
         mask,
@@ -147,6 +142,21 @@ def completion_logprobs(
     """`token_scores` without entropies: log-probs (B, T) float32 and the completion mask (B, T) bool."""
     scores = token_scores(model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id, sight=sight)
     return scores.logprobs, scores.mask
+
+
+def score_targets(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    banned_ids: Collection[int],
+    entropies: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, N, V) logits and (B, N) targets to (B, N) float32 log-probs and entropies (empty unless wanted)."""
+    banned = torch.tensor(sorted(i for i in banned_ids if i < logits.shape[-1]), dtype=torch.int64)
+    scored: tuple[torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        logits, targets, temperature, banned.to(logits.device, non_blocking=True), entropies
+    )
+    return scored
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, micro_batches
+from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, MicroBatch, micro_batches
 from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
 from zppo.train.settings import TOKENS_PER_MICROBATCH, TrainSettings
@@ -39,12 +39,19 @@ class TokenBudget:
         self.tokens = TOKENS_PER_MICROBATCH if setting == "auto" else setting
         self.say = say
 
-    def split(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Row indices per micro-batch, under the budget as it is now."""
-        return micro_batches(lengths, self.tokens, self.overhead)
+    def split(self, lengths: Sequence[int], packs: Sequence[list[int]] | None = None) -> list[MicroBatch]:
+        """Micro-batches under the budget as it is now: of packs of these lengths, or of rows."""
+        packs = packs if packs is not None else [[row] for row in range(len(lengths))]
+        batches = micro_batches(lengths, self.tokens, self.overhead)
+        return [MicroBatch([packs[i] for i in batch], lengths[batch[0]]) for batch in batches]
 
-    def run(self, lengths: Sequence[int], work: Callable[[list[list[int]]], Result]) -> Result:
-        """What `work` makes of rows of these lengths, given as micro-batches of row indices.
+    def run(
+        self,
+        lengths: Sequence[int],
+        work: Callable[[list[MicroBatch]], Result],
+        split: Callable[[], list[MicroBatch]] | None = None,
+    ) -> Result:
+        """What `work` makes of rows of these lengths, given as micro-batches; `split` gives them under the budget as it is then.
 
         Where memory runs out, all of `work` is done again with smaller micro-batches, so it must start from nothing: what a failed
         micro-batch has already added to a gradient cannot be told from the rest of it.
@@ -54,14 +61,14 @@ class TokenBudget:
         """
         before = self.tokens
         while True:
-            batches = self.split(lengths)
+            batches = split() if split is not None else self.split(lengths)
             try:
                 result = work(batches)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                largest = max(len(batch) * lengths[batch[0]] for batch in batches)
-                if not self.adaptive or max(map(len, batches)) == 1:
+                largest = max(batch.padded for batch in batches)
+                if not self.adaptive or all(len(batch.rows) == 1 for batch in batches):
                     raise MemoryLimitError(self._too_large(largest, max(lengths))) from error
             else:
                 if self.tokens != before and self.say is not None:

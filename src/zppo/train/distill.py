@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from zppo.core.loss import jensen_shannon
-from zppo.core.minibatch import shares
+from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row, image_inputs
 from zppo.engines.sight import Sight
@@ -121,14 +121,14 @@ class Distiller:
         parts = shares(lengths, team.size)
         own = parts[team.rank]
 
-        def accumulate(batches: list[list[int]]) -> tuple[float, int]:
+        def accumulate(batches: list[MicroBatch]) -> tuple[float, int]:
             self.weights.start_gradients(self.model)  # an attempt that runs out of memory leaves nothing
-            total = sum(self._backward([rows[own[m]] for m in micro], tokens) for micro in batches)
+            total = sum(self._backward([rows[own[m]] for m in micro.rows], tokens) for micro in batches)
             if self.weights.sharded:  # a process without a row left takes part in the passes of the others
                 most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
                 for _ in range(most - len(batches)):
                     self._idle(min(rows, key=lambda row: len(row.prompt_ids) + len(row.completion_ids)))
-            return total, sum(len(micro) * lengths[own[micro[0]]] for micro in batches)
+            return total, sum(micro.padded for micro in batches)
 
         total, computed = self.budget.run([lengths[i] for i in own], accumulate)
         loss, norm, stepped = self.guard.step(total)

@@ -16,7 +16,8 @@ from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
 from zppo.teacher.compress import Source
 from zppo.train.checkpoint import unusable
-from zppo.train.update import Begun, Tally
+from zppo.train.tally import Tally
+from zppo.train.update import Begun
 from zppo.train.zone import Zone
 
 _FACTS, _TOKENS = "halfway.json", "halfway.safetensors"

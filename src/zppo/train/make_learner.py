@@ -19,6 +19,7 @@ from zppo.core.reformulate import (
 )
 from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Message, Rollout
 from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
+from zppo.engines.shared import Sharing, sharing_of
 from zppo.errors import SettingsError
 from zppo.imports import load_object
 from zppo.prompts.neutralise import Neutraliser
@@ -122,6 +123,7 @@ def make_learner(
     if train.gradient_checkpointing:
         recompute_layers(model)
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
+    sharing = _make_sharing(settings, model, accelerator)
     prepared, optimizer = weights.prepare(
         model, accelerator, lambda placed: make_optimizer(train, parameter_groups(placed, train), accelerator.device)
     )
@@ -156,7 +158,9 @@ def make_learner(
             teacher_sight=teacher.sight,
         )
         return learner, optimizer
-    updater = _make_updater(settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights, say)
+    updater = _make_updater(
+        settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights, say, sharing
+    )
     learner = PolicyLearner(
         updater,
         settings.advantage,
@@ -178,6 +182,7 @@ def _make_updater(
     stop: Callable[[], bool],
     weights: Weights,
     say: Callable[[str], None] | None,
+    sharing: Sharing | None,
 ) -> Updater:
     sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
     if old == "sampler" and not sampling.exact:
@@ -203,7 +208,14 @@ def _make_updater(
         stop=stop,
         weights=weights,
         sight=chat.sight,
+        sharing=sharing,
     )
+
+
+def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator) -> Sharing | None:
+    wanted = settings.train.share_prompts
+    cpu = accelerator.device.type == "cpu"
+    return sharing_of(model) if wanted == "on" or (wanted == "auto" and cpu) else None
 
 
 def _check_shared_tokenizer(settings: Settings, chat: Chat, teacher: LocalTeacher) -> None:

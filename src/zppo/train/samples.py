@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from zppo.core.minibatch import shares
+from zppo.core.minibatch import share_prompt, shares
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row
+from zppo.engines.shared import Pack, Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,11 @@ class Share:
 
     Attributes:
         rows: (group, rollout) of its rows that have a gradient: whole groups.
-        others: lengths of the rows of every other process.
+        others: the rows of every other process.
     """
 
     rows: list[tuple[int, int]]
-    others: list[list[int]]
-
-    def idle_passes(self, own: int, split: Callable[[Sequence[int]], Sequence[object]]) -> int:
-        """Micro-batches that another process has more than the `own` ones of this; all of them `split` their lengths alike."""
-        return max([0, *(len(split(lengths)) - own for lengths in self.others)])
+    others: list[list[tuple[int, int]]]
 
 
 def share_minibatch(samples: Sequence[Sequence[Sample]], dealt: Sequence[int], *, rank: int, size: int) -> Share:
@@ -73,5 +70,31 @@ def share_minibatch(samples: Sequence[Sequence[Sample]], dealt: Sequence[int], *
     live = [[(g, i) for i, s in enumerate(samples[g]) if s.live] for g in dealt]
     parts = shares([sum(samples[g][i].length for g, i in rows) for rows in live], size)
     rows = [[row for part in mine for row in live[part]] for mine in parts]
-    lengths = [[samples[g][i].length for g, i in mine] for mine in rows]
-    return Share(rows[rank], [*lengths[:rank], *lengths[rank + 1 :]])
+    return Share(rows[rank], [*rows[:rank], *rows[rank + 1 :]])
+
+
+def packed(samples: Sequence[Sample], sharing: Sharing, most: int) -> list[list[int]]:
+    """Indices of samples in packs that compute their prompt once, where that pays; of at most `most` tokens, if several share one.
+
+    Rows with images stay alone.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        if not sample.row.images:
+            by_prompt.setdefault(tuple(sample.row.prompt_ids), []).append(i)
+    packs = [[i] for i, sample in enumerate(samples) if sample.row.images]
+    for prompt, members in by_prompt.items():
+        tokens = [samples[i].tokens for i in members]
+        dealt = share_prompt(len(prompt), tokens, reach=sharing.reach, most=min(most, sharing.most))
+        packs += [[members[j] for j in pack] for pack in dealt]
+    return packs
+
+
+def packs_of(samples: Sequence[Sample], packs: Sequence[Sequence[int]]) -> list[Pack]:
+    """What a model is given."""
+    return [Pack(samples[pack[0]].row.prompt_ids, [samples[i].row.completion_ids for i in pack]) for pack in packs]
+
+
+def pack_length(samples: Sequence[Sample], pack: Sequence[int]) -> int:
+    """Tokens of a prompt and its completions."""
+    return len(samples[pack[0]].row.prompt_ids) + sum(samples[i].tokens for i in pack)

@@ -454,6 +454,11 @@ class TrainSettings(Section):
         description="padded tokens of one forward and backward: the memory knob; "
         f"auto: {TOKENS_PER_MICROBATCH:,}, halved whenever memory runs out",
     )
+    share_prompts: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="completions of one prompt are computed as branches of one sequence where that takes less: exact, for models with full "
+        "attention and text (linear attention, sliding windows and images: never); auto: on a CPU, where it was measured",
+    )
     old_logprobs: Literal["auto", "sampler", "forward"] = Field(
         "auto",
         description="auto: the sampler's where they are exact, else one forward pass; sampler: always the sampler's; both as long as "

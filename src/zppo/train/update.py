@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,18 +13,21 @@ from torch import nn
 
 from zppo.core.advantages import group_advantages, two_step_advantages
 from zppo.core.loss import clipped_surrogate
-from zppo.core.metrics import mean
-from zppo.core.minibatch import deal_groups
+from zppo.core.minibatch import MicroBatch, deal_groups
 from zppo.core.types import Group
 from zppo.engines.forward import completion_logprobs
+from zppo.engines.shared import Sharing, shared_logprobs
 from zppo.engines.sight import Sight
 from zppo.errors import MemoryLimitError
 from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
-from zppo.train.sampler_check import Gap, SamplerCheck
-from zppo.train.samples import Sample, Share, samples_of, share_minibatch
+from zppo.train.sampler_check import SamplerCheck
+from zppo.train.samples import Sample, Share, pack_length, packed, packs_of, samples_of, share_minibatch
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
+from zppo.train.tally import Tally
 from zppo.train.weights import Weights
+
+Result = TypeVar("Result")
 
 PROBE = 8
 """Rows that are scored to compare sampler and trainer where the first minibatch has none with a gradient."""
@@ -38,82 +42,6 @@ def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch
     if settings.scope == "group":
         return group_advantages(rewards, ids, eps=settings.eps, graded=graded)
     return two_step_advantages(rewards, ids, settings.scope, eps=settings.eps, graded=graded)
-
-
-@dataclass(slots=True)
-class Tally:
-    """Sums over the micro-batches of a step."""
-
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    tokens: int = 0
-    clipped_low: int = 0
-    clipped_high: int = 0
-    clipped_dual: int = 0
-    gap_sum: float = 0.0
-    gap_max: float = 0.0
-    gap_tokens: int = 0
-    needed: int = 0
-    computed: int = 0
-    old_needed: int = 0
-    skipped: int = 0
-    fallback: int = 0  # 1 where the sampler's log-probs were to be old log-probs, and were refused
-
-    @property
-    def gap(self) -> Gap:
-        """Between sampler and trainer, before the first update."""
-        return Gap(self.gap_sum, self.gap_max, self.gap_tokens)
-
-    def add(self, sums: Sequence[torch.Tensor]) -> float:
-        """Counts what `Updater._backward` gave for each micro-batch, read at once; returns their loss.
-
-        Float32 holds whole numbers up to 16 million, more than a micro-batch has tokens.
-        """
-        loss = 0.0
-        for line in torch.stack(list(sums)).tolist() if sums else ():
-            loss += line[0]
-            self.clipped_low += int(line[1])
-            self.clipped_high += int(line[2])
-            self.clipped_dual += int(line[3])
-            if len(line) > 4:
-                self.add_gap(*line[4:])
-        return loss
-
-    def add_gap(self, total: float, largest: float, tokens: float) -> None:
-        """Counts differences between sampler and trainer."""
-        self.gap_sum += total
-        self.gap_max = max(self.gap_max, largest)
-        self.gap_tokens += int(tokens)
-
-    def plus(self, others: Sequence[Tally]) -> Tally:
-        """With what other processes have counted of their rows; losses, norms and skipped updates are everybody's already."""
-        summed = {name: sum(getattr(t, name) for t in (self, *others)) for name in _COUNTED}
-        return replace(self, gap_max=max(t.gap_max for t in (self, *others)), **summed)
-
-    def without_rows(self) -> Tally:
-        """Losses, norms and skipped updates alone."""
-        return Tally(losses=list(self.losses), grad_norms=list(self.grad_norms), skipped=self.skipped)
-
-    def metrics(self) -> dict[str, float | None]:
-        tokens = max(1, self.tokens)
-        return {
-            "loss": mean(self.losses),
-            "grad_norm": mean(self.grad_norms),
-            "clip_low_share": self.clipped_low / tokens,
-            "clip_high_share": self.clipped_high / tokens,
-            "clip_dual_share": self.clipped_dual / tokens,
-            "logprob_gap_mean": self.gap_sum / self.gap_tokens if self.gap_tokens else None,
-            "logprob_gap_max": self.gap_max if self.gap_tokens else None,
-            "optimizer_steps": float(len(self.losses) - self.skipped),
-            "skipped_updates": float(self.skipped),
-            "train_tokens_needed": float(self.needed),
-            "train_tokens_computed": float(self.computed),
-            "logprob_tokens": float(self.old_needed),
-            "logprob_fallback": float(self.fallback),
-        }
-
-
-_COUNTED = tuple("tokens clipped_low clipped_high clipped_dual gap_sum gap_tokens needed computed old_needed".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +83,7 @@ class Updater:
         stop: asked before each optimizer step: whether to leave the step there.
         weights: how the weights lie over the processes.
         sight: how the model sees the images of prompts; None for one that reads text only.
+        sharing: when rows of one prompt compute it once; None for never.
     """
 
     def __init__(
@@ -175,13 +104,14 @@ class Updater:
         stop: Callable[[], bool] = lambda: False,
         weights: Weights | None = None,
         sight: Sight | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.model, self.optimizer, self.accelerator, self.sight = model, optimizer, accelerator, sight
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.sampler_is_exact, self.check, self.stop = sampler_is_exact, check, stop
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
-        self.weights = weights or Weights()
+        self.weights, self.sharing = weights or Weights(), sharing
         self.guard = GuardedStep(optimizer, accelerator, train.max_grad_norm, self.weights)
 
     @property
@@ -219,8 +149,12 @@ class Updater:
                 raise UpdateStopped(self._begun(index, tally, samples, old))
             minibatch = [s for g in deals[index] for s in samples[g]]
             try:
+                # Where gradients cannot be dropped again, a few rows are scored first.
+                early = index == 0 and not self.weights.attempts_can_fail
+                if early and self._refuses(step, tally, samples):
+                    old = self._old_logprobs(samples, rows, tally)
                 total, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=index == 0)
-                if index == 0 and self._refuses(step, counts, minibatch, samples):
+                if index == 0 and not early and self._refuses(step, counts, samples, minibatch):
                     # The weights have not moved yet: a forward pass still gives old log-probs.
                     tally.fallback, (tally.gap_sum, tally.gap_max, tally.gap_tokens) = 1, counts.gap
                     old = self._old_logprobs(samples, rows, tally)
@@ -253,46 +187,44 @@ class Updater:
         """(T,) per row, given as (group, rollout): the sampler's, or of a forward pass."""
         result = {(g, i): samples[g][i].sampled_logprobs for g, i in rows}
         unknown = [(g, i) for g, i in rows if samples[g][i].foreign or not self.trusts_sampler]
-        tally.old_needed += sum(samples[g][i].length for g, i in unknown)
+        asked = [samples[g][i] for g, i in unknown]
+        tally.old_needed += sum(_needed(asked, micro) for micro in self._split(asked))
 
-        def score(batches: list[list[int]]) -> None:
+        def score(batches: list[MicroBatch]) -> None:
             for micro in batches:
-                asked = [unknown[m] for m in micro]
-                logprobs, _ = self._forward([samples[g][i] for g, i in asked])
-                for (g, i), line in zip(asked, logprobs.float().cpu(), strict=True):
+                logprobs, _ = self._forward(asked, micro)
+                for (g, i), line in zip([unknown[m] for m in micro.rows], logprobs.float().cpu(), strict=True):
                     result[g, i] = line[: samples[g][i].tokens].clone()  # a view is sent with its whole batch
 
         if self.weights.team.any(bool(unknown)):
             with torch.no_grad(), self.weights.whole():
-                self.budget.run([samples[g][i].length for g, i in unknown], score)
+                self._in_micro_batches(asked, score)
         return result
 
     def _refuses(
-        self, step: int, counts: Tally, minibatch: Sequence[Sample], samples: Sequence[Sequence[Sample]]
+        self, step: int, counts: Tally, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample] = ()
     ) -> bool:
-        """Whether the sampler's log-probs, which the first minibatch was computed with, are not the trainer's; all processes agree.
+        """Whether the sampler's log-probs are not the trainer's, before the first optimizer step; all processes agree.
 
-        Its rows are what is looked at, for nothing, since their forward pass was to be made anyway. Where none of them has a gradient
-        a few others are scored: after the optimizer step it would be too late.
+        Rows of the first minibatch that are `computed` are what is looked at, for nothing, since their forward pass was to be made anyway.
+        Where none of them has a gradient a few others are scored: after the optimizer step it would be too late.
         """
         if self.check is None or not self.trusts_sampler:
             return False
-        if not any(s.live and not s.foreign for s in minibatch):
+        if not any(s.live and not s.foreign for s in computed):
             self._probe([s for group in samples for s in group if s.live and not s.foreign][:PROBE], counts)
-        return self.check.refuses(step, counts.gap)
+        refused = self.check.refuses(step, counts.gap)
+        counts.fallback = int(refused)
+        return refused
 
     def _probe(self, rows: Sequence[Sample], counts: Tally) -> None:
         """Counts the gap of rows that every process scores."""
 
-        def score(batches: list[list[int]]) -> list[torch.Tensor]:
-            found = []
-            for micro in batches:
-                logprobs, mask = self._forward([rows[m] for m in micro])
-                found.append(_gap(logprobs, mask, [rows[m] for m in micro]))
-            return found
+        def score(batches: list[MicroBatch]) -> list[torch.Tensor]:
+            return [_gap(*self._forward(rows, micro), [rows[m] for m in micro.rows]) for micro in batches]
 
-        with torch.no_grad():
-            parts = self.budget.run([s.length for s in rows], score) if rows else []
+        with torch.no_grad(), self.weights.whole():
+            parts = self._in_micro_batches(rows, score) if rows else []
         for part in parts if self.weights.team.main else ():
             counts.add_gap(*part.tolist())
 
@@ -314,19 +246,21 @@ class Updater:
         Returns:
             What this process's rows add to the loss, and the tally with them.
         """
-        live = [(samples[g][i], old[g, i]) for g, i in share.rows]
+        live, known = [samples[g][i] for g, i in share.rows], [old[row] for row in share.rows]
         denominator = sum(s.tokens for s in minibatch if s.counted)
 
-        def accumulate(batches: list[list[int]]) -> tuple[float, Tally]:
+        def accumulate(batches: list[MicroBatch]) -> tuple[float, Tally]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
             self.weights.start_gradients(self.model)
             counts = copy.copy(tally)
-            sums = [self._backward([live[m] for m in micro], denominator, counts, first=first) for micro in batches]
-            for _ in range(share.idle_passes(len(batches), self.budget.split) if self.weights.sharded else 0):
+            sums = [self._backward(live, known, micro, denominator, counts, first=first) for micro in batches]
+            others = share.others if self.weights.sharded else []
+            passes = [len(self._split([samples[g][i] for g, i in rows])) for rows in others]
+            for _ in range(max(passes, default=0) - len(batches)):
                 self._idle(min((s for s in minibatch if s.live), key=lambda s: s.length))
             return counts.add(sums), counts
 
-        return self.budget.run([s.length for s, _ in live], accumulate)
+        return self._in_micro_batches(live, accumulate)
 
     def _step(self, total: float, tally: Tally) -> Tally:
         """One optimizer step with the gradients that are there."""
@@ -338,20 +272,26 @@ class Updater:
 
     def _idle(self, sample: Sample) -> None:
         """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others."""
-        logprobs, mask = self._forward([sample])
+        logprobs, mask = self._forward([sample], MicroBatch([[0]], sample.length))
         self.weights.backward(logprobs.where(mask, 0.0).sum() * 0.0, self.accelerator)
 
     def _backward(
-        self, rows: list[tuple[Sample, torch.Tensor]], denominator: int, tally: Tally, *, first: bool
+        self,
+        live: Sequence[Sample],
+        old: Sequence[torch.Tensor],
+        micro: MicroBatch,
+        denominator: int,
+        tally: Tally,
+        *,
+        first: bool,
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; sums over it (see `Tally.add`) that stay on the device: reading them would wait."""
-        samples = [s for s, _ in rows]
-        logprobs, mask = self._forward(samples)
-        old = _padded([o for _, o in rows], logprobs.device)
+        samples = [live[m] for m in micro.rows]
+        logprobs, mask = self._forward(live, micro)
         advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
         surrogate = clipped_surrogate(
             logprobs,
-            old,
+            _padded([old[m] for m in micro.rows], logprobs.device),
             advantages.to(logprobs.device, non_blocking=True),
             clip_low=self.loss.clip_low,
             clip_high=self.loss.clip_high,
@@ -360,23 +300,34 @@ class Updater:
         loss = surrogate.loss.where(mask, 0.0).sum() / denominator
         self.weights.backward(loss, self.accelerator)
         tally.tokens += sum(s.tokens for s in samples)
-        tally.needed += sum(s.length for s in samples)
-        tally.computed += len(rows) * max(s.length for s in samples)
+        tally.needed += _needed(live, micro)
+        tally.computed += micro.padded
         clips = [(clip & mask).sum() for clip in surrogate[1:]]
         sums = torch.stack([loss.detach(), *clips]).float()
         # Before any update of this step: what the sampler said against what the trainer says.
         return torch.cat([sums, _gap(logprobs, mask, samples)]) if first else sums
 
-    def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split(self, rows: Sequence[Sample]) -> list[MicroBatch]:
+        """Micro-batches of rows: packs that share a prompt apart from single rows, which need no attention mask."""
+        packs = packed(rows, self.sharing, self.budget.tokens) if self.sharing else [[i] for i in range(len(rows))]
+        kinds = [pack for pack in packs if len(pack) > 1], [pack for pack in packs if len(pack) == 1]
+        return [m for kind in kinds for m in self.budget.split([pack_length(rows, pack) for pack in kind], kind)]
+
+    def _in_micro_batches(self, rows: Sequence[Sample], work: Callable[[list[MicroBatch]], Result]) -> Result:
+        return self.budget.run([s.length for s in rows], work, lambda: self._split(rows))
+
+    def _forward(self, rows: Sequence[Sample], micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs (B, T) and completion mask of `micro.rows`."""
+        how: dict[str, Any] = {"temperature": self.temperature, "banned_ids": self.banned_ids, "pad_id": self.pad_id}
+        if len(micro.rows) > len(micro.packs):
+            return shared_logprobs(self.model, packs_of(rows, micro.packs), **how)
         with self.accelerator.autocast():  # the vision tower is called by itself
-            return completion_logprobs(
-                self.model,
-                [s.row for s in samples],
-                temperature=self.temperature,
-                banned_ids=self.banned_ids,
-                pad_id=self.pad_id,
-                sight=self.sight,
-            )
+            return completion_logprobs(self.model, [rows[m].row for m in micro.rows], sight=self.sight, **how)
+
+
+def _needed(rows: Sequence[Sample], micro: MicroBatch) -> int:
+    """Tokens of a micro-batch without padding; a shared prompt counts once."""
+    return sum(pack_length(rows, pack) for pack in micro.packs)
 
 
 def _padded(lines: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -39,10 +39,12 @@ class Weights:
     Attributes:
         team: the processes.
         sharded: whether a forward or backward pass of one process needs all others.
+        attempts_can_fail: whether `start_gradients` drops gradients that an attempt before it has left.
         kind: how they lie, in words.
     """
 
     sharded = False
+    attempts_can_fail = True
     kind = "each with all weights"
 
     def __init__(self, team: Team = ALONE) -> None:

@@ -41,6 +41,7 @@ class ZeroWeights(Weights):
     """
 
     sharded = True
+    attempts_can_fail = False
 
     def __init__(
         self, team: Team, stage: Stage, deepspeed: Any, tuning: Mapping[str, Any] = MappingProxyType({})
