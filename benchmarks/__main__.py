@@ -19,6 +19,8 @@ ROWS = (
     "step_vs_trl",
     "training_part",
     "scaling",
+    "update_savings",
+    "shared_prompt",
     "teacher_tokens",
     "teacher_waiting",
     "bookkeeping",
