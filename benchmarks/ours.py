@@ -146,6 +146,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
         staff = Staff(settings, accelerator, console)
         if own.method != "grpo":
             staff.teachers.append(script)  # type: ignore[arg-type]
+            staff.settings_of.append(settings.teacher)
         run = Path(name) / "run"
         parts = assemble(
             settings, read_data(settings), run, None, script.score, staff, accelerator, weights, console, stop
