@@ -25,6 +25,7 @@ from zppo.images.store import open_image
 FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """What a checkpoint may hold beside weights and tokenizer, for those who show pictures to it."""
 _PICTURE = "_picture"  # (H, W, 3) uint8, beside what the model takes
+_MOST_SIZES = 1 << 18  # sizes of pictures that are remembered
 _ROUND_TRIP = ((96, 64), (50, 210))  # sizes of pictures on which placeholders are looked at when a checkpoint is loaded
 
 
@@ -133,6 +134,8 @@ class Sight:
     def placeholder(self, ref: ImageRef) -> Placeholder:
         """What stands for a picture in a prompt; its size is all that is looked at. DataError where the file is no picture."""
         if ref.sha256 not in self._sizes:
+            if len(self._sizes) >= _MOST_SIZES:  # a server's clients never stop sending new ones
+                self._sizes.clear()
             self._sizes[ref.sha256] = shown_size(ref)
         return self._placeholder_of(*self._sizes[ref.sha256])
 
