@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +65,12 @@ def rows(corpus: StudentCorpus | TeacherCorpus, chat: Chat, seed: int, step: int
     return [Row((*prompt, *completion), len(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def batches(documents: Sequence[Row], limit: int = TOKENS_AT_ONCE) -> list[list[Row]]:
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def batches(documents: Sequence[AnyRow], limit: int = TOKENS_AT_ONCE) -> list[list[AnyRow]]:
     """The documents by length, cut so that a batch padded to its longest row holds at most `limit` tokens (one row may exceed it)."""
-    made: list[list[Row]] = []
+    made: list[list[AnyRow]] = []
     for row in sorted(documents, key=lambda r: len(r.ids), reverse=True):
         if made and (len(made[-1]) + 1) * len(made[-1][0].ids) <= limit:
             made[-1].append(row)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
@@ -23,7 +23,7 @@ from zppo.lab.settings import Pretraining
 from zppo.lab.vision.card import model_card
 from zppo.lab.vision.corpus import Descriptions, StudentCorpus, TeacherCorpus
 from zppo.lab.vision.pictures import SIZE
-from zppo.lab.vision.pretrain import learn_to_see, make_model, make_processor, make_tokenizer, pretrain
+from zppo.lab.vision.pretrain import learn_to_see, make_model, make_processor, make_tokenizer, pretrain_seeing
 from zppo.lab.vision.questions import with_pictures, write_vision_questions
 from zppo.lab.vision.world import Ask, VisionWorld
 from zppo.prompts import PromptBook
@@ -90,14 +90,14 @@ def _build(world: VisionWorld, out: Path, seed: int, steps: int | None, say: Say
     seer = make_model(settings, tokenizer, seed)
     learn_to_see(seer, chat, seeing, seed, teller(say, f"{world.name}/sight", seeing.steps))
     told = teller(say, f"{world.name}/words", describing.steps)
-    pretrain(seer, Descriptions(world, book), chat, describing, seed, told)
+    pretrain_seeing(seer, Descriptions(world, book), chat, describing, seed, told)
     roles: list[tuple[str, StudentCorpus | TeacherCorpus, Pretraining]] = [("student", StudentCorpus(world, book), own)]
     if with_teacher:
         roles.append(("teacher", TeacherCorpus(world, book), teachers))
     probes: dict[str, Probe] = {}
     for role, corpus, how in roles:
         model = deepcopy(seer)
-        pretrain(model, corpus, chat, how, seed, teller(say, f"{world.name}/{role}", how.steps))
+        pretrain_seeing(model, corpus, chat, how, seed, teller(say, f"{world.name}/{role}", how.steps))
         save(model, tokenizer, out / role)
         make_processor().save_pretrained(out / role)
         probes[role] = probe_of(out / role)
@@ -126,7 +126,7 @@ def _build(world: VisionWorld, out: Path, seed: int, steps: int | None, say: Say
 def probe_of(folder: Path) -> Probe:
     """A checkpoint as it lies there, ready to be asked."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = Chat.load(str(folder)).tokenizer
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     sight = Sight.load(folder, tokenizer, LIMITS)
     return Probe(model, tokenizer, lab_book(Chat(tokenizer)), sight)
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.engines.chat import Chat
+from zppo.lab import pretrain
 from zppo.lab.language import ASSISTANT, END, USER, word_tokenizer
 from zppo.lab.pretrain import CONTEXT, Report, batches, optimise
 from zppo.lab.settings import Pretraining
@@ -55,11 +56,9 @@ TOKENS = (GRID // MERGE) ** 2
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One document as token ids; the first `prompt` of them carry no loss."""
+class Row(pretrain.Row):
+    """One document as token ids, and the picture that stands in them; compressions have none."""
 
-    ids: tuple[int, ...]
-    prompt: int
     picture: Picture | None
 
 
@@ -155,7 +154,7 @@ def look(model: Qwen3VLForConditionalGeneration, pictures: Sequence[Picture]) ->
     """How alike every token of a picture is to every word, where both enter the language model: logits (pictures * TOKENS, V)."""
     seen = model.model.get_image_features(patches(pictures), grids(len(pictures)), return_dict=True)
     features = torch.cat(list(seen.pooler_output))
-    return ALIKE * F.linear(features, model.get_input_embeddings().weight)
+    return ALIKE * F.linear(features, model.lm_head.weight)  # a word's vector is the same at either end
 
 
 def learn_to_see(
@@ -233,7 +232,7 @@ def loss_sum(model: Qwen3VLForConditionalGeneration, batch: Sequence[Row]) -> to
     return F.cross_entropy(logits.float(), ids[:, 1:][learnt[:, 1:]], reduction="sum")
 
 
-def pretrain(
+def pretrain_seeing(
     model: Qwen3VLForConditionalGeneration,
     corpus: Corpus,
     chat: Chat,
@@ -241,9 +240,9 @@ def pretrain(
     seed: int,
     report: Report = lambda step, loss: None,
 ) -> Qwen3VLForConditionalGeneration:
-    """Trains the model in place on `how.steps` batches of fresh documents; see `zppo.lab.pretrain.pretrain`."""
+    """Trains the model in place on `how.steps` batches of fresh documents; see `zppo.lab.pretrain.pretrain`. What sees is left as it is."""
 
-    model.model.visual.requires_grad_(False)  # it sees already
+    model.model.visual.requires_grad_(False)
 
     def losses(step: int) -> Iterator[torch.Tensor]:
         documents = rows(corpus, chat, seed, step, how.batch)
