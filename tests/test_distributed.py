@@ -138,7 +138,9 @@ def test_recorded_completions_train_the_same_weights(
     AcceleratorState._reset_state(True)
     model = load(str(tiny_qwen3_dir))
     updater = make_updater(model, Accelerator(cpu=True), Weights(), sampler=False)
-    expected = train(updater, recorded) + distrust(updater, recorded[:2])
+    expected = train(updater, recorded)
+    model.save_pretrained(tmp_path / "one-five")
+    expected += distrust(updater, recorded[:2])
     expected.append(distil(updater, load(str(tiny_qwen3_dir)), recorded[0]))
     model.save_pretrained(tmp_path / "one")
     (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(recorded))
@@ -148,7 +150,8 @@ def test_recorded_completions_train_the_same_weights(
     assert done.returncode == 0, done.stderr[-3000:]
     assert distance(tmp_path / "one", tiny_qwen3_dir) > 5e-4  # it has learnt something
     for layout in ("replicated", "sharded", "zero2", "zero3"):
-        assert distance(tmp_path / "one", tmp_path / layout) <= 1e-6, layout
+        assert distance(tmp_path / "one-five", tmp_path / f"{layout}-five") <= 1e-6, layout
+        assert distance(tmp_path / "one", tmp_path / layout) <= 5e-6, layout  # AdamW blows up a gradient near 0
         ranks = [pickle.loads((tmp_path / f"{layout}-{rank}.pickle").read_bytes()) for rank in (0, 1)]
         assert ranks[0] == ranks[1]
         for ours, theirs in zip(expected, ranks[0], strict=True):
