@@ -24,6 +24,7 @@ ROWS = (
     "teacher_tokens",
     "teacher_waiting",
     "bookkeeping",
+    "images",
     "profile_step",
 )
 ON_REQUEST = ("gpu_training",)

@@ -85,13 +85,9 @@ def plainly(eyes: Eyes, row: Row) -> torch.Tensor:
     """(T,) log-probs of one row, from the library's own forward pass over it and its pixels."""
     completion = torch.as_tensor(row.completion_ids)
     ids = torch.cat([torch.as_tensor(row.prompt_ids), completion])[None]
-    sight, given = eyes.chat.sight, dict[str, Any]()
+    sight = eyes.chat.sight
     assert sight is not None
-    for ref in row.images:
-        for name, value in plain_inputs(eyes.model, sight, ids, ref).items():
-            side = 1 if "pixel_attention_mask" in sight.pixels(ref) else 0  # SmolVLM's pictures are lists of parts
-            repeated = name in given and "type_ids" not in name
-            given[name] = torch.cat([given[name], value], side) if repeated else value
+    given = plain_inputs(eyes.model, sight, ids, row.images) if row.images else {}
     logits = eyes.model(input_ids=ids, use_cache=False, **given).logits[0, len(row.prompt_ids) - 1 : -1]
     allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
     allowed[eyes.banned()] = False
@@ -131,6 +127,22 @@ def test_sampler_and_training_forward_equal_the_library_s_own(kind: str, eyes: C
         scored, mask = completion_logprobs(own.model, rows, banned_ids=own.banned(), sight=own.chat.sight)
         for i, row in enumerate(rows):
             torch.testing.assert_close(scored[i][mask[i]], plainly(own, row), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_take_no_features_are_given_pixels(
+    kind: str, eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in versions of transformers before 5.23: the same numbers, with features computed once a row."""
+    own = eyes(kind)
+    asked = own.requests(group=2)
+    rows = [Row(r.prompt_ids, [9, 10, 11 + i], r.images) for r in asked for i in range(2)]
+    with torch.no_grad():
+        wanted, _ = completion_logprobs(own.model, rows, sight=own.chat.sight)
+        monkeypatch.setattr(vision, "_FEATURES", "no_such_argument")
+        found, _ = completion_logprobs(own.model, rows, sight=own.chat.sight)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    check_sight(own.engine(), own.chat, kind)
 
 
 def test_a_picture_is_what_counts(eyes: Callable[[str], Eyes]) -> None:

@@ -171,7 +171,10 @@ class Sight:
         if not self._limits_itself:
             image = fit(image, self.limits)
         (pictures, *_) = self.processor.prepare_inputs_layout(images=[image])
-        options = getattr(type(self.processor), "images_kwargs", None)
+        kind: Any = type(self.processor)
+        options = getattr(kind, "images_kwargs", None) or getattr(kind.valid_processor_kwargs, "_defaults", {}).get(
+            "images_kwargs"
+        )
         made: Mapping[str, Any] = self.processor.image_processor(
             pictures, **(options if isinstance(options, dict) else {}), return_tensors="pt"
         )

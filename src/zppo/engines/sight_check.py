@@ -80,7 +80,7 @@ def _plainly(engine: TransformersEngine, chat: Chat, row: Row, banned: list[int]
     assert chat.sight is not None
     completion = torch.as_tensor(row.completion_ids)
     ids = torch.cat([torch.as_tensor(row.prompt_ids), completion])[None].to(engine.model.device)
-    given = plain_inputs(engine.model, chat.sight, ids, row.images[0]) if row.images else {}
+    given = plain_inputs(engine.model, chat.sight, ids, row.images) if row.images else {}
     out = engine.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
     logits = out.logits[0, len(row.prompt_ids) - 1 : -1].float()
     logits[:, [i for i in banned if i < logits.shape[1]]] = float("-inf")

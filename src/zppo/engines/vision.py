@@ -18,6 +18,7 @@ from zppo.errors import ModelError
 from zppo.images.cache import Pixels
 
 _PACKED = "image_grid_thw"  # with it, pictures of all sizes stand in one sequence of patches
+_FEATURES = "mm_encoder_outputs"
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 _PER_IMAGE = ("pooler_output", "deepstack_features")  # what a language model reads of the encoder's output
 
@@ -79,12 +80,9 @@ def picture_inputs(
         raise ModelError(
             "the prompts have images, and this model was loaded without its image processor: it reads text only"
         )
-    given: dict[str, Any] = {"mm_encoder_outputs": {"image": encode(model, sight, refs)}}
     names = inspect.signature(_inner(model).forward).parameters
-    for name in _TYPES:
-        if name in names:
-            given[name] = _types(ids, sight)
-    return given
+    given = {_FEATURES: {"image": encode(model, sight, refs)}} if _FEATURES in names else _pixels(model, sight, refs)
+    return given | {name: _types(ids, sight) for name in _TYPES if name in names}
 
 
 def encode(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> Any:
@@ -115,20 +113,30 @@ def encode(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> Any:
 def why_blind(model: Any) -> str:
     """Why pictures cannot be shown to a model of this class; "" where they can, as far as its signature says."""
     inner = _inner(model)
-    if not hasattr(inner, "get_image_features"):
-        return "its class computes no image features apart from its forward pass"
     names = inspect.signature(inner.forward).parameters
-    lacking = [name for name in ("mm_encoder_outputs", "logits_to_keep") if name not in names]
+    if _FEATURES in names and not hasattr(inner, "get_image_features"):
+        return "its class computes no image features apart from its forward pass"
+    lacking = [name for name in ("pixel_values", "logits_to_keep") if name not in names]
     return f"its forward pass takes no {' and no '.join(lacking)} in this version of transformers" if lacking else ""
 
 
-def plain_inputs(model: Any, sight: Sight, ids: torch.Tensor, ref: ImageRef) -> dict[str, Any]:
-    """Arguments with which a model's own code shows one picture to itself; (1, L) ids."""
+def plain_inputs(model: Any, sight: Sight, ids: torch.Tensor, refs: Sequence[ImageRef]) -> dict[str, Any]:
+    """Arguments with which a model's own code looks at the pictures of one row; (1, L) ids."""
+    names = inspect.signature(_inner(model).forward).parameters
+    return _pixels(model, sight, refs) | {name: _types(ids, sight) for name in _TYPES if name in names}
+
+
+def _pixels(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> dict[str, Any]:
+    """Pixels for a model's own forward pass, every picture as often as it stands in the rows.
+
+    For versions of transformers whose models take no features: these are computed once a row then.
+    """
     inner = _inner(model)
-    device = next(inner.parameters()).device
-    names = inspect.signature(inner.forward).parameters
-    given = {name: value.to(device) for name, value in sight.pixels(ref).items() if name in names}
-    return given | {name: _types(ids, sight) for name in _TYPES if name in names}
+    device, names = next(inner.parameters()).device, inspect.signature(inner.forward).parameters
+    shown = [{n: value for n, value in sight.pixels(ref).items() if n in names} for ref in refs]
+    # SmolVLM's pictures are lists of parts, (1, parts, ...): all parts of all rows in one list are the same to it.
+    side = 1 if shown[0]["pixel_values"].ndim == 5 else 0
+    return {name: torch.cat([pixels[name] for pixels in shown], side).to(device) for name in shown[0]}
 
 
 def _inner(model: Any) -> Any:
