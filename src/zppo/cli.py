@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from zppo import __version__
 from zppo.errors import Interrupted, SettingsError, ZPPOError
+from zppo.evaluate.arguments import add_eval
 from zppo.report.arguments import add_commands
 from zppo.serve.arguments import add_serve
 
@@ -122,13 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
     add_commands(commands, _model_folder)
     add_serve(commands, _model_folder)
+    add_eval(commands, _model_folder, _eval_compare)
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
     return parser
 
 
 def _add_bootstrap(bootstrap: argparse.ArgumentParser) -> None:
     bootstrap.add_argument(
-        "table", metavar="TABLE.csv", type=Path, help="columns scale, method, family, benchmark, accuracy (percent)"
+        "tables",
+        metavar="TABLE.csv",
+        type=Path,
+        nargs="+",
+        help="columns scale, method, family, benchmark, accuracy (percent); or eval.json files of `zppo eval`",
     )
     bootstrap.add_argument(
         "--minuend", metavar="METHOD", help="only this method minus each other one (default: every pair)"
@@ -325,8 +331,14 @@ def _bootstrap(options: argparse.Namespace) -> None:
     from zppo.report.bootstrap import bootstrap_command
 
     bootstrap_command(
-        options.table, minuend=options.minuend, resamples=options.resamples, seed=options.seed, out=options.csv
+        options.tables, minuend=options.minuend, resamples=options.resamples, seed=options.seed, out=options.csv
     )
+
+
+def _eval_compare(options: argparse.Namespace) -> None:
+    from zppo.report.evaluation import compare_evaluations
+
+    compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
 
 
 def _cost(options: argparse.Namespace) -> None:

@@ -59,6 +59,10 @@ class LauncherError(ZPPOError, RuntimeError):
     """The processes of a run are not what was asked for, disagree, or one of them has ended."""
 
 
+class EvaluationError(ZPPOError, RuntimeError):
+    """An evaluation cannot start or is not finished: a server does not answer, a package is missing, rows are still open."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run stopped because it was asked to; `signum` says by which signal."""
 

@@ -238,10 +238,33 @@ def write_comparisons(comparisons: Sequence[Comparison], path: str | Path) -> No
 
 
 def bootstrap_command(
-    path: Path, *, minuend: str | None, resamples: int, seed: int, out: Path | None, console: Console | None = None
+    paths: Sequence[Path],
+    *,
+    minuend: str | None,
+    resamples: int,
+    seed: int,
+    out: Path | None,
+    console: Console | None = None,
 ) -> None:
-    """`zppo bootstrap`: print every comparison of a table, and write them to `out`."""
-    comparisons = bootstrap_table(read_table(path), minuend=minuend, resamples=resamples, seed=seed)
+    """`zppo bootstrap`: print every comparison of a table, or of several results of `zppo eval`, and write them to `out`.
+
+    Raises:
+        SettingsError: several files that are not all results of `zppo eval`, or one of these alone.
+        ZPPOError: as `read_table` and `bootstrap_table`.
+    """
+    notes: list[str] = []
+    if all(path.suffix == ".json" for path in paths):
+        # It stands on this module.
+        from zppo.report.evaluation import as_accuracies, read_evaluation
+
+        if len(paths) < 2:
+            raise SettingsError(f"{paths[0]} is one evaluation: name two or more, or a CSV table")
+        table, notes = as_accuracies([read_evaluation(path) for path in paths])
+    elif len(paths) == 1:
+        table = read_table(paths[0])
+    else:
+        raise SettingsError("zppo bootstrap takes one CSV table, or two or more eval.json files")
+    comparisons = bootstrap_table(table, minuend=minuend, resamples=resamples, seed=seed)
     view = View(box=None, padding=(0, 2, 0, 0))
     for column in ("scale", "family", "minuend", "subtrahend"):
         view.add_column(column)
@@ -257,6 +280,8 @@ def bootstrap_command(
         f"{resamples:,} resamples of the benchmarks with seed {seed}, one for all pairs of a scale and family; points of accuracy",
         style="dim",
     )
+    for note in notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     if out is not None:
         write_comparisons(comparisons, out)
         console.print(f"written to {out}", soft_wrap=True, highlight=False)

@@ -12,6 +12,7 @@ from zppo.errors import ZPPOError
 from zppo.report.audit import Counts
 from zppo.report.charts import Chart
 from zppo.report.cost import as_run
+from zppo.report.evaluation import EVAL, evaluation_table, read_evaluation
 from zppo.report.figures import charts_of
 from zppo.report.load import RECIPE, Run, open_run
 from zppo.report.questions import QuestionLine, question_lines
@@ -59,7 +60,11 @@ class Reader:
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """Changes whenever a file of the run does; cheap."""
-        run_files = [*self.folder.glob("*.jsonl"), *(self.folder / "rollouts").glob("step-*.parquet")]
+        run_files = [
+            *self.folder.glob("*.jsonl"),
+            *self.folder.glob(EVAL),
+            *(self.folder / "rollouts").glob("step-*.parquet"),
+        ]
         return tuple((path.name, *_stamp(path)) for path in sorted(run_files))
 
     def read(self) -> Summary:
@@ -81,7 +86,7 @@ class Reader:
             outcome=outcome(run, zone),
             head=_head(run, self.resolve),
             charts=charts_of(run, scans, counts, zone),
-            tables=tables_of(run, counts, zone),
+            tables=[*tables_of(run, counts, zone), *_benchmarks(self.folder)],
             lines=question_lines(run, scans),
         )
 
@@ -93,6 +98,14 @@ class Reader:
             scans[path] = known if known and known[0] == stamp else (stamp, scan_file(path))
         self._scans = scans
         return [scan for _, scan in scans.values()]
+
+
+def _benchmarks(folder: Path) -> list[Table]:
+    """The table of `zppo eval`, where it has results in the run's folder."""
+    if not (folder / EVAL).is_file():
+        return []
+    table = evaluation_table(read_evaluation(folder / EVAL))
+    return [table] if table.rows else []
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -99,7 +99,9 @@ class Scrubber:
         text = str(value)
         if self._key:  # before any cut, which could leave a piece of it
             text = text.replace(self._key, "[key]")
-        text = _BASE64.sub(_without_data, text)[: 100 * limit]  # a refused request comes back in some errors, images and all
+        text = _BASE64.sub(_without_data, text)[
+            : 100 * limit
+        ]  # a refused request comes back in some errors, images and all
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= limit else f"{text[:limit]}..."
 

@@ -1,0 +1,157 @@
+"""Pictures and clips of a question on their way to a server: within the pixel limits, as `data:` URLs, frames in time order."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from zppo.core.parts import message_parts
+from zppo.core.types import ImageRef
+from zppo.errors import DataError, UnavailableError, one_line
+from zppo.evaluate.item import Item, Media, conversation
+from zppo.evaluate.protocol import LIMITS
+from zppo.images.send import request_url
+from zppo.images.store import keep, reference
+from zppo.prompts import PromptBook
+
+MOST_VIDEO = 1 << 28  # bytes of a clip that is sent whole
+_KINDS = {
+    ".mp4": "mp4",
+    ".mov": "mov",
+    ".mpeg": "mpeg",
+    ".mpg": "mpeg",
+    ".webm": "webm",
+    ".mkv": "x-matroska",
+    ".avi": "x-msvideo",
+}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a turn: a text, or the `data:` URL of an image or a video."""
+
+    kind: Literal["text", "image", "video"]
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn as it is sent."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+def turns_of(item: Item, book: PromptBook, *, store: Path, as_file: bool, frames: int) -> list[Turn]:
+    """The conversation that asks a question.
+
+    Frames, or the clip, stand before the texts of the last turn; images at their marks.
+
+    Args:
+        store: where pictures are kept that came without a file, and the frames of clips.
+        as_file: a clip goes whole to a server that takes videos; a part of a clip always goes as frames.
+        frames: most frames of a video that are sent, evenly spaced.
+
+    Raises:
+        DataError: a picture or a clip cannot be read.
+        UnavailableError: frames of a clip are wanted, and the package that decodes it is missing.
+    """
+    refs = tuple(_ref(media, store) for media in item.images)
+    turns = [
+        Turn(
+            t.role,
+            tuple(Part("text", p) if isinstance(p, str) else Part("image", request_url(p, LIMITS)) for p in t.parts),
+        )
+        for t in message_parts(conversation(item, book), refs)
+    ]
+    before: list[Part] = []
+    if item.video is not None and as_file and item.clip is None:
+        before = [Part("video", _video_url(item.video))]
+    elif item.video is not None:
+        before = [Part("image", request_url(ref, LIMITS)) for ref in _decoded(item.video, item.clip, frames, store)]
+    elif item.frames:
+        before = [Part("image", request_url(_ref(f, store), LIMITS)) for f in spread(item.frames, frames)]
+    if before:
+        turns[-1] = Turn(turns[-1].role, (*before, *turns[-1].parts))
+    return turns
+
+
+def spread(values: Sequence[_T], most: int) -> list[_T]:
+    """At most so many of the values, the middles of equal stretches, in order."""
+    count = min(most, len(values))
+    return [values[(2 * i + 1) * len(values) // (2 * count)] for i in range(count)]
+
+
+def media_key(item: Item) -> list[Any]:
+    """What names the media of a question in its key: digests of pictures, name and size of a clip."""
+    pictures = [media.stem if isinstance(media, Path) else len(media) for media in (*item.images, *item.frames)]
+    clip = [item.video.name, item.video.stat().st_size if item.video.is_file() else 0] if item.video else []
+    return [pictures, clip, item.clip]
+
+
+def _ref(media: Media, store: Path) -> ImageRef:
+    return reference(media).ref if isinstance(media, Path) else keep(media, store)
+
+
+def _video_url(path: Path) -> str:
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MOST_VIDEO else b""
+    except OSError as error:
+        raise DataError(f"the clip {path} cannot be read ({error.strerror or error}): put it back") from error
+    if not data:
+        raise DataError(
+            f"the clip {path} is empty or has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames"
+        )
+    return f"data:video/{_KINDS.get(path.suffix.lower(), 'mp4')};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def check_decoder() -> None:
+    """UnavailableError where clips cannot be taken apart."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise UnavailableError(
+            "its clips must be taken apart into frames, and the package av is missing: pip install 'zppo[eval]', or let a server that "
+            "takes videos do it (--video file)"
+        ) from None
+
+
+def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: Path) -> list[ImageRef]:
+    """Frames of a clip, the middles of equal stretches of time. DataError where it cannot be decoded."""
+    check_decoder()
+    import io
+
+    import av
+
+    wanted: list[ImageRef] = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            length = (
+                float(stream.duration * stream.time_base) if stream.duration else float((container.duration or 0) / 1e6)
+            )
+            start, end = clip or (0.0, length)
+            times = [start + (2 * i + 1) * (end - start) / (2 * frames) for i in range(frames)]
+            last = None
+            for frame in container.decode(stream):
+                last = frame
+                while times and frame.time is not None and frame.time >= times[0]:
+                    times.pop(0)
+                    out = io.BytesIO()
+                    frame.to_image().save(out, "JPEG", quality=95)
+                    wanted.append(keep(out.getvalue(), store))
+                if not times:
+                    break
+            if not wanted and last is not None:
+                out = io.BytesIO()
+                last.to_image().save(out, "JPEG", quality=95)
+                wanted.append(keep(out.getvalue(), store))
+    except Exception as error:  # decoders fail in many ways
+        raise DataError(f"the clip {path} cannot be decoded ({one_line(error)}); replace it") from error
+    if not wanted:
+        raise DataError(f"the clip {path} has no frames; replace it")
+    return list(dict.fromkeys(wanted))

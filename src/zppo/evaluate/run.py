@@ -1,0 +1,273 @@
+"""`zppo eval`: benchmark after benchmark, asked, decided and written down, so that the same call goes on where it stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from rich.console import Console
+
+from zppo.core.types import Message
+from zppo.errors import EvaluationError, SettingsError, UnavailableError
+from zppo.evaluate.address import find_model, is_url, read_key
+from zppo.evaluate.benchmark import Benchmark
+from zppo.evaluate.child import NAME, Server, has_vllm, served
+from zppo.evaluate.deciding import Decider, JudgeServer
+from zppo.evaluate.estimate import estimate, print_estimates
+from zppo.evaluate.folder import EvalFolder, begin, default_output, finished, with_benchmark, with_skipped
+from zppo.evaluate.item import Item
+from zppo.evaluate.journal import Journal
+from zppo.evaluate.judging import judge_book
+from zppo.evaluate.load import Loaded, load_items
+from zppo.evaluate.media import check_decoder, turns_of
+from zppo.evaluate.protocol import EvalOptions, settings_of
+from zppo.evaluate.registry import BENCHMARKS, suite
+from zppo.evaluate.rows import Row, summary
+from zppo.evaluate.view import Watch, print_results, say
+from zppo.prompts import PromptBook
+
+Resolve = Callable[[str], str]
+_IMAGES = 64  # of a request to a server of ours, beside the frames of a clip
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What all benchmarks of a call share."""
+
+    options: EvalOptions
+    folder: EvalFolder
+    console: Console
+    server: Server
+    name: str
+    as_file: bool
+    decider: Decider
+
+
+def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | None = None) -> None:
+    """Evaluate a model, or say with `dry_run` what that would take.
+
+    Args:
+        resolve: names of models that are no folders -> folders.
+
+    Raises:
+        SettingsError: an option is wrong, or the folder holds another evaluation.
+        EvaluationError: a server or a package is missing, nothing could be evaluated, or rows are open at the end.
+        ZPPOError: what reading data, loading a checkpoint or writing says.
+    """
+    console = console or Console()
+    chosen = suite(options.suite)
+    _check(options)
+    if options.dry_run:
+        print_estimates(console, [estimate(benchmark, options) for benchmark in chosen], options)
+        return
+    if importlib.util.find_spec("inspect_ai") is None:
+        raise EvaluationError("zppo eval asks through inspect-ai, which is not installed: pip install 'zppo[eval]'")
+    if options.judge is None:
+        raise SettingsError(
+            "there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)"
+        )
+    judge_book(options.judge_prompts)
+    judge_key = read_key(options.judge_key_env, "--judge-key-env")
+    key = read_key(options.key_env, "--key-env")
+    folder = EvalFolder(options.output or default_output(options))
+    known = folder.read()
+    if known is not None and _all_done(known, chosen, options):
+        begin(
+            folder,
+            "",
+            _settings(options, known["settings"]["model"], known["settings"]["judge"], known["settings"]["video"]),
+        )
+        say(console, f"{folder.result}: every row is decided, nothing is asked")
+        print_results(console, known)
+        return
+    judge = JudgeServer(
+        options.judge,
+        find_model(options.judge, judge_key, options.judge_model, "judge", "--judge-model", "--judge-key-env"),
+        judge_key,
+    )
+    with ExitStack() as stack:
+        server, name, label, think_open = _serve(options, key, folder, resolve, stack, console)
+        as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
+        options = replace(options, think_open=think_open)
+        state = begin(folder, label, _settings(options, label, judge.model, "file" if as_file else "frames"))
+        folder.write(state)
+        decider = Decider(judge, prompts=options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
+        stack.callback(decider.close)
+        session = Session(options, folder, console, server, name, as_file, decider)
+        for benchmark in chosen:
+            state = _one(session, benchmark, state)
+            folder.write(state)
+    _close(state, chosen, folder, console)
+
+
+def _check(options: EvalOptions) -> None:
+    least = {
+        "--samples": options.samples,
+        "--concurrency": options.concurrency,
+        "--frames": options.frames,
+        "--max-tokens": options.max_tokens,
+    }
+    for flag, value in {**least, "--limit": options.limit}.items():
+        if value is not None and value < 1:
+            raise SettingsError(f"{flag} is {value}: it must be 1 or more")
+    for flag, path in (("--data", options.data), ("--clips", options.clips)):
+        if path is not None and not path.is_dir():
+            raise SettingsError(f"{flag}: there is no folder {path}")
+    for name, path in options.judge_prompts.items():
+        if not path.is_file():
+            raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")
+
+
+def _settings(options: EvalOptions, model: str, judge: str, video: str) -> dict[str, Any]:
+    return settings_of(options, model, judge, video)
+
+
+def _all_done(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], options: EvalOptions) -> bool:
+    return all(finished(state, benchmark.name, options.limit, options.samples) for benchmark in chosen)
+
+
+def _serve(
+    options: EvalOptions, key: str, folder: EvalFolder, resolve: Resolve, stack: ExitStack, console: Console
+) -> tuple[Server, str, str, bool]:
+    """(the server, the model's name there, how results call it, whether its prompts end inside an open think block)."""
+    if is_url(options.model):
+        name = find_model(options.model, key, options.name, "model", "--model", "--key-env")
+        return Server(options.model, key, "other"), name, name, options.think_open
+    # Loads transformers, which nobody else needs.
+    from zppo.engines.chat import Chat
+
+    place = checkpoint_folder(Path(resolve(options.model)))
+    chat = Chat.load(str(place))
+    open_ = options.think_open or chat.think_open(chat.encode((Message("user", "Hello."),)))
+    kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
+    say(console, f"starting {kind} for {place}; its log is {folder.server_log}")
+    server = stack.enter_context(served(place, folder.server_log, images=_IMAGES + options.frames))
+    return server, NAME, str(place.absolute()), open_
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """The checkpoint in a folder: itself, or final/ of a finished run. SettingsError where there is none."""
+    for place in (folder, folder / "final"):
+        if (place / "config.json").is_file():
+            return place
+    what = (
+        "is a run without final/, the student that it leaves at its end"
+        if (folder / "recipe.yaml").is_file()
+        else "is no checkpoint"
+    )
+    if not folder.is_dir():
+        what = "is no folder"
+    raise SettingsError(
+        f"{str(folder)!r} {what}; name a checkpoint folder, a finished run, or the URL of a server (http://HOST:8000/v1)"
+    )
+
+
+def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with one more benchmark."""
+    options, folder, console = session.options, session.folder, session.console
+    if finished(state, benchmark.name, options.limit, options.samples):
+        return state
+    try:
+        loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.store, limit=options.limit)
+        _check_packages(session, benchmark, loaded)
+    except UnavailableError as error:
+        say(console, f"skipped {error}", "yellow")
+        return with_skipped(state, benchmark.name, benchmark.family, str(error))
+    rows = _rows(session, benchmark, loaded)
+    part = summary(benchmark, rows, len(loaded.items) * options.samples)
+    part |= {"limit": options.limit, "samples": options.samples, "origin": loaded.origin, "revision": loaded.revision}
+    return with_benchmark(state, part, [each.name for each in BENCHMARKS])
+
+
+def _check_packages(session: Session, benchmark: Benchmark, loaded: Loaded) -> None:
+    """UnavailableError where a package is missing that this benchmark alone needs."""
+    if any(item.video is not None and not (session.as_file and item.clip is None) for item in loaded.items):
+        try:
+            check_decoder()
+        except UnavailableError as error:
+            raise UnavailableError(f"{benchmark.name}: {error}") from error
+    missing = [name for name in ("nltk", "jieba") if importlib.util.find_spec(name) is None]
+    if missing and benchmark.name in ("OCREN", "OCRZH"):
+        raise UnavailableError(f"{benchmark.name}: its metrics need {', '.join(missing)}: pip install 'zppo[ocr]'")
+
+
+def _rows(session: Session, benchmark: Benchmark, loaded: Loaded) -> list[Row]:
+    """Asks what is not answered and decides what is not decided; every row also goes to a file, whole."""
+    # inspect-ai is an extra.
+    from anyio import CapacityLimiter
+
+    from zppo.evaluate.inspected import served_model
+    from zppo.evaluate.task import Health, Work, run_task
+
+    options, folder = session.options, session.folder
+    items: dict[str, Item] = {item.id: item for item in loaded.items}
+    path = folder.rows(benchmark.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".part")
+    rows: list[Row] = []
+    lock = Lock()
+    with ExitStack() as stack:
+        answers, judgements = (Journal(folder.journal(what, benchmark.name)) for what in ("answers", "judgements"))
+        stack.callback(answers.close)
+        stack.callback(judgements.close)
+        out = stack.enter_context(open(half, "w", encoding="ascii"))
+        watch = stack.enter_context(Watch(session.console, benchmark.name, len(items) * options.samples))
+
+        def take(row: Row) -> None:
+            with lock:
+                out.write(json.dumps(row.to_dict(), default=str) + "\n")
+                rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
+                watch.take(row)
+
+        turns = partial(turns_of, book=PromptBook(), store=folder.store, as_file=session.as_file, frames=options.frames)
+        health = Health()
+        work = Work(
+            benchmark,
+            items,
+            turns,
+            session.decider,
+            answers,
+            judgements,
+            health,
+            CapacityLimiter(options.concurrency + 4),
+            take,
+        )
+        model = served_model(
+            session.server.url, session.name, session.server.key, options.decoding, options.concurrency
+        )
+        log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.logs)
+    half.replace(path)
+    if log.status == "cancelled":
+        raise KeyboardInterrupt
+    if log.status == "error":
+        raise EvaluationError(
+            f"{benchmark.name}: inspect-ai could not run it ({log.error.message if log.error else 'no reason given'})"
+        )
+    if health.down:
+        say(session.console, f"{benchmark.name}: the model's server does not answer any more ({health.last})", "yellow")
+    return rows
+
+
+def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], folder: EvalFolder, console: Console) -> None:
+    """The closing table; EvaluationError where something is left to do."""
+    print_results(console, state)
+    say(console, f"written to {folder.result}; transcripts: inspect view --log-dir {folder.logs}")
+    names = {benchmark.name for benchmark in chosen}
+    left = {each["name"]: each["open"] for each in state["benchmarks"] if each["name"] in names and each["open"]}
+    if left:
+        counts = ", ".join(f"{name} {count:,}" for name, count in left.items())
+        raise EvaluationError(
+            f"rows are open, since the model's or the judge's server failed ({counts}); {folder.path / 'eval' / 'rows'} says why. "
+            "The same command asks for them alone"
+        )
+    if not any(each["name"] in names for each in state["benchmarks"]):
+        raise EvaluationError(
+            "no benchmark could be evaluated: the data of each cannot be had; see above what each needs"
+        )

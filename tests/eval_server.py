@@ -1,0 +1,94 @@
+"""A scripted OpenAI-compatible server in a thread: it keeps every request, and answers what a function says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = str | dict[str, Any] | int
+"""A text, a whole message, or a status to refuse with."""
+
+
+class Scripted(ThreadingHTTPServer):
+    """The server.
+
+    Attributes:
+        reply: from a request to what is answered; may be exchanged while it runs.
+        requests: of chat completions, without the small one that asks whether anybody is there.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply], model: str, key: str = "") -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.reply, self.model, self.key = reply, model, key
+        self.requests: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Scripted
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._send(200, {"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        sent = self.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.server.key and sent != self.server.key:
+            return self._send(401, {"error": {"message": f"Incorrect API key provided: {sent}"}})
+        reply: Reply = "ok"
+        if said(body) != "Say ok.":
+            with self.server.lock:
+                self.server.requests.append(body)
+            reply = self.server.reply(body)
+        if isinstance(reply, int):
+            return self._send(reply, {"error": {"message": f"no, {sent}"}})
+        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else {"role": "assistant", **reply}
+        finish = message.pop("finish", "stop")
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        return self._send(
+            200,
+            {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice], "usage": usage},
+        )  # fmt: skip
+
+    def _send(self, status: int, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def said(body: dict[str, Any]) -> str:
+    """The texts of a request's last turn."""
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+@contextmanager
+def scripted(reply: Callable[[dict[str, Any]], Reply], model: str = "scripted", key: str = "") -> Iterator[Scripted]:
+    """A server for the time of the block."""
+    server = Scripted(reply, model, key)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
