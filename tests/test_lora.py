@@ -27,7 +27,7 @@ from zppo.train.recipe import load_recipe
 from zppo.train.settings import LoraSettings
 
 LORA = "--train.lora={rank: 4, alpha: 8}"
-TIME_FIELDS = ("seconds", "tokens_per_second")
+TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")
 
 
 @pytest.fixture(autouse=True)

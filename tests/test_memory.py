@@ -47,7 +47,7 @@ from zppo.train.update import UpdateStopped, advantages_of
 
 pytestmark = pytest.mark.slow
 
-TIME_FIELDS = ("seconds", "tokens_per_second")
+TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
