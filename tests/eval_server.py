@@ -84,7 +84,7 @@ def said(body: dict[str, Any]) -> str:
 def scripted(reply: Callable[[dict[str, Any]], Reply], model: str = "scripted", key: str = "") -> Iterator[Scripted]:
     """A server for the time of the block."""
     server = Scripted(reply, model, key)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

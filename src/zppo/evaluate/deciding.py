@@ -23,7 +23,7 @@ from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.wire import OPENAI_HOST
 
 TURNS = 2  # replies of a judge that are read before a row stays open
-_DOWN = 120.0  # seconds for which a judge is asked again
+DOWN = 120.0  # seconds for which a judge is asked again
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,10 @@ class Decider:
         prompts: Mapping[str, Path],
         concurrency: int,
         workers: int = 2,
-        retry_for: float = _DOWN,
         think_open: bool = False,
     ) -> None:
         self._grader = Grader(workers=workers)
-        self._judge = RemoteTeacher(
-            judge.model, [judge.url], key=judge.key, concurrency=concurrency, retry_for=retry_for
-        )
+        self._judge = RemoteTeacher(judge.model, [judge.url], key=judge.key, concurrency=concurrency, retry_for=DOWN)
         self._book = judge_book(prompts)
         self._think_open = think_open
         # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.

@@ -108,11 +108,11 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
     console.print(table)
     say(
         console,
-        f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, "
-        f"{options.samples} of each question; pictures of {IMAGE_TOKENS}, in clips of {FRAME_TOKENS}, {options.frames} of a clip; "
-        f"the shared judge asked about {JUDGED_SHARE:.0%} of rows, judges of benchmarks about all, {JUDGE_TOKENS} tokens each; {ANSWER_SPEED:,} answer and "
-        f"{PROMPT_SPEED:,} prompt tokens a second, which one GPU of 80 GB may do with a model of 2B under vLLM (not measured). Nothing was "
-        "asked.",
+        f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, {options.samples} a question; "
+        f"pictures of {IMAGE_TOKENS} tokens, {options.frames} of {FRAME_TOKENS} for a clip; the shared judge asked about "
+        f"{JUDGED_SHARE:.0%} of rows, a benchmark's own about all, {JUDGE_TOKENS} tokens each; {ANSWER_SPEED:,} answer and "
+        f"{PROMPT_SPEED:,} prompt tokens a second, which one GPU of 80 GB may do with a model of 2B under vLLM (not measured). "
+        "Nothing was asked.",
         "dim",
     )
 

@@ -30,6 +30,7 @@ from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 from inspect_ai.tool import ToolInfo
 from openai import DefaultAsyncHttpxClient
 
+from zppo.errors import one_line
 from zppo.evaluate.media import Turn
 from zppo.evaluate.protocol import Decoding
 from zppo.teacher.wire import SHORTEST_SECRET, sound
@@ -47,7 +48,7 @@ class ServedAPI(OpenAICompatibleAPI):
 
     def __init__(self, model_name: str, base_url: str, api_key: str, config: GenerateConfig) -> None:
         super().__init__(
-            f"{PROVIDER}/{model_name}",
+            model_name,
             base_url=base_url,
             api_key=api_key or "EMPTY",
             config=config,
@@ -61,6 +62,10 @@ class ServedAPI(OpenAICompatibleAPI):
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:
         """inspect-ai refuses videos on this path: they go through it as images, and come out as what they are."""
         return [_with_videos(message) for message in await super().messages_to_openai([_hidden(m) for m in input])]
+
+    def service_model_name(self) -> str:
+        """The model's name as its server knows it, slashes and all."""
+        return str(self.model_name)
 
     def completion_params(self, config: GenerateConfig, tools: bool) -> dict[str, Any]:
         """`max_tokens` under the name that vLLM and `zppo serve` take, whatever the model is called."""
@@ -124,6 +129,17 @@ def chat_messages(turns: Sequence[Turn]) -> list[ChatMessage]:
         content: Any = texts[0] if len(texts) == len(parts) == 1 else parts
         messages.append(kinds[turn.role](content=content))
     return messages
+
+
+def why(error: BaseException) -> str:
+    """What a server said, without the request that inspect-ai puts before it."""
+    said = getattr(error, "provider_message", None)
+    return one_line(RuntimeError(said) if isinstance(said, str) and said else error)
+
+
+def refused(error: BaseException) -> bool:
+    """Whether a server refuses this very request; it may well answer another one."""
+    return getattr(error, "status_code", None) in (400, 413, 422)
 
 
 def text_of(output: ModelOutput) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,35 +124,34 @@ def check_decoder() -> None:
 def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: Path) -> list[ImageRef]:
     """Frames of a clip, the middles of equal stretches of time. DataError where it cannot be decoded."""
     check_decoder()
-    import io
-
     import av
 
-    wanted: list[ImageRef] = []
+    wanted: list[bytes] = []
+    last: Any = None
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            length = (
-                float(stream.duration * stream.time_base) if stream.duration else float((container.duration or 0) / 1e6)
-            )
-            start, end = clip or (0.0, length)
+            length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+            start, end = clip or (0.0, length or (container.duration or 0) / 1e6)
             times = [start + (2 * i + 1) * (end - start) / (2 * frames) for i in range(frames)]
-            last = None
             for frame in container.decode(stream):
-                last = frame
-                while times and frame.time is not None and frame.time >= times[0]:
-                    times.pop(0)
-                    out = io.BytesIO()
-                    frame.to_image().save(out, "JPEG", quality=95)
-                    wanted.append(keep(out.getvalue(), store))
+                last, now = frame, frame.time
+                if now is not None and now >= times[0]:
+                    times = [time for time in times if time > now]
+                    wanted.append(_picture(frame))
                 if not times:
                     break
-            if not wanted and last is not None:
-                out = io.BytesIO()
-                last.to_image().save(out, "JPEG", quality=95)
-                wanted.append(keep(out.getvalue(), store))
+            if not wanted and last is not None:  # shorter than it says
+                wanted.append(_picture(last))
     except Exception as error:  # decoders fail in many ways
         raise DataError(f"the clip {path} cannot be decoded ({one_line(error)}); replace it") from error
     if not wanted:
         raise DataError(f"the clip {path} has no frames; replace it")
-    return list(dict.fromkeys(wanted))
+    return [keep(data, store) for data in wanted]
+
+
+def _picture(frame: Any) -> bytes:
+    """A frame of PyAV as a JPEG file."""
+    out = io.BytesIO()
+    frame.to_image().save(out, "JPEG", quality=95)
+    return out.getvalue()

@@ -264,8 +264,8 @@ def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], folder: Eval
     if left:
         counts = ", ".join(f"{name} {count:,}" for name, count in left.items())
         raise EvaluationError(
-            f"rows are open, since the model's or the judge's server failed ({counts}); {folder.path / 'eval' / 'rows'} says why. "
-            "The same command asks for them alone"
+            f"rows are open, since a server failed or a clip cannot be read ({counts}): {folder.path / 'eval' / 'rows'} says why. Mend it; "
+            "the same command asks for these rows alone"
         )
     if not any(each["name"] in names for each in state["benchmarks"]):
         raise EvaluationError(

@@ -18,10 +18,10 @@ from inspect_ai.model import Model, ModelOutput
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
-from zppo.errors import EvaluationError, one_line
+from zppo.errors import EvaluationError
 from zppo.evaluate.benchmark import Benchmark
 from zppo.evaluate.deciding import Decider
-from zppo.evaluate.inspected import chat_messages, text_of
+from zppo.evaluate.inspected import chat_messages, refused, text_of, why
 from zppo.evaluate.item import Item
 from zppo.evaluate.journal import Journal
 from zppo.evaluate.media import Turn, media_key
@@ -131,11 +131,9 @@ def ask(work: Work) -> Solver:
             try:
                 known = await _asked(work, item, state, generate)
             except Exception as error:
-                said = one_line(error)
-                work.health.note(said)
+                said = why(error)
                 work.take(Row(item.id, state.epoch, "open", error=said, gold=item.golds, facts=item.facts))
                 raise EvaluationError(said) from None
-            work.health.note()
             await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
         else:
             state.output = ModelOutput.from_content(str(state.model), known["text"], stop_reason=known["finish"])
@@ -147,12 +145,18 @@ def ask(work: Work) -> Solver:
 
 
 async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -> dict[str, Any]:
+    """What the model says. Raises whatever is wrong with the question's media or the server."""
     if work.health.down:
         raise EvaluationError(f"not asked, since {work.health.failures} requests before it failed ({work.health.last})")
     state.messages = chat_messages(await to_thread.run_sync(work.turns, item, limiter=work.threads))
-    output = (await generate(state)).output
-    usage = output.usage
-    finish = output.stop_reason
+    try:
+        output = (await generate(state)).output
+    except Exception as error:
+        if not refused(error):
+            work.health.note(why(error))
+        raise
+    work.health.note()
+    usage, finish = output.usage, output.stop_reason
     return {
         # What a server says about a conversation that is too long for it is no answer of the model.
         "text": "" if finish == "model_length" else text_of(output),

@@ -1,0 +1,376 @@
+"""`zppo eval` from end to end: what is sent, what is kept, what is asked again, and what is said when something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_server import Reply, Scripted, said, scripted
+from evaluate_data import write_data
+from zppo import cli
+from zppo.evaluate import deciding, run
+from zppo.evaluate.child import served
+from zppo.evaluate.protocol import Decoding
+from zppo.evaluate.registry import BENCHMARKS
+
+KEY, JUDGE_KEY = "model-key-that-nobody-may-see", "judge-key-that-nobody-may-see"
+
+
+def right(body: dict[str, Any]) -> Reply:
+    """A model that thinks, then answers A."""
+    return r"<think>hm</think> \boxed{A}"
+
+
+def fair(body: dict[str, Any]) -> Reply:
+    """A judge that says in every protocol's form that it is right."""
+    asked = said(body)
+    if '"score"' in asked:
+        return '{"score": 0.5}'
+    return '{"verdict": "yes"}' if '"yes"' in asked else '{"verdict": "correct"}'
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of all benchmarks, and clips that can be decoded."""
+    folder = write_data(tmp_path_factory.mktemp("rows"))
+    for path in folder.rglob("*.mp4"):
+        write_clip(path)
+    return folder
+
+
+def write_clip(path: Path) -> None:
+    """A second of grey that brightens."""
+    import av
+    import numpy
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(numpy.full((48, 64, 3), number * 4, numpy.uint8), format="rgb24")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def command(model: str, judge: Scripted, data: Path, out: Path, suite: str, *more: str) -> list[str]:
+    arguments = ["eval", model, "--suite", suite, "--judge", judge.url, "--data", str(data), "--output", str(out)]
+    return [*arguments, "--concurrency", "4", *more]
+
+
+def results(out: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((out / "eval.json").read_text())
+    return state
+
+
+def rows(out: Path, benchmark: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "eval" / "rows" / f"{benchmark}.jsonl").read_text().splitlines()]
+
+
+# --- what is sent and kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_setting_of_the_protocol_is_sent_and_nothing_is_asked_twice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODEL_KEY", KEY)
+    monkeypatch.setenv("JUDGE_KEY", JUDGE_KEY)
+    out = tmp_path / "out"
+    with scripted(right, "m", KEY) as model, scripted(fair, "j", JUDGE_KEY) as judge:
+        keys = ["--key-env", "MODEL_KEY", "--judge-key-env", "JUDGE_KEY", "--samples", "2"]
+        arguments = command(model.url, judge, data, out, "AIME25,CEval", *keys)
+        assert cli.main(arguments) == 0, capsys.readouterr()
+        asked = [*model.requests]
+        assert len(asked) == 8 and len(judge.requests) == 4  # 2 + 2 questions, 2 samples; letters need no judge
+        wanted = {
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "top_k": 20,
+            "min_p": 0.0,
+            "presence_penalty": 1.5,
+            "repetition_penalty": 1.0,
+            "max_tokens": 12_288,
+        }
+        for body in asked:
+            assert {name: body[name] for name in wanted} == wanted
+            assert body.keys() == wanted.keys() | {"model", "messages"}
+            assert "\\boxed{}" in said(body)
+        for body in judge.requests:
+            assert body["temperature"] == 0 and body["max_tokens"] == 512
+            assert body["chat_template_kwargs"] == {"enable_thinking": False}
+        again = [*arguments]
+        assert cli.main(again) == 0
+        assert (len(model.requests), len(judge.requests)) == (8, 4)
+        # A longer suite asks for what is new alone.
+        again[3] = "AIME25,CEval,GPQA-D"
+        assert cli.main(again) == 0
+        assert len(model.requests) == 12
+        # More samples: the old ones count.
+        again[again.index("--samples") + 1] = "3"
+        assert cli.main(again) == 0
+        assert len(model.requests) == 18
+    state = results(out)
+    aime = next(each for each in state["benchmarks"] if each["name"] == "AIME25")
+    assert (aime["value"], aime["rows"], aime["units"], aime["by_judge"], aime["tokens_out"]) == (1.0, 6, 2, 6, 18)
+    assert state["settings"]["decoding"] == {**wanted}
+    row = rows(out, "AIME25")[0]
+    assert row["text"] == r"<think>hm</think> \boxed{A}" and row["answer"] == "A" and row["by"] == "judge"
+    assert row["reply"] == '{"verdict": "correct"}' and row["finish"] == "stop" and row["epoch"] in (1, 2, 3)
+    assert not keys_in(out)
+    printed = capsys.readouterr()
+    assert KEY not in printed.out + printed.err and JUDGE_KEY not in printed.out + printed.err
+    assert "mean of 3 llm" in printed.out and "AIME25" in printed.out
+
+
+def keys_in(out: Path) -> list[str]:
+    """Files that hold a key, logs unpacked."""
+    from inspect_ai.log import read_eval_log
+
+    logs = {path: read_eval_log(str(path)).model_dump_json() for path in out.rglob("*.eval")}
+    assert logs and all('"epoch"' in text for text in logs.values())
+    texts = {path: path.read_bytes().decode("latin-1") for path in out.rglob("*") if path.is_file()} | logs
+    return [str(path) for path, text in texts.items() if KEY in text or JUDGE_KEY in text]
+
+
+def test_the_decoding_is_the_protocols() -> None:
+    assert Decoding() == Decoding(0.6, 0.95, 20, 0.0, 1.5, 1.0, 12_288)
+
+
+# --- what fails -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_failing_judge_leaves_rows_open_and_only_the_judging_is_repeated(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deciding, "DOWN", 0.2)
+    out = tmp_path / "out"
+    with scripted(right, "m") as model, scripted(lambda body: "it is right", "j") as judge:
+        arguments = command(model.url, judge, data, out, "AIME25,CEval")
+        assert cli.main(arguments) == 2
+        assert "AIME25 2" in capsys.readouterr().err
+        aime, ceval = results(out)["benchmarks"]
+        assert (aime["value"], aime["rows"], aime["open"], aime["judge_errors"]) == (None, 0, 2, 2)
+        assert ceval["open"] == 0 and results(out)["families"]["llm"]["benchmarks"] == ["CEval"]
+        assert {row["error"] for row in rows(out, "AIME25")} == {"the judge's reply is malformed"}
+        judge.reply = lambda body: 503
+        assert cli.main(arguments) == 2
+        assert "did not answer" in rows(out, "AIME25")[0]["error"]
+        before = len(judge.requests)
+        judge.reply = fair
+        assert cli.main(arguments) == 0
+        assert (len(model.requests), len(judge.requests) - before) == (4, 2)
+        assert results(out)["benchmarks"][0]["value"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_refused_question_stays_open_and_the_key_in_the_refusal_is_in_no_file(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODEL_KEY", KEY)
+    out = tmp_path / "out"
+    first: list[str] = []
+
+    def picky(body: dict[str, Any]) -> Reply:
+        first.append(said(body))
+        return 400 if said(body) == first[0] else r"\boxed{A}"
+
+    with scripted(picky, "m", KEY) as model, scripted(fair, "j") as judge:
+        arguments = command(model.url, judge, data, out, "CEval", "--key-env", "MODEL_KEY")
+        assert cli.main(arguments) == 2
+        (ceval,) = results(out)["benchmarks"]
+        assert (ceval["rows"], ceval["open"], ceval["judge_errors"]) == (1, 1, 0)
+        opened = next(row for row in rows(out, "CEval") if row["by"] == "open")
+        assert "no, [key]" in opened["error"] and len(opened["error"]) < 500
+        assert not keys_in(out)
+        model.reply = right
+        assert cli.main(arguments) == 0
+        assert len(model.requests) == 3
+    assert KEY not in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
+    out, hold, reached = tmp_path / "out", threading.Event(), threading.Event()
+
+    def slow(body: dict[str, Any]) -> Reply:
+        if len(model.requests) == 4:  # the fourth of 10 never gets its answer
+            reached.set()
+            hold.wait(60)
+        return right(body)
+
+    with scripted(slow, "m") as model, scripted(fair, "j") as judge:
+        arguments = command(model.url, judge, data, out, "CharXiv,AIME25", "--concurrency", "1")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zppo", *arguments], stdout=subprocess.DEVNULL, env={**os.environ}
+        )
+        try:
+            assert reached.wait(200)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        hold.set()
+        assert cli.main(arguments) == 0
+        asked = Counter(json.dumps(body["messages"]) for body in model.requests)
+    assert sorted(asked.values()) == [1] * 11 + [2]
+    assert [each["open"] for each in results(out)["benchmarks"]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_ends_the_asking(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zppo.evaluate import inspected, task
+
+    monkeypatch.setattr(inspected, "RETRIES", 0)
+    monkeypatch.setattr(task, "DOWN_AFTER", 2)
+    out = tmp_path / "out"
+    with scripted(lambda body: 500, "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, data, out, "CharXiv", "--concurrency", "1")) == 2
+        assert len(model.requests) == 2
+    (part,) = results(out)["benchmarks"]
+    assert part["value"] is None and part["open"] == 10
+    assert "not asked" in rows(out, "CharXiv")[-1]["error"]
+
+
+# --- thoughts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Path) -> None:
+    from inspect_ai.model import ModelOutput
+
+    from zppo.evaluate.inspected import text_of
+
+    replies: list[Reply] = [
+        {"content": r"\boxed{A}", "reasoning_content": r"\boxed{B}?"},
+        {"content": r"<think>\boxed{B} and on", "finish": "length"},
+    ]
+    out = tmp_path / "out"
+    with scripted(lambda body: replies[len(model.requests) - 1], "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, data, out, "CEval", "--concurrency", "1")) == 0
+    split, cut = rows(out, "CEval")
+    assert (split["answer"], split["text"]) == ("A", r"<think>\boxed{B}?</think>\boxed{A}")
+    assert (cut["answer"], cut["value"], cut["reason"], cut["finish"]) == (None, 0.0, "no answer", "max_tokens")
+    (part,) = results(out)["benchmarks"]
+    assert (part["truncated"], part["no_answer"]) == (1, 1)
+    assert text_of(ModelOutput.from_content("mock", r"<think>hm</think>\boxed{A}")) == r"<think>hm</think>\boxed{A}"
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_benchmarks_through_servers_of_our_own(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tiny vision-language checkpoint behind `zppo serve`, a judge behind another server: texts, pictures and frames of clips."""
+    from seeing import make_seeing
+
+    student, out = make_seeing(tmp_path / "student", "smolvlm"), tmp_path / "out"
+    with scripted(fair, "j") as judge:
+        more = ("--max-tokens", "4", "--frames", "3", "--video", "frames")
+        assert cli.main(command(str(student), judge, data, out, "paper", *more)) == 0, capsys.readouterr()
+    state = results(out)
+    assert [each["name"] for each in state["benchmarks"]] == [benchmark.name for benchmark in BENCHMARKS]
+    assert not state["skipped"] and all(each["open"] == 0 and each["value"] is not None for each in state["benchmarks"])
+    assert state["families"].keys() == {"vlm", "llm", "video"}
+    assert state["label"] == str(student)
+    assert all(each["tokens_out"] <= 4 * each["rows"] for each in state["benchmarks"])
+
+
+@pytest.mark.slow
+def test_clips_go_whole_to_servers_that_take_them(data: Path, tmp_path: Path) -> None:
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, data, tmp_path / "out", "MVBench,MMVU", "--video", "file")) == 0
+        parts = [part for body in model.requests for part in body["messages"][-1]["content"]]
+    kinds = Counter(part["type"] for part in parts)
+    videos = [part["video_url"]["url"] for part in parts if part["type"] == "video_url"]
+    assert videos and all(url.startswith("data:video/mp4;base64,") for url in videos)
+    assert kinds["image_url"] >= 3  # of the clip of which a part alone is asked about
+
+
+# --- the server of a checkpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        pytest.raises(run.EvaluationError, match="ended with status 2.*Error"),
+        served(tmp_path, tmp_path / "log", images=1, vllm=False),
+    ):
+        raise AssertionError("it cannot be there")
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------------
+
+
+def test_data_that_cannot_be_had_is_skipped_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, tmp_path, tmp_path / "out", "MMLU")) == 2
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "skipped MMLU:" in printed and "no benchmark could be evaluated" in printed
+    state = results(tmp_path / "out")
+    assert not state["benchmarks"] and [each["name"] for each in state["skipped"]] == ["MMLU"] and not model.requests
+
+
+MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
+    "an unknown benchmark": (lambda m, j, f: [m, "--suite", "MMLUX", "--judge", j], "there is no benchmark 'MMLUX'"),
+    "no judge": (lambda m, j, f: [m], "--judge URL"),
+    "a model that is nowhere": (lambda m, j, f: [str(f / "none"), "--judge", j], "is no folder"),
+    "a folder without a model": (lambda m, j, f: [str(f), "--judge", j], "is no checkpoint"),
+    "a wrong address": (lambda m, j, f: ["http://127.0.0.1:1/v1", "--judge", j], "the model cannot be asked"),
+    "a wrong address of the judge": (
+        lambda m, j, f: [m, "--judge", "http://127.0.0.1:1/v1"],
+        "the judge cannot be asked",
+    ),
+    "an address without http": (lambda m, j, f: [m, "--judge", "localhost:1"], "is no URL"),
+    "a model that is not served": (
+        lambda m, j, f: [m, "--judge", j, "--model", "huge"],
+        "does not serve 'huge'; it serves m",
+    ),
+    "a key that is not set": (lambda m, j, f: [m, "--judge", j, "--key-env", "NOT_SET"], "NOT_SET is not set"),
+    "no samples": (lambda m, j, f: [m, "--judge", j, "--samples", "0"], "--samples is 0"),
+    "no data folder": (lambda m, j, f: [m, "--judge", j, "--data", str(f / "none")], "--data: there is no folder"),
+    "a judge without a name": (lambda m, j, f: [m, "--judge", j, "--judge-prompt", "x"], "write JUDGE=PATH"),
+    "a prompt that is nowhere": (
+        lambda m, j, f: [m, "--judge", j, "--judge-prompt", "HLE=no.jinja"],
+        "there is no such file",
+    ),
+    "two models": (lambda m, j, f: [m, "other", "--judge", j], "takes one model"),
+    "one evaluation to compare": (lambda m, j, f: ["compare", "a.json"], "takes two eval.json files, not 1"),
+}
+
+
+@pytest.mark.parametrize("wrong", MISTAKES)
+def test_mistakes_are_said_before_anything_is_asked(
+    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = MISTAKES[wrong]
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        extra = [] if "compare" in wrong else ["--output", str(tmp_path / "out")]
+        assert cli.main(["eval", *arguments(model.url, judge.url, tmp_path), *extra]) == 2
+        assert not model.requests and not judge.requests
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "eval.json").exists()
+
+
+def test_without_its_extra_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["eval", "http://127.0.0.1:1/v1", "--judge", "http://127.0.0.1:1/v1"]) == 2
+    assert "pip install 'zppo[eval]'" in capsys.readouterr().err
