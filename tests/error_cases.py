@@ -829,3 +829,31 @@ def _(w: World) -> None:
     w.output.mkdir()
     (w.output / "recipe.yaml").write_text("student: {model\n")
     w.command = ["resume", str(w.output)]
+
+
+# --- evaluations ----------------------------------------------------------------------------------------------------
+
+
+@case("an unknown benchmark")
+def _(w: World) -> None:
+    w.command = ["eval", str(w.student), "--suite", "MMLUX"]
+
+
+@case("an evaluation without a judge")
+def _(w: World) -> None:
+    w.command = ["eval", str(w.student)]
+
+
+@case("a judge that nobody serves")
+def _(w: World) -> None:
+    w.command = ["eval", str(w.student), "--judge", "http://127.0.0.1:9/v1", "--output", str(w.output)]
+
+
+@case("an evaluation of no checkpoint")
+def _(w: World) -> None:
+    w.command = ["eval", str(w.folder / "none"), "--judge", "http://127.0.0.1:9/v1", "--output", str(w.output)]
+
+
+@case("a comparison of one evaluation")
+def _(w: World) -> None:
+    w.command = ["eval", "compare", "a.json"]

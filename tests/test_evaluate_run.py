@@ -17,6 +17,7 @@ import pytest
 
 from eval_server import Reply, Scripted, said, scripted
 from evaluate_data import write_data
+from serving import wait_for
 from zppo import cli
 from zppo.evaluate import deciding, run
 from zppo.evaluate.child import served
@@ -311,6 +312,55 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         served(tmp_path, tmp_path / "log", images=1, vllm=False),
     ):
         raise AssertionError("it cannot be there")
+
+
+STAND_IN = """
+import http.server, os, subprocess, sys
+helper = subprocess.Popen(["sleep", "300"])
+open(sys.argv[1], "w").write(f"{os.getpid()} {helper.pid}")
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Answer).serve_forever()
+"""
+PARENT = """
+import sys, time
+from pathlib import Path
+from zppo.evaluate import child
+child.command_of = lambda folder, port, vllm, images: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
+with child.served(Path("."), Path(sys.argv[2] + ".log"), images=1, vllm=False) as server:
+    assert server.key not in repr(server)
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_server_of_a_checkpoint_ends_with_the_evaluation(tmp_path: Path, killed: bool) -> None:
+    """With its helpers where the block ends; by itself where the evaluation is killed (on Linux)."""
+    pids = tmp_path / "pids"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT, STAND_IN, str(pids)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
+    server, helper = map(int, pids.read_text().split())
+    assert alive(server) and alive(helper)
+    if killed:
+        process.kill()
+    process.communicate("\n" if not killed else None)
+    wait_for(lambda: not alive(server), 60)
+    if killed:
+        os.kill(helper, signal.SIGKILL)  # a stand-in forgets its helper; vLLM ends its own
+    wait_for(lambda: not alive(helper), 60)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------------

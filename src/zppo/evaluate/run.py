@@ -73,6 +73,7 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         raise SettingsError(
             "there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)"
         )
+    place = None if is_url(options.model) else checkpoint_folder(Path(resolve(options.model)))
     judge_book(options.judge_prompts)
     judge_key = read_key(options.judge_key_env, "--judge-key-env")
     key = read_key(options.key_env, "--key-env")
@@ -93,7 +94,7 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         judge_key,
     )
     with ExitStack() as stack:
-        server, name, label, think_open = _serve(options, key, folder, resolve, stack, console)
+        server, name, label, think_open = _serve(options, key, folder, place, stack, console)
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
         state = begin(folder, label, _settings(options, label, judge.model, "file" if as_file else "frames"))
@@ -134,16 +135,15 @@ def _all_done(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], options: 
 
 
 def _serve(
-    options: EvalOptions, key: str, folder: EvalFolder, resolve: Resolve, stack: ExitStack, console: Console
+    options: EvalOptions, key: str, folder: EvalFolder, place: Path | None, stack: ExitStack, console: Console
 ) -> tuple[Server, str, str, bool]:
     """(the server, the model's name there, how results call it, whether its prompts end inside an open think block)."""
-    if is_url(options.model):
+    if place is None:
         name = find_model(options.model, key, options.name, "model", "--model", "--key-env")
         return Server(options.model, key, "other"), name, name, options.think_open
     # Loads transformers, which nobody else needs.
     from zppo.engines.chat import Chat
 
-    place = checkpoint_folder(Path(resolve(options.model)))
     chat = Chat.load(str(place))
     open_ = options.think_open or chat.think_open(chat.encode((Message("user", "Hello."),)))
     kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
