@@ -23,6 +23,7 @@ from same_run import BY_CHANCE, assert_same_run, records
 from test_zone import ScriptedTeacher, Words, make_group, score
 from victims import Victims
 from zppo.cli import main
+from zppo.core.replay import PromptReplayBuffer
 from zppo.core.select import hard_groups, surely_hard
 from zppo.core.types import Group, Message, Rollout
 from zppo.engines.base import Sampling
@@ -155,7 +156,7 @@ def shown(zone: Zone) -> list[tuple[Any, ...]]:
 def test_batches_are_the_same_whenever_the_teacher_is_asked() -> None:
     """All three ways, all methods with a teacher, rollouts that end in any order: the same prompts and counts, nothing asked twice."""
 
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(seed=st.integers(0, 10**6), rho=st.sampled_from([0.1, 0.25, 0.5, 1.0]))
     def check(seed: int, rho: float) -> None:
         rng = random.Random(seed)
@@ -186,6 +187,7 @@ def test_batches_are_the_same_whenever_the_teacher_is_asked() -> None:
     check()
 
 
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8),
     st.integers(0, 8),
@@ -362,18 +364,28 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_runs_are_the_same_whenever_the_teacher_is_asked(recipe: Path, tmp_path: Path) -> None:
-    """Weights, rollouts, buffer and metrics, lazily and eagerly; an eager run that is killed and stopped resumes to the same."""
+def test_runs_are_the_same_whenever_the_teacher_is_asked(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, rollouts, buffer and metrics, lazily and eagerly; an eager run that writes its checkpoints in the background is killed
+    while it asks and while it writes, stopped by a signal and by a full disk, and resumes to the same."""
     AcceleratorState._reset_state(True)
-    lazy, run = tmp_path / "lazy", tmp_path / "eager"
-    assert main(["train", str(recipe), *SHORT, f"--output={lazy}"]) == 0
-    victims = Victims()
+    lazy, run, copies = tmp_path / "lazy", tmp_path / "eager", []
+    with monkeypatch.context() as patch:
+        real = PromptReplayBuffer.state_dict
+        patch.setattr(PromptReplayBuffer, "state_dict", lambda self: (copies.append(1), real(self))[1])
+        assert main(["train", str(recipe), *SHORT, f"--output={lazy}"]) == 0
+    assert len(copies) == 2, "the buffer is copied for the checkpoints of steps 2 and 3 alone"
+    victims, beside = Victims(), ["--train.checkpoint_every=1", "--train.checkpoint_in_background=true"]
     try:
-        start = ["train", recipe, *SHORT, "--train.checkpoint_every=1", "--teacher.ask=eager", f"--output={run}"]
-        assert victims.run(*start, run=run, at="zppo.train.ask:Asker.ask", nth=5) == -signal.SIGKILL
+        start = ["train", recipe, *SHORT, *beside, "--teacher.ask=eager", f"--output={run}"]
+        assert victims.run(*start, run=run, at="zppo.train.checkpoint:make_manifest") == -signal.SIGKILL
+        assert victims.run("resume", run, run=run, at="zppo.train.ask:Asker.ask", nth=5) == -signal.SIGKILL
         assert victims.run("resume", run, run=run, at="zppo.train.zone:ZoneBuilder.build", do="term") == 143, (
             victims.said
         )
+        assert victims.run("resume", run, run=run, at="torch:save", do="full") == 2, victims.said
+        assert "cannot be written: File too large" in victims.said and f"`zppo resume {run}`" in victims.said
         assert victims.run("resume", run, run=run) == 0, victims.said
     finally:
         victims.close()
