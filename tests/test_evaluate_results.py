@@ -22,7 +22,7 @@ from zppo.evaluate.folder import EvalFolder, begin, default_output, finished, wi
 from zppo.evaluate.item import Item, Message
 from zppo.evaluate.journal import Journal
 from zppo.evaluate.media import spread, turns_of
-from zppo.evaluate.protocol import EvalOptions, settings_of
+from zppo.evaluate.protocol import EvalOptions, fingerprint, settings_of
 from zppo.evaluate.registry import BENCHMARKS, find
 from zppo.evaluate.rows import Row, families, summary
 from zppo.evaluate.view import Watch, print_results
@@ -143,14 +143,15 @@ def options(**fields: Any) -> EvalOptions:
 def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
     folder = EvalFolder(tmp_path)
     own = settings_of(options(), "m", "j", "frames")
-    folder.write(begin(folder, "m", own))
-    assert begin(folder, "m", own)["settings"]["model"] == "m"
+    folder.write(begin(folder, "m", "m", own))
+    assert begin(folder, "m", "m", own)["settings"]["model"] == "m"
     template = tmp_path / "judge.jinja"
     template.write_text("{{ question }}")
     others = [
         settings_of(options(), "other", "j", "frames"),
         settings_of(options(), "m", "other", "frames"),
         settings_of(options(), "m", "j", "file"),
+        settings_of(options(), "m", "j", "frames", "weights"),
         settings_of(options(max_tokens=7), "m", "j", "frames"),
         settings_of(options(frames=7), "m", "j", "frames"),
         settings_of(options(think_open=True), "m", "j", "frames"),
@@ -160,10 +161,19 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
     ]
     for other in others:
         with pytest.raises(SettingsError, match="name another folder with --output"):
-            begin(folder, "m", other)
+            begin(folder, "m", "m", other)
     folder.result.write_text('{"format": "another"}')
     with pytest.raises(DataError, match="no result of `zppo eval`"):
         folder.read()
+
+
+def test_other_weights_in_the_same_folder_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1 << 20))
+    first = fingerprint(tmp_path)
+    assert first == fingerprint(tmp_path) and fingerprint(None) is None
+    path.write_bytes(bytes((1 << 20) - 1) + b"1")
+    assert fingerprint(tmp_path) != first
 
 
 def test_a_benchmark_is_done_when_every_row_of_this_call_is_decided() -> None:
@@ -212,7 +222,7 @@ def test_a_benchmarks_name_stands_for_its_judge() -> None:
 def written(folder: Path, values: dict[str, float], label: str = "m", **settings: Any) -> Path:
     """An eval.json with figures of benchmarks, as `zppo eval` writes it."""
     place = EvalFolder(folder)
-    state = begin(place, label, settings_of(options(), label, "j", "frames") | settings)
+    state = begin(place, label, label, settings_of(options(), label, "j", "frames") | settings)
     for name, value in values.items():
         rows = [row(str(i), 1, float(i < 10 * value)) for i in range(10)]
         part = summary(find(name), rows, 10) | {"limit": None, "samples": 1, "origin": "here", "revision": ""}

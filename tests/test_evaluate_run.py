@@ -288,6 +288,12 @@ def test_all_benchmarks_through_servers_of_our_own(
     assert state["families"].keys() == {"vlm", "llm", "video"}
     assert state["label"] == str(student)
     assert all(each["tokens_out"] <= 4 * each["rows"] for each in state["benchmarks"])
+    # The judge is gone, and nobody misses it; other weights in the same folder are not taken for these.
+    assert cli.main(command(str(student), judge, data, out, "paper", *more)) == 0
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"1")
+    assert cli.main(command(str(student), judge, data, out, "paper", *more)) == 2
+    assert "was made with weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -366,15 +372,20 @@ def alive(pid: int) -> bool:
 # --- mistakes -------------------------------------------------------------------------------------------------------------
 
 
-def test_data_that_cannot_be_had_is_skipped_and_said(
+def test_data_that_cannot_be_had_or_read_is_skipped_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "CEval.jsonl").write_text('{"id": 1}\n')
     with scripted(right, "m") as model, scripted(fair, "j") as judge:
-        assert cli.main(command(model.url, judge, tmp_path, tmp_path / "out", "MMLU")) == 2
+        assert cli.main(command(model.url, judge, tmp_path, tmp_path / "out", "MMLU,CEval")) == 2
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "skipped MMLU:" in printed and "no benchmark could be evaluated" in printed
     state = results(tmp_path / "out")
-    assert not state["benchmarks"] and [each["name"] for each in state["skipped"]] == ["MMLU"] and not model.requests
+    assert (
+        not state["benchmarks"]
+        and [each["name"] for each in state["skipped"]] == ["CEval", "MMLU"]
+        and not model.requests
+    )
 
 
 MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {

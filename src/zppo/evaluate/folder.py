@@ -83,8 +83,12 @@ def default_output(options: EvalOptions) -> Path:
     return Path("runs") / f"eval-{words[-80:] or 'model'}"
 
 
-def begin(folder: EvalFolder, label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def begin(folder: EvalFolder, label: str, source: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The state to go on with, or a new one.
+
+    Args:
+        label: how results call the model.
+        source: MODEL of the command.
 
     Raises:
         SettingsError: the folder holds an evaluation under other settings.
@@ -95,6 +99,7 @@ def begin(folder: EvalFolder, label: str, settings: Mapping[str, Any]) -> dict[s
             "format": FORMAT,
             "zppo": __version__,
             "label": label,
+            "source": source,
             "settings": dict(settings),
             "benchmarks": [],
             "skipped": [],

@@ -15,6 +15,7 @@ VideoMode = Literal["auto", "file", "frames"]
 FRAMES = 16
 JUDGE_TOKENS = 512
 LIMITS = PixelLimits()
+_PIECE = 1 << 18  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,34 @@ class EvalOptions:
         return Decoding(max_tokens=self.max_tokens)
 
 
-def settings_of(options: EvalOptions, model: str, judge: str, video: str) -> dict[str, Any]:
+def fingerprint(checkpoint: Path | None) -> str | None:
+    """What tells other weights in the same folder apart: sizes, beginnings and ends of its files of weights; None for a server."""
+    if checkpoint is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            for place in (0, max(0, size - _PIECE)):
+                file.seek(place)
+                digest.update(file.read(_PIECE))
+        digest.update(f"{path.name} {size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(options: EvalOptions, model: str, judge: str, video: str, weights: str | None = None) -> dict[str, Any]:
     """What the rows of one folder have in common: rows under other settings must not stand beside them.
 
     Args:
         model: the checkpoint, or the name that a server gives to it.
         judge: its name.
         video: file or frames.
+        weights: of `fingerprint`.
     """
     prompts = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in options.judge_prompts.items()}
     return {
         "model": model,
+        "weights": weights,
         "judge": judge,
         "decoding": asdict(options.decoding),
         "pixels": list(LIMITS),

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from zppo.core.types import Message
-from zppo.errors import EvaluationError, SettingsError, UnavailableError
+from zppo.errors import DataError, EvaluationError, SettingsError, UnavailableError
 from zppo.evaluate.address import find_model, is_url, read_key
 from zppo.evaluate.benchmark import Benchmark
 from zppo.evaluate.child import NAME, Server, has_vllm, served
@@ -27,7 +27,7 @@ from zppo.evaluate.journal import Journal
 from zppo.evaluate.judging import judge_book
 from zppo.evaluate.load import Loaded, load_items
 from zppo.evaluate.media import check_decoder, turns_of
-from zppo.evaluate.protocol import EvalOptions, settings_of
+from zppo.evaluate.protocol import EvalOptions, fingerprint, settings_of
 from zppo.evaluate.registry import BENCHMARKS, suite
 from zppo.evaluate.rows import Row, summary
 from zppo.evaluate.view import Watch, print_results, say
@@ -79,12 +79,14 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
     key = read_key(options.key_env, "--key-env")
     folder = EvalFolder(options.output or default_output(options))
     known = folder.read()
-    if known is not None and _all_done(known, chosen, options):
-        begin(
-            folder,
-            "",
-            _settings(options, known["settings"]["model"], known["settings"]["judge"], known["settings"]["video"]),
+    if known is not None and known["source"] == options.model and _all_done(known, chosen, options):
+        # What only servers could say is as it was; a changed checkpoint or option is refused.
+        old = known["settings"]
+        same = replace(options, think_open=options.think_open or old["think_open"])
+        own = settings_of(
+            same, options.name or old["model"], options.judge_model or old["judge"], old["video"], fingerprint(place)
         )
+        begin(folder, "", "", own)
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
         return
@@ -97,7 +99,8 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         server, name, label, think_open = _serve(options, key, folder, place, stack, console)
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
-        state = begin(folder, label, _settings(options, label, judge.model, "file" if as_file else "frames"))
+        own = settings_of(options, label, judge.model, "file" if as_file else "frames", fingerprint(place))
+        state = begin(folder, label, options.model, own)
         folder.write(state)
         decider = Decider(judge, prompts=options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
         stack.callback(decider.close)
@@ -124,10 +127,6 @@ def _check(options: EvalOptions) -> None:
     for name, path in options.judge_prompts.items():
         if not path.is_file():
             raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")
-
-
-def _settings(options: EvalOptions, model: str, judge: str, video: str) -> dict[str, Any]:
-    return settings_of(options, model, judge, video)
 
 
 def _all_done(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], options: EvalOptions) -> bool:
@@ -177,7 +176,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     try:
         loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.store, limit=options.limit)
         _check_packages(session, benchmark, loaded)
-    except UnavailableError as error:
+    except DataError as error:  # unreachable, or a row that cannot be read: the other benchmarks are asked all the same
         say(console, f"skipped {error}", "yellow")
         return with_skipped(state, benchmark.name, benchmark.family, str(error))
     rows = _rows(session, benchmark, loaded)

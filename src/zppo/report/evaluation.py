@@ -72,7 +72,11 @@ def read_evaluation(path: Path) -> Evaluation:
         results = {str(each["name"]): _result(each) for each in state["benchmarks"] if each["value"] is not None}
         skipped = tuple(str(each["name"]) for each in state["skipped"])
         return Evaluation(
-            path, str(state["label"]), results, skipped, {k: v for k, v in state["settings"].items() if k != "model"}
+            path,
+            str(state["label"]),
+            results,
+            skipped,
+            {k: v for k, v in state["settings"].items() if k not in ("model", "weights")},
         )
     except OSError as error:
         raise DataError(

@@ -22,7 +22,7 @@ import openai
 try:  # the HTTP client that the openai package stands on
     import httpx2 as httpx
 except ImportError:  # its older versions
-    import httpx  # type: ignore[import-not-found, no-redef]
+    import httpx  # type: ignore[no-redef]
 
 OPENAI_HOST = "api.openai.com"
 REPLY_BYTES = 1 << 16  # of a reply, whatever was asked for; tokens come on top
