@@ -204,6 +204,9 @@ def test_how_servers_of_ours_are_started(tmp_path: Path) -> None:
         line = command_of(tmp_path, 1234, vllm, 16)
         assert "1234" in line and str(tmp_path) in line and "127.0.0.1" in line
         assert ("--generation-config" in line) == vllm and (KEY in line) == (not vllm)
+    assert "--limit-mm-per-prompt" not in command_of(tmp_path, 1, True, 16)
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    assert '{"image": 16, "video": 1}' in command_of(tmp_path, 1, True, 16)
 
 
 def test_a_benchmarks_name_stands_for_its_judge() -> None:

@@ -19,6 +19,7 @@ from eval_server import Reply, Scripted, said, scripted
 from evaluate_data import write_data
 from serving import wait_for
 from zppo import cli
+from zppo.errors import EvaluationError
 from zppo.evaluate import deciding, run
 from zppo.evaluate.child import served
 from zppo.evaluate.protocol import Decoding
@@ -265,6 +266,9 @@ def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Pa
     assert (cut["answer"], cut["value"], cut["reason"], cut["finish"]) == (None, 0.0, "no answer", "max_tokens")
     (part,) = results(out)["benchmarks"]
     assert (part["truncated"], part["no_answer"]) == (1, 1)
+    with scripted(lambda body: r"\boxed{A} or", "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, data, tmp_path / "open", "CEval", "--think-open")) == 0
+    assert {row["answer"] for row in rows(tmp_path / "open", "CEval")} == {None}
     assert text_of(ModelOutput.from_content("mock", r"<think>hm</think>\boxed{A}")) == r"<think>hm</think>\boxed{A}"
 
 
@@ -297,10 +301,18 @@ def test_all_benchmarks_through_servers_of_our_own(
 
 
 @pytest.mark.slow
-def test_clips_go_whole_to_servers_that_take_them(data: Path, tmp_path: Path) -> None:
-    with scripted(right, "m") as model, scripted(fair, "j") as judge:
-        assert cli.main(command(model.url, judge, data, tmp_path / "out", "MVBench,MMVU", "--video", "file")) == 0
+def test_clips_go_whole_to_servers_that_take_them_and_judges_are_asked_in_given_words(
+    data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jinja").write_text("Mine: {{ question }}")
+    (tmp_path / "rows").mkdir()
+    for name in ("MVBench", "MMVU"):
+        (tmp_path / "rows" / f"{name}.jsonl").write_bytes((data / f"{name}.jsonl").read_bytes())
+    more = ("--video", "file", "--clips", str(data), "--judge-prompt", f"MMVU={tmp_path / 'mine.jinja'}")
+    with scripted(right, "m") as model, scripted(lambda body: '{"verdict": "wrong"}', "j") as judge:
+        assert cli.main(command(model.url, judge, tmp_path / "rows", tmp_path / "out", "MVBench,MMVU", *more)) == 0
         parts = [part for body in model.requests for part in body["messages"][-1]["content"]]
+        assert judge.requests and all(said(body).startswith("Mine: ") for body in judge.requests)
     kinds = Counter(part["type"] for part in parts)
     videos = [part["video_url"]["url"] for part in parts if part["type"] == "video_url"]
     assert videos and all(url.startswith("data:video/mp4;base64,") for url in videos)
@@ -310,14 +322,15 @@ def test_clips_go_whole_to_servers_that_take_them(data: Path, tmp_path: Path) ->
 # --- the server of a checkpoint ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with (
-        pytest.raises(run.EvaluationError, match="ended with status 2.*Error"),
-        served(tmp_path, tmp_path / "log", images=1, vllm=False),
-    ):
-        raise AssertionError("it cannot be there")
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    for script, message in {
+        "raise SystemExit('no such model')": "ended with status 1 before it answered; .* no such model",
+        "import time; print('loading', flush=True); time.sleep(300)": "did not answer within 2 s",
+    }.items():
+        monkeypatch.setattr("zppo.evaluate.child.command_of", lambda *a, s=script: [sys.executable, "-c", s])
+        with pytest.raises(EvaluationError, match=message), served(tmp_path, log, images=1, deadline=2, vllm=False):
+            raise AssertionError("it cannot be there")
 
 
 STAND_IN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import secrets
 import signal
@@ -54,13 +55,21 @@ def has_vllm() -> bool:
 def command_of(folder: Path, port: int, vllm: bool, images: int) -> list[str]:
     """How the server is started; keys come through the environment alone."""
     if vllm:
-        limits = f'{{"image": {images}, "video": 1}}'
         serve = ["vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", NAME]
-        serve += ["--generation-config", "vllm", "--limit-mm-per-prompt", limits]
+        serve += ["--generation-config", "vllm"]
+        if _sees(folder):  # refused for models that read text only
+            serve += ["--limit-mm-per-prompt", f'{{"image": {images}, "video": 1}}']
     else:
         serve = ["zppo", "serve", str(folder), "--name", NAME, "--key-env", KEY]
         serve += ["--max-images", str(images), "--max-body", "256"]
     return [sys.executable, "-m", *serve, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _sees(folder: Path) -> bool:
+    try:
+        return "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # the server says what is wrong with it
+        return False
 
 
 @contextmanager
