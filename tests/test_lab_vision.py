@@ -18,7 +18,6 @@ from transformers import AutoModelForImageTextToText
 from zppo.cli import main
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.data.load import load_questions
-from zppo.data.rows import Columns
 from zppo.engines.chat import Chat
 from zppo.engines.sight import Sight
 from zppo.grading import extract_boxed
@@ -46,6 +45,7 @@ from zppo.lab.vision.questions import vision_questions
 from zppo.lab.vision.world import WORLDS, load_vision_world
 from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Speaker
+from zppo.train.settings import ColumnSettings
 
 WORLD = load_vision_world("vision")
 CHAT = Chat(make_tokenizer())
@@ -86,7 +86,7 @@ def test_prompts_of_the_corpora_are_those_of_training(role: str, tmp_path: Path)
 
 
 def test_candidate_documents_never_show_the_right_answer_of_what_the_student_is_wrong_about() -> None:
-    rng, counts = Random(0), {PLAIN: 0, BCQ: 0, NCQ: 0}
+    rng, counts, equal = Random(0), {BCQ: 0, NCQ: 0}, 0
     for _ in range(600):
         kind = rng.choice([kind for kind in WORLD.levels if not WORLD.known(kind)])
         ask = WORLD.draw(kind, rng)
@@ -97,8 +97,9 @@ def test_candidate_documents_never_show_the_right_answer_of_what_the_student_is_
             if made.kind == BCQ:
                 blocks = made.messages[0].content.split("<candidate> ")[1:]
                 answers = [extract_boxed(block) for block in blocks]
-                assert len(set(answers)) == 2 and extract_boxed(made.completion) in answers
-    assert min(counts[BCQ], counts[NCQ]) == 600
+                equal += answers[0] == answers[1]  # both mistakes may read alike, and no stray come up
+                assert len(answers) == 2 and extract_boxed(made.completion) in answers
+    assert min(counts[BCQ], counts[NCQ]) == 600 and equal < 24
 
 
 def test_candidate_documents_about_what_is_known_are_answered_rightly() -> None:
@@ -193,7 +194,7 @@ def test_equal_builds_give_equal_files_and_their_questions_can_be_read(
         a, b, c = (load_file(tmp_path / name / role / "model.safetensors") for name in "abc")
         assert all(torch.equal(a[key], b[key]) for key in a) and any(not torch.equal(a[key], c[key]) for key in a)
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
-    questions = load_questions(str(tmp_path / "a" / "test.jsonl"), Columns())
+    questions = load_questions(str(tmp_path / "a" / "test.jsonl"), ColumnSettings())
     assert len(questions) == 14 and all(q.images[0].uri.startswith(str(tmp_path / "a" / "pictures")) for q in questions)
     built = json.loads((tmp_path / "a" / "build.json").read_text(encoding="utf-8"))
     assert built["steps"] == [1, 1, 1, 1] and set(built["candidates"]) == set(built["teacher"])

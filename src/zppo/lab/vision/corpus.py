@@ -71,7 +71,7 @@ class StudentCorpus:
         return Document(PLAIN, self.book.plain(self.world.question(ask)), ask.picture, completion_text(reading))
 
     def _bcq(self, ask: Ask, rng: Random) -> Document:
-        """Two different candidates; the target is one of them, the right one where the student knows it."""
+        """Two candidates, different where that can be found; the target is one of them, the right one where the student knows it."""
         known = self.world.known(ask.kind)
         target = ask.truth if known else self.wrong(ask, rng, self.settings.stray)
         others = (self.wrong(ask, rng, 1.0 if known else self.settings.stray) for _ in range(TRIES))
