@@ -105,7 +105,7 @@ def test_grade_many_keeps_order_and_uses_the_workers_at_once() -> None:
         items += [(r"\boxed{x(x+1)}", "x^2+x"), ("none", "5")]
         start = time.perf_counter()
         reasons = [v.reason for v in grader.grade_many(items)]
-        assert time.perf_counter() - start < DEADLINE + 1  # both towers at the same time
+        assert time.perf_counter() - start < 2 * DEADLINE  # both towers at the same time
         assert reasons == ["equal", "equal", "different", "different", "timeout", "timeout", "equal", "no answer"]
 
 
