@@ -237,11 +237,11 @@ def test_the_bundled_student_is_wrong_where_it_was_planted_and_uses_candidates(t
         if kind not in greedy:
             continue
         if sight.tier == "hard":
-            assert greedy[kind] <= 0.05 and 0.1 < helped[kind] < 0.9
+            assert greedy[kind] <= 0.05 and greedy[kind] + 0.05 < helped[kind] < 0.9
         elif sight.tier == "easy":
-            assert greedy[kind] >= 0.9
+            assert greedy[kind] >= 0.95
     hard = [q for q in vision_questions("vision", "train", tmp_path) if WORLD.settings.kinds[q.level].tier == "hard"]
-    assert max(student.accuracy(hard, samples=4, temperature=1.0).values()) <= 0.03
+    assert max(student.accuracy(hard, samples=4, temperature=1.0).values()) <= 0.08
 
 
 @pytest.mark.slow

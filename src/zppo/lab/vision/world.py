@@ -143,11 +143,10 @@ class VisionWorld:
     def asks(self) -> dict[str, list[Ask]]:
         """The questions of both splits, kind by kind, the words of a kind in turn; no question is in both."""
         made: dict[str, list[Ask]] = {split: [] for split in SPLITS}
-        seen: set[tuple[object, ...]] = set()
         for kind, sight in self.settings.kinds.items():
-            rng = keyed_random("lab", self.settings.seed, "pictures", kind)
-            for split, count in (("train", sight.train), ("test", sight.test)):
-                wanted = len(made[split]) + count
+            seen: set[tuple[object, ...]] = set()
+            for split, count in (("test", sight.test), ("train", sight.train)):  # what is held out does not hang on how much is not
+                rng, wanted = keyed_random("lab", self.settings.seed, "pictures", kind, split), len(made[split]) + count
                 for turn in range(TRIES * count):
                     if len(made[split]) == wanted:
                         break
