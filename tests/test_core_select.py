@@ -162,7 +162,7 @@ def test_selection_is_algorithm_1(world: World, choice: Choice) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=6000, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(worlds(), choices)
 def test_selection_is_algorithm_1_on_many_batches(world: World, choice: Choice) -> None:
     check(world, choice)
