@@ -15,7 +15,8 @@ JOBS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --maxprocesses 4
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
 LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.py update.py chat.py data.py settings.py engine_guard.py) \
 	tests/test_train.py::test_a_run_leaves_its_files
@@ -78,12 +79,12 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 
 $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	@$(PYTHON) -m venv "$(VENV)-vllm"
-	@$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints-vllm.txt -e '.[vllm]'
+	@$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints-vllm.txt -e '.[vllm]'
 	@touch $@
 
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt
 	@$(PYTHON) -m venv "$(VENV)-lowest"
-	@$(VENV)-lowest/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints-lowest.txt \
+	@$(VENV)-lowest/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints-lowest.txt \
 		-e . pytest pytest-timeout hypothesis
 	@touch $@
 
