@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -97,6 +97,7 @@ KINDS_ASKED = list(WORLD.levels)
 
 
 @pytest.mark.parametrize("kind", KINDS_ASKED)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_the_right_answer_is_what_the_pixels_show(kind: str, seed: int) -> None:
     ask = WORLD.draw(kind, Random(seed))

@@ -145,7 +145,10 @@ class VisionWorld:
         made: dict[str, list[Ask]] = {split: [] for split in SPLITS}
         for kind, sight in self.settings.kinds.items():
             seen: set[tuple[object, ...]] = set()
-            for split, count in (("test", sight.test), ("train", sight.train)):  # what is held out does not hang on how much is not
+            for split, count in (
+                ("test", sight.test),
+                ("train", sight.train),
+            ):  # what is held out does not hang on how much is not
                 rng, wanted = keyed_random("lab", self.settings.seed, "pictures", kind, split), len(made[split]) + count
                 for turn in range(TRIES * count):
                     if len(made[split]) == wanted:
