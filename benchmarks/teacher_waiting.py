@@ -120,11 +120,39 @@ def serve(pipe: Connection, own: Ours) -> None:
             trainer.step(trainer.done + 1)
             found = {
                 "step": time.perf_counter() - began,
-                "plain": sampling[0],
+                "plain": max(sampling),
                 "wait": reported["teacher_wait_seconds"],
             }
             counts = ("teacher_tokens", "teacher_questions", "hard_questions")
             pipe.send(("step", {**found, **{name: float(reported[name]) for name in counts}}))
+
+
+def foreseen(latency: float, questions: int, slots: int, shape: Shape, seed: int = 0) -> float:
+    """What is left to wait for an eager teacher where every token takes the same time, in plain rollout times; no machine is in it.
+
+    Args:
+        questions: plain groups of a step, `HARD` of them hard.
+        slots: reformulated prompts, two a question.
+    """
+    from zppo.core.draws import keyed_random
+
+    rng, waits = keyed_random(seed, "foreseen"), []
+    enough = shape.group // 2 + 1  # wrong rollouts with which a question is hard in any case
+    for _ in range(200):
+        hard, longest = [], 0
+        for i in range(questions):
+            lengths = [min(shape.limit, 1 + int(rng.expovariate(0.01))) for _ in range(shape.group)]
+            longest = max(longest, *lengths)
+            chance = 7 / 8 if rng.random() < HARD else 1 / 8
+            wrong = sorted(length for length in lengths if rng.random() < chance)
+            if len(wrong) >= enough:
+                hard.append((-len(wrong), i, wrong[enough - 1] / shape.limit, max(lengths) / shape.limit))
+        ends = [max(known + latency, ended) + latency for *_, known, ended in sorted(hard)[: slots // 2]]
+        waits.append(max(0.0, max(ends, default=0.0) - longest / shape.limit))
+    return sum(waits) / len(waits)
+
+
+SIZES = {"16 questions": (20, 4), "384 questions": (480, 96)}
 
 
 def measure(options: Options) -> Mapping[str, Any]:
@@ -155,7 +183,15 @@ def measure(options: Options) -> Mapping[str, Any]:
                     "medians": {n: medians(rows) for n, rows in steps.items()},
                     "tokens": {n: sum(row["teacher_tokens"] for row in rows) for n, rows in steps.items()},
                 }
-    return {"shape": dataclasses.asdict(shape), "repetitions": repetitions, "latencies": found}
+    sizes = {
+        name: {str(latency): foreseen(latency, *size, Shape()) for latency in LATENCIES} for name, size in SIZES.items()
+    }
+    return {
+        "shape": dataclasses.asdict(shape),
+        "repetitions": repetitions,
+        "latencies": found,
+        "foreseen": sizes,
+    }
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -177,7 +213,15 @@ def table(result: Mapping[str, Any]) -> str:
                 )
             )
     head = ["a call, in plain rollout times", "ask", "seconds waited", "step longer by, s", "the same in calls"]
-    return markdown([*head, "beyond one call, in steps", "tokens asked for, lazy = 1"], rows)
+    counted = [
+        (latency, f"{2 * float(latency):.2f}", *(f"{waits[latency]:.2f}" for waits in result["foreseen"].values()))
+        for latency in next(iter(result["foreseen"].values()))
+    ]
+    return (
+        markdown([*head, "beyond one call, in steps", "tokens asked for, lazy = 1"], rows)
+        + "\n\n"
+        + markdown(["a call", "waited for, lazily", *(f"eagerly, {name}" for name in result["foreseen"])], counted)
+    )
 
 
 if __name__ == "__main__":
