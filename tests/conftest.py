@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from serving import Counting
+    from victims import Victims
     from zppo.engines.chat import Chat
 
 # Shared cores make a deadline per example a coin toss.
@@ -110,6 +111,16 @@ def make_tiny(path: Path, seed: int = 0, std: float = 0.1, merges: int = 150, **
 def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 checkpoint with tokenizer, seed 0; read only."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def victims() -> Iterator[Victims]:
+    """Runs the command line in forked children; see tests/victims.py."""
+    from victims import Victims
+
+    made = Victims()
+    yield made
+    made.close()
 
 
 REWARD = '''

@@ -1,14 +1,9 @@
-"""One of several processes of tests/test_distributed.py: trains on recorded completions and writes down what it got.
-
-torchrun --nproc_per_node 2 distributed_worker.py MODEL RECORDED OUT
-"""
+"""One of several processes of tests/test_distributed.py: trains on recorded completions and writes down what it got."""
 
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -210,8 +205,9 @@ def one(name: str, make: Callable[[], Weights], model_path: str, recorded: list[
     (out / f"{name}-{team.rank}.pickle").write_bytes(pickle.dumps(metrics))
 
 
-def main() -> None:
-    model_path, recorded_path, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+def main(arguments: list[str]) -> int:
+    """Arguments: the model, the recorded groups, the folder to write to."""
+    model_path, recorded_path, out = arguments[0], Path(arguments[1]), Path(arguments[2])
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
     team = Team(dist.get_rank(), dist.get_world_size())
     recorded = pickle.loads(recorded_path.read_bytes())
@@ -232,8 +228,4 @@ def main() -> None:
         team.check_same("the rank", team.rank)
     except LauncherError as error:
         (out / f"refused-{team.rank}").write_text(str(error), encoding="utf-8")
-    os._exit(0)  # as the command line does (zppo.cli.main)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

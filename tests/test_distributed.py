@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from distributed_worker import distil, distrust, load, make_updater, train
 from same_run import BY_CHANCE
 from test_update import make_groups
+from victims import Victims
 from zppo.cli import main
 from zppo.core.types import Group
 from zppo.errors import LauncherError, SettingsError
@@ -53,13 +55,14 @@ METRICS_OF_ONE_PROCESS = (
     "train_tokens_computed",  # padding depends on who computes what
     *BY_CHANCE,
 )
+DEEPSPEED: Any = {"processes": 2, "preload": ["deepspeed"], "DS_ACCELERATOR": "cpu"}
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     kept = {
         k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith(("ACCELERATE_", "FSDP_", "DS_"))
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **more}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def free_port() -> str:
@@ -68,12 +71,12 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def torchrun(*command: str, processes: int = 2, **env: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs a script or `-m module` in several processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     rendezvous = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     return subprocess.run(
-        [*launcher, *rendezvous, *command], env=environment(**env), capture_output=True, text=True, timeout=240
+        [*launcher, *rendezvous, *command], env=environment(), capture_output=True, text=True, timeout=240
     )
 
 
@@ -132,7 +135,7 @@ def recorded(tiny_qwen3_dir: Path) -> list[list[Group]]:
 
 @pytest.mark.slow
 def test_recorded_completions_train_the_same_weights(
-    tiny_qwen3_dir: Path, recorded: list[list[Group]], tmp_path: Path
+    tiny_qwen3_dir: Path, recorded: list[list[Group]], tmp_path: Path, victims: Victims
 ) -> None:
     """Two processes, with all weights and three ways of sharding, against one: five steps of four minibatches, and a distillation."""
     AcceleratorState._reset_state(True)
@@ -145,9 +148,9 @@ def test_recorded_completions_train_the_same_weights(
     model.save_pretrained(tmp_path / "one")
     (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(recorded))
 
-    worker = Path(__file__).with_name("distributed_worker.py")
-    done = torchrun(str(worker), str(tiny_qwen3_dir), str(tmp_path / "recorded.pickle"), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    folders = (tiny_qwen3_dir, tmp_path / "recorded.pickle", tmp_path)
+    status = victims.run(*folders, run=tmp_path, call="distributed_worker:main", **DEEPSPEED)
+    assert status == 0, victims.said[-3000:]
     assert distance(tmp_path / "one", tiny_qwen3_dir) > 5e-4  # it has learnt something
     for layout in ("replicated", "sharded", "zero2", "zero3"):
         assert distance(tmp_path / "one-five", tmp_path / f"{layout}-five") <= 1e-6, layout
@@ -237,35 +240,25 @@ def reward(completion, question):
 
 
 @pytest.mark.slow
-def test_killed_under_zero2_it_goes_on_under_zero3(alone: Path, recipe: Path, tmp_path: Path) -> None:
-    """DeepSpeed from end to end: trained at stage 2 until a process is killed, on at stage 3 by accelerate launch."""
+def test_killed_under_zero2_it_goes_on_under_zero3(
+    alone: Path, recipe: Path, tmp_path: Path, victims: Victims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed from end to end: trained at stage 2 until a process is killed, on at stage 3 as accelerate launch sets it up."""
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     run, more = tmp_path / "run", (f"--grading.reward={tmp_path / 'killed.py'}:reward", "--data.eval=null")
-    command = ("-m", "zppo", "train", str(recipe), f"--output={run}", "--train.sharding=zero2", *more)
-    done = torchrun(*command, KILL_AT="90")
-    assert done.returncode != 0 and "gradients and optimizer sharded over them (DeepSpeed ZeRO-2)" in done.stdout
+    command = ("train", recipe, f"--output={run}", "--train.sharding=zero2", *more)
+    assert victims.run(*command, run=run, KILL_AT="90", **DEEPSPEED) != 0 and victims.statuses[1] == -signal.SIGKILL
+    assert "gradients and optimizer sharded over them (DeepSpeed ZeRO-2)" in victims.said
     assert newest(run).name == "step-000002" and not (run / "final").exists()
 
     tuning = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "train_batch_size": "auto"}
     (tmp_path / "deepspeed.json").write_text(json.dumps(tuning), encoding="utf-8")
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(CONFIGS / "deepspeed-zero3.yaml"),
-    ]
-    sizes = ["--num_processes", "2", "--main_process_port", free_port()]
-    file = ["--deepspeed_config_file", str(tmp_path / "deepspeed.json")]
-    done = subprocess.run(
-        [*launcher, *sizes, *file, "-m", "zppo", "resume", str(run)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resumed after step 2 of 5" in done.stdout and "(DeepSpeed ZeRO-3)" in " ".join(done.stdout.split())
+    file = ("--deepspeed_config_file", str(tmp_path / "deepspeed.json"))
+    config = str(CONFIGS / "deepspeed-zero3.yaml")
+    env = accelerate_environment(monkeypatch, "--config_file", config, "--num_processes", "2", *file)
+    told = {name: value for name, value in env.items() if name.startswith("ACCELERATE_")}
+    assert victims.run("resume", run, run=run, **told, **DEEPSPEED) == 0, victims.said[-3000:]
+    assert "resumed after step 2 of 5" in victims.said and "(DeepSpeed ZeRO-3)" in victims.said
     ours, theirs = ([r for r in records(folder) if r["event"] == "step"] for folder in (run, alone))
     for own, other in zip(ours, theirs, strict=True):
         assert_near(own, other, f"step {own['step']}")
@@ -292,19 +285,17 @@ def reward(completion, question):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_resumed_it_is_the_same_run(
-    pair: Path, recipe: Path, tmp_path: Path
+    pair: Path, recipe: Path, tmp_path: Path, victims: Victims
 ) -> None:
     """In the middle of grading, in a step after one that no checkpoint has: what was trained is saved once, and goes on."""
     (tmp_path / "stopping.py").write_text(STOPPING, encoding="utf-8")
     run, reward = tmp_path / "run", f"--grading.reward={tmp_path / 'stopping.py'}:reward"
     rest = (reward, "--train.checkpoint_every=4", "--data.eval=null")
-    done = torchrun("-m", "zppo", "train", str(recipe), f"--output={run}", *rest, STOP_AT="70")
-    assert "SIGTERM" in done.stdout, done.stderr[-3000:]
-    assert done.stdout.count("the run is saved in") == 1
+    assert victims.run("train", recipe, f"--output={run}", *rest, run=run, processes=2, STOP_AT="70") == 143
+    assert "SIGTERM" in victims.said and victims.said.count("the run is saved in") == 1
     (saved,) = (run / "checkpoints").iterdir()
     assert saved.name in ("step-000001", "step-000002", "step-000003")
-    done = torchrun("-m", "zppo", "resume", str(run), STOP_AT="-1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert victims.run("resume", run, run=run, processes=2, STOP_AT="-1") == 0, victims.said[-3000:]
     ours, theirs = ([r for r in records(folder) if r["event"] == "step"] for folder in (run, pair))
     assert ours == theirs and records(run, "buffer.jsonl") == records(pair, "buffer.jsonl")
     assert distance(run / "final", pair / "final") == 0
@@ -334,15 +325,16 @@ def reward(completion, question):
     ],
 )
 def test_a_process_that_dies_ends_the_others_with_the_reason(
-    recipe: Path, tmp_path: Path, fault: str, said: str
+    recipe: Path, tmp_path: Path, victims: Victims, fault: str, said: str
 ) -> None:
+    """Without a launcher, which would end them too."""
     (tmp_path / "failing.py").write_text(FAILING.format(fault=fault), encoding="utf-8")
     reward = f"--grading.reward={tmp_path / 'failing.py'}:reward"
-    done = torchrun("-m", "zppo", "train", str(recipe), f"--output={tmp_path / 'run'}", reward, "--data.eval=null")
-    assert done.returncode != 0 and time.time() - (tmp_path / "died").stat().st_mtime < 60
-    assert said in done.stderr, done.stderr[-3000:]
-    assert ("the reward broke" in done.stderr) == ("broke" in fault)
-    assert "rank      : 1" in done.stderr  # the launcher's own report: which of them was first
+    command = ("train", recipe, f"--output={tmp_path / 'run'}", reward, "--data.eval=null")
+    assert victims.run(*command, run=tmp_path, processes=2) > 0 and all(victims.statuses)
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert said in victims.said, victims.said[-3000:]
+    assert ("the reward broke" in victims.said) == ("broke" in fault)
 
 
 def launched(env: dict[str, str], processes: int = 8) -> dict[str, str]:

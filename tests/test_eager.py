@@ -365,7 +365,7 @@ SHORT = [
 
 @pytest.mark.slow
 def test_runs_are_the_same_whenever_the_teacher_is_asked(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victims: Victims
 ) -> None:
     """Weights, rollouts, buffer and metrics, lazily and eagerly; an eager run that writes its checkpoints in the background is killed
     while it asks and while it writes, stopped by a signal and by a full disk, and resumes to the same."""
@@ -376,19 +376,14 @@ def test_runs_are_the_same_whenever_the_teacher_is_asked(
         patch.setattr(PromptReplayBuffer, "state_dict", lambda self: (copies.append(1), real(self))[1])
         assert main(["train", str(recipe), *SHORT, f"--output={lazy}"]) == 0
     assert len(copies) == 2, "the buffer is copied for the checkpoints of steps 2 and 3 alone"
-    victims, beside = Victims(), ["--train.checkpoint_every=1", "--train.checkpoint_in_background=true"]
-    try:
-        start = ["train", recipe, *SHORT, *beside, "--teacher.ask=eager", f"--output={run}"]
-        assert victims.run(*start, run=run, at="zppo.train.checkpoint:make_manifest") == -signal.SIGKILL
-        assert victims.run("resume", run, run=run, at="zppo.train.ask:Asker.ask", nth=5) == -signal.SIGKILL
-        assert victims.run("resume", run, run=run, at="zppo.train.zone:ZoneBuilder.build", do="term") == 143, (
-            victims.said
-        )
-        assert victims.run("resume", run, run=run, at="torch:save", do="full") == 2, victims.said
-        assert "cannot be written: File too large" in victims.said and f"`zppo resume {run}`" in victims.said
-        assert victims.run("resume", run, run=run) == 0, victims.said
-    finally:
-        victims.close()
+    beside = ["--train.checkpoint_every=1", "--train.checkpoint_in_background=true"]
+    start = ["train", recipe, *SHORT, *beside, "--teacher.ask=eager", f"--output={run}"]
+    assert victims.run(*start, run=run, at="zppo.train.checkpoint:make_manifest") == -signal.SIGKILL
+    assert victims.run("resume", run, run=run, at="zppo.train.ask:Asker.ask", nth=5) == -signal.SIGKILL
+    assert victims.run("resume", run, run=run, at="zppo.train.zone:ZoneBuilder.build", do="term") == 143, victims.said
+    assert victims.run("resume", run, run=run, at="torch:save", do="full") == 2, victims.said
+    assert "cannot be written: File too large" in victims.said and f"`zppo resume {run}`" in victims.said
+    assert victims.run("resume", run, run=run) == 0, victims.said
     steps = [r for r in records(run) if r["event"] == "step"]
     for step in steps:
         used = step["teacher_completion_tokens"] + step["compression_completion_tokens"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ from zppo.evaluate.protocol import Decoding
 from zppo.evaluate.registry import BENCHMARKS
 
 KEY, JUDGE_KEY = "model-key-that-nobody-may-see", "judge-key-that-nobody-may-see"
+
+
+@pytest.fixture(autouse=True)
+def other_loggers_keep_their_level() -> Iterator[None]:
+    level = logging.getLogger().level
+    yield
+    assert logging.getLogger().level == level
 
 
 def right(body: dict[str, Any]) -> Reply:

@@ -18,9 +18,9 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from conftest import REWARD, make_tiny
 from same_run import assert_same_run, records
 from seeing import PIXELS, make_picture, make_seeing
-from test_distributed import torchrun
 from test_stopped_updates import nth_call_raises
 from test_vllm import vllm  # noqa: F401 - a fixture
+from victims import Victims
 from zppo.cli import main
 from zppo.engines import sight as sight_module
 from zppo.errors import SettingsError
@@ -247,12 +247,12 @@ def test_distillation_wants_two_that_see_alike(template: bool, zppo: Zppo, recip
 
 
 @pytest.mark.slow
-def test_two_processes_look_at_their_own_pictures(zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
+def test_two_processes_look_at_their_own_pictures(zppo: Zppo, recipe: Path, tmp_path: Path, victims: Victims) -> None:
     """No pixels are sent; the numbers are those of one process."""
     alone, pair = tmp_path / "one", tmp_path / "two"
     assert zppo("train", recipe, *SHORT, "--method=grpo", f"--output={alone}")[0] == 0
-    done = torchrun("-m", "zppo", "train", str(recipe), *SHORT, "--method=grpo", f"--output={pair}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ("train", recipe, *SHORT, "--method=grpo", f"--output={pair}")
+    assert victims.run(*command, run=pair, processes=2) == 0, victims.said[-3000:]
     one, two = (next(r for r in records(run) if r["event"] == "step") for run in (alone, pair))
     for name in ("loss", "grad_norm", "entropy", "completion_tokens_mean", "train_tokens_needed"):
         assert one.get(name) == pytest.approx(two.get(name), rel=1e-4, abs=1e-6), name

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,6 @@ SHORT = [
 """Nothing here depends on how long completions are."""
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def victims() -> Iterator[Victims]:
-    made = Victims()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

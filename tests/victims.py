@@ -1,6 +1,7 @@
-"""Runs the command line in children that die where a test says. As a script: jobs come in on stdin, one JSON object a line.
+"""Runs the command line in children that die where a test says, alone or as the processes of one training.
 
-The children are forked from one process that has imported everything, so that a kill costs tenths of a second and not an import of torch.
+As a script: jobs come in on stdin, one JSON object a line. The children are forked from one process that has imported everything, so
+that a start or a kill costs tenths of a second and not an import of torch.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ class Victims:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.said = ""
+        self.statuses: list[int] = []
 
     def run(
         self,
@@ -41,8 +45,14 @@ class Victims:
         do: str = "kill",
         seconds: float = 0,
         teacher: str = "",
+        processes: int = 1,
+        call: str = "zppo.cli:main",
+        preload: Sequence[str] = (),
+        **env: str,
     ) -> int:
         """The exit status of `zppo argv...`, negative for a signal that ended it; what it printed is in `said`.
+
+        With several processes the status of each is in `statuses`, and the first one that is not 0 is returned.
 
         Args:
             run: the run folder.
@@ -50,6 +60,10 @@ class Victims:
             do: kill, term, int (signals to itself), int-twice, or full: from then on no file grows beyond 100 bytes.
             seconds: kill it from outside after this time; 0: never.
             teacher: module:function in the place of the teacher's `complete`.
+            processes: that many ranks, which find one another as if torchrun had started them; no launcher ends them.
+            call: what is called with `argv` in the place of the command line.
+            preload: modules that are imported once for all children, this and later ones.
+            env: the environment's variables, beside those of this process.
         """
         assert self.driver.stdin and self.driver.stdout
         job = {
@@ -60,17 +74,31 @@ class Victims:
             "do": do,
             "seconds": seconds,
             "teacher": teacher,
+            "call": call,
+            "preload": list(preload),
+            "env": [{**env, **ranked} for ranked in ranks(processes)],
         }
         self.driver.stdin.write(json.dumps(job) + "\n")
         self.driver.stdin.flush()
         reply = json.loads(self.driver.stdout.readline())
         self.said = " ".join(reply["said"].split())
-        return int(reply["status"])
+        self.statuses = reply["statuses"]
+        return next((status for status in self.statuses if status), 0)
 
     def close(self) -> None:
-        assert self.driver.stdin
-        self.driver.stdin.close()
-        self.driver.wait()
+        self.driver.kill()
+        self.driver.communicate()
+
+
+def ranks(processes: int) -> list[dict[str, str]]:
+    """What torchrun would put into the environment of each process."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def befall(what: str) -> None:
@@ -128,21 +156,21 @@ def lay_trap(job: dict[str, Any]) -> None:
         setattr(holder, name, trapped)
 
 
-def child(job: dict[str, Any], out: int) -> None:
+def child(job: dict[str, Any], env: dict[str, str], out: int) -> None:
     """One command line, after the fork."""
+    os.environ.update(env)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.close(out)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     status = 70
     try:
-        from zppo.cli import main
-
         lay_trap(job)
         if job["teacher"]:
             own, name = find(job["teacher"])
             setattr(*find("zppo.teacher.local:LocalTeacher.complete"), getattr(own, name))
-        status = main(job["argv"])
+        called, name = find(job["call"])
+        status = getattr(called, name)(job["argv"])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -150,24 +178,32 @@ def child(job: dict[str, Any], out: int) -> None:
 
 
 def serve() -> None:
-    """Fork a child per job and answer with its exit status and what it printed."""
+    """Fork the children of a job and answer with their exit statuses and what they printed."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints is no answer
     for spec in ("zppo.train.run", "zppo.cli", "zppo.lab.assets", "pyarrow.parquet", "peft", QWEN3):
         importlib.import_module(spec)
     for line in sys.stdin:
         job = json.loads(line)
+        for name in job["preload"]:
+            importlib.import_module(name)
         out_of, into = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(out_of)
-            child(job, into)
+        pids = []
+        for env in job["env"]:
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                os.close(out_of)
+                child(job, env, into)
         os.close(into)
-        timer = threading.Timer(job["seconds"] or 3600, os.kill, (pid, signal.SIGKILL))
-        timer.start()
+        timers = [threading.Timer(job["seconds"] or 240, os.kill, (pid, signal.SIGKILL)) for pid in pids]
+        for timer in timers:
+            timer.start()
         with os.fdopen(out_of, "rb") as file:
             said = file.read().decode("utf-8", "replace")
-        _, status = os.waitpid(pid, 0)
-        timer.cancel()
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "said": said}), flush=True)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        for timer in timers:
+            timer.cancel()
+        print(json.dumps({"statuses": statuses, "said": said}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ def run_task(work: Work, model: Model, *, samples: int, concurrency: int, logs: 
         fail_on_error=False,
     )
     logs.mkdir(parents=True, exist_ok=True)
-    return inspect_eval(
+    level = logging.getLogger().level
+    log = inspect_eval(
         task,
         model=model,
         display="none",
@@ -112,6 +114,8 @@ def run_task(work: Work, model: Model, *, samples: int, concurrency: int, logs: 
         acp_server=False,
         ctl_server=False,
     )[0]
+    logging.getLogger().setLevel(level)  # inspect-ai sets one for the whole process
+    return log
 
 
 def answer_key(work: Work, item: Item, epoch: int) -> str:
