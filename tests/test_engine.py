@@ -23,6 +23,7 @@ from zppo.engines import cache
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.draw import Drawer
 from zppo.engines.forward import completion_logprobs
+from zppo.engines.lean import is_plain
 from zppo.engines.transformers import Piece, TransformersEngine, plan
 from zppo.errors import ModelError
 
@@ -129,6 +130,44 @@ def test_log_probs_equal_the_training_forward(kind: str, shared: bool, monkeypat
     assert error.max() <= (1e-3 if kind == "qwen3.5" else 1e-5)
     assert error.mean() <= 1e-5
     assert model.config._attn_implementation == "sdpa"
+
+
+def assert_lean_is_exact(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+    """Tokens, log-probs and entropies of whole completions are those of the library's own forward, to the bit."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.2)
+    asked, sampling = requests([3, 40, 17, 1, 70]), Sampling(max_new_tokens=40, temperature=0.9)
+    steps, decode = [], cache.decode
+    patch.setattr(cache, "decode", lambda *a: (steps.append(1), decode(*a))[1])
+    lean = engine(model.eval()).sample(asked, sampling)
+    assert len(steps) > 10
+    patch.setattr(cache, "is_plain", lambda _: False)
+    plain = engine(model).sample(asked, sampling)
+    for ours, theirs in zip((c for g in lean for c in g), (c for g in plain for c in g), strict=True):
+        assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.logprobs, theirs.logprobs)
+        assert ours.entropy == theirs.entropy
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_bias": True}], ids=["plain", "bias"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_a_lean_step_is_the_library_s_to_the_bit(
+    kind: str, more: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_lean_is_exact(tiny(kind, **({} if kind == "qwen2" else more)), monkeypatch)
+
+
+def test_what_hangs_on_modules_is_not_gone_around() -> None:
+    model = tiny()
+    assert is_plain(model) and not is_plain(tiny("qwen3.5"))
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert not is_plain(model)
+    handle.remove()
+    assert is_plain(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_plain(model)
+    model.__class__ = type("FSDPQwen3ForCausalLM", (type(model),), {})
+    assert not is_plain(model)
 
 
 SAMPLINGS = [

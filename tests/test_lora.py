@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from test_engine import BANNED, SIZE, engine, flat, requests, tiny
+from test_engine import BANNED, SIZE, assert_lean_is_exact, engine, flat, requests, tiny
 from zppo.cli import main
 from zppo.engines.base import Sampling
 from zppo.engines.forward import completion_logprobs
@@ -45,6 +45,13 @@ def adapted(model: PreTrainedModel, std: float = 0.2, **settings: Any) -> Adapte
             with torch.no_grad():
                 weight.normal_(std=std, generator=generator)
     return adapters
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_a_lean_step_goes_through_the_adapters(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(kind)
+    adapted(model)
+    assert_lean_is_exact(model, monkeypatch)
 
 
 # --- which layers ---------------------------------------------------------------------------------------------------

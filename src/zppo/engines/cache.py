@@ -13,6 +13,8 @@ import torch
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from zppo.engines.lean import decode, is_plain
+
 _GROWTH = 64  # tokens by which a full buffer grows at least
 _SHARED = "zppo_shared_prompt"  # name under which the library finds `_shared_attention`
 # Decoders whose attention is softmax(q k / scale) v and nothing else; tested one by one.
@@ -211,6 +213,7 @@ class DecodeState:
         self.owners = owners
         self._config = model.config.get_text_config(decoder=True)
         self._shared = can_share(model, cache)
+        self._lean = self._shared and is_plain(model)
         self._positions = following[owners]  # (R,) of the next token
         self._mask = None if bool(mask.all()) else mask[owners]  # (R, L + steps so far)
         layers = set(getattr(self._config, "layer_types", None) or ["full_attention"])
@@ -253,6 +256,10 @@ class DecodeState:
         """Feeds one token per row (R,), returns the logits after it (R, V)."""
         if not self._shared:
             return self._forward(tokens, self._grown_mask())
+        if self._lean:
+            logits = decode(self.model, tokens, self._positions, self.cache, self.families)
+            self._positions = self._positions + 1
+            return logits
         ours, theirs = _DECODING.set(self), self._config._attn_implementation
         self._config._attn_implementation = _SHARED
         try:
