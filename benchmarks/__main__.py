@@ -21,6 +21,7 @@ ROWS = (
     "scaling",
     "update_savings",
     "shared_prompt",
+    "decode_step",
     "teacher_tokens",
     "teacher_waiting",
     "bookkeeping",
