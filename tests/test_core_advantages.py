@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from trl.trainer.utils import nanstd
 
 from zppo.core.advantages import Scope, group_advantages, two_step_advantages
 
@@ -186,6 +185,8 @@ def test_two_step_has_mean_zero_and_deviation_one_over_its_groups(rows: list[Row
 @given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 2**30))
 def test_group_advantages_are_trl_s_up_to_its_sample_deviation(size: int, count: int, seed: int) -> None:
     """TRL divides by the sample deviation (n - 1) plus 1e-4, Eq. 1 by the population's (n): ours are sqrt(n / (n - 1)) times as large."""
+    from trl.trainer.utils import nanstd
+
     rewards = torch.rand(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     theirs = (rewards - rewards.mean(1, keepdim=True)) / nanstd(rewards, dim=1).unsqueeze(1)
     ours = group_advantages(rewards.flatten(), torch.arange(count).repeat_interleave(size), eps=0.0)

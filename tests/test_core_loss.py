@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from zppo.core.loss import Surrogate, clipped_surrogate
 
@@ -165,6 +164,8 @@ def trl_loss(
         accumulation: micro-batches per optimizer step.
         per_generation: micro-batches per generation batch.
     """
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
     trainer = SimpleNamespace(
         loss_type=loss_type,
         beta=0.0,
