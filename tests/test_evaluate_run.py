@@ -21,7 +21,7 @@ from evaluate_data import write_data
 from serving import wait_for
 from zppo import cli
 from zppo.errors import EvaluationError
-from zppo.evaluate import deciding, run
+from zppo.evaluate import deciding
 from zppo.evaluate.child import served
 from zppo.evaluate.protocol import Decoding
 from zppo.evaluate.registry import BENCHMARKS
@@ -450,9 +450,20 @@ def test_mistakes_are_said_before_anything_is_asked(
     assert not (tmp_path / "out" / "eval.json").exists()
 
 
-def test_without_its_extra_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["eval", "http://127.0.0.1:1/v1", "--judge", "http://127.0.0.1:1/v1"]) == 2
-    assert "pip install 'zppo[eval]'" in capsys.readouterr().err
+WITHOUT_EXTRAS = """
+import sys
+for name in ("inspect_ai", "rapidfuzz", "av", "nltk", "jieba", "anls"):
+    sys.modules[name] = None
+from zppo import cli
+assert cli.main(["eval", "anything", "--dry-run", "--data", sys.argv[1]]) == 0
+sys.exit(cli.main(["eval", "http://127.0.0.1:1/v1", "--judge", "http://127.0.0.1:1/v1"]))
+"""
+
+
+def test_without_its_extras_a_dry_run_works_and_all_else_says_what_to_install(tmp_path: Path) -> None:
+    """In a process of its own, in which none of their packages can be imported."""
+    write_data(tmp_path)
+    run = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, str(tmp_path)], capture_output=True, text=True)
+    assert "AIME25" in run.stdout and "?" not in run.stdout
+    assert "Traceback" not in run.stderr and run.returncode == 2
+    assert "needs inspect_ai and rapidfuzz, not installed here: pip install 'zppo[eval]'" in run.stderr

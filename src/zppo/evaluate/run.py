@@ -67,8 +67,9 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
     if options.dry_run:
         print_estimates(console, [estimate(benchmark, options) for benchmark in chosen], options)
         return
-    if importlib.util.find_spec("inspect_ai") is None:
-        raise EvaluationError("zppo eval asks through inspect-ai, which is not installed: pip install 'zppo[eval]'")
+    missing = [name for name in ("inspect_ai", "rapidfuzz") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EvaluationError(f"zppo eval needs {' and '.join(missing)}, not installed here: pip install 'zppo[eval]'")
     if options.judge is None:
         raise SettingsError(
             "there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)"
