@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,20 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
         folder.read()
 
 
-def test_other_weights_in_the_same_folder_are_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes(1 << 20))
-    first = fingerprint(tmp_path)
-    assert first == fingerprint(tmp_path) and fingerprint(None) is None
-    path.write_bytes(bytes((1 << 20) - 1) + b"1")
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "chat_template.jinja", "config.json"])
+def test_another_model_in_the_same_folder_is_noticed(tmp_path: Path, name: str) -> None:
+    """Down to one byte in the middle of a file that keeps its size and its time."""
+    path = tmp_path / name
+    path.write_bytes(bytes(3 << 20))
+    first, before = fingerprint(tmp_path), path.stat()
+    assert fingerprint(None) is None
+    (tmp_path / "eval.json").write_text("{}")
+    (tmp_path / "events.log").write_text("later")
+    assert fingerprint(tmp_path) == first
+    with open(path, "r+b") as file:
+        file.seek(3 << 19)
+        file.write(b"1")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert fingerprint(tmp_path) != first
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from zppo import __version__
 from zppo.errors import DataError, SettingsError, StorageError
-from zppo.evaluate.protocol import EvalOptions
+from zppo.evaluate.protocol import RESULT, EvalOptions
 from zppo.evaluate.rows import families
 
 FORMAT = "zppo eval 1"
-RESULT, WORK = "eval.json", "eval"
+WORK = "eval"
 
 
 @dataclass(frozen=True, slots=True)
