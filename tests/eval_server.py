@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = str | dict[str, Any] | int
-"""A text, a whole message, or a status to refuse with."""
+"""A text, a whole message, a status to refuse with, or the body ({"error": ...}) of a refusal with status 400."""
 
 
 class Scripted(ThreadingHTTPServer):
@@ -18,6 +18,7 @@ class Scripted(ThreadingHTTPServer):
 
     Attributes:
         reply: from a request to what is answered; may be exchanged while it runs.
+        context: of the model, which it names where it is no None.
         requests: of chat completions, without the small one that asks whether anybody is there.
     """
 
@@ -26,6 +27,7 @@ class Scripted(ThreadingHTTPServer):
     def __init__(self, reply: Callable[[dict[str, Any]], Reply], model: str, key: str = "") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply, self.model, self.key = reply, model, key
+        self.context: int | None = None
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
@@ -42,7 +44,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._send(200, {"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
+        entry: dict[str, Any] = {"id": self.server.model, "object": "model"}
+        if self.server.context is not None:
+            entry["max_model_len"] = self.server.context
+        self._send(200, {"object": "list", "data": [entry]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -56,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
             reply = self.server.reply(body)
         if isinstance(reply, int):
             return self._send(reply, {"error": {"message": f"no, {sent}"}})
+        if isinstance(reply, dict) and "error" in reply:
+            return self._send(400, reply)
         message = {"role": "assistant", "content": reply} if isinstance(reply, str) else {"role": "assistant", **reply}
         finish = message.pop("finish", "stop")
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}

@@ -22,6 +22,7 @@ from serving import wait_for
 from zppo import cli
 from zppo.errors import EvaluationError
 from zppo.evaluate import deciding
+from zppo.evaluate.address import check_context
 from zppo.evaluate.child import served
 from zppo.evaluate.protocol import Decoding
 from zppo.evaluate.registry import BENCHMARKS
@@ -209,6 +210,39 @@ def test_a_refused_question_stays_open_and_the_key_in_the_refusal_is_in_no_file(
         assert cli.main(arguments) == 0
         assert len(model.requests) == 3
     assert KEY not in "".join(capsys.readouterr())
+
+
+def test_a_context_without_room_for_any_question_is_refused_at_the_start(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        model.context = 12_288
+        assert cli.main(command(model.url, judge, data, tmp_path / "out", "CEval")) == 2
+        assert not model.requests and not (tmp_path / "out" / "eval.json").exists()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "context holds 12,288 tokens and answers may have 12,288" in said and "--max-tokens" in said
+    check_context(12_289, 12_288)
+    check_context(None, 12_288)
+
+
+def test_questions_that_are_too_long_are_said_and_asked_again_elsewhere(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words of `zppo serve` and of vLLM, which gives no code."""
+    refusals: list[Reply] = [
+        {"error": {"message": "the prompt has 9 tokens", "code": "context_length_exceeded", "type": "invalid_request_error"}},
+        {"error": {"message": "This model's maximum context length is 40 tokens. You asked for more", "code": 400}},
+    ]  # fmt: skip
+    out = tmp_path / "out"
+    with scripted(lambda body: refusals[len(model.requests) % 2], "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, data, out, "CEval", "--concurrency", "1")) == 0
+        assert {(row["value"], row["reason"]) for row in rows(out, "CEval")} == {
+            (0.0, "too long for the model's context")
+        }
+        (part,) = results(out)["benchmarks"]
+        assert (part["too_long"], part["no_answer"], part["truncated"], part["open"]) == (2, 0, 0, 0)
+        assert "CEval: 2 of 2 rows are 0 since" in capsys.readouterr().out
+        assert not (out / "eval" / "answers" / "CEval.jsonl").read_bytes()
 
 
 @pytest.mark.slow

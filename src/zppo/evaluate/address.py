@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from zppo.errors import EvaluationError, SettingsError
 from zppo.teacher.wire import REPLY_BYTES, Trouble, Wire
 
 _PATIENCE = 60.0  # seconds for the first answer
+
+
+class Found(NamedTuple):
+    """A model that answers.
+
+    Attributes:
+        context: tokens of prompt and answer together; None where the server does not say.
+    """
+
+    name: str
+    context: int | None
 
 
 def is_url(model: str) -> bool:
@@ -32,8 +44,8 @@ def read_key(variable: str | None, flag: str) -> str:
     return key
 
 
-def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> str:
-    """The name of the model to ask a server for, after it has answered a small request.
+def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> Found:
+    """The model to ask a server for, after it has answered a small request.
 
     Args:
         what: of messages: model or judge.
@@ -47,10 +59,11 @@ def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, 
     return asyncio.run(_find(url, key, name, what, name_flag, key_flag))
 
 
-async def _find(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> str:
+async def _find(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> Found:
     wire = Wire(url, key, _PATIENCE, 1)
     try:
-        served = await wire.models()
+        contexts = await wire.contexts()
+        served = list(contexts)
         if name is None and len(served) > 1:
             raise SettingsError(f"{url} serves {', '.join(served[:10])}: name one with {name_flag}")
         if name is not None and served and name not in served:
@@ -69,6 +82,15 @@ async def _find(url: str, key: str, name: str | None, what: str, name_flag: str,
             else:
                 mend = f"correct the address (it mostly ends in /v1), or name the model with {name_flag}"
             raise EvaluationError(f"the {what} cannot be asked ({trouble.reason}): {mend}") from None
-        return chosen
+        return Found(chosen, contexts.get(chosen))
     finally:
         await wire.close()
+
+
+def check_context(context: int | None, max_tokens: int) -> None:
+    """Whether an answer of the wanted length and a question fit together. SettingsError where no question can."""
+    if context is not None and context <= max_tokens:
+        raise SettingsError(
+            f"the model's context holds {context:,} tokens and answers may have {max_tokens:,}, which leaves no room for a question: every "
+            "one would be refused; serve the model with a longer context, or leave the protocol with a smaller --max-tokens"
+        )

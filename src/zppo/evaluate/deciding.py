@@ -15,7 +15,7 @@ from zppo.evaluate.item import Item
 from zppo.evaluate.journal import Journal
 from zppo.evaluate.judging import judge_book, judge_request, judge_score
 from zppo.evaluate.protocol import JUDGE_TOKENS, digest_of
-from zppo.evaluate.rows import Row
+from zppo.evaluate.rows import TOO_LONG, Row
 from zppo.evaluate.scoring import score
 from zppo.grading.grader import Grader
 from zppo.teacher.base import TeacherRequest, TeacherSampling
@@ -84,7 +84,7 @@ class Decider:
             value=ruled.value,
             text=text,
             answer=ruled.answer,
-            reason=ruled.reason,
+            reason="too long for the model's context" if reply["finish"] == TOO_LONG else ruled.reason,
             finish=str(reply["finish"]),
             tokens_in=int(reply["tokens_in"]),
             tokens_out=int(reply["tokens_out"]),

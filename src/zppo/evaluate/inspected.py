@@ -40,6 +40,9 @@ RAW = "raw"  # metadata of a message: the text as the server sent it
 ATTEMPT = 3600.0  # seconds for one whole reply: 12,288 tokens of a busy server take their time
 RETRIES = 4
 _VIDEO = "zppo-video:"
+_TOO_LONG = re.compile(
+    r"maximum (context|model) length|context[ _](length|size) (is|exceeded)|exceeds the (\w+ )?context", re.I
+)
 
 
 @modelapi(name=PROVIDER)
@@ -140,6 +143,11 @@ def why(error: BaseException) -> str:
 def refused(error: BaseException) -> bool:
     """Whether a server refuses this very request; it may well answer another one."""
     return getattr(error, "status_code", None) in (400, 413, 422)
+
+
+def too_long(error: BaseException) -> bool:
+    """Whether a server refuses a conversation for its length; inspect-ai knows only those that give it OpenAI's code."""
+    return refused(error) and bool(_TOO_LONG.search(why(error)))
 
 
 def text_of(output: ModelOutput) -> str:

@@ -12,7 +12,9 @@ from zppo.evaluate.aggregate import Scored, figure
 from zppo.evaluate.benchmark import Benchmark
 
 By = Literal["rule", "judge", "open"]
-TRUNCATED = ("max_tokens", "model_length")
+TRUNCATED = "max_tokens"
+TOO_LONG = "model_length"
+"""What inspect-ai calls it where the server refuses a conversation that is too long for the model's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,11 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], expected: int) -> dict[st
         "rows": len(decided),
         "by_rule": sum(row.by == "rule" for row in decided),
         "by_judge": sum(row.by == "judge" for row in decided),
-        "no_answer": sum(row.answer is None and row.reason == "no answer" for row in decided),
-        "truncated": sum(row.finish in TRUNCATED for row in decided),
+        "no_answer": sum(
+            row.answer is None and row.reason == "no answer" and row.finish != TOO_LONG for row in decided
+        ),
+        "truncated": sum(row.finish == TRUNCATED for row in decided),
+        "too_long": sum(row.finish == TOO_LONG for row in decided),
         "open": expected - len(decided),
         "judge_errors": sum(row.by == "open" and bool(row.finish) for row in rows),
         "tokens_in": sum(row.tokens_in for row in rows),

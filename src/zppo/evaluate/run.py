@@ -16,7 +16,7 @@ from rich.console import Console
 
 from zppo.core.types import Message
 from zppo.errors import DataError, EvaluationError, SettingsError, UnavailableError
-from zppo.evaluate.address import find_model, is_url, read_key
+from zppo.evaluate.address import Found, check_context, find_model, is_url, read_key
 from zppo.evaluate.benchmark import Benchmark
 from zppo.evaluate.child import NAME, Server, has_vllm, served
 from zppo.evaluate.deciding import Decider, JudgeServer
@@ -93,11 +93,12 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         return
     judge = JudgeServer(
         options.judge,
-        find_model(options.judge, judge_key, options.judge_model, "judge", "--judge-model", "--judge-key-env"),
+        find_model(options.judge, judge_key, options.judge_model, "judge", "--judge-model", "--judge-key-env").name,
         judge_key,
     )
     with ExitStack() as stack:
-        server, name, label, think_open = _serve(options, key, folder, place, stack, console)
+        server, found, label, think_open = _serve(options, key, folder, place, stack, console)
+        check_context(found.context, options.max_tokens)
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
         own = settings_of(options, label, judge.model, "file" if as_file else "frames", fingerprint(place))
@@ -105,7 +106,7 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         folder.write(state)
         decider = Decider(judge, prompts=options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
         stack.callback(decider.close)
-        session = Session(options, folder, console, server, name, as_file, decider)
+        session = Session(options, folder, console, server, found.name, as_file, decider)
         for benchmark in chosen:
             state = _one(session, benchmark, state)
             folder.write(state)
@@ -136,11 +137,11 @@ def _all_done(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], options: 
 
 def _serve(
     options: EvalOptions, key: str, folder: EvalFolder, place: Path | None, stack: ExitStack, console: Console
-) -> tuple[Server, str, str, bool]:
-    """(the server, the model's name there, how results call it, whether its prompts end inside an open think block)."""
+) -> tuple[Server, Found, str, bool]:
+    """(the server, the model there, how results call it, whether its prompts end inside an open think block)."""
     if place is None:
-        name = find_model(options.model, key, options.name, "model", "--model", "--key-env")
-        return Server(options.model, key, "other"), name, name, options.think_open
+        found = find_model(options.model, key, options.name, "model", "--model", "--key-env")
+        return Server(options.model, key, "other"), found, found.name, options.think_open
     # Loads transformers, which nobody else needs.
     from zppo.engines.chat import Chat
 
@@ -149,7 +150,8 @@ def _serve(
     kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
     say(console, f"starting {kind} for {place}; its log is {folder.server_log}")
     server = stack.enter_context(served(place, folder.server_log, images=_IMAGES + options.frames))
-    return server, NAME, str(place.absolute()), open_
+    found = find_model(server.url, server.key, NAME, "model", "--model", "--key-env")
+    return server, found, str(place.absolute()), open_
 
 
 def checkpoint_folder(folder: Path) -> Path:

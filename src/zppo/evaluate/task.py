@@ -22,12 +22,12 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from zppo.errors import EvaluationError
 from zppo.evaluate.benchmark import Benchmark
 from zppo.evaluate.deciding import Decider
-from zppo.evaluate.inspected import chat_messages, refused, text_of, why
+from zppo.evaluate.inspected import chat_messages, refused, text_of, too_long, why
 from zppo.evaluate.item import Item
 from zppo.evaluate.journal import Journal
 from zppo.evaluate.media import Turn, media_key
 from zppo.evaluate.protocol import digest_of
-from zppo.evaluate.rows import Row
+from zppo.evaluate.rows import TOO_LONG, Row
 
 DOWN_AFTER = 8  # failures in a row without an answer between them: the rest is not asked any more
 
@@ -138,7 +138,8 @@ def ask(work: Work) -> Solver:
                 said = why(error)
                 work.take(Row(item.id, state.epoch, "open", error=said, gold=item.golds, facts=item.facts))
                 raise EvaluationError(said) from None
-            await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
+            if known["finish"] != TOO_LONG:  # another server of the model may have a longer context
+                await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
         else:
             state.output = ModelOutput.from_content(str(state.model), known["text"], stop_reason=known["finish"])
             state.messages.append(state.output.message)
@@ -156,6 +157,9 @@ async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -
     try:
         output = (await generate(state)).output
     except Exception as error:
+        if too_long(error):
+            work.health.note()
+            return {"text": "", "finish": TOO_LONG, "tokens_in": 0, "tokens_out": 0}
         if not refused(error):
             work.health.note(why(error))
         raise
@@ -163,7 +167,7 @@ async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -
     usage, finish = output.usage, output.stop_reason
     return {
         # What a server says about a conversation that is too long for it is no answer of the model.
-        "text": "" if finish == "model_length" else text_of(output),
+        "text": "" if finish == TOO_LONG else text_of(output),
         "finish": finish,
         "tokens_in": usage.input_tokens if usage else 0,
         "tokens_out": usage.output_tokens if usage else 0,

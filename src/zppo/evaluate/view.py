@@ -83,6 +83,14 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     console.print(table)
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
+    for each in state["benchmarks"]:
+        if count := each.get("too_long", 0):
+            say(
+                console,
+                f"{each['name']}: {count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
+                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)",
+                "yellow",
+            )
     errors = sum(each["judge_errors"] for each in state["benchmarks"])
     say(
         console,

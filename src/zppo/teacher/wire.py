@@ -201,12 +201,16 @@ class Wire:
 
     async def models(self, limit: int = 1 << 20, deadline: float = 10.0) -> list[str]:
         """Names of the models that are served; empty where the server does not say."""
+        return list(await self.contexts(limit, deadline))
+
+    async def contexts(self, limit: int = 1 << 20, deadline: float = 10.0) -> dict[str, int | None]:
+        """Models that are served -> tokens of their context, None where the server does not say; empty where it names none."""
         try:
             content = await self._call(lambda: self._client.models.with_raw_response.list(), limit, deadline)
             listed = json.loads(content)["data"]
-            return [self._scrub.words(model["id"], 100) for model in listed]
+            return {self._scrub.words(m["id"], 100): _count(m, "max_model_len") or None for m in listed}
         except (Trouble, ValueError, KeyError, TypeError, RecursionError):
-            return []
+            return {}
 
     async def _call(self, send: Any, limit: int, deadline: float | None) -> bytes:
         """The body of a reply, within the limits."""
