@@ -255,6 +255,7 @@ def test_the_closing_table_says_what_was_decided_by_whom_and_what_was_skipped(tm
     assert (
         "AI2D 50.0 16.7 10 10 0 0 0 0" in text and "mean of 2 llm 30.0" in text and "skipped HLE: it is gated" in text
     )
+    assert text.startswith("m, judged by j benchmark score")
 
 
 def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:

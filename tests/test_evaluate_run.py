@@ -24,8 +24,10 @@ from zppo.errors import EvaluationError
 from zppo.evaluate import deciding
 from zppo.evaluate.address import check_context
 from zppo.evaluate.child import served
-from zppo.evaluate.protocol import Decoding
-from zppo.evaluate.registry import BENCHMARKS
+from zppo.evaluate.folder import EvalFolder, begin, with_benchmark
+from zppo.evaluate.protocol import Decoding, EvalOptions, settings_of
+from zppo.evaluate.registry import BENCHMARKS, find
+from zppo.evaluate.rows import Row, summary
 
 KEY, JUDGE_KEY = "model-key-that-nobody-may-see", "judge-key-that-nobody-may-see"
 
@@ -287,6 +289,33 @@ def test_a_server_that_is_gone_ends_the_asking(data: Path, tmp_path: Path, monke
     assert "not asked" in rows(out, "CharXiv")[-1]["error"]
 
 
+def test_a_finished_evaluation_is_shown_only_where_model_judge_and_options_are_the_same(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is behind an address is asked, not taken from the last time."""
+    out = tmp_path / "out"
+    with scripted(right, "m") as model, scripted(fair, "j") as judge, scripted(fair, "k") as other:
+        place = EvalFolder(out)
+        options = EvalOptions(model.url, "AIME25", data=data)
+        state = begin(place, "m", model.url, settings_of(options, "m", "j", "frames"))
+        by_judge = [Row("1", 1, "judge", 1.0)]
+        part = summary(find("AIME25"), by_judge, 1) | {"limit": None, "samples": 1, "origin": "", "revision": ""}
+        place.write(with_benchmark(state, part, ["AIME25"]))
+        arguments = command(model.url, judge, data, out, "AIME25")
+        assert cli.main(arguments) == 0 and "m, judged by j" in capsys.readouterr().out
+        for more, changed in {("--video", "file"): "video", ("--judge-model", "k"): "judge"}.items():
+            assert cli.main([*arguments, *more]) == 2
+            assert f"was made with {changed} = " in capsys.readouterr().err
+        assert cli.main(command(model.url, other, data, out, "AIME25")) == 2
+        assert "was made with judge = 'j', and now it is 'k'" in capsys.readouterr().err
+        model.model = "n"
+        assert cli.main(arguments) == 2
+        assert "was made with model = 'm', and now it is 'n'" in capsys.readouterr().err
+        assert not model.requests and not judge.requests
+    assert cli.main(arguments) == 2
+    assert "the model cannot be asked" in capsys.readouterr().err
+
+
 # --- thoughts -------------------------------------------------------------------------------------------------------------
 
 
@@ -334,11 +363,11 @@ def test_all_benchmarks_through_servers_of_our_own(
     assert state["families"].keys() == {"vlm", "llm", "video"}
     assert state["label"] == str(student)
     assert all(each["tokens_out"] <= 4 * each["rows"] for each in state["benchmarks"])
-    # The judge is gone, and nobody misses it; other weights in the same folder are not taken for these.
-    assert cli.main(command(str(student), judge, data, out, "paper", *more)) == 0
+    # The judge is gone, and with its name nobody misses it; other weights in the same folder are not taken for these.
+    assert cli.main(command(str(student), judge, data, out, "paper", *more, "--judge-model", "j")) == 0
     weights = student / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"1")
-    assert cli.main(command(str(student), judge, data, out, "paper", *more)) == 2
+    assert cli.main(command(str(student), judge, data, out, "paper", *more, "--judge-model", "j")) == 2
     assert "was made with weights" in capsys.readouterr().err
 
 

@@ -79,15 +79,12 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
     judge_key = read_key(options.judge_key_env, "--judge-key-env")
     key = read_key(options.key_env, "--key-env")
     folder = EvalFolder(options.output or default_output(options))
+    target = place or find_model(options.model, key, options.name, "model", "--model", "--key-env")
+    label = target.name if isinstance(target, Found) else str(target.absolute())
+    weights = fingerprint(place)
     known = folder.read()
-    if known is not None and known["source"] == options.model and _all_done(known, chosen, options):
-        # What only servers could say is as it was; a changed checkpoint or option is refused.
-        old = known["settings"]
-        same = replace(options, think_open=options.think_open or old["think_open"])
-        own = settings_of(
-            same, options.name or old["model"], options.judge_model or old["judge"], old["video"], fingerprint(place)
-        )
-        begin(folder, "", "", own)
+    if known is not None and all(finished(known, each.name, options.limit, options.samples) for each in chosen):
+        begin(folder, "", "", _settings_now(options, known, label, weights, judge_key))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
         return
@@ -97,11 +94,11 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         judge_key,
     )
     with ExitStack() as stack:
-        server, found, label, think_open = _serve(options, key, folder, place, stack, console)
+        server, found, think_open = _serve(options, key, folder, target, stack, console)
         check_context(found.context, options.max_tokens)
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
-        own = settings_of(options, label, judge.model, "file" if as_file else "frames", fingerprint(place))
+        own = settings_of(options, label, judge.model, "file" if as_file else "frames", weights)
         state = begin(folder, label, options.model, own)
         folder.write(state)
         decider = Decider(judge, prompts=options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
@@ -131,27 +128,40 @@ def _check(options: EvalOptions) -> None:
             raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")
 
 
-def _all_done(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], options: EvalOptions) -> bool:
-    return all(finished(state, benchmark.name, options.limit, options.samples) for benchmark in chosen)
+def _settings_now(
+    options: EvalOptions, known: Mapping[str, Any], model: str, weights: str | None, judge_key: str
+) -> dict[str, Any]:
+    """The settings under which this call would go on with a finished evaluation, whose server of the checkpoint is not started any more.
+
+    Args:
+        model: the checkpoint, or what the server says that it serves now.
+    """
+    old, judge = known["settings"], options.judge_model or ""
+    if not any(each["by_judge"] for each in known["benchmarks"]):
+        judge = old["judge"]  # said nothing
+    elif not judge:
+        judge = find_model(str(options.judge), judge_key, None, "judge", "--judge-model", "--judge-key-env").name
+    # What a checkpoint's template and the kind of its server decide follows from the weights and from nothing that this call says.
+    think_open = options.think_open or (weights is not None and old["think_open"])
+    video = old["video"] if options.video == "auto" else options.video
+    return settings_of(replace(options, think_open=think_open), model, judge, video, weights)
 
 
 def _serve(
-    options: EvalOptions, key: str, folder: EvalFolder, place: Path | None, stack: ExitStack, console: Console
-) -> tuple[Server, Found, str, bool]:
-    """(the server, the model there, how results call it, whether its prompts end inside an open think block)."""
-    if place is None:
-        found = find_model(options.model, key, options.name, "model", "--model", "--key-env")
-        return Server(options.model, key, "other"), found, found.name, options.think_open
+    options: EvalOptions, key: str, folder: EvalFolder, target: Found | Path, stack: ExitStack, console: Console
+) -> tuple[Server, Found, bool]:
+    """(the server, the model there, whether its prompts end inside an open think block)."""
+    if isinstance(target, Found):
+        return Server(options.model, key, "other"), target, options.think_open
     # Loads transformers, which nobody else needs.
     from zppo.engines.chat import Chat
 
-    chat = Chat.load(str(place))
+    chat = Chat.load(str(target))
     open_ = options.think_open or chat.think_open(chat.encode((Message("user", "Hello."),)))
     kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
-    say(console, f"starting {kind} for {place}; its log is {folder.server_log}")
-    server = stack.enter_context(served(place, folder.server_log, images=_IMAGES + options.frames))
-    found = find_model(server.url, server.key, NAME, "model", "--model", "--key-env")
-    return server, found, str(place.absolute()), open_
+    say(console, f"starting {kind} for {target}; its log is {folder.server_log}")
+    server = stack.enter_context(served(target, folder.server_log, images=_IMAGES + options.frames))
+    return server, find_model(server.url, server.key, NAME, "model", "--model", "--key-env"), open_
 
 
 def checkpoint_folder(folder: Path) -> Path:
