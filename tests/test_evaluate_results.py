@@ -84,6 +84,19 @@ def test_open_rows_are_counted_and_never_wrong() -> None:
     assert summary(find("AIME25"), [], 3)["value"] is None
 
 
+def test_rows_left_out_are_neither_wrong_nor_open() -> None:
+    rows = [row("a", 1, 1.0), Row("b", 1, "left out", error="no images here")]
+    part = summary(find("HLE"), rows, 2) | {"limit": None, "samples": 1}
+    assert (part["value"], part["rows"], part["open"], part["left_out"]) == (1.0, 1, 0, 1)
+    state = begin(EvalFolder(Path("nowhere")), "m", "m", settings_of(options(), "m", "j", "frames"))
+    state = with_benchmark(state, part, ["HLE"])
+    assert finished(state, "HLE", None, 1)
+    console = Console(record=True, width=200)
+    print_results(console, state)
+    text = shown(console)
+    assert "HLE: 1 of 2 rows are left out of its figure" in text and "(no images here)" in text
+
+
 def test_a_familys_mean_and_error_are_over_benchmarks_with_a_figure() -> None:
     parts = [
         {"name": "A", "family": "vlm", "value": 0.2, "error": 0.03},
@@ -289,6 +302,11 @@ def test_two_evaluations_are_compared_family_by_family(tmp_path: Path, capsys: p
     assert cli.main(["bootstrap", str(one)]) == 2 and cli.main(["bootstrap", str(one), "table.csv"]) == 2
     same = [read_evaluation(path) for path in (one, one)]
     assert list(as_accuracies(same)[0]["-", "vlm"]) == [str(one)]
+    state = json.loads(other.read_text())
+    state["benchmarks"][0]["left_out"] = 3
+    other.write_text(json.dumps(state))
+    assert "AI2D: not the same questions" in " ".join(as_accuracies([read_evaluation(p) for p in (one, other)])[1])
+    assert "takes none: AI2D 3." in evaluation_table(read_evaluation(other)).caption
 
 
 @pytest.mark.parametrize(

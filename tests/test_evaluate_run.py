@@ -247,6 +247,44 @@ def test_questions_that_are_too_long_are_said_and_asked_again_elsewhere(
         assert not (out / "eval" / "answers" / "CEval.jsonl").read_bytes()
 
 
+def test_questions_with_pictures_are_left_out_for_a_model_that_takes_none(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def blind(body: dict[str, Any]) -> Reply:
+        if isinstance(body["messages"][-1]["content"], str):
+            return right(body)
+        return {"error": {"message": "send text alone", "code": "images_refused"}}
+
+    out = tmp_path / "out"
+    with scripted(blind, "m") as model, scripted(fair, "j") as judge:
+        arguments = command(model.url, judge, data, out, "HLE", "--concurrency", "1")
+        assert cli.main(arguments) == 0
+        asked = len(model.requests)
+        assert cli.main(arguments) == 0 and len(model.requests) == asked
+    (part,) = results(out)["benchmarks"]
+    assert (part["left_out"], part["open"], part["rows"]) == (1, 0, 1)
+    assert "HLE: 1 of 2" in capsys.readouterr().out
+
+
+def test_other_servers_words_for_a_model_without_eyes() -> None:
+    from zppo.evaluate.inspected import blind
+
+    def refusal(text: str, status: int = 400) -> Exception:
+        error = RuntimeError(text)
+        error.status_code = status  # type: ignore[attr-defined]
+        return error
+
+    for text in (
+        "Qwen/Qwen3-1.7B is not a multimodal model",
+        "At most 0 image(s) may be provided in one prompt.",
+        "this model does not support image input",
+        "image input is not supported - hint: you may need to provide the mmproj",
+    ):
+        assert blind(refusal(text)) and not blind(refusal(text, 500))
+    for text in ("At most 5 image(s) may be provided", "At most 0 video(s) may be provided", "the image is broken"):
+        assert not blind(refusal(text))
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
     out, hold, reached = tmp_path / "out", threading.Event(), threading.Event()

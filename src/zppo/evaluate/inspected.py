@@ -40,6 +40,10 @@ RAW = "raw"  # metadata of a message: the text as the server sent it
 ATTEMPT = 3600.0  # seconds for one whole reply: 12,288 tokens of a busy server take their time
 RETRIES = 4
 _VIDEO = "zppo-video:"
+_BLIND = re.compile(
+    r"not a multi-?modal model|at most 0 image|images? (input )?(is|are) not supported|not support (images?|vision|multi-?modal)",
+    re.I,
+)
 _TOO_LONG = re.compile(
     r"maximum (context|model) length|context[ _](length|size) (is|exceeded)|exceeds the (\w+ )?context", re.I
 )
@@ -148,6 +152,13 @@ def refused(error: BaseException) -> bool:
 def too_long(error: BaseException) -> bool:
     """Whether a server refuses a conversation for its length; inspect-ai knows only those that give it OpenAI's code."""
     return refused(error) and bool(_TOO_LONG.search(why(error)))
+
+
+def blind(error: BaseException) -> bool:
+    """Whether a server says that its model takes no pictures at all: by the code of `zppo serve`, or in other servers' words."""
+    return refused(error) and (
+        getattr(error.__cause__, "code", None) == "images_refused" or bool(_BLIND.search(why(error)))
+    )
 
 
 def text_of(output: ModelOutput) -> str:

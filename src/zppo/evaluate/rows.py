@@ -11,7 +11,7 @@ from typing import Any, Literal
 from zppo.evaluate.aggregate import Scored, figure
 from zppo.evaluate.benchmark import Benchmark
 
-By = Literal["rule", "judge", "open"]
+By = Literal["rule", "judge", "open", "left out"]
 TRUNCATED = "max_tokens"
 TOO_LONG = "model_length"
 """What inspect-ai calls it where the server refuses a conversation that is too long for the model's context."""
@@ -23,13 +23,14 @@ class Row:
 
     Attributes:
         id, epoch: which one; epochs count from 1.
-        by: who decided; open: nobody yet, because model or judge failed. A repeated call asks again.
-        value: 0 to 1; None while open.
+        by: who decided; open: nobody yet, because model or judge failed. A repeated call asks again;
+            left out: it has pictures, and the model takes none.
+        value: 0 to 1; None while open, or where it is left out.
         text: what the model wrote, thoughts included.
         answer: what was extracted.
         reason: what the rules said, in a word or two.
         reply: the judge's, "" where it was not asked.
-        error: why the row is open.
+        error: why the row is open or left out.
         finish: why the model stopped.
         tokens_in, tokens_out: of the model, as its server counts.
         judge_tokens: of the judge, in and out.
@@ -74,7 +75,8 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], expected: int) -> dict[st
         expected: rows that there should be, samples counted; those that are missing are open.
     """
     result = figure(benchmark, scored(rows))
-    decided = [row for row in rows if row.by != "open"]
+    decided = [row for row in rows if row.by not in ("open", "left out")]
+    left_out = [row for row in rows if row.by == "left out"]
     return {
         "name": benchmark.name,
         "title": benchmark.title,
@@ -93,7 +95,9 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], expected: int) -> dict[st
         ),
         "truncated": sum(row.finish == TRUNCATED for row in decided),
         "too_long": sum(row.finish == TOO_LONG for row in decided),
-        "open": expected - len(decided),
+        "left_out": len(left_out),
+        "why_left_out": left_out[0].error if left_out else "",
+        "open": expected - len(decided) - len(left_out),
         "judge_errors": sum(row.by == "open" and bool(row.finish) for row in rows),
         "tokens_in": sum(row.tokens_in for row in rows),
         "tokens_out": sum(row.tokens_out for row in rows),

@@ -22,12 +22,12 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from zppo.errors import EvaluationError
 from zppo.evaluate.benchmark import Benchmark
 from zppo.evaluate.deciding import Decider
-from zppo.evaluate.inspected import chat_messages, refused, text_of, too_long, why
+from zppo.evaluate.inspected import blind, chat_messages, refused, text_of, too_long, why
 from zppo.evaluate.item import Item
 from zppo.evaluate.journal import Journal
 from zppo.evaluate.media import Turn, media_key
 from zppo.evaluate.protocol import digest_of
-from zppo.evaluate.rows import TOO_LONG, Row
+from zppo.evaluate.rows import TOO_LONG, By, Row
 
 DOWN_AFTER = 8  # failures in a row without an answer between them: the rest is not asked any more
 
@@ -37,9 +37,10 @@ Take = Callable[[Row], None]
 
 @dataclass
 class Health:
-    """Whether the model's server still answers."""
+    """Whether the model's server still answers, and why it takes no pictures, "" where it does."""
 
     failures: int = 0
+    blind: str = ""
     last: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -51,6 +52,10 @@ class Health:
         """An answer, or why there was none."""
         with self.lock:
             self.failures, self.last = (self.failures + 1, error) if error else (0, "")
+
+
+class LeftOutError(EvaluationError):
+    """A question that cannot be put to this model at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,8 @@ def ask(work: Work) -> Solver:
                 known = await _asked(work, item, state, generate)
             except Exception as error:
                 said = why(error)
-                work.take(Row(item.id, state.epoch, "open", error=said, gold=item.golds, facts=item.facts))
+                by: By = "left out" if isinstance(error, LeftOutError) else "open"
+                work.take(Row(item.id, state.epoch, by, error=said, gold=item.golds, facts=item.facts))
                 raise EvaluationError(said) from None
             if known["finish"] != TOO_LONG:  # another server of the model may have a longer context
                 await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
@@ -150,7 +156,10 @@ def ask(work: Work) -> Solver:
 
 
 async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -> dict[str, Any]:
-    """What the model says. Raises whatever is wrong with the question's media or the server."""
+    """What the model says. Raises whatever is wrong with the question's media or the server; LeftOutError where it takes no pictures."""
+    pictured = bool(item.images or item.frames or item.video)
+    if pictured and work.health.blind:
+        raise LeftOutError(work.health.blind)
     if work.health.down:
         raise EvaluationError(f"not asked, since {work.health.failures} requests before it failed ({work.health.last})")
     state.messages = chat_messages(await to_thread.run_sync(work.turns, item, limiter=work.threads))
@@ -160,6 +169,10 @@ async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -
         if too_long(error):
             work.health.note()
             return {"text": "", "finish": TOO_LONG, "tokens_in": 0, "tokens_out": 0}
+        if pictured and blind(error):
+            work.health.note()
+            work.health.blind = why(error)
+            raise LeftOutError(why(error)) from None
         if not refused(error):
             work.health.note(why(error))
         raise

@@ -85,6 +85,13 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
     for each in state["benchmarks"]:
+        if count := each.get("left_out", 0):
+            say(
+                console,
+                f"{each['name']}: {count:,} of {each['expected']:,} rows are left out of its figure, since they have pictures and the "
+                f"model takes none ({each['why_left_out']})",
+                "yellow",
+            )
         if count := each.get("too_long", 0):
             say(
                 console,

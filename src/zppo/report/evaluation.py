@@ -30,6 +30,7 @@ class Result:
     Attributes:
         value, error: shares from 0 to 1; the error is NaN where it is not known.
         rows, open: decided rows, and those that nobody has decided yet.
+        left_out: rows that could not be put to the model.
         settings: what must be alike for a comparison: questions and samples.
     """
 
@@ -38,6 +39,7 @@ class Result:
     error: float
     rows: int
     open: int
+    left_out: int
     settings: tuple[Any, ...]
 
 
@@ -92,8 +94,9 @@ def _result(each: Mapping[str, Any]) -> Result:
     value, error = float(each["value"]), math.nan if each["error"] is None else float(each["error"])
     if not 0 <= value <= 1:
         raise ValueError(f"the score of {each['name']} is {value}")
-    settings = (each["expected"], each["limit"], each["samples"])
-    return Result(str(each["family"]), value, error, int(each["rows"]), int(each["open"]), settings)
+    left_out = int(each.get("left_out", 0))
+    settings = (each["expected"], left_out, each["limit"], each["samples"])
+    return Result(str(each["family"]), value, error, int(each["rows"]), int(each["open"]), left_out, settings)
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
@@ -110,6 +113,9 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     skipped = (
         f" Skipped, since their data could not be had: {', '.join(evaluation.skipped)}." if evaluation.skipped else ""
     )
+    left_out = ", ".join(f"{name} {each.left_out:,}" for name, each in evaluation.results.items() if each.left_out)
+    if left_out:
+        skipped += f" Rows left out, since they have pictures and the model takes none: {left_out}."
     caption = (
         f"By zppo eval, judged by {evaluation.protocol.get('judge')}; ± is a standard error, samples of one question counted as one. Not "
         f"leaderboard figures.{skipped}"
