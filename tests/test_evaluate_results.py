@@ -271,6 +271,21 @@ def test_the_closing_table_says_what_was_decided_by_whom_and_what_was_skipped(tm
     assert text.startswith("m, judged by j benchmark score")
 
 
+def test_other_figures_of_a_benchmark_are_shown_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:
+    result = written(tmp_path, {"WeMath": 0.5, "MVBench": 0.3})
+    state = json.loads(result.read_text())
+    state["benchmarks"][0]["beside"] = {"average": 0.625, "\x1b[31mconsistent": None}
+    state["benchmarks"][1]["beside"] = {f"task {number}": 0.5 for number in range(20)}
+    result.write_text(json.dumps(state))
+    console = Console(record=True, width=150)
+    print_results(console, state)
+    text = console.export_text()
+    assert "WeMath: average 62.5, " in text and "consistent –" in text and "\x1b" not in text
+    assert "MVBench: 20 figures of its parts are in eval.json" in text and "task 7" not in text
+    rows = evaluation_table(read_evaluation(tmp_path)).rows
+    assert ("WeMath: average", "", "62.5%", "", "", "") in rows and len(rows) == 2 + 2 + 2
+
+
 def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zppo.evaluate.view._EVERY", -1.0)
     console = Console(record=True, width=100, force_terminal=False)

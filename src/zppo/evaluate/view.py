@@ -16,6 +16,7 @@ from rich.text import Text
 from zppo.evaluate.rows import Row
 
 _EVERY = 30.0  # seconds between lines in a file
+_MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
 
 
 class Watch:
@@ -62,8 +63,8 @@ class Watch:
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """A line without markup: names and reasons come from elsewhere."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    """A line without markup and control characters: names and reasons come from elsewhere."""
+    console.print(Text("".join(c if c.isprintable() else " " for c in text), style=style), soft_wrap=True)
 
 
 def print_results(console: Console, state: Mapping[str, Any]) -> None:
@@ -82,6 +83,12 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
         of = f"mean of {len(family['benchmarks'])} {name}"
         table.add_row(Text(of, style="bold"), points(family["value"]), points(family["error"]))
     console.print(table)
+    for each in state["benchmarks"]:
+        if parts := each["beside"]:
+            figures = ", ".join(f"{name[:60]} {points(value)}" for name, value in parts.items())
+            if len(parts) > _MOST_PARTS:
+                figures = f"{len(parts)} figures of its parts are in eval.json"
+            say(console, f"{each['name']}: {figures}", "dim")
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
     for each in state["benchmarks"]:

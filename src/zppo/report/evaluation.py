@@ -21,6 +21,7 @@ from zppo.report.tables import Table, percent
 EVAL = "eval.json"
 SECTION = "Benchmarks"
 _NO_SCALE = "-"
+_MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Result:
     Attributes:
         value, error: shares from 0 to 1; the error is NaN where it is not known.
         rows, open: decided rows, and those that nobody has decided yet.
+        beside: other figures of the benchmark, of its parts or of another kind, by name; NaN where there is none.
         left_out: rows that could not be put to the model.
         settings: what must be alike for a comparison: questions and samples.
     """
@@ -40,6 +42,7 @@ class Result:
     rows: int
     open: int
     left_out: int
+    beside: Mapping[str, float]
     settings: tuple[Any, ...]
 
 
@@ -95,16 +98,18 @@ def _result(each: Mapping[str, Any]) -> Result:
     if not 0 <= value <= 1:
         raise ValueError(f"the score of {each['name']} is {value}")
     left_out = int(each.get("left_out", 0))
+    beside = {str(name): math.nan if part is None else float(part) for name, part in each["beside"].items()}
     settings = (each["expected"], left_out, each["limit"], each["samples"])
-    return Result(str(each["family"]), value, error, int(each["rows"]), int(each["open"]), left_out, settings)
+    return Result(str(each["family"]), value, error, int(each["rows"]), int(each["open"]), left_out, beside, settings)
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """The section of a run's report: figures by benchmark, then the means of families."""
-    rows = [
-        (name, each.family, percent(each.value), percent(each.error), f"{each.rows:,}", f"{each.open:,}")
-        for name, each in evaluation.results.items()
-    ]
+    rows = []
+    for name, each in evaluation.results.items():
+        rows.append((name, each.family, percent(each.value), percent(each.error), f"{each.rows:,}", f"{each.open:,}"))
+        if len(each.beside) <= _MOST_PARTS:
+            rows += [(f"{name}: {part}", "", percent(value), "", "", "") for part, value in each.beside.items()]
     for family in dict.fromkeys(each.family for each in evaluation.results.values()):
         inside = [each for each in evaluation.results.values() if each.family == family]
         mean = math.fsum(each.value for each in inside) / len(inside)
