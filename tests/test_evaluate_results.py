@@ -15,7 +15,7 @@ from rich.console import Console
 from evaluate_data import write_data
 from report_runs import invented_run
 from zppo import cli
-from zppo.errors import DataError, SettingsError
+from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evaluate import estimate
 from zppo.evaluate.arguments import judge_prompts
 from zppo.evaluate.child import KEY, command_of
@@ -179,6 +179,28 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
     folder.result.write_text('{"format": "another"}')
     with pytest.raises(DataError, match="no result of `zppo eval`"):
         folder.read()
+
+
+def test_another_closing_instruction_is_another_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = EvalFolder(tmp_path)
+    folder.write(begin(folder, "m", "m", settings_of(options(), "m", "j", "frames")))
+    monkeypatch.setattr(PromptBook, "text", lambda *a: "Say it in one word.")
+    with pytest.raises(SettingsError, match="was made with closing = .*boxed.*, and now it is 'Say it in one word.'"):
+        begin(folder, "m", "m", settings_of(options(), "m", "j", "frames"))
+
+
+def test_two_evaluations_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+    folder = EvalFolder(tmp_path / "out")
+    with folder.alone():
+        with pytest.raises(EvaluationError, match="another zppo eval is at work in .*out"), folder.alone():
+            raise AssertionError("it is taken")
+        with EvalFolder(tmp_path / "other").alone():
+            pass
+    with folder.alone():
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="name another folder"), EvalFolder(tmp_path / "file").alone():
+        raise AssertionError("there is no folder")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "chat_template.jinja", "config.json"])
@@ -370,6 +392,14 @@ def test_a_dry_run_needs_no_network_no_server_and_no_extra(
         == 0
     )
     assert "AI2D 2 6" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dry_runs_table_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(record=True, width=80, force_terminal=False)
+    estimate.print_estimates(console, [estimate.estimate(each, options()) for each in BENCHMARKS], options())
+    lines = console.export_text().splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(BENCHMARKS)]] == [each.name for each in BENCHMARKS]
+    assert any(line.endswith("gated: accept its terms and log in") and "HLE" in line for line in lines)
 
 
 def test_an_estimate_grows_with_what_is_asked() -> None:

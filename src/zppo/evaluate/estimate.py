@@ -59,7 +59,7 @@ def estimate(benchmark: Benchmark, options: EvalOptions) -> Estimate:
             items = load_items(benchmark, options.data, clips=options.clips, limit=options.limit).items
             note = ""
         except UnavailableError as error:
-            note = one_line(error, 100)
+            note = one_line(error, 100).removeprefix(f"{benchmark.name}: ")
             return Estimate(benchmark, None, 0, 0, 0, 0, note)
     rows = len(items) if items is not None else benchmark.rows
     if rows is None:
@@ -94,11 +94,13 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
     table.add_column("benchmark")
     for name in ("rows", "images", "prompts", "answers", "judge", "GPU hours"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    notes: dict[str, list[str]] = {}
     for e in estimates:
         rows = "?" if e.rows is None else f"{e.rows:,}"
         numbers = (f"{e.images:,}", *map(_millions, (e.tokens_in, e.tokens_out, e.judge_tokens)))
-        table.add_row(e.benchmark.name, rows, *numbers, f"{e.hours:.2f}", Text(e.note, style="yellow"))
+        table.add_row(e.benchmark.name, rows, *numbers, f"{e.hours:.2f}")
+        if e.note:
+            notes.setdefault(e.note, []).append(e.benchmark.name)
     totals = [
         sum(getattr(e, name) for e in estimates) for name in ("images", "tokens_in", "tokens_out", "judge_tokens")
     ]
@@ -106,6 +108,8 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
     hours = f"{sum(e.hours for e in estimates):.1f}"
     table.add_row(Text("all", style="bold"), whole, f"{totals[0]:,}", *map(_millions, totals[1:]), hours)
     console.print(table)
+    for note, names in notes.items():
+        say(console, f"{', '.join(names)}: {note}", "yellow")
     say(
         console,
         f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, {options.samples} a question; "

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zppo import __version__
-from zppo.errors import DataError, SettingsError, StorageError
+from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evaluate.protocol import RESULT, EvalOptions
 from zppo.evaluate.rows import families
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "zppo eval 1"
 WORK = "eval"
@@ -45,6 +51,34 @@ class EvalFolder:
     @property
     def server_log(self) -> Path:
         return self.path / WORK / "server.log"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else may evaluate into the folder within the block; the system ends that with the process, however it ends.
+
+        Raises:
+            EvaluationError: somebody does.
+            StorageError: the folder cannot be written.
+        """
+        place = self.path / WORK / "lock"
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = open(place, "ab")  # noqa: SIM115 - open for the block
+        except OSError as error:
+            raise StorageError(
+                f"{place} cannot be written ({error.strerror or error}); name another folder with --output"
+            ) from error
+        with file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EvaluationError(
+                    f"another zppo eval is at work in {self.path}: wait for its end, or name another folder with --output"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def read(self) -> dict[str, Any] | None:
         """What eval.json holds, None where there is none. DataError where it cannot be read."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zppo.images.pixels import PixelLimits
+from zppo.prompts.book import CLOSING, PromptBook
 
 VideoMode = Literal["auto", "file", "frames"]
 FRAMES = 16
@@ -96,6 +97,7 @@ def settings_of(options: EvalOptions, model: str, judge: str, video: str, weight
     return {
         "model": model,
         "weights": weights,
+        "closing": PromptBook().text(CLOSING, {}),
         "judge": judge,
         "decoding": asdict(options.decoding),
         "pixels": list(LIMITS),

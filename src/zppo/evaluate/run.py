@@ -94,6 +94,7 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         judge_key,
     )
     with ExitStack() as stack:
+        stack.enter_context(folder.alone())
         server, found, think_open = _serve(options, key, folder, target, stack, console)
         check_context(found.context, options.max_tokens)
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
