@@ -121,6 +121,10 @@ def test_a_conversation_is_kept_and_only_its_end_gets_the_instruction() -> None:
     assert turns[:2] == item.messages[:2] and turns[2].content.startswith("How is the weather?\n\n")
 
 
+COUNT = "Give the number of the following statements that are true: (1) x, (2) y."
+GRID = "<image1>\nSelect the letter from the given grid that completes the pattern."
+
+
 @pytest.mark.parametrize(
     ("text", "left"),
     [
@@ -134,7 +138,21 @@ def test_a_conversation_is_kept_and_only_its_end_gets_the_instruction() -> None:
         ("Do not generate any intermediate reasoning process. Who is it?", "Who is it?"),
         ("Which?\nThe best answer is:", "Which?"),
         ("求面积。请一步一步推理。", "求面积。"),
+        ("Which?\nSelect the letter of the correct answer from the given choices.", "Which?"),
+        ("Which? Provide the option letter from the following options (A, B, C or D) directly.", "Which?"),
+        ("Which? Give the number of the correct option.", "Which?"),
+        ("Which? Choose the correct answer from the choices below, e.g., A.", "Which?"),
         # What looks like a directive and is the question.
+        (COUNT, COUNT),
+        (GRID, GRID),
+        ("It is so. Give the number of the following options that are true.",) * 2,
+        ("Look. Answer with the number of cats in the picture.",) * 2,
+        ("Look. Answer with the word that fills the gap.",) * 2,
+        ("Look. Choose the correct answer from the given table of values.",) * 2,
+        ("Select the correct option from the given choices: A. x B. y",) * 2,
+        # Nothing would be left.
+        ("Answer the question using a single word.",) * 2,
+        ("<image1> Answer with Yes/No.",) * 2,
         ("Answer the question based on the chart: who won?", "Answer the question based on the chart: who won?"),
         ("Give the reasoning of the judge. What follows?", "Give the reasoning of the judge. What follows?"),
         ("Select the best title for the passage.", "Select the best title for the passage."),

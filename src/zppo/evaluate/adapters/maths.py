@@ -88,7 +88,7 @@ def mathverse(row: Row) -> tuple[Item, ...]:
     identity, image = row.text("sample_index"), row.image("image")
     facts = {"version": row.text("problem_version"), "problem_index": row.maybe("problem_index")}
     gold = row.text("answer")
-    text = strip_directives(row.text("query_wo").removeprefix("Question:").strip())
+    text = strip_directives(row.text("query_wo").removeprefix("Question:").strip(), may_be_empty=True)
     text = re.sub(r"^Question:\s*", "", text) or "Answer the question that is shown in the image."
     kind: Kind = "text"
     options: tuple[str, ...] = ()
