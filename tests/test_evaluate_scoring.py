@@ -14,13 +14,17 @@ from hypothesis import strategies as st
 from evaluate_data import items
 from zppo.core.types import IMAGE, Message
 from zppo.errors import DataError, TemplateError
+from zppo.evaluate import deciding
 from zppo.evaluate.aggregate import Scored, figure, mastery
 from zppo.evaluate.benchmark import Aggregate, Judge
 from zppo.evaluate.item import Item, Kind
+from zppo.evaluate.journal import Journal
 from zppo.evaluate.judging import judge_book, judge_request, judge_score
 from zppo.evaluate.registry import BENCHMARKS, find
+from zppo.evaluate.replies import read_reply, reminder
 from zppo.evaluate.scoring import NO_ANSWER, score
 from zppo.grading import Grader
+from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +175,7 @@ def test_a_judges_words_can_be_replaced_and_mistakes_show_at_once(tmp_path: Path
 VERDICTS = [
     ('{"verdict": "correct"}', 1.0), ('{"verdict": "wrong"}', 0.0), ('<think>hm</think>\n{"verdict": "wrong"}', 0.0),
     ('```json\n{"verdict": "correct"}\n```', 1.0), ("correct", None), ('{"verdict": "correct", "why": 1}', None),
-    ('{"verdict": "Correct"}', None), ("", None), ('<think>{"verdict": "correct"}', None), ('{"score": 1.0}', None), ("[1]", None),
+    ('{"verdict": "Correct"}', None), ("", None), ('<think>{"verdict": "correct"}', None), ('{"score": 0.9}', None), ("[1]", None),
 ]  # fmt: skip
 
 
@@ -184,7 +188,7 @@ def test_verdicts_are_strict(name: str, reply: str, value: float | None) -> None
 @pytest.mark.parametrize(
     ("reply", "value"),
     [('{"score": 0.7}', 0.7), ('{"score": 1}', 1.0), ('{"score": 0}', 0.0), ('{"score": 1.1}', None), ('{"score": -0.1}', None),
-     ('{"score": "0.7"}', None), ('{"score": true}', None), ('{"score": NaN}', None), ('{"score": 0.7, "x": 1}', None), ("0.7", None),
+     ('{"score": "0.7"}', None), ('{"score": true}', None), ('{"score": NaN}', None), ('{"score": 0.7, "x": 1}', None),
      ('{"score": 0.1, "score": 0.9}', None), ('{"verdict": "correct"}', None), ("{}", None)],
 )  # fmt: skip
 def test_grades_are_strict(reply: str, value: float | None) -> None:
@@ -197,7 +201,88 @@ def test_a_criterion_is_met_if_the_judge_says_what_the_row_wants() -> None:
     yes, no = '{"verdict": "yes"}', '{"verdict": "no"}'
     assert [judge_score(benchmark, wants_yes, reply) for reply in (yes, no)] == [1.0, 0.0]
     assert [judge_score(benchmark, wants_no, reply) for reply in (yes, no)] == [0.0, 1.0]
-    assert judge_score(benchmark, wants_no, "yes") is None
+    assert judge_score(benchmark, wants_no, "Yes, it does.") is None
+    assert [judge_score(benchmark, wants_no, f"It does not.\n\n**{word}**") for word in ("YES", "NO")] == [0.0, 1.0]
+
+
+HLE = "extracted_final_answer: 60\n\nreasoning: The same.\n\ncorrect: {}\n\nconfidence: 90%"
+OFFICIAL: list[tuple[str, str, float | None]] = [
+    ("HLE", HLE.format("yes"), 1.0), ("HLE", HLE.format("no"), 0.0), ("HLE", "<think>x</think>" + HLE.format("**No**"), 0.0),
+    ("HLE", '{"extracted_final_answer": "60", "reasoning": "...", "correct": "yes", "confidence": 90}', 1.0),
+    ("HLE", "**correct**: yes", 1.0), ("HLE", HLE.format("perhaps"), None), ("HLE", HLE.format("yes") + "\ncorrect: no", None),
+    ("HLE", "<think>" + HLE.format("yes"), None), ("HLE", "yes", None), ("HLE", "It is incorrect: yes", None),
+    ("HLE", '{"correct": "yes", "correct": "no"}', None), ("HLE", '{"correct": "yes", "verdict": "wrong"}', None),
+    ("HLE", HLE.format("yes") + "x" * 50_000, None), ("HLE", "{" * 30_000, None), ("HLE", '[{"correct": "yes"}]', None),
+    ("MM-Vet", "0.5", 0.5), ("MM-Vet", "It names half.\n\nCorrectness: 0.5", 0.5), ("MM-Vet", "1", 1.0), ("MM-Vet", "| 0.0 |", 0.0),
+    ("MM-Vet", "-0.5", None), ("MM-Vet", "5", None), ("MM-Vet", "0.5 or 0.6", None), ("MM-Vet", "0.5\n0.6", None),
+    ("MM-Vet", "0.5\nThat is half.", None),
+    ("CharXiv", '{"extracted_answer": "x", "score": 1}', 1.0), ("CharXiv", '```json\n{"extracted_answer": "x", "score": 0}\n```', 0.0),
+    ("CharXiv", "score: 1", 1.0), ("CharXiv", '{"score": 0.5}', None), ("CharXiv", '{"score": true}', None),
+    ("CharXiv", '{"extracted_answer": "x"}', None),
+    ("MMVU", '{"correctness": "correct"}', 1.0), ("MMVU", '{"extracted_answer": "x", "correct": false}', 0.0),
+    ("MMVU", "extracted_answer: x\ncorrectness: Incorrect.", 0.0), ("MMVU", "correctness: partly", None),
+    ("MultiCh", "It rhymes: cat, hat.\nYES", 1.0), ("MultiCh", '{"reasoning": "...", "verdict": "NO"}', 0.0),
+    ("MultiCh", "Final answer: YES", 1.0), ("MultiCh", "YES\nNO", None), ("MultiCh", "Answer: YES\nNO", None), ("MultiCh", "", None),
+    ("AI2D", "correct: yes", None), ("AI2D", '{"correctness": "correct"}', None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "reply", "value"), OFFICIAL)
+def test_replies_in_the_official_forms_are_read_and_ambiguous_ones_are_not(
+    name: str, reply: str, value: float | None
+) -> None:
+    assert judge_score(find(name), items(find(name))[0], reply) == value
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(get_args(Judge)), st.text(max_size=80) | st.text(alphabet='{}":,.01yesno \n', max_size=40))
+def test_no_reply_of_a_judge_raises(judge: Judge, reply: str) -> None:
+    value = read_reply(judge, reply)
+    assert value is None or 0 <= value <= 1
+
+
+def test_an_unreadable_reply_is_shown_back_with_its_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge at temperature 0 that is asked the same says the same; only what is asked next can be another thing."""
+    sent: list[tuple[TeacherRequest, TeacherSampling]] = []
+
+    class Stubborn:
+        def __init__(self, *args: object, **more: object) -> None: ...
+        def close(self) -> None: ...
+        def complete(self, requests: list[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+            sent.append((requests[0], how))
+            text = "<think>hm</think>It does." if len(requests[0].messages) == 1 else '{"verdict": "yes"}'
+            return [TeacherReply((text,))]
+
+    monkeypatch.setattr(deciding, "RemoteTeacher", Stubborn)
+    benchmark = find("MultiCh")
+    words = tmp_path / "official.jinja"
+    words.write_text("{{ criterion }}")
+    reply = {"text": "x", "finish": "stop", "tokens_in": 0, "tokens_out": 0}
+    for prompts, tokens in (({}, 512), ({"eval_multichallenge": words}, 4096)):
+        decider = deciding.Decider(deciding.JudgeServer("http://j", "j", ""), prompts=prompts, concurrency=1, workers=1)
+        journal = Journal(tmp_path / f"{tokens}.jsonl")
+        row = decider.decide(benchmark, items(benchmark)[0], 1, reply, journal)
+        decider.close()
+        journal.close()
+        assert (row.by, row.value, row.reply) == ("judge", 1.0, '{"verdict": "yes"}')
+        (first, how), (second, _) = sent[-2:]
+        assert how.sampling.max_new_tokens == tokens and second.messages[:1] == first.messages
+        assert [(m.role, m.content) for m in second.messages[1:]] == [
+            ("assistant", "It does."),
+            (
+                "user",
+                'That cannot be read. Reply with one JSON object and nothing else, either {"verdict": "yes"} or {"verdict": "no"}.',
+            ),
+        ]
+
+
+@pytest.mark.parametrize("judge", get_args(Judge))
+def test_a_reminder_states_the_form_that_the_judges_words_state(judge: Judge) -> None:
+    book = judge_book()
+    slots = dict.fromkeys(("question", "gold", "response", "criterion"), "")
+    asked = book.judge("", "", "")[-1].content if judge == "judge" else book.text(judge, slots)
+    last = reminder(judge, "<think>endless")
+    assert last[0] == Message("assistant", "...") and last[1].content.partition(". ")[2] in asked
 
 
 def test_every_judge_has_its_words() -> None:

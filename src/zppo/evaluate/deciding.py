@@ -14,7 +14,8 @@ from zppo.evaluate.benchmark import Benchmark
 from zppo.evaluate.item import Item
 from zppo.evaluate.journal import Journal
 from zppo.evaluate.judging import judge_book, judge_request, judge_score
-from zppo.evaluate.protocol import JUDGE_TOKENS, digest_of
+from zppo.evaluate.protocol import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
+from zppo.evaluate.replies import reminder
 from zppo.evaluate.rows import TOO_LONG, Row
 from zppo.evaluate.scoring import score
 from zppo.grading.grader import Grader
@@ -56,9 +57,8 @@ class Decider:
         self._think_open = think_open
         # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.
         official = urlsplit(judge.url).hostname == OPENAI_HOST
-        self._how = TeacherSampling(
-            Sampling(temperature=0.0, max_new_tokens=JUDGE_TOKENS), {} if official else {"enable_thinking": False}
-        )
+        self._template_args: dict[str, Any] = {} if official else {"enable_thinking": False}
+        self._given = frozenset(prompts)
 
     def close(self) -> None:
         """Ends workers and connections."""
@@ -97,12 +97,13 @@ class Decider:
         messages = judge_request(benchmark, item, row.text, self._book, self._think_open)
         key = digest_of([benchmark.name, item.id, row.epoch, messages])
         known = journal.get(key)
+        tokens = LONG_JUDGE_TOKENS if benchmark.judge in self._given else JUDGE_TOKENS
+        how = TeacherSampling(Sampling(temperature=0.0, max_new_tokens=tokens), self._template_args)
         spent_in = spent_out = 0
         said = error = ""
         for turn in range(0 if known else TURNS):
-            # Another key a turn: a judge that repeated its malformed reply word for word would never be read.
             request = TeacherRequest(messages, (draw_key(turn, "judge", item.id, row.text),))
-            answer = self._judge.complete([request], self._how)[0]
+            answer = self._judge.complete([request], how)[0]
             spent_in, spent_out = spent_in + answer.prompt_tokens, spent_out + answer.completion_tokens
             text = answer.texts[0]
             if text is None:
@@ -114,7 +115,8 @@ class Decider:
                 journal.add(key, known)
                 break
             error = "the judge's reply is malformed"
+            messages = (*messages, *reminder(benchmark.judge, text))
         if known is None:
             return replace(row, by="open", value=None, reply=said, error=error, judge_tokens=(spent_in, spent_out))
-        tokens = (int(known["tokens_in"]), int(known["tokens_out"]))
-        return replace(row, by="judge", value=float(known["value"]), reply=str(known["reply"]), judge_tokens=tokens)
+        spent = (int(known["tokens_in"]), int(known["tokens_out"]))
+        return replace(row, by="judge", value=float(known["value"]), reply=str(known["reply"]), judge_tokens=spent)

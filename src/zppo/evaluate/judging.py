@@ -13,10 +13,11 @@ from typing import get_args
 from zppo.core.types import IMAGE, Message
 from zppo.evaluate.benchmark import Benchmark, Judge
 from zppo.evaluate.item import Item
+from zppo.evaluate.replies import read_reply
 from zppo.grading.boxed import extract_boxed, final_part
 from zppo.prompts import PromptBook
 from zppo.prompts.book import JUDGE
-from zppo.teacher.judge import parse_verdict, readable, strict_object
+from zppo.teacher.judge import readable
 
 _SLOTS = ("question", "gold", "response", "criterion")
 _MOST = 20_000  # characters of a response that a judge reads, its end; more is no answer
@@ -62,24 +63,9 @@ def judge_request(
 def judge_score(benchmark: Benchmark, item: Item, reply: str, think_open: bool = False) -> float | None:
     """The score in a judge's reply, 0 to 1; None where the reply is malformed, which is an error of the judge, not of the model.
 
-    The reply must be one JSON object and nothing else: a verdict, correct or wrong; MM-Vet: a score; MultiChallenge: a verdict, yes or
-    no, which is right if it is the one that the row wants.
+    Forms: `zppo.evaluate.replies`. MultiChallenge: the judge says yes or no, which is right if it is what the row wants.
     """
-    if benchmark.judge == "eval_mmvet":
-        return _grade(strict_object(reply, think_open))
-    if benchmark.judge == "eval_multichallenge":
-        pairs = strict_object(reply, think_open)
-        said = next((word for word in ("yes", "no") if pairs == (("verdict", word),)), None)
-        return None if said is None else float(said == item.golds[0])
-    verdict = parse_verdict(reply, think_open)
-    return None if verdict is None else float(verdict)
-
-
-def _grade(pairs: tuple[tuple[str, object], ...] | None) -> float | None:
-    """The number from 0 to 1 under the only key `score`."""
-    if not isinstance(pairs, tuple) or len(pairs) != 1 or pairs[0][0] != "score":
-        return None
-    value = pairs[0][1]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        return None
-    return float(value)
+    value = read_reply(benchmark.judge, reply, think_open)
+    if benchmark.judge == "eval_multichallenge" and value is not None:
+        return float((value == 1.0) == (item.golds[0] == "yes"))
+    return value

@@ -14,7 +14,8 @@ from zppo.prompts.book import CLOSING, PromptBook
 
 VideoMode = Literal["auto", "file", "frames"]
 FRAMES = 16
-JUDGE_TOKENS = 512
+JUDGE_TOKENS, LONG_JUDGE_TOKENS = 512, 4096
+"""Of a judge's reply; the second where its words were given by path: official ones often ask for reasons before the verdict."""
 LIMITS = PixelLimits()
 RESULT = "eval.json"
 _OF_MODELS = frozenset(
