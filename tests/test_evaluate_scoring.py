@@ -82,6 +82,21 @@ def test_rules(kind: Kind, gold: Any, facts: dict[str, Any], answer: str, value:
     assert score(asked, f"\\boxed{{{answer}}}", grader.equal) == found
 
 
+@pytest.mark.parametrize(
+    ("options", "gold", "answer", "value"),
+    [
+        (("I", "we"), "A", "I", 1.0), (("I", "we"), "B", "I", 0.0), (("we", "I"), "B", "\\text{I}", 1.0), (("S", "N", "E"), "B", "N", 1.0),
+        (("S", "N", "E"), "C", "E", 1.0), (("we", "I"), "B", "J", 0.0), (("I", "i"), "A", "I", None),
+        (("B", "A"), "A", "A", 1.0),  # a letter that an option has is that option
+        ((), "A", "A", 1.0), ((), "A", "B", 0.0),
+    ],
+)  # fmt: skip
+def test_a_letter_beyond_the_options_is_the_text_of_one_first(
+    options: tuple[str, ...], gold: str, answer: str, value: float | None, grader: Grader
+) -> None:
+    assert score(item("choice", gold, options=options), f"\\boxed{{{answer}}}", grader.equal).value == value
+
+
 def test_a_text_that_two_options_have_decides_nothing(grader: Grader) -> None:
     same = item("choice", "A", options=("half", "third", "Half"))
     assert score(same, "\\boxed{half}", grader.equal).value is None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 
+from zppo.evaluate.adapters.words import LETTERS
 from zppo.evaluate.anls import anls
 from zppo.evaluate.item import Item, Kind
 from zppo.grading.boxed import extract_boxed, final_part
@@ -77,19 +78,24 @@ def _decided(right: bool, reason: str = "") -> tuple[float, str]:
 
 
 def _choice(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
-    """A letter, with or without its text, in any case; a text alone where it is that of exactly one option."""
+    """A letter, with or without its text, in any case; a text alone where it is that of exactly one option.
+
+    A letter that none of the options has may be the text of one ("I", "N"), and is read so first.
+    """
     cleaned = _cleaned(answer)
     gold = item.golds[0]
     if cleaned is None:
         return None, "unclear"
     letters, _ = choice(cleaned)
-    if letters:
+    if letters and letters <= set(LETTERS[: len(item.options)]):
         return _decided(letters == {gold}, "letter")
     same = [i for i, option in enumerate(item.options) if normalise(option) == normalise(answer)]
     if not same:
         same = [i for i, option in enumerate(item.options) if equal(option, answer)]
     if len(same) == 1:
-        return _decided(same[0] == ord(gold) - ord("A"), "option")
+        return _decided(LETTERS[same[0]] == gold, "option")
+    if letters and not same:
+        return _decided(letters == {gold}, "letter")
     return None, "unclear"
 
 
