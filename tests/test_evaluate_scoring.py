@@ -67,10 +67,16 @@ UNCLEAR = None
         # The nearest gold.
         ("anls", ("Rotterdam", "NL"), {}, "Roterdam", 8 / 9), ("anls", ("Rotterdam", "NL"), {}, "nl", 1.0),
         ("anls", ("Rotterdam", "NL"), {}, "\\text{Rotterdam}", 1.0), ("anls", ("Rotterdam", "NL"), {}, "Paris", 0.0),
+        ("anls", ("31%",), {}, "31\\%", 1.0), ("anls", ("Paris",), {}, "\\textbf{Paris}", 1.0),
+        ("anls", ("a_b & c",), {}, "\\mathrm{a\\_b\\ \\&\\ c}", 1.0),
+        ("anls", ("a\\_b",), {}, "a\\_b", 1.0), ("anls", ("Rotterdam",), {}, "\\text{\\textit{Rotter}dam}", 1.0),
         # A judge of its own is asked, but for the gold's very words.
         ("judged", "60", {}, "60", 1.0), ("judged", "60", {}, "sixty", UNCLEAR),
         ("graded", "x <AND> y", {}, "x <AND> y", UNCLEAR), ("criterion", "yes", {}, "yes", UNCLEAR),
-        ("ocr", ("Port",), {"task": "text recognition en"}, "the port", 1.0), ("ocr", ("Port",), {"task": "no such task en"}, "Port", 0.0),
+        ("ocr", ("Port",), {"task": "text recognition en"}, "the port", 1.0), ("ocr", ("50%",), {"task": "text recognition en"}, "50\\%", 1.0),
+        ("ocr", ("my_name",), {"task": "text recognition en"}, "my\\_name", 1.0),
+        ("ocr", ("\\textbf{x}",), {"task": "formula recognition en"}, "\\textbf{x}", 1.0),
+        ("ocr", ("Port",), {"task": "no such task en"}, "Port", 0.0),
     ],
 )  # fmt: skip
 def test_rules(kind: Kind, gold: Any, facts: dict[str, Any], answer: str, value: float | None, grader: Grader) -> None:

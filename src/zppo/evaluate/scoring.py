@@ -12,7 +12,7 @@ from zppo.evaluate.adapters.words import LETTERS
 from zppo.evaluate.anls import anls
 from zppo.evaluate.item import Item, Kind
 from zppo.grading.boxed import extract_boxed, final_part
-from zppo.grading.clean import MAX_ANSWER, clean, nested_too_deep, normalise
+from zppo.grading.clean import MAX_ANSWER, clean, nested_too_deep, normalise, printed
 from zppo.grading.numeric import Number, parse_number
 from zppo.grading.units import split_unit
 from zppo.grading.words import choice, yes_no
@@ -152,16 +152,19 @@ def _grid(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
 
 
 def _anls(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
-    text = answer[:MAX_ANSWER]
-    wrapped = re.fullmatch(r"\\text\{([^{}]*)\}", text.strip())
-    return anls(item.golds, wrapped[1] if wrapped else text), "anls"
+    return max(anls(item.golds, text) for text in _readings(answer[:MAX_ANSWER])), "anls"
 
 
 def _ocr(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:
     # Its metrics need packages of the extra `ocr`, which nobody else needs.
     from zppo.evaluate.ocr import ocr_score
 
-    return ocr_score(item, response), str(item.facts["task"])
+    return max(ocr_score(item, text) for text in _readings(response)), str(item.facts["task"])
+
+
+def _readings(answer: str) -> set[str]:
+    """A text to be compared letter by letter, as it stands and as LaTeX prints it: a box is LaTeX, in which % and _ are escaped."""
+    return {answer, printed(answer)}
 
 
 def _judged(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:

@@ -43,6 +43,7 @@ _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|operatorname"
     r"|mbox|hbox|emph|underline)\*?\s*\{([^{}]*)\}"
 )
+_ESCAPED = re.compile(r"\\([%$#&_{} ])")
 _TEXT_ONLY = re.compile(r"\\text\s*\{([^{}]*)\}")
 _DELIMITERS = (
     ("$$", "$$"),
@@ -122,6 +123,15 @@ def normalise(answer: str) -> str:
         if not found:
             break
     return " ".join((text + answer[MAX_ANSWER:]).lower().split())
+
+
+def printed(text: str) -> str:
+    """A text in LaTeX as it is printed: commands for fonts and text off, escaped characters bare. Case and spaces stay. Linear time."""
+    for _ in range(MAX_DEPTH):
+        text, found = _WRAPPER.subn(r"\1", text)
+        if not found:
+            break
+    return _ESCAPED.sub(r"\1", text)
 
 
 def nested_too_deep(text: str) -> bool:
