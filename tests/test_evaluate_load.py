@@ -99,14 +99,26 @@ def test_data_of_another_benchmark_is_not_scored_zero(folder: Path, tmp_path: Pa
         load_items(find("OCRZH"), tmp_path)
 
 
-def test_a_row_that_cannot_be_read_names_itself(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "MMLU.jsonl").write_text((folder / "MMLU.jsonl").read_text() + '{"question": "?"}\n')
-    with pytest.raises(DataError, match=r"^MMLU, row 3, field 'choices': missing") as caught:
+def test_many_rows_that_cannot_be_read_stop_a_benchmark_and_few_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """One in a hundred, rounded up."""
+    good, bad = (folder / "MMLU.jsonl").read_text(), '{"question": "?", "choices": ["a", " "], "answer": 0}\n'
+    path = tmp_path / "MMLU.jsonl"
+    path.write_text(bad + good)
+    loaded = load_items(find("MMLU"), tmp_path)
+    assert [item.gold for item in loaded.items] == ["B", "D"]
+    assert loaded.unreadable == ("MMLU, row 1, field 'choices': is blank; a text is expected",) and not loaded.left_out
+    path.write_text(bad + good + bad)
+    with pytest.raises(
+        DataError, match=r"^MMLU, row 1, field 'choices': is blank.*\(2 of 4 rows cannot be read\)$"
+    ) as caught:
         load_items(find("MMLU"), tmp_path)
     assert not isinstance(caught.value, UnavailableError)
-    (tmp_path / "MMLU.jsonl").write_text("[1]\n")
-    with pytest.raises(DataError):
-        load_items(find("MMLU"), tmp_path)
+    path.write_text(bad + good * 50 + bad)  # 2 of 102
+    assert len(load_items(find("MMLU"), tmp_path).unreadable) == 2
+    for nothing in (bad, "[1]\n"):
+        path.write_text(nothing)
+        with pytest.raises(DataError):
+            load_items(find("MMLU"), tmp_path)
 
 
 def test_a_limit_keeps_groups_whole(folder: Path) -> None:

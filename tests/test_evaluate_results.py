@@ -308,6 +308,17 @@ def test_other_figures_of_a_benchmark_are_shown_in_the_terminal_and_on_the_page(
     assert ("WeMath: average", "", "62.5%", "", "", "") in rows and len(rows) == 2 + 2 + 2
 
 
+def test_the_closing_table_says_what_could_not_be_read(tmp_path: Path) -> None:
+    state = EvalFolder(written(tmp_path, {"AI2D": 0.5, "MMLU": 0.2}).parent).read() or {}
+    state["benchmarks"][1] |= {"unreadable": 2, "unreadable_first": "MMLU, row 7: no"}
+    console = Console(record=True, width=150, force_terminal=False)
+    print_results(console, state)
+    text = shown(console)
+    assert (
+        "MMLU: 2 rows are no part of it, since unreadable; the first: MMLU, row 7: no" in text and "AI2D:" not in text
+    )
+
+
 def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zppo.evaluate.view._EVERY", -1.0)
     console = Console(record=True, width=100, force_terminal=False)
@@ -392,6 +403,13 @@ def test_a_dry_run_needs_no_network_no_server_and_no_extra(
         == 0
     )
     assert "AI2D 2 6" in " ".join(capsys.readouterr().out.split())
+    # Rows that cannot be read are said, and the other benchmarks are estimated all the same.
+    (tmp_path / "AI2D.jsonl").write_text("{}\n{}\n")
+    with (tmp_path / "MMLU.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert cli.main(["eval", "anything", "--suite", "AI2D,MMLU", "--data", str(tmp_path), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "AI2D ?" in said and "MMLU 2" in said and "1 row unreadable" in said
 
 
 def test_a_dry_runs_table_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

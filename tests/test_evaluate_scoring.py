@@ -73,7 +73,8 @@ UNCLEAR = None
         # A judge of its own is asked, but for the gold's very words.
         ("judged", "60", {}, "60", 1.0), ("judged", "60", {}, "sixty", UNCLEAR),
         ("graded", "x <AND> y", {}, "x <AND> y", UNCLEAR), ("criterion", "yes", {}, "yes", UNCLEAR),
-        ("ocr", ("Port",), {"task": "text recognition en"}, "the port", 1.0), ("ocr", ("50%",), {"task": "text recognition en"}, "50\\%", 1.0),
+        ("ocr", ("Port",), {"task": "text recognition en"}, "the port", 1.0),
+        ("ocr", ("50%",), {"task": "text recognition en"}, "50\\%", 1.0),
         ("ocr", ("my_name",), {"task": "text recognition en"}, "my\\_name", 1.0),
         ("ocr", ("\\textbf{x}",), {"task": "formula recognition en"}, "\\textbf{x}", 1.0),
         ("ocr", ("Port",), {"task": "no such task en"}, "Port", 0.0),

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zppo.errors import UnavailableError, one_line
+from zppo.errors import DataError, one_line
 from zppo.evaluate.benchmark import Benchmark, Family
 from zppo.evaluate.item import Item
 from zppo.evaluate.load import load_items
@@ -56,9 +56,14 @@ def estimate(benchmark: Benchmark, options: EvalOptions) -> Estimate:
     items: Sequence[Item] | None = None
     if options.data is not None:
         try:
-            items = load_items(benchmark, options.data, clips=options.clips, limit=options.limit).items
-            note = ""
-        except UnavailableError as error:
+            loaded = load_items(benchmark, options.data, clips=options.clips, limit=options.limit)
+            items, bad = loaded.items, loaded.unreadable
+            note = (
+                f"{len(bad):,} {'row' if len(bad) == 1 else 'rows'} unreadable: {bad[0][:100].removeprefix(f'{benchmark.name}, ')}"
+                if bad
+                else ""
+            )
+        except DataError as error:  # it would be skipped
             note = one_line(error, 100).removeprefix(f"{benchmark.name}: ")
             return Estimate(benchmark, None, 0, 0, 0, 0, note)
     rows = len(items) if items is not None else benchmark.rows

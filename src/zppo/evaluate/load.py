@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -19,6 +20,7 @@ _ENDINGS = (".jsonl", ".parquet", ".json")
 _CONFIG, _SPLIT = "_config", "_split"
 _GROUPS = ("seed", "problem")
 _SUBTITLES = "VMMES"
+_UNREADABLE = 0.01  # of the rows: so many may be left out since they cannot be read, rounded up
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,14 @@ class Loaded:
         origin: a file, or owner/name of a set on the hub.
         revision: the commit of that set; "" for a file, or where the hub did not say.
         left_out: records that are no part of the benchmark.
+        unreadable: what is wrong with each record that cannot be read; these are left out too.
     """
 
     items: tuple[Item, ...]
     origin: str
     revision: str
     left_out: int
+    unreadable: tuple[str, ...] = ()
 
 
 def load_items(
@@ -59,7 +63,7 @@ def load_items(
 
     Raises:
         UnavailableError: the data cannot be had: said and skipped, never scored 0.
-        DataError: a row cannot be read; the message names benchmark, row and field.
+        DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
     if data is None:
         rows, origin, revision = *_hub_rows(benchmark, clips), _commit(benchmark.source)
@@ -67,20 +71,30 @@ def load_items(
         rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
     adapt = partial(_adapted, benchmark)
     found: list[Item] = []
-    left_out = 0
+    left_out = seen = 0
+    unreadable: list[str] = []
     whole = limit is None or benchmark.aggregate in ("worst case", "wemath")
     for row in rows:
-        items = adapt(row)
+        seen += 1
+        try:
+            items = adapt(row)
+        except UnavailableError:
+            raise
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
         left_out += not items
         found += (_placed(item, benchmark, row.folder, store) for item in items)
         if not whole and len(found) >= (limit or 0):
             break
+    if len(unreadable) > math.ceil(seen * _UNREADABLE) or (unreadable and not found):
+        raise DataError(f"{unreadable[0]} ({len(unreadable):,} of {seen:,} rows cannot be read)")
     items = limited(unique(found), limit)
     if not items:
         raise UnavailableError(
             f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data"
         )
-    return Loaded(items, origin, revision, left_out)
+    return Loaded(items, origin, revision, left_out, tuple(unreadable))
 
 
 def unique(items: Iterable[Item]) -> tuple[Item, ...]:

@@ -190,12 +190,15 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     try:
         loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.store, limit=options.limit)
         _check_packages(session, benchmark, loaded)
-    except DataError as error:  # unreachable, or a row that cannot be read: the other benchmarks are asked all the same
+    except (
+        DataError
+    ) as error:  # unreachable, or too many rows that cannot be read: the other benchmarks are asked all the same
         say(console, f"skipped {error}", "yellow")
         return with_skipped(state, benchmark.name, benchmark.family, str(error))
     rows = _rows(session, benchmark, loaded)
     part = summary(benchmark, rows, len(loaded.items) * options.samples)
     part |= {"limit": options.limit, "samples": options.samples, "origin": loaded.origin, "revision": loaded.revision}
+    part |= {"unreadable": len(loaded.unreadable), "unreadable_first": next(iter(loaded.unreadable), "")}
     return with_benchmark(state, part, [each.name for each in BENCHMARKS])
 
 

@@ -92,6 +92,13 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
     for each in state["benchmarks"]:
+        if count := each.get("unreadable", 0):
+            what = "1 row is" if count == 1 else f"{count:,} rows are"
+            say(
+                console,
+                f"{each['name']}: {what} no part of it, since unreadable; the first: {each['unreadable_first']}",
+                "yellow",
+            )
         if count := each.get("left_out", 0):
             say(
                 console,
