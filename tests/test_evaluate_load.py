@@ -70,10 +70,39 @@ def test_subtitles_are_read_beside_the_clips(folder: Path, tmp_path: Path) -> No
 def test_clips_are_found_wherever_they_were_unpacked(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "clips").symlink_to(folder / "clips")
     (tmp_path / "star" / "ZS9XR.mp4").mkdir(parents=True)  # a clip that comes as a folder of pictures
-    for number in range(2):
-        (tmp_path / "star" / "ZS9XR.mp4" / f"{number}.png").write_bytes((folder / "clips" / "0.png").read_bytes())
-    first = load_items(find("MVBench"), folder, clips=tmp_path).items[0]
-    assert [path.name for path in first.frames if isinstance(path, Path)] == ["0.png", "1.png"] and first.video is None
+    for number in range(60):
+        (tmp_path / "star" / "ZS9XR.mp4" / f"{number + 1:05d}.png").write_bytes(b"png")
+    rows = [json.loads(line) for line in (folder / "MVBench.jsonl").read_text().splitlines()]
+
+    def first(**fields: Any) -> Item:
+        (tmp_path / "MVBench.jsonl").write_text(json.dumps({**rows[0], **fields}) + "\n" + json.dumps(rows[1]) + "\n")
+        return load_items(find("MVBench"), tmp_path).items[0]
+
+    def numbers(item: Item) -> list[int]:
+        return [int(path.stem) for path in item.frames if isinstance(path, Path)]
+
+    assert first(start=None).video is None and numbers(first(start=None)) == [*range(1, 61)]
+    # A part of such a clip: by the rate of TVQA's frames, or the one that the row says; without one the row is left out.
+    part: dict[str, Any] = {"start": 5.0, "end": 8.0}
+    assert numbers(first(**part, _config="episodic_reasoning")) == [*range(16, 26)]
+    assert numbers(first(**part, fps=2)) == [*range(11, 18)]
+    assert numbers(first(start=50.0, end=55.0, fps=3)) == [60]
+    assert first(**part).frames == (
+        tmp_path / "clips" / "0.png",
+        tmp_path / "clips" / "1.png",
+        tmp_path / "clips" / "2.png",
+    )
+    (reason,) = load_items(find("MVBench"), tmp_path).unreadable
+    assert "(5.0 to 8.0 s) that is a folder of pictures; say how many a second in the field fps" in reason
+
+
+def test_parts_that_are_cut_already_are_shown_whole(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "clips").symlink_to(folder / "clips")
+    for name, clip in (("Charades_v1_480", (11.1, 19.6)), ("Charades_segment", None)):
+        (tmp_path / name / "star" / name).mkdir(parents=True)
+        (tmp_path / name / "clips").symlink_to(folder / "clips")
+        (tmp_path / name / "star" / name / "ZS9XR.mp4").write_bytes(b"clip")
+        assert load_items(find("MVBench"), folder, clips=tmp_path / name).items[0].clip == clip
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class Item:
         frames: of a video that comes as pictures, in time order; shown before the text.
         video: of a video that comes as a file; shown before the text. At most one of `frames` and `video` is given.
         clip: (start, end) in seconds where only a part of `video` belongs to the question.
+        rate: pictures a second of a `video` that is a folder of pictures; None where nobody knows.
         options: texts of the options, A first, where there are some.
         facts: what scorers and breakdowns need beside that (precision, variant, category, ...).
 
@@ -62,6 +63,7 @@ class Item:
     frames: tuple[Media, ...] = ()
     video: Path | None = None
     clip: tuple[float, float] | None = None
+    rate: float | None = None
     options: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 

@@ -20,6 +20,7 @@ _ENDINGS = (".jsonl", ".parquet", ".json")
 _CONFIG, _SPLIT = "_config", "_split"
 _GROUPS = ("seed", "problem")
 _SUBTITLES = "VMMES"
+_CUT = "segment"  # how folders end whose clips are parts
 _UNREADABLE = 0.01  # of the rows: so many may be left out since they cannot be read, rounded up
 
 
@@ -77,14 +78,14 @@ def load_items(
     for row in rows:
         seen += 1
         try:
-            items = adapt(row)
+            items = tuple(_placed(item, benchmark, row.folder, store) for item in adapt(row))
         except UnavailableError:
             raise
         except DataError as error:
             unreadable.append(str(error))
             continue
         left_out += not items
-        found += (_placed(item, benchmark, row.folder, store) for item in items)
+        found += items
         if not whole and len(found) >= (limit or 0):
             break
     if len(unreadable) > math.ceil(seen * _UNREADABLE) or (unreadable and not found):
@@ -222,8 +223,23 @@ def _placed(item: Item, benchmark: Benchmark, folder: Path, store: Path | None) 
         frames = tuple(sorted(path for path in video.iterdir() if path.suffix.lower() in PICTURES))
         if not frames:
             raise UnavailableError(f"{benchmark.name}: {video} holds no pictures; unpack the clips again")
-        return replace(item, images=images, frames=frames, video=None)
-    return replace(item, images=images, frames=frames, video=video)
+        return replace(item, images=images, frames=_part_of(item, frames), video=None)
+    # The parts of MVBench's branch `video` are cut already.
+    clip = None if video.parent.name.endswith(_CUT) else item.clip
+    return replace(item, images=images, frames=frames, video=video, clip=clip)
+
+
+def _part_of(item: Item, frames: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The pictures of the part that belongs to the question; the last one where the clip ends before it. DataError without a rate."""
+    if item.clip is None:
+        return frames
+    if not item.rate:
+        raise DataError(
+            f"{item.benchmark}, question {item.id!r}: is about a part of a clip ({item.clip[0]} to {item.clip[1]} s) that is a folder of "
+            "pictures; say how many a second in the field fps"
+        )
+    first, last = (round(second * item.rate) for second in item.clip)
+    return frames[first : last + 1] or frames[-1:]
 
 
 def _kept(media: Media, *, benchmark: Benchmark, folder: Path, store: Path | None) -> Media:

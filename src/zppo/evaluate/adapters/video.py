@@ -17,6 +17,10 @@ from zppo.evaluate.adapters.words import LETTERS, ask, checked_options, with_opt
 from zppo.evaluate.item import Item, Kind, Media
 
 _HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
+_TVQA, _TVQA_RATE = (
+    "episodic_reasoning",
+    3.0,
+)  # the task of MVBench whose clips are folders of pictures, and how many a second
 _NO_SUBTITLES = "This video has no subtitles."
 
 
@@ -30,6 +34,7 @@ def _video_item(
     options: tuple[str, ...] = (),
     facts: Mapping[str, Any] | None = None,
     clip: tuple[float, float] | None = None,
+    rate: float | None = None,
     where: str = "",
 ) -> Item:
     """An item about the clip that is named in one of the fields, or by `where`."""
@@ -47,6 +52,7 @@ def _video_item(
         frames=frames,
         video=video,
         clip=clip,
+        rate=rate,
         options=options,
         facts=facts or {},
     )
@@ -96,7 +102,10 @@ def mmvu(row: Row) -> tuple[Item, ...]:
 
 
 def mvbench(row: Row) -> tuple[Item, ...]:
-    """MVBench: the answer is the text of a candidate; some tasks are about a part of the clip, in seconds."""
+    """MVBench: the answer is the text of a candidate; some tasks are about a part of the clip, in seconds.
+
+    A clip may be a folder of pictures, `fps` of them a second; TVQA's are so, 3 a second. `frames` are shown whole.
+    """
     options = checked_options(row, "candidates", row.texts("candidates"))
     if row.text("answer") not in options:
         row.fail("answer", f"{row.text('answer')[:40]!r} is none of the candidates")
@@ -106,6 +115,7 @@ def mvbench(row: Row) -> tuple[Item, ...]:
         clip = (row.seconds("start"), row.seconds("end"))
         if clip[0] >= clip[1]:
             row.fail("end", f"is {clip[1]}, which is not behind start ({clip[0]})")
+    rate = row.seconds("fps") if row.has("fps") else _TVQA_RATE if row.config == _TVQA else None
     text = with_options(strip_directives(row.text("question")), options)
     identity = f"{row.config or 'mvbench'}-{row.number}"
     return (
@@ -119,6 +129,7 @@ def mvbench(row: Row) -> tuple[Item, ...]:
             options=options,
             facts={"task": row.config},
             clip=clip,
+            rate=rate,
         ),
     )
 
