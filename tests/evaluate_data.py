@@ -41,6 +41,8 @@ def write_data(folder: Path) -> Path:
         frame = Image.new("RGB", (64, 48), "white")
         ImageDraw.Draw(frame).ellipse((8 + 16 * number, 16, 24 + 16 * number, 32), fill="black")
         frame.save(folder / "clips" / f"{number}.png")
+    (folder / "subtitle").mkdir()
+    (folder / "subtitle" / "another.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
     for clip in _CLIPS:
         (folder / clip).parent.mkdir(parents=True, exist_ok=True)
         (folder / clip).write_bytes(b"no real clip")

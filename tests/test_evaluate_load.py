@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,25 @@ def test_parquet_is_read_too(folder: Path, tmp_path: Path) -> None:
 def test_subtitles_are_read_beside_the_clips(folder: Path, tmp_path: Path) -> None:
     """And only for the benchmark with subtitles; a clip without them says so."""
     clips = write_data(tmp_path)
-    (clips / "subtitle").mkdir()
     (clips / "subtitle" / "fFjv93ACGo8.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nThree candles!\n")
     with_them = load_items(find("VMMES"), folder, clips=clips).items
     assert "Three candles!" in with_them[0].messages[0].content
     assert "no subtitles" in load_items(find("VMMES"), folder).items[0].messages[0].content
     assert "subtitles" not in load_items(find("VMME"), folder, clips=clips).items[0].messages[0].content
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_without_any_subtitles_the_benchmark_with_them_is_unavailable(empty: bool, tmp_path: Path) -> None:
+    """Else every question would say that its video has none."""
+    clips = write_data(tmp_path)
+    shutil.rmtree(clips / "subtitle")
+    if empty:
+        (clips / "subtitle").mkdir()
+    with pytest.raises(
+        UnavailableError, match=r"VMMES: there is no file .*subtitle/<videoID>\.srt; unpack the subtitles"
+    ):
+        load_items(find("VMMES"), clips)
+    assert load_items(find("VMME"), clips).items
 
 
 def test_clips_are_found_wherever_they_were_unpacked(folder: Path, tmp_path: Path) -> None:

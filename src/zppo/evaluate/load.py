@@ -132,8 +132,19 @@ def _adapted(benchmark: Benchmark, row: Row) -> tuple[Item, ...]:
 
 
 def _subtitles(row: Row) -> str:
+    """The row's file of subtitles, "" for a clip without; UnavailableError where there are none at all."""
+    if not _has_subtitles(row.folder):
+        raise UnavailableError(
+            f"{row.benchmark}: there is no file {row.folder / 'subtitle'}/<videoID>.srt; unpack the subtitles of the set there, or "
+            "leave the benchmark out"
+        )
     path = row.path("videoID", f"subtitle/{row.text('videoID')}.srt")
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+@lru_cache(maxsize=4)
+def _has_subtitles(folder: Path) -> bool:
+    return any((folder / "subtitle").glob("*.srt"))
 
 
 def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[Row], str]:
