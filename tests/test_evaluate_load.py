@@ -261,6 +261,29 @@ def test_a_set_that_cannot_be_reached_is_unavailable(
         load_items(find(name))
 
 
+def test_a_copy_is_read_where_the_set_itself_cannot_be_had(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its origin is written down; of a set that can be had in part nothing is mixed with a copy."""
+    row = {"id": "7", "problem": "?", "question": "?", "answer": 7}
+    made = hub({(name, "test"): [row] for name in ("AIME2025-I", None)})  # AIME2025-II is missing
+    aime = find("AIME25")
+    loaded = load_items(aime)
+    assert (loaded.origin, len(loaded.items)) == ("math-ai/aime25", 1)
+    assert [name for name, *_ in made.asked] == ["opencompass/AIME2025"] * 2 + ["math-ai/aime25"]
+    assert made.asked[-1][-1] == aime.also[0].revision
+    made.parts = {}
+    with pytest.raises(
+        UnavailableError, match=r"AIME25: opencompass/AIME2025, .*, nor can math-ai/aime25; see https://hu"
+    ):
+        load_items(aime)
+
+
+def test_the_clips_of_mvbench_are_those_of_its_branch_of_clips(hub: Any, folder: Path) -> None:
+    row = {"video": "ZS9XR.mp4", "question": "?", "candidates": ["a", "b"], "answer": "a"}
+    made = hub({(task, "train"): [row] for task in find("MVBench").source.configs})
+    assert len(load_items(find("MVBench"), clips=folder).items) == 20
+    assert {revision for *_, revision in made.asked} == {"video"}
+
+
 def test_clips_of_the_hub_must_be_unpacked_by_hand() -> None:
     with pytest.raises(
         UnavailableError, match="MVBench: its clips are archives at https://huggingface.co/datasets/OpenGVLab/MVBench"

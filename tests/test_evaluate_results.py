@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from zppo.evaluate.child import KEY, command_of
 from zppo.evaluate.folder import EvalFolder, begin, default_output, finished, with_benchmark, with_skipped
 from zppo.evaluate.item import Item, Message
 from zppo.evaluate.journal import Journal
-from zppo.evaluate.media import spread, turns_of
+from zppo.evaluate.media import media_key, spread, turns_of
 from zppo.evaluate.protocol import EvalOptions, fingerprint, settings_of
 from zppo.evaluate.registry import BENCHMARKS, find
 from zppo.evaluate.rows import Row, families, summary
@@ -131,6 +132,18 @@ def test_frames_come_before_the_text_evenly_spaced_and_images_at_their_marks(tmp
     assert turn.parts[0].value == "data:video/mp4;base64,d2hvbGU="
     with pytest.raises(DataError, match="cannot be decoded"):
         turns_of(video, PromptBook(), store=tmp_path, as_file=False, frames=2)
+
+
+def test_another_picture_under_the_same_name_is_another_question(tmp_path: Path) -> None:
+    picture = tmp_path / "red.png"
+    item = Item("1", "AI2D", (Message("user", "<image>?"),), "A", "text", images=(picture,))
+    keys = []
+    for data in (b"one", b"two", b"one"):
+        picture.write_bytes(data)
+        keys.append(media_key(item))
+    assert keys[0] == keys[2] != keys[1] and keys[0] == media_key(replace(item, images=(b"one",)))
+    picture.unlink()
+    assert media_key(item) not in keys
 
 
 def test_pictures_are_sent_within_the_protocols_limits(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class Source:
         id: owner/name.
         splits: all that belong to the benchmark.
         configs: all that belong to it; "" is the only one there is.
-        revision: commit that the fields were read at; None where nobody has named one: what is loaded is then the newest, and its
+        revision: commit or branch that the fields were read at; None where nobody has named one: what is loaded is then the newest, and its
             commit is written down with the results.
     """
 
@@ -49,7 +49,7 @@ class Benchmark:
         rows: questions in all, None where nobody has counted.
         licence: of the data, as its card names it; None: look there.
         gated: its terms must be accepted on the hub, and a log-in is needed.
-        also: copies of the same data at other owners, which the adapter reads too.
+        also: copies of the same data at other owners, which are loaded, in this order, where the source cannot be.
         unverified: what is not certain about this row; "" where nothing is known to be.
     """
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from zppo.data.files import READERS
-from zppo.errors import DataError, UnavailableError, one_line
+from zppo.errors import DataError, UnavailableError
 from zppo.evaluate.adapters.row import PICTURES, Row
-from zppo.evaluate.benchmark import Benchmark, Source
+from zppo.evaluate.benchmark import Benchmark
+from zppo.evaluate.hub import hub_rows
 from zppo.evaluate.item import Item, Media
 
 _ENDINGS = (".jsonl", ".parquet", ".json")
@@ -67,7 +67,7 @@ def load_items(
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
     if data is None:
-        rows, origin, revision = *_hub_rows(benchmark, clips), _commit(benchmark.source)
+        rows, origin, revision = hub_rows(benchmark, clips)
     else:
         rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
     adapt = partial(_adapted, benchmark)
@@ -164,63 +164,6 @@ def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[
             yield Row(benchmark.name, number, value, config, split, folder)
 
     return rows(), str(path)
-
-
-def _hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[Row], str]:
-    source = benchmark.source
-    if benchmark.family == "video" and clips is None:
-        raise UnavailableError(
-            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{source.id}; unpack them and name their folder"
-        )
-    if Path(source.id).exists():
-        raise UnavailableError(
-            f"{benchmark.name}: {Path(source.id).absolute()} exists, and would be read instead of the hub's set; start in another folder"
-        )
-    parts = [(config, split) for config in source.configs for split in source.splits]
-
-    def rows() -> Iterator[Row]:
-        number = 0
-        for config, split in parts:
-            for value in _records(benchmark, config, split):
-                number += 1
-                yield Row(benchmark.name, number, value, config, split, clips or Path(), trusted=True)
-
-    return rows(), source.id
-
-
-def _records(benchmark: Benchmark, config: str, split: str) -> Iterator[Mapping[str, Any]]:
-    """Records of a part of a set, pictures as bytes."""
-    # Heavy, and not needed with a folder.
-    import datasets
-
-    source = benchmark.source
-    try:
-        part = datasets.load_dataset(source.id, config or None, split=split, revision=source.revision)
-        for name, feature in part.features.items():
-            if isinstance(feature, datasets.Image | datasets.Video):
-                part = part.cast_column(name, type(feature)(decode=False))
-    except Exception as error:  # whatever is missing: a network, a log-in, the set, a part of it
-        raise UnavailableError(f"{benchmark.name}: {_why(benchmark, config, split, error)}") from error
-    yield from part
-
-
-def _why(benchmark: Benchmark, config: str, split: str, error: BaseException) -> str:
-    source = benchmark.source
-    page = f"https://huggingface.co/datasets/{source.id}"
-    what = f"{source.id}, {f'configuration {config}, ' if config else ''}split {split}, cannot be loaded ({one_line(error)})"
-    if benchmark.gated:
-        return f"{what}; it is gated: accept its terms at {page}, then run `hf auth login`"
-    return f"{what}; see {page}, check the network, or bring the rows in a folder"
-
-
-def _commit(source: Source) -> str:
-    """The commit that the hub has under the revision; "" where it cannot be asked."""
-    import huggingface_hub
-
-    try:
-        return str(huggingface_hub.HfApi().dataset_info(source.id, revision=source.revision).sha or "")
-    except Exception:  # offline with a copy of the set: it loads all the same
-        return source.revision or ""
 
 
 def _placed(item: Item, benchmark: Benchmark, folder: Path, store: Path | None) -> Item:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,10 +89,19 @@ def spread(values: Sequence[_T], most: int) -> list[_T]:
 
 
 def media_key(item: Item) -> list[Any]:
-    """What names the media of a question in its key: digests of pictures, name and size of a clip."""
-    pictures = [media.stem if isinstance(media, Path) else len(media) for media in (*item.images, *item.frames)]
+    """What names the media of a question in its key: digests of pictures, name and size of a clip. Reads the pictures."""
+    pictures = [_digest(media) for media in (*item.images, *item.frames)]
     clip = [item.video.name, item.video.stat().st_size if item.video.is_file() else 0] if item.video else []
     return [pictures, clip, item.clip]
+
+
+def _digest(media: Media) -> str:
+    """SHA-256, "" for a file that cannot be read: who wants to send it will say so."""
+    try:
+        data = media.read_bytes() if isinstance(media, Path) else media
+    except OSError:
+        return ""
+    return hashlib.sha256(data).hexdigest()
 
 
 def _ref(media: Media, store: Path) -> ImageRef:

@@ -29,12 +29,13 @@ VIDEO = (
         name="MVBench",
         title="MVBench, 20 tasks",
         family="video",
-        source=Source("OpenGVLab/MVBench", ("train",), _MVBENCH_TASKS),
+        source=Source("OpenGVLab/MVBench", ("train",), _MVBENCH_TASKS, "video"),
         adapter=video.mvbench,
         differs="A system prompt describes how to watch, the answer is begun for the model, and 8 or 16 frames are shown.",
         rows=4000,
         licence="mit",
-        unverified="harnesses read the branch `video`, which has the clips as files; NTU clips must be fetched from their owner",
+        unverified="whether start and end on the branch `video`, some of whose clips are cut already, are those of whole clips; "
+        "NTU clips must be fetched from their owner",
     ),
     Benchmark(
         name="VMME",

@@ -134,7 +134,7 @@ def ask(work: Work) -> Solver:
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         item = work.items[str(state.sample_id)]
-        key = answer_key(work, item, state.epoch)
+        key = await to_thread.run_sync(answer_key, work, item, state.epoch, limiter=work.threads)
         known = await to_thread.run_sync(work.answers.get, key, limiter=work.threads)
         if known is None:
             try:
