@@ -183,7 +183,7 @@ def _placed(item: Item, benchmark: Benchmark, folder: Path, store: Path | None) 
     return replace(item, images=images, frames=frames, video=video, clip=clip)
 
 
-def _part_of(item: Item, frames: tuple[Path, ...]) -> tuple[Path, ...]:
+def _part_of(item: Item, frames: tuple[Media, ...]) -> tuple[Media, ...]:
     """The pictures of the part that belongs to the question; the last one where the clip ends before it. DataError without a rate."""
     if item.clip is None:
         return frames
