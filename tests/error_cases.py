@@ -312,6 +312,18 @@ def _(w: World) -> None:
     w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})
 
 
+@case("images in a column that nobody looks at")
+def _(w: World) -> None:
+    w.write("a.png", picture())
+    w.questions({"prompt": "a", "answer": 1, "image": "a.png"})
+
+
+@case("a misspelt column of images")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})
+    w.set("data.columns", {"images": "imagge"})
+
+
 @case("an image that is not there")
 def _(w: World) -> None:
     w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})

@@ -53,6 +53,27 @@ def said(folder: Path, *rows: Any, **columns: str) -> str:
     return str(caught.value)
 
 
+def test_nobody_trains_blind_by_mistake(tmp_path: Path) -> None:
+    """A column of images that is not read, or not there, is an error, unless the recipe says that there are to be none."""
+    save(tmp_path / "a.png")
+    held = {"bytes": base64.b64encode(picture()).decode(), "path": None}
+    for row in ({"image": "a.png"}, {"figure": held}, {"figure": [held]}):
+        [name] = row
+        assert f"data.columns.images: {name}, or ''" in said(tmp_path, {}, row)
+        assert not any(q.images for q in load(lines(tmp_path, {}, row), images=""))
+        assert len(load(lines(tmp_path, {}, row), images=name)[1].images) == 1
+    assert "no row has the column 'imagge'" in said(tmp_path, {"images": "a.png"}, images="imagge")
+    text = lines(tmp_path, {"image": None}, {"image": ""})
+    assert not any(q.images for q in load(text))  # nothing to see
+    assert load_questions(str(text), ColumnSettings(images="figure"), None, Reading(held_out=True))
+    assert len(load(lines(tmp_path, {"images": "a.png", "image": "b"}))[0].images) == 1  # one of two is read
+    kept = datasets.Dataset.from_list([{"prompt": "p", "answer": "1", "figure": {"bytes": picture(), "path": None}}])
+    kept.cast_column("figure", datasets.Image()).save_to_disk(str(tmp_path / "kept"))
+    with pytest.raises(DataError, match="'figure' seems to hold images"):
+        load(tmp_path / "kept")
+    assert [len(load(tmp_path / "kept", images=name)[0].images) for name in ("figure", "")] == [1, 0]
+
+
 def colours(question: Question) -> list[tuple[int, ...]]:
     return [open_image(ref).getpixel((0, 0)) for ref in question.images]  # type: ignore[misc]
 

@@ -13,7 +13,7 @@ from zppo.data.files import file_rows
 from zppo.data.folders import folder_rows
 from zppo.data.images import Pictures
 from zppo.data.reading import Place, Reading, Rows
-from zppo.data.rows import Columns, question_from_row
+from zppo.data.rows import USUAL_IMAGES, Columns, has_column, not_looked_at, question_from_row, unused_images
 from zppo.errors import DataError
 
 SourceFn = Callable[[str], Sequence[Question]]
@@ -49,7 +49,7 @@ def load_questions(
 
     Raises:
         DataError: source missing, empty, unreadable or of an unknown kind; a row that is no question; an image that cannot be used;
-            an id that stands twice.
+            an id that stands twice; a column of images that no row has, or one that nobody would look at.
         StorageError: the cache of images cannot be written.
     """
     reading = reading or Reading()
@@ -58,7 +58,7 @@ def load_questions(
         given = gym.gym_questions(rest, reading) if scheme == gym.SCHEME else _registered(source)
         questions = list(islice(given, limit))
     else:
-        questions = _from_rows(_rows(source, columns, reading), columns, limit, reading)
+        questions = _from_rows(source, _rows(source, columns, reading), columns, limit, reading)
     if not questions:
         raise DataError(f"{source}: holds no questions; it needs at least one")
     return questions
@@ -71,9 +71,9 @@ def _rows(source: str, columns: Columns, reading: Reading) -> Rows:
     return folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
 
 
-def _from_rows(rows: Rows, columns: Columns, limit: int | None, reading: Reading) -> list[Question]:
+def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, reading: Reading) -> list[Question]:
     questions, seen = [], dict[str, Place]()
-    pictures = Pictures(reading.image_cache)
+    pictures, named, unused = Pictures(reading.image_cache), not columns.images, ""
     for place, data in islice(rows, limit):
         question = question_from_row(data, columns, place, reading.answer_after, pictures)
         if question.id in seen:
@@ -83,7 +83,23 @@ def _from_rows(rows: Rows, columns: Columns, limit: int | None, reading: Reading
             )
         seen[question.id] = place
         questions.append(question)
+        named = named or has_column(data, columns.images)
+        unused = unused or unused_images(data, columns)
+    if questions and not named and not any(question.images for question in questions):
+        _check_blind(source, columns, unused, reading)
     return questions
+
+
+def _check_blind(source: str, columns: Columns, unused: str, reading: Reading) -> None:
+    """Whether questions without the images column are meant to have none: a run that looks away learns all the same (ours)."""
+    if unused:
+        raise DataError(not_looked_at(source, unused, columns))
+    # Held-out questions may have none where those to train on have some, and share the names of the columns.
+    if columns.images != USUAL_IMAGES and not reading.held_out:
+        raise DataError(
+            f"{source}: no row has the column {columns.images!r} that data.columns.images names; mend the name, or write '' to leave "
+            "images out"
+        )
 
 
 def _both(first: Place, second: Place) -> str:

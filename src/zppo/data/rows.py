@@ -17,6 +17,9 @@ from zppo.errors import DataError
 
 _GRADINGS: tuple[str, ...] = get_args(Grading)
 _NEAREST_SHOWN = 8
+USUAL_IMAGES = "images"
+"""The images column where a recipe names none."""
+_SINGULAR = "image"  # what many call the column of one image
 
 
 _GOLD_KEY = "ground_truth"  # where a column holds an object (VeRL's `reward_model`), the answer is under this key
@@ -74,10 +77,37 @@ def question_from_row(
         column = columns.grading
         grading = _grading(_value(data, column))
         column = columns.images
-        images = _images(_value(data, column), turns, place, pictures or Pictures())
+        images = _images(_value(data, column) if column else None, turns, place, pictures or Pictures())
     except RowError as fault:
         raise DataError(f"{place}, column {column!r}: {fault}") from None
     return Question(id=identity, messages=turns.messages, gold=gold, images=images, level=level, grading=grading)
+
+
+def unused_images(data: object, columns: Columns) -> str:
+    """The name of a column that nobody reads and that seems to hold images; "" where there is none."""
+    if not isinstance(data, Mapping):
+        return ""
+    read = {name.partition(".")[0] for name in column_names(columns)} | {*column_names(columns)}
+    return next((str(n) for n, v in data.items() if n not in read and (n == _SINGULAR and v or _is_image(v))), "")
+
+
+def not_looked_at(source: str, unused: str, columns: Columns) -> str:
+    """What is said where a source's images would not be shown."""
+    return (
+        f"{source}: no row has a column {columns.images!r}, and {unused!r} seems to hold images, which nobody would be shown. Write "
+        f"data.columns.images: {unused}, or '' to leave the images out"
+    )
+
+
+def has_column(data: object, column: str) -> bool:
+    """Whether a row has a column, be it empty; of a nested one the object that holds it."""
+    return isinstance(data, Mapping) and (column in data or column.partition(".")[0] in data)
+
+
+def _is_image(value: object) -> bool:
+    """As `datasets` writes images, or a list of them."""
+    value = value[0] if isinstance(value, list) and value else value
+    return isinstance(value, Mapping) and set(value) == {"bytes", "path"} and any(value.values())
 
 
 def _value(data: Mapping[str, Any], column: str) -> Any:

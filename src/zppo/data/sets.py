@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.data.reading import Place, Rows
-from zppo.data.rows import Columns, column_names
+from zppo.data.rows import Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
 
 _SHOWN = 20
@@ -25,6 +25,7 @@ def set_rows(loaded: Any, source: str, name: str, columns: Columns, folder: Path
     have = loaded.column_names  # None where a stream does not say
     if have is not None:
         check_columns(source, have, columns)
+        _check_images(source, loaded.features or {}, columns)
         loaded = loaded.select_columns([column for column in have if column in _roots(columns)])
     return _rows(_undecoded(loaded), source, name, folder)
 
@@ -41,6 +42,14 @@ def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
         raise DataError(
             f"{source}: has no column {columns.answer!r}; it has {listing}. Name the one with the answer in data.columns.answer"
         )
+
+
+def _check_images(source: str, features: Mapping[str, Any], columns: Columns) -> None:
+    """Whether a set without the images column has others with images in them. DataError names one."""
+    if columns.images and not set(features) & set(_names(columns.images)):
+        unused = [n for n, feature in features.items() if n not in _roots(columns) and _plain(feature) != feature]
+        if unused:
+            raise DataError(not_looked_at(source, unused[0], columns))
 
 
 def shorten(error: BaseException) -> str:

@@ -22,8 +22,8 @@ MOST_UNKNOWN = 0.05
 def load_short(
     settings: Settings, data: RunData, speaker: Speaker, length: Callable[[Question], int], console: Console
 ) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What was dropped is said, a tokenizer
-    that does not know their words, questions that are in both, and places for images without images.
+    """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What is said: how many were dropped, how
+    many there are and have images, a tokenizer that does not know their words, questions in both, places for images without images.
 
     Raises:
         DataError: no question is short enough.
@@ -53,6 +53,9 @@ def _short(
         console.print(
             f"{source}: {dropped} of {len(questions)} questions dropped, their prompts have more than {most} tokens"
         )
+    if kept:
+        seeing = sum(bool(question.images) for question in kept)
+        console.print(f"{source}: {len(kept):,} questions, {seeing:,} with images", soft_wrap=True, highlight=False)
     return kept
 
 

@@ -71,7 +71,7 @@ def check_images(settings: Settings, source: str, question: Question, *, sharded
     if not reads_images(resolve_model(settings.student.model), settings.student.revision):
         raise DataError(
             f"{has}, and the student {settings.student.model!r} reads text only: name a vision-language checkpoint (one that "
-            "AutoModelForImageTextToText of transformers loads), or a column that does not exist in data.columns.images"
+            "AutoModelForImageTextToText of transformers loads), or write data.columns.images: '' to leave the images out"
         )
     if sharded:
         raise SettingsError(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zppo.data.gym import check_apart
 from zppo.data.reading import Reading
+from zppo.data.rows import USUAL_IMAGES
 from zppo.engines.base import Sampling
 from zppo.images.pixels import PixelLimits
 from zppo.teacher.base import TeacherSampling
@@ -217,7 +218,8 @@ class ColumnSettings(Section):
     )
     answer: str = Field("answer", description="the right answer")
     images: str = Field(
-        "images", description="an image or a list of them: paths relative to the data file, bytes, or data: URLs"
+        USUAL_IMAGES,
+        description="an image or a list of them: paths relative to the data file, bytes, or data: URLs; '' for none",
     )
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
