@@ -72,6 +72,9 @@ def test_nobody_trains_blind_by_mistake(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'figure' seems to hold images"):
         load(tmp_path / "kept")
     assert [len(load(tmp_path / "kept", images=name)[0].images) for name in ("figure", "")] == [1, 0]
+    datasets.Dataset.from_list([{"prompt": "p", "answer": "1", "image": "a.png"}]).save_to_disk(str(tmp_path / "paths"))
+    with pytest.raises(DataError, match="'image' seems to hold images"):
+        load(tmp_path / "paths")
 
 
 def colours(question: Question) -> list[tuple[int, ...]]:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from conftest import REWARD, make_tiny
 from same_run import assert_same_run, records
@@ -209,6 +209,17 @@ def test_vllm_is_shown_what_the_trainer_sees(zppo: Zppo, recipe: Path, tmp_path:
     assert status == 0, said
     (line,) = [r for r in records(run) if r["event"] == "step"]
     assert line["engine_gap_mean"] < 1e-5 and line["logprob_gap_max"] < 1e-4 and line["teacher_unreachable"] == 0
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_student_that_cannot_be_shown_images_is_refused_before_vllm_starts(
+    zppo: Zppo, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Qwen3VLForConditionalGeneration, "get_image_features")
+    monkeypatch.setattr("zppo.train.assemble.start_vllm", lambda *_: pytest.fail("vLLM was started"))
+    given = ["--rollout.engine=vllm", "--method=grpo", f"--output={tmp_path / 'run'}"]
+    status, said = zppo("train", recipe, *SHORT, *given)
+    assert status == 2 and "cannot be shown images here: its class computes no image features" in said, said
 
 
 def test_the_recipe_s_limits_reach_the_models(recipe: Path) -> None:

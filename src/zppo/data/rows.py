@@ -19,7 +19,8 @@ _GRADINGS: tuple[str, ...] = get_args(Grading)
 _NEAREST_SHOWN = 8
 USUAL_IMAGES = "images"
 """The images column where a recipe names none."""
-_SINGULAR = "image"  # what many call the column of one image
+SINGULAR = "image"
+"""What many call the column of one image."""
 
 
 _GOLD_KEY = "ground_truth"  # where a column holds an object (VeRL's `reward_model`), the answer is under this key
@@ -88,7 +89,7 @@ def unused_images(data: object, columns: Columns) -> str:
     if not isinstance(data, Mapping):
         return ""
     read = {name.partition(".")[0] for name in column_names(columns)} | {*column_names(columns)}
-    return next((str(n) for n, v in data.items() if n not in read and (n == _SINGULAR and v or _is_image(v))), "")
+    return next((str(n) for n, v in data.items() if n not in read and (n == SINGULAR and v or _is_image(v))), "")
 
 
 def not_looked_at(source: str, unused: str, columns: Columns) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.data.reading import Place, Rows
-from zppo.data.rows import Columns, column_names, not_looked_at
+from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
 
 _SHOWN = 20
@@ -47,7 +47,8 @@ def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
 def _check_images(source: str, features: Mapping[str, Any], columns: Columns) -> None:
     """Whether a set without the images column has others with images in them. DataError names one."""
     if columns.images and not set(features) & set(_names(columns.images)):
-        unused = [n for n, feature in features.items() if n not in _roots(columns) and _plain(feature) != feature]
+        others = ((n, feature) for n, feature in features.items() if n not in _roots(columns))
+        unused = [n for n, feature in others if n == SINGULAR or _plain(feature) != feature]
         if unused:
             raise DataError(not_looked_at(source, unused[0], columns))
 

@@ -146,12 +146,10 @@ def assemble(
     learner, optimizer = make_learner(
         settings, model, chat, start, accelerator, teachers, asker, weights, say, lambda: stop.wanted
     )
-    if settings.rollout.engine == "vllm":
-        engine: StudentEngine = start_vllm(settings, model, chat, accelerator)
-    else:
-        engine = make_engine(settings, model, chat, autocast_type(accelerator), say)
-        if chat.sight is not None:
-            check_sight(engine, chat, settings.student.model)
+    own = make_engine(settings, model, chat, autocast_type(accelerator), say)
+    if chat.sight is not None:
+        check_sight(own, chat, settings.student.model)  # whoever samples, it is trained here
+    engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
     _check_context(settings, engine.context, questions, held_out, length)
     watched = speaker.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
     if chat.sight is not None:
