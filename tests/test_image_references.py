@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from accelerate.state import AcceleratorState
 from conftest import make_tiny
 from pictures import noise
 from seeing import PIXELS, make_seeing
+from test_resume import collected_step
 from test_stopped_updates import nth_call_raises
 from zppo.cli import main
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.images.store import keep
 from zppo.train import checkpoint
+from zppo.train.halfway import Halfway
 from zppo.train.origin import changes_since, origin_of
 from zppo.train.questions import in_both, unseen
 from zppo.train.recipe import load_recipe
@@ -100,7 +103,31 @@ def test_a_checkpoint_holds_references_and_looks_behind_them_when_it_is_resumed(
     status, said = zppo("resume", run)
     assert status == 2 and f"{path} cannot be read (No such file" in said
     path.write_bytes(data)
-    assert zppo("resume", run)[0] == 0
+
+    elsewhere = tmp_path / "elsewhere"  # the data's folder is moved, and the recipe of the run says so
+    elsewhere.mkdir()
+    for file in (*pictures, recipe.parent / "questions.jsonl"):
+        shutil.copy(file, elsewhere)
+    for picture in pictures:
+        picture.unlink()
+    status, said = zppo("resume", run)
+    assert status == 2 and "cannot be read" in said
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    (run / "recipe.yaml").write_text(text.replace(str(recipe.parent / "questions"), str(elsewhere / "questions")))
+    status, said = zppo("resume", run)
+    assert status == 0, said
+    state = json.loads((checkpoint.existing(run)[-1] / "state.json").read_text())
+    kept_at = [Path(uri).parent for question, *_ in state["buffer"]["entries"] for uri, _ in question["images"]]
+    assert kept_at and set(kept_at) == {elsewhere}
+
+
+def test_a_stopped_step_finds_its_images_where_they_are_now(tmp_path: Path) -> None:
+    collected_step().write(tmp_path)
+    found = Halfway.read(tmp_path, {"00": "/new/a.png", "11": "/new/b.png"})
+    assert found is not None
+    groups = [*found.collected.plain, *found.collected.again]
+    prompts = [*(g.prompt for g in groups), *found.collected.zone.prompts]
+    assert {p.images for p in prompts} == {p.question.images for p in prompts} == {(ImageRef("/new/a.png", "00"),)}
 
 
 def test_images_that_have_changed_are_said_and_moved_ones_are_not(tmp_path: Path, recipe: Path) -> None:

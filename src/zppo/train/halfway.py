@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,11 @@ class Halfway:
         save_file(tensors, folder / _TOKENS)
 
     @classmethod
-    def read(cls, folder: Path) -> Halfway | None:
+    def read(cls, folder: Path, places: Mapping[str, str] | None = None) -> Halfway | None:
         """What `write` left in a checkpoint; None where it was made between two steps.
+
+        Args:
+            places: where images lie now (`as_placed`).
 
         Raises:
             CheckpointError: the files do not hold such a step.
@@ -92,7 +95,11 @@ class Halfway:
         if not (folder / _FACTS).exists():
             return None
         try:
-            return cls._parse(json.loads((folder / _FACTS).read_text(encoding="utf-8")), load_file(folder / _TOKENS))
+            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            for group in facts["groups"]:
+                for holder in (group, group["question"]):
+                    holder["images"] = as_placed(holder["images"], places or {})
+            return cls._parse(facts, load_file(folder / _TOKENS))
         except (OSError, KeyError, TypeError, ValueError, StopIteration, RuntimeError, SafetensorError) as error:
             raise CheckpointError(unusable(folder / _FACTS, error)) from error
 
@@ -111,6 +118,16 @@ class Halfway:
             facts["new"], tuple(facts["replayed"]), plain, again, zone, facts["counts"], facts["seconds"]
         )
         return cls(collected, begun)
+
+
+def as_placed(images: Sequence[Sequence[str]], places: Mapping[str, str]) -> list[list[str]]:
+    """References as a checkpoint has them, with the places where these images lie now: a picture is known by its bytes (ours).
+
+    Args:
+        images: (path, SHA-256) of each.
+        places: paths by SHA-256; others stay where they were.
+    """
+    return [[places.get(digest, uri), digest] for uri, digest in images]
 
 
 def _group_facts(group: Group) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, St
 from zppo.images.store import read_bytes
 from zppo.train import checkpoint
 from zppo.train.assemble import Assembled
-from zppo.train.halfway import Halfway
+from zppo.train.halfway import Halfway, as_placed
 from zppo.train.origin import changes_since, check_student
 from zppo.train.plan import RECIPE
 from zppo.train.progress import warn
@@ -51,15 +51,18 @@ class Start:
         return cls(folder, state)
 
     def load(self, parts: Assembled, console: Console) -> None:
-        """Give the trainer its state, after a look at what has changed since.
+        """Give the trainer its state, after a look at what has changed since; images are those of the questions as they were read now.
 
         Raises:
             CheckpointError: it belongs to another recipe, holds something else than a state, or an image of its questions is gone or
                 has changed.
         """
-        halfway = Halfway.read(self.folder)
+        places = {image.sha256: image.uri for q in parts.trainer.questions for image in q.images}
+        halfway = Halfway.read(self.folder, places)
         try:
             notes = changes_since(self.state["origin"], parts.origin, self.folder, halfway=halfway is not None)
+            for question, *_ in self.state["buffer"]["entries"]:
+                question["images"] = as_placed(question["images"], places)
             parts.trainer.load(self.folder, self.state, halfway)
             self._check_images(parts.trainer.buffer, halfway)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
