@@ -291,13 +291,57 @@ def test_the_check_at_the_start_finds_wrong_positions(
 
     monkeypatch.setattr("zppo.engines.forward.positions_of", wrong)
     with pytest.raises(
-        ModelError, match="'tiny' cannot be shown images here: its log-probs with a picture in a batch differ"
+        ModelError, match="'tiny' cannot be shown images here: its log-probs with pictures in a batch differ"
     ):
         check_sight(own.engine(), own.chat, "tiny")
     monkeypatch.setattr("zppo.engines.forward.positions_of", right)
     monkeypatch.setattr("zppo.engines.transformers.positions_of", wrong)
     with pytest.raises(ModelError, match="differ"):
         check_sight(own.engine(), own.chat, "tiny")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3"])
+def test_the_check_at_the_start_finds_pictures_that_are_taken_for_one_another(
+    kind: str, eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, right = eyes(kind), vision._part
+    monkeypatch.setattr(vision, "_part", lambda value, place, count: right(value, count - 1 - place, count))
+    with pytest.raises(ModelError, match="cannot be shown images here"):
+        check_sight(own.engine(), own.chat, "tiny")
+
+
+class _Parts:
+    """Pictures as LLaVA-NeXT's processor gives them: (1, parts, ...) and a size (1, 2)."""
+
+    def __init__(self, **parts: int) -> None:
+        self.parts = parts
+
+    def pixels(self, ref: ImageRef) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.full((1, self.parts[ref.sha256], 3, 4, 4), float(self.parts[ref.sha256])),
+            "image_sizes": torch.tensor([[self.parts[ref.sha256], 7]]),
+        }
+
+
+class _Takes(torch.nn.Linear):
+    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        raise NotImplementedError
+
+
+def test_pictures_are_put_together_by_each_tensor_s_own_layout() -> None:
+    sight: Any = _Parts(a=3, b=5)
+    made = vision._pixels(_Takes(1, 1), sight, [ImageRef("", "a"), ImageRef("", "b"), ImageRef("", "a")])
+    assert made["image_sizes"].tolist() == [[3, 7], [5, 7], [3, 7]]
+    pixels = made["pixel_values"]
+    assert pixels.shape == (3, 5, 3, 4, 4) and not pixels[[0, 2], 3:].any()
+    assert torch.equal(pixels[1:2], sight.pixels(ImageRef("", "b"))["pixel_values"]) and (pixels[0, :3] == 3).all()
+
+
+def test_features_that_cannot_be_told_apart_are_refused() -> None:
+    assert vision._part(torch.arange(6), 1, 2).tolist() == [3, 4, 5] and vision._part(("a", "b"), 1, 2) == "b"
+    for value in (torch.arange(5), ["layer"] * 4):
+        with pytest.raises(ModelError, match="cannot be told apart"):
+            vision._part(value, 0, 2)
 
 
 def test_a_class_without_image_features_is_refused(

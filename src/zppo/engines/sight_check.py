@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ _TOKENS = 4
 
 
 def check_sight(engine: TransformersEngine, chat: Chat, name: str) -> None:
-    """Compares sampling, the training forward and the library's own forward pass on a prompt with a picture beside one without.
+    """Compares sampling, the training forward and the library's own forward pass on prompts with two pictures, one and none, side by
+    side: pictures that are taken for one another are found too.
 
     Args:
         engine: over the model, with the chat's sight.
@@ -35,7 +37,7 @@ def check_sight(engine: TransformersEngine, chat: Chat, name: str) -> None:
         raise _cannot(name, reason)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            worst = _difference(engine, chat, _picture(Path(folder)))
+            worst = _difference(engine, chat, _pictures(Path(folder)))
     except ZPPOError as error:
         raise _cannot(name, str(error)) from error
     except Exception as error:  # the model's own code may fail in any way
@@ -43,25 +45,29 @@ def check_sight(engine: TransformersEngine, chat: Chat, name: str) -> None:
     exact = next(engine.model.parameters()).dtype == torch.float32 and engine.autocast_dtype is None
     if not worst <= (TOLERANCE_FP32 if exact else TOLERANCE_ROUNDED):
         raise _cannot(
-            name, f"its log-probs with a picture in a batch differ by {worst:.3g} a token from those of its own code"
+            name, f"its log-probs with pictures in a batch differ by {worst:.3g} a token from those of its own code"
         )
 
 
-def _picture(folder: Path) -> ImageRef:
-    """A gradient of colours, as a file."""
-    path = folder / "check.png"
-    ramp = Image.linear_gradient("L").resize((96, 64))
-    Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.FLIP_TOP_BOTTOM), ramp.rotate(90))).save(path)
-    return ImageRef(str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+def _pictures(folder: Path) -> list[ImageRef]:
+    """Gradients of colours, as files: two of one size, and one of another."""
+    found = []
+    for size, order in (((96, 64), (0, 1, 2)), ((96, 64), (2, 0, 1)), ((48, 112), (1, 2, 0))):
+        path = folder / f"check-{len(found)}.png"
+        ramp = Image.linear_gradient("L").resize(size)
+        colours = ramp, ramp.transpose(Image.Transpose.FLIP_TOP_BOTTOM), ramp.rotate(90)
+        Image.merge("RGB", [colours[i] for i in order]).save(path)
+        found.append(ImageRef(str(path), hashlib.sha256(path.read_bytes()).hexdigest()))
+    return found
 
 
 @torch.no_grad()
-def _difference(engine: TransformersEngine, chat: Chat, ref: ImageRef) -> float:
+def _difference(engine: TransformersEngine, chat: Chat, refs: Sequence[ImageRef]) -> float:
     """The larger mean difference of log-probs from the library's own: of the sampler, of the training forward."""
     assert chat.sight is not None
-    words = [Message("user", "What do you see?")]
-    seen, unseen = chat.encode(words, [ref]), chat.encode([Message("user", "1 + 1 = ? " * 3)])
-    requests = [SampleRequest(seen, (1, 2), (ref,)), SampleRequest(unseen, (3,))]
+    first, second, third = refs
+    asked = (("What do you see?", (first, third), (1, 2)), ("And here?", (second,), (3,)), ("1 + 1 = ? " * 3, (), (4,)))
+    requests = [SampleRequest(chat.encode([Message("user", text)], own), keys, own) for text, own, keys in asked]
     done = engine.sample(requests, Sampling(max_new_tokens=_TOKENS))
     rows = [Row(r.prompt_ids, c.ids, r.images) for r, group in zip(requests, done, strict=True) for c in group]
     banned = sorted(engine.banned_ids)

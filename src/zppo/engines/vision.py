@@ -20,7 +20,10 @@ from zppo.images.cache import Pixels
 _PACKED = "image_grid_thw"  # with it, pictures of all sizes stand in one sequence of patches
 _FEATURES = "mm_encoder_outputs"
 _TYPES = ("token_type_ids", "mm_token_type_ids")
-_PER_IMAGE = ("pooler_output", "deepstack_features")  # what a language model reads of the encoder's output
+_POOLED, _LAYERS = (
+    "pooler_output",
+    "deepstack_features",
+)  # what a language model reads: one of an image, and one of every layer
 
 
 class Seen(NamedTuple):
@@ -95,19 +98,21 @@ def encode(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> Any:
         digest: {name: value for name, value in sight.pixels(ref).items() if name in takes}
         for digest, ref in distinct.items()
     }
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, list[Any]] = {}
     whole: Any = None
     for batch in _alike(pixels):
         tensors = {name: torch.cat([pixels[d][name] for d in batch]).to(parameter.device) for name in pixels[batch[0]]}
         whole = inner.get_image_features(**tensors, return_dict=True)
         for place, digest in enumerate(batch):
-            parts[digest] = {
-                name: _part(getattr(whole, name), place, len(batch))
-                for name in _PER_IMAGE
-                if getattr(whole, name, None) is not None
-            }
+            parts[digest] = [_part(value, place, len(batch)) for value in _outputs(whole)]
     placed = [parts[ref.sha256] for ref in refs]
-    return type(whole)(**{name: _joined([part[name] for part in placed], getattr(whole, name)) for name in placed[0]})
+    pooled, *layers = (_joined(own, like) for own, like in zip(zip(*placed, strict=True), _outputs(whole), strict=True))
+    return type(whole)(**{_POOLED: pooled} | ({_LAYERS: layers} if getattr(whole, _LAYERS, None) is not None else {}))
+
+
+def _outputs(whole: Any) -> list[Any]:
+    """The features of all pictures, then those of every layer that gives some; there may be none (Qwen3-VL without deep features)."""
+    return [getattr(whole, _POOLED), *(getattr(whole, _LAYERS, None) or ())]
 
 
 def why_blind(model: Any) -> str:
@@ -134,9 +139,7 @@ def _pixels(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> dict[str, Any
     inner = _inner(model)
     device, names = next(inner.parameters()).device, inspect.signature(inner.forward).parameters
     shown = [{n: value for n, value in sight.pixels(ref).items() if n in names} for ref in refs]
-    # SmolVLM's pictures are lists of parts, (1, parts, ...): all parts of all rows in one list are the same to it.
-    side = 1 if shown[0]["pixel_values"].ndim == 5 else 0
-    return {name: torch.cat([pixels[name] for pixels in shown], side).to(device) for name in shown[0]}
+    return {name: _stacked([pixels[name] for pixels in shown]).to(device) for name in shown[0]}
 
 
 def _inner(model: Any) -> Any:
@@ -167,22 +170,23 @@ def _alike(pixels: Mapping[str, Pixels]) -> list[list[str]]:
 
 
 def _part(value: Any, place: int, count: int) -> Any:
-    """What belongs to one of `count` pictures: an entry of a list of them, an equal share of a tensor, or that of every layer."""
-    if isinstance(value, torch.Tensor):
-        if len(value) % count:
-            raise ModelError(
-                f"the vision encoder made {len(value)} outputs of {count} images: they cannot be told apart"
-            )
-        return value.split(len(value) // count)[place]
-    if len(value) == count and not isinstance(value[0], (list, tuple)):
-        return value[place]
-    return [_part(layer, place, count) for layer in value]
+    """What belongs to one of `count` pictures: an entry of a list of them, or an equal share of a tensor."""
+    if len(value) % count or (len(value) != count and not isinstance(value, torch.Tensor)):
+        raise ModelError(f"the vision encoder made {len(value)} outputs of {count} images: they cannot be told apart")
+    return value.split(len(value) // count)[place] if isinstance(value, torch.Tensor) else value[place]
 
 
 def _joined(parts: Sequence[Any], like: Any) -> Any:
-    """The parts of pictures in order, in the form that the encoder gave; it may give none of a kind (Qwen3-VL without deep features)."""
-    if isinstance(like, torch.Tensor):
-        return torch.cat(list(parts))
-    if len(like) > 0 and isinstance(like[0], torch.Tensor):
-        return list(parts)
-    return [_joined([part[layer] for part in parts], like[layer]) for layer in range(len(like))]
+    """The parts of pictures in order, in the form that the encoder gave."""
+    return torch.cat(list(parts)) if isinstance(like, torch.Tensor) else list(parts)
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What pictures bring, one after the other; where they have more or fewer parts, zeros follow the fewer, as processors fill them up."""
+    wide = max((t.shape[1] for t in tensors if t.ndim > 1), default=0)
+    return torch.cat([_filled(t, wide) if t.ndim > 1 else t for t in tensors])
+
+
+def _filled(tensor: torch.Tensor, wide: int) -> torch.Tensor:
+    room = (tensor.shape[0], wide - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat([tensor, tensor.new_zeros(room)], 1)
