@@ -193,7 +193,7 @@ class Maker:
             for i, (answer, right) in enumerate(zip(row.answers, correct, strict=True)):
                 length = max(40, int(self.random.expovariate(1 / self.shape.characters)) % (6 * self.shape.characters))
                 values = (
-                    step, row.kind, row.question.id, row.question.messages[-1].content, [], row.question.level, row.replayed,
+                    step, row.kind, row.question.id, row.question.messages[-1].content, [], [], row.question.level, row.replayed,
                     entries.get(row.question.id), i, row.prompt,
                     f"<think>{self._slice(length)}</think>" + (f"\n\\boxed{{{answer}}}" if answer is not None else ""),
                     row.question.gold, row.question.grading, answer, right, True,

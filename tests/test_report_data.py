@@ -7,19 +7,22 @@ import math
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pictures import noise
 from report_runs import change_rows, files_of, invented_run, rows_of
-from zppo.core.types import Draft, Message, Question
+from zppo.core.types import Draft, Group, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
 from zppo.grading import normalise
+from zppo.images.store import reference
 from zppo.prompts.book import PromptBook
 from zppo.report import summary as summary_module
 from zppo.report.audit import (
@@ -42,6 +45,7 @@ from zppo.report.stories import cut, load_stories, size_of, trimmed
 from zppo.report.summary import Reader, duration
 from zppo.report.thumbnails import SIDES, with_images
 from zppo.report.zone import bin_count, bin_name, bin_of, zone_story
+from zppo.train.runlog import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +419,37 @@ def test_images_become_small_data_and_missing_ones_are_named(tmp_path: Path) -> 
     assert good["data"].startswith("data:image/png;base64,") and len(good["data"]) < 20_000
     assert broken["missing"].startswith("is no image") and "data" not in missing
     assert missing["missing"].startswith("cannot be read (No such file")
+
+
+def test_an_image_that_has_changed_is_not_shown_as_what_the_model_saw(tmp_path: Path) -> None:
+    """The log has paths and digests; files from before there were digests are read all the same."""
+    (tmp_path / "a.png").write_bytes(noise((20, 10), 1))
+    seen = reference(tmp_path / "a.png").ref
+    question = Question("q", (Message("user", "?"),), "1", (seen,))
+    rollout = Rollout(torch.tensor([1]), torch.zeros(1), "x", "1", True, 1.0)
+    log = RunLog(tmp_path / "run")
+    log.open()
+    log.rollouts(
+        1,
+        [Group(Prompt("plain", question, question.messages, (1, 2)), (rollout,))],
+        [0.0],
+        replayed=frozenset(),
+        entry_accuracy={},
+        show=str,
+    )
+
+    def shown() -> Any:
+        run: Any = SimpleNamespace(folder=tmp_path / "run", buffer=[])
+        [image] = with_images(load_stories(run, {"q": [1]})["q"])["images"]
+        return image
+
+    assert shown()["data"].startswith("data:image/png")
+    (tmp_path / "a.png").write_bytes(noise((20, 10), 2))
+    assert "data" not in shown()
+    assert shown()["missing"] == f"is not the one that the questions were read with (SHA-256 {seen.sha256[:12]}... then)"
+    [file] = files_of(tmp_path / "run")
+    pq.write_table(pq.read_table(file).drop_columns(["image_sha256"]), file)
+    assert shown()["data"].startswith("data:image/png")
 
 
 def test_many_images_are_shown_smaller_so_that_a_story_fits(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ _ROLLOUT = (
 def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Story]:
     """The stories of some questions, by id; each file that may hold one of them is read once.
 
-    A story has: id, level, gold, question, images (paths), events (of the buffer), prompts (distinct texts) and groups, each with step,
-    kind, replayed, prompt (index), audit, prompt_tokens and rollouts. A question that was not asked has no groups.
+    A story has: id, level, gold, question, images (paths), image_sha256, events (of the buffer), prompts (distinct texts) and groups, each
+    with step, kind, replayed, prompt (index), audit, prompt_tokens and rollouts. A question that was not asked has no groups.
 
     Args:
         wanted: question id -> the steps in which it may have been asked.
@@ -56,6 +56,7 @@ def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Sto
             "gold": "",
             "question": "",
             "images": [],
+            "image_sha256": [],
             "events": [],
             "prompts": [],
             "groups": [],
@@ -93,6 +94,7 @@ def _add(story: Story, row: Mapping[str, Any]) -> None:
     """One row of a rollout file."""
     if row["rollout"] == 0:
         story.update({name: row[name] for name in ("question", "images", "level", "gold")})
+        story["image_sha256"] = row.get("image_sha256") or []  # older files have none
         if row["prompt"] not in story["prompts"]:
             story["prompts"].append(row["prompt"])
         group = {name: row[name] for name in ("step", "kind", "replayed", "prompt_tokens")}

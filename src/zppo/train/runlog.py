@@ -28,6 +28,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("question_id", pa.string()),
         ("question", pa.string()),  # the user's last turn, without what reformulations and templates add
         ("images", pa.list_(pa.string())),  # where the question's images are
+        ("image_sha256", pa.list_(pa.string())),  # of each; older files lack the column
         ("level", pa.string()),
         ("replayed", pa.bool_()),
         ("entry_accuracy", pa.float32()),  # plain accuracy when the question entered the buffer; null: it is not in it
@@ -120,6 +121,7 @@ class RunLog:
                 "question_id": group.question.id,
                 "question": group.question.messages[-1].content,
                 "images": [image.uri for image in group.question.images],
+                "image_sha256": [image.sha256 for image in group.question.images],
                 "level": group.question.level,
                 "replayed": group.question.id in replayed,
                 "entry_accuracy": entry_accuracy.get(group.question.id),
