@@ -312,6 +312,15 @@ def _(w: World) -> None:
     w.questions({"prompt": "a", "answer": 1, "images": ["a.png"]})
 
 
+@case("the model's own image token in a question")
+def _(w: World) -> None:
+    shutil.rmtree(w.student)
+    make_seeing(w.student)
+    w.write("a.png", picture())
+    w.set("data.images", PIXELS)
+    w.questions({"prompt": "a", "answer": 1, "images": "a.png"}, {"prompt": "what is <|image_pad|>?", "answer": 1})
+
+
 @case("images in a column that nobody looks at")
 def _(w: World) -> None:
     w.write("a.png", picture())

@@ -10,6 +10,7 @@ from zppo.core.draws import draw_key
 from zppo.core.types import PLAIN, Draft, Group, Message, Prompt, Question, Rollout
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
+from zppo.errors import DataError
 from zppo.grading.base import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.train.lane import lane
@@ -36,7 +37,7 @@ _Ended = tuple[int, int, Completion]  # the prompt's place, the rollout's place 
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """How questions become the student's prompts: the words and the chat template."""
+    """How questions become the student's prompts: the words and the chat template. DataError, with its id, for one that cannot."""
 
     book: PromptBook
     chat: Chat
@@ -60,7 +61,10 @@ class Speaker:
         )
 
     def _prompt(self, kind: str, question: Question, messages: tuple[Message, ...]) -> Prompt:
-        ids = self.chat.encode(messages, question.images)
+        try:
+            ids = self.chat.encode(messages, question.images)
+        except DataError as error:
+            raise DataError(f"question {question.id!r}: {error}") from error
         return Prompt(kind, question, messages, ids, self.chat.think_open(ids), question.images)
 
 
