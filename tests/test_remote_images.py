@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from zppo.errors import DataError, TeacherError
 from zppo.images.pixels import PixelLimits
 from zppo.images.send import request_url
 from zppo.images.store import keep
-from zppo.teacher import remote
+from zppo.teacher import sending
 from zppo.teacher.base import TeacherRequest, TeacherSampling
 from zppo.teacher.check import PING_IMAGE, Names
 from zppo.teacher.remote import RemoteTeacher
@@ -133,7 +134,7 @@ def test_images_are_encoded_for_requests_under_way_alone(
     """No more base64 is held than requests are under way; encoding does not run ahead."""
     server.control(always={"kind": "slow", "seconds": 0.05})
     ahead: list[int] = []
-    done, real = 0, remote.request_url
+    done, real = 0, sending.request_url
 
     def counted(ref: ImageRef, limits: PixelLimits) -> str:
         nonlocal done
@@ -141,7 +142,7 @@ def test_images_are_encoded_for_requests_under_way_alone(
         ahead.append(done - sum("image_url" in str(r["messages"]) for r in server.log))
         return real(ref, limits)
 
-    monkeypatch.setattr(remote, "request_url", counted)
+    monkeypatch.setattr(sending, "request_url", counted)
     teacher = RemoteTeacher("tiny", [server.url], limits=LIMITS, concurrency=2)
     requests = [
         TeacherRequest((Message("user", str(i)),), (i,), (keep(noise((20, 20), i), tmp_path),)) for i in range(8)
@@ -151,6 +152,35 @@ def test_images_are_encoded_for_requests_under_way_alone(
     finally:
         teacher.close()
     assert done == 8 and max(ahead) <= 2
+
+
+def test_an_image_is_encoded_once_for_all_completions_and_repeats(
+    server: Server, teacher: RemoteTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = list[ImageRef](), sending.request_url
+    monkeypatch.setattr(sending, "request_url", lambda ref, limits: made.append(ref) or real(ref, limits))  # type: ignore[func-returns-value]
+    server.control({"kind": "short", "choices": 2})
+    images = [keep(noise((80, 80), i), tmp_path) for i in range(3)]
+    requests = [TeacherRequest((Message("user", f"{i}?"),), (1, 2, 3), (ref,)) for i, ref in enumerate(images)]
+    assert not any(reply.error for reply in teacher.complete(requests, HOW))
+    teacher.one_by_one = True
+    assert not any(reply.error for reply in teacher.complete(requests, HOW))
+    assert len(server.log) > 9 and sorted(made) == sorted(images)
+
+
+def test_what_is_kept_for_requests_to_come_is_bounded(tmp_path: Path) -> None:
+    images = [keep(noise((20, 20), i), tmp_path) for i in range(4)]
+    most = sum(len(request_url(ref, LIMITS)) for ref in images[:2]) + 100
+
+    async def send() -> int:
+        own = sending.Sending(LIMITS, most)
+        for ref in images:
+            assert await own.url(ref) == request_url(ref, LIMITS)
+        with pytest.raises(DataError):
+            await own.url(ImageRef("gone.png", ""))
+        return sum(map(len, own._kept.values()))
+
+    assert 0 < asyncio.run(send()) <= most
 
 
 def test_errors_hold_no_image(server: Server, teacher: RemoteTeacher, tmp_path: Path) -> None:

@@ -20,18 +20,15 @@ from zppo.core.parts import TurnParts, message_parts
 from zppo.core.types import ImageRef, Message
 from zppo.errors import ZPPOError
 from zppo.images.pixels import PixelLimits
-from zppo.images.send import request_url
 from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.teacher.base import Cancelled, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.check import PING_IMAGE, Names, check_images, check_servers
+from zppo.teacher.sending import Sending
 from zppo.teacher.servers import Servers, Service, backoff
 from zppo.teacher.wire import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Trouble, Wire, sound
 
 TOKEN_BYTES = 256  # of a reply, for each token: JSON escapes, and thoughts in a field of their own
 TURNS = 3  # so often a choice is asked for that does not come
-ENCODERS = (
-    4  # images decoded at once, of up to 200 MB each; what is encoded already is bounded by the requests under way
-)
 PING = (Message("user", "Say ok."),)
 PING_TOKENS = 16
 OFFICIAL_PING_TOKENS = 1024  # OpenAI's models that think answer 400 where the limit leaves no room for it
@@ -100,7 +97,7 @@ class RemoteTeacher:
             limits: fewest and most pixels of an image that is sent.
             warn: takes what `check` found and the run can do without, and that nothing is served, or is again; called in any thread.
         """
-        self.model, self._limits = model, limits
+        self.model = model
         self._names, self._warn, self._key_given = names, warn, bool(key)
         self._told: set[str] = set()
         wires = [Wire(url, key, deadline, concurrency) for url in base_urls]
@@ -108,7 +105,7 @@ class RemoteTeacher:
         self.one_by_one = False
         self._official = any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls)
         self._slots = asyncio.Semaphore(concurrency)
-        self._encoding = asyncio.Semaphore(ENCODERS)
+        self._sending = Sending(limits)
         self._running: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
@@ -272,7 +269,7 @@ class RemoteTeacher:
             else:
                 seed = seed_of([request.keys[place] for place in places])
                 try:
-                    urls = await self._urls(request.images)
+                    urls = {ref: await self._sending.url(ref) for ref in dict.fromkeys(request.images)}
                     body = self.body(request.messages, n, seed, how, images=request.images, urls=urls)
                     answer = await self.servers.ask(body, REPLY_BYTES + TOKEN_BYTES * n * how.sampling.max_new_tokens)
                 except Trouble as trouble:
@@ -295,14 +292,6 @@ class RemoteTeacher:
             turn += 1
         for again in [tuple(missing)] if greedy and missing else [(place,) for place in missing]:
             group.create_task(self._serve(group, request, how, got, again, turn))
-
-    async def _urls(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
-        """The images as they are sent, made in threads. Raises DataError."""
-        urls = {}
-        for ref in dict.fromkeys(images):
-            async with self._encoding:
-                urls[ref] = await asyncio.to_thread(request_url, ref, self._limits)
-        return urls
 
     def _take(self, answer: Answer, got: _Got, places: tuple[int, ...], n: int) -> list[int]:
         """Puts the choices where they belong; the places of those that may be asked for again."""
