@@ -113,13 +113,13 @@ def make_learner(
     Args:
         model: with all weights to train, or with adapters in it and the rest frozen.
         weights: how they lie over the processes.
-        say: told when memory has run out and what fits from then on.
+        say: told what is frozen unasked, and when memory has run out and what fits from then on.
         stop: asked between two optimizer steps: whether to leave the step there.
     """
     train, method = settings.train, settings.method.resolve()
     if train.lora is None:
         model.requires_grad_(True)
-    freeze_parts(model, train)
+    freeze_parts(model, train, images=chat.sight is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")

@@ -412,7 +412,7 @@ class LoraSettings(Section):
 
 
 class VisionSettings(Section):
-    """The parts of a student that sees (docs/images.md); they do nothing to one that reads text."""
+    """The parts of a student that sees (docs/images.md); where no question has an image, parts that see are frozen."""
 
     freeze_tower: bool = Field(
         False, description="leave the vision tower as it is: no gradients, no optimizer state; it is saved all the same"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
 
+from zppo.errors import SettingsError
 from zppo.train.settings import TrainSettings
 
 Part = Literal["language", "projector", "tower"]
-PARTS: tuple[Part, ...] = ("language", "projector", "tower")
+SEEING: tuple[Part, ...] = ("projector", "tower")
+PARTS: tuple[Part, ...] = ("language", *SEEING)
 _PROJECTS = re.compile(r"merger|project|connector|adapter|resampler|perceiver")
 _ADAPTERS = re.compile(r"\.(lora_[AB]|base_layer)(\.|$).*")  # what peft puts below a layer's name
 
@@ -41,14 +43,43 @@ def parts_of(model: PreTrainedModel) -> dict[str, Part]:
     return {name: part(name) for name in _names(model)}
 
 
-def freeze_parts(model: PreTrainedModel, train: TrainSettings) -> None:
-    """Takes the frozen parts of a recipe out of training: no gradients, no optimizer state; they are still saved."""
-    frozen = {part for part in PARTS if part != "language" and getattr(train.vision, f"freeze_{part}")}
-    if frozen:
-        parts = parts_of(model)
-        for name, parameter in model.named_parameters():
-            if parts[name] in frozen:
-                parameter.requires_grad_(False)
+def freeze_parts(
+    model: PreTrainedModel, train: TrainSettings, *, images: bool = True, say: Callable[[str], None] | None = None
+) -> None:
+    """Takes the frozen parts of a recipe out of training: no gradients, no optimizer state; they are still saved.
+
+    In a run without images all parts that see are frozen, which is said: weight decay would shrink them, and they would take memory.
+
+    Args:
+        images: whether a question has one.
+        say: told what is frozen unasked.
+
+    Raises:
+        SettingsError: the recipe sets something for a part that this model, which is shown images, has not.
+    """
+    parts = parts_of(model)
+    if images:
+        _check_settings(model, train, set(parts.values()))
+    frozen = {part for part in SEEING if not images or getattr(train.vision, f"freeze_{part}")}
+    taken = [p for name, p in model.named_parameters() if parts[name] in frozen and p.requires_grad]
+    for parameter in taken:
+        parameter.requires_grad_(False)
+    if taken and not images and say is not None:
+        count = sum(p.numel() for p in taken)
+        say(
+            f"no question has an image: the parts of {type(model).__name__} that see ({count:,} parameters) stay as they are"
+        )
+
+
+def _check_settings(model: PreTrainedModel, train: TrainSettings, found: Collection[Part]) -> None:
+    given = train.vision.model_dump(exclude_defaults=True)
+    for name, value in given.items():
+        part = name.removeprefix("freeze_").removesuffix("_rate")
+        if part not in found:
+            raise SettingsError(
+                f"train.vision.{name} is {value}, and no {part} is found in {type(model).__name__}, which would be trained like the "
+                "language model: leave it out, or take a model of a family that docs/images.md names"
+            )
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainSettings) -> list[torch.nn.Parameter] | list[dict[str, Any]]:
