@@ -106,7 +106,8 @@ def test_images_add_the_tower_its_activations_and_their_tokens(tmp_path: Path) -
     frozen = found(1, "--train.vision.freeze_tower=true")
     assert frozen.tower == 0 and frozen.gradients < one.gradients and frozen.optimizer == 2 * frozen.gradients
     assert found(1, "--train.vision.freeze_projector=true").gradients < one.gradients
-    assert found(1, "--train.lora={}").tower == 0
+    assert found(1, "--train.lora={}").tower == 0 == found(1, "--train.lora={targets: [q_proj, '*.mlp.*']}").tower
+    assert found(1, "--train.lora={targets: [q_proj, '*visual*']}").tower == one.tower
     machine = Machine("a card", True, 80 * GIB, 80 * GIB)
     shown = dict(memory_rows(recipe, machine=machine, images=1))
     assert "roughly" in shown["update: vision tower"] and "update: vision tower" not in dict(

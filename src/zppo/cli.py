@@ -274,9 +274,19 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.train.plan import count_judged, load_data, make_plan, render_plan
 
         train, held_out = load_data(settings)
+        _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
-        plan = make_plan(settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged)
+        seeing, eval_seeing = (sum(bool(q.images) for q in part) for part in (train, held_out))
+        plan = make_plan(
+            settings,
+            len(train),
+            len(held_out),
+            judged=judged,
+            eval_judged=eval_judged,
+            seeing=seeing,
+            eval_seeing=eval_seeing,
+        )
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         memory = memory_rows(within(settings, asked, _model_folder), _model_folder, images=images)
@@ -289,6 +299,18 @@ def _train(options: argparse.Namespace) -> None:
     stop = Stop()
     with catch_signals(stop):
         start(settings, name, stop=stop)
+
+
+def _check_images(settings: Settings, train: list[Question], held_out: list[Question]) -> None:
+    """Whether the student of a dry run can be shown the images of its questions, where its config.json is on this machine."""
+    from zppo.train.shapes import config_file
+
+    if any(q.images for q in (*train, *held_out)) and config_file(settings.student.model, _model_folder) is not None:
+        from zppo.train.seeing import check_images, first_with_images  # it imports torch
+
+        register_lab_models()
+        if first := first_with_images(settings, train, held_out):
+            check_images(settings, *first, sharded=False)
 
 
 def _check_lab_models(settings: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -18,9 +17,9 @@ from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
 from zppo.train.settings import LoraSettings
 from zppo.train.vision import Part, parts_of
+from zppo.train.vision_shape import names_eyes
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NAMES_EYES = re.compile(r"vis|image|merger|project|connector")  # in an entry of targets that means them
 
 
 class Adapters:
@@ -159,6 +158,6 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
 
 
 def _takes(entry: str, name: str, part: Part) -> bool:
-    if part != "language" and not ("*" in entry and _NAMES_EYES.search(entry)):
+    if part != "language" and not names_eyes(entry):
         return False
     return entry == name.rpartition(".")[2] or fnmatchcase(name, entry)

@@ -17,7 +17,7 @@ from zppo.train.machine import GIB
 from zppo.train.parameters import count_parameters
 from zppo.train.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings
 from zppo.train.shapes import LINEAR, Shape, shape_of
-from zppo.train.vision_shape import VisionShape, vision_shape_of
+from zppo.train.vision_shape import VisionShape, names_eyes, vision_shape_of
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
 _CHUNK = 64  # tokens that linear attention works on at a time
@@ -245,7 +245,10 @@ def _tower(settings: Settings, eyes: VisionShape | None, rows: int, images: int,
     At worst every row of a micro-batch has pictures of its own, of the largest size or as many as its prompt holds.
     """
     train = settings.train
-    if eyes is None or train.vision.freeze_tower or train.lora is not None:
+    adapted = train.lora is None or any(
+        map(names_eyes, () if train.lora.targets == "all-linear" else train.lora.targets)
+    )
+    if eyes is None or train.vision.freeze_tower or not adapted:
         return 0
     kept = eyes.kept_per_patch(bf16=bf16, recomputed=train.gradient_checkpointing)
     tokens = min(images * eyes.tokens(settings.data.images.max_pixels), settings.data.max_prompt_tokens)

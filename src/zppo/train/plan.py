@@ -50,6 +50,7 @@ class Plan:
         optimizer_steps: per rollout step (I).
         evaluations: held-out evaluations in all, before and after training included.
         judged, eval_judged: of the questions, those that a judge grades.
+        seeing, eval_seeing: of the questions, those with images.
         judge_calls: completions that the judge is asked about in one step.
         lazy, literal: the teacher's work when asked lazily, and by Algorithm 1 to the letter; None where no teacher is needed.
     """
@@ -70,6 +71,8 @@ class Plan:
     literal: TeacherPlan | None
     judged: int = 0
     eval_judged: int = 0
+    seeing: int = 0
+    eval_seeing: int = 0
     judge_calls: int = 0
 
     @property
@@ -158,9 +161,16 @@ def check_output(run: Path) -> None:
 
 
 def make_plan(
-    settings: Settings, questions: int, eval_questions: int = 0, *, judged: int = 0, eval_judged: int = 0
+    settings: Settings,
+    questions: int,
+    eval_questions: int = 0,
+    *,
+    judged: int = 0,
+    eval_judged: int = 0,
+    seeing: int = 0,
+    eval_seeing: int = 0,
 ) -> Plan:
-    """The sizes of a run on so many questions, of which so many are judged, by method.md sections 2 and 3."""
+    """The sizes of a run on so many questions, of which so many are judged and have images, by method.md sections 2 and 3."""
     method, zone, rollout, train = settings.method.resolve(), settings.zone, settings.rollout, settings.train
     batch = effective_batch(questions, rollout.batch_size)
     replayed = min(share_of(zone.rho_replay, batch), zone.buffer_capacity, questions - batch) if method.replay else 0
@@ -200,6 +210,8 @@ def make_plan(
         literal=literal,
         judged=judged,
         eval_judged=eval_judged,
+        seeing=seeing,
+        eval_seeing=eval_seeing,
         judge_calls=_judge_calls(settings, min(judged, plain), reformulated, lazy, literal),
     )
 
@@ -240,8 +252,13 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ),
         ("student", settings.student.model),
         ("teacher", _teachers(settings) if method.needs_teacher else "not needed"),
-        ("training questions", f"{plan.questions:,} from {settings.data.train}"),
-        ("held-out questions", f"{plan.eval_questions:,} from {settings.data.eval}" if settings.data.eval else "none"),
+        ("training questions", f"{plan.questions:,} from {settings.data.train}{_with_images(plan.seeing)}"),
+        (
+            "held-out questions",
+            f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}"
+            if settings.data.eval
+            else "none",
+        ),
         ("judge", _judge_row(settings, plan)),
         ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each"),
         ("steps", f"{plan.steps:,} ({passes})"),
@@ -249,6 +266,10 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
     ]
+
+
+def _with_images(count: int) -> str:
+    return f", {count:,} with images" if count else ""
 
 
 def _judge_row(settings: Settings, plan: Plan) -> str:

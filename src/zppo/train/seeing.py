@@ -53,7 +53,7 @@ def read_data(settings: Settings, *, sharded: bool = False) -> RunData:
         SettingsError: images cannot be trained on with these settings.
     """
     train, held_out = load_data(settings)
-    first = _first_with_images(settings, train, held_out)
+    first = first_with_images(settings, train, held_out)
     if first is None:
         return RunData(train, held_out, None)
     check_images(settings, *first, sharded=sharded)
@@ -80,7 +80,7 @@ def check_images(settings: Settings, source: str, question: Question, *, sharded
         )
 
 
-def _first_with_images(
+def first_with_images(
     settings: Settings, train: Sequence[Question], held_out: Sequence[Question]
 ) -> tuple[str, Question] | None:
     """The first question that has images, and where it is from."""
