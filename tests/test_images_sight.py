@@ -113,6 +113,21 @@ def test_a_prompt_holds_one_id_for_every_feature(kind: str, folder: Path, monkey
         start = shown.index(text, start) + len(text)
 
 
+def test_what_stands_for_a_size_is_found_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blank picture is preprocessed for it where the processor cannot count; equal texts are held once."""
+    sight = Chat.load(str(folder / "gemma3"), images=LIMITS).sight
+    assert sight is not None
+    made = list[tuple[int, int]]()
+    monkeypatch.setattr(sight, "_limits_itself", True)  # no two sizes become one
+    monkeypatch.setattr(
+        sight,
+        "_of_blank",
+        lambda *size: made.append(size) or sight_module.Placeholder(f"<{size[0] % 2}>", 1),  # type: ignore[func-returns-value]
+    )
+    found = [sight._placeholder_of(width, 16) for _ in range(2) for width in range(2000)]
+    assert len(made) == 2000 and len({id(place) for place in found}) == 2
+
+
 def test_pictures_without_markers_come_first_and_text_keeps_its_markers(folder: Path) -> None:
     chat = Chat.load(str(folder / "qwen3_vl"), images=LIMITS)
     ref, shown = make_picture(folder, 1), Chat.show

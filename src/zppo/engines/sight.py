@@ -26,6 +26,9 @@ FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocesso
 """What a checkpoint may hold beside weights and tokenizer, for those who show pictures to it."""
 _PICTURE = "_picture"  # (H, W, 3) uint8, beside what the model takes
 _MOST_SIZES = 1 << 18  # sizes of pictures that are remembered
+_MOST_PLACEHOLDERS = (
+    1 << 16
+)  # sizes whose placeholders are remembered: some are found by preprocessing a blank picture, 10 ms or more
 _ROUND_TRIP = ((96, 64), (50, 210))  # sizes of pictures on which placeholders are looked at when a checkpoint is loaded
 
 
@@ -83,7 +86,8 @@ class Sight:
         look = (type(processor.image_processor).__name__, self.limits, processor.image_processor.to_json_string())
         self._fingerprint = json.dumps(look)
         self._sizes: dict[str, tuple[int, int]] = {}
-        self._placeholder_of = lru_cache(maxsize=512)(self._make_placeholder)
+        self._distinct: dict[Placeholder, Placeholder] = {}
+        self._placeholder_of = lru_cache(maxsize=_MOST_PLACEHOLDERS)(self._make_placeholder)
         self._counted = self._counts_patches()
 
     @classmethod
@@ -186,7 +190,8 @@ class Sight:
             count = images.get_number_of_image_patches(height, width) // images.merge_size**2
             return Placeholder(self.token * count, count)
         size = (width, height) if self._limits_itself else fitted_size(width, height, self.limits)
-        return self._of_blank(*size)
+        made = self._of_blank(*size)
+        return self._distinct.setdefault(made, made)  # texts of thousands of characters, few of them different
 
     def _of_blank(self, width: int, height: int) -> Placeholder:
         """By the processor itself, of an empty picture of that size."""
