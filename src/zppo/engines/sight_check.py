@@ -51,7 +51,7 @@ def check_sight(engine: TransformersEngine, chat: Chat, name: str) -> None:
 
 def _pictures(folder: Path) -> list[ImageRef]:
     """Gradients of colours, as files: two of one size, and one of another."""
-    found = []
+    found: list[ImageRef] = []
     for size, order in (((96, 64), (0, 1, 2)), ((96, 64), (2, 0, 1)), ((48, 112), (1, 2, 0))):
         path = folder / f"check-{len(found)}.png"
         ramp = Image.linear_gradient("L").resize(size)
