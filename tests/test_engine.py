@@ -166,6 +166,10 @@ def test_what_hangs_on_modules_is_not_gone_around() -> None:
     assert is_plain(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not is_plain(model)
+    layer: Any = model.model.layers[1]
+    layer.forward = layer.forward
+    assert not is_plain(model)
+    del layer.forward
     model.__class__ = type("FSDPQwen3ForCausalLM", (type(model),), {})
     assert not is_plain(model)
 

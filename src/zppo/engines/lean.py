@@ -17,7 +17,8 @@ _MODELS = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether `decode` computes what the model's own forward computes: the library's own class, nothing hooked to any module, no autocast.
+    """Whether `decode` computes what the model's own forward computes: the library's own class, nothing hooked to any module or put in
+    the place of its forward, no autocast.
 
     Sharded weights hang on hooks or on a class of their own; so do tools that look into a model.
     """
@@ -25,7 +26,9 @@ def is_plain(model: PreTrainedModel) -> bool:
     if torch.is_autocast_enabled(model.device.type):
         return False
     own = kind.__name__ in _MODELS and kind.__module__.startswith("transformers.models.")
-    return own and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return own and not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
 
 
 def decode(
