@@ -10,9 +10,9 @@ RECIPE ?= recipes/lab.yaml
 ARGS ?=
 PIP_ARGS ?=
 
-# Tests run in as many processes as there are cores, four at most, each with one thread.
-JOBS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --maxprocesses 4
+# Tests run in one process more than there are cores, since they wait a quarter of their time; five at most, each with one thread.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 1)")
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS)
 
 BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most of what is installed never is.
@@ -22,7 +22,7 @@ LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.
 	tests/test_train.py::test_a_run_leaves_its_files
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest check lint fuzz bench gpu-check clean
+.PHONY: help train test test-lowest install-dev check lint fuzz bench gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
@@ -40,6 +40,8 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
+
+install-dev: $(VENV)/.installed-dev
 
 # An environment of its own with the lowest versions; the tests that need no more than pytest.
 test-lowest: $(VENV)-lowest/.installed
