@@ -162,6 +162,12 @@ def table(result: Mapping[str, Any]) -> str:
         (f"checkpoint of {size}, in the {name}", written[name], written[name] / EVERY)
         for name in ("foreground", "background")
     ]
+    largest, longest = max(result["buffer"], key=int), max(result["log"], key=int)
+    buffer = result["buffer"][largest]
+    waited = buffer["step"] + result["log"][longest] + (buffer["checkpoint"] + written["foreground"]) / EVERY
+    rows += [
+        ("**together, at their largest and in the foreground, without what is beside the sampling**", waited, waited)
+    ]
     return markdown(
         ["what", "seconds", f"per step (a checkpoint every {EVERY})", f"of a step of {STEP:.0f} s"],
         [(name, f"{once:.3f}", f"{each:.4f}", f"{each / STEP:.3%}") for name, once, each in rows],

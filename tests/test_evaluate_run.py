@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import make_tiny
 from eval_server import Reply, Scripted, said, scripted
 from evaluate_data import write_data
+from seeing import make_seeing
 from serving import wait_for
+from test_serve_process import KEY as SERVED_KEY
+from test_serve_process import serving
 from zppo import cli
 from zppo.errors import EvaluationError
 from zppo.evaluate import deciding
@@ -77,8 +83,9 @@ def write_clip(path: Path) -> None:
             container.mux(packet)
 
 
-def command(model: str, judge: Scripted, data: Path, out: Path, suite: str, *more: str) -> list[str]:
-    arguments = ["eval", model, "--suite", suite, "--judge", judge.url, "--data", str(data), "--output", str(out)]
+def command(model: str, judge: Scripted | str, data: Path, out: Path, suite: str, *more: str) -> list[str]:
+    address = judge if isinstance(judge, str) else judge.url
+    arguments = ["eval", model, "--suite", suite, "--judge", address, "--data", str(data), "--output", str(out)]
     return [*arguments, "--concurrency", "4", *more]
 
 
@@ -380,20 +387,47 @@ def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Pa
 # --- all of them ----------------------------------------------------------------------------------------------------------
 
 
+SAYS_NO = "correct: no\nscore: 0\ncorrectness: 0\nanswer: no"
+"""A reply that every judge with words of its own may give."""
+
+
+def make_saying(path: Path, text: str) -> Path:
+    """A checkpoint that answers everything with `text`: one token, then the end."""
+    from tokenizers import AddedToken
+
+    make_tiny(path, vocab_size=512, max_position_embeddings=32_768)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([AddedToken(text, normalized=False)])
+    tokenizer.save_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    said, end = tokenizer.convert_tokens_to_ids(text), tokenizer.eos_token_id
+    with torch.no_grad():
+        for layer in model.model.layers:  # nothing is added to the token itself
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+            weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.model.embed_tokens.weight[said] = torch.eye(2, 32)[1]
+        model.lm_head.weight[said, 0] = model.lm_head.weight[end, 1] = 20.0
+    model.save_pretrained(path)
+    return path
+
+
 @pytest.mark.slow
 def test_all_benchmarks_through_servers_of_our_own(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tiny vision-language checkpoint behind `zppo serve`, a judge behind another server: texts, pictures and frames of clips."""
-    from seeing import make_seeing
-
+    """A tiny vision-language checkpoint behind `zppo serve`, a judge behind another: texts, pictures and frames of clips."""
+    monkeypatch.setenv("ZPPO_TEST_KEY", SERVED_KEY)
     student, out = make_seeing(tmp_path / "student", "smolvlm"), tmp_path / "out"
-    with scripted(fair, "j") as judge:
-        more = ("--max-tokens", "4", "--frames", "3", "--video", "frames")
+    more = ["--max-tokens", "4", "--frames", "3", "--video", "frames", "--judge-key-env", "ZPPO_TEST_KEY"]
+    with serving(str(make_saying(tmp_path / "judge", SAYS_NO)), "--name", "j", "--device", "cpu") as (_, judge):
         assert cli.main(command(str(student), judge, data, out, "paper", *more)) == 0, capsys.readouterr()
     state = results(out)
     assert [each["name"] for each in state["benchmarks"]] == [benchmark.name for benchmark in BENCHMARKS]
     assert not state["skipped"] and all(each["open"] == 0 and each["value"] is not None for each in state["benchmarks"])
+    assert {each["name"] for each in state["benchmarks"] if each["by_judge"]} >= {"MM-Vet", "MultiCh"}
     assert state["families"].keys() == {"vlm", "llm", "video"}
     assert state["label"] == str(student)
     assert all(each["tokens_out"] <= 4 * each["rows"] for each in state["benchmarks"])
