@@ -41,9 +41,11 @@ class Beside:
         self.pipe, other = multiprocessing.Pipe()
         self.thread = threading.Thread(target=workers.obey, args=(serve, other, config))
         self.thread.start()
+        # One after the other: the library's `from_pretrained` is not made for threads, and two at once leave models untied for good.
+        self.first = self.answer()
 
     def ready(self) -> Any:
-        return self.answer()
+        return self.first
 
     def ask(self, message: Any) -> Any:
         self.pipe.send(message)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from serving import (
 from zppo.core.types import Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.serve.app import make_app
+from zppo.serve.app import _completed, make_app
 from zppo.serve.batcher import Batcher, StoppedError
 from zppo.serve.load import load
 from zppo.serve.words import Words
@@ -186,3 +187,25 @@ def test_a_real_model_stops_at_its_next_step_when_nobody_waits(tmp_path: Path) -
     following = batcher.submit(SampleRequest((1, 2, 3), (1,)), Sampling(max_new_tokens=3))
     assert len(following.future.result(30)) == 1
     batcher.close()
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+def test_what_the_end_cuts_off_is_given_up_without_a_traceback(stopping: bool) -> None:
+    """Told twice to end: the loop goes while a request still waits. Cancelled by anybody else, it says so."""
+    given_up: list[Any] = []
+    job: Any = SimpleNamespace(future=Future())
+    batcher: Any = SimpleNamespace(stopping=stopping, abandon=given_up.append)
+    request: Any = SimpleNamespace(receive=lambda: asyncio.sleep(60))
+
+    async def cut_off() -> Any:
+        task = asyncio.ensure_future(_completed(batcher, job, request))
+        await asyncio.sleep(0)
+        task.cancel()
+        return await task
+
+    if stopping:
+        assert asyncio.run(cut_off()) is None
+    else:
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(cut_off())
+    assert given_up == [job]

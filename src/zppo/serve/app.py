@@ -195,12 +195,16 @@ _STARTED = int(time.time())
 
 
 async def _completed(batcher: Batcher, job: Job, request: Request) -> list[Completion] | None:
-    """The completions of a job; None where the client went away first, and then the job is given up."""
+    """The completions of a job; None where the client went away first, or the server ends at once, and then the job is given up."""
     done = asyncio.wrap_future(job.future)
     gone = asyncio.ensure_future(request.receive())  # the body is read: what comes is the end of the connection
     try:
         await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
         return await done if done.done() else None
+    except asyncio.CancelledError:  # told twice to end: the loop goes before the answer that says so
+        if not batcher.stopping:
+            raise
+        return None
     finally:
         gone.cancel()
         if not done.done():

@@ -111,6 +111,11 @@ class Batcher:
         if threading.current_thread() is self._thread and (self._stopping or all(job.gone for job in self._batch)):
             raise _Abandoned
 
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` or `close` was called."""
+        return self._stopping
+
     def stop(self) -> None:
         """Ends the thread at the model's next step; requests that are not done fail with `StoppedError`. Safe in a signal handler."""
         self._stopping = True
