@@ -12,7 +12,7 @@ PIP_ARGS ?=
 
 # Tests run in one process more than there are cores, since they wait a quarter of their time; five at most, each with one thread.
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 1)")
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most of what is installed never is.
@@ -56,7 +56,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
 check: lint
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
