@@ -21,7 +21,7 @@ from benchmarks import ours, theirs
 from benchmarks.common import Options, interleaved, medians, ratio, run
 from benchmarks.tables import markdown
 from benchmarks.workers import Stopwatch, workers
-from benchmarks.world import SPECIAL, TURNS, WORDS, Shape, questions, user_turn
+from benchmarks.world import Shape, make_tokenizer, questions, user_turn
 
 SHAPE = Shape(questions=16, group=8, prompt=(40, 60), limit=32, layers=2, width=64, steps=24)
 QUICK = Shape(questions=4, group=4, prompt=(20, 30), limit=6, layers=1, width=32, steps=8)
@@ -65,24 +65,14 @@ def make_world(folder: Path, shape: Shape, threads: int) -> World:
 def make_model(folder: Path, shape: Shape) -> Path:
     """The tiny Gemma 3, random; its output weights are tiny, so that completions end by chance as in `world`."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig
 
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *TURNS, *WORDS, *IMAGE))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        unk_token="<unk>",
-        additional_special_tokens=["<|im_start|>", "<|endoftext|>", *IMAGE],
-        extra_special_tokens=dict(zip(("boi_token", "eoi_token", "image_token"), IMAGE, strict=True)),
-        chat_template=TEMPLATE,
-    )
+    names = dict(zip(("boi_token", "eoi_token", "image_token"), IMAGE, strict=True))
+    tokenizer = make_tokenizer(IMAGE, TEMPLATE, extra_special_tokens=names)
+    first, last, image = tokenizer.convert_tokens_to_ids(list(IMAGE))
     width, half = shape.width, [0.5] * 3
     text = {
-        "vocab_size": len(vocabulary),
+        "vocab_size": len(tokenizer),
         "hidden_size": width,
         "intermediate_size": 3 * width,
         "num_hidden_layers": shape.layers,
@@ -101,9 +91,9 @@ def make_model(folder: Path, shape: Shape) -> Path:
             text_config=text,
             vision_config={**vision, "image_size": SIDE, "patch_size": PATCH},
             mm_tokens_per_image=TOKENS,
-            boi_token_index=vocabulary[IMAGE[0]],
-            eoi_token_index=vocabulary[IMAGE[1]],
-            image_token_index=vocabulary[IMAGE[2]],
+            boi_token_index=first,
+            eoi_token_index=last,
+            image_token_index=image,
             tie_word_embeddings=False,
         )
     )

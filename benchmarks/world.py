@@ -9,6 +9,7 @@ anything or patched; both draw from that one distribution, and the lengths that 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,25 @@ class Shape:
 QUICK = Shape(questions=4, group=4, prompt=(20, 30), limit=12, layers=1, width=32, steps=12)
 
 
+def make_tokenizer(more: Sequence[str] = (), template: str = TEMPLATE, **settings: Any) -> Any:
+    """One word, one token; `more` are special ones behind all others, `settings` the tokenizer's own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *TURNS, *WORDS, *more))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>", "<|endoftext|>", *more],
+        chat_template=template,
+        **settings,
+    )
+
+
 def make_model(folder: Path, shape: Shape, *, std: float = 0.02, head: float = 1e-3) -> Path:
     """Writes the tiny random Qwen3 with its tokenizer: one word, one token.
 
@@ -62,22 +82,11 @@ def make_model(folder: Path, shape: Shape, *, std: float = 0.02, head: float = 1
         std, head: standard deviation of the weights, and of those of the output layer; lengths are as said above with a small one.
     """
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import GenerationConfig, Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *TURNS, *WORDS))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        unk_token="<unk>",
-        additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
-        chat_template=TEMPLATE,
-    )
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = model_config(shape)
     config.initializer_range = std

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from zppo.engines.chat import Chat
 
 # Shared cores make a deadline per example a coin toss.
-settings.register_profile("zppo", deadline=None, max_examples=30)
+settings.register_profile("zppo", deadline=None, max_examples=50)
 settings.load_profile("zppo")
 
 CHAT_TEMPLATE = (

@@ -155,14 +155,14 @@ def check(world: World, choice: Choice) -> None:
     assert set(eager_asked) <= {world.groups[i].question.id for i in expected_asked}
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=1200, deadline=None)
 @given(worlds(), choices)
 def test_selection_is_algorithm_1(world: World, choice: Choice) -> None:
     check(world, choice)
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(worlds(), choices)
 def test_selection_is_algorithm_1_on_many_batches(world: World, choice: Choice) -> None:
     check(world, choice)

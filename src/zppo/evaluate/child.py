@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zppo.errors import EvaluationError, StorageError
+from zppo.errors import EvaluationError
+from zppo.evaluate.folder import opened
 
 READY = 1800.0  # seconds: large models load and compile slowly
 GRACE = 40.0  # seconds between the request to end and the end
@@ -90,14 +91,7 @@ def served(
     port, key = _free_port(), secrets.token_urlsafe(24)
     environment = os.environ | {KEY: key} | ({"VLLM_API_KEY": key} if vllm else {})
     command = [sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *command_of(folder, port, vllm, images)]
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        out = open(log, "wb")  # noqa: SIM115 - handed to the process
-    except OSError as error:
-        raise StorageError(
-            f"{log} cannot be written ({error.strerror or error}); name another folder with --output"
-        ) from error
-    with out:
+    with opened(log, "wb") as out:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

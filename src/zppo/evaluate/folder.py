@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from zppo import __version__
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
@@ -22,6 +22,17 @@ except ImportError:  # Windows
 
 FORMAT = "zppo eval 1"
 WORK = "eval"
+
+
+def opened(path: Path, mode: Literal["wb", "ab"]) -> IO[bytes]:
+    """A file of an evaluation to write to, in a folder that is made where there is none. StorageError where that is refused."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, mode)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror or error}); name another folder with --output"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +71,7 @@ class EvalFolder:
             EvaluationError: somebody does.
             StorageError: the folder cannot be written.
         """
-        place = self.path / WORK / "lock"
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file = open(place, "ab")  # noqa: SIM115 - open for the block
-        except OSError as error:
-            raise StorageError(
-                f"{place} cannot be written ({error.strerror or error}); name another folder with --output"
-            ) from error
-        with file:
+        with opened(self.path / WORK / "lock", "ab") as file:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
