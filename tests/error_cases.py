@@ -723,6 +723,11 @@ def _accelerate(w: World, **more: str) -> None:
     w.env = {"RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "no", **more}
 
 
+@case("a recipe that shards with DeepSpeed")
+def _(w: World) -> None:
+    w.set("train.sharding", "zero3")
+
+
 @case("accelerate launch on CPUs, which starts one process")
 def _(w: World) -> None:
     w.env = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
@@ -738,49 +743,9 @@ def _(w: World) -> None:
     _accelerate(w, ACCELERATE_USE_MEGATRON_LM="true")
 
 
-def _zero(w: World, **more: str) -> None:
-    """The environment of one process of `accelerate launch` with DeepSpeed."""
-    given = {f"ACCELERATE_{name}": value for name, value in more.items()}
-    _accelerate(w, ACCELERATE_USE_DEEPSPEED="true", **given)
-
-
-@case("an accelerate configuration with another stage of ZeRO")
+@case("an accelerate configuration with DeepSpeed")
 def _(w: World) -> None:
-    _zero(w, DEEPSPEED_ZERO_STAGE="1")
-
-
-@case("a DeepSpeed configuration that moves the optimizer to the CPU")
-def _(w: World) -> None:
-    _zero(w, DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
-
-
-@case("a DeepSpeed configuration that makes models in shards")
-def _(w: World) -> None:
-    _zero(w, DEEPSPEED_ZERO3_INIT="true")
-
-
-@case("a DeepSpeed configuration that clips at another norm")
-def _(w: World) -> None:
-    _zero(w, GRADIENT_CLIPPING="0.5")
-
-
-def _zero_file(w: World, text: str) -> None:
-    _zero(w, DEEPSPEED_CONFIG_FILE=str(w.write("deepspeed.json", text)))
-
-
-@case("a DeepSpeed file that says what the recipe says")
-def _(w: World) -> None:
-    _zero_file(w, '{"train_batch_size": 64}')
-
-
-@case("a DeepSpeed file with a feature that is not taken")
-def _(w: World) -> None:
-    _zero_file(w, '{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
-
-
-@case("a DeepSpeed file that is none")
-def _(w: World) -> None:
-    _zero_file(w, "{stage: 3")
+    _accelerate(w, ACCELERATE_USE_DEEPSPEED="true")
 
 
 @case("an accelerate configuration with FSDP 1")

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import (
-    prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
@@ -43,7 +42,6 @@ from zppo.train.recipe import load_recipe
 from zppo.train.stop import Stop
 from zppo.train.student_engine import start_vllm
 from zppo.train.weights import Weights
-from zppo.train.zero_launch import ZeroWish
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -55,13 +53,10 @@ METRICS_OF_ONE_PROCESS = (
     "train_tokens_computed",  # padding depends on who computes what
     *BY_CHANCE,
 )
-DEEPSPEED: Any = {"processes": 2, "preload": ["deepspeed"], "DS_ACCELERATOR": "cpu"}
 
 
 def environment() -> dict[str, str]:
-    kept = {
-        k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith(("ACCELERATE_", "FSDP_", "DS_"))
-    }
+    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith(("ACCELERATE_", "FSDP_"))}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -137,7 +132,7 @@ def recorded(tiny_qwen3_dir: Path) -> list[list[Group]]:
 def test_recorded_completions_train_the_same_weights(
     tiny_qwen3_dir: Path, recorded: list[list[Group]], tmp_path: Path, victims: Victims
 ) -> None:
-    """Two processes, with all weights and three ways of sharding, against one: five steps of four minibatches, and a distillation."""
+    """Two processes, with all weights and sharded, against one: five steps of four minibatches, and a distillation."""
     AcceleratorState._reset_state(True)
     model = load(str(tiny_qwen3_dir))
     updater = make_updater(model, Accelerator(cpu=True), Weights(), sampler=False)
@@ -149,10 +144,10 @@ def test_recorded_completions_train_the_same_weights(
     (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(recorded))
 
     folders = (tiny_qwen3_dir, tmp_path / "recorded.pickle", tmp_path)
-    status = victims.run(*folders, run=tmp_path, call="distributed_worker:main", **DEEPSPEED)
+    status = victims.run(*folders, run=tmp_path, call="distributed_worker:main", processes=2)
     assert status == 0, victims.said[-3000:]
     assert distance(tmp_path / "one", tiny_qwen3_dir) > 5e-4  # it has learnt something
-    for layout in ("replicated", "sharded", "zero2", "zero3"):
+    for layout in ("replicated", "sharded"):
         assert distance(tmp_path / "one-five", tmp_path / f"{layout}-five") <= 1e-6, layout
         assert distance(tmp_path / "one", tmp_path / layout) <= 5e-6, layout  # AdamW blows up a gradient near 0
         ranks = [pickle.loads((tmp_path / f"{layout}-{rank}.pickle").read_bytes()) for rank in (0, 1)]
@@ -240,25 +235,22 @@ def reward(completion, question):
 
 
 @pytest.mark.slow
-def test_killed_under_zero2_it_goes_on_under_zero3(
-    alone: Path, recipe: Path, tmp_path: Path, victims: Victims, monkeypatch: pytest.MonkeyPatch
+def test_killed_with_sharded_weights_it_goes_on_with_all_in_each(
+    alone: Path, recipe: Path, tmp_path: Path, victims: Victims
 ) -> None:
-    """DeepSpeed from end to end: trained at stage 2 until a process is killed, on at stage 3 as accelerate launch sets it up."""
+    """Trained with FSDP2 until a process is killed, on from its newest checkpoint without sharding."""
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     run, more = tmp_path / "run", (f"--grading.reward={tmp_path / 'killed.py'}:reward", "--data.eval=null")
-    command = ("train", recipe, f"--output={run}", "--train.sharding=zero2", *more)
-    assert victims.run(*command, run=run, KILL_AT="90", **DEEPSPEED) != 0 and victims.statuses[1] == -signal.SIGKILL
-    assert "gradients and optimizer sharded over them (DeepSpeed ZeRO-2)" in victims.said
+    command = ("train", recipe, f"--output={run}", "--train.sharding=fsdp2", *more)
+    assert victims.run(*command, run=run, processes=2, KILL_AT="90") != 0 and victims.statuses[1] == -signal.SIGKILL
+    assert "2 processes, weights sharded over them (FSDP2)" in victims.said
     assert newest(run).name == "step-000002" and not (run / "final").exists()
 
-    tuning = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "train_batch_size": "auto"}
-    (tmp_path / "deepspeed.json").write_text(json.dumps(tuning), encoding="utf-8")
-    file = ("--deepspeed_config_file", str(tmp_path / "deepspeed.json"))
-    config = str(CONFIGS / "deepspeed-zero3.yaml")
-    env = accelerate_environment(monkeypatch, "--config_file", config, "--num_processes", "2", *file)
-    told = {name: value for name, value in env.items() if name.startswith("ACCELERATE_")}
-    assert victims.run("resume", run, run=run, **told, **DEEPSPEED) == 0, victims.said[-3000:]
-    assert "resumed after step 2 of 5" in victims.said and "(DeepSpeed ZeRO-3)" in victims.said
+    saved = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    saved["train"]["sharding"] = "none"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(saved), encoding="utf-8")
+    assert victims.run("resume", run, run=run, processes=2) == 0, victims.said[-3000:]
+    assert "resumed after step 2 of 5" in victims.said and "2 processes, each with all weights" in victims.said
     ours, theirs = ([r for r in records(folder) if r["event"] == "step"] for folder in (run, alone))
     for own, other in zip(ours, theirs, strict=True):
         assert_near(own, other, f"step {own['step']}")
@@ -347,9 +339,6 @@ def accelerate_environment(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
         monkeypatch.delenv(name)
     parsed = launch_command_parser().parse_args([*arguments, "script.py"])
     options, _, _ = _validate_launch_command(parsed)
-    if options.use_deepspeed:
-        options.main_process_port, options.deepspeed_fields_from_accelerate_config = 0, ""
-        return dict(prepare_deepspeed_cmd_env(options)[1])
     if options.cpu or not (options.multi_gpu or options.use_fsdp):
         return dict(prepare_simple_launcher_cmd_env(options)[1])
     options.main_process_port = 0
@@ -358,8 +347,6 @@ def accelerate_environment(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
 
 EXPECTED = {
     "ddp.yaml": Launch(processes=8),
-    "deepspeed-zero2.yaml": Launch(processes=8, sharding="zero2", zero=ZeroWish(2)),
-    "deepspeed-zero3.yaml": Launch(processes=8, sharding="zero3", zero=ZeroWish(3)),
     "fsdp2.yaml": Launch(processes=8, sharding="fsdp2", reshard=True),
 }
 
@@ -404,6 +391,7 @@ def test_a_layer_may_stay_gathered_until_its_backward_pass(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("env", "said"),
     [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed.*fsdp2.yaml.*train.sharding: fsdp2"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "train.tokens_per_microbatch"),
@@ -432,13 +420,12 @@ def test_sharding_needs_several_processes(recipe: Path, tmp_path: Path, capsys: 
     assert "one runs" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("sharding", ["fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize(
     ("override", "said"),
     [("--train.lora={}", "train.lora does not go"), ("--train.optimizer=adamw-8bit", "adamw-8bit does not go")],
 )
-def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: str, sharding: str) -> None:
-    settings = load_recipe(recipe, [override, f"--train.sharding={sharding}"])
+def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: str) -> None:
+    settings = load_recipe(recipe, [override, "--train.sharding=fsdp2"])
     two: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(SettingsError, match=said):
         make_weights(settings, two, Launch(processes=2), Stop())

@@ -112,21 +112,6 @@ def test_a_first_minibatch_without_gradients_hides_nothing(tiny_qwen3_dir: Path)
         assert metrics["logprob_gap_mean"] == pytest.approx(by, abs=1e-5)
 
 
-def test_gradients_that_cannot_be_dropped_are_made_once(tiny_qwen3_dir: Path) -> None:
-    """Where a process cannot take an attempt back (DeepSpeed), a few rows are scored before the first one."""
-    model = load(tiny_qwen3_dir)
-    groups = lying(make_groups(model, REWARDS, shift=0.0), 0.3)
-    forward, _ = gradients(make_updater(copy.deepcopy(model), minibatches=2, sampler=False), groups)
-    updater, said = checked(model)
-    updater.weights.attempts_can_fail = False
-    started: list[int] = []
-    inner = updater.weights.start_gradients
-    updater.weights.start_gradients = lambda model: (started.append(1), inner(model))[1]  # type: ignore[method-assign]
-    ours, metrics = gradients(updater, groups)
-    assert_equal(ours, forward)
-    assert len(started) == len(ours) == 2 and len(said) == 1 and metrics["logprob_fallback"] == 1
-
-
 def test_a_step_without_any_gradient_decides_nothing(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     updater, said = checked(model)

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ class Victims:
         teacher: str = "",
         processes: int = 1,
         call: str = "zppo.cli:main",
-        preload: Sequence[str] = (),
         **env: str,
     ) -> int:
         """The exit status of `zppo argv...`, negative for a signal that ended it; what it printed is in `said`.
@@ -62,7 +60,6 @@ class Victims:
             teacher: module:function in the place of the teacher's `complete`.
             processes: that many ranks, which find one another as if torchrun had started them; no launcher ends them.
             call: what is called with `argv` in the place of the command line.
-            preload: modules that are imported once for all children, this and later ones.
             env: the environment's variables, beside those of this process.
         """
         assert self.driver.stdin and self.driver.stdout
@@ -75,7 +72,6 @@ class Victims:
             "seconds": seconds,
             "teacher": teacher,
             "call": call,
-            "preload": list(preload),
             "env": [{**env, **ranked} for ranked in ranks(processes)],
         }
         self.driver.stdin.write(json.dumps(job) + "\n")
@@ -185,8 +181,6 @@ def serve() -> None:
         importlib.import_module(spec)
     for line in sys.stdin:
         job = json.loads(line)
-        for name in job["preload"]:
-            importlib.import_module(name)
         out_of, into = os.pipe()
         pids = []
         for env in job["env"]:

@@ -15,7 +15,7 @@ from zppo.engines.forward import Row, image_inputs
 from zppo.engines.sight import Sight
 from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools
-from zppo.train.budget import TokenBudget
+from zppo.train.budget import TokenBudget, zero_gradients
 from zppo.train.guard import GuardedStep
 from zppo.train.learn import Learnt
 from zppo.train.settings import TrainSettings
@@ -122,7 +122,7 @@ class Distiller:
         own = parts[team.rank]
 
         def accumulate(batches: list[MicroBatch]) -> tuple[float, int]:
-            self.weights.start_gradients(self.model)  # an attempt that runs out of memory leaves nothing
+            zero_gradients(self.model)  # an attempt that runs out of memory leaves nothing
             total = sum(self._backward([rows[own[m]] for m in micro.rows], tokens) for micro in batches)
             if self.weights.sharded:  # a process without a row left takes part in the passes of the others
                 most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
@@ -137,9 +137,7 @@ class Distiller:
     def _idle(self, row: Row) -> None:
         """A pass that adds nothing."""
         logits = completion_logits(self.model, [row], self.pad_id, self.sight)
-        self.weights.backward(
-            logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum(), self.accelerator
-        )
+        self.accelerator.backward(logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum())
 
     def _backward(self, rows: Sequence[Row], tokens: int) -> float:
         with torch.no_grad():
@@ -148,7 +146,7 @@ class Distiller:
             logits = completion_logits(self.model, rows, self.pad_id, self.sight)
         size = min(logits.shape[-1], wanted.shape[-1])  # embeddings may be padded to different sizes
         loss = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device)).sum() / tokens
-        self.weights.backward(loss, self.accelerator)
+        self.accelerator.backward(loss)
         return float(loss.detach())
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zppo.errors import LauncherError
-from zppo.train.zero_launch import ZeroWish, read_zero
 
-Sharding = Literal["none", "fsdp2", "zero2", "zero3"]
+Sharding = Literal["none", "fsdp2"]
 
 _PER_NODE = "torchrun --nproc_per_node N -m zppo train RECIPE"
 
@@ -24,7 +23,6 @@ class Launch:
         sharding: what an accelerate configuration says, None where there is none that says something.
         mixed_precision: the same; "" for none.
         reshard: FSDP2's `reshard_after_forward`.
-        zero: what an accelerate configuration says of DeepSpeed, None where it does not name it.
     """
 
     rank: int = 0
@@ -32,7 +30,6 @@ class Launch:
     sharding: Sharding | None = None
     mixed_precision: str = ""
     reshard: bool = True
-    zero: ZeroWish | None = None
 
     def check_processes(self, running: int) -> None:
         """Raises LauncherError unless as many processes train together as were started."""
@@ -65,6 +62,7 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
             f"{_PER_NODE} instead (recipes/accelerate/ for GPUs)"
         )
     for name, what in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
     ):
@@ -78,13 +76,9 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
             "Minibatches are train.minibatches, and how much memory one pass takes is train.tokens_per_microbatch"
         )
     sharding: Sharding | None = None
-    zero = None
     if _true(env, "ACCELERATE_USE_FSDP"):
         _check_fsdp(env)
         sharding = "fsdp2"
-    if _true(env, "ACCELERATE_USE_DEEPSPEED"):
-        zero = read_zero(env)
-        sharding = "zero3" if zero.stage == 3 else "zero2"
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
     return Launch(
         rank,
@@ -92,11 +86,13 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
         sharding,
         "" if precision == "no" else precision,
         _true(env, "FSDP_RESHARD_AFTER_FORWARD", True),
-        zero,
     )
 
 
-_MEND = "take recipes/accelerate/ddp.yaml (every process holds all weights) or fsdp2.yaml (weights, gradients and optimizer are sharded)"
+_MEND = (
+    "take recipes/accelerate/ddp.yaml (every process holds all weights) or fsdp2.yaml (weights, gradients and optimizer are sharded, "
+    "as with train.sharding: fsdp2)"
+)
 
 
 def _check_fsdp(env: Mapping[str, str]) -> None:

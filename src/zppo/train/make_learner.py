@@ -124,8 +124,9 @@ def make_learner(
         recompute_layers(model)
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
     sharing = _make_sharing(settings, model, accelerator)
-    prepared, optimizer = weights.prepare(
-        model, accelerator, lambda placed: make_optimizer(train, parameter_groups(placed, train), accelerator.device)
+    prepared = weights.prepare(model, accelerator)
+    optimizer = accelerator.prepare_optimizer(
+        make_optimizer(train, parameter_groups(prepared, train), accelerator.device)
     )
     if start:
         checkpoint.load_optimizer(start, weights.state_of(optimizer))

@@ -14,7 +14,6 @@ from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.team import Team
 from zppo.train.weights import ShardedWeights, Weights
-from zppo.train.zero import ZeroWeights, import_deepspeed
 
 
 def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
@@ -27,13 +26,8 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
     precision = "bf16" if bf16 else "no"
     launch.check_precision(precision)
-    if launch.zero:
-        launch.zero.check_clipping(settings.train.max_grad_norm)
-    # Set before anything imports DeepSpeed, which would look for a GPU by itself.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
     # accelerate would shard on GPUs, and turn the wish into something else on CPUs: `make_weights` does it on both.
-    for wish in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        os.environ.pop(wish, None)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
@@ -47,7 +41,7 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     """The team of this run's processes, and how the trained weights lie over them.
 
     Raises:
-        LauncherError: sharding was asked for, and there is one process; or DeepSpeed, and it cannot be used.
+        LauncherError: sharding was asked for, and there is one process.
         SettingsError: the recipe trains what cannot be sharded.
     """
     size, sharding = accelerator.num_processes, launch.sharding or settings.train.sharding
@@ -68,12 +62,7 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
     team = Team(accelerator.process_index, size, group, stop)
-    if sharding == "none":
-        return Weights(team)
-    if sharding == "fsdp2":
-        return ShardedWeights(team, reshard=launch.reshard)
-    deepspeed = import_deepspeed(accelerator.device.type)
-    return ZeroWeights(team, 3 if sharding == "zero3" else 2, deepspeed, launch.zero.tuning if launch.zero else {})
+    return Weights(team) if sharding == "none" else ShardedWeights(team, reshard=launch.reshard)
 
 
 def _patience(settings: Settings) -> timedelta:

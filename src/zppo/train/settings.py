@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from zppo.data.gym import check_apart
 from zppo.data.reading import Reading
@@ -492,13 +492,22 @@ class TrainSettings(Section):
         (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
     )
     tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
-    sharding: Literal["none", "fsdp2", "zero2", "zero3"] = Field(
+    sharding: Literal["none", "fsdp2"] = Field(
         "none",
-        description="several processes: each holds all, or a share: FSDP2, DeepSpeed ZeRO-2 or -3; an accelerate configuration wins",
+        description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins",
     )
     collective_timeout: float = Field(
         1800, gt=0, description="seconds that a process waits for the others before it gives up"
     )
+
+    @field_validator("sharding", mode="before")
+    @classmethod
+    def _sharding_is_there(cls, value: object) -> object:
+        if value in ("zero2", "zero3"):
+            raise ValueError(
+                f"{value} is gone with DeepSpeed: take fsdp2, which shards weights, gradients and optimizer; checkpoints go on with it"
+            )
+        return value
 
 
 class EvalSettings(SamplingSettings):

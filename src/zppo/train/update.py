@@ -19,7 +19,7 @@ from zppo.engines.forward import completion_logprobs
 from zppo.engines.shared import Sharing, shared_logprobs
 from zppo.engines.sight import Sight
 from zppo.errors import MemoryLimitError
-from zppo.train.budget import TokenBudget
+from zppo.train.budget import TokenBudget, zero_gradients
 from zppo.train.guard import GuardedStep
 from zppo.train.sampler_check import SamplerCheck
 from zppo.train.samples import Sample, Share, pack_length, packed, packs_of, samples_of, share_minibatch
@@ -149,12 +149,8 @@ class Updater:
                 raise UpdateStopped(self._begun(index, tally, samples, old))
             minibatch = [s for g in deals[index] for s in samples[g]]
             try:
-                # Where gradients cannot be dropped again, a few rows are scored first.
-                early = index == 0 and not self.weights.attempts_can_fail
-                if early and self._refuses(step, tally, samples):
-                    old = self._old_logprobs(samples, rows, tally)
                 total, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=index == 0)
-                if index == 0 and not early and self._refuses(step, counts, samples, minibatch):
+                if index == 0 and self._refuses(step, counts, samples, minibatch):
                     # The weights have not moved yet: a forward pass still gives old log-probs.
                     tally.fallback, (tally.gap_sum, tally.gap_max, tally.gap_tokens) = 1, counts.gap
                     old = self._old_logprobs(samples, rows, tally)
@@ -202,7 +198,7 @@ class Updater:
         return result
 
     def _refuses(
-        self, step: int, counts: Tally, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample] = ()
+        self, step: int, counts: Tally, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]
     ) -> bool:
         """Whether the sampler's log-probs are not the trainer's, before the first optimizer step; all processes agree.
 
@@ -251,7 +247,7 @@ class Updater:
 
         def accumulate(batches: list[MicroBatch]) -> tuple[float, Tally]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
-            self.weights.start_gradients(self.model)
+            zero_gradients(self.model)
             counts = copy.copy(tally)
             sums = [self._backward(live, known, micro, denominator, counts, first=first) for micro in batches]
             others = share.others if self.weights.sharded else []
@@ -273,7 +269,7 @@ class Updater:
     def _idle(self, sample: Sample) -> None:
         """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others."""
         logprobs, mask = self._forward([sample], MicroBatch([[0]], sample.length))
-        self.weights.backward(logprobs.where(mask, 0.0).sum() * 0.0, self.accelerator)
+        self.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
 
     def _backward(
         self,
@@ -298,7 +294,7 @@ class Updater:
             dual_clip=self.loss.dual_clip,
         )
         loss = surrogate.loss.where(mask, 0.0).sum() / denominator
-        self.weights.backward(loss, self.accelerator)
+        self.accelerator.backward(loss)
         tally.tokens += sum(s.tokens for s in samples)
         tally.needed += _needed(live, micro)
         tally.computed += micro.padded

@@ -8,7 +8,7 @@ as many backward passes from each process as from the others, while here some ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zppo.errors import LauncherError
-from zppo.train.budget import zero_gradients
 from zppo.train.checkpoint import HoldsState, Savable, TakesState
 from zppo.train.models import Student
 from zppo.train.precision import keep_logits_small
 from zppo.train.team import ALONE, Team
-
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-"""The recipe's optimizer over the parameters of a placed model."""
 
 
 class Weights:
@@ -38,26 +34,18 @@ class Weights:
 
     Attributes:
         team: the processes.
-        sharded: whether a forward or backward pass of one process needs all others.
-        attempts_can_fail: whether `start_gradients` drops gradients that an attempt before it has left.
+        sharded: whether a forward or backward pass of one process needs all others: every process must make equally many.
         kind: how they lie, in words.
     """
 
     sharded = False
-    attempts_can_fail = True
     kind = "each with all weights"
 
     def __init__(self, team: Team = ALONE) -> None:
         self.team = team
 
-    def prepare(
-        self, model: nn.Module, accelerator: Accelerator, make_optimizer: MakeOptimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model on its device, with autocast where asked for, and the optimizer over its parameters."""
-        prepared = self._place(model, accelerator)
-        return prepared, accelerator.prepare_optimizer(make_optimizer(prepared))
-
-    def _place(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        """The model on its device, with autocast where asked for. The optimizer is made afterwards: parameters may be others."""
         prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)  # True: not wrapped
         keep_logits_small(prepared, accelerator)
         if self.team.size > 1:
@@ -67,14 +55,6 @@ class Weights:
     def whole(self) -> AbstractContextManager[None]:
         """Inside, every process can run forward passes on its own. Every process must enter."""
         return nullcontext()
-
-    def start_gradients(self, model: nn.Module) -> None:
-        """Gradients of a minibatch start at 0, whatever a failed attempt has left in them."""
-        zero_gradients(model)
-
-    def backward(self, loss: torch.Tensor, accelerator: Accelerator) -> None:
-        """Adds the gradients of this process's part of the loss; `sharded`: every process must call it equally often."""
-        accelerator.backward(loss)
 
     def step(
         self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, *, finite: bool
@@ -127,7 +107,7 @@ class ShardedWeights(Weights):
     """FSDP2: weights, gradients and optimizer state are sharded; a pass gathers one layer after the other.
 
     Args:
-        reshard: free a layer's gathered weights after its forward pass (less memory, as ZeRO-3) or after its backward pass.
+        reshard: free a layer's gathered weights after its forward pass (less memory) or after its backward pass.
     """
 
     sharded = True
@@ -138,7 +118,7 @@ class ShardedWeights(Weights):
         self.reshard = reshard
         self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
 
-    def _place(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         """Shards every layer that the architecture names as one, then the rest.
 
         Raises:
