@@ -23,7 +23,6 @@ ROWS = (
     "shared_prompt",
     "decode_step",
     "teacher_tokens",
-    "teacher_waiting",
     "bookkeeping",
     "images",
     "profile_step",

@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-BY_CHANCE = ("teacher_unused_tokens", "teacher_cancelled", "teacher_tokens", "graded_answers")
-"""With `teacher.ask: eager`: what was asked in vain depends on timing."""
 TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")
 
 

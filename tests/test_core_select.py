@@ -146,13 +146,13 @@ def ours(world: World, choice: Choice, lazy: bool) -> tuple[list[Draft], list[st
 
 def check(world: World, choice: Choice) -> None:
     expected, expected_asked = algorithm_1(world, choice)
-    eager, eager_asked = ours(world, choice, lazy=False)
+    literal, literal_asked = ours(world, choice, lazy=False)
     lazy, lazy_asked = ours(world, choice, lazy=True)
-    assert eager == expected
+    assert literal == expected
     assert lazy == expected
-    assert lazy_asked == eager_asked[: len(lazy_asked)], "hardest first, each once"
-    assert len(lazy_asked) <= len(eager_asked) <= len(expected_asked)
-    assert set(eager_asked) <= {world.groups[i].question.id for i in expected_asked}
+    assert lazy_asked == literal_asked[: len(lazy_asked)], "hardest first, each once"
+    assert len(lazy_asked) <= len(literal_asked) <= len(expected_asked)
+    assert set(literal_asked) <= {world.groups[i].question.id for i in expected_asked}
 
 
 @settings(max_examples=1200, deadline=None)
@@ -190,22 +190,22 @@ def fake_build(gives: dict[int, int], asked: list[int]) -> Callable[[Sequence[in
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 30))
-def test_lazy_equals_eager_for_any_number_of_kinds(gives: list[int], cap: int) -> None:
-    lazy_asked, eager_asked = list[int](), list[int]()
+def test_lazy_equals_literal_for_any_number_of_kinds(gives: list[int], cap: int) -> None:
+    lazy_asked, literal_asked = list[int](), list[int]()
     table, kept = dict(enumerate(gives)), range(len(gives))
     lazy = fill_slots(kept, cap, fake_build(table, lazy_asked), 3)
-    assert lazy == fill_slots(kept, cap, fake_build(table, eager_asked), 3, lazy=False)
+    assert lazy == fill_slots(kept, cap, fake_build(table, literal_asked), 3, lazy=False)
     assert len(lazy) == min(cap, sum(gives[:cap]))
     needed = next((n for n in range(len(gives) + 1) if sum(gives[:n]) >= cap), min(cap, len(gives)))
     assert lazy_asked == list(range(min(cap, len(gives)))) or len(lazy_asked) == needed, "no question too many"
 
 
 def test_lazy_asks_half_as_many_questions_where_all_goes_well() -> None:
-    lazy_asked, eager_asked = list[int](), list[int]()
+    lazy_asked, literal_asked = list[int](), list[int]()
     gives = dict.fromkeys(range(300), 2)
     assert len(fill_slots(range(300), 96, fake_build(gives, lazy_asked), 2)) == 96
-    fill_slots(range(300), 96, fake_build(gives, eager_asked), 2, lazy=False)
-    assert (len(lazy_asked), len(eager_asked)) == (48, 96)
+    fill_slots(range(300), 96, fake_build(gives, literal_asked), 2, lazy=False)
+    assert (len(lazy_asked), len(literal_asked)) == (48, 96)
 
 
 def test_the_last_free_slot_goes_to_the_first_kind_and_a_freed_slot_to_the_next_question() -> None:

@@ -30,7 +30,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distributed_worker import distil, distrust, load, make_updater, train
-from same_run import BY_CHANCE
 from test_update import make_groups
 from victims import Victims
 from zppo.cli import main
@@ -51,7 +50,6 @@ METRICS_OF_ONE_PROCESS = (
     "tokens_per_second",
     "teacher_wait_seconds",
     "train_tokens_computed",  # padding depends on who computes what
-    *BY_CHANCE,
 )
 
 
@@ -176,9 +174,9 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in two processes, each of which asks the teacher early about its own questions."""
+    """The same run in two processes."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    done = torchrun("-m", "zppo", "train", str(recipe), "--teacher.ask=eager", f"--output={run}")
+    done = torchrun("-m", "zppo", "train", str(recipe), f"--output={run}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes, each with all weights" in done.stdout
     assert done.stdout.count("run folder") == done.stdout.count("graduated/admitted") == 1  # one of them speaks

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 from zppo.core.draws import draw_key
-from zppo.core.types import Group, Rollout
+from zppo.core.types import Group
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -40,18 +40,6 @@ def hard_groups(
     if ties == "random":
         hard.sort(key=lambda g: draw_key(seed, "ties", step, g.question.id))
     return sorted(hard, key=lambda g: g.accuracy)
-
-
-def surely_hard(ended: Sequence[Rollout], size: int, threshold: float) -> bool:
-    """Whether a plain group is hard however the rest of it turns out (ours); with all of it, whether it is hard.
-
-    Args:
-        ended: those of its rollouts that have ended.
-        size: G_S, its rollouts in all.
-    """
-    graded, correct, left = sum(r.graded for r in ended), sum(r.correct for r in ended), size - len(ended)
-    counts = 2 * graded >= size > 0
-    return counts and (correct + left) / (graded + left) < threshold
 
 
 def fill_slots(

@@ -110,7 +110,6 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
                 )
         return math.fsum(record[name] for record in steps)
 
-    unused = math.fsum(record.get("teacher_unused_tokens") or 0.0 for record in steps)
     per_rollout, sampled = total("prompt_tokens"), total("student_tokens")
     once = per_rollout / settings.rollout.group_size
     rows = per_rollout + sampled
@@ -118,7 +117,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         sampling=once + sampled,
         logprob=total("logprob_tokens"),
         update=total("train_tokens_needed"),
-        teacher=total("teacher_prompt_tokens") + total("teacher_completion_tokens") + unused,
+        teacher=total("teacher_prompt_tokens") + total("teacher_completion_tokens"),
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.reformulations else 0.0),

@@ -165,8 +165,6 @@ def _planned_teacher(
 def _teacher_questions(settings: Settings, zone: _Zone, plain: float) -> tuple[float, float]:
     """Questions of a step that the teacher answers, to the letter and as this recipe asks.
 
-    What `ask: eager` asks in vain is not foreseen.
-
     Off-policy distillation asks about all of them, Algorithm 1 and Teacher response about every hard one, Hint and Prefix about the
     capped set, NCQ alone about none.
     """

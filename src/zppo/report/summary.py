@@ -156,7 +156,6 @@ def _head(run: Run, resolve: Resolve) -> dict[str, str]:
     student, teacher = str(run.setting("student.model", "?")), run.setting("teacher.model")
     planned = run.setting("train.steps")
     seconds = math.fsum(line["seconds"]["step"] for line in run.steps)
-    vain = _total(run, "teacher_unused_tokens")
     waited = math.fsum(line.get("teacher_wait_seconds") or 0.0 for line in run.steps)
     of_planned = f" of {planned:,}" if planned and not run.finished else ""
     return {
@@ -168,7 +167,7 @@ def _head(run: Run, resolve: Resolve) -> dict[str, str]:
         "steps": f"{run.last_step:,}{of_planned}",
         "time": f"{duration(seconds)} of steps",
         "student tokens": f"{_total(run, 'student_tokens'):,}",
-        "teacher tokens": f"{_total(run, 'teacher_tokens'):,}" + (f" ({vain:,} in vain)" if vain else ""),
+        "teacher tokens": f"{_total(run, 'teacher_tokens'):,}",
         **({"waited for the teacher": f"{duration(waited)} ({waited / seconds:.0%})"} if waited else {}),
         **({"judge tokens": f"{judged:,}"} if (judged := _total(run, "judge_completion_tokens")) else {}),
         "cost": _cost(run, student, teacher, resolve),

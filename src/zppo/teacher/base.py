@@ -45,10 +45,6 @@ class TeacherReply:
     error: str = ""
 
 
-class Cancelled(BaseException):
-    """A call was ended by `cancel`. No `Exception`: it must not be taken for a failed batch and tried again in halves."""
-
-
 class Teacher(Protocol):
     """A frozen model that completes conversations. Never raises for a single failed request: the reply says so."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
 from zppo.images.cache import PixelCache
 from zppo.images.pixels import PixelLimits
-from zppo.teacher.base import Cancelled, TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 
 
 class Speech(Protocol):
@@ -64,8 +63,6 @@ class LocalTeacher:
         self._chats: dict[str, Speech] = {}
         self.context = context
         self.special_texts = tuple(special_texts)
-        self._turn = threading.Lock()  # one batch at a time, whichever threads ask
-        self._cancelled = self._began = 0  # calls of `cancel`: up to now, and when the batch under way was asked for
         self.network: Any = None  # the frozen model and its tokenizer, where `load` made the teacher: for distillation
         self.tokenizer: Any = None
         self.sight: Sight | None = None  # how it sees; None for one that reads text only
@@ -134,7 +131,6 @@ class LocalTeacher:
             special_texts=chat.special_texts,
         )
         teacher.network, teacher.tokenizer, teacher.sight = network, chat.tokenizer, chat.sight
-        network.register_forward_pre_hook(lambda *_: teacher._check())
         return teacher
 
     def check(self, how: TeacherSampling, use: str = "", n: int = 1) -> None:
@@ -148,20 +144,6 @@ class LocalTeacher:
         the chat template, fills the context, or if sampling it fails: where sampling a batch fails, its halves are tried
         on their own.
         """
-        began = self._cancelled
-        with self._turn:
-            self._began = began
-            return self._complete(requests, how)
-
-    def cancel(self) -> None:
-        """Ends the calls that other threads are in, at the model's next step: they raise `Cancelled`."""
-        self._cancelled += 1
-
-    def _check(self) -> None:
-        if self._turn.locked() and self._began != self._cancelled:
-            raise Cancelled
-
-    def _complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
         chat = self._chat(how.template_args)
         encoded = [self._encode(chat, request) for request in requests]
         samples = [sample for sample in encoded if not isinstance(sample, str)]

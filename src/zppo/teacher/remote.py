@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from zppo.core.types import ImageRef, Message
 from zppo.errors import ZPPOError
 from zppo.images.pixels import PixelLimits
 from zppo.prompts.neutralise import IMAGE_TEXTS
-from zppo.teacher.base import Cancelled, TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.check import PING_IMAGE, Names, check_images, check_servers
 from zppo.teacher.sending import Sending
 from zppo.teacher.servers import Servers, Service, backoff
@@ -106,7 +105,6 @@ class RemoteTeacher:
         self._official = any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls)
         self._slots = asyncio.Semaphore(concurrency)
         self._sending = Sending(limits)
-        self._running: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
@@ -169,21 +167,11 @@ class RemoteTeacher:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the teacher's thread; an interruption here ends it there. Any thread may call it."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._running.add(future)
         try:
             return future.result()
-        except CancelledError:
-            raise Cancelled from None
         except BaseException:
             future.cancel()
             raise
-        finally:
-            self._running.discard(future)
-
-    def cancel(self) -> None:
-        """Ends the calls that other threads are in, and their requests: they raise `Cancelled`."""
-        for future in tuple(self._running):
-            future.cancel()
 
     def close(self) -> None:
         """Ends what is under way, the connections and the thread. A second call does nothing."""

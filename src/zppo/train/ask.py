@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from zppo.core.draws import draw_key
 from zppo.core.types import Question
-from zppo.teacher.base import Teacher, TeacherRequest, TeacherSampling
+from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compress import Source
 from zppo.train.rollouts import Answered, Score, Speaker
 
 Pools = dict[str, tuple[Source, ...]]
 """T_x by question id: correct teacher responses, in the order of teachers and draws."""
+
+
+class TimedTeacher:
+    """A teacher that knows how long it was waited for.
+
+    Attributes:
+        seconds: what has been waited since somebody set it to 0.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self.seconds = 0.0
+
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+        """Replies in the order of the requests."""
+        began = time.perf_counter()
+        try:
+            return self._teacher.complete(requests, how)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 @dataclass(slots=True)

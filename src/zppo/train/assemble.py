@@ -24,8 +24,8 @@ from zppo.errors import SettingsError
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.train.advice import Adviser, TimedScore
+from zppo.train.ask import TimedTeacher
 from zppo.train.checkpointer import Checkpointer
-from zppo.train.early import EarlyScore, EarlyTeacher
 from zppo.train.make_learner import make_learner, make_reformulations
 from zppo.train.make_zone import grades_beside, make_asker, make_zone
 from zppo.train.models import Student, context_length, load_chat, load_student
@@ -136,8 +136,8 @@ def assemble(
     _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
     team = weights.team
     team.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
-    early, graded = [EarlyTeacher(teacher, team) for teacher in teachers], EarlyScore(scorer, team)
-    asker = make_asker(settings, early, speaker, graded)
+    asked = [TimedTeacher(team.teacher(teacher)) for teacher in teachers]
+    asker = make_asker(settings, asked, speaker, team.score(scorer))
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
     if steps is None:
@@ -172,7 +172,7 @@ def assemble(
             weights.whole,
             beside=grades_beside(settings, scorer),
         ),
-        zone=make_zone(settings, reformulations, early, graded, speaker, asker, engine.context, staff.cancel, team),
+        zone=make_zone(settings, reformulations, asked, speaker, asker, engine.context),
         learner=learner,
         guard=guard,
         rule=rule,

@@ -163,10 +163,9 @@ def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:
 
 def _work(totals: Totals) -> str:
     judged = f", {totals.judge_tokens:,} judge tokens" if totals.judge_tokens else ""
-    unused = f" ({totals.teacher_unused_tokens:,} in vain)" if totals.teacher_unused_tokens else ""
     waited = f", {totals.teacher_wait_seconds:,.0f} s of them waiting for the teacher" if totals.teacher_tokens else ""
     return (
-        f"{totals.rollouts:,} rollouts, {totals.student_tokens:,} student tokens, {totals.teacher_tokens:,} teacher tokens{unused}{judged} "
+        f"{totals.rollouts:,} rollouts, {totals.student_tokens:,} student tokens, {totals.teacher_tokens:,} teacher tokens{judged} "
         f"in {totals.seconds:,.0f} s{waited}"
     )
 

@@ -1,23 +1,20 @@
-"""Puts together who asks the teacher, who asks it ahead, and who makes the reformulated prompts of a step."""
+"""Puts together who asks the teacher, and who makes the reformulated prompts of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from zppo.core.reformulate import Placebo, PrefixQuestion, Reformulation
 from zppo.errors import SettingsError, TemplateError
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.teacher.base import Teacher, TeacherSampling
 from zppo.teacher.compress import Compressor, token_tail
-from zppo.train.ask import Asker
-from zppo.train.eager import Ahead
-from zppo.train.early import EarlyScore, EarlyTeacher
+from zppo.train.ask import Asker, TimedTeacher
 from zppo.train.make_learner import ResponseTokens
 from zppo.train.materials import MaterialMaker
 from zppo.train.rollouts import Score, Speaker
 from zppo.train.scoring import Scorer
 from zppo.train.settings import Settings
-from zppo.train.team import Team
 from zppo.train.zone import ZoneBuilder
 
 
@@ -25,13 +22,10 @@ def grades_beside(settings: Settings, scorer: Scorer) -> bool:
     """Whether completions are graded while others are sampled.
 
     Not where grading would take the student's device (a judge in this process), nor by a user's reward function, which may count on
-    being called in the main thread; with `ask: eager` in any case, which has to know early.
+    being called in the main thread.
     """
-    asks_ahead = (
-        settings.method.resolve().needs_teacher and settings.teacher is not None and settings.teacher.ask == "eager"
-    )
     judge = settings.judging[0] if scorer.judge is not None and settings.judging is not None else None
-    return asks_ahead or (settings.grading.reward is None and (judge is None or bool(judge.base_urls)))
+    return settings.grading.reward is None and (judge is None or bool(judge.base_urls))
 
 
 def make_asker(settings: Settings, teachers: Sequence[Teacher], speaker: Speaker, score: Score) -> Asker:
@@ -71,33 +65,13 @@ def _make_materials(
 def make_zone(
     settings: Settings,
     reformulations: Sequence[Reformulation],
-    teachers: Sequence[EarlyTeacher],
-    score: EarlyScore,
+    teachers: Sequence[TimedTeacher],
     speaker: Speaker,
     asker: Asker,
     context: int | None,
-    cancel: Callable[[], None],
-    team: Team,
 ) -> ZoneBuilder:
     method, own = settings.method.resolve(), settings.teacher if teachers else None
     _check_templates(reformulations, speaker.book)
-    ahead = None
-    if own is not None and own.ask == "eager" and not method.distils:
-        early = [teacher.ahead() for teacher in teachers]
-        ahead = Ahead(
-            make_asker(settings, early, speaker, score.ahead),
-            _make_materials(settings, reformulations, early[0], speaker),
-            teachers=teachers,
-            score=score,
-            reformulations=reformulations,
-            settings=settings.zone,
-            group_size=settings.rollout.group_size,
-            seed=settings.seed,
-            threads=own.concurrency if own.base_urls else 1,
-            every_hard_question=method.teacher_response,
-            cancel=cancel,
-            team=team,
-        )
     return ZoneBuilder(
         reformulations,
         asker=asker,
@@ -108,7 +82,6 @@ def make_zone(
         context=context,
         max_new_tokens=settings.rollout.max_new_tokens,
         lazy=own is None or own.ask != "all",
-        ahead=ahead,
         teachers=teachers,
         every_hard_question=method.teacher_response,
         scramble=method.control == "scrambled",

@@ -67,7 +67,6 @@ class Plan:
     optimizer_steps: int
     evaluations: int
     lazy: TeacherPlan | None
-    eager: TeacherPlan | None
     literal: TeacherPlan | None
     judged: int = 0
     eval_judged: int = 0
@@ -181,14 +180,12 @@ def make_plan(
     steps = steps_per_epochs(questions, batch, train.epochs) if train.steps is None else train.steps
     every = settings.eval.every
     between = (max(steps - 1, 0) // every) if every else 0
-    lazy = eager = literal = None
+    lazy = literal = None
     if method.needs_teacher and settings.teacher is not None:
         everything = method.teacher_response or method.loss == "off-distill"
         lazy = _teacher_plan(
             settings, settings.teacher, asked=plain if everything else min(cap, plain), cap=cap, lazy=True
         )
-        # Any hard question may for a while be among the hardest, and what is asked about is compressed, whatever the cap.
-        eager = _teacher_plan(settings, settings.teacher, asked=plain, cap=plain, lazy=False)
         capped = method.reformulations and not {"bcq"} & set(method.reformulations)  # Hint, Prefix: the capped set only
         literal = _teacher_plan(
             settings, settings.teacher, asked=min(cap, plain) if capped else plain, cap=cap, lazy=False
@@ -206,7 +203,6 @@ def make_plan(
         optimizer_steps=min(train.minibatches, plain + reformulated),
         evaluations=2 + between if eval_questions else 0,
         lazy=lazy,
-        eager=eager,
         literal=literal,
         judged=judged,
         eval_judged=eval_judged,
@@ -222,9 +218,7 @@ def _judge_calls(
     """Completions of `plain` judge questions in one step: of the student, asked again too, and of the teacher."""
     again = min(reformulated, plain * len(settings.method.resolve().reformulations))
     calls = (plain + again) * settings.rollout.group_size
-    work = (
-        lazy if settings.teacher is not None and settings.teacher.ask == "lazy" else literal
-    )  # eager asks about all at most
+    work = lazy if settings.teacher is not None and settings.teacher.ask == "lazy" else literal
     group = settings.zone.teacher_group_size * (1 + len(settings.more_teachers))
     return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
@@ -235,8 +229,8 @@ def render_plan(
     """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`."""
     parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
     parts += [_table("one step, at most", _step_rows(settings, plan)), ""]
-    if plan.lazy is not None and plan.eager is not None and plan.literal is not None:
-        parts += [_teacher_table(settings, plan.lazy, plan.eager, plan.literal), ""]
+    if plan.lazy is not None and plan.literal is not None:
+        parts += [_teacher_table(settings, plan.lazy, plan.literal), ""]
     if memory:
         parts += [_table("memory, estimated for one process", list(memory)), ""]
     return Group(*parts, Text("Nothing was trained and no model was loaded: this was a dry run.", style="dim"))
@@ -317,7 +311,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def _teacher_table(settings: Settings, lazy: TeacherPlan, eager: TeacherPlan, literal: TeacherPlan) -> Table:
+def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) -> Table:
     assert settings.teacher is not None
     chosen = settings.teacher.ask
     table = Table(
@@ -330,7 +324,7 @@ def _teacher_table(settings: Settings, lazy: TeacherPlan, eager: TeacherPlan, li
     hints = ["hints"] if literal.hints else []
     for name in ("ask", "rollouts", "their tokens", "compressions", "their tokens", *hints, ""):
         table.add_column(name, justify="right" if name not in ("ask", "") else "left")
-    for name, work in (("lazy", lazy), ("eager", eager), ("all", literal)):
+    for name, work in (("lazy", lazy), ("all", literal)):
         table.add_row(
             name,
             f"{work.rollouts:,}",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from zppo.core.draws import draw_key
 from zppo.core.types import PLAIN, Draft, Group, Message, Prompt, Question, Rollout
@@ -13,7 +16,6 @@ from zppo.engines.chat import Chat
 from zppo.errors import DataError
 from zppo.grading.base import Verdict
 from zppo.prompts.book import PromptBook
-from zppo.train.lane import lane
 from zppo.train.team import ALONE, Team
 
 
@@ -28,9 +30,6 @@ class Answered:
 
 Score = Callable[[Sequence[Answered]], list[Verdict]]
 """Grades completions, in their order: the rule grader, or a user's reward function."""
-
-Seen = Callable[[Prompt, int, Rollout], None]
-"""Is told of a graded rollout: its prompt, its place in the group, itself."""
 
 _Ended = tuple[int, int, Completion]  # the prompt's place, the rollout's place in its group, what was sampled
 
@@ -92,28 +91,23 @@ class Roller:
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     beside: bool = False
 
-    def roll(
-        self, prompts: Sequence[Prompt], step: int, *, purpose: str = "rollout", seen: Seen | None = None
-    ) -> list[Group]:
+    def roll(self, prompts: Sequence[Prompt], step: int, *, purpose: str = "rollout") -> list[Group]:
         """One group per prompt, in order.
 
         Args:
             purpose: keeps the draws of evaluation apart from those of training.
-            seen: told of every rollout of this process's prompts once it is graded, in the thread that grades.
         """
         if not prompts:
             return []
 
         def work(mine: Sequence[Prompt]) -> list[tuple[Rollout, ...]]:
-            return self._rollouts(mine, step, purpose, seen)
+            return self._rollouts(mine, step, purpose)
 
         with self.whole():
             rolled = self.team.map(prompts, work, lambda p: float(len(p.ids) + self.sampling.max_new_tokens))
         return [Group(prompt, rollouts) for prompt, rollouts in zip(prompts, rolled, strict=True)]
 
-    def _rollouts(
-        self, prompts: Sequence[Prompt], step: int, purpose: str, seen: Seen | None
-    ) -> list[tuple[Rollout, ...]]:
+    def _rollouts(self, prompts: Sequence[Prompt], step: int, purpose: str) -> list[tuple[Rollout, ...]]:
         """Of this process's prompts, in order."""
         requests = [
             SampleRequest(
@@ -128,8 +122,6 @@ class Roller:
         def grade(ended: Sequence[_Ended]) -> None:
             for (i, j, _), rollout in zip(ended, self._graded(prompts, ended), strict=True):
                 done[i, j] = rollout
-                if seen is not None:
-                    seen(prompts[i], j, rollout)
 
         if self.beside:
             self._sample_and_grade(requests, grade)
@@ -140,16 +132,33 @@ class Roller:
     def _sample_and_grade(self, requests: Sequence[SampleRequest], grade: Callable[[Sequence[_Ended]], None]) -> None:
         """Has the rollouts graded in a thread as they end; those that the engine does not hand over, when all have ended."""
         given: set[tuple[int, int]] = set()
-        with lane("grading", grade) as beside:
+        waiting: SimpleQueue[_Ended] = SimpleQueue()
+        jobs: deque[Future[None]] = deque()
 
-            def finished(request: int, key: int, completion: Completion) -> None:
-                given.add((request, key))
-                beside.put((request, key, completion))
+        def work() -> None:
+            # One call for all that has ended by now: a grader compares its rows at the same time.
+            if ended := [waiting.get_nowait() for _ in range(waiting.qsize())]:
+                grade(ended)
 
+        def put(ended: _Ended) -> None:
+            while jobs and jobs[0].done():
+                jobs.popleft().result()  # an error in grading ends the sampling
+            waiting.put(ended)
+            jobs.append(pool.submit(work))
+
+        def finished(request: int, key: int, completion: Completion) -> None:
+            given.add((request, key))
+            put((request, key, completion))
+
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grading")
+        try:
             for i, j, completion in _all_of(self.engine.sample(requests, self.sampling, finished)):
                 if (i, j) not in given:
-                    beside.put((i, j, completion))
-            beside.drain()
+                    put((i, j, completion))
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # what goes wrong here is not held up by what is being graded
 
     def _graded(self, prompts: Sequence[Prompt], ended: Sequence[_Ended]) -> list[Rollout]:
         decode = self.speaker.chat.decode

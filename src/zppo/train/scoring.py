@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -55,14 +54,9 @@ class Scorer:
         self.rule, self.judge = rule, judge
         self._told_malformed = False
         self._spared = 0
-        self._turn = threading.Lock()
 
     def __call__(self, answered: Sequence[Answered]) -> list[Verdict]:
-        """Verdicts in the order of the completions; one call of the judge's model for all of them. Threads take turns."""
-        with self._turn:
-            return self._verdicts(answered)
-
-    def _verdicts(self, answered: Sequence[Answered]) -> list[Verdict]:
+        """Verdicts in the order of the completions; one call of the judge's model for all of them."""
         if self.judge is None:
             return self.rule(answered)
         judged = iter(self._by_judge(self.judge, [a for a in answered if a.question.grading == JUDGE]))

@@ -198,15 +198,23 @@ class JudgeSettings(JudgeUse, FrozenModelSettings):
 class TeacherSettings(FrozenModelSettings):
     """The frozen teacher."""
 
-    ask: Literal["lazy", "eager", "all"] = Field(
+    ask: Literal["lazy", "all"] = Field(
         "lazy",
-        description="lazy: hardest questions first until the cap is full; eager: the same while the student still samples, less waiting "
-        "for more calls; all: Algorithm 1 to the letter; the batches are the same",
+        description="lazy: hardest questions first until the cap is full; all: Algorithm 1 to the letter; the batches are the same",
     )
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
     hint: HintSettings = Field(HintSettings(), description="hints of the method hint")
     compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
     judge: JudgeUse = Field(JudgeUse(), description="verdicts on free-form answers, where the recipe names no judge")
+
+    @field_validator("ask", mode="before")
+    @classmethod
+    def _removed(cls, ask: Any) -> Any:
+        if ask == "eager":
+            raise ValueError(
+                "eager is gone: the teacher is no longer asked while the student samples; take lazy, which gives the same batches"
+            )
+        return ask
 
 
 class ColumnSettings(Section):

@@ -39,7 +39,6 @@ class Staff:
         self.settings_of: list[TeacherSettings] = []
         self._settings, self._accelerator, self._console, self._seeing = settings, accelerator, console, seeing
         self._remote: list[RemoteTeacher] = []
-        self._local: list[LocalTeacher] = []
 
     def load(self, own: FrozenModelSettings, section: str) -> FrozenTeacher:
         """A frozen model by its section of the recipe.
@@ -48,8 +47,7 @@ class Staff:
             TeacherError: it cannot be loaded, or there is no key for its address.
         """
         if not own.base_urls:
-            self._local.append(_load_frozen(self._settings, own, self._accelerator, self._seeing))
-            return self._local[-1]
+            return _load_frozen(self._settings, own, self._accelerator, self._seeing)
         images = self._settings.data.images
         teacher = RemoteTeacher(
             own.model,
@@ -79,12 +77,6 @@ class Staff:
         """What calling the remote models took since the last call of this, named remote_*; empty where all are in this process."""
         taken = [asdict(teacher.take_service()) for teacher in self._remote]
         return {f"remote_{name}": sum(counts[name] for counts in taken) for name in taken[0]} if taken else {}
-
-    def cancel(self) -> None:
-        """Ends the calls that threads other than this one are in."""
-        models: list[FrozenTeacher] = [*self._local, *self._remote]
-        for model in models:
-            model.cancel()
 
     def close(self) -> None:
         """Ends the threads and connections of remote models."""

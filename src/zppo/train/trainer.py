@@ -51,14 +51,12 @@ MISSED = {
 class Totals:
     """What a run has done so far; part of every checkpoint.
 
-    `teacher_tokens` are all that were asked for, the unused ones of `ask: eager` too.
     `admitted`, `graduated` and `evicted` count buffer entries by their accuracy at admission.
     """
 
     rollouts: int = 0
     student_tokens: int = 0
     teacher_tokens: int = 0
-    teacher_unused_tokens: int = 0
     teacher_wait_seconds: float = 0.0
     judge_tokens: int = 0
     seconds: float = 0.0
@@ -198,11 +196,10 @@ class Trainer:
             self.guard.refresh(step - 1)
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)
-        with self.zone.asking(len(new), step) as seen:
-            with clock("sampling"):
-                plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step, seen=seen)
-            with clock("teacher"):
-                asked_again = self.zone.build(plain, len(new), step)
+        with clock("sampling"):
+            plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step)
+        with clock("teacher"):
+            asked_again = self.zone.build(plain, len(new), step)
         with clock("sampling"):
             again = self.roller.roll(asked_again.prompts, step)
         graded, grading = self.rule.take()
@@ -294,7 +291,8 @@ class Trainer:
     def load(self, folder: Path, state: dict[str, Any], halfway: Halfway | None) -> None:
         """Continue after a checkpoint: its folder, its state, and the step that it was made in, if any."""
         self.buffer.load_state_dict(state["buffer"])
-        self.totals = Totals(**state["totals"])
+        removed = "teacher_unused_tokens"  # checkpoints of earlier versions have it
+        self.totals = Totals(**{name: value for name, value in state["totals"].items() if name != removed})
         self.learner.load_state_dict(state["learner"])
         self.done, self.evaluated, self.halfway = state["step"], state["evaluated"], halfway
         self.folder, self.saved = folder, (self.done, halfway.begun.done if halfway else None)
@@ -382,11 +380,9 @@ class Trainer:
             **self._buffer_metrics(changes),
         }
         uses = ("teacher", "compression", "hint")
-        unused = int(metrics.get("teacher_unused_tokens", 0))
-        teacher_tokens = unused + sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
+        teacher_tokens = sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
         self.totals.student_tokens += tokens
         self.totals.teacher_tokens += teacher_tokens
-        self.totals.teacher_unused_tokens += unused
         self.totals.teacher_wait_seconds += metrics.get("teacher_wait_seconds", 0.0)
         self.totals.judge_tokens += int(metrics.get("judge_completion_tokens", 0))
         for name in MISSED:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from zppo.core.reformulate import RESPONSES, Reformulation, scrambled
 from zppo.core.select import fill_slots, hard_groups, share_of
 from zppo.core.types import Draft, Group, Prompt
-from zppo.train.ask import Asker, Pools
-from zppo.train.eager import Ahead
-from zppo.train.early import EarlyTeacher
+from zppo.train.ask import Asker, Pools, TimedTeacher
 from zppo.train.materials import MaterialMaker, drafts_of
-from zppo.train.rollouts import Seen, Speaker
+from zppo.train.rollouts import Speaker
 from zppo.train.settings import ZoneSettings
 
 
@@ -44,7 +41,6 @@ class ZoneBuilder:
         context: the student's context in tokens, None if unbounded.
         max_new_tokens: limit of a student completion, counted against the context.
         lazy: ask the teacher hardest first until the cap is full (the same prompts), or as Algorithm 1 is written.
-        ahead: asks it while the plain rollouts are still sampled; None for nobody.
         teachers: whose replies the step waits for.
         every_hard_question: responses are wanted for all hard questions (Teacher response), not for prompts alone.
         scramble: exchange the candidates between questions (control).
@@ -62,8 +58,7 @@ class ZoneBuilder:
         context: int | None,
         max_new_tokens: int,
         lazy: bool = True,
-        ahead: Ahead | None = None,
-        teachers: Sequence[EarlyTeacher] = (),
+        teachers: Sequence[TimedTeacher] = (),
         every_hard_question: bool = False,
         scramble: bool = False,
     ) -> None:
@@ -71,29 +66,18 @@ class ZoneBuilder:
         self.asker, self.materials, self.speaker = asker, materials, speaker
         self.settings, self.seed, self.context, self.max_new_tokens = settings, seed, context, max_new_tokens
         self.lazy, self.every_hard_question, self.scramble = lazy, every_hard_question, scramble
-        self.ahead, self.teachers = ahead, tuple(teachers)
+        self.teachers = tuple(teachers)
         self.needs_responses = any(r.needs & RESPONSES for r in self.reformulations)
-
-    @contextmanager
-    def asking(self, new_count: int, step: int) -> Iterator[Seen | None]:
-        """Around the plain rollouts and `build`: gives what is to be told of each rollout, None where nobody asks ahead."""
-        for teacher in self.teachers:
-            teacher.seconds = 0.0
-        if self.ahead is None:
-            yield None
-        else:
-            with self.ahead.asking(share_of(self.settings.rho_aug, new_count), step) as seen:
-                yield seen
 
     def build(self, plain: Sequence[Group], new_count: int, step: int) -> Zone:
         """The reformulated prompts for a step's plain groups (new questions first), hardest questions first."""
-        if self.ahead is not None:
-            self.ahead.collected()
+        for teacher in self.teachers:
+            teacher.seconds = 0.0
         cap = share_of(self.settings.rho_aug, new_count)
         hard = hard_groups(plain, self.settings.threshold, ties=self.settings.ties, seed=self.seed, step=step)
         self.asker.new_step()
         self.materials.new_step()
-        pools = self._ask_ahead(hard, cap, step)
+        pools = self._ask_first(hard, cap, step)
         too_long = 0
 
         def build(wave: Sequence[Group]) -> list[list[tuple[Draft, Prompt]]]:
@@ -120,11 +104,10 @@ class ZoneBuilder:
             **self.asker.metrics(),
             **self.materials.metrics(),
             **({"teacher_wait_seconds": sum(t.seconds for t in self.teachers)} if self.teachers else {}),
-            **(self.ahead.settle() if self.ahead is not None else {}),
         }
         return Zone(prompts, pools, metrics, self.asker.error or self.materials.error)
 
-    def _ask_ahead(self, hard: Sequence[Group], cap: int, step: int) -> Pools:
+    def _ask_first(self, hard: Sequence[Group], cap: int, step: int) -> Pools:
         """Responses that are asked for before any slot is filled.
 
         Teacher response wants every hard question. Algorithm 1 asks about all of them too; Hint and Prefix about the capped set.
