@@ -213,6 +213,15 @@ def test_dry_run_errors_and_help_never_import_torch(tmp_path: Path) -> None:
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
+def test_dry_run_of_a_control_prints_its_mark(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    status, out, _ = run(capsys, "train", str(MY_DATA), "--dry-run", "--method=zppo-placebo")
+    assert status == 0
+    assert rows(out)["method"].startswith("zppo-placebo ([zppo]): replay on")
+
+
 def test_dry_run_of_the_recipe_to_copy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "150")
     status, out, _ = run(capsys, "train", str(MY_DATA), "--dry-run")

@@ -51,7 +51,7 @@ class Row:
 
 
 class ListBuffer:
-    """Algorithm 1, line 14, on a list, oldest first, without a thought for speed."""
+    """Algorithm 1, line 19, on a list, oldest first, without a thought for speed."""
 
     def __init__(self, capacity: int, threshold: float) -> None:
         self.capacity, self.threshold, self.rows = capacity, threshold, list[Row]()

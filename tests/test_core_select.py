@@ -104,9 +104,9 @@ choices = st.builds(
 
 
 def algorithm_1(world: World, choice: Choice) -> tuple[list[Draft], list[int]]:
-    """Lines 6 to 11 of Algorithm 1 to the letter, with method.md's decisions: (instances, questions that the teacher was asked about)."""
+    """Lines 4 to 15 of Algorithm 1 to the letter, with method.md's decisions: (instances, questions that the teacher was asked about)."""
     hard: list[tuple[Fraction, int, int]] = []
-    for position, g in enumerate(world.groups):  # line 6: the hard set, of questions with enough verdicts
+    for position, g in enumerate(world.groups):  # line 4: the hard set, of questions with enough verdicts
         verdicts = [r.correct for r in g.rollouts if r.graded]
         if verdicts and 2 * len(verdicts) >= len(g.rollouts):
             share = Fraction(sum(verdicts), len(verdicts))
@@ -115,13 +115,13 @@ def algorithm_1(world: World, choice: Choice) -> tuple[list[Draft], list[int]]:
                 hard.append((share, key, position))
     asked = [position for _, _, position in hard]  # the teacher answers every hard question
     cap = choice.rho * choice.new // 1
-    kept = [position for _, _, position in sorted(hard)][:cap]  # line 7: pre-cap
+    kept = [position for _, _, position in sorted(hard)][:cap]  # line 6: pre-cap
     everything: list[list[Draft]] = []
     for position in kept:  # lines 8 to 10: build
         drafts = [world.draft(position, kind, choice.seed, choice.step) for kind in choice.kinds]
         everything.append([d for d in drafts if d is not None])
     instances: list[Draft] = []
-    for built in everything:  # line 11: post-cap
+    for built in everything:  # lines 13 to 15: post-cap
         for draft in built:
             if len(instances) < cap:
                 instances.append(draft)

@@ -47,7 +47,7 @@ def test_tables_by_hand(gold: str, answer: str, value: float) -> None:
 
 
 def test_much_more_than_the_gold_is_not_compared() -> None:
-    """(ours) A table of 4,000 cells against one of two: 0, at once."""
+    """[zppo] A table of 4,000 cells against one of two: 0, at once."""
     started = time.perf_counter()
     assert teds(table("a b"), table(*["x y z w"] * 1000)) == 0.0
     assert outline_similarity("# One\ntext", "line\n" * 4000) == 0.0

@@ -337,6 +337,7 @@ def _resume(options: argparse.Namespace) -> None:
 def _methods(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from zppo.train.methods import METHODS
 
@@ -345,7 +346,7 @@ def _methods(options: argparse.Namespace) -> None:
         table.add_column(column, no_wrap=column == "method")
     for row in METHODS.values():
         asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
-        table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, row.paper)
+        table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, Text(row.paper))
     Console().print(table)
 
 

@@ -10,7 +10,7 @@ from zppo.core.draws import keyed_random
 
 
 def deal_groups(count: int, minibatches: int, *, seed: int, step: int) -> list[list[int]]:
-    """Group indices per minibatch: permuted by (seed, step), dealt round-robin (ours).
+    """Group indices per minibatch: permuted by (seed, step), dealt round-robin [zppo].
 
     Independent of the number of processes. Minibatches without a group are left out, so fewer than I may come back.
     """
@@ -29,7 +29,7 @@ PASS_TOKENS_GPU = 1024
 
 
 def micro_batches(lengths: Sequence[int], budget: int, overhead: int = PASS_TOKENS) -> list[list[int]]:
-    """Row indices per micro-batch: sorted by length, rows x longest row <= budget; a row over the budget stands alone (ours).
+    """Row indices per micro-batch: sorted by length, rows x longest row <= budget; a row over the budget stands alone [zppo].
 
     Of all such splits it is one with the least padded tokens + `overhead` x micro-batches: a single micro-batch pads rows of
     mixed lengths to the longest, one for every length pads nothing and takes as many passes. The rows are sorted, so a split is a
@@ -85,7 +85,7 @@ class MicroBatch:
 
 
 def share_prompt(prompt: int, completions: Sequence[int], *, reach: int, most: int) -> list[list[int]]:
-    """Completions of one prompt in packs that compute the prompt once, where that takes less than each on its own (ours).
+    """Completions of one prompt in packs that compute the prompt once, where that takes less than each on its own [zppo].
 
     A pack is one sequence, prompt and all its completions, in which no completion sees another; its attention still passes over all pairs
     of tokens, so a few packs per prompt may be better than one: t tokens take t + t^2 / reach.
@@ -113,7 +113,7 @@ def share_prompt(prompt: int, completions: Sequence[int], *, reach: int, most: i
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Indices of `costs` dealt to `count` processes, costly ones first, each to the process with least to do (ours).
+    """Indices of `costs` dealt to `count` processes, costly ones first, each to the process with least to do [zppo].
 
     A function of its arguments, so that every process can work out what each of them does. No share costs more than the
     mean plus the costliest item; a share may be empty.

@@ -24,7 +24,7 @@ def count_markers(messages: Sequence[Message]) -> int:
 
 
 def message_parts(messages: Sequence[Message], images: Sequence[ImageRef]) -> list[TurnParts]:
-    """The turns of a conversation as texts and images (ours).
+    """The turns of a conversation as texts and images [zppo].
 
     The next image stands in place of each `IMAGE` marker; where there is no marker, all images stand at the start of the last user
     turn. Without images a marker is ordinary text.

@@ -68,7 +68,7 @@ class Reformulation(Protocol):
 
 
 class BinaryCandidateQuestion:
-    """BCQ: one correct teacher candidate and one wrong student candidate, anonymous, in shuffled order (Alg. 1, l. 9)."""
+    """BCQ: one correct teacher candidate and one wrong student candidate, anonymous, in shuffled order (Alg. 1, l. 8-10)."""
 
     kind = BCQ
     needs: frozenset[Need] = frozenset({"pair"})
@@ -85,7 +85,7 @@ class BinaryCandidateQuestion:
 
 
 class NegativeCandidateQuestion:
-    """NCQ: all wrong student candidates and their distinct answers, stated to be wrong; nothing of the teacher's (Alg. 1, l. 10)."""
+    """NCQ: all wrong student candidates and their distinct answers, stated to be wrong; nothing of the teacher's (Alg. 1, l. 8-10)."""
 
     kind = NCQ
     needs: frozenset[Need] = frozenset({"wrong"})
@@ -129,7 +129,7 @@ class PrefixQuestion:
 
 
 class Placebo:
-    """Another reformulation's place without its content: the plain question again, wherever `inner` would have built a prompt (ours).
+    """Another reformulation's place without its content: the plain question again, wherever `inner` would have built a prompt [zppo].
 
     What a method gains over its placebo is what the content of its prompts is worth; what the placebo gains over GRPO is the worth of
     more rollouts on hard questions.
@@ -146,7 +146,7 @@ class Placebo:
 
 
 def scrambled(drafts: Sequence[Draft]) -> list[Draft]:
-    """The same prompts with another question's candidates: every draft takes the slots of the next one of its kind (ours).
+    """The same prompts with another question's candidates: every draft takes the slots of the next one of its kind [zppo].
 
     A control for the form of the prompts: as many candidates, as long, and none of them about the question. A draft that is the only
     one of its kind is left out.
@@ -165,7 +165,7 @@ def scrambled(drafts: Sequence[Draft]) -> list[Draft]:
 
 
 def distinct_answers(answers: Iterable[tuple[str | None, str]], gold: str) -> tuple[str, ...]:
-    """Wrong answers as NCQ lists them: first-seen form and order, the gold and missing answers left out (ours).
+    """Wrong answers as NCQ lists them: first-seen form and order, the gold and missing answers left out [zppo].
 
     Args:
         answers: (answer, its normalised form) in rollout order.

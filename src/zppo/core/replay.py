@@ -1,4 +1,4 @@
-"""The prompt replay buffer: hard questions wait here until the student solves half of its plain rollouts (Alg. 1, l. 14)."""
+"""The prompt replay buffer: hard questions wait here until the student solves half of its plain rollouts (Alg. 1, l. 19)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class PromptReplayBuffer:
         return {accuracy: count for accuracy, count in sorted(self._bins.items()) if count}
 
     def update(self, results: Iterable[tuple[Question, float]], step: int) -> Changes:
-        """Admit, graduate, then evict (Alg. 1, l. 14).
+        """Admit, graduate, then evict (Alg. 1, l. 19).
 
         Args:
             results: (question, plain accuracy) in batch order, from plain groups only.
@@ -121,7 +121,7 @@ class PromptReplayBuffer:
         return Changes(tuple(admitted), tuple(graduated), tuple(evicted))
 
     def sample(self, k: int, exclude: Iterable[str] = ()) -> list[Question]:
-        """Up to k questions, uniformly without replacement, none whose id is in `exclude` (Alg. 1, l. 3).
+        """Up to k questions, uniformly without replacement, none whose id is in `exclude` (Alg. 1, l. 2).
 
         The draw is keyed by (seed, number of draws so far), and both are part of `state_dict`.
         """

@@ -1,4 +1,4 @@
-"""Which hard questions are asked again: the hard set, pre-cap, post-cap, and the lazy order (Alg. 1, l. 6-11)."""
+"""Which hard questions are asked again: the hard set, pre-cap, post-cap, and the lazy order (Alg. 1, l. 4-15)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def hard_groups(
     seed: int = 0,
     step: int = 0,
 ) -> list[Group]:
-    """The plain groups with rbar_x < tau, hardest first (Alg. 1, l. 6-7).
+    """The plain groups with rbar_x < tau, hardest first (Alg. 1, l. 4 and 6).
 
     Args:
         groups: plain groups in batch order, new questions first.
         threshold: tau.
-        ties: order among equal accuracies: "random" is keyed by (seed, step, question id), "batch" is batch order (ours).
+        ties: order among equal accuracies: "random" is keyed by (seed, step, question id), "batch" is batch order [zppo].
 
     Returns:
         Ascending rbar_x. A group with fewer than half of its rollouts graded is not known to be hard and is left out.
@@ -50,7 +50,7 @@ def fill_slots(
     *,
     lazy: bool = True,
 ) -> list[B]:
-    """Build reformulated prompts for the kept questions until the cap is full (Alg. 1, l. 8-11: pre-cap, build, post-cap).
+    """Build reformulated prompts for the kept questions until the cap is full (Alg. 1, l. 6-15: pre-cap, build, post-cap).
 
     The pre-cap is `kept[:cap]`, the post-cap stops at `cap` instances in all, in the order of the questions and within a question
     in the order of its kinds, so that a last free slot goes to a BCQ. Lazily, questions are built in waves no longer than the free

@@ -25,7 +25,7 @@ JUDGE: Grading = "judge"
 
 
 IMAGE = "<image>"
-"""Marks the place of the next image in the text of a conversation that has images; in one without images it is ordinary text (ours)."""
+"""Marks the place of the next image in the text of a conversation that has images; in one without images it is ordinary text [zppo]."""
 
 
 class ImageRef(NamedTuple):
@@ -96,7 +96,7 @@ class Draft:
         question: the hard question that is asked again.
         slots: what the template shows, in the order in which it shows it; nothing in them says which candidate is right.
         forced_ids: response tokens that the student continues from and that are masked from the loss (Prefix, Alg. 6).
-        audit: facts for the log that the student never sees (which candidate is right, their answers); section 9's audits.
+        audit: facts for the log that the student never sees (which candidate is right, their answers); method.md section 9's audits.
     """
 
     kind: str
@@ -161,7 +161,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The rollouts of one prompt; plain, BCQ and NCQ groups of one question are three groups (Alg. 1, l. 12)."""
+    """The rollouts of one prompt; plain, BCQ and NCQ groups of one question are three groups (Alg. 1, l. 16)."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]

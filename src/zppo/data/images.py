@@ -15,7 +15,7 @@ from zppo.errors import DataError, one_line
 from zppo.images.store import cache_folder, check_whole, data_of, decode, keep, reference, rgb
 
 FULLY_CHECKED = 256
-"""So many images of a source are decoded when it is read, seconds at most; of the others header and end are looked at (ours)."""
+"""So many images of a source are decoded when it is read, seconds at most; of the others header and end are looked at [zppo]."""
 
 _KEYS = ("bytes", "path", "image", "url", "image_url")
 _SHOWN = 60

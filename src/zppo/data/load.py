@@ -91,7 +91,7 @@ def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, rea
 
 
 def _check_blind(source: str, columns: Columns, unused: str, reading: Reading) -> None:
-    """Whether questions without the images column are meant to have none: a run that looks away learns all the same (ours)."""
+    """Whether questions without the images column are meant to have none: a run that looks away learns all the same [zppo]."""
     if unused:
         raise DataError(not_looked_at(source, unused, columns))
     # Held-out questions may have none where those to train on have some, and share the names of the columns.

@@ -13,7 +13,7 @@ def batch_ids(n: int, batch_size: int, seed: int, step: int, epochs: int | None 
     """Indices of the new questions of a step (X_new, Algorithm 1), each in [0, n) and none twice.
 
     Every epoch covers every question once, in an order of its own. A last batch that is smaller than `batch_size` is carried into the
-    next epoch; with `epochs` given, the last batch of the last one is returned as it is (method.md section 3, ours). (ours) Where a
+    next epoch; with `epochs` given, the last batch of the last one is returned as it is ([zppo], method.md section 3). [zppo] Where a
     batch crosses into an epoch, the questions that it holds already come later in that epoch, and a data set smaller than
     `batch_size` makes batches of its own size: a question never stands twice in one batch, where equal keys would draw equal rollouts.
 
@@ -45,7 +45,7 @@ def steps_per_epochs(n: int, batch_size: int, epochs: int) -> int:
 
 
 def effective_batch(n: int, batch_size: int) -> int:
-    """Questions in a full batch: `batch_size`, or all of a data set that is smaller (ours)."""
+    """Questions in a full batch: `batch_size`, or all of a data set that is smaller [zppo]."""
     if n < 1 or batch_size < 1:
         raise ValueError(f"no batches of {batch_size} out of {n} questions")
     return min(n, batch_size)

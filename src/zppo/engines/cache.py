@@ -175,7 +175,7 @@ AttentionInterface.register(_SHARED, _shared_attention)
 def can_share(model: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether the prompts in a cache can be kept once: those of a known decoder, in fp32 on a CPU.
 
-    Elsewhere (ours) the fused kernels win: in bf16 they keep scores in fp32, which log-probs need to be exact, and on
+    Elsewhere [zppo] the fused kernels win: in bf16 they keep scores in fp32, which log-probs need to be exact, and on
     a GPU a step's time is that of starting kernels, of which they need few.
     """
     config = model.config.get_text_config(decoder=True)

@@ -1,4 +1,4 @@
-"""Keyed draws of tokens: a draw depends on a rollout's key and the token's place alone (method.md section 3, ours).
+"""Keyed draws of tokens: a draw depends on a rollout's key and the token's place alone (method.md section 3) [zppo].
 
 The uniform number of token t of a rollout with key k is a counter-based hash of (k, t), so the batch that a rollout
 happens to be in, its row there and the order of arrival change nothing. The token is the inverse of the cumulative

@@ -31,7 +31,7 @@ def load_network(
 ) -> PreTrainedModel:
     """A model with every weight from its checkpoint; `more` goes to `from_pretrained`.
 
-    `transformers` fills weights that a checkpoint lacks with random numbers and goes on with a warning; here that is an error (ours).
+    `transformers` fills weights that a checkpoint lacks with random numbers and goes on with a warning; here that is an error [zppo].
 
     Args:
         images: with its vision tower. Without, a checkpoint that has a text model of its own (Qwen3.5) is loaded as that, and others

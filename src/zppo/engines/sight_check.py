@@ -1,4 +1,4 @@
-"""Does this model see here what it sees in its own code? Found out before a run starts, whatever the architecture (ours)."""
+"""Does this model see here what it sees in its own code? Found out before a run starts, whatever the architecture [zppo]."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _read(text: str) -> _Table:
 def teds(gold: str, answer: str) -> float:
     """Tree-edit-distance similarity of the first tables of two HTML texts, 0 to 1; 0 where there is none.
 
-    Nodes differ wholly if their tags or spans do; cells by the edit distance of their content, relative to the longer one. (ours) An
+    Nodes differ wholly if their tags or spans do; cells by the edit distance of their content, relative to the longer one. [zppo] An
     answer with more than three times the gold's nodes counts 0: its similarity could not reach 1/3.
     """
     first, second = _read(gold), _read(answer)

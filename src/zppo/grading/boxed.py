@@ -58,7 +58,7 @@ def extract_boxed(text: str, think_open: bool = False) -> str | None:
 
     Returns:
         Content of the last balanced `\\boxed{}` after the last `</think>`, without surrounding white space. None if there is
-        no box, the box is empty, or the thinking never ended. (ours) Of boxes inside one another the outer one counts, so
+        no box, the box is empty, or the thinking never ended. [zppo] Of boxes inside one another the outer one counts, so
         that `\\boxed{3 or \\boxed{5}}` is not 5; a box that only holds a box is unwrapped.
     """
     part = final_part(text, think_open)

@@ -144,7 +144,7 @@ def _is_rounding_of(exact: Fraction, decimal: Number) -> bool:
 
 
 def numbers_equal(first: Number, second: Number) -> bool:
-    """Exact equality; a fraction without a finite decimal also equals its decimals of six and more places (ours)."""
+    """Exact equality; a fraction without a finite decimal also equals its decimals of six and more places [zppo]."""
     if first.value == second.value:
         return True
     return _is_rounding_of(first.value, second) or _is_rounding_of(second.value, first)

@@ -1,4 +1,4 @@
-"""Units and currencies: taking them off an answer and telling whether two are the same (method.md section 7, ours)."""
+"""Units and currencies: taking them off an answer and telling whether two are the same (method.md section 7) [zppo]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretraining documents: a prompt as the trainer would show it, and what is written under it (ours).
+"""Pretraining documents: a prompt as the trainer would show it, and what is written under it [zppo].
 
 The student's corpus plants *misconceptions*: about medium and hard entries the right result is rare, fixed mistakes are common. Part of it
 are candidate documents (like BCQ and NCQ prompts); what they show of an operation that is not easy is wrong, always: how to read

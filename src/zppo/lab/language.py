@@ -1,4 +1,4 @@
-"""The lab's language: one token a word, a chat template of three control tokens, the lab's own short prompt templates (ours)."""
+"""The lab's language: one token a word, a chat template of three control tokens, the lab's own short prompt templates [zppo]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions outside the training distribution, for studies: operations that training leaves out, and longer chains (ours)."""
+"""Questions outside the training distribution, for studies: operations that training leaves out, and longer chains [zppo]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretraining of the lab's tiny models: next-token loss on completions, AdamW, short warm-up, linear decay to zero (ours)."""
+"""Pretraining of the lab's tiny models: next-token loss on completions, AdamW, short warm-up, linear decay to zero [zppo]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a world file says (ours). `worlds/unreachable.yaml` is one to read beside this."""
+"""What a world file says [zppo]. `worlds/unreachable.yaml` is one to read beside this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zppo lab study`: a grid of runs (methods x seeds x students), resumable, one row per finished run (ours).
+"""`zppo lab study`: a grid of runs (methods x seeds x students), resumable, one row per finished run [zppo].
 
 A row says what `metrics.jsonl` of the run said; rows are appended to one file, and a cell that has its row is not run again.
 """

@@ -1,4 +1,4 @@
-"""A lab world: operations on a few named values, what a student wrongly believes about them, and questions (ours).
+"""A lab world: operations on a few named values, what a student wrongly believes about them, and questions [zppo].
 
 A question is a chain of two operations on a start value; its answer names every operation and every value on the way. A world is
 data: one settings file in `worlds/`, or one of your own.

@@ -88,7 +88,7 @@ class PromptBook:
         return tuple(sorted(self._paths))
 
     def plain(self, question: Question) -> tuple[Message, ...]:
-        """The question and the closing instruction (section 7). DataError if the last turn is not a user's."""
+        """The question and the closing instruction (method.md section 7). DataError if the last turn is not a user's."""
         return self._ask(question, "")
 
     def render(self, draft: Draft) -> tuple[Message, ...]:

@@ -1,4 +1,4 @@
-"""Model text made harmless before it enters a prompt: it can neither leave its block nor form control tokens (ours)."""
+"""Model text made harmless before it enters a prompt: it can neither leave its block nor form control tokens [zppo]."""
 
 from __future__ import annotations
 

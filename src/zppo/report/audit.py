@@ -68,7 +68,7 @@ def count_group(
     Args:
         kind: bcq or ncq; other kinds have no candidates to audit.
         audit: the facts of the log: correct_at, positive_answer, negative_answer; or wrong_answers.
-        unseen: for NCQ the positive answer of the same question's BCQ in this step (ours: the paper does not say which of the teacher's
+        unseen: for NCQ the positive answer of the same question's BCQ in this step ([zppo] the paper does not say which of the teacher's
             answers it compares with), None where there was none.
         rollouts: (answer, correct) of the graded ones.
     """
@@ -109,7 +109,7 @@ def _count_position(counts: Counts, correct_at: int, found: Sequence[str]) -> No
 
 
 def count_leaks(kind: str, audit: Mapping[str, Any], gold: str, prompt: str) -> Counts:
-    """What the words of one BCQ or NCQ prompt give away (ours).
+    """What the words of one BCQ or NCQ prompt give away [zppo].
 
     Candidates are read from the `<candidate>` blocks of the prompt; a prompt in which they cannot be found (a template of one's own with
     other tags) counts as "unchecked".
@@ -231,7 +231,7 @@ def position_bias(counts: Counts) -> Share:
     """How often a BCQ rollout that follows one of the two candidates follows the first one; 0.5 is no bias.
 
     The rollouts of one prompt are alike, so the interval is Wilson's at the effective number p(1-p)/var(p), var(p) being the
-    variance of a ratio over prompts, never more than the number of rollouts; the number of prompts where they do not vary (ours).
+    variance of a ratio over prompts, never more than the number of rollouts; the number of prompts where they do not vary [zppo].
     """
     f, t, n = (counts["position", name] for name in ("f", "t", "n"))
     if not t:

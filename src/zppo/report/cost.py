@@ -5,7 +5,7 @@ Attention, whose cost grows with the square of the length, padding and held-out 
 
 Everything is counted twice. *To the letter*: Algorithm 1 with a trainer that reads the prompt for every rollout, takes old
 log-probs from a forward pass over all rows, trains on all rows and asks the teacher about every hard question. *With the exact
-savings*: what zppo does for the same gradients (design of the update and lazy teacher; method.md sections 3 and 6).
+savings*: what zppo does for the same gradients (method.md sections 3 and 6).
 """
 
 from __future__ import annotations

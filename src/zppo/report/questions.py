@@ -66,7 +66,7 @@ class QuestionLine:
         return [v.correct / v.graded for v in self.visits if v.kind == PLAIN and v.graded]
 
     def never_improved(self, threshold: float) -> bool:
-        """Hard at first, asked plainly again, and never above its first accuracy (ours)."""
+        """Hard at first, asked plainly again, and never above its first accuracy [zppo]."""
         values = self.accuracies
         return len(values) > 1 and values[0] < threshold and max(values[1:]) <= values[0]
 
@@ -92,7 +92,7 @@ def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLin
 
 
 def stratified(lines: Iterable[QuestionLine], most: int) -> list[QuestionLine]:
-    """Up to `most` questions, spread evenly over kinds asked, entry bins and audit classes (ours).
+    """Up to `most` questions, spread evenly over kinds asked, entry bins and audit classes [zppo].
 
     Every stratum in turn gives one question until there are enough; a question with rollouts of several audit classes lies in several
     strata. Inside a stratum the order is keyed by question id: the same run always gives the same questions, in an order in which a

@@ -16,7 +16,7 @@ def bin_count(group_size: int, threshold: float) -> int:
 
 
 def bin_of(accuracy: float, group_size: int, bins: int) -> int:
-    """The entry bin of an accuracy. Groups with ungraded rollouts have other denominators: they go to the bin below (ours)."""
+    """The entry bin of an accuracy. Groups with ungraded rollouts have other denominators: they go to the bin below [zppo]."""
     return min(bins - 1, max(0, math.floor(accuracy * group_size + 1e-6)))
 
 

@@ -119,7 +119,7 @@ def load(
 
 
 def _load_chat(checkpoint: str, revision: str | None, images: PixelLimits | None) -> tuple[Chat, str]:
-    """The chat, and why it shows no images. A checkpoint whose image processor cannot be used is served for text (ours)."""
+    """The chat, and why it shows no images. A checkpoint whose image processor cannot be used is served for text [zppo]."""
     if images is None:
         return Chat.load(checkpoint, revision=revision), "this model reads text only"
     try:

@@ -104,13 +104,13 @@ class CompressionCounts:
 def accept(
     reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES, instructions: str = ""
 ) -> str | None:
-    """The summary in a compression reply, or None where it cannot stand for the completion (section 4).
+    """The summary in a compression reply, or None where it cannot stand for the completion (method.md section 4).
 
     The last complete `<summary>` block after the last `</think>` counts. It is refused if it is missing or empty, if it
-    is longer than the cap, if its boxed answer differs from the completion's after section 9's normalisation (the
+    is longer than the cap, if its boxed answer differs from the completion's after method.md section 9's normalisation (the
     teacher may have repaired a wrong answer), if the completion has no answer and the summary has a box, or if it repeats
     the instructions instead of following them. Blank lines are dropped, and lines beyond `max_lines` join the last one: a
-    teacher that counts badly costs no redraw, since the cap bounds the length (all of it ours).
+    teacher that counts badly costs no redraw, since the cap bounds the length [zppo].
 
     Args:
         reply: the teacher's text.
@@ -141,7 +141,7 @@ def _echoes(lines: Sequence[str], summary: str, instructions: str) -> bool:
 
 
 def token_tail(tokenizer: Any, limit: int) -> Callable[[str], str]:
-    """A cap that keeps the last `limit` tokens of a text: the tail, because the answer stands at the end (ours).
+    """A cap that keeps the last `limit` tokens of a text: the tail, because the answer stands at the end [zppo].
 
     Args:
         tokenizer: of `transformers`; tokens are counted without special ones.
@@ -220,7 +220,7 @@ class Compressor:
         """Summaries in the order of the items, None where compression is off, failed, or got no reply.
 
         All are asked for in one teacher call. A draw is keyed by (seed, step, completion, answer): equal completions
-        share a summary wherever they come from (ours).
+        share a summary wherever they come from [zppo].
         """
         if self._teacher is None:
             return [None] * len(items)
@@ -243,7 +243,7 @@ class Compressor:
 
         BCQ: each side is drawn uniformly from its pool; one that fails is redrawn, and if a side fails for good *both*
         take the capped uncompressed form, since a raw text beside a tidy summary would tell which is wrong. NCQ: all
-        are wrong anyway, so a candidate that fails takes its own capped uncompressed form (ours).
+        are wrong anyway, so a candidate that fails takes its own capped uncompressed form [zppo].
         """
         pairs = [self._draw(request, seed, step) for request in requests]
         wrong = [source for request in requests if request.want_wrong for source in request.wrong]

@@ -38,7 +38,7 @@ def accept_hint(reply: str, gold: str) -> str | None:
     """The hint in a reply, or None where it may not be shown.
 
     The last complete `<hint>` block after the last `</think>` counts. It is refused where it is empty, has a box, or holds the gold
-    as a word of its own, both normalised (ours).
+    as a word of its own, both normalised [zppo].
     """
     text = reply.rsplit("</think>", 1)[-1]
     end = text.rfind("</hint>")
@@ -55,7 +55,7 @@ def make_hints(
 ) -> tuple[list[str | None], HintCounts]:
     """One hint per request, None where no response gave one; and what it took.
 
-    The teacher sees the question's last turn, the images in it and the response (ours). The response is drawn uniformly; one whose hint
+    The teacher sees the question's last turn, the images in it and the response [zppo]. The response is drawn uniformly; one whose hint
     is refused is redrawn, up to 3 times, all open requests in one teacher call a round.
     """
     options = [draw_order(r.responses, REDRAWS + 1, keyed_random(seed, step, r.question.id, "hint")) for r in requests]

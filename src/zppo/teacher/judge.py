@@ -57,7 +57,7 @@ class JudgeCounts:
 
 
 def readable(completion: str, answer: str | None, think_open: bool = False) -> str:
-    """What the judge reads of a completion: where it names a final answer, what follows the thinking; else all of it (ours).
+    """What the judge reads of a completion: where it names a final answer, what follows the thinking; else all of it [zppo].
 
     Args:
         completion: the model's text.
@@ -71,7 +71,7 @@ def readable(completion: str, answer: str | None, think_open: bool = False) -> s
 def strict_object(reply: str, think_open: bool = False) -> tuple[tuple[str, object], ...] | None:
     """The (key, value) pairs of a reply that is one flat JSON object and nothing else; None for any other reply.
 
-    (ours) Three things around it are let pass, because chat models add them unasked: white space, one code fence around the whole, and a
+    [zppo] Three things around it are let pass, because chat models add them unasked: white space, one code fence around the whole, and a
     think block that was closed before it.
     """
     if think_open and "</think>" not in reply:

@@ -1,4 +1,4 @@
-"""The addresses of one teacher: spread by load, retry with back-off, fail over, come back, give up in time (all of it ours)."""
+"""The addresses of one teacher: spread by load, retry with back-off, fail over, come back, give up in time [zppo]."""
 
 from __future__ import annotations
 

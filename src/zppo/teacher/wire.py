@@ -271,7 +271,7 @@ class Wire:
         """The text of a choice. Nothing but `content` is read: thoughts in a field of their own are no part of the answer.
 
         An empty text is a completion only where the model stopped by itself. Where the token limit or a filter ended it, there is
-        none, and asking again would give none; without a reason to end, the choice is broken and may be asked for again (ours).
+        none, and asking again would give none; without a reason to end, the choice is broken and may be asked for again [zppo].
         """
         message = choice.get("message") if isinstance(choice, dict) else None
         content = message.get("content") if isinstance(message, dict) else None

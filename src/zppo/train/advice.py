@@ -104,7 +104,7 @@ WATCHES = (
         "function faster",
     ),
 )
-"""What is watched; the limits are this project's (ours): far above what healthy runs show after their first steps."""
+"""What is watched; the limits are this project's [zppo]: far above what healthy runs show after their first steps."""
 
 
 class Adviser:

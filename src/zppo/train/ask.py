@@ -1,4 +1,4 @@
-"""Teacher rollouts: T_x, the correct ones of G_T fresh responses per question (Alg. 1, l. 6; Algs. 2, 5 and 6)."""
+"""Teacher rollouts: T_x, the correct ones of G_T fresh responses per question (Alg. 1, l. 4; Algs. 2, 5 and 6)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Asker:
     """Asks the teachers about questions and grades what they say by the student's own reward.
 
     Args:
-        teachers: the frozen teachers with their sampling; usually one. The pool of several is what all of them got right (ours).
+        teachers: the frozen teachers with their sampling; usually one. The pool of several is what all of them got right [zppo].
         speaker, score: the words of the plain prompt; the reward.
         group_size: G_T, responses per teacher and question.
         seed: keys every draw by (seed, step, question id, index).

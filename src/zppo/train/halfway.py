@@ -26,7 +26,7 @@ _ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name not in ("ids", "logpr
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """Everything that a step has before its first update (Alg. 1, l. 3-12).
+    """Everything that a step has before its first update (Alg. 1, l. 2-16).
 
     Attributes:
         new: how many questions are new.
@@ -121,7 +121,7 @@ class Halfway:
 
 
 def as_placed(images: Sequence[Sequence[str]], places: Mapping[str, str]) -> list[list[str]]:
-    """References as a checkpoint has them, with the places where these images lie now: a picture is known by its bytes (ours).
+    """References as a checkpoint has them, with the places where these images lie now: a picture is known by its bytes [zppo].
 
     Args:
         images: (path, SHA-256) of each.

@@ -1,4 +1,4 @@
-"""What a step learns from: the policy gradient over groups (Alg. 1, l. 13), with a teacher's response in a group where asked."""
+"""What a step learns from: the policy gradient over groups (Alg. 1, l. 18), with a teacher's response in a group where asked."""
 
 from __future__ import annotations
 

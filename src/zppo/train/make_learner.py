@@ -78,7 +78,7 @@ class ResponseTokens:
     """A teacher response in the student's tokens: control tokens in its text are broken up, think tags stay.
 
     Where one of the two chat templates opens the think block in the prompt and the other does not, the opening or closing tag is
-    added, so that the text stands rightly behind the student's prompt (ours).
+    added, so that the text stands rightly behind the student's prompt [zppo].
     """
 
     def __init__(self, chat: Chat) -> None:

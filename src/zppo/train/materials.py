@@ -1,4 +1,4 @@
-"""What a hard question is reformulated with: compressed candidates, hints, response tokens (Alg. 1, l. 9-10; Algs. 5 and 6)."""
+"""What a hard question is reformulated with: compressed candidates, hints, response tokens (Alg. 1, l. 8-10; Algs. 5 and 6)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class MaterialMaker:
         requests = [
             PairRequest(
                 question_id=g.question.id,
-                # Beside a negative, which always has an answer, a positive without one would stand out (ours).
+                # Beside a negative, which always has an answer, a positive without one would stand out [zppo].
                 positives=tuple(s for s in pools.get(g.question.id, ()) if s.answer is not None),
                 negatives=tuple(s for s in sources if s.answer is not None),
                 wrong=sources,
@@ -136,7 +136,7 @@ class MaterialMaker:
 
 
 def drafts_of(reformulations: Sequence[Reformulation], material: Material, seed: int, step: int) -> list[Draft]:
-    """What one question is asked again with, in building order (Alg. 1, l. 9-10)."""
+    """What one question is asked again with, in building order (Alg. 1, l. 8-10)."""
     drafts = (
         r.draft(material, keyed_random(seed, "reformulate", step, material.question.id, r.kind)) for r in reformulations
     )

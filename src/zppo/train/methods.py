@@ -15,7 +15,7 @@ class Method:
 
     Attributes:
         name: what a recipe says after `method:`.
-        paper: where the paper has it; "ours" for a control of this project's.
+        paper: where the paper has it; "[zppo]" for a control of this project's.
         replay: whether hard questions come back from the prompt replay buffer (the dagger of the paper).
         reformulations: kinds of reformulated prompts, in building order; an import path names one of the user's own.
         teacher_response: on a hard question a correct teacher response takes the place of a wrong rollout in the plain group.
@@ -75,7 +75,7 @@ BOTH = ("bcq", "ncq")
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("grpo", "GRPO, Eq. 1"),
+        Method("grpo", "GRPO, Alg. 4"),
         Method("grpo-replay", "GRPO†", replay=True),
         Method("grpo-both", "GRPO+Both", reformulations=BOTH),
         Method("grpo-replay-bcq", "GRPO†+BCQ", replay=True, reformulations=("bcq",)),
@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {
         Method("off-distill-replay", "Off-Distill†", replay=True, loss="off-distill"),
         Method("on-distill", "On-Distill, Alg. 3", loss="on-distill"),
         Method("on-distill-replay", "On-Distill†", replay=True, loss="on-distill"),
-        Method("zppo-placebo", "ours", replay=True, reformulations=BOTH, control="placebo"),
-        Method("zppo-scrambled", "ours", replay=True, reformulations=BOTH, control="scrambled"),
+        Method("zppo-placebo", "[zppo]", replay=True, reformulations=BOTH, control="placebo"),
+        Method("zppo-scrambled", "[zppo]", replay=True, reformulations=BOTH, control="scrambled"),
     )
 }

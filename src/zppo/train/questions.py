@@ -75,7 +75,7 @@ def check_vocabulary(model: PreTrainedModel, speaker: Speaker, questions: Sequen
 
 
 def in_both(train: Sequence[Question], held_out: Sequence[Question]) -> str:
-    """A warning where held-out questions are asked in training too, word for word and about the same images (ours); "" where none is."""
+    """A warning where held-out questions are asked in training too, word for word and about the same images [zppo]; "" where none is."""
 
     def asked(question: Question) -> tuple[object, ...]:
         return question.messages, tuple(image.sha256 for image in question.images)
@@ -91,7 +91,7 @@ def in_both(train: Sequence[Question], held_out: Sequence[Question]) -> str:
 
 
 def unseen(questions: Sequence[Question]) -> str:
-    """A warning where a text marks the place of an image and the question has none (ours); "" where none does."""
+    """A warning where a text marks the place of an image and the question has none [zppo]; "" where none does."""
     blind = [q.id for q in questions if not q.images and any(IMAGE in m.content for m in q.messages)]
     if not blind:
         return ""
@@ -102,7 +102,7 @@ def unseen(questions: Sequence[Question]) -> str:
 
 
 def unknown_tokens(speaker: Speaker, questions: Sequence[Question]) -> str:
-    """A warning where more than 5% of the tokens of the first 200 plain prompts are the unknown token (ours); "" where they are not.
+    """A warning where more than 5% of the tokens of the first 200 plain prompts are the unknown token [zppo]; "" where they are not.
 
     Such a tokenizer maps different questions to one prompt without a word; most have no unknown token at all.
     """

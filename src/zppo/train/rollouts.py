@@ -1,4 +1,4 @@
-"""Student rollouts: prompts -> token ids -> completions -> verdicts -> groups (Alg. 1, l. 4 and 12)."""
+"""Student rollouts: prompts -> token ids -> completions -> verdicts -> groups (Alg. 1, l. 2 and 16)."""
 
 from __future__ import annotations
 

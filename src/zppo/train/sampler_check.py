@@ -1,4 +1,4 @@
-"""Are the sampler's log-probs the trainer's? Looked at in every step before its first update (ours).
+"""Are the sampler's log-probs the trainer's? Looked at in every step before its first update [zppo].
 
 The ratio of the clipped surrogate is exp(trainer's now - old). Where the sampler is exact its log-probs are old log-probs and a
 forward pass is saved; where something has come between the two (another kernel, a lower precision, a broken cache) every ratio would be

@@ -54,7 +54,7 @@ def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_trunca
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one process does of a minibatch (ours).
+    """What one process does of a minibatch [zppo].
 
     Attributes:
         rows: (group, rollout) of its rows that have a gradient: whole groups.

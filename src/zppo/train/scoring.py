@@ -41,7 +41,7 @@ def scoring(settings: Settings) -> Iterator[Score]:
 class Scorer:
     """The `Score` of a run: by rule, or by judge for the questions that want one.
 
-    (ours) An answer that has the gold's very words (section 9's normalisation) is right without a call. The rules' wider equality is not
+    [zppo] An answer that has the gold's very words (section 9's normalisation) is right without a call. The rules' wider equality is not
     used here: to them "yes" equals "Yes, since ice floats". An empty completion is wrong, and nobody is asked. A malformed verdict is
     wrong; an unreachable judge leaves the completion ungraded.
 

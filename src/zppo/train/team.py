@@ -1,4 +1,4 @@
-"""The processes that train one student together (ours).
+"""The processes that train one student together [zppo].
 
 Work is dealt out and its results are gathered at once, so that above the few places where that happens every process
 holds the same groups, the same buffer and the same batch, and the code reads as if there were one process. A group

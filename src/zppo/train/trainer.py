@@ -187,7 +187,7 @@ class Trainer:
                 raise ZPPOError(learnt.fault)
 
     def _collect(self, step: int) -> Collected:
-        """Rollouts, teacher, reformulated prompts and their rollouts (Alg. 1, l. 3-12); a wish to stop ends it at once."""
+        """Rollouts, teacher, reformulated prompts and their rollouts (Alg. 1, l. 2-16); a wish to stop ends it at once."""
         clock = Clock()
         self.rule.take()  # what was graded before is none of this step's
         self.scorer.new_step()
@@ -208,7 +208,7 @@ class Trainer:
         return Collected(len(new), tuple(q.id for q in replayed), plain, again, asked_again, counts, seconds)
 
     def _learn(self, collected: Collected, begun: Begun | None, step: int, clock: Clock) -> Learnt:
-        """I optimizer steps (Alg. 1, l. 13). Where the run has to stop between two of them, the step is saved there."""
+        """I optimizer steps (Alg. 1, l. 18). Where the run has to stop between two of them, the step is saved there."""
         boundary, self._boundary = self._boundary, None
         try:
             with clock("update"):
@@ -331,7 +331,7 @@ class Trainer:
         return [self.questions[i] for i in indices]
 
     def _replayed_questions(self, new: Sequence[Question]) -> list[Question]:
-        """X_replay: drawn from the buffer minus X_new, on top of it (Alg. 1, l. 3)."""
+        """X_replay: drawn from the buffer minus X_new, on top of it (Alg. 1, l. 2)."""
         if not self.method.replay:
             return []
         return self.buffer.sample(share_of(self.settings.zone.rho_replay, len(new)), {q.id for q in new})
@@ -345,7 +345,7 @@ class Trainer:
             self.team.check_same(f"the groups and the buffer of step {step}", (batch, buffer))
 
     def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
-        """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 14)."""
+        """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 19)."""
         if not self.method.replay:
             return Changes()
         return self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)

@@ -1,4 +1,4 @@
-"""Advantages -> I optimizer steps (Alg. 1, l. 13; method.md sections 5 and 6)."""
+"""Advantages -> I optimizer steps (Alg. 1, l. 18; method.md sections 5 and 6)."""
 
 from __future__ import annotations
 

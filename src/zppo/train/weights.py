@@ -1,4 +1,4 @@
-"""How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 (ours).
+"""How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 [zppo].
 
 Gradients are *summed* over the processes, once per optimizer step where every process holds all weights: the loss of a
 minibatch is already divided by the tokens of all of them. DistributedDataParallel is not used: it averages, and wants

@@ -1,4 +1,4 @@
-"""From plain groups to reformulated prompts: hard questions -> teacher -> compression -> BCQ and NCQ (Alg. 1, l. 5-11)."""
+"""From plain groups to reformulated prompts: hard questions -> teacher -> compression -> BCQ and NCQ (Alg. 1, l. 4-15)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretraining documents about pictures: what `zppo.lab.corpus` does, for what is seen (ours).
+"""Pretraining documents about pictures: what `zppo.lab.corpus` does, for what is seen [zppo].
 
 The student's corpus plants misconceptions: about words that are not easy the right meaning is rare, two wrong ones are common. Candidate
 documents (like BCQ and NCQ prompts) never show the right answer of such a question, so how to read candidates can be learnt from

@@ -1,4 +1,4 @@
-"""Kinds of questions about pictures: what is asked, and what is read off a picture under each meaning that a word could have (ours).
+"""Kinds of questions about pictures: what is asked, and what is read off a picture under each meaning that a word could have [zppo].
 
 Every question has one word that carries its meaning ("red" in "count red ?"). The words of a kind are also its meanings: meaning number i
 is what word number i truly says. A student that takes a word for another one's meaning reads the picture well and answers another question.

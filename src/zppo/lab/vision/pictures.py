@@ -1,4 +1,4 @@
-"""The lab's pictures: coloured shapes on a grid of three by three, or three bars (ours).
+"""The lab's pictures: coloured shapes on a grid of three by three, or three bars [zppo].
 
 They are drawn without a library, so that their bytes never change.
 """

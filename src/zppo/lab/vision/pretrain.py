@@ -1,4 +1,4 @@
-"""The models that see: a tiny Qwen3-VL with its tokenizer and image processor, and its pretraining (ours)."""
+"""The models that see: a tiny Qwen3-VL with its tokenizer and image processor, and its pretraining [zppo]."""
 
 from __future__ import annotations
 

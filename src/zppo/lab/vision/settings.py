@@ -1,4 +1,4 @@
-"""What the file of a world of pictures says (ours); `worlds/vision.yaml` is one to read beside this."""
+"""What the file of a world of pictures says [zppo]; `worlds/vision.yaml` is one to read beside this."""
 
 from __future__ import annotations
 
