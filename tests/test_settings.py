@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from zppo.errors import SettingsError
 from zppo.train.keys import help_text, known_keys, nearest_key
 from zppo.train.methods import METHODS
-from zppo.train.recipe import dump_recipe, load_recipe, parse_overrides
+from zppo.train.recipe import dump_recipe, dump_yaml, load_recipe, parse_overrides, parse_yaml
 from zppo.train.settings import Settings
-from zppo.train.yaml12 import dump_yaml, parse_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = "student: {model: s}\nteacher: {model: t}\ndata: {train: questions.jsonl}\n"
@@ -218,7 +217,7 @@ def test_combinations_of_methods_that_cannot_train_are_refused(tmp_path: Path) -
         ("- a\n- b\n", "holds list"),
         ("5: x\n", "holds dict"),
         ("a: [1,\n", "is no YAML: line 2"),
-        ("seed: 1\nseed: 2\n", "the key 'seed' stands twice"),
+        ("seed: 1\nseed: 2\n", "line 2, column 1: found duplicate key \"seed\""),
         ("a: !!python/object/apply:os.system ['true']\n", "is no YAML"),
     ],
 )
@@ -274,6 +273,20 @@ def test_yaml_scalars(text: str, value: object) -> None:
     parsed = parse_yaml(text)
     assert parsed == value
     assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: {c: 1, c: 2}", "a: !!bool x", "a: !!int ''", "a: *b", "a: 1\n---\nb: 2"])
+def test_whatever_is_no_yaml_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_yaml(text)
+
+
+def test_plain_data_and_line_breaks_come_back() -> None:
+    texts = ["a\x85b", "\u2028", "x\u2029", "tab\t", "no\nyes\n", "word " * 60, "12:30", "# no", ""]
+    data = {"texts": texts, "word " * 40: {"b": 1e-6, "c": [{}, []]}, "a\x85": 12288}
+    back = parse_yaml(dump_yaml(data))
+    assert back == data and list(back) == list(data)
+    assert type(back) is dict and type(back["texts"]) is list and type(back["texts"][0]) is str
 
 
 _scalars = (

@@ -13,13 +13,13 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-import yaml
 from pydantic import ValidationError
 
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.errors import SettingsError
 from zppo.lab.settings import Affine, WorldSettings
+from zppo.train.recipe import parse_yaml
 
 WORLDS = Path(__file__).with_name("worlds")
 Entry = tuple[int, int]
@@ -238,7 +238,10 @@ def load_world(name: str) -> World:
             f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)"
         )
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    try:
         if isinstance(written, dict) and "like" in written:
             base = load_world(str(written.pop("like"))).settings.model_dump()
             written = base | {
@@ -246,5 +249,5 @@ def load_world(name: str) -> World:
                 for key, value in written.items()
             }
         return World(WorldSettings.model_validate(written))
-    except (yaml.YAMLError, ValidationError) as error:
+    except ValidationError as error:
         raise SettingsError(f"{path}: {error}") from error

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zppo.errors import CheckpointError
 from zppo.train.methods import METHODS
+from zppo.train.recipe import parse_yaml
 from zppo.train.runlog import BUFFER, METRICS, ROLLOUTS, read_lines
-from zppo.train.yaml12 import parse_yaml
 
 RECIPE = "recipe.yaml"
 
@@ -90,7 +88,7 @@ def open_run(folder: Path) -> Run:
         raise CheckpointError(f"{folder} {what}. Name the folder that `zppo train` printed")
     try:
         recipe = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}). Restore it from the recipe that the run was started with"
         ) from error

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from zppo.data.load import has_scheme
 from zppo.errors import SettingsError
 from zppo.train.keys import known_keys, nearest_key, show
 from zppo.train.settings import Settings
-from zppo.train.yaml12 import dump_yaml, parse_yaml
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
@@ -65,16 +69,59 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             text = following
         try:
             result.append((name[2:], parse_yaml(text)))
-        except (yaml.YAMLError, ValueError) as error:
-            raise SettingsError(
-                f"the value of {name} is no YAML: {text!r} ({_reason(error)}); put it in quotes"
-            ) from error
+        except ValueError as error:
+            raise SettingsError(f"the value of {name} is no YAML: {text!r} ({error}); put it in quotes") from error
     return result
 
 
 def dump_recipe(settings: Settings) -> str:
     """Every setting as YAML that `load_recipe` reads back to equal settings (of settings that it made)."""
     return dump_yaml(settings.model_dump(mode="json"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that the text means by YAML 1.2; dates are text. Raises ValueError, also for a key that stands twice."""
+    try:
+        return _yaml().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(f"{where}{error.problem}") from error
+    except (YAMLError, LookupError) as error:  # LookupError: `!!bool x`, `!!int ''`
+        raise ValueError(str(error)) from error
+
+
+def dump_yaml(data: Any) -> str:
+    """Text that `parse_yaml` reads back to equal data; keys keep their order."""
+    text = io.StringIO()
+    _yaml().dump(data, text)
+    return text.getvalue()
+
+
+class _Constructor(SafeConstructor):
+    """Dates and `=` are text."""
+
+
+class _Representer(SafeRepresenter):
+    """YAML's other line breaks survive in double quotes only, where they are written as escapes."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        style = '"' if set(data) & set("\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+for _tag in ("timestamp", "value"):
+    _Constructor.add_constructor(f"tag:yaml.org,2002:{_tag}", SafeConstructor.construct_yaml_str)
+_Representer.add_representer(str, _Representer.represent_str)
+
+
+def _yaml() -> YAML:
+    """A new one for each text, since it keeps what `%YAML` said."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor, yaml.Representer = _Constructor, _Representer
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.width = 1 << 30  # lines that it folds do not always read back
+    return yaml
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -94,19 +141,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError(
             f"the recipe {path} is not UTF-8 (byte {error.start + 1} is 0x{error.object[error.start]:02x}); save it as UTF-8"
         ) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"the recipe {path} is no YAML: {_reason(error)}; mend it there") from error
+    except ValueError as error:
+        raise SettingsError(f"the recipe {path} is no YAML: {error}; mend it there") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         what = "is empty" if data is None else f"holds {type(data).__name__} {show(data)!r}"
         raise SettingsError(f"the recipe {path} {what}; it must hold keys and values, such as `seed: 0`")
     return data
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return str(error)
 
 
 def _unflatten(key: str, value: Any) -> dict[str, Any]:

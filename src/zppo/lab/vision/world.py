@@ -12,7 +12,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 
-import yaml
 from pydantic import ValidationError
 
 from zppo.core.draws import keyed_random
@@ -21,6 +20,7 @@ from zppo.errors import SettingsError
 from zppo.lab.vision.kinds import KINDS, NOTHING, Reading
 from zppo.lab.vision.pictures import Chart, Picture
 from zppo.lab.vision.settings import VisionSettings
+from zppo.train.recipe import parse_yaml
 
 WORLDS = Path(__file__).with_name("worlds")
 SPLITS = ("train", "test")
@@ -174,8 +174,8 @@ def sees(name: str) -> bool:
     if not name.endswith((".yaml", ".yml")):
         return (WORLDS / f"{name}.yaml").is_file()
     try:
-        written = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        written = parse_yaml(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False  # the worlds of text say what is wrong with it
     return isinstance(written, dict) and "kinds" in written
 
@@ -189,9 +189,13 @@ def load_vision_world(name: str) -> VisionWorld:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else WORLDS / f"{name}.yaml"
     try:
-        return VisionWorld(VisionSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        written = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         known = ", ".join(sorted(p.stem for p in WORLDS.glob("*.yaml")))
         raise SettingsError(f"there is no world of pictures {name!r} ({path}); use one of {known}") from error
-    except (yaml.YAMLError, ValidationError) as error:
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    try:
+        return VisionWorld(VisionSettings.model_validate(written))
+    except ValidationError as error:
         raise SettingsError(f"{path}: {error}") from error
