@@ -1,4 +1,4 @@
-"""Checkpoints in the background: what is written is what was, and what the disk refuses is said. Whole runs are in test_eager.py."""
+"""Checkpoints in the background: what is written is what was, and what the disk refuses is said."""
 
 from __future__ import annotations
 

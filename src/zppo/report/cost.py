@@ -146,10 +146,6 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
             f"The teacher was asked about {asked:,.0f} of {hard:,.0f} hard questions; what the others would have taken is an estimate "
             "from the means of these (they are easier)."
         )
-    if unused:
-        notes.append(
-            f"Of the teacher's tokens {unused:,.0f} were asked for early and not used; prompts of such requests are not counted."
-        )
     if "hint" in method.reformulations:
         notes.append("The prompts of hints are not in the log and not counted.")
     return Cost(literal, saved, len(steps), tuple(notes))
