@@ -22,14 +22,13 @@ from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.shared import Sharing
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
-from zppo.train.budget import zero_gradients
 from zppo.train.distill import Distiller
 from zppo.train.models import Student
 from zppo.train.sampler_check import SamplerCheck
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.team import Team
 from zppo.train.update import Begun, Updater, UpdateStopped, advantages_of
-from zppo.train.weights import ShardedWeights, Weights
+from zppo.train.weights import ShardedWeights, Weights, zero_gradients
 
 LEARNING_RATE = (
     1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it

@@ -26,10 +26,10 @@ from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader
 from zppo.prompts.book import PromptBook
-from zppo.train.plan import load_data
 from zppo.train.questions import in_both, unknown_tokens
 from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Speaker
+from zppo.train.seeing import load_data
 from zppo.train.settings import ColumnSettings, DataSettings, Settings
 
 httpx: Any = datasets.load.httpx  # the client, under whichever name the hub's library has it

@@ -39,11 +39,11 @@ from zppo.train import teachers as staff
 from zppo.train.ask import Asker
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import closing_table
-from zppo.train.plan import count_judged, make_plan
+from zppo.train.plan import make_plan
 from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Answered, Speaker
 from zppo.train.run import resume, train
-from zppo.train.scoring import Scorer, make_scorer, scoring
+from zppo.train.scoring import Scorer, count_judged, make_scorer, scoring
 from zppo.train.settings import ColumnSettings, EvalSettings, Settings
 from zppo.train.trainer import Totals
 

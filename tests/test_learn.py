@@ -11,7 +11,7 @@ import torch
 from zppo.core.loss import jensen_shannon
 from zppo.engines.chat import Chat
 from zppo.teacher.compress import Source
-from zppo.train.make_learner import ResponseTokens
+from zppo.train.ask import ResponseTokens
 from zppo.train.recipe import load_recipe
 from zppo.train.settings import TeacherSettings
 

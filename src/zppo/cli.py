@@ -251,8 +251,9 @@ def _settings_help() -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from zppo.train.plan import check_files, check_output
+    from zppo.train.plan import check_files
     from zppo.train.recipe import load_recipe
+    from zppo.train.storage import check_output
 
     if options.recipe is None:
         raise SettingsError(
@@ -271,7 +272,9 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.train.launch import rank_of
         from zppo.train.memory import within
         from zppo.train.memory_view import memory_rows
-        from zppo.train.plan import count_judged, load_data, make_plan, render_plan
+        from zppo.train.plan import make_plan, render_plan
+        from zppo.train.scoring import count_judged
+        from zppo.train.seeing import load_data
 
         train, held_out = load_data(settings)
         _check_images(settings, train, held_out)

@@ -15,7 +15,7 @@ from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message
 from zppo.grading import extract_boxed
 from zppo.lab.language import words
 from zppo.lab.world import Chain, Entry, World
-from zppo.prompts import PromptBook
+from zppo.prompts.book import PromptBook
 
 Results = tuple[int, ...]
 Tables = dict[Entry, list[float]]

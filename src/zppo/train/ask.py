@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from zppo.core.draws import draw_key
-from zppo.core.types import Question
+from zppo.core.types import Message, Question
+from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
+from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compress import Source
 from zppo.train.rollouts import Answered, Score, Speaker
@@ -124,3 +126,25 @@ class Asker:
         self._counts.prompt_tokens += sum(reply.prompt_tokens for reply in replies)
         self._counts.completion_tokens += sum(reply.completion_tokens for reply in replies)
         return correct
+
+
+class ResponseTokens:
+    """A teacher response in the student's tokens: control tokens in its text are broken up, think tags stay.
+
+    Where one of the two chat templates opens the think block in the prompt and the other does not, the opening or closing tag is
+    added, so that the text stands rightly behind the student's prompt [zppo].
+    """
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.neutralise = Neutraliser(set(chat.special_texts) - {THINK_OPEN, THINK_CLOSE}, tags=())
+        self.think_open = chat.think_open(chat.encode([Message("user", "1 + 1 = ?")]))
+
+    def __call__(self, source: Source) -> tuple[int, ...]:
+        text = self.neutralise(source.text)
+        if source.think_open and not self.think_open:
+            text = f"{THINK_OPEN}\n{text}"
+        elif self.think_open and not source.think_open:
+            thought = text.lstrip().startswith(THINK_OPEN)
+            text = text.lstrip().removeprefix(THINK_OPEN) if thought else f"{THINK_CLOSE}\n\n{text}"
+        return tuple(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])

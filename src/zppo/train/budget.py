@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
-import torch
-
 from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, MicroBatch, micro_batches
 from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
@@ -118,11 +116,3 @@ def make_budget(
     return TokenBudget(train.tokens_per_microbatch, say, overhead=PASS_TOKENS_GPU if gpu else PASS_TOKENS)
 
 
-def zero_gradients(model: torch.nn.Module) -> None:
-    """Gradients of all trainable parameters as zeros: AdamW passes over a parameter whose gradient is None, and 0 is a step."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()

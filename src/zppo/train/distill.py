@@ -15,12 +15,12 @@ from zppo.engines.forward import Row, image_inputs
 from zppo.engines.sight import Sight
 from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools
-from zppo.train.budget import TokenBudget, zero_gradients
+from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.learn import Learnt
 from zppo.train.settings import TrainSettings
 from zppo.train.update import Begun
-from zppo.train.weights import Weights
+from zppo.train.weights import Weights, zero_gradients
 
 
 def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int, sight: Sight | None = None) -> torch.Tensor:

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
-from zppo.train.settings import LoraSettings
+from zppo.train.settings import LoraSettings, names_eyes
 from zppo.train.vision import Part, parts_of
-from zppo.train.vision_shape import names_eyes
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

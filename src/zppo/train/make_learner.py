@@ -17,16 +17,15 @@ from zppo.core.reformulate import (
     PrefixQuestion,
     Reformulation,
 )
-from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Message, Rollout
-from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
+from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Rollout
+from zppo.engines.chat import Chat
 from zppo.engines.shared import Sharing, sharing_of
 from zppo.errors import SettingsError
 from zppo.imports import load_object
-from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.compress import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train import checkpoint
-from zppo.train.ask import Asker
+from zppo.train.ask import Asker, ResponseTokens
 from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
@@ -74,26 +73,6 @@ def _imported(spec: str) -> Reformulation:
     return reformulation
 
 
-class ResponseTokens:
-    """A teacher response in the student's tokens: control tokens in its text are broken up, think tags stay.
-
-    Where one of the two chat templates opens the think block in the prompt and the other does not, the opening or closing tag is
-    added, so that the text stands rightly behind the student's prompt [zppo].
-    """
-
-    def __init__(self, chat: Chat) -> None:
-        self.chat = chat
-        self.neutralise = Neutraliser(set(chat.special_texts) - {THINK_OPEN, THINK_CLOSE}, tags=())
-        self.think_open = chat.think_open(chat.encode([Message("user", "1 + 1 = ?")]))
-
-    def __call__(self, source: Source) -> tuple[int, ...]:
-        text = self.neutralise(source.text)
-        if source.think_open and not self.think_open:
-            text = f"{THINK_OPEN}\n{text}"
-        elif self.think_open and not source.think_open:
-            thought = text.lstrip().startswith(THINK_OPEN)
-            text = text.lstrip().removeprefix(THINK_OPEN) if thought else f"{THINK_CLOSE}\n\n{text}"
-        return tuple(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def make_learner(

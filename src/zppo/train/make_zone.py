@@ -9,8 +9,7 @@ from zppo.errors import SettingsError, TemplateError
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.teacher.base import Teacher, TeacherSampling
 from zppo.teacher.compress import Compressor, token_tail
-from zppo.train.ask import Asker, TimedTeacher
-from zppo.train.make_learner import ResponseTokens
+from zppo.train.ask import Asker, ResponseTokens, TimedTeacher
 from zppo.train.materials import MaterialMaker
 from zppo.train.rollouts import Score, Speaker
 from zppo.train.scoring import Scorer

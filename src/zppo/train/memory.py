@@ -15,9 +15,9 @@ from pathlib import Path
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
 from zppo.train.machine import GIB
 from zppo.train.parameters import count_parameters
-from zppo.train.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings
+from zppo.train.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings, names_eyes
 from zppo.train.shapes import LINEAR, Shape, shape_of
-from zppo.train.vision_shape import VisionShape, names_eyes, vision_shape_of
+from zppo.train.vision_shape import VisionShape, vision_shape_of
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
 _CHUNK = 64  # tokens that linear attention works on at a time

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from zppo.core.select import share_of
-from zppo.core.types import JUDGE, Question
-from zppo.data.load import load_questions
 from zppo.data.order import effective_batch, steps_per_epochs
-from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
+from zppo.errors import ModelError, RewardError, TemplateError
 from zppo.prompts.book import PromptBook
 from zppo.teacher.compress import REDRAWS
 from zppo.train.settings import FrozenModelSettings, ModelSettings, Settings, TeacherSettings
-from zppo.train.storage import PARTIAL
-
-RECIPE = "recipe.yaml"  # in the run folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +74,8 @@ class Plan:
         return self.batch + self.replayed + self.reformulated
 
 
-def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions of a recipe. Raises DataError."""
-    data = settings.data
-    train = load_questions(data.train, data.columns, data.limit, data.reading())
-    held_out = (
-        load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True)) if data.eval else []
-    )
-    return train, held_out
 
 
-def count_judged(settings: Settings, questions: Iterable[Question]) -> int:
-    """How many of the questions want a judge.
-
-    Raises:
-        SettingsError: some do, and the recipe has nobody who could judge.
-    """
-    wanting = [question.id for question in questions if question.grading == JUDGE]
-    if wanting and settings.judging is None:
-        raise SettingsError(
-            f"{len(wanting):,} questions want a judge (the first is {wanting[0]!r}, column {settings.data.columns.grading!r}), and the "
-            "recipe has neither a judge nor a teacher: set judge.model, or teacher.model, or let these questions be graded by rule"
-        )
-    return len(wanting)
 
 
 def check_files(settings: Settings) -> None:
@@ -137,26 +110,6 @@ def _is_path(model: str) -> bool:
     return path and ":" not in model
 
 
-def check_output(run: Path) -> None:
-    """Whether a run may be written to this folder.
-
-    Raises:
-        SettingsError: it holds a run already, or something else; it is a file, or below one; it cannot be written.
-    """
-    if (run / RECIPE).exists():
-        raise SettingsError(
-            f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=..."
-        )
-    above = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
-    if not above.is_dir():
-        raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise SettingsError(
-            f"{run} cannot be written: {above} is read-only for you; choose another one with --output=..."
-        )
-    begun = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
-    if run.exists() and (not run.is_dir() or any(path.name != begun for path in run.iterdir())):
-        raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
 
 
 def make_plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,7 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zppo.train.evaluate import Evaluation
+if TYPE_CHECKING:
+    from zppo.train.evaluate import Evaluation
 
 
 def warn(console: Console, text: str) -> None:

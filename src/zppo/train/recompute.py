@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -42,6 +42,6 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         ):  # a cache must not be written twice
             return forward(*args, **kwargs)
         # There is no dropout, so there is no random state to keep.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return recompute(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return recomputing

@@ -16,9 +16,9 @@ from zppo.train import checkpoint
 from zppo.train.assemble import Assembled
 from zppo.train.halfway import Halfway, as_placed
 from zppo.train.origin import changes_since, check_student
-from zppo.train.plan import RECIPE
 from zppo.train.progress import warn
 from zppo.train.settings import Settings
+from zppo.train.storage import RECIPE
 from zppo.train.trainer import Trainer
 
 

@@ -21,7 +21,6 @@ from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, finish_final, save_final, write_model_card
 from zppo.train.launch import read_launch
 from zppo.train.models import load_model
-from zppo.train.plan import RECIPE, check_output
 from zppo.train.processes import make_accelerator, make_weights
 from zppo.train.progress import warn
 from zppo.train.recipe import dump_recipe, load_recipe
@@ -31,7 +30,7 @@ from zppo.train.scoring import scoring
 from zppo.train.seeing import read_data
 from zppo.train.settings import Settings
 from zppo.train.stop import Stop
-from zppo.train.storage import write_whole, writing
+from zppo.train.storage import RECIPE, check_output, write_whole, writing
 from zppo.train.teachers import staffing
 from zppo.train.trackers import Trackers, tracking
 from zppo.train.trainer import Trainer

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zppo.core.types import Question
+from zppo.data.load import load_questions
 from zppo.engines.loading import reads_images
 from zppo.errors import DataError, SettingsError
 from zppo.images.cache import PixelCache
 from zppo.images.pixels import PixelLimits
 from zppo.train.models import resolve_model
-from zppo.train.plan import load_data
 from zppo.train.settings import Settings
 
 
@@ -89,3 +89,13 @@ def first_with_images(
             if question.images:
                 return source, question
     return None
+
+
+def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions of a recipe. Raises DataError."""
+    data = settings.data
+    train = load_questions(data.train, data.columns, data.limit, data.reading())
+    held_out = (
+        load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True)) if data.eval else []
+    )
+    return train, held_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -597,3 +598,11 @@ class Settings(Section):
                 "so that the teacher runs in this process; or choose a method that keeps the teacher in the prompt (zppo)"
             )
         return self
+
+
+_NAMES_EYES = re.compile(r"vis|image|merger|project|connector")
+
+
+def names_eyes(target: str) -> bool:
+    """Whether an entry of `train.lora.targets` means layers of what sees: a pattern that names them (*visual*, *connector*)."""
+    return "*" in target and _NAMES_EYES.search(target) is not None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zppo.errors import StorageError
+from zppo.errors import SettingsError, StorageError
 
 PARTIAL = ".partial"
 """Suffix of what is being written; a killed run may leave it, and nobody reads it."""
@@ -90,3 +90,29 @@ def _refused(error: BaseException | None) -> tuple[int, str] | None:
             hidden = hidden or (0, text.splitlines()[0] if text else type(error).__name__)
         error = error.__cause__ or error.__context__
     return hidden
+
+
+RECIPE = "recipe.yaml"
+"""The resolved recipe, in the run folder."""
+
+
+def check_output(run: Path) -> None:
+    """Whether a run may be written to this folder.
+
+    Raises:
+        SettingsError: it holds a run already, or something else; it is a file, or below one; it cannot be written.
+    """
+    if (run / RECIPE).exists():
+        raise SettingsError(
+            f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=..."
+        )
+    above = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
+    if not above.is_dir():
+        raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise SettingsError(
+            f"{run} cannot be written: {above} is read-only for you; choose another one with --output=..."
+        )
+    begun = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
+    if run.exists() and (not run.is_dir() or any(path.name != begun for path in run.iterdir())):
+        raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")

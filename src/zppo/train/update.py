@@ -19,13 +19,13 @@ from zppo.engines.forward import completion_logprobs
 from zppo.engines.shared import Sharing, shared_logprobs
 from zppo.engines.sight import Sight
 from zppo.errors import MemoryLimitError
-from zppo.train.budget import TokenBudget, zero_gradients
+from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.sampler_check import SamplerCheck
 from zppo.train.samples import Sample, Share, pack_length, packed, packs_of, samples_of, share_minibatch
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.tally import Tally
-from zppo.train.weights import Weights
+from zppo.train.weights import Weights, zero_gradients
 
 Result = TypeVar("Result")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,8 @@ from zppo.train.shapes import config_file
 _QWEN3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16, "spatial_merge_size": 2}
 
 
-_NAMES_EYES = re.compile(r"vis|image|merger|project|connector")
 
 
-def names_eyes(target: str) -> bool:
-    """Whether an entry of `train.lora.targets` means layers of what sees: a pattern that names them (*visual*, *connector*)."""
-    return "*" in target and _NAMES_EYES.search(target) is not None
 
 
 @dataclass(frozen=True, slots=True)

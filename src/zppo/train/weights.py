@@ -253,3 +253,13 @@ def _full(value: torch.Tensor) -> torch.Tensor:
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer moves."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def zero_gradients(model: torch.nn.Module) -> None:
+    """Gradients of all trainable parameters as zeros: AdamW passes over a parameter whose gradient is None, and 0 is a step."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()

@@ -10,7 +10,7 @@ from zppo.core.types import Question
 from zppo.errors import SettingsError
 from zppo.images.store import cache_folder, keep
 from zppo.lab.vision.pictures import png
-from zppo.lab.vision.world import SPLITS, Ask, VisionWorld, load_vision_world
+from zppo.lab.vision.world import PICTURE_SPLITS, Ask, VisionWorld, load_vision_world
 
 
 def vision_questions(world: str, split: str, folder: Path | None = None) -> list[Question]:
@@ -20,9 +20,9 @@ def vision_questions(world: str, split: str, folder: Path | None = None) -> list
         SettingsError: no such world or split.
         StorageError: a picture cannot be written.
     """
-    if split not in SPLITS:
+    if split not in PICTURE_SPLITS:
         raise SettingsError(
-            f"a world of pictures has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train"
+            f"a world of pictures has the splits {', '.join(PICTURE_SPLITS)}, not {split!r}; write lab:{world}/train"
         )
     made = load_vision_world(world)
     return with_pictures(made, split, made.asks()[split], folder or cache_folder())

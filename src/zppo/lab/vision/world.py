@@ -23,7 +23,7 @@ from zppo.lab.vision.settings import VisionSettings
 from zppo.train.recipe import parse_yaml
 
 WORLDS = Path(__file__).with_name("worlds")
-SPLITS = ("train", "test")
+PICTURE_SPLITS = ("train", "test")
 Word = tuple[str, int]
 """A word of a kind: the kind's name, and the word by index."""
 TRIES = 1000
@@ -142,7 +142,7 @@ class VisionWorld:
 
     def asks(self) -> dict[str, list[Ask]]:
         """The questions of both splits, kind by kind, the words of a kind in turn; no question is in both."""
-        made: dict[str, list[Ask]] = {split: [] for split in SPLITS}
+        made: dict[str, list[Ask]] = {split: [] for split in PICTURE_SPLITS}
         for kind, sight in self.settings.kinds.items():
             seen: set[tuple[object, ...]] = set()
             for split, count in (
