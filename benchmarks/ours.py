@@ -92,7 +92,7 @@ class Script:
 
     def score(self, answered: Sequence[Any]) -> list[Any]:
         """A verdict per completion: plain groups come first in a step, then reformulated ones; of the teacher's 3 in 4 are right."""
-        from zppo.grading.base import Verdict
+        from zppo.grading.grader import Verdict
 
         if answered and answered[0].completion.startswith(TEACHER_SAID):
             flags = [i % 4 != 3 for i in range(len(answered))]

@@ -30,7 +30,7 @@ class Claims(Script):
     def score(self, answered: Sequence[Any]) -> list[Any]:
         """Of the teacher's responses alone: right with a chance that is the question's own, uniform in [0, 1]."""
         from zppo.core.draws import keyed_random
-        from zppo.grading.base import Verdict
+        from zppo.grading.grader import Verdict
 
         verdicts = []
         for a in answered:

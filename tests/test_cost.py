@@ -247,7 +247,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rollout": {"batch_size": 4, "group_size": 4, "max_new_tokens": 8},
         "zone": {"rho_aug": 0.5},
         "eval": {"max_new_tokens": 8},
-        "train": {"steps": 2, "checkpoint_every": 0, "device": "cpu", "old_logprobs": "forward", "share_prompts": "off"},
+        "train": {
+            "steps": 2,
+            "checkpoint_every": 0,
+            "device": "cpu",
+            "old_logprobs": "forward",
+            "share_prompts": "off",
+        },
         "grading": {"reward": "reward.py:reward"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zppo.grading import Grader
-from zppo.grading.typed import compare, undecided
+from zppo.grading.equality import compare, undecided
 
 DATA = Path(__file__).parent / "data"
 FUZZ = int(os.environ.get("ZPPO_FUZZ_EXAMPLES", "150"))  # `make fuzz` raises it

@@ -18,7 +18,7 @@ import pytest
 
 from zppo.errors import SettingsError, ZPPOError
 from zppo.grading import Grader, equal
-from zppo.grading import pool as pool_module
+from zppo.grading import workers as pool_module
 
 pytestmark = pytest.mark.slow
 

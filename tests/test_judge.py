@@ -29,7 +29,7 @@ from zppo.data.load import load_questions
 from zppo.engines.base import Sampling
 from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
-from zppo.grading.base import Verdict
+from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.report.summary import Reader

@@ -207,7 +207,9 @@ def test_images_of_a_question_are_shown(page: Browser) -> None:
 
 def test_several_images_stand_at_their_places(page: Browser) -> None:
     page.eval(f"openStory({json.dumps(COMPARED)})")
-    page.until("document.querySelectorAll('#story img').length === 2 && document.querySelectorAll('#story img')[1].naturalWidth === 640")
+    page.until(
+        "document.querySelectorAll('#story img').length === 2 && document.querySelectorAll('#story img')[1].naturalWidth === 640"
+    )
     parts = "[...document.querySelector('#story .question').childNodes].map((n) => n.alt || n.textContent)"
     first, image, second, wide, third, gone, last = page.eval(parts)
     assert (first, second, third, last) == ("Is ", " in ", ", or in ", "?")

@@ -134,7 +134,10 @@ def test_a_server_that_is_told_to_end_finishes_what_runs_or_ends_at_once_when_to
         (["tiny", "--key-file", "none"], "the file none cannot be read"),
         (["tiny", "--max-rows", "0"], "--max-rows is 0: it must be 1 or more"),
         (["tiny", "--max-images", "-1"], "--max-images is -1: it must be 0 or more"),
-        (["tiny", "--min-pixels", "5", "--max-pixels", "4"], "--min-pixels is 5, more than --max-pixels, 4: exchange them"),
+        (
+            ["tiny", "--min-pixels", "5", "--max-pixels", "4"],
+            "--min-pixels is 5, more than --max-pixels, 4: exchange them",
+        ),
         (["tiny", "--max-batch-tokens", "-1"], "--max-batch-tokens is -1"),
         (["tiny", "--max-queue", "0"], "--max-queue is 0"),
         (["tiny", "--max-body", "0"], "--max-body is 0"),

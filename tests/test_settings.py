@@ -217,7 +217,7 @@ def test_combinations_of_methods_that_cannot_train_are_refused(tmp_path: Path) -
         ("- a\n- b\n", "holds list"),
         ("5: x\n", "holds dict"),
         ("a: [1,\n", "is no YAML: line 2"),
-        ("seed: 1\nseed: 2\n", "line 2, column 1: found duplicate key \"seed\""),
+        ("seed: 1\nseed: 2\n", 'line 2, column 1: found duplicate key "seed"'),
         ("a: !!python/object/apply:os.system ['true']\n", "is no YAML"),
     ],
 )

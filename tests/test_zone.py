@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zppo.core.types import Group, ImageRef, Message, Question, Rollout
 from zppo.engines.base import Sampling
 from zppo.grading import extract_boxed
-from zppo.grading.base import Verdict
+from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling

@@ -14,7 +14,7 @@ from zppo.core.types import IMAGE, Message
 from zppo.evaluate.benchmark import Benchmark, Judge
 from zppo.evaluate.item import Item
 from zppo.evaluate.replies import read_reply
-from zppo.grading.boxed import extract_boxed, final_part
+from zppo.grading.text import extract_boxed, final_part
 from zppo.prompts import PromptBook
 from zppo.prompts.book import JUDGE
 from zppo.teacher.judge import readable

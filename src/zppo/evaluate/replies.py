@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from zppo.core.types import Message
 from zppo.evaluate.benchmark import Judge
-from zppo.grading.boxed import final_part
+from zppo.grading.text import final_part
 from zppo.teacher.judge import strict_object
 
 _VERDICT = '{"verdict": "correct"} or {"verdict": "wrong"}'

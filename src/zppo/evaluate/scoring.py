@@ -11,11 +11,19 @@ from types import MappingProxyType
 from zppo.evaluate.adapters.words import LETTERS
 from zppo.evaluate.anls import anls
 from zppo.evaluate.item import Item, Kind
-from zppo.grading.boxed import extract_boxed, final_part
-from zppo.grading.clean import MAX_ANSWER, clean, nested_too_deep, normalise, printed
-from zppo.grading.numeric import Number, parse_number
+from zppo.grading.numbers import Number, parse_number
+from zppo.grading.text import (
+    MAX_ANSWER,
+    choice,
+    clean,
+    extract_boxed,
+    final_part,
+    nested_too_deep,
+    normalise,
+    printed,
+    yes_no,
+)
 from zppo.grading.units import split_unit
-from zppo.grading.words import choice, yes_no
 
 Equal = Callable[[str, str], bool]
 """Whether an answer, the second, is a gold in another spelling at most: `Grader.equal`."""

@@ -1,4 +1,4 @@
-"""Grading completions: extraction, typed equality, workers for the rest (method.md section 7)."""
+"""What a verdict is."""
 
 from __future__ import annotations
 
@@ -7,14 +7,34 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from zppo.errors import SettingsError
-from zppo.grading.base import Verdict
-from zppo.grading.boxed import extract_boxed
-from zppo.grading.pool import WorkerPool
-from zppo.grading.typed import compare, undecided
+from zppo.grading.equality import compare, undecided
+from zppo.grading.text import extract_boxed
+from zppo.grading.workers import WorkerPool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How one completion was graded.
+
+    Attributes:
+        correct: decides hardness, pools and the buffer.
+        answer: what was extracted, None where there is none.
+        reason: a short word for the log: "equal", "different", "no answer", "timeout", ...
+        reward: feeds advantages; 1.0/0.0 from `correct` unless a reward function says otherwise.
+        graded: False where no verdict could be had (an unreachable judge).
+    """
+
+    correct: bool
+    answer: str | None
+    reason: str
+    reward: float
+    graded: bool = True
+
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A small process that owns the workers: `zppo.grading.pool` starts it and talks to it over pipes.
+"""A small process that owns the workers: `zppo.grading.workers` starts it and talks to it over pipes.
 
 Why a process between the caller and the workers: they must not inherit what the caller has loaded (torch, a CUDA context), must not
 run the caller's main script again, must start from any thread and from daemonic processes, and must end with their caller.

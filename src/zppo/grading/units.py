@@ -133,7 +133,7 @@ def split_unit(text: str, trusted: bool = False) -> tuple[str, str | None]:
     """A cleaned answer as (the rest, canonical unit or None).
 
     Args:
-        text: what `zppo.grading.clean.clean` returned.
+        text: what `zppo.grading.text.clean` returned.
         trusted: whether this is a gold: words behind its number are what it counts; an answer's could be anything.
     """
     prefix = _PREFIX.match(text)

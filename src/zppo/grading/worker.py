@@ -16,7 +16,7 @@ from typing import Any
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-from zppo.grading.typed import compare
+from zppo.grading.equality import compare
 
 # Only a whole box is read: math-verify's search for numbers in plain text would find a 5 in "5 is wrong", and evaluates.
 _BOX = (
@@ -86,6 +86,6 @@ algebra(
 
 
 def compare_in_worker(gold: str, answer: str, deadline: float) -> bool:
-    """`zppo.grading.typed.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
+    """`zppo.grading.equality.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
     _limit_processor(deadline)
     return compare(gold, answer, algebra) is True

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, cast
 
 from zppo.core.draws import draw_key
 from zppo.core.types import Question
-from zppo.grading.boxed import final_part
+from zppo.grading.text import final_part
 from zppo.prompts import PromptBook
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 

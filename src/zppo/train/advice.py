@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zppo.grading.base import Verdict
+from zppo.grading.grader import Verdict
 from zppo.train.rollouts import Answered, Score
 
 EVERY = 50

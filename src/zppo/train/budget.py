@@ -114,5 +114,3 @@ def make_budget(
             "give a number"
         )
     return TokenBudget(train.tokens_per_microbatch, say, overhead=PASS_TOKENS_GPU if gpu else PASS_TOKENS)
-
-

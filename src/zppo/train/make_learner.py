@@ -73,8 +73,6 @@ def _imported(spec: str) -> Reformulation:
     return reformulation
 
 
-
-
 def make_learner(
     settings: Settings,
     model: PreTrainedModel,

@@ -74,10 +74,6 @@ class Plan:
         return self.batch + self.replayed + self.reformulated
 
 
-
-
-
-
 def check_files(settings: Settings) -> None:
     """Whether the files that a recipe names are there: templates, folders of models, the reward function's module.
 
@@ -108,8 +104,6 @@ def _is_path(model: str) -> bool:
     """Whether a model's name can only be a folder: the hub's names are one or two words with a slash between them."""
     path = Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     return path and ":" not in model
-
-
 
 
 def make_plan(

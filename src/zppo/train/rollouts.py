@@ -14,7 +14,7 @@ from zppo.core.types import PLAIN, Draft, Group, Message, Prompt, Question, Roll
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.errors import DataError
-from zppo.grading.base import Verdict
+from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.train.team import ALONE, Team
 
@@ -158,7 +158,9 @@ class Roller:
             for job in jobs:
                 job.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # what goes wrong here is not held up by what is being graded
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # what goes wrong here is not held up by what is being graded
 
     def _graded(self, prompts: Sequence[Prompt], ended: Sequence[_Ended]) -> list[Rollout]:
         decode = self.speaker.chat.decode

@@ -10,8 +10,8 @@ from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
 from zppo.errors import SettingsError
 from zppo.grading import Grader, extract_boxed, normalise
-from zppo.grading.base import Verdict
-from zppo.grading.reward import load_reward
+from zppo.grading.grader import Verdict
+from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.compress import token_tail

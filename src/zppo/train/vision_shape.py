@@ -15,10 +15,6 @@ from zppo.train.shapes import config_file
 _QWEN3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16, "spatial_merge_size": 2}
 
 
-
-
-
-
 @dataclass(frozen=True, slots=True)
 class VisionShape:
     """A tower of equal layers over square patches, of which `merge` squared become one token.

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zppo.errors import RewardError
-from zppo.grading.base import Verdict
-from zppo.grading.boxed import extract_boxed
+from zppo.grading.grader import Verdict
+from zppo.grading.text import extract_boxed
 from zppo.imports import load_object
 
-if TYPE_CHECKING:  # the types of the core import torch, which grading does without
+if TYPE_CHECKING:
     from zppo.core.types import Question
 
 _WANTED = (

@@ -1,13 +1,79 @@
-"""One spelling for what can be written in many ways: Unicode, LaTeX commands, text wrappers, white space.
-
-Everything here is bounded: linear regular expressions on at most `MAX_ANSWER` characters, and nothing is evaluated.
-"""
+"""The answer of a completion: the last balanced box after the thinking (method.md section 7)."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from functools import lru_cache
+
+_THINK_OPEN = "<think>"
+_THINK_CLOSE = "</think>"
+# A run of backslashes with a box or a brace behind it, or a brace. Runs are taken whole (possessive), so that a million
+# backslashes, like ten thousand unclosed boxes, cost one pass over the text.
+_TOKEN = re.compile(r"(?P<run>\\++)(?:(?P<box>boxed\s*+\{)|(?P<behind>[{}]?))|(?P<brace>[{}])")
+_WHOLE_BOX = re.compile(r"\\++boxed\s*+\{(.*)\}", re.DOTALL)
+_UNWRAPPED = 8  # boxes around one answer that are taken off; more is an attack, and each costs a pass
+
+
+def final_part(text: str, think_open: bool = False) -> str | None:
+    """The part of a completion that may hold the answer: what follows the last `</think>`.
+
+    Args:
+        text: the completion.
+        think_open: whether the chat template ended the prompt inside an opened think block.
+
+    Returns:
+        The text after the last `</think>`; the whole text if there are no think tags; None where a think block is still
+        open at the end.
+    """
+    close = text.rfind(_THINK_CLOSE)
+    if text.rfind(_THINK_OPEN) > close or (think_open and close < 0):
+        return None
+    return text[close + len(_THINK_CLOSE) :] if close >= 0 else text
+
+
+def last_box(text: str) -> str | None:
+    """Content of the last balanced `\\boxed{...}`, the outer one of two nested ones; None without a box. Linear time."""
+    opened: list[int | None] = []  # for every open brace: where a box's content starts, None for an ordinary brace
+    span: tuple[int, int] | None = None
+    for token in _TOKEN.finditer(text):
+        if token["box"]:
+            opened.append(token.end())
+            continue
+        escaped = token["run"] is not None and len(token["run"]) % 2 == 1
+        brace = "" if escaped else token["brace"] or token["behind"]
+        if brace == "{":
+            opened.append(None)
+        elif brace == "}" and opened:
+            start = opened.pop()
+            if start is not None:
+                span = (start, token.start())
+    return None if span is None else text[span[0] : span[1]]
+
+
+def extract_boxed(text: str, think_open: bool = False) -> str | None:
+    """The answer of a completion (method.md section 7).
+
+    Args:
+        text: the completion.
+        think_open: whether the prompt already ended inside an opened think block.
+
+    Returns:
+        Content of the last balanced `\\boxed{}` after the last `</think>`, without surrounding white space. None if there is
+        no box, the box is empty, or the thinking never ended. [zppo] Of boxes inside one another the outer one counts, so
+        that `\\boxed{3 or \\boxed{5}}` is not 5; a box that only holds a box is unwrapped.
+    """
+    part = final_part(text, think_open)
+    content = None if part is None else last_box(part)
+    if content is None:
+        return None
+    for _ in range(_UNWRAPPED):
+        inner = _WHOLE_BOX.fullmatch(content.strip())
+        if inner is None or last_box(content) != inner[1]:
+            break
+        content = inner[1]
+    return content.strip() or None
+
 
 MAX_ANSWER = 1000  # characters; longer answers are compared as strings only
 MAX_DEPTH = 40  # nested brackets; deeper answers are compared as strings only
@@ -245,3 +311,69 @@ def text_key(cleaned: str) -> str:
         return cleaned
     text = re.sub(r"(?<![\\\w])(?:the|a|an) (?=\w)", "", cleaned.lower())
     return " ".join(re.sub(r"[\"']|(?<=[a-z])-(?=[a-z])", " ", text).split()).rstrip("!")
+
+
+_YES_NO = {
+    "yes": "yes", "no": "no", "true": "true", "false": "false", "correct": "true", "incorrect": "false",
+    "是": "yes", "是的": "yes", "否": "no", "不是": "no", "对": "true", "错": "false", "正确": "true", "错误": "false",
+}  # fmt: skip
+_CONTRADICTIONS: dict[str, set[str]] = {"yes": {"not"}, "no": set(), "true": {"not"}, "false": set()}
+_LETTER = re.compile(r"(?:(?:option|choice|选项?)\s*)?(?:\(([A-Za-z])\)|([A-Za-z]))[.):]?", re.IGNORECASE)
+_LETTER_WITH_TEXT = re.compile(
+    r"(?:(?:option|choice)\s*)?(?:\(([A-J])\)[.:,]?|([A-J])(?:[.):](?!\d)|\)))\s*(\S.*)", re.DOTALL
+)
+_ANOTHER_LETTER = re.compile(r"(?<![A-Za-z])(?:\([A-J]\)|[A-J](?=[.):,;]|$)|[A-J]\b(?= (?:and|or)\b))")
+_LETTERS = re.compile(r"[A-J](?:(?:,| and |,and | & |、|)[A-J])+")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_TWO_LETTER_WORDS = frozenset(
+    "is or if no to of in on at it we he be by an as do go so up us my me am ok hi oh ie eg vs".split()
+)
+_VARIABLE_RUNS = (frozenset("xyz"), frozenset("abc"), frozenset("pqr"), frozenset("uvw"), frozenset("mn"))
+
+
+def yes_no(text: str) -> str | None:
+    """The verdict in an answer: "yes", "no", "true" or "false", where the answer is one or starts with one and a comma."""
+    first, separator, rest = text.lower().partition(",")
+    if not separator:
+        first, separator, rest = text.lower().partition(". ")
+    verdict = _YES_NO.get(first.strip(" .!"))
+    if verdict is None or (rest and not rest.strip()[:1].isalpha()):
+        return None
+    doubt = _CONTRADICTIONS[verdict] | {"yes", "no", "true", "false"}
+    return None if doubt & set(re.findall(r"[a-z]+", rest)) else verdict
+
+
+def choice(text: str) -> tuple[frozenset[str], str]:
+    """The choice letters of an answer (upper case, empty if it is none) and the text that stands beside a single one."""
+    if match := _LETTER.fullmatch(text):
+        return frozenset((match[1] or match[2]).upper()), ""
+    if match := _LETTER_WITH_TEXT.fullmatch(text):
+        if _ANOTHER_LETTER.search(match[3]):
+            return frozenset(), ""
+        return frozenset(match[1] or match[2]), match[3].strip()
+    if _LETTERS.fullmatch(text):
+        letters = re.findall(r"[A-J]", text)
+        return (frozenset(letters), "") if len(set(letters)) == len(letters) else (frozenset(), "")
+    return frozenset(), ""
+
+
+@lru_cache(maxsize=8192)
+def is_prose(text: str) -> bool:
+    """Whether a cleaned answer contains words: nothing that algebra should see, nor guess a number in."""
+    if _CJK.search(text):
+        return True
+    for run in _WORD.findall(_COMMAND.sub(" ", text)):
+        letters = set(run)
+        if len(run) == 2 and run.lower() not in _TWO_LETTER_WORDS:
+            continue  # a product of two variables
+        if len(run) > 3 or not any(letters <= variables for variables in _VARIABLE_RUNS):
+            return True
+    return False
+
+
+def only_choice(text: str) -> bool:
+    """Whether an answer can only be read as a choice: an upper-case letter from A to J, alone, with text, or several."""
+    letters, beside = choice(text)
+    return bool(beside) or len(letters) > 1 or bool(re.fullmatch(r"\(?[A-J]\)?[.):]?", text))
