@@ -143,7 +143,7 @@ class Counts:
 
 def serve_ours(pipe: Connection, world: World) -> None:
     """Steps on demand, as `ours.serve`, with counts."""
-    from zppo.engines import sight
+    from zppo.images import processor as sight
 
     counts = Counts()
     counts.watch_preprocessing()

@@ -18,16 +18,16 @@ from transformers import PreTrainedModel
 from seeing import KINDS, PIXELS, make_picture, make_seeing
 from zppo.core.loss import clipped_surrogate
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
-from zppo.engines import vision
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.forward import Row, completion_logprobs
 from zppo.engines.loading import load_network, reads_images
 from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
-from zppo.engines.vision import plain_inputs
 from zppo.errors import ModelError
-from zppo.images.pixels import PixelLimits
+from zppo.images import features as vision
+from zppo.images.features import plain_inputs
+from zppo.images.store import PixelLimits
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.update import Updater, advantages_of
 

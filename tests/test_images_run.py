@@ -22,8 +22,8 @@ from test_stopped_updates import nth_call_raises
 from test_vllm import vllm  # noqa: F401 - a fixture
 from victims import Victims
 from zppo.cli import main
-from zppo.engines import sight as sight_module
 from zppo.errors import SettingsError
+from zppo.images import processor as sight_module
 from zppo.images.store import open_image
 from zppo.train import checkpoint
 from zppo.train.halfway import Collected

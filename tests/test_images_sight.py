@@ -15,12 +15,11 @@ from PIL import Image
 from conftest import make_tiny
 from seeing import KINDS, PIXELS, make_picture, make_seeing
 from zppo.core.types import ImageRef, Message
-from zppo.engines import sight as sight_module
 from zppo.engines.chat import Chat
 from zppo.errors import DataError, ModelError
-from zppo.images.cache import PixelCache
-from zppo.images.pixels import PixelLimits, fit, fitted_size, shown_size
-from zppo.images.store import open_image
+from zppo.images import processor as sight_module
+from zppo.images.processor import PixelCache
+from zppo.images.store import PixelLimits, fit, fitted_size, open_image, shown_size
 
 LIMITS = PixelLimits(**PIXELS)
 

@@ -19,8 +19,8 @@ from zppo.cli import main
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
-from zppo.engines.sight import Sight
 from zppo.grading import extract_boxed
+from zppo.images.processor import Sight
 from zppo.lab.assets import ASSETS, resolve
 from zppo.lab.build import lab_book
 from zppo.lab.commands import build_command

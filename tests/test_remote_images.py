@@ -19,9 +19,7 @@ from pictures import noise, picture
 from zppo.core.types import IMAGE, ImageRef, Message
 from zppo.engines.base import Sampling
 from zppo.errors import DataError, TeacherError
-from zppo.images.pixels import PixelLimits
-from zppo.images.send import request_url
-from zppo.images.store import keep
+from zppo.images.store import PixelLimits, keep, request_url
 from zppo.teacher import sending
 from zppo.teacher.base import TeacherRequest, TeacherSampling
 from zppo.teacher.check import PING_IMAGE, Names

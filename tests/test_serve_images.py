@@ -23,8 +23,7 @@ from serving import QUESTION, URL, Gate, ask, connect, connected, service, texts
 from zppo.core.types import IMAGE, Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.errors import ModelError
-from zppo.images.pixels import PixelLimits
-from zppo.images.store import keep
+from zppo.images.store import PixelLimits, keep
 from zppo.serve import pictures
 from zppo.serve.app import make_app
 from zppo.serve.load import Loaded, load
@@ -279,7 +278,7 @@ def test_few_images_are_decoded_at_once(loaded: Loaded, tmp_path: Path, monkeypa
 def test_a_server_does_not_remember_every_picture(
     loaded: Loaded, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zppo.engines.sight._MOST_SIZES", 2)
+    monkeypatch.setattr("zppo.images.processor._MOST_SIZES", 2)
     assert loaded.chat.sight is not None
     loaded.chat.sight._sizes.clear()
     for seed in range(5):

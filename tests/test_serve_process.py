@@ -22,7 +22,7 @@ from conftest import make_tiny
 from serving import wait_for
 from zppo import cli
 from zppo.grading import extract_boxed, normalise
-from zppo.images.pixels import PixelLimits
+from zppo.images.store import PixelLimits
 from zppo.lab.questions import lab_questions
 from zppo.prompts import PromptBook
 from zppo.serve import run

@@ -11,10 +11,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zppo.core.parts import TurnParts, message_parts
 from zppo.core.types import ImageRef, Message
-from zppo.engines.sight import Sight
 from zppo.errors import DataError, ModelError, one_line
-from zppo.images.cache import PixelCache
-from zppo.images.pixels import PixelLimits
+from zppo.images.processor import PixelCache, Sight
+from zppo.images.store import PixelLimits
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _CONTROL = re.compile(r"[<\[{|]\S*[>\]}|]")  # how control tokens look: <tool_call>, [INST], <|im_end|>

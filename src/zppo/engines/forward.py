@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from zppo.core.types import ImageRef
-from zppo.engines.sight import Sight
-from zppo.engines.vision import Seen, picture_inputs, positions_of
+from zppo.images.features import Seen, picture_inputs, positions_of
+from zppo.images.processor import Sight
 
 _CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need beside the logits
 

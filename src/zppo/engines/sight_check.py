@@ -15,8 +15,8 @@ from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.forward import Row, completion_logprobs
 from zppo.engines.transformers import TransformersEngine
-from zppo.engines.vision import plain_inputs, why_blind
 from zppo.errors import ModelError, ZPPOError, one_line
+from zppo.images.features import plain_inputs, why_blind
 
 TOLERANCE_FP32, TOLERANCE_ROUNDED = 2e-3, 0.1  # mean difference of log-probs, nats a token
 _TOKENS = 4

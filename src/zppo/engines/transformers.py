@@ -20,9 +20,9 @@ from zppo.engines.cache import DecodeState
 from zppo.engines.draw import Drawer
 from zppo.engines.memory import out_of_memory, release
 from zppo.engines.rows import Rows
-from zppo.engines.sight import Sight
-from zppo.engines.vision import Positions, Seen, picture_inputs, positions_of
 from zppo.errors import MemoryLimitError
+from zppo.images.features import Positions, Seen, picture_inputs, positions_of
+from zppo.images.processor import Sight
 
 
 class Piece(NamedTuple):

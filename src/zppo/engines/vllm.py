@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
-from zppo.engines.sight import Sight
 from zppo.errors import EngineError, ModelError, SettingsError
+from zppo.images.processor import Sight
 
 LOGPROBS_MODE = "processed_logprobs"
 """Log-probs of the distribution that tokens are drawn from, after temperature; vLLM's default is before it."""

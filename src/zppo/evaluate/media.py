@@ -15,8 +15,7 @@ from zppo.core.types import ImageRef
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evaluate.item import Item, Media, conversation
 from zppo.evaluate.protocol import LIMITS
-from zppo.images.send import request_url
-from zppo.images.store import keep, reference
+from zppo.images.store import keep, reference, request_url
 from zppo.prompts import PromptBook
 
 MOST_VIDEO = 1 << 28  # bytes of a clip that is sent whole

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from zppo.images.pixels import PixelLimits
+from zppo.images.store import PixelLimits
 from zppo.prompts.book import CLOSING, PromptBook
 
 VideoMode = Literal["auto", "file", "frames"]

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import os
 import secrets
 import stat
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from zppo.core.types import ImageRef
 from zppo.errors import DataError, StorageError, one_line
@@ -267,3 +268,86 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:
         return image
+
+
+_TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
+
+
+class PixelLimits(NamedTuple):
+    """Fewest and most pixels of a picture as a model sees it; the defaults are the paper's (method.md section 10)."""
+
+    min_pixels: int = 256 * 32 * 32
+    max_pixels: int = 1280 * 32 * 32
+
+
+def shown_size(ref: ImageRef) -> tuple[int, int]:
+    """Width and height of the picture that `open_image` gives, from the file's header alone: nothing is decoded.
+
+    Raises:
+        DataError: see `read_bytes` and `header_of`.
+    """
+    data = read_bytes(ref)
+    header = header_of(data, ref.uri)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except Exception:  # broken EXIF data turns nothing
+        turned = False
+    return (header.height, header.width) if turned else (header.width, header.height)
+
+
+def fitted_size(width: int, height: int, limits: PixelLimits) -> tuple[int, int]:
+    """Width and height within the limits, the aspect kept as well as whole pixels can; unchanged where they are within already."""
+    pixels = width * height
+    if pixels > limits.max_pixels:
+        scale = math.sqrt(limits.max_pixels / pixels)
+        return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+    if pixels < limits.min_pixels:
+        scale = math.sqrt(limits.min_pixels / pixels)
+        return math.ceil(width * scale), math.ceil(height * scale)
+    return width, height
+
+
+def fit(image: Image.Image, limits: PixelLimits) -> Image.Image:
+    """The picture scaled into the limits, both sides alike, bicubic; itself where nothing is to be done."""
+    size = fitted_size(*image.size, limits)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+_SENT_AS_IT_IS = {"PNG": ("RGB", "L"), "JPEG": ("RGB", "L")}
+_QUALITY = 95
+
+
+def request_url(ref: ImageRef, limits: PixelLimits) -> str:
+    """The picture as every model of the run sees it, as a `data:` URL.
+
+    A JPEG or PNG file that is within the limits goes as it is. Everything else is decoded (`images.store.decode`) and brought into the
+    limits; it goes as a JPEG of quality 95 where it was one, else as a PNG.
+
+    Raises:
+        DataError: see `images.store.open_image`.
+    """
+    data = read_bytes(ref)
+    header = header_of(data, ref.uri)
+    size = header.width, header.height
+    if fitted_size(*size, limits) == size and _plain(data):
+        return as_url(data, header.media_type)
+    picture = fit(decode(data, ref.uri), limits)
+    kind = "JPEG" if header.format in ("JPEG", "MPO") else "PNG"
+    out = io.BytesIO()
+    picture.save(out, kind, **({"quality": _QUALITY} if kind == "JPEG" else {}))
+    return as_url(out.getvalue(), f"image/{kind.lower()}")
+
+
+def _plain(data: bytes) -> bool:
+    """Whether every reader shows a file in the same way: one frame, upright, without transparency."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return (
+                image.mode in _SENT_AS_IT_IS.get(str(image.format), ())
+                and "transparency" not in image.info
+                and getattr(image, "n_frames", 1) == 1
+                and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            )
+    except Exception:  # broken EXIF data
+        return False

@@ -14,9 +14,9 @@ from zppo.core.draws import draw_key, keyed_random
 from zppo.core.types import ImageRef, Message, Question
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.engines.sight import Sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.grading import extract_boxed, normalise
+from zppo.images.processor import Sight
 from zppo.lab.corpus import Response, StudentCorpus, TeacherCorpus
 from zppo.lab.world import Chain, Entry, World
 from zppo.prompts import PromptBook

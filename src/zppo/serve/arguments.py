@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zppo.images.pixels import PixelLimits
+from zppo.images.store import PixelLimits
 
 
 def add_serve(commands: Any, resolve: Callable[[str], str]) -> None:

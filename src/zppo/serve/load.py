@@ -15,8 +15,8 @@ from zppo.engines.loading import load_network, reads_images
 from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, one_line
-from zppo.images.cache import PixelCache
-from zppo.images.pixels import PixelLimits
+from zppo.images.processor import PixelCache
+from zppo.images.store import PixelLimits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOG = logging.getLogger("zppo.serve")

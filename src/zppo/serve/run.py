@@ -16,7 +16,7 @@ from types import FrameType
 import uvicorn
 
 from zppo.errors import SettingsError
-from zppo.images.pixels import PixelLimits
+from zppo.images.store import PixelLimits
 from zppo.serve.app import Service, make_app
 from zppo.serve.batcher import Batcher
 from zppo.serve.load import checkpoint_of, load

@@ -14,12 +14,11 @@ from zppo.engines.base import Completion, Engine, SampleRequest
 from zppo.engines.chat import Chat
 from zppo.engines.halves import sample_in_halves
 from zppo.engines.loading import load_network, reads_images
-from zppo.engines.sight import Sight
 from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
-from zppo.images.cache import PixelCache
-from zppo.images.pixels import PixelLimits
+from zppo.images.processor import PixelCache, Sight
+from zppo.images.store import PixelLimits
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from zppo.core.parts import TurnParts, message_parts
 from zppo.core.types import ImageRef, Message
 from zppo.errors import ZPPOError
-from zppo.images.pixels import PixelLimits
+from zppo.images.store import PixelLimits
 from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.check import PING_IMAGE, Names, check_images, check_servers

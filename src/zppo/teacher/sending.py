@@ -6,8 +6,7 @@ import asyncio
 from collections import OrderedDict
 
 from zppo.core.types import ImageRef
-from zppo.images.pixels import PixelLimits
-from zppo.images.send import request_url
+from zppo.images.store import PixelLimits, request_url
 
 ENCODERS = 4  # images decoded at once, of up to 200 MB each
 MOST_HELD = 64 << 20  # characters that are kept for requests to come, beside those of the requests under way

@@ -12,7 +12,7 @@ from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout
 from zppo.engines.forward import Row, image_inputs
-from zppo.engines.sight import Sight
+from zppo.images.processor import Sight
 from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools
 from zppo.train.budget import TokenBudget

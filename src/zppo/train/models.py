@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from zppo.engines.chat import Chat
 from zppo.engines.loading import load_network
 from zppo.errors import CheckpointError, ModelError, SettingsError
-from zppo.images.cache import PixelCache
-from zppo.images.pixels import PixelLimits
+from zppo.images.processor import PixelCache
+from zppo.images.store import PixelLimits
 from zppo.train import checkpoint
 from zppo.train.lora import ADAPTER_CONFIG, Adapters, add_adapters
 from zppo.train.settings import ModelSettings, Settings

@@ -9,8 +9,8 @@ from zppo.core.types import Question
 from zppo.data.load import load_questions
 from zppo.engines.loading import reads_images
 from zppo.errors import DataError, SettingsError
-from zppo.images.cache import PixelCache
-from zppo.images.pixels import PixelLimits
+from zppo.images.processor import PixelCache
+from zppo.images.store import PixelLimits
 from zppo.train.models import resolve_model
 from zppo.train.settings import Settings
 

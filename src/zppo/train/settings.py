@@ -13,7 +13,7 @@ from zppo.data.gym import check_apart
 from zppo.data.reading import Reading
 from zppo.data.rows import USUAL_IMAGES
 from zppo.engines.base import Sampling
-from zppo.images.pixels import PixelLimits
+from zppo.images.store import PixelLimits
 from zppo.teacher.base import TeacherSampling
 from zppo.train.methods import METHODS, Control, Loss, Method
 from zppo.train.remote_settings import RemoteSettings

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from zppo.errors import TeacherError
-from zppo.images.pixels import PixelLimits
+from zppo.images.store import PixelLimits
 from zppo.teacher.check import Names, read_key
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher

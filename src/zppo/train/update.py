@@ -17,8 +17,8 @@ from zppo.core.minibatch import MicroBatch, deal_groups
 from zppo.core.types import Group
 from zppo.engines.forward import completion_logprobs
 from zppo.engines.shared import Sharing, shared_logprobs
-from zppo.engines.sight import Sight
 from zppo.errors import MemoryLimitError
+from zppo.images.processor import Sight
 from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.sampler_check import SamplerCheck

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.engines.chat import Chat
-from zppo.engines.sight import Sight
-from zppo.images.pixels import PixelLimits
+from zppo.images.processor import Sight
+from zppo.images.store import PixelLimits
 from zppo.lab.build import Say, lab_book, save, teller
 from zppo.lab.measure import Probe
 from zppo.lab.settings import Pretraining

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from zppo.core.types import ImageRef
-from zppo.engines.sight import Sight
 from zppo.errors import ModelError
-from zppo.images.cache import Pixels
+from zppo.images.processor import Pixels, Sight
 
 _PACKED = "image_grid_thw"  # with it, pictures of all sizes stand in one sequence of patches
 _FEATURES = "mm_encoder_outputs"
