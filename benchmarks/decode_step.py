@@ -1,4 +1,4 @@
-"""One decoding step of a plain decoder, lean (zppo.engines.lean) and by the library's own forward, on the same cache."""
+"""One decoding step of a plain decoder, lean (zppo.engines.kv_cache) and by the library's own forward, on the same cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def measure(options: Options) -> Mapping[str, Any]:
     import torch
     from transformers import Qwen3ForCausalLM
 
-    from zppo.engines import cache
+    from zppo.engines import kv_cache as cache
     from zppo.engines.base import SampleRequest, Sampling
     from zppo.engines.transformers import TransformersEngine
 

@@ -173,7 +173,7 @@ class Replaying:
         import torch
 
         from zppo.engines.base import Completion
-        from zppo.engines.forward import completion_logprobs
+        from zppo.engines.logprobs import completion_logprobs
 
         made = []
         for request, group in zip(requests, self.rows, strict=True):

@@ -1,6 +1,6 @@
 """The prompt's part of a training pass, once for several completions of it: two ways to do it, against rows on their own.
 
-`packs` is what the update does (zppo.engines.shared): prompt and completions as one sequence with an attention mask, in as many packs as
+`packs` is what the update does (zppo.engines.logprobs): prompt and completions as one sequence with an attention mask, in as many packs as
 should take least. `cache` was the other candidate: the prompt's keys and values, with gradients, repeated for every completion.
 """
 
@@ -24,7 +24,7 @@ Work = Callable[[], Any]
 def by_rows(model: Any, prompt: list[int], completions: list[list[int]]) -> Any:
     """Micro-batches of rows: the sum of all log-probs, weighted by place, so that every gradient counts."""
     from zppo.core.minibatch import micro_batches
-    from zppo.engines.forward import completion_logprobs
+    from zppo.engines.logprobs import completion_logprobs
 
     total = 0.0
     for micro in micro_batches([len(prompt) + len(c) for c in completions], 16_384):
@@ -38,7 +38,7 @@ def by_rows(model: Any, prompt: list[int], completions: list[list[int]]) -> Any:
 def by_packs(model: Any, prompt: list[int], completions: list[list[int]]) -> Any:
     """The same in packs."""
     from zppo.core.minibatch import micro_batches, share_prompt
-    from zppo.engines.shared import Pack, shared_logprobs
+    from zppo.engines.logprobs import Pack, shared_logprobs
 
     reach = 6 * model.config.hidden_size
     packs = share_prompt(len(prompt), [len(c) for c in completions], reach=reach, most=4096)

@@ -31,7 +31,7 @@ class Variants:
         import torch
         from accelerate import Accelerator
 
-        from zppo.engines.shared import sharing_of
+        from zppo.engines.logprobs import sharing_of
         from zppo.train.models import load_model
 
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ class Variants:
         import torch
 
         from zppo.core.types import Group, Message, Prompt, Question, Rollout
-        from zppo.engines.forward import completion_logprobs
+        from zppo.engines.logprobs import completion_logprobs
         from zppo.train.settings import AdvantageSettings
         from zppo.train.update import advantages_of
 

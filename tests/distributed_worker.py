@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zppo.core.types import Group
 from zppo.engines.base import SampleRequest, Sampling
-from zppo.engines.shared import Sharing
+from zppo.engines.logprobs import Sharing
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
 from zppo.train.distill import Distiller

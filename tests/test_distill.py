@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from zppo.core.loss import jensen_shannon
-from zppo.engines.forward import Row
+from zppo.engines.logprobs import Row
 from zppo.train.distill import completion_logits
 
 

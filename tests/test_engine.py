@@ -19,11 +19,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from zppo.engines import cache
+from zppo.engines import kv_cache as cache
 from zppo.engines.base import Completion, SampleRequest, Sampling
-from zppo.engines.draw import Drawer
-from zppo.engines.forward import completion_logprobs
-from zppo.engines.lean import is_plain
+from zppo.engines.keyed_sampling import Drawer
+from zppo.engines.kv_cache import is_plain
+from zppo.engines.logprobs import completion_logprobs
 from zppo.engines.transformers import Piece, TransformersEngine, plan
 from zppo.errors import ModelError
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zppo.engines.base import Sampling
-from zppo.engines.draw import Drawer, key_states, truncate, uniforms
+from zppo.engines.keyed_sampling import Drawer, key_states, truncate, uniforms
 
 MASK = (1 << 64) - 1
 

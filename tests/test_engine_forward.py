@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
-from zppo.engines import forward
-from zppo.engines.forward import Row, completion_logprobs, token_scores
+from zppo.engines import logprobs as forward
+from zppo.engines.logprobs import Row, completion_logprobs, token_scores
 
 ROWS = [
     Row([5, 6, 7], [8, 9]),

@@ -20,9 +20,9 @@ from zppo.core.loss import clipped_surrogate
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.engines.forward import Row, completion_logprobs
+from zppo.engines.image_check import check_sight
 from zppo.engines.loading import load_network, reads_images
-from zppo.engines.sight_check import check_sight
+from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError
 from zppo.images import features as vision
@@ -289,12 +289,12 @@ def test_the_check_at_the_start_finds_wrong_positions(
         places, following = right(*args)
         return vision.Positions(torch.arange(places.shape[1]).expand(3, -1), following)
 
-    monkeypatch.setattr("zppo.engines.forward.positions_of", wrong)
+    monkeypatch.setattr("zppo.engines.logprobs.positions_of", wrong)
     with pytest.raises(
         ModelError, match="'tiny' cannot be shown images here: its log-probs with pictures in a batch differ"
     ):
         check_sight(own.engine(), own.chat, "tiny")
-    monkeypatch.setattr("zppo.engines.forward.positions_of", right)
+    monkeypatch.setattr("zppo.engines.logprobs.positions_of", right)
     monkeypatch.setattr("zppo.engines.transformers.positions_of", wrong)
     with pytest.raises(ModelError, match="differ"):
         check_sight(own.engine(), own.chat, "tiny")

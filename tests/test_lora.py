@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5Config, Q
 from test_engine import BANNED, SIZE, assert_lean_is_exact, engine, flat, requests, tiny
 from zppo.cli import main
 from zppo.engines.base import Sampling
-from zppo.engines.forward import completion_logprobs
+from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.train.checkpoint import model_folder
 from zppo.train.lora import Adapters, add_adapters, find_targets

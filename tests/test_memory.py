@@ -28,10 +28,8 @@ from transformers import PreTrainedModel
 from test_engine import engine, flat, requests, tiny
 from test_update import Recorder, load, make_groups, make_updater
 from zppo.cli import main
-from zppo.engines.base import Sampling
-from zppo.engines.forward import completion_logprobs
-from zppo.engines.memory import out_of_memory
-from zppo.engines.shared import Pack
+from zppo.engines.base import Sampling, out_of_memory
+from zppo.engines.logprobs import Pack, completion_logprobs
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
 from zppo.train import checkpoint, distill, update

@@ -29,7 +29,7 @@ from transformers import (
 
 from conftest import make_tiny
 from zppo.core.types import Message, Question
-from zppo.engines.forward import completion_logprobs
+from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import ModelError
 from zppo.train.lora import add_adapters
 from zppo.train.machine import GIB, Machine, _pick, find_machine

@@ -169,7 +169,7 @@ def test_a_checkpoint_is_loaded_for_text_where_it_cannot_be_shown_images(
     assert "this model cannot be shown images here" in alone.blind and alone.chat.sight is None
     assert "images are refused" in caplog.text
     make_seeing(path)
-    monkeypatch.setattr("zppo.engines.sight_check.why_blind", lambda *_: "it has no eyes")
+    monkeypatch.setattr("zppo.engines.image_check.why_blind", lambda *_: "it has no eyes")
     with pytest.raises(ModelError, match="it has no eyes.*--max-images 0"):
         load(str(path), device="cpu", images=LIMITS)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group, Message, Prompt, Question, Rollout
-from zppo.engines.shared import Sharing
+from zppo.engines.logprobs import Sharing
 from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.update import Updater, advantages_of
 

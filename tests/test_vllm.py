@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import make_tiny, make_tokenizer
 from zppo.cli import main
 from zppo.engines.base import SampleRequest, Sampling
-from zppo.engines.forward import Row, completion_logprobs
+from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import EngineError, ModelError, SettingsError
 from zppo.train.lora import add_adapters

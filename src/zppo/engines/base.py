@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from zppo.core.types import ImageRef
-from zppo.errors import ModelError
+import torch
 
-if TYPE_CHECKING:  # the command line reads these types before it needs torch
+from zppo.core.types import ImageRef
+from zppo.errors import ModelError, ZPPOError
+
+if TYPE_CHECKING:
     import torch
 
 
@@ -134,3 +137,40 @@ class Engine(Protocol):
                 out: nothing depends on it, and all are returned.
         """
         ...
+
+
+# What torch and the libraries below it say; only some of it comes as `torch.OutOfMemoryError`.
+_SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory is full, so that the same work in smaller parts may succeed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and not isinstance(error, ZPPOError) and any(s in str(error) for s in _SAID)
+
+
+def release() -> None:
+    """Lets go of what a failed attempt held; to be called outside of the `except` block, which holds its tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def sample_in_halves(
+    engine: Engine, requests: Sequence[SampleRequest], sampling: Sampling
+) -> list[list[Completion] | str]:
+    """Completions per request, or the reason why there are none.
+
+    Where sampling a batch fails (out of memory, a device fault, a model's own error), its halves are tried on their own.
+    """
+    if not requests:
+        return []
+    try:
+        return list(engine.sample(requests, sampling))
+    except Exception as error:
+        if len(requests) == 1:
+            return [f"{type(error).__name__}: {error}"]
+    # Outside of the handler, where the failed attempt's tensors are released.
+    half = len(requests) // 2
+    return sample_in_halves(engine, requests[:half], sampling) + sample_in_halves(engine, requests[half:], sampling)

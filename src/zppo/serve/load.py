@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from zppo.engines.chat import Chat
+from zppo.engines.image_check import check_sight
 from zppo.engines.loading import load_network, reads_images
-from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, one_line
 from zppo.images.processor import PixelCache

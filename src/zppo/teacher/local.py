@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import torch
 
 from zppo.core.types import ImageRef, Message
-from zppo.engines.base import Completion, Engine, SampleRequest
+from zppo.engines.base import Completion, Engine, SampleRequest, sample_in_halves
 from zppo.engines.chat import Chat
-from zppo.engines.halves import sample_in_halves
+from zppo.engines.image_check import check_sight
 from zppo.engines.loading import load_network, reads_images
-from zppo.engines.sight_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
 from zppo.images.processor import PixelCache, Sight

@@ -17,7 +17,7 @@ from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
 from zppo.data.order import steps_per_epochs
 from zppo.engines.chat import Chat
-from zppo.engines.sight_check import check_sight
+from zppo.engines.image_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import require_vllm
 from zppo.errors import SettingsError

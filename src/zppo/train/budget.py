@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, MicroBatch, micro_batches
-from zppo.engines.memory import out_of_memory, release
+from zppo.engines.base import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
 from zppo.train.settings import TOKENS_PER_MICROBATCH, TrainSettings
 

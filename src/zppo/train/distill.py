@@ -11,7 +11,7 @@ from torch import nn
 from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout
-from zppo.engines.forward import Row, image_inputs
+from zppo.engines.logprobs import Row, image_inputs
 from zppo.images.processor import Sight
 from zppo.teacher.compress import Source
 from zppo.train.ask import Asker, Pools

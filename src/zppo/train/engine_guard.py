@@ -15,7 +15,7 @@ from torch import nn
 from zppo.core.draws import draw_key
 from zppo.core.types import ImageRef
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
-from zppo.engines.forward import Row, completion_logprobs
+from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.errors import EngineError
 from zppo.images.processor import Sight
 from zppo.train.team import ALONE, Team

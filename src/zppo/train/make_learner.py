@@ -19,7 +19,7 @@ from zppo.core.reformulate import (
 )
 from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Rollout
 from zppo.engines.chat import Chat
-from zppo.engines.shared import Sharing, sharing_of
+from zppo.engines.logprobs import Sharing, sharing_of
 from zppo.errors import SettingsError
 from zppo.imports import load_object
 from zppo.teacher.compress import Source

@@ -9,8 +9,7 @@ import torch
 
 from zppo.core.minibatch import share_prompt, shares
 from zppo.core.types import Group, Rollout
-from zppo.engines.forward import Row
-from zppo.engines.shared import Pack, Sharing
+from zppo.engines.logprobs import Pack, Row, Sharing
 
 
 @dataclass(frozen=True, slots=True)

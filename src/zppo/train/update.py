@@ -15,8 +15,7 @@ from zppo.core.advantages import group_advantages, two_step_advantages
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import MicroBatch, deal_groups
 from zppo.core.types import Group
-from zppo.engines.forward import completion_logprobs
-from zppo.engines.shared import Sharing, shared_logprobs
+from zppo.engines.logprobs import Sharing, completion_logprobs, shared_logprobs
 from zppo.errors import MemoryLimitError
 from zppo.images.processor import Sight
 from zppo.train.budget import TokenBudget
