@@ -20,9 +20,9 @@ from pictures import bomb, noise, picture, save
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.data import images as data_images
+from zppo.data.files import Reading
 from zppo.data.images import Pictures
 from zppo.data.load import load_questions
-from zppo.data.reading import Reading
 from zppo.errors import DataError
 from zppo.images.store import open_image, read_bytes
 from zppo.train.settings import ColumnSettings, DataSettings, ImageSettings

@@ -18,10 +18,10 @@ from conftest import make_tokenizer
 from error_cases import World
 from zppo import cli
 from zppo.core.types import Message, Question
-from zppo.data import gym
-from zppo.data.gym_tasks import REFUSED, TASKS
+from zppo.data import reasoning_gym as gym
+from zppo.data.files import Reading
 from zppo.data.load import load_questions
-from zppo.data.reading import Reading
+from zppo.data.reasoning_gym import REFUSED, TASKS
 from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader

@@ -1,16 +1,126 @@
-"""Sets of the Hugging Face hub: `hub:owner/name`, read by `datasets`."""
+"""Rows of a set of `datasets`."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
-from zppo.data.reading import Reading, Rows
-from zppo.data.rows import Columns
-from zppo.data.sets import set_rows, shorten
-from zppo.errors import DataError
+from zppo.data.files import READERS, Place, Reading, Rows, file_rows
+from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
+from zppo.errors import DataError, one_line
+
+_SHOWN = 20
+
+
+def set_rows(loaded: Any, source: str, name: str, columns: Columns, folder: Path) -> Rows:
+    """(place, values by column) of a `Dataset` or `IterableDataset`, of the columns that are asked for alone.
+
+    Images come as bytes or paths: decoding them here would be for nothing.
+
+    Raises:
+        DataError: a column is missing; while iterating, that the set cannot be read further.
+    """
+    have = loaded.column_names  # None where a stream does not say
+    if have is not None:
+        check_columns(source, have, columns)
+        _check_images(source, loaded.features or {}, columns)
+        loaded = loaded.select_columns([column for column in have if column in _roots(columns)])
+    return _rows(_undecoded(loaded), source, name, folder)
+
+
+def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
+    """Whether a set has a question and an answer. DataError lists its columns."""
+    listing = ", ".join(have[:_SHOWN]) + (f" and {len(have) - _SHOWN} more" if len(have) > _SHOWN else "")
+    if not set(have) & {*_names(columns.prompt), *_names(columns.messages)}:
+        raise DataError(
+            f"{source}: has no column {columns.prompt!r} and none {columns.messages!r}; it has {listing}. "
+            "Name the one with the question in data.columns.prompt or data.columns.messages"
+        )
+    if not set(have) & set(_names(columns.answer)):
+        raise DataError(
+            f"{source}: has no column {columns.answer!r}; it has {listing}. Name the one with the answer in data.columns.answer"
+        )
+
+
+def _check_images(source: str, features: Mapping[str, Any], columns: Columns) -> None:
+    """Whether a set without the images column has others with images in them. DataError names one."""
+    if columns.images and not set(features) & set(_names(columns.images)):
+        others = ((n, feature) for n, feature in features.items() if n not in _roots(columns))
+        unused = [n for n, feature in others if n == SINGULAR or _plain(feature) != feature]
+        if unused:
+            raise DataError(not_looked_at(source, unused[0], columns))
+
+
+def shorten(error: BaseException) -> str:
+    """An error of a library in one line, without its example of use."""
+    return f"{type(error).__name__}: {one_line(error).partition(' Example of usage')[0]}"
+
+
+def _rows(loaded: Iterable[object], source: str, name: str, folder: Path) -> Rows:
+    number, rows = 0, iter(loaded)
+    while True:
+        try:
+            value = _fetched(next(rows))
+        except StopIteration:
+            return
+        except Exception as error:  # a stream fails in as many ways as a network
+            raise DataError(
+                f"{source}, after row {number}: cannot be read further ({shorten(error)}); try again, or lower data.limit"
+            ) from error
+        number += 1
+        yield Place(source, name, number, folder), value
+
+
+def _undecoded(loaded: Any) -> Any:
+    """The set with its images as `{"bytes", "path"}`."""
+    for column, feature in (loaded.features or {}).items():
+        plain = _plain(feature)
+        if plain != feature:
+            loaded = loaded.cast_column(column, plain)
+    return loaded
+
+
+def _plain(feature: Any) -> Any:
+    """A feature of `datasets` whose images, however deep inside, are not decoded."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, Mapping):
+        return {name: _plain(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_plain(feature.feature))
+    return feature
+
+
+def _fetched(value: object) -> object:
+    """A row in which images that lie on the hub have their bytes: a stream gives no more than their addresses."""
+    if isinstance(value, list):
+        return [_fetched(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    path = value.get("path")
+    if set(value) == {"bytes", "path"} and value["bytes"] is None and isinstance(path, str) and "hf://" in path:
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            return {"bytes": file.read(), "path": None}
+    return {name: _fetched(inner) for name, inner in value.items()}
+
+
+def _names(column: str) -> tuple[str, str]:
+    """A column's own name, and the column that it lies in if it is a nested one."""
+    return column, column.partition(".")[0]
+
+
+def _roots(columns: Columns) -> set[str]:
+    return {name for column in column_names(columns) for name in _names(column)}
+
 
 SCHEME = "hub"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
@@ -85,3 +195,78 @@ def _why(name: str, reading: Reading, error: BaseException) -> str:
         wrong = "needs a configuration" if reading.config is None else f"has no configuration {reading.config!r}"
         return f"{wrong} ({said}); name one with data.config"
     return f"cannot be loaded ({said}); see {page}, or download it and name the folder"
+
+
+_SAVED = ("dataset_dict.json", "state.json")
+
+
+def folder_rows(folder: Path, reading: Reading, columns: Columns) -> Rows:
+    """Rows of a folder's split.
+
+    Which files belong to which split is what `datasets` says: by their names (`train.jsonl`, `test/a.parquet`), or by the `configs` in
+    the folder's README.md. Files whose names hold no split belong to every one. The files themselves are read as single ones are, so
+    errors name file, row and column.
+
+    Raises:
+        DataError: no data files in it, or not the configuration or the split that is asked for.
+    """
+    if any((folder / name).is_file() for name in _SAVED):
+        return _saved(folder, reading, columns)
+    splits = _splits(folder, reading)
+    files = splits.get(reading.split)
+    if files is None:
+        raise DataError(
+            f"{folder}: has no split {reading.split!r} (it has {', '.join(splits)}); name one of these with {reading.split_setting}, "
+            "or name a file in the folder"
+        )
+    return (row for path in files for row in file_rows(path, path.relative_to(folder).as_posix()))
+
+
+def _splits(folder: Path, reading: Reading) -> Mapping[str, Sequence[Path]]:
+    """Files by split, in the order of their names."""
+    known = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not p.name.startswith("."))
+    if not known:
+        raise DataError(
+            f"{folder}: is a folder without data files ({', '.join(READERS)}) in it; name another, or a file"
+        )
+    # Heavy, and only folders need it.
+    import datasets
+
+    try:
+        found: Any = datasets.load_dataset_builder(str(folder.absolute()), reading.config).config.data_files
+    except Exception as error:  # many kinds, by what is missing or malformed
+        hint = "; name one with data.config" if "config" in str(error).lower() else ""
+        raise DataError(f"{folder}: is no folder of data that can be used ({shorten(error)}){hint}") from error
+    top = folder.absolute()
+    splits = {
+        str(split): files
+        for split, paths in found.items()  # of a folder of images: the images too, and its metadata.jsonl
+        if (files := [folder / os.path.relpath(p, top) for p in paths if Path(p).suffix.lower() in READERS])
+    }
+    left_out = set(known).difference(*splits.values())
+    if left_out and reading.config is None:
+        raise DataError(
+            f"{folder}: holds files of several kinds or splits, and {min(left_out).relative_to(folder)} would be left out; "
+            "keep one kind in a folder, or name a file"
+        )
+    if list(splits) == ["train"] and not any("train" in str(path.relative_to(folder)).lower() for path in known):
+        return {reading.split: splits["train"]}
+    return splits
+
+
+def _saved(folder: Path, reading: Reading, columns: Columns) -> Rows:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # many kinds, by what is missing or malformed
+        raise DataError(
+            f"{folder}: cannot be read as what save_to_disk wrote ({shorten(error)}); write it again"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if reading.split not in loaded:
+            raise DataError(
+                f"{folder}: has no split {reading.split!r} (it has {', '.join(loaded)}); name one of these with {reading.split_setting}"
+            )
+        loaded = loaded[reading.split]
+    return set_rows(loaded, str(folder), folder.name, columns, folder)

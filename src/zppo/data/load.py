@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 from zppo.core.types import Question
-from zppo.data import gym, hub
-from zppo.data.files import file_rows
-from zppo.data.folders import folder_rows
+from zppo.data import hub
+from zppo.data import reasoning_gym as gym
+from zppo.data.files import Place, Reading, Rows, file_rows
+from zppo.data.hub import folder_rows
 from zppo.data.images import Pictures
-from zppo.data.reading import Place, Reading, Rows
 from zppo.data.rows import USUAL_IMAGES, Columns, has_column, not_looked_at, question_from_row, unused_images
 from zppo.errors import DataError
 

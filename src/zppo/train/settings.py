@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from zppo.data.gym import check_apart
-from zppo.data.reading import Reading
+from zppo.data.files import Reading
+from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
 from zppo.engines.base import Sampling
 from zppo.images.store import PixelLimits
