@@ -15,7 +15,7 @@ from zppo.core.draws import keyed_random
 from zppo.engines.base import Sampling
 from zppo.prompts import PromptBook
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.compress import Compressor, PairRequest, Source, accept, draw_order, token_tail
+from zppo.teacher.compression import Compressor, PairRequest, Source, accept, draw_order, token_tail
 
 HOW = TeacherSampling(Sampling(max_new_tokens=512), {"enable_thinking": False})
 

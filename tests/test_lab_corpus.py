@@ -27,7 +27,7 @@ from zppo.lab.language import CONTROL, make_tokenizer, words
 from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.compress import Compressor, Source, accept, token_tail
+from zppo.teacher.compression import Compressor, Source, accept, token_tail
 from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Speaker
 

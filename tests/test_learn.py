@@ -10,7 +10,7 @@ import torch
 
 from zppo.core.loss import jensen_shannon
 from zppo.engines.chat import Chat
-from zppo.teacher.compress import Source
+from zppo.teacher.compression import Source
 from zppo.train.ask import ResponseTokens
 from zppo.train.recipe import load_recipe
 from zppo.train.settings import TeacherSettings

@@ -15,7 +15,7 @@ from zppo.core.types import Draft, Message, Question
 from zppo.grading import extract_boxed
 from zppo.prompts import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.teacher.compress import Compressor, PairRequest, Prepared
+from zppo.teacher.compression import Compressor, PairRequest, Prepared
 
 BOOK = PromptBook(neutralise=Neutraliser({"<|im_start|>", "<|im_end|>"}))
 QUESTION = Question("q", (Message("user", "What is 3 plus 4?"),), "7")

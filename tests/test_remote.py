@@ -17,9 +17,8 @@ from fault_server import Server
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.http import FAULTS, Scrubber, Service, backoff, retry_after
 from zppo.teacher.remote import RemoteTeacher, seed_of
-from zppo.teacher.servers import FAULTS, Service, backoff
-from zppo.teacher.wire import Scrubber, retry_after
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +30,7 @@ KEY = "sk-very-secret-0123456789"
 def hurry(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Back-off begins at a twentieth of a second, where it is not what is tested."""
     if "backoff" not in request.node.name:
-        monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.05)
+        monkeypatch.setattr("zppo.teacher.http.FIRST_WAIT", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +339,7 @@ def test_an_address_that_is_open_before_the_time_it_gave_is_used(server: Server,
 def test_a_long_silence_is_said_once_and_so_is_its_end(
     server: Server, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zppo.teacher.servers.SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("zppo.teacher.http.SILENCE_SECONDS", 0.2)
     said: list[str] = []
     teacher = make(server, warn=said.append)
     server.control(*[{"kind": "status", "status": 503, "body": "loading"}] * 6)

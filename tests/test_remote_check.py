@@ -14,8 +14,8 @@ from fault_server import Server
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError, TeacherError
 from zppo.teacher.base import TeacherSampling
-from zppo.teacher.check import Found, Names, read_key
 from zppo.teacher.remote import RemoteTeacher
+from zppo.teacher.startup_check import Found, Names, read_key
 from zppo.train.plan import check_files, make_plan, render_plan
 from zppo.train.recipe import dump_recipe, load_recipe
 
@@ -42,7 +42,7 @@ def server(shared: Server) -> Server:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("zppo.teacher.http.FIRST_WAIT", 0.02)
 
 
 def closed_port() -> str:
@@ -140,7 +140,7 @@ def test_a_token_limit_over_the_servers_context_is_found_out(server: Server, mon
     assert "teacher.rollout: " in said and "the context holds 512" in said and "max_new_tokens" in said
     assert [r["max_tokens"] for r in server.log] == [16, 600]
     # A server that takes the limit may need long for its answer: that is not waited for, and says nothing against it.
-    monkeypatch.setattr("zppo.teacher.check.LIMIT_SECONDS", 0.3)
+    monkeypatch.setattr("zppo.teacher.startup_check.LIMIT_SECONDS", 0.3)
     server.control({"kind": "ok"}, {"kind": "hang"})
     assert checked(server.url)[0] == []
     assert [(r["max_tokens"], r["n"]) for r in server.log] == [(16, 1), (600, 1), (16, 4), (8, 1)]

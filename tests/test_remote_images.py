@@ -20,11 +20,11 @@ from zppo.core.types import IMAGE, ImageRef, Message
 from zppo.engines.base import Sampling
 from zppo.errors import DataError, TeacherError
 from zppo.images.store import PixelLimits, keep, request_url
-from zppo.teacher import sending
+from zppo.teacher import remote as sending
 from zppo.teacher.base import TeacherRequest, TeacherSampling
-from zppo.teacher.check import PING_IMAGE, Names
+from zppo.teacher.http import Scrubber
 from zppo.teacher.remote import RemoteTeacher
-from zppo.teacher.wire import Scrubber
+from zppo.teacher.startup_check import PING_IMAGE, Names
 
 HOW = TeacherSampling(Sampling(max_new_tokens=16))
 LIMITS = PixelLimits(16 * 16, 32 * 32)

@@ -33,7 +33,7 @@ KEY = "sk-very-secret-0123456789"
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("zppo.teacher.http.FIRST_WAIT", 0.05)
 
 
 @pytest.fixture

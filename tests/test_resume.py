@@ -26,7 +26,7 @@ from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.compress import Source
+from zppo.teacher.compression import Source
 from zppo.train import checkpoint
 from zppo.train.halfway import Collected, Halfway
 from zppo.train.manifest import MANIFEST, make_manifest

@@ -18,7 +18,7 @@ from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.compress import Compressor
+from zppo.teacher.compression import Compressor
 from zppo.train.ask import Asker
 from zppo.train.make_learner import make_reformulations
 from zppo.train.materials import MaterialMaker

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from zppo.errors import EvaluationError, SettingsError
-from zppo.teacher.wire import REPLY_BYTES, Trouble, Wire
+from zppo.teacher.http import REPLY_BYTES, Trouble, Wire
 
 _PATIENCE = 60.0  # seconds for the first answer
 

@@ -20,8 +20,8 @@ from zppo.evaluate.rows import TOO_LONG, Row
 from zppo.evaluate.scoring import score
 from zppo.grading.grader import Grader
 from zppo.teacher.base import TeacherRequest, TeacherSampling
+from zppo.teacher.http import OPENAI_HOST
 from zppo.teacher.remote import RemoteTeacher
-from zppo.teacher.wire import OPENAI_HOST
 
 TURNS = 2  # replies of a judge that are read before a row stays open
 DOWN = 120.0  # seconds for which a judge is asked again

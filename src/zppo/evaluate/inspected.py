@@ -33,7 +33,7 @@ from openai import DefaultAsyncHttpxClient
 from zppo.errors import one_line
 from zppo.evaluate.media import Turn
 from zppo.evaluate.protocol import Decoding
-from zppo.teacher.wire import SHORTEST_SECRET, sound
+from zppo.teacher.http import SHORTEST_SECRET, sound
 
 PROVIDER = "zppo"
 RAW = "raw"  # metadata of a message: the text as the server sent it

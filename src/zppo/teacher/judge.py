@@ -111,7 +111,7 @@ class Judge:
             model: in process or remote.
             book: renders the request; it should neutralise the model's special texts.
             how: sampling and chat-template arguments.
-            cap: cuts a response to what the judge reads; see `zppo.teacher.compress.token_tail`.
+            cap: cuts a response to what the judge reads; see `zppo.teacher.compression.token_tail`.
             seed: keys the draws, which matter at a temperature above 0.
         """
         self._model, self._book, self._how, self._cap, self._seed = model, book, how, cap, seed

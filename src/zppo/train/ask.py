@@ -11,7 +11,7 @@ from zppo.core.types import Message, Question
 from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
 from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.compress import Source
+from zppo.teacher.compression import Source
 from zppo.train.rollouts import Answered, Score, Speaker
 
 Pools = dict[str, tuple[Source, ...]]

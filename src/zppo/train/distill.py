@@ -13,7 +13,7 @@ from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout
 from zppo.engines.logprobs import Row, image_inputs
 from zppo.images.processor import Sight
-from zppo.teacher.compress import Source
+from zppo.teacher.compression import Source
 from zppo.train.ask import Asker, Pools
 from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep

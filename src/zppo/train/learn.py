@@ -10,7 +10,7 @@ import torch
 
 from zppo.core.draws import keyed_random
 from zppo.core.types import Group, Rollout
-from zppo.teacher.compress import Source
+from zppo.teacher.compression import Source
 from zppo.train.ask import Pools
 from zppo.train.settings import AdvantageSettings
 from zppo.train.update import Begun, Updater, advantages_of

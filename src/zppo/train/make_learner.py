@@ -22,7 +22,7 @@ from zppo.engines.chat import Chat
 from zppo.engines.logprobs import Sharing, sharing_of
 from zppo.errors import SettingsError
 from zppo.imports import load_object
-from zppo.teacher.compress import Source
+from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train import checkpoint
 from zppo.train.ask import Asker, ResponseTokens

@@ -8,7 +8,7 @@ from zppo.core.reformulate import Placebo, PrefixQuestion, Reformulation
 from zppo.errors import SettingsError, TemplateError
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.teacher.base import Teacher, TeacherSampling
-from zppo.teacher.compress import Compressor, token_tail
+from zppo.teacher.compression import Compressor, token_tail
 from zppo.train.ask import Asker, ResponseTokens, TimedTeacher
 from zppo.train.materials import MaterialMaker
 from zppo.train.rollouts import Score, Speaker

@@ -11,8 +11,8 @@ from zppo.core.types import Draft, Group
 from zppo.grading import normalise
 from zppo.prompts.book import PromptBook
 from zppo.teacher.base import Teacher, TeacherSampling
-from zppo.teacher.compress import Compressor, PairRequest, Prepared, Source
-from zppo.teacher.hint import HintCounts, HintRequest, make_hints
+from zppo.teacher.compression import Compressor, PairRequest, Prepared, Source
+from zppo.teacher.hints import HintCounts, HintRequest, make_hints
 from zppo.train.ask import Pools
 
 

@@ -15,7 +15,7 @@ from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError
 from zppo.prompts.book import PromptBook
-from zppo.teacher.compress import REDRAWS
+from zppo.teacher.compression import REDRAWS
 from zppo.train.settings import FrozenModelSettings, ModelSettings, Settings, TeacherSettings
 
 

@@ -14,7 +14,7 @@ from zppo.grading.grader import Verdict
 from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.teacher.compress import token_tail
+from zppo.teacher.compression import token_tail
 from zppo.teacher.judge import Case, Judge, readable
 from zppo.train.rollouts import Answered, Score
 from zppo.train.settings import FrozenModelSettings, Settings

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
-from zppo.teacher.check import Names, read_key
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
+from zppo.teacher.startup_check import Names, read_key
 from zppo.train.methods import Method
 from zppo.train.models import read_template, resolve_model
 from zppo.train.progress import warn

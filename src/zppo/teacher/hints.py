@@ -12,7 +12,7 @@ from zppo.core.types import Question
 from zppo.grading import normalise
 from zppo.prompts import PromptBook
 from zppo.teacher.base import Teacher, TeacherRequest, TeacherSampling
-from zppo.teacher.compress import REDRAWS, Source, draw_order
+from zppo.teacher.compression import REDRAWS, Source, draw_order
 
 
 @dataclass(frozen=True, slots=True)
