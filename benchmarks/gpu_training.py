@@ -29,7 +29,7 @@ def measure(options: Options) -> Mapping[str, Any]:
     import transformers
     from accelerate import Accelerator
 
-    from zppo.train.settings import LossSettings, TrainSettings
+    from zppo.config.settings import LossSettings, TrainSettings
     from zppo.train.update import Updater
 
     cpu = options.quick
@@ -138,8 +138,8 @@ def batch(vocabulary: int, count: int, shorter: int) -> tuple[list[Any], Any]:
     """Groups of random tokens, and their advantages; lengths divided by `shorter`."""
     import torch
 
+    from zppo.config.settings import AdvantageSettings
     from zppo.core.types import PLAIN, Group, Message, Prompt, Question, Rollout
-    from zppo.train.settings import AdvantageSettings
     from zppo.train.update import advantages_of
 
     rng, groups = random.Random(0), []

@@ -21,14 +21,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from zppo.config.methods import METHODS
+from zppo.config.recipe import dump_recipe
+from zppo.config.settings import Settings
 from zppo.core.draws import keyed_random
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Draft, Message, Question
 from zppo.prompts.book import PromptBook
-from zppo.train.methods import METHODS
-from zppo.train.recipe import dump_recipe
 from zppo.train.runlog import ROLLOUT_SCHEMA, ROLLOUTS, ROWS_PER_GROUP, RunLog
-from zppo.train.settings import Settings
 
 WORDS = (
     "first we add the two numbers then multiply by three and check the result again so that nothing is lost along the way "

@@ -41,7 +41,7 @@ class Ours:
 
 def settings_of(own: Ours, folder: Path) -> Any:
     """The recipe: one optimizer step per rollout step, as the peer's default; everything else by default."""
-    from zppo.train.settings import Settings
+    from zppo.config.settings import Settings
 
     shape = own.shape
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, own.questions)), encoding="utf-8")

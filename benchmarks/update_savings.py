@@ -43,9 +43,9 @@ class Variants:
         """Plain groups, and groups whose prompts are several hundred tokens long; log-probs are the model's own."""
         import torch
 
+        from zppo.config.settings import AdvantageSettings
         from zppo.core.types import Group, Message, Prompt, Question, Rollout
         from zppo.engines.logprobs import completion_logprobs
-        from zppo.train.settings import AdvantageSettings
         from zppo.train.update import advantages_of
 
         rng, shape, groups = random.Random(0), self.shape, []
@@ -68,7 +68,7 @@ class Variants:
         """One whose optimizer never steps: what is measured is the gradient."""
         import torch
 
-        from zppo.train.settings import LossSettings, TrainSettings
+        from zppo.config.settings import LossSettings, TrainSettings
         from zppo.train.update import Updater
 
         still = torch.optim.SGD(self.model.parameters(), lr=0.0)

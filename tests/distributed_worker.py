@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.core.types import Group
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import Sharing
@@ -25,7 +26,6 @@ from zppo.errors import LauncherError
 from zppo.train.distill import Distiller
 from zppo.train.models import Student
 from zppo.train.sampler_check import SamplerCheck
-from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.team import Team
 from zppo.train.update import Begun, Updater, UpdateStopped, advantages_of
 from zppo.train.weights import ShardedWeights, Weights, zero_gradients

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from zppo.config.settings import TrainSettings
 from zppo.errors import StorageError
 from zppo.train import checkpointer
 from zppo.train.checkpointer import Checkpointer, CopiedModel, CopiedState
 from zppo.train.models import Student, load_model
-from zppo.train.settings import TrainSettings
 from zppo.train.weights import Weights
 
 

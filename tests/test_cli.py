@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 import zppo
 from zppo import cli
+from zppo.config.help import known_keys
+from zppo.config.methods import METHODS
+from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.train.keys import known_keys
-from zppo.train.methods import METHODS
 from zppo.train.plan import Plan, TeacherPlan, make_plan
-from zppo.train.settings import Settings
 
 MY_DATA = Path(__file__).parents[1] / "recipes" / "my-data.yaml"
 

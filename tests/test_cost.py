@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from conftest import make_tiny
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import Settings
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.report.cost import Work, as_run
 from zppo.report.cost_plan import MOST, Assumptions, planned
 from zppo.report.paper_flops import HARD, SCALES, STEPS, TEACHER, counted, nearest_scale, paper_costs
 from zppo.train.parameters import count_parameters, nominal_size, parse_size, size_of
-from zppo.train.recipe import load_recipe
-from zppo.train.settings import Settings
 
 PAPER = [pytest.param(row, id=f"{row.method}-{row.scale}") for row in paper_costs()]
 QUESTIONS = 76_800

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from zppo.config.settings import ColumnSettings
 from zppo.core.types import Message, Question
 from zppo.data import load
 from zppo.data.load import drop_long, has_scheme, load_questions, register_source
 from zppo.data.order import batch_ids, effective_batch, steps_per_epochs
 from zppo.errors import DataError
-from zppo.train.settings import ColumnSettings
 
 COLUMNS = ColumnSettings()
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from pictures import bomb, noise, picture, save
+from zppo.config.settings import ColumnSettings, DataSettings, ImageSettings
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.data import images as data_images
@@ -25,7 +26,6 @@ from zppo.data.images import Pictures
 from zppo.data.load import load_questions
 from zppo.errors import DataError
 from zppo.images.store import open_image, read_bytes
-from zppo.train.settings import ColumnSettings, DataSettings, ImageSettings
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

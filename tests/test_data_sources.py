@@ -17,6 +17,8 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from conftest import make_tokenizer
 from error_cases import World
 from zppo import cli
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import ColumnSettings, DataSettings, Settings
 from zppo.core.types import Message, Question
 from zppo.data import reasoning_gym as gym
 from zppo.data.files import Reading
@@ -27,10 +29,8 @@ from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader
 from zppo.prompts.book import PromptBook
 from zppo.train.questions import in_both, unknown_tokens
-from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Speaker
 from zppo.train.seeing import load_data
-from zppo.train.settings import ColumnSettings, DataSettings, Settings
 
 httpx: Any = datasets.load.httpx  # the client, under whichever name the hub's library has it
 COLUMNS = ColumnSettings()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import make_tiny
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
 from zppo.core.types import Prompt, Question
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.transformers import TransformersEngine
@@ -22,7 +23,6 @@ from zppo.errors import EngineError
 from zppo.train.advice import EVERY, WATCHES, Adviser, TimedScore
 from zppo.train.engine_guard import EngineGuard, _Gap
 from zppo.train.models import load_chat
-from zppo.train.recipe import load_recipe
 from zppo.train.student_engine import make_guard
 from zppo.train.team import Team
 from zppo.train.weights import Weights

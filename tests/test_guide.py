@@ -17,7 +17,7 @@ from conftest import REWARD, make_tiny
 from fault_server import Server
 from test_recipes import RECIPES
 from zppo.cli import main
-from zppo.train.keys import known_keys
+from zppo.config.help import known_keys
 
 GUIDE = (RECIPES.parent / "docs" / "train-your-model.md").read_text()
 

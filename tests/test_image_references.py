@@ -19,6 +19,7 @@ from seeing import PIXELS, make_seeing
 from test_resume import collected_step
 from test_stopped_updates import nth_call_raises
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.images.store import keep
@@ -26,7 +27,6 @@ from zppo.train import checkpoint
 from zppo.train.halfway import Halfway
 from zppo.train.origin import changes_since, origin_of
 from zppo.train.questions import in_both, unseen
-from zppo.train.recipe import load_recipe
 from zppo.train.trainer import Trainer
 
 STATE = ("state.json", "halfway.json", "halfway.safetensors")

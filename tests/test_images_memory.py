@@ -13,12 +13,12 @@ from transformers import Qwen3_5Config
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 
 from seeing import make_picture, make_seeing
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
 from zppo.train.machine import GIB, Machine
 from zppo.train.memory import Memory, estimate, within
 from zppo.train.memory_view import memory_rows
-from zppo.train.recipe import load_recipe
-from zppo.train.settings import Settings
 from zppo.train.vision_shape import VisionShape, vision_shape_of
 
 

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel
 
 from seeing import KINDS, PIXELS, make_picture, make_seeing
+from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.core.loss import clipped_surrogate
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.engines.base import Completion, SampleRequest, Sampling
@@ -28,7 +29,6 @@ from zppo.errors import ModelError
 from zppo.images import features as vision
 from zppo.images.features import plain_inputs
 from zppo.images.store import PixelLimits
-from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.update import Updater, advantages_of
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from seeing import KINDS, make_seeing
+from zppo.config.settings import TrainSettings, VisionSettings
 from zppo.engines.loading import load_network
 from zppo.errors import SettingsError
-from zppo.train.settings import TrainSettings, VisionSettings
 from zppo.train.vision import freeze_parts, parts_of
 
 

@@ -22,12 +22,12 @@ from test_stopped_updates import nth_call_raises
 from test_vllm import vllm  # noqa: F401 - a fixture
 from victims import Victims
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
 from zppo.errors import SettingsError
 from zppo.images import processor as sight_module
 from zppo.images.store import open_image
 from zppo.train import checkpoint
 from zppo.train.halfway import Collected
-from zppo.train.recipe import load_recipe
 from zppo.train.seeing import read_data
 from zppo.train.trainer import Trainer
 from zppo.train.update import Updater

@@ -21,6 +21,8 @@ from rich.console import Console
 
 from conftest import make_tokenizer
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import ColumnSettings, EvalSettings, Settings
 from zppo.core.advantages import two_step_advantages
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.select import hard_groups
@@ -40,11 +42,9 @@ from zppo.train.ask import Asker
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import closing_table
 from zppo.train.plan import make_plan
-from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Answered, Speaker
 from zppo.train.run import resume, train
 from zppo.train.scoring import Scorer, count_judged, make_scorer, scoring
-from zppo.train.settings import ColumnSettings, EvalSettings, Settings
 from zppo.train.trainer import Totals
 
 RIGHT, WRONG = '{"verdict": "correct"}', '{"verdict": "wrong"}'

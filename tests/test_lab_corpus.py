@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zppo.config.recipe import load_recipe
 from zppo.core.reformulate import (
     BinaryCandidateQuestion,
     Candidate,
@@ -28,7 +29,6 @@ from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor, Source, accept, token_tail
-from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Speaker
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import ColumnSettings
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
@@ -44,9 +46,7 @@ from zppo.lab.vision.pretrain import (
 from zppo.lab.vision.questions import vision_questions
 from zppo.lab.vision.world import WORLDS, load_vision_world
 from zppo.prompts import Neutraliser, PromptBook
-from zppo.train.recipe import load_recipe
 from zppo.train.rollouts import Speaker
-from zppo.train.settings import ColumnSettings
 
 WORLD = load_vision_world("vision")
 CHAT = Chat(make_tokenizer())

@@ -111,8 +111,8 @@ def test_questions_survive_their_file(tmp_path: Path, world: World) -> None:
     questions = world.questions("test")
     path = tmp_path / "test.jsonl"
     write_questions(path, questions)
+    from zppo.config.settings import ColumnSettings
     from zppo.data.load import load_questions
-    from zppo.train.settings import ColumnSettings
 
     assert load_questions(str(path), ColumnSettings()) == questions
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import TeacherSettings
 from zppo.core.loss import jensen_shannon
 from zppo.engines.chat import Chat
 from zppo.teacher.compression import Source
 from zppo.train.ask import ResponseTokens
-from zppo.train.recipe import load_recipe
-from zppo.train.settings import TeacherSettings
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5Config, Q
 
 from test_engine import BANNED, SIZE, assert_lean_is_exact, engine, flat, requests, tiny
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import LoraSettings
 from zppo.engines.base import Sampling
 from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.train.checkpoint import model_folder
 from zppo.train.lora import Adapters, add_adapters, find_targets
 from zppo.train.models import load_model, load_student
-from zppo.train.recipe import load_recipe
-from zppo.train.settings import LoraSettings
 
 LORA = "--train.lora={rank: 4, alpha: 8}"
 TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")

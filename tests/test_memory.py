@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from test_engine import engine, flat, requests, tiny
 from test_update import Recorder, load, make_groups, make_updater
 from zppo.cli import main
+from zppo.config.settings import AdvantageSettings, LoraSettings, TrainSettings
 from zppo.engines.base import Sampling, out_of_memory
 from zppo.engines.logprobs import Pack, completion_logprobs
 from zppo.engines.transformers import Piece, TransformersEngine, halves
@@ -40,7 +41,6 @@ from zppo.train.models import load_model
 from zppo.train.optimizer import make_optimizer
 from zppo.train.precision import keep_logits_small
 from zppo.train.recompute import recompute_layers
-from zppo.train.settings import AdvantageSettings, LoraSettings, TrainSettings
 from zppo.train.update import UpdateStopped, advantages_of
 
 pytestmark = pytest.mark.slow

@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from conftest import make_tiny
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import LoraSettings, Settings
 from zppo.core.types import Message, Question
 from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import ModelError
@@ -35,9 +37,7 @@ from zppo.train.lora import add_adapters
 from zppo.train.machine import GIB, Machine, _pick, find_machine
 from zppo.train.memory import Memory, activations_per_token, estimate, within
 from zppo.train.memory_view import memory_rows
-from zppo.train.recipe import load_recipe
 from zppo.train.recompute import recompute_layers
-from zppo.train.settings import LoraSettings, Settings
 from zppo.train.shapes import Shape, shape_of
 
 pytestmark = pytest.mark.slow

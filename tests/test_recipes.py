@@ -15,12 +15,12 @@ from conftest import REWARD, make_tiny
 from fault_server import Server
 from seeing import make_picture, make_seeing
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import Settings, ZoneSettings
 from zppo.core.types import ImageRef, Message, Question
 from zppo.train.machine import Machine
 from zppo.train.memory import within
 from zppo.train.memory_view import memory_rows
-from zppo.train.recipe import load_recipe
-from zppo.train.settings import Settings, ZoneSettings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LARGE = ("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b")

@@ -21,6 +21,7 @@ from conftest import make_tiny
 from same_run import assert_same_run, records
 from victims import FILES, Victims
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
 from zppo.core.replay import Changes
 from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
@@ -32,7 +33,6 @@ from zppo.train.halfway import Collected, Halfway
 from zppo.train.manifest import MANIFEST, make_manifest
 from zppo.train.models import load_model
 from zppo.train.origin import changes_since, origin_of
-from zppo.train.recipe import load_recipe
 from zppo.train.runlog import RunLog
 from zppo.train.stop import Stop, catch_signals
 from zppo.train.storage import write_whole

@@ -16,11 +16,11 @@ from accelerate.state import AcceleratorState
 from same_run import assert_same_run, records
 from test_update import Recorder, load, make_groups, make_updater
 from zppo.cli import main
+from zppo.config.settings import AdvantageSettings, TrainSettings
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group
 from zppo.engines.transformers import TransformersEngine
 from zppo.train.sampler_check import Gap, SamplerCheck, make_check
-from zppo.train.settings import AdvantageSettings, TrainSettings
 from zppo.train.update import Tally, Updater, UpdateStopped, advantages_of
 
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0] * 4, [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]]

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zppo.config.help import help_text, known_keys, nearest_key
+from zppo.config.methods import METHODS
+from zppo.config.recipe import dump_recipe, dump_yaml, load_recipe, parse_overrides, parse_yaml
+from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.train.keys import help_text, known_keys, nearest_key
-from zppo.train.methods import METHODS
-from zppo.train.recipe import dump_recipe, dump_yaml, load_recipe, parse_overrides, parse_yaml
-from zppo.train.settings import Settings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = "student: {model: s}\nteacher: {model: t}\ndata: {train: questions.jsonl}\n"

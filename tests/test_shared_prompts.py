@@ -22,14 +22,14 @@ from transformers import (
 
 from test_memory import runs_out
 from test_update import REWARDS, Recorder, load, make_groups, make_updater, plain_gradients
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import AdvantageSettings
 from zppo.core.minibatch import share_prompt
 from zppo.engines import logprobs as shared
 from zppo.engines.logprobs import Pack, Sharing, completion_logprobs, shared_logprobs, sharing_of
 from zppo.train.make_learner import _make_sharing
-from zppo.train.recipe import load_recipe
 from zppo.train.recompute import recompute_layers
 from zppo.train.samples import packed, samples_of
-from zppo.train.settings import AdvantageSettings
 from zppo.train.update import advantages_of
 
 ALWAYS = Sharing(reach=10**9)

@@ -131,7 +131,7 @@ def test_the_core_does_no_io() -> None:
         "from zppo.train import trainer",
         "from zppo import train",
         "import zppo",
-        "def f():\n    if True:\n        from zppo.train.settings import Settings",
+        "def f():\n    if True:\n        from zppo.config.settings import Settings",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import zppo.cli",
         "from ..train import settings",
         "from .. import train",

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from zppo.cli import main
+from zppo.config.recipe import load_recipe
 from zppo.errors import DataError, SettingsError
 from zppo.lab.study import Cell, grid, overrides_of, run_study
 from zppo.lab.study_view import graduated_share, print_study, study_tables
 from zppo.report.statistics import mean_interval, paired_difference
-from zppo.train.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[1] / "recipes"

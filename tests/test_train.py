@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import make_tiny
 from same_run import assert_same_run, records
 from zppo.cli import main
-from zppo.train.methods import METHODS
+from zppo.config.methods import METHODS
 
 pytestmark = pytest.mark.slow
 

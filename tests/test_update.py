@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group, Message, Prompt, Question, Rollout
 from zppo.engines.logprobs import Sharing
-from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.update import Updater, advantages_of
 
 VOCABULARY = 300

@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_tiny, make_tokenizer
 from zppo.cli import main
+from zppo.config.settings import LoraSettings
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import EngineError, ModelError, SettingsError
 from zppo.train.lora import add_adapters
 from zppo.train.runlog import read_lines
-from zppo.train.settings import LoraSettings
 
 FAKE = Path(__file__).parent / "fake_vllm"
 SMALL = (
@@ -429,8 +429,8 @@ def test_a_failing_server_is_named_in_bounded_words() -> None:
 
 
 def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch, tiny_qwen3_dir: Path) -> None:
+    from zppo.config.settings import StudentSettings
     from zppo.train import student_engine
-    from zppo.train.settings import StudentSettings
 
     asked: list[Any] = []
     monkeypatch.setattr(student_engine, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "/snapshot")
@@ -442,7 +442,7 @@ def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch
 
 
 def test_several_processes_are_refused(recipe: Path) -> None:
-    from zppo.train.recipe import load_recipe
+    from zppo.config.recipe import load_recipe
     from zppo.train.student_engine import start_vllm
 
     settings, several = load_recipe(recipe, ["--rollout.engine=vllm"]), SimpleNamespace(num_processes=2)

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zppo.config.methods import METHODS, Method
+from zppo.config.settings import ZoneSettings
 from zppo.core.types import Group, ImageRef, Message, Question, Rollout
 from zppo.engines.base import Sampling
 from zppo.grading import extract_boxed
@@ -22,9 +24,7 @@ from zppo.teacher.compression import Compressor
 from zppo.train.ask import Asker
 from zppo.train.make_learner import make_reformulations
 from zppo.train.materials import MaterialMaker
-from zppo.train.methods import METHODS, Method
 from zppo.train.rollouts import Answered, Speaker
-from zppo.train.settings import ZoneSettings
 from zppo.train.zone import Zone, ZoneBuilder
 
 

@@ -17,8 +17,8 @@ from zppo.report.arguments import add_commands
 from zppo.serve.arguments import add_serve
 
 if TYPE_CHECKING:
+    from zppo.config.settings import Settings
     from zppo.core.types import Question
-    from zppo.train.settings import Settings
 
 OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -245,14 +245,14 @@ def _lab_source(rest: str) -> list[Question]:
 
 
 def _settings_help() -> str:
-    from zppo.train.keys import help_text
+    from zppo.config.help import help_text
 
     return help_text()
 
 
 def _train(options: argparse.Namespace) -> None:
+    from zppo.config.recipe import load_recipe
     from zppo.train.plan import check_files
-    from zppo.train.recipe import load_recipe
     from zppo.train.storage import check_output
 
     if options.recipe is None:
@@ -342,7 +342,7 @@ def _methods(options: argparse.Namespace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from zppo.train.methods import METHODS
+    from zppo.config.methods import METHODS
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("method", "replayed", "asked again with", "what enters the gradient", "in the paper"):

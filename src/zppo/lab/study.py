@@ -21,13 +21,13 @@ from typing import Any
 from rich.console import Console
 
 from zppo import __version__
+from zppo.config.methods import METHODS
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import Settings
 from zppo.errors import SettingsError, ZPPOError
 from zppo.lab.assets import SCHEME
 from zppo.lab.vision.world import sees
-from zppo.train.methods import METHODS
-from zppo.train.recipe import load_recipe
 from zppo.train.runlog import BUFFER, METRICS, read_lines
-from zppo.train.settings import Settings
 
 MATCHED = "-matched"
 """Ending of a method's name that asks for as many student rollouts as ZPPO takes, by more steps (a matched-cost control)."""

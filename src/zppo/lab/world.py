@@ -15,11 +15,11 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from zppo.config.recipe import parse_yaml
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.errors import SettingsError
 from zppo.lab.settings import Affine, WorldSettings
-from zppo.train.recipe import parse_yaml
 
 WORLDS = Path(__file__).with_name("worlds")
 Entry = tuple[int, int]

@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from zppo.config.settings import Settings
 from zppo.core.select import share_of
 from zppo.core.types import BCQ
 from zppo.errors import CheckpointError
-from zppo.train.settings import Settings
 
 FORWARD, FORWARD_BACKWARD = 2, 6
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from zppo.config.settings import Settings, TeacherSettings
 from zppo.core.select import share_of
 from zppo.core.types import BCQ, NCQ
 from zppo.errors import SettingsError
 from zppo.report.cost import Cost, Work
 from zppo.train.plan import Plan, make_plan
-from zppo.train.settings import Settings, TeacherSettings
 
 
 @dataclass(frozen=True, slots=True)

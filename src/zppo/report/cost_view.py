@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zppo.config.recipe import load_recipe
+from zppo.config.settings import Settings
 from zppo.errors import SettingsError
 from zppo.report.cost import Cost, as_run
 from zppo.report.cost_plan import MOST, Assumptions, planned
 from zppo.report.paper_flops import SCALES, UPDATES, counted, nearest_scale, paper_costs
 from zppo.train.parameters import Size, size_of
-from zppo.train.recipe import load_recipe
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import count_judged
 from zppo.train.seeing import load_data
-from zppo.train.settings import Settings
 
 RECIPE, FINAL = "recipe.yaml", "final"
 PART_NAMES = {

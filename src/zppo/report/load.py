@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zppo.config.methods import METHODS
+from zppo.config.recipe import parse_yaml
 from zppo.errors import CheckpointError
-from zppo.train.methods import METHODS
-from zppo.train.recipe import parse_yaml
 from zppo.train.runlog import BUFFER, METRICS, ROLLOUTS, read_lines
 
 RECIPE = "recipe.yaml"

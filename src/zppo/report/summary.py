@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from zppo.config.methods import METHODS
+from zppo.config.recipe import load_recipe
 from zppo.errors import ZPPOError
 from zppo.report.audit import Counts
 from zppo.report.charts import Chart
@@ -19,9 +21,7 @@ from zppo.report.questions import QuestionLine, question_lines
 from zppo.report.scan import StepScan, scan_file
 from zppo.report.tables import Table, percent, tables_of
 from zppo.report.zone import ZoneStory, zone_story
-from zppo.train.methods import METHODS
 from zppo.train.parameters import size_of
-from zppo.train.recipe import load_recipe
 from zppo.train.runlog import METRICS
 
 Resolve = Callable[[str], str]

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from zppo.config.recipe import dump_recipe
+from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
 from zppo.data.order import steps_per_epochs
@@ -32,12 +34,10 @@ from zppo.train.models import Student, context_length, load_chat, load_student
 from zppo.train.origin import origin_of
 from zppo.train.progress import Progress, warn
 from zppo.train.questions import check_vocabulary, load_short
-from zppo.train.recipe import dump_recipe
 from zppo.train.rollouts import Roller, Score, Speaker
 from zppo.train.runlog import RunLog, SilentLog
 from zppo.train.scoring import make_scorer
 from zppo.train.seeing import RunData
-from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
 from zppo.train.teachers import Staff

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+from zppo.config.settings import TOKENS_PER_MICROBATCH, TrainSettings
 from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, MicroBatch, micro_batches
 from zppo.engines.base import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
-from zppo.train.settings import TOKENS_PER_MICROBATCH, TrainSettings
 
 Result = TypeVar("Result")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from zppo.config.settings import TrainSettings
 from zppo.train import checkpoint
 from zppo.train.checkpoint import HoldsState, Savable
 from zppo.train.halfway import Halfway
 from zppo.train.models import Student
-from zppo.train.settings import TrainSettings
 from zppo.train.weights import Weights
 
 

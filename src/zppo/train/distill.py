@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from zppo.config.settings import TrainSettings
 from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout
@@ -18,7 +19,6 @@ from zppo.train.ask import Asker, Pools
 from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.learn import Learnt
-from zppo.train.settings import TrainSettings
 from zppo.train.update import Begun
 from zppo.train.weights import Weights, zero_gradients
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from zppo.config.settings import EvalSettings
 from zppo.core.types import Question
 from zppo.train.rollouts import Roller
-from zppo.train.settings import EvalSettings
 
 
 @dataclass(frozen=True, slots=True)

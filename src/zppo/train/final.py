@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from zppo import __version__
+from zppo.config.settings import LoraSettings
 from zppo.engines.chat import Chat
 from zppo.train.checkpoint import Savable
 from zppo.train.evaluate import Evaluation
 from zppo.train.models import Student
-from zppo.train.settings import LoraSettings
 from zppo.train.storage import PARTIAL, sync, writing
 from zppo.train.trainer import MISSED, Totals, entry_bin
 

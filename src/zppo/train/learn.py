@@ -8,11 +8,11 @@ from typing import Protocol
 
 import torch
 
+from zppo.config.settings import AdvantageSettings
 from zppo.core.draws import keyed_random
 from zppo.core.types import Group, Rollout
 from zppo.teacher.compression import Source
 from zppo.train.ask import Pools
-from zppo.train.settings import AdvantageSettings
 from zppo.train.update import Begun, Updater, advantages_of
 
 

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from zppo.config.methods import Method
+from zppo.config.settings import Settings
 from zppo.core.reformulate import (
     BinaryCandidateQuestion,
     HintQuestion,
@@ -29,11 +31,9 @@ from zppo.train.ask import Asker, ResponseTokens
 from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
-from zppo.train.methods import Method
 from zppo.train.optimizer import make_optimizer
 from zppo.train.recompute import recompute_layers
 from zppo.train.sampler_check import make_check
-from zppo.train.settings import Settings
 from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
 from zppo.train.vision import freeze_parts, parameter_groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zppo.config.settings import Settings
 from zppo.core.reformulate import Placebo, PrefixQuestion, Reformulation
 from zppo.errors import SettingsError, TemplateError
 from zppo.prompts.book import VARIABLES, PromptBook
@@ -13,7 +14,6 @@ from zppo.train.ask import Asker, ResponseTokens, TimedTeacher
 from zppo.train.materials import MaterialMaker
 from zppo.train.rollouts import Score, Speaker
 from zppo.train.scoring import Scorer
-from zppo.train.settings import Settings
 from zppo.train.zone import ZoneBuilder
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+from zppo.config.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings, names_eyes
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
 from zppo.train.machine import GIB
 from zppo.train.parameters import count_parameters
-from zppo.train.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings, names_eyes
 from zppo.train.shapes import LINEAR, Shape, shape_of
 from zppo.train.vision_shape import VisionShape, vision_shape_of
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from zppo.config.settings import LoraSettings, Settings
 from zppo.train.machine import GIB, Machine, find_machine
 from zppo.train.memory import Memory, estimate
-from zppo.train.settings import LoraSettings, Settings
 
 _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does not fit
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from zppo.config.settings import ModelSettings, Settings
 from zppo.engines.chat import Chat
 from zppo.engines.loading import load_network
 from zppo.errors import CheckpointError, ModelError, SettingsError
@@ -16,7 +17,6 @@ from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.train import checkpoint
 from zppo.train.lora import ADAPTER_CONFIG, Adapters, add_adapters
-from zppo.train.settings import ModelSettings, Settings
 
 _FOLDERS: dict[str, Callable[[str], Path]] = {}
 

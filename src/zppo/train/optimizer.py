@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from zppo.config.settings import TrainSettings
 from zppo.errors import SettingsError
-from zppo.train.settings import TrainSettings
 
 _PROBE_SIZE = 8192  # bitsandbytes keeps tensors of fewer than 4,096 numbers in 32 bits
 

@@ -11,12 +11,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from zppo.config.settings import FrozenModelSettings, ModelSettings, Settings, TeacherSettings
 from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError
 from zppo.prompts.book import PromptBook
 from zppo.teacher.compression import REDRAWS
-from zppo.train.settings import FrozenModelSettings, ModelSettings, Settings, TeacherSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from zppo.config.settings import Settings
 from zppo.errors import LauncherError, SettingsError
 from zppo.train.launch import Launch
-from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.team import Team
 from zppo.train.weights import ShardedWeights, Weights

@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from zppo.config.settings import Settings
 from zppo.core.types import IMAGE, Question
 from zppo.data.load import drop_long
 from zppo.errors import DataError, ModelError
 from zppo.train.rollouts import Speaker
 from zppo.train.seeing import RunData
-from zppo.train.settings import Settings
 
 SAMPLE = 200
 MOST_UNKNOWN = 0.05

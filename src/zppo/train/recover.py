@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError
 from zppo.images.store import read_bytes
@@ -17,7 +18,6 @@ from zppo.train.assemble import Assembled
 from zppo.train.halfway import Halfway, as_placed
 from zppo.train.origin import changes_since, check_student
 from zppo.train.progress import warn
-from zppo.train.settings import Settings
 from zppo.train.storage import RECIPE
 from zppo.train.trainer import Trainer
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from zppo.config.recipe import dump_recipe, load_recipe
+from zppo.config.settings import Settings
 from zppo.engines.vllm import VLLMEngine
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.train.assemble import Assembled, assemble, make_engine
@@ -23,12 +25,10 @@ from zppo.train.launch import read_launch
 from zppo.train.models import load_model
 from zppo.train.processes import make_accelerator, make_weights
 from zppo.train.progress import warn
-from zppo.train.recipe import dump_recipe, load_recipe
 from zppo.train.recover import Start, rescue, way_on
 from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import scoring
 from zppo.train.seeing import read_data
-from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.storage import RECIPE, check_output, write_whole, writing
 from zppo.train.teachers import staffing

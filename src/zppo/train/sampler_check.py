@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from zppo.train.settings import TrainSettings
+from zppo.config.settings import TrainSettings
 from zppo.train.team import ALONE, Team
 
 TOLERANCE_FP32 = 1e-4

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
+from zppo.config.settings import FrozenModelSettings, Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
 from zppo.errors import SettingsError
@@ -17,7 +18,6 @@ from zppo.prompts.neutralise import Neutraliser
 from zppo.teacher.compression import token_tail
 from zppo.teacher.judge import Case, Judge, readable
 from zppo.train.rollouts import Answered, Score
-from zppo.train.settings import FrozenModelSettings, Settings
 from zppo.train.teachers import FrozenTeacher
 
 _FEW = 8  # replies on which nothing is concluded yet

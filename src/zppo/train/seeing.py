@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zppo.config.settings import Settings
 from zppo.core.types import Question
 from zppo.data.load import load_questions
 from zppo.engines.loading import reads_images
@@ -12,7 +13,6 @@ from zppo.errors import DataError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.train.models import resolve_model
-from zppo.train.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
+from zppo.config.settings import Settings, StudentSettings
 from zppo.core.types import Prompt
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
@@ -16,7 +17,6 @@ from zppo.engines.vllm import VLLMEngine, open_vllm
 from zppo.errors import SettingsError
 from zppo.train.engine_guard import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineGuard
 from zppo.train.models import resolve_model
-from zppo.train.settings import Settings, StudentSettings
 from zppo.train.weights import Weights
 
 StudentEngine = TransformersEngine | VLLMEngine

@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from zppo.config.methods import Method
+from zppo.config.settings import FrozenModelSettings, Settings, TeacherSettings
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import Names, read_key
-from zppo.train.methods import Method
 from zppo.train.models import read_template, resolve_model
 from zppo.train.progress import warn
 from zppo.train.seeing import Seeing
-from zppo.train.settings import FrozenModelSettings, Settings, TeacherSettings
 
 FrozenTeacher = LocalTeacher | RemoteTeacher
 

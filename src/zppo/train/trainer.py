@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from zppo.config.settings import Settings
 from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
 from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import share_of
@@ -27,7 +28,6 @@ from zppo.train.progress import Progress
 from zppo.train.rollouts import Roller
 from zppo.train.runlog import RunLog
 from zppo.train.scoring import Scorer
-from zppo.train.settings import Settings
 from zppo.train.stop import Stop
 from zppo.train.team import ALONE, Team
 from zppo.train.update import Begun, UpdateStopped

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.core.advantages import group_advantages, two_step_advantages
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import MicroBatch, deal_groups
@@ -22,7 +23,6 @@ from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.sampler_check import SamplerCheck
 from zppo.train.samples import Sample, Share, pack_length, packed, packs_of, samples_of, share_minibatch
-from zppo.train.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.train.tally import Tally
 from zppo.train.weights import Weights, zero_gradients
 

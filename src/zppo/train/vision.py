@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from transformers import PreTrainedModel
 
+from zppo.config.settings import TrainSettings
 from zppo.errors import SettingsError
-from zppo.train.settings import TrainSettings
 
 Part = Literal["language", "projector", "tower"]
 SEEING: tuple[Part, ...] = ("projector", "tower")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from zppo.config.settings import ZoneSettings
 from zppo.core.reformulate import RESPONSES, Reformulation, scrambled
 from zppo.core.select import fill_slots, hard_groups, share_of
 from zppo.core.types import Draft, Group, Prompt
 from zppo.train.ask import Asker, Pools, TimedTeacher
 from zppo.train.materials import MaterialMaker, drafts_of
 from zppo.train.rollouts import Speaker
-from zppo.train.settings import ZoneSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from random import Random
 
 from pydantic import ValidationError
 
+from zppo.config.recipe import parse_yaml
 from zppo.core.draws import keyed_random
 from zppo.core.types import ImageRef, Message, Question
 from zppo.errors import SettingsError
 from zppo.lab.vision.kinds import KINDS, NOTHING, Reading
 from zppo.lab.vision.pictures import Chart, Picture
 from zppo.lab.vision.settings import VisionSettings
-from zppo.train.recipe import parse_yaml
 
 WORLDS = Path(__file__).with_name("worlds")
 PICTURE_SPLITS = ("train", "test")

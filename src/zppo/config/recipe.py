@@ -17,10 +17,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from zppo.config.help import known_keys, nearest_key, show
+from zppo.config.settings import Settings
 from zppo.data.load import has_scheme
 from zppo.errors import SettingsError
-from zppo.train.keys import known_keys, nearest_key, show
-from zppo.train.settings import Settings
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")

@@ -15,7 +15,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zppo.train.settings import Settings
+from zppo.config.settings import Settings
 
 _HELP_WIDTH = 100
 _PLAIN_TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}

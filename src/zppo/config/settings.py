@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from zppo.config.methods import METHODS, Control, Loss, Method
+from zppo.config.remote import RemoteSettings
 from zppo.data.files import Reading
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
 from zppo.engines.base import Sampling
 from zppo.images.store import PixelLimits
 from zppo.teacher.base import TeacherSampling
-from zppo.train.methods import METHODS, Control, Loss, Method
-from zppo.train.remote_settings import RemoteSettings
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
 OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
