@@ -74,7 +74,7 @@ def make_groups(count: int) -> list[Any]:
 
 def of_log(groups: list[Any], folder: Path, before: int) -> float:
     """Writing one step's rollouts where those of so many steps lie already."""
-    from zppo.train.runlog import ROLLOUTS, RunLog
+    from zppo.runs.log import ROLLOUTS, RunLog
 
     log = RunLog(folder)
     log.open()

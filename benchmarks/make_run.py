@@ -28,7 +28,7 @@ from zppo.core.draws import keyed_random
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Draft, Message, Question
 from zppo.prompts.book import PromptBook
-from zppo.train.runlog import ROLLOUT_SCHEMA, ROLLOUTS, ROWS_PER_GROUP, RunLog
+from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS, ROWS_PER_GROUP, RunLog
 
 WORDS = (
     "first we add the two numbers then multiply by three and check the result again so that nothing is lost along the way "

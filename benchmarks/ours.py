@@ -130,11 +130,11 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
     import torch
     from rich.console import Console
 
+    from zppo.runs.signals import Stop
     from zppo.train.assemble import assemble
     from zppo.train.launch import read_launch
     from zppo.train.processes import make_accelerator, make_weights
     from zppo.train.seeing import read_data
-    from zppo.train.stop import Stop
     from zppo.train.teachers import Staff
 
     torch.set_num_threads(own.threads)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zppo.train.runlog import ROLLOUT_SCHEMA
+from zppo.runs.log import ROLLOUT_SCHEMA
 
 
 def _maker() -> ModuleType:

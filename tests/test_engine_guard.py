@@ -279,7 +279,7 @@ def test_grading_is_timed_and_taken_once() -> None:
 @pytest.mark.slow
 def test_a_run_warns_and_times_its_grading(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from zppo.cli import main
-    from zppo.train.runlog import read_lines
+    from zppo.runs.log import read_lines
 
     run = tmp_path / "run"
     options = ["--train.steps=2", "--eval.every=0", "--grading.reward=null", "--method=grpo"]

@@ -23,7 +23,7 @@ from zppo.config.recipe import load_recipe
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.images.store import keep
-from zppo.train import checkpoint
+from zppo.runs import checkpoint
 from zppo.train.halfway import Halfway
 from zppo.train.origin import changes_since, origin_of
 from zppo.train.questions import in_both, unseen

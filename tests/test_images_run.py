@@ -26,7 +26,7 @@ from zppo.config.recipe import load_recipe
 from zppo.errors import SettingsError
 from zppo.images import processor as sight_module
 from zppo.images.store import open_image
-from zppo.train import checkpoint
+from zppo.runs import checkpoint
 from zppo.train.halfway import Collected
 from zppo.train.seeing import read_data
 from zppo.train.trainer import Trainer

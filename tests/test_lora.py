@@ -22,7 +22,7 @@ from zppo.config.settings import LoraSettings
 from zppo.engines.base import Sampling
 from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import CheckpointError, ModelError, SettingsError
-from zppo.train.checkpoint import model_folder
+from zppo.runs.checkpoint import model_folder
 from zppo.train.lora import Adapters, add_adapters, find_targets
 from zppo.train.models import load_model, load_student
 

@@ -33,7 +33,8 @@ from zppo.engines.base import Sampling, out_of_memory
 from zppo.engines.logprobs import Pack, completion_logprobs
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
-from zppo.train import checkpoint, distill, update
+from zppo.runs import checkpoint
+from zppo.train import distill, update
 from zppo.train import optimizer as optimizer_module
 from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.lora import add_adapters

@@ -19,10 +19,10 @@ from test_serve_process import serving
 from zppo.cli import main
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
+from zppo.runs.log import RunLog
 from zppo.teacher.base import TeacherRequest, TeacherSampling
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
-from zppo.train.runlog import RunLog
 
 pytestmark = pytest.mark.slow
 

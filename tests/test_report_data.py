@@ -45,7 +45,7 @@ from zppo.report.stories import cut, load_stories, size_of, trimmed
 from zppo.report.summary import Reader, duration
 from zppo.report.thumbnails import SIDES, with_images
 from zppo.report.zone import bin_count, bin_name, bin_of, zone_story
-from zppo.train.runlog import RunLog
+from zppo.runs.log import RunLog
 
 
 @pytest.fixture(scope="module")

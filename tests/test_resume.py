@@ -26,22 +26,21 @@ from zppo.core.replay import Changes
 from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError, Interrupted, StorageError
+from zppo.runs import checkpoint
+from zppo.runs.files import MANIFEST, make_manifest, write_whole
+from zppo.runs.log import RunLog
+from zppo.runs.signals import Stop, catch_signals
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
-from zppo.train import checkpoint
 from zppo.train.halfway import Collected, Halfway
-from zppo.train.manifest import MANIFEST, make_manifest
 from zppo.train.models import load_model
 from zppo.train.origin import changes_since, origin_of
-from zppo.train.runlog import RunLog
-from zppo.train.stop import Stop, catch_signals
-from zppo.train.storage import write_whole
 from zppo.train.update import Begun, Tally
 from zppo.train.zone import Zone
 
 UPDATE = "torch.optim:AdamW.step"
 SAMPLE = "zppo.train.rollouts:Roller.roll"
-MANIFEST_MADE = "zppo.train.checkpoint:make_manifest"
+MANIFEST_MADE = "zppo.runs.checkpoint:make_manifest"
 FINAL_MADE = "zppo.train.run:save_final"
 SEED = 20
 SHORT = [
@@ -111,11 +110,11 @@ def test_kills_at_random_moments(run: Run, whole: Path) -> None:
 PLACES = [
     ("teacher", "zppo.train.ask:Asker.ask", 2),
     ("checkpoint, before its manifest", MANIFEST_MADE, 1),
-    ("checkpoint, before it counts", "zppo.train.checkpoint:_remove_partial", 2),
+    ("checkpoint, before it counts", "zppo.runs.checkpoint:_remove_partial", 2),
     ("second epoch, between two updates", UPDATE, 7),
-    ("a checkpoint's files", "zppo.train.checkpoint:sync", 3),
+    ("a checkpoint's files", "zppo.runs.checkpoint:sync", 3),
     ("old checkpoints go", "shutil:rmtree", 2),
-    ("rewinding", "zppo.train.runlog:write_whole", 2),
+    ("rewinding", "zppo.runs.log:write_whole", 2),
     ("final", "zppo.train.final:sync", 2),
     ("final's evaluation", "zppo.train.run:evaluate", 1),
     ("final's card", "zppo.train.run:finish_final", 1),
@@ -178,10 +177,10 @@ def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:
 
 
 WRITERS = [
-    ("metrics.jsonl", "zppo.train.runlog:RunLog.metrics", 2),
-    ("buffer.jsonl", "zppo.train.runlog:RunLog.buffer", 1),
-    ("rollouts/step-000002.parquet", "zppo.train.runlog:RunLog.rollouts", 2),
-    ("checkpoints/step-000002", "zppo.train.checkpoint:save", 1),
+    ("metrics.jsonl", "zppo.runs.log:RunLog.metrics", 2),
+    ("buffer.jsonl", "zppo.runs.log:RunLog.buffer", 1),
+    ("rollouts/step-000002.parquet", "zppo.runs.log:RunLog.rollouts", 2),
+    ("checkpoints/step-000002", "zppo.runs.checkpoint:save", 1),
     ("checkpoints/step-000004", "torch:save", 2),
     ("final.partial", FINAL_MADE, 1),
     ("README.md", "zppo.train.run:write_model_card", 1),

@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 
 from same_run import assert_same_run, records
 from zppo.cli import main
-from zppo.train import checkpoint, learn
+from zppo.runs import checkpoint
+from zppo.train import learn
 from zppo.train.distill import Distiller
 from zppo.train.models import load_model
 from zppo.train.update import Updater

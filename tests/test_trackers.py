@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from zppo.cli import main
 from zppo.errors import SettingsError
-from zppo.train import trackers as module
-from zppo.train.trackers import Trackers, flatten
+from zppo.runs import trackers as module
+from zppo.runs.trackers import Trackers, flatten
 
 STEPS = ("--train.steps=4", "--eval.every=2")
 

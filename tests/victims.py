@@ -107,7 +107,7 @@ def befall(what: str) -> None:
     elif what == "int":
         os.kill(me, signal.SIGINT)
     elif what == "int-twice":
-        stop = importlib.import_module("zppo.train.stop")
+        stop = importlib.import_module("zppo.runs.signals")
         stop.REPEAT_SECONDS = -1.0  # type: ignore[attr-defined]
         os.kill(me, signal.SIGINT)
         os.kill(me, signal.SIGINT)

@@ -252,8 +252,8 @@ def _settings_help() -> str:
 
 def _train(options: argparse.Namespace) -> None:
     from zppo.config.recipe import load_recipe
+    from zppo.runs.files import check_output
     from zppo.train.plan import check_files
-    from zppo.train.storage import check_output
 
     if options.recipe is None:
         raise SettingsError(
@@ -295,8 +295,8 @@ def _train(options: argparse.Namespace) -> None:
         memory = memory_rows(within(settings, asked, _model_folder), _model_folder, images=images)
         Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder, memory))
         return
+    from zppo.runs.signals import Stop, catch_signals
     from zppo.train.run import train as start
-    from zppo.train.stop import Stop, catch_signals
 
     register_lab_models()
     stop = Stop()
@@ -327,8 +327,8 @@ def _check_lab_models(settings: Settings) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
+    from zppo.runs.signals import Stop, catch_signals
     from zppo.train.run import resume
-    from zppo.train.stop import Stop, catch_signals
 
     register_lab()
     register_lab_models()

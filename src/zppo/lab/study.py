@@ -27,7 +27,7 @@ from zppo.config.settings import Settings
 from zppo.errors import SettingsError, ZPPOError
 from zppo.lab.assets import SCHEME
 from zppo.lab.vision.world import sees
-from zppo.train.runlog import BUFFER, METRICS, read_lines
+from zppo.runs.log import BUFFER, METRICS, read_lines
 
 MATCHED = "-matched"
 """Ending of a method's name that asks for as many student rollouts as ZPPO takes, by more steps (a matched-cost control)."""

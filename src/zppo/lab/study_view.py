@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zppo.errors import DataError
 from zppo.report.statistics import mean_interval, paired_difference
-from zppo.train.runlog import read_lines
+from zppo.runs.log import read_lines
 
 CONTROLS = ("grpo-replay", "zppo-placebo")
 

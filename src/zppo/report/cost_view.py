@@ -16,8 +16,8 @@ from zppo.errors import SettingsError
 from zppo.report.cost import Cost, as_run
 from zppo.report.cost_plan import MOST, Assumptions, planned
 from zppo.report.paper_flops import SCALES, UPDATES, counted, nearest_scale, paper_costs
+from zppo.runs.log import METRICS, read_lines
 from zppo.train.parameters import Size, size_of
-from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import count_judged
 from zppo.train.seeing import load_data
 

@@ -10,7 +10,7 @@ from typing import Any
 from zppo.config.methods import METHODS
 from zppo.config.recipe import parse_yaml
 from zppo.errors import CheckpointError
-from zppo.train.runlog import BUFFER, METRICS, ROLLOUTS, read_lines
+from zppo.runs.log import BUFFER, METRICS, ROLLOUTS, read_lines
 
 RECIPE = "recipe.yaml"
 

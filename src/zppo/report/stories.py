@@ -15,7 +15,7 @@ from zppo.core.types import BCQ
 from zppo.errors import CheckpointError
 from zppo.report.audit import audit_class, match
 from zppo.report.load import Run
-from zppo.train.runlog import ROLLOUT_SCHEMA, ROLLOUTS
+from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS
 
 Story = dict[str, Any]
 

@@ -21,8 +21,8 @@ from zppo.report.questions import QuestionLine, question_lines
 from zppo.report.scan import StepScan, scan_file
 from zppo.report.tables import Table, percent, tables_of
 from zppo.report.zone import ZoneStory, zone_story
+from zppo.runs.log import METRICS
 from zppo.train.parameters import size_of
-from zppo.train.runlog import METRICS
 
 Resolve = Callable[[str], str]
 

@@ -25,6 +25,9 @@ from zppo.engines.vllm import require_vllm
 from zppo.errors import SettingsError
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.runs.display import Progress, warn
+from zppo.runs.log import RunLog, SilentLog
+from zppo.runs.signals import Stop
 from zppo.train.advice import Adviser, TimedScore
 from zppo.train.ask import TimedTeacher
 from zppo.train.checkpointer import Checkpointer
@@ -32,13 +35,10 @@ from zppo.train.make_learner import make_learner, make_reformulations
 from zppo.train.make_zone import grades_beside, make_asker, make_zone
 from zppo.train.models import Student, context_length, load_chat, load_student
 from zppo.train.origin import origin_of
-from zppo.train.progress import Progress, warn
 from zppo.train.questions import check_vocabulary, load_short
 from zppo.train.rollouts import Roller, Score, Speaker
-from zppo.train.runlog import RunLog, SilentLog
 from zppo.train.scoring import make_scorer
 from zppo.train.seeing import RunData
-from zppo.train.stop import Stop
 from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
 from zppo.train.teachers import Staff
 from zppo.train.trainer import Trainer

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from zppo.config.settings import TrainSettings
-from zppo.train import checkpoint
-from zppo.train.checkpoint import HoldsState, Savable
+from zppo.runs import checkpoint
+from zppo.runs.checkpoint import HoldsState, Savable
 from zppo.train.halfway import Halfway
 from zppo.train.models import Student
 from zppo.train.weights import Weights

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
+from zppo.runs.checkpoint import unusable
 from zppo.teacher.compression import Source
-from zppo.train.checkpoint import unusable
 from zppo.train.tally import Tally
 from zppo.train.update import Begun
 from zppo.train.zone import Zone

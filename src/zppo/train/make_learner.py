@@ -24,9 +24,9 @@ from zppo.engines.chat import Chat
 from zppo.engines.logprobs import Sharing, sharing_of
 from zppo.errors import SettingsError
 from zppo.imports import load_object
+from zppo.runs import checkpoint
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
-from zppo.train import checkpoint
 from zppo.train.ask import Asker, ResponseTokens
 from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.distill import Distiller

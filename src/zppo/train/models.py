@@ -15,7 +15,7 @@ from zppo.engines.loading import load_network
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
-from zppo.train import checkpoint
+from zppo.runs import checkpoint
 from zppo.train.lora import ADAPTER_CONFIG, Adapters, add_adapters
 
 _FOLDERS: dict[str, Callable[[str], Path]] = {}

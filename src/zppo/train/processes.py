@@ -10,8 +10,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from zppo.config.settings import Settings
 from zppo.errors import LauncherError, SettingsError
+from zppo.runs.signals import Stop
 from zppo.train.launch import Launch
-from zppo.train.stop import Stop
 from zppo.train.team import Team
 from zppo.train.weights import ShardedWeights, Weights
 

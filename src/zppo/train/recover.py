@@ -13,12 +13,12 @@ from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError
 from zppo.images.store import read_bytes
-from zppo.train import checkpoint
+from zppo.runs import checkpoint
+from zppo.runs.display import warn
+from zppo.runs.files import RECIPE
 from zppo.train.assemble import Assembled
 from zppo.train.halfway import Halfway, as_placed
 from zppo.train.origin import changes_since, check_student
-from zppo.train.progress import warn
-from zppo.train.storage import RECIPE
 from zppo.train.trainer import Trainer
 
 

@@ -18,21 +18,21 @@ from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import Settings
 from zppo.engines.vllm import VLLMEngine
 from zppo.errors import CheckpointError, Interrupted, StorageError
+from zppo.runs.display import warn
+from zppo.runs.files import RECIPE, check_output, write_whole, writing
+from zppo.runs.log import METRICS, read_lines
+from zppo.runs.signals import Stop
+from zppo.runs.trackers import Trackers, tracking
 from zppo.train.assemble import Assembled, assemble, make_engine
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, finish_final, save_final, write_model_card
 from zppo.train.launch import read_launch
 from zppo.train.models import load_model
 from zppo.train.processes import make_accelerator, make_weights
-from zppo.train.progress import warn
 from zppo.train.recover import Start, rescue, way_on
-from zppo.train.runlog import METRICS, read_lines
 from zppo.train.scoring import scoring
 from zppo.train.seeing import read_data
-from zppo.train.stop import Stop
-from zppo.train.storage import RECIPE, check_output, write_whole, writing
 from zppo.train.teachers import staffing
-from zppo.train.trackers import Trackers, tracking
 from zppo.train.trainer import Trainer
 
 

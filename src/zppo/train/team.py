@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zppo.core.minibatch import shares
 from zppo.errors import Interrupted, LauncherError
+from zppo.runs.signals import Stop
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
-from zppo.train.stop import Stop
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

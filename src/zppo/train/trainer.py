@@ -18,17 +18,17 @@ from zppo.core.select import share_of
 from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
 from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
+from zppo.runs.display import Progress
+from zppo.runs.log import RunLog
+from zppo.runs.signals import Stop
 from zppo.train.advice import Adviser, TimedScore
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.engine_guard import EngineGuard
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.halfway import Collected, Halfway
 from zppo.train.learn import Learner, Learnt
-from zppo.train.progress import Progress
 from zppo.train.rollouts import Roller
-from zppo.train.runlog import RunLog
 from zppo.train.scoring import Scorer
-from zppo.train.stop import Stop
 from zppo.train.team import ALONE, Team
 from zppo.train.update import Begun, UpdateStopped
 from zppo.train.zone import ZoneBuilder

@@ -9,12 +9,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
 import torch
-
-from zppo.errors import CheckpointError
-from zppo.train.manifest import MANIFEST, fault, make_manifest
-from zppo.train.storage import PARTIAL, sync, writing
+from zppo.errors import (CheckpointError)
+from zppo.runs.files import (MANIFEST, fault, make_manifest)
+from zppo.runs.files import (PARTIAL, sync, writing)
 
 CHECKPOINTS = "checkpoints"
 _MODEL, _OPTIMIZER, _STATE = "model", "optimizer.pt", "state.json"
