@@ -23,8 +23,8 @@ from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import Sharing
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
+from zppo.models.student import Student
 from zppo.train.distill import Distiller
-from zppo.train.models import Student
 from zppo.train.sampler_check import SamplerCheck
 from zppo.train.team import Team
 from zppo.train.update import Begun, Updater, UpdateStopped, advantages_of

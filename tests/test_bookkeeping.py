@@ -10,9 +10,9 @@ import torch
 
 from zppo.config.settings import TrainSettings
 from zppo.errors import StorageError
+from zppo.models.student import Student, load_model
 from zppo.train import checkpointer
 from zppo.train.checkpointer import Checkpointer, CopiedModel, CopiedState
-from zppo.train.models import Student, load_model
 from zppo.train.weights import Weights
 
 

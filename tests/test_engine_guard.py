@@ -20,9 +20,9 @@ from zppo.core.types import Prompt, Question
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
+from zppo.models.student import load_chat
 from zppo.train.advice import EVERY, WATCHES, Adviser, TimedScore
 from zppo.train.engine_guard import EngineGuard, _Gap
-from zppo.train.models import load_chat
 from zppo.train.student_engine import make_guard
 from zppo.train.team import Team
 from zppo.train.weights import Weights

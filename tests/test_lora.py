@@ -22,9 +22,9 @@ from zppo.config.settings import LoraSettings
 from zppo.engines.base import Sampling
 from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import CheckpointError, ModelError, SettingsError
+from zppo.models.lora import Adapters, add_adapters, find_targets
+from zppo.models.student import load_model, load_student
 from zppo.runs.checkpoint import model_folder
-from zppo.train.lora import Adapters, add_adapters, find_targets
-from zppo.train.models import load_model, load_student
 
 LORA = "--train.lora={rank: 4, alpha: 8}"
 TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")

@@ -33,15 +33,14 @@ from zppo.engines.base import Sampling, out_of_memory
 from zppo.engines.logprobs import Pack, completion_logprobs
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
+from zppo.models import optimizer as optimizer_module
+from zppo.models.lora import add_adapters
+from zppo.models.optimizer import make_optimizer
+from zppo.models.student import load_model, recompute_layers
 from zppo.runs import checkpoint
 from zppo.train import distill, update
-from zppo.train import optimizer as optimizer_module
 from zppo.train.budget import TokenBudget, make_budget
-from zppo.train.lora import add_adapters
-from zppo.train.models import load_model
-from zppo.train.optimizer import make_optimizer
 from zppo.train.precision import keep_logits_small
-from zppo.train.recompute import recompute_layers
 from zppo.train.update import UpdateStopped, advantages_of
 
 pytestmark = pytest.mark.slow

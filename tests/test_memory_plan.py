@@ -33,11 +33,11 @@ from zppo.config.settings import LoraSettings, Settings
 from zppo.core.types import Message, Question
 from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import ModelError
-from zppo.train.lora import add_adapters
+from zppo.models.lora import add_adapters
+from zppo.models.student import recompute_layers
 from zppo.train.machine import GIB, Machine, _pick, find_machine
 from zppo.train.memory import Memory, activations_per_token, estimate, within
 from zppo.train.memory_view import memory_rows
-from zppo.train.recompute import recompute_layers
 from zppo.train.shapes import Shape, shape_of
 
 pytestmark = pytest.mark.slow

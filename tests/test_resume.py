@@ -26,6 +26,7 @@ from zppo.core.replay import Changes
 from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError, Interrupted, StorageError
+from zppo.models.student import load_model
 from zppo.runs import checkpoint
 from zppo.runs.files import MANIFEST, make_manifest, write_whole
 from zppo.runs.log import RunLog
@@ -33,7 +34,6 @@ from zppo.runs.signals import Stop, catch_signals
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
 from zppo.train.halfway import Collected, Halfway
-from zppo.train.models import load_model
 from zppo.train.origin import changes_since, origin_of
 from zppo.train.update import Begun, Tally
 from zppo.train.zone import Zone

@@ -27,8 +27,8 @@ from zppo.config.settings import AdvantageSettings
 from zppo.core.minibatch import share_prompt
 from zppo.engines import logprobs as shared
 from zppo.engines.logprobs import Pack, Sharing, completion_logprobs, shared_logprobs, sharing_of
+from zppo.models.student import recompute_layers
 from zppo.train.make_learner import _make_sharing
-from zppo.train.recompute import recompute_layers
 from zppo.train.samples import packed, samples_of
 from zppo.train.update import advantages_of
 

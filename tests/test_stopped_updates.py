@@ -12,10 +12,10 @@ from accelerate.state import AcceleratorState
 
 from same_run import assert_same_run, records
 from zppo.cli import main
+from zppo.models.student import load_model
 from zppo.runs import checkpoint
 from zppo.train import learn
 from zppo.train.distill import Distiller
-from zppo.train.models import load_model
 from zppo.train.update import Updater
 
 pytestmark = pytest.mark.slow

@@ -29,8 +29,8 @@ from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import EngineError, ModelError, SettingsError
+from zppo.models.lora import add_adapters
 from zppo.runs.log import read_lines
-from zppo.train.lora import add_adapters
 
 FAKE = Path(__file__).parent / "fake_vllm"
 SMALL = (

@@ -230,7 +230,7 @@ def register_lab() -> None:
 def register_lab_models() -> None:
     """Makes `lab:<world>/<student|teacher>` the name of a bundled model."""
     from zppo.lab.assets import resolve
-    from zppo.train.models import register_models
+    from zppo.models.student import register_models
 
     register_models("lab", resolve)
 

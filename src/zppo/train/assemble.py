@@ -23,6 +23,7 @@ from zppo.engines.image_check import check_sight
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import require_vllm
 from zppo.errors import SettingsError
+from zppo.models.student import Student, context_length, load_chat, load_student
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.runs.display import Progress, warn
@@ -33,7 +34,6 @@ from zppo.train.ask import TimedTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.make_learner import make_learner, make_reformulations
 from zppo.train.make_zone import grades_beside, make_asker, make_zone
-from zppo.train.models import Student, context_length, load_chat, load_student
 from zppo.train.origin import origin_of
 from zppo.train.questions import check_vocabulary, load_short
 from zppo.train.rollouts import Roller, Score, Speaker

@@ -12,10 +12,10 @@ from rich.table import Table
 from zppo import __version__
 from zppo.config.settings import LoraSettings
 from zppo.engines.chat import Chat
+from zppo.models.student import Student
 from zppo.runs.checkpoint import Savable
 from zppo.runs.files import PARTIAL, sync, writing
 from zppo.train.evaluate import Evaluation
-from zppo.train.models import Student
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
 FINAL = "final"

@@ -24,6 +24,9 @@ from zppo.engines.chat import Chat
 from zppo.engines.logprobs import Sharing, sharing_of
 from zppo.errors import SettingsError
 from zppo.imports import load_object
+from zppo.models.optimizer import make_optimizer
+from zppo.models.parts import freeze_parts, parameter_groups
+from zppo.models.student import recompute_layers
 from zppo.runs import checkpoint
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
@@ -31,12 +34,9 @@ from zppo.train.ask import Asker, ResponseTokens
 from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
-from zppo.train.optimizer import make_optimizer
-from zppo.train.recompute import recompute_layers
 from zppo.train.sampler_check import make_check
 from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
-from zppo.train.vision import freeze_parts, parameter_groups
 from zppo.train.weights import Weights
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from zppo.config.settings import ModelSettings, Settings
 from zppo.core.types import Question
 from zppo.errors import CheckpointError
-from zppo.train.models import resolve_model
+from zppo.models.student import resolve_model
 
 MOST_NAMED = 8
 _SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

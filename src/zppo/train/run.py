@@ -18,6 +18,7 @@ from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import Settings
 from zppo.engines.vllm import VLLMEngine
 from zppo.errors import CheckpointError, Interrupted, StorageError
+from zppo.models.student import load_model
 from zppo.runs.display import warn
 from zppo.runs.files import RECIPE, check_output, write_whole, writing
 from zppo.runs.log import METRICS, read_lines
@@ -27,7 +28,6 @@ from zppo.train.assemble import Assembled, assemble, make_engine
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, finish_final, save_final, write_model_card
 from zppo.train.launch import read_launch
-from zppo.train.models import load_model
 from zppo.train.processes import make_accelerator, make_weights
 from zppo.train.recover import Start, rescue, way_on
 from zppo.train.scoring import scoring

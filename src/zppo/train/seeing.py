@@ -12,7 +12,7 @@ from zppo.engines.loading import reads_images
 from zppo.errors import DataError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
-from zppo.train.models import resolve_model
+from zppo.models.student import resolve_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm
 from zppo.errors import SettingsError
+from zppo.models.student import resolve_model
 from zppo.train.engine_guard import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineGuard
-from zppo.train.models import resolve_model
 from zppo.train.weights import Weights
 
 StudentEngine = TransformersEngine | VLLMEngine

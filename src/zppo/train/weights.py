@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zppo.errors import LauncherError
+from zppo.models.student import Student
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
-from zppo.train.models import Student
 from zppo.train.precision import keep_logits_small
 from zppo.train.team import ALONE, Team
 

@@ -1,0 +1,1 @@
+"""The student: checkpoints in, parts, adapters, optimizer."""
