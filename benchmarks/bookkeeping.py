@@ -106,9 +106,9 @@ def of_checkpoint(folder: Path, width: int, vocabulary: int) -> dict[str, float]
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from zppo.config.settings import TrainSettings
+    from zppo.distributed.parallel import Weights
     from zppo.models.student import Student
     from zppo.train.checkpointer import Checkpointer
-    from zppo.train.weights import Weights
 
     config = Qwen3Config(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, vocab_size=vocabulary)
     model = Qwen3ForCausalLM(config)

@@ -130,10 +130,10 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
     import torch
     from rich.console import Console
 
+    from zppo.distributed.launcher import read_launch
+    from zppo.distributed.parallel import make_accelerator, make_weights
     from zppo.runs.signals import Stop
     from zppo.train.assemble import assemble
-    from zppo.train.launch import read_launch
-    from zppo.train.processes import make_accelerator, make_weights
     from zppo.train.seeing import read_data
     from zppo.train.teachers import Staff
 

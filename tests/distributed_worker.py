@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.core.types import Group
+from zppo.distributed.parallel import ShardedWeights, Weights, zero_gradients
+from zppo.distributed.processes import Team
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import Sharing
 from zppo.engines.transformers import TransformersEngine
@@ -26,9 +28,7 @@ from zppo.errors import LauncherError
 from zppo.models.student import Student
 from zppo.train.distill import Distiller
 from zppo.train.sampler_check import SamplerCheck
-from zppo.train.team import Team
 from zppo.train.update import Begun, Updater, UpdateStopped, advantages_of
-from zppo.train.weights import ShardedWeights, Weights, zero_gradients
 
 LEARNING_RATE = (
     1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it

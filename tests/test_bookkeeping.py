@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from zppo.config.settings import TrainSettings
+from zppo.distributed.parallel import Weights
 from zppo.errors import StorageError
 from zppo.models.student import Student, load_model
 from zppo.train import checkpointer
 from zppo.train.checkpointer import Checkpointer, CopiedModel, CopiedState
-from zppo.train.weights import Weights
 
 
 def make(tmp_path: Path, model: Any) -> tuple[Checkpointer, torch.optim.Optimizer]:

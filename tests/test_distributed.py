@@ -35,12 +35,11 @@ from victims import Victims
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.core.types import Group
+from zppo.distributed.launcher import Launch, rank_of, read_launch
+from zppo.distributed.parallel import Weights, make_weights
 from zppo.errors import LauncherError, SettingsError
 from zppo.runs.signals import Stop
-from zppo.train.launch import Launch, rank_of, read_launch
-from zppo.train.processes import make_weights
 from zppo.train.student_engine import start_vllm
-from zppo.train.weights import Weights
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "accelerate"

@@ -17,6 +17,8 @@ from conftest import make_tiny
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.core.types import Prompt, Question
+from zppo.distributed.parallel import Weights
+from zppo.distributed.processes import Team
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
@@ -24,8 +26,6 @@ from zppo.models.student import load_chat
 from zppo.train.advice import EVERY, WATCHES, Adviser, TimedScore
 from zppo.train.engine_guard import EngineGuard, _Gap
 from zppo.train.student_engine import make_guard
-from zppo.train.team import Team
-from zppo.train.weights import Weights
 
 PROMPT = tuple(range(10, 40))
 

@@ -29,6 +29,7 @@ from test_engine import engine, flat, requests, tiny
 from test_update import Recorder, load, make_groups, make_updater
 from zppo.cli import main
 from zppo.config.settings import AdvantageSettings, LoraSettings, TrainSettings
+from zppo.distributed.parallel import keep_logits_small
 from zppo.engines.base import Sampling, out_of_memory
 from zppo.engines.logprobs import Pack, completion_logprobs
 from zppo.engines.transformers import Piece, TransformersEngine, halves
@@ -40,7 +41,6 @@ from zppo.models.student import load_model, recompute_layers
 from zppo.runs import checkpoint
 from zppo.train import distill, update
 from zppo.train.budget import TokenBudget, make_budget
-from zppo.train.precision import keep_logits_small
 from zppo.train.update import UpdateStopped, advantages_of
 
 pytestmark = pytest.mark.slow

@@ -269,7 +269,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rich.console import Console
 
-        from zppo.train.launch import rank_of
+        from zppo.distributed.launcher import rank_of
         from zppo.train.memory import within
         from zppo.train.memory_view import memory_rows
         from zppo.train.plan import make_plan, render_plan
@@ -447,7 +447,7 @@ def _numbers(text: str) -> list[int]:
 
 def _rank() -> str:
     """Which of several processes speaks; "" where there is one."""
-    from zppo.train.launch import rank_of
+    from zppo.distributed.launcher import rank_of
 
     rank = rank_of()
     return "" if rank is None else f"rank {rank}: "

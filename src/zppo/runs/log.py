@@ -193,7 +193,7 @@ class RunLog:
 
 
 class SilentLog(RunLog):
-    """The log of a process that does not write: the first one of a run does (`zppo.train.team`)."""
+    """The log of a process that does not write: the first one of a run does (`zppo.distributed.processes`)."""
 
     def open(self) -> None:
         pass

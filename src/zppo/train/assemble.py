@@ -18,6 +18,7 @@ from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import Question
 from zppo.data.order import steps_per_epochs
+from zppo.distributed.parallel import Weights
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_sight
 from zppo.engines.transformers import TransformersEngine
@@ -42,7 +43,6 @@ from zppo.train.seeing import RunData
 from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
 from zppo.train.teachers import Staff
 from zppo.train.trainer import Trainer
-from zppo.train.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)

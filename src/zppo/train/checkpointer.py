@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from zppo.config.settings import TrainSettings
+from zppo.distributed.parallel import Weights
 from zppo.models.student import Student
 from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable
 from zppo.train.halfway import Halfway
-from zppo.train.weights import Weights
 
 
 class Checkpointer:

@@ -12,6 +12,7 @@ from zppo.config.settings import TrainSettings
 from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout
+from zppo.distributed.parallel import Weights, zero_gradients
 from zppo.engines.logprobs import Row, image_inputs
 from zppo.images.processor import Sight
 from zppo.teacher.compression import Source
@@ -20,7 +21,6 @@ from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.learn import Learnt
 from zppo.train.update import Begun
-from zppo.train.weights import Weights, zero_gradients
 
 
 def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int, sight: Sight | None = None) -> torch.Tensor:

@@ -14,11 +14,11 @@ from torch import nn
 
 from zppo.core.draws import draw_key
 from zppo.core.types import ImageRef
+from zppo.distributed.processes import ALONE, Team
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.errors import EngineError
 from zppo.images.processor import Sight
-from zppo.train.team import ALONE, Team
 
 TOLERANCE_FP32 = 1e-3
 """Same weights, same arithmetic: the recurrent form of Qwen3.5 differs from its chunked one by this in single tokens, less on average."""

@@ -7,7 +7,7 @@ import math
 import torch
 from accelerate import Accelerator
 
-from zppo.train.weights import Weights
+from zppo.distributed.parallel import Weights
 
 MOST_SKIPPED_UPDATES = 3
 

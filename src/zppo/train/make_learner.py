@@ -20,6 +20,7 @@ from zppo.core.reformulate import (
     Reformulation,
 )
 from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Rollout
+from zppo.distributed.parallel import Weights
 from zppo.engines.chat import Chat
 from zppo.engines.logprobs import Sharing, sharing_of
 from zppo.errors import SettingsError
@@ -37,7 +38,6 @@ from zppo.train.learn import Learner, PolicyLearner
 from zppo.train.sampler_check import make_check
 from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
-from zppo.train.weights import Weights
 
 
 def make_reformulations(method: Method, prefix_fraction: float) -> list[Reformulation]:

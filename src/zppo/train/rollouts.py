@@ -11,12 +11,12 @@ from queue import SimpleQueue
 
 from zppo.core.draws import draw_key
 from zppo.core.types import PLAIN, Draft, Group, Message, Prompt, Question, Rollout
+from zppo.distributed.processes import ALONE, Team
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.errors import DataError
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
-from zppo.train.team import ALONE, Team
 
 
 @dataclass(frozen=True, slots=True)

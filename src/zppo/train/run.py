@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import Settings
+from zppo.distributed.launcher import read_launch
+from zppo.distributed.parallel import make_accelerator, make_weights
 from zppo.engines.vllm import VLLMEngine
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.models.student import load_model
@@ -27,8 +29,6 @@ from zppo.runs.trackers import Trackers, tracking
 from zppo.train.assemble import Assembled, assemble, make_engine
 from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, finish_final, save_final, write_model_card
-from zppo.train.launch import read_launch
-from zppo.train.processes import make_accelerator, make_weights
 from zppo.train.recover import Start, rescue, way_on
 from zppo.train.scoring import scoring
 from zppo.train.seeing import read_data

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from zppo.config.settings import TrainSettings
-from zppo.train.team import ALONE, Team
+from zppo.distributed.processes import ALONE, Team
 
 TOLERANCE_FP32 = 1e-4
 """Ten times the mean difference up to which Qwen3.5, whose recurrent form is not its chunked one, counts as exact in fp32."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from zppo.config.settings import Settings, StudentSettings
 from zppo.core.types import Prompt
+from zppo.distributed.parallel import Weights
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
@@ -17,7 +18,6 @@ from zppo.engines.vllm import VLLMEngine, open_vllm
 from zppo.errors import SettingsError
 from zppo.models.student import resolve_model
 from zppo.train.engine_guard import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineGuard
-from zppo.train.weights import Weights
 
 StudentEngine = TransformersEngine | VLLMEngine
 

@@ -17,6 +17,7 @@ from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import share_of
 from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
+from zppo.distributed.processes import ALONE, Team
 from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
 from zppo.runs.display import Progress
 from zppo.runs.log import RunLog
@@ -29,7 +30,6 @@ from zppo.train.halfway import Collected, Halfway
 from zppo.train.learn import Learner, Learnt
 from zppo.train.rollouts import Roller
 from zppo.train.scoring import Scorer
-from zppo.train.team import ALONE, Team
 from zppo.train.update import Begun, UpdateStopped
 from zppo.train.zone import ZoneBuilder
 

@@ -16,6 +16,7 @@ from zppo.core.advantages import group_advantages, two_step_advantages
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import MicroBatch, deal_groups
 from zppo.core.types import Group
+from zppo.distributed.parallel import Weights, zero_gradients
 from zppo.engines.logprobs import Sharing, completion_logprobs, shared_logprobs
 from zppo.errors import MemoryLimitError
 from zppo.images.processor import Sight
@@ -24,7 +25,6 @@ from zppo.train.guard import GuardedStep
 from zppo.train.sampler_check import SamplerCheck
 from zppo.train.samples import Sample, Share, pack_length, packed, packs_of, samples_of, share_minibatch
 from zppo.train.tally import Tally
-from zppo.train.weights import Weights, zero_gradients
 
 Result = TypeVar("Result")
 

@@ -1,32 +1,50 @@
-"""How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 [zppo].
-
-Gradients are *summed* over the processes, once per optimizer step where every process holds all weights: the loss of a
-minibatch is already divided by the tokens of all of them. DistributedDataParallel is not used: it averages, and wants
-as many backward passes from each process as from the others, while here some have more rows with a gradient than others.
-"""
+"""Autocast without copies that nobody needs."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from zppo.errors import LauncherError
+from zppo.config.settings import Settings
+from zppo.distributed.launcher import Launch
+from zppo.distributed.processes import ALONE, Team
+from zppo.errors import LauncherError, SettingsError
 from zppo.models.student import Student
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
-from zppo.train.precision import keep_logits_small
-from zppo.train.team import ALONE, Team
+from zppo.runs.signals import Stop
+
+
+def keep_logits_small(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Makes a model that `accelerator.prepare` put under autocast give its outputs in autocast's own type.
+
+    accelerate turns them into fp32: for a vocabulary of 250,000 a copy of all logits and one of their gradient, the largest tensors of
+    a training step. Losses turn bf16 logits into fp32 themselves, part by part, to the same numbers.
+    """
+    forward = getattr(model, "_original_forward", None)
+    if forward is None:  # no autocast
+        return
+
+    @wraps(forward)
+    def under_autocast(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = under_autocast
 
 
 class Weights:
@@ -263,3 +281,56 @@ def zero_gradients(model: torch.nn.Module) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             else:
                 parameter.grad.zero_()
+
+
+def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
+    """Device and precision by the recipe; with several processes it waits until all are here.
+
+    Raises:
+        LauncherError: what the launcher asked for is not what stands.
+    """
+    on_cpu = settings.train.device == "cpu" or not torch.cuda.is_available()
+    bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
+    precision = "bf16" if bf16 else "no"
+    launch.check_precision(precision)
+    # accelerate would shard on GPUs, and turn the wish into something else on CPUs: `make_weights` does it on both.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(settings))],
+    )
+    launch.check_processes(accelerator.num_processes)
+    return accelerator
+
+
+def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, stop: Stop) -> Weights:
+    """The team of this run's processes, and how the trained weights lie over them.
+
+    Raises:
+        LauncherError: sharding was asked for, and there is one process.
+        SettingsError: the recipe trains what cannot be sharded.
+    """
+    size, sharding = accelerator.num_processes, launch.sharding or settings.train.sharding
+    if size == 1:
+        if sharding != "none":
+            raise LauncherError(
+                f"sharding over several processes was asked for ({sharding}), but one runs: start with torchrun --nproc_per_node N -m zppo "
+                "train RECIPE, or set train.sharding to none"
+            )
+        return Weights(Team(stop=stop))
+    if sharding != "none" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
+        name = "train.lora" if settings.train.lora is not None else f"train.optimizer={settings.train.optimizer}"
+        raise SettingsError(
+            f"{name} does not go with sharding ({sharding}): leave one of them out. With adapters or an 8-bit optimizer there is "
+            "little left to shard"
+        )
+    group = None  # the processes' own, where that carries objects on the CPU
+    if torch.distributed.get_backend() != "gloo":
+        group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
+    team = Team(accelerator.process_index, size, group, stop)
+    return Weights(team) if sharding == "none" else ShardedWeights(team, reshard=launch.reshard)
+
+
+def _patience(settings: Settings) -> timedelta:
+    return timedelta(seconds=settings.train.collective_timeout)

@@ -1,0 +1,1 @@
+"""Several processes: gathered work, replicated and sharded weights, the launcher."""
