@@ -132,10 +132,10 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
 
     from zppo.distributed.launcher import read_launch
     from zppo.distributed.parallel import make_accelerator, make_weights
+    from zppo.rollout.frozen_models import Staff
+    from zppo.rollout.questions import read_data
     from zppo.runs.signals import Stop
     from zppo.train.assemble import assemble
-    from zppo.train.seeing import read_data
-    from zppo.train.teachers import Staff
 
     torch.set_num_threads(own.threads)
     with tempfile.TemporaryDirectory() as name:

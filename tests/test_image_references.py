@@ -23,10 +23,10 @@ from zppo.config.recipe import load_recipe
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.images.store import keep
+from zppo.rollout.questions import in_both, unseen
 from zppo.runs import checkpoint
 from zppo.train.halfway import Halfway
 from zppo.train.origin import changes_since, origin_of
-from zppo.train.questions import in_both, unseen
 from zppo.train.trainer import Trainer
 
 STATE = ("state.json", "halfway.json", "halfway.safetensors")

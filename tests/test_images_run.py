@@ -26,9 +26,9 @@ from zppo.config.recipe import load_recipe
 from zppo.errors import SettingsError
 from zppo.images import processor as sight_module
 from zppo.images.store import open_image
+from zppo.rollout.questions import read_data
 from zppo.runs import checkpoint
 from zppo.train.halfway import Collected
-from zppo.train.seeing import read_data
 from zppo.train.trainer import Trainer
 from zppo.train.update import Updater
 

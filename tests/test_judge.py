@@ -35,16 +35,16 @@ from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.report.summary import Reader
+from zppo.rollout import frozen_models as staff
+from zppo.rollout.evaluation import Evaluation, evaluate
+from zppo.rollout.grading import Scorer, count_judged, make_scorer, scoring
+from zppo.rollout.student import Answered, Speaker
+from zppo.rollout.teacher import Asker
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
-from zppo.train import teachers as staff
-from zppo.train.ask import Asker
-from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import closing_table
 from zppo.train.plan import make_plan
-from zppo.train.rollouts import Answered, Speaker
 from zppo.train.run import resume, train
-from zppo.train.scoring import Scorer, count_judged, make_scorer, scoring
 from zppo.train.trainer import Totals
 
 RIGHT, WRONG = '{"verdict": "correct"}', '{"verdict": "wrong"}'
@@ -402,7 +402,7 @@ def test_evaluation_leaves_ungraded_completions_out(by_rule: Any, monkeypatch: p
     groups = [replace(g, prompt=replace(g.prompt, question=replace(g.question, level=g.question.id))) for g in groups]
 
     def result(of: Sequence[Group]) -> Evaluation:
-        monkeypatch.setattr("zppo.train.evaluate.replace", lambda roller, **changes: roller)
+        monkeypatch.setattr("zppo.rollout.evaluation.replace", lambda roller, **changes: roller)
         speaker = type("S", (), {"plain": staticmethod(lambda q: q)})
         roller = type("R", (), {"speaker": speaker, "roll": staticmethod(lambda prompts, step, purpose: list(of))})
         return evaluate(roller, [g.question for g in of], EvalSettings())  # type: ignore[arg-type]

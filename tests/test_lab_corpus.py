@@ -27,9 +27,9 @@ from zppo.lab.corpus import Document, Response, StudentCorpus, TeacherCorpus, co
 from zppo.lab.language import CONTROL, make_tokenizer, words
 from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
+from zppo.rollout.student import Speaker
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor, Source, accept, token_tail
-from zppo.train.rollouts import Speaker
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = ("unreachable", "reachable")

@@ -46,7 +46,7 @@ from zppo.lab.vision.pretrain import (
 from zppo.lab.vision.questions import vision_questions
 from zppo.lab.vision.world import WORLDS, load_vision_world
 from zppo.prompts import Neutraliser, PromptBook
-from zppo.train.rollouts import Speaker
+from zppo.rollout.student import Speaker
 
 WORLD = load_vision_world("vision")
 CHAT = Chat(make_tokenizer())

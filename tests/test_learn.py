@@ -12,8 +12,8 @@ from zppo.config.recipe import load_recipe
 from zppo.config.settings import TeacherSettings
 from zppo.core.loss import jensen_shannon
 from zppo.engines.chat import Chat
+from zppo.rollout.teacher import ResponseTokens
 from zppo.teacher.compression import Source
-from zppo.train.ask import ResponseTokens
 
 
 @pytest.mark.parametrize(

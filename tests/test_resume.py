@@ -27,6 +27,7 @@ from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.models.student import load_model
+from zppo.rollout.reformulated import Zone
 from zppo.runs import checkpoint
 from zppo.runs.files import MANIFEST, make_manifest, write_whole
 from zppo.runs.log import RunLog
@@ -36,10 +37,9 @@ from zppo.teacher.compression import Source
 from zppo.train.halfway import Collected, Halfway
 from zppo.train.origin import changes_since, origin_of
 from zppo.train.update import Begun, Tally
-from zppo.train.zone import Zone
 
 UPDATE = "torch.optim:AdamW.step"
-SAMPLE = "zppo.train.rollouts:Roller.roll"
+SAMPLE = "zppo.rollout.student:Roller.roll"
 MANIFEST_MADE = "zppo.runs.checkpoint:make_manifest"
 FINAL_MADE = "zppo.train.run:save_final"
 SEED = 20
@@ -108,7 +108,7 @@ def test_kills_at_random_moments(run: Run, whole: Path) -> None:
 
 
 PLACES = [
-    ("teacher", "zppo.train.ask:Asker.ask", 2),
+    ("teacher", "zppo.rollout.teacher:Asker.ask", 2),
     ("checkpoint, before its manifest", MANIFEST_MADE, 1),
     ("checkpoint, before it counts", "zppo.runs.checkpoint:_remove_partial", 2),
     ("second epoch, between two updates", UPDATE, 7),

@@ -19,13 +19,12 @@ from zppo.grading import extract_boxed
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.rollout.reformulated import MaterialMaker, Zone, ZoneBuilder
+from zppo.rollout.student import Answered, Speaker
+from zppo.rollout.teacher import Asker
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor
-from zppo.train.ask import Asker
 from zppo.train.make_learner import make_reformulations
-from zppo.train.materials import MaterialMaker
-from zppo.train.rollouts import Answered, Speaker
-from zppo.train.zone import Zone, ZoneBuilder
 
 
 class Words:

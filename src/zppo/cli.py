@@ -270,11 +270,11 @@ def _train(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from zppo.distributed.launcher import rank_of
+        from zppo.rollout.grading import count_judged
+        from zppo.rollout.questions import load_data
         from zppo.train.memory import within
         from zppo.train.memory_view import memory_rows
         from zppo.train.plan import make_plan, render_plan
-        from zppo.train.scoring import count_judged
-        from zppo.train.seeing import load_data
 
         train, held_out = load_data(settings)
         _check_images(settings, train, held_out)
@@ -309,7 +309,7 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
     from zppo.train.shapes import config_file
 
     if any(q.images for q in (*train, *held_out)) and config_file(settings.student.model, _model_folder) is not None:
-        from zppo.train.seeing import check_images, first_with_images  # it imports torch
+        from zppo.rollout.questions import check_images, first_with_images  # it imports torch
 
         register_lab_models()
         if first := first_with_images(settings, train, held_out):

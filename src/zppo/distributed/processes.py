@@ -20,7 +20,7 @@ from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSamp
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from zppo.train.rollouts import Answered, Score
+    from zppo.rollout.student import Answered, Score
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

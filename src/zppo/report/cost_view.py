@@ -16,10 +16,10 @@ from zppo.errors import SettingsError
 from zppo.report.cost import Cost, as_run
 from zppo.report.cost_plan import MOST, Assumptions, planned
 from zppo.report.paper_flops import SCALES, UPDATES, counted, nearest_scale, paper_costs
+from zppo.rollout.grading import count_judged
+from zppo.rollout.questions import load_data
 from zppo.runs.log import METRICS, read_lines
 from zppo.train.parameters import Size, size_of
-from zppo.train.scoring import count_judged
-from zppo.train.seeing import load_data
 
 RECIPE, FINAL = "recipe.yaml", "final"
 PART_NAMES = {

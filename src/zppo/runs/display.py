@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from zppo.train.evaluate import Evaluation
+    from zppo.rollout.evaluation import Evaluation
 
 def warn(console: Console, text: str) -> None:
     """Something that a person should know, in yellow; above the display where there is one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zppo.grading.grader import Verdict
-from zppo.train.rollouts import Answered, Score
+from zppo.rollout.student import Answered, Score
 
 EVERY = 50
 """Steps after which the same warning may come again."""

@@ -27,21 +27,20 @@ from zppo.errors import SettingsError
 from zppo.models.student import Student, context_length, load_chat, load_student
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.rollout.frozen_models import Staff
+from zppo.rollout.grading import make_scorer
+from zppo.rollout.questions import RunData, check_vocabulary, load_short
+from zppo.rollout.reformulated import grades_beside, make_asker, make_zone
+from zppo.rollout.student import Roller, Score, Speaker
+from zppo.rollout.teacher import TimedTeacher
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
 from zppo.runs.signals import Stop
 from zppo.train.advice import Adviser, TimedScore
-from zppo.train.ask import TimedTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.make_learner import make_learner, make_reformulations
-from zppo.train.make_zone import grades_beside, make_asker, make_zone
 from zppo.train.origin import origin_of
-from zppo.train.questions import check_vocabulary, load_short
-from zppo.train.rollouts import Roller, Score, Speaker
-from zppo.train.scoring import make_scorer
-from zppo.train.seeing import RunData
 from zppo.train.student_engine import StudentEngine, make_guard, start_vllm
-from zppo.train.teachers import Staff
 from zppo.train.trainer import Trainer
 
 

@@ -15,8 +15,8 @@ from zppo.core.types import Group, Rollout
 from zppo.distributed.parallel import Weights, zero_gradients
 from zppo.engines.logprobs import Row, image_inputs
 from zppo.images.processor import Sight
+from zppo.rollout.teacher import Asker, Pools
 from zppo.teacher.compression import Source
-from zppo.train.ask import Asker, Pools
 from zppo.train.budget import TokenBudget
 from zppo.train.guard import GuardedStep
 from zppo.train.learn import Learnt

@@ -13,9 +13,9 @@ from zppo import __version__
 from zppo.config.settings import LoraSettings
 from zppo.engines.chat import Chat
 from zppo.models.student import Student
+from zppo.rollout.evaluation import Evaluation
 from zppo.runs.checkpoint import Savable
 from zppo.runs.files import PARTIAL, sync, writing
-from zppo.train.evaluate import Evaluation
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
 FINAL = "final"

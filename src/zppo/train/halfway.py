@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
+from zppo.rollout.reformulated import Zone
 from zppo.runs.checkpoint import unusable
 from zppo.teacher.compression import Source
 from zppo.train.tally import Tally
 from zppo.train.update import Begun
-from zppo.train.zone import Zone
 
 _FACTS, _TOKENS = "halfway.json", "halfway.safetensors"
 _ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name not in ("ids", "logprobs"))

@@ -11,8 +11,8 @@ import torch
 from zppo.config.settings import AdvantageSettings
 from zppo.core.draws import keyed_random
 from zppo.core.types import Group, Rollout
+from zppo.rollout.teacher import Pools
 from zppo.teacher.compression import Source
-from zppo.train.ask import Pools
 from zppo.train.update import Begun, Updater, advantages_of
 
 

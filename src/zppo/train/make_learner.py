@@ -28,15 +28,15 @@ from zppo.imports import load_object
 from zppo.models.optimizer import make_optimizer
 from zppo.models.parts import freeze_parts, parameter_groups
 from zppo.models.student import recompute_layers
+from zppo.rollout.frozen_models import FrozenTeacher, in_process
+from zppo.rollout.teacher import Asker, ResponseTokens
 from zppo.runs import checkpoint
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
-from zppo.train.ask import Asker, ResponseTokens
 from zppo.train.budget import TokenBudget, make_budget
 from zppo.train.distill import Distiller
 from zppo.train.learn import Learner, PolicyLearner
 from zppo.train.sampler_check import make_check
-from zppo.train.teachers import FrozenTeacher, in_process
 from zppo.train.update import Updater
 
 

@@ -21,18 +21,18 @@ from zppo.distributed.parallel import make_accelerator, make_weights
 from zppo.engines.vllm import VLLMEngine
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.models.student import load_model
+from zppo.rollout.evaluation import Evaluation, evaluate
+from zppo.rollout.frozen_models import staffing
+from zppo.rollout.grading import scoring
+from zppo.rollout.questions import read_data
 from zppo.runs.display import warn
 from zppo.runs.files import RECIPE, check_output, write_whole, writing
 from zppo.runs.log import METRICS, read_lines
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
 from zppo.train.assemble import Assembled, assemble, make_engine
-from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.final import FINAL, closing_table, finish_final, save_final, write_model_card
 from zppo.train.recover import Start, rescue, way_on
-from zppo.train.scoring import scoring
-from zppo.train.seeing import read_data
-from zppo.train.teachers import staffing
 from zppo.train.trainer import Trainer
 
 

@@ -19,19 +19,19 @@ from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
 from zppo.distributed.processes import ALONE, Team
 from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
+from zppo.rollout.evaluation import Evaluation, evaluate
+from zppo.rollout.grading import Scorer
+from zppo.rollout.reformulated import ZoneBuilder
+from zppo.rollout.student import Roller
 from zppo.runs.display import Progress
 from zppo.runs.log import RunLog
 from zppo.runs.signals import Stop
 from zppo.train.advice import Adviser, TimedScore
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.engine_guard import EngineGuard
-from zppo.train.evaluate import Evaluation, evaluate
 from zppo.train.halfway import Collected, Halfway
 from zppo.train.learn import Learner, Learnt
-from zppo.train.rollouts import Roller
-from zppo.train.scoring import Scorer
 from zppo.train.update import Begun, UpdateStopped
-from zppo.train.zone import ZoneBuilder
 
 MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",

@@ -15,10 +15,10 @@ from zppo.grading.grader import Verdict
 from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.rollout.frozen_models import FrozenTeacher
+from zppo.rollout.student import Answered, Score
 from zppo.teacher.compression import token_tail
 from zppo.teacher.judge import Case, Judge, readable
-from zppo.train.rollouts import Answered, Score
-from zppo.train.teachers import FrozenTeacher
 
 _FEW = 8  # replies on which nothing is concluded yet
 

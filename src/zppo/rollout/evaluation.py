@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from zppo.config.settings import EvalSettings
 from zppo.core.types import Question
-from zppo.train.rollouts import Roller
+from zppo.rollout.student import Roller
 
 
 @dataclass(frozen=True, slots=True)

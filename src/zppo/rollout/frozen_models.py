@@ -15,11 +15,11 @@ from zppo.config.settings import FrozenModelSettings, Settings, TeacherSettings
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
 from zppo.models.student import read_template, resolve_model
+from zppo.rollout.questions import Seeing
 from zppo.runs.display import warn
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import Names, read_key
-from zppo.train.seeing import Seeing
 
 FrozenTeacher = LocalTeacher | RemoteTeacher
 

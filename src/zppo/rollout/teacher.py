@@ -10,9 +10,9 @@ from zppo.core.draws import draw_key
 from zppo.core.types import Message, Question
 from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
 from zppo.prompts.neutralise import Neutraliser
+from zppo.rollout.student import Answered, Score, Speaker
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
-from zppo.train.rollouts import Answered, Score, Speaker
 
 Pools = dict[str, tuple[Source, ...]]
 """T_x by question id: correct teacher responses, in the order of teachers and draws."""

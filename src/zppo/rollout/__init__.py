@@ -1,0 +1,1 @@
+"""From questions to groups: student and teacher rollouts, grading, reformulated prompts."""
