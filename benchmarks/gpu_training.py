@@ -30,7 +30,7 @@ def measure(options: Options) -> Mapping[str, Any]:
     from accelerate import Accelerator
 
     from zppo.config.settings import LossSettings, TrainSettings
-    from zppo.train.update import Updater
+    from zppo.train.policy_gradient import Updater
 
     cpu = options.quick
     config = tiny_config() if cpu else full_config()
@@ -140,7 +140,7 @@ def batch(vocabulary: int, count: int, shorter: int) -> tuple[list[Any], Any]:
 
     from zppo.config.settings import AdvantageSettings
     from zppo.core.types import PLAIN, Group, Message, Prompt, Question, Rollout
-    from zppo.train.update import advantages_of
+    from zppo.train.policy_gradient import advantages_of
 
     rng, groups = random.Random(0), []
 

@@ -135,7 +135,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
     from zppo.rollout.frozen_models import Staff
     from zppo.rollout.questions import read_data
     from zppo.runs.signals import Stop
-    from zppo.train.assemble import assemble
+    from zppo.train.build import assemble
 
     torch.set_num_threads(own.threads)
     with tempfile.TemporaryDirectory() as name:

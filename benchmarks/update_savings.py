@@ -46,7 +46,7 @@ class Variants:
         from zppo.config.settings import AdvantageSettings
         from zppo.core.types import Group, Message, Prompt, Question, Rollout
         from zppo.engines.logprobs import completion_logprobs
-        from zppo.train.update import advantages_of
+        from zppo.train.policy_gradient import advantages_of
 
         rng, shape, groups = random.Random(0), self.shape, []
         said = completions(shape, seed=0) + completions(shape, seed=1)
@@ -69,7 +69,7 @@ class Variants:
         import torch
 
         from zppo.config.settings import LossSettings, TrainSettings
-        from zppo.train.update import Updater
+        from zppo.train.policy_gradient import Updater
 
         still = torch.optim.SGD(self.model.parameters(), lr=0.0)
         return Updater(
@@ -79,8 +79,8 @@ class Variants:
 
     def undropped(self) -> Any:
         """Every row goes through the model, whatever its advantage."""
-        import zppo.train.update as module
-        from zppo.train.samples import Share
+        import zppo.train.policy_gradient as module
+        from zppo.train.policy_gradient import Share
 
         updater, real = self.updater(), module.share_minibatch
 

@@ -26,9 +26,9 @@ from zppo.engines.logprobs import Sharing
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
 from zppo.models.student import Student
-from zppo.train.distill import Distiller
-from zppo.train.sampler_check import SamplerCheck
-from zppo.train.update import Begun, Updater, UpdateStopped, advantages_of
+from zppo.train.distillation import Distiller
+from zppo.train.engine_checks import SamplerCheck
+from zppo.train.policy_gradient import Begun, Updater, UpdateStopped, advantages_of
 
 LEARNING_RATE = (
     1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from zppo.core.loss import jensen_shannon
 from zppo.engines.logprobs import Row
-from zppo.train.distill import completion_logits
+from zppo.train.distillation import completion_logits
 
 
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 20), tokens=st.integers(1, 6))

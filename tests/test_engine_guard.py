@@ -23,9 +23,9 @@ from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
 from zppo.models.student import load_chat
-from zppo.train.advice import EVERY, WATCHES, Adviser, TimedScore
-from zppo.train.engine_guard import EngineGuard, _Gap
-from zppo.train.student_engine import make_guard
+from zppo.train.build import make_guard
+from zppo.train.engine_checks import EngineGuard, _Gap
+from zppo.train.health_checks import EVERY, WATCHES, Adviser, TimedScore
 
 PROMPT = tuple(range(10, 40))
 

@@ -25,8 +25,8 @@ from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.images.store import keep
 from zppo.rollout.questions import in_both, unseen
 from zppo.runs import checkpoint
-from zppo.train.halfway import Halfway
-from zppo.train.origin import changes_since, origin_of
+from zppo.train.mid_step import Halfway
+from zppo.train.provenance import changes_since, origin_of
 from zppo.train.trainer import Trainer
 
 STATE = ("state.json", "halfway.json", "halfway.safetensors")

@@ -29,7 +29,7 @@ from zppo.errors import ModelError
 from zppo.images import features as vision
 from zppo.images.features import plain_inputs
 from zppo.images.store import PixelLimits
-from zppo.train.update import Updater, advantages_of
+from zppo.train.policy_gradient import Updater, advantages_of
 
 
 class Eyes(NamedTuple):

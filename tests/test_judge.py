@@ -42,9 +42,8 @@ from zppo.rollout.student import Answered, Speaker
 from zppo.rollout.teacher import Asker
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
-from zppo.train.final import closing_table
 from zppo.train.plan import make_plan
-from zppo.train.run import resume, train
+from zppo.train.run import closing_table, resume, train
 from zppo.train.trainer import Totals
 
 RIGHT, WRONG = '{"verdict": "correct"}', '{"verdict": "wrong"}'

@@ -39,9 +39,10 @@ from zppo.models.lora import add_adapters
 from zppo.models.optimizer import make_optimizer
 from zppo.models.student import load_model, recompute_layers
 from zppo.runs import checkpoint
-from zppo.train import distill, update
-from zppo.train.budget import TokenBudget, make_budget
-from zppo.train.update import UpdateStopped, advantages_of
+from zppo.train import distillation as distill
+from zppo.train import policy_gradient as update
+from zppo.train.optimizer_step import TokenBudget, make_budget
+from zppo.train.policy_gradient import UpdateStopped, advantages_of
 
 pytestmark = pytest.mark.slow
 

@@ -34,9 +34,9 @@ from zppo.runs.log import RunLog
 from zppo.runs.signals import Stop, catch_signals
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
-from zppo.train.halfway import Collected, Halfway
-from zppo.train.origin import changes_since, origin_of
-from zppo.train.update import Begun, Tally
+from zppo.train.mid_step import Collected, Halfway
+from zppo.train.policy_gradient import Begun, Tally
+from zppo.train.provenance import changes_since, origin_of
 
 UPDATE = "torch.optim:AdamW.step"
 SAMPLE = "zppo.rollout.student:Roller.roll"
@@ -115,7 +115,7 @@ PLACES = [
     ("a checkpoint's files", "zppo.runs.checkpoint:sync", 3),
     ("old checkpoints go", "shutil:rmtree", 2),
     ("rewinding", "zppo.runs.log:write_whole", 2),
-    ("final", "zppo.train.final:sync", 2),
+    ("final", "zppo.train.run:sync", 2),
     ("final's evaluation", "zppo.train.run:evaluate", 1),
     ("final's card", "zppo.train.run:finish_final", 1),
 ]
@@ -143,11 +143,13 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert run.go(at=UPDATE, nth=3, do="int") == 130  # the last update of step 1 and two of step 2
     assert "resumed after step 0 of 5 and 3 updates of the next" in run.said
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
-    assert run.go(at="zppo.train.learn:advantages_of", do="term") == 143  # nothing moved: it is saved already
+    assert run.go(at="zppo.train.policy_gradient:advantages_of", do="term") == 143  # nothing moved: it is saved already
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
     assert run.go(at=MANIFEST_MADE, do="term") == 143  # the checkpoint of step 2 is finished first
     assert run.checkpoints() == ["step-000001+2", "step-000002"]
-    assert run.go(at="zppo.train.learn:advantages_of", do="int") == 130  # step 3 is sampled, and no update is done
+    assert (
+        run.go(at="zppo.train.policy_gradient:advantages_of", do="int") == 130
+    )  # step 3 is sampled, and no update is done
     assert run.checkpoints() == ["step-000002", "step-000002+0"]
     assert run.go(at="zppo.train.trainer:evaluate", do="term") == 143  # after step 4, before its checkpoint
     assert run.checkpoints() == ["step-000002+0", "step-000004"]

@@ -20,8 +20,8 @@ from zppo.config.settings import AdvantageSettings, TrainSettings
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group
 from zppo.engines.transformers import TransformersEngine
-from zppo.train.sampler_check import Gap, SamplerCheck, make_check
-from zppo.train.update import Tally, Updater, UpdateStopped, advantages_of
+from zppo.train.engine_checks import Gap, SamplerCheck, make_check
+from zppo.train.policy_gradient import Tally, Updater, UpdateStopped, advantages_of
 
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0] * 4, [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
 

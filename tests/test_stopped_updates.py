@@ -14,9 +14,9 @@ from same_run import assert_same_run, records
 from zppo.cli import main
 from zppo.models.student import load_model
 from zppo.runs import checkpoint
-from zppo.train import learn
-from zppo.train.distill import Distiller
-from zppo.train.update import Updater
+from zppo.train import policy_gradient as learn
+from zppo.train.distillation import Distiller
+from zppo.train.policy_gradient import Updater
 
 pytestmark = pytest.mark.slow
 SHORT = [
@@ -87,7 +87,9 @@ def test_memory_that_runs_out_between_two_updates_loses_nothing(
     zppo: Callable[..., tuple[int, str]], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, whole, saving = tmp_path / "run", tmp_path / "whole", "--train.checkpoint_every=50"
-    monkeypatch.setattr("zppo.train.budget.PASS_TOKENS", 10**6)  # one micro-batch per update, four updates a step
+    monkeypatch.setattr(
+        "zppo.train.optimizer_step.PASS_TOKENS", 10**6
+    )  # one micro-batch per update, four updates a step
     with monkeypatch.context() as patch:
         nth_call_raises(patch, Updater, "_backward", 7)
         status, said = zppo("train", recipe, *SHORT, saving, f"--output={run}")

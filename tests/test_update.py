@@ -18,7 +18,7 @@ from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group, Message, Prompt, Question, Rollout
 from zppo.engines.logprobs import Sharing
-from zppo.train.update import Updater, advantages_of
+from zppo.train.policy_gradient import Updater, advantages_of
 
 VOCABULARY = 300
 

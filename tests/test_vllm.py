@@ -430,7 +430,7 @@ def test_a_failing_server_is_named_in_bounded_words() -> None:
 
 def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch, tiny_qwen3_dir: Path) -> None:
     from zppo.config.settings import StudentSettings
-    from zppo.train import student_engine
+    from zppo.train import build as student_engine
 
     asked: list[Any] = []
     monkeypatch.setattr(student_engine, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "/snapshot")
@@ -443,7 +443,7 @@ def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch
 
 def test_several_processes_are_refused(recipe: Path) -> None:
     from zppo.config.recipe import load_recipe
-    from zppo.train.student_engine import start_vllm
+    from zppo.train.build import start_vllm
 
     settings, several = load_recipe(recipe, ["--rollout.engine=vllm"]), SimpleNamespace(num_processes=2)
     with pytest.raises(SettingsError, match="2 processes"):

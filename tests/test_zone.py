@@ -24,7 +24,7 @@ from zppo.rollout.student import Answered, Speaker
 from zppo.rollout.teacher import Asker
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor
-from zppo.train.make_learner import make_reformulations
+from zppo.train.build import make_reformulations
 
 
 class Words:

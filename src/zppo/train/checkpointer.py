@@ -15,7 +15,7 @@ from zppo.distributed.parallel import Weights
 from zppo.models.student import Student
 from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable
-from zppo.train.halfway import Halfway
+from zppo.train.mid_step import Halfway
 
 
 class Checkpointer:

@@ -26,12 +26,11 @@ from zppo.rollout.student import Roller
 from zppo.runs.display import Progress
 from zppo.runs.log import RunLog
 from zppo.runs.signals import Stop
-from zppo.train.advice import Adviser, TimedScore
 from zppo.train.checkpointer import Checkpointer
-from zppo.train.engine_guard import EngineGuard
-from zppo.train.halfway import Collected, Halfway
-from zppo.train.learn import Learner, Learnt
-from zppo.train.update import Begun, UpdateStopped
+from zppo.train.engine_checks import EngineGuard
+from zppo.train.health_checks import Adviser, TimedScore
+from zppo.train.mid_step import Collected, Halfway
+from zppo.train.policy_gradient import Begun, Learner, Learnt, UpdateStopped
 
 MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",

@@ -17,8 +17,7 @@ from zppo.errors import CheckpointError
 from zppo.rollout.reformulated import Zone
 from zppo.runs.checkpoint import unusable
 from zppo.teacher.compression import Source
-from zppo.train.tally import Tally
-from zppo.train.update import Begun
+from zppo.train.policy_gradient import Begun, Tally
 
 _FACTS, _TOKENS = "halfway.json", "halfway.safetensors"
 _ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name not in ("ids", "logprobs"))

@@ -17,10 +17,8 @@ from zppo.engines.logprobs import Row, image_inputs
 from zppo.images.processor import Sight
 from zppo.rollout.teacher import Asker, Pools
 from zppo.teacher.compression import Source
-from zppo.train.budget import TokenBudget
-from zppo.train.guard import GuardedStep
-from zppo.train.learn import Learnt
-from zppo.train.update import Begun
+from zppo.train.optimizer_step import GuardedStep, TokenBudget
+from zppo.train.policy_gradient import Begun, Learnt
 
 
 def completion_logits(model: nn.Module, rows: Sequence[Row], pad_id: int, sight: Sight | None = None) -> torch.Tensor:

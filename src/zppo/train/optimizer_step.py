@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+import torch
+from accelerate import Accelerator
+
 from zppo.config.settings import TOKENS_PER_MICROBATCH, TrainSettings
 from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, MicroBatch, micro_batches
+from zppo.distributed.parallel import Weights
 from zppo.engines.base import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
 
@@ -114,3 +119,37 @@ def make_budget(
             "give a number"
         )
     return TokenBudget(train.tokens_per_microbatch, say, overhead=PASS_TOKENS_GPU if gpu else PASS_TOKENS)
+
+
+MOST_SKIPPED_UPDATES = 3
+
+
+class GuardedStep:
+    """Clips the gradient norm and steps, unless loss or norm is not finite: then the update is skipped.
+
+    Attributes:
+        skipped_in_a_row: part of a checkpoint.
+        fault: why the run has to stop after this step: too many skipped updates in a row; "" as long as there is no reason.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, weights: Weights
+    ) -> None:
+        self.optimizer, self.accelerator, self.max_norm, self.weights = optimizer, accelerator, max_norm, weights
+        self.skipped_in_a_row, self.fault = 0, ""
+
+    def step(self, loss: float) -> tuple[float, float, bool]:
+        """Loss of all processes together, gradient norm before clipping, and whether the weights moved; gradients are 0 afterwards.
+
+        Args:
+            loss: what this process's rows add to the loss.
+        """
+        loss = sum(self.weights.team.gather(loss))
+        norm, moved = self.weights.step(self.optimizer, self.accelerator, self.max_norm, finite=math.isfinite(loss))
+        self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
+            self.fault = (
+                f"loss {loss} and gradient norm {norm}: {self.skipped_in_a_row} updates in a row were not finite. The weights are "
+                "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
+            )
+        return loss, norm, moved

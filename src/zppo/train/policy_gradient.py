@@ -1,11 +1,11 @@
-"""Advantages -> I optimizer steps (Alg. 1, l. 18; method.md sections 5 and 6)."""
+"""Rollouts on their way into the loss, and which of them are a process's own."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -13,18 +13,183 @@ from torch import nn
 
 from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.core.advantages import group_advantages, two_step_advantages
+from zppo.core.draws import keyed_random
 from zppo.core.loss import clipped_surrogate
-from zppo.core.minibatch import MicroBatch, deal_groups
-from zppo.core.types import Group
+from zppo.core.metrics import mean
+from zppo.core.minibatch import MicroBatch, deal_groups, share_prompt, shares
+from zppo.core.types import Group, Rollout
 from zppo.distributed.parallel import Weights, zero_gradients
-from zppo.engines.logprobs import Sharing, completion_logprobs, shared_logprobs
+from zppo.engines.logprobs import Pack, Row, Sharing, completion_logprobs, shared_logprobs
 from zppo.errors import MemoryLimitError
 from zppo.images.processor import Sight
-from zppo.train.budget import TokenBudget
-from zppo.train.guard import GuardedStep
-from zppo.train.sampler_check import SamplerCheck
-from zppo.train.samples import Sample, Share, pack_length, packed, packs_of, samples_of, share_minibatch
-from zppo.train.tally import Tally
+from zppo.rollout.teacher import Pools
+from zppo.teacher.compression import Source
+from zppo.train.engine_checks import Gap, SamplerCheck
+from zppo.train.optimizer_step import GuardedStep, TokenBudget
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One rollout on its way into the loss."""
+
+    row: Row
+    sampled_logprobs: torch.Tensor
+    advantage: float
+    counted: bool  # stands in the token-level denominator
+
+    @property
+    def tokens(self) -> int:
+        return len(self.row.completion_ids)
+
+    @property
+    def length(self) -> int:
+        return len(self.row.prompt_ids) + self.tokens
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the student did not sample it (Teacher response), so that no sampler knows its log-probs."""
+        return bool(self.sampled_logprobs.isnan().any())
+
+    @property
+    def live(self) -> bool:
+        """Whether it has a gradient at all: with no KL term, a rollout with A = 0 has exactly none."""
+        return self.counted and self.advantage != 0
+
+
+def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_truncated: bool) -> list[list[Sample]]:
+    """Samples per group."""
+    values = iter(advantages.tolist())
+
+    def sample(group: Group, rollout: Rollout) -> Sample:
+        row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()), group.prompt.images)
+        return Sample(row, rollout.logprobs, next(values), not (mask_truncated and rollout.truncated))
+
+    return [[sample(group, rollout) for rollout in group.rollouts] for group in groups]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process does of a minibatch [zppo].
+
+    Attributes:
+        rows: (group, rollout) of its rows that have a gradient: whole groups.
+        others: the rows of every other process.
+    """
+
+    rows: list[tuple[int, int]]
+    others: list[list[tuple[int, int]]]
+
+
+def share_minibatch(samples: Sequence[Sequence[Sample]], dealt: Sequence[int], *, rank: int, size: int) -> Share:
+    """The share of a process in a minibatch of the groups `dealt`, balanced by tokens. All processes work out the same."""
+    live = [[(g, i) for i, s in enumerate(samples[g]) if s.live] for g in dealt]
+    parts = shares([sum(samples[g][i].length for g, i in rows) for rows in live], size)
+    rows = [[row for part in mine for row in live[part]] for mine in parts]
+    return Share(rows[rank], [*rows[:rank], *rows[rank + 1 :]])
+
+
+def packed(samples: Sequence[Sample], sharing: Sharing, most: int) -> list[list[int]]:
+    """Indices of samples in packs that compute their prompt once, where that pays; of at most `most` tokens, if several share one.
+
+    Rows with images stay alone.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        if not sample.row.images:
+            by_prompt.setdefault(tuple(sample.row.prompt_ids), []).append(i)
+    packs = [[i] for i, sample in enumerate(samples) if sample.row.images]
+    for prompt, members in by_prompt.items():
+        tokens = [samples[i].tokens for i in members]
+        dealt = share_prompt(len(prompt), tokens, reach=sharing.reach, most=min(most, sharing.most))
+        packs += [[members[j] for j in pack] for pack in dealt]
+    return packs
+
+
+def packs_of(samples: Sequence[Sample], packs: Sequence[Sequence[int]]) -> list[Pack]:
+    """What a model is given."""
+    return [Pack(samples[pack[0]].row.prompt_ids, [samples[i].row.completion_ids for i in pack]) for pack in packs]
+
+
+def pack_length(samples: Sequence[Sample], pack: Sequence[int]) -> int:
+    """Tokens of a prompt and its completions."""
+    return len(samples[pack[0]].row.prompt_ids) + sum(samples[i].tokens for i in pack)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the micro-batches of a step."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    tokens: int = 0
+    clipped_low: int = 0
+    clipped_high: int = 0
+    clipped_dual: int = 0
+    gap_sum: float = 0.0
+    gap_max: float = 0.0
+    gap_tokens: int = 0
+    needed: int = 0
+    computed: int = 0
+    old_needed: int = 0
+    skipped: int = 0
+    fallback: int = 0  # 1 where the sampler's log-probs were to be old log-probs, and were refused
+
+    @property
+    def gap(self) -> Gap:
+        """Between sampler and trainer, before the first update."""
+        return Gap(self.gap_sum, self.gap_max, self.gap_tokens)
+
+    def add(self, sums: Sequence[torch.Tensor]) -> float:
+        """Counts what `Updater._backward` gave for each micro-batch, read at once; returns their loss.
+
+        Float32 holds whole numbers up to 16 million, more than a micro-batch has tokens.
+        """
+        loss = 0.0
+        for line in torch.stack(list(sums)).tolist() if sums else ():
+            loss += line[0]
+            self.clipped_low += int(line[1])
+            self.clipped_high += int(line[2])
+            self.clipped_dual += int(line[3])
+            if len(line) > 4:
+                self.add_gap(*line[4:])
+        return loss
+
+    def add_gap(self, total: float, largest: float, tokens: float) -> None:
+        """Counts differences between sampler and trainer."""
+        self.gap_sum += total
+        self.gap_max = max(self.gap_max, largest)
+        self.gap_tokens += int(tokens)
+
+    def plus(self, others: Sequence[Tally]) -> Tally:
+        """With what other processes have counted of their rows; losses, norms and skipped updates are everybody's already."""
+        summed = {name: sum(getattr(t, name) for t in (self, *others)) for name in _COUNTED}
+        return replace(self, gap_max=max(t.gap_max for t in (self, *others)), **summed)
+
+    def without_rows(self) -> Tally:
+        """Losses, norms and skipped updates alone."""
+        return Tally(losses=list(self.losses), grad_norms=list(self.grad_norms), skipped=self.skipped)
+
+    def metrics(self) -> dict[str, float | None]:
+        tokens = max(1, self.tokens)
+        return {
+            "loss": mean(self.losses),
+            "grad_norm": mean(self.grad_norms),
+            "clip_low_share": self.clipped_low / tokens,
+            "clip_high_share": self.clipped_high / tokens,
+            "clip_dual_share": self.clipped_dual / tokens,
+            "logprob_gap_mean": self.gap_sum / self.gap_tokens if self.gap_tokens else None,
+            "logprob_gap_max": self.gap_max if self.gap_tokens else None,
+            "optimizer_steps": float(len(self.losses) - self.skipped),
+            "skipped_updates": float(self.skipped),
+            "train_tokens_needed": float(self.needed),
+            "train_tokens_computed": float(self.computed),
+            "logprob_tokens": float(self.old_needed),
+            "logprob_fallback": float(self.fallback),
+        }
+
+
+_COUNTED = tuple("tokens clipped_low clipped_high clipped_dual gap_sum gap_tokens needed computed old_needed".split())
+
 
 Result = TypeVar("Result")
 
@@ -336,3 +501,123 @@ def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) 
     known = mask & ~gap.isnan()
     gap = gap.where(known, 0.0)
     return torch.stack([gap.sum(), gap.max(), known.sum()]).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What a step did to the weights.
+
+    Attributes:
+        groups: what was learnt from, plain groups first; the rollout log holds these.
+        advantages: (N,) of their rollouts; 0 where none is used.
+        metrics: numbers for the run log.
+        teacher_error: why the teacher could not serve a request that learning needed; "" where it served all.
+        fault: why the run has to stop after this step; "" where it goes on.
+    """
+
+    groups: list[Group]
+    advantages: torch.Tensor
+    metrics: dict[str, float | None]
+    teacher_error: str = ""
+    fault: str = ""
+
+
+class Learner(Protocol):
+    """Turns the groups of a step into optimizer steps."""
+
+    def learn(
+        self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
+    ) -> Learnt:
+        """Learn from plain groups, reformulated groups and correct teacher responses.
+
+        Args:
+            begun: where `UpdateStopped` left the same step; None: from its start.
+
+        Raises:
+            UpdateStopped: the run shall stop, and the learner is between two optimizer steps.
+            MemoryLimitError: memory ran out; in one process only before the first optimizer step.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """What the next step depends on, besides weights and optimizer; JSON-ready."""
+        ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a state."""
+        ...
+
+
+class PolicyLearner:
+    """The clipped surrogate over all groups of a step.
+
+    Args:
+        updater: the optimizer steps.
+        advantage: how advantages are computed.
+        respond: makes a rollout of a teacher response; None for methods without Teacher response.
+        drop_trivial: leave groups whose rewards are all equal out of the batch and its denominator (dynamic sampling after
+            reformulation, an extension).
+        seed: keys the draws.
+    """
+
+    def __init__(
+        self,
+        updater: Updater,
+        advantage: AdvantageSettings,
+        *,
+        respond: Callable[[Source], Rollout | None] | None,
+        drop_trivial: bool,
+        seed: int,
+    ) -> None:
+        self.updater, self.advantage, self.respond = updater, advantage, respond
+        self.drop_trivial, self.seed = drop_trivial, seed
+
+    def learn(
+        self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
+    ) -> Learnt:
+        """Advantages over the whole step, then I optimizer steps."""
+        groups = [*(self._with_response(g, pools, step) for g in plain), *again]
+        replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
+        kept = [g for g in groups if not (self.drop_trivial and trivial(g))]
+        inside = advantages_of(kept, self.advantage)
+        metrics = self.updater.update(kept, inside, step, begun)
+        if self.respond is not None:
+            metrics["teacher_responses_in_groups"] = float(replaced)
+        return Learnt(groups, self._spread(groups, kept, inside), metrics, fault=self.updater.guard.fault)
+
+    def state_dict(self) -> dict[str, int]:
+        checked = self.updater.check.state_dict() if self.updater.check else {}
+        return {
+            "skipped_in_a_row": self.updater.guard.skipped_in_a_row,
+            **self.updater.budget.state_dict(),
+            **checked,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updater.guard.skipped_in_a_row = state["skipped_in_a_row"]
+        self.updater.budget.load_state_dict(state)
+        if self.updater.check:
+            self.updater.check.load_state_dict(state)
+
+    def _with_response(self, group: Group, pools: Pools, step: int) -> Group:
+        """A correct teacher response in the place of a wrong rollout, both drawn uniformly, as if the student had sampled it."""
+        pool = pools.get(group.question.id, ()) if self.respond is not None else ()
+        wrong = [i for i, r in enumerate(group.rollouts) if r.graded and not r.correct]
+        if self.respond is None or not pool or not wrong:
+            return group
+        rng = keyed_random(self.seed, "teacher-response", step, group.question.id)
+        rollout, place = self.respond(rng.choice(pool)), rng.choice(wrong)
+        if rollout is None:
+            return group
+        return replace(group, rollouts=(*group.rollouts[:place], rollout, *group.rollouts[place + 1 :]))
+
+    @staticmethod
+    def _spread(groups: Sequence[Group], kept: Sequence[Group], inside: torch.Tensor) -> torch.Tensor:
+        """Advantages of all rollouts, 0 for those of groups that left."""
+        values, held = iter(inside.tolist()), {id(g) for g in kept}
+        return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])
+
+
+def trivial(group: Group) -> bool:
+    """Whether all graded rewards of a group are equal: it is all-right or all-wrong."""
+    return len({r.reward for r in group.graded}) <= 1

@@ -1,0 +1,475 @@
+"""Starts vLLM by a recipe, and the guard that watches whichever engine samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from zppo.config.methods import Method
+from zppo.config.recipe import dump_recipe
+from zppo.config.settings import Settings, StudentSettings
+from zppo.core.reformulate import (
+    BinaryCandidateQuestion,
+    HintQuestion,
+    NegativeCandidateQuestion,
+    Placebo,
+    PrefixQuestion,
+    Reformulation,
+)
+from zppo.core.replay import PromptReplayBuffer
+from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Prompt, Question, Rollout
+from zppo.data.order import steps_per_epochs
+from zppo.distributed.parallel import Weights
+from zppo.engines.base import Engine
+from zppo.engines.chat import Chat
+from zppo.engines.image_check import check_sight
+from zppo.engines.logprobs import Sharing, sharing_of
+from zppo.engines.transformers import TransformersEngine
+from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
+from zppo.errors import SettingsError
+from zppo.imports import load_object
+from zppo.models.optimizer import make_optimizer
+from zppo.models.parts import freeze_parts, parameter_groups
+from zppo.models.student import Student, context_length, load_chat, load_student, recompute_layers, resolve_model
+from zppo.prompts.book import PromptBook
+from zppo.prompts.neutralise import Neutraliser
+from zppo.rollout.frozen_models import FrozenTeacher, Staff, in_process
+from zppo.rollout.grading import make_scorer
+from zppo.rollout.questions import RunData, check_vocabulary, load_short
+from zppo.rollout.reformulated import grades_beside, make_asker, make_zone
+from zppo.rollout.student import Roller, Score, Speaker
+from zppo.rollout.teacher import Asker, ResponseTokens, TimedTeacher
+from zppo.runs import checkpoint
+from zppo.runs.display import Progress, warn
+from zppo.runs.log import RunLog, SilentLog
+from zppo.runs.signals import Stop
+from zppo.teacher.compression import Source
+from zppo.teacher.local import LocalTeacher
+from zppo.train.checkpointer import Checkpointer
+from zppo.train.distillation import Distiller
+from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineGuard, make_check
+from zppo.train.health_checks import Adviser, TimedScore
+from zppo.train.optimizer_step import TokenBudget, make_budget
+from zppo.train.policy_gradient import Learner, PolicyLearner, Updater
+from zppo.train.provenance import origin_of
+from zppo.train.trainer import Trainer
+
+StudentEngine = TransformersEngine | VLLMEngine
+
+
+def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerator: Accelerator) -> VLLMEngine:
+    """vLLM in this process, or the connection to its server.
+
+    Raises:
+        SettingsError: several processes train, or vLLM is not installed.
+        EngineError: vLLM cannot be used; the message says why.
+    """
+    if accelerator.num_processes > 1:
+        raise SettingsError(
+            f"rollout.engine is vllm and {accelerator.num_processes} processes train, which is not built yet: train in one process "
+            "with rollout.vllm.mode=server and as many GPUs for the server as you like, or set rollout.engine to transformers"
+        )
+    vllm, server = settings.rollout.vllm, settings.rollout.vllm.mode == "server"
+    options = (
+        {"server_timeout": vllm.wait, "group_port": vllm.group_port}
+        if server
+        else {
+            "gpu_memory_utilization": vllm.gpu_memory_utilization,
+            "max_num_seqs": settings.rollout.max_rows,
+            "enable_sleep_mode": vllm.enable_sleep_mode,
+            "model_impl": vllm.model_impl,
+        }
+    )
+    return open_vllm(
+        model,
+        _checkpoint(settings.student),
+        chat.tokenizer,
+        accelerator,
+        eos_ids=chat.eos_ids(model),
+        banned_ids=chat.banned_ids(model),
+        server=vllm.base_url.rstrip("/") if server else None,
+        max_model_length=vllm.max_model_length,
+        sight=chat.sight,
+        **options,
+    )
+
+
+def _checkpoint(student: StudentSettings) -> str:
+    """Where vLLM loads from: it is told no revision, so one of a hub model is given as the folder that holds it."""
+    name = resolve_model(student.model)
+    if student.revision is None or Path(name).exists():
+        return name
+    return snapshot_download(
+        name, revision=student.revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    )
+
+
+def make_guard(
+    settings: Settings,
+    engine: Engine,
+    model: PreTrainedModel,
+    prompt: Prompt,
+    chat: Chat,
+    accelerator: Accelerator,
+    weights: Weights,
+) -> EngineGuard:
+    """The guard over the run's engine; `prompt` is the fixed one."""
+    exact = isinstance(engine, TransformersEngine) and accelerator.mixed_precision == "no"
+    return EngineGuard(
+        engine,
+        model,
+        prompt.ids,
+        temperature=settings.rollout.temperature,
+        banned_ids=tuple(sorted(chat.banned_ids(model))),
+        pad_id=chat.pad_id(model),
+        tolerance=settings.train.engine_tolerance or (TOLERANCE_FP32 if exact else TOLERANCE_ROUNDED),
+        every=settings.train.check_engine_every,
+        seed=settings.seed,
+        team=weights.team,
+        whole=weights.whole,
+        images=prompt.images,
+        sight=chat.sight,
+    )
+
+
+def make_reformulations(method: Method, prefix_fraction: float) -> list[Reformulation]:
+    """The reformulations of a method, in building order.
+
+    Raises:
+        SettingsError: one of the user's own cannot be imported or is none; the message says why.
+    """
+    own: dict[str, Reformulation] = {
+        BCQ: BinaryCandidateQuestion(),
+        NCQ: NegativeCandidateQuestion(),
+        HINT: HintQuestion(),
+        PREFIX: PrefixQuestion(prefix_fraction),
+    }
+    made = [own[kind] if kind in own else _imported(kind) for kind in method.reformulations]
+    kinds = [r.kind for r in made]
+    if len(set(kinds)) != len(kinds) or PLAIN in kinds:
+        raise SettingsError(
+            f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'"
+        )
+    return [Placebo(r) for r in made] if method.control == "placebo" else made
+
+
+def _imported(spec: str) -> Reformulation:
+    made = load_object(spec, "reformulation", SettingsError)()
+    missing = [name for name in ("kind", "needs", "draft") if not hasattr(made, name)]
+    if missing:
+        raise SettingsError(
+            f"reformulation {spec!r} has no {', '.join(missing)}: a reformulation is a class with `kind`, `needs` and `draft` "
+            "(zppo.core.reformulate.Reformulation)"
+        )
+    reformulation: Reformulation = made
+    return reformulation
+
+
+def make_learner(
+    settings: Settings,
+    model: PreTrainedModel,
+    chat: Chat,
+    start: Path | None,
+    accelerator: Accelerator,
+    teachers: Sequence[FrozenTeacher],
+    asker: Asker,
+    weights: Weights,
+    say: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[Learner, torch.optim.Optimizer]:
+    """The optimizer over all trained weights, with the state of a checkpoint where there is one, and the learner around it.
+
+    Args:
+        model: with all weights to train, or with adapters in it and the rest frozen.
+        weights: how they lie over the processes.
+        say: told what is frozen unasked, and when memory has run out and what fits from then on.
+        stop: asked between two optimizer steps: whether to leave the step there.
+    """
+    train, method = settings.train, settings.method.resolve()
+    if train.lora is None:
+        model.requires_grad_(True)
+    freeze_parts(model, train, images=chat.sight is not None, say=say)
+    if train.gradient_checkpointing:
+        recompute_layers(model)
+    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
+    sharing = _make_sharing(settings, model, accelerator)
+    prepared = weights.prepare(model, accelerator)
+    optimizer = accelerator.prepare_optimizer(
+        make_optimizer(train, parameter_groups(prepared, train), accelerator.device)
+    )
+    if start:
+        checkpoint.load_optimizer(start, weights.state_of(optimizer))
+    tokens, ends = ResponseTokens(chat), chat.eos_ids(model)
+    end = chat.tokenizer.eos_token_id if chat.tokenizer.eos_token_id in ends else min(ends)
+
+    def respond(source: Source) -> Rollout | None:
+        """A teacher response as a rollout that the student did not sample; None where it is over the student's limit."""
+        ids = torch.tensor([*tokens(source), end])
+        if len(ids) > settings.rollout.max_new_tokens:
+            return None
+        unknown = torch.full(ids.shape, torch.nan)
+        return Rollout(ids, unknown, source.text, source.answer, True, source.reward, reason="teacher response")
+
+    if method.distils:
+        teacher = in_process(teachers[0])
+        _check_shared_tokenizer(settings, chat, teacher)
+        learner: Learner = Distiller(
+            prepared,
+            optimizer,
+            accelerator,
+            teacher=teacher.network,
+            asker=asker if method.loss == "off-distill" else None,
+            respond=respond,
+            train=train,
+            pad_id=chat.pad_id(model),
+            budget=budget,
+            weights=weights,
+            sight=chat.sight,
+            teacher_sight=teacher.sight,
+        )
+        return learner, optimizer
+    updater = _make_updater(
+        settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights, say, sharing
+    )
+    learner = PolicyLearner(
+        updater,
+        settings.advantage,
+        respond=respond if method.teacher_response else None,
+        drop_trivial=settings.zone.dynamic_sampling == "after-reformulation",
+        seed=settings.seed,
+    )
+    return learner, optimizer
+
+
+def _make_updater(
+    settings: Settings,
+    model: PreTrainedModel,
+    prepared: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    chat: Chat,
+    budget: TokenBudget,
+    stop: Callable[[], bool],
+    weights: Weights,
+    say: Callable[[str], None] | None,
+    sharing: Sharing | None,
+) -> Updater:
+    sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
+    if old == "sampler" and not sampling.exact:
+        raise SettingsError(
+            "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no "
+            "old log-probs then. Use train.old_logprobs=auto"
+        )
+    # vLLM computes in another precision and with other kernels: near is not exact.
+    exact = sampling.exact and accelerator.mixed_precision == "no" and settings.rollout.engine == "transformers"
+    return Updater(
+        prepared,
+        optimizer,
+        accelerator,
+        train=settings.train,
+        loss=settings.loss,
+        seed=settings.seed,
+        temperature=sampling.temperature,
+        banned_ids=tuple(sorted(chat.banned_ids(model))),
+        pad_id=chat.pad_id(model),
+        sampler_is_exact=old == "sampler" or (old == "auto" and exact),
+        check=make_check(settings.train, exact, say, weights.team),
+        budget=budget,
+        stop=stop,
+        weights=weights,
+        sight=chat.sight,
+        sharing=sharing,
+    )
+
+
+def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator) -> Sharing | None:
+    wanted = settings.train.share_prompts
+    cpu = accelerator.device.type == "cpu"
+    return sharing_of(model) if wanted == "on" or (wanted == "auto" and cpu) else None
+
+
+def _check_shared_tokenizer(settings: Settings, chat: Chat, teacher: LocalTeacher) -> None:
+    if teacher.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        name = settings.teacher.model if settings.teacher else ""
+        raise SettingsError(
+            f"method {settings.method.name!r} compares next-token distributions, so student and teacher must share a tokenizer, and "
+            f"{settings.student.model!r} and {name!r} do not: their vocabularies differ. Take a teacher of the student's family, or a "
+            "method that keeps the teacher in the prompt (zppo)"
+        )
+    if chat.sight is not None and (teacher.sight is None or not chat.sight.same_as(teacher.sight)):
+        why = "the teacher reads text only" if teacher.sight is None else "their image processors differ"
+        raise SettingsError(
+            f"method {settings.method.name!r} compares next-token distributions on prompts with images, which student and teacher must "
+            f"see alike, and {why}: take a teacher of the student's family, or a method that keeps the teacher in the prompt (zppo)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A run that is ready to go."""
+
+    trainer: Trainer
+    student: Student
+    chat: Chat
+    origin: dict[str, Any]  # what it trains from; every checkpoint says so
+    weights: Weights
+
+
+def autocast_type(accelerator: Accelerator) -> torch.dtype | None:
+    """What a run computes in, where that is not the type of its weights."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+
+
+def make_engine(
+    settings: Settings,
+    model: PreTrainedModel,
+    chat: Chat,
+    autocast_dtype: torch.dtype | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TransformersEngine:
+    """The sampling engine over a model's current weights.
+
+    Args:
+        autocast_dtype: bf16 where the run is: weights are then turned into it once for all tokens, instead of once a token.
+        say: told when memory has run out and what fits from then on.
+    """
+    return TransformersEngine(
+        model,
+        chat.eos_ids(model),
+        chat.pad_id(model),
+        chat.banned_ids(model),
+        max_rows=settings.rollout.max_rows,
+        autocast_dtype=autocast_dtype,
+        say=say,
+        sight=chat.sight,
+    )
+
+
+def assemble(
+    settings: Settings,
+    data: RunData,
+    run: Path,
+    start: Path | None,
+    score: Score,
+    staff: Staff,
+    accelerator: Accelerator,
+    weights: Weights,
+    console: Console,
+    stop: Stop,
+) -> Assembled:
+    """Loads models and templates, checks that they fit together, and builds the trainer.
+
+    Args:
+        data: the questions, and how the models see.
+        run: where the trainer will write; nothing is written here.
+        start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
+        staff: the frozen models.
+        weights: the processes of the run; its data must be the same in all of them.
+        stop: ends the run where nothing is lost by it.
+
+    Raises:
+        ZPPOError: what does not fit, by name.
+    """
+    if settings.rollout.engine == "vllm":
+        require_vllm()  # before models are loaded
+    rule, method = TimedScore(score), settings.method.resolve()
+    reformulations = make_reformulations(method, settings.zone.prefix_fraction)
+    seeing, teachers = data.seeing, staff.teachers
+    chat = load_chat(settings.student, seeing.limits, seeing.cache) if seeing else load_chat(settings.student)
+    special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
+    speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
+    length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
+    questions, held_out = load_short(settings, data, speaker, length, console)
+    staff.check_images(max((len(question.images) for question in questions), default=0))
+    scorer = make_scorer(
+        settings,
+        rule,
+        [*questions, *held_out],
+        chat,
+        teachers,
+        lambda own: staff.load(own, "judge" if settings.judge else "teacher"),
+    )
+    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=seeing is not None)
+    model, say = student.model, partial(warn, console)
+    check_vocabulary(model, speaker, questions)
+    _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
+    team = weights.team
+    team.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
+    asked = [TimedTeacher(team.teacher(teacher)) for teacher in teachers]
+    asker = make_asker(settings, asked, speaker, team.score(scorer))
+    sampling = settings.rollout.sampling()
+    steps = settings.train.steps
+    if steps is None:
+        steps = steps_per_epochs(len(questions), settings.rollout.batch_size, settings.train.epochs)
+    origin = origin_of(settings, questions, model.config, accelerator.num_processes)
+    learner, optimizer = make_learner(
+        settings, model, chat, start, accelerator, teachers, asker, weights, say, lambda: stop.wanted
+    )
+    own = make_engine(settings, model, chat, autocast_type(accelerator), say)
+    if chat.sight is not None:
+        check_sight(own, chat, settings.student.model)  # whoever samples, it is trained here
+    engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
+    _check_context(settings, engine.context, questions, held_out, length)
+    watched = speaker.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
+    if chat.sight is not None:
+        chat.sight.cache.pin({image.sha256 for image in watched.images})
+    guard = make_guard(settings, engine, model, watched, chat, accelerator, weights)
+    guard.refresh(0)  # a wrong engine is found before anything is written
+    trainer = Trainer(
+        settings,
+        steps=steps,
+        questions=questions,
+        held_out=held_out,
+        roller=Roller(
+            engine,
+            speaker,
+            scorer,
+            sampling,
+            settings.rollout.group_size,
+            settings.seed,
+            team,
+            weights.whole,
+            beside=grades_beside(settings, scorer),
+        ),
+        zone=make_zone(settings, reformulations, asked, speaker, asker, engine.context),
+        learner=learner,
+        guard=guard,
+        rule=rule,
+        adviser=Adviser(own_reward=settings.grading.reward is not None),
+        buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
+        log=RunLog(run) if team.main else SilentLog(run),
+        progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
+        checkpoint=Checkpointer(settings.train, run, student, optimizer, origin, weights),
+        stop=stop,
+        scorer=scorer,
+        service=staff.take_service,
+        team=team,
+    )
+    return Assembled(trainer, student, chat, origin, weights)
+
+
+def _check_context(
+    settings: Settings,
+    context: int | None,
+    questions: Sequence[Question],
+    held_out: Sequence[Question],
+    length: Callable[[Question], int],
+) -> None:
+    """Every plain prompt plus its token limit must fit the model."""
+    uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
+    for name, asked, sampling in uses:
+        tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))
+        if context is not None and asked and tokens + sampling.max_new_tokens > context:
+            raise SettingsError(
+                f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "
+                f"together more than the model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
+            )
