@@ -97,7 +97,7 @@ def full_config() -> Any:
     """The text model of Qwen3.5-0.8B."""
     from transformers import Qwen3_5TextConfig
 
-    from zppo.train.shapes import shape_of
+    from zppo.planning.model_shapes import shape_of
 
     shape = shape_of(NAME)
     assert shape is not None
@@ -165,7 +165,7 @@ def lines_of(groups: Sequence[Any], advantages: Any) -> list[flops.Line]:
 
 def operations(config: Any, lines: Sequence[flops.Line]) -> float:
     """Of one pass for log-probs, forward and backward: linear layers, full attention and logits. Linear attention's own are left out."""
-    from zppo.train.shapes import FULL, LINEAR, Shape
+    from zppo.planning.model_shapes import FULL, LINEAR, Shape
 
     shape = Shape(
         config.vocab_size, config.hidden_size, config.intermediate_size,

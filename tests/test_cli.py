@@ -22,7 +22,7 @@ from zppo.config.help import known_keys
 from zppo.config.methods import METHODS
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.train.plan import Plan, TeacherPlan, make_plan
+from zppo.planning.dry_run import Plan, TeacherPlan, make_plan
 
 MY_DATA = Path(__file__).parents[1] / "recipes" / "my-data.yaml"
 

@@ -23,10 +23,21 @@ from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import CheckpointError, ModelError, SettingsError
-from zppo.report.cost import Work, as_run
-from zppo.report.cost_plan import MOST, Assumptions, planned
-from zppo.report.paper_flops import HARD, SCALES, STEPS, TEACHER, counted, nearest_scale, paper_costs
-from zppo.train.parameters import count_parameters, nominal_size, parse_size, size_of
+from zppo.planning.flops import (
+    HARD,
+    MOST,
+    SCALES,
+    STEPS,
+    TEACHER,
+    Assumptions,
+    Work,
+    as_run,
+    counted,
+    nearest_scale,
+    paper_costs,
+    planned,
+)
+from zppo.planning.model_shapes import count_parameters, nominal_size, parse_size, size_of
 
 PAPER = [pytest.param(row, id=f"{row.method}-{row.scale}") for row in paper_costs()]
 QUESTIONS = 76_800

@@ -13,7 +13,7 @@ from error_cases import CASES, World
 from zppo import cli
 from zppo.config.recipe import load_recipe
 from zppo.errors import ModelError
-from zppo.train.plan import check_files
+from zppo.planning.dry_run import check_files
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 _ROW = re.compile(

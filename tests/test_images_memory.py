@@ -16,10 +16,9 @@ from seeing import make_picture, make_seeing
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
-from zppo.train.machine import GIB, Machine
-from zppo.train.memory import Memory, estimate, within
-from zppo.train.memory_view import memory_rows
-from zppo.train.vision_shape import VisionShape, vision_shape_of
+from zppo.planning.dry_run import memory_rows
+from zppo.planning.memory import GIB, Machine, Memory, estimate, within
+from zppo.planning.model_shapes import VisionShape, vision_shape_of
 
 
 def settings(folder: Path, *overrides: str) -> Settings:

@@ -32,6 +32,7 @@ from zppo.engines.base import Sampling
 from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
 from zppo.grading.grader import Verdict
+from zppo.planning.dry_run import make_plan
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.report.summary import Reader
@@ -42,7 +43,6 @@ from zppo.rollout.student import Answered, Speaker
 from zppo.rollout.teacher import Asker
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
-from zppo.train.plan import make_plan
 from zppo.train.run import closing_table, resume, train
 from zppo.train.trainer import Totals
 

@@ -35,10 +35,9 @@ from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import ModelError
 from zppo.models.lora import add_adapters
 from zppo.models.student import recompute_layers
-from zppo.train.machine import GIB, Machine, _pick, find_machine
-from zppo.train.memory import Memory, activations_per_token, estimate, within
-from zppo.train.memory_view import memory_rows
-from zppo.train.shapes import Shape, shape_of
+from zppo.planning.dry_run import memory_rows
+from zppo.planning.memory import GIB, Machine, Memory, _pick, activations_per_token, estimate, find_machine, within
+from zppo.planning.model_shapes import Shape, shape_of
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,8 @@ from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings, ZoneSettings
 from zppo.core.types import ImageRef, Message, Question
-from zppo.train.machine import Machine
-from zppo.train.memory import within
-from zppo.train.memory_view import memory_rows
+from zppo.planning.dry_run import memory_rows
+from zppo.planning.memory import Machine, within
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LARGE = ("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b")

@@ -14,10 +14,10 @@ from fault_server import Server
 from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError, TeacherError
+from zppo.planning.dry_run import check_files, make_plan, render_plan
 from zppo.teacher.base import TeacherSampling
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import Found, Names, read_key
-from zppo.train.plan import check_files, make_plan, render_plan
 
 KEY = "sk-very-secret-0123456789"
 NAMES = Names("teacher", "SOME_KEY")

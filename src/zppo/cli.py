@@ -252,8 +252,8 @@ def _settings_help() -> str:
 
 def _train(options: argparse.Namespace) -> None:
     from zppo.config.recipe import load_recipe
+    from zppo.planning.dry_run import check_files
     from zppo.runs.files import check_output
-    from zppo.train.plan import check_files
 
     if options.recipe is None:
         raise SettingsError(
@@ -270,11 +270,10 @@ def _train(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from zppo.distributed.launcher import rank_of
+        from zppo.planning.dry_run import make_plan, memory_rows, render_plan
+        from zppo.planning.memory import within
         from zppo.rollout.grading import count_judged
         from zppo.rollout.questions import load_data
-        from zppo.train.memory import within
-        from zppo.train.memory_view import memory_rows
-        from zppo.train.plan import make_plan, render_plan
 
         train, held_out = load_data(settings)
         _check_images(settings, train, held_out)
@@ -306,7 +305,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _check_images(settings: Settings, train: list[Question], held_out: list[Question]) -> None:
     """Whether the student of a dry run can be shown the images of its questions, where its config.json is on this machine."""
-    from zppo.train.shapes import config_file
+    from zppo.planning.model_shapes import config_file
 
     if any(q.images for q in (*train, *held_out)) and config_file(settings.student.model, _model_folder) is not None:
         from zppo.rollout.questions import check_images, first_with_images  # it imports torch
@@ -368,9 +367,9 @@ def _eval_compare(options: argparse.Namespace) -> None:
 
 
 def _cost(options: argparse.Namespace) -> None:
-    from zppo.report.cost_plan import Assumptions
+    from zppo.planning.flops import Assumptions
+    from zppo.planning.model_shapes import parse_size
     from zppo.report.cost_view import Request, cost_command, paper_command
-    from zppo.train.parameters import parse_size
 
     if options.target is None and not options.paper:
         raise SettingsError("zppo cost needs a recipe or a run folder: zppo cost RECIPE|RUN, or zppo cost --paper")

@@ -13,13 +13,22 @@ from rich.text import Text
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.report.cost import Cost, as_run
-from zppo.report.cost_plan import MOST, Assumptions, planned
-from zppo.report.paper_flops import SCALES, UPDATES, counted, nearest_scale, paper_costs
+from zppo.planning.flops import (
+    MOST,
+    SCALES,
+    UPDATES,
+    Assumptions,
+    Cost,
+    as_run,
+    counted,
+    nearest_scale,
+    paper_costs,
+    planned,
+)
+from zppo.planning.model_shapes import Size, size_of
 from zppo.rollout.grading import count_judged
 from zppo.rollout.questions import load_data
 from zppo.runs.log import METRICS, read_lines
-from zppo.train.parameters import Size, size_of
 
 RECIPE, FINAL = "recipe.yaml", "final"
 PART_NAMES = {

@@ -11,9 +11,10 @@ from pathlib import Path
 from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe
 from zppo.errors import ZPPOError
+from zppo.planning.flops import as_run
+from zppo.planning.model_shapes import size_of
 from zppo.report.audit import Counts
 from zppo.report.charts import Chart
-from zppo.report.cost import as_run
 from zppo.report.evaluation import EVAL, evaluation_table, read_evaluation
 from zppo.report.figures import charts_of
 from zppo.report.load import RECIPE, Run, open_run
@@ -22,7 +23,6 @@ from zppo.report.scan import StepScan, scan_file
 from zppo.report.tables import Table, percent, tables_of
 from zppo.report.zone import ZoneStory, zone_story
 from zppo.runs.log import METRICS
-from zppo.train.parameters import size_of
 
 Resolve = Callable[[str], str]
 

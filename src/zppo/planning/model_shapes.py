@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from zppo.errors import ModelError
+from zppo.errors import ModelError, SettingsError
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -239,3 +242,207 @@ def _read(config: Mapping[str, Any]) -> Shape | None:
         conv=text.get("linear_conv_kernel_dim", 4) if hybrid else 0,
         source="from its config.json",
     )
+
+
+# What `transformers` takes for Qwen3-VL and Qwen3.5 where a configuration says nothing: that of their larger checkpoints.
+_QWEN3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16, "spatial_merge_size": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class VisionShape:
+    """A tower of equal layers over square patches, of which `merge` squared become one token.
+
+    Attributes:
+        hidden, mlp, layers: of the tower.
+        out: width of what the projector gives, the language model's.
+        patch: pixels on a side.
+        fixed: tokens of a picture where its size changes nothing; 0 where it does.
+        guessed: the sizes are not this checkpoint's own but the largest of its family.
+    """
+
+    hidden: int
+    mlp: int
+    layers: int
+    out: int
+    patch: int
+    merge: int
+    fixed: int = 0
+    guessed: bool = False
+
+    @property
+    def tower(self) -> int:
+        """Parameters of the tower's layers; norms, biases and position embeddings, below a hundredth, are left out."""
+        return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.mlp) + 6 * self.patch**2 * self.hidden
+
+    @property
+    def projector(self) -> int:
+        """Parameters of what merges patches."""
+        wide = self.hidden * self.merge**2
+        return wide * (wide + self.out)
+
+    def tokens(self, pixels: int) -> int:
+        """Most tokens of a picture of at most so many pixels."""
+        return self.fixed or max(1, pixels // (self.patch * self.merge) ** 2)
+
+    def kept_per_patch(self, *, bf16: bool, recomputed: bool) -> float:
+        """Bytes that the backward pass needs of the tower: a fit to Qwen3.5's in transformers 5.23, without scores of attention."""
+        one = 28 * self.hidden + 6 * self.mlp if bf16 else 44 * self.hidden + 8 * self.mlp
+        ends = 24 * self.patch**2 + 20 * self.hidden  # the pixels, the projector
+        return ends + (one + 4 * self.hidden * self.layers if recomputed else one * self.layers)
+
+
+def vision_shape_of(name: str, resolve: Callable[[str], str] = str) -> VisionShape | None:
+    """The tower of a model that a recipe names; None where nothing is known of one.
+
+    Raises:
+        ModelError: its config.json cannot be read.
+    """
+    file = config_file(name, resolve)
+    if file is None:
+        last = name.rpartition("/")[2]
+        return (
+            _read_vision({"vision_config": {}, "text_config": {}}, guessed=True) if last.startswith("Qwen3.5") else None
+        )
+    try:
+        return _read_vision(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
+
+
+def _read_vision(config: Mapping[str, Any], *, guessed: bool = False) -> VisionShape | None:
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict):
+        return None
+    given = {**_QWEN3, **vision}
+    return VisionShape(
+        hidden=given["hidden_size"],
+        mlp=given["intermediate_size"],
+        layers=vision.get("num_hidden_layers") or given["depth"],
+        out=(config.get("text_config") or {}).get("hidden_size") or given["hidden_size"],
+        patch=given["patch_size"],
+        merge=config.get("scale_factor") or given["spatial_merge_size"],
+        fixed=config.get("mm_tokens_per_image") or 0,
+        guessed=guessed or not vision,
+    )
+
+
+_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "": 1.0}
+_NUMBER = re.compile(r"(\d+(?:\.\d*)?(?:e[+]?\d+)?)\s*([kmb]?)", re.IGNORECASE)
+_IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(A?)(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """N of a model, and where it was found.
+
+    Attributes:
+        parameters: N.
+        source: in words, for the reader of a table.
+    """
+
+    parameters: float
+    source: str
+
+
+def parse_size(text: str) -> float:
+    """0.8e9, 27B or 340M -> a number of parameters. Raises SettingsError."""
+    found = _NUMBER.fullmatch(text.strip())
+    value = float(found[1]) * _UNITS[found[2].lower()] if found else 0.0
+    if not (found and value > 0 and math.isfinite(value)):
+        raise SettingsError(f"{text!r} is no number of parameters; write one such as 0.8e9, 27B or 340M")
+    return value
+
+
+def size_of(name: str, given: float | None = None, resolve: Callable[[str], str] = str) -> Size:
+    """N of a model that a recipe names: as given, else from its folder, else from the size in its name.
+
+    Args:
+        name: folder, hub name, or a name that `resolve` turns into a folder.
+        given: N from the user, which wins.
+        resolve: names -> folders; a name that it does not know comes back as it is.
+
+    Raises:
+        ModelError: a folder that holds no readable checkpoint, or a name without a size in it.
+    """
+    if given is not None:
+        return Size(given, "given")
+    folder = Path(resolve(name))
+    if folder.is_dir():
+        return count_parameters(folder)
+    if (nominal := nominal_size(name)) is None:
+        raise ModelError(
+            f"the number of parameters of {name!r} is not known: there is no such folder, and its name has no size in it such as 0.8B; "
+            "give it with --student-params or --teacher-params"
+        )
+    return Size(nominal, "by its name")
+
+
+def nominal_size(name: str) -> float | None:
+    """The size in a model's name, Qwen3.5-0.8B -> 0.8e9; of a mixture of experts the active one, 35B-A3B -> 3e9; None: none."""
+    found = _IN_NAME.findall(re.split(r"[/\\]", name)[-1])
+    chosen = [f for f in found if f[0]] or found
+    return float(chosen[0][1]) * _UNITS[chosen[0][2].lower()] if chosen else None
+
+
+def count_parameters(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> Size:
+    """N of a checkpoint folder: from the headers of its safetensors files, else by building its architecture without memory.
+
+    Tied weights count once. Every tensor counts, those of a vision tower or of experts that a token does not visit too.
+
+    Args:
+        keep: which tensors of the files count, by their names.
+
+    Raises:
+        ModelError: the folder holds no checkpoint, or one that cannot be read.
+    """
+    if files := _weight_files(folder):
+        return Size(float(sum(_elements(file, keep) for file in files)), "from the headers of its weights")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is no transformers checkpoint (no config.json in it); name another folder, or give the number "
+            "with --student-params or --teacher-params"
+        )
+    return Size(float(_built(folder)), "from its config.json")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that `transformers` reads; others in the folder may hold the same tensors once more."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return [folder / _SINGLE] if (folder / _SINGLE).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} cannot be read ({error}); fetch the checkpoint again") from error
+    return [folder / name for name in names]
+
+
+def _elements(file: Path, keep: Callable[[str], bool]) -> int:
+    """Elements of the tensors that count in a safetensors file: 8 bytes of length (little endian), then a JSON header of that length."""
+    try:
+        with open(file, "rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"its header would have {length:,} bytes")
+            header: dict[str, Any] = json.loads(handle.read(length))
+        return sum(
+            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__" and keep(name)
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
+        raise ModelError(f"{file} is no readable safetensors file ({error}); fetch the checkpoint again") from error
+
+
+def _built(folder: Path) -> int:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder}: its config.json makes no model ({error}); give the number with --student-params or --teacher-params"
+        ) from error
+    return sum(p.numel() for p in model.parameters())
