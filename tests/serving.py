@@ -16,11 +16,10 @@ from conftest import make_tiny
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
-from zppo.serve.app import Service, make_app
 from zppo.serve.batcher import Batcher
-from zppo.serve.load import load
-from zppo.serve.pictures import Pictures
-from zppo.serve.words import Words
+from zppo.serve.model import load
+from zppo.serve.protocol import Pictures, Words
+from zppo.serve.server import Service, make_app
 
 CONTEXT = 192
 URL = "/v1/chat/completions"

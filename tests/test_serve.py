@@ -22,7 +22,7 @@ from zppo.core.draws import draw_key
 from zppo.core.types import Message
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.serve.body import Body, read_body
+from zppo.serve.protocol import Body, read_body
 
 pytestmark = pytest.mark.slow
 

@@ -29,10 +29,10 @@ from serving import (
 from zppo.core.types import Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.serve.app import _completed, make_app
 from zppo.serve.batcher import Batcher, StoppedError
-from zppo.serve.load import load
-from zppo.serve.words import Words
+from zppo.serve.model import load
+from zppo.serve.protocol import Words
+from zppo.serve.server import _completed, make_app
 
 
 def test_too_many_waiting_requests_are_told_to_come_back(chat: Chat) -> None:

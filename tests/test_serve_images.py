@@ -24,10 +24,10 @@ from zppo.core.types import IMAGE, Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.errors import ModelError
 from zppo.images.store import PixelLimits, keep
-from zppo.serve import pictures
-from zppo.serve.app import make_app
-from zppo.serve.load import Loaded, load
-from zppo.serve.pictures import Pictures
+from zppo.serve import protocol as pictures
+from zppo.serve.model import Loaded, load
+from zppo.serve.protocol import Pictures
+from zppo.serve.server import make_app
 from zppo.teacher.base import TeacherRequest, TeacherSampling
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher

@@ -25,8 +25,8 @@ from zppo.grading import extract_boxed, normalise
 from zppo.images.store import PixelLimits
 from zppo.lab.questions import lab_questions
 from zppo.prompts import PromptBook
-from zppo.serve import run
-from zppo.serve.run import ServeOptions
+from zppo.serve import command as run
+from zppo.serve.command import ServeOptions
 
 KEY = "a-key-that-nobody-may-see"
 TEACHER = "lab:unreachable/teacher"

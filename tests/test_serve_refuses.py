@@ -20,8 +20,7 @@ from serving import (
     texts,
 )
 from zppo.engines.chat import Chat
-from zppo.serve.body import MAX_CHOICES, read_body
-from zppo.serve.failure import RequestError
+from zppo.serve.protocol import MAX_CHOICES, RequestError, read_body
 
 WRONG = [
     ({"model": 3}, "model", "model is 3; it must be the name"),

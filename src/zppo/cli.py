@@ -14,7 +14,7 @@ from zppo import __version__
 from zppo.errors import Interrupted, SettingsError, ZPPOError
 from zppo.evaluate.arguments import add_eval
 from zppo.report.arguments import add_commands
-from zppo.serve.arguments import add_serve
+from zppo.serve.command import add_serve
 
 if TYPE_CHECKING:
     from zppo.config.settings import Settings

@@ -21,12 +21,8 @@ from zppo.core.draws import draw_key
 from zppo.core.types import ImageRef
 from zppo.engines.base import Completion, SampleRequest
 from zppo.errors import DataError, ModelError, one_line
-from zppo.serve.answer import answer
 from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
-from zppo.serve.body import Body, read_body, shorten
-from zppo.serve.failure import RequestError, answer_error
-from zppo.serve.pictures import Pictures
-from zppo.serve.words import Words
+from zppo.serve.protocol import Body, Pictures, RequestError, Words, answer, answer_error, read_body, shorten
 
 _LOG = logging.getLogger("zppo.serve")
 _LONGEST = 500  # characters of another part's message

@@ -1,16 +1,224 @@
-"""The body of a chat-completions request: read strictly, refused with the field, its value and what is allowed."""
+"""What goes wrong with a request, in the error shape of the OpenAI protocol."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
-from dataclasses import dataclass
+import shutil
+import threading
+import time
+import uuid
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from transformers import PreTrainedTokenizerBase
 
-from zppo.core.types import IMAGE, Message
-from zppo.engines.base import Sampling
-from zppo.serve.failure import RequestError
+from zppo.core.types import IMAGE, ImageRef, Message
+from zppo.engines.base import Completion, Sampling
+from zppo.engines.chat import Chat
+from zppo.errors import DataError, ModelError, one_line
+from zppo.images.store import data_of, decode, header_of, keep
+
+
+class RequestError(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status.
+        message: names the value, the cause and the mend.
+        code: a short fixed name of the cause, for programs.
+        param: the field of the request that is wrong, None where it is no field.
+        headers: more headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """The protocol's class of errors that the status belongs to."""
+        named = {401: "authentication_error", 429: "rate_limit_error"}
+        return named.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that is sent."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def answer_error(_: Request, error: Exception) -> JSONResponse:
+    """A `RequestError` as it was meant; anything else is a defect of the server, which says no more than its kind."""
+    if not isinstance(error, RequestError):
+        error = RequestError(
+            500, f"the server failed on this request ({type(error).__name__}); its log says where", "defect"
+        )
+    return error.response()
+
+
+MOST_PIXELS = 1 << 25  # of an image: 100 MB when decoded
+DECODERS = 2  # at once
+_LONGEST = 300  # characters of what is wrong with an image
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The images of one request; `release` forgets them."""
+
+    refs: tuple[ImageRef, ...] = ()
+    release: Callable[[], None] = lambda: None
+
+
+def _few() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(DECODERS, thread_name_prefix="zppo-serve-pictures")
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Takes the images of requests.
+
+    Attributes:
+        folder: where they are kept meanwhile, each request's in a folder of its own.
+        most: images of one request.
+        blind: why the model is shown none; "" where it is.
+        threads: decode them.
+    """
+
+    folder: Path
+    most: int
+    blind: str = ""
+    threads: ThreadPoolExecutor = field(default_factory=_few)
+
+    def check(self, urls: Sequence[str]) -> None:
+        """Whether so many images may come. RequestError (400) where not."""
+        if urls and (self.blind or not self.most):
+            raise RequestError(
+                400,
+                f"the conversation has {len(urls)} image(s), and {self.blind or 'this server takes none'}; send text alone",
+                "images_refused",
+                param="messages",
+            )
+        if len(urls) > self.most:
+            raise RequestError(
+                400,
+                f"the conversation has {len(urls)} images; send at most {self.most}",
+                "too_many_images",
+                param="messages",
+            )
+
+    async def take(self, urls: Sequence[str]) -> Taken:
+        """Decodes every image once, so that a broken one is refused here and does not fail a batch later.
+
+        Raises:
+            RequestError: (400) one is broken, too large, or no image.
+        """
+        if not urls:
+            return Taken()
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self._take_all, urls)
+
+    def _take_all(self, urls: Sequence[str]) -> Taken:
+        folder = self.folder / uuid.uuid4().hex
+
+        def release() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+        refs = []
+        try:
+            for number, url in enumerate(urls, 1):
+                refs.append(_take(url, f"{number} of the conversation", folder))
+        except DataError as error:
+            release()
+            raise RequestError(400, one_line(error, _LONGEST), "invalid_image", param="messages") from None
+        except BaseException:
+            release()
+            raise
+        return Taken(tuple(refs), release)
+
+
+def _take(url: str, name: str, folder: Path) -> ImageRef:
+    data = data_of(url)
+    header = header_of(data, name)
+    if header.width * header.height > MOST_PIXELS:
+        raise DataError(
+            f"the image {name} has {header.width:,} x {header.height:,} pixels; send one of at most {MOST_PIXELS:,} pixels"
+        )
+    decode(data, name)
+    return keep(data, folder)
+
+
+_CHATS = 16  # kept; clients choose the template arguments
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
+
+class Words:
+    """A model's chat behind a lock: fast tokenizers refuse to be used by two threads at once."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._chats: dict[str, Chat] = {}
+        self._lock = threading.Lock()
+
+    def encode(
+        self, messages: Sequence[Message], template_args: Mapping[str, Any], images: Sequence[ImageRef] = ()
+    ) -> tuple[int, ...]:
+        """Prompt ids of a conversation.
+
+        Raises:
+            ModelError: the template cannot render it, or does not take these arguments.
+            DataError: a text holds what stands for an image.
+        """
+        with self._lock:
+            return self._with(template_args).encode(messages, images)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a completion, without special tokens; think tags stay."""
+        with self._lock:
+            return self._chat.decode(ids)
+
+    def token(self, index: int) -> str:
+        """One token as text, special ones too."""
+        with self._lock:
+            return self._chat.show([index])
+
+    def _with(self, template_args: Mapping[str, Any]) -> Chat:
+        if not template_args:
+            return self._chat
+        if self._chat.template is None:
+            raise ModelError(
+                "this model has no chat template that could take arguments: leave chat_template_kwargs out"
+            )
+        if reserved := sorted(_RESERVED & set(template_args)):
+            raise ModelError(
+                f"{', '.join(reserved)} is no argument of a chat template but of the tokenizer: leave it out of "
+                "chat_template_kwargs"
+            )
+        key = json.dumps(template_args, sort_keys=True)
+        if key not in self._chats:
+            if len(self._chats) >= _CHATS:
+                self._chats.clear()
+            self._chats[key] = self._chat.with_arguments(template_args)
+        return self._chats[key]
+
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -236,3 +444,81 @@ def _show(value: Any) -> str:
 def shorten(text: str) -> str:
     """A text from a request, for an error that repeats it."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
+def answer(
+    words: Words,
+    model: str,
+    prompt_tokens: int,
+    completions: Sequence[Completion],
+    *,
+    stop: Sequence[str] = (),
+    logprobs: bool = False,
+) -> dict[str, Any]:
+    """The body of an answer.
+
+    `usage` counts what was decoded: end tokens, and what stood behind a stop text, too.
+
+    Args:
+        model: name that the model is served under.
+        prompt_tokens: length of the prompt.
+        completions: one per choice.
+        stop: a text ends before the first of these.
+        logprobs: whether to list the tokens of each choice.
+    """
+    generated = sum(len(completion.ids) for completion in completions)
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [_choice(words, i, completion, stop, logprobs) for i, completion in enumerate(completions)],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": prompt_tokens + generated,
+        },
+    }
+
+
+def _choice(words: Words, index: int, completion: Completion, stop: Sequence[str], logprobs: bool) -> dict[str, Any]:
+    ids = completion.ids.tolist()
+    text = words.decode(ids)
+    stops = [place for place in (text.find(s) for s in stop) if place >= 0]
+    if stops:
+        text = text[: min(stops)]
+        ids = ids[: _tokens_to_stop(words, ids, stop)]
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": text, "refusal": None},
+        "logprobs": {"content": _tokens(words, ids, completion.logprobs.tolist()), "refusal": None}
+        if logprobs
+        else None,
+        "finish_reason": "length" if completion.truncated and not stops else "stop",
+    }
+
+
+def _tokens_to_stop(words: Words, ids: Sequence[int], stop: Sequence[str]) -> int:
+    """How many tokens it takes until a stop text is complete."""
+
+    def complete(count: int) -> bool:
+        text = words.decode(ids[:count])
+        return any(s in text for s in stop)
+
+    return bisect_left(range(len(ids)), True, key=complete)
+
+
+def _tokens(words: Words, ids: Sequence[int], logprobs: Sequence[float]) -> list[dict[str, Any]]:
+    """The protocol's list of tokens; `bytes` is null for a token that is a part of a character."""
+    listed = []
+    for index, logprob in zip(ids, logprobs, strict=False):
+        text = words.token(index)
+        listed.append(
+            {
+                "token": text,
+                "logprob": logprob,
+                "bytes": None if "\ufffd" in text else list(text.encode()),
+                "top_logprobs": [],
+            }
+        )
+    return listed
