@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.benchmark import Benchmark
-from zppo.evaluate.item import Item, conversation
-from zppo.evaluate.registry import BENCHMARKS
+from zppo.evals.adapters.row import Row
+from zppo.evals.benchmark import Benchmark
+from zppo.evals.item import Item, conversation
+from zppo.evals.tables import BENCHMARKS
 from zppo.prompts import PromptBook
 
 ROWS = Path(__file__).parent / "data" / "evaluate"

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from evaluate_data import DOCS, GOLDEN, golden, items, rows, with_table, write_data
 from zppo.core.types import IMAGE
 from zppo.errors import DataError, SettingsError
-from zppo.evaluate.adapters.directives import strip_directives
-from zppo.evaluate.adapters.maths import split_options
-from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.adapters.video import subtitle_text
-from zppo.evaluate.adapters.words import LETTERS, ask, bare_options, numbered_images, with_options
-from zppo.evaluate.benchmark import Benchmark
-from zppo.evaluate.item import Item, conversation
-from zppo.evaluate.registry import BENCHMARKS, find, suite
+from zppo.evals.adapters.choice import LETTERS, ask, bare_options, numbered_images, with_options
+from zppo.evals.adapters.maths import split_options
+from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.adapters.video import subtitle_text
+from zppo.evals.benchmark import Benchmark
+from zppo.evals.item import Item, conversation
+from zppo.evals.tables import BENCHMARKS, find, suite
 from zppo.prompts import PromptBook
 
 EACH = pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.name)

@@ -11,13 +11,13 @@ import pytest
 from anls import anls_score
 
 from zppo.core.types import Message
-from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.aggregate import Scored, mastery
-from zppo.evaluate.anls import anls
-from zppo.evaluate.item import Item, Kind
-from zppo.evaluate.judging import judge_score
-from zppo.evaluate.registry import find
-from zppo.evaluate.scoring import Score, score
+from zppo.evals.adapters.row import Row
+from zppo.evals.item import Item, Kind
+from zppo.evals.results import Scored, mastery
+from zppo.evals.scoring.judge import judge_score
+from zppo.evals.scoring.rules import Score, score
+from zppo.evals.scoring.text_metrics import anls
+from zppo.evals.tables import find
 from zppo.grading import Grader
 
 HARNESS = json.loads((Path(__file__).parent / "data" / "evaluate" / "harness.json").read_text(encoding="utf-8"))

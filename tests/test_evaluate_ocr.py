@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from zppo.core.types import Message
 from zppo.errors import SettingsError
-from zppo.evaluate import page_text
-from zppo.evaluate.aggregate import _ABILITIES
-from zppo.evaluate.item import Item
-from zppo.evaluate.ocr import _METRICS, ocr_score
-from zppo.evaluate.page_text import page_score
-from zppo.evaluate.trees import Node, outline_similarity, teds, tree_distance
+from zppo.evals.item import Item
+from zppo.evals.results import _ABILITIES
+from zppo.evals.scoring import ocr as page_text
+from zppo.evals.scoring.ocr import _METRICS, ocr_score, page_score
+from zppo.evals.scoring.text_metrics import Node, outline_similarity, teds, tree_distance
 
 
 def table(*rows: str) -> str:

@@ -17,17 +17,26 @@ from evaluate_data import write_data
 from report_runs import invented_run
 from zppo import cli
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
-from zppo.evaluate import estimate
-from zppo.evaluate.arguments import judge_prompts
-from zppo.evaluate.child import KEY, command_of
-from zppo.evaluate.folder import EvalFolder, begin, default_output, finished, with_benchmark, with_skipped
-from zppo.evaluate.item import Item, Message
-from zppo.evaluate.journal import Journal
-from zppo.evaluate.media import media_key, spread, turns_of
-from zppo.evaluate.protocol import EvalOptions, fingerprint, settings_of
-from zppo.evaluate.registry import BENCHMARKS, find
-from zppo.evaluate.rows import Row, families, summary
-from zppo.evaluate.view import Watch, print_results
+from zppo.evals import view as estimate
+from zppo.evals.command import judge_prompts
+from zppo.evals.item import Item, Message
+from zppo.evals.journal import Journal
+from zppo.evals.media import media_key, spread, turns_of
+from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
+from zppo.evals.results import (
+    EvalFolder,
+    Row,
+    begin,
+    default_output,
+    families,
+    finished,
+    summary,
+    with_benchmark,
+    with_skipped,
+)
+from zppo.evals.server import KEY, command_of
+from zppo.evals.tables import BENCHMARKS, find
+from zppo.evals.view import Watch, print_results
 from zppo.prompts import PromptBook
 from zppo.report.evaluation import as_accuracies, compare_evaluations, evaluation_table, read_evaluation
 from zppo.report.summary import Reader
@@ -333,7 +342,7 @@ def test_the_closing_table_says_what_could_not_be_read(tmp_path: Path) -> None:
 
 
 def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo.evaluate.view._EVERY", -1.0)
+    monkeypatch.setattr("zppo.evals.view._EVERY", -1.0)
     console = Console(record=True, width=100, force_terminal=False)
     with Watch(console, "MMLU", 3) as watch:
         watch.take(row("a", 1, 1.0))
@@ -404,7 +413,7 @@ def test_a_dry_run_needs_no_network_no_server_and_no_extra(
         raise AssertionError("a dry run connects to nothing")
 
     monkeypatch.setattr(socket.socket, "connect", nowhere)
-    monkeypatch.setattr("zppo.evaluate.run.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("zppo.evals.command.importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(["eval", "anything", "--dry-run"]) == 0
     said = capsys.readouterr().out

@@ -27,13 +27,11 @@ from test_serve_process import KEY as SERVED_KEY
 from test_serve_process import serving
 from zppo import cli
 from zppo.errors import EvaluationError
-from zppo.evaluate import deciding
-from zppo.evaluate.address import check_context
-from zppo.evaluate.child import served
-from zppo.evaluate.folder import EvalFolder, begin, with_benchmark
-from zppo.evaluate.protocol import Decoding, EvalOptions, settings_of
-from zppo.evaluate.registry import BENCHMARKS, find
-from zppo.evaluate.rows import Row, summary
+from zppo.evals.protocol import Decoding, EvalOptions, settings_of
+from zppo.evals.results import EvalFolder, Row, begin, summary, with_benchmark
+from zppo.evals.scoring import judge as deciding
+from zppo.evals.server import check_context, served
+from zppo.evals.tables import BENCHMARKS, find
 
 KEY, JUDGE_KEY = "model-key-that-nobody-may-see", "judge-key-that-nobody-may-see"
 
@@ -271,7 +269,7 @@ def test_questions_with_pictures_are_left_out_for_a_model_that_takes_none(
 
 
 def test_other_servers_words_for_a_model_without_eyes() -> None:
-    from zppo.evaluate.inspected import blind
+    from zppo.evals.task import blind
 
     def refusal(text: str, status: int = 400) -> Exception:
         error = RuntimeError(text)
@@ -318,7 +316,8 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(data: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_server_that_is_gone_ends_the_asking(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zppo.evaluate import inspected, task
+    from zppo.evals import task
+    from zppo.evals import task as inspected
 
     monkeypatch.setattr(inspected, "RETRIES", 0)
     monkeypatch.setattr(task, "DOWN_AFTER", 2)
@@ -364,7 +363,7 @@ def test_a_finished_evaluation_is_shown_only_where_model_judge_and_options_are_t
 def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Path) -> None:
     from inspect_ai.model import ModelOutput
 
-    from zppo.evaluate.inspected import text_of
+    from zppo.evals.task import text_of
 
     replies: list[Reply] = [
         {"content": r"\boxed{A}", "reasoning_content": r"\boxed{B}?"},
@@ -467,7 +466,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
         "raise SystemExit('no such model')": "ended with status 1 before it answered; .* no such model",
         "import time; print('loading', flush=True); time.sleep(300)": "did not answer within 2 s",
     }.items():
-        monkeypatch.setattr("zppo.evaluate.child.command_of", lambda *a, s=script: [sys.executable, "-c", s])
+        monkeypatch.setattr("zppo.evals.server.command_of", lambda *a, s=script: [sys.executable, "-c", s])
         with pytest.raises(EvaluationError, match=message), served(tmp_path, log, images=1, deadline=2, vllm=False):
             raise AssertionError("it cannot be there")
 
@@ -485,7 +484,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Answer).serve_forever()
 PARENT = """
 import sys, time
 from pathlib import Path
-from zppo.evaluate import child
+from zppo.evals import child
 child.command_of = lambda folder, port, vllm, images: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
 with child.served(Path("."), Path(sys.argv[2] + ".log"), images=1, vllm=False) as server:
     assert server.key not in repr(server)

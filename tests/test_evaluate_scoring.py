@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from evaluate_data import items
 from zppo.core.types import IMAGE, Message
 from zppo.errors import DataError, TemplateError
-from zppo.evaluate import deciding
-from zppo.evaluate.aggregate import Scored, figure, mastery
-from zppo.evaluate.benchmark import Aggregate, Judge
-from zppo.evaluate.item import Item, Kind
-from zppo.evaluate.journal import Journal
-from zppo.evaluate.judging import judge_book, judge_request, judge_score
-from zppo.evaluate.registry import BENCHMARKS, find
-from zppo.evaluate.replies import read_reply, reminder
-from zppo.evaluate.scoring import NO_ANSWER, score
+from zppo.evals.benchmark import Aggregate, Judge
+from zppo.evals.item import Item, Kind
+from zppo.evals.journal import Journal
+from zppo.evals.results import Scored, figure, mastery
+from zppo.evals.scoring import judge as deciding
+from zppo.evals.scoring.judge import judge_book, judge_request, judge_score, read_reply, reminder
+from zppo.evals.scoring.rules import NO_ANSWER, score
+from zppo.evals.tables import BENCHMARKS, find
 from zppo.grading import Grader
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from zppo import __version__
 from zppo.errors import Interrupted, SettingsError, ZPPOError
-from zppo.evaluate.arguments import add_eval
+from zppo.evals.command import add_eval
 from zppo.report.arguments import add_commands
 from zppo.serve.command import add_serve
 

@@ -1,23 +1,115 @@
-"""Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, MMLU and its kin, GPQA, C-Eval."""
+"""How questions are written: options in one shape, images where they belong."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 from zppo.core.draws import keyed_random
-from zppo.core.types import IMAGE
-from zppo.evaluate.adapters.directives import strip_directives
-from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.adapters.words import (
-    LETTERS,
-    ask,
-    checked_options,
-    letter_of,
-    numbered_images,
-    with_options,
-)
-from zppo.evaluate.item import Item, Media
+from zppo.core.types import IMAGE, Message
+from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.item import Item, Media
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*")
+_MARK = re.compile(r"<image(?:[ _]?\d+)?>", re.IGNORECASE)
+_NUMBERED = re.compile(r"<image[ _]?(\d+)>", re.IGNORECASE)
+
+
+def bare_options(options: Sequence[str]) -> tuple[str, ...]:
+    """Options without their letters, where every one of them carries its own (`A. `, `(A) `, `A) `)."""
+    labels = [_LABEL.match(option) for option in options]
+    if not all(label and (label[1] or label[2]) == LETTERS[i] for i, label in enumerate(labels) if i < len(LETTERS)):
+        return tuple(option.strip() for option in options)
+    return tuple(option[label.end() :].strip() for option, label in zip(options, labels, strict=True) if label)
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """The question and, a line each, its options as `A. text`; options that are but letters stand in a picture."""
+    if tuple(options) == tuple(LETTERS[: len(options)]):
+        return question
+    lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return "\n".join((question, *lines))
+
+
+def letter_of(row: Row, field: str, index: int, count: int) -> str:
+    """The letter of the option with this index, from 0."""
+    if not 0 <= index < count:
+        row.fail(field, f"is option {index} (the first is 0), and the row has {count}")
+    return LETTERS[index]
+
+
+def checked_options(row: Row, field: str, options: Sequence[str]) -> tuple[str, ...]:
+    """Bare options; DataError for fewer than two, or more than there are letters."""
+    if not 2 <= len(options) <= len(LETTERS):
+        row.fail(field, f"has {len(options)} options; 2 to {len(LETTERS)} are expected")
+    return bare_options(options)
+
+
+def ask(row: Row, text: str, images: int = 0) -> tuple[Message, ...]:
+    """One user's turn with so many images, at the text's own marks, in order, or, where it has none, all in front.
+
+    A text without images may still say `<image>` (a question about HTML): that is no mark, and stays.
+    """
+    marks = len(_MARK.findall(text))
+    if images and marks == images:
+        text = _MARK.sub(IMAGE, text)
+    elif images and marks:
+        row.fail("question", f"has {marks} marks for images, and the row has {images} of these")
+    elif images:
+        text = "\n".join([IMAGE] * images + [text])
+    return (Message("user", text),)
+
+
+def numbered_images(text: str) -> tuple[str, tuple[int, ...]]:
+    """Marks `<image 3>` as plain ones, and the numbers in the order in which they first stand; a later one is named in words."""
+    order: list[int] = []
+
+    def mark(match: re.Match[str]) -> str:
+        number = int(match[1][:4])
+        if number in order:
+            return f"(image {order.index(number) + 1})"
+        order.append(number)
+        return IMAGE
+
+    return _NUMBERED.sub(mark, text), tuple(order)
+
+
+_ROLES = ("system", "user", "assistant")
+
+
+def hle(row: Row) -> tuple[Item, ...]:
+    """Humanity's Last Exam, with its picture where a question has one; options are part of the question's text."""
+    images = (row.image("image"),) if row.has("image") else ()
+    messages = ask(row, row.text("question"), len(images))
+    facts = {name: row.maybe(name) for name in ("answer_type", "category", "raw_subject")}
+    return (Item(row.text("id"), row.benchmark, messages, row.text("answer"), "judged", images, facts=facts),)
+
+
+def multichallenge(row: Row) -> tuple[Item, ...]:
+    """MultiChallenge: the conversation so far; the judge answers the target question, and the gold is what it should say."""
+    turns = tuple(_turn(row, turn) for turn in row.items("conversation", "CONVERSATION"))
+    if turns[-1].role != "user":
+        row.fail("conversation", f"ends with a turn of the {turns[-1].role}; the user's is expected")
+    gold = row.text("pass_criteria", "PASS_CRITERIA").strip(". ").lower()
+    if gold not in ("yes", "no"):
+        row.fail("pass_criteria", f"is {gold[:40]!r}; YES or NO is expected")
+    facts = {"axis": row.maybe("axis", "AXIS"), "criterion": row.text("target_question", "TARGET_QUESTION")}
+    return (Item(row.text("question_id", "QUESTION_ID"), row.benchmark, turns, gold, "criterion", facts=facts),)
+
+
+def _turn(row: Row, turn: object) -> Message:
+    if not isinstance(turn, Mapping):
+        row.fail("conversation", "holds something that is no {role, content}")
+    role, content = turn.get("role"), turn.get("content")
+    if role not in _ROLES or not isinstance(content, str) or not content.strip():
+        row.fail(
+            "conversation",
+            f"holds a turn with the role {role!r:.40} that cannot be shown: {', '.join(_ROLES)} and a text are expected",
+        )
+    return Message(cast(Literal["system", "user", "assistant"], role), content)
+
 
 _GPQA_SEED = 0
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from zppo.evaluate.adapters.directives import strip_directives
-from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.adapters.words import ask
-from zppo.evaluate.item import Item, Kind
+from zppo.evals.adapters.choice import ask
+from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.item import Item, Kind
 
 _BLIND_KINDS: Mapping[str, Kind] = MappingProxyType({"touching circles": "text", "circled letter": "text"})
 _GRID = "counting grid"

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from zppo.core.types import Message
-from zppo.evaluate.adapters.directives import strip_directives
-from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.adapters.words import LETTERS, ask, checked_options, with_options
-from zppo.evaluate.item import Item, Kind, Media
+from zppo.evals.adapters.choice import LETTERS, ask, checked_options, with_options
+from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.item import Item, Kind, Media
 
 _HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
 _TVQA, _TVQA_RATE = (

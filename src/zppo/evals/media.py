@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar
 from zppo.core.parts import message_parts
 from zppo.core.types import ImageRef
 from zppo.errors import DataError, UnavailableError, one_line
-from zppo.evaluate.item import Item, Media, conversation
-from zppo.evaluate.protocol import LIMITS
+from zppo.evals.item import Item, Media, conversation
+from zppo.evals.protocol import LIMITS
 from zppo.images.store import keep, reference, request_url
 from zppo.prompts import PromptBook
 

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import re
 
-from zppo.evaluate.adapters.choice import choice_item
-from zppo.evaluate.adapters.directives import strip_directives
-from zppo.evaluate.adapters.row import Row
-from zppo.evaluate.adapters.words import (
-    LETTERS,
-    ask,
-    checked_options,
-    with_options,
-)
-from zppo.evaluate.item import Item, Kind
+from zppo.evals.adapters.choice import LETTERS, ask, checked_options, choice_item, with_options
+from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.item import Item, Kind
 
 _VARIANT = re.compile(r"variant_?(\d{1,2})$")
 _OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.、):：]|(?:^|[;；\s])\(([A-H])\))\s*")

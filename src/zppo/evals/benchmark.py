@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from zppo.evaluate.adapters.row import Adapter
+from zppo.evals.adapters.row import Adapter
 
 Family = Literal["vlm", "llm", "video"]
 Aggregate = Literal["mean", "worst case", "wemath", "abilities", "axes"]
-"""How the scores of a benchmark's rows become its figure; see `zppo.evaluate.aggregate`."""
+"""How the scores of a benchmark's rows become its figure; see `zppo.evals.results`."""
 
 Judge = Literal["judge", "eval_charxiv", "eval_hle", "eval_mmvet", "eval_mmvu", "eval_multichallenge"]
 """Whose words ask the judge: `judge` is the shared one, of training too; the others follow a benchmark's own protocol."""

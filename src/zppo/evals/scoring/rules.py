@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 
-from zppo.evaluate.adapters.words import LETTERS
-from zppo.evaluate.anls import anls
-from zppo.evaluate.item import Item, Kind
+from zppo.evals.adapters.choice import LETTERS
+from zppo.evals.item import Item, Kind
+from zppo.evals.scoring.text_metrics import anls
 from zppo.grading.numbers import Number, parse_number
 from zppo.grading.text import (
     MAX_ANSWER,
@@ -165,7 +165,7 @@ def _anls(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
 
 def _ocr(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:
     # Its metrics need packages of the extra `ocr`, which nobody else needs.
-    from zppo.evaluate.ocr import ocr_score
+    from zppo.evals.scoring.ocr import ocr_score
 
     return max(ocr_score(item, text) for text in _readings(response)), str(item.facts["task"])
 

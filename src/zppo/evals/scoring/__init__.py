@@ -1,0 +1,1 @@
+"""Scores: by rule, by metric, by judge."""

@@ -1,0 +1,293 @@
+"""How a judge's reply is read: in our own form, one JSON object with a verdict or a score, or in the form that a benchmark's official
+prompt asks for, so that such a prompt can be given by path. A reply that can be read in two ways is not read. Pure.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+from zppo.core.draws import draw_key
+from zppo.core.types import IMAGE, Message
+from zppo.engines.base import Sampling
+from zppo.evals.benchmark import Benchmark, Judge
+from zppo.evals.item import Item
+from zppo.evals.journal import Journal
+from zppo.evals.protocol import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
+from zppo.evals.results import TOO_LONG, Row
+from zppo.evals.scoring.rules import score
+from zppo.grading.grader import Grader
+from zppo.grading.text import extract_boxed, final_part
+from zppo.prompts import PromptBook
+from zppo.prompts.book import JUDGE
+from zppo.teacher.base import TeacherRequest, TeacherSampling
+from zppo.teacher.http import OPENAI_HOST
+from zppo.teacher.judge import readable, strict_object
+from zppo.teacher.remote import RemoteTeacher
+
+_VERDICT = '{"verdict": "correct"} or {"verdict": "wrong"}'
+_YES = {"yes": 1.0, "no": 0.0}
+_TRUE = {"true": 1.0, "false": 0.0}
+_RIGHT = {"correct": 1.0, "incorrect": 0.0, "wrong": 0.0}
+_ONE = {"1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
+_GRADE = re.compile(r"0(?:\.\d{1,4})?|1(?:\.0{1,4})?", re.ASCII)
+_LONGEST = 40_000  # characters of a reply that are parsed
+_SHOWN = 2_000  # characters of an unreadable reply that its judge sees again, its end
+_EDGE = " \t*_`\"'|,."  # what may stand around a value or the name of a field, in Markdown or JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a judge is read by.
+
+    Attributes:
+        own: key and values of our own form, which has no other key; no values: a number from 0 to 1.
+        fields: names, any of which the official form gives its value: in a JSON object beside others, or as a line `name: value`.
+        words: what the official values come to; none: a number from 0 to 1.
+        bare: whether the official value may also be the last line, without a name.
+        example: our own form, as a reminder shows it.
+    """
+
+    own: tuple[str, Mapping[str, float]] = ("verdict", MappingProxyType({"correct": 1.0, "wrong": 0.0}))
+    fields: tuple[str, ...] = ()
+    words: Mapping[str, float] = field(default_factory=dict)
+    bare: bool = False
+    example: str = f"either {_VERDICT}"
+
+
+FORMS: Mapping[Judge, Form] = MappingProxyType(
+    {
+        "judge": Form(),
+        "eval_hle": Form(fields=("correct",), words=_YES | _TRUE),
+        "eval_charxiv": Form(fields=("score",), words=_ONE),
+        "eval_mmvu": Form(fields=("correctness", "correct"), words=_RIGHT | _TRUE | _YES | _ONE),
+        "eval_mmvet": Form(("score", {}), ("correctness",), bare=True, example='such as {"score": 0.7}'),
+        "eval_multichallenge": Form(
+            ("verdict", _YES), ("verdict", "answer"), _YES, bare=True, example='either {"verdict": "yes"} or {"verdict": "no"}'
+        ),
+    }
+)  # fmt: skip
+
+
+def read_reply(judge: Judge, reply: str, think_open: bool = False) -> float | None:
+    """The value in a judge's reply, 0 to 1; None where it has none, or several that differ.
+
+    Args:
+        judge: whose form; our own form is read for each of them.
+        reply: the whole text, with or without thoughts.
+        think_open: whether the prompt already ended inside an opened think block.
+    """
+    form = FORMS[judge]
+    own = _own(form, strict_object(reply, think_open))
+    if own is not None or not form.fields:
+        return own
+    text = final_part(reply, think_open) if len(reply) <= _LONGEST else None
+    return None if text is None else _official(form, text.strip())
+
+
+def reminder(judge: Judge, reply: str) -> tuple[Message, ...]:
+    """The turns that follow an unreadable reply: it, without thoughts, and what a reply must be. Asked again in the very same words, a
+    judge at temperature 0 would say the same.
+    """
+    said = (final_part(reply) or "").strip()[-_SHOWN:] or "..."
+    asked = f"That cannot be read. Reply with one JSON object and nothing else, {FORMS[judge].example}."
+    return Message("assistant", said), Message("user", asked)
+
+
+def _own(form: Form, pairs: tuple[tuple[str, object], ...] | None) -> float | None:
+    """The value of an object with our own key and no other."""
+    key, words = form.own
+    if not isinstance(pairs, tuple) or len(pairs) != 1 or pairs[0][0] != key:
+        return None
+    value = pairs[0][1]
+    if words:
+        return words.get(value) if isinstance(value, str) else None
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return float(value) if known and isinstance(value, int | float) else None
+
+
+def _official(form: Form, text: str) -> float | None:
+    fenced = re.fullmatch(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", text, re.DOTALL)
+    try:
+        parsed = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        parsed = None
+    if isinstance(parsed, tuple):
+        found = [value for key, value in parsed if key in form.fields or key == form.own[0]]
+        named = {key for key, _ in parsed} & {*form.fields}
+        return _value(form, str(found[0])) if named and len(found) == 1 else None
+    if isinstance(parsed, list):
+        return None
+    lines = [line for line in text.splitlines() if line.strip()]
+    name = re.compile(rf"[^\w:]*(?:final )?(?:{'|'.join(form.fields)})[^\w:]*:(.*)", re.IGNORECASE)
+    said = [match[1] for line in lines if (match := name.fullmatch(line))]
+    bare = [line for line in lines if _value(form, line) is not None] if form.bare else []
+    if not said and (not bare or bare[-1] is not lines[-1]):
+        return None
+    values = {_value(form, each) for each in (*said, *bare)}
+    return values.pop() if len(values) == 1 else None
+
+
+def _value(form: Form, text: str) -> float | None:
+    word = text.strip(_EDGE).lower()
+    if form.words:
+        return form.words.get(word)
+    return float(word) if _GRADE.fullmatch(word) else None
+
+
+_SLOTS = ("question", "gold", "response", "criterion")
+_MOST = 20_000  # characters of a response that a judge reads, its end; more is no answer
+
+
+def judge_book(
+    overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text
+) -> PromptBook:
+    """The prompt book with the judges' templates, each replaceable by the path of a file.
+
+    A template may use `question`, `gold`, `response` and `criterion` (the last: MultiChallenge's target question); the shared one,
+    `judge`, has its own variables (`zppo.prompts.book`).
+
+    Raises:
+        TemplateError: a file cannot be read, or uses another variable.
+    """
+    folder = Path(str(importlib.resources.files("zppo.evals"))) / "prompts"
+    names = [name for name in get_args(Judge) if name != JUDGE]
+    book = PromptBook({name: folder / f"{name}.jinja" for name in names} | dict(overrides or {}), neutralise)
+    for name in names:  # a mistake shows now, not after the model was asked everything
+        book.text(name, dict.fromkeys(_SLOTS, ""))
+    return book
+
+
+def judge_request(
+    benchmark: Benchmark, item: Item, completion: str, book: PromptBook, think_open: bool = False
+) -> tuple[Message, ...]:
+    """The request to judge one completion.
+
+    A benchmark's own judge reads what follows the thinking; the shared one reads all of a completion without a boxed answer
+    (`zppo.teacher.judge.readable`). At most the last 20,000 characters of it.
+    """
+    gold = " or ".join(item.golds)
+    asked = (item.asked.replace(IMAGE, "") if item.images else item.asked).strip()
+    if benchmark.judge == JUDGE:
+        response = readable(completion, extract_boxed(completion, think_open), think_open)
+        return book.judge(asked, gold, response[-_MOST:])
+    response = (final_part(completion, think_open) or "").strip()[-_MOST:]
+    values = {"question": asked, "gold": gold, "response": response, "criterion": str(item.facts.get("criterion", ""))}
+    return (Message("user", book.text(benchmark.judge, values)),)
+
+
+def judge_score(benchmark: Benchmark, item: Item, reply: str, think_open: bool = False) -> float | None:
+    """The score in a judge's reply, 0 to 1; None where the reply is malformed, which is an error of the judge, not of the model.
+
+    Forms: `zppo.evals.scoring.judge`. MultiChallenge: the judge says yes or no, which is right if it is what the row wants.
+    """
+    value = read_reply(benchmark.judge, reply, think_open)
+    if benchmark.judge == "eval_multichallenge" and value is not None:
+        return float((value == 1.0) == (item.golds[0] == "yes"))
+    return value
+
+
+TURNS = 2  # replies of a judge that are read before a row stays open
+DOWN = 120.0  # seconds for which a judge is asked again
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeServer:
+    """Where the shared judge is; its key is in no printed form."""
+
+    url: str
+    model: str
+    key: str
+
+    def __repr__(self) -> str:
+        return f"JudgeServer({self.url!r}, {self.model!r})"
+
+
+class Decider:
+    """Decides rows. Threads may share it; it ends its workers and connections with its block."""
+
+    def __init__(
+        self,
+        judge: JudgeServer,
+        *,
+        prompts: Mapping[str, Path],
+        concurrency: int,
+        workers: int = 2,
+        think_open: bool = False,
+    ) -> None:
+        self._grader = Grader(workers=workers)
+        self._judge = RemoteTeacher(judge.model, [judge.url], key=judge.key, concurrency=concurrency, retry_for=DOWN)
+        self._book = judge_book(prompts)
+        self._think_open = think_open
+        # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.
+        official = urlsplit(judge.url).hostname == OPENAI_HOST
+        self._template_args: dict[str, Any] = {} if official else {"enable_thinking": False}
+        self._given = frozenset(prompts)
+
+    def close(self) -> None:
+        """Ends workers and connections."""
+        self._grader.close()
+        self._judge.close()
+
+    def decide(self, benchmark: Benchmark, item: Item, epoch: int, reply: Mapping[str, Any], journal: Journal) -> Row:
+        """The row of one reply of the model.
+
+        Args:
+            reply: as `zppo.evals.task` keeps it: text, finish, tokens_in, tokens_out.
+            journal: of the judge's replies; what stands there is not asked again.
+
+        Raises:
+            SettingsError: a metric of OCRBench v2 lacks its packages.
+        """
+        text = str(reply["text"])
+        ruled = score(item, text, self._grader.equal, self._think_open)
+        row = Row(
+            id=item.id,
+            epoch=epoch,
+            by="rule",
+            value=ruled.value,
+            text=text,
+            answer=ruled.answer,
+            reason="too long for the model's context" if reply["finish"] == TOO_LONG else ruled.reason,
+            finish=str(reply["finish"]),
+            tokens_in=int(reply["tokens_in"]),
+            tokens_out=int(reply["tokens_out"]),
+            gold=item.golds,
+            facts=item.facts,
+        )
+        return row if ruled.decided else self._judged(benchmark, item, row, journal)
+
+    def _judged(self, benchmark: Benchmark, item: Item, row: Row, journal: Journal) -> Row:
+        messages = judge_request(benchmark, item, row.text, self._book, self._think_open)
+        key = digest_of([benchmark.name, item.id, row.epoch, messages])
+        known = journal.get(key)
+        tokens = LONG_JUDGE_TOKENS if benchmark.judge in self._given else JUDGE_TOKENS
+        how = TeacherSampling(Sampling(temperature=0.0, max_new_tokens=tokens), self._template_args)
+        spent_in = spent_out = 0
+        said = error = ""
+        for turn in range(0 if known else TURNS):
+            request = TeacherRequest(messages, (draw_key(turn, "judge", item.id, row.text),))
+            answer = self._judge.complete([request], how)[0]
+            spent_in, spent_out = spent_in + answer.prompt_tokens, spent_out + answer.completion_tokens
+            text = answer.texts[0]
+            if text is None:
+                error = f"the judge did not answer ({answer.error})"
+                break
+            said, value = text, judge_score(benchmark, item, text)
+            if value is not None:
+                known = {"reply": text, "value": value, "tokens_in": spent_in, "tokens_out": spent_out}
+                journal.add(key, known)
+                break
+            error = "the judge's reply is malformed"
+            messages = (*messages, *reminder(benchmark.judge, text))
+        if known is None:
+            return replace(row, by="open", value=None, reply=said, error=error, judge_tokens=(spent_in, spent_out))
+        spent = (int(known["tokens_in"]), int(known["tokens_out"]))
+        return replace(row, by="judge", value=float(known["value"]), reply=str(known["reply"]), judge_tokens=spent)

@@ -1,0 +1,246 @@
+"""What an evaluation shows: a line or a bar while it goes on, and a table at its end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from zppo.errors import DataError, one_line
+from zppo.evals.benchmark import Benchmark, Family
+from zppo.evals.item import Item
+from zppo.evals.load import load_items
+from zppo.evals.protocol import EvalOptions
+from zppo.evals.results import Row
+
+_EVERY = 30.0  # seconds between lines in a file
+_MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
+
+
+class Watch:
+    """The progress of one benchmark: a bar in a terminal, now and then a line elsewhere."""
+
+    def __init__(self, console: Console, name: str, expected: int) -> None:
+        self._console, self._name, self._expected = console, name, expected
+        self._counts: Counter[str] = Counter()
+        self._done, self._said = 0, time.monotonic()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[counts]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._name, total=self._expected, counts="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def take(self, row: Row) -> None:
+        """Counts a row."""
+        self._done += 1
+        self._counts[row.by] += 1
+        counts = ", ".join(f"{count:,} {by}" for by, count in sorted(self._counts.items()))
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, counts=counts)
+        elif time.monotonic() - self._said > _EVERY:
+            self._said = time.monotonic()
+            say(self._console, f"{self._name}: {self._done:,} of {self._expected:,} ({counts})")
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """A line without markup and control characters: names and reasons come from elsewhere."""
+    console.print(Text("".join(c if c.isprintable() else " " for c in text), style=style), soft_wrap=True)
+
+
+def print_results(console: Console, state: Mapping[str, Any]) -> None:
+    """The closing table: whose it is, benchmarks, families, and what was skipped."""
+    say(console, f"{state['label']}, judged by {state['settings']['judge']}", "bold")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("benchmark")
+    for name in ("score", "±", "rows", "rule", "judge", "no answer", "cut", "open"):
+        table.add_column(name, justify="right")
+    for each in state["benchmarks"]:
+        counts = (each[name] for name in ("rows", "by_rule", "by_judge", "no_answer", "truncated", "open"))
+        table.add_row(
+            Text(each["name"]), points(each["value"]), points(each["error"]), *(f"{count:,}" for count in counts)
+        )
+    for name, family in state["families"].items():
+        of = f"mean of {len(family['benchmarks'])} {name}"
+        table.add_row(Text(of, style="bold"), points(family["value"]), points(family["error"]))
+    console.print(table)
+    for each in state["benchmarks"]:
+        if parts := each["beside"]:
+            figures = ", ".join(f"{name[:60]} {points(value)}" for name, value in parts.items())
+            if len(parts) > _MOST_PARTS:
+                figures = f"{len(parts)} figures of its parts are in eval.json"
+            say(console, f"{each['name']}: {figures}", "dim")
+    for each in state["skipped"]:
+        say(console, f"skipped {each['why']}", "yellow")
+    for each in state["benchmarks"]:
+        if count := each.get("unreadable", 0):
+            what = "1 row is" if count == 1 else f"{count:,} rows are"
+            say(
+                console,
+                f"{each['name']}: {what} no part of it, since unreadable; the first: {each['unreadable_first']}",
+                "yellow",
+            )
+        if count := each.get("left_out", 0):
+            say(
+                console,
+                f"{each['name']}: {count:,} of {each['expected']:,} rows are left out of its figure, since they have pictures and the "
+                f"model takes none ({each['why_left_out']})",
+                "yellow",
+            )
+        if count := each.get("too_long", 0):
+            say(
+                console,
+                f"{each['name']}: {count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
+                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)",
+                "yellow",
+            )
+    errors = sum(each["judge_errors"] for each in state["benchmarks"])
+    say(
+        console,
+        "score: percent; ±: standard error, samples of one question counted as one; rule, judge: who decided; cut: stopped by the token "
+        f"limit; open: not decided yet, {errors:,} of them since the judge failed",
+        "dim",
+    )
+
+
+def points(value: float | None) -> str:
+    """0.1234 -> 12.3, a dash where there is no number."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+TEXT_TOKENS: Mapping[Family, int] = MappingProxyType({"vlm": 250, "llm": 350, "video": 250})
+IMAGE_TOKENS = 800
+"""Of a picture: the protocol's limits are 256 and 1,280 tokens of 32 x 32 pixels."""
+FRAME_TOKENS = 300
+"""Of a picture of a clip, which is mostly small."""
+ANSWER_TOKENS = 3_000
+"""Of an answer; the limit is 12,288, and models that think long come near it."""
+JUDGED_SHARE = 0.15
+"""Of rows with rules of their own; those of a benchmark with its own judge count whole."""
+JUDGE_TOKENS = 700
+ANSWER_SPEED, PROMPT_SPEED = 5_000, 50_000
+"""Tokens a second of one GPU of 80 GB with a model of 2B and vLLM under load: assumed, not measured."""
+_SUBTITLES = 4_000  # tokens of all subtitles of a clip
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one benchmark would take; tokens of all its rows."""
+
+    benchmark: Benchmark
+    rows: int | None
+    images: int
+    tokens_in: int
+    tokens_out: int
+    judge_tokens: int
+    note: str
+
+    @property
+    def hours(self) -> float:
+        """On one GPU, at the assumed speeds; the judge's own time is not in it."""
+        return (self.tokens_out / ANSWER_SPEED + self.tokens_in / PROMPT_SPEED) / 3600
+
+
+def estimate(benchmark: Benchmark, options: EvalOptions) -> Estimate:
+    """The estimate of one benchmark: its rows counted where `--data` has them, else as the registry has it."""
+    note = "gated: accept its terms and log in" if benchmark.gated else ""
+    items: Sequence[Item] | None = None
+    if options.data is not None:
+        try:
+            loaded = load_items(benchmark, options.data, clips=options.clips, limit=options.limit)
+            items, bad = loaded.items, loaded.unreadable
+            note = (
+                f"{len(bad):,} {'row' if len(bad) == 1 else 'rows'} unreadable: {bad[0][:100].removeprefix(f'{benchmark.name}, ')}"
+                if bad
+                else ""
+            )
+        except DataError as error:  # it would be skipped
+            note = one_line(error, 100).removeprefix(f"{benchmark.name}: ")
+            return Estimate(benchmark, None, 0, 0, 0, 0, note)
+    rows = len(items) if items is not None else benchmark.rows
+    if rows is None:
+        rows, note = 5_000, f"{note}; rows not counted, 5,000 taken".removeprefix("; ")
+    if items is None and options.limit is not None:
+        rows = min(rows, options.limit)
+    asked = rows * options.samples
+    if items is not None:
+        pictures = sum(
+            len(i.images) + (min(options.frames, len(i.frames)) if i.frames else options.frames * bool(i.video))
+            for i in items
+        )
+        text = sum(len(i.asked) for i in items) // 4 + 60 * len(items)
+    else:
+        pictures = rows * {"vlm": 1, "llm": 0, "video": options.frames}[benchmark.family]
+        text = rows * (TEXT_TOKENS[benchmark.family] + (_SUBTITLES if benchmark.name == "VMMES" else 0))
+    share = JUDGED_SHARE if benchmark.judge == "judge" else 1.0
+    return Estimate(
+        benchmark,
+        rows,
+        pictures * options.samples,
+        (text + pictures * (FRAME_TOKENS if benchmark.family == "video" else IMAGE_TOKENS)) * options.samples,
+        asked * min(ANSWER_TOKENS, options.max_tokens),
+        int(asked * share * JUDGE_TOKENS),
+        note,
+    )
+
+
+def print_estimates(console: Console, estimates: Sequence[Estimate], options: EvalOptions) -> None:
+    """The plan of `--dry-run`, with its assumptions."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("benchmark")
+    for name in ("rows", "images", "prompts", "answers", "judge", "GPU hours"):
+        table.add_column(name, justify="right")
+    notes: dict[str, list[str]] = {}
+    for e in estimates:
+        rows = "?" if e.rows is None else f"{e.rows:,}"
+        numbers = (f"{e.images:,}", *map(_millions, (e.tokens_in, e.tokens_out, e.judge_tokens)))
+        table.add_row(e.benchmark.name, rows, *numbers, f"{e.hours:.2f}")
+        if e.note:
+            notes.setdefault(e.note, []).append(e.benchmark.name)
+    totals = [
+        sum(getattr(e, name) for e in estimates) for name in ("images", "tokens_in", "tokens_out", "judge_tokens")
+    ]
+    whole = f"{sum(e.rows or 0 for e in estimates):,}"
+    hours = f"{sum(e.hours for e in estimates):.1f}"
+    table.add_row(Text("all", style="bold"), whole, f"{totals[0]:,}", *map(_millions, totals[1:]), hours)
+    console.print(table)
+    for note, names in notes.items():
+        say(console, f"{', '.join(names)}: {note}", "yellow")
+    say(
+        console,
+        f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, {options.samples} a question; "
+        f"pictures of {IMAGE_TOKENS} tokens, {options.frames} of {FRAME_TOKENS} for a clip; the shared judge asked about "
+        f"{JUDGED_SHARE:.0%} of rows, a benchmark's own about all, {JUDGE_TOKENS} tokens each; {ANSWER_SPEED:,} answer and "
+        f"{PROMPT_SPEED:,} prompt tokens a second, which one GPU of 80 GB may do with a model of 2B under vLLM (not measured). "
+        "Nothing was asked.",
+        "dim",
+    )
+
+
+def _millions(tokens: int) -> str:
+    return f"{tokens / 1e6:,.2f} M"
