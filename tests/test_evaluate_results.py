@@ -38,8 +38,8 @@ from zppo.evals.server import KEY, command_of
 from zppo.evals.tables import BENCHMARKS, find
 from zppo.evals.view import Watch, print_results
 from zppo.prompts import PromptBook
-from zppo.report.evaluation import as_accuracies, compare_evaluations, evaluation_table, read_evaluation
 from zppo.report.summary import Reader
+from zppo.report.tables import as_accuracies, compare_evaluations, evaluation_table, read_evaluation
 
 # --- journals -------------------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,11 @@ from zppo.grading import normalise
 from zppo.images.store import reference
 from zppo.prompts.book import PromptBook
 from zppo.report import summary as summary_module
-from zppo.report.audit import (
+from zppo.report.audits import (
     MATCHES,
+    bin_count,
+    bin_name,
+    bin_of,
     boxes,
     count_group,
     count_leaks,
@@ -36,15 +39,24 @@ from zppo.report.audit import (
     position_bias,
     share_of,
     wilson,
+    zone_story,
 )
 from zppo.report.charts import Chart, Series, ramp
-from zppo.report.load import open_run
-from zppo.report.questions import QuestionLine, Visit, nearest, question_lines, stratified
-from zppo.report.scan import question_ids, scan_file
-from zppo.report.stories import cut, load_stories, size_of, trimmed
+from zppo.report.questions import (
+    SIDES,
+    QuestionLine,
+    Visit,
+    cut,
+    load_stories,
+    nearest,
+    question_lines,
+    size_of,
+    stratified,
+    trimmed,
+    with_images,
+)
+from zppo.report.read_run import open_run, question_ids, scan_file
 from zppo.report.summary import Reader, duration
-from zppo.report.thumbnails import SIDES, with_images
-from zppo.report.zone import bin_count, bin_name, bin_of, zone_story
 from zppo.runs.log import RunLog
 
 

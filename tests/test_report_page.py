@@ -15,9 +15,8 @@ import pytest
 
 from chromium import Browser
 from report_runs import change_rows, files_of, invented_run, rows_of
-from zppo.report.commands import compare_command, report_command
-from zppo.report.page_html import report_page, script_json
-from zppo.report.serve import make_server
+from zppo.report.command import compare_command, report_command
+from zppo.report.page import make_server, report_page, script_json
 from zppo.report.summary import Reader
 
 pytestmark = pytest.mark.slow

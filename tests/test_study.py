@@ -15,7 +15,7 @@ from zppo.config.recipe import load_recipe
 from zppo.errors import DataError, SettingsError
 from zppo.lab.study import Cell, grid, overrides_of, run_study
 from zppo.lab.study_view import graduated_share, print_study, study_tables
-from zppo.report.statistics import mean_interval, paired_difference
+from zppo.report.bootstrap import mean_interval, paired_difference
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from zppo import __version__
 from zppo.errors import Interrupted, SettingsError, ZPPOError
 from zppo.evals.command import add_eval
-from zppo.report.arguments import add_commands
+from zppo.report.command import add_commands
 from zppo.serve.command import add_serve
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ def _bootstrap(options: argparse.Namespace) -> None:
 
 
 def _eval_compare(options: argparse.Namespace) -> None:
-    from zppo.report.evaluation import compare_evaluations
+    from zppo.report.tables import compare_evaluations
 
     compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
 
@@ -369,7 +369,7 @@ def _eval_compare(options: argparse.Namespace) -> None:
 def _cost(options: argparse.Namespace) -> None:
     from zppo.planning.flops import Assumptions
     from zppo.planning.model_shapes import parse_size
-    from zppo.report.cost_view import Request, cost_command, paper_command
+    from zppo.report.cost import Request, cost_command, paper_command
 
     if options.target is None and not options.paper:
         raise SettingsError("zppo cost needs a recipe or a run folder: zppo cost RECIPE|RUN, or zppo cost --paper")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zppo.errors import DataError
-from zppo.report.statistics import mean_interval, paired_difference
+from zppo.report.bootstrap import mean_interval, paired_difference
 from zppo.runs.log import read_lines
 
 CONTROLS = ("grpo-replay", "zppo-placebo")

@@ -1,11 +1,17 @@
-"""Charts as data: the page draws them with plotly, `zppo.report.static` the same ones with matplotlib."""
+"""Charts as data: the page draws them with plotly, `zppo.report.page` the same ones with matplotlib."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
+
+from zppo.core.types import BCQ, NCQ
+from zppo.report.audits import Counts, MatchRow, ZoneStory, match_rows, median, paper_rows
+from zppo.report.read_run import KindSums, Run, StepScan
 
 # Okabe and Ito's colours, told apart with every kind of colour blindness.
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = (
@@ -126,3 +132,265 @@ def _plain(value: Any) -> Any:
         return value
     numbers = (v.item() if hasattr(v, "item") else v for v in value)
     return [float(f"{v:.6g}") if isinstance(v, float) else v for v in numbers]
+
+
+DYNAMICS, ZONE, AUDITS = "Dynamics", "The zone", "Audits"
+
+
+def kind_colours(kinds: Iterable[str]) -> dict[str, str]:
+    """A colour per kind of prompt; plain, BCQ and NCQ have theirs on every chart."""
+    spare = iter(c for c in CYCLE * 3 if c not in KIND_COLOURS.values())
+    return {kind: KIND_COLOURS.get(kind) or next(spare) for kind in kinds}
+
+
+def kind_name(kind: str) -> str:
+    """bcq -> BCQ; plain and kinds of one's own as they are."""
+    return kind.upper() if kind in (BCQ, NCQ) else kind
+
+
+def charts_of(run: Run, scans: Sequence[StepScan], counts: Counts, zone: ZoneStory | None) -> list[Chart]:
+    """Every chart that has something to show, in the order of the page."""
+    charts = [*_outcome(run), *_by_kind(scans), *_by_step(run), *_zone(zone), *_audits(run, counts)]
+    return [chart for chart in charts if not chart.empty]
+
+
+def _outcome(run: Run) -> list[Chart]:
+    """Held-out accuracy by level."""
+    evaluations = [e for e in run.evaluations if e["event"] == "eval"]
+    finals = [e for e in run.evaluations if e["event"] == "final"]
+    seen = [*evaluations, *finals]
+    levels = list(dict.fromkeys(level for e in seen for level in e["by_level"]))
+    x = [e["step"] for e in seen]
+    series = [
+        Series(level, x, numbers(e["by_level"].get(level) for e in seen), CYCLE[i % len(CYCLE)], dash=i >= len(CYCLE))
+        for i, level in enumerate(levels)
+    ]
+    series.append(Series("all", x, numbers(e["accuracy"] for e in seen), "#333333" if levels else BLUE))
+    caption = (
+        "Plain prompts on held-out questions. The last point is a fresh evaluation of final/."
+        if finals
+        else "Plain prompts on held-out questions."
+    )
+    return [
+        Chart(
+            "held-out",
+            DYNAMICS,
+            "Held-out accuracy",
+            tuple(series),
+            caption=caption,
+            percent=True,
+            smooth=False,
+            unit_range=True,
+        )
+    ]
+
+
+def _by_kind(scans: Sequence[StepScan]) -> list[Chart]:
+    """What the rollout files say, per kind of prompt."""
+    kinds = list(dict.fromkeys(kind for scan in scans for kind in scan.kinds))
+    colours = kind_colours(kinds)
+
+    def series(value: Any) -> tuple[Series, ...]:
+        result = []
+        for kind in kinds:
+            rows = [(scan.step, scan.kinds[kind]) for scan in scans if kind in scan.kinds]
+            hover = [f"{sums.rollouts:,} rollouts" for _, sums in rows]
+            values = numbers(value(sums) for _, sums in rows)
+            result.append(Series(kind_name(kind), [step for step, _ in rows], values, colours[kind], hover=hover))
+        return tuple(result)
+
+    def share(part: str, of: str = "rollouts") -> Any:
+        return lambda sums: getattr(sums, part) / getattr(sums, of) if getattr(sums, of) else None
+
+    def entropy(sums: KindSums) -> float | None:
+        return sums.entropy / sums.entropies if sums.entropies else None
+
+    return [
+        Chart("accuracy", DYNAMICS, "Accuracy of rollouts", series(share("correct", "graded")), percent=True, unit_range=True,
+              caption="Share of right rollouts among those with a verdict, by kind of prompt."),
+        Chart("positive", DYNAMICS, "Positive advantages", series(share("positive")), percent=True,
+              caption="Share of rollouts whose advantage is above 0."),
+        Chart("entropy", DYNAMICS, "Entropy of the sampling distribution", series(entropy), y_title="nats a token",
+              caption="Mean over the tokens of a rollout, then over rollouts."),
+        Chart("lengths", DYNAMICS, "Completion length", series(share("tokens")), y_title="tokens",
+              caption="Mean over rollouts, those that the limit cut included."),
+        Chart("truncated", DYNAMICS, "Cut by the token limit", series(share("truncated")), percent=True,
+              caption="Share of rollouts that the token limit stopped."),
+        Chart("no-answer", DYNAMICS, "Without an answer", series(share("no_answer")), percent=True,
+              caption="Share of rollouts from which no answer could be extracted."),
+    ]  # fmt: skip
+
+
+def _by_step(run: Run) -> list[Chart]:
+    """What metrics.jsonl says about each step."""
+    x = [line["step"] for line in run.steps]
+
+    def one(name: str, key: str, colour: str) -> Series:
+        return Series(name, x, numbers(line.get(key) for line in run.steps), colour)
+
+    def ratio(name: str, part: str, of: str, colour: str) -> Series:
+        pairs = [(line.get(part), line.get(of)) for line in run.steps]
+        hover = [f"{a:,.0f} of {b:,.0f}" if a is not None and b else "" for a, b in pairs]
+        return Series(name, x, numbers(a / b if a is not None and b else None for a, b in pairs), colour, hover=hover)
+
+    asked = any(line.get("teacher_rollouts") for line in run.steps)
+    judged = any(line.get("judge_asked") for line in run.steps)
+    teacher = (
+        ratio("rollouts right", "teacher_correct", "teacher_rollouts", GREEN),
+        ratio("questions never solved", "teacher_solved_none", "teacher_questions", ORANGE),
+        ratio("summaries refused", "compression_failed", "compression_asked", RED),
+        ratio("BCQ uncompressed", "bcq_raw_pairs", "bcq_prompts", PURPLE),
+    )
+    missing = Chart(
+        "teacher-missing", DYNAMICS, "Help that did not come",
+        (
+            one("rollouts", "teacher_unreachable", RED),
+            one("summaries", "compression_unreachable", ORANGE),
+            one("too long prompts", "too_long", PURPLE),
+            *([one("verdicts", "judge_unreachable", BLUE)] if judged else []),
+        ),
+        y_title="count", smooth=False, caption="Rollouts, summaries and verdicts that got no reply; prompts beyond the student's context.",
+    )  # fmt: skip
+    return [
+        Chart("loss", DYNAMICS, "Loss", (one("loss", "loss", BLUE),),
+              caption="Token-level clipped surrogate, mean over the step's updates; its level says little, jumps say a lot."),
+        Chart("grad-norm", DYNAMICS, "Gradient norm", (one("gradient norm", "grad_norm", BLUE),), caption="Before clipping."),
+        Chart("clip", DYNAMICS, "Clipped tokens", (
+            one("below", "clip_low_share", BLUE), one("above", "clip_high_share", RED), one("dual clip", "clip_dual_share", PURPLE)),
+            percent=True, caption="Share of trained tokens whose ratio left the clip range."),
+        Chart("composition", DYNAMICS, "Composition of the batch", _parts(run.steps, "composition", {
+            "easy": SKY, "hard": BLUE, "bcq": RED, "ncq": GREEN, "ungraded": GREY}), "area", percent=True, unit_range=True,
+            caption="Shares of the step's groups: easy and hard questions asked plainly, and questions asked again."),
+        *([Chart("teacher", DYNAMICS, "Teacher health", teacher, percent=True, unit_range=True,
+                 caption="How often the teacher was right, and how often its summaries could not be used.")] if asked else []),
+        *([Chart("judge", DYNAMICS, "Judge", (
+            ratio("judged correct", "judge_correct", "judge_asked", GREEN), ratio("no verdict", "judge_malformed", "judge_asked", RED)),
+            percent=True, unit_range=True, caption="Of the completions that the judge was asked about; no verdict counts as wrong.")]
+          if judged else []),
+        *([missing] if any(v for s in missing.series for v in s.y) else []),
+        Chart("seconds", DYNAMICS, "Time of a step", _parts(run.steps, "seconds", {
+            "sampling": BLUE, "teacher": ORANGE, "update": GREEN, "other": GREY}), "area", y_title="seconds",
+            caption="Where the wall clock of a step goes."),
+        *([Chart("waited", DYNAMICS, "Waiting for the teacher", (one("waited", "teacher_wait_seconds", ORANGE),), y_title="seconds",
+                 caption="Seconds of each step in which it could do nothing but wait for the teacher's replies.")]
+          if any(line.get("teacher_wait_seconds") for line in run.steps) else []),
+    ]  # fmt: skip
+
+
+def _parts(lines: Sequence[Mapping[str, Any]], key: str, colours: Mapping[str, str]) -> tuple[Series, ...]:
+    """Series of a metric that is a mapping; its known parts first, in the order of `colours`, parts that are always 0 left out."""
+    found = dict.fromkeys(name for line in lines for name, value in line[key].items() if value)
+    names = [*(n for n in colours if n in found), *(n for n in found if n not in colours and n != "step")]
+    x = [line["step"] for line in lines]
+    spare = dict(zip(names, CYCLE * 9, strict=False))
+    return tuple(
+        Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n]))
+        for n in names
+    )
+
+
+def _zone(zone: ZoneStory | None) -> list[Chart]:
+    if zone is None or not zone.admitted.any():
+        return []
+    colours, x = ramp(len(zone.names)), zone.steps.tolist()
+    admitted, graduated = np.cumsum(zone.admitted, axis=1), np.cumsum(zone.graduated, axis=1)
+    occupancy = tuple(
+        Series(name, x, numbers(row), colour)
+        for name, row, colour in zip(zone.names, zone.occupancy, colours, strict=True)
+    )
+    shares = tuple(
+        Series(name, x, numbers(row), colour, hover=[f"{g:,} of {a:,}" for g, a in zip(out, into, strict=True)])
+        for name, row, out, into, colour in zip(
+            zone.names, zone.graduated_share, graduated, admitted, colours, strict=True
+        )
+    )
+    return [
+        Chart("occupancy", ZONE, "Questions in the buffer", occupancy, "area", y_title="questions",
+              caption="By plain accuracy at admission."),
+        Chart("graduation", ZONE, "Graduated of those admitted", shares, percent=True, smooth=False,
+              caption="Up to each step, by plain accuracy at admission; the numbers appear under the pointer."),
+        _bars("graduates", "Graduates", zone.names, {"graduated": zone.graduated.sum(axis=1)}, colours={"graduated": GREEN},
+              caption="Entries that graduated, by plain accuracy at admission."),
+        _bars("fate", "Fate of those that left", zone.names,
+              {"graduated": zone.graduated.sum(axis=1), "evicted": zone.evicted.sum(axis=1)}, normed=True,
+              colours={"graduated": GREEN, "evicted": ORANGE}, caption="Shares of the entries that left the buffer."),
+        _visits(zone),
+        _waiting(zone, colours),
+    ]  # fmt: skip
+
+
+def _bars(
+    id: str, title: str, names: Sequence[str], parts: Mapping[str, Sequence[float]], *, colours: Mapping[str, str], caption: str,
+    normed: bool = False, x_title: str = "plain accuracy at admission",
+) -> Chart:  # fmt: skip
+    """Stacked bars, in counts or as shares of each bar."""
+    totals = [sum(column) for column in zip(*parts.values(), strict=True)]
+    series = []
+    for part, values in parts.items():
+        shown = [v / t if t else None for v, t in zip(values, totals, strict=True)] if normed else values
+        hover = [f"{v:,} of {t:,}" for v, t in zip(values, totals, strict=True)]
+        series.append(Series(part, list(names), numbers(shown), colours[part], hover=hover))
+    y_title = "" if normed else "entries"
+    return Chart(id, ZONE, title, tuple(series), "bar", caption, x_title, y_title, percent=normed, unit_range=normed)
+
+
+def _visits(zone: ZoneStory) -> Chart:
+    """Fate by number of visits; the many at the end are one bar."""
+    most = 12
+    rows: dict[str, tuple[int, int]] = {}
+    for visits, (graduated, evicted) in zone.visits.items():
+        name = str(visits) if visits < most else f"{most} or more"
+        before = rows.get(name, (0, 0))
+        rows[name] = (before[0] + graduated, before[1] + evicted)
+    parts = {"graduated": [r[0] for r in rows.values()], "evicted": [r[1] for r in rows.values()]}
+    caption = "Entries that left, by how often they were asked plainly since admission."
+    colours = {"graduated": GREEN, "evicted": ORANGE}
+    return _bars(
+        "visits", "Fate by number of visits", list(rows), parts, colours=colours, caption=caption, x_title="visits"
+    )
+
+
+def _waiting(zone: ZoneStory, colours: Sequence[str]) -> Chart:
+    """How long graduates waited: share of a bin's graduates that took at most so many steps."""
+    series = []
+    for name, waits, colour in zip(zone.names, zone.waits, colours, strict=True):
+        if waits:
+            values, counts = np.unique(waits, return_counts=True)
+            done = np.cumsum(counts)
+            hover = [f"{d:,} of {done[-1]:,}" for d in done]
+            label = f"{name} (median {median(waits):g})"
+            series.append(Series(label, values.tolist(), numbers(done / done[-1]), colour, hover=hover))
+    return Chart("waiting", ZONE, "Time to graduation", tuple(series), x_title="steps since admission", percent=True, smooth=False,
+                 unit_range=True, caption="Share of graduates that took at most so many steps, by accuracy at admission.")  # fmt: skip
+
+
+def _audits(run: Run, counts: Counts) -> list[Chart]:
+    ours, papers = match_rows(counts), paper_rows()
+    words = {
+        BCQ: ("Whose answer BCQ rollouts give", "the right candidate's", "the wrong candidate's"),
+        NCQ: ("Whose answer NCQ rollouts give", "the teacher's, unseen", "a listed wrong one"),
+    }
+    charts = []
+    for kind, (title, positive, negative) in words.items():
+        rows = [row for row in ours if row.kind == kind and row.rollouts]
+        if rows:
+            beside = [row for row in papers if row.kind == kind]
+            caption = (
+                "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
+            )
+            charts.append(_match_chart(f"match-{kind}", title, [*rows, *beside], positive, negative, caption))
+    return charts
+
+
+def _match_chart(id: str, title: str, rows: Sequence[MatchRow], positive: str, negative: str, caption: str) -> Chart:
+    names = [f"{row.source} · {row.subset}" for row in rows]
+    hover = [f"{row.rollouts:,} rollouts" for row in rows]
+    series = tuple(
+        Series(label, names, numbers(getattr(row, field) for row in rows), colour, hover=hover)
+        for label, field, colour in (
+            (positive, "positive", GREEN),
+            (negative, "negative", RED),
+            ("another or none", "other", GREY),
+        )
+    )
+    return Chart(id, AUDITS, title, series, "hbar", caption, "", "share of rollouts", percent=True, unit_range=True)

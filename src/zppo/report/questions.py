@@ -1,17 +1,89 @@
-"""One line per question: what happened to it, by which a reader finds it; and which questions a page shows."""
+"""The images of a question on a page: small copies as data URIs."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.text import Text
+
 from zppo.core.draws import draw_key
-from zppo.core.types import PLAIN
-from zppo.report.load import Run
-from zppo.report.scan import StepScan
-from zppo.report.zone import bin_count, bin_name, bin_of
+from zppo.core.types import BCQ, PLAIN, ImageRef
+from zppo.errors import CheckpointError, DataError
+from zppo.images.store import as_url, open_file, open_image
+from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, match
+from zppo.report.charts import kind_name
+from zppo.report.read_run import Run, StepScan
+from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS
+
+SIDES = (640, 320, 160)
+"""Pixels of the longer side; the smaller ones where there is little room."""
+_LOSSLESS = 4096  # bytes; drawings and tiny pictures are small as PNG, and blurred as JPEG
+
+
+def with_images(story: Mapping[str, Any], most_bytes: int | None = None) -> dict[str, Any]:
+    """The story with its images as data URIs, small enough for a page; one that cannot be read, or that is not the file that the
+    model saw, is named instead. Runs from before there were digests are shown what is there now.
+
+    Args:
+        most_bytes: that all of them may take together, as far as smaller copies help; None for no limit.
+    """
+    pictures = [_read(path, digest) for path, digest in zip(story["images"], _digests(story), strict=True)]
+    for side in SIDES:
+        shown = [_shown(path, found, side) for path, found in zip(story["images"], pictures, strict=True)]
+        if most_bytes is None or sum(len(image.get("data", "")) for image in shown) <= most_bytes:
+            break
+    return {name: value for name, value in story.items() if name != "image_sha256"} | {"images": shown}
+
+
+def _digests(story: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of every image, "" where it is not known."""
+    known = list(story.get("image_sha256") or ())
+    return known if len(known) == len(story["images"]) else [""] * len(story["images"])
+
+
+def _read(path: str, digest: str) -> Image.Image | str:
+    """The picture, or why there is none."""
+    try:
+        picture = open_image(ImageRef(path, digest)) if digest else open_file(Path(path))
+    except DataError as error:
+        cause = str(error).removeprefix(f"the image {path} ")
+        return re.split(r"[:;] (?:put|replace|convert|crop|make) ", cause)[0]
+    picture.thumbnail((SIDES[0], SIDES[0]))
+    return picture
+
+
+def _shown(path: str, found: Image.Image | str, side: int) -> dict[str, str]:
+    if isinstance(found, str):
+        return {"path": path, "missing": found}
+    picture = found.copy()
+    picture.thumbnail((side, side))
+    return {"path": path, "data": as_url(*_smallest(picture))}
+
+
+def _smallest(picture: Image.Image) -> tuple[bytes, str]:
+    """Bytes and media type."""
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    if out.tell() <= _LOSSLESS:
+        return out.getvalue(), "image/png"
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=80)
+    return out.getvalue(), "image/jpeg"
+
 
 EXCERPT = 160
 """Characters of a question's text in its line."""
@@ -138,3 +210,257 @@ def nearest(wanted: str, known: Iterable[str], most: int = 3) -> list[str]:
     names = list(known)
     containing = [name for name in names if wanted in name]
     return (containing or difflib.get_close_matches(wanted, names[:50_000], n=most, cutoff=0.5))[:most]
+
+
+Story = dict[str, Any]
+
+_ROLLOUT = (
+    "completion",
+    "answer",
+    "correct",
+    "graded",
+    "reason",
+    "reward",
+    "advantage",
+    "completion_tokens",
+    "truncated",
+    "entropy",
+)
+
+
+def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Story]:
+    """The stories of some questions, by id; each file that may hold one of them is read once.
+
+    A story has: id, level, gold, question, images (paths), image_sha256, events (of the buffer), prompts (distinct texts) and groups, each
+    with step, kind, replayed, prompt (index), audit, prompt_tokens and rollouts. A question that was not asked has no groups.
+
+    Args:
+        wanted: question id -> the steps in which it may have been asked.
+
+    Raises:
+        CheckpointError: a rollout file cannot be read.
+    """
+    by_step: dict[int, list[str]] = {}
+    for question_id, steps in wanted.items():
+        for step in set(steps):
+            by_step.setdefault(step, []).append(question_id)
+    stories: dict[str, Story] = {
+        question_id: {
+            "id": question_id,
+            "level": "",
+            "gold": "",
+            "question": "",
+            "images": [],
+            "image_sha256": [],
+            "events": [],
+            "prompts": [],
+            "groups": [],
+        }
+        for question_id in wanted
+    }
+    for event in run.buffer:
+        if event["id"] in stories:
+            stories[event["id"]]["events"].append({k: v for k, v in event.items() if k != "id"})
+    for step in sorted(by_step):
+        path = run.folder / ROLLOUTS / f"step-{step:06d}.parquet"
+        try:
+            for row in _rows(path, by_step[step]):
+                _add(stories[row["question_id"]], row)
+        except (OSError, pa.ArrowException) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}). Was the run taken back to a checkpoint? Then try again"
+            ) from error
+    for story in stories.values():
+        _match(story)
+    return stories
+
+
+def _rows(path: Path, ids: list[str]) -> Iterable[Mapping[str, Any]]:
+    """The rows of some questions; one row group is held at a time."""
+    wanted = pa.array(ids, pa.string())
+    with pq.ParquetFile(path) as file:
+        for index in range(file.num_row_groups):
+            here = pc.is_in(file.read_row_group(index, columns=["question_id"])["question_id"], value_set=wanted)
+            if pc.any(here).as_py():
+                yield from file.read_row_group(index, columns=ROLLOUT_SCHEMA.names).filter(here).to_pylist()
+
+
+def _add(story: Story, row: Mapping[str, Any]) -> None:
+    """One row of a rollout file."""
+    if row["rollout"] == 0:
+        story.update({name: row[name] for name in ("question", "images", "level", "gold")})
+        story["image_sha256"] = row.get("image_sha256") or []  # older files have none
+        if row["prompt"] not in story["prompts"]:
+            story["prompts"].append(row["prompt"])
+        group = {name: row[name] for name in ("step", "kind", "replayed", "prompt_tokens")}
+        prompt = story["prompts"].index(row["prompt"])
+        story["groups"].append({**group, "prompt": prompt, "audit": json.loads(row["audit"]), "rollouts": []})
+    story["groups"][-1]["rollouts"].append({name: _short(row[name]) for name in _ROLLOUT})
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _match(story: Story) -> None:
+    """Says of every BCQ and NCQ rollout whose answer it gives."""
+    unseen = {g["step"]: g["audit"].get("positive_answer") for g in story["groups"] if g["kind"] == BCQ}
+    for group in story["groups"]:
+        audit = group["audit"]
+        if "correct_at" in audit:
+            positive, negatives = audit["positive_answer"], [audit["negative_answer"]]
+        elif "wrong_answers" in audit:
+            positive, negatives = unseen.get(group["step"]), audit["wrong_answers"]
+        else:
+            continue
+        for rollout in group["rollouts"]:
+            if rollout["graded"]:
+                found = match(rollout["answer"], positive, [n for n in negatives if n is not None])
+                rollout["class"] = audit_class(group["kind"], rollout["correct"], found)
+
+
+def trimmed(story: Story, most_bytes: int) -> Story:
+    """A story that fits: completions lose their middle first, then groups in the middle lose their texts (the outcomes stay)."""
+    for characters in (8000, 2000, 500):
+        if size_of(story) <= most_bytes:
+            return story
+        prompts = [cut(p, 4 * characters) for p in story["prompts"]]
+        groups = [{**g, "rollouts": [_cut_rollout(r, characters) for r in g["rollouts"]]} for g in story["groups"]]
+        story = {**story, "prompts": prompts, "groups": groups, "cut": True}
+    groups, left = list(story["groups"]), size_of(story) - most_bytes
+    # From the middle outwards: the beginning and the end of a story say most.
+    for index in sorted(range(len(groups)), key=lambda i: abs(2 * i - len(groups) + 1)):
+        if left <= 0:
+            break
+        bare = {**groups[index], "rollouts": [{**r, "completion": None} for r in groups[index]["rollouts"]]}
+        left -= size_of(groups[index]) - size_of(bare)
+        groups[index] = bare
+    return {**story, "groups": groups}
+
+
+def _cut_rollout(rollout: Mapping[str, Any], characters: int) -> dict[str, Any]:
+    return {**rollout, "completion": cut(rollout["completion"], characters)}
+
+
+def cut(text: str, characters: int) -> str:
+    """A text without its middle where it is too long; what is missing is said in its place."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+
+
+def size_of(story: Story) -> int:
+    """Bytes of a story on the page."""
+    return len(json.dumps(story, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+SHOWN = 1200
+"""Characters of a text that are shown unless all of it is asked for."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_MATCH_WORDS = {
+    "bcq": {
+        "positive": "the right candidate's answer",
+        "negative": "the wrong candidate's answer",
+        "other": "neither candidate's answer",
+    },
+    "ncq": {
+        "positive": "the teacher's unseen answer",
+        "negative": "a listed wrong answer",
+        "other": "an answer that was not listed",
+    },
+}
+
+
+def harmless(text: str) -> str:
+    """A text whose control characters are shown instead of obeyed: model text must not steer the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def print_story(
+    story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False
+) -> None:
+    """Print a story.
+
+    Args:
+        story: as `load_stories` returns it.
+        step, kind: show only groups of this step, of this kind of prompt.
+        full: show texts whole.
+    """
+    limit = 10**9 if full else SHOWN
+    console.print(Rule(Text(harmless(story["id"])), align="left"))
+    _print(console, Text(harmless(story["question"])), 0)
+    _print(
+        console,
+        Text(
+            f"right answer {harmless(story['gold'])}"
+            + (f"  level {harmless(story['level'])}" if story["level"] else ""),
+            style="bold",
+        ),
+        0,
+    )
+    for path in story["images"]:
+        _print(console, Text(f"image {harmless(path)}", style="dim"), 0)
+    for event in story["events"]:
+        detail = (
+            f"at {event['entry_accuracy']:.1%}" if event["event"] == "admitted" else f"after {event['visits']} visits"
+        )
+        _print(console, Text(f"step {event['step']}: {event['event']} {detail}", style="cyan"), 0)
+    shown: set[int] = set()
+    for group in story["groups"]:
+        if step in (None, group["step"]) and kind in (None, group["kind"]):
+            _print_group(
+                console, group, story["prompts"][group["prompt"]] if group["prompt"] not in shown else None, limit
+            )
+            shown.add(group["prompt"])
+    if not shown:
+        asked = ", ".join(f"{g['step']} ({g['kind']})" for g in story["groups"])
+        console.print(Text(f"No group fits; the question was asked in the steps {asked}.", style="yellow"))
+
+
+def _print_group(console: Console, group: Mapping[str, Any], prompt: str | None, limit: int) -> None:
+    rollouts = group["rollouts"]
+    right, graded = sum(r["correct"] and r["graded"] for r in rollouts), sum(r["graded"] for r in rollouts)
+    replayed = ", replayed" if group["replayed"] else ""
+    console.print()
+    console.print(
+        Rule(
+            Text(f"step {group['step']}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"),
+            align="left",
+            style="dim",
+        )
+    )
+    audit = group["audit"]
+    if "correct_at" in audit:
+        words = f"candidate {audit['correct_at'] + 1} is right ({audit['positive_answer']}), the other wrong ({audit['negative_answer']})"
+        _print(console, Text(harmless(words), style="dim"), 2)
+    if "wrong_answers" in audit:
+        _print(
+            console, Text(harmless(f"listed as wrong: {', '.join(audit['wrong_answers']) or 'none'}"), style="dim"), 2
+        )
+    if prompt is None:
+        _print(console, Text("the same prompt as before", style="dim"), 2)
+    else:
+        _print(console, Text(f"prompt as the student saw it ({group['prompt_tokens']} tokens)", style="dim"), 2)
+        _print(console, Text(harmless(cut(prompt, limit))), 4)
+    for number, rollout in enumerate(rollouts, 1):
+        _print(console, _verdict(number, rollout, group["kind"]), 2)
+        _print(console, Text(harmless(cut(rollout["completion"], limit))), 4)
+
+
+def _verdict(number: int, rollout: Mapping[str, Any], kind: str) -> Text:
+    """How one rollout was graded and why, in one line."""
+    words, style = ("right", "bold green") if rollout["correct"] else ("wrong", "bold red")
+    if not rollout["graded"]:
+        words, style = "not graded", "bold yellow"
+    which = _MATCH_WORDS.get(kind, {}).get(rollout.get("class", "::").split(":")[2])
+    answer = "no answer" if rollout["answer"] is None else f"answer {harmless(rollout['answer'])}"
+    facts = [answer, harmless(rollout["reason"]), which, f"reward {rollout['reward']:g}", f"advantage {rollout['advantage']:.3g}",
+             f"{rollout['completion_tokens']} tokens", "cut by the token limit" if rollout["truncated"] else None]  # fmt: skip
+    text = Text(f"{number} ", style="dim").append(words, style=style)
+    return text.append(": " + ", ".join(dict.fromkeys(f for f in facts if f)), style="not bold default")
+
+
+def _print(console: Console, text: Text, indent: int) -> None:
+    console.print(Padding(text, (0, 0, 0, indent)), highlight=False)

@@ -13,15 +13,11 @@ from zppo.config.recipe import load_recipe
 from zppo.errors import ZPPOError
 from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
-from zppo.report.audit import Counts
-from zppo.report.charts import Chart
-from zppo.report.evaluation import EVAL, evaluation_table, read_evaluation
-from zppo.report.figures import charts_of
-from zppo.report.load import RECIPE, Run, open_run
+from zppo.report.audits import Counts, ZoneStory, zone_story
+from zppo.report.charts import Chart, charts_of
 from zppo.report.questions import QuestionLine, question_lines
-from zppo.report.scan import StepScan, scan_file
-from zppo.report.tables import Table, percent, tables_of
-from zppo.report.zone import ZoneStory, zone_story
+from zppo.report.read_run import RECIPE, Run, StepScan, open_run, scan_file
+from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
 from zppo.runs.log import METRICS
 
 Resolve = Callable[[str], str]

@@ -1,0 +1,364 @@
+"""The charts as files, drawn with matplotlib from the same data as the page's."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+import jinja2
+from markupsafe import Markup
+
+from zppo import __version__
+from zppo.errors import CheckpointError, SettingsError
+from zppo.report.charts import Chart, Series
+from zppo.report.questions import load_stories, stratified, to_index, trimmed, with_images
+from zppo.report.read_run import RECIPE
+from zppo.report.summary import Reader, Summary
+from zppo.report.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, DIM, GRID = "#1b2230", "#5c6675", "#e6e9ee"
+
+
+def write_figures(charts: Sequence[Chart], folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Write every chart as <folder>/<id>.<suffix> and return the paths.
+
+    Args:
+        suffixes: of png and svg, those that are wanted.
+    """
+    if not suffixes:
+        return []
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.rc_context(_settings()):
+        for chart in charts:
+            for suffix in suffixes:
+                path = folder / f"{chart.id}.{suffix}"
+                # A figure of its own (its layout depends on what was drawn before), no date and a fixed salt: the same run, the same bytes.
+                draw(chart).savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+                written.append(path)
+    return written
+
+
+def _settings() -> Any:
+    # Names come from data: a dollar sign in one is no formula.
+    return {"svg.hashsalt": "zppo", "text.parse_math": False, "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
+
+
+def draw(chart: Chart) -> Figure:
+    """One chart as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    rows = len(chart.series[0].x) if chart.kind == "hbar" else 0
+    figure = Figure(figsize=(6.4, max(3.6, 1.4 + 0.32 * rows)), layout="constrained")
+    axes = figure.add_subplot()
+    {"line": _lines, "area": _area, "bar": _bars, "hbar": _hbars}[chart.kind](axes, chart)
+    _dress(axes, chart)
+    return figure
+
+
+def _values(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if v is None else v for v in values]
+
+
+def _lines(axes: Axes, chart: Chart) -> None:
+    for series in chart.series:
+        smooth = chart.smoothed(series)
+        style: dict[str, Any] = {"color": series.colour, "linestyle": "--" if series.dash else "-"}
+        if series.low:
+            axes.fill_between(
+                series.x, _values(series.low), _values(series.high), color=series.colour, alpha=0.15, linewidth=0
+            )
+        marker = "o" if len(series.x) < 30 else None
+        faint = {"alpha": 0.35, "linewidth": 0.7} if smooth else {"label": series.name, "linewidth": 1.6}
+        axes.plot(series.x, _values(series.y), marker=marker, markersize=3, **style, **faint)
+        if smooth:
+            axes.plot(series.x, _values(smooth), label=series.name, linewidth=1.8, **style)
+
+
+def _area(axes: Axes, chart: Chart) -> None:
+    stacks = [[v or 0.0 for v in series.y] for series in chart.series]
+    colours, names = [s.colour for s in chart.series], [s.name for s in chart.series]
+    axes.stackplot(chart.series[0].x, stacks, labels=names, colors=colours, alpha=0.85)
+    axes.margins(x=0)
+
+
+def _stacked(chart: Chart) -> list[tuple[Series, list[float], list[float]]]:
+    """(series, heights, where they begin)."""
+    below, result = [0.0] * len(chart.series[0].x), []
+    for series in chart.series:
+        heights = [v or 0.0 for v in series.y]
+        result.append((series, heights, below))
+        below = [b + h for b, h in zip(below, heights, strict=True)]
+    return result
+
+
+def _bars(axes: Axes, chart: Chart) -> None:
+    for series, heights, below in _stacked(chart):
+        axes.bar([str(x) for x in series.x], heights, bottom=below, color=series.colour, label=series.name, width=0.75)
+
+
+def _hbars(axes: Axes, chart: Chart) -> None:
+    for series, widths, left in _stacked(chart):
+        axes.barh([str(x) for x in series.x], widths, left=left, color=series.colour, label=series.name, height=0.75)
+    axes.invert_yaxis()
+
+
+def _dress(axes: Axes, chart: Chart) -> None:
+    """Title, axes, grid, legend."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    flat = chart.kind == "hbar"
+    # Above the plot: the title, and under it the legend in as many rows as it takes.
+    columns = len(chart.series) if sum(len(s.name) + 6 for s in chart.series) < 75 else 2
+    rows = math.ceil(len(chart.series) / columns) if len(chart.series) > 1 else 0
+    axes.set_title(chart.title, loc="left", fontweight="bold", pad=10 + 15 * rows)
+    value = axes.xaxis if flat else axes.yaxis
+    (axes.set_xlabel if flat else axes.set_ylabel)(chart.y_title, color=DIM)
+    (axes.set_ylabel if flat else axes.set_xlabel)(chart.x_title, color=DIM)
+    if chart.percent:
+        value.set_major_formatter(PercentFormatter(1.0))
+    if chart.unit_range:
+        (axes.set_xlim if flat else axes.set_ylim)(0, 1)
+    elif not flat and chart.kind != "line":
+        axes.set_ylim(bottom=0)
+    if chart.kind in ("line", "area"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="both" if chart.kind in ("line", "area") else "x" if flat else "y", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelcolor=DIM)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if rows:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=columns,
+            frameon=False,
+            borderaxespad=0.2,
+            handlelength=1.4,
+            labelcolor=INK,
+        )
+
+
+MOST_STORIES = 300
+MOST_BYTES = 25_000_000
+FOOTER = (
+    "Made by zppo from the files of the run. Charts: plotly.js, MIT licence. Rows of the paper: arXiv 2606.18216. "
+    "In the charts drag to zoom, double-click to go back."
+)
+
+
+def report_page(summary: Summary, *, most_stories: int = MOST_STORIES, most_bytes: int = MOST_BYTES) -> str:
+    """The page of a run as a file, with at most so many stories, and at most so many bytes in all as far as stories decide it."""
+    chosen = stratified(summary.lines.values(), most_stories)
+    left = most_bytes - len(page(_payload(summary, [], ""), []).encode()) - 1000 * len(chosen)
+    share = max(20_000, 4 * left // max(1, len(chosen)))  # one long story may take four times its share
+    loaded = load_stories(summary.run, {line.id: line.steps for line in chosen})
+    index, stories = [], []
+    for line in chosen:
+        text = script_json(trimmed(with_images(loaded[line.id], share // 2), share))
+        if (size := len(text.encode())) > left:
+            continue
+        left -= size
+        index.append(to_index(line, summary.run))
+        stories.append(text)
+    note = (
+        f"This file holds {len(stories):,} of the run's {len(summary.lines):,} questions, spread over kinds of prompts, entry bins and "
+        f"audit classes (at most {most_stories:,}, and {most_bytes / 1e6:,.0f} MB in all). zppo report RUN --watch shows every question, "
+        "zppo inspect RUN QUESTION_ID one of them in the terminal."
+    )
+    return page(_payload(summary, index, note), stories)
+
+
+def watch_payload(summary: Summary, stamp: str) -> dict[str, Any]:
+    """What the page of a run that goes on asks its server for: everything but the stories, and every question."""
+    note = f"All {len(summary.lines):,} questions that were asked so far; stories are read from the rollout files."
+    index = [to_index(line, summary.run) for line in summary.lines.values()]
+    return {**_payload(summary, index, note), "stamp": stamp, "finished": summary.run.finished}
+
+
+def _payload(summary: Summary, index: Sequence[Mapping[str, Any]], note: str) -> dict[str, Any]:
+    return {
+        "title": summary.run.name,
+        "outcome": summary.outcome,
+        "head": list(summary.head.items()),
+        "sections": sections(summary.tables, summary.charts),
+        "index": index,
+        "questions": len(summary.lines),
+        "note": note,
+        "recipe": (summary.run.folder / RECIPE).read_text(encoding="utf-8"),
+        "footer": FOOTER,
+    }
+
+
+def sections(tables: Sequence[Table], charts: Sequence[Chart]) -> list[dict[str, Any]]:
+    """Tables and charts by section, sections in order of first appearance."""
+    names = dict.fromkeys([*(c.section for c in charts), *(t.section for t in tables)])
+    return [
+        {
+            "name": name,
+            "tables": [t.to_dict() for t in tables if t.section == name],
+            "charts": [c.to_dict() for c in charts if c.section == name],
+        }
+        for name in names
+    ]
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a script element: no `<` in it, so nothing in it can end the element."""
+    return (
+        json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        .replace("<", "\\u003c")
+        .encode("utf-8", "replace")
+        .decode()
+    )
+
+
+def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") -> str:
+    """The page.
+
+    Args:
+        data: what charts.js draws.
+        stories: JSON texts of `script_json`, in the order of the payload's index.
+        mode: "file" holds its stories; "watch" asks a server for them and for news.
+    """
+    from plotly.offline import get_plotlyjs
+
+    folder = files("zppo.report") / "page"
+    scripts = [(folder / name).read_text(encoding="utf-8") for name in ("charts.js", "stories.js", "start.js")]
+    plotly = get_plotlyjs()
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
+        title=data["title"],
+        mode=mode,
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        connect=Markup("'self'" if mode == "watch" else "'none'"),
+        hashes=Markup(" ".join(map(_hash, (plotly, *scripts)))),
+        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        data=Markup(script_json(data)),
+        stories=map(Markup, stories),
+        plotly=Markup(plotly),
+        scripts=list(map(Markup, scripts)),
+    )
+
+
+def _hash(script: str) -> str:
+    """A script as a content security policy names it: nothing else runs on the page."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+LOOPBACK = "127.0.0.1"
+
+
+class Watch:
+    """What the server answers; reads the run anew when a file of it has changed."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._lock = threading.Lock()
+        self._known: tuple[str, Summary] | None = None
+
+    def stamp(self) -> str:
+        """A text that changes with the run's files."""
+        return format(hash(self._reader.stamp()) & (1 << 63) - 1, "x")
+
+    def summary(self) -> tuple[str, Summary]:
+        """(stamp, the run as it is now)."""
+        with self._lock:
+            stamp = self.stamp()
+            if self._known is None or self._known[0] != stamp:
+                self._known = stamp, self._reader.read()
+            return self._known
+
+    def answer(self, target: str) -> tuple[HTTPStatus, str, str]:
+        """(status, content type, text) for a path with its query."""
+        parts = urlsplit(target)
+        if parts.path == "/stamp":
+            return HTTPStatus.OK, "text/plain", self.stamp()
+        stamp, summary = self.summary()
+        if parts.path == "/":
+            return HTTPStatus.OK, "text/html", page(watch_payload(summary, stamp), [], "watch")
+        if parts.path == "/data":
+            return HTTPStatus.OK, "application/json", script_json(watch_payload(summary, stamp))
+        if parts.path == "/story":
+            wanted = parse_qs(parts.query).get("id", [""])[0]
+            line = summary.lines.get(wanted)
+            if line is None:
+                return HTTPStatus.NOT_FOUND, "text/plain", f"there is no question {wanted!r}"
+            story = with_images(load_stories(summary.run, {line.id: line.steps})[line.id])
+            return HTTPStatus.OK, "application/json", json.dumps(story)
+        return HTTPStatus.NOT_FOUND, "text/plain", f"there is nothing at {parts.path}"
+
+
+def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
+    """A server on loopback; port 0 takes a free one. It answers GET from pages of its own only.
+
+    Raises:
+        SettingsError: the port is taken or not allowed.
+    """
+    watch = Watch(reader)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            # A page of another site could point a name of its own at this address and read the run.
+            own = {f"{name}:{server.server_port}" for name in (LOOPBACK, "localhost")}
+            if self.headers.get("Host") not in own:
+                self._send(HTTPStatus.FORBIDDEN, "text/plain", "only for pages of this machine")
+                return
+            try:
+                self._send(*watch.answer(self.path))
+            except (
+                CheckpointError,
+                OSError,
+                ValueError,
+            ) as error:  # a resumed run takes files back while they are read
+                self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", str(error))
+
+        def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
+            body = text.encode("utf-8", "replace")
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            with contextlib.suppress(ConnectionError):  # the page was closed meanwhile
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet: a page asks every few seconds."""
+
+    try:
+        server = ThreadingHTTPServer((LOOPBACK, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise SettingsError(
+            f"port {port} of {LOOPBACK} cannot be used ({error}): choose another one with --port"
+        ) from error
+    return server
+
+
+def serve(reader: Reader, port: int, announce: Callable[[str], None]) -> None:
+    """Serve until interrupted; `announce` is told the address."""
+    reader.read()  # what is wrong with the folder is said now
+    with make_server(reader, port) as server:
+        announce(f"http://{LOOPBACK}:{server.server_port}/")
+        server.serve_forever()
