@@ -95,7 +95,7 @@ def make_student(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    from zppo.lab.assets import resolve
+    from zppo.lab.questions import resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve("lab:unreachable/student"))
     torch.manual_seed(0)

@@ -18,18 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zppo.core.draws import keyed_random
 from zppo.engines.chat import Chat
 from zppo.errors import ModelError, SettingsError
-from zppo.lab.assets import ASSETS, resolve
 from zppo.lab.build import build, choose, lab_book
 from zppo.lab.commands import build_command, questions_command
-from zppo.lab.corpus import StudentCorpus
-from zppo.lab.language import make_tokenizer
-from zppo.lab.measure import Probe
-from zppo.lab.outside import chain_of
-from zppo.lab.pretrain import Row, batches, loss_sum, make_model, pretrain, rows
-from zppo.lab.questions import lab_questions
-from zppo.lab.settings import Pretraining
+from zppo.lab.corpus import StudentCorpus, make_tokenizer
+from zppo.lab.pretrain import Probe, Row, batches, loss_sum, make_model, pretrain, rows
+from zppo.lab.questions import ASSETS, lab_questions, resolve
 from zppo.lab.world import WORLDS as SETTINGS
-from zppo.lab.world import load_world
+from zppo.lab.world import Pretraining, chain_of, load_world
 
 WORLDS = ("unreachable", "reachable")
 

@@ -23,8 +23,7 @@ from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed, normalise
 from zppo.lab.build import lab_book
-from zppo.lab.corpus import Document, Response, StudentCorpus, TeacherCorpus, compressed
-from zppo.lab.language import CONTROL, make_tokenizer, words
+from zppo.lab.corpus import CONTROL, Document, Response, StudentCorpus, TeacherCorpus, compressed, make_tokenizer, words
 from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.rollout.student import Speaker

@@ -23,15 +23,12 @@ from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed
 from zppo.images.processor import Sight
-from zppo.lab.assets import ASSETS, resolve
 from zppo.lab.build import lab_book
 from zppo.lab.commands import build_command
-from zppo.lab.vision.build import LIMITS, candidate_prompts, probe_of
-from zppo.lab.vision.corpus import StudentCorpus, TeacherCorpus, summary_text
-from zppo.lab.vision.kinds import KINDS, cell_words
-from zppo.lab.vision.pictures import draw_chart, draw_scene, rgb
-from zppo.lab.vision.pretrain import (
+from zppo.lab.picture_build import (
+    LIMITS,
     Row,
+    candidate_prompts,
     grids,
     learn_to_see,
     look,
@@ -40,11 +37,14 @@ from zppo.lab.vision.pretrain import (
     make_processor,
     make_tokenizer,
     patches,
+    probe_of,
     rows,
     with_picture,
 )
-from zppo.lab.vision.questions import vision_questions
-from zppo.lab.vision.world import WORLDS, load_vision_world
+from zppo.lab.picture_corpus import StudentCorpus, TeacherCorpus, summary_text
+from zppo.lab.picture_world import WORLDS, load_vision_world
+from zppo.lab.pictures import KINDS, cell_words, draw_chart, draw_scene, rgb
+from zppo.lab.questions import ASSETS, resolve, vision_questions
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.rollout.student import Speaker
 

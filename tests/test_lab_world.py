@@ -14,9 +14,8 @@ from zppo.core.types import Question
 from zppo.errors import SettingsError
 from zppo.grading import equal
 from zppo.lab.commands import level_name
-from zppo.lab.outside import chain_of
 from zppo.lab.questions import lab_questions, write_questions
-from zppo.lab.world import WORLDS, Chain, World, load_world
+from zppo.lab.world import WORLDS, Chain, World, chain_of, load_world
 
 NAMES = ("unreachable", "reachable")
 

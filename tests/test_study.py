@@ -13,8 +13,7 @@ from rich.console import Console
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.errors import DataError, SettingsError
-from zppo.lab.study import Cell, grid, overrides_of, run_study
-from zppo.lab.study_view import graduated_share, print_study, study_tables
+from zppo.lab.study import Cell, graduated_share, grid, overrides_of, print_study, run_study, study_tables
 from zppo.report.bootstrap import mean_interval, paired_difference
 
 pytestmark = pytest.mark.slow

@@ -177,7 +177,7 @@ def serve() -> None:
     """Fork the children of a job and answer with their exit statuses and what they printed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
-    for spec in ("zppo.train.run", "zppo.cli", "zppo.lab.assets", "pyarrow.parquet", "peft", QWEN3):
+    for spec in ("zppo.train.run", "zppo.cli", "zppo.lab.questions", "pyarrow.parquet", "peft", QWEN3):
         importlib.import_module(spec)
     for line in sys.stdin:
         job = json.loads(line)

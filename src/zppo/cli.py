@@ -229,7 +229,7 @@ def register_lab() -> None:
 
 def register_lab_models() -> None:
     """Makes `lab:<world>/<student|teacher>` the name of a bundled model."""
-    from zppo.lab.assets import resolve
+    from zppo.lab.questions import resolve
     from zppo.models.student import register_models
 
     register_models("lab", resolve)
@@ -317,7 +317,7 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
 
 def _check_lab_models(settings: Settings) -> None:
     """Whether the bundled models that a recipe names exist; a dry run loads none and would not notice."""
-    from zppo.lab.assets import SCHEME, resolve
+    from zppo.lab.questions import SCHEME, resolve
 
     frozen = (settings.teacher, *settings.more_teachers, settings.judge)
     for model in (settings.student, *(m for m in frozen if m is not None and not m.base_urls)):
@@ -399,7 +399,7 @@ def _cost(options: argparse.Namespace) -> None:
 
 def _model_folder(name: str) -> str:
     """The folder of a bundled model; any other name as it is."""
-    from zppo.lab.assets import SCHEME, resolve
+    from zppo.lab.questions import SCHEME, resolve
 
     return str(resolve(name)) if name.startswith(SCHEME) else name
 
@@ -419,8 +419,7 @@ def _lab_questions(options: argparse.Namespace) -> None:
 def _lab_study(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from zppo.lab.study import grid, run_study
-    from zppo.lab.study_view import print_study
+    from zppo.lab.study import grid, print_study, run_study
 
     console, failed = Console(), 0
     if options.recipes:

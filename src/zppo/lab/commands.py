@@ -9,9 +9,9 @@ from transformers.utils import logging
 from zppo.core.draws import keyed_random
 from zppo.errors import SettingsError
 from zppo.lab.build import Built, build
+from zppo.lab.picture_build import build_vision
+from zppo.lab.picture_world import VisionWorld, load_vision_world, sees
 from zppo.lab.questions import lab_questions
-from zppo.lab.vision.build import build_vision
-from zppo.lab.vision.world import VisionWorld, load_vision_world, sees
 from zppo.lab.world import World, load_world
 
 

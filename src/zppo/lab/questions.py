@@ -1,4 +1,4 @@
-"""The questions of the bundled worlds, by split."""
+"""Where the bundled checkpoints are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,78 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zppo.core.types import Message, Question
-from zppo.errors import SettingsError
-from zppo.lab.assets import ASSETS
-from zppo.lab.outside import seen, study
-from zppo.lab.vision.questions import vision_questions
-from zppo.lab.vision.world import sees
-from zppo.lab.world import load_world
+from zppo.errors import ModelError, SettingsError
+from zppo.images.store import cache_folder, keep
+from zppo.lab.picture_world import PICTURE_SPLITS, Ask, VisionWorld, load_vision_world, sees
+from zppo.lab.pictures import png
+from zppo.lab.world import load_world, seen, study
+
+ASSETS = Path(__file__).with_name("assets")
+SCHEME = "lab:"
+ROLES = ("student", "teacher")
+
+
+def resolve(name: str) -> Path:
+    """The folder of a bundled checkpoint, `lab:<world>/<student|teacher>` (the scheme may be left out).
+
+    Raises:
+        ModelError: no such checkpoint.
+    """
+    world, _, role = name.removeprefix(SCHEME).partition("/")
+    folder = ASSETS / world / role
+    if role not in ROLES or not (folder / "config.json").is_file():
+        known = (
+            ", ".join(f"{SCHEME}{p.parent.parent.name}/{p.parent.name}" for p in sorted(ASSETS.glob("*/*/config.json")))
+            or "none"
+        )
+        raise ModelError(
+            f"there is no bundled model {name!r} (known: {known}); name one of them, or build your own with "
+            "`zppo lab build WORLD --out DIR` and name its folder"
+        )
+    return folder
+
+
+def vision_questions(world: str, split: str, folder: Path | None = None) -> list[Question]:
+    """The questions of `lab:<world>/<split>`; their pictures are drawn into `folder`, by default the user's cache for images.
+
+    Raises:
+        SettingsError: no such world or split.
+        StorageError: a picture cannot be written.
+    """
+    if split not in PICTURE_SPLITS:
+        raise SettingsError(
+            f"a world of pictures has the splits {', '.join(PICTURE_SPLITS)}, not {split!r}; write lab:{world}/train"
+        )
+    made = load_vision_world(world)
+    return with_pictures(made, split, made.asks()[split], folder or cache_folder())
+
+
+def with_pictures(world: VisionWorld, split: str, asks: Sequence[Ask], folder: Path) -> list[Question]:
+    """Questions about pictures, numbered by kind; the pictures are in `folder`, by digest."""
+    counts: dict[str, int] = {}
+    made = []
+    for ask in asks:
+        number = counts[ask.kind] = counts.get(ask.kind, 0) + 1
+        made.append(
+            world.question(ask, f"{world.name}-{split}-{ask.kind}-{number:03d}", (keep(png(ask.picture), folder),))
+        )
+    return made
+
+
+def write_vision_questions(path: Path, questions: Sequence[Question]) -> None:
+    """Questions as JSON lines, as a recipe's `data` reads them; pictures are named by their place beside the file."""
+    rows = [
+        {
+            "id": q.id,
+            "prompt": q.messages[-1].content,
+            "answer": q.gold,
+            "level": q.level,
+            "images": [str(Path(ref.uri).relative_to(path.parent.absolute())) for ref in q.images],
+        }
+        for q in questions
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
 
 SPLITS = ("train", "test", "seen", "study")
 
@@ -21,7 +87,7 @@ def lab_questions(world: str, split: str) -> list[Question]:
     """The questions of `lab:<world>/<split>`; the build wrote those of train and test beside the models.
 
     Those of a world of pictures are drawn when they are asked for. For studies of the others: `seen` is train without the world's unseen
-    operations, `study` is test with more levels (`zppo.lab.outside`).
+    operations, `study` is test with more levels (`zppo.lab.world`).
 
     Raises:
         SettingsError: no such world or split.

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from random import Random
 
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message
-from zppo.lab.corpus import MOST_DAMAGE, NCQ_CANDIDATES, ODD, TRIES, Response, compressed, damaged
-from zppo.lab.language import words
-from zppo.lab.vision.kinds import KINDS, Reading
-from zppo.lab.vision.pictures import Picture
-from zppo.lab.vision.world import Ask, VisionWorld, completion_text
+from zppo.lab.corpus import MOST_DAMAGE, NCQ_CANDIDATES, ODD, TRIES, Response, compressed, damaged, words
+from zppo.lab.picture_world import Ask, VisionWorld, completion_text
+from zppo.lab.pictures import KINDS, Picture, Reading
 from zppo.prompts import PromptBook
 
 MOST_STEPS = 6  # words of the thought that a compressed response keeps
