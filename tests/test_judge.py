@@ -37,8 +37,9 @@ from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.report.summary import Reader
 from zppo.rollout import frozen_models as staff
+from zppo.rollout.data import count_judged
 from zppo.rollout.evaluation import Evaluation, evaluate
-from zppo.rollout.grading import Scorer, count_judged, make_scorer, scoring
+from zppo.rollout.grading import Scorer, make_scorer, scoring
 from zppo.rollout.student import Answered, Speaker
 from zppo.rollout.teacher import Asker
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling

@@ -30,8 +30,9 @@ from test_update import Recorder, load, make_groups, make_updater
 from zppo.cli import main
 from zppo.config.settings import AdvantageSettings, LoraSettings, TrainSettings
 from zppo.distributed.parallel import keep_logits_small
-from zppo.engines.base import Sampling, out_of_memory
+from zppo.engines.base import Sampling
 from zppo.engines.logprobs import Pack, completion_logprobs
+from zppo.engines.memory import out_of_memory
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
 from zppo.models import optimizer as optimizer_module

@@ -272,8 +272,7 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.distributed.launcher import rank_of
         from zppo.planning.dry_run import make_plan, memory_rows, render_plan
         from zppo.planning.memory import within
-        from zppo.rollout.grading import count_judged
-        from zppo.rollout.questions import load_data
+        from zppo.rollout.data import count_judged, load_data
 
         train, held_out = load_data(settings)
         _check_images(settings, train, held_out)

@@ -119,7 +119,8 @@ def _yaml() -> YAML:
     """A new one for each text, since it keeps what `%YAML` said."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor, yaml.Representer = _Constructor, _Representer
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 1 << 30  # lines that it folds do not always read back
     return yaml
 

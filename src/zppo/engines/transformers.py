@@ -10,18 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from zppo.engines.base import (
-    Completion,
-    Finished,
-    SampleRequest,
-    Sampling,
-    check_end_tokens,
-    check_requests,
-    out_of_memory,
-    release,
-)
+from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
 from zppo.engines.keyed_sampling import Drawer, Draws
 from zppo.engines.kv_cache import DecodeState
+from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, ModelError
 from zppo.images.features import Positions, Seen, picture_inputs, positions_of
 from zppo.images.processor import Sight

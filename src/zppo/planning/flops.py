@@ -403,7 +403,7 @@ def _stated(settings: Settings, assumed: Assumptions) -> str:
     return f"Assumed: {', '.join(parts)}."
 
 
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).parents[1] / "report" / "data"
 SCALES = {"0.8B": 0.8e9, "2B": 2e9, "4B": 4e9, "9B": 9e9}
 TEACHER = 27e9
 

@@ -26,8 +26,7 @@ from zppo.planning.flops import (
     planned,
 )
 from zppo.planning.model_shapes import Size, size_of
-from zppo.rollout.grading import count_judged
-from zppo.rollout.questions import load_data
+from zppo.rollout.data import count_judged, load_data
 from zppo.runs.log import METRICS, read_lines
 
 RECIPE, FINAL = "recipe.yaml", "final"

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from zppo.config.settings import FrozenModelSettings, Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
-from zppo.errors import SettingsError
 from zppo.grading import Grader, extract_boxed, normalise
 from zppo.grading.grader import Verdict
 from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.rollout.data import count_judged
 from zppo.rollout.frozen_models import FrozenTeacher
 from zppo.rollout.student import Answered, Score
 from zppo.teacher.compression import token_tail
@@ -151,18 +151,3 @@ def _without_judge(answered: Answered) -> Verdict:
     answer = extract_boxed(answered.completion, answered.think_open)
     correct = answer is not None and normalise(answer) == normalise(answered.question.gold)
     return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
-
-
-def count_judged(settings: Settings, questions: Iterable[Question]) -> int:
-    """How many of the questions want a judge.
-
-    Raises:
-        SettingsError: some do, and the recipe has nobody who could judge.
-    """
-    wanting = [question.id for question in questions if question.grading == JUDGE]
-    if wanting and settings.judging is None:
-        raise SettingsError(
-            f"{len(wanting):,} questions want a judge (the first is {wanting[0]!r}, column {settings.data.columns.grading!r}), and the "
-            "recipe has neither a judge nor a teacher: set judge.model, or teacher.model, or let these questions be graded by rule"
-        )
-    return len(wanting)

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from zppo.config.settings import Settings
 from zppo.core.types import IMAGE, Question
-from zppo.data.load import drop_long, load_questions
+from zppo.data.load import drop_long
 from zppo.engines.loading import reads_images
 from zppo.errors import DataError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.student import resolve_model
+from zppo.rollout.data import load_data
 from zppo.rollout.student import Speaker
 
 
@@ -94,16 +95,6 @@ def first_with_images(
             if question.images:
                 return source, question
     return None
-
-
-def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions of a recipe. Raises DataError."""
-    data = settings.data
-    train = load_questions(data.train, data.columns, data.limit, data.reading())
-    held_out = (
-        load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True)) if data.eval else []
-    )
-    return train, held_out
 
 
 SAMPLE = 200

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from zppo.config.settings import TOKENS_PER_MICROBATCH, TrainSettings
 from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, MicroBatch, micro_batches
 from zppo.distributed.parallel import Weights
-from zppo.engines.base import out_of_memory, release
+from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
 
 Result = TypeVar("Result")

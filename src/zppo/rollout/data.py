@@ -1,0 +1,35 @@
+"""The questions of a recipe, and who grades them. No torch: a dry run asks too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from zppo.config.settings import Settings
+from zppo.core.types import JUDGE, Question
+from zppo.data.load import load_questions
+from zppo.errors import SettingsError
+
+
+def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions of a recipe. Raises DataError."""
+    data = settings.data
+    train = load_questions(data.train, data.columns, data.limit, data.reading())
+    held_out = (
+        load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True)) if data.eval else []
+    )
+    return train, held_out
+
+
+def count_judged(settings: Settings, questions: Iterable[Question]) -> int:
+    """How many of the questions want a judge.
+
+    Raises:
+        SettingsError: some do, and the recipe has nobody who could judge.
+    """
+    wanting = [question.id for question in questions if question.grading == JUDGE]
+    if wanting and settings.judging is None:
+        raise SettingsError(
+            f"{len(wanting):,} questions want a judge (the first is {wanting[0]!r}, column {settings.data.columns.grading!r}), and the "
+            "recipe has neither a judge nor a teacher: set judge.model, or teacher.model, or let these questions be graded by rule"
+        )
+    return len(wanting)
