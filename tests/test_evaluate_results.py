@@ -18,7 +18,7 @@ from report_runs import invented_run
 from zppo import cli
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals import view as estimate
-from zppo.evals.command import judge_prompts
+from zppo.evals.arguments import judge_prompts
 from zppo.evals.item import Item, Message
 from zppo.evals.journal import Journal
 from zppo.evals.media import media_key, spread, turns_of

@@ -14,7 +14,8 @@ from PIL import Image
 from conftest import make_tiny
 from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.cli import main
-from zppo.report.command import FIGURE_FORMATS, SUFFIXES
+from zppo.report.arguments import FIGURE_FORMATS
+from zppo.report.command import SUFFIXES
 from zppo.report.compare import arms_of, compare
 from zppo.report.page import write_figures
 from zppo.report.read_run import open_run

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from zppo import __version__
 from zppo.errors import Interrupted, SettingsError, ZPPOError
-from zppo.evals.command import add_eval
-from zppo.report.command import add_commands
-from zppo.serve.command import add_serve
+from zppo.evals.arguments import add_eval
+from zppo.report.arguments import add_commands
+from zppo.serve.arguments import add_serve
 
 if TYPE_CHECKING:
     from zppo.config.settings import Settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import socket
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -23,76 +21,6 @@ from zppo.serve.batcher import Batcher
 from zppo.serve.model import checkpoint_of, load
 from zppo.serve.protocol import Pictures, Words
 from zppo.serve.server import Service, make_app
-
-
-def add_serve(commands: Any, resolve: Callable[[str], str]) -> None:
-    """Add the command to a parser's commands.
-
-    Args:
-        commands: what `ArgumentParser.add_subparsers` returned.
-        resolve: names of models that are no folders -> folders.
-    """
-    serve = commands.add_parser(
-        "serve",
-        help="an OpenAI-compatible server for a model",
-        description="Serve chat completions of a model. The first line on stdout is the address for clients (base_url).",
-    )
-    serve.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a checkpoint folder, a finished run, a hub name, or lab:<world>/<student|teacher>",
-    )
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    serve.add_argument("--name", help="what clients call the model (default: MODEL)")
-    serve.add_argument("--revision", help="revision on the hub")
-    serve.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    serve.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the weights (default: float32 on a CPU, else as stored)",
-    )
-    serve.add_argument(
-        "--key-env", metavar="VARIABLE", help="environment variable that holds the key clients must send"
-    )
-    serve.add_argument("--key-file", metavar="FILE", type=Path, help="file that holds it")
-    serve.add_argument("--no-key", action="store_true", help="let other machines in without a key")
-    serve.add_argument("--max-rows", type=int, default=64, help="completions decoded at once (default: 64)")
-    serve.add_argument(
-        "--max-batch-tokens", type=int, metavar="TOKENS", help="most cached tokens at once (default: no limit)"
-    )
-    serve.add_argument(
-        "--max-queue", type=int, default=1024, help="requests that may wait; more get 429 (default: 1024)"
-    )
-    serve.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default: 8)")
-    serve.add_argument(
-        "--max-images", type=int, default=16, help="images of a request; 0 loads the model for text alone (default: 16)"
-    )
-    serve.add_argument(
-        "--min-pixels",
-        type=int,
-        default=PixelLimits().min_pixels,
-        help="smaller images are enlarged (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--max-pixels",
-        type=int,
-        default=PixelLimits().max_pixels,
-        help="larger ones are reduced (default: %(default)s)",
-    )
-    serve.set_defaults(run=lambda options: _serve(options, resolve))
-
-
-def _serve(options: argparse.Namespace, resolve: Callable[[str], str]) -> None:
-    from dataclasses import fields
-
-    from zppo.serve.command import ServeOptions, serve
-
-    serve(ServeOptions(**{field.name: getattr(options, field.name) for field in fields(ServeOptions)}), resolve)
-
 
 _GRACE = 30  # seconds that running requests get at the end
 
