@@ -106,7 +106,7 @@ def of_checkpoint(folder: Path, width: int, vocabulary: int) -> dict[str, float]
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from zppo.config.settings import TrainSettings
-    from zppo.distributed.parallel import Weights
+    from zppo.distributed.parallel import ReplicatedWeights
     from zppo.models.student import Student
     from zppo.train.checkpointer import Checkpointer
 
@@ -119,7 +119,7 @@ def of_checkpoint(folder: Path, width: int, vocabulary: int) -> dict[str, float]
     found = {"parameters": float(sum(p.numel() for p in model.parameters()))}
     for name, beside in (("foreground", False), ("background", True)):
         settings = TrainSettings(checkpoint_in_background=beside)
-        write = Checkpointer(settings, folder / name, Student(model, None), optimizer, {}, Weights())
+        write = Checkpointer(settings, folder / name, Student(model, None), optimizer, {}, ReplicatedWeights())
         found[name] = seconds(lambda: write(1, {}, None, True, beside=True))  # noqa: B023 - called at once
         found[f"{name}, to the end"] = found[name] + seconds(write.wait)
     return found

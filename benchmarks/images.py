@@ -143,18 +143,18 @@ class Counts:
 
 def serve_ours(pipe: Connection, world: World) -> None:
     """Steps on demand, as `ours.serve`, with counts."""
-    from zppo.images import processor as sight
+    from zppo.images import processor as image_processor
 
     counts = Counts()
     counts.watch_preprocessing()
-    sight.open_image = counts.counted("decoded", sight.open_image, lambda *_: 1)
+    image_processor.open_image = counts.counted("decoded", image_processor.open_image, lambda *_: 1)
     limits = {"data": {"images": {"min_pixels": 1, "max_pixels": 10**8}}}
     own = ours.Ours(world.model, world.shape, world.asked, world.threads, settings=limits)
     script = ours.Script(world.shape)
     with ours.assembled(own, script) as parts:
         trainer, watch, reported = parts.trainer, Stopwatch(), dict[str, Any]()
-        trainer.roller = dataclasses.replace(
-            trainer.roller, beside=False
+        trainer.sampler = dataclasses.replace(
+            trainer.sampler, beside=False
         )  # the script's rewards go by place in the batch
         trainer.log.listener = lambda step, event, metrics: reported.update(metrics)
         pipe.send(("ready", None))

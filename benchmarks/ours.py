@@ -132,7 +132,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
 
     from zppo.distributed.launcher import read_launch
     from zppo.distributed.parallel import make_accelerator, make_weights
-    from zppo.rollout.frozen_models import Staff
+    from zppo.rollout.frozen_models import FrozenModels
     from zppo.rollout.questions import read_data
     from zppo.runs.signals import Stop
     from zppo.train.build import assemble
@@ -143,13 +143,13 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
         accelerator = make_accelerator(settings, launch)
         weights = make_weights(settings, accelerator, launch, stop)
         console = Console(quiet=True, force_terminal=False)
-        staff = Staff(settings, accelerator, console)
+        frozen_models = FrozenModels(settings, accelerator, console)
         if own.method != "grpo":
-            staff.teachers.append(script)  # type: ignore[arg-type]
-            staff.settings_of.append(settings.teacher)
+            frozen_models.teachers.append(script)  # type: ignore[arg-type]
+            frozen_models.settings_of.append(settings.teacher)
         run = Path(name) / "run"
         parts = assemble(
-            settings, read_data(settings), run, None, script.score, staff, accelerator, weights, console, stop
+            settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, console, stop
         )
         run.mkdir()
         parts.trainer.log.open()
@@ -158,8 +158,8 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
 
 def in_order(trainer: Any) -> Any:
     """The trainer's roller, which from now on grades whole batches: the script's rewards go by place in the batch."""
-    trainer.roller = dataclasses.replace(trainer.roller, beside=False)
-    return trainer.roller
+    trainer.sampler = dataclasses.replace(trainer.sampler, beside=False)
+    return trainer.sampler
 
 
 class Replaying:
@@ -229,7 +229,7 @@ def serve(pipe: Connection, own: Ours) -> None:
                 pipe.send(("rates", flops.rates(config, 2048, rows)))
                 continue
             script.new_step(asked["trivial"])
-            trainer.roller = replaying if asked.get("replay") else sampling
+            trainer.sampler = replaying if asked.get("replay") else sampling
             watch.start()
             trainer.step(trainer.done + 1)
             seconds = watch.seconds()

@@ -33,11 +33,11 @@ def _profile(own: Ours) -> dict[str, Any]:
     script = Script(own.shape)
     with assembled(own, script) as parts:
         trainer, profiles = parts.trainer, {"sampling": Profile(), "update": Profile()}
-        roller = in_order(trainer)
+        sampler = in_order(trainer)
         for _ in range(WARM):
             script.new_step(SHARE)
             trainer.step(trainer.done + 1)
-        engine = roller.engine
+        engine = sampler.engine
         engine.sample = profiles["sampling"].around(engine.sample)
         trainer.learner.learn = profiles["update"].around(trainer.learner.learn)
         for _ in range(STEPS):

@@ -50,9 +50,9 @@ def _ours(own: ours.Ours) -> dict[str, Any]:
     script, found = ours.Script(own.shape), {}
     with ours.assembled(dataclasses.replace(own, settings=sections), script) as parts:
         trainer = parts.trainer
-        roller = ours.in_order(trainer)
-        replayed = ours.Replaying(roller.engine, completions(own.shape, seed=0))
-        trainer.roller = dataclasses.replace(roller, engine=replayed)
+        sampler = ours.in_order(trainer)
+        replayed = ours.Replaying(sampler.engine, completions(own.shape, seed=0))
+        trainer.sampler = dataclasses.replace(sampler, engine=replayed)
         model, optimizer = parts.student.model, trainer.learner.updater.optimizer.optimizer
         optimizer.register_step_pre_hook(lambda *_: found.update(_gradients(model)))
         script.new_step(0.5)

@@ -75,7 +75,7 @@ def _compare(model: Path, shape: Shape, hard: float, threads: int) -> dict[str, 
         with assembled(own, script) as parts:
             trainer = parts.trainer
             asked = trainer.questions[: round((1 + REPLAYED) * shape.questions)]
-            groups = _groups(trainer.roller.speaker, asked, hard, shape.group, script)
+            groups = _groups(trainer.sampler.renderer, asked, hard, shape.group, script)
             zone = trainer.zone.build(groups, shape.questions, STEP)
         prompts[ask] = [(p.kind, p.ids) for p in zone.prompts]
         counts[ask] = {name: float(value or 0) for name, value in zone.metrics.items()}
@@ -98,7 +98,7 @@ def _tokens(counts: Mapping[str, float]) -> dict[str, float]:
     return {"written": written, "read": sum(counts[f"{part}_prompt_tokens"] for part in parts)}
 
 
-def _groups(speaker: Any, asked: Sequence[Any], hard: float, size: int, script: Claims) -> list[Any]:
+def _groups(renderer: Any, asked: Sequence[Any], hard: float, size: int, script: Claims) -> list[Any]:
     """Plain groups, a share `hard` of them with less than half right, spread evenly over what is below and above."""
     import torch
 
@@ -114,7 +114,7 @@ def _groups(speaker: Any, asked: Sequence[Any], hard: float, size: int, script: 
             answer = question.gold if flag else f"x{place}"
             script.knows(text, answer)
             rollouts.append(Rollout(torch.tensor([9]), torch.zeros(1), text, answer, flag, float(flag)))
-        groups.append(Group(speaker.plain(question), tuple(rollouts)))
+        groups.append(Group(renderer.plain(question), tuple(rollouts)))
     return groups
 
 

@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
 from zppo.core.types import Group
-from zppo.distributed.parallel import ShardedWeights, Weights, zero_gradients
-from zppo.distributed.processes import Team
+from zppo.distributed.parallel import ReplicatedWeights, ShardedWeights, zero_gradients
+from zppo.distributed.processes import Processes
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import Sharing
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
 from zppo.models.student import Student
-from zppo.train.distillation import Distiller
+from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import SamplerCheck
-from zppo.train.policy_gradient import Begun, Updater, UpdateStopped, advantages_of
+from zppo.train.policy_gradient import PartialUpdate, Updater, UpdateStopped, advantages_of
 
 LEARNING_RATE = (
     1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it
@@ -41,7 +41,7 @@ def load(path: str) -> PreTrainedModel:
 
 
 def make_updater(
-    model: PreTrainedModel, accelerator: Accelerator, weights: Weights, *, sampler: bool = True
+    model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True
 ) -> Updater:
     """Four minibatches in small micro-batches; vectors learn at half the rate of matrices, and one of them not at all."""
     train = TrainSettings(learning_rate=LEARNING_RATE, tokens_per_microbatch=60)
@@ -70,9 +70,9 @@ def make_updater(
     )
 
 
-def stopped_after_two(updater: Updater, groups: list[Group], advantages: torch.Tensor, step: int) -> Begun:
+def stopped_after_two(updater: Updater, groups: list[Group], advantages: torch.Tensor, step: int) -> PartialUpdate:
     """One of the processes is asked to stop before the third update, and all do."""
-    asked = iter([False, False, updater.weights.team.rank == 1])
+    asked = iter([False, False, updater.weights.processes.rank == 1])
     updater.stop = lambda: next(asked)
     try:
         updater.update(groups, advantages, step)
@@ -102,7 +102,7 @@ def distrust(updater: Updater, recorded: list[list[Group]]) -> list[dict[str, fl
     metrics = []
     updater.sampler_is_exact = True
     for step, groups in enumerate(recorded):
-        updater.check = SamplerCheck(1e-4, team=updater.weights.team)
+        updater.check = SamplerCheck(1e-4, processes=updater.weights.processes)
         metrics.append(updater.update(groups, advantages_of(groups, AdvantageSettings()), step))
         assert updater.check.refused and metrics[-1]["logprob_fallback"] == 1
     updater.sampler_is_exact, updater.check = False, None
@@ -111,12 +111,12 @@ def distrust(updater: Updater, recorded: list[list[Group]]) -> list[dict[str, fl
 
 def distil(updater: Updater, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:
     """One step of on-policy distillation on the same weights and optimizer."""
-    distiller = Distiller(
+    distiller = Distillation(
         updater.model,
         updater.optimizer,
         updater.accelerator,
         teacher=teacher,
-        asker=None,
+        teacher_sampler=None,
         respond=lambda _: None,
         train=updater.train,
         pad_id=0,
@@ -145,7 +145,7 @@ def check_shards(updater: Updater) -> None:
 
 def skips_what_is_not_finite(updater: Updater) -> None:
     """A loss or a gradient of one process that is not finite moves no weight in any, and leaves nothing behind."""
-    bad = updater.weights.team.rank == 1
+    bad = updater.weights.processes.rank == 1
     for loss, factor in ((math.inf, 1.0), (0.0, math.nan)):
         zero_gradients(updater.model)
         logits = updater.model(input_ids=torch.tensor([[5, 6, 7]])).logits
@@ -159,20 +159,22 @@ def written(updater: Updater, model: PreTrainedModel, folder: Path) -> dict[str,
     """Weights and optimizer as a checkpoint has them, and the weights read back."""
     weights = updater.weights
     saved, state = weights.saved(Student(model, None)), weights.snapshot_of(updater.optimizer)
-    if weights.team.main:
+    if weights.processes.main:
         saved.save_pretrained(folder)
         torch.save(state.state_dict(), f"{folder}-optimizer.pt")
-    weights.team.wait()
+    weights.processes.wait()
     return load_file(folder / "model.safetensors")
 
 
-def one(name: str, make: Callable[[], Weights], model_path: str, recorded: list[list[Group]], out: Path) -> None:
+def one(
+    name: str, make: Callable[[], ReplicatedWeights], model_path: str, recorded: list[list[Group]], out: Path
+) -> None:
     """Trains one layout of the weights and writes what one process has to compare with."""
     weights, accelerator = make(), Accelerator(cpu=True)
-    team, model = weights.team, load(model_path)
+    processes, model = weights.processes, load(model_path)
     updater = make_updater(model, accelerator, weights, sampler=False)
-    before = sample(model, weights.whole(), range(1 + 2 * team.rank))
-    assert before == sample(load(model_path), Weights().whole(), range(1 + 2 * team.rank))
+    before = sample(model, weights.whole(), range(1 + 2 * processes.rank))
+    assert before == sample(load(model_path), ReplicatedWeights().whole(), range(1 + 2 * processes.rank))
     metrics = train(updater, recorded, stop_in=2)
     written(updater, model, out / f"{name}-five")
     metrics += distrust(updater, recorded[:2])
@@ -188,26 +190,26 @@ def one(name: str, make: Callable[[], Weights], model_path: str, recorded: list[
     assert train(updater, recorded[:1]) == train(other, recorded[:1])
     ours, theirs = (written(*pair, out / f"{name}-on") for pair in ((updater, model), (other, fresh)))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    (out / f"{name}-{team.rank}.pickle").write_bytes(pickle.dumps(metrics))
+    (out / f"{name}-{processes.rank}.pickle").write_bytes(pickle.dumps(metrics))
 
 
 def main(arguments: list[str]) -> int:
     """Arguments: the model, the recorded groups, the folder to write to."""
     model_path, recorded_path, out = arguments[0], Path(arguments[1]), Path(arguments[2])
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
-    team = Team(dist.get_rank(), dist.get_world_size())
+    processes = Processes(dist.get_rank(), dist.get_world_size())
     recorded = pickle.loads(recorded_path.read_bytes())
-    one("replicated", lambda: Weights(team), model_path, recorded, out)
-    one("sharded", lambda: ShardedWeights(team), model_path, recorded, out)
+    one("replicated", lambda: ReplicatedWeights(processes), model_path, recorded, out)
+    one("sharded", lambda: ShardedWeights(processes), model_path, recorded, out)
     assert (
-        team.map(list(range(7)), lambda mine: [(i, team.rank) for i in mine], float)
-        == team.gather(team.map(list(range(7)), lambda mine: [(i, team.rank) for i in mine], float))[0]
+        processes.map(list(range(7)), lambda mine: [(i, processes.rank) for i in mine], float)
+        == processes.gather(processes.map(list(range(7)), lambda mine: [(i, processes.rank) for i in mine], float))[0]
     )
-    assert team.map([3], lambda mine: [i + 1 for i in mine]) == [4] and team.map([], lambda mine: [1]) == []
-    assert team.any(team.rank == 1) and not team.any(False)
-    team.check_same("a constant", 1)
+    assert processes.map([3], lambda mine: [i + 1 for i in mine]) == [4] and processes.map([], lambda mine: [1]) == []
+    assert processes.any(processes.rank == 1) and not processes.any(False)
+    processes.check_same("a constant", 1)
     try:
-        team.check_same("the rank", team.rank)
+        processes.check_same("the rank", processes.rank)
     except LauncherError as error:
-        (out / f"refused-{team.rank}").write_text(str(error), encoding="utf-8")
+        (out / f"refused-{processes.rank}").write_text(str(error), encoding="utf-8")
     return 0

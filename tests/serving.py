@@ -63,7 +63,7 @@ class Gate:
 
 def service(engine: Engine, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> Service:
     batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue)
-    pictures = Pictures(Path("unused"), 16, "" if chat.sight else "this model reads text only")
+    pictures = Pictures(Path("unused"), 16, "" if chat.image_processor else "this model reads text only")
     own = {"model": "tiny", "words": Words(chat), "batcher": batcher, "pictures": pictures, "context": CONTEXT}
     return Service(**own | fields)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zppo.config.settings import TrainSettings
-from zppo.distributed.parallel import Weights
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.errors import StorageError
 from zppo.models.student import Student, load_model
 from zppo.train import checkpointer
@@ -19,7 +19,7 @@ from zppo.train.checkpointer import Checkpointer, CopiedModel, CopiedState
 def make(tmp_path: Path, model: Any) -> tuple[Checkpointer, torch.optim.Optimizer]:
     optimizer = torch.optim.AdamW(model.parameters())
     settings = TrainSettings(checkpoint_in_background=True)
-    return Checkpointer(settings, tmp_path, Student(model, None), optimizer, {}, Weights()), optimizer
+    return Checkpointer(settings, tmp_path, Student(model, None), optimizer, {}, ReplicatedWeights()), optimizer
 
 
 def test_what_the_disk_refuses_in_the_background_is_said_at_the_next_occasion(

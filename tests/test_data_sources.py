@@ -30,7 +30,7 @@ from zppo.grading import Grader
 from zppo.prompts.book import PromptBook
 from zppo.rollout.data import load_data
 from zppo.rollout.questions import in_both, unknown_tokens
-from zppo.rollout.student import Speaker
+from zppo.rollout.student import PromptRenderer
 
 httpx: Any = datasets.load.httpx  # the client, under whichever name the hub's library has it
 COLUMNS = ColumnSettings()
@@ -508,14 +508,18 @@ def test_unknown_tokens_are_said(tmp_path: Path, text: str, warned: bool) -> Non
     chat = Chat(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", chat_template=template))
     closing = tmp_path / "closing.jinja"
     closing.write_text("one", encoding="utf-8")
-    speaker = Speaker(PromptBook({"closing": closing}), chat)
-    warning = unknown_tokens(speaker, [*questions[1:], *questions])
+    renderer = PromptRenderer(PromptBook({"closing": closing}), chat)
+    warning = unknown_tokens(renderer, [*questions[1:], *questions])
     assert bool(warning) == warned
     if warned:
         assert "'<unk>'" in warning and "question 'q'" in warning and "Choose a student" in warning
-    assert unknown_tokens(Speaker(PromptBook(), Chat(make_tokenizer())), questions) == unknown_tokens(speaker, []) == ""
+    assert (
+        unknown_tokens(PromptRenderer(PromptBook(), Chat(make_tokenizer())), questions)
+        == unknown_tokens(renderer, [])
+        == ""
+    )
     assert "of the prompts are" in unknown_tokens(
-        Speaker(PromptBook(), chat), questions[:1]
+        PromptRenderer(PromptBook(), chat), questions[:1]
     )  # the closing's words count too
 
 

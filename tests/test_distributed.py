@@ -36,7 +36,7 @@ from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.core.types import Group
 from zppo.distributed.launcher import Launch, rank_of, read_launch
-from zppo.distributed.parallel import Weights, make_weights
+from zppo.distributed.parallel import ReplicatedWeights, make_weights
 from zppo.errors import LauncherError, SettingsError
 from zppo.runs.signals import Stop
 from zppo.train.build import start_vllm
@@ -132,7 +132,7 @@ def test_recorded_completions_train_the_same_weights(
     """Two processes, with all weights and sharded, against one: five steps of four minibatches, and a distillation."""
     AcceleratorState._reset_state(True)
     model = load(str(tiny_qwen3_dir))
-    updater = make_updater(model, Accelerator(cpu=True), Weights(), sampler=False)
+    updater = make_updater(model, Accelerator(cpu=True), ReplicatedWeights(), sampler=False)
     expected = train(updater, recorded)
     model.save_pretrained(tmp_path / "one-five")
     expected += distrust(updater, recorded[:2])

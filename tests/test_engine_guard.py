@@ -17,15 +17,15 @@ from conftest import make_tiny
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.core.types import Prompt, Question
-from zppo.distributed.parallel import Weights
-from zppo.distributed.processes import Team
+from zppo.distributed.parallel import ReplicatedWeights
+from zppo.distributed.processes import Processes
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
 from zppo.models.student import load_chat
-from zppo.train.build import make_guard
-from zppo.train.engine_checks import EngineGuard, _Gap
-from zppo.train.health_checks import EVERY, WATCHES, Adviser, TimedScore
+from zppo.train.build import make_engine_check
+from zppo.train.engine_checks import EngineCheck, _Gap
+from zppo.train.health_checks import EVERY, WATCHES, HealthChecks, TimedScore
 
 PROMPT = tuple(range(10, 40))
 
@@ -53,7 +53,7 @@ def model(tiny_qwen3_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
 
 
-def guard(engine: Engine, model: PreTrainedModel, **more: Any) -> EngineGuard:
+def guard(engine: Engine, model: PreTrainedModel, **more: Any) -> EngineCheck:
     fields: dict[str, Any] = {
         "temperature": 1.0,
         "banned_ids": (),
@@ -62,10 +62,10 @@ def guard(engine: Engine, model: PreTrainedModel, **more: Any) -> EngineGuard:
         "every": 1,
         "seed": 0,
     }
-    return EngineGuard(engine, model, PROMPT, **{**fields, **more})
+    return EngineCheck(engine, model, PROMPT, **{**fields, **more})
 
 
-def look(watching: EngineGuard, step: int) -> dict[str, float]:
+def look(watching: EngineCheck, step: int) -> dict[str, float]:
     """After a change of weights."""
     watching.stale = True
     watching.refresh(step)
@@ -159,7 +159,7 @@ def test_weights_that_stay_are_looked_at_once(model: PreTrainedModel) -> None:
 def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel) -> None:
     """Each looks at its own engine, inside `whole`; the metrics are those of the worst."""
 
-    class Others(Team):
+    class Others(Processes):
         def __init__(self, *found: Any) -> None:
             super().__init__(0, 1 + len(found))
             self.found = found
@@ -175,21 +175,23 @@ def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel)
         yield
         inside.append("out")
 
-    well = guard(Recorded(model), model, team=Others(_Gap(2e-4, 7e-4)), whole=whole)
+    well = guard(Recorded(model), model, processes=Others(_Gap(2e-4, 7e-4)), whole=whole)
     assert look(well, 0) == {"engine_gap_mean": 2e-4, "engine_gap_max": 7e-4}
     assert inside == ["in", "out"] * 2  # the sync, the look
     with pytest.raises(EngineError, match="rank 1 is stale"):
-        look(guard(Recorded(model), model, team=Others("rank 1 is stale")), 0)
+        look(guard(Recorded(model), model, processes=Others("rank 1 is stale")), 0)
     with pytest.raises(EngineError, match="after step 2"):
-        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, team=Others(_Gap(0.0, 0.0))), 2)
+        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, processes=Others(_Gap(0.0, 0.0))), 2)
 
 
 def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe: Path) -> None:
-    def made(engine: Engine, precision: str, *overrides: str) -> EngineGuard:
+    def made(engine: Engine, precision: str, *overrides: str) -> EngineCheck:
         settings = load_recipe(recipe, overrides)
         chat = load_chat(settings.student)
         prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)
-        return make_guard(settings, engine, model, prompt, chat, SimpleNamespace(mixed_precision=precision), Weights())  # type: ignore[arg-type]
+        return make_engine_check(
+            settings, engine, model, prompt, chat, SimpleNamespace(mixed_precision=precision), ReplicatedWeights()
+        )  # type: ignore[arg-type]
 
     ours = TransformersEngine(model, [2], 0)
     assert made(ours, "no").tolerance == 1e-3 and made(ours, "bf16").tolerance == 0.05
@@ -220,7 +222,7 @@ FINE: dict[str, Any] = {
     ],
 )
 def test_each_watch_warns_with_advice(change: dict[str, Any], said: str) -> None:
-    (text,) = Adviser(own_reward=False).advice(3, {**FINE, **change})
+    (text,) = HealthChecks(own_reward=False).advice(3, {**FINE, **change})
     assert text.startswith("step 3: ") and said in text
     assert any(word in text for word in ("Raise", "Look at"))
 
@@ -236,11 +238,11 @@ def test_each_watch_warns_with_advice(change: dict[str, Any], said: str) -> None
     ],
 )
 def test_healthy_steps_are_quiet(metrics: dict[str, Any]) -> None:
-    assert Adviser(own_reward=False).advice(1, metrics) == []
+    assert HealthChecks(own_reward=False).advice(1, metrics) == []
 
 
 def test_the_same_warning_comes_again_only_after_a_while() -> None:
-    adviser, bad = Adviser(own_reward=False), {**FINE, "truncated_share": 0.9}
+    adviser, bad = HealthChecks(own_reward=False), {**FINE, "truncated_share": 0.9}
     said = [step for step in range(1, 2 * EVERY + 2) if adviser.advice(step, bad)]
     assert said == [1, 1 + EVERY, 1 + 2 * EVERY]
     assert len(adviser.advice(60, {**bad, "no_answer_share": 0.9})) == 1  # another one does not wait for it
@@ -248,7 +250,7 @@ def test_the_same_warning_comes_again_only_after_a_while() -> None:
 
 def test_a_reward_of_one_s_own_has_no_boxes_to_miss() -> None:
     bad = {**FINE, "truncated_share": 0.9, "no_answer_share": 1.0}
-    assert len(Adviser(own_reward=True).advice(1, bad)) == 1 < len(Adviser(own_reward=False).advice(1, bad))
+    assert len(HealthChecks(own_reward=True).advice(1, bad)) == 1 < len(HealthChecks(own_reward=False).advice(1, bad))
     assert len({watch.name for watch in WATCHES}) == len(WATCHES)
 
 

@@ -25,7 +25,7 @@ from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.images.store import keep
 from zppo.rollout.questions import in_both, unseen
 from zppo.runs import checkpoint
-from zppo.train.mid_step import Halfway
+from zppo.train.mid_step import MidStep
 from zppo.train.provenance import changes_since, origin_of
 from zppo.train.trainer import Trainer
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_holds_references_and_looks_behind_them_when_it_is_resumed(
 
 def test_a_stopped_step_finds_its_images_where_they_are_now(tmp_path: Path) -> None:
     collected_step().write(tmp_path)
-    found = Halfway.read(tmp_path, {"00": "/new/a.png", "11": "/new/b.png"})
+    found = MidStep.read(tmp_path, {"00": "/new/a.png", "11": "/new/b.png"})
     assert found is not None
     groups = [*found.collected.plain, *found.collected.again]
     prompts = [*(g.prompt for g in groups), *found.collected.zone.prompts]
@@ -140,14 +140,14 @@ def test_images_that_have_changed_are_said_and_moved_ones_are_not(tmp_path: Path
         return origin_of(settings, [asked("a", *images)], config, 1)
 
     one, moved, other = ImageRef("a.png", "0a"), ImageRef("b.png", "0a"), ImageRef("a.png", "0b")
-    assert changes_since(origin(one), origin(moved), tmp_path, halfway=False) == []
-    assert changes_since(origin(one), origin(other), tmp_path, halfway=False) == [
+    assert changes_since(origin(one), origin(moved), tmp_path, mid_step=False) == []
+    assert changes_since(origin(one), origin(other), tmp_path, mid_step=False) == [
         "the images of the training questions are not the same as before"
     ]
-    [note] = changes_since(origin(one), origin(one, one), tmp_path, halfway=False)[:1]
+    [note] = changes_since(origin(one), origin(one, one), tmp_path, mid_step=False)[:1]
     assert note == "the training questions are not the same as before"
     old = {key: value for key, value in origin(one).items() if key != "images"}  # from before there were images
-    assert changes_since(old, origin(one), tmp_path, halfway=False) == []
+    assert changes_since(old, origin(one), tmp_path, mid_step=False) == []
 
 
 def test_questions_about_other_images_are_other_questions() -> None:

@@ -21,7 +21,7 @@ from zppo.core.loss import clipped_surrogate
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.engines.image_check import check_sight
+from zppo.engines.image_check import check_image_input
 from zppo.engines.loading import load_network, reads_images
 from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.engines.transformers import TransformersEngine
@@ -58,7 +58,12 @@ class Eyes(NamedTuple):
     def engine(self, **more: Any) -> TransformersEngine:
         model, chat = self.model, self.chat
         return TransformersEngine(
-            model, chat.eos_ids(model), chat.pad_id(model), chat.banned_ids(model), sight=chat.sight, **more
+            model,
+            chat.eos_ids(model),
+            chat.pad_id(model),
+            chat.banned_ids(model),
+            image_processor=chat.image_processor,
+            **more,
         )
 
     def banned(self) -> list[int]:
@@ -85,9 +90,9 @@ def plainly(eyes: Eyes, row: Row) -> torch.Tensor:
     """(T,) log-probs of one row, from the library's own forward pass over it and its pixels."""
     completion = torch.as_tensor(row.completion_ids)
     ids = torch.cat([torch.as_tensor(row.prompt_ids), completion])[None]
-    sight = eyes.chat.sight
-    assert sight is not None
-    given = plain_inputs(eyes.model, sight, ids, row.images) if row.images else {}
+    image_processor = eyes.chat.image_processor
+    assert image_processor is not None
+    given = plain_inputs(eyes.model, image_processor, ids, row.images) if row.images else {}
     logits = eyes.model(input_ids=ids, use_cache=False, **given).logits[0, len(row.prompt_ids) - 1 : -1]
     allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
     allowed[eyes.banned()] = False
@@ -119,12 +124,14 @@ def test_sampler_and_training_forward_equal_the_library_s_own(kind: str, eyes: C
     rows = rows_of(asked, done)
     with torch.no_grad():
         scored, mask = completion_logprobs(
-            own.model, rows, temperature=0.9, banned_ids=own.banned(), sight=own.chat.sight
+            own.model, rows, temperature=0.9, banned_ids=own.banned(), image_processor=own.chat.image_processor
         )
     error = (torch.cat([c.logprobs for group in done for c in group]) - scored[mask]).abs()
     assert error.max() <= (1e-3 if kind == "qwen3_5" else 1e-5) and error.mean() <= 1e-5
     with torch.no_grad():
-        scored, mask = completion_logprobs(own.model, rows, banned_ids=own.banned(), sight=own.chat.sight)
+        scored, mask = completion_logprobs(
+            own.model, rows, banned_ids=own.banned(), image_processor=own.chat.image_processor
+        )
         for i, row in enumerate(rows):
             torch.testing.assert_close(scored[i][mask[i]], plainly(own, row), atol=2e-5, rtol=1e-5)
 
@@ -138,11 +145,11 @@ def test_models_that_take_no_features_are_given_pixels(
     asked = own.requests(group=2)
     rows = [Row(r.prompt_ids, [9, 10, 11 + i], r.images) for r in asked for i in range(2)]
     with torch.no_grad():
-        wanted, _ = completion_logprobs(own.model, rows, sight=own.chat.sight)
+        wanted, _ = completion_logprobs(own.model, rows, image_processor=own.chat.image_processor)
         monkeypatch.setattr(vision, "_FEATURES", "no_such_argument")
-        found, _ = completion_logprobs(own.model, rows, sight=own.chat.sight)
+        found, _ = completion_logprobs(own.model, rows, image_processor=own.chat.image_processor)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    check_sight(own.engine(), own.chat, kind)
+    check_image_input(own.engine(), own.chat, kind)
 
 
 def test_a_picture_is_what_counts(eyes: Callable[[str], Eyes]) -> None:
@@ -154,7 +161,7 @@ def test_a_picture_is_what_counts(eyes: Callable[[str], Eyes]) -> None:
     ]
     rows = [Row(own.chat.encode([Message("user", "?")], row.images), row.completion_ids, row.images) for row in same]
     assert rows[0].prompt_ids == rows[1].prompt_ids
-    one, other = completion_logprobs(own.model, rows, sight=own.chat.sight)[0]
+    one, other = completion_logprobs(own.model, rows, image_processor=own.chat.image_processor)[0]
     assert (one - other).abs().max() > 1e-2
 
 
@@ -169,26 +176,26 @@ def test_limits_change_nothing_but_the_batches(limits: dict[str, int], eyes: Cal
 def test_features_are_computed_once_for_every_picture(kind: str, eyes: Callable[[str], Eyes]) -> None:
     """In sampling once for the G rollouts of a prompt; in a micro-batch once for all rows that hold the picture."""
     own = eyes(kind)
-    sight, asked = own.chat.sight, own.requests()
-    assert sight is not None
-    (pixels,) = ({ref: sight.pixels(ref)["pixel_values"] for ref in own.pictures},)
+    image_processor, asked = own.chat.image_processor, own.requests()
+    assert image_processor is not None
+    (pixels,) = ({ref: image_processor.pixels(ref)["pixel_values"] for ref in own.pictures},)
     expected = sum(len(p) if p.ndim == 2 else p.shape[1] for p in pixels.values())
     with looked_at(own.model) as sampled:
         done = own.engine().sample(asked, Sampling(max_new_tokens=5))
     with looked_at(own.model) as scored, torch.no_grad():
-        completion_logprobs(own.model, rows_of(asked, done), sight=sight)
+        completion_logprobs(own.model, rows_of(asked, done), image_processor=image_processor)
     assert sum(sampled) == sum(scored) == expected
     with looked_at(own.model) as text, torch.no_grad():
-        completion_logprobs(own.model, [Row([5, 6], [7])], sight=sight)
+        completion_logprobs(own.model, [Row([5, 6], [7])], image_processor=image_processor)
     assert text == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_image_tokens_are_never_written(kind: str, eyes: Callable[[str], Eyes]) -> None:
     own = eyes(kind)
-    sight = own.chat.sight
-    assert sight is not None and sight.image_ids <= own.chat.banned_ids(own.model)
-    head, ids = own.model.get_output_embeddings().weight, sorted(sight.image_ids)
+    image_processor = own.chat.image_processor
+    assert image_processor is not None and image_processor.image_ids <= own.chat.banned_ids(own.model)
+    head, ids = own.model.get_output_embeddings().weight, sorted(image_processor.image_ids)
     kept = head.detach()[ids].clone()
     with torch.no_grad():
         head[ids] = 50 * torch.randn(len(ids), head.shape[1], generator=torch.Generator().manual_seed(0))
@@ -266,7 +273,7 @@ def updated_gradients(own: Eyes, groups: list[Group], advantages: torch.Tensor) 
         banned_ids=tuple(own.banned()),
         pad_id=own.chat.pad_id(own.model),
         sampler_is_exact=True,
-        sight=own.chat.sight,
+        image_processor=own.chat.image_processor,
     )
     gradients: dict[str, torch.Tensor] = {}
 
@@ -282,7 +289,7 @@ def test_the_check_at_the_start_finds_wrong_positions(
     eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = eyes("qwen3_vl")
-    check_sight(own.engine(), own.chat, "tiny")
+    check_image_input(own.engine(), own.chat, "tiny")
     right = vision.positions_of
 
     def wrong(*args: Any) -> vision.Positions:
@@ -293,11 +300,11 @@ def test_the_check_at_the_start_finds_wrong_positions(
     with pytest.raises(
         ModelError, match="'tiny' cannot be shown images here: its log-probs with pictures in a batch differ"
     ):
-        check_sight(own.engine(), own.chat, "tiny")
+        check_image_input(own.engine(), own.chat, "tiny")
     monkeypatch.setattr("zppo.engines.logprobs.positions_of", right)
     monkeypatch.setattr("zppo.engines.transformers.positions_of", wrong)
     with pytest.raises(ModelError, match="differ"):
-        check_sight(own.engine(), own.chat, "tiny")
+        check_image_input(own.engine(), own.chat, "tiny")
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3"])
@@ -307,7 +314,7 @@ def test_the_check_at_the_start_finds_pictures_that_are_taken_for_one_another(
     own, right = eyes(kind), vision._part
     monkeypatch.setattr(vision, "_part", lambda value, place, count: right(value, count - 1 - place, count))
     with pytest.raises(ModelError, match="cannot be shown images here"):
-        check_sight(own.engine(), own.chat, "tiny")
+        check_image_input(own.engine(), own.chat, "tiny")
 
 
 class _Parts:
@@ -329,12 +336,15 @@ class _Takes(torch.nn.Linear):
 
 
 def test_pictures_are_put_together_by_each_tensor_s_own_layout() -> None:
-    sight: Any = _Parts(a=3, b=5)
-    made = vision._pixels(_Takes(1, 1), sight, [ImageRef("", "a"), ImageRef("", "b"), ImageRef("", "a")])
+    image_processor: Any = _Parts(a=3, b=5)
+    made = vision._pixels(_Takes(1, 1), image_processor, [ImageRef("", "a"), ImageRef("", "b"), ImageRef("", "a")])
     assert made["image_sizes"].tolist() == [[3, 7], [5, 7], [3, 7]]
     pixels = made["pixel_values"]
     assert pixels.shape == (3, 5, 3, 4, 4) and not pixels[[0, 2], 3:].any()
-    assert torch.equal(pixels[1:2], sight.pixels(ImageRef("", "b"))["pixel_values"]) and (pixels[0, :3] == 3).all()
+    assert (
+        torch.equal(pixels[1:2], image_processor.pixels(ImageRef("", "b"))["pixel_values"])
+        and (pixels[0, :3] == 3).all()
+    )
 
 
 def test_features_that_cannot_be_told_apart_are_refused() -> None:
@@ -350,7 +360,7 @@ def test_a_class_without_image_features_is_refused(
     own = eyes("qwen3_vl")
     monkeypatch.delattr(type(own.model), "get_image_features")
     with pytest.raises(ModelError, match="computes no image features apart from its forward pass"):
-        check_sight(own.engine(), own.chat, "tiny")
+        check_image_input(own.engine(), own.chat, "tiny")
 
 
 def test_text_alone_is_loaded_as_before(tmp_path: Path, tiny_qwen3_dir: Path) -> None:

@@ -28,7 +28,7 @@ from zppo.images import processor as sight_module
 from zppo.images.store import open_image
 from zppo.rollout.questions import read_data
 from zppo.runs import checkpoint
-from zppo.train.mid_step import Collected
+from zppo.train.mid_step import StepRollouts
 from zppo.train.policy_gradient import Updater
 from zppo.train.trainer import Trainer
 
@@ -87,7 +87,7 @@ def test_a_run_decodes_every_picture_once_a_step_and_goes_on_where_it_was_stoppe
         step(self, number)
         steps[-1][0].extend(opened)
 
-    def collected(self: Trainer, number: int) -> Collected:
+    def collected(self: Trainer, number: int) -> StepRollouts:
         found = collect(self, number)
         steps.append(([], {image.sha256 for group in found.plain for image in group.question.images}))
         return found

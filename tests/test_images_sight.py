@@ -90,11 +90,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_prompt_holds_one_id_for_every_feature(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known from sizes alone, without decoding, and what the processor itself puts there; the ids are those of the text."""
     chat = Chat.load(str(folder / kind), images=LIMITS)
-    sight = chat.sight
-    assert sight is not None
+    image_processor = chat.image_processor
+    assert image_processor is not None
     pictures = [make_picture(folder, 1, 20, 16), make_picture(folder, 2, 60, 24), make_picture(folder, 3, 12, 50)]
     monkeypatch.setattr(sight_module, "open_image", lambda ref: pytest.fail("decoded"))
-    places = [sight.placeholder(ref) for ref in pictures]
+    places = [image_processor.placeholder(ref) for ref in pictures]
     messages = [
         Message("system", "Look."),
         Message("user", "<image> and <image>, then <image>"),
@@ -102,10 +102,10 @@ def test_a_prompt_holds_one_id_for_every_feature(kind: str, folder: Path, monkey
     ]
     ids = chat.encode([*messages, Message("user", "And?")], pictures)
     monkeypatch.undo()
-    assert sum(i in sight.image_ids for i in ids) == sum(p.features for p in places)
+    assert sum(i in image_processor.image_ids for i in ids) == sum(p.features for p in places)
     for ref, place in zip(pictures, places, strict=True):
-        made = sight._process(open_image(ref))
-        assert sight.processor.replace_image_token(made, 0) == place.text
+        made = image_processor._process(open_image(ref))
+        assert image_processor.processor.replace_image_token(made, 0) == place.text
     shown = chat.show(ids)
     start = 0
     for text in (places[0].text, " and ", places[1].text, ", then ", places[2].text, "And?"):
@@ -114,16 +114,16 @@ def test_a_prompt_holds_one_id_for_every_feature(kind: str, folder: Path, monkey
 
 def test_what_stands_for_a_size_is_found_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A blank picture is preprocessed for it where the processor cannot count; equal texts are held once."""
-    sight = Chat.load(str(folder / "gemma3"), images=LIMITS).sight
-    assert sight is not None
+    image_processor = Chat.load(str(folder / "gemma3"), images=LIMITS).image_processor
+    assert image_processor is not None
     made = list[tuple[int, int]]()
-    monkeypatch.setattr(sight, "_limits_itself", True)  # no two sizes become one
+    monkeypatch.setattr(image_processor, "_limits_itself", True)  # no two sizes become one
     monkeypatch.setattr(
-        sight,
+        image_processor,
         "_of_blank",
         lambda *size: made.append(size) or sight_module.Placeholder(f"<{size[0] % 2}>", 1),  # type: ignore[func-returns-value]
     )
-    found = [sight._placeholder_of(width, 16) for _ in range(2) for width in range(2000)]
+    found = [image_processor._placeholder_of(width, 16) for _ in range(2) for width in range(2000)]
     assert len(made) == 2000 and len({id(place) for place in found}) == 2
 
 
@@ -153,12 +153,12 @@ def test_images_are_decoded_once_for_all_who_see_alike(folder: Path, monkeypatch
     monkeypatch.setattr(sight_module, "open_image", lambda ref: opened.append(ref.uri) or open_image(ref))  # type: ignore[func-returns-value]
     ref = make_picture(folder, 1)
     chats = [Chat.load(str(folder / kind), images=LIMITS, cache=cache) for kind in ("qwen3_vl", "qwen3_5", "smolvlm")]
-    seen = [chat.sight.pixels(ref) for chat in chats if chat.sight is not None]
+    seen = [chat.image_processor.pixels(ref) for chat in chats if chat.image_processor is not None]
     assert seen[0] is seen[1] and seen[1] is not seen[2] and len(opened) == 2
     chats[0].new_step()
-    assert chats[1].sight is not None and chats[1].sight.pixels(ref) is not seen[0]
-    other = Chat.load(str(folder / "qwen3_vl"), images=PixelLimits(300, 4000), cache=cache).sight
-    assert other is not None and chats[0].sight is not None and not chats[0].sight.same_as(other)
+    assert chats[1].image_processor is not None and chats[1].image_processor.pixels(ref) is not seen[0]
+    other = Chat.load(str(folder / "qwen3_vl"), images=PixelLimits(300, 4000), cache=cache).image_processor
+    assert other is not None and chats[0].image_processor is not None and not chats[0].image_processor.same_as(other)
     assert (
         other.pixels(make_picture(folder, 9, 64, 64))["pixel_values"].shape[0] > 100
     )  # of 16 pixels each, beyond LIMITS

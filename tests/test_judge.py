@@ -36,12 +36,12 @@ from zppo.planning.dry_run import make_plan
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.report.summary import Reader
-from zppo.rollout import frozen_models as staff
+from zppo.rollout import frozen_models as frozen_models
 from zppo.rollout.data import count_judged
 from zppo.rollout.evaluation import Evaluation, evaluate
 from zppo.rollout.grading import Scorer, make_scorer, scoring
-from zppo.rollout.student import Answered, Speaker
-from zppo.rollout.teacher import Asker
+from zppo.rollout.student import Answered, PromptRenderer
+from zppo.rollout.teacher import TeacherSampler
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
 from zppo.train.run import closing_table, resume, train
@@ -402,10 +402,10 @@ def test_evaluation_leaves_ungraded_completions_out(by_rule: Any, monkeypatch: p
     groups = [replace(g, prompt=replace(g.prompt, question=replace(g.question, level=g.question.id))) for g in groups]
 
     def result(of: Sequence[Group]) -> Evaluation:
-        monkeypatch.setattr("zppo.rollout.evaluation.replace", lambda roller, **changes: roller)
-        speaker = type("S", (), {"plain": staticmethod(lambda q: q)})
-        roller = type("R", (), {"speaker": speaker, "roll": staticmethod(lambda prompts, step, purpose: list(of))})
-        return evaluate(roller, [g.question for g in of], EvalSettings())  # type: ignore[arg-type]
+        monkeypatch.setattr("zppo.rollout.evaluation.replace", lambda sampler, **changes: sampler)
+        renderer = type("S", (), {"plain": staticmethod(lambda q: q)})
+        sampler = type("R", (), {"speaker": renderer, "roll": staticmethod(lambda prompts, step, purpose: list(of))})
+        return evaluate(sampler, [g.question for g in of], EvalSettings())  # type: ignore[arg-type]
 
     whole = result(groups)
     assert (whole.accuracy, whole.count, whole.ungraded) == (4 / 5, 12, 7)
@@ -436,12 +436,12 @@ def test_teacher_rollouts_are_judged_too(by_rule: Any) -> None:
             ]
 
     judge, model = make_judge(lambda text: None if "?" in text else RIGHT if "Seine" in text else WRONG)
-    speaker = Speaker(PromptBook(), Chat(make_tokenizer()))
+    renderer = PromptRenderer(PromptBook(), Chat(make_tokenizer()))
     how = TeacherSampling(Sampling(max_new_tokens=8))
-    asker = Asker([(Writer(str), how)], speaker, Scorer(by_rule, judge), group_size=4, seed=0)
-    (pool,) = asker.ask([ask()], 1).values()
+    teacher_sampler = TeacherSampler([(Writer(str), how)], renderer, Scorer(by_rule, judge), group_size=4, seed=0)
+    (pool,) = teacher_sampler.ask([ask()], 1).values()
     assert [(s.text, s.answer) for s in pool] == [("\\boxed{on the Seine}", "on the Seine"), ("by the Seine", None)]
-    assert model.calls == [4] and asker.metrics()["teacher_correct"] == 2
+    assert model.calls == [4] and teacher_sampler.metrics()["teacher_correct"] == 2
 
 
 # --- recipes and data -----------------------------------------------------------------------------------------------
@@ -612,7 +612,7 @@ def test_a_run_with_a_judge_of_its_own_that_is_not_always_there(
                 for text, reply in zip(away, replies, strict=True)
             ]
 
-    monkeypatch.setattr(staff, "_load_frozen", lambda *_: Away(say))
+    monkeypatch.setattr(frozen_models, "_load_frozen", lambda *_: Away(say))
     overrides = [
         "--method=grpo-replay",
         "--teacher=null",

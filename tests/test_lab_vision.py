@@ -22,7 +22,7 @@ from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 from zppo.lab.build import lab_book
 from zppo.lab.commands import build_command
 from zppo.lab.picture_build import (
@@ -206,7 +206,7 @@ def test_bundled_checkpoints_are_small_ordinary_and_of_this_world() -> None:
         model = AutoModelForImageTextToText.from_pretrained(folder)
         assert model.config.model_type == "qwen3_vl" and model.dtype == torch.float32
         assert sum(p.numel() for p in model.parameters()) < 600_000
-        assert Sight.load(folder, Chat.load(str(folder)).tokenizer, LIMITS).token == "<|image_pad|>"
+        assert ImageProcessor.load(folder, Chat.load(str(folder)).tokenizer, LIMITS).token == "<|image_pad|>"
     assert sum(path.stat().st_size for path in (ASSETS / "vision").rglob("*") if path.is_file()) < 4_000_000
     card = (resolve("lab:vision/student") / "README.md").read_text(encoding="utf-8")
     assert "wrong on purpose" in card and "0.0001" in card

@@ -27,19 +27,19 @@ from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.models.student import load_model
-from zppo.rollout.reformulated import Zone
+from zppo.rollout.reformulated import Reformulated
 from zppo.runs import checkpoint
 from zppo.runs.files import MANIFEST, make_manifest, write_whole
 from zppo.runs.log import RunLog
 from zppo.runs.signals import Stop, catch_signals
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
-from zppo.train.mid_step import Collected, Halfway
-from zppo.train.policy_gradient import Begun, Tally
+from zppo.train.mid_step import MidStep, StepRollouts
+from zppo.train.policy_gradient import PartialUpdate, UpdateCounts
 from zppo.train.provenance import changes_since, origin_of
 
 UPDATE = "torch.optim:AdamW.step"
-SAMPLE = "zppo.rollout.student:Roller.roll"
+SAMPLE = "zppo.rollout.student:StudentSampler.roll"
 MANIFEST_MADE = "zppo.runs.checkpoint:make_manifest"
 FINAL_MADE = "zppo.train.run:save_final"
 SEED = 20
@@ -108,7 +108,7 @@ def test_kills_at_random_moments(run: Run, whole: Path) -> None:
 
 
 PLACES = [
-    ("teacher", "zppo.rollout.teacher:Asker.ask", 2),
+    ("teacher", "zppo.rollout.teacher:TeacherSampler.ask", 2),
     ("checkpoint, before its manifest", MANIFEST_MADE, 1),
     ("checkpoint, before it counts", "zppo.runs.checkpoint:_remove_partial", 2),
     ("second epoch, between two updates", UPDATE, 7),
@@ -485,7 +485,7 @@ def test_rewinding_keeps_what_belongs_to_the_checkpoint(tmp_path: Path) -> None:
     assert records(tmp_path) == [] and sorted((tmp_path / "rollouts").iterdir()) == foreign
 
 
-def collected_step() -> Halfway:
+def collected_step() -> MidStep:
     """A step with everything in it that is hard to store."""
     odd = 'a "quote"\n\ud800 \U0001f600 \x00'
     question = Question(
@@ -515,29 +515,31 @@ def collected_step() -> Halfway:
         return RolloutGroup(prompt, tuple(rollouts))
 
     plain, again = [group("plain", (), 1, 2)], [group("bcq", (7, 8), 3, 4)]
-    zone = Zone(
+    zone = Reformulated(
         [g.prompt for g in again],
         {"q/1": (Source(odd, None, 2, 0.5, True),)},
         {"asked": 1.0, "none": None},
         "no answer",
     )
-    begun = Begun(2, Tally(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)])
-    return Halfway(
-        Collected(1, ("q/1",), plain, again, zone, {"judge_asked": 3.0}, {"step": 1.5, "sampling": 1.0}), begun
+    begun = PartialUpdate(
+        2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)]
+    )
+    return MidStep(
+        StepRollouts(1, ("q/1",), plain, again, zone, {"judge_asked": 3.0}, {"step": 1.5, "sampling": 1.0}), begun
     )
 
 
 def test_a_stopped_step_comes_back_as_it_was(tmp_path: Path) -> None:
     before = collected_step()
     before.write(tmp_path)
-    after = Halfway.read(tmp_path)
+    after = MidStep.read(tmp_path)
     assert after is not None and plain_form(after) == plain_form(before)
-    assert Halfway.read(tmp_path / "nowhere") is None
+    assert MidStep.read(tmp_path / "nowhere") is None
     facts = json.loads((tmp_path / "halfway.json").read_text(encoding="utf-8"))
     for harm in ({"done": None, "groups": []}, {"old": [1, -1, 10]}, {"tally": {"unknown": 1}}):
         (tmp_path / "halfway.json").write_text(json.dumps(facts | harm), encoding="utf-8")
         with pytest.raises(CheckpointError, match="cannot be used"):
-            Halfway.read(tmp_path)
+            MidStep.read(tmp_path)
 
 
 def plain_form(value: Any) -> Any:
@@ -564,18 +566,18 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
         return json.loads(json.dumps(made))
 
     then, where = origin(), Path("step-000001")
-    assert changes_since(then, origin("--output=elsewhere"), where, halfway=True) == []
-    (note,) = changes_since(then, origin("--train.minibatches=2"), where, halfway=False)
+    assert changes_since(then, origin("--output=elsewhere"), where, mid_step=True) == []
+    (note,) = changes_since(then, origin("--train.minibatches=2"), where, mid_step=False)
     assert note == "train.minibatches was 4, is 2"
     for override in ("--train.minibatches=2", "--seed=3", "--advantage.scope=all", "--loss.mask_truncated=true"):
         with pytest.raises(CheckpointError, match="stopped between two updates"):
-            changes_since(then, origin(override), where, halfway=True)
-    (note,) = changes_since(then, origin(gold="2"), where, halfway=True)
+            changes_since(then, origin(override), where, mid_step=True)
+    (note,) = changes_since(then, origin(gold="2"), where, mid_step=True)
     assert note == "the training questions are not the same as before"
-    (note,) = changes_since(then, origin(processes=2), where, halfway=False)
+    (note,) = changes_since(then, origin(processes=2), where, mid_step=False)
     assert note == "1 processes trained, and 2 go on"
     flip(teacher / "model.safetensors")
-    (note,) = changes_since(then, origin(), where, halfway=True)
+    (note,) = changes_since(then, origin(), where, mid_step=True)
     assert note == "the files of the teacher 1 are not the same as before"
 
 

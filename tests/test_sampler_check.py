@@ -21,7 +21,7 @@ from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group
 from zppo.engines.transformers import TransformersEngine
 from zppo.train.engine_checks import Gap, SamplerCheck, make_check
-from zppo.train.policy_gradient import Tally, Updater, UpdateStopped, advantages_of
+from zppo.train.policy_gradient import UpdateCounts, Updater, UpdateStopped, advantages_of
 
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0] * 4, [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
 
@@ -152,9 +152,9 @@ def test_processes_decide_together() -> None:
             return [own, Gap(3.0, 0.5, 10)]
 
     for own in (Gap(), Gap(1e-6, 1e-7, 100)):
-        check = SamplerCheck(1e-3, team=Two())  # type: ignore[arg-type]
+        check = SamplerCheck(1e-3, processes=Two())  # type: ignore[arg-type]
         assert check.refuses(1, own) and check.refused
-    assert not SamplerCheck(0.3, team=Two()).refuses(1, Gap())  # type: ignore[arg-type]
+    assert not SamplerCheck(0.3, processes=Two()).refuses(1, Gap())  # type: ignore[arg-type]
 
 
 def test_the_recipe_s_tolerance_and_its_defaults() -> None:
@@ -164,7 +164,7 @@ def test_the_recipe_s_tolerance_and_its_defaults() -> None:
 
 
 def test_counts_are_read_at_once_and_are_those_of_each_micro_batch() -> None:
-    tally = Tally()
+    tally = UpdateCounts()
     assert tally.add([]) == 0
     loss = tally.add([torch.tensor([0.5, 1, 2, 3, 0.25, 0.2, 7]), torch.tensor([0.25, 4, 5, 6, 0.5, 0.1, 1])])
     assert loss == 0.75 and (tally.clipped_low, tally.clipped_high, tally.clipped_dual) == (5, 7, 9)

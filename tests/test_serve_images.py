@@ -78,7 +78,10 @@ def test_a_request_is_what_the_engine_samples_from_these_pictures(
     [[expected]] = loaded.engine.sample([SampleRequest(ids, (0,), refs)], greedy)
     answer = ask(client, messages=messages, temperature=0)
     assert texts(answer) == [loaded.chat.decode(expected.ids.tolist())]
-    assert answer["usage"]["prompt_tokens"] == len(ids) and ids.count(next(iter(loaded.chat.sight.image_ids))) > 8  # type: ignore[union-attr]
+    assert (
+        answer["usage"]["prompt_tokens"] == len(ids)
+        and ids.count(next(iter(loaded.chat.image_processor.image_ids))) > 8
+    )  # type: ignore[union-attr]
 
 
 def test_another_picture_is_another_answer_and_the_same_is_the_same(client: TestClient) -> None:
@@ -166,7 +169,7 @@ def test_a_checkpoint_is_loaded_for_text_where_it_cannot_be_shown_images(
     assert load(str(path), device="cpu").blind == "this model reads text only"
     (path / "preprocessor_config.json").unlink()
     alone = load(str(path), device="cpu", images=LIMITS)
-    assert "this model cannot be shown images here" in alone.blind and alone.chat.sight is None
+    assert "this model cannot be shown images here" in alone.blind and alone.chat.image_processor is None
     assert "images are refused" in caplog.text
     make_seeing(path)
     monkeypatch.setattr("zppo.engines.image_check.why_blind", lambda *_: "it has no eyes")
@@ -279,11 +282,11 @@ def test_a_server_does_not_remember_every_picture(
     loaded: Loaded, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zppo.images.processor._MOST_SIZES", 2)
-    assert loaded.chat.sight is not None
-    loaded.chat.sight._sizes.clear()
+    assert loaded.chat.image_processor is not None
+    loaded.chat.image_processor._sizes.clear()
     for seed in range(5):
         ask(client, messages=[turn(noise((16, 16), seed), "?")], max_tokens=1)
-        assert 1 <= len(loaded.chat.sight._sizes) <= 2
+        assert 1 <= len(loaded.chat.image_processor._sizes) <= 2
 
 
 # --- a teacher that is served ----------------------------------------------------------------------------------------
@@ -307,7 +310,7 @@ def test_a_served_model_is_a_teacher_that_sees(loaded: Loaded, tmp_path: Path) -
             requests = [TeacherRequest(turns, (1,), refs), TeacherRequest((Message("user", "?"),), (2,))]
             remote = teacher.complete(requests, how)
             here = LocalTeacher(loaded.engine, lambda args: loaded.chat)
-            here.sight = loaded.chat.sight
+            here.image_processor = loaded.chat.image_processor
             local = here.complete(requests, how)
             assert [(r.texts, r.prompt_tokens, r.error) for r in remote] == [
                 (r.texts, r.prompt_tokens, "") for r in local

@@ -15,7 +15,7 @@ from zppo.cli import main
 from zppo.models.student import load_model
 from zppo.runs import checkpoint
 from zppo.train import policy_gradient as learn
-from zppo.train.distillation import Distiller
+from zppo.train.distillation import Distillation
 from zppo.train.policy_gradient import Updater
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def test_memory_that_runs_out_before_the_first_update_leaves_the_step_before(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        nth_call_raises(patch, Distiller, "_backward", 2)
+        nth_call_raises(patch, Distillation, "_backward", 2)
         status, said = zppo("train", recipe, *SHORT, "--method=on-distill", f"--output={run}")
     assert status == 2 and saved(run) == ["step-000001"], said
     assert zppo("resume", run)[0] == 0

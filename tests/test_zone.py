@@ -19,9 +19,9 @@ from zppo.grading import extract_boxed
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.rollout.reformulated import MaterialMaker, Zone, ZoneBuilder
-from zppo.rollout.student import Answered, Speaker
-from zppo.rollout.teacher import Asker
+from zppo.rollout.reformulated import CandidateMaker, Reformulated, Reformulator
+from zppo.rollout.student import Answered, PromptRenderer
+from zppo.rollout.teacher import TeacherSampler
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor
 from zppo.train.build import make_reformulations
@@ -85,7 +85,7 @@ def make_group(name: str, right: int, wrong: int, answerless: int = 0) -> Group:
         )
         for t in texts
     )
-    return Group(Speaker(PromptBook(), Words()).plain(question), rollouts)  # type: ignore[arg-type]
+    return Group(PromptRenderer(PromptBook(), Words()).plain(question), rollouts)  # type: ignore[arg-type]
 
 
 def make_builder(
@@ -95,12 +95,12 @@ def make_builder(
     context: int | None = None,
     lazy: bool = True,
     rho_aug: float = 1.0,
-) -> ZoneBuilder:
+) -> Reformulator:
     how = TeacherSampling(Sampling(max_new_tokens=16))
     book = PromptBook(neutralise=Neutraliser())
-    speaker = Speaker(book, Words())  # type: ignore[arg-type]
+    renderer = PromptRenderer(book, Words())  # type: ignore[arg-type]
     reformulations = make_reformulations(method, 0.4)
-    materials = MaterialMaker(
+    materials = CandidateMaker(
         frozenset(need for r in reformulations for need in r.needs),
         compressor=Compressor(teacher, book, how, lambda text: text),
         teacher=teacher,
@@ -109,11 +109,11 @@ def make_builder(
         response_ids=lambda source: tuple(range(len(source.text))),
         seed=3,
     )
-    return ZoneBuilder(
+    return Reformulator(
         reformulations,
-        asker=Asker([(t, how) for t in (teacher, *others)], speaker, score, group_size=4, seed=3),
+        teacher_sampler=TeacherSampler([(t, how) for t in (teacher, *others)], renderer, score, group_size=4, seed=3),
         materials=materials,
-        speaker=speaker,
+        renderer=renderer,
         settings=ZoneSettings(rho_aug=rho_aug),
         seed=3,
         context=context,
@@ -124,7 +124,7 @@ def make_builder(
     )
 
 
-def names(zone: Zone) -> list[tuple[str, str]]:
+def names(zone: Reformulated) -> list[tuple[str, str]]:
     return [(p.question.id, p.kind) for p in zone.prompts]
 
 

@@ -603,6 +603,6 @@ class Settings(Section):
 _NAMES_EYES = re.compile(r"vis|image|merger|project|connector")
 
 
-def names_eyes(target: str) -> bool:
+def names_vision_layers(target: str) -> bool:
     """Whether an entry of `train.lora.targets` means layers of what sees: a pattern that names them (*visual*, *connector*)."""
     return "*" in target and _NAMES_EYES.search(target) is not None

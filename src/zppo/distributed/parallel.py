@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zppo.config.settings import Settings
 from zppo.distributed.launcher import Launch
-from zppo.distributed.processes import ALONE, Team
+from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
 from zppo.models.student import Student
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
@@ -47,11 +47,11 @@ def keep_logits_small(model: torch.nn.Module, accelerator: Accelerator) -> None:
     model.forward = under_autocast
 
 
-class Weights:
+class ReplicatedWeights:
     """Every process holds all weights and the whole optimizer.
 
     Attributes:
-        team: the processes.
+        processes: the processes.
         sharded: whether a forward or backward pass of one process needs all others: every process must make equally many.
         kind: how they lie, in words.
     """
@@ -59,15 +59,15 @@ class Weights:
     sharded = False
     kind = "each with all weights"
 
-    def __init__(self, team: Team = ALONE) -> None:
-        self.team = team
+    def __init__(self, processes: Processes = ONE_PROCESS) -> None:
+        self.processes = processes
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         """The model on its device, with autocast where asked for. The optimizer is made afterwards: parameters may be others."""
         prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)  # True: not wrapped
         keep_logits_small(prepared, accelerator)
-        if self.team.size > 1:
-            self.team.check_same("the student's weights at the start", checksum(prepared))
+        if self.processes.size > 1:
+            self.processes.check_same("the student's weights at the start", checksum(prepared))
         return prepared
 
     def whole(self) -> AbstractContextManager[None]:
@@ -98,7 +98,7 @@ class Weights:
 
     def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sums the gradients of the processes in place; all parameters must have one."""
-        if self.team.size == 1:
+        if self.processes.size == 1:
             return
         pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
         for work in pending:
@@ -106,8 +106,8 @@ class Weights:
 
     def saved(self, student: Student) -> Savable:
         """What the first process saves the student from. Every process must call it."""
-        if self.team.size > 1:
-            self.team.check_same("the trained weights", checksum(student.model))
+        if self.processes.size > 1:
+            self.processes.check_same("the trained weights", checksum(student.model))
         return student.saved
 
     def state_of(self, optimizer: Any) -> TakesState:
@@ -121,7 +121,7 @@ class Weights:
         return holds
 
 
-class ShardedWeights(Weights):
+class ShardedWeights(ReplicatedWeights):
     """FSDP2: weights, gradients and optimizer state are sharded; a pass gathers one layer after the other.
 
     Args:
@@ -131,8 +131,8 @@ class ShardedWeights(Weights):
     sharded = True
     kind = "weights sharded over them (FSDP2)"
 
-    def __init__(self, team: Team, *, reshard: bool = True) -> None:
-        super().__init__(team)
+    def __init__(self, processes: Processes, *, reshard: bool = True) -> None:
+        super().__init__(processes)
         self.reshard = reshard
         self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
 
@@ -142,10 +142,10 @@ class ShardedWeights(Weights):
         Raises:
             LauncherError: parameters are not sharded afterwards.
         """
-        self.team.check_same("the student's weights at the start", checksum(model))
+        self.processes.check_same("the student's weights at the start", checksum(model))
         prepared: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         keep_logits_small(prepared, accelerator)
-        mesh = init_device_mesh(accelerator.device.type, (self.team.size,))
+        mesh = init_device_mesh(accelerator.device.type, (self.processes.size,))
         layers = set(getattr(prepared, "_no_split_modules", None) or ())
         for layer in [m for m in prepared.modules() if type(m).__name__ in layers]:
             fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard)
@@ -186,7 +186,7 @@ class ShardedWeights(Weights):
         return _ShardedState(optimizer)
 
     def snapshot_of(self, optimizer: Any) -> HoldsState:
-        return Snapshot(gathered_state(optimizer, keep=self.team.main))
+        return Snapshot(gathered_state(optimizer, keep=self.processes.main))
 
 
 class GatheredModel:
@@ -304,7 +304,7 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     return accelerator
 
 
-def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, stop: Stop) -> Weights:
+def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, stop: Stop) -> ReplicatedWeights:
     """The team of this run's processes, and how the trained weights lie over them.
 
     Raises:
@@ -318,7 +318,7 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
                 f"sharding over several processes was asked for ({sharding}), but one runs: start with torchrun --nproc_per_node N -m zppo "
                 "train RECIPE, or set train.sharding to none"
             )
-        return Weights(Team(stop=stop))
+        return ReplicatedWeights(Processes(stop=stop))
     if sharding != "none" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
         name = "train.lora" if settings.train.lora is not None else f"train.optimizer={settings.train.optimizer}"
         raise SettingsError(
@@ -328,8 +328,8 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     group = None  # the processes' own, where that carries objects on the CPU
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
-    team = Team(accelerator.process_index, size, group, stop)
-    return Weights(team) if sharding == "none" else ShardedWeights(team, reshard=launch.reshard)
+    processes = Processes(accelerator.process_index, size, group, stop)
+    return ReplicatedWeights(processes) if sharding == "none" else ShardedWeights(processes, reshard=launch.reshard)
 
 
 def _patience(settings: Settings) -> timedelta:

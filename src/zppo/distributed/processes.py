@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Team:
+class Processes:
     """One process's view of all of them; by default it is alone, and every method is what it would be without a team.
 
     Args:
@@ -139,7 +139,7 @@ class Team:
 
     def teacher(self, teacher: Teacher) -> Teacher:
         """A teacher whose requests are split over the processes."""
-        return teacher if self.size == 1 else _TeamTeacher(teacher, self)
+        return teacher if self.size == 1 else _SplitTeacher(teacher, self)
 
     def score(self, score: Score) -> Score:
         """A grading whose completions are split over the processes."""
@@ -152,14 +152,14 @@ class Team:
         return split
 
 
-ALONE = Team()
+ONE_PROCESS = Processes()
 
 
-class _TeamTeacher:
-    """See `Team.teacher`."""
+class _SplitTeacher:
+    """See `Processes.teacher`."""
 
-    def __init__(self, teacher: Teacher, team: Team) -> None:
-        self._teacher, self._team = teacher, team
+    def __init__(self, teacher: Teacher, processes: Processes) -> None:
+        self._teacher, self._team = teacher, processes
 
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
         return self._team.map(

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from zppo.core.parts import TurnParts, message_parts
 from zppo.core.types import ImageRef, Message
 from zppo.errors import DataError, ModelError, one_line
-from zppo.images.processor import PixelCache, Sight
+from zppo.images.processor import ImageProcessor, PixelCache
 from zppo.images.store import PixelLimits
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -31,7 +31,7 @@ class Chat:
         tokenizer: a tokenizer of `transformers`.
         template_args: arguments passed on to the chat template (for example {"enable_thinking": False}).
         template: a chat template (its Jinja text) to use in place of the tokenizer's own.
-        sight: how the model sees; None for one that reads text only.
+        image_processor: how the model sees; None for one that reads text only.
 
     Raises:
         ModelError: the template cannot be rendered, or shows no images to a model that sees.
@@ -42,12 +42,16 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         template_args: Mapping[str, Any] | None = None,
         template: str | None = None,
-        sight: Sight | None = None,
+        image_processor: ImageProcessor | None = None,
     ) -> None:
-        self.tokenizer, self.sight = tokenizer, sight
+        self.tokenizer, self.image_processor = tokenizer, image_processor
         self.template_args = dict(template_args or {})
         self._name = str(tokenizer.name_or_path or type(tokenizer).__name__)
-        own = sight.template if sight is not None and sight.template is not None else tokenizer.chat_template
+        own = (
+            image_processor.template
+            if image_processor is not None and image_processor.template is not None
+            else tokenizer.chat_template
+        )
         self.template = template if template is not None else own
         added = {i: (token.content, token.special) for i, token in tokenizer.added_tokens_decoder.items()}
         special = {i: text for i, (text, flagged) in added.items() if flagged}
@@ -97,30 +101,33 @@ class Chat:
                 f"{name!r} has no tokenizer: there is no tokenizer.json in it, or an empty one; copy the tokenizer's files of the "
                 "checkpoint into the folder"
             )
-        sight = None if images is None else Sight.load(name, tokenizer, images, cache, revision=revision)
-        return cls(tokenizer, template_args, template, sight)
+        image_processor = (
+            None if images is None else ImageProcessor.load(name, tokenizer, images, cache, revision=revision)
+        )
+        return cls(tokenizer, template_args, template, image_processor)
 
     def with_arguments(self, template_args: Mapping[str, Any]) -> Chat:
         """The same with other arguments of the chat template."""
-        return Chat(self.tokenizer, template_args, self.template, self.sight)
+        return Chat(self.tokenizer, template_args, self.template, self.image_processor)
 
     def new_step(self) -> None:
         """Forgets the pictures of the last step."""
-        if self.sight is not None:
-            self.sight.cache.clear()
+        if self.image_processor is not None:
+            self.image_processor.cache.clear()
 
     def _try_template(self) -> None:
         probe = "1 + 1 = ?"
         shown = self.render([Message("user", probe)])
-        if self.sight is None:
+        if self.image_processor is None:
             return
         if probe not in shown:  # SmolVLM's goes over parts, and a text has none
             self._texts_in_parts = True
             shown = self.render([Message("user", probe)])
         picture = self.render([Message("user", probe)], [ImageRef("", "")])
-        if probe not in shown or self.sight.token in shown or picture.count(self.sight.token) != 1:
+        if probe not in shown or self.image_processor.token in shown or picture.count(self.image_processor.token) != 1:
             raise ModelError(
-                f"the chat template of {self._name!r} does not show images as {self.sight.token!r}: take the template of a vision-language "
+                f"the chat template of {self._name!r} does not show images as {self.image_processor.token!r}: take the template "
+                "of a vision-language "
                 "checkpoint, or questions without images"
             )
 
@@ -132,7 +139,7 @@ class Chat:
             ModelError: the template is broken or refuses this conversation (a role that it does not know, for
                 example); or there are images, and the model reads text only.
         """
-        if images and (self.sight is None or self.template is None):
+        if images and (self.image_processor is None or self.template is None):
             raise ModelError(
                 f"the conversation has {len(images)} image(s), and {self._name!r} reads text only: name a vision-language model"
             )
@@ -172,8 +179,8 @@ class Chat:
             DataError, ModelError: as `render`; or a text holds the token that stands for images.
         """
         text = self.render(messages, images)
-        if self.sight is not None:
-            return self._with_pictures(self.sight, text, images)
+        if self.image_processor is not None:
+            return self._with_pictures(self.image_processor, text, images)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.template is None and self.tokenizer.bos_token_id is not None:
             bos = self.tokenizer.bos_token_id
@@ -185,17 +192,20 @@ class Chat:
             )
         return tuple(ids)
 
-    def _with_pictures(self, sight: Sight, text: str, images: Sequence[ImageRef]) -> tuple[int, ...]:
+    def _with_pictures(self, image_processor: ImageProcessor, text: str, images: Sequence[ImageRef]) -> tuple[int, ...]:
         """Token ids of a rendered text, every placeholder replaced by what stands for its picture."""
-        places = [sight.placeholder(ref) for ref in images]
-        pieces = text.split(sight.token)
+        places = [image_processor.placeholder(ref) for ref in images]
+        pieces = text.split(image_processor.token)
         ids: list[int] = []
         if len(pieces) == len(places) + 1:
             whole = "".join([pieces[0], *(place.text + piece for place, piece in zip(places, pieces[1:], strict=True))])
             ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
-        if len(pieces) != len(places) + 1 or sum(i in sight.image_ids for i in ids) != sum(p.features for p in places):
+        if len(pieces) != len(places) + 1 or sum(i in image_processor.image_ids for i in ids) != sum(
+            p.features for p in places
+        ):
             raise DataError(
-                f"the text of a conversation with {len(places)} image(s) holds {sight.token!r} or another token that stands for an image "
+                f"the text of a conversation with {len(places)} image(s) holds {image_processor.token!r} or another "
+                "token that stands for an image "
                 "in this model: take it out of the question"
             )
         return tuple(ids)
@@ -221,7 +231,7 @@ class Chat:
 
     def show_short(self, ids: Sequence[int]) -> str:
         """The same for a log: of tokens that stand for features of a picture the first is written, and how many there are."""
-        images = self.sight.image_ids if self.sight is not None else frozenset()
+        images = self.image_processor.image_ids if self.image_processor is not None else frozenset()
         text = ""
         for image, run in groupby(ids, lambda i: i if i in images else None):
             same = list(run)
@@ -257,5 +267,5 @@ class Chat:
         config = model.config.to_dict()
         named = {v for k, v in config.items() if _MEDIA_FIELDS.fullmatch(k) and isinstance(v, int)}
         marked = {i for i, token in self.tokenizer.added_tokens_decoder.items() if _MEDIA.fullmatch(token.content)}
-        seen = self.sight.image_ids if self.sight is not None else frozenset()
+        seen = self.image_processor.image_ids if self.image_processor is not None else frozenset()
         return frozenset(named | marked | seen | set(more))

@@ -22,7 +22,7 @@ TOLERANCE_FP32, TOLERANCE_ROUNDED = 2e-3, 0.1  # mean difference of log-probs, n
 _TOKENS = 4
 
 
-def check_sight(engine: TransformersEngine, chat: Chat, name: str) -> None:
+def check_image_input(engine: TransformersEngine, chat: Chat, name: str) -> None:
     """Compares sampling, the training forward and the library's own forward pass on prompts with two pictures, one and none, side by
     side: pictures that are taken for one another are found too.
 
@@ -64,7 +64,7 @@ def _pictures(folder: Path) -> list[ImageRef]:
 @torch.no_grad()
 def _difference(engine: TransformersEngine, chat: Chat, refs: Sequence[ImageRef]) -> float:
     """The larger mean difference of log-probs from the library's own: of the sampler, of the training forward."""
-    assert chat.sight is not None
+    assert chat.image_processor is not None
     first, second, third = refs
     asked = (("What do you see?", (first, third), (1, 2)), ("And here?", (second,), (3,)), ("1 + 1 = ? " * 3, (), (4,)))
     requests = [SampleRequest(chat.encode([Message("user", text)], own), keys, own) for text, own, keys in asked]
@@ -73,7 +73,7 @@ def _difference(engine: TransformersEngine, chat: Chat, refs: Sequence[ImageRef]
     banned = sorted(engine.banned_ids)
     with engine.autocast():
         logprobs, mask = completion_logprobs(
-            engine.model, rows, banned_ids=banned, pad_id=engine.pad_id, sight=chat.sight
+            engine.model, rows, banned_ids=banned, pad_id=engine.pad_id, image_processor=chat.image_processor
         )
         wanted = [_plainly(engine, chat, row, banned) for row in rows]
     sampled = torch.cat([c.logprobs for group in done for c in group])
@@ -83,10 +83,10 @@ def _difference(engine: TransformersEngine, chat: Chat, refs: Sequence[ImageRef]
 
 def _plainly(engine: TransformersEngine, chat: Chat, row: Row, banned: list[int]) -> torch.Tensor:
     """(T,) log-probs of one row as the model's own code has them."""
-    assert chat.sight is not None
+    assert chat.image_processor is not None
     completion = torch.as_tensor(row.completion_ids)
     ids = torch.cat([torch.as_tensor(row.prompt_ids), completion])[None].to(engine.model.device)
-    given = plain_inputs(engine.model, chat.sight, ids, row.images) if row.images else {}
+    given = plain_inputs(engine.model, chat.image_processor, ids, row.images) if row.images else {}
     out = engine.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
     logits = out.logits[0, len(row.prompt_ids) - 1 : -1].float()
     logits[:, [i for i in banned if i < logits.shape[1]]] = float("-inf")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from zppo.core.types import ImageRef
 from zppo.images.features import Seen, picture_inputs, positions_of
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 
 _CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need beside the logits
 
@@ -56,7 +56,7 @@ def token_scores(
     pad_id: int = 0,
     entropies: bool = False,
     device: torch.device | str | None = None,
-    sight: Sight | None = None,
+    image_processor: ImageProcessor | None = None,
 ) -> TokenScores:
     """Scores every completion token given what stands before it, as the sampler drew it (method.md section 6).
 
@@ -69,7 +69,7 @@ def token_scores(
         pad_id: any valid id.
         entropies: also compute the entropy of every token's distribution.
         device: where the model's inputs go; None for the device of its first parameter.
-        sight: how the model sees the images of rows; features of a picture are computed once for all rows that hold it.
+        image_processor: how the model sees the images of rows; features of a picture are computed once for all rows that hold it.
 
     Returns:
         The scores, on the model's device.
@@ -90,7 +90,7 @@ def token_scores(
 
     first = int(starts.min())  # position of the earliest completion token
     inputs, targets = ids[:, :-1], ids[:, first:]  # (B, L - 1), (B, N): the last token is predicted, never read
-    seen = image_inputs(model, sight, whole, inputs)
+    seen = image_inputs(model, image_processor, whole, inputs)
     out = model(input_ids=inputs, use_cache=False, logits_to_keep=targets.shape[1], **seen)
     logits = out.logits[:, -targets.shape[1] :]
     logprobs, spread = score_targets(logits, targets, temperature, banned_ids, entropies)
@@ -105,7 +105,9 @@ def token_scores(
     )
 
 
-def image_inputs(model: Any, sight: Sight | None, rows: Sequence[Row], inputs: torch.Tensor) -> dict[str, Any]:
+def image_inputs(
+    model: Any, image_processor: ImageProcessor | None, rows: Sequence[Row], inputs: torch.Tensor
+) -> dict[str, Any]:
     """What a forward pass over right-padded rows is given for their images; empty where none has one.
 
     Args:
@@ -115,15 +117,15 @@ def image_inputs(model: Any, sight: Sight | None, rows: Sequence[Row], inputs: t
         ModelError: there are images, and no sight.
         DataError: an image cannot be read.
     """
-    given = picture_inputs(model, sight, [row.images for row in rows], inputs)
-    if not given or sight is None:
+    given = picture_inputs(model, image_processor, [row.images for row in rows], inputs)
+    if not given or image_processor is None:
         return {}
     width, known, places = inputs.shape[1], {}, []
     for row in rows:
         ids = torch.as_tensor(row.prompt_ids)
         key = (tuple(ids.tolist()), row.images)
         if key not in known:
-            known[key] = positions_of(model, sight, Seen(ids, row.images))
+            known[key] = positions_of(model, image_processor, Seen(ids, row.images))
         ranked, start = known[key]
         rest = torch.arange(start, start + max(0, width - len(ids)))
         places.append(torch.cat([ranked, rest.expand(len(ranked), -1)], 1)[:, :width])
@@ -140,10 +142,12 @@ def completion_logprobs(
     temperature: float = 1.0,
     banned_ids: Collection[int] = (),
     pad_id: int = 0,
-    sight: Sight | None = None,
+    image_processor: ImageProcessor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_scores` without entropies: log-probs (B, T) float32 and the completion mask (B, T) bool."""
-    scores = token_scores(model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id, sight=sight)
+    scores = token_scores(
+        model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id, image_processor=image_processor
+    )
     return scores.logprobs, scores.mask
 
 

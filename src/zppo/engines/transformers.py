@@ -16,7 +16,7 @@ from zppo.engines.kv_cache import DecodeState
 from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, ModelError
 from zppo.images.features import Positions, Seen, picture_inputs, positions_of
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 
 DROP_SHARE = 16  # rows are dropped once one in so many has finished
 
@@ -120,7 +120,7 @@ class TransformersEngine:
         look_every: decoding steps between looks at which rollouts have finished; a look waits for a GPU's queue of
             work. None for 1 on a CPU and 8 elsewhere.
         say: told once when memory has run out and what fits from then on; None for nobody.
-        sight: how the model sees the images of requests; None for one that reads text only.
+        image_processor: how the model sees the images of requests; None for one that reads text only.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class TransformersEngine:
         autocast_dtype: torch.dtype | None = None,
         look_every: int | None = None,
         say: Callable[[str], None] | None = None,
-        sight: Sight | None = None,
+        image_processor: ImageProcessor | None = None,
     ) -> None:
-        self.model, self.sight = model, sight
+        self.model, self.image_processor = model, image_processor
         self.eos_ids = frozenset(eos_ids)
         self.pad_id = pad_id
         self.banned_ids = frozenset(banned_ids)
@@ -255,9 +255,12 @@ class TransformersEngine:
         padded = min(len(p.prompt_ids) for p in prompts) < width
         positions: torch.Tensor | None = places.clamp(min=0) if padded else None
         following = mask.sum(-1)
-        pictures = picture_inputs(self.model, self.sight, [p.images for p in prompts], ids)
-        if pictures and self.sight is not None:
-            ranked = [positions_of(self.model, self.sight, Seen(torch.tensor(p.prompt_ids), p.images)) for p in prompts]
+        pictures = picture_inputs(self.model, self.image_processor, [p.images for p in prompts], ids)
+        if pictures and self.image_processor is not None:
+            ranked = [
+                positions_of(self.model, self.image_processor, Seen(torch.tensor(p.prompt_ids), p.images))
+                for p in prompts
+            ]
             positions = _left_padded(ranked, width).to(device)
             following = torch.tensor([rank.next for rank in ranked], device=device)
         cache = DynamicCache(config=self.model.config)

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 
 from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
 from zppo.errors import EngineError, ModelError, SettingsError
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 
 LOGPROBS_MODE = "processed_logprobs"
 """Log-probs of the distribution that tokens are drawn from, after temperature; vLLM's default is before it."""
@@ -63,7 +63,7 @@ class VLLMEngine:
         vocab_size: ids that the model knows.
         context: most tokens of prompt and completion together; None where unknown.
         where: the server's address for messages; "" for an engine in this process.
-        sight: how the trainer's model sees; vLLM gets the pictures in that size. None for text only.
+        image_processor: how the trainer's model sees; vLLM gets the pictures in that size. None for text only.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class VLLMEngine:
         vocab_size: int,
         context: int | None,
         where: str = "",
-        sight: Sight | None = None,
+        image_processor: ImageProcessor | None = None,
     ) -> None:
         check_end_tokens(eos_ids, banned_ids)
-        self.sight = sight
+        self.image_processor = image_processor
         self.generation = generation
         self.eos_ids, self.banned_ids = frozenset(eos_ids), frozenset(banned_ids)
         self.vocab_size, self.context, self.where = vocab_size, context, where
@@ -154,11 +154,11 @@ class VLLMEngine:
         """Of every prompt as often as it is sampled; None where none has any."""
         if not any(request.images for request in requests):
             return None
-        if self.sight is None:
+        if self.image_processor is None:
             raise ModelError(
                 "the prompts have images, and vLLM was started for text only: load the student's image processor"
             )
-        shown = [[self.sight.picture(ref) for ref in request.images] or None for request in requests]
+        shown = [[self.image_processor.picture(ref) for ref in request.images] or None for request in requests]
         return [pictures for pictures in shown for _ in range(size)]
 
     def _completion(
@@ -217,7 +217,7 @@ def open_vllm(
     eos_ids: Collection[int],
     banned_ids: Collection[int],
     server: str | None,
-    sight: Sight | None = None,
+    image_processor: ImageProcessor | None = None,
     **options: Any,
 ) -> VLLMEngine:
     """Starts vLLM in this process, or connects to a server, and makes an engine of it; weights come with the first `sync`.
@@ -226,7 +226,7 @@ def open_vllm(
         model: the trainer's model, without a wrapper of a distributed trainer.
         checkpoint: folder or hub name that vLLM loads the architecture (and first weights) from.
         server: base URL; None for colocate.
-        sight: how the model sees; None for text only.
+        image_processor: how the model sees; None for text only.
         options: further arguments of `VLLMGeneration`.
 
     Raises:
@@ -234,10 +234,10 @@ def open_vllm(
         EngineError: vLLM cannot start or the server cannot be used; the message says why.
     """
     require_vllm()
-    if sight is not None:
-        _check_limits(sight)
-        sight.keeps_pictures = True
-        tokenizer.image_token_id = min(sight.image_ids)  # TRL looks for the places of images by it
+    if image_processor is not None:
+        _check_limits(image_processor)
+        image_processor.keeps_pictures = True
+        tokenizer.image_token_id = min(image_processor.image_ids)  # TRL looks for the places of images by it
     from trl.generation.vllm_generation import VLLMGeneration
 
     names = _checkpoint_names(model, _tensor_names(checkpoint))
@@ -280,13 +280,13 @@ def open_vllm(
         vocab_size=config.vocab_size,
         context=min((limit for limit in limits if limit), default=None),
         where=where,
-        sight=sight,
+        image_processor=image_processor,
     )
 
 
-def _check_limits(sight: Sight) -> None:
+def _check_limits(image_processor: ImageProcessor) -> None:
     """vLLM brings pictures into the limits of the checkpoint; those of the recipe must be within. SettingsError where not."""
-    own, limits = sight.own_limits, sight.limits
+    own, limits = image_processor.own_limits, image_processor.limits
     if own is not None and (limits.min_pixels < own.min_pixels or limits.max_pixels > own.max_pixels):
         raise SettingsError(
             f"data.images.min_pixels and max_pixels are {limits.min_pixels} and {limits.max_pixels}, and vLLM resizes images to the "

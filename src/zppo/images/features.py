@@ -14,7 +14,7 @@ import torch
 
 from zppo.core.types import ImageRef
 from zppo.errors import ModelError
-from zppo.images.processor import Pixels, Sight
+from zppo.images.processor import ImageProcessor, Pixels
 
 _PACKED = "image_grid_thw"  # with it, pictures of all sizes stand in one sequence of patches
 _FEATURES = "mm_encoder_outputs"
@@ -44,18 +44,18 @@ class Positions(NamedTuple):
     next: int
 
 
-def positions_of(model: Any, sight: Sight, prompt: Seen) -> Positions:
+def positions_of(model: Any, image_processor: ImageProcessor, prompt: Seen) -> Positions:
     """Positions of one prompt; with multimodal rotary positions a picture takes fewer than it has tokens."""
     length = len(prompt.ids)
     ranker = _ranker(model)
     if ranker is None:
         return Positions(torch.arange(length)[None], length)
     ids = prompt.ids[None].cpu()
-    types = _types(prompt.ids.cpu(), sight)[None]
+    types = _types(prompt.ids.cpu(), image_processor)[None]
     # `image_grid_thw` is what all who rank positions ask for; text alone is ranked by its order.
     if not prompt.images:
         return Positions(torch.arange(length).expand(3, length), length)
-    grids = torch.cat([sight.pixels(ref)[_PACKED] for ref in prompt.images])
+    grids = torch.cat([image_processor.pixels(ref)[_PACKED] for ref in prompt.images])
     places, deltas = ranker(
         input_ids=ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=torch.ones_like(ids)
     )
@@ -63,7 +63,7 @@ def positions_of(model: Any, sight: Sight, prompt: Seen) -> Positions:
 
 
 def picture_inputs(
-    model: Any, sight: Sight | None, images: Sequence[Sequence[ImageRef]], ids: torch.Tensor
+    model: Any, image_processor: ImageProcessor | None, images: Sequence[Sequence[ImageRef]], ids: torch.Tensor
 ) -> dict[str, Any]:
     """Arguments of a forward pass over rows with these pictures; empty where no row has one.
 
@@ -78,23 +78,27 @@ def picture_inputs(
     refs = [ref for row in images for ref in row]
     if not refs:
         return {}
-    if sight is None:
+    if image_processor is None:
         raise ModelError(
             "the prompts have images, and this model was loaded without its image processor: it reads text only"
         )
     names = inspect.signature(_inner(model).forward).parameters
-    given = {_FEATURES: {"image": encode(model, sight, refs)}} if _FEATURES in names else _pixels(model, sight, refs)
-    return given | {name: _types(ids, sight) for name in _TYPES if name in names}
+    given = (
+        {_FEATURES: {"image": encode(model, image_processor, refs)}}
+        if _FEATURES in names
+        else _pixels(model, image_processor, refs)
+    )
+    return given | {name: _types(ids, image_processor) for name in _TYPES if name in names}
 
 
-def encode(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> Any:
+def encode(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef]) -> Any:
     """The vision encoder's output for these pictures, in this order; each distinct one is computed once."""
     inner = _inner(model)
     parameter = next(inner.parameters())
     takes = inspect.signature(inner.get_image_features).parameters
     distinct = {ref.sha256: ref for ref in refs}
     pixels = {
-        digest: {name: value for name, value in sight.pixels(ref).items() if name in takes}
+        digest: {name: value for name, value in image_processor.pixels(ref).items() if name in takes}
         for digest, ref in distinct.items()
     }
     parts: dict[str, list[Any]] = {}
@@ -124,20 +128,24 @@ def why_blind(model: Any) -> str:
     return f"its forward pass takes no {' and no '.join(lacking)} in this version of transformers" if lacking else ""
 
 
-def plain_inputs(model: Any, sight: Sight, ids: torch.Tensor, refs: Sequence[ImageRef]) -> dict[str, Any]:
+def plain_inputs(
+    model: Any, image_processor: ImageProcessor, ids: torch.Tensor, refs: Sequence[ImageRef]
+) -> dict[str, Any]:
     """Arguments with which a model's own code looks at the pictures of one row; (1, L) ids."""
     names = inspect.signature(_inner(model).forward).parameters
-    return _pixels(model, sight, refs) | {name: _types(ids, sight) for name in _TYPES if name in names}
+    return _pixels(model, image_processor, refs) | {
+        name: _types(ids, image_processor) for name in _TYPES if name in names
+    }
 
 
-def _pixels(model: Any, sight: Sight, refs: Sequence[ImageRef]) -> dict[str, Any]:
+def _pixels(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef]) -> dict[str, Any]:
     """Pixels for a model's own forward pass, every picture as often as it stands in the rows.
 
     For versions of transformers whose models take no features: these are computed once a row then.
     """
     inner = _inner(model)
     device, names = next(inner.parameters()).device, inspect.signature(inner.forward).parameters
-    shown = [{n: value for n, value in sight.pixels(ref).items() if n in names} for ref in refs]
+    shown = [{n: value for n, value in image_processor.pixels(ref).items() if n in names} for ref in refs]
     return {name: _stacked([pixels[name] for pixels in shown]).to(device) for name in shown[0]}
 
 
@@ -153,9 +161,9 @@ def _ranker(model: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | No
     return found
 
 
-def _types(ids: torch.Tensor, sight: Sight) -> torch.Tensor:
+def _types(ids: torch.Tensor, image_processor: ImageProcessor) -> torch.Tensor:
     """1 where a token stands for a picture, 0 elsewhere."""
-    known = torch.tensor(sorted(sight.image_ids), device=ids.device)
+    known = torch.tensor(sorted(image_processor.image_ids), device=ids.device)
     return torch.isin(ids, known).long()
 
 

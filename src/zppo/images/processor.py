@@ -95,7 +95,7 @@ class Placeholder(NamedTuple):
     features: int
 
 
-class Sight:
+class ImageProcessor:
     """The image processor of a checkpoint and what its prompts hold in a picture's place.
 
     Pictures are brought into the pixel limits: by the processor where it knows such limits itself (Qwen), before it elsewhere.
@@ -155,7 +155,7 @@ class Sight:
         cache: PixelCache | None = None,
         *,
         revision: str | None = None,
-    ) -> Sight:
+    ) -> ImageProcessor:
         """The sight of a checkpoint (folder or hub name), its image processor with PIL.
 
         A processor for videos, which may want packages that are not there, is left out: frames come as several images.
@@ -184,7 +184,7 @@ class Sight:
         own = getattr(self.processor, "chat_template", None)
         return own if isinstance(own, str) else None
 
-    def same_as(self, other: Sight) -> bool:
+    def same_as(self, other: ImageProcessor) -> bool:
         """Whether two checkpoints get the same tensors and placeholders for every picture."""
         return self._fingerprint == other._fingerprint and (self.token, self.image_ids) == (
             other.token,

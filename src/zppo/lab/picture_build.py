@@ -24,7 +24,7 @@ from transformers import (
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.types import Message, Question
 from zppo.engines.chat import Chat
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 from zppo.images.store import PixelLimits
 from zppo.lab import pretrain
 from zppo.lab.build import Say, lab_book, save, teller
@@ -376,8 +376,8 @@ def probe_of(folder: Path) -> Probe:
     """A checkpoint as it lies there, ready to be asked."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    sight = Sight.load(folder, tokenizer, LIMITS)
-    return Probe(model, tokenizer, lab_book(Chat(tokenizer)), sight)
+    image_processor = ImageProcessor.load(folder, tokenizer, LIMITS)
+    return Probe(model, tokenizer, lab_book(Chat(tokenizer)), image_processor)
 
 
 def candidate_prompts(

@@ -19,7 +19,7 @@ from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.grading import extract_boxed, normalise
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 from zppo.lab.corpus import END, Response, StudentCorpus, TeacherCorpus
 from zppo.lab.world import Chain, Entry, ModelShape, Pretraining, World
 from zppo.prompts import PromptBook
@@ -155,7 +155,7 @@ class Probe:
 
     Args:
         book: with the neutraliser of the run, so that prompts are those of training.
-        sight: how the model sees; None for one that reads text only.
+        image_processor: how the model sees; None for one that reads text only.
     """
 
     def __init__(
@@ -163,13 +163,15 @@ class Probe:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         book: PromptBook,
-        sight: Sight | None = None,
+        image_processor: ImageProcessor | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.chat = Chat(tokenizer, sight=sight)
+        self.chat = Chat(tokenizer, image_processor=image_processor)
         self.book = book
-        self.engine = TransformersEngine(self.model, [tokenizer.eos_token_id], tokenizer.pad_token_id, sight=sight)
+        self.engine = TransformersEngine(
+            self.model, [tokenizer.eos_token_id], tokenizer.pad_token_id, image_processor=image_processor
+        )
 
     def texts(
         self,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from zppo.config.settings import LoraSettings, names_eyes
+from zppo.config.settings import LoraSettings, names_vision_layers
 from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
 from zppo.models.parts import Part, parts_of
@@ -157,6 +157,6 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
 
 
 def _takes(entry: str, name: str, part: Part) -> bool:
-    if part != "language" and not names_eyes(entry):
+    if part != "language" and not names_vision_layers(entry):
         return False
     return entry == name.rpartition(".")[2] or fnmatchcase(name, entry)

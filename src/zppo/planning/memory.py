@@ -10,7 +10,7 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from zppo.config.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings, names_eyes
+from zppo.config.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings, names_vision_layers
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
 from zppo.planning.model_shapes import LINEAR, Shape, VisionShape, count_parameters, shape_of, vision_shape_of
 
@@ -307,7 +307,7 @@ def _tower(settings: Settings, eyes: VisionShape | None, rows: int, images: int,
     """
     train = settings.train
     adapted = train.lora is None or any(
-        map(names_eyes, () if train.lora.targets == "all-linear" else train.lora.targets)
+        map(names_vision_layers, () if train.lora.targets == "all-linear" else train.lora.targets)
     )
     if eyes is None or train.vision.freeze_tower or not adapted:
         return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from zppo.config.settings import EvalSettings
 from zppo.core.types import Question
-from zppo.rollout.student import Roller
+from zppo.rollout.student import StudentSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class Evaluation:
     ungraded: int = 0
 
 
-def evaluate(roller: Roller, questions: Sequence[Question], settings: EvalSettings) -> Evaluation:
+def evaluate(sampler: StudentSampler, questions: Sequence[Question], settings: EvalSettings) -> Evaluation:
     """Evaluate the roller's student; draws are keyed by question, so that two evaluations of the same weights are equal."""
-    roller = replace(roller, sampling=settings.sampling(), group_size=settings.samples)
-    groups = roller.roll([roller.speaker.plain(q) for q in questions], 0, purpose="eval")
+    sampler = replace(sampler, sampling=settings.sampling(), group_size=settings.samples)
+    groups = sampler.roll([sampler.renderer.plain(q) for q in questions], 0, purpose="eval")
     levels: dict[str, list[bool]] = {}
     for group in groups:
         levels.setdefault(group.question.level, []).extend(r.correct for r in group.graded)

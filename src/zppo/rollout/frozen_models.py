@@ -24,7 +24,7 @@ from zppo.teacher.startup_check import Names, read_key
 FrozenTeacher = LocalTeacher | RemoteTeacher
 
 
-class Staff:
+class FrozenModels:
     """The frozen models of one run.
 
     Attributes:
@@ -85,9 +85,9 @@ class Staff:
 
 
 @contextmanager
-def staffing(
+def load_frozen_models(
     settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None
-) -> Iterator[Staff]:
+) -> Iterator[FrozenModels]:
     """The frozen models for the length of a run; the teachers that the method needs are loaded and checked.
 
     Args:
@@ -100,17 +100,17 @@ def staffing(
     method = settings.method.resolve()
     named = [("teacher", settings.teacher), *((f"more_teachers.{i}", t) for i, t in enumerate(settings.more_teachers))]
     with ExitStack() as stack:
-        staff = Staff(settings, accelerator, console, seeing)
-        stack.callback(staff.close)
+        frozen_models = FrozenModels(settings, accelerator, console, seeing)
+        stack.callback(frozen_models.close)
         for section, own in named if method.needs_teacher else ():
             if own is not None:
-                teacher = staff.load(own, section)
+                teacher = frozen_models.load(own, section)
                 for use in _uses(own, method, first=section == "teacher"):
                     n = settings.zone.teacher_group_size if use == "rollout" else 1
                     teacher.check(own.how(own.uses()[use]), use, n)
-                staff.teachers.append(teacher)
-                staff.settings_of.append(own)
-        yield staff
+                frozen_models.teachers.append(teacher)
+                frozen_models.settings_of.append(own)
+        yield frozen_models
 
 
 def in_process(teacher: FrozenTeacher) -> LocalTeacher:

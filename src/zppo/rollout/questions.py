@@ -18,7 +18,7 @@ from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.student import resolve_model
 from zppo.rollout.data import load_data
-from zppo.rollout.student import Speaker
+from zppo.rollout.student import PromptRenderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ MOST_UNKNOWN = 0.05
 
 
 def load_short(
-    settings: Settings, data: RunData, speaker: Speaker, length: Callable[[Question], int], console: Console
+    settings: Settings, data: RunData, renderer: PromptRenderer, length: Callable[[Question], int], console: Console
 ) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What is said: how many were dropped, how
     many there are and have images, a tokenizer that does not know their words, questions in both, places for images without images.
@@ -115,7 +115,7 @@ def load_short(
         _short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources
     )
     trains = settings.train.steps != 0  # a run of 0 steps only evaluates
-    told = unknown_tokens(speaker, train), in_both(train, held_out) if trains else "", unseen([*train, *held_out])
+    told = unknown_tokens(renderer, train), in_both(train, held_out) if trains else "", unseen([*train, *held_out])
     for warning in told:
         if warning:
             console.print(warning, style="yellow", soft_wrap=True, highlight=False)
@@ -141,17 +141,17 @@ def _short(
     return kept
 
 
-def check_vocabulary(model: PreTrainedModel, speaker: Speaker, questions: Sequence[Question]) -> None:
+def check_vocabulary(model: PreTrainedModel, renderer: PromptRenderer, questions: Sequence[Question]) -> None:
     """Whether the model has a row for every token of the first 200 plain prompts. ModelError where it has not.
 
     A tokenizer may know more tokens than its model, as long as none of them is used.
     """
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
-    largest = max((max(speaker.plain(question).ids) for question in questions[:SAMPLE]), default=0)
+    largest = max((max(renderer.plain(question).ids) for question in questions[:SAMPLE]), default=0)
     if largest >= rows:
         raise ModelError(
-            f"student.model: the prompts hold the token {speaker.chat.show([largest])!r} with the id {largest}, and the model knows "
+            f"student.model: the prompts hold the token {renderer.chat.show([largest])!r} with the id {largest}, and the model knows "
             f"the ids 0 to {rows - 1}: tokenizer and model do not belong together; take both from one checkpoint"
         )
 
@@ -183,16 +183,16 @@ def unseen(questions: Sequence[Question]) -> str:
     )
 
 
-def unknown_tokens(speaker: Speaker, questions: Sequence[Question]) -> str:
+def unknown_tokens(renderer: PromptRenderer, questions: Sequence[Question]) -> str:
     """A warning where more than 5% of the tokens of the first 200 plain prompts are the unknown token [zppo]; "" where they are not.
 
     Such a tokenizer maps different questions to one prompt without a word; most have no unknown token at all.
     """
-    tokenizer = speaker.chat.tokenizer
+    tokenizer = renderer.chat.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return ""
-    rows = [speaker.plain(question).ids for question in questions[:SAMPLE]]
+    rows = [renderer.plain(question).ids for question in questions[:SAMPLE]]
     count, total = sum(row.count(unknown) for row in rows), sum(map(len, rows))
     if count <= MOST_UNKNOWN * total:
         return ""

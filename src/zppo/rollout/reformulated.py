@@ -23,8 +23,8 @@ from zppo.errors import SettingsError, TemplateError
 from zppo.grading import normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.grading import Scorer
-from zppo.rollout.student import Score, Speaker
-from zppo.rollout.teacher import Asker, Pools, ResponseTokens, TimedTeacher
+from zppo.rollout.student import PromptRenderer, Score
+from zppo.rollout.teacher import Pools, ResponseTokens, TeacherSampler, TimedTeacher
 from zppo.teacher.base import Teacher, TeacherSampling
 from zppo.teacher.compression import Compressor, PairRequest, Prepared, Source, token_tail
 from zppo.teacher.hints import HintCounts, HintRequest, make_hints
@@ -39,7 +39,7 @@ class _Counts:
     ncq_raw_candidates: int = 0
 
 
-class MaterialMaker:
+class CandidateMaker:
     """Prepares what the reformulations of a method need, for several questions at once.
 
     Args:
@@ -169,7 +169,7 @@ def _listed(wrong: Sequence[Source], gold: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Zone:
+class Reformulated:
     """The reformulated prompts of one step and what making them took.
 
     Attributes:
@@ -185,13 +185,13 @@ class Zone:
     teacher_error: str = ""
 
 
-class ZoneBuilder:
+class Reformulator:
     """Makes the reformulated prompts of a step.
 
     Args:
         reformulations: in building order (BCQ before NCQ in the paper).
-        asker, materials: the teacher's responses; compressed candidates and hints.
-        speaker: the student's words.
+        teacher_sampler, materials: the teacher's responses; compressed candidates and hints.
+        renderer: the student's words.
         context: the student's context in tokens, None if unbounded.
         max_new_tokens: limit of a student completion, counted against the context.
         lazy: ask the teacher hardest first until the cap is full (the same prompts), or as Algorithm 1 is written.
@@ -204,9 +204,9 @@ class ZoneBuilder:
         self,
         reformulations: Sequence[Reformulation],
         *,
-        asker: Asker,
-        materials: MaterialMaker,
-        speaker: Speaker,
+        teacher_sampler: TeacherSampler,
+        materials: CandidateMaker,
+        renderer: PromptRenderer,
         settings: ZoneSettings,
         seed: int,
         context: int | None,
@@ -217,19 +217,19 @@ class ZoneBuilder:
         scramble: bool = False,
     ) -> None:
         self.reformulations = tuple(reformulations)
-        self.asker, self.materials, self.speaker = asker, materials, speaker
+        self.teacher_sampler, self.materials, self.renderer = teacher_sampler, materials, renderer
         self.settings, self.seed, self.context, self.max_new_tokens = settings, seed, context, max_new_tokens
         self.lazy, self.every_hard_question, self.scramble = lazy, every_hard_question, scramble
         self.teachers = tuple(teachers)
         self.needs_responses = any(r.needs & RESPONSES for r in self.reformulations)
 
-    def build(self, plain: Sequence[Group], new_count: int, step: int) -> Zone:
+    def build(self, plain: Sequence[Group], new_count: int, step: int) -> Reformulated:
         """The reformulated prompts for a step's plain groups (new questions first), hardest questions first."""
         for teacher in self.teachers:
             teacher.seconds = 0.0
         cap = share_of(self.settings.rho_aug, new_count)
         hard = hard_groups(plain, self.settings.threshold, ties=self.settings.ties, seed=self.seed, step=step)
-        self.asker.new_step()
+        self.teacher_sampler.new_step()
         self.materials.new_step()
         pools = self._ask_first(hard, cap, step)
         too_long = 0
@@ -237,10 +237,10 @@ class ZoneBuilder:
         def build(wave: Sequence[Group]) -> list[list[tuple[Draft, Prompt]]]:
             nonlocal too_long
             if self.needs_responses:
-                pools.update(self.asker.ask([g.question for g in wave if g.question.id not in pools], step))
+                pools.update(self.teacher_sampler.ask([g.question for g in wave if g.question.id not in pools], step))
             materials = self.materials.make(wave, pools, step)
             drafts = [drafts_of(self.reformulations, material, self.seed, step) for material in materials]
-            prompts = [[(draft, self.speaker.reformulated(draft)) for draft in row] for row in drafts]
+            prompts = [[(draft, self.renderer.reformulated(draft)) for draft in row] for row in drafts]
             fitting = [[pair for pair in row if self._fits(pair[1])] for row in prompts]
             too_long += sum(map(len, prompts)) - sum(map(len, fitting))
             return fitting
@@ -248,18 +248,18 @@ class ZoneBuilder:
         built = fill_slots(hard, cap, build, len(self.reformulations), lazy=self.lazy)
         prompts = [prompt for _, prompt in built]
         if self.scramble:
-            exchanged = [self.speaker.reformulated(draft) for draft in scrambled([draft for draft, _ in built])]
+            exchanged = [self.renderer.reformulated(draft) for draft in scrambled([draft for draft, _ in built])]
             prompts = [prompt for prompt in exchanged if self._fits(prompt)]
             too_long += len(exchanged) - len(prompts)
         metrics: dict[str, float | None] = {
             **{f"{r.kind}_prompts": float(sum(p.kind == r.kind for p in prompts)) for r in self.reformulations},
             "hard_questions": float(len(hard)),
             "too_long": float(too_long),
-            **self.asker.metrics(),
+            **self.teacher_sampler.metrics(),
             **self.materials.metrics(),
             **({"teacher_wait_seconds": sum(t.seconds for t in self.teachers)} if self.teachers else {}),
         }
-        return Zone(prompts, pools, metrics, self.asker.error or self.materials.error)
+        return Reformulated(prompts, pools, metrics, self.teacher_sampler.error or self.materials.error)
 
     def _ask_first(self, hard: Sequence[Group], cap: int, step: int) -> Pools:
         """Responses that are asked for before any slot is filled.
@@ -272,14 +272,14 @@ class ZoneBuilder:
             asked = hard if any("pair" in r.needs for r in self.reformulations) else hard[:cap]
         else:
             return {}
-        return self.asker.ask([g.question for g in asked], step)
+        return self.teacher_sampler.ask([g.question for g in asked], step)
 
     def _fits(self, prompt: Prompt) -> bool:
         needed = len(prompt.ids) + len(prompt.forced_ids) + self.max_new_tokens
         return self.context is None or needed <= self.context
 
 
-def grades_beside(settings: Settings, scorer: Scorer) -> bool:
+def grades_while_sampling(settings: Settings, scorer: Scorer) -> bool:
     """Whether completions are graded while others are sampled.
 
     Not where grading would take the student's device (a judge in this process), nor by a user's reward function, which may count on
@@ -289,11 +289,13 @@ def grades_beside(settings: Settings, scorer: Scorer) -> bool:
     return settings.grading.reward is None and (judge is None or bool(judge.base_urls))
 
 
-def make_asker(settings: Settings, teachers: Sequence[Teacher], speaker: Speaker, score: Score) -> Asker:
+def make_teacher_sampler(
+    settings: Settings, teachers: Sequence[Teacher], renderer: PromptRenderer, score: Score
+) -> TeacherSampler:
     own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
-    return Asker(
+    return TeacherSampler(
         [(teacher, t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
-        speaker,
+        renderer,
         score,
         group_size=settings.zone.teacher_group_size,
         seed=settings.seed,
@@ -301,43 +303,43 @@ def make_asker(settings: Settings, teachers: Sequence[Teacher], speaker: Speaker
 
 
 def _make_materials(
-    settings: Settings, reformulations: Sequence[Reformulation], teacher: Teacher | None, speaker: Speaker
-) -> MaterialMaker:
-    own, chat, student = settings.teacher, speaker.chat, settings.rollout.sampling()
+    settings: Settings, reformulations: Sequence[Reformulation], teacher: Teacher | None, renderer: PromptRenderer
+) -> CandidateMaker:
+    own, chat, student = settings.teacher, renderer.chat, settings.rollout.sampling()
     own = own if teacher is not None else None
     cap = own.compression.max_new_tokens if own else 1
-    return MaterialMaker(
+    return CandidateMaker(
         frozenset(need for r in reformulations for need in r.needs),
         compressor=Compressor(
             teacher,
-            speaker.book,
+            renderer.book,
             own.how(own.compression) if own else TeacherSampling(student),
             token_tail(chat.tokenizer, cap),
             enabled=own is not None and own.compression.enabled,
         ),
         teacher=teacher,
         hint=own.how(own.hint) if own else TeacherSampling(student),
-        book=speaker.book,
+        book=renderer.book,
         response_ids=ResponseTokens(chat),
         seed=settings.seed,
     )
 
 
-def make_zone(
+def make_reformulator(
     settings: Settings,
     reformulations: Sequence[Reformulation],
     teachers: Sequence[TimedTeacher],
-    speaker: Speaker,
-    asker: Asker,
+    renderer: PromptRenderer,
+    teacher_sampler: TeacherSampler,
     context: int | None,
-) -> ZoneBuilder:
+) -> Reformulator:
     method, own = settings.method.resolve(), settings.teacher if teachers else None
-    _check_templates(reformulations, speaker.book)
-    return ZoneBuilder(
+    _check_templates(reformulations, renderer.book)
+    return Reformulator(
         reformulations,
-        asker=asker,
-        materials=_make_materials(settings, reformulations, teachers[0] if teachers else None, speaker),
-        speaker=speaker,
+        teacher_sampler=teacher_sampler,
+        materials=_make_materials(settings, reformulations, teachers[0] if teachers else None, renderer),
+        renderer=renderer,
         settings=settings.zone,
         seed=settings.seed,
         context=context,

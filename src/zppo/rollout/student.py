@@ -11,7 +11,7 @@ from queue import SimpleQueue
 
 from zppo.core.draws import draw_key
 from zppo.core.types import PLAIN, Draft, Group, Message, Prompt, Question, Rollout
-from zppo.distributed.processes import ALONE, Team
+from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.errors import DataError
@@ -35,7 +35,7 @@ _Ended = tuple[int, int, Completion]  # the prompt's place, the rollout's place 
 
 
 @dataclass(frozen=True, slots=True)
-class Speaker:
+class PromptRenderer:
     """How questions become the student's prompts: the words and the chat template. DataError, with its id, for one that cannot."""
 
     book: PromptBook
@@ -68,26 +68,26 @@ class Speaker:
 
 
 @dataclass(frozen=True, slots=True)
-class Roller:
+class StudentSampler:
     """Samples and grades groups of student rollouts.
 
     Attributes:
-        engine, speaker, score: the student, its words, its grading.
+        engine, renderer, score: the student, its words, its grading.
         sampling: how tokens are drawn.
         group_size: G_S.
         seed: keys the draw of every rollout by (seed, step, question id, kind, index).
-        team: the processes that share the groups out; each samples and grades whole groups, and all get all of them.
+        processes: the processes that share the groups out; each samples and grades whole groups, and all get all of them.
         whole: inside it the engine has all weights.
         beside: grade in a thread of its own while other rollouts are sampled, where the engine hands them over as they end.
     """
 
     engine: Engine
-    speaker: Speaker
+    renderer: PromptRenderer
     score: Score
     sampling: Sampling
     group_size: int
     seed: int
-    team: Team = ALONE
+    processes: Processes = ONE_PROCESS
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     beside: bool = False
 
@@ -104,7 +104,7 @@ class Roller:
             return self._rollouts(mine, step, purpose)
 
         with self.whole():
-            rolled = self.team.map(prompts, work, lambda p: float(len(p.ids) + self.sampling.max_new_tokens))
+            rolled = self.processes.map(prompts, work, lambda p: float(len(p.ids) + self.sampling.max_new_tokens))
         return [Group(prompt, rollouts) for prompt, rollouts in zip(prompts, rolled, strict=True)]
 
     def _rollouts(self, prompts: Sequence[Prompt], step: int, purpose: str) -> list[tuple[Rollout, ...]]:
@@ -163,7 +163,7 @@ class Roller:
             )  # what goes wrong here is not held up by what is being graded
 
     def _graded(self, prompts: Sequence[Prompt], ended: Sequence[_Ended]) -> list[Rollout]:
-        decode = self.speaker.chat.decode
+        decode = self.renderer.chat.decode
         texts = [decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
         answered = [
             Answered(prompts[i].question, text, prompts[i].think_open)

@@ -10,7 +10,7 @@ from zppo.core.draws import draw_key
 from zppo.core.types import Message, Question
 from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
 from zppo.prompts.neutralise import Neutraliser
-from zppo.rollout.student import Answered, Score, Speaker
+from zppo.rollout.student import Answered, PromptRenderer, Score
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
 
@@ -51,12 +51,12 @@ class _Counts:
     solved_none: int = 0
 
 
-class Asker:
+class TeacherSampler:
     """Asks the teachers about questions and grades what they say by the student's own reward.
 
     Args:
         teachers: the frozen teachers with their sampling; usually one. The pool of several is what all of them got right [zppo].
-        speaker, score: the words of the plain prompt; the reward.
+        renderer, score: the words of the plain prompt; the reward.
         group_size: G_T, responses per teacher and question.
         seed: keys every draw by (seed, step, question id, index).
     """
@@ -64,13 +64,13 @@ class Asker:
     def __init__(
         self,
         teachers: Sequence[tuple[Teacher, TeacherSampling]],
-        speaker: Speaker,
+        renderer: PromptRenderer,
         score: Score,
         *,
         group_size: int,
         seed: int,
     ) -> None:
-        self.teachers, self.speaker, self.score = tuple(teachers), speaker, score
+        self.teachers, self.renderer, self.score = tuple(teachers), renderer, score
         self.group_size, self.seed = group_size, seed
         self.new_step()
 
@@ -100,7 +100,7 @@ class Asker:
         indices = range(first, first + self.group_size)
         requests = [
             TeacherRequest(
-                self.speaker.book.plain(q),
+                self.renderer.book.plain(q),
                 tuple(draw_key(self.seed, "teacher", step, q.id, i) for i in indices),
                 q.images,
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zppo.engines.chat import Chat
-from zppo.engines.image_check import check_sight
+from zppo.engines.image_check import check_image_input
 from zppo.engines.loading import load_network, reads_images
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, one_line
@@ -104,11 +104,11 @@ def load(
         chat.banned_ids(network),
         max_rows=max_rows,
         max_tokens=max_tokens,
-        sight=chat.sight,
+        image_processor=chat.image_processor,
     )
     if not blind:
         try:
-            check_sight(engine, chat, checkpoint)
+            check_image_input(engine, chat, checkpoint)
         except ModelError as error:
             raise ModelError(f"{one_line(error)}; or serve it for text alone with --max-images 0") from error
 

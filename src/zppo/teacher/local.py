@@ -12,11 +12,11 @@ import torch
 from zppo.core.types import ImageRef, Message
 from zppo.engines.base import Completion, Engine, SampleRequest, sample_in_halves
 from zppo.engines.chat import Chat
-from zppo.engines.image_check import check_sight
+from zppo.engines.image_check import check_image_input
 from zppo.engines.loading import load_network, reads_images
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
-from zppo.images.processor import PixelCache, Sight
+from zppo.images.processor import ImageProcessor, PixelCache
 from zppo.images.store import PixelLimits
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 
@@ -63,7 +63,7 @@ class LocalTeacher:
         self.special_texts = tuple(special_texts)
         self.network: Any = None  # the frozen model and its tokenizer, where `load` made the teacher: for distillation
         self.tokenizer: Any = None
-        self.sight: Sight | None = None  # how it sees; None for one that reads text only
+        self.image_processor: ImageProcessor | None = None  # how it sees; None for one that reads text only
 
     @classmethod
     def load(
@@ -111,10 +111,10 @@ class LocalTeacher:
                 chat.pad_id(network),
                 chat.banned_ids(network) if sees else (),
                 max_rows=max_rows,
-                sight=chat.sight,
+                image_processor=chat.image_processor,
             )
             if sees:
-                check_sight(engine, chat, str(model))
+                check_image_input(engine, chat, str(model))
         except ModelError as error:
             raise TeacherError(str(error)) from error
         except Exception as error:  # many kinds: no room on the device, no such device
@@ -128,7 +128,7 @@ class LocalTeacher:
             context=engine.context,
             special_texts=chat.special_texts,
         )
-        teacher.network, teacher.tokenizer, teacher.sight = network, chat.tokenizer, chat.sight
+        teacher.network, teacher.tokenizer, teacher.image_processor = network, chat.tokenizer, chat.image_processor
         return teacher
 
     def check(self, how: TeacherSampling, use: str = "", n: int = 1) -> None:
@@ -162,7 +162,7 @@ class LocalTeacher:
 
     def _encode(self, chat: Speech, request: TeacherRequest) -> SampleRequest | str:
         """What to sample, or the reason why not."""
-        if request.images and self.sight is None:
+        if request.images and self.image_processor is None:
             return f"the prompt has {len(request.images)} image(s), and this teacher reads text only"
         try:
             ids = chat.encode(request.messages, request.images)

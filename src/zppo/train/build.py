@@ -28,10 +28,10 @@ from zppo.core.reformulate import (
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Prompt, Question, Rollout
 from zppo.data.order import steps_per_epochs
-from zppo.distributed.parallel import Weights
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
-from zppo.engines.image_check import check_sight
+from zppo.engines.image_check import check_image_input
 from zppo.engines.logprobs import Sharing, sharing_of
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
@@ -42,12 +42,12 @@ from zppo.models.parts import freeze_parts, parameter_groups
 from zppo.models.student import Student, context_length, load_chat, load_student, recompute_layers, resolve_model
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.rollout.frozen_models import FrozenTeacher, Staff, in_process
+from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
 from zppo.rollout.grading import make_scorer
 from zppo.rollout.questions import RunData, check_vocabulary, load_short
-from zppo.rollout.reformulated import grades_beside, make_asker, make_zone
-from zppo.rollout.student import Roller, Score, Speaker
-from zppo.rollout.teacher import Asker, ResponseTokens, TimedTeacher
+from zppo.rollout.reformulated import grades_while_sampling, make_reformulator, make_teacher_sampler
+from zppo.rollout.student import PromptRenderer, Score, StudentSampler
+from zppo.rollout.teacher import ResponseTokens, TeacherSampler, TimedTeacher
 from zppo.runs import checkpoint
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
@@ -55,11 +55,11 @@ from zppo.runs.signals import Stop
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
-from zppo.train.distillation import Distiller
-from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineGuard, make_check
-from zppo.train.health_checks import Adviser, TimedScore
+from zppo.train.distillation import Distillation
+from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
+from zppo.train.health_checks import HealthChecks, TimedScore
 from zppo.train.optimizer_step import TokenBudget, make_budget
-from zppo.train.policy_gradient import Learner, PolicyLearner, Updater
+from zppo.train.policy_gradient import Learner, PolicyGradient, Updater
 from zppo.train.provenance import origin_of
 from zppo.train.trainer import Trainer
 
@@ -98,7 +98,7 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
         banned_ids=chat.banned_ids(model),
         server=vllm.base_url.rstrip("/") if server else None,
         max_model_length=vllm.max_model_length,
-        sight=chat.sight,
+        image_processor=chat.image_processor,
         **options,
     )
 
@@ -113,18 +113,18 @@ def _checkpoint(student: StudentSettings) -> str:
     )
 
 
-def make_guard(
+def make_engine_check(
     settings: Settings,
     engine: Engine,
     model: PreTrainedModel,
     prompt: Prompt,
     chat: Chat,
     accelerator: Accelerator,
-    weights: Weights,
-) -> EngineGuard:
+    weights: ReplicatedWeights,
+) -> EngineCheck:
     """The guard over the run's engine; `prompt` is the fixed one."""
     exact = isinstance(engine, TransformersEngine) and accelerator.mixed_precision == "no"
-    return EngineGuard(
+    return EngineCheck(
         engine,
         model,
         prompt.ids,
@@ -134,10 +134,10 @@ def make_guard(
         tolerance=settings.train.engine_tolerance or (TOLERANCE_FP32 if exact else TOLERANCE_ROUNDED),
         every=settings.train.check_engine_every,
         seed=settings.seed,
-        team=weights.team,
+        processes=weights.processes,
         whole=weights.whole,
         images=prompt.images,
-        sight=chat.sight,
+        image_processor=chat.image_processor,
     )
 
 
@@ -181,8 +181,8 @@ def make_learner(
     start: Path | None,
     accelerator: Accelerator,
     teachers: Sequence[FrozenTeacher],
-    asker: Asker,
-    weights: Weights,
+    teacher_sampler: TeacherSampler,
+    weights: ReplicatedWeights,
     say: Callable[[str], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Learner, torch.optim.Optimizer]:
@@ -197,7 +197,7 @@ def make_learner(
     train, method = settings.train, settings.method.resolve()
     if train.lora is None:
         model.requires_grad_(True)
-    freeze_parts(model, train, images=chat.sight is not None, say=say)
+    freeze_parts(model, train, images=chat.image_processor is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
@@ -222,25 +222,25 @@ def make_learner(
     if method.distils:
         teacher = in_process(teachers[0])
         _check_shared_tokenizer(settings, chat, teacher)
-        learner: Learner = Distiller(
+        learner: Learner = Distillation(
             prepared,
             optimizer,
             accelerator,
             teacher=teacher.network,
-            asker=asker if method.loss == "off-distill" else None,
+            teacher_sampler=teacher_sampler if method.loss == "off-distill" else None,
             respond=respond,
             train=train,
             pad_id=chat.pad_id(model),
             budget=budget,
             weights=weights,
-            sight=chat.sight,
-            teacher_sight=teacher.sight,
+            image_processor=chat.image_processor,
+            teacher_image_processor=teacher.image_processor,
         )
         return learner, optimizer
     updater = _make_updater(
         settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights, say, sharing
     )
-    learner = PolicyLearner(
+    learner = PolicyGradient(
         updater,
         settings.advantage,
         respond=respond if method.teacher_response else None,
@@ -259,7 +259,7 @@ def _make_updater(
     chat: Chat,
     budget: TokenBudget,
     stop: Callable[[], bool],
-    weights: Weights,
+    weights: ReplicatedWeights,
     say: Callable[[str], None] | None,
     sharing: Sharing | None,
 ) -> Updater:
@@ -282,11 +282,11 @@ def _make_updater(
         banned_ids=tuple(sorted(chat.banned_ids(model))),
         pad_id=chat.pad_id(model),
         sampler_is_exact=old == "sampler" or (old == "auto" and exact),
-        check=make_check(settings.train, exact, say, weights.team),
+        check=make_check(settings.train, exact, say, weights.processes),
         budget=budget,
         stop=stop,
         weights=weights,
-        sight=chat.sight,
+        image_processor=chat.image_processor,
         sharing=sharing,
     )
 
@@ -305,8 +305,10 @@ def _check_shared_tokenizer(settings: Settings, chat: Chat, teacher: LocalTeache
             f"{settings.student.model!r} and {name!r} do not: their vocabularies differ. Take a teacher of the student's family, or a "
             "method that keeps the teacher in the prompt (zppo)"
         )
-    if chat.sight is not None and (teacher.sight is None or not chat.sight.same_as(teacher.sight)):
-        why = "the teacher reads text only" if teacher.sight is None else "their image processors differ"
+    if chat.image_processor is not None and (
+        teacher.image_processor is None or not chat.image_processor.same_as(teacher.image_processor)
+    ):
+        why = "the teacher reads text only" if teacher.image_processor is None else "their image processors differ"
         raise SettingsError(
             f"method {settings.method.name!r} compares next-token distributions on prompts with images, which student and teacher must "
             f"see alike, and {why}: take a teacher of the student's family, or a method that keeps the teacher in the prompt (zppo)"
@@ -321,7 +323,7 @@ class Assembled:
     student: Student
     chat: Chat
     origin: dict[str, Any]  # what it trains from; every checkpoint says so
-    weights: Weights
+    weights: ReplicatedWeights
 
 
 def autocast_type(accelerator: Accelerator) -> torch.dtype | None:
@@ -350,7 +352,7 @@ def make_engine(
         max_rows=settings.rollout.max_rows,
         autocast_dtype=autocast_dtype,
         say=say,
-        sight=chat.sight,
+        image_processor=chat.image_processor,
     )
 
 
@@ -360,9 +362,9 @@ def assemble(
     run: Path,
     start: Path | None,
     score: Score,
-    staff: Staff,
+    frozen_models: FrozenModels,
     accelerator: Accelerator,
-    weights: Weights,
+    weights: ReplicatedWeights,
     console: Console,
     stop: Stop,
 ) -> Assembled:
@@ -372,7 +374,7 @@ def assemble(
         data: the questions, and how the models see.
         run: where the trainer will write; nothing is written here.
         start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
-        staff: the frozen models.
+        frozen_models: the frozen models.
         weights: the processes of the run; its data must be the same in all of them.
         stop: ends the run where nothing is lost by it.
 
@@ -383,76 +385,76 @@ def assemble(
         require_vllm()  # before models are loaded
     rule, method = TimedScore(score), settings.method.resolve()
     reformulations = make_reformulations(method, settings.zone.prefix_fraction)
-    seeing, teachers = data.seeing, staff.teachers
+    seeing, teachers = data.seeing, frozen_models.teachers
     chat = load_chat(settings.student, seeing.limits, seeing.cache) if seeing else load_chat(settings.student)
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
-    speaker = Speaker(PromptBook(settings.prompts, Neutraliser(special)), chat)
-    length = cache(lambda question: len(speaker.plain(question).ids))  # two checks ask for it
-    questions, held_out = load_short(settings, data, speaker, length, console)
-    staff.check_images(max((len(question.images) for question in questions), default=0))
+    renderer = PromptRenderer(PromptBook(settings.prompts, Neutraliser(special)), chat)
+    length = cache(lambda question: len(renderer.plain(question).ids))  # two checks ask for it
+    questions, held_out = load_short(settings, data, renderer, length, console)
+    frozen_models.check_images(max((len(question.images) for question in questions), default=0))
     scorer = make_scorer(
         settings,
         rule,
         [*questions, *held_out],
         chat,
         teachers,
-        lambda own: staff.load(own, "judge" if settings.judge else "teacher"),
+        lambda own: frozen_models.load(own, "judge" if settings.judge else "teacher"),
     )
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=seeing is not None)
     model, say = student.model, partial(warn, console)
-    check_vocabulary(model, speaker, questions)
+    check_vocabulary(model, renderer, questions)
     _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
-    team = weights.team
-    team.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
-    asked = [TimedTeacher(team.teacher(teacher)) for teacher in teachers]
-    asker = make_asker(settings, asked, speaker, team.score(scorer))
+    processes = weights.processes
+    processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
+    asked = [TimedTeacher(processes.teacher(teacher)) for teacher in teachers]
+    teacher_sampler = make_teacher_sampler(settings, asked, renderer, processes.score(scorer))
     sampling = settings.rollout.sampling()
     steps = settings.train.steps
     if steps is None:
         steps = steps_per_epochs(len(questions), settings.rollout.batch_size, settings.train.epochs)
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
     learner, optimizer = make_learner(
-        settings, model, chat, start, accelerator, teachers, asker, weights, say, lambda: stop.wanted
+        settings, model, chat, start, accelerator, teachers, teacher_sampler, weights, say, lambda: stop.wanted
     )
     own = make_engine(settings, model, chat, autocast_type(accelerator), say)
-    if chat.sight is not None:
-        check_sight(own, chat, settings.student.model)  # whoever samples, it is trained here
+    if chat.image_processor is not None:
+        check_image_input(own, chat, settings.student.model)  # whoever samples, it is trained here
     engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
     _check_context(settings, engine.context, questions, held_out, length)
-    watched = speaker.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
-    if chat.sight is not None:
-        chat.sight.cache.pin({image.sha256 for image in watched.images})
-    guard = make_guard(settings, engine, model, watched, chat, accelerator, weights)
+    watched = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
+    if chat.image_processor is not None:
+        chat.image_processor.cache.pin({image.sha256 for image in watched.images})
+    guard = make_engine_check(settings, engine, model, watched, chat, accelerator, weights)
     guard.refresh(0)  # a wrong engine is found before anything is written
     trainer = Trainer(
         settings,
         steps=steps,
         questions=questions,
         held_out=held_out,
-        roller=Roller(
+        sampler=StudentSampler(
             engine,
-            speaker,
+            renderer,
             scorer,
             sampling,
             settings.rollout.group_size,
             settings.seed,
-            team,
+            processes,
             weights.whole,
-            beside=grades_beside(settings, scorer),
+            beside=grades_while_sampling(settings, scorer),
         ),
-        zone=make_zone(settings, reformulations, asked, speaker, asker, engine.context),
+        zone=make_reformulator(settings, reformulations, asked, renderer, teacher_sampler, engine.context),
         learner=learner,
         guard=guard,
         rule=rule,
-        adviser=Adviser(own_reward=settings.grading.reward is not None),
+        adviser=HealthChecks(own_reward=settings.grading.reward is not None),
         buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
-        log=RunLog(run) if team.main else SilentLog(run),
+        log=RunLog(run) if processes.main else SilentLog(run),
         progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
         checkpoint=Checkpointer(settings.train, run, student, optimizer, origin, weights),
         stop=stop,
         scorer=scorer,
-        service=staff.take_service,
-        team=team,
+        service=frozen_models.take_service,
+        processes=processes,
     )
     return Assembled(trainer, student, chat, origin, weights)
 

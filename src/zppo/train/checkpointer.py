@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from zppo.config.settings import TrainSettings
-from zppo.distributed.parallel import Weights
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.models.student import Student
 from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable
-from zppo.train.mid_step import Halfway
+from zppo.train.mid_step import MidStep
 
 
 class Checkpointer:
@@ -33,13 +33,13 @@ class Checkpointer:
         student: Student,
         optimizer: torch.optim.Optimizer,
         origin: Mapping[str, Any],
-        weights: Weights,
+        weights: ReplicatedWeights,
     ) -> None:
         self._run, self._student, self._optimizer, self._origin = run, student, optimizer, origin
         self._weights, self._keep = weights, settings.keep_checkpoints
         self._copies = (
             settings.checkpoint_in_background
-            and weights.team.size == 1
+            and weights.processes.size == 1
             and not student.adapters
             and settings.optimizer == "adamw"
         )
@@ -47,9 +47,9 @@ class Checkpointer:
         self._error: BaseException | None = None
 
     def __call__(
-        self, step: int, state: Mapping[str, Any], halfway: Halfway | None, together: bool, *, beside: bool = False
+        self, step: int, state: Mapping[str, Any], mid_step: MidStep | None, together: bool, *, beside: bool = False
     ) -> Path | None:
-        """After `step` whole steps, and the updates of `halfway` in the next one where it is given.
+        """After `step` whole steps, and the updates of `mid_step` in the next one where it is given.
 
         Args:
             together: all processes of the run call it now; otherwise the first one saves what it has, None where it has not all.
@@ -59,8 +59,8 @@ class Checkpointer:
             StorageError: the disk refuses, now or since the last call.
         """
         self.wait()
-        team = self._weights.team
-        if not together and (self._weights.sharded or not team.main):
+        processes = self._weights.processes
+        if not together and (self._weights.sharded or not processes.main):
             return None
         model: Savable = self._weights.saved(self._student) if together else self._student.saved
         held: HoldsState = self._weights.snapshot_of(self._optimizer) if together else self._optimizer
@@ -70,14 +70,14 @@ class Checkpointer:
             step,
             state={**state, "origin": self._origin},
             keep=self._keep,
-            updates=halfway.begun.done if halfway else None,
-            more=halfway.write if halfway else None,
+            updates=mid_step.begun.done if mid_step else None,
+            more=mid_step.write if mid_step else None,
         )
         if beside and self._copies:
             self._begin(partial(save, CopiedModel(self._student.model), CopiedState(held)))
             return checkpoint.place(self._run, step)
-        folder = save(model, held) if team.main else None
-        return team.gather(folder)[0] if together else folder
+        folder = save(model, held) if processes.main else None
+        return processes.gather(folder)[0] if together else folder
 
     def check(self) -> None:
         """Raises what writing in the background has raised."""

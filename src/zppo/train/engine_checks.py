@@ -17,11 +17,11 @@ from torch import nn
 from zppo.config.settings import TrainSettings
 from zppo.core.draws import draw_key
 from zppo.core.types import ImageRef
-from zppo.distributed.processes import ALONE, Team
+from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.logprobs import Row, completion_logprobs
 from zppo.errors import EngineError
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 
 SAMPLER_TOLERANCE_FP32 = 1e-4
 """Ten times the mean difference up to which Qwen3.5, whose recurrent form is not its chunked one, counts as exact in fp32."""
@@ -57,14 +57,16 @@ class SamplerCheck:
     Args:
         tolerance: largest mean difference, nats a token; a single token may be off by `SINGLE` times as much.
         say: told once, when they are refused; None for nobody.
-        team: the processes; all of them come to the same decision.
+        processes: the processes; all of them come to the same decision.
 
     Attributes:
         refused: part of a checkpoint.
     """
 
-    def __init__(self, tolerance: float, say: Callable[[str], None] | None = None, team: Team = ALONE) -> None:
-        self.tolerance, self.say, self.team = tolerance, say, team
+    def __init__(
+        self, tolerance: float, say: Callable[[str], None] | None = None, processes: Processes = ONE_PROCESS
+    ) -> None:
+        self.tolerance, self.say, self.processes = tolerance, say, processes
         self.refused = False
 
     def refuses(self, step: int, own: Gap) -> bool:
@@ -74,7 +76,7 @@ class SamplerCheck:
             own: between sampler and trainer before the first update, over this process's rows; no tokens: nothing to hold against it.
         """
         gap = Gap()
-        for part in self.team.gather(own):
+        for part in self.processes.gather(own):
             gap = gap.plus(part)
         if not gap.tokens:
             return self.refused
@@ -101,11 +103,11 @@ class SamplerCheck:
 
 
 def make_check(
-    train: TrainSettings, exact: bool, say: Callable[[str], None] | None = None, team: Team = ALONE
+    train: TrainSettings, exact: bool, say: Callable[[str], None] | None = None, processes: Processes = ONE_PROCESS
 ) -> SamplerCheck:
     """The check of a recipe; `exact`: sampler and trainer do the same arithmetic, in fp32."""
     return SamplerCheck(
-        train.logprob_tolerance or (SAMPLER_TOLERANCE_FP32 if exact else SAMPLER_TOLERANCE_ROUNDED), say, team
+        train.logprob_tolerance or (SAMPLER_TOLERANCE_FP32 if exact else SAMPLER_TOLERANCE_ROUNDED), say, processes
     )
 
 
@@ -139,7 +141,7 @@ class _Gap(NamedTuple):
     largest: float
 
 
-class EngineGuard:
+class EngineCheck:
     """Syncs the engine after a change of weights and compares it with the trainer.
 
     Attributes:
@@ -154,9 +156,9 @@ class EngineGuard:
         tolerance: largest mean difference of log-probs, nats a token.
         every: updates between comparisons; 0 for none.
         seed: keys the draws.
-        team: the processes; each looks at its own engine, and where one is wrong all of them say so.
+        processes: the processes; each looks at its own engine, and where one is wrong all of them say so.
         whole: inside it this process has all weights.
-        images, sight: of the fixed prompt, and how the trainer's model sees them.
+        images, image_processor: of the fixed prompt, and how the trainer's model sees them.
     """
 
     def __init__(
@@ -171,16 +173,16 @@ class EngineGuard:
         tolerance: float,
         every: int,
         seed: int,
-        team: Team = ALONE,
+        processes: Processes = ONE_PROCESS,
         whole: Callable[[], AbstractContextManager[None]] = nullcontext,
         images: tuple[ImageRef, ...] = (),
-        sight: Sight | None = None,
+        image_processor: ImageProcessor | None = None,
     ) -> None:
-        self.images, self.sight = images, sight
+        self.images, self.image_processor = images, image_processor
         self.engine, self.model, self.prompt_ids = engine, model, prompt_ids
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.tolerance, self.every, self.seed = tolerance, every, seed
-        self.team, self.whole = team, whole
+        self.processes, self.whole = processes, whole
         self.stale = True
         self.found: dict[str, float] = {}
         self._gap: _Gap | None = None  # of the weights that the engine has now
@@ -210,7 +212,7 @@ class EngineGuard:
                 found: _Gap | str = self._look(step)
             except EngineError as error:
                 found = str(error)
-        all_found = self.team.gather(found)
+        all_found = self.processes.gather(found)
         if fault := next((f for f in all_found if isinstance(f, str)), None):
             raise EngineError(fault)
         gaps = [f for f in all_found if isinstance(f, _Gap)]
@@ -256,7 +258,7 @@ class EngineGuard:
                 temperature=self.temperature,
                 banned_ids=self.banned_ids,
                 pad_id=self.pad_id,
-                sight=self.sight,
+                image_processor=self.image_processor,
             )
         return logprobs[mask].float().cpu()
 

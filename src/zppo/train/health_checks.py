@@ -107,7 +107,7 @@ WATCHES = (
 """What is watched; the limits are this project's [zppo]: far above what healthy runs show after their first steps."""
 
 
-class Adviser:
+class HealthChecks:
     """Warns of what a step's metrics show, each thing once in `EVERY` steps.
 
     Args:

@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
-from zppo.rollout.reformulated import Zone
+from zppo.rollout.reformulated import Reformulated
 from zppo.runs.checkpoint import unusable
 from zppo.teacher.compression import Source
-from zppo.train.policy_gradient import Begun, Tally
+from zppo.train.policy_gradient import PartialUpdate, UpdateCounts
 
 _FACTS, _TOKENS = "halfway.json", "halfway.safetensors"
 _ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name not in ("ids", "logprobs"))
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
+class StepRollouts:
     """Everything that a step has before its first update (Alg. 1, l. 2-16).
 
     Attributes:
@@ -40,17 +40,17 @@ class Collected:
     replayed: tuple[str, ...]
     plain: list[Group]
     again: list[Group]
-    zone: Zone
+    zone: Reformulated
     counts: dict[str, float]
     seconds: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Halfway:
+class MidStep:
     """A collected step and how far its updates are."""
 
-    collected: Collected
-    begun: Begun
+    collected: StepRollouts
+    begun: PartialUpdate
 
     def write(self, folder: Path) -> None:
         """Two files in a checkpoint's folder: JSON, and token ids with log-probs as safetensors."""
@@ -82,7 +82,7 @@ class Halfway:
         save_file(tensors, folder / _TOKENS)
 
     @classmethod
-    def read(cls, folder: Path, places: Mapping[str, str] | None = None) -> Halfway | None:
+    def read(cls, folder: Path, places: Mapping[str, str] | None = None) -> MidStep | None:
         """What `write` left in a checkpoint; None where it was made between two steps.
 
         Args:
@@ -103,7 +103,7 @@ class Halfway:
             raise CheckpointError(unusable(folder / _FACTS, error)) from error
 
     @classmethod
-    def _parse(cls, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Halfway:
+    def _parse(cls, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> MidStep:
         prompts = _parts(tensors["prompts"], [n for g in facts["groups"] for n in (g["prompt"], g["forced"])])
         lengths = [r["tokens"] for g in facts["groups"] for r in g["rollouts"]]
         ids, logprobs = _parts(tensors["ids"], lengths), _parts(tensors["logprobs"], lengths)
@@ -111,9 +111,9 @@ class Halfway:
         plain = groups[: facts["plain"]]
         pools = {q: tuple(Source(**source) for source in pool) for q, pool in facts["pools"].items()}
         again = groups[facts["plain"] :]
-        zone = Zone([g.prompt for g in again], pools, facts["zone_metrics"], facts["teacher_error"])
-        begun = Begun(facts["done"], Tally(**facts["tally"]), list(_parts(tensors["old"], facts["old"])))
-        collected = Collected(
+        zone = Reformulated([g.prompt for g in again], pools, facts["zone_metrics"], facts["teacher_error"])
+        begun = PartialUpdate(facts["done"], UpdateCounts(**facts["tally"]), list(_parts(tensors["old"], facts["old"])))
+        collected = StepRollouts(
             facts["new"], tuple(facts["replayed"]), plain, again, zone, facts["counts"], facts["seconds"]
         )
         return cls(collected, begun)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from zppo.config.settings import TOKENS_PER_MICROBATCH, TrainSettings
 from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, MicroBatch, micro_batches
-from zppo.distributed.parallel import Weights
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, SettingsError
 
@@ -124,7 +124,7 @@ def make_budget(
 MOST_SKIPPED_UPDATES = 3
 
 
-class GuardedStep:
+class OptimizerStep:
     """Clips the gradient norm and steps, unless loss or norm is not finite: then the update is skipped.
 
     Attributes:
@@ -133,7 +133,7 @@ class GuardedStep:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, weights: Weights
+        self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, weights: ReplicatedWeights
     ) -> None:
         self.optimizer, self.accelerator, self.max_norm, self.weights = optimizer, accelerator, max_norm, weights
         self.skipped_in_a_row, self.fault = 0, ""
@@ -144,7 +144,7 @@ class GuardedStep:
         Args:
             loss: what this process's rows add to the loss.
         """
-        loss = sum(self.weights.team.gather(loss))
+        loss = sum(self.weights.processes.gather(loss))
         norm, moved = self.weights.step(self.optimizer, self.accelerator, self.max_norm, finite=math.isfinite(loss))
         self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:

@@ -18,14 +18,14 @@ from zppo.core.loss import clipped_surrogate
 from zppo.core.metrics import mean
 from zppo.core.minibatch import MicroBatch, deal_groups, share_prompt, shares
 from zppo.core.types import Group, Rollout
-from zppo.distributed.parallel import Weights, zero_gradients
+from zppo.distributed.parallel import ReplicatedWeights, zero_gradients
 from zppo.engines.logprobs import Pack, Row, Sharing, completion_logprobs, shared_logprobs
 from zppo.errors import MemoryLimitError
-from zppo.images.processor import Sight
+from zppo.images.processor import ImageProcessor
 from zppo.rollout.teacher import Pools
 from zppo.teacher.compression import Source
 from zppo.train.engine_checks import Gap, SamplerCheck
-from zppo.train.optimizer_step import GuardedStep, TokenBudget
+from zppo.train.optimizer_step import OptimizerStep, TokenBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def pack_length(samples: Sequence[Sample], pack: Sequence[int]) -> int:
 
 
 @dataclass(slots=True)
-class Tally:
+class UpdateCounts:
     """Sums over the micro-batches of a step."""
 
     losses: list[float] = field(default_factory=list)
@@ -160,14 +160,14 @@ class Tally:
         self.gap_max = max(self.gap_max, largest)
         self.gap_tokens += int(tokens)
 
-    def plus(self, others: Sequence[Tally]) -> Tally:
+    def plus(self, others: Sequence[UpdateCounts]) -> UpdateCounts:
         """With what other processes have counted of their rows; losses, norms and skipped updates are everybody's already."""
         summed = {name: sum(getattr(t, name) for t in (self, *others)) for name in _COUNTED}
         return replace(self, gap_max=max(t.gap_max for t in (self, *others)), **summed)
 
-    def without_rows(self) -> Tally:
+    def without_rows(self) -> UpdateCounts:
         """Losses, norms and skipped updates alone."""
-        return Tally(losses=list(self.losses), grad_norms=list(self.grad_norms), skipped=self.skipped)
+        return UpdateCounts(losses=list(self.losses), grad_norms=list(self.grad_norms), skipped=self.skipped)
 
     def metrics(self) -> dict[str, float | None]:
         tokens = max(1, self.tokens)
@@ -209,7 +209,7 @@ def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class PartialUpdate:
     """The update of a step between two of its I optimizer steps.
 
     Attributes:
@@ -219,7 +219,7 @@ class Begun:
     """
 
     done: int
-    tally: Tally
+    tally: UpdateCounts
     old: list[torch.Tensor]
 
 
@@ -230,7 +230,7 @@ class UpdateStopped(Exception):  # noqa: N818 - nothing went wrong
         cause: the error that ends the run; None where somebody wants it to stop.
     """
 
-    def __init__(self, begun: Begun, cause: MemoryLimitError | None = None) -> None:
+    def __init__(self, begun: PartialUpdate, cause: MemoryLimitError | None = None) -> None:
         super().__init__(f"stopped after {begun.done} updates")
         self.begun, self.cause = begun, cause
 
@@ -246,7 +246,7 @@ class Updater:
         budget: tokens of a micro-batch; None for the setting's.
         stop: asked before each optimizer step: whether to leave the step there.
         weights: how the weights lie over the processes.
-        sight: how the model sees the images of prompts; None for one that reads text only.
+        image_processor: how the model sees the images of prompts; None for one that reads text only.
         sharing: when rows of one prompt compute it once; None for never.
     """
 
@@ -266,17 +266,22 @@ class Updater:
         check: SamplerCheck | None = None,
         budget: TokenBudget | None = None,
         stop: Callable[[], bool] = lambda: False,
-        weights: Weights | None = None,
-        sight: Sight | None = None,
+        weights: ReplicatedWeights | None = None,
+        image_processor: ImageProcessor | None = None,
         sharing: Sharing | None = None,
     ) -> None:
-        self.model, self.optimizer, self.accelerator, self.sight = model, optimizer, accelerator, sight
+        self.model, self.optimizer, self.accelerator, self.image_processor = (
+            model,
+            optimizer,
+            accelerator,
+            image_processor,
+        )
         self.train, self.loss, self.seed = train, loss, seed
         self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
         self.sampler_is_exact, self.check, self.stop = sampler_is_exact, check, stop
         self.budget = budget or TokenBudget(train.tokens_per_microbatch)
-        self.weights, self.sharing = weights or Weights(), sharing
-        self.guard = GuardedStep(optimizer, accelerator, train.max_grad_norm, self.weights)
+        self.weights, self.sharing = weights or ReplicatedWeights(), sharing
+        self.guard = OptimizerStep(optimizer, accelerator, train.max_grad_norm, self.weights)
 
     @property
     def trusts_sampler(self) -> bool:
@@ -284,7 +289,7 @@ class Updater:
         return self.sampler_is_exact and not (self.check and self.check.refused)
 
     def update(
-        self, groups: Sequence[Group], advantages: torch.Tensor, step: int, begun: Begun | None = None
+        self, groups: Sequence[Group], advantages: torch.Tensor, step: int, begun: PartialUpdate | None = None
     ) -> dict[str, float | None]:
         """I optimizer steps over whole groups; every rollout token is used once. Returns the metrics of the update.
 
@@ -296,20 +301,20 @@ class Updater:
             MemoryLimitError: memory ran out before the first optimizer step, or in one of several processes.
         """
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
-        team = self.weights.team
+        processes = self.weights.processes
         deals = deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)
-        mine = [share_minibatch(samples, dealt, rank=team.rank, size=team.size) for dealt in deals]
+        mine = [share_minibatch(samples, dealt, rank=processes.rank, size=processes.size) for dealt in deals]
         rows = [row for share in mine for row in share.rows]
         if begun:
-            tally = begun.tally if team.main else begun.tally.without_rows()
+            tally = begun.tally if processes.main else begun.tally.without_rows()
             lines = iter(begun.old)
             known = {(g, i): next(lines) for g, group in enumerate(samples) for i in range(len(group))}
             old = {row: known[row] for row in rows}
         else:
-            tally = Tally(fallback=int(self.sampler_is_exact and not self.trusts_sampler))
+            tally = UpdateCounts(fallback=int(self.sampler_is_exact and not self.trusts_sampler))
             old = self._old_logprobs(samples, rows, tally)
         for index in range(begun.done if begun else 0, len(deals)):
-            if team.any(self.stop()):
+            if processes.any(self.stop()):
                 raise UpdateStopped(self._begun(index, tally, samples, old))
             minibatch = [s for g in deals[index] for s in samples[g]]
             try:
@@ -321,28 +326,28 @@ class Updater:
                     total, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=False)
                 tally = self._step(total, counts)
             except MemoryLimitError as error:
-                if team.size > 1:
+                if processes.size > 1:
                     raise  # the others wait for its gradients
                 # There was no optimizer step: the weights are those before this minibatch.
                 raise UpdateStopped(self._begun(index, tally, samples, old), error) from error
-        first, *others = team.gather(tally)
+        first, *others = processes.gather(tally)
         return {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
 
     def _begun(
         self,
         done: int,
-        tally: Tally,
+        tally: UpdateCounts,
         samples: Sequence[Sequence[Sample]],
         old: Mapping[tuple[int, int], torch.Tensor],
-    ) -> Begun:
+    ) -> PartialUpdate:
         """What all processes together know after `done` minibatches."""
-        parts = self.weights.team.gather((tally, dict(old)))
+        parts = self.weights.processes.gather((tally, dict(old)))
         known = {row: line for _, lines in parts for row, line in lines.items()}
         every = [known.get((g, i), s.sampled_logprobs) for g, group in enumerate(samples) for i, s in enumerate(group)]
-        return Begun(done, parts[0][0].plus([other for other, _ in parts[1:]]), every)
+        return PartialUpdate(done, parts[0][0].plus([other for other, _ in parts[1:]]), every)
 
     def _old_logprobs(
-        self, samples: Sequence[Sequence[Sample]], rows: Sequence[tuple[int, int]], tally: Tally
+        self, samples: Sequence[Sequence[Sample]], rows: Sequence[tuple[int, int]], tally: UpdateCounts
     ) -> dict[tuple[int, int], torch.Tensor]:
         """(T,) per row, given as (group, rollout): the sampler's, or of a forward pass."""
         result = {(g, i): samples[g][i].sampled_logprobs for g, i in rows}
@@ -356,13 +361,13 @@ class Updater:
                 for (g, i), line in zip([unknown[m] for m in micro.rows], logprobs.float().cpu(), strict=True):
                     result[g, i] = line[: samples[g][i].tokens].clone()  # a view is sent with its whole batch
 
-        if self.weights.team.any(bool(unknown)):
+        if self.weights.processes.any(bool(unknown)):
             with torch.no_grad(), self.weights.whole():
                 self._in_micro_batches(asked, score)
         return result
 
     def _refuses(
-        self, step: int, counts: Tally, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]
+        self, step: int, counts: UpdateCounts, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]
     ) -> bool:
         """Whether the sampler's log-probs are not the trainer's, before the first optimizer step; all processes agree.
 
@@ -377,7 +382,7 @@ class Updater:
         counts.fallback = int(refused)
         return refused
 
-    def _probe(self, rows: Sequence[Sample], counts: Tally) -> None:
+    def _probe(self, rows: Sequence[Sample], counts: UpdateCounts) -> None:
         """Counts the gap of rows that every process scores."""
 
         def score(batches: list[MicroBatch]) -> list[torch.Tensor]:
@@ -385,7 +390,7 @@ class Updater:
 
         with torch.no_grad(), self.weights.whole():
             parts = self._in_micro_batches(rows, score) if rows else []
-        for part in parts if self.weights.team.main else ():
+        for part in parts if self.weights.processes.main else ():
             counts.add_gap(*part.tolist())
 
     def _gradients(
@@ -394,10 +399,10 @@ class Updater:
         share: Share,
         samples: Sequence[Sequence[Sample]],
         old: Mapping[tuple[int, int], torch.Tensor],
-        tally: Tally,
+        tally: UpdateCounts,
         *,
         first: bool,
-    ) -> tuple[float, Tally]:
+    ) -> tuple[float, UpdateCounts]:
         """Gradients of a minibatch: token-level mean over all of it, rows without gradient only in the denominator.
 
         Args:
@@ -409,7 +414,7 @@ class Updater:
         live, known = [samples[g][i] for g, i in share.rows], [old[row] for row in share.rows]
         denominator = sum(s.tokens for s in minibatch if s.counted)
 
-        def accumulate(batches: list[MicroBatch]) -> tuple[float, Tally]:
+        def accumulate(batches: list[MicroBatch]) -> tuple[float, UpdateCounts]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
             zero_gradients(self.model)
             counts = copy.copy(tally)
@@ -422,7 +427,7 @@ class Updater:
 
         return self._in_micro_batches(live, accumulate)
 
-    def _step(self, total: float, tally: Tally) -> Tally:
+    def _step(self, total: float, tally: UpdateCounts) -> UpdateCounts:
         """One optimizer step with the gradients that are there."""
         total, norm, stepped = self.guard.step(total)
         tally.losses = [*tally.losses, total]
@@ -441,11 +446,11 @@ class Updater:
         old: Sequence[torch.Tensor],
         micro: MicroBatch,
         denominator: int,
-        tally: Tally,
+        tally: UpdateCounts,
         *,
         first: bool,
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; sums over it (see `Tally.add`) that stay on the device: reading them would wait."""
+        """Forward and backward of one micro-batch; sums over it (see `UpdateCounts.add`) that stay on the device: reading them would wait."""
         samples = [live[m] for m in micro.rows]
         logprobs, mask = self._forward(live, micro)
         advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
@@ -482,7 +487,9 @@ class Updater:
         if len(micro.rows) > len(micro.packs):
             return shared_logprobs(self.model, packs_of(rows, micro.packs), **how)
         with self.accelerator.autocast():  # the vision tower is called by itself
-            return completion_logprobs(self.model, [rows[m].row for m in micro.rows], sight=self.sight, **how)
+            return completion_logprobs(
+                self.model, [rows[m].row for m in micro.rows], image_processor=self.image_processor, **how
+            )
 
 
 def _needed(rows: Sequence[Sample], micro: MicroBatch) -> int:
@@ -504,7 +511,7 @@ def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) 
 
 
 @dataclass(frozen=True, slots=True)
-class Learnt:
+class UpdateResult:
     """What a step did to the weights.
 
     Attributes:
@@ -526,8 +533,13 @@ class Learner(Protocol):
     """Turns the groups of a step into optimizer steps."""
 
     def learn(
-        self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
-    ) -> Learnt:
+        self,
+        plain: Sequence[Group],
+        again: Sequence[Group],
+        pools: Pools,
+        step: int,
+        begun: PartialUpdate | None = None,
+    ) -> UpdateResult:
         """Learn from plain groups, reformulated groups and correct teacher responses.
 
         Args:
@@ -548,7 +560,7 @@ class Learner(Protocol):
         ...
 
 
-class PolicyLearner:
+class PolicyGradient:
     """The clipped surrogate over all groups of a step.
 
     Args:
@@ -573,8 +585,13 @@ class PolicyLearner:
         self.drop_trivial, self.seed = drop_trivial, seed
 
     def learn(
-        self, plain: Sequence[Group], again: Sequence[Group], pools: Pools, step: int, begun: Begun | None = None
-    ) -> Learnt:
+        self,
+        plain: Sequence[Group],
+        again: Sequence[Group],
+        pools: Pools,
+        step: int,
+        begun: PartialUpdate | None = None,
+    ) -> UpdateResult:
         """Advantages over the whole step, then I optimizer steps."""
         groups = [*(self._with_response(g, pools, step) for g in plain), *again]
         replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
@@ -583,7 +600,7 @@ class PolicyLearner:
         metrics = self.updater.update(kept, inside, step, begun)
         if self.respond is not None:
             metrics["teacher_responses_in_groups"] = float(replaced)
-        return Learnt(groups, self._spread(groups, kept, inside), metrics, fault=self.updater.guard.fault)
+        return UpdateResult(groups, self._spread(groups, kept, inside), metrics, fault=self.updater.guard.fault)
 
     def state_dict(self) -> dict[str, int]:
         checked = self.updater.check.state_dict() if self.updater.check else {}

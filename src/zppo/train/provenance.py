@@ -77,7 +77,7 @@ def check_student(state: Mapping[str, Any], student: ModelSettings, where: Path)
         )
 
 
-def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, halfway: bool) -> list[str]:
+def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, mid_step: bool) -> list[str]:
     """What has changed since a checkpoint, in words for a person; empty where nothing has.
 
     Raises:
@@ -90,7 +90,7 @@ def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, 
         )
     before, after = dict(_flat(then["recipe"])), dict(_flat(now["recipe"]))
     changed = {key: (before.get(key), after.get(key)) for key in (after | before) if before.get(key) != after.get(key)}
-    bound = [key for key in changed if halfway and key.startswith(_IN_A_STEP)]
+    bound = [key for key in changed if mid_step and key.startswith(_IN_A_STEP)]
     if bound:
         raise CheckpointError(
             f"{where} holds a step that was stopped between two updates, and {bound[0]} has changed from {changed[bound[0]][0]} to "

@@ -30,7 +30,7 @@ from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, St
 from zppo.images.store import read_bytes
 from zppo.models.student import Student, load_model
 from zppo.rollout.evaluation import Evaluation, evaluate
-from zppo.rollout.frozen_models import staffing
+from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import scoring
 from zppo.rollout.questions import read_data
 from zppo.runs import checkpoint
@@ -41,7 +41,7 @@ from zppo.runs.log import METRICS, read_lines
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
 from zppo.train.build import Assembled, assemble, make_engine
-from zppo.train.mid_step import Halfway, as_placed
+from zppo.train.mid_step import MidStep, as_placed
 from zppo.train.provenance import changes_since, check_student
 from zppo.train.trainer import MISSED, Totals, Trainer, entry_bin
 
@@ -72,7 +72,7 @@ def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Pat
         weights.save_pretrained(folder)
         chat.tokenizer.chat_template = chat.template  # what the student was trained with
         chat.tokenizer.save_pretrained(folder)
-        for name, content in chat.sight.files.items() if chat.sight is not None else ():
+        for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
             (folder / name).write_bytes(content)
     return folder
 
@@ -251,21 +251,21 @@ class Start:
                 has changed.
         """
         places = {image.sha256: image.uri for q in parts.trainer.questions for image in q.images}
-        halfway = Halfway.read(self.folder, places)
+        mid_step = MidStep.read(self.folder, places)
         try:
-            notes = changes_since(self.state["origin"], parts.origin, self.folder, halfway=halfway is not None)
+            notes = changes_since(self.state["origin"], parts.origin, self.folder, mid_step=mid_step is not None)
             for question, *_ in self.state["buffer"]["entries"]:
                 question["images"] = as_placed(question["images"], places)
-            parts.trainer.load(self.folder, self.state, halfway)
-            self._check_images(parts.trainer.buffer, halfway)
+            parts.trainer.load(self.folder, self.state, mid_step)
+            self._check_images(parts.trainer.buffer, mid_step)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(checkpoint.unusable(self.folder / "state.json", error)) from error
         if notes:
             warn(console, f"since the checkpoint: {'; '.join(notes)}. The rest of the run goes by what is there now")
 
-    def _check_images(self, buffer: PromptReplayBuffer, halfway: Halfway | None) -> None:
+    def _check_images(self, buffer: PromptReplayBuffer, mid_step: MidStep | None) -> None:
         """A checkpoint holds references: the files behind them are looked at now and not when a question is replayed."""
-        groups = [*halfway.collected.plain, *halfway.collected.again] if halfway else []
+        groups = [*mid_step.collected.plain, *mid_step.collected.again] if mid_step else []
         questions = [*buffer.questions(), *(group.question for group in groups)]
         for image in {image.sha256: image for question in questions for image in question.images}.values():
             try:
@@ -284,7 +284,9 @@ def rescue(run: Path, trainer: Trainer, error: BaseException, console: Console) 
         return  # the same disk would refuse again
     say = partial(warn, console)
     try:
-        together = trainer.team.size == 1 or isinstance(error, Interrupted | EngineError)  # the guard stops all of them
+        together = trainer.processes.size == 1 or isinstance(
+            error, Interrupted | EngineError
+        )  # the guard stops all of them
         trainer.rescue(together=together)
     except Exception as failed:
         if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
@@ -348,31 +350,31 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         launch = read_launch()
         accelerator = make_accelerator(settings, launch)
         weights = make_weights(settings, accelerator, launch, stop)
-        team = weights.team
-        run = team.gather(run)[0]  # its name has the time in it
+        processes = weights.processes
+        run = processes.gather(run)[0]  # its name has the time in it
         settings = settings.model_copy(update={"output": run})
-        if not team.main:
+        if not processes.main:
             console = Console(quiet=True, force_terminal=False)
-        names = settings.train.trackers if team.main else ()
+        names = settings.train.trackers if processes.main else ()
         trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
         trackers.check()
-        start = team.gather(Start.find(settings, run, console) if resumed and team.main else None)[0]
+        start = processes.gather(Start.find(settings, run, console) if resumed and processes.main else None)[0]
         data = read_data(settings, sharded=weights.sharded)
         with (
             scoring(settings) as score,
-            staffing(settings, accelerator, console, data.seeing) as staff,
+            load_frozen_models(settings, accelerator, console, data.seeing) as frozen_models,
             tracking(trackers),
         ):
             folder = start.folder if start else None
-            parts = assemble(settings, data, run, folder, score, staff, accelerator, weights, console, stop)
+            parts = assemble(settings, data, run, folder, score, frozen_models, accelerator, weights, console, stop)
             if start:
                 start.load(parts, console)
             with stop.shield():
                 _open(settings, run, parts.trainer, trackers, console, resumed=resumed)
-                if team.size > 1:
-                    console.print(f"{team.size} processes, {weights.kind}")
+                if processes.size > 1:
+                    console.print(f"{processes.size} processes, {weights.kind}")
             console.print("accuracies of rollouts are running means over about ten steps", style="dim")
-            with team.uninterrupted():
+            with processes.uninterrupted():
                 try:
                     parts.trainer.run()
                     _finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
@@ -381,7 +383,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
                         run, parts.trainer, error, console
                     )  # before anything else is closed: there may be little time
                     raise
-        team.wait()
+        processes.wait()
         accelerator.end_training()
         return run
     except StorageError as error:
@@ -401,11 +403,11 @@ def _open(
         step = trainer.done if trainer.folder else -1
         trainer.log.rewind(step, trainer.evaluated)
         trackers.start(step)
-        far = f" and {trainer.halfway.begun.done} updates of the next" if trainer.halfway else ""
+        far = f" and {trainer.mid_step.begun.done} updates of the next" if trainer.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")
     else:
         trackers.start()
-        if trainer.team.main:
+        if trainer.processes.main:
             with writing(run):
                 run.mkdir(parents=True, exist_ok=True)
             write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
@@ -416,31 +418,31 @@ def _open(
 
 def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> None:
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
-    trainer, team = parts.trainer, parts.weights.team
+    trainer, processes = parts.trainer, parts.weights.processes
     if parts.student.adapters:
         trainer.rescue(together=True)  # for runs without checkpoints
         trainer.weights_leave()  # they are merged, for good
     saved = parts.weights.saved(parts.student)
-    folder = team.gather(save_final(run, parts.student, saved, parts.chat) if team.main else run)[0]
+    folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
     after = None
     if trainer.held_out:
         fresh = load_model(
             folder,
             dtype=torch.float32,
             attention=settings.student.attention,
-            images=parts.chat.sight is not None,
+            images=parts.chat.image_processor is not None,
         )
         torch.nn.Module.to(fresh, parts.student.model.device)
         trainer.scorer.new_step()
-        engine = trainer.roller.engine
+        engine = trainer.sampler.engine
         if isinstance(engine, VLLMEngine):
             engine.take(fresh)
         else:
             engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
-        after = evaluate(replace(trainer.roller, engine=engine, whole=nullcontext), trainer.held_out, settings.eval)
+        after = evaluate(replace(trainer.sampler, engine=engine, whole=nullcontext), trainer.held_out, settings.eval)
         with trainer.stop.shield():
-            trainer.log.metrics(trainer.done, "final", asdict(after) | team.total(trainer.scorer.metrics()))
-    if not team.main:
+            trainer.log.metrics(trainer.done, "final", asdict(after) | processes.total(trainer.scorer.metrics()))
+    if not processes.main:
         return
     before = _evaluation_at_start(run)
     with trainer.stop.ignored():  # it is finished, whoever asks it to stop now

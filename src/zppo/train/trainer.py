@@ -17,20 +17,20 @@ from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import share_of
 from zppo.core.types import Group, Question
 from zppo.data.order import batch_ids
-from zppo.distributed.processes import ALONE, Team
+from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
 from zppo.rollout.evaluation import Evaluation, evaluate
 from zppo.rollout.grading import Scorer
-from zppo.rollout.reformulated import ZoneBuilder
-from zppo.rollout.student import Roller
+from zppo.rollout.reformulated import Reformulator
+from zppo.rollout.student import StudentSampler
 from zppo.runs.display import Progress
 from zppo.runs.log import RunLog
 from zppo.runs.signals import Stop
 from zppo.train.checkpointer import Checkpointer
-from zppo.train.engine_checks import EngineGuard
-from zppo.train.health_checks import Adviser, TimedScore
-from zppo.train.mid_step import Collected, Halfway
-from zppo.train.policy_gradient import Begun, Learner, Learnt, UpdateStopped
+from zppo.train.engine_checks import EngineCheck
+from zppo.train.health_checks import HealthChecks, TimedScore
+from zppo.train.mid_step import MidStep, StepRollouts
+from zppo.train.policy_gradient import Learner, PartialUpdate, UpdateResult, UpdateStopped
 
 MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",
@@ -87,7 +87,7 @@ class Trainer:
         done: steps that are finished.
         evaluated: the step of the last evaluation, -1 before the first.
         totals: sums over the run.
-        halfway: where the next step begins, None for its start.
+        mid_step: where the next step begins, None for its start.
         saved: (done, updates of the next step) of the checkpoint that was last written or loaded, None where there is none.
         folder: where that checkpoint is.
         stop: somebody's wish that the run stops.
@@ -100,12 +100,12 @@ class Trainer:
         steps: int,
         questions: Sequence[Question],
         held_out: Sequence[Question],
-        roller: Roller,
-        zone: ZoneBuilder,
+        sampler: StudentSampler,
+        zone: Reformulator,
         learner: Learner,
-        guard: EngineGuard,
+        guard: EngineCheck,
         rule: TimedScore,
-        adviser: Adviser,
+        adviser: HealthChecks,
         buffer: PromptReplayBuffer,
         log: RunLog,
         progress: Progress,
@@ -113,20 +113,20 @@ class Trainer:
         stop: Stop,
         scorer: Scorer,
         service: Callable[[], Mapping[str, float]] = dict,
-        team: Team = ALONE,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
         self.settings, self.steps = settings, steps
         self.questions, self.held_out = questions, held_out
-        self.roller, self.zone, self.learner = roller, zone, learner
+        self.sampler, self.zone, self.learner = sampler, zone, learner
         self.guard, self.rule, self.adviser = guard, rule, adviser
         self.buffer, self.log, self.progress, self.checkpoint, self.stop = buffer, log, progress, checkpoint, stop
         self.scorer = scorer  # the roller's score: what it counts
         self.service = service  # what calling remote models took since it was last asked
-        self.team = team
+        self.processes = processes
         self.method = settings.method.resolve()
         self.done, self.evaluated = 0, -1
         self.totals = Totals()
-        self.halfway: Halfway | None = None
+        self.mid_step: MidStep | None = None
         self.saved: tuple[int, int | None] | None = None
         self.folder: Path | None = None
         self._boundary: dict[str, Any] | None = None  # see `_facts`; None where the weights are between two steps
@@ -138,7 +138,7 @@ class Trainer:
             Interrupted: `stop` wanted it. Between two updates the step is saved as far as it is; elsewhere see `rescue`.
         """
         with self.progress:
-            if self.halfway is None:
+            if self.mid_step is None:
                 self._boundary = self._facts()
                 self._evaluate_if_due()
             while self.done < self.steps:
@@ -154,14 +154,14 @@ class Trainer:
 
     def step(self, step: int) -> None:
         """One step of Algorithm 1; one that was stopped between two updates goes on there."""
-        halfway, self.halfway = self.halfway, None
-        collected = halfway.collected if halfway else self._collect(step)
+        mid_step, self.mid_step = self.mid_step, None
+        collected = mid_step.collected if mid_step else self._collect(step)
         clock = Clock(collected.seconds)
         with self.stop.shield():
             self.guard.stale = True
             self._check_same(step, [*collected.plain, *collected.again])
-            learnt = self._learn(collected, halfway.begun if halfway else None, step, clock)
-            if halfway is None:
+            updated = self._learn(collected, mid_step.begun if mid_step else None, step, clock)
+            if mid_step is None:
                 collected = self._counted(collected, step)  # now, since distillation asks and grades in its update
             with clock("other"):
                 held = {
@@ -172,65 +172,65 @@ class Trainer:
                 self.log.buffer(step, changes)
                 self.log.rollouts(
                     step,
-                    learnt.groups,
-                    learnt.advantages.tolist(),
+                    updated.groups,
+                    updated.advantages.tolist(),
                     replayed=frozenset(collected.replayed),
                     entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
-                    show=self.roller.speaker.chat.show_short,
+                    show=self.sampler.renderer.chat.show_short,
                 )
-            self._report(step, collected, learnt, changes, clock)
+            self._report(step, collected, updated, changes, clock)
             self.done = step
             self._boundary = self._facts()
-            if learnt.fault:
+            if updated.fault:
                 self._save(self.state_dict(), None)  # all processes are here, so that sharded weights can be saved too
-                raise ZPPOError(learnt.fault)
+                raise ZPPOError(updated.fault)
 
-    def _collect(self, step: int) -> Collected:
+    def _collect(self, step: int) -> StepRollouts:
         """Rollouts, teacher, reformulated prompts and their rollouts (Alg. 1, l. 2-16); a wish to stop ends it at once."""
         clock = Clock()
         self.rule.take()  # what was graded before is none of this step's
         self.scorer.new_step()
-        self.roller.speaker.chat.new_step()
+        self.sampler.renderer.chat.new_step()
         with clock("engine"):
             self.guard.refresh(step - 1)
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)
         with clock("sampling"):
-            plain = self.roller.roll([self.roller.speaker.plain(q) for q in (*new, *replayed)], step)
+            plain = self.sampler.roll([self.sampler.renderer.plain(q) for q in (*new, *replayed)], step)
         with clock("teacher"):
             asked_again = self.zone.build(plain, len(new), step)
         with clock("sampling"):
-            again = self.roller.roll(asked_again.prompts, step)
+            again = self.sampler.roll(asked_again.prompts, step)
         graded, grading = self.rule.take()
-        counts = {**self.team.total({"graded_answers": float(graded)}), **self.guard.found}
+        counts = {**self.processes.total({"graded_answers": float(graded)}), **self.guard.found}
         seconds = {**clock.seconds(), "grading": grading}  # a part of sampling and teacher
-        return Collected(len(new), tuple(q.id for q in replayed), plain, again, asked_again, counts, seconds)
+        return StepRollouts(len(new), tuple(q.id for q in replayed), plain, again, asked_again, counts, seconds)
 
-    def _learn(self, collected: Collected, begun: Begun | None, step: int, clock: Clock) -> Learnt:
+    def _learn(self, collected: StepRollouts, begun: PartialUpdate | None, step: int, clock: Clock) -> UpdateResult:
         """I optimizer steps (Alg. 1, l. 18). Where the run has to stop between two of them, the step is saved there."""
         boundary, self._boundary = self._boundary, None
         try:
             with clock("update"):
                 return self.learner.learn(collected.plain, collected.again, collected.zone.pools, step, begun)
         except MemoryLimitError:
-            if self.team.size == 1:
+            if self.processes.size == 1:
                 self._boundary = boundary  # the weights have not moved
             raise
         except UpdateStopped as stopped:
             if begun is None:
                 collected = self._counted(collected, step)
             if self.saved != (self.done, stopped.begun.done):
-                self._save(self.state_dict(), Halfway(replace(collected, seconds=clock.seconds()), stopped.begun))
+                self._save(self.state_dict(), MidStep(replace(collected, seconds=clock.seconds()), stopped.begun))
             raise stopped.cause or Interrupted(self.stop.signum or signal.SIGTERM) from None
 
-    def _counted(self, collected: Collected, step: int) -> Collected:
+    def _counted(self, collected: StepRollouts, step: int) -> StepRollouts:
         """With what grading and remote models took; what a person should know of it is said."""
         self._warn(f"step {step}")
         return replace(collected, counts={**collected.counts, **self._counts()})
 
     def _counts(self) -> dict[str, float]:
         """What grading and remote models took in all processes."""
-        return self.team.total({**self.scorer.metrics(), **self.service()})
+        return self.processes.total({**self.scorer.metrics(), **self.service()})
 
     def rescue(self, *, together: bool) -> None:
         """Save the last step boundary, where no checkpoint has it yet and the weights are still there.
@@ -254,10 +254,10 @@ class Trainer:
             return None
         self.guard.refresh(self.done)
         self.scorer.new_step()
-        self.roller.speaker.chat.new_step()
-        result = evaluate(self.roller, self.held_out, self.settings.eval)
+        self.sampler.renderer.chat.new_step()
+        result = evaluate(self.sampler, self.held_out, self.settings.eval)
         with self.stop.shield():
-            self.log.metrics(self.done, "eval", asdict(result) | self.team.total(self.scorer.metrics()))
+            self.log.metrics(self.done, "eval", asdict(result) | self.processes.total(self.scorer.metrics()))
             self.progress.evaluation(self.done, result)
             self._warn(f"evaluation at step {self.done}")
             self._advise(self.done, asdict(result))
@@ -287,24 +287,24 @@ class Trainer:
         rest = {name: value for name, value in boundary.items() if name != "draws"}
         return {"buffer": {**self.buffer.state_dict(), "draws": boundary["draws"]}, **rest}
 
-    def load(self, folder: Path, state: dict[str, Any], halfway: Halfway | None) -> None:
+    def load(self, folder: Path, state: dict[str, Any], mid_step: MidStep | None) -> None:
         """Continue after a checkpoint: its folder, its state, and the step that it was made in, if any."""
         self.buffer.load_state_dict(state["buffer"])
         removed = "teacher_unused_tokens"  # checkpoints of earlier versions have it
         self.totals = Totals(**{name: value for name, value in state["totals"].items() if name != removed})
         self.learner.load_state_dict(state["learner"])
-        self.done, self.evaluated, self.halfway = state["step"], state["evaluated"], halfway
-        self.folder, self.saved = folder, (self.done, halfway.begun.done if halfway else None)
+        self.done, self.evaluated, self.mid_step = state["step"], state["evaluated"], mid_step
+        self.folder, self.saved = folder, (self.done, mid_step.begun.done if mid_step else None)
 
     def _save(
-        self, state: Mapping[str, Any], halfway: Halfway | None, *, together: bool = True, beside: bool = False
+        self, state: Mapping[str, Any], mid_step: MidStep | None, *, together: bool = True, beside: bool = False
     ) -> None:
         self.log.sync()
-        folder = self.checkpoint(self.done, state, halfway, together, beside=beside)
+        folder = self.checkpoint(self.done, state, mid_step, together, beside=beside)
         if folder is None:
             return
         self.folder = folder
-        self.saved = (self.done, halfway.begun.done if halfway else None)
+        self.saved = (self.done, mid_step.begun.done if mid_step else None)
 
     def _evaluate_if_due(self) -> None:
         """Before training, and every so many steps; after training final/ is evaluated."""
@@ -315,7 +315,7 @@ class Trainer:
 
     def _warn(self, when: str) -> None:
         """What a person should know about the grading of a step or an evaluation."""
-        for text in dict.fromkeys(chain.from_iterable(self.team.gather(self.scorer.warnings()))):
+        for text in dict.fromkeys(chain.from_iterable(self.processes.gather(self.scorer.warnings()))):
             self.progress.warning(f"{when}: {text}")
 
     def _advise(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -337,11 +337,11 @@ class Trainer:
 
     def _check_same(self, step: int, groups: Sequence[Group]) -> None:
         """That every process is about to learn the same; with one process there is nothing to check."""
-        if self.team.size > 1:
+        if self.processes.size > 1:
             batch = [(g.kind, g.question.id, g.prompt.ids, [r.reward for r in g.rollouts]) for g in groups]
             # The entries follow from the groups of all steps, and each step's were compared.
             buffer = (len(self.buffer), self.buffer.draws, self.buffer.occupancy())
-            self.team.check_same(f"the groups and the buffer of step {step}", (batch, buffer))
+            self.processes.check_same(f"the groups and the buffer of step {step}", (batch, buffer))
 
     def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
         """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 19)."""
@@ -358,10 +358,12 @@ class Trainer:
             "evicted": len(changes.evicted),
         }
 
-    def _report(self, step: int, collected: Collected, learnt: Learnt, changes: Changes, clock: Clock) -> None:
+    def _report(
+        self, step: int, collected: StepRollouts, updated: UpdateResult, changes: Changes, clock: Clock
+    ) -> None:
         """Totals, one line of metrics and one of progress."""
         zone = collected.zone
-        if error := zone.teacher_error or learnt.teacher_error:
+        if error := zone.teacher_error or updated.teacher_error:
             self.progress.warning(f"step {step}: the teacher could not serve every request: {error}")
         groups = [*collected.plain, *collected.again]
         replayed_slots = sum(g.question.id in collected.replayed for g in collected.again)
@@ -372,9 +374,9 @@ class Trainer:
             "new_questions": collected.new,
             "replayed_questions": len(collected.replayed),
             "replayed_share_of_slots": replayed_slots / len(collected.again) if collected.again else None,
-            **rollout_metrics([r for g in groups for r in g.rollouts], learnt.advantages),
+            **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
             **zone.metrics,
-            **learnt.metrics,
+            **updated.metrics,
             **collected.counts,
             **self._buffer_metrics(changes),
         }
