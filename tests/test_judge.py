@@ -404,7 +404,7 @@ def test_evaluation_leaves_ungraded_completions_out(by_rule: Any, monkeypatch: p
     def result(of: Sequence[Group]) -> Evaluation:
         monkeypatch.setattr("zppo.rollout.evaluation.replace", lambda sampler, **changes: sampler)
         renderer = type("S", (), {"plain": staticmethod(lambda q: q)})
-        sampler = type("R", (), {"speaker": renderer, "roll": staticmethod(lambda prompts, step, purpose: list(of))})
+        sampler = type("R", (), {"renderer": renderer, "roll": staticmethod(lambda prompts, step, purpose: list(of))})
         return evaluate(sampler, [g.question for g in of], EvalSettings())  # type: ignore[arg-type]
 
     whole = result(groups)

@@ -450,7 +450,7 @@ class Updater:
         *,
         first: bool,
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; sums over it (see `UpdateCounts.add`) that stay on the device: reading them would wait."""
+        """Forward and backward of one micro-batch; sums over it (`UpdateCounts.add`) that stay on the device: reading would wait."""
         samples = [live[m] for m in micro.rows]
         logprobs, mask = self._forward(live, micro)
         advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
