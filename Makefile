@@ -61,6 +61,7 @@ check: lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-cache
 
 fuzz: $(VENV)/.installed-dev
 	ZPPO_FUZZ_EXAMPLES=$${ZPPO_FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -k fuzz --timeout 0 $(ARGS)

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 
-# Before torch, tokenizers or the hub client are imported by anybody: small tests gain nothing from threads, and none needs a network.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything else is imported: tests see the same environment everywhere, whoever starts them, and so do the processes they start.
+FOREIGN = (
+    "ACCELERATE_", "CLICOLOR", "CUBLAS_", "FORCE_COLOR", "FSDP_", "GITHUB_", "HF_", "HUGGING", "LC_", "MLFLOW_", "NO_COLOR", "OPENAI_",
+    "PARALLELISM_CONFIG_", "SSL_", "TRACKIO_", "TRANSFORMERS_", "TTY_", "VLLM_", "WANDB_",
+)  # fmt: skip
+FOREIGN_NAMES = (
+    "ALL_PROXY CI FTP_PROXY HTTPS_PROXY HTTP_PROXY LANG LANGUAGE LINES LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT NO_PROXY "
+    "RANK REQUESTS_CA_BUNDLE WORLD_SIZE XDG_CACHE_HOME ZPPO_CACHE"
+).split()
+for name in list(os.environ):
+    if name.startswith(FOREIGN) or name.upper() in FOREIGN_NAMES:
+        del os.environ[name]
+os.environ.update(
+    {
+        "COLUMNS": "1000",  # no line is broken, however long the temporary folder's path is
+        "HF_HUB_OFFLINE": "1",  # no test needs a network
+        "LC_ALL": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",  # small tests gain nothing from threads
+        "PYTHONUTF8": "1",
+        "TERM": "xterm",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TZ": "UTC",
+    }
+)
+time.tzset()
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
-import pytest
-from hypothesis import settings
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +52,19 @@ if TYPE_CHECKING:
 # Shared cores make a deadline per example a coin toss.
 settings.register_profile("zppo", deadline=None, max_examples=50)
 settings.load_profile("zppo")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> Iterator[None]:
+    """What signals do in a program that was started in a terminal: jobs in the background are started with some of them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGCHLD: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, usual)
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -67,6 +67,10 @@ def shared_browser() -> Iterator[Browser]:
 @pytest.fixture
 def browser(shared_browser: Browser) -> Iterator[Browser]:
     """A window of a desktop's size; whatever a test does, nothing may fail in it."""
+    shared_browser.call(
+        "Page.navigate", url="about:blank"
+    )  # the page of the test before may still ask its server, which is gone
+    shared_browser.until("location.href === 'about:blank'")
     shared_browser.errors.clear()
     shared_browser.requests.clear()
     shared_browser.size(1280, 900)

@@ -9,7 +9,6 @@ import importlib
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -189,10 +188,8 @@ def test_vllm_that_does_not_start_says_why(
 
 def test_no_server(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     address = ["--rollout.vllm.mode=server", "--rollout.vllm.base_url=http://127.0.0.1:9", "--rollout.vllm.wait=0"]
-    began = time.monotonic()
     said = start(recipe, tmp_path, capsys, *address)
     assert "http://127.0.0.1:9" in said and "vllm serve" in said and "--weight-transfer-config" in said
-    assert time.monotonic() - began < 60
     assert "base_url" in start(recipe, tmp_path, capsys, "--rollout.vllm.base_url=http://key@host")
 
 

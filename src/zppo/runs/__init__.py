@@ -1,0 +1,1 @@
+"""The run folder: files, checkpoints, logs, trackers, display, signals."""
