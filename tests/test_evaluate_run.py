@@ -484,7 +484,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Answer).serve_forever()
 PARENT = """
 import sys, time
 from pathlib import Path
-from zppo.evals import child
+from zppo.evals import server as child
 child.command_of = lambda folder, port, vllm, images: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
 with child.served(Path("."), Path(sys.argv[2] + ".log"), images=1, vllm=False) as server:
     assert server.key not in repr(server)

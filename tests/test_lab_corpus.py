@@ -26,7 +26,7 @@ from zppo.lab.build import lab_book
 from zppo.lab.corpus import CONTROL, Document, Response, StudentCorpus, TeacherCorpus, compressed, make_tokenizer, words
 from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
-from zppo.rollout.student import Speaker
+from zppo.rollout.student import PromptRenderer
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor, Source, accept, token_tail
 
@@ -152,7 +152,7 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
     lab = LABS[name]
     world = lab.world
     made = load_recipe(RECIPES / recipe)
-    speaker = Speaker(PromptBook(made.prompts, Neutraliser(lab.chat.special_texts)), lab.chat)
+    speaker = PromptRenderer(PromptBook(made.prompts, Neutraliser(lab.chat.special_texts)), lab.chat)
     compressor = Compressor(
         _Copier(),
         speaker.book,

@@ -46,7 +46,7 @@ from zppo.lab.picture_world import WORLDS, load_vision_world
 from zppo.lab.pictures import KINDS, cell_words, draw_chart, draw_scene, rgb
 from zppo.lab.questions import ASSETS, resolve, vision_questions
 from zppo.prompts import Neutraliser, PromptBook
-from zppo.rollout.student import Speaker
+from zppo.rollout.student import PromptRenderer
 
 WORLD = load_vision_world("vision")
 CHAT = Chat(make_tokenizer())
@@ -67,7 +67,7 @@ def test_prompts_of_the_corpora_are_those_of_training(role: str, tmp_path: Path)
     folder = resolve(f"lab:vision/{role}")
     chat = Chat.load(str(folder), images=LIMITS)
     assert chat.tokenizer.get_vocab() == CHAT.tokenizer.get_vocab() and chat.template == CHAT.template
-    speaker = Speaker(PromptBook(load_recipe(RECIPE).prompts, Neutraliser(chat.special_texts)), chat)
+    speaker = PromptRenderer(PromptBook(load_recipe(RECIPE).prompts, Neutraliser(chat.special_texts)), chat)
     asks, rng = WORLD.asks()["test"], Random(0)
     for ask, question in list(zip(asks, vision_questions("vision", "test", tmp_path), strict=True))[::20]:
         assert speaker.plain(question).ids == with_picture(CHAT.encode(BOOK.plain(question)), CHAT)

@@ -98,21 +98,31 @@ def dump_yaml(data: Any) -> str:
     return text.getvalue()
 
 
+# Texts that readers of YAML 1.1 (PyYAML) take for something else: they are quoted, since other programs read recipes of runs too.
+_YAML_1_1 = re.compile(r"(?i:y|n|yes|no|on|off)|[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?|\d{4}-\d\d?-\d\d?.*")
+
+
 class _Constructor(SafeConstructor):
     """Dates and `=` are text."""
 
 
 class _Representer(SafeRepresenter):
-    """YAML's other line breaks survive in double quotes only, where they are written as escapes."""
+    """Texts and numbers that readers of YAML 1.1 read alike; other line breaks survive in double quotes only."""
 
     def represent_str(self, data: str) -> ScalarNode:
-        style = '"' if set(data) & set("\x85\u2028\u2029") else None
+        style = '"' if set(data) & set("\x85\u2028\u2029") else "'" if _YAML_1_1.fullmatch(data) else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    def represent_float(self, data: float) -> ScalarNode:
+        node = super().represent_float(data)
+        node.value = re.sub(r"^(-?\d+)e", r"\1.0e", node.value)  # 1e-06 is a text to YAML 1.1
+        return node
 
 
 for _tag in ("timestamp", "value"):
     _Constructor.add_constructor(f"tag:yaml.org,2002:{_tag}", SafeConstructor.construct_yaml_str)
 _Representer.add_representer(str, _Representer.represent_str)
+_Representer.add_representer(float, _Representer.represent_float)
 
 
 def _yaml() -> YAML:

@@ -9,10 +9,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
 import torch
-from zppo.errors import (CheckpointError)
-from zppo.runs.files import (MANIFEST, fault, make_manifest)
-from zppo.runs.files import (PARTIAL, sync, writing)
+
+from zppo.errors import CheckpointError
+from zppo.runs.files import MANIFEST, PARTIAL, fault, make_manifest, sync, writing
 
 CHECKPOINTS = "checkpoints"
 _MODEL, _OPTIMIZER, _STATE = "model", "optimizer.pt", "state.json"

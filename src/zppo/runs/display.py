@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -14,6 +15,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from zppo.rollout.evaluation import Evaluation
+
 
 def warn(console: Console, text: str) -> None:
     """Something that a person should know, in yellow; above the display where there is one."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from zppo.errors import (SettingsError, StorageError)
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from zppo.errors import SettingsError, StorageError
 
 PARTIAL = ".partial"
 """Suffix of what is being written; a killed run may leave it, and nobody reads it."""

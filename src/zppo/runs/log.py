@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
 import pyarrow as pa
 import pyarrow.parquet as pq
-from zppo.core.replay import (Changes, Entry)
-from zppo.core.types import (Group)
-from zppo.runs.files import (PARTIAL, sync, write_whole, writing)
+
+from zppo.core.replay import Changes, Entry
+from zppo.core.types import Group
+from zppo.runs.files import PARTIAL, sync, write_whole, writing
 
 METRICS = "metrics.jsonl"
 BUFFER = "buffer.jsonl"

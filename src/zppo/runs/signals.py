@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from zppo.errors import (Interrupted)
+
+from zppo.errors import Interrupted
 
 REPEAT_SECONDS = 1.0
 """A second Ctrl-C within this time is the same one: launchers pass on what the terminal has sent already."""

@@ -15,9 +15,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from zppo.errors import (SettingsError)
-from zppo.runs.files import (write_whole)
+
+from zppo.errors import SettingsError
+from zppo.runs.files import write_whole
 
 TRACKERS = "trackers.json"  # in the run folder: the name under which wandb and trackio find the run again
 FINISH_SECONDS = 60.0
