@@ -80,7 +80,7 @@ class Variants:
     def undropped(self) -> Any:
         """Every row goes through the model, whatever its advantage."""
         import zppo.train.policy_gradient as module
-        from zppo.train.policy_gradient import Share
+        from zppo.train.samples import Share
 
         updater, real = self.updater(), module.share_minibatch
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from zppo.config.models import TeacherSettings
 from zppo.config.recipe import load_recipe
-from zppo.config.settings import TeacherSettings
 from zppo.core.loss import jensen_shannon
 from zppo.engines.chat import Chat
 from zppo.rollout.teacher import ResponseTokens

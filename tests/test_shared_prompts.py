@@ -29,7 +29,8 @@ from zppo.engines import logprobs as shared
 from zppo.engines.logprobs import Pack, Sharing, completion_logprobs, shared_logprobs, sharing_of
 from zppo.models.student import recompute_layers
 from zppo.train.build import _make_sharing
-from zppo.train.policy_gradient import advantages_of, packed, samples_of
+from zppo.train.policy_gradient import advantages_of
+from zppo.train.samples import packed, samples_of
 
 ALWAYS = Sharing(reach=10**9)
 SIZES: dict[str, Any] = {

@@ -426,7 +426,7 @@ def test_a_failing_server_is_named_in_bounded_words() -> None:
 
 
 def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch, tiny_qwen3_dir: Path) -> None:
-    from zppo.config.settings import StudentSettings
+    from zppo.config.models import StudentSettings
     from zppo.train import build as student_engine
 
     asked: list[Any] = []

@@ -5,29 +5,27 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from zppo.config.methods import METHODS, Control, Loss, Method
-from zppo.config.remote import RemoteSettings
+from zppo.config.models import (
+    FrozenModelSettings,
+    JudgeSettings,
+    JudgeUse,
+    SamplingSettings,
+    Section,
+    StudentSettings,
+    TeacherSettings,
+)
 from zppo.data.files import Reading
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
-from zppo.engines.base import Sampling
 from zppo.images.store import PixelLimits
-from zppo.teacher.base import TeacherSampling
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
 OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values never change after parsing."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class MethodSettings(Section):
@@ -67,155 +65,6 @@ class MethodSettings(Section):
         """The row of the table with the overrides applied."""
         overrides = {name: value for name in OVERRIDES if (value := getattr(self, name)) is not None}
         return replace(METHODS[self.name], **overrides)
-
-
-class SamplingSettings(Section):
-    """How tokens are drawn."""
-
-    temperature: float = Field(1.0, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 is off")
-    top_k: int = Field(0, ge=0, description="0 is off")
-    min_p: float = Field(0.0, ge=0, lt=1, description="0 is off")
-    presence_penalty: float = Field(0.0, description="0 is off")
-    repetition_penalty: float = Field(1.0, gt=0, description="1 is off")
-    max_new_tokens: int = Field(12_288, ge=1, description="token limit of a completion")
-
-    def sampling(self) -> Sampling:
-        """The same for an engine."""
-        return Sampling(**{name: getattr(self, name) for name in SamplingSettings.model_fields})
-
-
-class ModelSettings(Section):
-    """A `transformers` checkpoint and how it is spoken to."""
-
-    model: str = Field(description="folder or hub name of a transformers checkpoint, or lab:<world>/<student|teacher>")
-    revision: str | None = Field(None, description="revision on the hub")
-    template: Path | None = Field(None, description="chat template (a jinja file) instead of the tokenizer's own")
-    template_args: dict[str, Any] = Field(
-        {}, description="arguments of the chat template, e.g. {enable_thinking: true}"
-    )
-    attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
-
-
-class StudentSettings(ModelSettings):
-    """The model that is trained."""
-
-
-class TeacherUse(SamplingSettings):
-    """How the teacher is sampled for one use."""
-
-    thinks: ClassVar[bool] = True
-    """False where the token limit has no room for thoughts."""
-
-    template_args: dict[str, Any] = Field(
-        {}, description="chat-template arguments for this use, over teacher.template_args"
-    )
-    extra_body: dict[str, Any] = Field(
-        {}, description="fields of requests to base_urls, over all others; null leaves a field out"
-    )
-
-
-class CompressionSettings(TeacherUse):
-    """How candidates are compressed (method.md section 4)."""
-
-    thinks: ClassVar[bool] = False
-
-    enabled: bool = Field(True, description="false: candidates are shown uncompressed, cut to `max_new_tokens`")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    max_new_tokens: int = Field(512, ge=1, description="cap of a candidate in tokens, compressed or not")
-
-
-class HintSettings(TeacherUse):
-    """How hints are written (Alg. 5)."""
-
-    thinks: ClassVar[bool] = False
-
-    max_new_tokens: int = Field(512, ge=1, description="token limit of a hint")
-
-
-class JudgeUse(TeacherUse):
-    """How completions are judged (method.md section 7)."""
-
-    thinks: ClassVar[bool] = False
-
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    max_new_tokens: int = Field(512, ge=1, description="token limit of a verdict")
-    template_args: dict[str, Any] = Field(
-        {"enable_thinking": False},
-        description="chat-template arguments for judging; thinking would eat the token limit",
-    )
-    response_tokens: int = Field(
-        4096, ge=1, description="the judge reads at most so many tokens of a completion, its last ones"
-    )
-
-
-class FrozenModelSettings(ModelSettings, RemoteSettings):
-    """A model that is never trained, in this process or behind OpenAI-compatible addresses."""
-
-    device: str = Field(
-        "auto",
-        pattern="^(auto|cpu|mps|(cuda|xpu|npu|hpu|mlu|musa)(:[0-9]+)?)$",
-        description="auto: the training device; else a torch device such as cuda:1 or cpu",
-    )
-
-    @model_validator(mode="after")
-    def _in_process_or_remote(self) -> Self:
-        if self.base_urls:
-            for name in ("revision", "template", "attention", "device"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name} is set, and base_urls too: there the server decides it; leave one of the two out"
-                    )
-            return self
-        for name, use in self.uses().items():
-            if use.extra_body:
-                key = f"{name}.extra_body".lstrip(".")
-                raise ValueError(
-                    f"{key} is set, and base_urls is not: it holds fields of HTTP requests; set base_urls, or leave it out"
-                )
-        return self
-
-    def uses(self) -> dict[str, TeacherUse]:
-        """What the model is asked for, by the name of its section; "" where that is the model's own."""
-        own: dict[str, TeacherUse] = {"": self} if isinstance(self, TeacherUse) else {}
-        return own | {n: use for n in type(self).model_fields if isinstance(use := getattr(self, n), TeacherUse)}
-
-    def how(self, use: TeacherUse) -> TeacherSampling:
-        """Sampling, template arguments and request fields of one use.
-
-        A remote model is told `enable_thinking: false` where thoughts would eat the token limit, unless the recipe says otherwise.
-        OpenAI's own address knows no template arguments, and is sent none.
-        """
-        args = {**self.template_args, **use.template_args}
-        if self.base_urls and not use.thinks:
-            args.setdefault("enable_thinking", False)
-        return TeacherSampling(use.sampling(), {} if self.official else args, use.extra_body)
-
-
-class JudgeSettings(JudgeUse, FrozenModelSettings):
-    """A model that judges, where it is not the teacher."""
-
-
-class TeacherSettings(FrozenModelSettings):
-    """The frozen teacher."""
-
-    ask: Literal["lazy", "all"] = Field(
-        "lazy",
-        description="lazy: hardest questions first until the cap is full; all: Algorithm 1 to the letter; the batches are the same",
-    )
-    rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
-    hint: HintSettings = Field(HintSettings(), description="hints of the method hint")
-    compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
-    judge: JudgeUse = Field(JudgeUse(), description="verdicts on free-form answers, where the recipe names no judge")
-
-    @field_validator("ask", mode="before")
-    @classmethod
-    def _removed(cls, ask: Any) -> Any:
-        if ask == "eager":
-            raise ValueError(
-                "eager is gone: the teacher is no longer asked while the student samples; take lazy, which gives the same batches"
-            )
-        return ask
 
 
 class ColumnSettings(Section):

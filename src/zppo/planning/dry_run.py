@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zppo.config.settings import FrozenModelSettings, LoraSettings, ModelSettings, Settings, TeacherSettings
+from zppo.config.models import FrozenModelSettings, ModelSettings, TeacherSettings
+from zppo.config.settings import LoraSettings, Settings
 from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError

@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from zppo.config.settings import Settings, TeacherSettings
+from zppo.config.models import TeacherSettings
+from zppo.config.settings import Settings
 from zppo.core.select import share_of
 from zppo.core.types import BCQ, NCQ
 from zppo.errors import CheckpointError, SettingsError

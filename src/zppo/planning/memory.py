@@ -10,7 +10,8 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from zppo.config.settings import TOKENS_PER_MICROBATCH, ModelSettings, Settings, names_vision_layers
+from zppo.config.models import ModelSettings
+from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
 from zppo.planning.model_shapes import LINEAR, Shape, VisionShape, count_parameters, shape_of, vision_shape_of
 

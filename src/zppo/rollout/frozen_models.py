@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from zppo.config.methods import Method
-from zppo.config.settings import FrozenModelSettings, Settings, TeacherSettings
+from zppo.config.models import FrozenModelSettings, TeacherSettings
+from zppo.config.settings import Settings
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
 from zppo.models.student import read_template, resolve_model

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from zppo.config.settings import FrozenModelSettings, Settings
+from zppo.config.models import FrozenModelSettings
+from zppo.config.settings import Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
 from zppo.grading import Grader, extract_boxed, normalise

@@ -15,8 +15,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from zppo.config.methods import Method
+from zppo.config.models import StudentSettings
 from zppo.config.recipe import dump_recipe
-from zppo.config.settings import Settings, StudentSettings
+from zppo.config.settings import Settings
 from zppo.core.reformulate import (
     BinaryCandidateQuestion,
     HintQuestion,

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from zppo.config.settings import ModelSettings, Settings
+from zppo.config.models import ModelSettings
+from zppo.config.settings import Settings
 from zppo.core.types import Question
 from zppo.errors import CheckpointError
 from zppo.models.student import resolve_model
