@@ -666,6 +666,12 @@ def _(w: World) -> None:
     at(w, "http://localhost:8000/v1", key_env="sk-0123456789")
 
 
+@case("a way of asking that is gone")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.set("teacher.ask", "eager")
+
+
 @case("a setting that only a teacher in this process has")
 def _(w: World) -> None:
     at(w, "http://localhost:8000/v1", device="cuda:1")

@@ -217,6 +217,20 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(run: Run, whole
 
 
 @slow
+def test_a_checkpoint_with_a_total_that_is_gone_still_loads(run: Run, whole: Path) -> None:
+    shutil.copytree(whole, run.folder)
+    shutil.rmtree(run.folder / "final")
+    shutil.rmtree(run.folder / "checkpoints" / "step-000005")
+    newest = run.folder / "checkpoints" / "step-000004"
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    state["totals"]["teacher_unused_tokens"] = 0
+    (newest / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (newest / MANIFEST).write_text(make_manifest(newest), encoding="utf-8")
+    assert run.go() == 0, run.said
+    assert_same_run(whole, run.folder)
+
+
+@slow
 def test_no_whole_checkpoint_is_an_error_and_nothing_is_removed(run: Run, whole: Path) -> None:
     shutil.copytree(whole, run.folder)
     shutil.rmtree(run.folder / "final")
