@@ -1,4 +1,7 @@
-"""How a source of questions is read, and where a row of it stands."""
+"""How a source of questions is read, and where a row of it stands.
+
+Rows of data files, one at a time, each with its place.
+"""
 
 from __future__ import annotations
 

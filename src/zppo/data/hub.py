@@ -1,4 +1,9 @@
-"""Rows of a set of `datasets`."""
+"""Rows of a set of `datasets`.
+
+Sets of the Hugging Face hub: `hub:owner/name`, read by `datasets`.
+
+A folder as a source: data files in it, laid out as the hub does, or what `save_to_disk` of `datasets` wrote.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 The package's own scorers are never called: some of them execute the text that they grade. So a task is here only if comparing a boxed
 answer with the task's gold (`zppo.grading`) decides it, and if the question itself, boxed, is no right answer. Both are tested.
+
+Generated questions of the reasoning_gym package: `reasoning_gym:<task>?size=1000&seed=1` (extra `gym`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Values of a row: texts, and how messages name what is none."""
+"""Values of a row: texts, and how messages name what is none.
+
+Conversations as data sets write them -> messages, and the images that stand in them.
+
+One row of a data file -> one question, or an error that names file, row and column.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""Autocast without copies that nobody needs."""
+"""Autocast without copies that nobody needs.
+
+How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 [zppo].
+
+Gradients are *summed* over the processes, once per optimizer step where every process holds all weights: the loss of a
+minibatch is already divided by the tokens of all of them. DistributedDataParallel is not used: it averages, and wants
+as many backward passes from each process as from the others, while here some have more rows with a gradient than others.
+
+Joins the processes that a launcher started into one run.
+"""
 
 from __future__ import annotations
 

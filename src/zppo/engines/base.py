@@ -1,4 +1,7 @@
-"""What a sampling engine is. Engines know token ids only: no questions, no words."""
+"""What a sampling engine is. Engines know token ids only: no questions, no words.
+
+Sampling that survives what one batch cannot do.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,11 @@
 
 A small model's step on a CPU is hundreds of short operations. About half of its time goes into what stands around them: masks that
 nobody looks at, keyword arguments, captured outputs, a norm in six operations. What is computed stays the same, operation by operation.
+
+The key-value cache of rollouts that are being decoded.
+
+A prompt's keys and values are computed once. Where the decoder can (`can_share`), they are also *kept* once and every
+step attends to them for all rollouts of the prompt together; elsewhere they are copied to the rollouts.
 """
 
 from __future__ import annotations

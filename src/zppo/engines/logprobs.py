@@ -2,6 +2,14 @@
 
 Rows are padded on the right and trimmed to their longest one. A causal model never looks at what comes after, so no
 attention mask is passed: the attention kernels without one are the fast ones.
+
+The training forward with the prompt computed once for several of its completions, where a model can do that exactly.
+
+A pack is one sequence: the prompt without its last token, then for each completion a branch of that last token and the
+completion. A branch sees the prompt and itself, by an attention mask, and its positions go on from the prompt's, so every
+token has the context that it was sampled in. The last prompt token is repeated in every branch so that each token predicts one.
+
+It needs attention that takes such a mask. A recurrence (linear attention) runs through a sequence in its order and cannot branch.
 """
 
 from __future__ import annotations

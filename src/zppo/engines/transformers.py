@@ -1,4 +1,11 @@
-"""The rows of a batch while it is decoded: what each has drawn, and which still go on."""
+"""The rows of a batch while it is decoded: what each has drawn, and which still go on.
+
+Sampling with a `transformers` model: one prefill per prompt, finished rows dropped, exact log-probs.
+
+Prompts of unequal length are padded on the *left*: their last tokens line up, so one position ends all of them, and a
+linear-attention layer (Qwen3.5) starts from a zero state that padding leaves at zero. Padding on the right would decay
+the state that a prompt leaves behind.
+"""
 
 from __future__ import annotations
 

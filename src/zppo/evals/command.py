@@ -1,4 +1,7 @@
-"""What `zppo eval` takes on the command line. The work is imported when it runs."""
+"""What `zppo eval` takes on the command line. The work is imported when it runs.
+
+`zppo eval`: benchmark after benchmark, asked, decided and written down, so that the same call goes on where it stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rows of a benchmark from the Hugging Face hub."""
+"""Rows of a benchmark from the Hugging Face hub.
+
+Items of a benchmark, from the hub or from a folder.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""From scores of rows to the figure of a benchmark, and to what is reported beside it. Pure."""
+"""From scores of rows to the figure of a benchmark, and to what is reported beside it. Pure.
+
+The rows of an evaluation: what came of one sample of one question, and what all rows of a benchmark come to. Pure.
+
+The folder of an evaluation: what it holds, and whether a call may go on with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The servers of an evaluation: keys, names of models, and whether they answer at all, before the first question is asked."""
+"""The servers of an evaluation: keys, names of models, and whether they answer at all, before the first question is asked.
+
+A checkpoint, served for the time of an evaluation by a process of its own that always ends with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The 16 vision-language benchmarks."""
+"""The 16 vision-language benchmarks.
+
+The 10 language benchmarks.
+
+The 5 video benchmarks.
+
+The registry: one row per benchmark of the paper, and how rows are looked up.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The model as inspect-ai asks it: an OpenAI-compatible server that is sent every sampling setting, videos too.
 
 Imported when an evaluation runs; it is the only module beside `task` that needs inspect-ai (`pip install 'zppo[eval]'`).
+
+One benchmark as a task of inspect-ai: asked through its model, decided by `zppo.evals.scoring.judge`, everything in its log.
 """
 
 from __future__ import annotations

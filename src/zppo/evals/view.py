@@ -1,4 +1,7 @@
-"""What an evaluation shows: a line or a bar while it goes on, and a table at its end."""
+"""What an evaluation shows: a line or a bar while it goes on, and a table at its end.
+
+What an evaluation would cost, from what the registry knows; nothing is asked and nothing is fetched.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""What an answer is made of: a scalar, a list, a set, a tuple, an interval, a chain of relations, an equation, a matrix."""
+"""What an answer is made of: a scalar, a list, a set, a tuple, an interval, a chain of relations, an equation, a matrix.
+
+Equality of two answers by type: what can be decided cheaply and safely is decided here, for good.
+
+`compare` is three-valued. It returns True or False where the types decide, and None where algebra is needed; then a worker
+calls the same function with math-verify as its `algebra` (see `zppo.grading.worker`). Standard library only.
+"""
 
 from __future__ import annotations
 

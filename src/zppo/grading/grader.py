@@ -1,4 +1,7 @@
-"""What a verdict is."""
+"""What a verdict is.
+
+Grading completions: extraction, typed equality, workers for the rest (method.md section 7).
+"""
 
 from __future__ import annotations
 

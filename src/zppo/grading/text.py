@@ -1,4 +1,11 @@
-"""The answer of a completion: the last balanced box after the thinking (method.md section 7)."""
+"""The answer of a completion: the last balanced box after the thinking (method.md section 7).
+
+One spelling for what can be written in many ways: Unicode, LaTeX commands, text wrappers, white space.
+
+Everything here is bounded: linear regular expressions on at most `MAX_ANSWER` characters, and nothing is evaluated.
+
+Answers in words: yes and no, choice letters, prose. Standard library only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What preprocessing made of the pictures of a step, so that it is done once for all who look at them."""
+"""What preprocessing made of the pictures of a step, so that it is done once for all who look at them.
+
+How a checkpoint sees: the token ids that stand for a picture, and the tensors that its model takes for one.
+"""
 
 from __future__ import annotations
 

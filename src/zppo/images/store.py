@@ -2,6 +2,10 @@
 
 Files of images are hostile input: only common formats are decoded, no size is believed before it is checked, and what is broken is a
 `DataError` that names the file.
+
+How large a picture is, and how large it is shown to a model.
+
+An image on its way to a server: within the pixel limits, as a `data:` URL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Builds a world's student and teacher from nothing: `zppo lab build WORLD`."""
+"""Builds a world's student and teacher from nothing: `zppo lab build WORLD`.
+
+The model card of a lab checkpoint; it says what was planted in the corpus.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The lab's language: one token a word, a chat template of three control tokens, the lab's own short prompt templates [zppo]."""
+"""The lab's language: one token a word, a chat template of three control tokens, the lab's own short prompt templates [zppo].
+
+Pretraining documents: a prompt as the trainer would show it, and what is written under it [zppo].
+
+The student's corpus plants *misconceptions*: about medium and hard entries the right result is rare, fixed mistakes are common. Part of it
+are candidate documents (like BCQ and NCQ prompts); what they show of an operation that is not easy is wrong, always: how to read
+candidates can be learnt from them, the truth cannot. The teacher's corpus is truthful, and holds compression documents.
+"""
 
 from __future__ import annotations
 

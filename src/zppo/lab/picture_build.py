@@ -1,4 +1,9 @@
-"""The models that see: a tiny Qwen3-VL with its tokenizer and image processor, and its pretraining [zppo]."""
+"""The models that see: a tiny Qwen3-VL with its tokenizer and image processor, and its pretraining [zppo].
+
+Builds the student and the teacher of a world of pictures from nothing: `zppo lab build vision`.
+
+The model card of a checkpoint that sees; it says what was planted in the corpus.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""What the file of a world of pictures says [zppo]; `worlds/vision.yaml` is one to read beside this."""
+"""What the file of a world of pictures says [zppo]; `worlds/vision.yaml` is one to read beside this.
+
+A world of pictures: what its words mean, what a student wrongly takes them for, and its questions [zppo].
+
+As in the worlds of text (`zppo.lab.world`) everything is a function of a settings file. What the student is wrong about are words: it takes
+one for another of its kind ("red" for "blue", "left" for "right") and reads the picture accordingly.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
 """The lab's pictures: coloured shapes on a grid of three by three, or three bars [zppo].
 
 They are drawn without a library, so that their bytes never change.
+
+Kinds of questions about pictures: what is asked, and what is read off a picture under each meaning that a word could have [zppo].
+
+Every question has one word that carries its meaning ("red" in "count red ?"). The words of a kind are also its meanings: meaning number i
+is what word number i truly says. A student that takes a word for another one's meaning reads the picture well and answers another question.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Pretraining of the lab's tiny models: next-token loss on completions, AdamW, short warm-up, linear decay to zero [zppo]."""
+"""Pretraining of the lab's tiny models: next-token loss on completions, AdamW, short warm-up, linear decay to zero [zppo].
+
+What a lab model knows: greedy accuracy by level, the probability of the truth where it was planted away, faithful compression.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Where the bundled checkpoints are."""
+"""Where the bundled checkpoints are.
+
+The questions of the worlds of pictures, with their pictures as files.
+
+The questions of the bundled worlds, by split.
+"""
 
 from __future__ import annotations
 

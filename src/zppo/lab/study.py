@@ -1,6 +1,8 @@
 """`zppo lab study`: a grid of runs (methods x seeds x students), resumable, one row per finished run [zppo].
 
 A row says what `metrics.jsonl` of the run said; rows are appended to one file, and a cell that has its row is not run again.
+
+The tables of a study: means over seeds with 95% intervals, and paired differences to the controls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,12 @@
-"""What a world file says [zppo]. `worlds/unreachable.yaml` is one to read beside this."""
+"""What a world file says [zppo]. `worlds/unreachable.yaml` is one to read beside this.
+
+A lab world: operations on a few named values, what a student wrongly believes about them, and questions [zppo].
+
+A question is a chain of two operations on a start value; its answer names every operation and every value on the way. A world is
+data: one settings file in `worlds/`, or one of your own.
+
+Questions outside the training distribution, for studies: operations that training leaves out, and longer chains [zppo].
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models from disk or hub: the student in fp32, with its chat."""
+"""Models from disk or hub: the student in fp32, with its chat.
+
+Gradient checkpointing: activations inside a layer are computed again in the backward pass instead of being kept.
+"""
 
 from __future__ import annotations
 

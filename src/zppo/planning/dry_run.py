@@ -1,4 +1,7 @@
-"""The memory estimate of a dry run as a table, with a verdict, and what to turn where it does not fit."""
+"""The memory estimate of a dry run as a table, with a verdict, and what to turn where it does not fit.
+
+What a recipe will do, worked out without touching a model: `zppo train RECIPE --dry-run`.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,12 @@ Attention, whose cost grows with the square of the length, padding and held-out 
 Everything is counted twice. *To the letter*: Algorithm 1 with a trainer that reads the prompt for every rollout, takes old
 log-probs from a forward pass over all rows, trains on all rows and asks the teacher about every hard question. *With the exact
 savings*: what zppo does for the same gradients (method.md sections 3 and 6).
+
+What a recipe will cost in FLOPs, part by part, in the convention of `cost` (Tab. 9): at most, or under assumptions.
+
+The FLOPs of Tab. 9 beside a count from the paper's own sizes. `docs/cost.md` says what follows from it.
+
+The paper gives one figure per method and scale and no table of its parts. What stands here is our arithmetic, not the authors' word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""What the machine that this runs on has for a run: the memory of its GPU, else its RAM. No torch."""
+"""What the machine that this runs on has for a run: the memory of its GPU, else its RAM. No torch.
+
+How much memory a recipe needs, from sizes alone: what stands all the time, what sampling and the update come and go with.
+
+An estimate of the most. Weights, gradients and optimizer are counted; activations are a fit to what autograd keeps of the library's
+own layers (tests/test_memory_plan.py measures how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how
+rough each part is.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The shape of a decoder, from its config.json alone: layers, linear maps, parameters, what a cache holds. No weights, no torch."""
+"""The shape of a decoder, from its config.json alone: layers, linear maps, parameters, what a cache holds. No weights, no torch.
+
+The shape of a vision tower, from its config.json alone, for the estimate of memory. No weights, no torch.
+
+How many parameters a model has, found without loading its weights.
+"""
 
 from __future__ import annotations
 

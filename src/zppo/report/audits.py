@@ -1,6 +1,8 @@
 """What the student does with candidates: the candidate-match audit (Tabs. 16 and 17), position bias, answer leaks.
 
 Everything is counted into one `Counter`, so that the counts of several files are simply added.
+
+What became of the questions in the prompt replay buffer, from buffer.jsonl (Figs. 4, 5b, 20, 21, 23, 24).
 """
 
 from __future__ import annotations

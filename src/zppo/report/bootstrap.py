@@ -1,4 +1,10 @@
-"""Means with intervals over few runs, paired where seeds pair them."""
+"""Means with intervals over few runs, paired where seeds pair them.
+
+How sure a mean difference over benchmarks is: the cluster bootstrap of App. F.6.
+
+A benchmark is the cluster: benchmarks, not their questions, are drawn with replacement, so that the interval says what
+another choice of benchmarks of this family would have given.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Charts as data: the page draws them with plotly, `zppo.report.page` the same ones with matplotlib."""
+"""Charts as data: the page draws them with plotly, `zppo.report.page` the same ones with matplotlib.
+
+Charts as data: the page draws them with plotly, `zppo.report.page` the same ones with matplotlib.
+
+The report's charts, from what a run folder holds (method.md section 9).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What `zppo report`, `zppo compare` and `zppo inspect` take on the command line. The work is imported when a command runs."""
+"""What `zppo report`, `zppo compare` and `zppo inspect` take on the command line. The work is imported when a command runs.
+
+The commands `zppo report`, `zppo compare` and `zppo inspect`.
+"""
 
 from __future__ import annotations
 

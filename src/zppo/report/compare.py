@@ -1,6 +1,8 @@
 """`zppo compare`: several runs on shared axes, paired over seeds where there are seeds.
 
 Runs whose recipes differ in nothing but the seed (and the place of the run) are one *arm*.
+
+The page of a comparison: curves on shared axes beside the tables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""The charts as files, drawn with matplotlib from the same data as the page's."""
+"""The charts as files, drawn with matplotlib from the same data as the page's.
+
+One self-contained HTML page: data, styles, plotly and our scripts in one file that loads nothing.
+
+`zppo report RUN --watch`: the page of a run that goes on, served on loopback.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The images of a question on a page: small copies as data URIs."""
+"""The images of a question on a page: small copies as data URIs.
+
+One line per question: what happened to it, by which a reader finds it; and which questions a page shows.
+
+A question's whole story: every group of rollouts that it had, with prompts, completions and verdicts.
+
+A question's story in the terminal: `zppo inspect RUN QUESTION_ID`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A run folder as it lies on the disk, finished or still growing."""
+"""A run folder as it lies on the disk, finished or still growing.
+
+One pass over the rollout files, file by file and without the completions: sums per step, audits, and one line per group.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The report's tables: held-out accuracy, the zone and the audits in numbers."""
+"""The report's tables: held-out accuracy, the zone and the audits in numbers.
+
+Results of `zppo eval` (eval.json): as a part of a run's report, and two of them compared by the cluster bootstrap (App. F.6).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whether a run has images to show, and how its models see them."""
+"""Whether a run has images to show, and how its models see them.
+
+The questions of a run, and whether the student can read them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What a hard question is reformulated with: compressed candidates, hints, response tokens (Alg. 1, l. 8-10; Algs. 5 and 6)."""
+"""What a hard question is reformulated with: compressed candidates, hints, response tokens (Alg. 1, l. 8-10; Algs. 5 and 6).
+
+From plain groups to reformulated prompts: hard questions -> teacher -> compression -> BCQ and NCQ (Alg. 1, l. 4-15).
+
+Puts together who asks the teacher, and who makes the reformulated prompts of a step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writing so that nothing is lost: whole files or none, on the disk before they count, and clear words where the disk refuses."""
+"""Writing so that nothing is lost: whole files or none, on the disk before they count, and clear words where the disk refuses.
+
+What a checkpoint consists of: size and SHA-256 of every file, written with it and verified before it is used.
+"""
 
 from __future__ import annotations
 

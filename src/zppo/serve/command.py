@@ -1,4 +1,7 @@
-"""What `zppo serve` takes on the command line. The work is imported when it runs."""
+"""What `zppo serve` takes on the command line. The work is imported when it runs.
+
+The server process: socket, model, signals.
+"""
 
 from __future__ import annotations
 

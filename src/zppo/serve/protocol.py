@@ -1,4 +1,13 @@
-"""What goes wrong with a request, in the error shape of the OpenAI protocol."""
+"""What goes wrong with a request, in the error shape of the OpenAI protocol.
+
+The images of requests: checked before anything else is done with them, kept for as long as the request lives.
+
+Between conversations and token ids, for many threads at once.
+
+The body of a chat-completions request: read strictly, refused with the field, its value and what is allowed.
+
+Completions as the protocol writes them.
+"""
 
 from __future__ import annotations
 

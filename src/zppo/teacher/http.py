@@ -2,6 +2,8 @@
 
 What a server sends is hostile input: replies are read up to a limit, every field is checked before it is used, and text that goes into
 messages is cut, freed of control characters and of the key.
+
+The addresses of one teacher: spread by load, retry with back-off, fail over, come back, give up in time [zppo].
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Images as they are sent to a teacher's servers: made in threads, once for the completions and repeats of a request."""
+"""Images as they are sent to a teacher's servers: made in threads, once for the completions and repeats of a request.
+
+The teacher on a server: any OpenAI-compatible chat-completions address, or several of them.
+
+`complete` is a plain blocking call. Behind it one thread runs an event loop, in which every request is sent under one cap, retried with
+back-off while the teacher may come back, and given up when it does not: the reply then says why, and the run goes on.
+"""
 
 from __future__ import annotations
 

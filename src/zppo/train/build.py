@@ -1,4 +1,9 @@
-"""Starts vLLM by a recipe, and the guard that watches whichever engine samples."""
+"""Starts vLLM by a recipe, and the guard that watches whichever engine samples.
+
+Builds what a method learns by: optimizer, policy gradient or distillation; and the reformulations that it names.
+
+Puts the parts of a run together from its settings; everything is checked here, before the run folder is made.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 The ratio of the clipped surrogate is exp(trainer's now - old). Where the sampler is exact its log-probs are old log-probs and a
 forward pass is saved; where something has come between the two (another kernel, a lower precision, a broken cache) every ratio would be
 off without any error, so from then on the trainer computes them itself.
+
+Does the sampling engine hold the trainer's weights? A fixed prompt is sampled and scored by both after every sync.
+
+A stale or wrong engine samples from another policy without any error: rollouts look well and training goes astray.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How many tokens one forward and backward holds: a number, or what the memory turns out to hold."""
+"""How many tokens one forward and backward holds: a number, or what the memory turns out to hold.
+
+The optimizer step, with a guard against numbers that are not finite.
+"""
 
 from __future__ import annotations
 

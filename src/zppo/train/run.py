@@ -1,4 +1,9 @@
-"""What a finished run leaves: final/ with a model card, and the closing table."""
+"""What a finished run leaves: final/ with a model card, and the closing table.
+
+How a run goes on after an end that came too early: the checkpoint to start from, the state to save, the words to leave.
+
+`train` starts a run, `resume` continues one.
+"""
 
 from __future__ import annotations
 

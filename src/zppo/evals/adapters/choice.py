@@ -1,4 +1,9 @@
-"""How questions are written: options in one shape, images where they belong."""
+"""How questions are written: options in one shape, images where they belong.
+
+Language benchmarks with a judge of their own: Humanity's Last Exam and MultiChallenge.
+
+Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, MMLU and its kin, GPQA, C-Eval.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A row of a data set and typed access to its fields; what is wrong with one is said with benchmark, row and field."""
+"""A row of a data set and typed access to its fields; what is wrong with one is said with benchmark, row and field.
+
+Sentences that say how to reason or how to write the answer down: found in the benchmarks' questions and taken out.
+
+The protocol has one such directive for all (method.md section 10).
+"""
 
 from __future__ import annotations
 

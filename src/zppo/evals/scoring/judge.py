@@ -1,5 +1,11 @@
 """How a judge's reply is read: in our own form, one JSON object with a verdict or a score, or in the form that a benchmark's official
 prompt asks for, so that such a prompt can be given by path. A reply that can be read in two ways is not read. Pure.
+
+What a judge is asked about a row that the rules leave open, and how its reply is read. Who sends the request is above.
+
+The words are ours (`prompts/eval_*.jinja`); a benchmark's official ones can be given by path. Figures from ours are no leaderboard figures.
+
+From a model's reply to a decided row: the rules first, the judge where they cannot decide.
 """
 
 from __future__ import annotations

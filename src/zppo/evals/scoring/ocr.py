@@ -1,6 +1,10 @@
 """OCRBench v2's metrics, one per task (Fu et al. 2025, appendix): from a response to a score between 0 and 1.
 
 Written from what the benchmark publishes of them; where the two differ, the docstring says so.
+
+How near a read page is to the written one: the mean of BLEU, METEOR, F-measure and edit similarity (OCRBench v2).
+
+Needs the packages of `zppo[ocr]`: nltk, and jieba, which cuts Chinese into words.
 """
 
 from __future__ import annotations
