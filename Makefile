@@ -30,8 +30,8 @@ help:
 	@echo "make test-lowest   the tests of what hangs on other packages, with the lowest versions that are admitted"
 	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"
 	@echo "make bench   speed and memory against TRL, then the tables of docs/performance.md; ARGS=step_vs_trl: that row alone"
-	@echo "make check   ruff, mypy and the quick tests"
-	@echo "make lint    ruff and mypy"
+	@echo "make check   ruff, mypy, import-linter and the quick tests"
+	@echo "make lint    ruff, mypy and import-linter"
 	@echo "make fuzz    the grader's fuzz tests, many examples"
 	@echo "make clean   remove the environment"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -13,7 +14,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import zppo
+
 ROOT = Path(__file__).parents[1]
+CORE = sorted((Path(zppo.__file__).parent / "core").rglob("*.py"))
 
 
 def pins(name: str) -> dict[str, str]:
@@ -58,3 +62,27 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and "no GPU" in done.stderr and "nvidia-smi" in done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """First parts of what a module imports, wherever the import stands; "zppo" for relative ones."""
+    names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    names |= {"zppo" if n.level else str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def test_the_core_is_pure(path: Path) -> None:
+    """The standard library and torch alone; no files, processes, network or clock (which rooms it may import: `make lint`)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert imported(tree) <= {"torch", "zppo"} | sys.stdlib_module_names
+    io = "os io pathlib subprocess socket shutil tempfile threading multiprocessing asyncio time".split()
+    assert not imported(tree) & set(io)
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert not called & {"open", "print", "input", "eval", "exec"}
+
+
+@pytest.mark.parametrize("module", ["zppo", "zppo.core.types", "zppo.engines.base"])
+def test_what_everything_imports_loads_no_torch(module: str) -> None:
+    script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
