@@ -54,6 +54,12 @@ def test_a_run_from_a_script_and_from_a_notebook(tmp_path: Path) -> None:
     assert zppo.resume(run.folder, console=quiet).folder == run.folder  # it is finished
 
 
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    line = '{"step": 0, "event": "eval", "accuracy": 0.25}\n'
+    (tmp_path / "metrics.jsonl").write_text(line + line[:20], encoding="utf-8")
+    assert zppo.TrainedRun(tmp_path).accuracies == {0: 0.25}
+
+
 def test_settings_are_whole(tmp_path: Path) -> None:
     settings = zppo.load_recipe(RECIPE, [])
     with pytest.raises(SettingsError, match="seed"):

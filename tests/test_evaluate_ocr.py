@@ -44,6 +44,7 @@ def test_tables_by_hand(gold: str, answer: str, value: float) -> None:
     assert teds(gold, answer) == pytest.approx(value)
 
 
+@pytest.mark.timeout(60)
 def test_much_more_than_the_gold_is_not_compared() -> None:
     """[zppo] A table of 4,000 cells against one of two: 0, at once."""
     assert teds(table("a b"), table(*["x y z w"] * 1000)) == 0.0

@@ -76,6 +76,7 @@ def test_extraction(text: str, think_open: bool, answer: str | None) -> None:
         "surrogates",
     ],
 )
+@pytest.mark.timeout(60)  # more than linear in the text would take hours
 def test_a_megabyte_takes_a_moment(text: str) -> None:
     extract_boxed(text)
 

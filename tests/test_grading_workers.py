@@ -71,15 +71,17 @@ def test_hostile_formulas_time_out_and_the_next_answer_is_graded(grader: Grader,
     assert grader.equal("x^2-4", "(x-2)(x+2)" + "+0" * (before + 1))
 
 
-def test_a_repeated_hostile_answer_costs_nothing_more(grader: Grader) -> None:
+def test_a_repeated_hostile_answer_costs_nothing_more(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     grader.equal(r"\sqrt{7}", "8^{8^{8^{8}}}")
     before = grader.timeouts
+    monkeypatch.setattr(grader._pool, "compare", lambda pairs: pytest.fail(f"the workers are asked again: {pairs}"))
     verdicts = grader.grade_many([(r"\boxed{8^{8^{8^{8}}}}", r"\sqrt{7}")] * 8)
     assert [v.reason for v in verdicts] == ["timeout"] * 8
     assert grader.timeouts == before + 8
 
 
 @pytest.mark.parametrize("answer", HARMLESS, ids=lambda a: ascii(a[:12]))
+@pytest.mark.timeout(60)
 def test_hostile_texts_are_wrong_at_once(grader: Grader, answer: str) -> None:
     assert not grader.equal("5", answer)
     assert not grader.equal(r"\{1,2\}", answer)
@@ -92,13 +94,21 @@ def test_memory_is_limited() -> None:
     assert done.stderr.strip().endswith("MemoryError")
 
 
-def test_grade_many_keeps_order_and_uses_the_workers_at_once() -> None:
+def test_grade_many_keeps_order_and_uses_the_workers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    ask, wait = pool_module._Host.ask, pool_module.WorkerPool._wait
+    monkeypatch.setattr(pool_module._Host, "ask", lambda *args: (events.append("ask"), ask(*args))[1])
+    monkeypatch.setattr(pool_module.WorkerPool, "_wait", lambda *args: (events.append("wait"), wait(*args))[1])
     with Grader(deadline=DEADLINE, workers=2) as grader:
         assert grader.equal(*FORMULA)
         items: list[tuple[str, str]] = [(rf"\boxed{{{n}}}", str(n % 2)) for n in range(4)]
         items += [(rf"\boxed{{7^{{7^{{7^{{{n}}}}}}}}}", "y+z") for n in (7, 8)]
         items += [(r"\boxed{x(x+1)}", "x^2+x"), ("none", "5")]
+        events.clear()
         reasons = [v.reason for v in grader.grade_many(items)]
+        assert (
+            events == ["ask"] * 3 + ["wait"] * 3
+        )  # both towers and the formula are under way before any is waited for
         assert reasons == ["equal", "equal", "different", "different", "timeout", "timeout", "equal", "no answer"]
 
 

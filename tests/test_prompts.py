@@ -299,6 +299,7 @@ def test_a_tokenizer_sees_no_control_token_in_neutralised_text() -> None:
     assert not set(tokenizer.added_tokens_decoder) & set(tokenizer.encode(Neutraliser(special)(hostile)))
 
 
+@pytest.mark.timeout(60)  # more than linear in the text would take hours
 def test_neutralising_is_linear_in_the_text() -> None:
     neutralise = Neutraliser([*SPECIAL, *(f"<unused{i}>" for i in range(3000))])
     for text in ("<" * 100_000, "<think" * 20_000, "< / " * 40_000, "<" + " " * 200_000 + "think", "<unused1" * 20_000):

@@ -32,9 +32,10 @@ class TrainedRun:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: `event` is step, eval or final."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        """The lines of metrics.jsonl: `event` is step, eval or final. A last line that a killed run tore is left out."""
+        from zppo.runs.log import METRICS, read_lines
+
+        return read_lines(self.folder / METRICS)
 
     @property
     def accuracies(self) -> dict[int, float]:
