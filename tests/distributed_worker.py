@@ -17,18 +17,23 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
+from test_update import make_settings, update
+from zppo.core.advantages import step_advantages
+from zppo.core.minibatch import Sharing
 from zppo.core.types import Group
-from zppo.distributed.parallel import ReplicatedWeights, ShardedWeights, zero_gradients
+from zppo.distributed.parallel import ReplicatedWeights, ShardedWeights
 from zppo.distributed.processes import Processes
 from zppo.engines.base import SampleRequest, Sampling
-from zppo.engines.logprobs import Sharing
+from zppo.engines.logprobs import ForwardPass
+from zppo.engines.memory import TokenBudget
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
 from zppo.models.student import Student
+from zppo.step_log import StepLog
 from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import SamplerCheck
-from zppo.train.policy_gradient import PartialUpdate, Updater, UpdateStopped, advantages_of
+from zppo.train.learner import OptimizerStep, PartialUpdate, UpdateStopped
+from zppo.train.policy_gradient import PolicyGradient, make_budget
 
 LEARNING_RATE = (
     1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it
@@ -42,9 +47,10 @@ def load(path: str) -> PreTrainedModel:
 
 def make_updater(
     model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True
-) -> Updater:
+) -> PolicyGradient:
     """Four minibatches in small micro-batches; vectors learn at half the rate of matrices, and one of them not at all."""
-    train = TrainSettings(learning_rate=LEARNING_RATE, tokens_per_microbatch=60)
+    settings = make_settings(train={"learning_rate": LEARNING_RATE, "tokens_per_microbatch": 60})
+    train = settings.train
     model.model.norm.weight.requires_grad_(False)
 
     prepared = weights.prepare(model, accelerator)
@@ -54,75 +60,78 @@ def make_updater(
             by_rate[LEARNING_RATE / 2 if "norm" in name else LEARNING_RATE].append(p)
     groups = [{"params": params, "lr": rate} for rate, params in by_rate.items()]
     optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, weight_decay=train.weight_decay))
-    return Updater(
-        prepared,
-        optimizer,
-        accelerator,
-        train=train,
-        loss=LossSettings(),
-        seed=0,
-        temperature=1.0,
-        banned_ids=(),
-        pad_id=0,
+    return PolicyGradient(
+        settings,
+        ForwardPass(prepared),
+        OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights),
+        make_budget(train, weights.sharded),
         sampler_is_exact=sampler,
         sharing=Sharing(reach=10**6),
-        weights=weights,
     )
 
 
-def stopped_after_two(updater: Updater, groups: list[Group], advantages: torch.Tensor, step: int) -> PartialUpdate:
+def stopped_after_two(
+    updater: PolicyGradient, groups: list[Group], advantages: torch.Tensor, step: int
+) -> PartialUpdate:
     """One of the processes is asked to stop before the third update, and all do."""
-    asked = iter([False, False, updater.weights.processes.rank == 1])
-    updater.stop = lambda: next(asked)
+    inner, done = updater.optimizer.step, [0]
+
+    def step_and_ask_to_stop(loss: float) -> tuple[float, float, bool]:
+        done[0] += 1
+        if done[0] == 2 and updater.processes.rank == 1:
+            updater.processes.stop.request()
+        return inner(loss)
+
+    updater.optimizer.step = step_and_ask_to_stop  # type: ignore[method-assign]
     try:
-        updater.update(groups, advantages, step)
+        update(updater, groups, advantages, step)
     except UpdateStopped as stopped:
-        assert stopped.begun.done == 2 and len(stopped.begun.old) == sum(len(g.rollouts) for g in groups)
-        views = [line for line in stopped.begun.old if line.untyped_storage().nbytes() > line.nbytes]
+        partial = stopped.partial
+        assert partial.done == 2 and len(partial.old) == sum(len(g.rollouts) for g in groups)
+        views = [line for line in partial.old if line.untyped_storage().nbytes() > line.nbytes]
         assert not views, "old log-probs were sent with the batch that they are a part of"
-        updater.stop = lambda: False
-        return stopped.begun
+        updater.optimizer.step, updater.processes.stop.signum = inner, None  # type: ignore[method-assign]
+        return partial
     raise AssertionError("it did not stop")
 
 
 def train(
-    updater: Updater, recorded: list[list[Group]], *, stop_in: int | None = None
+    updater: PolicyGradient, recorded: list[list[Group]], *, stop_in: int | None = None
 ) -> list[dict[str, float | None]]:
     """All recorded steps; the metrics of each. In step `stop_in` one process is asked to stop before the third update."""
     metrics = []
     for step, groups in enumerate(recorded):
-        advantages = advantages_of(groups, AdvantageSettings())
+        advantages = step_advantages(groups, "nontrivial")
         begun = stopped_after_two(updater, groups, advantages, step) if step == stop_in else None
-        metrics.append(updater.update(groups, advantages, step, begun))
+        metrics.append(update(updater, groups, advantages, step, begun))
     return metrics
 
 
-def distrust(updater: Updater, recorded: list[list[Group]]) -> list[dict[str, float | None]]:
+def distrust(updater: PolicyGradient, recorded: list[list[Group]]) -> list[dict[str, float | None]]:
     """Steps whose sampler, which recorded other weights' log-probs, is believed until it is looked at."""
     metrics = []
     updater.sampler_is_exact = True
     for step, groups in enumerate(recorded):
         updater.check = SamplerCheck(1e-4, processes=updater.weights.processes)
-        metrics.append(updater.update(groups, advantages_of(groups, AdvantageSettings()), step))
+        metrics.append(update(updater, groups, step_advantages(groups, "nontrivial"), step))
         assert updater.check.refused and metrics[-1]["logprob_fallback"] == 1
     updater.sampler_is_exact, updater.check = False, None
     return metrics
 
 
-def distil(updater: Updater, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:
+def distil(updater: PolicyGradient, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:
     """One step of on-policy distillation on the same weights and optimizer."""
     distiller = Distillation(
-        updater.model,
+        updater.forward,
+        ForwardPass(teacher),
         updater.optimizer,
-        updater.accelerator,
-        teacher=teacher,
+        TokenBudget(60),
         teacher_sampler=None,
         respond=lambda _: None,
-        train=updater.train,
-        pad_id=0,
-        weights=updater.weights,
     )
-    return distiller.learn(groups, [], {}, 1).metrics
+    log = StepLog(1)
+    distiller.update(groups, [], {}, log)
+    return log.counts
 
 
 def sample(model: PreTrainedModel, whole: AbstractContextManager[None], keys: range) -> list[list[int]]:
@@ -133,9 +142,9 @@ def sample(model: PreTrainedModel, whole: AbstractContextManager[None], keys: ra
     return [c.ids.tolist() for c in done[0]]
 
 
-def check_shards(updater: Updater) -> None:
+def check_shards(updater: PolicyGradient) -> None:
     """Every process keeps its share, and no more."""
-    weights, parameters = updater.weights, list(updater.model.parameters())
+    weights, parameters = updater.weights, list(updater.optimizer.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     if isinstance(weights, ShardedWeights):
         assert all(isinstance(p, DTensor) for p in parameters) and all(isinstance(p.grad, DTensor) for p in trained)
@@ -143,22 +152,22 @@ def check_shards(updater: Updater) -> None:
         assert local < 0.6 * sum(p.numel() for p in parameters)
 
 
-def skips_what_is_not_finite(updater: Updater) -> None:
+def skips_what_is_not_finite(updater: PolicyGradient) -> None:
     """A loss or a gradient of one process that is not finite moves no weight in any, and leaves nothing behind."""
     bad = updater.weights.processes.rank == 1
     for loss, factor in ((math.inf, 1.0), (0.0, math.nan)):
-        zero_gradients(updater.model)
-        logits = updater.model(input_ids=torch.tensor([[5, 6, 7]])).logits
-        updater.accelerator.backward(logits.sum() * (factor if bad else 1.0))
-        _, norm, moved = updater.guard.step(loss if bad else 0.0)
+        updater.optimizer.zero_gradients()
+        logits = updater.optimizer.model(input_ids=torch.tensor([[5, 6, 7]])).logits
+        updater.optimizer.accelerator.backward(logits.sum() * (factor if bad else 1.0))
+        _, norm, moved = updater.optimizer.step(loss if bad else 0.0)
         assert not moved and (math.isfinite(loss) or not math.isnan(norm))
-    assert updater.guard.skipped_in_a_row == 2
+    assert updater.optimizer.skipped_in_a_row == 2
 
 
-def written(updater: Updater, model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+def written(updater: PolicyGradient, model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Weights and optimizer as a checkpoint has them, and the weights read back."""
     weights = updater.weights
-    saved, state = weights.saved(Student(model, None)), weights.snapshot_of(updater.optimizer)
+    saved, state = weights.saved(Student(model, None)), weights.snapshot_of(updater.optimizer.optimizer)
     if weights.processes.main:
         saved.save_pretrained(folder)
         torch.save(state.state_dict(), f"{folder}-optimizer.pt")
@@ -186,7 +195,7 @@ def one(
     fresh, weights = load(str(out / name)), make()
     other = make_updater(fresh, accelerator, weights, sampler=False)
     loaded = torch.load(out / f"{name}-optimizer.pt", weights_only=True)
-    weights.state_of(other.optimizer).load_state_dict(loaded)
+    weights.state_of(other.optimizer.optimizer).load_state_dict(loaded)
     assert train(updater, recorded[:1]) == train(other, recorded[:1])
     ours, theirs = (written(*pair, out / f"{name}-on") for pair in ((updater, model), (other, fresh)))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -201,11 +210,14 @@ def main(arguments: list[str]) -> int:
     recorded = pickle.loads(recorded_path.read_bytes())
     one("replicated", lambda: ReplicatedWeights(processes), model_path, recorded, out)
     one("sharded", lambda: ShardedWeights(processes), model_path, recorded, out)
-    assert (
-        processes.map(list(range(7)), lambda mine: [(i, processes.rank) for i in mine], float)
-        == processes.gather(processes.map(list(range(7)), lambda mine: [(i, processes.rank) for i in mine], float))[0]
-    )
-    assert processes.map([3], lambda mine: [i + 1 for i in mine]) == [4] and processes.map([], lambda mine: [1]) == []
+    for costs in ([float(i) for i in range(7)], [3.0], []):
+        with processes.deal(costs) as deal:
+            deal.done = [(costs[i], processes.rank) for i in deal.mine]
+        assert [cost for cost, _ in deal.results] == costs
+        assert deal.results == processes.gather(deal.results)[0]
+    log = StepLog(1, {"known": 1.0}, {"own": 1.0 + processes.rank} if processes.rank else {})
+    processes.gather_log(log)
+    assert log.counts == {"known": 1.0, "own": 2.0} and log.own == {}
     assert processes.any(processes.rank == 1) and not processes.any(False)
     processes.check_same("a constant", 1)
     try:

@@ -36,13 +36,13 @@ def test_what_the_disk_refuses_in_the_background_is_said_at_the_next_occasion(
 
     writer, _ = make(tmp_path, load_model(tiny_qwen3_dir, dtype=torch.float32))
     monkeypatch.setattr(checkpointer.checkpoint, "save", refuse)
-    writer(1, {}, None, True, beside=True)
+    writer(1, {}, None, later=True)
     with pytest.raises(StorageError, match="the disk is full"):
         writer.wait()
     writer.wait()
-    writer(2, {}, None, True, beside=True)
+    writer(2, {}, None, later=True)
     with pytest.raises(StorageError, match="the disk is full"):
-        writer(3, {}, None, True, beside=True)
+        writer(3, {}, None, later=True)
     writer.check()
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_writes_in_the_background_is_the_same_whatever_ends_it(
     start = ["train", recipe, *SHORT, *beside, f"--output={run}"]
     assert victims.run(*start, run=run, at="zppo.runs.checkpoint:make_manifest") == -signal.SIGKILL
     assert victims.run("resume", run, run=run, at="zppo.rollout.teacher:TeacherSampler.ask", nth=2) == -signal.SIGKILL
-    assert victims.run("resume", run, run=run, at="zppo.rollout.reformulated:Reformulator.build", do="term") == 143, (
+    assert victims.run("resume", run, run=run, at="zppo.rollout.reformulated:Reformulator.reformulate", do="term") == 143, (
         victims.said
     )
     assert victims.run("resume", run, run=run, at="torch:save", do="full") == 2, victims.said

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from zppo.core.draws import keyed_random
 from zppo.engines.base import Sampling
 from zppo.prompts import PromptBook
+from zppo.step_log import StepLog
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.compression import Compressor, PairRequest, Source, accept, draw_order, token_tail
+from zppo.teacher.compression import COMPRESSION_COUNTS, Compressor, PairRequest, Source, accept, draw_order, token_tail
 
 HOW = TeacherSampling(Sampling(max_new_tokens=512), {"enable_thinking": False})
 
@@ -34,7 +35,9 @@ class ScriptedTeacher:
         self.answer = answer
         self.calls: list[list[TeacherRequest]] = []
 
-    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+    def complete(
+        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+    ) -> list[TeacherReply]:
         assert how is HOW
         self.calls.append(list(requests))
         replies = []
@@ -96,30 +99,26 @@ def test_an_accepted_summary_is_short_and_keeps_no_blank_line(text: str, answer:
 
 def test_each_distinct_completion_is_asked_once_a_step() -> None:
     teacher = ScriptedTeacher()
-    compress = compressor(teacher)
+    compress, log = compressor(teacher), StepLog(0)
     one, other = source("one"), source("other", None)
-    assert compress.compress([one, other, source("one", index=5)], 0, 0) == [
+    assert compress.compress([one, other, source("one", index=5)], 0, log) == [
         "short one \\boxed{7}",
         "short other",
         "short one \\boxed{7}",
     ]
-    compress.compress([one], 0, 0)
+    compress.compress([one], 0, log)
     assert [len(call) for call in teacher.calls] == [2]
     assert "Do not write \\boxed{}" in teacher.asked[1]
     assert "Do not write \\boxed{}" not in teacher.asked[0]
-    counts = compress.counts
-    assert (counts.asked, counts.failed, counts.unreachable) == (2, 0, 0)
-    assert (counts.prompt_tokens, counts.completion_tokens) == (20, 6)
-    compress.new_step()
-    assert compress.counts.asked == 0
-    compress.compress([one], 0, 1)
+    assert list(log.counts) == list(COMPRESSION_COUNTS) and list(log.counts.values()) == [2, 0, 0, 20, 6]
+    compress.compress([one], 0, StepLog(1))
     assert [len(call) for call in teacher.calls] == [2, 1]
 
 
 def test_keys_depend_on_seed_step_and_text_alone() -> None:
     def keys(items: list[Source], seed: int, step: int) -> dict[str, int]:
         teacher = ScriptedTeacher()
-        compressor(teacher).compress(items, seed, step)
+        compressor(teacher).compress(items, seed, StepLog(step))
         return {r.messages[-1].content: r.keys[0] for r in teacher.calls[0]}
 
     one, other = source("one"), source("other")
@@ -129,17 +128,21 @@ def test_keys_depend_on_seed_step_and_text_alone() -> None:
 
 def test_failures_and_silence_are_counted_apart() -> None:
     replies = {"bad \\boxed{7}": "<summary>\\boxed{8}</summary>", "gone \\boxed{7}": None}
+    log = StepLog(0)
     compress = compressor(ScriptedTeacher(lambda text: replies[text]))
-    assert compress.compress([source("bad"), source("gone")], 0, 0) == [None, None]
-    assert (compress.counts.asked, compress.counts.failed, compress.counts.unreachable) == (2, 1, 1)
+    assert compress.compress([source("bad"), source("gone")], 0, log) == [None, None]
+    assert [log.counts[f"compression_{name}"] for name in ("asked", "failed", "unreachable")] == [2, 1, 1]
+    assert log.errors == {"teacher": "down"}
 
 
 def test_an_unfinished_thought_is_no_summary() -> None:
     class Thinking(ScriptedTeacher):
-        def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+        def complete(
+            self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+        ) -> list[TeacherReply]:
             return [TeacherReply(("maybe <summary>short</summary>",), think_open=True) for _ in requests]
 
-    assert compressor(Thinking()).compress([source("a", None)], 0, 0) == [None]
+    assert compressor(Thinking()).compress([source("a", None)], 0, StepLog(0)) == [None]
 
 
 def test_a_failed_candidate_is_redrawn_from_its_own_pool() -> None:
@@ -150,7 +153,7 @@ def test_a_failed_candidate_is_redrawn_from_its_own_pool() -> None:
         return f"<summary>{text}</summary>" if "right" in text or "wrong2" in text else "<summary>?</summary>"
 
     teacher = ScriptedTeacher(answer)
-    (got,) = compressor(teacher).prepare([PairRequest("q", positives, negatives, want_pair=True)], 0, 0)
+    (got,) = compressor(teacher).prepare([PairRequest("q", positives, negatives, want_pair=True)], 0, StepLog(0))
     assert got.pair is not None
     positive, negative = got.pair
     assert not got.pair_raw
@@ -165,7 +168,7 @@ def test_both_sides_take_the_raw_form_if_one_fails_for_good(failing: str) -> Non
     negatives = tuple(source(f"wrong{i}", "9", i) for i in range(6))
     teacher = ScriptedTeacher(lambda text: None if failing in text else f"<summary>short {text}</summary>")
     (got,) = compressor(teacher, cap=last_words(3)).prepare(
-        [PairRequest("q", positives, negatives, want_pair=True)], 0, 0
+        [PairRequest("q", positives, negatives, want_pair=True)], 0, StepLog(0)
     )
     assert got.pair is not None
     assert got.pair_raw
@@ -181,10 +184,12 @@ def test_both_sides_take_the_raw_form_if_one_fails_for_good(failing: str) -> Non
 def test_no_redraws_and_a_pool_of_one() -> None:
     teacher = ScriptedTeacher(lambda text: None)
     many = tuple(source(f"w{i}", "9", i) for i in range(6))
-    compressor(teacher, redraws=0).prepare([PairRequest("q", many, many, want_pair=True)], 0, 0)
+    compressor(teacher, redraws=0).prepare([PairRequest("q", many, many, want_pair=True)], 0, StepLog(0))
     assert len(teacher.calls) == 1
     teacher = ScriptedTeacher(lambda text: None)
-    (got,) = compressor(teacher).prepare([PairRequest("q", many[:1], (many[1], many[1]), want_pair=True)], 0, 0)
+    (got,) = compressor(teacher).prepare(
+        [PairRequest("q", many[:1], (many[1], many[1]), want_pair=True)], 0, StepLog(0)
+    )
     assert got.pair_raw
     assert len(teacher.calls) == 1
 
@@ -196,7 +201,7 @@ def test_all_questions_share_a_round_and_bcq_and_ncq_share_a_summary() -> None:
         positives = (source(f"q{q} right"),)
         requests.append(PairRequest(f"q{q}", positives, wrong[:2], wrong, want_pair=True, want_wrong=True))
     teacher = ScriptedTeacher()
-    got = compressor(teacher).prepare(requests, 0, 0)
+    got = compressor(teacher).prepare(requests, 0, StepLog(0))
     assert [len(call) for call in teacher.calls] == [3 * 4]
     for q, prepared in enumerate(got):
         assert [c.text for c in prepared.wrong] == [
@@ -213,7 +218,9 @@ def test_all_questions_share_a_round_and_bcq_and_ncq_share_a_summary() -> None:
 def test_a_wrong_candidate_of_ncq_that_fails_takes_its_own_raw_form() -> None:
     wrong = (source("good", "9"), source("very bad indeed", "8", 1), source("good", "9", 2))
     teacher = ScriptedTeacher(lambda text: None if "bad" in text else f"<summary>{text}!</summary>")
-    (got,) = compressor(teacher, cap=last_words(3)).prepare([PairRequest("q", wrong=wrong, want_wrong=True)], 0, 0)
+    (got,) = compressor(teacher, cap=last_words(3)).prepare(
+        [PairRequest("q", wrong=wrong, want_wrong=True)], 0, StepLog(0)
+    )
     assert [c.text for c in got.wrong] == ["good \\boxed{9}!", "bad indeed \\boxed{8}", "good \\boxed{9}!"]
     assert (got.wrong_raw, got.pair) == (1, None)
     assert len(teacher.calls) == 1
@@ -224,7 +231,7 @@ def test_compression_off_shows_raw_forms_and_asks_nothing() -> None:
     wrong = (source("a b c d", "9"),)
     request = PairRequest("q", (source("e f g h"),), wrong, wrong, want_pair=True, want_wrong=True)
     for off in (compressor(teacher, cap=last_words(2), enabled=False), compressor(None, cap=last_words(2))):
-        (got,) = off.prepare([request], 0, 0)
+        (got,) = off.prepare([request], 0, StepLog(0))
         assert got.pair is not None
         assert [c.text for c in got.pair] == ["h \\boxed{7}", "d \\boxed{9}"]
         assert not got.pair_raw and got.wrong_raw == 0  # as wanted: nothing was missed
@@ -236,7 +243,7 @@ def test_nothing_wanted_or_an_empty_pool_costs_nothing() -> None:
     teacher = ScriptedTeacher()
     some = (source("a"),)
     requests = [PairRequest("q", some, some, some), PairRequest("r", (), some, want_pair=True)]
-    assert all(p.pair is None and p.wrong == () for p in compressor(teacher).prepare(requests, 0, 0))
+    assert all(p.pair is None and p.wrong == () for p in compressor(teacher).prepare(requests, 0, StepLog(0)))
     assert teacher.calls == []
 
 
@@ -248,9 +255,9 @@ def test_pairs_do_not_depend_on_the_other_requests() -> None:
     def answer(text: str) -> str | None:
         return f"<summary>{text}</summary>" if int(text.split()[1][1:]) % 3 else None
 
-    together = compressor(ScriptedTeacher(answer)).prepare(requests(), 3, 4)
-    backwards = compressor(ScriptedTeacher(answer)).prepare(requests()[::-1], 3, 4)[::-1]
-    alone = [compressor(ScriptedTeacher(answer)).prepare([request], 3, 4)[0] for request in requests()]
+    together = compressor(ScriptedTeacher(answer)).prepare(requests(), 3, StepLog(4))
+    backwards = compressor(ScriptedTeacher(answer)).prepare(requests()[::-1], 3, StepLog(4))[::-1]
+    alone = [compressor(ScriptedTeacher(answer)).prepare([request], 3, StepLog(4))[0] for request in requests()]
     assert together == backwards == alone
 
 

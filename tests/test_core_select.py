@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.reformulate import BinaryCandidateQuestion, Candidate, Material, NegativeCandidateQuestion, Reformulation
-from zppo.core.select import fill_slots, hard_groups, share_of
+from zppo.core.select import hard_groups, next_wave, share_of
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Group, Message, Prompt, Question, Rollout
 
 Ties = Literal["random", "batch"]
@@ -128,8 +128,25 @@ def algorithm_1(world: World, choice: Choice) -> tuple[list[Draft], list[int]]:
     return instances, asked
 
 
+def fill_slots(
+    kept: Sequence[Any],
+    cap: int,
+    build: Callable[[Sequence[Any]], Sequence[Sequence[Any]]],
+    per_question: int,
+    lazy: bool = True,
+) -> list[Any]:
+    """The loop that `Reformulator` runs: waves of the pre-cap until the slots are full, then the post-cap."""
+    built: list[Any] = []
+    kept = kept[:cap]
+    while kept and (size := next_wave(cap - len(built), per_question, lazy=lazy)) != 0:
+        wave, kept = kept[:size], kept[size:] if size else ()
+        for prompts in build(wave):
+            built += prompts
+    return built[:cap]
+
+
 def ours(world: World, choice: Choice, lazy: bool) -> tuple[list[Draft], list[str]]:
-    """The same through `hard_groups`, `share_of` and `fill_slots`."""
+    """The same through `hard_groups`, `share_of` and `next_wave`."""
     places = {id(g): i for i, g in enumerate(world.groups)}
     asked: list[str] = []
 

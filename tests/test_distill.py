@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from zppo.core.loss import jensen_shannon
-from zppo.engines.logprobs import Row
-from zppo.train.distillation import completion_logits
+from zppo.core.types import Row
+from zppo.engines.logprobs import ForwardPass
 
 
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 20), tokens=st.integers(1, 6))
@@ -51,7 +51,7 @@ def test_completion_logits_are_those_of_each_row_alone(tiny_qwen3_dir: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
     rows = [Row((5, 6, 7), (8, 9)), Row((10,), (11, 12, 13, 14)), Row((5, 6, 7, 8, 9), (20,))]
     with torch.no_grad():
-        together = completion_logits(model, rows, pad_id=0)
+        together = ForwardPass(model).logits(rows)
         alone = [
             model(torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits[0, len(row.prompt_ids) - 1 : -1]
             for row in rows

@@ -365,12 +365,12 @@ def test_completions_are_handed_over_as_they_end(limits: dict[str, int]) -> None
     steps, given = [0], {}
     model.register_forward_pre_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
 
-    def finished(request: int, key: int, completion: Completion) -> None:
+    for request, key, completion in engine(model, **limits).stream(asked, Sampling(max_new_tokens=20)):
         assert (request, key) not in given
         given[request, key] = (steps[0], completion)
-
-    done = engine(model, **limits).sample(asked, Sampling(max_new_tokens=20), finished)
-    assert {place: c for place, (_, c) in given.items()} == {
-        (i, j): completion for i, row in enumerate(done) for j, completion in enumerate(row)
-    }
     assert sum(at < steps[0] for at, _ in given.values()) > len(given) / 2
+    done = engine(model, **limits).sample(asked, Sampling(max_new_tokens=20))
+    for i, row in enumerate(done):
+        for j, completion in enumerate(row):
+            assert torch.equal(given.pop((i, j))[1].ids, completion.ids)
+    assert not given

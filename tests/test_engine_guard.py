@@ -20,12 +20,13 @@ from zppo.core.types import Prompt, Question
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.logprobs import ForwardPass
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
 from zppo.models.student import load_chat
-from zppo.train.build import make_engine_check
+from zppo.train.build import make_engine_check, make_forward
 from zppo.train.engine_checks import EngineCheck, _Gap
-from zppo.train.health_checks import EVERY, WATCHES, HealthChecks, TimedScore
+from zppo.train.health_checks import EVERY, WATCHES, HealthChecks
 
 PROMPT = tuple(range(10, 40))
 
@@ -53,23 +54,16 @@ def model(tiny_qwen3_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
 
 
-def guard(engine: Engine, model: PreTrainedModel, **more: Any) -> EngineCheck:
-    fields: dict[str, Any] = {
-        "temperature": 1.0,
-        "banned_ids": (),
-        "pad_id": 0,
-        "tolerance": 1e-3,
-        "every": 1,
-        "seed": 0,
-    }
-    return EngineCheck(engine, model, PROMPT, **{**fields, **more})
+def guard(engine: Engine, model: PreTrainedModel, tolerance: float = 1e-3, every: int = 1, **more: Any) -> EngineCheck:
+    weights = more.pop("weights", None)
+    prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)
+    forward = ForwardPass(model, **more)
+    return EngineCheck(engine, forward, prompt, tolerance=tolerance, every=every, seed=0, weights=weights)
 
 
 def look(watching: EngineCheck, step: int) -> dict[str, float]:
     """After a change of weights."""
-    watching.stale = True
-    watching.refresh(step)
-    return watching.found
+    return watching.refresh(step)
 
 
 def nudge(model: PreTrainedModel, by: float) -> None:
@@ -148,12 +142,9 @@ def test_weights_that_stay_are_looked_at_once(model: PreTrainedModel) -> None:
     """A step after an evaluation finds the engine ready, and its numbers are those of an uninterrupted run."""
     engine = Recorded(model)
     watching = guard(engine, model, every=2)
-    watching.refresh(0)
-    found = watching.found
-    watching.refresh(1)
-    assert watching.found == {}
-    watching.refresh(2)
-    assert watching.found == found and engine.syncs == len(engine.calls) == 1
+    found = watching.refresh(2)
+    assert found and watching.refresh(2) == found and engine.syncs == len(engine.calls) == 1
+    assert watching.refresh(3) == {} and engine.syncs == 2
 
 
 def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel) -> None:
@@ -169,28 +160,29 @@ def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel)
 
     inside: list[str] = []
 
-    @contextmanager
-    def whole() -> Iterator[None]:
-        inside.append("in")
-        yield
-        inside.append("out")
+    class Weights(ReplicatedWeights):
+        @contextmanager
+        def whole(self) -> Iterator[None]:
+            inside.append("in")
+            yield
+            inside.append("out")
 
-    well = guard(Recorded(model), model, processes=Others(_Gap(2e-4, 7e-4)), whole=whole)
+    well = guard(Recorded(model), model, weights=Weights(Others(_Gap(2e-4, 7e-4))))
     assert look(well, 0) == {"engine_gap_mean": 2e-4, "engine_gap_max": 7e-4}
     assert inside == ["in", "out"] * 2  # the sync, the look
     with pytest.raises(EngineError, match="rank 1 is stale"):
-        look(guard(Recorded(model), model, processes=Others("rank 1 is stale")), 0)
+        look(guard(Recorded(model), model, weights=Weights(Others("rank 1 is stale"))), 0)
     with pytest.raises(EngineError, match="after step 2"):
-        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, processes=Others(_Gap(0.0, 0.0))), 2)
+        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, weights=Weights(Others(_Gap(0.0, 0.0)))), 2)
 
 
 def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe: Path) -> None:
     def made(engine: Engine, precision: str, *overrides: str) -> EngineCheck:
         settings = load_recipe(recipe, overrides)
-        chat = load_chat(settings.student)
+        forward = make_forward(settings, model, load_chat(settings.student))
         prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)
         return make_engine_check(
-            settings, engine, model, prompt, chat, SimpleNamespace(mixed_precision=precision), ReplicatedWeights()
+            settings, engine, forward, prompt, SimpleNamespace(mixed_precision=precision), ReplicatedWeights()
         )  # type: ignore[arg-type]
 
     ours = TransformersEngine(model, [2], 0)
@@ -268,14 +260,6 @@ def test_a_run_that_fails_says_why_and_a_healthy_one_is_quiet(
         said = " ".join(capsys.readouterr().out.split())
         assert [text in said for text in warnings] == [run == "failing"] * 3
         assert ("step 1: " in said) == (run == "failing")
-
-
-def test_grading_is_timed_and_taken_once() -> None:
-    score = TimedScore(lambda answered: [None] * len(answered))  # type: ignore[misc]
-    score([None] * 3)  # type: ignore[list-item]
-    score([None] * 4)  # type: ignore[list-item]
-    answers, seconds = score.take()
-    assert answers == 7 and seconds >= 0 and score.take() == (0, 0.0)
 
 
 @pytest.mark.slow

@@ -123,10 +123,9 @@ def test_a_checkpoint_holds_references_and_looks_behind_them_when_it_is_resumed(
 
 def test_a_stopped_step_finds_its_images_where_they_are_now(tmp_path: Path) -> None:
     collected_step().write(tmp_path)
-    found = MidStep.read(tmp_path, {"00": "/new/a.png", "11": "/new/b.png"})
+    found = MidStep.read(tmp_path, 4, {"00": "/new/a.png", "11": "/new/b.png"})
     assert found is not None
-    groups = [*found.collected.plain, *found.collected.again]
-    prompts = [*(g.prompt for g in groups), *found.collected.zone.prompts]
+    prompts = [g.prompt for g in (*found.rollouts.plain, *found.rollouts.reformulated)]
     assert {p.images for p in prompts} == {p.question.images for p in prompts} == {(ImageRef("/new/a.png", "00"),)}
 
 

@@ -16,20 +16,23 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel
 
 from seeing import KINDS, PIXELS, make_picture, make_seeing
-from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
+from test_update import make_settings, update
+from zppo.config.settings import LossSettings
+from zppo.core.advantages import step_advantages
 from zppo.core.loss import clipped_surrogate
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
 from zppo.engines.loading import load_network, reads_images
-from zppo.engines.logprobs import Row, completion_logprobs
+from zppo.engines.logprobs import ForwardPass, Row, completion_logprobs
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError
 from zppo.images import features as vision
 from zppo.images.features import plain_inputs
 from zppo.images.store import PixelLimits
-from zppo.train.policy_gradient import Updater, advantages_of
+from zppo.train.learner import OptimizerStep
+from zppo.train.policy_gradient import PolicyGradient, make_budget
 
 
 class Eyes(NamedTuple):
@@ -228,7 +231,7 @@ def test_gradients_equal_the_plain_computation(kind: str, eyes: Callable[[str], 
     all rows, each computed alone by the library's own code; the vision tower's too."""
     own = eyes(kind)
     groups = groups_of(own, [[1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0]])
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     loss, values = LossSettings(), iter(advantages.tolist())
     model = own.model.requires_grad_(True)
     model.zero_grad()
@@ -257,31 +260,24 @@ def test_gradients_equal_the_plain_computation(kind: str, eyes: Callable[[str], 
 
 def updated_gradients(own: Eyes, groups: list[Group], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the updater's one optimizer step would have used."""
-    train = TrainSettings(minibatches=1, max_grad_norm=1e9, tokens_per_microbatch=200)
+    settings = make_settings(train={"minibatches": 1, "max_grad_norm": 1e9, "tokens_per_microbatch": 200})
     optimizer = torch.optim.AdamW(own.model.parameters())
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(own.model, optimizer)
-    updater = Updater(
-        prepared,
-        optimizer,
-        accelerator,
-        train=train,
-        loss=LossSettings(),
-        seed=0,
-        temperature=1.0,
-        banned_ids=tuple(own.banned()),
-        pad_id=own.chat.pad_id(own.model),
-        sampler_is_exact=True,
-        image_processor=own.chat.image_processor,
+    forward = ForwardPass(
+        prepared, own.chat.pad_id(own.model), banned_ids=tuple(own.banned()), image_processor=own.chat.image_processor
     )
+    step_of = OptimizerStep(prepared, optimizer, accelerator, settings.train.max_grad_norm)
+    budget = make_budget(settings.train, sharded=False)
+    learner = PolicyGradient(settings, forward, step_of, budget, sampler_is_exact=True)
     gradients: dict[str, torch.Tensor] = {}
 
     def step(*_: Any) -> None:
         gradients.update({n: p.grad.clone() for n, p in own.model.named_parameters() if p.grad is not None})
 
-    updater.guard.optimizer.step = step  # type: ignore[assignment]
-    updater.update(groups, advantages, step=1)
+    step_of.optimizer.step = step  # type: ignore[assignment]
+    update(learner, groups, advantages, 1)
     return gradients
 
 

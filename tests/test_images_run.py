@@ -28,8 +28,9 @@ from zppo.images import processor as sight_module
 from zppo.images.store import open_image
 from zppo.rollout.questions import read_data
 from zppo.runs import checkpoint
+from zppo.step_log import StepLog
 from zppo.train.mid_step import StepRollouts
-from zppo.train.policy_gradient import Updater
+from zppo.train.policy_gradient import PolicyGradient
 from zppo.train.trainer import Trainer
 
 Zppo = Callable[..., tuple[int, str]]
@@ -80,22 +81,22 @@ def test_a_run_decodes_every_picture_once_a_step_and_goes_on_where_it_was_stoppe
     zppo: Zppo, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, run, opened, steps = tmp_path / "whole", tmp_path / "run", list[str](), list[tuple[list[str], set[str]]]()
-    step, collect = Trainer.step, Trainer._collect
+    step, update = Trainer.step, Trainer.update
 
-    def counted(self: Trainer, number: int) -> None:
+    def counted(self: Trainer, number: int) -> StepLog:
         opened.clear()
-        step(self, number)
+        log = step(self, number)
         steps[-1][0].extend(opened)
+        return log
 
-    def collected(self: Trainer, number: int) -> StepRollouts:
-        found = collect(self, number)
+    def collected(self: Trainer, found: StepRollouts, log: StepLog, *partial: Any) -> StepLog:
         steps.append(([], {image.sha256 for group in found.plain for image in group.question.images}))
-        return found
+        return update(self, found, log, *partial)
 
     with monkeypatch.context() as patch:
         patch.setattr(sight_module, "open_image", lambda ref: opened.append(ref.sha256) or open_image(ref))  # type: ignore[func-returns-value]
         patch.setattr(Trainer, "step", counted)
-        patch.setattr(Trainer, "_collect", collected)
+        patch.setattr(Trainer, "update", collected)
         assert zppo("train", recipe, f"--output={whole}")[0] == 0
     for (
         decoded,
@@ -109,7 +110,7 @@ def test_a_run_decodes_every_picture_once_a_step_and_goes_on_where_it_was_stoppe
     )
 
     with monkeypatch.context() as patch:
-        nth_call_raises(patch, Updater, "_backward", 7)  # one micro-batch per update, four updates a step
+        nth_call_raises(patch, PolicyGradient, "_backward", 7)  # one micro-batch per update, four updates a step
         assert zppo("train", recipe, f"--output={run}")[0] == 2
     (stopped,) = [path for path in checkpoint.existing(run) if "+" in path.name]
     told = (stopped / "halfway.json").read_text(encoding="utf-8")

@@ -155,7 +155,7 @@ def test_images_are_decoded_once_for_all_who_see_alike(folder: Path, monkeypatch
     chats = [Chat.load(str(folder / kind), images=LIMITS, cache=cache) for kind in ("qwen3_vl", "qwen3_5", "smolvlm")]
     seen = [chat.image_processor.pixels(ref) for chat in chats if chat.image_processor is not None]
     assert seen[0] is seen[1] and seen[1] is not seen[2] and len(opened) == 2
-    chats[0].new_step()
+    chats[0].forget_images()
     assert chats[1].image_processor is not None and chats[1].image_processor.pixels(ref) is not seen[0]
     other = Chat.load(str(folder / "qwen3_vl"), images=PixelLimits(300, 4000), cache=cache).image_processor
     assert other is not None and chats[0].image_processor is not None and not chats[0].image_processor.same_as(other)

@@ -27,6 +27,7 @@ from zppo.lab.corpus import CONTROL, Document, Response, StudentCorpus, TeacherC
 from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.rollout.student import PromptRenderer
+from zppo.step_log import StepLog
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor, Source, accept, token_tail
 
@@ -170,7 +171,7 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
         sources = [Source(text, extract_boxed(text), i) for i, text in enumerate(texts)]
         candidates = tuple(
             Candidate(summary or "", source.answer, source.index)
-            for source, summary in zip(sources, compressor.compress(sources, 0, 1), strict=True)
+            for source, summary in zip(sources, compressor.compress(sources, 0, StepLog(1)), strict=True)
         )
         answers = distinct_answers(((s.answer, normalise(s.answer or "")) for s in sources), normalise(question.gold))
         pair = (candidates[0], candidates[-1])
@@ -187,7 +188,9 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
 class _Copier:
     """A teacher that compresses as the lab's teacher is taught to: it reads the response block and writes its words without think tags."""
 
-    def complete(self, requests: list[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+    def complete(
+        self, requests: list[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+    ) -> list[TeacherReply]:
         replies = []
         for request in requests:
             inside = re.search(r"<response>(.*)</response>", request.messages[-1].content, re.DOTALL)

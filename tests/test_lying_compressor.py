@@ -15,6 +15,7 @@ from zppo.core.types import Draft, Message, Question
 from zppo.grading import extract_boxed
 from zppo.prompts import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.step_log import StepLog
 from zppo.teacher.compression import Compressor, PairRequest, Prepared
 
 BOOK = PromptBook(neutralise=Neutraliser({"<|im_start|>", "<|im_end|>"}))
@@ -64,7 +65,7 @@ def prepare(right: Liar, wrong: Liar) -> Prepared:
     teacher = ScriptedTeacher(lambda text: (right if "right" in text else wrong)(text))
     compressor = Compressor(teacher, BOOK, HOW, last_words(512))
     request = PairRequest("q", positives, negatives, negatives, want_pair=True, want_wrong=True)
-    (prepared,) = compressor.prepare([request], 0, 0)
+    (prepared,) = compressor.prepare([request], 0, StepLog(0))
     return prepared
 
 
@@ -123,5 +124,6 @@ def test_an_echo_is_no_summary_of_a_completion_without_an_answer() -> None:
         lambda text: f"<summary>{FIRST_RULES}</summary>",
     ):
         compressor = Compressor(ScriptedTeacher(echo), BOOK, HOW, last_words(512))
-        assert compressor.compress([silent], 0, 0) == [None]
-        assert compressor.counts.failed == 1
+        log = StepLog(0)
+        assert compressor.compress([silent], 0, log) == [None]
+        assert log.counts["compression_failed"] == 1

@@ -26,13 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from test_engine import engine, flat, requests, tiny
-from test_update import Recorder, load, make_groups, make_updater
+from test_update import Recorder, load, make_groups, make_updater, update
 from zppo.cli import main
-from zppo.config.settings import AdvantageSettings, LoraSettings, TrainSettings
+from zppo.config.settings import LoraSettings, TrainSettings
+from zppo.core.advantages import step_advantages
 from zppo.distributed.parallel import keep_logits_small
-from zppo.engines.base import Sampling
-from zppo.engines.logprobs import Pack, completion_logprobs
-from zppo.engines.memory import out_of_memory
+from zppo.engines.base import Sampling, in_order
+from zppo.engines.logprobs import ForwardPass, completion_logprobs
+from zppo.engines.memory import TokenBudget, out_of_memory
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
 from zppo.models import optimizer as optimizer_module
@@ -40,10 +41,8 @@ from zppo.models.lora import add_adapters
 from zppo.models.optimizer import make_optimizer
 from zppo.models.student import load_model, recompute_layers
 from zppo.runs import checkpoint
-from zppo.train import distillation as distill
-from zppo.train import policy_gradient as update
-from zppo.train.optimizer_step import TokenBudget, make_budget
-from zppo.train.policy_gradient import UpdateStopped, advantages_of
+from zppo.train.learner import UpdateStopped
+from zppo.train.policy_gradient import make_budget
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +117,9 @@ def test_sampling_halves_its_rows_and_changes_nothing(kind: str) -> None:
     sampler = engine(model, say=said.append)
     with small_device(model, 450) as sizes:
         given: list[tuple[int, int]] = []
-        done = sampler.sample(asked, how, lambda request, key, _: given.append((request, key)))
+        ended = list(sampler.stream(asked, how))
+        given += [(request, key) for request, key, _ in ended]
+        done = in_order(asked, ended)
         assert sorted(given) == [(i, j) for i in range(5) for j in range(4)], "what had ended is not decoded again"
         assert sum(size > 450 for size in sizes) == 2
         assert flat(done) == flat(whole)
@@ -181,16 +182,16 @@ def test_an_update_that_runs_out_of_memory_halves_its_micro_batches_and_changes_
 ) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     plain = make_updater(copy.deepcopy(model), minibatches=2, sampler=sampler)
     expected = Recorder(plain)
-    wanted = plain.update(groups, advantages, step=1)
+    wanted = update(plain, groups, advantages, step=1)
     tried = runs_out(model, 40, where)
     updater = make_updater(model, minibatches=2, sampler=sampler, tokens_per_microbatch="auto")
     said: list[str] = []
     updater.budget.say = said.append
     recorder = Recorder(updater)
-    metrics = updater.update(groups, advantages, step=1)
+    metrics = update(updater, groups, advantages, step=1)
     assert max(tried) > 40 and tried[-1] <= 40
     assert len(recorder.gradients) == len(expected.gradients) == 2
     for ours, theirs in zip(recorder.gradients, expected.gradients, strict=True):
@@ -201,7 +202,7 @@ def test_an_update_that_runs_out_of_memory_halves_its_micro_batches_and_changes_
         assert metrics[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
     assert metrics["tokens_per_microbatch"] == updater.budget.tokens <= 40
     assert said and "micro-batches hold" in said[0]
-    other = TokenBudget("auto")
+    other = TokenBudget(16_384, adaptive=True)
     other.load_state_dict(json.loads(json.dumps(updater.budget.state_dict())))
     assert other.tokens == updater.budget.tokens
 
@@ -210,7 +211,7 @@ def test_an_attempt_that_fails_in_its_middle_leaves_nothing(tiny_qwen3_dir: Path
     """Two micro-batches succeed and the third one does not, once: gradients and counts are those of a run without it."""
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     results = []
     for fails in (False, True):
         updater = make_updater(copy.deepcopy(model), minibatches=1, tokens_per_microbatch="auto")
@@ -222,9 +223,9 @@ def test_an_attempt_that_fails_in_its_middle_leaves_nothing(tiny_qwen3_dir: Path
             if fails and len(calls) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        updater.model.model.layers[0].register_forward_pre_hook(hook)
+        updater.optimizer.model.model.layers[0].register_forward_pre_hook(hook)
         recorder = Recorder(updater)
-        results.append((recorder.gradients, updater.update(groups, advantages, step=1), updater.budget.tokens))
+        results.append((recorder.gradients, update(updater, groups, advantages, step=1), updater.budget.tokens))
     (expected, wanted, _), (gradients, metrics, tokens) = results
     assert tokens <= 30 and metrics["train_tokens_needed"] == wanted["train_tokens_needed"]
     assert metrics["clip_low_share"] == wanted["clip_low_share"]
@@ -245,15 +246,15 @@ def test_a_failed_backward_leaves_gradients_behind_that_an_attempt_must_not_keep
 def test_a_fixed_budget_and_a_single_row_are_errors_that_say_the_mend(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     runs_out(model, 0, "forward")
     with pytest.raises(UpdateStopped) as stopped:
-        make_updater(model).update(groups, advantages, step=1)
+        update(make_updater(model), groups, advantages, step=1)
     assert "set train.tokens_per_microbatch to auto or to less than 16,384" in str(stopped.value.cause)
     with pytest.raises(UpdateStopped) as stopped:
-        make_updater(model, tokens_per_microbatch="auto").update(groups, advantages, step=1)
+        update(make_updater(model, tokens_per_microbatch="auto"), groups, advantages, step=1)
     assert re.search("with a single row of .* lower rollout.max_new_tokens", str(stopped.value.cause))
-    assert TokenBudget(100).state_dict() == {} and TokenBudget("auto").tokens == 16_384
+    assert TokenBudget(100).state_dict() == {}
 
 
 def test_sharded_weights_need_a_number() -> None:
@@ -263,11 +264,10 @@ def test_sharded_weights_need_a_number() -> None:
 
 
 def test_other_errors_pass() -> None:
-    def work(_: list[list[int]]) -> None:
-        raise RuntimeError("shapes")
-
+    budget = TokenBudget(100, adaptive=True)
     with pytest.raises(RuntimeError, match="shapes"):
-        TokenBudget("auto").run([3], work)
+        budget.shrink(RuntimeError("shapes"), budget.split([3]), 3)
+    assert budget.tokens == 100
 
 
 LIMIT = 345  # padded tokens of a pass, between one row's and those of the run's larger micro-batches
@@ -281,21 +281,20 @@ def test_a_run_finds_its_budget_once_and_keeps_it_in_its_checkpoints(
     tried: list[int] = []
 
     def limited(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(model: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
-            tried.append(len(rows) * max(sum(len(part) for part in flat(row)) for row in rows))
+        def forward(of: ForwardPass, rows: Any, packs: Any = None) -> Any:
+            packs = packs or [[i] for i in range(len(rows))]
+            width = max(
+                len(rows[pack[0]].prompt_ids) + sum(len(rows[i].completion_ids) for i in pack) for pack in packs
+            )
+            tried.append(len(packs) * width)
             if tried[-1] > LIMIT:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return inner(model, rows, *args, **kwargs)
+            return inner(of, rows, packs) if inner.__name__ == "shared_logprobs" else inner(of, rows)
 
         return forward
 
-    def flat(row: Any) -> list[Any]:
-        """A row's prompt and completion, or a pack's prompt and completions."""
-        return [row[0], *(row[1] if isinstance(row, Pack) else [row[1]])]
-
-    monkeypatch.setattr(update, "completion_logprobs", limited(update.completion_logprobs))
-    monkeypatch.setattr(update, "shared_logprobs", limited(update.shared_logprobs))
-    monkeypatch.setattr(distill, "completion_logits", limited(distill.completion_logits))
+    for name in ("logprobs", "shared_logprobs", "logits"):
+        monkeypatch.setattr(ForwardPass, name, limited(getattr(ForwardPass, name)))
     run = tmp_path / "run"
     command = [f"--output={run}", f"--method={method}", "--train.tokens_per_microbatch=auto", "--data.eval=null"]
     assert main(["train", str(recipe), *command, "--train.steps=3", "--train.minibatches=2"]) == 0

@@ -63,6 +63,12 @@ def make() -> Iterator[Any]:
         teacher_.close()
 
 
+def take_service(teacher: RemoteTeacher) -> Service:
+    """What serving took since the last call of this."""
+    taken, teacher.servers.service = teacher.servers.service, Service()
+    return taken
+
+
 def ask(text: str = "hello", *keys: int) -> TeacherRequest:
     return TeacherRequest((Message("user", text),), keys or (1,))
 
@@ -97,8 +103,8 @@ def test_replies_in_order_several_choices_in_one_request_and_only_the_content(se
     assert sorted(request["n"] for request in server.log) == [1, 3]
     assert teacher.complete([], HOW) == []
     assert teacher.complete([ask("one", 1, 2, 3)], HOW)[0] == replies[0]
-    assert teacher.take_service() == Service(requests=3)
-    assert teacher.take_service() == Service()
+    assert take_service(teacher) == Service(requests=3)
+    assert take_service(teacher) == Service()
 
 
 def test_what_is_sent(server: Server, make: Any) -> None:
@@ -165,7 +171,7 @@ def test_missing_choices_are_asked_for_again(server: Server, make: Any) -> None:
     (reply,) = teacher.complete([ask("x", 1, 2, 3)], HOW)
     assert reply.texts == (words("x", 1, 2, 3), words("x", 1, 2, 3), words("x", 3))
     assert [request["n"] for request in server.log] == [3, 1, 1]
-    service = teacher.take_service()
+    service = take_service(teacher)
     assert (service.short, service.retries, service.given_up) == (2, 2, 0)
 
 
@@ -176,7 +182,7 @@ def test_choices_that_never_come_are_none(server: Server, make: Any) -> None:
     assert reply.texts == (None, None)
     assert "fewer choices" in reply.error
     assert len(server.log) == 1 + 2 * 2
-    assert teacher.take_service().given_up == 2
+    assert take_service(teacher).given_up == 2
 
 
 def test_more_choices_than_asked_for_are_cut(server: Server, make: Any) -> None:
@@ -233,7 +239,7 @@ def test_replies_that_are_none_are_retried(server: Server, make: Any, kind: str)
     teacher = make(server)
     server.control(*[{"kind": kind}] * 2)
     assert right(teacher.complete(many(2), HOW))
-    assert teacher.take_service().retries == 2
+    assert take_service(teacher).retries == 2
 
 
 @pytest.mark.parametrize("fault", [{"kind": "big", "bytes": 2_000_000}, {"kind": "flood"}, {"kind": "gzip"}])
@@ -243,7 +249,7 @@ def test_huge_replies_are_cut_off_and_counted(server: Server, make: Any, fault: 
     replies = teacher.complete([ask("x"), ask("y")], HOW)
     assert sorted(r.texts == (None,) for r in replies) == [False, True]
     assert any("longer than" in r.error for r in replies)
-    assert teacher.take_service().oversized == 1
+    assert take_service(teacher).oversized == 1
     assert server.flooded < 20_000_000  # what sockets hold, not a billion
 
 
@@ -270,7 +276,7 @@ def test_killed_and_restarted_every_request_recovers(server: Server, make: Any) 
     server.start()
     work.join(timeout=120)
     assert right(replies) and len(replies) == 40
-    service = teacher.take_service()
+    service = take_service(teacher)
     assert service.retries >= 8 and service.given_up == 0 and 0 < service.waited_seconds < 60
 
 
@@ -285,7 +291,7 @@ def test_a_server_that_never_ends_its_reply_is_given_up_in_time(
     assert all(r.texts == (None, None) and r.error for r in replies)
     assert "no whole reply within 1 s" in replies[0].error
     assert len(server.log) <= 64 + 64  # those that wait in line are not even tried
-    assert teacher.take_service().given_up == 100
+    assert take_service(teacher).given_up == 100
     server.control()
     assert right(teacher.complete(many(3), HOW))
 
@@ -301,7 +307,7 @@ def test_a_storm_passes(server: Server, make: Any, status: int) -> None:
     teacher = make(server, concurrency=4)
     server.control(*[{"kind": "status", "status": status}] * 6)
     assert right(teacher.complete(many(8), HOW))
-    service = teacher.take_service()
+    service = take_service(teacher)
     assert (service.retries, service.requests, service.given_up) == (6, 14, 0)
 
 
@@ -327,9 +333,9 @@ def test_an_address_that_is_open_before_the_time_it_gave_is_used(server: Server,
     teacher = make(server, retry_for=2.0)
     server.control({"kind": "status", "status": 503, "headers": {"Retry-After": "86400"}})
     assert right(teacher.complete(many(1), HOW))
-    teacher.take_service()
+    take_service(teacher)
     assert right(teacher.complete(many(3), HOW))
-    assert teacher.take_service() == Service(requests=3)
+    assert take_service(teacher) == Service(requests=3)
 
 
 def test_a_long_silence_is_said_once_and_so_is_its_end(
@@ -356,7 +362,7 @@ def test_refusals_are_not_retried_and_give_the_reason(server: Server, make: Any,
     assert f"status {status}: bad [31m thing [key] yyy" in reply.error
     assert len(reply.error) < 500 and reply.error.isprintable()
     assert len(server.log) == 1
-    assert teacher.take_service().given_up == 1
+    assert take_service(teacher).given_up == 1
 
 
 def test_a_request_that_breaks_the_server_is_given_up_when_others_are_served(server: Server, make: Any) -> None:
@@ -378,7 +384,7 @@ def test_a_dead_teacher_costs_its_patience_once_and_is_used_again_when_it_is_bac
     replies = teacher.complete(many(300), HOW)
     assert all("unreachable for" in r.error for r in replies)
     assert teacher.servers.service.waited_seconds == waited  # a teacher that is down is not waited for a second time
-    assert teacher.take_service().given_up == 600
+    assert take_service(teacher).given_up == 600
     server.start()
     assert right(teacher.complete(many(20), HOW))
 
@@ -420,7 +426,7 @@ def test_two_addresses_share_the_load_and_one_stands_in_for_the_other(server: Se
     assert abs(len(server.log) - len(other.log)) <= 4
     other.kill()
     assert right(teacher.complete(many(20), HOW))
-    assert teacher.take_service().given_up == 0
+    assert take_service(teacher).given_up == 0
     other.start()
     other.control()
     end = time.monotonic() + 60

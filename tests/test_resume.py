@@ -27,21 +27,21 @@ from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError, Interrupted, StorageError
 from zppo.models.student import load_model
-from zppo.rollout.reformulated import Reformulated
 from zppo.runs import checkpoint
 from zppo.runs.files import MANIFEST, make_manifest, write_whole
 from zppo.runs.log import RunLog
 from zppo.runs.signals import Stop, catch_signals
+from zppo.step_log import StepLog
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
+from zppo.train.learner import PartialUpdate, UpdateCounts
 from zppo.train.mid_step import MidStep, StepRollouts
-from zppo.train.policy_gradient import PartialUpdate, UpdateCounts
 from zppo.train.provenance import changes_since, origin_of
 
 UPDATE = "torch.optim:AdamW.step"
 SAMPLE = "zppo.rollout.student:StudentSampler.roll"
 MANIFEST_MADE = "zppo.runs.checkpoint:make_manifest"
-FINAL_MADE = "zppo.train.run:save_final"
+FINAL_MADE = "zppo.train.finish:save_final"
 SEED = 20
 SHORT = [
     "--rollout.max_new_tokens=6",
@@ -115,9 +115,9 @@ PLACES = [
     ("a checkpoint's files", "zppo.runs.checkpoint:sync", 3),
     ("old checkpoints go", "shutil:rmtree", 2),
     ("rewinding", "zppo.runs.log:write_whole", 2),
-    ("final", "zppo.train.run:sync", 2),
-    ("final's evaluation", "zppo.train.run:evaluate", 1),
-    ("final's card", "zppo.train.run:finish_final", 1),
+    ("final", "zppo.train.finish:sync", 2),
+    ("final's evaluation", "zppo.train.finish:evaluate", 1),
+    ("final's card", "zppo.train.finish:finish_final", 1),
 ]
 
 
@@ -143,12 +143,12 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert run.go(at=UPDATE, nth=3, do="int") == 130  # the last update of step 1 and two of step 2
     assert "resumed after step 0 of 5 and 3 updates of the next" in run.said
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
-    assert run.go(at="zppo.train.policy_gradient:advantages_of", do="term") == 143  # nothing moved: it is saved already
+    assert run.go(at="zppo.train.policy_gradient:step_advantages", do="term") == 143  # nothing moved: it is saved already
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
     assert run.go(at=MANIFEST_MADE, do="term") == 143  # the checkpoint of step 2 is finished first
     assert run.checkpoints() == ["step-000001+2", "step-000002"]
     assert (
-        run.go(at="zppo.train.policy_gradient:advantages_of", do="int") == 130
+        run.go(at="zppo.train.policy_gradient:step_advantages", do="int") == 130
     )  # step 3 is sampled, and no update is done
     assert run.checkpoints() == ["step-000002", "step-000002+0"]
     assert run.go(at="zppo.train.trainer:evaluate", do="term") == 143  # after step 4, before its checkpoint
@@ -165,7 +165,7 @@ def test_adapters_are_stopped_and_killed_like_all_weights(run: Run, tmp_path: Pa
     assert run.victims.run("train", run.recipe, *SHORT, *lora, f"--output={whole}", run=whole) == 0, run.said
     assert run.victims.run(*run.start, *lora, run=run.folder, at=UPDATE, nth=6, do="term") == 143
     assert run.checkpoints() == ["step-000001+2"]
-    assert run.go(at="zppo.train.run:write_model_card") == -signal.SIGKILL  # they are merged into the weights by then
+    assert run.go(at="zppo.train.finish:write_model_card") == -signal.SIGKILL  # they are merged into the weights by then
     assert run.go() == 0, run.said
     assert records(whole) == records(run.folder)
     names = [p.relative_to(whole) for p in (whole / "final").rglob("*.safetensors")]
@@ -185,7 +185,7 @@ WRITERS = [
     ("checkpoints/step-000002", "zppo.runs.checkpoint:save", 1),
     ("checkpoints/step-000004", "torch:save", 2),
     ("final.partial", FINAL_MADE, 1),
-    ("README.md", "zppo.train.run:write_model_card", 1),
+    ("README.md", "zppo.train.finish:write_model_card", 1),
 ]
 
 
@@ -528,32 +528,33 @@ def collected_step() -> MidStep:
         ]
         return RolloutGroup(prompt, tuple(rollouts))
 
-    plain, again = [group("plain", (), 1, 2)], [group("bcq", (7, 8), 3, 4)]
-    zone = Reformulated(
-        [g.prompt for g in again],
-        {"q/1": (Source(odd, None, 2, 0.5, True),)},
-        {"asked": 1.0, "none": None},
-        "no answer",
-    )
-    begun = PartialUpdate(
+    plain, reformulated = [group("plain", (), 1, 2)], [group("bcq", (7, 8), 3, 4)]
+    responses = {"q/1": (Source(odd, None, 2, 0.5, True),)}
+    log = StepLog(4, {"asked": 1.0, "none": None}, errors={"teacher": "no answer"})
+    log.go_on({"step": 1.5, "sampling": 1.0})
+    partial = PartialUpdate(
         2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)]
     )
-    return MidStep(
-        StepRollouts(1, ("q/1",), plain, again, zone, {"judge_asked": 3.0}, {"step": 1.5, "sampling": 1.0}), begun
-    )
+    return MidStep(StepRollouts(1, ("q/1",), plain, reformulated, responses), log, partial)
 
 
 def test_a_stopped_step_comes_back_as_it_was(tmp_path: Path) -> None:
     before = collected_step()
     before.write(tmp_path)
-    after = MidStep.read(tmp_path)
-    assert after is not None and plain_form(after) == plain_form(before)
-    assert MidStep.read(tmp_path / "nowhere") is None
+    after = MidStep.read(tmp_path, 4)
+    assert after is not None and after.log.elapsed()["step"] > 1.5
+    before.log._began = after.log._began
+    assert plain_form(after) == plain_form(before)
+    assert MidStep.read(tmp_path / "nowhere", 4) is None
     facts = json.loads((tmp_path / "halfway.json").read_text(encoding="utf-8"))
+    older = facts | {"zone_metrics": {"asked": 1.0}, "counts": {"none": None}}  # in two parts
+    (tmp_path / "halfway.json").write_text(json.dumps(older), encoding="utf-8")
+    read = MidStep.read(tmp_path, 4)
+    assert read is not None and read.log.counts == before.log.counts
     for harm in ({"done": None, "groups": []}, {"old": [1, -1, 10]}, {"tally": {"unknown": 1}}):
         (tmp_path / "halfway.json").write_text(json.dumps(facts | harm), encoding="utf-8")
         with pytest.raises(CheckpointError, match="cannot be used"):
-            MidStep.read(tmp_path)
+            MidStep.read(tmp_path, 4)
 
 
 def plain_form(value: Any) -> Any:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
 from test_zone import Words, score
 from zppo.core.types import Group, Message, Question
-from zppo.engines.base import Completion, Finished, SampleRequest, Sampling
+from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, in_order
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.student import Answered, PromptRenderer, Score, StudentSampler
+from zppo.step_log import StepLog
 
 QUESTIONS = [Question(f"q{i}", (Message("user", f"What is {i}?"),), str(i)) for i in range(3)]
 
 
 class Engine:
-    """Hands over all but the last completion of a request as they end; `between` is called after each."""
+    """Hands completions over as they end; `between` is called after all but the last three, which end together."""
 
     context = None
 
@@ -30,23 +31,16 @@ class Engine:
 
     def sync(self) -> None: ...
 
-    def sample(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
-    ) -> list[list[Completion]]:
-        made = [
-            [
-                Completion(torch.tensor([1 + i]), torch.zeros(1), truncated=False, entropy=0.0)
-                for i in range(len(r.keys))
-            ]
-            for r in requests
-        ]
-        for i, row in enumerate(made):
-            for j, completion in enumerate(row[:-1]):
-                if finished is not None:
-                    finished(i, j, completion)
-                self.count += 1
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        return in_order(requests, list(self.stream(requests, sampling)))
+
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
+        places = [(i, j) for j in range(len(requests[0].keys)) for i in range(len(requests))]
+        for i, j in places:
+            yield i, j, Completion(torch.tensor([1 + j]), torch.zeros(1), truncated=False, entropy=0.0)
+            self.count += 1
+            if self.count <= len(places) - 3:
                 self.between(self.count)
-        return made
 
 
 class Texts(Words):
@@ -56,8 +50,8 @@ class Texts(Words):
 
 def roll(engine: Engine, grade: Score, *, beside: bool) -> list[Group]:
     renderer = PromptRenderer(PromptBook(neutralise=Neutraliser()), Texts())  # type: ignore[arg-type]
-    sampler = StudentSampler(engine, renderer, grade, Sampling(max_new_tokens=4), 4, 0, beside=beside)
-    return sampler.roll([renderer.plain(q) for q in QUESTIONS], 1)
+    sampler = StudentSampler(engine, renderer, grade, Sampling(max_new_tokens=4), 4, 0, grades_while_sampling=beside)
+    return sampler.rollout([renderer.plain(q) for q in QUESTIONS], StepLog(1))
 
 
 def shown(groups: Sequence[Group]) -> list[tuple[str, list[tuple[str, bool]]]]:
@@ -71,11 +65,11 @@ def test_graded_beside_the_groups_are_the_same() -> None:
 def test_what_has_ended_while_a_call_went_on_is_graded_in_the_next_one() -> None:
     calls, begun, go_on = list[tuple[int, bool]](), threading.Event(), threading.Event()
 
-    def grade(answered: Sequence[Answered]) -> list[Verdict]:
+    def grade(answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         calls.append((len(answered), threading.current_thread() is threading.main_thread()))
         begun.set()
         assert go_on.wait(60)
-        return score(answered)
+        return score(answered, log)
 
     def between(count: int) -> None:
         assert begun.wait(60)
@@ -95,12 +89,12 @@ def test_an_error_in_grading_ends_the_sampling_with_its_cause(at: int) -> None:
     graded = [0]
     ended = threading.Event()
 
-    def broken(answered: Sequence[Answered]) -> list[Verdict]:
+    def broken(answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         graded[0] += len(answered)
         if graded[0] >= at:
             ended.set()
             raise ValueError("the grader is broken")
-        return score(answered)
+        return score(answered, log)
 
     def between(count: int) -> None:
         if at == 1 and count == 1:
@@ -115,11 +109,11 @@ def test_an_error_in_grading_ends_the_sampling_with_its_cause(at: int) -> None:
 def test_an_interruption_does_not_wait_for_the_grading() -> None:
     begun, go_on, graded = threading.Event(), threading.Event(), [0]
 
-    def slow(answered: Sequence[Answered]) -> list[Verdict]:
+    def slow(answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         begun.set()
         assert go_on.wait(60)
         graded[0] += len(answered)
-        return score(answered)
+        return score(answered, log)
 
     def between(count: int) -> None:
         assert begun.wait(60)

@@ -14,14 +14,16 @@ import torch
 from accelerate.state import AcceleratorState
 
 from same_run import assert_same_run, records
-from test_update import Recorder, load, make_groups, make_updater
+from test_update import Recorder, load, make_groups, make_updater, update
 from zppo.cli import main
-from zppo.config.settings import AdvantageSettings, TrainSettings
+from zppo.config.settings import TrainSettings
+from zppo.core.advantages import step_advantages
 from zppo.core.minibatch import deal_groups
 from zppo.core.types import Group
 from zppo.engines.transformers import TransformersEngine
 from zppo.train.engine_checks import Gap, SamplerCheck, make_check
-from zppo.train.policy_gradient import UpdateCounts, Updater, UpdateStopped, advantages_of
+from zppo.train.learner import UpdateCounts, UpdateStopped
+from zppo.train.policy_gradient import PolicyGradient
 
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0] * 4, [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
 
@@ -37,17 +39,19 @@ def lying(groups: list[Group], by: float, tokens: slice = slice(None)) -> list[G
     return [replace(g, rollouts=tuple(replace(r, logprobs=off(r.logprobs)) for r in g.rollouts)) for g in groups]
 
 
-def checked(model: Any, tolerance: float = 1e-4, **settings: Any) -> tuple[Updater, list[str]]:
+def checked(model: Any, tolerance: float = 1e-4, **settings: Any) -> tuple[PolicyGradient, list[str]]:
     said: list[str] = []
     updater = make_updater(model, **{"minibatches": 2, **settings})
     updater.check = SamplerCheck(tolerance, said.append)
     return updater, said
 
 
-def gradients(updater: Updater, groups: list[Group], steps: int = 1) -> tuple[list[list[torch.Tensor]], dict[str, Any]]:
+def gradients(
+    updater: PolicyGradient, groups: list[Group], steps: int = 1
+) -> tuple[list[list[torch.Tensor]], dict[str, Any]]:
     recorder, metrics = Recorder(updater), {}
     for step in range(1, steps + 1):
-        metrics = updater.update(groups, advantages_of(groups, AdvantageSettings()), step)
+        metrics = update(updater, groups, step_advantages(groups, "nontrivial"), step)
     return recorder.gradients, metrics
 
 
@@ -66,7 +70,7 @@ def test_an_honest_sampler_is_trusted_and_no_pass_is_added(tiny_qwen3_dir: Path)
         checked(model),
     )
     passes: list[int] = []
-    updater.model.register_forward_hook(lambda *_: passes.append(1))
+    updater.optimizer.model.register_forward_hook(lambda *_: passes.append(1))
     backward: list[int] = []
     inner = updater._backward
     updater._backward = lambda *args, **kwargs: (backward.append(1), inner(*args, **kwargs))[1]  # type: ignore[method-assign]
@@ -123,21 +127,25 @@ def test_what_was_decided_goes_into_a_step_that_is_stopped(tiny_qwen3_dir: Path)
     """Stopped after the first update: the rest is done with the log-probs of the forward pass, by whoever takes over."""
     model = load(tiny_qwen3_dir)
     groups = lying(make_groups(model, REWARDS, shift=0.0), 0.3)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     whole, wanted = gradients(checked(copy.deepcopy(model))[0], groups)
     updater, _ = checked(model)
-    asked = iter([False, True])
-    updater.stop = lambda: next(asked)
-    recorder = Recorder(updater)
+    recorder, inner = Recorder(updater), updater.optimizer.step
+
+    def step_and_ask_to_stop(loss: float) -> Any:
+        updater.processes.stop.request()
+        return inner(loss)
+
+    updater.optimizer.step = step_and_ask_to_stop  # type: ignore[method-assign]
     with pytest.raises(UpdateStopped) as stopped:
-        updater.update(groups, advantages, 1)
-    begun = stopped.value.begun
+        update(updater, groups, advantages, 1)
+    begun = stopped.value.partial
     assert begun.done == 1 and begun.tally.fallback == 1
     assert updater.check is not None and updater.check.state_dict() == {"sampler_refused": 1}
     other = SamplerCheck(1e-4)
     other.load_state_dict(updater.check.state_dict())
-    updater.check, updater.stop = other, lambda: False
-    metrics = updater.update(groups, advantages, 1, begun)
+    updater.check, updater.optimizer.step, updater.processes.stop.signum = other, inner, None  # type: ignore[method-assign]
+    metrics = update(updater, groups, advantages, 1, begun)
     assert_equal(recorder.gradients, whole)
     assert metrics == wanted
     other.load_state_dict({})  # as a checkpoint from before this was looked at

@@ -58,7 +58,6 @@ PAPER = {
     "loss.clip_high": 0.28,
     "loss.dual_clip": 10.0,
     "loss.mask_truncated": False,
-    "advantage.scope": "nontrivial",
     "data.max_prompt_tokens": 4096,
     "teacher.rollout.temperature": 1.0,
     "teacher.compression.max_new_tokens": 512,
@@ -78,6 +77,7 @@ def test_every_number_of_the_paper_is_a_default(tmp_path: Path) -> None:
             found = getattr(found, part)
         assert found == value, dotted
         assert known_keys()[dotted].default == value, dotted
+    assert settings.estimator == "nontrivial" == METHODS["grpo"].advantage and settings.advantage.scope is None
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_combinations_of_methods_that_cannot_train_are_refused(tmp_path: Path) -
         ("--method={name: grpo, control: placebo}", "needs reformulations"),
         ("--method={name: on-distill, reformulations: [bcq]}", "no policy gradient"),
         ("--method={name: off-distill, teacher_response: true}", "no policy gradient"),
-        ("--method={name: prefix, control: scrambled}", "shows nothing"),
+        ("--method={name: prefix, control: scrambled}", "the question alone"),
         ("--method={name: zppo, reformulations: [bcq, bcq]}", "stands twice"),
     ):
         assert said in message(write(tmp_path), override)

@@ -21,16 +21,14 @@ from transformers import (
 )
 
 from test_memory import runs_out
-from test_update import REWARDS, Recorder, load, make_groups, make_updater, plain_gradients
+from test_update import REWARDS, Recorder, load, make_groups, make_updater, plain_gradients, update
 from zppo.config.recipe import load_recipe
-from zppo.config.settings import AdvantageSettings
-from zppo.core.minibatch import share_prompt
+from zppo.core.advantages import step_advantages
+from zppo.core.minibatch import Sharing, packed, samples_of, share_prompt
 from zppo.engines import logprobs as shared
-from zppo.engines.logprobs import Pack, Sharing, completion_logprobs, shared_logprobs, sharing_of
+from zppo.engines.logprobs import Pack, completion_logprobs, shared_logprobs, sharing_of
 from zppo.models.student import recompute_layers
 from zppo.train.build import _make_sharing
-from zppo.train.policy_gradient import advantages_of
-from zppo.train.samples import packed, samples_of
 
 ALWAYS = Sharing(reach=10**9)
 SIZES: dict[str, Any] = {
@@ -134,11 +132,11 @@ def test_an_update_that_shares_prompts_has_the_gradients_of_plain_rows(
 ) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     apart = make_updater(copy.deepcopy(model), sampler=sampler, tokens_per_microbatch=budget)
     updater = make_updater(copy.deepcopy(model), sampler=sampler, sharing=ALWAYS, tokens_per_microbatch=budget)
     recorders = Recorder(apart), Recorder(updater)
-    wanted, metrics = (u.update(groups, advantages, step=1) for u in (apart, updater))
+    wanted, metrics = (update(u, groups, advantages, step=1) for u in (apart, updater))
     expected = recorders[0].gradients[0]
     if sampler:
         values = iter(advantages.tolist())
@@ -161,14 +159,14 @@ def test_an_update_that_shares_prompts_has_the_gradients_of_plain_rows(
 def test_memory_that_runs_out_makes_packs_smaller_down_to_single_rows(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     plain = Recorder(apart := make_updater(copy.deepcopy(model)))
-    apart.update(groups, advantages, step=1)
+    update(apart, groups, advantages, step=1)
     longest = max(len(g.prompt.ids) + len(r.ids) for g in groups for r in g.rollouts)
     tried = runs_out(model, longest, "backward")
     updater = make_updater(model, sharing=ALWAYS, tokens_per_microbatch="auto")
     recorder = Recorder(updater)
-    updater.update(groups, advantages, step=1)
+    update(updater, groups, advantages, step=1)
     assert max(tried) > longest >= tried[-1]
     biggest = max(float(g.abs().max()) for g in plain.gradients[0])
     gaps = (float((a - b).abs().max()) for a, b in zip(recorder.gradients[0], plain.gradients[0], strict=True))
@@ -183,7 +181,7 @@ def test_layers_that_are_computed_again_may_branch(tiny_qwen3_dir: Path) -> None
         if again:
             assert recompute_layers(model) > 0
         recorder = Recorder(updater := make_updater(model, sharing=ALWAYS))
-        updater.update(groups, advantages_of(groups, AdvantageSettings()), step=1)
+        update(updater, groups, step_advantages(groups, "nontrivial"), step=1)
         gradients.append(recorder.gradients[0])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

@@ -16,7 +16,7 @@ from zppo.models.student import load_model
 from zppo.runs import checkpoint
 from zppo.train import policy_gradient as learn
 from zppo.train.distillation import Distillation
-from zppo.train.policy_gradient import Updater
+from zppo.train.policy_gradient import PolicyGradient
 
 pytestmark = pytest.mark.slow
 SHORT = [
@@ -62,14 +62,14 @@ def test_three_updates_that_are_not_finite_stop_the_run_after_their_step(
     zppo: Callable[..., tuple[int, str]], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step is logged, so that its rollouts can be looked at, and saved, although checkpoints are off; the run goes on after it."""
-    run, real, calls = tmp_path / "run", learn.advantages_of, [0]
+    run, real, calls = tmp_path / "run", learn.step_advantages, [0]
 
     def broken(*args: Any) -> torch.Tensor:
         calls[0] += 1
         return real(*args) * (float("nan") if calls[0] == 2 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learn, "advantages_of", broken)
+        patch.setattr(learn, "step_advantages", broken)
         status, said = zppo("train", recipe, *SHORT, f"--output={run}")
     assert status == 2 and "4 updates in a row were not finite" in said, said
     assert saved(run) == ["step-000002"] and f"continue with `zppo resume {run}`" in said
@@ -88,10 +88,10 @@ def test_memory_that_runs_out_between_two_updates_loses_nothing(
 ) -> None:
     run, whole, saving = tmp_path / "run", tmp_path / "whole", "--train.checkpoint_every=50"
     monkeypatch.setattr(
-        "zppo.train.optimizer_step.PASS_TOKENS", 10**6
+        "zppo.train.policy_gradient.PASS_TOKENS", 10**6
     )  # one micro-batch per update, four updates a step
     with monkeypatch.context() as patch:
-        nth_call_raises(patch, Updater, "_backward", 7)
+        nth_call_raises(patch, PolicyGradient, "_backward", 7)
         status, said = zppo("train", recipe, *SHORT, saving, f"--output={run}")
     assert status == 2 and "memory ran out in a micro-batch" in said, said
     assert saved(run) == ["step-000001+2"] and f"continue with `zppo resume {run}`" in said
@@ -120,7 +120,7 @@ def test_merging_adapters_loses_nothing_where_checkpoints_are_off(
         raise RuntimeError("no merge")
 
     with monkeypatch.context() as patch:
-        patch.setattr("zppo.train.run.save_final", fails)
+        patch.setattr("zppo.train.finish.save_final", fails)
         status, said = zppo("train", recipe, *SHORT, "--train.lora={}", f"--output={run}")
     assert status == 1 and saved(run) == ["step-000003"], said
     assert zppo("resume", run)[0] == 0

@@ -13,12 +13,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
+from zppo.config.settings import LossSettings, Settings
+from zppo.core.advantages import step_advantages
 from zppo.core.loss import clipped_surrogate
-from zppo.core.minibatch import deal_groups
+from zppo.core.minibatch import Sharing, deal_groups
 from zppo.core.types import Group, Message, Prompt, Question, Rollout
-from zppo.engines.logprobs import Sharing
-from zppo.train.policy_gradient import Updater, advantages_of
+from zppo.distributed.parallel import ReplicatedWeights
+from zppo.distributed.processes import Processes
+from zppo.engines.logprobs import ForwardPass
+from zppo.step_log import StepLog
+from zppo.train.learner import OptimizerStep, PartialUpdate
+from zppo.train.policy_gradient import PolicyGradient, make_budget
 
 VOCABULARY = 300
 
@@ -51,15 +56,21 @@ def make_groups(
     return groups
 
 
+def make_settings(**sections: Any) -> Settings:
+    """A recipe of which only these sections matter."""
+    return Settings(method="grpo", student={"model": "-"}, data={"train": "-"}, **sections)
+
+
 def make_updater(
     model: PreTrainedModel,
     *,
     precision: str = "no",
     sampler: bool = True,
     sharing: Sharing | None = None,
-    **settings: Any,
-) -> Updater:
-    train = TrainSettings(**{"minibatches": 1, "learning_rate": 1e-3, **settings})
+    **train_settings: Any,
+) -> PolicyGradient:
+    settings = make_settings(train={"minibatches": 1, "learning_rate": 1e-3, **train_settings})
+    train = settings.train
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=train.learning_rate,
@@ -70,33 +81,42 @@ def make_updater(
     AcceleratorState._reset_state(True)  # one process may set its precision once; tests use several
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    return Updater(
-        prepared,
-        optimizer,
-        accelerator,
-        train=train,
-        loss=LossSettings(),
-        seed=0,
-        temperature=1.0,
-        banned_ids=(),
-        pad_id=0,
+    step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, ReplicatedWeights(Processes()))
+    return PolicyGradient(
+        settings,
+        ForwardPass(prepared),
+        step,
+        make_budget(train, sharded=False),
         sampler_is_exact=sampler,
         sharing=sharing,
     )
 
 
+def update(
+    learner: PolicyGradient,
+    groups: list[Group],
+    advantages: torch.Tensor,
+    step: int,
+    partial: PartialUpdate | None = None,
+) -> dict[str, Any]:
+    """The optimizer steps of one step; its metrics."""
+    log = StepLog(step)
+    learner.optimizer_steps(groups, advantages, log, partial)
+    return log.counts
+
+
 class Recorder:
     """Takes the place of an optimizer's step and keeps the gradients that it would have used."""
 
-    def __init__(self, updater: Updater) -> None:
+    def __init__(self, updater: PolicyGradient) -> None:
         self.gradients: list[list[torch.Tensor]] = []
-        inner = updater.optimizer.step
+        inner = updater.optimizer.optimizer.step
 
         def step() -> None:
-            self.gradients.append([p.grad.clone() for p in updater.model.parameters() if p.grad is not None])
+            self.gradients.append([p.grad.clone() for p in updater.optimizer.model.parameters() if p.grad is not None])
             inner()
 
-        updater.optimizer.step = step  # type: ignore[method-assign, assignment]
+        updater.optimizer.optimizer.step = step  # type: ignore[method-assign, assignment]
 
 
 def plain_gradients(
@@ -126,10 +146,10 @@ def test_dropped_rows_and_micro_batches_change_no_gradient(tiny_qwen3_dir: Path,
     model = load(tiny_qwen3_dir)
     reference = copy.deepcopy(model)
     groups = make_groups(model, REWARDS)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     updater = make_updater(model, minibatches=1, tokens_per_microbatch=budget)
     recorder = Recorder(updater)
-    metrics = updater.update(groups, advantages, step=1)
+    metrics = update(updater, groups, advantages, step=1)
     values = iter(advantages.tolist())
     expected = plain_gradients(reference, [(g, r, next(values)) for g in groups for r in g.rollouts], clip=1.0)
     biggest = max(float(g.abs().max()) for g in expected)
@@ -143,11 +163,11 @@ def test_each_minibatch_has_its_own_denominator_and_step(tiny_qwen3_dir: Path) -
     model = load(tiny_qwen3_dir)
     reference = copy.deepcopy(model)
     groups = make_groups(model, REWARDS, seed=1)
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     per_group = [advantages[4 * i : 4 * i + 4].tolist() for i in range(len(groups))]
     updater = make_updater(model, minibatches=3)
     recorder = Recorder(updater)
-    metrics = updater.update(groups, advantages, step=5)
+    metrics = update(updater, groups, advantages, step=5)
     assert metrics["optimizer_steps"] == 3
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.1)
     for dealt, seen in zip(deal_groups(len(groups), 3, seed=0, step=5), recorder.gradients, strict=True):
@@ -165,7 +185,7 @@ def test_a_minibatch_without_signal_still_takes_its_step(tiny_qwen3_dir: Path) -
     model = load(tiny_qwen3_dir)
     before = [p.detach().clone() for p in model.parameters()]
     groups = make_groups(model, [[0.0] * 3, [1.0] * 3])
-    metrics = make_updater(model, minibatches=4).update(groups, advantages_of(groups, AdvantageSettings()), step=1)
+    metrics = update(make_updater(model, minibatches=4), groups, step_advantages(groups, "nontrivial"), step=1)
     assert metrics["optimizer_steps"] == 2  # two groups in four minibatches: two are empty and skipped
     assert metrics["loss"] == 0
     for old, new in zip(before, model.parameters(), strict=True):  # weight decay alone has acted, twice
@@ -176,19 +196,19 @@ def test_forward_old_logprobs_start_at_ratio_one(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS, shift=3.0)  # the sampler's are far off: nothing may lean on them
     updater = make_updater(model, sampler=False)
-    metrics = updater.update(groups, advantages_of(groups, AdvantageSettings()), step=1)
+    metrics = update(updater, groups, step_advantages(groups, "nontrivial"), step=1)
     assert metrics["clip_low_share"] == metrics["clip_high_share"] == metrics["clip_dual_share"] == 0
     assert metrics["logprob_gap_mean"] is not None and metrics["logprob_gap_mean"] > 0.5
 
 
 def test_truncated_rollouts_can_be_masked(tiny_qwen3_dir: Path) -> None:
     groups = make_groups(load(tiny_qwen3_dir), [[1.0, 0.0, 1.0]])  # rollout 0 is truncated
-    advantages = advantages_of(groups, AdvantageSettings())
+    advantages = step_advantages(groups, "nontrivial")
     needed = []
     for masked in (False, True):
         updater = make_updater(load(tiny_qwen3_dir))
         updater.loss = LossSettings(mask_truncated=masked)
-        needed.append(updater.update(groups, advantages, step=1)["train_tokens_needed"])
+        needed.append(update(updater, groups, advantages, step=1)["train_tokens_needed"])
     assert needed[0] - needed[1] == len(groups[0].prompt.ids) + len(groups[0].rollouts[0].ids)
 
 
@@ -200,7 +220,7 @@ def test_small_updates_are_not_rounded_away(tiny_qwen3_dir: Path, precision: str
     updater = make_updater(model, precision=precision, sampler=precision == "no", learning_rate=1e-6)
     groups = make_groups(load(tiny_qwen3_dir), REWARDS)
     for step in range(10):
-        updater.update(groups, advantages_of(groups, AdvantageSettings()), step)
+        update(updater, groups, step_advantages(groups, "nontrivial"), step)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     moved = sum(int((a != b).sum()) for a, b in zip(before, model.parameters(), strict=True))
     assert moved > 0.99 * sum(p.numel() for p in model.parameters())
@@ -211,13 +231,13 @@ def test_updates_that_are_not_finite_are_skipped_and_stop_the_run(tiny_qwen3_dir
     groups = make_groups(model, [[1.0, 0.0]])
     before = [p.detach().clone() for p in model.parameters()]
     updater = make_updater(model)
-    broken = advantages_of(groups, AdvantageSettings()) * float("nan")
-    assert updater.update(groups, broken, 1)["skipped_updates"] == 1
-    assert updater.update(groups, broken, 2)["optimizer_steps"] == 0
+    broken = step_advantages(groups, "nontrivial") * float("nan")
+    assert update(updater, groups, broken, 1)["skipped_updates"] == 1
+    assert update(updater, groups, broken, 2)["optimizer_steps"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert updater.guard.fault == ""
-    updater.update(groups, broken, 3)
-    assert "3 updates in a row were not finite" in updater.guard.fault and updater.guard.skipped_in_a_row == 3
+    assert updater.optimizer.fault == ""
+    update(updater, groups, broken, 3)
+    assert "3 updates in a row were not finite" in updater.optimizer.fault and updater.optimizer.skipped_in_a_row == 3
 
 
 def test_a_rollout_that_the_student_did_not_sample_gets_old_logprobs_from_a_forward_pass(tiny_qwen3_dir: Path) -> None:
@@ -226,7 +246,7 @@ def test_a_rollout_that_the_student_did_not_sample_gets_old_logprobs_from_a_forw
     (group,) = make_groups(model, [[1.0, 0.0]], shift=0.0)
     foreign = replace(group.rollouts[0], logprobs=torch.full_like(group.rollouts[0].logprobs, torch.nan))
     group = replace(group, rollouts=(foreign, group.rollouts[1]))
-    metrics = make_updater(model).update([group], advantages_of([group], AdvantageSettings()), step=1)
+    metrics = update(make_updater(model), [group], step_advantages([group], "nontrivial"), step=1)
     assert metrics["clip_low_share"] == metrics["clip_high_share"] == 0
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] is not None and metrics["grad_norm"] > 0
     assert metrics["logprob_gap_max"] is not None and metrics["logprob_gap_max"] < 1e-4

@@ -12,16 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zppo.config.methods import METHODS, Method
-from zppo.config.settings import ZoneSettings
-from zppo.core.types import Group, ImageRef, Message, Question, Rollout
+from zppo.config.settings import Settings
+from zppo.core.select import hard_groups, share_of
+from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.engines.base import Sampling
 from zppo.grading import extract_boxed
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.rollout.reformulated import CandidateMaker, Reformulated, Reformulator
+from zppo.rollout.reformulated import CandidateMaker, Reformulator
 from zppo.rollout.student import Answered, PromptRenderer
-from zppo.rollout.teacher import TeacherSampler
+from zppo.rollout.teacher import Pools, TeacherSampler
+from zppo.step_log import StepLog
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor
 from zppo.train.build import make_reformulations
@@ -49,7 +51,9 @@ class ScriptedTeacher:
     hinted: int = 0
     rollouts: list[str] = field(default_factory=list)
 
-    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+    def complete(
+        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+    ) -> list[TeacherReply]:
         return [self._reply(request) for request in requests]
 
     def _reply(self, request: TeacherRequest) -> TeacherReply:
@@ -68,7 +72,7 @@ class ScriptedTeacher:
         return TeacherReply(tuple(f"so \\boxed{{{'gold' if i < right else 'bad'}}}" for i in range(len(request.keys))))
 
 
-def score(answered: Sequence[Answered]) -> list[Verdict]:
+def score(answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
     verdicts = []
     for a in answered:
         answer = extract_boxed(a.completion)
@@ -95,12 +99,12 @@ def make_builder(
     context: int | None = None,
     lazy: bool = True,
     rho_aug: float = 1.0,
-) -> Reformulator:
+) -> Builder:
     how = TeacherSampling(Sampling(max_new_tokens=16))
     book = PromptBook(neutralise=Neutraliser())
     renderer = PromptRenderer(book, Words())  # type: ignore[arg-type]
-    reformulations = make_reformulations(method, 0.4)
-    materials = CandidateMaker(
+    reformulations = make_reformulations(method)
+    candidates = CandidateMaker(
         frozenset(need for r in reformulations for need in r.needs),
         compressor=Compressor(teacher, book, how, lambda text: text),
         teacher=teacher,
@@ -109,22 +113,43 @@ def make_builder(
         response_ids=lambda source: tuple(range(len(source.text))),
         seed=3,
     )
-    return Reformulator(
-        reformulations,
-        teacher_sampler=TeacherSampler([(t, how) for t in (teacher, *others)], renderer, score, group_size=4, seed=3),
-        materials=materials,
-        renderer=renderer,
-        settings=ZoneSettings(rho_aug=rho_aug),
+    settings = Settings(
+        method=method.name,
         seed=3,
-        context=context,
-        max_new_tokens=16,
-        lazy=lazy,
-        every_hard_question=method.teacher_response,
-        scramble=method.control == "scrambled",
+        student={"model": "-"},
+        teacher={"model": "-", "ask": "lazy" if lazy else "all"},
+        data={"train": "-"},
+        rollout={"max_new_tokens": 16},
+        zone={"rho_aug": rho_aug},
     )
+    sampler = TeacherSampler([(t, how) for t in (teacher, *others)], renderer, score, group_size=4, seed=3)
+    return Builder(settings, Reformulator(settings, reformulations, sampler, candidates, renderer, context))
 
 
-def names(zone: Reformulated) -> list[tuple[str, str]]:
+@dataclass
+class Asked:
+    """What a step asks again, and what it counted."""
+
+    prompts: list[Prompt]
+    pools: Pools
+    metrics: dict[str, float | None]
+
+
+@dataclass
+class Builder:
+    """From plain groups to reformulated prompts."""
+
+    settings: Settings
+    reformulator: Reformulator
+
+    def build(self, plain: Sequence[Group], new: int, step: int) -> Asked:
+        zone, log = self.settings.zone, StepLog(step)
+        hard = hard_groups(plain, zone.threshold, ties=zone.ties, seed=3, step=step)
+        made = self.reformulator.reformulate(hard, share_of(zone.rho_aug, new), log)
+        return Asked(made.prompts, made.responses, log.counts)
+
+
+def names(zone: Asked) -> list[tuple[str, str]]:
     return [(p.question.id, p.kind) for p in zone.prompts]
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from zppo.core.reformulate import REFORMULATIONS, Need, Reformulation
+from zppo.errors import SettingsError
+from zppo.imports import load_object
+
 Loss = Literal["policy", "off-distill", "on-distill"]
 Control = Literal["none", "placebo", "scrambled"]
+Estimator = Literal["nontrivial", "all", "none", "group"]
+"""How advantages are computed (method.md section 5): two-step over the groups of a scope (Eqs. 2-6), or textbook GRPO (Eq. 1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,7 @@ class Method:
         teacher_response: on a hard question a correct teacher response takes the place of a wrong rollout in the plain group.
         loss: the clipped surrogate over rollouts, or a divergence from the teacher on its own or on the student's completions.
         control: what the reformulated prompts hold: what they should, the plain question again, or another question's candidates.
+        advantage: the advantage estimator.
     """
 
     name: str
@@ -30,6 +37,12 @@ class Method:
     teacher_response: bool = False
     loss: Loss = "policy"
     control: Control = "none"
+    advantage: Estimator = "nontrivial"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What of a hard question must be prepared for the reformulations: candidates, a hint, a response."""
+        return frozenset(need for kind in self.reformulations for need in needs_of(kind))
 
     @property
     def distils(self) -> bool:
@@ -63,11 +76,37 @@ class Method:
             return f"loss {self.loss} has no policy gradient for reformulations or teacher responses to enter"
         if self.control != "none" and not self.reformulations:
             return f"control {self.control} needs reformulations to take the content from"
-        if self.control == "scrambled" and set(self.reformulations) & {"prefix"}:
-            return "control scrambled exchanges what a prompt shows, and a prefix prompt shows nothing"
+        if self.control == "scrambled" and any(
+            getattr(REFORMULATIONS.get(kind), "shows_question_alone", False) for kind in self.reformulations
+        ):
+            return "control scrambled exchanges what a prompt shows, and one of its prompts shows the question alone (prefix does)"
         if len(set(self.reformulations)) != len(self.reformulations):
             return "a reformulation stands twice"
         return ""
+
+
+def load_reformulation(kind: str) -> Reformulation:
+    """The reformulation of a kind, or of an import path.
+
+    Raises:
+        SettingsError: one of the user's own cannot be imported or is none; the message says why.
+    """
+    if kind in REFORMULATIONS:
+        return REFORMULATIONS[kind]()
+    made = load_object(kind, "reformulation", SettingsError)()
+    missing = [name for name in ("kind", "needs", "draft") if not hasattr(made, name)]
+    if missing:
+        raise SettingsError(
+            f"reformulation {kind!r} has no {', '.join(missing)}: a reformulation is a class with `kind`, `needs` and `draft` "
+            "(zppo.core.reformulate.Reformulation)"
+        )
+    reformulation: Reformulation = made
+    return reformulation
+
+
+def needs_of(kind: str) -> frozenset[Need]:
+    """What the reformulation of a kind, or of an import path, needs."""
+    return load_reformulation(kind).needs
 
 
 BOTH = ("bcq", "ncq")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from zppo.config.methods import METHODS, Control, Loss, Method
+from zppo.config.methods import METHODS, Control, Estimator, Loss, Method
 from zppo.config.models import (
     FrozenModelSettings,
     JudgeSettings,
@@ -19,6 +19,7 @@ from zppo.config.models import (
     StudentSettings,
     TeacherSettings,
 )
+from zppo.core.reformulate import REFORMULATIONS
 from zppo.data.files import Reading
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
@@ -49,11 +50,10 @@ class MethodSettings(Section):
     def _possible(self) -> MethodSettings:
         if self.name not in METHODS:
             raise ValueError(f"{self.name!r} is no method; known: {', '.join(METHODS)}")
-        known = {kind for row in METHODS.values() for kind in row.reformulations}
         for kind in self.reformulations or ():
-            if kind not in known and ":" not in kind:
+            if kind not in REFORMULATIONS and ":" not in kind:
                 raise ValueError(
-                    f"{kind!r} is no reformulation; known: {', '.join(sorted(known))}, or package.module:Class of your own"
+                    f"{kind!r} is no reformulation; known: {', '.join(sorted(REFORMULATIONS))}, or package.module:Class of your own"
                 )
         if problem := self.resolve().problem():
             raise ValueError(
@@ -236,8 +236,10 @@ class ZoneSettings(Section):
 class AdvantageSettings(Section):
     """Advantages (Eqs. 1-6)."""
 
-    scope: Literal["nontrivial", "all", "none", "group"] = Field(
-        "nontrivial", description="groups that the batch statistics are over; none: mean only; group: textbook GRPO"
+    scope: Estimator | None = Field(
+        None,
+        description="override: groups that the batch statistics are over, nontrivial or all; none: mean only; group: textbook GRPO; "
+        "empty: the method's own estimator",
     )
     eps: float = Field(1e-8, ge=0, description="added to the standard deviation")
 
@@ -425,6 +427,11 @@ class Settings(Section):
         if isinstance(data, dict) and isinstance(data.get("method"), str):
             data = {**data, "method": {"name": data["method"]}}
         return data
+
+    @property
+    def estimator(self) -> Estimator:
+        """How advantages are computed."""
+        return self.advantage.scope or self.method.resolve().advantage
 
     @property
     def judging(self) -> tuple[FrozenModelSettings, JudgeUse] | None:

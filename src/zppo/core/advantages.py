@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
+from zppo.core.types import Group
+
 Scope = Literal["nontrivial", "all", "none"]
+Estimator = Literal["nontrivial", "all", "none", "group"]
 
 
 def _centred(
@@ -81,3 +85,18 @@ def group_advantages(
     """Textbook GRPO (Eq. 1): (r - mean of the group) / (population std of the group + eps); arguments as in `two_step_advantages`."""
     centred, _, deviation = _centred(rewards, groups, _checked(rewards, groups, graded))
     return (centred / (deviation + eps)).where(centred != 0, 0.0).to(torch.float32)
+
+
+def step_advantages(groups: Sequence[Group], estimator: Estimator) -> torch.Tensor:
+    """Advantages of all rollouts of a step, in order of groups and rollouts, (N,) float32.
+
+    Args:
+        estimator: the scope of two-step advantages, or "group" for textbook GRPO; the row of a method names one.
+    """
+    rollouts = [r for group in groups for r in group.rollouts]
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts], dtype=torch.int64)
+    graded = torch.tensor([r.graded for r in rollouts], dtype=torch.bool)
+    if estimator == "group":
+        return group_advantages(rewards, ids, graded=graded)
+    return two_step_advantages(rewards, ids, estimator, graded=graded)

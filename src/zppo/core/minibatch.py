@@ -1,12 +1,17 @@
-"""From a rollout step to optimizer steps: I minibatches of whole groups, and micro-batches under a token budget."""
+"""From a rollout step to optimizer steps: I minibatches of whole groups, each process's share, micro-batches under a token budget."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zppo.core.draws import keyed_random
+from zppo.core.types import Group, Rollout, Row
+
+if TYPE_CHECKING:  # a plan of a run splits rows before torch is needed
+    import torch
 
 
 def deal_groups(count: int, minibatches: int, *, seed: int, step: int) -> list[list[int]]:
@@ -125,3 +130,98 @@ def shares(costs: Sequence[float], count: int) -> list[list[int]]:
         dealt[process].append(index)
         load[process] += costs[index]
     return [sorted(share) for share in dealt]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """When prompts are shared.
+
+    Attributes:
+        reach: length at which attention over all pairs of tokens costs as much as everything else (`share_prompt`).
+        most: tokens of the longest pack: a mask has so many squared bits, and kernels make numbers of them.
+    """
+
+    reach: int
+    most: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One rollout on its way into the loss."""
+
+    row: Row
+    sampled_logprobs: torch.Tensor
+    advantage: float
+    counted: bool  # stands in the token-level denominator
+
+    @property
+    def tokens(self) -> int:
+        return len(self.row.completion_ids)
+
+    @property
+    def length(self) -> int:
+        return len(self.row.prompt_ids) + self.tokens
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the student did not sample it (Teacher response), so that no sampler knows its log-probs."""
+        return bool(self.sampled_logprobs.isnan().any())
+
+    @property
+    def live(self) -> bool:
+        """Whether it has a gradient at all: with no KL term, a rollout with A = 0 has exactly none."""
+        return self.counted and self.advantage != 0
+
+
+def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_truncated: bool) -> list[list[Sample]]:
+    """Samples per group."""
+    values = iter(advantages.tolist())
+
+    def sample(group: Group, rollout: Rollout) -> Sample:
+        row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()), group.prompt.images)
+        return Sample(row, rollout.logprobs, next(values), not (mask_truncated and rollout.truncated))
+
+    return [[sample(group, rollout) for rollout in group.rollouts] for group in groups]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process does of a minibatch [zppo].
+
+    Attributes:
+        rows: (group, rollout) of its rows that have a gradient: whole groups.
+        others: the rows of every other process.
+    """
+
+    rows: list[tuple[int, int]]
+    others: list[list[tuple[int, int]]]
+
+
+def share_minibatch(samples: Sequence[Sequence[Sample]], dealt: Sequence[int], *, rank: int, size: int) -> Share:
+    """The share of a process in a minibatch of the groups `dealt`, balanced by tokens. All processes work out the same."""
+    live = [[(g, i) for i, s in enumerate(samples[g]) if s.live] for g in dealt]
+    parts = shares([sum(samples[g][i].length for g, i in rows) for rows in live], size)
+    rows = [[row for part in mine for row in live[part]] for mine in parts]
+    return Share(rows[rank], [*rows[:rank], *rows[rank + 1 :]])
+
+
+def packed(samples: Sequence[Sample], sharing: Sharing, most: int) -> list[list[int]]:
+    """Indices of samples in packs that compute their prompt once, where that pays; of at most `most` tokens, if several share one.
+
+    Rows with images stay alone.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        if not sample.row.images:
+            by_prompt.setdefault(tuple(sample.row.prompt_ids), []).append(i)
+    packs = [[i] for i, sample in enumerate(samples) if sample.row.images]
+    for prompt, members in by_prompt.items():
+        tokens = [samples[i].tokens for i in members]
+        dealt = share_prompt(len(prompt), tokens, reach=sharing.reach, most=min(most, sharing.most))
+        packs += [[members[j] for j in pack] for pack in dealt]
+    return packs
+
+
+def pack_length(samples: Sequence[Sample], pack: Sequence[int]) -> int:
+    """Tokens of a prompt and its completions."""
+    return len(samples[pack[0]].row.prompt_ids) + sum(samples[i].tokens for i in pack)

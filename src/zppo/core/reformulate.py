@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Draft, Question
@@ -40,6 +41,7 @@ class Material:
         wrong_answers: the distinct wrong answers, see `distinct_answers`.
         hint: a hint that the teacher made of one of its correct responses; None where there is none.
         response_ids: one correct teacher response in the student's tokens; empty where there is none.
+        prefix_fraction: how much of that response Prefix gives.
     """
 
     question: Question
@@ -48,13 +50,14 @@ class Material:
     wrong_answers: tuple[str, ...] = ()
     hint: str | None = None
     response_ids: tuple[int, ...] = ()
+    prefix_fraction: float = 0.4
 
 
 class Reformulation(Protocol):
-    """One way to ask a hard question again.
+    """One way to ask a hard question again: this class, a template called like its kind, and a row of `REFORMULATIONS`.
 
     Attributes:
-        kind: its name; also the name of its template.
+        kind: its name; also the name of its template. Where `shows_question_alone` is there and true it needs none.
         needs: what of `Material` must be prepared: "pair" costs teacher rollouts and compression, "wrong" compression of all of W_x,
             "hint" teacher rollouts and a request for the hint, "prefix" teacher rollouts.
     """
@@ -113,19 +116,27 @@ class PrefixQuestion:
     """Prefix: the student continues the first part of a correct teacher response, which is masked from the loss (Alg. 6).
 
     Args:
-        fraction: how much of the response's tokens is given; 0.4 in the paper.
+        fraction: how much of the response's tokens is given; None: what the material says, 0.4 in the paper.
     """
 
     kind = PREFIX
     needs: frozenset[Need] = frozenset({"prefix"})
+    shows_question_alone = True
 
-    def __init__(self, fraction: float = 0.4) -> None:
+    def __init__(self, fraction: float | None = None) -> None:
         self.fraction = fraction
 
     def draft(self, material: Material, rng: random.Random) -> Draft | None:
         """No slots, the prefix as forced tokens; None where it would be empty."""
-        forced = material.response_ids[: int(self.fraction * len(material.response_ids) + 1e-9)]
+        fraction = material.prefix_fraction if self.fraction is None else self.fraction
+        forced = material.response_ids[: int(fraction * len(material.response_ids) + 1e-9)]
         return Draft(self.kind, material.question, {}, forced_ids=forced) if forced else None
+
+
+REFORMULATIONS: Mapping[str, type[Reformulation]] = MappingProxyType(
+    {row.kind: row for row in (BinaryCandidateQuestion, NegativeCandidateQuestion, HintQuestion, PrefixQuestion)}
+)
+"""The reformulations that a recipe can name by their kind."""
 
 
 class Placebo:
@@ -134,6 +145,8 @@ class Placebo:
     What a method gains over its placebo is what the content of its prompts is worth; what the placebo gains over GRPO is the worth of
     more rollouts on hard questions.
     """
+
+    shows_question_alone = True
 
     def __init__(self, inner: Reformulation) -> None:
         self.inner = inner

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Sequence
+from typing import Literal
 
 from zppo.core.draws import draw_key
 from zppo.core.types import Group
-
-T = TypeVar("T")
-B = TypeVar("B")
 
 
 def share_of(rho: float, count: int) -> int:
@@ -42,33 +39,20 @@ def hard_groups(
     return sorted(hard, key=lambda g: g.accuracy)
 
 
-def fill_slots(
-    kept: Sequence[T],
-    cap: int,
-    build: Callable[[Sequence[T]], Sequence[Sequence[B]]],
-    per_question: int,
-    *,
-    lazy: bool = True,
-) -> list[B]:
-    """Build reformulated prompts for the kept questions until the cap is full (Alg. 1, l. 6-15: pre-cap, build, post-cap).
+def next_wave(free: int, per_question: int, *, lazy: bool = True) -> int | None:
+    """How many of the kept questions to reformulate next (Alg. 1, l. 6-15).
 
-    The pre-cap is `kept[:cap]`, the post-cap stops at `cap` instances in all, in the order of the questions and within a question
-    in the order of its kinds, so that a last free slot goes to a BCQ. Lazily, questions are built in waves no longer than the free
-    slots may need: ranks do not depend on the teacher, so the instances are the same and the teacher is asked about fewer questions.
+    Algorithm 1 reformulates all kept questions and then stops at the cap. Lazily they are taken in waves, hardest first, no longer than
+    the free slots may need: ranks do not depend on the teacher, so the prompts are the same and the teacher is asked about fewer questions.
 
     Args:
-        kept: hard questions, hardest first.
-        cap: floor(rho_aug * len(X_new)).
-        build: reformulated prompts per question of a wave, in the order of the wave; fewer than `per_question` where something is missing.
+        free: slots below the cap that are still empty.
         per_question: most prompts that one question can give.
-        lazy: False builds every question of the pre-cap at once, as Algorithm 1 is written.
+        lazy: False takes all at once, as Algorithm 1 is written.
+
+    Returns:
+        Questions of the next wave, 0 where the slots are full or a question gives no prompt; None for all that are left.
     """
-    built: list[B] = []
-    kept, position = kept[:cap], 0
-    while position < len(kept) and len(built) < cap and per_question:
-        size = math.ceil((cap - len(built)) / per_question) if lazy else len(kept)
-        wave = kept[position : position + size]
-        for drafts in build(wave):
-            built.extend(drafts)
-        position += len(wave)
-    return built[:cap]
+    if free <= 0 or not per_question:
+        return 0
+    return math.ceil(free / per_question) if lazy else None

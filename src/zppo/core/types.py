@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -128,6 +128,17 @@ class Prompt:
     images: tuple[ImageRef, ...] = ()
     forced_ids: tuple[int, ...] = ()
     audit: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Row(NamedTuple):
+    """A prompt (with forced ids, if any) and the completion that is scored; lists, tuples or (T,) int64 tensors.
+
+    `images` are those that stand in the prompt, in order.
+    """
+
+    prompt_ids: Sequence[int] | torch.Tensor
+    completion_ids: Sequence[int] | torch.Tensor
+    images: tuple[ImageRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,26 +8,39 @@ holds the same groups, the same buffer and the same batch, and the code reads as
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zppo.core.minibatch import shares
 from zppo.errors import Interrupted, LauncherError
 from zppo.runs.signals import Stop
-from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
+from zppo.step_log import StepLog
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from zppo.rollout.student import Answered, Score
-
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(slots=True)
+class Deal:
+    """Work that is dealt out to the processes.
+
+    Attributes:
+        mine: places of this process's items, in order; it may have none.
+        done: what it has made of them, in that order.
+        results: those of all processes, in the order of the items.
+    """
+
+    mine: list[int]
+    done: Sequence[Any] = ()
+    results: Sequence[Any] = ()
+
+
 class Processes:
-    """One process's view of all of them; by default it is alone, and every method is what it would be without a team.
+    """One process's view of all of them; by default it is alone, and every method is what it would be without the others.
 
     Args:
         rank: which process this is; 0 prints and writes.
@@ -67,57 +80,45 @@ class Processes:
             ) from error
         return values
 
-    def map(
-        self,
-        items: Sequence[Item],
-        work: Callable[[Sequence[Item]], Sequence[Result]],
-        cost: Callable[[Item], float] = lambda _: 1.0,
-    ) -> list[Result]:
-        """`work(items)`, split by item over the processes; results in the order of the items, on every process.
+    @contextmanager
+    def deal(self, costs: Sequence[float]) -> Iterator[Deal]:
+        """Work that is dealt out: inside, a process does its part, and afterwards every one has the results of all.
 
         Args:
-            items: the same on every process.
-            work: gives one result per item of its share, and is not called for an empty one.
-            cost: what an item is expected to take; shares are balanced by it.
+            costs: what each item is expected to take, the same on every process; parts are balanced by it.
 
         Raises:
             Interrupted: somebody wants the run to stop; in several processes it is raised in all of them.
         """
-        mine = shares([cost(item) for item in items], self.size)[self.rank]
-        own = [items[i] for i in mine]
-        parts = self.each(lambda: list(zip(mine, work(own), strict=True)) if mine else [])
-        results = dict(pair for part in parts for pair in part)
-        return [results[i] for i in range(len(items))]
-
-    def each(self, work: Callable[[], Result]) -> list[Result]:
-        """What `work` gives in every process, in the order of ranks, on all of them.
-
-        Raises:
-            Interrupted: somebody wants the run to stop; in several processes it is raised in all of them.
-        """
+        deal = Deal(shares(costs, self.size)[self.rank])
         if self.size == 1:
-            return [work()]
-        done: Result | None = None
-        with (
-            suppress(Interrupted),
-            self.stop.exposed(),
-        ):  # that somebody wants to stop is for all processes to know first
-            done = work()
-        parts = self.gather((self.stop.signum, done))
+            yield deal
+            deal.results = deal.done
+            return
+        # That somebody wants to stop is for all processes to know first.
+        with suppress(Interrupted), self.stop.exposed():
+            yield deal
+        parts = self.gather((self.stop.signum, dict(zip(deal.mine, deal.done, strict=False))))
         for signum, _ in parts:
             if signum is not None:
                 self.stop.request(signum)
                 raise Interrupted(signum)
-        return [part for _, part in parts]  # type: ignore[misc]
+        results = {place: result for _, part in parts for place, result in part.items()}
+        deal.results = [results[place] for place in range(len(costs))]
 
     def uninterrupted(self) -> AbstractContextManager[None]:
         """While several processes train together: see `stop`."""
         return nullcontext() if self.size == 1 else self.stop.ignored()
 
-    def total(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """The sums over the processes of what each has counted of its own share, by name."""
-        parts = self.gather(dict(counts))
-        return {name: sum(part[name] for part in parts) for name in counts}
+    def gather_log(self, log: StepLog) -> None:
+        """Add what each process has counted of its own share to what all know, and give everybody's warnings to all."""
+        parts = self.gather((log.own, log.warnings))
+        log.own = {}
+        for rank, (own, warnings) in enumerate(parts):
+            log.add(**own)
+            for subject, text in warnings.items():
+                if text not in log.warnings.values():
+                    log.warnings[f"{subject} of process {rank}"] = text
 
     def any(self, flag: bool) -> bool:
         """Whether one process says so, on all of them."""
@@ -137,34 +138,8 @@ class Processes:
                 "device"
             )
 
-    def teacher(self, teacher: Teacher) -> Teacher:
-        """A teacher whose requests are split over the processes."""
-        return teacher if self.size == 1 else _SplitTeacher(teacher, self)
-
-    def score(self, score: Score) -> Score:
-        """A grading whose completions are split over the processes."""
-        if self.size == 1:
-            return score
-
-        def split(answered: Sequence[Answered]) -> list[Any]:
-            return self.map(answered, score)
-
-        return split
-
 
 ONE_PROCESS = Processes()
-
-
-class _SplitTeacher:
-    """See `Processes.teacher`."""
-
-    def __init__(self, teacher: Teacher, processes: Processes) -> None:
-        self._teacher, self._team = teacher, processes
-
-    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
-        return self._team.map(
-            requests, lambda mine: self._teacher.complete(mine, how), lambda request: float(len(request.keys))
-        )
 
 
 def _first_line(error: Exception) -> str:

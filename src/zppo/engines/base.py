@@ -1,11 +1,8 @@
-"""What a sampling engine is. Engines know token ids only: no questions, no words.
-
-Sampling that survives what one batch cannot do.
-"""
+"""What a sampling engine is. Engines know token ids only: no questions, no words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -116,8 +113,8 @@ def check_end_tokens(eos_ids: Collection[int], banned_ids: Collection[int]) -> N
         )
 
 
-Finished = Callable[[int, int, Completion], None]
-"""Takes a completion that has ended while others are still sampled: the request's place, its key's place, the completion."""
+Ended = tuple[int, int, Completion]
+"""A completion that has ended: its request's place, its key's place, what was sampled."""
 
 
 class Engine(Protocol):
@@ -127,32 +124,16 @@ class Engine(Protocol):
         """Takes over the model's weights; called before the first sampling and whenever they have changed."""
         ...
 
-    def sample(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
-    ) -> list[list[Completion]]:
-        """Completions per request, in the order of its keys.
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        """Completions per request, in the order of its keys."""
+        ...
 
-        Args:
-            finished: called with completions as they end, each at most once, in the caller's thread. An engine may leave any of them
-                out: nothing depends on it, and all are returned.
-        """
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
+        """The same completions, each as soon as it has ended, so that it can be graded while others are sampled."""
         ...
 
 
-def sample_in_halves(
-    engine: Engine, requests: Sequence[SampleRequest], sampling: Sampling
-) -> list[list[Completion] | str]:
-    """Completions per request, or the reason why there are none.
-
-    Where sampling a batch fails (out of memory, a device fault, a model's own error), its halves are tried on their own.
-    """
-    if not requests:
-        return []
-    try:
-        return list(engine.sample(requests, sampling))
-    except Exception as error:
-        if len(requests) == 1:
-            return [f"{type(error).__name__}: {error}"]
-    # Outside of the handler, where the failed attempt's tensors are released.
-    half = len(requests) // 2
-    return sample_in_halves(engine, requests[:half], sampling) + sample_in_halves(engine, requests[half:], sampling)
+def in_order(requests: Sequence[SampleRequest], ended: Sequence[Ended]) -> list[list[Completion]]:
+    """What `Engine.stream` gave as `Engine.sample` gives it."""
+    done = {(request, key): completion for request, key, completion in ended}
+    return [[done[i, j] for j in range(len(request.keys))] for i, request in enumerate(requests)]

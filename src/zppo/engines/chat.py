@@ -110,8 +110,8 @@ class Chat:
         """The same with other arguments of the chat template."""
         return Chat(self.tokenizer, template_args, self.template, self.image_processor)
 
-    def new_step(self) -> None:
-        """Forgets the pictures of the last step."""
+    def forget_images(self) -> None:
+        """Lets go of the preprocessed images of the last step."""
         if self.image_processor is not None:
             self.image_processor.cache.clear()
 
@@ -145,7 +145,11 @@ class Chat:
             )
         if self.template is None:
             return "\n\n".join(message.content for message in messages) + "\n"
-        turns: list[Any] = [{"role": t.role, "content": self._content(t)} for t in message_parts(messages, images)]
+        turns: list[Any]
+        if images or self._texts_in_parts:
+            turns = [{"role": t.role, "content": self._content(t)} for t in message_parts(messages, images)]
+        else:
+            turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,

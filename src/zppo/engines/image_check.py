@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from zppo.core.types import ImageRef, Message
+from zppo.core.types import ImageRef, Message, Row
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
-from zppo.engines.logprobs import Row, completion_logprobs
+from zppo.engines.logprobs import completion_logprobs
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, ZPPOError, one_line
 from zppo.images.features import plain_inputs, why_blind

@@ -3,13 +3,11 @@
 Rows are padded on the right and trimmed to their longest one. A causal model never looks at what comes after, so no
 attention mask is passed: the attention kernels without one are the fast ones.
 
-The training forward with the prompt computed once for several of its completions, where a model can do that exactly.
-
-A pack is one sequence: the prompt without its last token, then for each completion a branch of that last token and the
-completion. A branch sees the prompt and itself, by an attention mask, and its positions go on from the prompt's, so every
-token has the context that it was sampled in. The last prompt token is repeated in every branch so that each token predicts one.
-
-It needs attention that takes such a mask. A recurrence (linear attention) runs through a sequence in its order and cannot branch.
+Where a model can do that exactly, a prompt is computed once for several of its completions. Such a pack is one sequence: the prompt
+without its last token, then for each completion a branch of that last token and the completion. A branch sees the prompt and itself, by
+an attention mask, and its positions go on from the prompt's, so every token has the context that it was sampled in. The last prompt token
+is repeated in every branch so that each token predicts one. It needs attention that takes such a mask: a recurrence (linear attention)
+runs through a sequence in its order and cannot branch.
 """
 
 from __future__ import annotations
@@ -23,22 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from zppo.core.types import ImageRef
+from zppo.core.minibatch import Sharing
+from zppo.core.types import Row
 from zppo.images.features import Seen, picture_inputs, positions_of
 from zppo.images.processor import ImageProcessor
 
 _CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need beside the logits
-
-
-class Row(NamedTuple):
-    """A prompt (with forced ids, if any) and the completion that is scored; lists, tuples or (T,) int64 tensors.
-
-    `images` are those that stand in the prompt, in order.
-    """
-
-    prompt_ids: Sequence[int] | torch.Tensor
-    completion_ids: Sequence[int] | torch.Tensor
-    images: tuple[ImageRef, ...] = ()
 
 
 class TokenScores(NamedTuple):
@@ -237,9 +225,6 @@ def _parts(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> It
         yield part, scores
 
 
-LONGEST = 4096
-"""Tokens of the longest pack: a mask has so many squared bits, and kernels make numbers of them."""
-
 _PAD = -1  # the branch of padding; 0 is the prompt, completions count from 1
 
 
@@ -248,19 +233,6 @@ class Pack(NamedTuple):
 
     prompt_ids: Sequence[int] | torch.Tensor
     completions: Sequence[Sequence[int] | torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """When prompts are shared.
-
-    Attributes:
-        reach: length at which attention over all pairs of tokens costs as much as everything else (`core.minibatch.share_prompt`).
-        most: tokens of the longest pack.
-    """
-
-    reach: int
-    most: int = LONGEST
 
 
 def sharing_of(model: PreTrainedModel) -> Sharing | None:
@@ -332,6 +304,57 @@ def shared_logprobs(
     where = (_starts(packs, first, ids.shape[1] - first)[:, None] + steps).where(mask, torch.tensor(0))
     mask, where = mask.to(device, non_blocking=True), where.to(device, non_blocking=True)
     return logprobs.flatten().gather(0, where.flatten()).view(where.shape).masked_fill(~mask, 0.0), mask
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """The training forward of one model, under the distribution that its completions are sampled from.
+
+    Attributes:
+        model: wrapped for distributed training or not; gradients and autocast are the caller's.
+        pad_id: any valid id.
+        temperature, banned_ids: as in sampling.
+        image_processor: how the model sees the images of rows; None for one that reads text only.
+    """
+
+    model: Any
+    pad_id: int = 0
+    temperature: float = 1.0
+    banned_ids: tuple[int, ...] = ()
+    image_processor: ImageProcessor | None = None
+
+    def logprobs(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs (B, T) float32 and completion mask (B, T) bool."""
+        return completion_logprobs(
+            self.model,
+            rows,
+            temperature=self.temperature,
+            banned_ids=self.banned_ids,
+            pad_id=self.pad_id,
+            image_processor=self.image_processor,
+        )
+
+    def shared_logprobs(self, rows: Sequence[Row], packs: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the rows in `packs`, pack by pack; the prompt of a pack's rows is computed once."""
+        return shared_logprobs(
+            self.model,
+            [Pack(rows[pack[0]].prompt_ids, [rows[i].completion_ids for i in pack]) for pack in packs],
+            temperature=self.temperature,
+            banned_ids=self.banned_ids,
+            pad_id=self.pad_id,
+        )
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """(N, V) logits of the N completion tokens of all rows, in the order of rows and tokens."""
+        device = next(self.model.parameters()).device
+        lengths = [(len(row.prompt_ids), len(row.completion_ids)) for row in rows]
+        ids = [torch.tensor([*row.prompt_ids, *row.completion_ids]) for row in rows]
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad_id).to(device)
+        first = min(prompt for prompt, _ in lengths)
+        inputs = padded[:, :-1]
+        seen = image_inputs(self.model, self.image_processor, rows, inputs)
+        logits = self.model(input_ids=inputs, use_cache=False, logits_to_keep=padded.shape[1] - first, **seen).logits
+        return torch.cat([row[p - first : p - first + c] for row, (p, c) in zip(logits, lengths, strict=True)])
 
 
 def _lay(pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,4 @@
-"""The rows of a batch while it is decoded: what each has drawn, and which still go on.
-
-Sampling with a `transformers` model: one prefill per prompt, finished rows dropped, exact log-probs.
+"""Sampling with a `transformers` model: one prefill per prompt, finished rows dropped, exact log-probs.
 
 Prompts of unequal length are padded on the *left*: their last tokens line up, so one position ends all of them, and a
 linear-attention layer (Qwen3.5) starts from a zero state that padding leaves at zero. Padding on the right would decay
@@ -17,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
+from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
 from zppo.engines.keyed_sampling import Drawer, Draws
 from zppo.engines.kv_cache import DecodeState
 from zppo.engines.memory import out_of_memory, release
@@ -35,27 +33,28 @@ class Rows:
         limits: (R,) most tokens of each row.
         ends: (V,) bool, which ids end a completion.
         look_every: steps between looks at what has finished.
-        end: given the number of each row with its completion, up to its first end token, else up to its limit.
 
     Attributes:
         rows: numbers of the rows that go on, in the order in which they lie in the batch now, (R',).
         longest: steps after which all have finished.
     """
 
-    def __init__(
-        self, limits: torch.Tensor, ends: torch.Tensor, look_every: int, end: Callable[[int, Completion], None]
-    ) -> None:
+    def __init__(self, limits: torch.Tensor, ends: torch.Tensor, look_every: int) -> None:
         self.rows = torch.arange(len(limits), device=limits.device)
         self.longest, self._shortest = int(limits.max()), int(limits.min())
-        self._limits, self._ends, self._look_every, self._end = limits, ends, look_every, end
+        self._limits, self._ends, self._look_every = limits, ends, look_every
         self._live = torch.ones_like(self.rows, dtype=torch.bool)
         nothing = torch.zeros(len(limits), 0, device=limits.device)
         self._before = Draws(nothing.long(), nothing, nothing)  # (R', T') of the rows as they lie now
         self._since: list[Draws] = []  # (R',) each
         self._step = 0
 
-    def record(self, draws: Draws) -> torch.Tensor | None:
-        """Notes one step. Returns the places in the batch to go on with, None for all; `rows` is empty once all are done.
+    def record(self, draws: Draws) -> tuple[torch.Tensor | None, list[tuple[int, Completion]]]:
+        """Notes one step; `rows` is empty once all are done.
+
+        Returns:
+            The places in the batch to go on with, None for all; and of each row that is dropped its number and its completion, up to
+            its first end token, else up to its limit.
 
         Raises:
             ModelError: a log-prob of a row that has finished is not a number.
@@ -66,18 +65,17 @@ class Rows:
         if self._step >= self._shortest:
             self._live &= self._limits[self.rows] > self._step
         if self._step % self._look_every and self._step < self._shortest:
-            return None
+            return None, []
         count = int(self._live.sum())
         if count and (len(self.rows) - count) * DROP_SHARE < len(self.rows):
-            return None
+            return None, []
         # The last live rows fill the gaps, so that most stay where they are.
         kept = torch.arange(count, device=self.rows.device)
         kept[~self._live[:count]] = self._live[count:].nonzero()[:, 0] + count
-        self._drop((~self._live).nonzero()[:, 0], kept)
-        return kept
+        return kept, self._drop((~self._live).nonzero()[:, 0], kept)
 
-    def _drop(self, gone: torch.Tensor, kept: torch.Tensor) -> None:
-        """Hands the rows at the places `gone` over, and goes on with those at `kept`."""
+    def _drop(self, gone: torch.Tensor, kept: torch.Tensor) -> list[tuple[int, Completion]]:
+        """The rows at the places `gone`; those at `kept` go on."""
         new = (torch.stack(part, 1) for part in zip(*self._since, strict=True))
         whole = Draws(*(torch.cat(parts, 1) for parts in zip(self._before, new, strict=True)))
         rows, ended = self.rows[gone], Draws(*(part[gone] for part in whole))
@@ -95,8 +93,10 @@ class Rows:
         means = ((ended.entropies * written).sum(-1) / lengths).tolist()
         truncated = (first_end + 1 > self._limits[rows]).tolist()
         tokens, logprobs = ended.tokens.cpu(), ended.logprobs.cpu()
-        for i, (row, n) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
-            self._end(row, Completion(tokens[i, :n].clone(), logprobs[i, :n].clone(), truncated[i], means[i]))
+        return [
+            (row, Completion(tokens[i, :n].clone(), logprobs[i, :n].clone(), truncated[i], means[i]))
+            for i, (row, n) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True))
+        ]
 
 
 class Piece(NamedTuple):
@@ -162,11 +162,13 @@ class TransformersEngine:
     def sync(self) -> None:
         """Nothing to do: the engine samples from the trainer's own weights."""
 
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        """Completions per request, in the order of its keys; see `stream`."""
+        return in_order(requests, list(self.stream(requests, sampling)))
+
     @torch.no_grad()
-    def sample(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
-    ) -> list[list[Completion]]:
-        """Completions per request, in the order of its keys; `finished` is given each as soon as its row is dropped.
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
+        """Completions as they end, each as soon as its row is dropped.
 
         Every completion has at most `sampling.max_new_tokens` tokens; where prompt and limit together exceed the
         model's context, it ends at the context. Both count as truncated.
@@ -179,7 +181,7 @@ class TransformersEngine:
             MemoryLimitError: the memory does not hold a single rollout.
         """
         check_requests(requests, sampling, self.vocab_size, self.context)
-        done: list[dict[int, Completion]] = [{} for _ in requests]  # by the key's place
+        done: list[set[int]] = [set() for _ in requests]  # places of keys whose completions have been given
         waiting = deque(plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens))
         with _evaluating(self.model), self.autocast():
             while waiting:
@@ -190,57 +192,46 @@ class TransformersEngine:
                 if rows > 1 and self.max_tokens is not None and tokens > self.max_tokens:
                     waiting.extendleft(reversed(halves(batch)))
                     continue
-                if not self._attempt(batch, requests, sampling, done, finished):
-                    waiting.appendleft(batch)
-        return [[row[i] for i in range(len(request.keys))] for request, row in zip(requests, done, strict=True)]
+                places = [(piece.request, i) for piece in batch for i in range(piece.start, piece.stop)]
+                try:
+                    for row, completion in self._decode([(requests[p.request], p) for p in batch], sampling):
+                        request, key = places[row]
+                        done[request].add(key)
+                        yield request, key, completion
+                except RuntimeError as error:
+                    self._halve_or_raise(error, rows, tokens, sampling)
+                else:
+                    self._say_what_fits(rows, tokens)
+                    continue
+                release()  # outside of the handler, which holds the tensors of the failed attempt
+                waiting.appendleft(batch)
 
-    def _attempt(
-        self,
-        batch: Sequence[Piece],
-        requests: Sequence[SampleRequest],
-        sampling: Sampling,
-        done: list[dict[int, Completion]],
-        finished: Finished | None,
-    ) -> bool:
-        """Decodes a batch into `done`; False where memory ran out and `max_tokens` now admits half of its rows.
+    def _halve_or_raise(self, error: RuntimeError, rows: int, tokens: int, sampling: Sampling) -> None:
+        """Where memory ran out, `max_tokens` admits half of the rows from now on; any other error is raised again.
 
         Nothing is lost by the attempt: what has finished stays, and every draw is keyed, so the other rows come to the same tokens in
         any company.
         """
-        rows, tokens = _size(batch, requests, sampling.max_new_tokens)
-        places = [(piece.request, i) for piece in batch for i in range(piece.start, piece.stop)]
-
-        def end(row: int, completion: Completion) -> None:
-            request, place = places[row]
-            done[request][place] = completion
-            if finished is not None:
-                finished(request, place, completion)
-
-        try:
-            self._decode([(requests[p.request], p) for p in batch], sampling, end)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            if rows == 1:
-                raise MemoryLimitError(
-                    f"the memory of {self.model.device} does not hold one rollout of {tokens:,} tokens beside the model: lower "
-                    f"max_new_tokens (now {sampling.max_new_tokens:,}) or the prompt limit, or take a smaller model"
-                ) from error
-        else:
-            if self._failed_rows and self.say is not None and self.max_tokens is not None:
-                fit = max(
-                    1, self.max_tokens // (tokens // rows)
-                )  # more than now, where the failed attempt had finished some
-                self.say(
-                    f"memory ran out with {self._failed_rows:,} rollouts at once; {fit:,} fit, and no more than "
-                    f"{self.max_tokens:,} cached tokens are tried from now on (rollout.max_rows sets a limit of your own)"
-                )
-            self._failed_rows = 0
-            return True
-        release()
+        if not out_of_memory(error):
+            raise error
+        if rows == 1:
+            raise MemoryLimitError(
+                f"the memory of {self.model.device} does not hold one rollout of {tokens:,} tokens beside the model: lower "
+                f"max_new_tokens (now {sampling.max_new_tokens:,}) or the prompt limit, or take a smaller model"
+            ) from error
         self._failed_rows = self._failed_rows or rows
         self.max_tokens = rows // 2 * (tokens // rows)
-        return False
+
+    def _say_what_fits(self, rows: int, tokens: int) -> None:
+        """After an attempt that succeeded, where larger ones had run out of memory."""
+        if self._failed_rows and self.say is not None and self.max_tokens is not None:
+            # More than now, where the failed attempt had finished some.
+            fit = max(1, self.max_tokens // (tokens // rows))
+            self.say(
+                f"memory ran out with {self._failed_rows:,} rollouts at once; {fit:,} fit, and no more than "
+                f"{self.max_tokens:,} cached tokens are tried from now on (rollout.max_rows sets a limit of your own)"
+            )
+        self._failed_rows = 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """What the model is run under."""
@@ -283,9 +274,9 @@ class TransformersEngine:
         return out.logits[:, -1], cache, mask, following
 
     def _decode(
-        self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling, end: Callable[[int, Completion], None]
-    ) -> None:
-        """One batch: prefill, then token by token on the rows that still live; `end` is given each row that has finished."""
+        self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
+        """One batch: prefill, then token by token on the rows that still live; gives the rows that have finished, by number."""
         device = self.model.device
         prompts = [request.prompt_ids for request, _ in batch]
         owners = [i for i, (_, piece) in enumerate(batch) for _ in range(piece.start, piece.stop)]
@@ -295,14 +286,15 @@ class TransformersEngine:
         ends = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
         ends[[i for i in self.eos_ids if i < self.vocab_size]] = True
         drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
-        progress = Rows(limits, ends, self.look_every, end)
+        progress = Rows(limits, ends, self.look_every)
 
         logits, cache, mask, following = self._prefill([request for request, _ in batch])
         owner = torch.tensor(owners, device=device)
         logits, state = logits[owner], None
         for step in range(progress.longest):
             draws = drawer.draw(logits, step)
-            tokens, kept = draws.tokens, progress.record(draws)
+            tokens, (kept, ended) = draws.tokens, progress.record(draws)
+            yield from ended
             if len(progress.rows) == 0:
                 break
             if kept is not None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from zppo.engines.base import Completion, Finished, SampleRequest, Sampling, check_end_tokens, check_requests
+from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
 from zppo.errors import EngineError, ModelError, SettingsError
 from zppo.images.processor import ImageProcessor
 
@@ -91,17 +91,17 @@ class VLLMEngine:
         """
         self._guarded(self.generation.sync_weights)
 
-    def take(self, model: PreTrainedModel) -> None:
+    def sample_from(self, model: PreTrainedModel) -> None:
         """Samples from another model of the same shape from now on (what a run saved, for its last evaluation)."""
         self.generation.model = model
         self.sync()
 
-    def sample(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
-    ) -> list[list[Completion]]:
-        """Completions per request, as many as it has keys; entropies are NaN, since vLLM does not tell them.
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        """Completions per request, as many as it has keys; see `stream`."""
+        return in_order(requests, list(self.stream(requests, sampling)))
 
-        `finished` is given them when a call returns: all that have one group size and one limit.
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
+        """Completions when a call returns: all that have one group size and one limit. Entropies are NaN, since vLLM does not tell them.
 
         A key is used only where a call asks for a single completion: `VLLMGeneration` takes one seed a call, and one seed would
         give all rollouts of a prompt the same tokens.
@@ -115,15 +115,9 @@ class VLLMEngine:
         for i, request in enumerate(requests):
             room = sampling.max_new_tokens if self.context is None else self.context - len(request.prompt_ids)
             calls[len(request.keys), min(room, sampling.max_new_tokens)].append(i)
-        done: list[list[Completion]] = [[] for _ in requests]
         for (size, limit), places in calls.items():
-            found = self._call([requests[i] for i in places], size, limit, sampling)
-            for n, i in enumerate(places):
-                done[i] = found[n * size : (n + 1) * size]
-                if finished is not None:
-                    for place, completion in enumerate(done[i]):
-                        finished(i, place, completion)
-        return done
+            found = iter(self._call([requests[i] for i in places], size, limit, sampling))
+            yield from ((i, key, next(found)) for i in places for key in range(size))
 
     def _call(self, requests: Sequence[SampleRequest], size: int, limit: int, sampling: Sampling) -> list[Completion]:
         """`size` completions of every request, request by request."""

@@ -169,7 +169,7 @@ class PromptBook:
     def _load(self, name: str) -> tuple[str, str, Callable[[], bool]] | None:
         if name not in self._paths:
             return None
-        return _read(name, self._paths[name]), str(self._paths[name]), lambda: True
+        return _read(name, self._paths[name]), _frame(name), lambda: True
 
     def _check(self, name: str) -> None:
         """Compiles a template now, so that a mistake in it shows before anything is sampled."""
@@ -177,7 +177,7 @@ class PromptBook:
             self._environment.get_template(name)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
-                f"{error.filename or self._paths[name]}, line {error.lineno}: the template {name!r} cannot be parsed: "
+                f"{self._paths.get(error.name or name, name)}, line {error.lineno}: the template {name!r} cannot be parsed: "
                 f"{error.message}. Mend that line; see https://jinja.palletsprojects.com/templates/."
             ) from error
         if name not in VARIABLES:
@@ -218,9 +218,14 @@ def _read(name: str, path: Path) -> str:
         ) from error
 
 
+def _frame(name: str) -> str:
+    """How a template is called in tracebacks."""
+    return f"<template {name}>"
+
+
 def _line(error: BaseException, paths: Mapping[str, Path]) -> int | str:
     """The innermost template line in the error's traceback."""
-    files = {str(path) for path in paths.values()}
+    files = {_frame(name) for name in paths}
     line: int | str = "?"
     trace = error.__traceback__
     while trace is not None:

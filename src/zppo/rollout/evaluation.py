@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from zppo.config.settings import EvalSettings
 from zppo.core.types import Question
 from zppo.rollout.student import StudentSampler
+from zppo.step_log import StepLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,16 @@ class Evaluation:
     ungraded: int = 0
 
 
-def evaluate(sampler: StudentSampler, questions: Sequence[Question], settings: EvalSettings) -> Evaluation:
-    """Evaluate the roller's student; draws are keyed by question, so that two evaluations of the same weights are equal."""
-    sampler = replace(sampler, sampling=settings.sampling(), group_size=settings.samples)
-    groups = sampler.roll([sampler.renderer.plain(q) for q in questions], 0, purpose="eval")
+def evaluate(
+    student: StudentSampler, questions: Sequence[Question], settings: EvalSettings, log: StepLog
+) -> Evaluation:
+    """Evaluate a student; draws are keyed by question, so that two evaluations of the same weights are equal.
+
+    Args:
+        log: of this evaluation alone, with the step 0.
+    """
+    student = replace(student, sampling=settings.sampling(), group_size=settings.samples)
+    groups = student.rollout([student.renderer.plain(q) for q in questions], log, purpose="eval")
     levels: dict[str, list[bool]] = {}
     for group in groups:
         levels.setdefault(group.question.level, []).extend(r.correct for r in group.graded)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
@@ -74,11 +73,6 @@ class FrozenModels:
             if count and isinstance(teacher, RemoteTeacher):
                 teacher.check_images(own.how(own.rollout), count, "rollout")
 
-    def take_service(self) -> dict[str, float]:
-        """What calling the remote models took since the last call of this, named remote_*; empty where all are in this process."""
-        taken = [asdict(teacher.take_service()) for teacher in self._remote]
-        return {f"remote_{name}": sum(counts[name] for counts in taken) for name in taken[0]} if taken else {}
-
     def close(self) -> None:
         """Ends the threads and connections of remote models."""
         for teacher in self._remote:
@@ -125,8 +119,8 @@ def in_process(teacher: FrozenTeacher) -> LocalTeacher:
 
 def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
     """What the method asks a teacher for; further teachers give rollouts only. The judge checks its own."""
-    compresses = first and own.compression.enabled and bool({"bcq", "ncq"} & set(method.reformulations))
-    return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.reformulations)]
+    compresses = first and own.compression.enabled and bool({"pair", "wrong"} & method.needs)
+    return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.needs)]
 
 
 def _load_frozen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 
 from zppo.config.models import FrozenModelSettings
 from zppo.config.settings import Settings
@@ -17,15 +16,19 @@ from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.data import count_judged
 from zppo.rollout.frozen_models import FrozenTeacher
-from zppo.rollout.student import Answered, Score
+from zppo.rollout.student import Answered
+from zppo.step_log import StepLog
 from zppo.teacher.compression import token_tail
 from zppo.teacher.judge import Case, Judge, readable
 
 _FEW = 8  # replies on which nothing is concluded yet
 
+Rule = Callable[[Sequence[Answered]], list[Verdict]]
+"""Grades completions without a judge, in their order."""
+
 
 @contextmanager
-def scoring(settings: Settings) -> Iterator[Score]:
+def rule_grading(settings: Settings) -> Iterator[Rule]:
     """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers."""
     if settings.grading.reward:
         reward = load_reward(settings.grading.reward)
@@ -33,10 +36,10 @@ def scoring(settings: Settings) -> Iterator[Score]:
         return
     with Grader(deadline=settings.grading.deadline, workers=settings.grading.workers) as grader:
 
-        def score(answered: Sequence[Answered]) -> list[Verdict]:
+        def grade(answered: Sequence[Answered]) -> list[Verdict]:
             return grader.grade_many([(a.completion, a.question.gold, a.think_open) for a in answered])
 
-        yield score
+        yield grade
 
 
 class Scorer:
@@ -51,73 +54,64 @@ class Scorer:
         judge: grades the others; None where there are none.
     """
 
-    def __init__(self, rule: Score, judge: Judge | None = None) -> None:
+    def __init__(self, rule: Rule, judge: Judge | None = None) -> None:
         self.rule, self.judge = rule, judge
-        self._told_malformed = False
-        self._spared = 0
+        self._told_malformed = False  # said once a run
 
-    def __call__(self, answered: Sequence[Answered]) -> list[Verdict]:
-        """Verdicts in the order of the completions; one call of the judge's model for all of them."""
+    def __call__(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
+        """Verdicts in the order of the completions; one call of the judge's model for all of them.
+
+        Counts `graded_answers` (by rule), and with a judge its own counts and `judge_spared`: completions of judge questions that took no
+        call of their own, since they had the gold's words, came twice, or were empty.
+        """
         if self.judge is None:
-            return self.rule(answered)
-        judged = iter(self._by_judge(self.judge, [a for a in answered if a.question.grading == JUDGE]))
-        ruled = iter(self.rule([a for a in answered if a.question.grading != JUDGE]))
+            return self._by_rule(answered, log)
+        judged = iter(self._by_judge(self.judge, [a for a in answered if a.question.grading == JUDGE], log))
+        ruled = iter(self._by_rule([a for a in answered if a.question.grading != JUDGE], log))
         return [next(judged if a.question.grading == JUDGE else ruled) for a in answered]
 
-    def _by_judge(self, judge: Judge, answered: Sequence[Answered]) -> list[Verdict]:
+    def _by_rule(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
+        log.add_own(graded_answers=len(answered))
+        with log.time("grading"):  # a part of sampling and teacher
+            return self.rule(answered)
+
+    def _by_judge(self, judge: Judge, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         verdicts = [_without_judge(a) for a in answered]
         texts = [readable(a.completion, v.answer, a.think_open) for a, v in zip(answered, verdicts, strict=True)]
         left = [
             i for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)) if text and not verdict.correct
         ]
-        before = judge.counts.asked
-        outcomes = judge.decide([Case(answered[i].question, texts[i]) for i in left])
-        self._spared += len(answered) - (judge.counts.asked - before)
+        before = log.own.get("judge_asked", 0.0)
+        outcomes = judge.decide([Case(answered[i].question, texts[i]) for i in left], log)
+        log.add_own(judge_spared=len(answered) - (log.own["judge_asked"] - before))
         for i, outcome in zip(left, outcomes, strict=True):
             correct = outcome == "correct"
             graded = outcome != "unreachable"
             verdicts[i] = Verdict(correct, verdicts[i].answer, f"judge {outcome}", float(correct), graded)
+        self._warn(log)
         return verdicts
 
-    def new_step(self) -> None:
-        """A step or an evaluation begins: verdicts and counts of the judge are forgotten."""
-        self._spared = 0
-        if self.judge is not None:
-            self.judge.new_step()
-
-    def metrics(self) -> dict[str, float]:
-        """Counts since `new_step`, named judge_*; none without a judge.
-
-        `judge_spared` are completions of judge questions that took no call of their own: they had the gold's words, came twice, or were
-        empty.
-        """
-        if self.judge is None:
-            return {}
-        counts = {"spared": self._spared, **asdict(self.judge.counts)}
-        return {f"judge_{name}": float(value) for name, value in counts.items()}
-
-    def warnings(self) -> list[str]:
-        """What a person should know about the judging since `new_step`; that most replies are no verdicts is said once."""
-        if self.judge is None:
-            return []
-        counts, said = self.judge.counts, []
-        if counts.unreachable:
-            said.append(
-                f"{counts.unreachable:,} of {counts.asked:,} judge calls got no reply, and what they were about is ungraded: "
-                f"{self.judge.error}"
+    def _warn(self, log: StepLog) -> None:
+        """What a person should know about the judging of this step up to now; that most replies are no verdicts is said once."""
+        asked, unreachable, malformed = (
+            int(log.own[f"judge_{name}"]) for name in ("asked", "unreachable", "malformed")
+        )
+        if unreachable:
+            log.warnings["judge unreachable"] = (
+                f"{unreachable:,} of {asked:,} judge calls got no reply, and what they were about is ungraded: "
+                f"{log.errors.get('judge', '')}"
             )
-        if not self._told_malformed and counts.asked >= _FEW and 2 * counts.malformed > counts.asked:
+        if not self._told_malformed and asked >= _FEW and 2 * malformed > asked:
             self._told_malformed = True
-            said.append(
-                f"{counts.malformed:,} of {counts.asked:,} judge replies were no verdict and count as wrong: take a judge that follows "
+            log.warnings["judge malformed"] = (
+                f"{malformed:,} of {asked:,} judge replies were no verdict and count as wrong: take a judge that follows "
                 "instructions, without thinking (docs/grading.md)"
             )
-        return said
 
 
 def make_scorer(
     settings: Settings,
-    rule: Score,
+    rule: Rule,
     questions: Iterable[Question],
     chat: Chat,
     teachers: Sequence[FrozenTeacher],

@@ -1,47 +1,26 @@
-"""What a hard question is reformulated with: compressed candidates, hints, response tokens (Alg. 1, l. 8-10; Algs. 5 and 6).
-
-From plain groups to reformulated prompts: hard questions -> teacher -> compression -> BCQ and NCQ (Alg. 1, l. 4-15).
-
-Puts together who asks the teacher, and who makes the reformulated prompts of a step.
-"""
+"""From hard groups to reformulated prompts: teacher responses -> candidates and hints -> BCQ, NCQ, ... (Alg. 1, l. 4-15; Algs. 5, 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 
-from zppo.config.settings import Settings, ZoneSettings
+from zppo.config.settings import Settings
 from zppo.core.draws import keyed_random
-from zppo.core.reformulate import (
-    RESPONSES,
-    Material,
-    Need,
-    Placebo,
-    PrefixQuestion,
-    Reformulation,
-    distinct_answers,
-    scrambled,
-)
-from zppo.core.select import fill_slots, hard_groups, share_of
+from zppo.core.reformulate import RESPONSES, Material, Need, Reformulation, distinct_answers, scrambled
+from zppo.core.select import next_wave
 from zppo.core.types import Draft, Group, Prompt
+from zppo.distributed.processes import Processes
 from zppo.errors import SettingsError, TemplateError
 from zppo.grading import normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.grading import Scorer
 from zppo.rollout.student import PromptRenderer, Score
-from zppo.rollout.teacher import Pools, ResponseTokens, TeacherSampler, TimedTeacher
+from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, TeacherSampler
+from zppo.step_log import StepLog
 from zppo.teacher.base import Teacher, TeacherSampling
-from zppo.teacher.compression import Compressor, PairRequest, Prepared, Source, token_tail
-from zppo.teacher.hints import HintCounts, HintRequest, make_hints
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Candidates that a step could not show as it should."""
-
-    bcq_without_negative: int = 0
-    bcq_raw_pairs: int = 0
-    ncq_raw_candidates: int = 0
+from zppo.teacher.compression import COMPRESSION_COUNTS, Compressor, PairRequest, Prepared, Source, token_tail
+from zppo.teacher.hints import HINT_COUNTS, HintRequest, make_hints
 
 
 class CandidateMaker:
@@ -53,6 +32,7 @@ class CandidateMaker:
         teacher, hint: who writes hints and how it is sampled.
         book: the words of the request for a hint.
         response_ids: a response in the student's tokens, for Prefix.
+        prefix_fraction: how much of it Prefix gives.
         seed: keys every draw.
     """
 
@@ -65,37 +45,23 @@ class CandidateMaker:
         hint: TeacherSampling,
         book: PromptBook,
         response_ids: Callable[[Source], tuple[int, ...]],
+        prefix_fraction: float = 0.4,
         seed: int,
     ) -> None:
         self.needs, self.compressor, self.teacher, self.hint = needs, compressor, teacher, hint
         self.book, self.response_ids, self.seed = book, response_ids, seed
-        self.new_step()
+        self.prefix_fraction = prefix_fraction
+        self.counts = (  # candidates that a step could not show as it should, and what making them took
+            *("bcq_without_negative", "bcq_raw_pairs", "ncq_raw_candidates"),
+            *COMPRESSION_COUNTS,
+            *(HINT_COUNTS if "hint" in needs else ()),
+        )
 
-    def new_step(self) -> None:
-        """Forget summaries and counts."""
-        self.compressor.new_step()
-        self._counts = _Counts()
-        self._hints = HintCounts()
-
-    def metrics(self) -> dict[str, float | None]:
-        """Counts since `new_step`: compression_*, hint_* where hints are made, and what could not be shown as it should."""
-        named = {
-            f"compression_{f.name}": getattr(self.compressor.counts, f.name) for f in fields(self.compressor.counts)
-        }
-        if "hint" in self.needs:
-            named |= {f"hint_{name}": value for name, value in asdict(self._hints).items() if name != "error"}
-        return {name: float(value) for name, value in (asdict(self._counts) | named).items()}
-
-    @property
-    def error(self) -> str:
-        """Why a compression or a hint did not come, the last such reason; "" where all came."""
-        return self.compressor.error or self._hints.error
-
-    def make(self, groups: Sequence[Group], pools: Pools, step: int) -> list[Material]:
+    def make(self, groups: Sequence[Group], pools: Pools, log: StepLog) -> list[Material]:
         """Materials in the order of the groups, from their wrong rollouts and the correct teacher responses."""
         wrong = [_wrong(g) for g in groups]
-        prepared = self._candidates(groups, wrong, pools, step)
-        hints = self._make_hints(groups, pools, step)
+        prepared = self._candidates(groups, wrong, pools, log)
+        hints = self._make_hints(groups, pools, log)
         return [
             Material(
                 question=g.question,
@@ -103,13 +69,14 @@ class CandidateMaker:
                 wrong=p.wrong,
                 wrong_answers=_listed(sources, g.question.gold),
                 hint=hint,
-                response_ids=self._response(g, pools, step),
+                response_ids=self._response(g, pools, log.step),
+                prefix_fraction=self.prefix_fraction,
             )
             for g, sources, p, hint in zip(groups, wrong, prepared, hints, strict=True)
         ]
 
     def _candidates(
-        self, groups: Sequence[Group], wrong: Sequence[tuple[Source, ...]], pools: Pools, step: int
+        self, groups: Sequence[Group], wrong: Sequence[tuple[Source, ...]], pools: Pools, log: StepLog
     ) -> list[Prepared]:
         if not self.needs & {"pair", "wrong"}:
             return [Prepared() for _ in groups]
@@ -125,26 +92,19 @@ class CandidateMaker:
             )
             for g, sources in zip(groups, wrong, strict=True)
         ]
-        prepared = self.compressor.prepare(requests, self.seed, step)
-        self._counts.bcq_without_negative += sum(bool(r.want_pair and r.wrong and not r.negatives) for r in requests)
-        self._counts.bcq_raw_pairs += sum(p.pair_raw for p in prepared)
-        self._counts.ncq_raw_candidates += sum(p.wrong_raw for p in prepared)
+        prepared = self.compressor.prepare(requests, self.seed, log)
+        log.add(
+            bcq_without_negative=sum(bool(r.want_pair and r.wrong and not r.negatives) for r in requests),
+            bcq_raw_pairs=sum(p.pair_raw for p in prepared),
+            ncq_raw_candidates=sum(p.wrong_raw for p in prepared),
+        )
         return prepared
 
-    def _make_hints(self, groups: Sequence[Group], pools: Pools, step: int) -> list[str | None]:
+    def _make_hints(self, groups: Sequence[Group], pools: Pools, log: StepLog) -> list[str | None]:
         if "hint" not in self.needs or self.teacher is None:
             return [None] * len(groups)
         requests = [HintRequest(g.question, pools.get(g.question.id, ())) for g in groups]
-        hints, counts = make_hints(requests, self.teacher, self.book, self.hint, seed=self.seed, step=step)
-        had = self._hints
-        self._hints = HintCounts(
-            asked=had.asked + counts.asked,
-            failed=had.failed + counts.failed,
-            unreachable=had.unreachable + counts.unreachable,
-            completion_tokens=had.completion_tokens + counts.completion_tokens,
-            error=counts.error or had.error,
-        )
-        return hints
+        return make_hints(requests, self.teacher, self.book, self.hint, seed=self.seed, log=log)
 
     def _response(self, group: Group, pools: Pools, step: int) -> tuple[int, ...]:
         """One correct teacher response, drawn uniformly, in the student's tokens."""
@@ -154,14 +114,6 @@ class CandidateMaker:
         return self.response_ids(keyed_random(self.seed, "prefix", step, group.question.id).choice(pool))
 
 
-def drafts_of(reformulations: Sequence[Reformulation], material: Material, seed: int, step: int) -> list[Draft]:
-    """What one question is asked again with, in building order (Alg. 1, l. 8-10)."""
-    drafts = (
-        r.draft(material, keyed_random(seed, "reformulate", step, material.question.id, r.kind)) for r in reformulations
-    )
-    return [draft for draft in drafts if draft is not None]
-
-
 def _wrong(group: Group) -> tuple[Source, ...]:
     """W_x in rollout order."""
     return tuple(Source(r.text, r.answer, i) for i, r in enumerate(group.rollouts) if r.graded and not r.correct)
@@ -169,119 +121,109 @@ def _wrong(group: Group) -> tuple[Source, ...]:
 
 def _listed(wrong: Sequence[Source], gold: str) -> tuple[str, ...]:
     """The answers that NCQ lists."""
-    answers = ((s.answer, "" if s.answer is None else normalise(s.answer)) for s in wrong)
+    answers = [(s.answer, "" if s.answer is None else normalise(s.answer)) for s in wrong]
     return distinct_answers(answers, normalise(gold))
 
 
 @dataclass(frozen=True, slots=True)
 class Reformulated:
-    """The reformulated prompts of one step and what making them took.
+    """What a step asks again.
 
     Attributes:
-        prompts: at most floor(rho_aug * len(X_new)).
-        pools: correct teacher responses of the hard questions that the teacher was asked about.
-        metrics: numbers for the run log.
-        teacher_error: why the teacher could not serve a request, the last such reason; "" where it served all.
+        prompts: reformulated prompts, at most floor(rho_aug * len(X_new)).
+        responses: correct teacher responses by question id, of the hard questions that the teacher was asked about.
     """
 
     prompts: list[Prompt] = field(default_factory=list)
-    pools: Pools = field(default_factory=dict)
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    teacher_error: str = ""
+    responses: Pools = field(default_factory=dict)
 
 
 class Reformulator:
     """Makes the reformulated prompts of a step.
 
     Args:
+        settings: the recipe's; of them the method, `teacher.ask`, the token limit of rollouts and the seed.
         reformulations: in building order (BCQ before NCQ in the paper).
-        teacher_sampler, materials: the teacher's responses; compressed candidates and hints.
+        teacher_sampler, candidates: the teacher's responses; compressed candidates and hints.
         renderer: the student's words.
         context: the student's context in tokens, None if unbounded.
-        max_new_tokens: limit of a student completion, counted against the context.
-        lazy: ask the teacher hardest first until the cap is full (the same prompts), or as Algorithm 1 is written.
-        teachers: whose replies the step waits for.
-        every_hard_question: responses are wanted for all hard questions (Teacher response), not for prompts alone.
-        scramble: exchange the candidates between questions (control).
     """
 
     def __init__(
         self,
+        settings: Settings,
         reformulations: Sequence[Reformulation],
-        *,
         teacher_sampler: TeacherSampler,
-        materials: CandidateMaker,
+        candidates: CandidateMaker,
         renderer: PromptRenderer,
-        settings: ZoneSettings,
-        seed: int,
         context: int | None,
-        max_new_tokens: int,
-        lazy: bool = True,
-        teachers: Sequence[TimedTeacher] = (),
-        every_hard_question: bool = False,
-        scramble: bool = False,
     ) -> None:
-        self.reformulations = tuple(reformulations)
-        self.teacher_sampler, self.materials, self.renderer = teacher_sampler, materials, renderer
-        self.settings, self.seed, self.context, self.max_new_tokens = settings, seed, context, max_new_tokens
-        self.lazy, self.every_hard_question, self.scramble = lazy, every_hard_question, scramble
-        self.teachers = tuple(teachers)
+        self.method, self.seed = settings.method.resolve(), settings.seed
+        self.max_new_tokens, self.context = settings.rollout.max_new_tokens, context
+        self.lazy = settings.teacher is None or settings.teacher.ask != "all"
+        self.reformulations, self.renderer = tuple(reformulations), renderer
+        self.teacher_sampler, self.candidates = teacher_sampler, candidates
         self.needs_responses = any(r.needs & RESPONSES for r in self.reformulations)
 
-    def build(self, plain: Sequence[Group], new_count: int, step: int) -> Reformulated:
-        """The reformulated prompts for a step's plain groups (new questions first), hardest questions first."""
-        for teacher in self.teachers:
-            teacher.seconds = 0.0
-        cap = share_of(self.settings.rho_aug, new_count)
-        hard = hard_groups(plain, self.settings.threshold, ties=self.settings.ties, seed=self.seed, step=step)
-        self.teacher_sampler.new_step()
-        self.materials.new_step()
-        pools = self._ask_first(hard, cap, step)
-        too_long = 0
+    def reformulate(self, hard: Sequence[Group], cap: int, log: StepLog) -> Reformulated:
+        """The reformulated prompts of the hard groups of a step (Alg. 1, l. 4 and 6-15).
 
-        def build(wave: Sequence[Group]) -> list[list[tuple[Draft, Prompt]]]:
-            nonlocal too_long
-            if self.needs_responses:
-                pools.update(self.teacher_sampler.ask([g.question for g in wave if g.question.id not in pools], step))
-            materials = self.materials.make(wave, pools, step)
-            drafts = [drafts_of(self.reformulations, material, self.seed, step) for material in materials]
-            prompts = [[(draft, self.renderer.reformulated(draft)) for draft in row] for row in drafts]
-            fitting = [[pair for pair in row if self._fits(pair[1])] for row in prompts]
-            too_long += sum(map(len, prompts)) - sum(map(len, fitting))
-            return fitting
-
-        built = fill_slots(hard, cap, build, len(self.reformulations), lazy=self.lazy)
-        prompts = [prompt for _, prompt in built]
-        if self.scramble:
-            exchanged = [self.renderer.reformulated(draft) for draft in scrambled([draft for draft, _ in built])]
-            prompts = [prompt for prompt in exchanged if self._fits(prompt)]
-            too_long += len(exchanged) - len(prompts)
-        metrics: dict[str, float | None] = {
-            **{f"{r.kind}_prompts": float(sum(p.kind == r.kind for p in prompts)) for r in self.reformulations},
-            "hard_questions": float(len(hard)),
-            "too_long": float(too_long),
-            **self.teacher_sampler.metrics(),
-            **self.materials.metrics(),
-            **({"teacher_wait_seconds": sum(t.seconds for t in self.teachers)} if self.teachers else {}),
-        }
-        return Reformulated(prompts, pools, metrics, self.teacher_sampler.error or self.materials.error)
-
-    def _ask_first(self, hard: Sequence[Group], cap: int, step: int) -> Pools:
-        """Responses that are asked for before any slot is filled.
-
-        Teacher response wants every hard question. Algorithm 1 asks about all of them too; Hint and Prefix about the capped set.
+        Args:
+            hard: hard groups, hardest first.
+            cap: most prompts, floor(rho_aug * len(X_new)).
         """
-        if self.every_hard_question:
-            asked = hard
-        elif not self.lazy and self.needs_responses:
-            asked = hard if any("pair" in r.needs for r in self.reformulations) else hard[:cap]
-        else:
-            return {}
-        return self.teacher_sampler.ask([g.question for g in asked], step)
+        with log.time("teacher"):
+            # Every step reports all counts, those of what it did not need as 0.
+            log.add(**dict.fromkeys((*TEACHER_COUNTS, *self.candidates.counts, "too_long"), 0.0))
+            pools = self.teacher_sampler.ask([g.question for g in self._asked_first(hard, cap)], log)
+            built = self._fill_slots(hard[:cap], cap, pools, log)  # the pre-cap (l. 6)
+            if self.method.control == "scrambled":
+                built = self._fitting(scrambled([draft for draft, _ in built]), log)
+            prompts = [prompt for _, prompt in built]
+        log.add(hard_questions=len(hard))
+        log.add(**{f"{r.kind}_prompts": sum(p.kind == r.kind for p in prompts) for r in self.reformulations})
+        return Reformulated(prompts, pools)
 
-    def _fits(self, prompt: Prompt) -> bool:
-        needed = len(prompt.ids) + len(prompt.forced_ids) + self.max_new_tokens
-        return self.context is None or needed <= self.context
+    def _asked_first(self, hard: Sequence[Group], cap: int) -> Sequence[Group]:
+        """Groups whose responses are asked for before any slot is filled.
+
+        Teacher response wants every hard question. Algorithm 1 asks about all of them too; Hint and Prefix about the capped set. Lazily
+        the others are asked about when their turn comes.
+        """
+        if self.method.teacher_response:
+            return hard
+        if self.lazy or not self.needs_responses:
+            return ()
+        return hard if any("pair" in r.needs for r in self.reformulations) else hard[:cap]
+
+    def _fill_slots(self, kept: Sequence[Group], cap: int, pools: Pools, log: StepLog) -> list[tuple[Draft, Prompt]]:
+        """Prompts of the kept questions until the slots are full, those of one question in building order (l. 8-15)."""
+        built: list[tuple[Draft, Prompt]] = []
+        while kept and (size := next_wave(cap - len(built), len(self.reformulations), lazy=self.lazy)) != 0:
+            wave, kept = kept[:size], kept[size:] if size else ()
+            unasked = [g.question for g in wave if g.question.id not in pools] if self.needs_responses else []
+            if unasked:  # l. 4, where it was not asked before
+                pools.update(self.teacher_sampler.ask(unasked, log))
+            for material in self.candidates.make(wave, pools, log):
+                drafts = [self._draft(r, material, log.step) for r in self.reformulations]
+                built += self._fitting([draft for draft in drafts if draft is not None], log)
+        return built[:cap]  # the post-cap (l. 13-15): a last free slot goes to the first kind
+
+    def _draft(self, reformulation: Reformulation, material: Material, step: int) -> Draft | None:
+        rng = keyed_random(self.seed, "reformulate", step, material.question.id, reformulation.kind)
+        return reformulation.draft(material, rng)
+
+    def _fitting(self, drafts: Sequence[Draft], log: StepLog) -> list[tuple[Draft, Prompt]]:
+        """Drafts with their prompts, where prompt and completion fit the student's context; other slots go on to the next question."""
+
+        def fits(prompt: Prompt) -> bool:
+            needed = len(prompt.ids) + len(prompt.forced_ids) + self.max_new_tokens
+            return self.context is None or needed <= self.context
+
+        rendered = [(draft, self.renderer.reformulated(draft)) for draft in drafts]
+        fitting = [(draft, prompt) for draft, prompt in rendered if fits(prompt)]
+        log.add(too_long=len(rendered) - len(fitting))
+        return fitting
 
 
 def grades_while_sampling(settings: Settings, scorer: Scorer) -> bool:
@@ -295,8 +237,9 @@ def grades_while_sampling(settings: Settings, scorer: Scorer) -> bool:
 
 
 def make_teacher_sampler(
-    settings: Settings, teachers: Sequence[Teacher], renderer: PromptRenderer, score: Score
+    settings: Settings, teachers: Sequence[Teacher], renderer: PromptRenderer, score: Score, processes: Processes
 ) -> TeacherSampler:
+    """Who asks the teachers of a recipe."""
     own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
     return TeacherSampler(
         [(teacher, t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
@@ -304,62 +247,50 @@ def make_teacher_sampler(
         score,
         group_size=settings.zone.teacher_group_size,
         seed=settings.seed,
-    )
-
-
-def _make_materials(
-    settings: Settings, reformulations: Sequence[Reformulation], teacher: Teacher | None, renderer: PromptRenderer
-) -> CandidateMaker:
-    own, chat, student = settings.teacher, renderer.chat, settings.rollout.sampling()
-    own = own if teacher is not None else None
-    cap = own.compression.max_new_tokens if own else 1
-    return CandidateMaker(
-        frozenset(need for r in reformulations for need in r.needs),
-        compressor=Compressor(
-            teacher,
-            renderer.book,
-            own.how(own.compression) if own else TeacherSampling(student),
-            token_tail(chat.tokenizer, cap),
-            enabled=own is not None and own.compression.enabled,
-        ),
-        teacher=teacher,
-        hint=own.how(own.hint) if own else TeacherSampling(student),
-        book=renderer.book,
-        response_ids=ResponseTokens(chat),
-        seed=settings.seed,
+        processes=processes,
     )
 
 
 def make_reformulator(
     settings: Settings,
     reformulations: Sequence[Reformulation],
-    teachers: Sequence[TimedTeacher],
+    teachers: Sequence[Teacher],
     renderer: PromptRenderer,
     teacher_sampler: TeacherSampler,
     context: int | None,
 ) -> Reformulator:
-    method, own = settings.method.resolve(), settings.teacher if teachers else None
+    """Who reformulates by a recipe.
+
+    Raises:
+        SettingsError: a reformulation has no template.
+        TemplateError: a template would never be shown.
+    """
     _check_templates(reformulations, renderer.book)
-    return Reformulator(
-        reformulations,
-        teacher_sampler=teacher_sampler,
-        materials=_make_materials(settings, reformulations, teachers[0] if teachers else None, renderer),
-        renderer=renderer,
-        settings=settings.zone,
+    teacher, own = (teachers[0], settings.teacher) if teachers else (None, None)
+    chat, unused = renderer.chat, TeacherSampling(settings.rollout.sampling())
+    compression = own.compression if own else None
+    candidates = CandidateMaker(
+        frozenset(need for r in reformulations for need in r.needs),
+        compressor=Compressor(
+            teacher,
+            renderer.book,
+            own.how(own.compression) if own else unused,
+            token_tail(chat.tokenizer, compression.max_new_tokens if compression else 1),
+            enabled=compression is not None and compression.enabled,
+        ),
+        teacher=teacher,
+        hint=own.how(own.hint) if own else unused,
+        book=renderer.book,
+        response_ids=ResponseTokens(chat),
+        prefix_fraction=settings.zone.prefix_fraction,
         seed=settings.seed,
-        context=context,
-        max_new_tokens=settings.rollout.max_new_tokens,
-        lazy=own is None or own.ask != "all",
-        teachers=teachers,
-        every_hard_question=method.teacher_response,
-        scramble=method.control == "scrambled",
     )
+    return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context)
 
 
 def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
-    shows_nothing = (Placebo, PrefixQuestion)  # the plain question needs no template
     for r in reformulations:
-        if r.kind not in book.names() and not isinstance(r, shows_nothing):
+        if r.kind not in book.names() and not getattr(r, "shows_question_alone", False):
             raise SettingsError(
                 f"the method asks again with {r.kind!r}, which has no template: add prompts.{r.kind} to the recipe"
             )

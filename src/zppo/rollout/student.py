@@ -12,11 +12,12 @@ from queue import SimpleQueue
 from zppo.core.draws import draw_key
 from zppo.core.types import PLAIN, Draft, Group, Message, Prompt, Question, Rollout
 from zppo.distributed.processes import ONE_PROCESS, Processes
-from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.base import Ended, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.errors import DataError
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
+from zppo.step_log import StepLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,8 @@ class Answered:
     think_open: bool
 
 
-Score = Callable[[Sequence[Answered]], list[Verdict]]
-"""Grades completions, in their order: the rule grader, or a user's reward function."""
-
-_Ended = tuple[int, int, Completion]  # the prompt's place, the rollout's place in its group, what was sampled
+Score = Callable[[Sequence[Answered], StepLog], list[Verdict]]
+"""Grades completions, in their order, and counts what that took: by rule, by a user's reward function, by a judge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ class StudentSampler:
         seed: keys the draw of every rollout by (seed, step, question id, kind, index).
         processes: the processes that share the groups out; each samples and grades whole groups, and all get all of them.
         whole: inside it the engine has all weights.
-        beside: grade in a thread of its own while other rollouts are sampled, where the engine hands them over as they end.
+        grades_while_sampling: grade rollouts that have ended in a thread while others are sampled.
     """
 
     engine: Engine
@@ -89,50 +88,49 @@ class StudentSampler:
     seed: int
     processes: Processes = ONE_PROCESS
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
-    beside: bool = False
+    grades_while_sampling: bool = False
 
-    def roll(self, prompts: Sequence[Prompt], step: int, *, purpose: str = "rollout") -> list[Group]:
-        """One group per prompt, in order.
+    def rollout(self, prompts: Sequence[Prompt], log: StepLog, *, purpose: str = "rollout") -> list[Group]:
+        """One group of G_S graded rollouts per prompt, in order (Alg. 1, l. 2 and 16).
 
         Args:
             purpose: keeps the draws of evaluation apart from those of training.
         """
         if not prompts:
             return []
+        costs = [float(len(p.ids) + self.sampling.max_new_tokens) for p in prompts]
+        with log.time("sampling"), self.whole(), self.processes.deal(costs) as deal:
+            deal.done = self._rollouts([prompts[i] for i in deal.mine], log, purpose)
+        return [Group(prompt, rollouts) for prompt, rollouts in zip(prompts, deal.results, strict=True)]
 
-        def work(mine: Sequence[Prompt]) -> list[tuple[Rollout, ...]]:
-            return self._rollouts(mine, step, purpose)
-
-        with self.whole():
-            rolled = self.processes.map(prompts, work, lambda p: float(len(p.ids) + self.sampling.max_new_tokens))
-        return [Group(prompt, rollouts) for prompt, rollouts in zip(prompts, rolled, strict=True)]
-
-    def _rollouts(self, prompts: Sequence[Prompt], step: int, purpose: str) -> list[tuple[Rollout, ...]]:
+    def _rollouts(self, prompts: Sequence[Prompt], log: StepLog, purpose: str) -> list[tuple[Rollout, ...]]:
         """Of this process's prompts, in order."""
+        if not prompts:
+            return []
         requests = [
             SampleRequest(
                 p.ids + p.forced_ids,
-                tuple(draw_key(self.seed, purpose, step, p.question.id, p.kind, i) for i in range(self.group_size)),
+                tuple(draw_key(self.seed, purpose, log.step, p.question.id, p.kind, i) for i in range(self.group_size)),
                 p.images,
             )
             for p in prompts
         ]
         done: dict[tuple[int, int], Rollout] = {}
 
-        def grade(ended: Sequence[_Ended]) -> None:
-            for (i, j, _), rollout in zip(ended, self._graded(prompts, ended), strict=True):
+        def grade(ended: Sequence[Ended]) -> None:
+            for (i, j, _), rollout in zip(ended, self._graded(prompts, ended, log), strict=True):
                 done[i, j] = rollout
 
-        if self.beside:
+        if self.grades_while_sampling:
             self._sample_and_grade(requests, grade)
         else:
-            grade(_all_of(self.engine.sample(requests, self.sampling)))
+            sampled = self.engine.sample(requests, self.sampling)
+            grade([(i, j, completion) for i, row in enumerate(sampled) for j, completion in enumerate(row)])
         return [tuple(done[i, j] for j in range(self.group_size)) for i in range(len(prompts))]
 
-    def _sample_and_grade(self, requests: Sequence[SampleRequest], grade: Callable[[Sequence[_Ended]], None]) -> None:
-        """Has the rollouts graded in a thread as they end; those that the engine does not hand over, when all have ended."""
-        given: set[tuple[int, int]] = set()
-        waiting: SimpleQueue[_Ended] = SimpleQueue()
+    def _sample_and_grade(self, requests: Sequence[SampleRequest], grade: Callable[[Sequence[Ended]], None]) -> None:
+        """Has rollouts graded in a thread as they end, while the engine samples the others."""
+        waiting: SimpleQueue[Ended] = SimpleQueue()
         jobs: deque[Future[None]] = deque()
 
         def work() -> None:
@@ -140,53 +138,40 @@ class StudentSampler:
             if ended := [waiting.get_nowait() for _ in range(waiting.qsize())]:
                 grade(ended)
 
-        def put(ended: _Ended) -> None:
-            while jobs and jobs[0].done():
-                jobs.popleft().result()  # an error in grading ends the sampling
-            waiting.put(ended)
-            jobs.append(pool.submit(work))
-
-        def finished(request: int, key: int, completion: Completion) -> None:
-            given.add((request, key))
-            put((request, key, completion))
-
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grading")
         try:
-            for i, j, completion in _all_of(self.engine.sample(requests, self.sampling, finished)):
-                if (i, j) not in given:
-                    put((i, j, completion))
+            for ended in self.engine.stream(requests, self.sampling):
+                while jobs and jobs[0].done():
+                    jobs.popleft().result()  # an error in grading ends the sampling
+                waiting.put(ended)
+                jobs.append(pool.submit(work))
             for job in jobs:
                 job.result()
         finally:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # what goes wrong here is not held up by what is being graded
+            # What goes wrong here is not held up by what is being graded.
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _graded(self, prompts: Sequence[Prompt], ended: Sequence[_Ended]) -> list[Rollout]:
+    def _graded(self, prompts: Sequence[Prompt], ended: Sequence[Ended], log: StepLog) -> list[Rollout]:
+        """Rollouts of completions: decoded after the forced tokens of their prompt, with a verdict."""
         decode = self.renderer.chat.decode
         texts = [decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
         answered = [
             Answered(prompts[i].question, text, prompts[i].think_open)
             for (i, _, _), text in zip(ended, texts, strict=True)
         ]
-        verdicts = self.score(answered)
-        return [_rollout(c, text, verdict) for (_, _, c), text, verdict in zip(ended, texts, verdicts, strict=True)]
-
-
-def _all_of(completions: Sequence[Sequence[Completion]]) -> list[_Ended]:
-    return [(i, j, completion) for i, row in enumerate(completions) for j, completion in enumerate(row)]
-
-
-def _rollout(completion: Completion, text: str, verdict: Verdict) -> Rollout:
-    return Rollout(
-        ids=completion.ids,
-        logprobs=completion.logprobs,
-        text=text,
-        answer=verdict.answer,
-        correct=verdict.correct,
-        reward=verdict.reward,
-        truncated=completion.truncated,
-        graded=verdict.graded,
-        reason=verdict.reason,
-        entropy=completion.entropy,
-    )
+        verdicts = self.score(answered, log)
+        return [
+            Rollout(
+                ids=completion.ids,
+                logprobs=completion.logprobs,
+                text=text,
+                answer=verdict.answer,
+                correct=verdict.correct,
+                reward=verdict.reward,
+                truncated=completion.truncated,
+                graded=verdict.graded,
+                reason=verdict.reason,
+                entropy=completion.entropy,
+            )
+            for (_, _, completion), text, verdict in zip(ended, texts, verdicts, strict=True)
+        ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 from zppo.core.draws import draw_key
 from zppo.core.types import Message, Question
+from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.student import Answered, PromptRenderer, Score
+from zppo.step_log import StepLog
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
 
@@ -18,37 +19,34 @@ Pools = dict[str, tuple[Source, ...]]
 """T_x by question id: correct teacher responses, in the order of teachers and draws."""
 
 
-class TimedTeacher:
-    """A teacher that knows how long it was waited for.
+TEACHER_COUNTS = (
+    "teacher_questions",
+    "teacher_rollouts",
+    "teacher_correct",
+    "teacher_unreachable",
+    "teacher_prompt_tokens",
+    "teacher_completion_tokens",
+    "teacher_solved_none",
+)
+"""What a step counts: questions asked about, replies, correct ones, missing ones, tokens, questions without a correct reply."""
 
-    Attributes:
-        seconds: what has been waited since somebody set it to 0.
-    """
 
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-        self.seconds = 0.0
+class SharedTeacher:
+    """A teacher whose requests are dealt out to the processes; it counts how long it was waited for."""
 
-    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+    def __init__(self, teacher: Teacher, processes: Processes = ONE_PROCESS) -> None:
+        self.teacher, self.processes = teacher, processes
+
+    def complete(
+        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+    ) -> list[TeacherReply]:
         """Replies in the order of the requests."""
         began = time.perf_counter()
-        try:
-            return self._teacher.complete(requests, how)
-        finally:
-            self.seconds += time.perf_counter() - began
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What a step asked for and got."""
-
-    questions: int = 0
-    rollouts: int = 0
-    correct: int = 0
-    unreachable: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    solved_none: int = 0
+        with self.processes.deal([float(len(request.keys)) for request in requests]) as deal:
+            deal.done = self.teacher.complete([requests[i] for i in deal.mine], how, log)
+        if log is not None:
+            log.add(teacher_wait_seconds=time.perf_counter() - began)
+        return list(deal.results)
 
 
 class TeacherSampler:
@@ -59,6 +57,7 @@ class TeacherSampler:
         renderer, score: the words of the plain prompt; the reward.
         group_size: G_T, responses per teacher and question.
         seed: keys every draw by (seed, step, question id, index).
+        processes: those that share the grading out.
     """
 
     def __init__(
@@ -69,62 +68,57 @@ class TeacherSampler:
         *,
         group_size: int,
         seed: int,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
         self.teachers, self.renderer, self.score = tuple(teachers), renderer, score
-        self.group_size, self.seed = group_size, seed
-        self.new_step()
+        self.group_size, self.seed, self.processes = group_size, seed, processes
 
-    def new_step(self) -> None:
-        """Forget what was counted."""
-        self._counts = _Counts()
-        self.error = ""  # why a request was not served, the last such reason
-
-    def metrics(self) -> dict[str, float | None]:
-        """Counts since `new_step`, named teacher_*."""
-        return {f"teacher_{name}": float(value) for name, value in asdict(self._counts).items()}
-
-    def ask(self, questions: Sequence[Question], step: int) -> Pools:
+    def ask(self, questions: Sequence[Question], log: StepLog) -> Pools:
         """Correct responses per question; an empty pool where no teacher was right, or none could be reached."""
         found: dict[str, list[Source]] = {q.id: [] for q in questions}
-        for number, (teacher, how) in enumerate(self.teachers if questions else ()):
+        for number, (teacher, how) in enumerate(self.teachers):
             first = number * self.group_size
-            for question_id, source in self._ask_one(teacher, how, questions, step, first):
+            for question_id, source in self._ask_one(teacher, how, questions, log, first):
                 found[question_id].append(source)
-        self._counts.questions += len(questions)
-        self._counts.solved_none += sum(not sources for sources in found.values())
+        log.add(teacher_questions=len(questions), teacher_solved_none=sum(not sources for sources in found.values()))
         return {question_id: tuple(sources) for question_id, sources in found.items()}
 
     def _ask_one(
-        self, teacher: Teacher, how: TeacherSampling, questions: Sequence[Question], step: int, first: int
+        self, teacher: Teacher, how: TeacherSampling, questions: Sequence[Question], log: StepLog, first: int
     ) -> list[tuple[str, Source]]:
+        """(question id, response) of the correct ones of G_T responses of one teacher, numbered from `first`."""
         indices = range(first, first + self.group_size)
         requests = [
             TeacherRequest(
                 self.renderer.book.plain(q),
-                tuple(draw_key(self.seed, "teacher", step, q.id, i) for i in indices),
+                tuple(draw_key(self.seed, "teacher", log.step, q.id, i) for i in indices),
                 q.images,
             )
             for q in questions
         ]
-        replies = teacher.complete(requests, how)
+        replies = teacher.complete(requests, how, log)
         answered = [
             (index, Answered(question, text, reply.think_open))
             for question, reply in zip(questions, replies, strict=True)
             for index, text in zip(indices, reply.texts, strict=True)
             if text is not None
         ]
-        verdicts = self.score([a for _, a in answered])
+        with self.processes.deal([1.0] * len(answered)) as deal:
+            deal.done = self.score([answered[i][1] for i in deal.mine], log)
         correct = [
             (a.question.id, Source(a.completion, verdict.answer, index, verdict.reward, a.think_open))
-            for (index, a), verdict in zip(answered, verdicts, strict=True)
+            for (index, a), verdict in zip(answered, deal.results, strict=True)
             if verdict.graded and verdict.correct
         ]
-        self.error = next((r.error for r in replies if r.error), self.error)
-        self._counts.rollouts += len(answered)
-        self._counts.correct += len(correct)
-        self._counts.unreachable += sum(text is None for reply in replies for text in reply.texts)
-        self._counts.prompt_tokens += sum(reply.prompt_tokens for reply in replies)
-        self._counts.completion_tokens += sum(reply.completion_tokens for reply in replies)
+        for reply in replies:
+            log.failed("teacher", reply.error)
+        log.add(
+            teacher_rollouts=len(answered),
+            teacher_correct=len(correct),
+            teacher_unreachable=sum(text is None for reply in replies for text in reply.texts),
+            teacher_prompt_tokens=sum(reply.prompt_tokens for reply in replies),
+            teacher_completion_tokens=sum(reply.completion_tokens for reply in replies),
+        )
         return correct
 
 

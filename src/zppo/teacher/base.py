@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from zppo.core.types import ImageRef, Message
 from zppo.engines.base import Sampling
+from zppo.step_log import StepLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class TeacherReply:
 class Teacher(Protocol):
     """A frozen model that completes conversations. Never raises for a single failed request: the reply says so."""
 
-    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
-        """Replies in the order of the requests."""
+    def complete(
+        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+    ) -> list[TeacherReply]:
+        """Replies in the order of the requests; what serving them took is counted in `log`."""
         ...

@@ -6,14 +6,15 @@ method.md section 4.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.reformulate import Candidate
 from zppo.grading import extract_boxed, normalise
 from zppo.prompts import PromptBook
+from zppo.step_log import StepLog
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 
 MAX_LINES = 5
@@ -83,22 +84,11 @@ class Prepared:
     wrong_raw: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CompressionCounts:
-    """What compression did in this step.
-
-    Attributes:
-        asked: completions sent to the teacher.
-        failed: of these, summaries that `accept` refused.
-        unreachable: of these, completions for which no reply came.
-        prompt_tokens, completion_tokens: as far as the teacher reports them.
-    """
-
-    asked: int = 0
-    failed: int = 0
-    unreachable: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+COMPRESSION_COUNTS = tuple(
+    f"compression_{name}" for name in ("asked", "failed", "unreachable", "prompt_tokens", "completion_tokens")
+)
+"""What a step counts: completions sent to the teacher; of these, summaries that `accept` refused, and completions for which no reply
+came; tokens as far as the teacher reports them."""
 
 
 def accept(
@@ -197,81 +187,68 @@ class Compressor:
         self._how = how
         self._cap = cap
         self._redraws = redraws
-        self._memo: dict[tuple[str, str | None], str | None] = {}
-        self._counts = CompressionCounts()
-        self.error = ""  # why a reply did not come, the last such reason since `new_step`
-
-    @property
-    def counts(self) -> CompressionCounts:
-        """What happened since `new_step`."""
-        return self._counts
-
-    def new_step(self) -> None:
-        """Forgets all summaries and counts."""
-        self._memo.clear()
-        self._counts = CompressionCounts()
-        self.error = ""
 
     def raw(self, text: str) -> str:
         """The capped uncompressed form of a completion."""
         return self._cap(text.strip())
 
-    def compress(self, items: Sequence[Source], seed: int, step: int) -> list[str | None]:
+    def compress(self, items: Sequence[Source], seed: int, log: StepLog) -> list[str | None]:
         """Summaries in the order of the items, None where compression is off, failed, or got no reply.
 
-        All are asked for in one teacher call. A draw is keyed by (seed, step, completion, answer): equal completions
-        share a summary wherever they come from [zppo].
+        All that the step has not asked for yet are asked for in one teacher call. A draw is keyed by (seed, step, completion, answer):
+        equal completions share a summary wherever they come from [zppo].
         """
         if self._teacher is None:
             return [None] * len(items)
-        new = list({item.key: item for item in items if item.key not in self._memo}.values())
+        known = log.known("summaries")
+        new = list({item.key: item for item in items if item.key not in known}.values())
         if new:
             requests = [
                 TeacherRequest(
                     messages=self._book.compression(item.text, item.answer is not None),
-                    keys=(draw_key(seed, step, "compress", item.text, *_answer_key(item.answer)),),
+                    keys=(draw_key(seed, log.step, "compress", item.text, *_answer_key(item.answer)),),
                 )
                 for item in new
             ]
-            replies = self._teacher.complete(requests, self._how)
+            replies = self._teacher.complete(requests, self._how, log)
             for item, reply in zip(new, replies, strict=True):
-                self._memo[item.key] = self._judge(item, reply)
-        return [self._memo[item.key] for item in items]
+                known[item.key] = self._judge(item, reply, log)
+        return [known[item.key] for item in items]
 
-    def prepare(self, requests: Sequence[PairRequest], seed: int, step: int) -> list[Prepared]:
+    def prepare(self, requests: Sequence[PairRequest], seed: int, log: StepLog) -> list[Prepared]:
         """Candidates for every request, in order; at most 1 + redraws teacher calls for all of them together.
 
         BCQ: each side is drawn uniformly from its pool; one that fails is redrawn, and if a side fails for good *both*
         take the capped uncompressed form, since a raw text beside a tidy summary would tell which is wrong. NCQ: all
         are wrong anyway, so a candidate that fails takes its own capped uncompressed form [zppo].
         """
-        pairs = [self._draw(request, seed, step) for request in requests]
+        pairs = [self._draw(request, seed, log.step) for request in requests]
+        known = log.known("summaries")
         wrong = [source for request in requests if request.want_wrong for source in request.wrong]
         for _ in range(self._redraws + 1 if self._teacher is not None else 0):
             unsettled = [pair for pair in pairs if pair is not None and pair.open]
             sides = [side for pair in unsettled for side in pair.sides if side.summary is None]
             if not sides and not wrong:
                 break
-            self.compress([*(side.current for side in sides), *wrong], seed, step)
+            self.compress([*(side.current for side in sides), *wrong], seed, log)
             wrong = []
             for side in sides:
-                side.settle(self._memo[side.current.key])
-        return [self._prepared(request, pair) for request, pair in zip(requests, pairs, strict=True)]
+                side.settle(known[side.current.key])
+        return [self._prepared(request, pair, known) for request, pair in zip(requests, pairs, strict=True)]
 
-    def _judge(self, item: Source, reply: TeacherReply) -> str | None:
+    def _judge(self, item: Source, reply: TeacherReply, log: StepLog) -> str | None:
         """The accepted summary of one reply; counts what happened."""
         text = reply.texts[0] if reply.texts else None
-        self.error = reply.error or self.error
+        log.failed("teacher", reply.error)
         unfinished = text is not None and reply.think_open and "</think>" not in text
         told = self._book.compression("", item.answer is not None)[-1].content
         summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=told)
-        self._counts = replace(
-            self._counts,
-            asked=self._counts.asked + 1,
-            failed=self._counts.failed + (text is not None and summary is None),
-            unreachable=self._counts.unreachable + (text is None),
-            prompt_tokens=self._counts.prompt_tokens + reply.prompt_tokens,
-            completion_tokens=self._counts.completion_tokens + reply.completion_tokens,
+        log.add(
+            compression_asked=1,
+            compression_failed=text is not None and summary is None,
+            compression_unreachable=text is None,
+            compression_prompt_tokens=reply.prompt_tokens,
+            compression_completion_tokens=reply.completion_tokens,
         )
         return summary
 
@@ -285,8 +262,8 @@ class Compressor:
 
         return _Pair((side("positive", request.positives), side("negative", request.negatives)))
 
-    def _prepared(self, request: PairRequest, pair: _Pair | None) -> Prepared:
-        wrong = [(source, self._memo.get(source.key)) for source in request.wrong] if request.want_wrong else []
+    def _prepared(self, request: PairRequest, pair: _Pair | None, known: Mapping[Any, str | None]) -> Prepared:
+        wrong = [(source, known.get(source.key)) for source in request.wrong] if request.want_wrong else []
         shown = tuple(self._show(source, summary) for source, summary in wrong)
         wanted = self._teacher is not None  # with compression off the uncompressed form is what was asked for
         wrong_raw = sum(summary is None for _, summary in wrong) if wanted else 0

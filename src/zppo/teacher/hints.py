@@ -11,6 +11,7 @@ from zppo.core.parts import last_turn_images
 from zppo.core.types import Question
 from zppo.grading import normalise
 from zppo.prompts import PromptBook
+from zppo.step_log import StepLog
 from zppo.teacher.base import Teacher, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import REDRAWS, Source, draw_order
 
@@ -23,15 +24,8 @@ class HintRequest:
     responses: tuple[Source, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class HintCounts:
-    """What making hints took: responses sent, hints refused, requests without a reply and why (the last such reason), tokens."""
-
-    asked: int = 0
-    failed: int = 0
-    unreachable: int = 0
-    completion_tokens: int = 0
-    error: str = ""
+HINT_COUNTS = ("hint_asked", "hint_failed", "hint_unreachable", "hint_completion_tokens")
+"""What a step counts: responses sent, hints refused, requests without a reply, tokens."""
 
 
 def accept_hint(reply: str, gold: str) -> str | None:
@@ -51,17 +45,22 @@ def accept_hint(reply: str, gold: str) -> str | None:
 
 
 def make_hints(
-    requests: Sequence[HintRequest], teacher: Teacher, book: PromptBook, how: TeacherSampling, *, seed: int, step: int
-) -> tuple[list[str | None], HintCounts]:
-    """One hint per request, None where no response gave one; and what it took.
+    requests: Sequence[HintRequest],
+    teacher: Teacher,
+    book: PromptBook,
+    how: TeacherSampling,
+    *,
+    seed: int,
+    log: StepLog,
+) -> list[str | None]:
+    """One hint per request, None where no response gave one.
 
     The teacher sees the question's last turn, the images in it and the response [zppo]. The response is drawn uniformly; one whose hint
     is refused is redrawn, up to 3 times, all open requests in one teacher call a round.
     """
+    step = log.step
     options = [draw_order(r.responses, REDRAWS + 1, keyed_random(seed, step, r.question.id, "hint")) for r in requests]
     hints: list[str | None] = [None] * len(requests)
-    asked = failed = unreachable = tokens = 0
-    error = ""
     for turn in range(REDRAWS + 1):
         still = [i for i, hint in enumerate(hints) if hint is None and turn < len(options[i])]
         if not still:
@@ -74,13 +73,15 @@ def make_hints(
             )
             for i in still
         ]
-        for i, reply in zip(still, teacher.complete(calls, how), strict=True):
+        for i, reply in zip(still, teacher.complete(calls, how, log), strict=True):
             text = reply.texts[0]
             unfinished = text is not None and reply.think_open and "</think>" not in text
             hints[i] = None if text is None or unfinished else accept_hint(text, requests[i].question.gold)
-            error = reply.error or error
-            asked += 1
-            unreachable += text is None
-            failed += text is not None and hints[i] is None
-            tokens += reply.completion_tokens
-    return hints, HintCounts(asked, failed, unreachable, tokens, error)
+            log.failed("teacher", reply.error)
+            log.add(
+                hint_asked=1,
+                hint_failed=text is not None and hints[i] is None,
+                hint_unreachable=text is None,
+                hint_completion_tokens=reply.completion_tokens,
+            )
+    return hints

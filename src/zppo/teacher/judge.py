@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 from zppo.core.draws import draw_key
 from zppo.core.types import Question
 from zppo.grading.text import final_part
 from zppo.prompts import PromptBook
+from zppo.step_log import StepLog
 from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 
 Outcome = Literal["correct", "wrong", "malformed", "unreachable"]
@@ -36,24 +36,11 @@ class Case(NamedTuple):
     response: str
 
 
-@dataclass(frozen=True, slots=True)
-class JudgeCounts:
-    """What judging took in this step.
-
-    Attributes:
-        asked: cases sent to the judge.
-        correct: of these, judged correct.
-        malformed: of these, replies that were no verdict; they count as wrong.
-        unreachable: of these, cases for which no reply came; they are ungraded.
-        prompt_tokens, completion_tokens: as far as the judge's model reports them.
-    """
-
-    asked: int = 0
-    correct: int = 0
-    malformed: int = 0
-    unreachable: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+JUDGE_COUNTS = tuple(
+    f"judge_{name}" for name in ("asked", "correct", "malformed", "unreachable", "prompt_tokens", "completion_tokens")
+)
+"""What a step counts: cases sent to the judge; of these, judged correct, replies that were no verdict (they count as wrong), and cases
+for which no reply came (they are ungraded); tokens as far as the judge's model reports them."""
 
 
 def readable(completion: str, answer: str | None, think_open: bool = False) -> str:
@@ -115,28 +102,20 @@ class Judge:
             seed: keys the draws, which matter at a temperature above 0.
         """
         self._model, self._book, self._how, self._cap, self._seed = model, book, how, cap, seed
-        self.new_step()
 
-    def new_step(self) -> None:
-        """Forget verdicts and counts. Nothing outlives a step, so that a resumed run asks what the uninterrupted one asked."""
-        self._known: dict[Case, Outcome] = {}
-        self._counts = JudgeCounts()
-        self.error = ""  # why a reply did not come, the last such reason
+    def decide(self, cases: Sequence[Case], log: StepLog) -> list[Outcome]:
+        """One outcome per case; one that the step has judged already is not asked about again.
 
-    @property
-    def counts(self) -> JudgeCounts:
-        """What happened since `new_step`."""
-        return self._counts
-
-    def decide(self, cases: Sequence[Case]) -> list[Outcome]:
-        """One outcome per case. An unreachable judge is not remembered: the case is asked about again when it comes again."""
-        new = [case for case in dict.fromkeys(cases) if case not in self._known]
-        outcomes = dict(self._known)
-        if new:
-            replies = self._model.complete([self._request(case) for case in new], self._how)
-            outcomes |= {case: self._outcome(reply) for case, reply in zip(new, replies, strict=True)}
-        self._known = {case: outcome for case, outcome in outcomes.items() if outcome != "unreachable"}
-        return [outcomes[case] for case in cases]
+        Verdicts are the step's, so that a resumed run asks what the uninterrupted one asked. An unreachable judge is not remembered: the
+        case is asked about again when it comes again.
+        """
+        known = log.known("verdicts")
+        new = [case for case in dict.fromkeys(cases) if case not in known]
+        log.add_own(**dict.fromkeys(JUDGE_COUNTS, 0.0))
+        replies = self._model.complete([self._request(case) for case in new], self._how, log) if new else []
+        outcomes = {case: self._outcome(reply, log) for case, reply in zip(new, replies, strict=True)}
+        known.update((case, outcome) for case, outcome in outcomes.items() if outcome != "unreachable")
+        return [known[case] if case in known else outcomes[case] for case in cases]
 
     def _request(self, case: Case) -> TeacherRequest:
         """The draw is keyed by the case, so that equal ones are judged alike in every step."""
@@ -144,20 +123,19 @@ class Judge:
         messages = self._book.judge(asked, case.question.gold, self._cap(case.response))
         return TeacherRequest(messages, (draw_key(self._seed, "judge", case.question.id, case.response),))
 
-    def _outcome(self, reply: TeacherReply) -> Outcome:
+    def _outcome(self, reply: TeacherReply, log: StepLog) -> Outcome:
         """Reads one reply and counts it."""
         text = reply.texts[0] if reply.texts else None
-        self.error = reply.error or self.error
         verdict = None if text is None else parse_verdict(text, reply.think_open)
-        self._counts = replace(
-            self._counts,
-            asked=self._counts.asked + 1,
-            correct=self._counts.correct + (verdict is True),
-            malformed=self._counts.malformed + (text is not None and verdict is None),
-            unreachable=self._counts.unreachable + (text is None),
-            prompt_tokens=self._counts.prompt_tokens + reply.prompt_tokens,
-            completion_tokens=self._counts.completion_tokens + reply.completion_tokens,
+        log.add_own(
+            judge_asked=1,
+            judge_correct=verdict is True,
+            judge_malformed=text is not None and verdict is None,
+            judge_unreachable=text is None,
+            judge_prompt_tokens=reply.prompt_tokens,
+            judge_completion_tokens=reply.completion_tokens,
         )
+        log.failed("judge", reply.error)
         if text is None:
             return "unreachable"
         return "malformed" if verdict is None else "correct" if verdict else "wrong"

@@ -10,14 +10,16 @@ from typing import Any, Protocol
 import torch
 
 from zppo.core.types import ImageRef, Message
-from zppo.engines.base import Completion, Engine, SampleRequest, sample_in_halves
+from zppo.engines.base import Completion, Engine, SampleRequest
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
 from zppo.engines.loading import load_network, reads_images
+from zppo.engines.memory import sample_in_halves
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
 from zppo.images.processor import ImageProcessor, PixelCache
 from zppo.images.store import PixelLimits
+from zppo.step_log import StepLog
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 
 
@@ -135,7 +137,9 @@ class LocalTeacher:
         """Builds the chat of one use, so that wrong template arguments show at start-up (ModelError). Its name and size are not needed."""
         self._chat(how.template_args)
 
-    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+    def complete(
+        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+    ) -> list[TeacherReply]:
         """Replies in the order of the requests.
 
         A request gets `texts` of None and an `error` if it has images that this teacher cannot read, cannot be put into

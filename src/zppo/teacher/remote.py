@@ -13,7 +13,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -23,8 +23,9 @@ from zppo.core.types import ImageRef, Message
 from zppo.errors import ZPPOError
 from zppo.images.store import PixelLimits, request_url
 from zppo.prompts.neutralise import IMAGE_TEXTS
+from zppo.step_log import StepLog
 from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Servers, Service, Trouble, Wire, backoff, sound
+from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Servers, Trouble, Wire, backoff, sound
 from zppo.teacher.startup_check import PING_IMAGE, Names, check_images, check_servers
 
 ENCODERS = 4  # images decoded at once, of up to 200 MB each
@@ -192,18 +193,20 @@ class RemoteTeacher:
         wires = [address.wire for address in self.servers.addresses]
         self.run(check_images(wires, body, count, use, self._names))
 
-    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
-        """Replies in the order of the requests, when all are served or given up.
+    def complete(
+        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
+    ) -> list[TeacherReply]:
+        """Replies in the order of the requests, when all are served or given up; `log` gets the counts of `Service` as remote_*.
 
         `len(keys)` completions are asked for in one request, with a seed that follows from the keys, so that a server that honours
         seeds repeats itself. At temperature 0 one completion serves all keys of a request.
         """
-        return self.run(self._complete(requests, how)) if requests else []
-
-    def take_service(self) -> Service:
-        """What serving took since the last call of this."""
-        taken, self.servers.service = self.servers.service, Service()
-        return taken
+        before = asdict(self.servers.service)
+        replies = self.run(self._complete(requests, how)) if requests else []
+        if log is not None:
+            after = asdict(self.servers.service)
+            log.add_own(**{f"remote_{name}": float(after[name] - before[name]) for name in after})
+        return replies
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the teacher's thread; an interruption here ends it there. Any thread may call it."""

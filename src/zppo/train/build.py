@@ -1,14 +1,12 @@
-"""Starts vLLM by a recipe, and the guard that watches whichever engine samples.
+"""Puts the parts of a run together from its settings: engine and its check, learner, trainer.
 
-Builds what a method learns by: optimizer, policy gradient or distillation; and the reformulations that it names.
-
-Puts the parts of a run together from its settings; everything is checked here, before the run folder is made.
+Everything is checked here, before the run folder is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,53 +17,42 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from zppo.config.methods import Method
+from zppo.config.methods import Method, load_reformulation
 from zppo.config.models import StudentSettings
 from zppo.config.recipe import dump_recipe
 from zppo.config.settings import Settings
-from zppo.core.reformulate import (
-    BinaryCandidateQuestion,
-    HintQuestion,
-    NegativeCandidateQuestion,
-    Placebo,
-    PrefixQuestion,
-    Reformulation,
-)
-from zppo.core.replay import PromptReplayBuffer
-from zppo.core.types import BCQ, HINT, NCQ, PLAIN, PREFIX, Prompt, Question, Rollout
-from zppo.data.order import steps_per_epochs
+from zppo.core.minibatch import Sharing
+from zppo.core.reformulate import Placebo, Reformulation
+from zppo.core.types import PLAIN, Prompt, Question, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
-from zppo.engines.logprobs import Sharing, sharing_of
+from zppo.engines.logprobs import ForwardPass, sharing_of
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
-from zppo.imports import load_object
 from zppo.models.optimizer import make_optimizer
 from zppo.models.parts import freeze_parts, parameter_groups
 from zppo.models.student import Student, context_length, load_chat, load_student, recompute_layers, resolve_model
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
-from zppo.rollout.grading import make_scorer
+from zppo.rollout.grading import Rule, make_scorer
 from zppo.rollout.questions import RunData, check_vocabulary, load_short
 from zppo.rollout.reformulated import grades_while_sampling, make_reformulator, make_teacher_sampler
-from zppo.rollout.student import PromptRenderer, Score, StudentSampler
-from zppo.rollout.teacher import ResponseTokens, TeacherSampler, TimedTeacher
+from zppo.rollout.student import PromptRenderer, StudentSampler
+from zppo.rollout.teacher import ResponseTokens, SharedTeacher, TeacherSampler
 from zppo.runs import checkpoint
-from zppo.runs.display import Progress, warn
+from zppo.runs.display import warn
 from zppo.runs.log import RunLog, SilentLog
-from zppo.runs.signals import Stop
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
-from zppo.train.health_checks import HealthChecks, TimedScore
-from zppo.train.optimizer_step import TokenBudget, make_budget
-from zppo.train.policy_gradient import Learner, PolicyGradient, Updater
+from zppo.train.learner import Learner, OptimizerStep
+from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
 from zppo.train.trainer import Trainer
 
@@ -122,62 +109,43 @@ def _checkpoint(student: StudentSettings) -> str:
 def make_engine_check(
     settings: Settings,
     engine: Engine,
-    model: PreTrainedModel,
+    forward: ForwardPass,
     prompt: Prompt,
-    chat: Chat,
     accelerator: Accelerator,
     weights: ReplicatedWeights,
 ) -> EngineCheck:
-    """The guard over the run's engine; `prompt` is the fixed one."""
+    """The check of the run's engine; `prompt` is the fixed one."""
     exact = isinstance(engine, TransformersEngine) and accelerator.mixed_precision == "no"
     return EngineCheck(
         engine,
-        model,
-        prompt.ids,
-        temperature=settings.rollout.temperature,
-        banned_ids=tuple(sorted(chat.banned_ids(model))),
-        pad_id=chat.pad_id(model),
+        forward,
+        prompt,
         tolerance=settings.train.engine_tolerance or (TOLERANCE_FP32 if exact else TOLERANCE_ROUNDED),
         every=settings.train.check_engine_every,
         seed=settings.seed,
-        processes=weights.processes,
-        whole=weights.whole,
-        images=prompt.images,
-        image_processor=chat.image_processor,
+        weights=weights,
     )
 
 
-def make_reformulations(method: Method, prefix_fraction: float) -> list[Reformulation]:
+def make_forward(settings: Settings, model: PreTrainedModel, chat: Chat) -> ForwardPass:
+    """The student's training forward, under the distribution that its rollouts are sampled from."""
+    banned = tuple(sorted(chat.banned_ids(model)))
+    return ForwardPass(model, chat.pad_id(model), settings.rollout.temperature, banned, chat.image_processor)
+
+
+def make_reformulations(method: Method) -> list[Reformulation]:
     """The reformulations of a method, in building order.
 
     Raises:
         SettingsError: one of the user's own cannot be imported or is none; the message says why.
     """
-    own: dict[str, Reformulation] = {
-        BCQ: BinaryCandidateQuestion(),
-        NCQ: NegativeCandidateQuestion(),
-        HINT: HintQuestion(),
-        PREFIX: PrefixQuestion(prefix_fraction),
-    }
-    made = [own[kind] if kind in own else _imported(kind) for kind in method.reformulations]
+    made = [load_reformulation(kind) for kind in method.reformulations]
     kinds = [r.kind for r in made]
     if len(set(kinds)) != len(kinds) or PLAIN in kinds:
         raise SettingsError(
             f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'"
         )
     return [Placebo(r) for r in made] if method.control == "placebo" else made
-
-
-def _imported(spec: str) -> Reformulation:
-    made = load_object(spec, "reformulation", SettingsError)()
-    missing = [name for name in ("kind", "needs", "draft") if not hasattr(made, name)]
-    if missing:
-        raise SettingsError(
-            f"reformulation {spec!r} has no {', '.join(missing)}: a reformulation is a class with `kind`, `needs` and `draft` "
-            "(zppo.core.reformulate.Reformulation)"
-        )
-    reformulation: Reformulation = made
-    return reformulation
 
 
 def make_learner(
@@ -190,15 +158,13 @@ def make_learner(
     teacher_sampler: TeacherSampler,
     weights: ReplicatedWeights,
     say: Callable[[str], None] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[Learner, torch.optim.Optimizer]:
-    """The optimizer over all trained weights, with the state of a checkpoint where there is one, and the learner around it.
+) -> tuple[Learner, OptimizerStep]:
+    """The learner of a recipe's method, and the optimizer over all trained weights, with the state of a checkpoint where there is one.
 
     Args:
         model: with all weights to train, or with adapters in it and the rest frozen.
         weights: how they lie over the processes.
         say: told what is frozen unasked, and when memory has run out and what fits from then on.
-        stop: asked between two optimizer steps: whether to leave the step there.
     """
     train, method = settings.train, settings.method.resolve()
     if train.lora is None:
@@ -214,6 +180,43 @@ def make_learner(
     )
     if start:
         checkpoint.load_optimizer(start, weights.state_of(optimizer))
+    forward = replace(make_forward(settings, model, chat), model=prepared)
+    step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
+    respond = _make_respond(settings, chat, model)
+    if method.distils:
+        teacher = in_process(teachers[0])
+        _check_shared_tokenizer(settings, chat, teacher)
+        learner: Learner = Distillation(
+            forward,
+            ForwardPass(teacher.network, forward.pad_id, image_processor=teacher.image_processor),
+            step,
+            budget,
+            respond=respond,
+            teacher_sampler=teacher_sampler if method.loss == "off-distill" else None,
+        )
+        return learner, step
+    sampling, old = settings.rollout.sampling(), train.old_logprobs
+    if old == "sampler" and not sampling.exact:
+        raise SettingsError(
+            "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no "
+            "old log-probs then. Use train.old_logprobs=auto"
+        )
+    # vLLM computes in another precision and with other kernels: near is not exact.
+    exact = sampling.exact and accelerator.mixed_precision == "no" and settings.rollout.engine == "transformers"
+    learner = PolicyGradient(
+        settings,
+        forward,
+        step,
+        budget,
+        sampler_is_exact=old == "sampler" or (old == "auto" and exact),
+        check=make_check(train, exact, say, weights.processes),
+        sharing=sharing,
+        respond=respond if method.teacher_response else None,
+    )
+    return learner, step
+
+
+def _make_respond(settings: Settings, chat: Chat, model: PreTrainedModel) -> Callable[[Source], Rollout | None]:
     tokens, ends = ResponseTokens(chat), chat.eos_ids(model)
     end = chat.tokenizer.eos_token_id if chat.tokenizer.eos_token_id in ends else min(ends)
 
@@ -225,76 +228,7 @@ def make_learner(
         unknown = torch.full(ids.shape, torch.nan)
         return Rollout(ids, unknown, source.text, source.answer, True, source.reward, reason="teacher response")
 
-    if method.distils:
-        teacher = in_process(teachers[0])
-        _check_shared_tokenizer(settings, chat, teacher)
-        learner: Learner = Distillation(
-            prepared,
-            optimizer,
-            accelerator,
-            teacher=teacher.network,
-            teacher_sampler=teacher_sampler if method.loss == "off-distill" else None,
-            respond=respond,
-            train=train,
-            pad_id=chat.pad_id(model),
-            budget=budget,
-            weights=weights,
-            image_processor=chat.image_processor,
-            teacher_image_processor=teacher.image_processor,
-        )
-        return learner, optimizer
-    updater = _make_updater(
-        settings, model, prepared, optimizer, accelerator, chat, budget, stop, weights, say, sharing
-    )
-    learner = PolicyGradient(
-        updater,
-        settings.advantage,
-        respond=respond if method.teacher_response else None,
-        drop_trivial=settings.zone.dynamic_sampling == "after-reformulation",
-        seed=settings.seed,
-    )
-    return learner, optimizer
-
-
-def _make_updater(
-    settings: Settings,
-    model: PreTrainedModel,
-    prepared: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    chat: Chat,
-    budget: TokenBudget,
-    stop: Callable[[], bool],
-    weights: ReplicatedWeights,
-    say: Callable[[str], None] | None,
-    sharing: Sharing | None,
-) -> Updater:
-    sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
-    if old == "sampler" and not sampling.exact:
-        raise SettingsError(
-            "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no "
-            "old log-probs then. Use train.old_logprobs=auto"
-        )
-    # vLLM computes in another precision and with other kernels: near is not exact.
-    exact = sampling.exact and accelerator.mixed_precision == "no" and settings.rollout.engine == "transformers"
-    return Updater(
-        prepared,
-        optimizer,
-        accelerator,
-        train=settings.train,
-        loss=settings.loss,
-        seed=settings.seed,
-        temperature=sampling.temperature,
-        banned_ids=tuple(sorted(chat.banned_ids(model))),
-        pad_id=chat.pad_id(model),
-        sampler_is_exact=old == "sampler" or (old == "auto" and exact),
-        check=make_check(settings.train, exact, say, weights.processes),
-        budget=budget,
-        stop=stop,
-        weights=weights,
-        image_processor=chat.image_processor,
-        sharing=sharing,
-    )
+    return respond
 
 
 def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator) -> Sharing | None:
@@ -326,6 +260,7 @@ class Assembled:
     """A run that is ready to go."""
 
     trainer: Trainer
+    checkpointer: Checkpointer
     student: Student
     chat: Chat
     origin: dict[str, Any]  # what it trains from; every checkpoint says so
@@ -367,12 +302,11 @@ def assemble(
     data: RunData,
     run: Path,
     start: Path | None,
-    score: Score,
+    rule: Rule,
     frozen_models: FrozenModels,
     accelerator: Accelerator,
     weights: ReplicatedWeights,
     console: Console,
-    stop: Stop,
 ) -> Assembled:
     """Loads models and templates, checks that they fit together, and builds the trainer.
 
@@ -380,17 +314,16 @@ def assemble(
         data: the questions, and how the models see.
         run: where the trainer will write; nothing is written here.
         start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
+        rule: grades what no judge grades.
         frozen_models: the frozen models.
         weights: the processes of the run; its data must be the same in all of them.
-        stop: ends the run where nothing is lost by it.
 
     Raises:
         ZPPOError: what does not fit, by name.
     """
     if settings.rollout.engine == "vllm":
         require_vllm()  # before models are loaded
-    rule, method = TimedScore(score), settings.method.resolve()
-    reformulations = make_reformulations(method, settings.zone.prefix_fraction)
+    reformulations = make_reformulations(settings.method.resolve())
     seeing, teachers = data.seeing, frozen_models.teachers
     chat = load_chat(settings.student, seeing.limits, seeing.cache) if seeing else load_chat(settings.student)
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
@@ -412,15 +345,11 @@ def assemble(
     _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
     processes = weights.processes
     processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
-    asked = [TimedTeacher(processes.teacher(teacher)) for teacher in teachers]
-    teacher_sampler = make_teacher_sampler(settings, asked, renderer, processes.score(scorer))
-    sampling = settings.rollout.sampling()
-    steps = settings.train.steps
-    if steps is None:
-        steps = steps_per_epochs(len(questions), settings.rollout.batch_size, settings.train.epochs)
+    asked = [SharedTeacher(teacher, processes) for teacher in teachers]
+    teacher_sampler = make_teacher_sampler(settings, asked, renderer, scorer, processes)
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
     learner, optimizer = make_learner(
-        settings, model, chat, start, accelerator, teachers, teacher_sampler, weights, say, lambda: stop.wanted
+        settings, model, chat, start, accelerator, teachers, teacher_sampler, weights, say
     )
     own = make_engine(settings, model, chat, autocast_type(accelerator), say)
     if chat.image_processor is not None:
@@ -430,39 +359,30 @@ def assemble(
     watched = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
     if chat.image_processor is not None:
         chat.image_processor.cache.pin({image.sha256 for image in watched.images})
-    guard = make_engine_check(settings, engine, model, watched, chat, accelerator, weights)
-    guard.refresh(0)  # a wrong engine is found before anything is written
+    check = make_engine_check(settings, engine, make_forward(settings, model, chat), watched, accelerator, weights)
+    check.refresh(0)  # a wrong engine is found before anything is written
+    student_sampler = StudentSampler(
+        engine,
+        renderer,
+        scorer,
+        settings.rollout.sampling(),
+        settings.rollout.group_size,
+        settings.seed,
+        processes,
+        weights.whole,
+        grades_while_sampling=grades_while_sampling(settings, scorer),
+    )
     trainer = Trainer(
         settings,
-        steps=steps,
-        questions=questions,
-        held_out=held_out,
-        sampler=StudentSampler(
-            engine,
-            renderer,
-            scorer,
-            sampling,
-            settings.rollout.group_size,
-            settings.seed,
-            processes,
-            weights.whole,
-            beside=grades_while_sampling(settings, scorer),
-        ),
-        zone=make_reformulator(settings, reformulations, asked, renderer, teacher_sampler, engine.context),
-        learner=learner,
-        guard=guard,
-        rule=rule,
-        adviser=HealthChecks(own_reward=settings.grading.reward is not None),
-        buffer=PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed),
-        log=RunLog(run) if processes.main else SilentLog(run),
-        progress=Progress(console, steps, ("plain", *(r.kind for r in reformulations)), replay=method.replay),
-        checkpoint=Checkpointer(settings.train, run, student, optimizer, origin, weights),
-        stop=stop,
-        scorer=scorer,
-        service=frozen_models.take_service,
-        processes=processes,
+        RunData(questions, held_out, seeing),
+        student_sampler,
+        make_reformulator(settings, reformulations, asked, renderer, teacher_sampler, engine.context),
+        learner,
+        check,
+        RunLog(run) if processes.main else SilentLog(run),
     )
-    return Assembled(trainer, student, chat, origin, weights)
+    checkpointer = Checkpointer(settings.train, run, student, optimizer.optimizer, origin, weights)
+    return Assembled(trainer, checkpointer, student, chat, origin, weights)
 
 
 def _check_context(

@@ -47,13 +47,19 @@ class Checkpointer:
         self._error: BaseException | None = None
 
     def __call__(
-        self, step: int, state: Mapping[str, Any], mid_step: MidStep | None, together: bool, *, beside: bool = False
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        mid_step: MidStep | None,
+        *,
+        together: bool = True,
+        later: bool = False,
     ) -> Path | None:
         """After `step` whole steps, and the updates of `mid_step` in the next one where it is given.
 
         Args:
             together: all processes of the run call it now; otherwise the first one saves what it has, None where it has not all.
-            beside: it may be written in the background; `wait` or the next call says how that went.
+            later: it may be written in the background; `wait` or the next call says how that went.
 
         Raises:
             StorageError: the disk refuses, now or since the last call.
@@ -70,10 +76,10 @@ class Checkpointer:
             step,
             state={**state, "origin": self._origin},
             keep=self._keep,
-            updates=mid_step.begun.done if mid_step else None,
+            updates=mid_step.partial.done if mid_step else None,
             more=mid_step.write if mid_step else None,
         )
-        if beside and self._copies:
+        if later and self._copies:
             self._begin(partial(save, CopiedModel(self._student.model), CopiedState(held)))
             return checkpoint.place(self._run, step)
         folder = save(model, held) if processes.main else None

@@ -1,31 +1,28 @@
-"""Are the sampler's log-probs the trainer's? Looked at in every step before its first update [zppo].
+"""Two checks of what samples against what is trained [zppo]; without them an error would go unseen, and training astray.
 
-The ratio of the clipped surrogate is exp(trainer's now - old). Where the sampler is exact its log-probs are old log-probs and a
-forward pass is saved; where something has come between the two (another kernel, a lower precision, a broken cache) every ratio would be
-off without any error, so from then on the trainer computes them itself.
+`SamplerCheck`: are the sampler's log-probs the trainer's? The ratio of the clipped surrogate is exp(trainer's now - old). Where the
+sampler is exact its log-probs are old log-probs and a forward pass is saved; where something has come between the two (another kernel,
+a lower precision, a broken cache) every ratio would be off, so from then on the trainer computes them itself.
 
-Does the sampling engine hold the trainer's weights? A fixed prompt is sampled and scored by both after every sync.
-
-A stale or wrong engine samples from another policy without any error: rollouts look well and training goes astray.
+`EngineCheck`: does the sampling engine hold the trainer's weights? A fixed prompt is sampled and scored by both after every sync. A stale
+or wrong engine samples from another policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from zppo.config.settings import TrainSettings
 from zppo.core.draws import draw_key
-from zppo.core.types import ImageRef
+from zppo.core.types import Prompt, Row
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import ONE_PROCESS, Processes
-from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
-from zppo.engines.logprobs import Row, completion_logprobs
+from zppo.engines.base import Engine, SampleRequest, Sampling
+from zppo.engines.logprobs import ForwardPass
 from zppo.errors import EngineError
-from zppo.images.processor import ImageProcessor
 
 SAMPLER_TOLERANCE_FP32 = 1e-4
 """Ten times the mean difference up to which Qwen3.5, whose recurrent form is not its chunked one, counts as exact in fp32."""
@@ -148,75 +145,62 @@ class _Gap(NamedTuple):
 class EngineCheck:
     """Syncs the engine after a change of weights and compares it with the trainer.
 
-    Attributes:
-        stale: the weights have changed since the last sync; the trainer says so.
-        found: metrics of the last `refresh`, none where it did not look.
-
     Args:
         engine: what samples.
-        model: the trainer's model; under the trainer's autocast.
-        prompt_ids: the fixed prompt.
-        temperature, banned_ids, pad_id: as in sampling and training.
+        forward: the training forward of the student; under the trainer's autocast.
+        prompt: the fixed prompt.
         tolerance: largest mean difference of log-probs, nats a token.
         every: updates between comparisons; 0 for none.
         seed: keys the draws.
-        processes: the processes; each looks at its own engine, and where one is wrong all of them say so.
-        whole: inside it this process has all weights.
-        images, image_processor: of the fixed prompt, and how the trainer's model sees them.
+        weights: how the student's weights lie over the processes; each looks at its own engine, and where one is wrong all of them say so.
     """
 
     def __init__(
         self,
         engine: Engine,
-        model: nn.Module,
-        prompt_ids: tuple[int, ...],
+        forward: ForwardPass,
+        prompt: Prompt,
         *,
-        temperature: float,
-        banned_ids: tuple[int, ...],
-        pad_id: int,
         tolerance: float,
         every: int,
         seed: int,
-        processes: Processes = ONE_PROCESS,
-        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
-        images: tuple[ImageRef, ...] = (),
-        image_processor: ImageProcessor | None = None,
+        weights: ReplicatedWeights | None = None,
     ) -> None:
-        self.images, self.image_processor = images, image_processor
-        self.engine, self.model, self.prompt_ids = engine, model, prompt_ids
-        self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
+        self.engine, self.forward, self.prompt = engine, forward, prompt
         self.tolerance, self.every, self.seed = tolerance, every, seed
-        self.processes, self.whole = processes, whole
-        self.stale = True
-        self.found: dict[str, float] = {}
-        self._gap: _Gap | None = None  # of the weights that the engine has now
+        self.weights = weights or ReplicatedWeights()
+        self._synced: int | None = None  # the step whose weights the engine has
+        self._gap: _Gap | None = None  # of these weights
         self._last: _Probe | None = None  # since when the engine says the same
 
-    def refresh(self, step: int) -> None:
+    def refresh(self, step: int) -> dict[str, float]:
         """Brings the engine up to the trainer's weights after `step` (0: before the first) and looks whether they arrived.
 
         Every process must call it.
 
+        Returns:
+            Metrics of the comparison; none where it did not look.
+
         Raises:
             EngineError: the engine's weights are not the trainer's.
         """
-        if self.stale:
-            with self.whole():
+        if step != self._synced:
+            with self.weights.whole():
                 self.engine.sync()
-            self.stale, self._gap = False, None
-        self.found = {}
-        if self.every and step % self.every == 0:
-            self._gap = self._gap or self._look_together(step)
-            self.found = {"engine_gap_mean": self._gap.mean, "engine_gap_max": self._gap.largest}
+            self._synced, self._gap = step, None
+        if not self.every or step % self.every:
+            return {}
+        self._gap = self._gap or self._look_together(step)
+        return {"engine_gap_mean": self._gap.mean, "engine_gap_max": self._gap.largest}
 
     def _look_together(self, step: int) -> _Gap:
         """The largest numbers of all processes."""
-        with self.whole():
+        with self.weights.whole():
             try:
                 found: _Gap | str = self._look(step)
             except EngineError as error:
                 found = str(error)
-        all_found = self.processes.gather(found)
+        all_found = self.weights.processes.gather(found)
         if fault := next((f for f in all_found if isinstance(f, str)), None):
             raise EngineError(fault)
         gaps = [f for f in all_found if isinstance(f, _Gap)]
@@ -246,25 +230,17 @@ class EngineCheck:
 
     def _probe(self, size: int, tokens: int) -> _Probe:
         keys = tuple(draw_key(self.seed, "engine", i) for i in range(size))
-        sampling = Sampling(temperature=self.temperature, max_new_tokens=tokens)
-        (completions,) = self.engine.sample([SampleRequest(self.prompt_ids, keys, self.images)], sampling)
+        sampling = Sampling(temperature=self.forward.temperature, max_new_tokens=tokens)
+        request = SampleRequest(self.prompt.ids, keys, self.prompt.images)
+        (completions,) = self.engine.sample([request], sampling)
+        with torch.no_grad():
+            rows = [Row(self.prompt.ids, c.ids, self.prompt.images) for c in completions]
+            logprobs, mask = self.forward.logprobs(rows)
         return _Probe(
             torch.cat([c.ids for c in completions]),
             torch.cat([c.logprobs for c in completions]),
-            self._scored(completions),
+            logprobs[mask].float().cpu(),
         )
-
-    def _scored(self, completions: list[Completion]) -> torch.Tensor:
-        with torch.no_grad():
-            logprobs, mask = completion_logprobs(
-                self.model,
-                [Row(self.prompt_ids, c.ids, self.images) for c in completions],
-                temperature=self.temperature,
-                banned_ids=self.banned_ids,
-                pad_id=self.pad_id,
-                image_processor=self.image_processor,
-            )
-        return logprobs[mask].float().cpu()
 
     def _error(self, step: int, fact: str) -> EngineError:
         when = f"after step {step}" if step else "before the first step"

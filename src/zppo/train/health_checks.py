@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from zppo.grading.grader import Verdict
-from zppo.rollout.student import Answered, Score
 
 EVERY = 50
 """Steps after which the same warning may come again."""
 
 Metrics = Mapping[str, Any]
-
-
-class TimedScore:
-    """A score that knows how many answers it graded in how many seconds."""
-
-    def __init__(self, score: Score) -> None:
-        self._score = score
-        self._answers, self._seconds = 0, 0.0
-
-    def __call__(self, answered: Sequence[Answered]) -> list[Verdict]:
-        """Grades, and counts."""
-        began = time.perf_counter()
-        try:
-            return self._score(answered)
-        finally:
-            self._seconds += time.perf_counter() - began
-            self._answers += len(answered)
-
-    def take(self) -> tuple[int, float]:
-        """Answers and seconds since the last call."""
-        taken = self._answers, self._seconds
-        self._answers, self._seconds = 0, 0.0
-        return taken
 
 
 @dataclass(frozen=True, slots=True)

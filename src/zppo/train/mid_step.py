@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
-from zppo.rollout.reformulated import Reformulated
+from zppo.rollout.teacher import Pools
 from zppo.runs.checkpoint import unusable
+from zppo.step_log import StepLog
 from zppo.teacher.compression import Source
-from zppo.train.policy_gradient import PartialUpdate, UpdateCounts
+from zppo.train.learner import PartialUpdate, UpdateCounts
 
 _FACTS, _TOKENS = "halfway.json", "halfway.safetensors"
 _ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name not in ("ids", "logprobs"))
@@ -30,46 +31,42 @@ class StepRollouts:
     Attributes:
         new: how many questions are new.
         replayed: ids of the replayed ones.
-        plain, again: plain groups, new questions first; reformulated groups.
-        zone: what the teacher gave; its prompts are those of `again`.
-        counts: what grading and remote models took, for the run log; known when the updates end or stop.
-        seconds: spent so far, by part of the step.
+        plain, reformulated: plain groups, new questions first; reformulated groups.
+        responses: correct teacher responses by question id.
     """
 
     new: int
     replayed: tuple[str, ...]
     plain: list[Group]
-    again: list[Group]
-    zone: Reformulated
-    counts: dict[str, float]
-    seconds: dict[str, float]
+    reformulated: list[Group]
+    responses: Pools
 
 
 @dataclass(frozen=True, slots=True)
 class MidStep:
-    """A collected step and how far its updates are."""
+    """The rollouts of a step, what it has logged, and how far its updates are."""
 
-    collected: StepRollouts
-    begun: PartialUpdate
+    rollouts: StepRollouts
+    log: StepLog
+    partial: PartialUpdate
 
     def write(self, folder: Path) -> None:
         """Two files in a checkpoint's folder: JSON, and token ids with log-probs as safetensors."""
-        collected, begun = self.collected, self.begun
-        groups = [*collected.plain, *collected.again]
+        step, log, partial = self.rollouts, self.log, self.partial
+        groups = [*step.plain, *step.reformulated]
         rollouts = [r for g in groups for r in g.rollouts]
         facts = {
-            "new": collected.new,
-            "replayed": collected.replayed,
-            "plain": len(collected.plain),
+            "new": step.new,
+            "replayed": step.replayed,
+            "plain": len(step.plain),
             "groups": [_group_facts(g) for g in groups],
-            "pools": {q: [asdict(source) for source in pool] for q, pool in collected.zone.pools.items()},
-            "zone_metrics": collected.zone.metrics,
-            "teacher_error": collected.zone.teacher_error,
-            "counts": collected.counts,
-            "seconds": collected.seconds,
-            "done": begun.done,
-            "tally": asdict(begun.tally),
-            "old": [len(line) for line in begun.old],
+            "pools": {q: [asdict(source) for source in pool] for q, pool in step.responses.items()},
+            "counts": log.counts,
+            "teacher_error": log.errors.get("teacher", ""),
+            "seconds": log.elapsed(),
+            "done": partial.done,
+            "tally": asdict(partial.tally),
+            "old": [len(line) for line in partial.old],
         }
         (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
         prompts = [torch.tensor(ids, dtype=torch.int64) for g in groups for ids in (g.prompt.ids, g.prompt.forced_ids)]
@@ -77,15 +74,16 @@ class MidStep:
             "prompts": _joined(prompts, torch.int64),
             "ids": _joined([r.ids for r in rollouts], torch.int64),
             "logprobs": _joined([r.logprobs for r in rollouts], torch.float32),
-            "old": _joined(begun.old, torch.float32),
+            "old": _joined(partial.old, torch.float32),
         }
         save_file(tensors, folder / _TOKENS)
 
     @classmethod
-    def read(cls, folder: Path, places: Mapping[str, str] | None = None) -> MidStep | None:
+    def read(cls, folder: Path, step: int, places: Mapping[str, str] | None = None) -> MidStep | None:
         """What `write` left in a checkpoint; None where it was made between two steps.
 
         Args:
+            step: the number of the step.
             places: where images lie now (`as_placed`).
 
         Raises:
@@ -98,25 +96,25 @@ class MidStep:
             for group in facts["groups"]:
                 for holder in (group, group["question"]):
                     holder["images"] = as_placed(holder["images"], places or {})
-            return cls._parse(facts, load_file(folder / _TOKENS))
+            return cls._parse(facts, load_file(folder / _TOKENS), step)
         except (OSError, KeyError, TypeError, ValueError, StopIteration, RuntimeError, SafetensorError) as error:
             raise CheckpointError(unusable(folder / _FACTS, error)) from error
 
     @classmethod
-    def _parse(cls, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> MidStep:
+    def _parse(cls, facts: dict[str, Any], tensors: dict[str, torch.Tensor], step: int) -> MidStep:
         prompts = _parts(tensors["prompts"], [n for g in facts["groups"] for n in (g["prompt"], g["forced"])])
         lengths = [r["tokens"] for g in facts["groups"] for r in g["rollouts"]]
         ids, logprobs = _parts(tensors["ids"], lengths), _parts(tensors["logprobs"], lengths)
         groups = [_group(g, prompts, ids, logprobs) for g in facts["groups"]]
-        plain = groups[: facts["plain"]]
         pools = {q: tuple(Source(**source) for source in pool) for q, pool in facts["pools"].items()}
-        again = groups[facts["plain"] :]
-        zone = Reformulated([g.prompt for g in again], pools, facts["zone_metrics"], facts["teacher_error"])
-        begun = PartialUpdate(facts["done"], UpdateCounts(**facts["tally"]), list(_parts(tensors["old"], facts["old"])))
-        collected = StepRollouts(
-            facts["new"], tuple(facts["replayed"]), plain, again, zone, facts["counts"], facts["seconds"]
-        )
-        return cls(collected, begun)
+        split = facts["plain"]
+        rollouts = StepRollouts(facts["new"], tuple(facts["replayed"]), groups[:split], groups[split:], pools)
+        # Checkpoints of earlier versions have the counts in two parts.
+        log = StepLog(step, {**facts.get("zone_metrics", {}), **facts["counts"]})
+        log.failed("teacher", facts["teacher_error"])
+        log.go_on(facts["seconds"])
+        old = list(_parts(tensors["old"], facts["old"]))
+        return cls(rollouts, log, PartialUpdate(facts["done"], UpdateCounts(**facts["tally"]), old))
 
 
 def as_placed(images: Sequence[Sequence[str]], places: Mapping[str, str]) -> list[list[str]]:

@@ -4,106 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from zppo.config.settings import AdvantageSettings, LossSettings, TrainSettings
-from zppo.core.advantages import group_advantages, two_step_advantages
+from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, TrainSettings
+from zppo.core.advantages import step_advantages
 from zppo.core.draws import keyed_random
 from zppo.core.loss import clipped_surrogate
-from zppo.core.metrics import mean
-from zppo.core.minibatch import MicroBatch, deal_groups
+from zppo.core.minibatch import (
+    PASS_TOKENS,
+    PASS_TOKENS_GPU,
+    MicroBatch,
+    Sample,
+    Share,
+    Sharing,
+    deal_groups,
+    pack_length,
+    packed,
+    samples_of,
+    share_minibatch,
+)
 from zppo.core.types import Group, Rollout
-from zppo.distributed.parallel import ReplicatedWeights, zero_gradients
-from zppo.engines.logprobs import Sharing, completion_logprobs, shared_logprobs
-from zppo.errors import MemoryLimitError
-from zppo.images.processor import ImageProcessor
+from zppo.engines.logprobs import ForwardPass
+from zppo.engines.memory import TokenBudget, release
+from zppo.errors import MemoryLimitError, SettingsError
 from zppo.rollout.teacher import Pools
+from zppo.step_log import StepLog
 from zppo.teacher.compression import Source
-from zppo.train.engine_checks import Gap, SamplerCheck
-from zppo.train.optimizer_step import OptimizerStep, TokenBudget
-from zppo.train.samples import Sample, Share, pack_length, packed, packs_of, samples_of, share_minibatch
-
-
-@dataclass(slots=True)
-class UpdateCounts:
-    """Sums over the micro-batches of a step."""
-
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    tokens: int = 0
-    clipped_low: int = 0
-    clipped_high: int = 0
-    clipped_dual: int = 0
-    gap_sum: float = 0.0
-    gap_max: float = 0.0
-    gap_tokens: int = 0
-    needed: int = 0
-    computed: int = 0
-    old_needed: int = 0
-    skipped: int = 0
-    fallback: int = 0  # 1 where the sampler's log-probs were to be old log-probs, and were refused
-
-    @property
-    def gap(self) -> Gap:
-        """Between sampler and trainer, before the first update."""
-        return Gap(self.gap_sum, self.gap_max, self.gap_tokens)
-
-    def add(self, sums: Sequence[torch.Tensor]) -> float:
-        """Counts what `Updater._backward` gave for each micro-batch, read at once; returns their loss.
-
-        Float32 holds whole numbers up to 16 million, more than a micro-batch has tokens.
-        """
-        loss = 0.0
-        for line in torch.stack(list(sums)).tolist() if sums else ():
-            loss += line[0]
-            self.clipped_low += int(line[1])
-            self.clipped_high += int(line[2])
-            self.clipped_dual += int(line[3])
-            if len(line) > 4:
-                self.add_gap(*line[4:])
-        return loss
-
-    def add_gap(self, total: float, largest: float, tokens: float) -> None:
-        """Counts differences between sampler and trainer."""
-        self.gap_sum += total
-        self.gap_max = max(self.gap_max, largest)
-        self.gap_tokens += int(tokens)
-
-    def plus(self, others: Sequence[UpdateCounts]) -> UpdateCounts:
-        """With what other processes have counted of their rows; losses, norms and skipped updates are everybody's already."""
-        summed = {name: sum(getattr(t, name) for t in (self, *others)) for name in _COUNTED}
-        return replace(self, gap_max=max(t.gap_max for t in (self, *others)), **summed)
-
-    def without_rows(self) -> UpdateCounts:
-        """Losses, norms and skipped updates alone."""
-        return UpdateCounts(losses=list(self.losses), grad_norms=list(self.grad_norms), skipped=self.skipped)
-
-    def metrics(self) -> dict[str, float | None]:
-        tokens = max(1, self.tokens)
-        return {
-            "loss": mean(self.losses),
-            "grad_norm": mean(self.grad_norms),
-            "clip_low_share": self.clipped_low / tokens,
-            "clip_high_share": self.clipped_high / tokens,
-            "clip_dual_share": self.clipped_dual / tokens,
-            "logprob_gap_mean": self.gap_sum / self.gap_tokens if self.gap_tokens else None,
-            "logprob_gap_max": self.gap_max if self.gap_tokens else None,
-            "optimizer_steps": float(len(self.losses) - self.skipped),
-            "skipped_updates": float(self.skipped),
-            "train_tokens_needed": float(self.needed),
-            "train_tokens_computed": float(self.computed),
-            "logprob_tokens": float(self.old_needed),
-            "logprob_fallback": float(self.fallback),
-        }
-
-
-_COUNTED = tuple("tokens clipped_low clipped_high clipped_dual gap_sum gap_tokens needed computed old_needed".split())
-
+from zppo.train.engine_checks import SamplerCheck
+from zppo.train.learner import OptimizerStep, PartialUpdate, UpdateCounts, UpdateResult, UpdateStopped
 
 Result = TypeVar("Result")
 
@@ -111,143 +42,113 @@ PROBE = 8
 """Rows that are scored to compare sampler and trainer where the first minibatch has none with a gradient."""
 
 
-def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch.Tensor:
-    """Advantages of all rollouts of a step, in order of groups and rollouts, (N,) float32."""
-    rollouts = [r for group in groups for r in group.rollouts]
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-    ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts], dtype=torch.int64)
-    graded = torch.tensor([r.graded for r in rollouts], dtype=torch.bool)
-    if settings.scope == "group":
-        return group_advantages(rewards, ids, eps=settings.eps, graded=graded)
-    return two_step_advantages(rewards, ids, settings.scope, eps=settings.eps, graded=graded)
-
-
-@dataclass(frozen=True, slots=True)
-class PartialUpdate:
-    """The update of a step between two of its I optimizer steps.
-
-    Attributes:
-        done: minibatches that are in the weights.
-        tally: sums over them, of all processes.
-        old: (T,) old log-probs of every rollout, of the weights before the first one.
-    """
-
-    done: int
-    tally: UpdateCounts
-    old: list[torch.Tensor]
-
-
-class UpdateStopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run shall stop, and the update of a step waits at `begun`; the weights are those between two optimizer steps.
-
-    Attributes:
-        cause: the error that ends the run; None where somebody wants it to stop.
-    """
-
-    def __init__(self, begun: PartialUpdate, cause: MemoryLimitError | None = None) -> None:
-        super().__init__(f"stopped after {begun.done} updates")
-        self.begun, self.cause = begun, cause
-
-
-class Updater:
-    """Owns the optimizer; turns the groups of one rollout step into at most I optimizer steps.
+class PolicyGradient:
+    """The clipped surrogate over all groups of a step.
 
     Args:
-        model, optimizer: as `accelerator.prepare` returned them; weights in fp32, autocast is the accelerator's.
-        temperature, banned_ids: as in sampling, so that log-probs are those of the sampling distribution.
+        settings: the recipe's; of them the advantage estimator, the loss, minibatches and the seed.
+        forward: the training forward of the student.
+        optimizer: the optimizer steps.
+        budget: tokens of a micro-batch.
         sampler_is_exact: whether `Rollout.logprobs` are old log-probs (old_logprobs: auto is resolved by the caller).
         check: takes that back where they turn out to be others than the trainer's; None for never.
-        budget: tokens of a micro-batch; None for the setting's.
-        stop: asked before each optimizer step: whether to leave the step there.
-        weights: how the weights lie over the processes.
-        image_processor: how the model sees the images of prompts; None for one that reads text only.
         sharing: when rows of one prompt compute it once; None for never.
+        respond: makes a rollout of a teacher response; None for methods without Teacher response.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
+        settings: Settings,
+        forward: ForwardPass,
+        optimizer: OptimizerStep,
+        budget: TokenBudget,
         *,
-        train: TrainSettings,
-        loss: LossSettings,
-        seed: int,
-        temperature: float,
-        banned_ids: tuple[int, ...],
-        pad_id: int,
         sampler_is_exact: bool,
         check: SamplerCheck | None = None,
-        budget: TokenBudget | None = None,
-        stop: Callable[[], bool] = lambda: False,
-        weights: ReplicatedWeights | None = None,
-        image_processor: ImageProcessor | None = None,
         sharing: Sharing | None = None,
+        respond: Callable[[Source], Rollout | None] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.accelerator, self.image_processor = (
-            model,
-            optimizer,
-            accelerator,
-            image_processor,
-        )
-        self.train, self.loss, self.seed = train, loss, seed
-        self.temperature, self.banned_ids, self.pad_id = temperature, banned_ids, pad_id
-        self.sampler_is_exact, self.check, self.stop = sampler_is_exact, check, stop
-        self.budget = budget or TokenBudget(train.tokens_per_microbatch)
-        self.weights, self.sharing = weights or ReplicatedWeights(), sharing
-        self.guard = OptimizerStep(optimizer, accelerator, train.max_grad_norm, self.weights)
+        self.estimator, self.loss, self.seed = settings.estimator, settings.loss, settings.seed
+        self.minibatches = settings.train.minibatches
+        # Dynamic sampling, an extension: groups whose rewards are all equal leave the batch and its denominator.
+        self.drop_trivial = settings.zone.dynamic_sampling == "after-reformulation"
+        self.forward, self.optimizer, self.budget = forward, optimizer, budget
+        self.sampler_is_exact, self.check, self.sharing, self.respond = sampler_is_exact, check, sharing, respond
+        self.weights, self.processes = optimizer.weights, optimizer.weights.processes
+
+    def update(
+        self,
+        plain: Sequence[Group],
+        reformulated: Sequence[Group],
+        responses: Pools,
+        log: StepLog,
+        partial: PartialUpdate | None = None,
+    ) -> UpdateResult:
+        """Advantages over the whole step, then I optimizer steps; see `Learner.update`."""
+        groups = [*(self._with_response(g, responses, log.step) for g in plain), *reformulated]
+        kept = [g for g in groups if not (self.drop_trivial and trivial(g))]
+        advantages = step_advantages(kept, self.estimator)
+        self.optimizer_steps(kept, advantages, log, partial)
+        if self.respond is not None:
+            replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
+            log.counts["teacher_responses_in_groups"] = float(replaced)
+        return UpdateResult(groups, _spread(groups, kept, advantages), self.optimizer.fault)
 
     @property
     def trusts_sampler(self) -> bool:
         """Whether the sampler's log-probs are old log-probs now."""
         return self.sampler_is_exact and not (self.check and self.check.refused)
 
-    def update(
-        self, groups: Sequence[Group], advantages: torch.Tensor, step: int, begun: PartialUpdate | None = None
-    ) -> dict[str, float | None]:
-        """I optimizer steps over whole groups; every rollout token is used once. Returns the metrics of the update.
+    def optimizer_steps(
+        self, groups: Sequence[Group], advantages: torch.Tensor, log: StepLog, partial: PartialUpdate | None = None
+    ) -> None:
+        """I optimizer steps over whole groups; every rollout token is used once. The log gets the metrics of the update.
 
         Args:
-            begun: where the update of this step, of the same groups, was left; None: from its start.
+            partial: where the update of this step, of the same groups, was left; None: from its start.
 
         Raises:
-            UpdateStopped: `stop` said so, in one of the processes; or memory ran out, and there is only this one.
+            UpdateStopped: somebody wants one of the processes to stop; or memory ran out, and there is only this one.
             MemoryLimitError: memory ran out before the first optimizer step, or in one of several processes.
         """
+        # Whole groups are dealt to minibatches, and the groups of a minibatch to the processes.
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
-        processes = self.weights.processes
-        deals = deal_groups(len(groups), self.train.minibatches, seed=self.seed, step=step)
-        mine = [share_minibatch(samples, dealt, rank=processes.rank, size=processes.size) for dealt in deals]
+        deals = deal_groups(len(groups), self.minibatches, seed=self.seed, step=log.step)
+        mine = [share_minibatch(samples, dealt, rank=self.processes.rank, size=self.processes.size) for dealt in deals]
         rows = [row for share in mine for row in share.rows]
-        if begun:
-            tally = begun.tally if processes.main else begun.tally.without_rows()
-            lines = iter(begun.old)
+        # Old log-probs are those of the weights before the first optimizer step, for all of the step's rows.
+        if partial:
+            tally = partial.tally if self.processes.main else partial.tally.without_rows()
+            lines = iter(partial.old)
             known = {(g, i): next(lines) for g, group in enumerate(samples) for i in range(len(group))}
             old = {row: known[row] for row in rows}
         else:
             tally = UpdateCounts(fallback=int(self.sampler_is_exact and not self.trusts_sampler))
             old = self._old_logprobs(samples, rows, tally)
-        for index in range(begun.done if begun else 0, len(deals)):
-            if processes.any(self.stop()):
-                raise UpdateStopped(self._begun(index, tally, samples, old))
+        for index in range(partial.done if partial else 0, len(deals)):
+            if self.processes.any(self.processes.stop.signum is not None):
+                raise UpdateStopped(self._partial(index, tally, samples, old))
             minibatch = [s for g in deals[index] for s in samples[g]]
             try:
-                total, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=index == 0)
-                if index == 0 and self._refuses(step, counts, samples, minibatch):
+                loss, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=index == 0)
+                if index == 0 and self._refuses(log, counts, samples, minibatch):
                     # The weights have not moved yet: a forward pass still gives old log-probs.
                     tally.fallback, (tally.gap_sum, tally.gap_max, tally.gap_tokens) = 1, counts.gap
                     old = self._old_logprobs(samples, rows, tally)
-                    total, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=False)
-                tally = self._step(total, counts)
+                    loss, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=False)
             except MemoryLimitError as error:
-                if processes.size > 1:
+                if self.processes.size > 1:
                     raise  # the others wait for its gradients
                 # There was no optimizer step: the weights are those before this minibatch.
-                raise UpdateStopped(self._begun(index, tally, samples, old), error) from error
-        first, *others = processes.gather(tally)
-        return {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
+                raise UpdateStopped(self._partial(index, tally, samples, old), error) from error
+            tally = counts
+            loss, norm, moved = self.optimizer.step(loss)
+            tally.losses, tally.grad_norms = [*tally.losses, loss], [*tally.grad_norms, norm]
+            tally.skipped += not moved
+        first, *others = self.processes.gather(tally)
+        log.counts |= {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
 
-    def _begun(
+    def _partial(
         self,
         done: int,
         tally: UpdateCounts,
@@ -255,7 +156,7 @@ class Updater:
         old: Mapping[tuple[int, int], torch.Tensor],
     ) -> PartialUpdate:
         """What all processes together know after `done` minibatches."""
-        parts = self.weights.processes.gather((tally, dict(old)))
+        parts = self.processes.gather((tally, dict(old)))
         known = {row: line for _, lines in parts for row, line in lines.items()}
         every = [known.get((g, i), s.sampled_logprobs) for g, group in enumerate(samples) for i, s in enumerate(group)]
         return PartialUpdate(done, parts[0][0].plus([other for other, _ in parts[1:]]), every)
@@ -271,17 +172,17 @@ class Updater:
 
         def score(batches: list[MicroBatch]) -> None:
             for micro in batches:
-                logprobs, _ = self._forward(asked, micro)
+                logprobs, _ = self._logprobs(asked, micro)
                 for (g, i), line in zip([unknown[m] for m in micro.rows], logprobs.float().cpu(), strict=True):
                     result[g, i] = line[: samples[g][i].tokens].clone()  # a view is sent with its whole batch
 
-        if self.weights.processes.any(bool(unknown)):
+        if self.processes.any(bool(unknown)):
             with torch.no_grad(), self.weights.whole():
                 self._in_micro_batches(asked, score)
         return result
 
     def _refuses(
-        self, step: int, counts: UpdateCounts, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]
+        self, log: StepLog, counts: UpdateCounts, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]
     ) -> bool:
         """Whether the sampler's log-probs are not the trainer's, before the first optimizer step; all processes agree.
 
@@ -292,7 +193,7 @@ class Updater:
             return False
         if not any(s.live and not s.foreign for s in computed):
             self._probe([s for group in samples for s in group if s.live and not s.foreign][:PROBE], counts)
-        refused = self.check.refuses(step, counts.gap)
+        refused = self.check.refuses(log.step, counts.gap)
         counts.fallback = int(refused)
         return refused
 
@@ -300,11 +201,11 @@ class Updater:
         """Counts the gap of rows that every process scores."""
 
         def score(batches: list[MicroBatch]) -> list[torch.Tensor]:
-            return [_gap(*self._forward(rows, micro), [rows[m] for m in micro.rows]) for micro in batches]
+            return [_gap(*self._logprobs(rows, micro), [rows[m] for m in micro.rows]) for micro in batches]
 
         with torch.no_grad(), self.weights.whole():
             parts = self._in_micro_batches(rows, score) if rows else []
-        for part in parts if self.weights.processes.main else ():
+        for part in parts if self.processes.main else ():
             counts.add_gap(*part.tolist())
 
     def _gradients(
@@ -330,7 +231,7 @@ class Updater:
 
         def accumulate(batches: list[MicroBatch]) -> tuple[float, UpdateCounts]:
             """An attempt that runs out of memory leaves nothing: gradients start at 0, and what it counted is dropped."""
-            zero_gradients(self.model)
+            self.optimizer.zero_gradients()
             counts = copy.copy(tally)
             sums = [self._backward(live, known, micro, denominator, counts, first=first) for micro in batches]
             others = share.others if self.weights.sharded else []
@@ -341,18 +242,10 @@ class Updater:
 
         return self._in_micro_batches(live, accumulate)
 
-    def _step(self, total: float, tally: UpdateCounts) -> UpdateCounts:
-        """One optimizer step with the gradients that are there."""
-        total, norm, stepped = self.guard.step(total)
-        tally.losses = [*tally.losses, total]
-        tally.grad_norms = [*tally.grad_norms, norm]
-        tally.skipped += not stepped
-        return tally
-
     def _idle(self, sample: Sample) -> None:
         """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others."""
-        logprobs, mask = self._forward([sample], MicroBatch([[0]], sample.length))
-        self.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
+        logprobs, mask = self._logprobs([sample], MicroBatch([[0]], sample.length))
+        self.optimizer.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
 
     def _backward(
         self,
@@ -366,7 +259,7 @@ class Updater:
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; sums over it (`UpdateCounts.add`) that stay on the device: reading would wait."""
         samples = [live[m] for m in micro.rows]
-        logprobs, mask = self._forward(live, micro)
+        logprobs, mask = self._logprobs(live, micro)
         advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
         surrogate = clipped_surrogate(
             logprobs,
@@ -377,7 +270,7 @@ class Updater:
             dual_clip=self.loss.dual_clip,
         )
         loss = surrogate.loss.where(mask, 0.0).sum() / denominator
-        self.accelerator.backward(loss)
+        self.optimizer.accelerator.backward(loss)
         tally.tokens += sum(s.tokens for s in samples)
         tally.needed += _needed(live, micro)
         tally.computed += micro.padded
@@ -393,17 +286,64 @@ class Updater:
         return [m for kind in kinds for m in self.budget.split([pack_length(rows, pack) for pack in kind], kind)]
 
     def _in_micro_batches(self, rows: Sequence[Sample], work: Callable[[list[MicroBatch]], Result]) -> Result:
-        return self.budget.run([s.length for s in rows], work, lambda: self._split(rows))
+        """`work` on micro-batches of rows.
 
-    def _forward(self, rows: Sequence[Sample], micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        Where memory runs out, all of it is done again with smaller micro-batches, so it must start from nothing: what a failed
+        micro-batch has already added to a gradient cannot be told from the rest of it.
+        """
+        while True:
+            batches = self._split(rows)
+            try:
+                result = work(batches)
+            except RuntimeError as error:
+                self.budget.shrink(error, batches, max((s.length for s in rows), default=0))
+            else:
+                self.budget.fits()
+                return result
+            release()  # outside of the handler, which holds the tensors of the failed attempt
+
+    def _logprobs(self, samples: Sequence[Sample], micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (B, T) and completion mask of `micro.rows`."""
-        how: dict[str, Any] = {"temperature": self.temperature, "banned_ids": self.banned_ids, "pad_id": self.pad_id}
         if len(micro.rows) > len(micro.packs):
-            return shared_logprobs(self.model, packs_of(rows, micro.packs), **how)
-        with self.accelerator.autocast():  # the vision tower is called by itself
-            return completion_logprobs(
-                self.model, [rows[m].row for m in micro.rows], image_processor=self.image_processor, **how
-            )
+            return self.forward.shared_logprobs([s.row for s in samples], micro.packs)
+        with self.optimizer.accelerator.autocast():  # the vision tower is called by itself
+            return self.forward.logprobs([samples[m].row for m in micro.rows])
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "skipped_in_a_row": self.optimizer.skipped_in_a_row,
+            **self.budget.state_dict(),
+            **(self.check.state_dict() if self.check else {}),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.optimizer.skipped_in_a_row = state["skipped_in_a_row"]
+        self.budget.load_state_dict(state)
+        if self.check:
+            self.check.load_state_dict(state)
+
+    def _with_response(self, group: Group, responses: Pools, step: int) -> Group:
+        """A correct teacher response in the place of a wrong rollout, both drawn uniformly, as if the student had sampled it."""
+        pool = responses.get(group.question.id, ()) if self.respond is not None else ()
+        wrong = [i for i, r in enumerate(group.rollouts) if r.graded and not r.correct]
+        if self.respond is None or not pool or not wrong:
+            return group
+        rng = keyed_random(self.seed, "teacher-response", step, group.question.id)
+        rollout, place = self.respond(rng.choice(pool)), rng.choice(wrong)
+        if rollout is None:
+            return group
+        return replace(group, rollouts=(*group.rollouts[:place], rollout, *group.rollouts[place + 1 :]))
+
+
+def trivial(group: Group) -> bool:
+    """Whether all graded rewards of a group are equal: it is all-right or all-wrong."""
+    return len({r.reward for r in group.graded}) <= 1
+
+
+def _spread(groups: Sequence[Group], kept: Sequence[Group], advantages: torch.Tensor) -> torch.Tensor:
+    """Advantages of all rollouts, 0 for those of groups that left."""
+    values, held = iter(advantages.tolist()), {id(g) for g in kept}
+    return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])
 
 
 def _needed(rows: Sequence[Sample], micro: MicroBatch) -> int:
@@ -424,131 +364,19 @@ def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) 
     return torch.stack([gap.sum(), gap.max(), known.sum()]).float()
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """What a step did to the weights.
+def make_budget(
+    train: TrainSettings, sharded: bool, say: Callable[[str], None] | None = None, *, gpu: bool = False
+) -> TokenBudget:
+    """The budget of a recipe.
 
-    Attributes:
-        groups: what was learnt from, plain groups first; the rollout log holds these.
-        advantages: (N,) of their rollouts; 0 where none is used.
-        metrics: numbers for the run log.
-        teacher_error: why the teacher could not serve a request that learning needed; "" where it served all.
-        fault: why the run has to stop after this step; "" where it goes on.
+    Raises:
+        SettingsError: "auto" with sharded weights: while one process started over, the others would wait for it in vain.
     """
-
-    groups: list[Group]
-    advantages: torch.Tensor
-    metrics: dict[str, float | None]
-    teacher_error: str = ""
-    fault: str = ""
-
-
-class Learner(Protocol):
-    """Turns the groups of a step into optimizer steps."""
-
-    def learn(
-        self,
-        plain: Sequence[Group],
-        again: Sequence[Group],
-        pools: Pools,
-        step: int,
-        begun: PartialUpdate | None = None,
-    ) -> UpdateResult:
-        """Learn from plain groups, reformulated groups and correct teacher responses.
-
-        Args:
-            begun: where `UpdateStopped` left the same step; None: from its start.
-
-        Raises:
-            UpdateStopped: the run shall stop, and the learner is between two optimizer steps.
-            MemoryLimitError: memory ran out; in one process only before the first optimizer step.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, int]:
-        """What the next step depends on, besides weights and optimizer; JSON-ready."""
-        ...
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a state."""
-        ...
-
-
-class PolicyGradient:
-    """The clipped surrogate over all groups of a step.
-
-    Args:
-        updater: the optimizer steps.
-        advantage: how advantages are computed.
-        respond: makes a rollout of a teacher response; None for methods without Teacher response.
-        drop_trivial: leave groups whose rewards are all equal out of the batch and its denominator (dynamic sampling after
-            reformulation, an extension).
-        seed: keys the draws.
-    """
-
-    def __init__(
-        self,
-        updater: Updater,
-        advantage: AdvantageSettings,
-        *,
-        respond: Callable[[Source], Rollout | None] | None,
-        drop_trivial: bool,
-        seed: int,
-    ) -> None:
-        self.updater, self.advantage, self.respond = updater, advantage, respond
-        self.drop_trivial, self.seed = drop_trivial, seed
-
-    def learn(
-        self,
-        plain: Sequence[Group],
-        again: Sequence[Group],
-        pools: Pools,
-        step: int,
-        begun: PartialUpdate | None = None,
-    ) -> UpdateResult:
-        """Advantages over the whole step, then I optimizer steps."""
-        groups = [*(self._with_response(g, pools, step) for g in plain), *again]
-        replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
-        kept = [g for g in groups if not (self.drop_trivial and trivial(g))]
-        inside = advantages_of(kept, self.advantage)
-        metrics = self.updater.update(kept, inside, step, begun)
-        if self.respond is not None:
-            metrics["teacher_responses_in_groups"] = float(replaced)
-        return UpdateResult(groups, self._spread(groups, kept, inside), metrics, fault=self.updater.guard.fault)
-
-    def state_dict(self) -> dict[str, int]:
-        checked = self.updater.check.state_dict() if self.updater.check else {}
-        return {
-            "skipped_in_a_row": self.updater.guard.skipped_in_a_row,
-            **self.updater.budget.state_dict(),
-            **checked,
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.updater.guard.skipped_in_a_row = state["skipped_in_a_row"]
-        self.updater.budget.load_state_dict(state)
-        if self.updater.check:
-            self.updater.check.load_state_dict(state)
-
-    def _with_response(self, group: Group, pools: Pools, step: int) -> Group:
-        """A correct teacher response in the place of a wrong rollout, both drawn uniformly, as if the student had sampled it."""
-        pool = pools.get(group.question.id, ()) if self.respond is not None else ()
-        wrong = [i for i, r in enumerate(group.rollouts) if r.graded and not r.correct]
-        if self.respond is None or not pool or not wrong:
-            return group
-        rng = keyed_random(self.seed, "teacher-response", step, group.question.id)
-        rollout, place = self.respond(rng.choice(pool)), rng.choice(wrong)
-        if rollout is None:
-            return group
-        return replace(group, rollouts=(*group.rollouts[:place], rollout, *group.rollouts[place + 1 :]))
-
-    @staticmethod
-    def _spread(groups: Sequence[Group], kept: Sequence[Group], inside: torch.Tensor) -> torch.Tensor:
-        """Advantages of all rollouts, 0 for those of groups that left."""
-        values, held = iter(inside.tolist()), {id(g) for g in kept}
-        return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])
-
-
-def trivial(group: Group) -> bool:
-    """Whether all graded rewards of a group are equal: it is all-right or all-wrong."""
-    return len({r.reward for r in group.graded}) <= 1
+    adaptive = train.tokens_per_microbatch == "auto"
+    if adaptive and sharded:
+        raise SettingsError(
+            "train.tokens_per_microbatch is auto, and the weights are sharded over several processes, which must do equally many passes: "
+            "give a number"
+        )
+    tokens = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
+    return TokenBudget(tokens, adaptive=adaptive, say=say, overhead=PASS_TOKENS_GPU if gpu else PASS_TOKENS)

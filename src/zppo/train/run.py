@@ -1,223 +1,45 @@
-"""What a finished run leaves: final/ with a model card, and the closing table.
-
-How a run goes on after an end that came too early: the checkpoint to start from, the state to save, the words to leave.
+"""A run from its start, or from a checkpoint, to its end: the loop over the steps, and what saves it where it ends before its time.
 
 `train` starts a run, `resume` continues one.
 """
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from zppo import __version__
 from zppo.config.recipe import dump_recipe, load_recipe
-from zppo.config.settings import LoraSettings, Settings
+from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import make_accelerator, make_weights
-from zppo.engines.chat import Chat
-from zppo.engines.vllm import VLLMEngine
-from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError
+from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError
 from zppo.images.store import read_bytes
-from zppo.models.student import Student, load_model
-from zppo.rollout.evaluation import Evaluation, evaluate
 from zppo.rollout.frozen_models import load_frozen_models
-from zppo.rollout.grading import scoring
+from zppo.rollout.grading import rule_grading
 from zppo.rollout.questions import read_data
 from zppo.runs import checkpoint
-from zppo.runs.checkpoint import Savable
-from zppo.runs.display import warn
-from zppo.runs.files import PARTIAL, RECIPE, check_output, sync, write_whole, writing
-from zppo.runs.log import METRICS, read_lines
+from zppo.runs.display import Progress, warn
+from zppo.runs.files import RECIPE, check_output, write_whole, writing
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
-from zppo.train.build import Assembled, assemble, make_engine
+from zppo.step_log import StepLog
+from zppo.train.build import Assembled, assemble
+from zppo.train.finish import FINAL, finish
+from zppo.train.health_checks import HealthChecks
+from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, as_placed
 from zppo.train.provenance import changes_since, check_student
-from zppo.train.trainer import MISSED, Totals, Trainer, entry_bin
-
-FINAL = "final"
-ADAPTER = "adapter"  # in final/, where adapters were trained
-
-
-def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Path:
-    """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
-
-    A student that was trained on images keeps its vision tower and processor, and loads with `AutoModelForImageTextToText`.
-
-    Adapters are merged into the weights, for good; by themselves they are in final/adapter/. Without adapters `weights` is saved.
-
-    Returns:
-        The folder that it is in until `finish_final` gives it its name.
-
-    Raises:
-        StorageError: the disk refuses.
-    """
-    folder = run / f"{FINAL}{PARTIAL}"
-    with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        if student.adapters:
-            student.adapters.save_pretrained(folder / ADAPTER)
-            weights = student.adapters.merge()
-        weights.save_pretrained(folder)
-        chat.tokenizer.chat_template = chat.template  # what the student was trained with
-        chat.tokenizer.save_pretrained(folder)
-        for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
-            (folder / name).write_bytes(content)
-    return folder
-
-
-def finish_final(run: Path, folder: Path) -> Path:
-    """Give the folder of `save_final` its name: from now on the run is finished."""
-    target = run / FINAL
-    with writing(target):
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
-        sync(run)
-    return target
-
-
-def write_model_card(
-    folder: Path,
-    *,
-    name: str,
-    method: str,
-    student: str,
-    recipe: str,
-    lora: LoraSettings | None,
-    before: Evaluation | None,
-    after: Evaluation | None,
-    totals: Totals,
-) -> None:
-    """README.md of final/: what was trained how, with which result."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [{', '.join(dict.fromkeys(('zppo', method)))}]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"`{student}`, post-trained with `{method}` by zppo {__version__}, an independent implementation of",
-        "[Zone of Proximal Policy Optimization](https://arxiv.org/abs/2606.18216).",
-        *_lora_lines(lora, student),
-        "Check the licences of the base model and of the training data before you share it.",
-        "",
-        f"{_work(totals)}.",
-        "",
-    ]
-    if before and after:
-        lines += ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|"]
-        lines += [f"| {level} | {old} | {new} |" for level, old, new in _levels(before, after)]
-        lines += [
-            "",
-            f"{after.count} completions, after training evaluated from this folder.{_left_out(before, after)}",
-            "",
-        ]
-    lines += ["## Recipe", "", "```yaml", recipe.rstrip(), "```", ""]
-    with writing(folder / "README.md"):
-        (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def closing_table(
-    console: Console,
-    run: Path,
-    *,
-    group_size: int,
-    threshold: float,
-    before: Evaluation | None,
-    after: Evaluation | None,
-    totals: Totals,
-    replay: bool,
-) -> None:
-    """Held-out accuracy before and after, graduated/admitted by entry bin, what help was missed, where the files are."""
-    if before and after:
-        console.print("\nheld-out accuracy, plain prompts")
-        table = Table("level", "before", "after")
-        for row in _levels(before, after):
-            table.add_row(*row)
-        console.print(table)
-        if note := _left_out(before, after):
-            console.print(note.strip())
-    if replay:
-        console.print("\nprompt replay buffer")
-        table = Table("entry accuracy", "admitted", "graduated", "evicted", "graduated/admitted")
-        for correct in range(group_size + 1):
-            if correct / group_size < threshold:
-                name = entry_bin(correct / group_size)
-                admitted, graduated = totals.admitted.get(name, 0), totals.graduated.get(name, 0)
-                share = f"{graduated / admitted:.0%}" if admitted else "-"
-                table.add_row(name, str(admitted), str(graduated), str(totals.evicted.get(name, 0)), share)
-        console.print(table)
-    missed = {name: count for name, count in totals.missed.items() if count}
-    if missed:
-        console.print("help that was missed: " + ", ".join(f"{n:,} {MISSED[name]}" for name, n in missed.items()))
-    console.print(f"\n{_work(totals)}", highlight=False)
-    files: Mapping[str, str] = {
-        "final/": "the trained student",
-        "metrics.jsonl": "one line a step",
-        "rollouts/": "every completion",
-        "buffer.jsonl": "who came and went",
-        "recipe.yaml": "the recipe, resolved",
-    }
-    for name, what in files.items():
-        if not (run / name).exists():
-            continue
-        console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
-    console.print(f"`zppo report {run}` makes a page of it", highlight=False, soft_wrap=True)
-
-
-def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:
-    if lora is None:
-        return []
-    return [
-        f"Low-rank adapters (rank {lora.rank}, alpha {lora.alpha:g}) were trained and are merged into the weights of this folder;",
-        f"by themselves, for `peft` on top of `{student}`, they are in `{ADAPTER}/`.",
-    ]
-
-
-def _work(totals: Totals) -> str:
-    judged = f", {totals.judge_tokens:,} judge tokens" if totals.judge_tokens else ""
-    waited = f", {totals.teacher_wait_seconds:,.0f} s of them waiting for the teacher" if totals.teacher_tokens else ""
-    return (
-        f"{totals.rollouts:,} rollouts, {totals.student_tokens:,} student tokens, {totals.teacher_tokens:,} teacher tokens{judged} "
-        f"in {totals.seconds:,.0f} s{waited}"
-    )
-
-
-def _left_out(before: Evaluation, after: Evaluation) -> str:
-    """How many completions have no verdict; "" where all have one."""
-    if not (before.ungraded or after.ungraded):
-        return ""
-    return (
-        f" Left out, since the judge could not be reached: {before.ungraded:,} of {before.count:,} completions before training, "
-        f"{after.ungraded:,} of {after.count:,} after."
-    )
-
-
-def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
-    rows = [
-        (level, f"{before.by_level.get(level, float('nan')):.3f}", f"{value:.3f}")
-        for level, value in after.by_level.items()
-    ]
-    return [*rows, ("all", f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,21 +70,23 @@ class Start:
             )
         return cls(folder, state)
 
-    def load(self, parts: Assembled, console: Console) -> None:
+    def load(self, loop: TrainingLoop, origin: Mapping[str, Any], console: Console) -> None:
         """Give the trainer its state, after a look at what has changed since; images are those of the questions as they were read now.
 
         Raises:
             CheckpointError: it belongs to another recipe, holds something else than a state, or an image of its questions is gone or
                 has changed.
         """
-        places = {image.sha256: image.uri for q in parts.trainer.questions for image in q.images}
-        mid_step = MidStep.read(self.folder, places)
+        places = {image.sha256: image.uri for q in loop.trainer.questions for image in q.images}
+        trainer = loop.trainer
+        mid_step = MidStep.read(self.folder, int(self.state["step"]) + 1, places)
         try:
-            notes = changes_since(self.state["origin"], parts.origin, self.folder, mid_step=mid_step is not None)
+            notes = changes_since(self.state["origin"], origin, self.folder, mid_step=mid_step is not None)
             for question, *_ in self.state["buffer"]["entries"]:
                 question["images"] = as_placed(question["images"], places)
-            parts.trainer.load(self.folder, self.state, mid_step)
-            self._check_images(parts.trainer.buffer, mid_step)
+            trainer.load_state_dict(self.state)
+            loop.loaded(self.folder, mid_step)
+            self._check_images(trainer.buffer, mid_step)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(checkpoint.unusable(self.folder / "state.json", error)) from error
         if notes:
@@ -270,7 +94,7 @@ class Start:
 
     def _check_images(self, buffer: PromptReplayBuffer, mid_step: MidStep | None) -> None:
         """A checkpoint holds references: the files behind them are looked at now and not when a question is replayed."""
-        groups = [*mid_step.collected.plain, *mid_step.collected.again] if mid_step else []
+        groups = [*mid_step.rollouts.plain, *mid_step.rollouts.reformulated] if mid_step else []
         questions = [*buffer.questions(), *(group.question for group in groups)]
         for image in {image.sha256: image for question in questions for image in question.images}.values():
             try:
@@ -279,7 +103,129 @@ class Start:
                 raise CheckpointError(f"{self.folder} holds questions with images: {error}") from error
 
 
-def rescue(run: Path, trainer: Trainer, error: BaseException, console: Console) -> None:
+class TrainingLoop:
+    """The steps of a run, with evaluations and checkpoints on the way.
+
+    Attributes:
+        mid_step: where the next step goes on, None for its start.
+        folder: of the checkpoint that was last written or loaded.
+    """
+
+    def __init__(self, settings: Settings, parts: Assembled, console: Console) -> None:
+        self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
+        kinds = ("plain", *(r.kind for r in self.trainer.reformulator.reformulations))
+        self.progress = Progress(console, self.trainer.steps, kinds, replay=self.trainer.method.replay)
+        self.health = HealthChecks(own_reward=settings.grading.reward is not None)
+        self.stop = self.trainer.processes.stop
+        self.mid_step: MidStep | None = None
+        self.folder: Path | None = None
+        self._saved: tuple[int, int | None] | None = (
+            None  # steps and updates of the next one that are in that checkpoint
+        )
+
+    def run(self) -> None:
+        """All steps that are left.
+
+        Raises:
+            Interrupted: somebody wants the run to stop. Between two updates the step is saved as far as it is; elsewhere see `rescue`.
+        """
+        trainer, every = self.trainer, self.settings.train.checkpoint_every
+        with self.progress:
+            if self.mid_step is None:
+                trainer.boundary = trainer.facts()
+                self._evaluate_if_due()
+            while trainer.done < trainer.steps:
+                self.checkpointer.check()
+                log = self._step()
+                with self.stop.shield():
+                    self._show(log)
+                    if fault := log.errors.get("update"):
+                        self._save(
+                            trainer.state_dict()
+                        )  # all processes are here, so that sharded weights can be saved too
+                        raise ZPPOError(fault)
+                self._evaluate_if_due()
+                if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
+                    with self.stop.shield():
+                        self._save(trainer.state_dict(), later=True)
+            with self.stop.shield():
+                self.checkpointer.wait()
+
+    def _step(self) -> StepLog:
+        """The next step; one that was stopped between two updates goes on there, and one that is stopped there is saved."""
+        trainer = self.trainer
+        mid_step, self.mid_step = self.mid_step, None
+        trainer.student.renderer.chat.forget_images()
+        try:
+            if mid_step is not None:
+                return trainer.update(mid_step.rollouts, mid_step.log, mid_step.partial)
+            return trainer.step(trainer.done + 1)
+        except UpdateStopped as stopped:
+            with self.stop.ignored():
+                if stopped.mid_step and self._saved != (trainer.done, stopped.partial.done):
+                    self._show_warnings(stopped.mid_step.log)
+                    self._save(trainer.state_dict(), stopped.mid_step)
+            raise stopped.cause or Interrupted(self.stop.signum or signal.SIGTERM) from None
+
+    def _evaluate_if_due(self) -> None:
+        """Before training, and every so many steps; after training final/ is evaluated."""
+        trainer, every = self.trainer, self.settings.eval.every
+        due = trainer.done == 0 or (every and trainer.done % every == 0 and trainer.done < trainer.steps)
+        if not (due and trainer.evaluated < trainer.done and trainer.held_out):
+            return
+        trainer.student.renderer.chat.forget_images()
+        result, log = trainer.evaluate()
+        with self.stop.shield():
+            self.progress.evaluation(trainer.done, result)
+            self._show_warnings(log)
+            self._advise(asdict(result))
+
+    def _show(self, log: StepLog) -> None:
+        self._show_warnings(log)
+        if error := log.errors.get("teacher"):
+            self.progress.warning(f"step {log.step}: the teacher could not serve every request: {error}")
+        self._advise(log.metrics)
+        self.progress.step(log.step, log.metrics, self.trainer.totals)
+
+    def _show_warnings(self, log: StepLog) -> None:
+        """What a person should know about the grading of a step or an evaluation."""
+        when = f"step {log.step}" if log.step else f"evaluation at step {self.trainer.done}"
+        for text in log.warnings.values():
+            self.progress.warning(f"{when}: {text}")
+        log.warnings.clear()
+
+    def _advise(self, metrics: Mapping[str, Any]) -> None:
+        for text in self.health.advice(self.trainer.done, metrics):
+            self.progress.warning(text)
+
+    def _save(
+        self, state: Mapping[str, Any], mid_step: MidStep | None = None, *, together: bool = True, later: bool = False
+    ) -> None:
+        trainer = self.trainer
+        trainer.log.sync()
+        folder = self.checkpointer(trainer.done, state, mid_step, together=together, later=later)
+        if folder is not None:
+            self.folder, self._saved = folder, (trainer.done, mid_step.partial.done if mid_step else None)
+
+    def loaded(self, folder: Path, mid_step: MidStep | None) -> None:
+        """The trainer has the state of a checkpoint."""
+        self.folder, self.mid_step = folder, mid_step
+        self._saved = (self.trainer.done, mid_step.partial.done if mid_step else None)
+
+    def rescue(self, *, together: bool) -> None:
+        """Save the last step boundary, where no checkpoint has it yet and the weights are still there.
+
+        For a run that ends before its time, by a signal or an error: what a step has sampled is lost, what it has learnt never.
+        `together`: all processes of the run end here, as after a signal; otherwise the first one saves alone where it can.
+        """
+        trainer = self.trainer
+        with self.stop.ignored():
+            self.checkpointer.wait()
+            if trainer.boundary is not None and trainer.done > 0 and self._saved != (trainer.done, None):
+                self._save(trainer.state_at(trainer.boundary), together=together)
+
+
+def rescue(run: Path, loop: TrainingLoop, error: BaseException, console: Console) -> None:
     """Save what was trained before the run ends by `error`; where that fails it is said, and the error stays what it is.
 
     Raises:
@@ -289,14 +235,13 @@ def rescue(run: Path, trainer: Trainer, error: BaseException, console: Console) 
         return  # the same disk would refuse again
     say = partial(warn, console)
     try:
-        together = trainer.processes.size == 1 or isinstance(
-            error, Interrupted | EngineError
-        )  # the guard stops all of them
-        trainer.rescue(together=together)
+        # All processes stop together for a signal, and where an engine does not hold the weights.
+        together = loop.trainer.processes.size == 1 or isinstance(error, Interrupted | EngineError)
+        loop.rescue(together=together)
     except Exception as failed:
         if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
             raise failed from error
-        say(f"the run after step {trainer.done} could not be saved: {failed}")
+        say(f"the run after step {loop.trainer.done} could not be saved: {failed}")
     if not isinstance(error, KeyboardInterrupt):
         say(way_on(run))
 
@@ -366,27 +311,31 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         start = processes.gather(Start.find(settings, run, console) if resumed and processes.main else None)[0]
         data = read_data(settings, sharded=weights.sharded)
         with (
-            scoring(settings) as score,
+            rule_grading(settings) as rule,
             load_frozen_models(settings, accelerator, console, data.seeing) as frozen_models,
             tracking(trackers),
         ):
             folder = start.folder if start else None
-            parts = assemble(settings, data, run, folder, score, frozen_models, accelerator, weights, console, stop)
+            parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, console)
+            loop = TrainingLoop(settings, parts, console)
             if start:
-                start.load(parts, console)
+                start.load(loop, parts.origin, console)
             with stop.shield():
-                _open(settings, run, parts.trainer, trackers, console, resumed=resumed)
+                _open(settings, run, loop, trackers, console, resumed=resumed)
                 if processes.size > 1:
                     console.print(f"{processes.size} processes, {weights.kind}")
             console.print("accuracies of rollouts are running means over about ten steps", style="dim")
             with processes.uninterrupted():
                 try:
-                    parts.trainer.run()
-                    _finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+                    loop.run()
+                    if (
+                        parts.student.adapters
+                    ):  # they are merged now, for good: runs without checkpoints are saved before
+                        loop.rescue(together=True)
+                        loop.trainer.boundary = None
+                    finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
                 except BaseException as error:
-                    rescue(
-                        run, parts.trainer, error, console
-                    )  # before anything else is closed: there may be little time
+                    rescue(run, loop, error, console)  # before anything else is closed: there may be little time
                     raise
         processes.wait()
         accelerator.end_training()
@@ -401,14 +350,15 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
 
 
 def _open(
-    settings: Settings, run: Path, trainer: Trainer, trackers: Trackers, console: Console, *, resumed: bool
+    settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers, console: Console, *, resumed: bool
 ) -> None:
     """Make the run folder, or take back what was written after the checkpoint."""
+    trainer = loop.trainer
     if resumed:
-        step = trainer.done if trainer.folder else -1
+        step = trainer.done if loop.folder else -1
         trainer.log.rewind(step, trainer.evaluated)
         trackers.start(step)
-        far = f" and {trainer.mid_step.begun.done} updates of the next" if trainer.mid_step else ""
+        far = f" and {loop.mid_step.partial.done} updates of the next" if loop.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")
     else:
         trackers.start()
@@ -418,68 +368,5 @@ def _open(
             write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
         trainer.log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
-    trainer.log.listener = trackers.log
-
-
-def _finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> None:
-    """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
-    trainer, processes = parts.trainer, parts.weights.processes
-    if parts.student.adapters:
-        trainer.rescue(together=True)  # for runs without checkpoints
-        trainer.weights_leave()  # they are merged, for good
-    saved = parts.weights.saved(parts.student)
-    folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
-    after = None
-    if trainer.held_out:
-        fresh = load_model(
-            folder,
-            dtype=torch.float32,
-            attention=settings.student.attention,
-            images=parts.chat.image_processor is not None,
-        )
-        torch.nn.Module.to(fresh, parts.student.model.device)
-        trainer.scorer.new_step()
-        engine = trainer.sampler.engine
-        if isinstance(engine, VLLMEngine):
-            engine.take(fresh)
-        else:
-            engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
-        after = evaluate(replace(trainer.sampler, engine=engine, whole=nullcontext), trainer.held_out, settings.eval)
-        with trainer.stop.shield():
-            trainer.log.metrics(trainer.done, "final", asdict(after) | processes.total(trainer.scorer.metrics()))
-    if not processes.main:
-        return
-    before = _evaluation_at_start(run)
-    with trainer.stop.ignored():  # it is finished, whoever asks it to stop now
-        write_model_card(
-            folder,
-            name=run.name,
-            method=trainer.method.name,
-            student=settings.student.model,
-            recipe=dump_recipe(settings),
-            lora=settings.train.lora,
-            before=before,
-            after=after,
-            totals=trainer.totals,
-        )
-        finish_final(run, folder)
-    closing_table(
-        console,
-        run,
-        group_size=settings.rollout.group_size,
-        threshold=settings.zone.threshold,
-        before=before,
-        after=after,
-        totals=trainer.totals,
-        replay=trainer.method.replay,
-    )
-
-
-def _evaluation_at_start(run: Path) -> Evaluation | None:
-    for record in read_lines(run / METRICS):
-        if record["event"] == "eval" and record["step"] == 0:
-            found = {name: record[name] for name in Evaluation.__slots__ if name in record}
-            return Evaluation(
-                **found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]}
-            )
-    return None
+    if trackers.names:
+        trainer.log.listener = trackers.log

@@ -1,36 +1,27 @@
-"""The training loop. `Trainer.step` is Algorithm 1, line by line; everything that it calls is testable without a model."""
+"""Training: `Trainer.step` is Algorithm 1, line by line. What goes around a step (signals, checkpoints, the display) is in `train.run`."""
 
 from __future__ import annotations
 
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
 from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
 from zppo.core.replay import Changes, PromptReplayBuffer
-from zppo.core.select import share_of
+from zppo.core.select import hard_groups, share_of
 from zppo.core.types import Group, Question
-from zppo.data.order import batch_ids
-from zppo.distributed.processes import ONE_PROCESS, Processes
-from zppo.errors import Interrupted, MemoryLimitError, ZPPOError
+from zppo.data.order import batch_ids, steps_per_epochs
+from zppo.errors import MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate
-from zppo.rollout.grading import Scorer
+from zppo.rollout.questions import RunData
 from zppo.rollout.reformulated import Reformulator
 from zppo.rollout.student import StudentSampler
-from zppo.runs.display import Progress
 from zppo.runs.log import RunLog
-from zppo.runs.signals import Stop
-from zppo.train.checkpointer import Checkpointer
+from zppo.step_log import StepLog
 from zppo.train.engine_checks import EngineCheck
-from zppo.train.health_checks import HealthChecks, TimedScore
+from zppo.train.learner import Learner, PartialUpdate, UpdateResult, UpdateStopped
 from zppo.train.mid_step import MidStep, StepRollouts
-from zppo.train.policy_gradient import Learner, PartialUpdate, UpdateResult, UpdateStopped
 
 MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",
@@ -64,8 +55,16 @@ class Totals:
     evicted: dict[str, int] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)  # help that the teacher could not give
 
-    def add_changes(self, changes: Changes) -> None:
-        """Count what one buffer update did."""
+    def add(self, metrics: Mapping[str, Any], changes: Changes) -> None:
+        """Count one step: its metrics, and what its buffer update did."""
+        self.rollouts += metrics["rollouts"]
+        self.student_tokens += metrics["student_tokens"]
+        self.teacher_tokens += metrics["teacher_tokens"]
+        self.teacher_wait_seconds += metrics.get("teacher_wait_seconds", 0.0)
+        self.judge_tokens += int(metrics.get("judge_completion_tokens", 0))
+        self.seconds += metrics["seconds"]["step"]
+        for name in MISSED:
+            self.missed[name] = self.missed.get(name, 0) + int(metrics.get(name) or 0)
         for counts, entries in (
             (self.admitted, changes.admitted),
             (self.graduated, changes.graduated),
@@ -81,195 +80,113 @@ def entry_bin(accuracy: float) -> str:
 
 
 class Trainer:
-    """Runs the steps of one recipe over the parts that `zppo.train.run` put together.
+    """Takes the steps of one recipe.
+
+    Args:
+        settings: the recipe's.
+        data: training and held-out questions.
+        student: samples the student's rollouts and grades them.
+        reformulator: asks hard questions again.
+        learner: the policy gradient, or distillation.
+        engine: brings the sampling engine up to the weights, and checks it.
+        log: the files of the run folder.
 
     Attributes:
-        done: steps that are finished.
+        steps: steps of the whole run; `done`: those that are finished.
+        buffer: the prompt replay buffer.
         evaluated: the step of the last evaluation, -1 before the first.
         totals: sums over the run.
-        mid_step: where the next step begins, None for its start.
-        saved: (done, updates of the next step) of the checkpoint that was last written or loaded, None where there is none.
-        folder: where that checkpoint is.
-        stop: somebody's wish that the run stops.
+        boundary: what a rescue needs of the last step boundary, see `facts`; None where the weights are between two steps.
     """
 
     def __init__(
         self,
         settings: Settings,
-        *,
-        steps: int,
-        questions: Sequence[Question],
-        held_out: Sequence[Question],
-        sampler: StudentSampler,
-        zone: Reformulator,
+        data: RunData,
+        student: StudentSampler,
+        reformulator: Reformulator,
         learner: Learner,
-        guard: EngineCheck,
-        rule: TimedScore,
-        adviser: HealthChecks,
-        buffer: PromptReplayBuffer,
+        engine: EngineCheck,
         log: RunLog,
-        progress: Progress,
-        checkpoint: Checkpointer,
-        stop: Stop,
-        scorer: Scorer,
-        service: Callable[[], Mapping[str, float]] = dict,
-        processes: Processes = ONE_PROCESS,
     ) -> None:
-        self.settings, self.steps = settings, steps
-        self.questions, self.held_out = questions, held_out
-        self.sampler, self.zone, self.learner = sampler, zone, learner
-        self.guard, self.rule, self.adviser = guard, rule, adviser
-        self.buffer, self.log, self.progress, self.checkpoint, self.stop = buffer, log, progress, checkpoint, stop
-        self.scorer = scorer  # the roller's score: what it counts
-        self.service = service  # what calling remote models took since it was last asked
-        self.processes = processes
-        self.method = settings.method.resolve()
+        self.settings, self.zone, self.method = settings, settings.zone, settings.method.resolve()
+        self.questions, self.held_out = data.train, data.held_out
+        self.student, self.reformulator, self.learner = student, reformulator, learner
+        self.engine, self.log, self.processes = engine, log, student.processes
+        self.buffer = PromptReplayBuffer(self.zone.buffer_capacity, self.zone.threshold, settings.seed)
+        self.steps = total_steps(settings, len(self.questions))
         self.done, self.evaluated = 0, -1
         self.totals = Totals()
-        self.mid_step: MidStep | None = None
-        self.saved: tuple[int, int | None] | None = None
-        self.folder: Path | None = None
-        self._boundary: dict[str, Any] | None = None  # see `_facts`; None where the weights are between two steps
+        self.boundary: dict[str, Any] | None = None
 
-    def run(self) -> None:
-        """All steps that are left, with evaluations and checkpoints on the way.
+    def step(self, step: int) -> StepLog:
+        """One step of Algorithm 1. Somebody's wish to stop ends the sampling at once, and the update between two optimizer steps.
 
         Raises:
-            Interrupted: `stop` wanted it. Between two updates the step is saved as far as it is; elsewhere see `rescue`.
+            UpdateStopped: the update was left; its `mid_step` is what `update` goes on from.
         """
-        with self.progress:
-            if self.mid_step is None:
-                self._boundary = self._facts()
-                self._evaluate_if_due()
-            while self.done < self.steps:
-                self.checkpoint.check()
-                self.step(self.done + 1)
-                self._evaluate_if_due()
-                every = self.settings.train.checkpoint_every
-                if every and (self.done % every == 0 or self.done == self.steps):
-                    with self.stop.shield():
-                        self._save(self.state_dict(), None, beside=True)
-            with self.stop.shield():
-                self.checkpoint.wait()
+        log = StepLog(step)
+        with log.time("engine"):
+            log.add(**self.engine.refresh(step - 1))  # samples from the weights of the last step
+        new = self._new_questions(step)
+        replayed = self._replayed_questions(new)  # line 2
+        plain = self.student.rollout([self.student.renderer.plain(q) for q in (*new, *replayed)], log)  # line 2
+        hard = hard_groups(
+            plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step
+        )  # lines 4, 6
+        cap = share_of(self.zone.rho_aug, len(new))
+        asked_again = self.reformulator.reformulate(
+            hard, cap, log
+        )  # lines 4, 6-15: responses -> candidates -> BCQ, NCQ
+        reformulated = self.student.rollout(asked_again.prompts, log)  # line 16
+        ids = tuple(q.id for q in replayed)
+        return self.update(StepRollouts(len(new), ids, plain, reformulated, asked_again.responses), log)
 
-    def step(self, step: int) -> None:
-        """One step of Algorithm 1; one that was stopped between two updates goes on there."""
-        mid_step, self.mid_step = self.mid_step, None
-        collected = mid_step.collected if mid_step else self._collect(step)
-        clock = Clock(collected.seconds)
-        with self.stop.shield():
-            self.guard.stale = True
-            self._check_same(step, [*collected.plain, *collected.again])
-            updated = self._learn(collected, mid_step.begun if mid_step else None, step, clock)
-            if mid_step is None:
-                collected = self._counted(collected, step)  # now, since distillation asks and grades in its update
-            with clock("other"):
-                held = {
-                    g.question.id: entry.accuracy for g in collected.plain if (entry := self.buffer.get(g.question.id))
-                }
-                changes = self._update_buffer(collected.plain, step)
-                self.totals.add_changes(changes)
-                self.log.buffer(step, changes)
+    def update(self, rollouts: StepRollouts, log: StepLog, partial: PartialUpdate | None = None) -> StepLog:
+        """The second half of a step: weights and buffer (Alg. 1, l. 18 and 19). `partial` is where the update was left, if it was."""
+        plain, reformulated = rollouts.plain, rollouts.reformulated
+        with self.processes.stop.ignored():
+            self._check_same(log.step, [*plain, *reformulated])
+            updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
+            with log.time("other"):
+                held = {g.question.id: e.accuracy for g in plain if (e := self.buffer.get(g.question.id))}
+                changes = self._update_buffer(plain, log.step)  # line 19
+                self.log.buffer(log.step, changes)
                 self.log.rollouts(
-                    step,
+                    log.step,
                     updated.groups,
                     updated.advantages.tolist(),
-                    replayed=frozenset(collected.replayed),
+                    replayed=frozenset(rollouts.replayed),
                     entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
-                    show=self.sampler.renderer.chat.show_short,
+                    show=self.student.renderer.chat.show_short,
                 )
-            self._report(step, collected, updated, changes, clock)
-            self.done = step
-            self._boundary = self._facts()
-            if updated.fault:
-                self._save(self.state_dict(), None)  # all processes are here, so that sharded weights can be saved too
-                raise ZPPOError(updated.fault)
+            self._record(rollouts, updated, changes, log)
+            self.done = log.step
+            self.boundary = self.facts()
+        return log
 
-    def _collect(self, step: int) -> StepRollouts:
-        """Rollouts, teacher, reformulated prompts and their rollouts (Alg. 1, l. 2-16); a wish to stop ends it at once."""
-        clock = Clock()
-        self.rule.take()  # what was graded before is none of this step's
-        self.scorer.new_step()
-        self.sampler.renderer.chat.new_step()
-        with clock("engine"):
-            self.guard.refresh(step - 1)
-        new = self._new_questions(step)
-        replayed = self._replayed_questions(new)
-        with clock("sampling"):
-            plain = self.sampler.roll([self.sampler.renderer.plain(q) for q in (*new, *replayed)], step)
-        with clock("teacher"):
-            asked_again = self.zone.build(plain, len(new), step)
-        with clock("sampling"):
-            again = self.sampler.roll(asked_again.prompts, step)
-        graded, grading = self.rule.take()
-        counts = {**self.processes.total({"graded_answers": float(graded)}), **self.guard.found}
-        seconds = {**clock.seconds(), "grading": grading}  # a part of sampling and teacher
-        return StepRollouts(len(new), tuple(q.id for q in replayed), plain, again, asked_again, counts, seconds)
-
-    def _learn(self, collected: StepRollouts, begun: PartialUpdate | None, step: int, clock: Clock) -> UpdateResult:
-        """I optimizer steps (Alg. 1, l. 18). Where the run has to stop between two of them, the step is saved there."""
-        boundary, self._boundary = self._boundary, None
-        try:
-            with clock("update"):
-                return self.learner.learn(collected.plain, collected.again, collected.zone.pools, step, begun)
-        except MemoryLimitError:
-            if self.processes.size == 1:
-                self._boundary = boundary  # the weights have not moved
-            raise
-        except UpdateStopped as stopped:
-            if begun is None:
-                collected = self._counted(collected, step)
-            if self.saved != (self.done, stopped.begun.done):
-                self._save(self.state_dict(), MidStep(replace(collected, seconds=clock.seconds()), stopped.begun))
-            raise stopped.cause or Interrupted(self.stop.signum or signal.SIGTERM) from None
-
-    def _counted(self, collected: StepRollouts, step: int) -> StepRollouts:
-        """With what grading and remote models took; what a person should know of it is said."""
-        self._warn(f"step {step}")
-        return replace(collected, counts={**collected.counts, **self._counts()})
-
-    def _counts(self) -> dict[str, float]:
-        """What grading and remote models took in all processes."""
-        return self.processes.total({**self.scorer.metrics(), **self.service()})
-
-    def rescue(self, *, together: bool) -> None:
-        """Save the last step boundary, where no checkpoint has it yet and the weights are still there.
-
-        For a run that ends before its time, by a signal or an error: what a step has sampled is lost, what it has learnt never.
-        `together`: all processes of the run end here, as after a signal; otherwise the first one saves alone where it can.
-        """
-        with self.stop.ignored():
-            self.checkpoint.wait()
-        if self._boundary is not None and self.done > 0 and self.saved != (self.done, None):
-            with self.stop.ignored():
-                self._save(self._state_at(self._boundary), None, together=together)
-
-    def weights_leave(self) -> None:
-        """From now on the weights are no longer those of a step boundary: there is nothing to rescue."""
-        self._boundary = None
-
-    def evaluate(self) -> Evaluation | None:
-        """Accuracy on the held-out questions with the current weights, logged; None where there are none."""
-        if not self.held_out:
-            return None
-        self.guard.refresh(self.done)
-        self.scorer.new_step()
-        self.sampler.renderer.chat.new_step()
-        result = evaluate(self.sampler, self.held_out, self.settings.eval)
-        with self.stop.shield():
-            self.log.metrics(self.done, "eval", asdict(result) | self.processes.total(self.scorer.metrics()))
-            self.progress.evaluation(self.done, result)
-            self._warn(f"evaluation at step {self.done}")
-            self._advise(self.done, asdict(result))
+    def evaluate(self) -> tuple[Evaluation, StepLog]:
+        """Accuracy on the held-out questions with the current weights."""
+        self.engine.refresh(self.done)
+        log = StepLog()
+        result = evaluate(self.student, self.held_out, self.settings.eval, log)
+        with self.processes.stop.ignored():
+            self.log_evaluation("eval", result, log)
             self.evaluated = self.done
-            self._boundary = self._facts()
-        return result
+            self.boundary = self.facts()
+        return result, log
+
+    def log_evaluation(self, event: str, result: Evaluation, log: StepLog) -> None:
+        """A line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
+        self.processes.gather_log(log)
+        log.metrics = asdict(result) | {name: n for name, n in log.counts.items() if name != "graded_answers"}
+        self.log.metrics(self.done, event, log.metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, besides weights and optimizer; JSON-ready."""
-        return self._state_at(self._facts())
+        return self.state_at(self.facts())
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What a later step may have changed of a step boundary's state before the weights have moved.
 
         The buffer's entries are not in it: they change after the weights, and a copy of all of them in every step would take longer than
@@ -282,45 +199,18 @@ class Trainer:
             "evaluated": self.evaluated,
         }
 
-    def _state_at(self, boundary: Mapping[str, Any]) -> dict[str, Any]:
+    def state_at(self, boundary: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a step boundary that the weights are still at."""
         rest = {name: value for name, value in boundary.items() if name != "draws"}
         return {"buffer": {**self.buffer.state_dict(), "draws": boundary["draws"]}, **rest}
 
-    def load(self, folder: Path, state: dict[str, Any], mid_step: MidStep | None) -> None:
-        """Continue after a checkpoint: its folder, its state, and the step that it was made in, if any."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after a checkpoint."""
         self.buffer.load_state_dict(state["buffer"])
         removed = "teacher_unused_tokens"  # checkpoints of earlier versions have it
         self.totals = Totals(**{name: value for name, value in state["totals"].items() if name != removed})
         self.learner.load_state_dict(state["learner"])
-        self.done, self.evaluated, self.mid_step = state["step"], state["evaluated"], mid_step
-        self.folder, self.saved = folder, (self.done, mid_step.begun.done if mid_step else None)
-
-    def _save(
-        self, state: Mapping[str, Any], mid_step: MidStep | None, *, together: bool = True, beside: bool = False
-    ) -> None:
-        self.log.sync()
-        folder = self.checkpoint(self.done, state, mid_step, together, beside=beside)
-        if folder is None:
-            return
-        self.folder = folder
-        self.saved = (self.done, mid_step.begun.done if mid_step else None)
-
-    def _evaluate_if_due(self) -> None:
-        """Before training, and every so many steps; after training final/ is evaluated."""
-        every = self.settings.eval.every
-        due = self.done == 0 or (every and self.done % every == 0 and self.done < self.steps)
-        if due and self.evaluated < self.done:
-            self.evaluate()
-
-    def _warn(self, when: str) -> None:
-        """What a person should know about the grading of a step or an evaluation."""
-        for text in dict.fromkeys(chain.from_iterable(self.processes.gather(self.scorer.warnings()))):
-            self.progress.warning(f"{when}: {text}")
-
-    def _advise(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for text in self.adviser.advice(step, metrics):
-            self.progress.warning(text)
+        self.done, self.evaluated = state["step"], state["evaluated"]
 
     def _new_questions(self, step: int) -> list[Question]:
         """X_new: a function of (seed, step)."""
@@ -333,7 +223,7 @@ class Trainer:
         """X_replay: drawn from the buffer minus X_new, on top of it (Alg. 1, l. 2)."""
         if not self.method.replay:
             return []
-        return self.buffer.sample(share_of(self.settings.zone.rho_replay, len(new)), {q.id for q in new})
+        return self.buffer.sample(share_of(self.zone.rho_replay, len(new)), {q.id for q in new})
 
     def _check_same(self, step: int, groups: Sequence[Group]) -> None:
         """That every process is about to learn the same; with one process there is nothing to check."""
@@ -343,84 +233,72 @@ class Trainer:
             buffer = (len(self.buffer), self.buffer.draws, self.buffer.occupancy())
             self.processes.check_same(f"the groups and the buffer of step {step}", (batch, buffer))
 
+    def _learn(self, rollouts: StepRollouts, log: StepLog, partial: PartialUpdate | None) -> UpdateResult:
+        """The update, and the counts of all processes in the log; where it is left between two optimizer steps, what to go on from."""
+        boundary, self.boundary = self.boundary, None
+        self.processes.gather_log(log)
+        graded = log.counts.get("graded_answers")
+        try:
+            with log.time("update"):
+                updated = self.learner.update(rollouts.plain, rollouts.reformulated, rollouts.responses, log, partial)
+        except MemoryLimitError:
+            if self.processes.size == 1:
+                self.boundary = boundary  # the weights have not moved
+            raise
+        except UpdateStopped as stopped:
+            stopped.mid_step = MidStep(rollouts, log, stopped.partial)
+            raise
+        self.processes.gather_log(log)  # off-policy distillation asks the teacher in its update,
+        log.counts["graded_answers"] = graded  # which grades no rollouts
+        return updated
+
     def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
         """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 19)."""
         if not self.method.replay:
             return Changes()
         return self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)
 
-    def _buffer_metrics(self, changes: Changes) -> dict[str, Any]:
-        return {
+    def _record(self, rollouts: StepRollouts, updated: UpdateResult, changes: Changes, log: StepLog) -> None:
+        """One line of metrics.jsonl, and the totals of the run."""
+        log.metrics = step_metrics(rollouts, updated, log, self.zone.threshold) | {
             "buffer": len(self.buffer),
             "buffer_by_entry": {entry_bin(a): n for a, n in self.buffer.occupancy().items()},
             "admitted": len(changes.admitted),
             "graduated": len(changes.graduated),
             "evicted": len(changes.evicted),
         }
-
-    def _report(
-        self, step: int, collected: StepRollouts, updated: UpdateResult, changes: Changes, clock: Clock
-    ) -> None:
-        """Totals, one line of metrics and one of progress."""
-        zone = collected.zone
-        if error := zone.teacher_error or updated.teacher_error:
-            self.progress.warning(f"step {step}: the teacher could not serve every request: {error}")
-        groups = [*collected.plain, *collected.again]
-        replayed_slots = sum(g.question.id in collected.replayed for g in collected.again)
-        tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
-        metrics: dict[str, Any] = {
-            "accuracy": accuracy_by_kind(groups),
-            "composition": composition(groups, self.settings.zone.threshold),
-            "new_questions": collected.new,
-            "replayed_questions": len(collected.replayed),
-            "replayed_share_of_slots": replayed_slots / len(collected.again) if collected.again else None,
-            **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
-            **zone.metrics,
-            **updated.metrics,
-            **collected.counts,
-            **self._buffer_metrics(changes),
-        }
-        uses = ("teacher", "compression", "hint")
-        teacher_tokens = sum(int(metrics.get(f"{use}_completion_tokens", 0)) for use in uses)
-        self.totals.student_tokens += tokens
-        self.totals.teacher_tokens += teacher_tokens
-        self.totals.teacher_wait_seconds += metrics.get("teacher_wait_seconds", 0.0)
-        self.totals.judge_tokens += int(metrics.get("judge_completion_tokens", 0))
-        for name in MISSED:
-            self.totals.missed[name] = self.totals.missed.get(name, 0) + int(metrics.get(name) or 0)
-        seconds = clock.seconds()
-        self.totals.seconds += seconds["step"]
-        metrics = {
-            **metrics,
-            "rollouts": sum(len(g.rollouts) for g in groups),
-            "student_tokens": tokens,
-            "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
-            "teacher_tokens": teacher_tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds["step"],
-        }
-        self.totals.rollouts += metrics["rollouts"]
-        self.log.metrics(step, "step", metrics)
-        self._advise(step, metrics)
-        self.progress.step(step, metrics, self.totals)
+        self.totals.add(log.metrics, changes)
+        self.log.metrics(log.step, "step", log.metrics)
+        if updated.fault:
+            log.errors["update"] = updated.fault
 
 
-class Clock:
-    """Seconds by part of a step; `spent` by the part of it that came before."""
+def total_steps(settings: Settings, questions: int) -> int:
+    """Steps of a whole run."""
+    if settings.train.steps is not None:
+        return settings.train.steps
+    return steps_per_epochs(questions, settings.rollout.batch_size, settings.train.epochs)
 
-    def __init__(self, spent: Mapping[str, float] | None = None) -> None:
-        self._parts = dict(spent or {})
-        self._began = time.perf_counter() - self._parts.pop("step", 0.0)
 
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Counts what happens inside towards `part`."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - began
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per part, and of the whole step so far."""
-        return {**self._parts, "step": time.perf_counter() - self._began}
+def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, threshold: float) -> dict[str, Any]:
+    """What metrics.jsonl says of a step, but for the buffer (method.md section 9)."""
+    groups = [*rollouts.plain, *rollouts.reformulated]
+    replayed_slots = sum(g.question.id in rollouts.replayed for g in rollouts.reformulated)
+    tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
+    uses = ("teacher", "compression", "hint")
+    seconds = log.elapsed()
+    return {
+        "accuracy": accuracy_by_kind(groups),
+        "composition": composition(groups, threshold),
+        "new_questions": rollouts.new,
+        "replayed_questions": len(rollouts.replayed),
+        "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
+        **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
+        **log.counts,
+        "rollouts": sum(len(g.rollouts) for g in groups),
+        "student_tokens": tokens,
+        "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
+        "teacher_tokens": sum(int(log.counts.get(f"{use}_completion_tokens") or 0) for use in uses),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds["step"],
+    }

@@ -1,0 +1,237 @@
+"""What a finished run leaves: final/ with a model card, and the closing table."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from zppo import __version__
+from zppo.config.recipe import dump_recipe
+from zppo.config.settings import LoraSettings, Settings
+from zppo.engines.chat import Chat
+from zppo.engines.vllm import VLLMEngine
+from zppo.models.student import Student, load_model
+from zppo.rollout.evaluation import Evaluation, evaluate
+from zppo.runs.checkpoint import Savable
+from zppo.runs.files import PARTIAL, sync, writing
+from zppo.runs.log import METRICS, read_lines
+from zppo.step_log import StepLog
+from zppo.train.build import Assembled, make_engine
+from zppo.train.trainer import MISSED, Totals, entry_bin
+
+FINAL = "final"
+ADAPTER = "adapter"  # in final/, where adapters were trained
+
+
+def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Path:
+    """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
+
+    A student that was trained on images keeps its vision tower and processor, and loads with `AutoModelForImageTextToText`.
+
+    Adapters are merged into the weights, for good; by themselves they are in final/adapter/. Without adapters `weights` is saved.
+
+    Returns:
+        The folder that it is in until `finish_final` gives it its name.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    folder = run / f"{FINAL}{PARTIAL}"
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if student.adapters:
+            student.adapters.save_pretrained(folder / ADAPTER)
+            weights = student.adapters.merge()
+        weights.save_pretrained(folder)
+        chat.tokenizer.chat_template = chat.template  # what the student was trained with
+        chat.tokenizer.save_pretrained(folder)
+        for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def finish_final(run: Path, folder: Path) -> Path:
+    """Give the folder of `save_final` its name: from now on the run is finished."""
+    target = run / FINAL
+    with writing(target):
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+        sync(run)
+    return target
+
+
+def write_model_card(
+    folder: Path,
+    name: str,
+    settings: Settings,
+    *,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    totals: Totals,
+) -> None:
+    """README.md of final/: what was trained how, with which result."""
+    method, student = settings.method.name, settings.student.model
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [{', '.join(dict.fromkeys(('zppo', method)))}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{student}`, post-trained with `{method}` by zppo {__version__}, an independent implementation of",
+        "[Zone of Proximal Policy Optimization](https://arxiv.org/abs/2606.18216).",
+        *_lora_lines(settings.train.lora, student),
+        "Check the licences of the base model and of the training data before you share it.",
+        "",
+        f"{_work(totals)}.",
+        "",
+    ]
+    if before and after:
+        lines += ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|"]
+        lines += [f"| {level} | {old} | {new} |" for level, old, new in _levels(before, after)]
+        lines += [
+            "",
+            f"{after.count} completions, after training evaluated from this folder.{_left_out(before, after)}",
+            "",
+        ]
+    lines += ["## Recipe", "", "```yaml", dump_recipe(settings).rstrip(), "```", ""]
+    with writing(folder / "README.md"):
+        (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def closing_table(
+    console: Console,
+    run: Path,
+    settings: Settings,
+    *,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    totals: Totals,
+) -> None:
+    """Held-out accuracy before and after, graduated/admitted by entry bin, what help was missed, where the files are."""
+    if before and after:
+        console.print("\nheld-out accuracy, plain prompts")
+        table = Table("level", "before", "after")
+        for row in _levels(before, after):
+            table.add_row(*row)
+        console.print(table)
+        if note := _left_out(before, after):
+            console.print(note.strip())
+    if settings.method.resolve().replay:
+        group_size, threshold = settings.rollout.group_size, settings.zone.threshold
+        console.print("\nprompt replay buffer")
+        table = Table("entry accuracy", "admitted", "graduated", "evicted", "graduated/admitted")
+        for correct in range(group_size + 1):
+            if correct / group_size < threshold:
+                name = entry_bin(correct / group_size)
+                admitted, graduated = totals.admitted.get(name, 0), totals.graduated.get(name, 0)
+                share = f"{graduated / admitted:.0%}" if admitted else "-"
+                table.add_row(name, str(admitted), str(graduated), str(totals.evicted.get(name, 0)), share)
+        console.print(table)
+    missed = {name: count for name, count in totals.missed.items() if count}
+    if missed:
+        console.print("help that was missed: " + ", ".join(f"{n:,} {MISSED[name]}" for name, n in missed.items()))
+    console.print(f"\n{_work(totals)}", highlight=False)
+    files: Mapping[str, str] = {
+        "final/": "the trained student",
+        "metrics.jsonl": "one line a step",
+        "rollouts/": "every completion",
+        "buffer.jsonl": "who came and went",
+        "recipe.yaml": "the recipe, resolved",
+    }
+    for name, what in files.items():
+        if not (run / name).exists():
+            continue
+        console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
+    console.print(f"`zppo report {run}` makes a page of it", highlight=False, soft_wrap=True)
+
+
+def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:
+    if lora is None:
+        return []
+    return [
+        f"Low-rank adapters (rank {lora.rank}, alpha {lora.alpha:g}) were trained and are merged into the weights of this folder;",
+        f"by themselves, for `peft` on top of `{student}`, they are in `{ADAPTER}/`.",
+    ]
+
+
+def _work(totals: Totals) -> str:
+    judged = f", {totals.judge_tokens:,} judge tokens" if totals.judge_tokens else ""
+    waited = f", {totals.teacher_wait_seconds:,.0f} s of them waiting for the teacher" if totals.teacher_tokens else ""
+    return (
+        f"{totals.rollouts:,} rollouts, {totals.student_tokens:,} student tokens, {totals.teacher_tokens:,} teacher tokens{judged} "
+        f"in {totals.seconds:,.0f} s{waited}"
+    )
+
+
+def _left_out(before: Evaluation, after: Evaluation) -> str:
+    """How many completions have no verdict; "" where all have one."""
+    if not (before.ungraded or after.ungraded):
+        return ""
+    return (
+        f" Left out, since the judge could not be reached: {before.ungraded:,} of {before.count:,} completions before training, "
+        f"{after.ungraded:,} of {after.count:,} after."
+    )
+
+
+def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
+    rows = [
+        (level, f"{before.by_level.get(level, float('nan')):.3f}", f"{value:.3f}")
+        for level, value in after.by_level.items()
+    ]
+    return [*rows, ("all", f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")]
+
+
+def finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> None:
+    """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
+    trainer, processes = parts.trainer, parts.weights.processes
+    saved = parts.weights.saved(parts.student)
+    folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
+    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out else None
+    if not processes.main:
+        return
+    before = _evaluation_at_start(run)
+    with processes.stop.ignored():  # it is finished, whoever asks it to stop now
+        write_model_card(folder, run.name, settings, before=before, after=after, totals=trainer.totals)
+        finish_final(run, folder)
+    closing_table(console, run, settings, before=before, after=after, totals=trainer.totals)
+
+
+def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> Evaluation:
+    """The evaluation of final/, by an engine over what was loaded from there."""
+    trainer = parts.trainer
+    images = parts.chat.image_processor is not None
+    fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention, images=images)
+    torch.nn.Module.to(fresh, parts.student.model.device)
+    engine = trainer.student.engine
+    if isinstance(engine, VLLMEngine):
+        engine.sample_from(fresh)
+    else:
+        engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
+    log = StepLog()
+    student = replace(trainer.student, engine=engine, whole=nullcontext)
+    result = evaluate(student, trainer.held_out, settings.eval, log)
+    with trainer.processes.stop.shield():
+        trainer.log_evaluation("final", result, log)
+    return result
+
+
+def _evaluation_at_start(run: Path) -> Evaluation | None:
+    for record in read_lines(run / METRICS):
+        if record["event"] == "eval" and record["step"] == 0:
+            found = {name: record[name] for name in Evaluation.__slots__ if name in record}
+            return Evaluation(
+                **found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]}
+            )
+    return None
