@@ -39,7 +39,7 @@ from zppo.train.mid_step import MidStep, StepRollouts
 from zppo.train.provenance import changes_since, origin_of
 
 UPDATE = "torch.optim:AdamW.step"
-SAMPLE = "zppo.rollout.student:StudentSampler.roll"
+SAMPLE = "zppo.rollout.student:StudentSampler.rollout"
 MANIFEST_MADE = "zppo.runs.checkpoint:make_manifest"
 FINAL_MADE = "zppo.train.finish:save_final"
 SEED = 20
