@@ -186,8 +186,15 @@ def test_vllm_that_does_not_start_says_why(
     assert "No available memory" in said and "gpu_memory_utilization" in said
 
 
-def test_no_server(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    address = ["--rollout.vllm.mode=server", "--rollout.vllm.base_url=http://127.0.0.1:9", "--rollout.vllm.wait=0"]
+def test_no_server(
+    vllm: ModuleType,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zppo.engines.vllm.SERVER_WAIT", 0)
+    address = ["--rollout.vllm.mode=server", "--rollout.vllm.base_url=http://127.0.0.1:9"]
     said = start(recipe, tmp_path, capsys, *address)
     assert "http://127.0.0.1:9" in said and "vllm serve" in said and "--weight-transfer-config" in said
     assert "base_url" in start(recipe, tmp_path, capsys, "--rollout.vllm.base_url=http://key@host")

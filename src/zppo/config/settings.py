@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from zppo.config.methods import METHODS, Control, Loss, Method
 from zppo.config.models import (
@@ -181,7 +181,6 @@ class VLLMSettings(Section):
     base_url: str = Field(
         "http://localhost:8000", pattern=r"^https?://[^@\s]+$", description="server: where it listens"
     )
-    wait: float = Field(240.0, ge=0, description="server: seconds to wait for it at the start")
     group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent")
     gpu_memory_utilization: float = Field(
         0.3, gt=0, le=1, description="colocate: share of the GPU's memory for vLLM; the rest is for training"
@@ -193,9 +192,6 @@ class VLLMSettings(Section):
     )
     enable_sleep_mode: bool = Field(
         False, description="colocate: give vLLM's memory back during updates, for some seconds a step"
-    )
-    model_impl: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="colocate: whose implementation of the model vLLM runs"
     )
 
 
@@ -239,7 +235,6 @@ class AdvantageSettings(Section):
     scope: Literal["nontrivial", "all", "none", "group"] = Field(
         "nontrivial", description="groups that the batch statistics are over; none: mean only; group: textbook GRPO"
     )
-    eps: float = Field(1e-8, ge=0, description="added to the standard deviation")
 
 
 class LossSettings(Section):
@@ -358,15 +353,6 @@ class TrainSettings(Section):
         1800, gt=0, description="seconds that a process waits for the others before it gives up"
     )
 
-    @field_validator("sharding", mode="before")
-    @classmethod
-    def _sharding_is_there(cls, value: object) -> object:
-        if value in ("zero2", "zero3"):
-            raise ValueError(
-                f"{value} is gone with DeepSpeed: take fsdp2, which shards weights, gradients and optimizer; checkpoints go on with it"
-            )
-        return value
-
 
 class EvalSettings(SamplingSettings):
     """Held-out evaluation with plain prompts (decoding defaults: method.md section 10)."""
@@ -374,7 +360,9 @@ class EvalSettings(SamplingSettings):
     temperature: float = Field(0.6, ge=0, description="0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus; 1 is off")
     top_k: int = Field(20, ge=0, description="0 is off")
+    min_p: float = Field(0.0, ge=0, lt=1, description="0 is off")
     presence_penalty: float = Field(1.5, description="0 is off")
+    repetition_penalty: float = Field(1.0, gt=0, description="1 is off")
     every: int = Field(50, ge=0, description="steps between evaluations; 0: before and after training only")
     samples: int = Field(1, ge=1, description="completions per question")
 

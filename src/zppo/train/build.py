@@ -86,13 +86,12 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
         )
     vllm, server = settings.rollout.vllm, settings.rollout.vllm.mode == "server"
     options = (
-        {"server_timeout": vllm.wait, "group_port": vllm.group_port}
+        {"group_port": vllm.group_port}
         if server
         else {
             "gpu_memory_utilization": vllm.gpu_memory_utilization,
             "max_num_seqs": settings.rollout.max_rows,
             "enable_sleep_mode": vllm.enable_sleep_mode,
-            "model_impl": vllm.model_impl,
         }
     )
     return open_vllm(
@@ -272,8 +271,8 @@ def _make_updater(
     sampling, old = settings.rollout.sampling(), settings.train.old_logprobs
     if old == "sampler" and not sampling.exact:
         raise SettingsError(
-            "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no "
-            "old log-probs then. Use train.old_logprobs=auto"
+            "train.old_logprobs is sampler, but rollout.top_p or top_k is active: the sampler's log-probs are no old log-probs then. "
+            "Use train.old_logprobs=auto"
         )
     # vLLM computes in another precision and with other kernels: near is not exact.
     exact = sampling.exact and accelerator.mixed_precision == "no" and settings.rollout.engine == "transformers"

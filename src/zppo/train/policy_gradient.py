@@ -118,8 +118,8 @@ def advantages_of(groups: Sequence[Group], settings: AdvantageSettings) -> torch
     ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts], dtype=torch.int64)
     graded = torch.tensor([r.graded for r in rollouts], dtype=torch.bool)
     if settings.scope == "group":
-        return group_advantages(rewards, ids, eps=settings.eps, graded=graded)
-    return two_step_advantages(rewards, ids, settings.scope, eps=settings.eps, graded=graded)
+        return group_advantages(rewards, ids, graded=graded)
+    return two_step_advantages(rewards, ids, settings.scope, graded=graded)
 
 
 @dataclass(frozen=True, slots=True)
