@@ -243,6 +243,7 @@ OFF = {"min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
 OF_OLDER_RUNS: dict[str, Any] = {
     **{f"{s}.{k}": v for s in ("rollout", "judge", "teacher.judge") for k, v in OFF.items()},
     **{f"teacher.{s}.{k}": v for s in ("rollout", "hint", "compression") for k, v in OFF.items()},
+    "method.loss": None,
     "advantage.eps": 1e-08,
     "rollout.vllm.wait": 240.0,
     "rollout.vllm.model_impl": "auto",
@@ -284,8 +285,8 @@ def test_removed_settings_of_older_runs_are_read_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", OF_OLDER_RUNS)
 def test_a_removed_setting_that_asks_for_something_is_refused(key: str, tmp_path: Path) -> None:
     path = write(tmp_path, SMALL + "judge: {model: j}\n")
-    for value in ("vllm", 0.25, None, True, [0]):
-        said = message(path, f"--{key}={value if value is not None else ''}")
+    for value in ("on-distill", 0.25, True, [0]):
+        said = message(path, f"--{key}={value}")
         assert f"1 problem\n  - {key} is gone{REMOVED[key]}\n" in said
 
 

@@ -104,10 +104,6 @@ class ModelSettings(Section):
     attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
 
 
-class StudentSettings(ModelSettings):
-    """The model that is trained."""
-
-
 class TeacherUse(SamplingSettings):
     """How the teacher is sampled for one use."""
 

@@ -22,6 +22,7 @@ REMOVED: dict[str, str] = {
         for section in _ASKING
         for key in _OFF
     },
+    "method.loss": ": every loss has methods of its own; take off-distill, on-distill or one with -replay, and leave it out",
     "advantage.eps": ": 1e-8 is added to the standard deviation, always; leave it out",
     "rollout.vllm.wait": ": a server is waited for 240 seconds; leave it out, and start the run when the server is up",
     "rollout.vllm.model_impl": ": vLLM chooses whose implementation of the model it runs; leave it out",
@@ -31,7 +32,7 @@ REMOVED: dict[str, str] = {
 }
 """Dotted key, or key and value -> how "... is gone" goes on."""
 
-_DEFAULTS = _OFF | {"eps": 1e-8, "wait": 240, "model_impl": "auto"}
+_DEFAULTS = _OFF | {"loss": None, "eps": 1e-8, "wait": 240, "model_impl": "auto"}
 _FURTHER = re.compile(r"more_teachers\.\d+")
 
 

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from zppo.config.methods import METHODS, Control, Loss, Method
+from zppo.config.methods import METHODS, Control, Method
 from zppo.config.models import (
     FrozenModelSettings,
     JudgeSettings,
     JudgeUse,
+    ModelSettings,
     SamplingSettings,
     Section,
-    StudentSettings,
     TeacherSettings,
 )
 from zppo.data.files import Reading
@@ -25,7 +25,7 @@ from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
-OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
+OVERRIDES = ("replay", "reformulations", "teacher_response", "control")
 
 
 class MethodSettings(Section):
@@ -40,7 +40,6 @@ class MethodSettings(Section):
     teacher_response: bool | None = Field(
         None, description="override: a teacher response replaces a wrong rollout of a hard group"
     )
-    loss: Loss | None = Field(None, description="override: policy, or a divergence from the teacher")
     control: Control | None = Field(
         None, description="override: placebo or scrambled content of the reformulated prompts"
     )
@@ -383,7 +382,7 @@ class Settings(Section):
     method: MethodSettings = Field(MethodSettings(), description="the method")
     seed: int = Field(0, ge=0, description="keys every random draw")
     output: Path | None = Field(None, description="run folder; empty: runs/<recipe>-<date>-<time>")
-    student: StudentSettings = Field(description="the model that is trained")
+    student: ModelSettings = Field(description="the model that is trained")
     teacher: TeacherSettings | None = Field(
         None, description="the frozen teacher; needed where the method reformulates"
     )

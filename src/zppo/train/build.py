@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from zppo.config.methods import Method
-from zppo.config.models import StudentSettings
+from zppo.config.models import ModelSettings
 from zppo.config.recipe import dump_recipe
 from zppo.config.settings import Settings
 from zppo.core.reformulate import (
@@ -108,7 +108,7 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
     )
 
 
-def _checkpoint(student: StudentSettings) -> str:
+def _checkpoint(student: ModelSettings) -> str:
     """Where vLLM loads from: it is told no revision, so one of a hub model is given as the folder that holds it."""
     name = resolve_model(student.model)
     if student.revision is None or Path(name).exists():
