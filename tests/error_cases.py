@@ -143,6 +143,11 @@ def _(w: World) -> None:
     w.set("train.lr", 1e-6)
 
 
+@case("a key that is gone")
+def _(w: World) -> None:
+    w.set("rollout.min_p", 0.1)
+
+
 @case("a required setting is missing")
 def _(w: World) -> None:
     del w.recipe["student"]

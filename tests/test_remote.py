@@ -109,8 +109,9 @@ def test_replies_in_order_several_choices_in_one_request_and_only_the_content(se
 
 def test_what_is_sent(server: Server, make: Any) -> None:
     teacher = make(server)
-    sampling = Sampling(0.7, 0.9, 20, 0.05, 1.5, 1.1, 33)
-    how = TeacherSampling(sampling, {"enable_thinking": False}, {"top_p": 0.5, "seed": None, "guided": {"a": 1}})
+    sampling = Sampling(0.7, 0.9, 20, max_new_tokens=33)
+    body = {"top_p": 0.5, "seed": None, "min_p": 0.05, "guided": {"a": 1}}
+    how = TeacherSampling(sampling, {"enable_thinking": False}, body)
     teacher.complete([TeacherRequest((Message("system", "be"), Message("user", "x\ud800")), (5,))], how)
     assert server.log == [
         {
@@ -121,8 +122,6 @@ def test_what_is_sent(server: Server, make: Any) -> None:
             "top_p": 0.5,
             "top_k": 20,
             "min_p": 0.05,
-            "presence_penalty": 1.5,
-            "repetition_penalty": 1.1,
             "max_tokens": 33,
             "chat_template_kwargs": {"enable_thinking": False},
             "guided": {"a": 1},

@@ -591,6 +591,12 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
     assert note == "the training questions are not the same as before"
     (note,) = changes_since(then, origin(processes=2), where, mid_step=False)
     assert note == "1 processes trained, and 2 go on"
+    old = origin()
+    old["recipe"]["rollout"] |= {"min_p": 0.0, "repetition_penalty": 1.0}
+    old["recipe"]["advantage"] |= {"eps": 1e-8}
+    assert changes_since(old, origin(), where, mid_step=True) == []
+    old["recipe"]["rollout"] |= {"min_p": 0.1}
+    assert changes_since(old, origin(), where, mid_step=True) == ["rollout.min_p was 0.1, is None"]
     flip(teacher / "model.safetensors")
     (note,) = changes_since(then, origin(), where, mid_step=True)
     assert note == "the files of the teacher 1 are not the same as before"

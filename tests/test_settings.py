@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from zppo.config.help import help_text, known_keys, nearest_key
 from zppo.config.methods import METHODS
 from zppo.config.recipe import dump_recipe, dump_yaml, load_recipe, parse_overrides, parse_yaml
+from zppo.config.removed import REMOVED
 from zppo.config.settings import Settings
+from zppo.engines.base import Sampling
 from zppo.errors import SettingsError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -233,6 +235,87 @@ def test_missing_recipes(tmp_path: Path) -> None:
     broken = tmp_path / "latin.yaml"
     broken.write_bytes(b"seed: \xff\n")
     assert "is not UTF-8 (byte 7 is 0xff); save it as UTF-8" in message(broken)
+
+
+# --- what is gone ---------------------------------------------------------------------------------------------------
+
+OFF = {"min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+OF_OLDER_RUNS: dict[str, Any] = {
+    **{f"{s}.{k}": v for s in ("rollout", "judge", "teacher.judge") for k, v in OFF.items()},
+    **{f"teacher.{s}.{k}": v for s in ("rollout", "hint", "compression") for k, v in OFF.items()},
+    "method.loss": None,
+    "advantage.eps": 1e-08,
+    "rollout.vllm.wait": 240.0,
+    "rollout.vllm.model_impl": "auto",
+}
+
+
+def put(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *above, last = dotted.split(".")
+    for part in above:
+        data = data.setdefault(part, {})
+    data[last] = value
+
+
+def old_recipe(folder: Path, *, null: tuple[str, ...] = ()) -> Path:
+    """As an older version wrote it into a run: every setting that there was, with what its default was."""
+    text = SMALL + "judge: {model: j}\nmore_teachers: [{model: u}, {model: v}]\n"
+    data = parse_yaml(dump_recipe(load_recipe(write(folder, text))))
+    for key, value in OF_OLDER_RUNS.items():
+        put(data, key, value)
+    data["more_teachers"][1] = data["teacher"]
+    data |= dict.fromkeys(null)
+    return write(folder, dump_yaml(data), "old.yaml")
+
+
+def test_removed_settings_of_older_runs_are_read_over(tmp_path: Path) -> None:
+    assert OF_OLDER_RUNS.keys() == {key for key in REMOVED if ": " not in key}
+    assert not REMOVED.keys() & known_keys().keys()
+    path = old_recipe(tmp_path)
+    settings = load_recipe(path)
+    assert settings.judge is not None and settings.judge.model == "j"
+    assert load_recipe(write(tmp_path, dump_recipe(settings), "new.yaml")) == settings
+    assert "wait" not in dump_recipe(settings)
+    assert load_recipe(old_recipe(tmp_path, null=("judge",))).judge is None
+    assert load_recipe(old_recipe(tmp_path, null=("judge", "teacher")), ["--method=grpo"]).teacher is None
+    assert "rollout: 'empty' does not fit" in message(old_recipe(tmp_path, null=("rollout",)))
+    assert load_recipe(path, ["--rollout.min_p=0"]) == settings
+
+
+@pytest.mark.parametrize("key", OF_OLDER_RUNS)
+def test_a_removed_setting_that_asks_for_something_is_refused(key: str, tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL + "judge: {model: j}\n")
+    for value in ("on-distill", 0.25, True, [0]):
+        said = message(path, f"--{key}={value}")
+        assert f"1 problem\n  - {key} is gone{REMOVED[key]}\n" in said
+
+
+def test_removed_settings_of_further_teachers_and_removed_values(tmp_path: Path) -> None:
+    further = "more_teachers: [{model: u}, {model: v, ask: eager, rollout: {min_p: 0.1, top_p: 0.9}}]\n"
+    said = message(write(tmp_path, SMALL + further), "--train.sharding=zero2", "--teacher.ask=eager", "--seed=x")
+    for part in (
+        "5 problems",
+        "more_teachers.1.rollout.min_p is gone: leave it out, or ask a server for it with extra_body: {min_p: VALUE}",
+        "more_teachers.1.ask: eager is gone: ",
+        "teacher.ask: eager is gone: ",
+        "train.sharding: zero2 is gone with DeepSpeed: take fsdp2",
+        "seed: 'x' does not fit",
+    ):
+        assert part in said
+
+
+def test_evaluation_keeps_what_the_protocol_says(tmp_path: Path) -> None:
+    """And only truncation and temperature make the sampler's log-probs others than the model's."""
+    settings = load_recipe(write(tmp_path, SMALL + "eval: {min_p: 0.1, repetition_penalty: 1.2}\n"))
+    assert settings.eval.sampling() == Sampling(0.6, 0.95, 20, 0.1, 1.5, 1.2)
+    assert settings.rollout.sampling() == Sampling() and not settings.eval.sampling().exact
+    for override, exact in (
+        ("temperature=0.7", True),
+        ("max_new_tokens=9", True),
+        ("top_p=0.9", False),
+        ("top_k=5", False),
+    ):
+        assert load_recipe(write(tmp_path), [f"--rollout.{override}"]).rollout.sampling().exact == exact
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -186,8 +186,15 @@ def test_vllm_that_does_not_start_says_why(
     assert "No available memory" in said and "gpu_memory_utilization" in said
 
 
-def test_no_server(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    address = ["--rollout.vllm.mode=server", "--rollout.vllm.base_url=http://127.0.0.1:9", "--rollout.vllm.wait=0"]
+def test_no_server(
+    vllm: ModuleType,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zppo.engines.vllm.SERVER_WAIT", 0)
+    address = ["--rollout.vllm.mode=server", "--rollout.vllm.base_url=http://127.0.0.1:9"]
     said = start(recipe, tmp_path, capsys, *address)
     assert "http://127.0.0.1:9" in said and "vllm serve" in said and "--weight-transfer-config" in said
     assert "base_url" in start(recipe, tmp_path, capsys, "--rollout.vllm.base_url=http://key@host")
@@ -426,15 +433,15 @@ def test_a_failing_server_is_named_in_bounded_words() -> None:
 
 
 def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch, tiny_qwen3_dir: Path) -> None:
-    from zppo.config.models import StudentSettings
+    from zppo.config.models import ModelSettings
     from zppo.train import build as student_engine
 
     asked: list[Any] = []
     monkeypatch.setattr(student_engine, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "/snapshot")
-    assert student_engine._checkpoint(StudentSettings(model="owner/name", revision="abc")) == "/snapshot"
+    assert student_engine._checkpoint(ModelSettings(model="owner/name", revision="abc")) == "/snapshot"
     assert asked[0][0] == ("owner/name",) and asked[0][1]["revision"] == "abc"
-    assert student_engine._checkpoint(StudentSettings(model="owner/name")) == "owner/name"
-    assert student_engine._checkpoint(StudentSettings(model=str(tiny_qwen3_dir), revision="abc")) == str(tiny_qwen3_dir)
+    assert student_engine._checkpoint(ModelSettings(model="owner/name")) == "owner/name"
+    assert student_engine._checkpoint(ModelSettings(model=str(tiny_qwen3_dir), revision="abc")) == str(tiny_qwen3_dir)
     assert len(asked) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -84,14 +85,11 @@ class SamplingSettings(Section):
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 is off")
     top_k: int = Field(0, ge=0, description="0 is off")
-    min_p: float = Field(0.0, ge=0, lt=1, description="0 is off")
-    presence_penalty: float = Field(0.0, description="0 is off")
-    repetition_penalty: float = Field(1.0, gt=0, description="1 is off")
     max_new_tokens: int = Field(12_288, ge=1, description="token limit of a completion")
 
     def sampling(self) -> Sampling:
         """The same for an engine."""
-        return Sampling(**{name: getattr(self, name) for name in SamplingSettings.model_fields})
+        return Sampling(**self.model_dump(include={field.name for field in fields(Sampling)}))
 
 
 class ModelSettings(Section):
@@ -104,10 +102,6 @@ class ModelSettings(Section):
         {}, description="arguments of the chat template, e.g. {enable_thinking: true}"
     )
     attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
-
-
-class StudentSettings(ModelSettings):
-    """The model that is trained."""
 
 
 class TeacherUse(SamplingSettings):
@@ -216,12 +210,3 @@ class TeacherSettings(FrozenModelSettings):
     hint: HintSettings = Field(HintSettings(), description="hints of the method hint")
     compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
     judge: JudgeUse = Field(JudgeUse(), description="verdicts on free-form answers, where the recipe names no judge")
-
-    @field_validator("ask", mode="before")
-    @classmethod
-    def _removed(cls, ask: Any) -> Any:
-        if ask == "eager":
-            raise ValueError(
-                "eager is gone: the teacher is no longer asked while the student samples; take lazy, which gives the same batches"
-            )
-        return ask

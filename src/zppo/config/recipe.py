@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from zppo.config.help import known_keys, nearest_key, show
+from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.data.load import has_scheme
 from zppo.errors import SettingsError
@@ -254,7 +255,9 @@ def _model(value: str, bases: Bases) -> str:
 
 
 def _validate(data: dict[str, Any], source: str, overridden: set[str], problems: list[str]) -> Settings:
-    problems = [*problems, *_misplaced_booleans(data)]
+    gone: list[Gone] = []
+    data = without_removed(data, gone)
+    problems = [*problems, *(setting.message for setting in gone), *_misplaced_booleans(data)]
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:

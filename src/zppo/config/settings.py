@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from zppo.config.methods import METHODS, Control, Estimator, Loss, Method
+from zppo.config.methods import METHODS, Control, Estimator, Method
 from zppo.config.models import (
     FrozenModelSettings,
     JudgeSettings,
     JudgeUse,
+    ModelSettings,
     SamplingSettings,
     Section,
-    StudentSettings,
     TeacherSettings,
 )
 from zppo.core.reformulate import REFORMULATIONS
@@ -26,7 +26,7 @@ from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
-OVERRIDES = ("replay", "reformulations", "teacher_response", "loss", "control")
+OVERRIDES = ("replay", "reformulations", "teacher_response", "control")
 
 
 class MethodSettings(Section):
@@ -41,7 +41,6 @@ class MethodSettings(Section):
     teacher_response: bool | None = Field(
         None, description="override: a teacher response replaces a wrong rollout of a hard group"
     )
-    loss: Loss | None = Field(None, description="override: policy, or a divergence from the teacher")
     control: Control | None = Field(
         None, description="override: placebo or scrambled content of the reformulated prompts"
     )
@@ -181,7 +180,6 @@ class VLLMSettings(Section):
     base_url: str = Field(
         "http://localhost:8000", pattern=r"^https?://[^@\s]+$", description="server: where it listens"
     )
-    wait: float = Field(240.0, ge=0, description="server: seconds to wait for it at the start")
     group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent")
     gpu_memory_utilization: float = Field(
         0.3, gt=0, le=1, description="colocate: share of the GPU's memory for vLLM; the rest is for training"
@@ -193,9 +191,6 @@ class VLLMSettings(Section):
     )
     enable_sleep_mode: bool = Field(
         False, description="colocate: give vLLM's memory back during updates, for some seconds a step"
-    )
-    model_impl: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="colocate: whose implementation of the model vLLM runs"
     )
 
 
@@ -241,7 +236,6 @@ class AdvantageSettings(Section):
         description="override: groups that the batch statistics are over, nontrivial or all; none: mean only; group: textbook GRPO; "
         "empty: the method's own estimator",
     )
-    eps: float = Field(1e-8, ge=0, description="added to the standard deviation")
 
 
 class LossSettings(Section):
@@ -360,15 +354,6 @@ class TrainSettings(Section):
         1800, gt=0, description="seconds that a process waits for the others before it gives up"
     )
 
-    @field_validator("sharding", mode="before")
-    @classmethod
-    def _sharding_is_there(cls, value: object) -> object:
-        if value in ("zero2", "zero3"):
-            raise ValueError(
-                f"{value} is gone with DeepSpeed: take fsdp2, which shards weights, gradients and optimizer; checkpoints go on with it"
-            )
-        return value
-
 
 class EvalSettings(SamplingSettings):
     """Held-out evaluation with plain prompts (decoding defaults: method.md section 10)."""
@@ -376,7 +361,9 @@ class EvalSettings(SamplingSettings):
     temperature: float = Field(0.6, ge=0, description="0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus; 1 is off")
     top_k: int = Field(20, ge=0, description="0 is off")
+    min_p: float = Field(0.0, ge=0, lt=1, description="0 is off")
     presence_penalty: float = Field(1.5, description="0 is off")
+    repetition_penalty: float = Field(1.0, gt=0, description="1 is off")
     every: int = Field(50, ge=0, description="steps between evaluations; 0: before and after training only")
     samples: int = Field(1, ge=1, description="completions per question")
 
@@ -397,7 +384,7 @@ class Settings(Section):
     method: MethodSettings = Field(MethodSettings(), description="the method")
     seed: int = Field(0, ge=0, description="keys every random draw")
     output: Path | None = Field(None, description="run folder; empty: runs/<recipe>-<date>-<time>")
-    student: StudentSettings = Field(description="the model that is trained")
+    student: ModelSettings = Field(description="the model that is trained")
     teacher: TeacherSettings | None = Field(
         None, description="the frozen teacher; needed where the method reformulates"
     )

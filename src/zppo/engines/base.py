@@ -32,14 +32,7 @@ class Sampling:
     @property
     def exact(self) -> bool:
         """Whether sampling log-probs equal those of a training forward at the same temperature (no truncation, no penalties)."""
-        return (
-            self.temperature > 0
-            and self.top_p >= 1
-            and self.top_k == 0
-            and self.min_p == 0
-            and self.presence_penalty == 0
-            and self.repetition_penalty == 1
-        )
+        return self.temperature > 0 and self == Sampling(self.temperature, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ LOGPROBS_MODE = "processed_logprobs"
 
 _NEVER = -100.0  # the lowest logit bias that vLLM's server takes
 _SEEDS = 1 << 31
+SERVER_WAIT = 240.0
+"""Seconds that a server is waited for at the start."""
 
 SERVE = f"""VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE} --weight-transfer-config '{{"backend": "nccl"}}'"""
 
@@ -246,7 +248,13 @@ def open_vllm(
     where = f" at {server}" if server else ""
     try:
         generation = NamedGeneration(
-            model, accelerator, tokenizer, mode="server" if server else "colocate", server_base_url=server, **options
+            model,
+            accelerator,
+            tokenizer,
+            mode="server" if server else "colocate",
+            server_base_url=server,
+            server_timeout=SERVER_WAIT,
+            **options,
         )
         found = _server_settings(generation) if server else {}
     except Exception as error:  # vLLM, NCCL, HTTP and CUDA all have errors of their own

@@ -373,10 +373,7 @@ def _logprob_pass(settings: Settings) -> tuple[bool, str]:
         own = train.old_logprobs == "forward"
         return own, f"Old log-probs: train.old_logprobs is {train.old_logprobs}."
     if not settings.rollout.sampling().exact:
-        return (
-            True,
-            "Old log-probs: from a forward pass, since top-p, top-k, min-p or a penalty changes what is sampled.",
-        )
+        return True, "Old log-probs: from a forward pass, since top-p or top-k changes what is sampled."
     if train.precision == "fp32" or (train.precision == "auto" and train.device == "cpu"):
         return False, "Old log-probs: the sampler's, which are exact in fp32."
     return (

@@ -239,9 +239,9 @@ class RemoteTeacher:
     ) -> dict[str, Any]:
         """The JSON of one request.
 
-        temperature and top_p are always sent, since servers have defaults of their own; top_k, min_p and penalties where they are not
-        neutral; template arguments as `chat_template_kwargs`, the name that vLLM and SGLang read. `how.extra_body` wins over
-        everything; None leaves a field out.
+        temperature and top_p are always sent, since servers have defaults of their own; top_k where it is on; template arguments as
+        `chat_template_kwargs`, the name that vLLM and SGLang read. `how.extra_body` wins over everything (and is the way to min_p and
+        penalties); None leaves a field out.
 
         Args:
             n: choices.
@@ -264,8 +264,8 @@ class RemoteTeacher:
             # OpenAI's newer models refuse the old name, others do not know the new one.
             "max_completion_tokens" if self._official else "max_tokens": tokens,
         }
-        neutral = {"top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
-        fields |= {name: getattr(s, name) for name, value in neutral.items() if getattr(s, name) != value}
+        if s.top_k:
+            fields["top_k"] = s.top_k
         if how.template_args:
             fields["chat_template_kwargs"] = dict(how.template_args)
         fields |= how.extra_body

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from zppo.config.methods import Method, load_reformulation
-from zppo.config.models import StudentSettings
+from zppo.config.models import ModelSettings
 from zppo.config.recipe import dump_recipe
 from zppo.config.settings import Settings
 from zppo.core.minibatch import Sharing
@@ -73,13 +73,12 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
         )
     vllm, server = settings.rollout.vllm, settings.rollout.vllm.mode == "server"
     options = (
-        {"server_timeout": vllm.wait, "group_port": vllm.group_port}
+        {"group_port": vllm.group_port}
         if server
         else {
             "gpu_memory_utilization": vllm.gpu_memory_utilization,
             "max_num_seqs": settings.rollout.max_rows,
             "enable_sleep_mode": vllm.enable_sleep_mode,
-            "model_impl": vllm.model_impl,
         }
     )
     return open_vllm(
@@ -96,7 +95,7 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
     )
 
 
-def _checkpoint(student: StudentSettings) -> str:
+def _checkpoint(student: ModelSettings) -> str:
     """Where vLLM loads from: it is told no revision, so one of a hub model is given as the folder that holds it."""
     name = resolve_model(student.model)
     if student.revision is None or Path(name).exists():
@@ -198,8 +197,8 @@ def make_learner(
     sampling, old = settings.rollout.sampling(), train.old_logprobs
     if old == "sampler" and not sampling.exact:
         raise SettingsError(
-            "train.old_logprobs is sampler, but rollout.top_p, top_k, min_p or a penalty is active: the sampler's log-probs are no "
-            "old log-probs then. Use train.old_logprobs=auto"
+            "train.old_logprobs is sampler, but rollout.top_p or top_k is active: the sampler's log-probs are no old log-probs "
+            "then. Use train.old_logprobs=auto"
         )
     # vLLM computes in another precision and with other kernels: near is not exact.
     exact = sampling.exact and accelerator.mixed_precision == "no" and settings.rollout.engine == "transformers"

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from zppo.config.models import ModelSettings
+from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.core.types import Question
 from zppo.errors import CheckpointError
@@ -89,7 +90,9 @@ def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, 
             f"{where} was made by the method {then['method']!r}, and the recipe says {now['method']!r}: put the method back, or start a "
             "new run"
         )
-    before, after = dict(_flat(then["recipe"])), dict(_flat(now["recipe"]))
+    gone: list[Gone] = []
+    before, after = dict(_flat(without_removed(then["recipe"], gone))), dict(_flat(now["recipe"]))
+    before |= {setting.name: setting.value for setting in gone}
     changed = {key: (before.get(key), after.get(key)) for key in (after | before) if before.get(key) != after.get(key)}
     bound = [key for key in changed if mid_step and key.startswith(_IN_A_STEP)]
     if bound:
