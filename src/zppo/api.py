@@ -55,7 +55,6 @@ def train(recipe: Settings | str | Path, *, console: Console | None = None, **ov
         ZPPOError: something is wrong with recipe, data, models or templates, or the folder holds a run already.
         Interrupted: SIGTERM or Ctrl-C in the main thread; what was trained is saved.
     """
-    from zppo.cli import register_lab, register_lab_models
     from zppo.config.recipe import dump_yaml, load_recipe
     from zppo.errors import SettingsError
     from zppo.planning.dry_run import check_files
@@ -71,9 +70,7 @@ def train(recipe: Settings | str | Path, *, console: Console | None = None, **ov
         )
     else:
         settings, name = recipe, "run"
-    register_lab()
     check_files(settings)
-    register_lab_models()
     stop = Stop()
     with catch_signals(stop):
         return TrainedRun(run.train(settings, name, console, stop))
@@ -86,12 +83,9 @@ def resume(folder: str | Path, *, console: Console | None = None) -> TrainedRun:
         CheckpointError: the folder holds no run, or no checkpoint of it can be used.
         Interrupted: as in `train`.
     """
-    from zppo.cli import register_lab, register_lab_models
     from zppo.runs.signals import Stop, catch_signals
     from zppo.train import run
 
-    register_lab()
-    register_lab_models()
     stop = Stop()
     with catch_signals(stop):
         return TrainedRun(run.resume(Path(folder), console, stop))

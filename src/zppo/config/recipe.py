@@ -19,8 +19,8 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from zppo.config.help import known_keys, nearest_key, show
 from zppo.config.settings import Settings
-from zppo.data.load import has_scheme
 from zppo.errors import SettingsError
+from zppo.names import scheme_of
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
@@ -235,7 +235,7 @@ def _texts(data: dict[str, Any], keys: Sequence[str]) -> Iterator[tuple[dict[str
 
 
 def _file(value: str, bases: Bases) -> str:
-    if not value or has_scheme(value):
+    if not value or scheme_of(value):
         return value
     candidates = [os.path.abspath(base / Path(value).expanduser()) for base in bases]
     return next((c for c in candidates if os.path.exists(c)), candidates[0])
