@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zppo import __version__
+from zppo.api import resume, start
 from zppo.errors import Interrupted, SettingsError, ZPPOError
 from zppo.evals.arguments import add_eval
 from zppo.report.arguments import add_commands
@@ -228,8 +229,6 @@ def _settings_help() -> str:
 
 def _train(options: argparse.Namespace) -> None:
     from zppo.config.recipe import load_recipe
-    from zppo.planning.dry_run import check_files
-    from zppo.runs.files import check_output
 
     if options.recipe is None:
         raise SettingsError(
@@ -237,17 +236,15 @@ def _train(options: argparse.Namespace) -> None:
         )
     settings = load_recipe(options.recipe, options.overrides)
     name = Path(options.recipe).stem
-    check_files(settings)
-    if settings.output is not None:
-        check_output(settings.output)
     if options.dry_run:
         from rich.console import Console
 
         from zppo.distributed.launcher import rank_of
-        from zppo.planning.dry_run import make_plan, memory_rows, render_plan
+        from zppo.planning.dry_run import check_files, make_plan, memory_rows, render_plan
         from zppo.planning.memory import within
         from zppo.rollout.data import count_judged, load_data
 
+        check_files(settings)
         train, held_out = load_data(settings)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
@@ -267,12 +264,7 @@ def _train(options: argparse.Namespace) -> None:
         memory = memory_rows(within(settings, asked), images=images)
         Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder, memory))
         return
-    from zppo.runs.signals import Stop, catch_signals
-    from zppo.train.run import train as start
-
-    stop = Stop()
-    with catch_signals(stop):
-        start(settings, name, stop=stop)
+    start(settings, name)
 
 
 def _check_images(settings: Settings, train: list[Question], held_out: list[Question]) -> None:
@@ -287,12 +279,7 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from zppo.runs.signals import Stop, catch_signals
-    from zppo.train.run import resume
-
-    stop = Stop()
-    with catch_signals(stop):
-        resume(options.folder, stop=stop)
+    resume(options.folder)
 
 
 def _methods(options: argparse.Namespace) -> None:
