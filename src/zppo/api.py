@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ Accuracies = dict[str, float | None]
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run folder and what its files say.
+    """A run folder and what its files say; it can be given wherever a path can.
 
     Attributes:
         folder: the run folder.
@@ -61,6 +62,9 @@ class TrainedRun:
     def _accuracies(self, event: str, which: int) -> Accuracies:
         lines = [line for line in self.metrics if line["event"] == event]
         return {"all": lines[which]["accuracy"], **lines[which]["by_level"]} if lines else {}
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     def __repr__(self) -> str:
         steps = sum(line["event"] == "step" for line in self.metrics)
@@ -129,7 +133,7 @@ def start(settings: Settings, name: str, console: Console | None = None) -> Trai
         return TrainedRun(run(settings, name, console, stop))
 
 
-def resume(folder: str | Path | TrainedRun, *, console: Console | None = None) -> TrainedRun:
+def resume(folder: str | os.PathLike[str], *, console: Console | None = None) -> TrainedRun:
     """Continue a run after its newest checkpoint, as `zppo resume` does; one that is finished stays as it is.
 
     Raises:
@@ -141,11 +145,11 @@ def resume(folder: str | Path | TrainedRun, *, console: Console | None = None) -
 
     stop = Stop()
     with catch_signals(stop):
-        return TrainedRun(run(folder.folder if isinstance(folder, TrainedRun) else Path(folder), console, stop))
+        return TrainedRun(run(Path(folder), console, stop))
 
 
 def evaluate(
-    model: str | Path | TrainedRun,
+    model: str | os.PathLike[str],
     suite: str = "paper",
     *,
     judge: str | None = None,
@@ -174,9 +178,7 @@ def evaluate(
 
     options |= {name: Path(options[name]) for name in _OPTIONAL_PATHS if options.get(name) is not None}
     prompts = read_prompts([f"{name}={path}" for name, path in (judge_prompts or {}).items()])
-    asked = EvalOptions(
-        str(model.folder if isinstance(model, TrainedRun) else model), suite, judge, judge_prompts=prompts, **options
-    )
+    asked = EvalOptions(os.fspath(model), suite, judge, judge_prompts=prompts, **options)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
