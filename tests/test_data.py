@@ -19,7 +19,7 @@ from PIL import Image
 from zppo.config.settings import ColumnSettings
 from zppo.core.types import Message, Question
 from zppo.data import load
-from zppo.data.load import drop_long, has_scheme, load_questions, register_source
+from zppo.data.load import drop_long, load_questions
 from zppo.data.order import batch_ids, effective_batch, steps_per_epochs
 from zppo.errors import DataError
 
@@ -221,27 +221,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read as parquet" in message(tmp_path / "q.parquet")
 
 
-# --- registered sources ---------------------------------------------------------------------------------------------
+# --- sources above the data -----------------------------------------------------------------------------------------
 
 
-def test_registered_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_SOURCES", {})
-    questions = [Question(str(i), (Message("user", "p"),), "1") for i in range(3)]
-    asked: list[str] = []
-    register_source("toy", lambda rest: asked.append(rest) or (questions if rest == "a/train" else []))  # type: ignore[func-returns-value]
-    assert load_questions("toy:a/train", COLUMNS) == questions
-    assert load_questions("toy:a/train", COLUMNS, limit=2) == questions[:2]
-    assert asked == ["a/train", "a/train"]
+def toy(name: str) -> list[Question]:
+    return [Question(str(i), (Message("user", name),), "1") for i in range(3 if name == "toy:a/train" else 0)]
+
+
+def test_sources_above_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load.QUESTIONS, "toy", f"{__name__}:toy")
+    assert load_questions("toy:a/train", COLUMNS) == toy("toy:a/train")
+    assert load_questions("toy:a/train", COLUMNS, limit=2) == toy("toy:a/train")[:2]
     assert "toy:b: holds no questions" in message("toy:b")
-    assert "'tory' is no source of questions (known: hub:, reasoning_gym:, toy:)" in message("tory:a/train")
-    with pytest.raises(ValueError, match="'C' is no scheme"):
-        register_source("C", lambda rest: [])
-
-
-def test_paths_have_no_scheme() -> None:
-    assert has_scheme("lab:unreachable/train")
-    for path in ("train.jsonl", "./lab:x", "C:/train.jsonl", "/a/b:c.jsonl", "a/lab:x"):
-        assert not has_scheme(path)
+    assert "'tory' is no source of questions (known: hub:, lab:, reasoning_gym:, toy:)" in message("tory:a/train")
+    assert len(load_questions("lab:unreachable/train", COLUMNS, limit=2)) == 2
 
 
 def test_long_prompts_are_dropped_with_a_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -16,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import zppo
 from conftest import make_tiny
 from eval_server import Reply, Scripted, said, scripted
 from evaluate_data import write_data
@@ -26,7 +29,7 @@ from serving import wait_for
 from test_serve_process import KEY as SERVED_KEY
 from test_serve_process import serving
 from zppo import cli
-from zppo.errors import EvaluationError
+from zppo.errors import EvaluationError, SettingsError
 from zppo.evals.protocol import Decoding, EvalOptions, settings_of
 from zppo.evals.results import EvalFolder, Row, begin, summary, with_benchmark
 from zppo.evals.scoring import judge as deciding
@@ -328,6 +331,22 @@ def test_a_server_that_is_gone_ends_the_asking(data: Path, tmp_path: Path, monke
     (part,) = results(out)["benchmarks"]
     assert part["value"] is None and part["open"] == 10
     assert "not asked" in rows(out, "CharXiv")[-1]["error"]
+
+
+def test_from_python_where_a_loop_runs(data: Path, tmp_path: Path) -> None:
+    async def cell(model: str, **options: Any) -> zppo.Evaluated:
+        quiet = Console(quiet=True)
+        return zppo.evaluate(model, "CEval", data=str(data), output=str(tmp_path / "out"), console=quiet, **options)
+
+    assert repr(asyncio.run(cell("anything", dry_run=True))) == f"<Evaluated {tmp_path / 'out'}: no results>"
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        done = asyncio.run(cell(model.url, judge=judge.url))
+        asked = len(model.requests)
+        assert asyncio.run(cell(model.url, judge=judge.url)) == done and len(model.requests) == asked
+        with pytest.raises(SettingsError, match="--judge-prompt 'x=y'"):
+            asyncio.run(cell(model.url, judge=judge.url, judge_prompts={"x": "y"}))
+    assert done.accuracies == {"CEval": 0.5} and done.results == results(tmp_path / "out")
+    assert repr(done) == f"<Evaluated {tmp_path / 'out'}: CEval 0.500>"
 
 
 def test_a_finished_evaluation_is_shown_only_where_model_judge_and_options_are_the_same(

@@ -599,7 +599,7 @@ def test_a_run_with_the_teacher_as_judge(
     (judge,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("judge "))
     tokens = sum(s["judge_prompt_tokens"] + s["judge_completion_tokens"] for s in steps)
     assert float(judge[1]) == pytest.approx(tokens, rel=0.01) and float(judge[3]) > 0
-    summary = Reader(run, str).read()
+    summary = Reader(run).read()
     (chart,) = (c for c in summary.charts if c.id == "judge")
     assert [list(s.y) for s in chart.series] == [[0.0, 0.0], [1.0, 1.0]]  # judged correct, no verdict
     assert summary.head["judge tokens"] == f"{sum(s['judge_completion_tokens'] for s in steps):,.0f}"

@@ -22,7 +22,7 @@ from zppo.lab.build import build, choose, lab_book
 from zppo.lab.commands import build_command, questions_command
 from zppo.lab.corpus import StudentCorpus, make_tokenizer
 from zppo.lab.pretrain import Probe, Row, batches, loss_sum, make_model, pretrain, rows
-from zppo.lab.questions import ASSETS, lab_questions, resolve
+from zppo.lab.questions import ASSETS, bundled_model, lab_questions
 from zppo.lab.world import WORLDS as SETTINGS
 from zppo.lab.world import Pretraining, chain_of, load_world
 
@@ -131,7 +131,7 @@ def test_pretraining_lowers_the_loss() -> None:
 
 
 def probe(world: str, role: str) -> Probe:
-    folder = resolve(f"lab:{world}/{role}")
+    folder = bundled_model(f"lab:{world}/{role}")
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return Probe(model, tokenizer, lab_book(Chat(tokenizer)))
@@ -161,7 +161,7 @@ def test_second_students_are_of_their_world_and_know_longer_chains(world: str) -
     longer = [made.question(made.lengthened(chain, Random(i)), "longer") for i, chain in enumerate(easy)]
     assert second.accuracy(longer)["longer"] >= 0.9
     assert probe(world, "teacher").accuracy(lab_questions(f"{world}-2", "seen"))["hard"] > 0.9  # one truth, one teacher
-    card = (resolve(f"lab:{world}-2/student") / "README.md").read_text(encoding="utf-8")
+    card = (bundled_model(f"lab:{world}-2/student") / "README.md").read_text(encoding="utf-8")
     assert "--no-teacher" in card and "20% of the plain documents" in card
 
 
@@ -202,10 +202,10 @@ def test_bundled_teachers_know_and_compress_faithfully(world: str) -> None:
 
 
 def test_unknown_bundled_models_are_named_with_the_known_ones() -> None:
-    assert resolve("unreachable/student") == resolve("lab:unreachable/student")
+    assert bundled_model("unreachable/student") == bundled_model("lab:unreachable/student")
     for name in ("lab:unreachable/judge", "lab:nowhere/student", "lab:unreachable"):
         with pytest.raises(ModelError, match="lab:reachable/student"):
-            resolve(name)
+            bundled_model(name)
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ from zppo.lab.picture_build import (
 from zppo.lab.picture_corpus import StudentCorpus, TeacherCorpus, summary_text
 from zppo.lab.picture_world import WORLDS, load_vision_world
 from zppo.lab.pictures import KINDS, cell_words, draw_chart, draw_scene, rgb
-from zppo.lab.questions import ASSETS, resolve, vision_questions
+from zppo.lab.questions import ASSETS, bundled_model, vision_questions
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.rollout.student import PromptRenderer
 
@@ -64,7 +64,7 @@ def test_patches_are_those_of_the_image_processor() -> None:
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_prompts_of_the_corpora_are_those_of_training(role: str, tmp_path: Path) -> None:
-    folder = resolve(f"lab:vision/{role}")
+    folder = bundled_model(f"lab:vision/{role}")
     chat = Chat.load(str(folder), images=LIMITS)
     assert chat.tokenizer.get_vocab() == CHAT.tokenizer.get_vocab() and chat.template == CHAT.template
     speaker = PromptRenderer(PromptBook(load_recipe(RECIPE).prompts, Neutraliser(chat.special_texts)), chat)
@@ -202,13 +202,13 @@ def test_equal_builds_give_equal_files_and_their_questions_can_be_read(
 
 def test_bundled_checkpoints_are_small_ordinary_and_of_this_world() -> None:
     for role in ("student", "teacher"):
-        folder = resolve(f"lab:vision/{role}")
+        folder = bundled_model(f"lab:vision/{role}")
         model = AutoModelForImageTextToText.from_pretrained(folder)
         assert model.config.model_type == "qwen3_vl" and model.dtype == torch.float32
         assert sum(p.numel() for p in model.parameters()) < 600_000
         assert ImageProcessor.load(folder, Chat.load(str(folder)).tokenizer, LIMITS).token == "<|image_pad|>"
     assert sum(path.stat().st_size for path in (ASSETS / "vision").rglob("*") if path.is_file()) < 4_000_000
-    card = (resolve("lab:vision/student") / "README.md").read_text(encoding="utf-8")
+    card = (bundled_model("lab:vision/student") / "README.md").read_text(encoding="utf-8")
     assert "wrong on purpose" in card and "0.0001" in card
     for (kind, word), mistakes in WORLD.mistakes.items():
         words = KINDS[kind].words
@@ -219,7 +219,7 @@ def test_the_bundled_models_see(tmp_path: Path) -> None:
     """What lies in a cell is what its token is nearest to: few words of 80."""
     vocabulary = CHAT.tokenizer.get_vocab()
     for role in ("student", "teacher"):
-        model = probe_of(resolve(f"lab:vision/{role}")).model
+        model = probe_of(bundled_model(f"lab:vision/{role}")).model
         with torch.no_grad():
             nearest = look(model, PICTURES).topk(5).indices.tolist()
         wanted = [{vocabulary[word] for word in words} for picture in PICTURES for words in cell_words(picture)]
@@ -228,7 +228,7 @@ def test_the_bundled_models_see(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_bundled_student_is_wrong_where_it_was_planted_and_uses_candidates(tmp_path: Path) -> None:
-    student = probe_of(resolve("lab:vision/student"))
+    student = probe_of(bundled_model("lab:vision/student"))
     asks, questions = WORLD.asks()["test"], vision_questions("vision", "test", tmp_path)
     greedy = student.accuracy(questions)
     shown = candidate_prompts(WORLD, BOOK, asks, questions)
@@ -246,7 +246,7 @@ def test_the_bundled_student_is_wrong_where_it_was_planted_and_uses_candidates(t
 
 @pytest.mark.slow
 def test_the_bundled_teacher_knows_and_compresses_faithfully(tmp_path: Path) -> None:
-    teacher = probe_of(resolve("lab:vision/teacher"))
+    teacher = probe_of(bundled_model("lab:vision/teacher"))
     asked = vision_questions("vision", "train", tmp_path)[::3]
     assert min(teacher.accuracy(asked, samples=2, temperature=1.0).values()) > 0.75
     assert teacher.copied(TeacherCorpus(WORLD, teacher.book).response, count=200) >= 0.93
@@ -273,7 +273,7 @@ def test_the_recipe_trains_on_pictures_from_the_command_line(
     assert all(line["logprob_gap_max"] < 1e-4 for line in lines if line["event"] == "step")
     entries = (run / "buffer.jsonl").read_text(encoding="utf-8").splitlines()
     assert entries and not list(run.glob("**/*.png"))
-    folders = (run / "final", resolve("lab:vision/student"))
+    folders = (run / "final", bundled_model("lab:vision/student"))
     trained, before = (
         AutoModelForImageTextToText.from_pretrained(f, dtype=torch.float32).state_dict() for f in folders
     )

@@ -143,7 +143,9 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert run.go(at=UPDATE, nth=3, do="int") == 130  # the last update of step 1 and two of step 2
     assert "resumed after step 0 of 5 and 3 updates of the next" in run.said
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
-    assert run.go(at="zppo.train.policy_gradient:step_advantages", do="term") == 143  # nothing moved: it is saved already
+    assert (
+        run.go(at="zppo.train.policy_gradient:step_advantages", do="term") == 143
+    )  # nothing moved: it is saved already
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
     assert run.go(at=MANIFEST_MADE, do="term") == 143  # the checkpoint of step 2 is finished first
     assert run.checkpoints() == ["step-000001+2", "step-000002"]
@@ -165,7 +167,9 @@ def test_adapters_are_stopped_and_killed_like_all_weights(run: Run, tmp_path: Pa
     assert run.victims.run("train", run.recipe, *SHORT, *lora, f"--output={whole}", run=whole) == 0, run.said
     assert run.victims.run(*run.start, *lora, run=run.folder, at=UPDATE, nth=6, do="term") == 143
     assert run.checkpoints() == ["step-000001+2"]
-    assert run.go(at="zppo.train.finish:write_model_card") == -signal.SIGKILL  # they are merged into the weights by then
+    assert (
+        run.go(at="zppo.train.finish:write_model_card") == -signal.SIGKILL
+    )  # they are merged into the weights by then
     assert run.go() == 0, run.said
     assert records(whole) == records(run.folder)
     names = [p.relative_to(whole) for p in (whole / "final").rglob("*.safetensors")]

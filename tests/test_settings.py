@@ -121,7 +121,7 @@ def test_overrides_reach_sections_that_the_recipe_leaves_out(tmp_path: Path) -> 
         (["--train.steps", "--seed=1"], "--train.steps has no value"),
         (["train.steps=1"], "'train.steps=1' is no override"),
         (["--prompts=[a"], "the value of --prompts is no YAML: '[a'"),
-        (["--data.train.x=1"], "--data.train.x cannot be set: data.train is"),
+        (["--data.train.x=1"], "data.train.x cannot be set: data.train is"),
         (["--trian.steps=1"], "trian is no setting (set on the command line); the nearest one is train"),
         (["--train.step=1"], "train.step is no setting (set on the command line); the nearest one is train.steps"),
     ],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zppo.api import TrainedRun, resume, train
+    from zppo.api import Evaluated, TrainedRun, evaluate, resume, train
     from zppo.config.methods import METHODS
     from zppo.config.recipe import load_recipe
     from zppo.config.settings import Settings
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "METHODS": "config.methods",
+    "Evaluated": "api",
     "Group": "core.types",
     "PromptReplayBuffer": "core.replay",
     "Question": "core.types",
@@ -30,6 +31,7 @@ _HOMES = {
     "Settings": "config.settings",
     "TrainedRun": "api",
     "clipped_surrogate": "core.loss",
+    "evaluate": "api",
     "load_recipe": "config.recipe",
     "resume": "api",
     "two_step_advantages": "core.advantages",
@@ -37,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "Evaluated",
     "Group",
     "PromptReplayBuffer",
     "Question",
@@ -44,6 +47,7 @@ __all__ = [
     "Settings",
     "TrainedRun",
     "clipped_surrogate",
+    "evaluate",
     "load_recipe",
     "resume",
     "train",
@@ -57,3 +61,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'zppo' has no attribute {name!r}")
     return getattr(importlib.import_module(f"zppo.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,11 @@
-"""What `import zppo` gives to a script or a notebook: the commands `train` and `resume` as functions."""
+"""What `import zppo` gives to a script or a notebook: the commands `train`, `resume` and `eval` as functions."""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,15 @@ if TYPE_CHECKING:
 
     from zppo.config.settings import Settings
 
+_OPTIONAL_PATHS = ("output", "data", "clips")  # of `evaluate`
+
+Accuracies = dict[str, float | None]
+"""By name; None where no completion has a verdict."""
+
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run folder and what its files say.
+    """A run folder and what its files say; it can be given wherever a path can.
 
     Attributes:
         folder: the run folder.
@@ -38,68 +45,149 @@ class TrainedRun:
         return read_lines(self.folder / METRICS)
 
     @property
-    def accuracies(self) -> dict[int, float]:
+    def accuracies(self) -> dict[int, float | None]:
         """Held-out accuracy by step, plain prompts; the last one is of `final/`. Empty without held-out questions."""
         return {line["step"]: line["accuracy"] for line in self.metrics if line["event"] in ("eval", "final")}
 
+    @property
+    def before(self) -> Accuracies:
+        """Held-out accuracy before training: of "all" questions and, where the data has levels, of each level."""
+        return self._accuracies("eval", 0)
 
-def train(recipe: Settings | str | Path, *, console: Console | None = None, **overrides: Any) -> TrainedRun:
+    @property
+    def after(self) -> Accuracies:
+        """The same of `final/`."""
+        return self._accuracies("final", -1)
+
+    def _accuracies(self, event: str, which: int) -> Accuracies:
+        lines = [line for line in self.metrics if line["event"] == event]
+        return {"all": lines[which]["accuracy"], **lines[which]["by_level"]} if lines else {}
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        steps = sum(line["event"] == "step" for line in self.metrics)
+        changes = [f"{name} {_share(self.before.get(name))} -> {_share(value)}" for name, value in self.after.items()]
+        accuracy = f", held-out accuracy: {', '.join(changes)}" if changes else ""
+        return f"<TrainedRun {self.folder}: {steps:,} steps{accuracy}>"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A folder of `zppo eval` and what it says.
+
+    Attributes:
+        folder: it holds eval.json and, below eval/, every row.
+    """
+
+    folder: Path
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """What eval.json holds; empty after a dry run."""
+        from zppo.evals.results import EvalFolder
+
+        return EvalFolder(self.folder).read() or {}
+
+    @property
+    def accuracies(self) -> Accuracies:
+        """The figure of each benchmark that the folder has, from 0 to 1."""
+        return {each["name"]: each["value"] for each in self.results.get("benchmarks", ())}
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name} {_share(value)}" for name, value in self.accuracies.items())
+        return f"<Evaluated {self.folder}: {figures or 'no results'}>"
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console | None = None, **overrides: Any
+) -> TrainedRun:
     """Train by a recipe, as `zppo train` does; returns when the run is finished.
 
     Args:
-        recipe: settings, or the path of a recipe.
-        console: where progress is shown; None for the terminal or notebook.
-        overrides: settings of a recipe that is a path, dots written as two underscores: `train__steps=100`.
+        recipe: the path of a YAML file, a mapping as such a file holds it, or settings.
+        console: where progress is shown; None for the terminal or notebook, `Console(quiet=True)` for nowhere.
+        overrides: settings that win over the recipe's, dots written as two underscores: `train__steps=100`.
 
     Raises:
         ZPPOError: something is wrong with recipe, data, models or templates, or the folder holds a run already.
         Interrupted: SIGTERM or Ctrl-C in the main thread; what was trained is saved.
     """
-    from zppo.cli import register_lab, register_lab_models
-    from zppo.config.recipe import dump_yaml, load_recipe
-    from zppo.errors import SettingsError
+    from zppo.config.recipe import load_recipe
+
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
+    return start(load_recipe(recipe, overrides), name, console)
+
+
+def start(settings: Settings, name: str, console: Console | None = None) -> TrainedRun:
+    """Train by settings; the run folder is named after `name` where `output` names none. Files are looked at before torch is loaded."""
     from zppo.planning.dry_run import check_files
     from zppo.runs.signals import Stop, catch_signals
-    from zppo.train import run
 
-    if isinstance(recipe, str | Path):
-        given = [f"--{name.replace('__', '.')}={_written(value, dump_yaml)}" for name, value in overrides.items()]
-        settings, name = load_recipe(recipe, given), Path(recipe).stem
-    elif overrides:
-        raise SettingsError(
-            f"{next(iter(overrides))} is given beside settings, which are whole: pass the path of a recipe, or settings that have it"
-        )
-    else:
-        settings, name = recipe, "run"
-    register_lab()
     check_files(settings)
-    register_lab_models()
+    from zppo.train.run import train as run
+
     stop = Stop()
     with catch_signals(stop):
-        return TrainedRun(run.train(settings, name, console, stop))
+        return TrainedRun(run(settings, name, console, stop))
 
 
-def resume(folder: str | Path, *, console: Console | None = None) -> TrainedRun:
-    """Continue a run after its newest checkpoint, as `zppo resume` does.
+def resume(folder: str | os.PathLike[str], *, console: Console | None = None) -> TrainedRun:
+    """Continue a run after its newest checkpoint, as `zppo resume` does; one that is finished stays as it is.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint of it can be used.
         Interrupted: as in `train`.
     """
-    from zppo.cli import register_lab, register_lab_models
     from zppo.runs.signals import Stop, catch_signals
-    from zppo.train import run
+    from zppo.train.run import resume as run
 
-    register_lab()
-    register_lab_models()
     stop = Stop()
     with catch_signals(stop):
-        return TrainedRun(run.resume(Path(folder), console, stop))
+        return TrainedRun(run(Path(folder), console, stop))
 
 
-def _written(value: Any, dump: Any) -> str:
-    """A value as it is written behind `--key=`."""
-    plain = str(value) if isinstance(value, Path) else value
-    if isinstance(plain, Mapping | list | tuple):
-        return json.dumps(plain if isinstance(plain, Mapping) else list(plain))  # JSON is YAML, in one line
-    return str(dump(plain)).removesuffix("...\n").strip()
+def evaluate(
+    model: str | os.PathLike[str],
+    suite: str = "paper",
+    *,
+    judge: str | None = None,
+    judge_prompts: Mapping[str, str | Path] | None = None,
+    console: Console | None = None,
+    **options: Any,
+) -> Evaluated:
+    """Evaluate a model on benchmarks, as `zppo eval` does; the same call goes on where it stopped. Needs the extra `eval`.
+
+    Args:
+        model: a checkpoint folder, a finished run, `lab:<world>/<student|teacher>`, or the URL of a server.
+        suite: paper, vlm, llm, video, or names of benchmarks, with commas.
+        judge: URL of a server for rows that rules cannot decide.
+        judge_prompts: a judge's own words, by its name or its benchmark's.
+        console: as of `train`.
+        options: the others of `zppo eval --help`, dashes written as underscores: limit, samples, output, data, concurrency, ...
+
+    Raises:
+        SettingsError: an option is wrong, or the folder holds another evaluation.
+        EvaluationError: a server or a package is missing, nothing could be evaluated, or rows are open at the end.
+    """
+    from zppo.evals import command
+    from zppo.evals.arguments import judge_prompts as read_prompts
+    from zppo.evals.protocol import EvalOptions
+    from zppo.evals.results import default_output
+
+    options |= {name: Path(options[name]) for name in _OPTIONAL_PATHS if options.get(name) is not None}
+    prompts = read_prompts([f"{name}={path}" for name, path in (judge_prompts or {}).items()])
+    asked = EvalOptions(os.fspath(model), suite, judge, judge_prompts=prompts, **options)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        command.evaluate(asked, console)
+    else:  # a notebook: the evaluation's own loops need a thread without one
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(command.evaluate, asked, console).result()
+    return Evaluated(asked.output or default_output(asked))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zppo import __version__
+from zppo.api import resume, start
 from zppo.errors import Interrupted, SettingsError, ZPPOError
 from zppo.evals.arguments import add_eval
 from zppo.report.arguments import add_commands
@@ -121,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are")
     )
     _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
-    add_commands(commands, _model_folder)
-    add_serve(commands, _model_folder)
-    add_eval(commands, _model_folder, _eval_compare)
+    add_commands(commands)
+    add_serve(commands)
+    add_eval(commands, _eval_compare)
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
     return parser
 
@@ -220,30 +221,6 @@ def _add_lab(lab: argparse.ArgumentParser) -> None:
     study.set_defaults(run=_lab_study)
 
 
-def register_lab() -> None:
-    """Makes `lab:<world>/<split>` a source of questions; the lab is imported when such a source is read."""
-    from zppo.data.load import register_source
-
-    register_source("lab", _lab_source)
-
-
-def register_lab_models() -> None:
-    """Makes `lab:<world>/<student|teacher>` the name of a bundled model."""
-    from zppo.lab.questions import resolve
-    from zppo.models.student import register_models
-
-    register_models("lab", resolve)
-
-
-def _lab_source(rest: str) -> list[Question]:
-    from zppo.lab.questions import lab_questions
-
-    world, slash, split = rest.partition("/")
-    if not slash:
-        raise SettingsError(f"'lab:{rest}' names no split; write lab:{rest}/train or lab:{rest}/test")
-    return lab_questions(world, split)
-
-
 def _settings_help() -> str:
     from zppo.config.help import help_text
 
@@ -252,8 +229,6 @@ def _settings_help() -> str:
 
 def _train(options: argparse.Namespace) -> None:
     from zppo.config.recipe import load_recipe
-    from zppo.planning.dry_run import check_files
-    from zppo.runs.files import check_output
 
     if options.recipe is None:
         raise SettingsError(
@@ -261,19 +236,15 @@ def _train(options: argparse.Namespace) -> None:
         )
     settings = load_recipe(options.recipe, options.overrides)
     name = Path(options.recipe).stem
-    register_lab()
-    check_files(settings)
-    if settings.output is not None:
-        check_output(settings.output)
-    _check_lab_models(settings)
     if options.dry_run:
         from rich.console import Console
 
         from zppo.distributed.launcher import rank_of
-        from zppo.planning.dry_run import make_plan, memory_rows, render_plan
+        from zppo.planning.dry_run import check_files, make_plan, memory_rows, render_plan
         from zppo.planning.memory import within
         from zppo.rollout.data import count_judged, load_data
 
+        check_files(settings)
         train, held_out = load_data(settings)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
@@ -290,49 +261,25 @@ def _train(options: argparse.Namespace) -> None:
         )
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
-        memory = memory_rows(within(settings, asked, _model_folder), _model_folder, images=images)
+        memory = memory_rows(within(settings, asked), images=images)
         Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder, memory))
         return
-    from zppo.runs.signals import Stop, catch_signals
-    from zppo.train.run import train as start
-
-    register_lab_models()
-    stop = Stop()
-    with catch_signals(stop):
-        start(settings, name, stop=stop)
+    start(settings, name)
 
 
 def _check_images(settings: Settings, train: list[Question], held_out: list[Question]) -> None:
     """Whether the student of a dry run can be shown the images of its questions, where its config.json is on this machine."""
     from zppo.planning.model_shapes import config_file
 
-    if any(q.images for q in (*train, *held_out)) and config_file(settings.student.model, _model_folder) is not None:
+    if any(q.images for q in (*train, *held_out)) and config_file(settings.student.model) is not None:
         from zppo.rollout.questions import check_images, first_with_images  # it imports torch
 
-        register_lab_models()
         if first := first_with_images(settings, train, held_out):
             check_images(settings, *first, sharded=False)
 
 
-def _check_lab_models(settings: Settings) -> None:
-    """Whether the bundled models that a recipe names exist; a dry run loads none and would not notice."""
-    from zppo.lab.questions import SCHEME, resolve
-
-    frozen = (settings.teacher, *settings.more_teachers, settings.judge)
-    for model in (settings.student, *(m for m in frozen if m is not None and not m.base_urls)):
-        if model.model.startswith(SCHEME):
-            resolve(model.model)
-
-
 def _resume(options: argparse.Namespace) -> None:
-    from zppo.runs.signals import Stop, catch_signals
-    from zppo.train.run import resume
-
-    register_lab()
-    register_lab_models()
-    stop = Stop()
-    with catch_signals(stop):
-        resume(options.folder, stop=stop)
+    resume(options.folder)
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -373,7 +320,6 @@ def _cost(options: argparse.Namespace) -> None:
     if options.target is None and not options.paper:
         raise SettingsError("zppo cost needs a recipe or a run folder: zppo cost RECIPE|RUN, or zppo cost --paper")
     if options.target is not None:
-        register_lab()
         assumed = Assumptions(
             prompt=options.mean_prompt,
             completion=options.mean_completion,
@@ -389,18 +335,10 @@ def _cost(options: argparse.Namespace) -> None:
             teacher=parse_size(options.teacher_params) if options.teacher_params else None,
             judge=parse_size(options.judge_params) if options.judge_params else None,
             questions=options.questions,
-            resolve=_model_folder,
         )
         cost_command(options.target, request)
     if options.paper:
         paper_command()
-
-
-def _model_folder(name: str) -> str:
-    """The folder of a bundled model; any other name as it is."""
-    from zppo.lab.questions import SCHEME, resolve
-
-    return str(resolve(name)) if name.startswith(SCHEME) else name
 
 
 def _lab_build(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from zppo.core.reformulate import REFORMULATIONS, Need, Reformulation
 from zppo.errors import SettingsError
-from zppo.imports import load_object
+from zppo.names import load_object
 
 Loss = Literal["policy", "off-distill", "on-distill"]
 Control = Literal["none", "placebo", "scrambled"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
@@ -20,8 +20,8 @@ from ruamel.yaml.representer import SafeRepresenter
 from zppo.config.help import known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
-from zppo.data.load import has_scheme
 from zppo.errors import SettingsError
+from zppo.names import scheme_of
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
@@ -32,26 +32,46 @@ _UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|tuple\[.*\]")
 Bases = tuple[Path, ...]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | Settings, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Settings:
     """The settings of a recipe with overrides applied.
 
-    Overrides are `--key.sub=value` or `--key.sub value`, values read as YAML; later ones win. Relative paths in the recipe are looked
-    for beside the recipe, then in the working directory; those of overrides in the working directory. `lab:` names and names of models
-    that are no folder pass through. The paths in the result are absolute, `output` excepted.
+    Relative paths in a file are looked for beside it, then in the working directory; all others in the working directory. `lab:` names
+    and names of models that are no folder pass through. The paths in the result are absolute, `output` excepted.
+
+    Args:
+        recipe: the path of a YAML file, what such a file holds, or settings.
+        overrides: `--key.sub=value` or `--key.sub value`, values read as YAML; or keys and values, where two underscores may stand for a
+            dot (`key__sub`). Later ones win.
 
     Raises:
         SettingsError: the recipe is missing or no YAML, or settings are unknown, missing or wrong: all of them in one message.
     """
-    recipe = Path(path).expanduser()
-    raw, given = _read(recipe), parse_overrides(overrides)
+    if isinstance(overrides, Mapping):
+        said, given = "an override", [(key.replace("__", "."), _plain(value)) for key, value in overrides.items()]
+    else:
+        said, given = "set on the command line", parse_overrides(overrides)
+    if isinstance(recipe, str | Path):
+        path = Path(recipe).expanduser()
+        raw, source = _read(path), str(recipe)
+        bases: Bases = (path.absolute().parent, Path.cwd())
+    elif isinstance(recipe, Settings) and not given:
+        return recipe
+    else:
+        raw, source, bases = _plain(recipe), "the recipe", (Path.cwd(),)
+        if not isinstance(raw, dict):
+            raise SettingsError(
+                f"{show(recipe)!r} is no recipe: give the path of one, a mapping as one holds it, or Settings"
+            )
     served = _served(raw, given)
-    data = _anchor(raw, (recipe.absolute().parent, Path.cwd()), served)
+    data = _anchor(raw, bases, served)
     problems = []
     for key, value in given:
         flat = _unflatten(key, value)
         problem = _merge(data, _anchor(flat, (Path.cwd(),), served), key)
         problems += [problem] if problem else []
-    return _validate(data, str(path), {key for key, _ in given}, problems)
+    return _validate(data, source, dict.fromkeys((key for key, _ in given), said), problems)
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
@@ -177,7 +197,7 @@ def _merge(data: dict[str, Any], new: Mapping[str, Any], key: str) -> str | None
         if isinstance(below, str) and parts[:depth] == [_SHORTHAND]:
             below = {"name": below}
         if below is not None and not isinstance(below, dict):
-            return f"--{key} cannot be set: {'.'.join(parts[:depth])} is {show(below)!r}, not a section{_nearest(key)}"
+            return f"{key} cannot be set: {'.'.join(parts[:depth])} is {show(below)!r}, not a section{_nearest(key)}"
         data[part] = data = dict(below or {})
     data[parts[-1]] = new[parts[-1]]
     return None
@@ -200,7 +220,7 @@ def _served(raw: Mapping[str, Any], given: Sequence[tuple[str, Any]] = ()) -> fr
 
 def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> dict[str, Any]:
     """The data with relative paths made absolute: the first base that has the file, else the first base."""
-    data: dict[str, Any] = _copy(given)
+    data: dict[str, Any] = _plain(given)
     for section, key, value in _texts(data, _FILES):
         section[key] = _file(value, bases)
     for section, key, value in _texts(data, [name for name in _MODELS if name not in served]):
@@ -220,8 +240,15 @@ def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> d
     return data
 
 
-def _copy(value: Any) -> Any:
-    return {key: _copy(below) for key, below in value.items()} if isinstance(value, Mapping) else value
+def _plain(value: Any) -> Any:
+    """A copy as a YAML file would hold it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(below) for below in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _texts(data: dict[str, Any], keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, str]]:
@@ -236,7 +263,7 @@ def _texts(data: dict[str, Any], keys: Sequence[str]) -> Iterator[tuple[dict[str
 
 
 def _file(value: str, bases: Bases) -> str:
-    if not value or has_scheme(value):
+    if not value or scheme_of(value):
         return value
     candidates = [os.path.abspath(base / Path(value).expanduser()) for base in bases]
     return next((c for c in candidates if os.path.exists(c)), candidates[0])
@@ -254,7 +281,7 @@ def _model(value: str, bases: Bases) -> str:
     return path if os.path.isdir(path) or value.startswith(("./", "../", "~", "/")) else value
 
 
-def _validate(data: dict[str, Any], source: str, overridden: set[str], problems: list[str]) -> Settings:
+def _validate(data: dict[str, Any], source: str, overridden: Mapping[str, str], problems: list[str]) -> Settings:
     gone: list[Gone] = []
     data = without_removed(data, gone)
     problems = [*problems, *(setting.message for setting in gone), *_misplaced_booleans(data)]
@@ -283,12 +310,12 @@ def _misplaced_booleans(data: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{key.name}: {show(section[last])!r} does not fit; expected {key.kind} ({key.description})"
 
 
-def _problem(details: ErrorDetails, overridden: set[str]) -> str:
+def _problem(details: ErrorDetails, overridden: Mapping[str, str]) -> str:
     """One pydantic error in words: key, value, what is expected."""
     parts = [part for part in map(str, details["loc"]) if not _UNION_MEMBER.fullmatch(part)]
     name = ".".join(parts)
-    ours = name in overridden or any(key.startswith(f"{name}.") for key in overridden)
-    where = " (set on the command line)" if ours else ""
+    said = next((said for key, said in overridden.items() if f"{key}.".startswith(f"{name}.")), "")
+    where = f" ({said})" if said else ""
     if details["type"] == "extra_forbidden":
         return f"{name} is no setting{where}{_nearest(name)}"
     while parts and ".".join(parts) not in known_keys():

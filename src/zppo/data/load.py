@@ -1,8 +1,7 @@
-"""Questions from files, folders, the hub, generators, or a registered source such as the lab; errors name source, row and column."""
+"""Questions from files, folders, the hub, generators, or a source above such as the lab; errors name source, row and column."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,26 +14,7 @@ from zppo.data.hub import folder_rows
 from zppo.data.images import Pictures
 from zppo.data.rows import USUAL_IMAGES, Columns, has_column, not_looked_at, question_from_row, unused_images
 from zppo.errors import DataError
-
-SourceFn = Callable[[str], Sequence[Question]]
-
-_SCHEME = re.compile(r"^([a-z][a-z0-9_]+):(?!//)")
-_SOURCES: dict[str, SourceFn] = {}
-
-
-def register_source(scheme: str, load: SourceFn) -> None:
-    """Makes `<scheme>:<rest>` a source of questions: `load(rest)` returns them. A later registration replaces an earlier one.
-
-    Storeys above the data (the lab) come in this way, so that nothing here imports them.
-    """
-    if not _SCHEME.match(f"{scheme}:"):
-        raise ValueError(f"{scheme!r} is no scheme: at least two of a-z, 0-9 and _, a letter first")
-    _SOURCES[scheme] = load
-
-
-def has_scheme(source: str) -> bool:
-    """Whether a source (or model name) is of the form `<scheme>:<rest>` and so no path."""
-    return _SCHEME.match(source) is not None
+from zppo.names import QUESTIONS, load_object, scheme_of
 
 
 def load_questions(
@@ -43,7 +23,7 @@ def load_questions(
     """Questions of a source, in its order, the first `limit` of them; no more rows than that are read.
 
     A source is a file (JSON lines, JSON, CSV, parquet), a folder (of such files, or what `save_to_disk` of `datasets` wrote),
-    `hub:owner/name`, `reasoning_gym:<task>`, or a registered one. They are held in memory: which questions a step trains on is a
+    `hub:owner/name`, `reasoning_gym:<task>`, or one of `names.QUESTIONS`. They are held in memory: which questions a step trains on is a
     function of (seed, step) over all of them (`data.order`). A row without an id is named `<file name>:<row>`. Images become references
     (`data.images`).
 
@@ -53,9 +33,9 @@ def load_questions(
         StorageError: the cache of images cannot be written.
     """
     reading = reading or Reading()
-    scheme, _, rest = source.partition(":")
-    if has_scheme(source) and scheme != hub.SCHEME:
-        given = gym.gym_questions(rest, reading) if scheme == gym.SCHEME else _registered(source)
+    scheme, rest = scheme_of(source), source.partition(":")[2]
+    if scheme and scheme != hub.SCHEME:
+        given = gym.gym_questions(rest, reading) if scheme == gym.SCHEME else _from_above(source, scheme)
         questions = list(islice(given, limit))
     else:
         questions = _from_rows(source, _rows(source, columns, reading), columns, limit, reading)
@@ -65,7 +45,7 @@ def load_questions(
 
 
 def _rows(source: str, columns: Columns, reading: Reading) -> Rows:
-    if has_scheme(source):
+    if scheme_of(source):
         return hub.hub_rows(source.partition(":")[2], reading, columns)
     path = Path(source).expanduser()
     return folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
@@ -116,11 +96,11 @@ def drop_long(
     return kept, len(questions) - len(kept)
 
 
-def _registered(source: str) -> Iterable[Question]:
-    scheme, _, rest = source.partition(":")
-    if scheme not in _SOURCES:
-        known = ", ".join(sorted(f"{name}:" for name in (*_SOURCES, hub.SCHEME, gym.SCHEME)))
+def _from_above(source: str, scheme: str) -> Iterable[Question]:
+    if scheme not in QUESTIONS:
+        known = ", ".join(sorted(f"{name}:" for name in (*QUESTIONS, hub.SCHEME, gym.SCHEME)))
         raise DataError(
             f"{source!r}: {scheme!r} is no source of questions (known: {known}); for a file of that name write ./{source}"
         )
-    return _SOURCES[scheme](rest)
+    found: Iterable[Question] = load_object(QUESTIONS[scheme], "source of questions", DataError)(source)
+    return found

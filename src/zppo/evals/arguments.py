@@ -12,12 +12,11 @@ from zppo.errors import SettingsError
 COMPARE = "compare"
 
 
-def add_eval(commands: Any, resolve: Callable[[str], str], compare: Callable[[argparse.Namespace], None]) -> None:
+def add_eval(commands: Any, compare: Callable[[argparse.Namespace], None]) -> None:
     """Add the command to a parser's commands.
 
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
-        resolve: names of models that are no folders -> folders.
         compare: does `zppo eval compare`.
     """
     parser = commands.add_parser(
@@ -85,10 +84,10 @@ def add_eval(commands: Any, resolve: Callable[[str], str], compare: Callable[[ar
     )
     parser.add_argument("--resamples", type=int, default=10_000, help="of compare (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of compare's resamples (default: 0)")
-    parser.set_defaults(run=lambda options: compare(options) if options.model == COMPARE else _eval(options, resolve))
+    parser.set_defaults(run=lambda options: compare(options) if options.model == COMPARE else _eval(options))
 
 
-def _eval(options: argparse.Namespace, resolve: Callable[[str], str]) -> None:
+def _eval(options: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from zppo.evals.command import evaluate
@@ -97,7 +96,7 @@ def _eval(options: argparse.Namespace, resolve: Callable[[str], str]) -> None:
     if options.files:
         raise SettingsError(f"zppo eval takes one model; {', '.join(map(str, options.files))} too many")
     given = {field.name: getattr(options, field.name) for field in fields(EvalOptions) if field.name != "judge_prompts"}
-    evaluate(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)), resolve)
+    evaluate(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)))
 
 
 def judge_prompts(given: list[str]) -> dict[str, Path]:

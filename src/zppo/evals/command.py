@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,9 +30,9 @@ from zppo.evals.scoring.judge import Decider, JudgeServer, judge_book
 from zppo.evals.server import NAME, Found, Server, check_context, find_model, has_vllm, is_url, read_key, served
 from zppo.evals.tables import BENCHMARKS, suite
 from zppo.evals.view import Watch, estimate, print_estimates, print_results, say
+from zppo.names import checkpoint_folder
 from zppo.prompts import PromptBook
 
-Resolve = Callable[[str], str]
 _IMAGES = 64  # of a request to a server of ours, beside the frames of a clip
 
 
@@ -49,11 +49,8 @@ class Session:
     decider: Decider
 
 
-def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | None = None) -> None:
+def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     """Evaluate a model, or say with `dry_run` what that would take.
-
-    Args:
-        resolve: names of models that are no folders -> folders.
 
     Raises:
         SettingsError: an option is wrong, or the folder holds another evaluation.
@@ -73,7 +70,7 @@ def evaluate(options: EvalOptions, resolve: Resolve = str, console: Console | No
         raise SettingsError(
             "there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)"
         )
-    place = None if is_url(options.model) else checkpoint_folder(Path(resolve(options.model)))
+    place = None if is_url(options.model) else _checkpoint(options.model)
     judge_book(options.judge_prompts)
     judge_key = read_key(options.judge_key_env, "--judge-key-env")
     key = read_key(options.key_env, "--key-env")
@@ -164,11 +161,11 @@ def _serve(
     return server, find_model(server.url, server.key, NAME, "model", "--model", "--key-env"), open_
 
 
-def checkpoint_folder(folder: Path) -> Path:
-    """The checkpoint in a folder: itself, or final/ of a finished run. SettingsError where there is none."""
-    for place in (folder, folder / "final"):
-        if (place / "config.json").is_file():
-            return place
+def _checkpoint(model: str) -> Path:
+    """The checkpoint of that name: a folder, or final/ of a finished run. SettingsError where there is none."""
+    folder = Path(checkpoint_folder(model))
+    if (folder / "config.json").is_file():
+        return folder
     what = (
         "is a run without final/, the student that it leaves at its end"
         if (folder / "recipe.yaml").is_file()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zppo.errors import RewardError
 from zppo.grading.grader import Verdict
 from zppo.grading.text import extract_boxed
-from zppo.imports import load_object
+from zppo.names import load_object
 
 if TYPE_CHECKING:
     from zppo.core.types import Question

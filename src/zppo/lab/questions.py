@@ -23,7 +23,7 @@ SCHEME = "lab:"
 ROLES = ("student", "teacher")
 
 
-def resolve(name: str) -> Path:
+def bundled_model(name: str) -> Path:
     """The folder of a bundled checkpoint, `lab:<world>/<student|teacher>` (the scheme may be left out).
 
     Raises:
@@ -86,6 +86,14 @@ def write_vision_questions(path: Path, questions: Sequence[Question]) -> None:
 
 
 SPLITS = ("train", "test", "seen", "study")
+
+
+def bundled_questions(name: str) -> list[Question]:
+    """The questions of `lab:<world>/<split>`. Raises SettingsError, as `lab_questions`, or where no split is named."""
+    world, slash, split = name.removeprefix(SCHEME).partition("/")
+    if not slash:
+        raise SettingsError(f"{name!r} names no split; write {name}/train or {name}/test")
+    return lab_questions(world, split)
 
 
 def lab_questions(world: str, split: str) -> list[Question]:

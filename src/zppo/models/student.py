@@ -24,20 +24,8 @@ from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.lora import ADAPTER_CONFIG, Adapters, add_adapters
+from zppo.names import model_folder
 from zppo.runs import checkpoint
-
-_FOLDERS: dict[str, Callable[[str], Path]] = {}
-
-
-def register_models(scheme: str, folder: Callable[[str], Path]) -> None:
-    """Makes `<scheme>:<rest>` the name of a model: `folder(rest)` is where its checkpoint lies. Storeys above come in this way."""
-    _FOLDERS[scheme] = folder
-
-
-def resolve_model(name: str) -> str:
-    """What `from_pretrained` takes: a registered name's folder, else the name itself."""
-    scheme, _, rest = name.partition(":")
-    return str(_FOLDERS[scheme](rest)) if rest and scheme in _FOLDERS else name
 
 
 def read_template(settings: ModelSettings) -> str | None:
@@ -59,7 +47,7 @@ def load_chat(settings: ModelSettings, images: PixelLimits | None = None, cache:
         images, cache: see `Chat.load`.
     """
     return Chat.load(
-        resolve_model(settings.model),
+        model_folder(settings.model),
         settings.template_args,
         read_template(settings),
         images=images,
@@ -133,7 +121,7 @@ def load_student(settings: Settings, start: Path | None, *, bf16: bool, images: 
         )
     from_saved = saved is not None and lora is None
     model = load_model(
-        saved if saved is not None and from_saved else resolve_model(own.model),
+        saved if saved is not None and from_saved else model_folder(own.model),
         dtype=torch.bfloat16 if lora and bf16 else torch.float32,
         revision=None if from_saved else own.revision,
         attention=own.attention,
@@ -141,7 +129,7 @@ def load_student(settings: Settings, start: Path | None, *, bf16: bool, images: 
     )
     if lora is None:
         return Student(model, None)
-    adapters = add_adapters(model, lora, base=resolve_model(own.model), revision=own.revision, seed=settings.seed)
+    adapters = add_adapters(model, lora, base=model_folder(own.model), revision=own.revision, seed=settings.seed)
     if saved is not None:
         adapters.load(saved)
     return Student(model, adapters)

@@ -6,7 +6,7 @@ What a recipe will do, worked out without touching a model: `zppo train RECIPE -
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from zppo.config.settings import LoraSettings, Settings
 from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError
+from zppo.names import model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.prompts.book import PromptBook
+from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
 _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does not fit
@@ -29,13 +31,10 @@ _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does 
 Rows = list[tuple[str, str]]
 
 
-def memory_rows(
-    settings: Settings, resolve: Callable[[str], str] = str, machine: Machine | None = None, images: int = 0
-) -> Rows:
+def memory_rows(settings: Settings, machine: Machine | None = None, images: int = 0) -> Rows:
     """(what, how much) for the plan, the verdict last.
 
     Args:
-        resolve: names of models -> folders.
         machine: None for the one that this runs on.
         images: most images of a question.
 
@@ -43,19 +42,19 @@ def memory_rows(
         ModelError: a checkpoint on disk cannot be read.
     """
     machine = machine or find_machine(settings.train.device)
-    memory = _estimate(settings, machine, resolve, images)
+    memory = _estimate(settings, machine, images)
     if isinstance(memory, str):
         return [("estimate", memory)]
     return [
         *_parts(settings, memory),
         ("at most", _against(memory.total, machine)),
-        *_verdict(settings, memory, machine, resolve, images),
+        *_verdict(settings, memory, machine, images),
     ]
 
 
-def _estimate(settings: Settings, machine: Machine | None, resolve: Callable[[str], str], images: int) -> Memory | str:
+def _estimate(settings: Settings, machine: Machine | None, images: int) -> Memory | str:
     gpu = machine is not None and machine.gpu
-    return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, resolve=resolve, images=images)
+    return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, images=images)
 
 
 def _parts(settings: Settings, memory: Memory) -> Rows:
@@ -89,9 +88,7 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     return rows
 
 
-def _verdict(
-    settings: Settings, memory: Memory, machine: Machine | None, resolve: Callable[[str], str], images: int
-) -> Rows:
+def _verdict(settings: Settings, memory: Memory, machine: Machine | None, images: int) -> Rows:
     if machine is None:
         return [("verdict", "this machine does not say how much memory it has")]
     room = machine.usable
@@ -102,7 +99,7 @@ def _verdict(
         ]
     words = []
     if memory.standing + memory.update > room:
-        advice, memory = _lighter(settings, memory, machine, resolve, images)
+        advice, memory = _lighter(settings, memory, machine, images)
         words.append(advice)
     if memory.standing + memory.sampling > room:
         words.append(_fewer_rows(memory, machine))
@@ -122,13 +119,11 @@ def _fewer_rows(memory: Memory, machine: Machine) -> str:
     return f"sampling: {fit:,} of {memory.rows:,} rollouts fit at once, rollout.max_rows={fit}; {says}"
 
 
-def _lighter(
-    settings: Settings, memory: Memory, machine: Machine, resolve: Callable[[str], str], images: int
-) -> tuple[str, Memory]:
+def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) -> tuple[str, Memory]:
     """The first change of settings with which the update fits, in words, and the memory with it."""
 
     def fitting(changes: Mapping[str, Any]) -> Memory | None:
-        lighter = _estimate(_with(settings, changes), machine, resolve, images)
+        lighter = _estimate(_with(settings, changes), machine, images)
         fits = isinstance(lighter, Memory) and lighter.standing + lighter.update <= machine.usable
         return lighter if fits and isinstance(lighter, Memory) else None
 
@@ -243,10 +238,10 @@ class Plan:
 
 
 def check_files(settings: Settings) -> None:
-    """Whether the files that a recipe names are there: templates, folders of models, the reward function's module.
+    """Whether the files that a recipe names are there: templates, folders of models, the reward function's module; `output` must be free.
 
     Raises:
-        TemplateError, ModelError, RewardError.
+        TemplateError, ModelError, RewardError, SettingsError.
     """
     PromptBook(settings.prompts)
     teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
@@ -259,13 +254,16 @@ def check_files(settings: Settings) -> None:
             raise TemplateError(
                 f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out"
             )
-        if _is_path(model.model) and not (Path(model.model) / "config.json").is_file():
+        folder = model_folder(model.model)
+        if _is_path(folder) and not (Path(folder) / "config.json").is_file():
             raise ModelError(
                 f"{name}.model: {model.model} is no transformers checkpoint (no config.json in it); "
                 "name a folder that has one, or a model of the hub as owner/name"
             )
     if settings.grading.reward:
         _check_reward(settings.grading.reward)
+    if settings.output is not None:
+        check_output(settings.output)
 
 
 def _is_path(model: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Literal
 from zppo.config.models import ModelSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
+from zppo.names import model_folder
 from zppo.planning.model_shapes import LINEAR, Shape, VisionShape, count_parameters, shape_of, vision_shape_of
 
 GIB = 1024**3
@@ -153,15 +154,12 @@ class Memory:
         return self.standing + max(self.sampling, self.update)
 
 
-def estimate(
-    settings: Settings, *, gpu: bool, capacity: int = 0, resolve: Callable[[str], str] = str, images: int = 0
-) -> Memory | str:
+def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 0) -> Memory | str:
     """What a run of this recipe needs in one process that holds all weights.
 
     Args:
         gpu: whether it trains on one; decides what `auto` precision is.
         capacity: bytes of that GPU, of which vLLM in this process takes its share.
-        resolve: names of models -> folders.
         images: most images of a question; with any the student has its vision tower, and so has a teacher in this process.
 
     Returns:
@@ -170,15 +168,15 @@ def estimate(
     Raises:
         ModelError: a checkpoint on disk cannot be read.
     """
-    shape = shape_of(settings.student.model, resolve)
+    shape = shape_of(settings.student.model)
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
-    eyes = vision_shape_of(settings.student.model, resolve) if images else None
-    others = _frozen(settings, gpu, resolve, images=bool(images))
+    eyes = vision_shape_of(settings.student.model) if images else None
+    others = _frozen(settings, gpu, images=bool(images))
     if isinstance(others, str):
         return others
     train = settings.train
-    parameters = _parameters(settings.student, shape, resolve, eyes)
+    parameters = _parameters(settings.student, shape, eyes)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
     still = _still(settings, eyes)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
@@ -211,10 +209,10 @@ def estimate(
     )
 
 
-def within(settings: Settings, questions: Iterable[Question], resolve: Callable[[str], str] = str) -> Settings:
+def within(settings: Settings, questions: Iterable[Question]) -> Settings:
     """The settings with a prompt limit that the questions can reach: a token has a byte at least, an image those of the largest."""
     asked = list(questions)
-    eyes = vision_shape_of(settings.student.model, resolve) if any(q.images for q in asked) else None
+    eyes = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
     each = eyes.tokens(settings.data.images.max_pixels) if eyes else 0
     longest = max((sum(len(m.content.encode()) for m in q.messages) + each * len(q.images) for q in asked), default=0)
     limit = min(settings.data.max_prompt_tokens, longest + _WORDS)
@@ -324,27 +322,27 @@ def _tower(settings: Settings, eyes: VisionShape | None, rows: int, images: int,
     return int(rows * tokens * eyes.merge**2 * kept)
 
 
-def _frozen(settings: Settings, gpu: bool, resolve: Callable[[str], str], *, images: bool) -> int | str:
+def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
     """Bytes of the frozen models that the run loads, or why they are not known."""
     teachers = (settings.teacher, *settings.more_teachers) if settings.method.resolve().needs_teacher else ()
     total = 0
     for model in (*teachers, settings.judge):
         if model is None or model.base_urls:
             continue
-        shape = shape_of(model.model, resolve)
+        shape = shape_of(model.model)
         if shape is None:
             return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
-        eyes = vision_shape_of(model.model, resolve) if images else None
-        total += _parameters(model, shape, resolve, eyes) * (2 if gpu else 4)
+        eyes = vision_shape_of(model.model) if images else None
+        total += _parameters(model, shape, eyes) * (2 if gpu else 4)
     return total
 
 
-def _parameters(model: ModelSettings, shape: Shape, resolve: Callable[[str], str], eyes: VisionShape | None) -> int:
+def _parameters(model: ModelSettings, shape: Shape, eyes: VisionShape | None) -> int:
     """N of what is loaded: from the headers of the weights on disk without draft layers, else from the shapes.
 
     The vision tower counts where there are images to show; without, a text model of its own is loaded.
     """
-    folder = Path(resolve(model.model))
+    folder = Path(model_folder(model.model))
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         return int(count_parameters(folder, keep=_is_loaded if eyes is None else _is_no_draft).parameters)
     return shape.parameters + (eyes.tower + eyes.projector if eyes else 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.errors import ModelError, SettingsError
+from zppo.names import model_folder
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -147,11 +148,11 @@ class Shape:
         return norms + own
 
 
-def shape_of(name: str, resolve: Callable[[str], str] = str) -> Shape | None:
+def shape_of(name: str) -> Shape | None:
     """The shape of a model that a recipe names: from its config.json, on disk or in the hub's cache, else by its name.
 
     Args:
-        name: folder, hub name, or a name that `resolve` turns into a folder.
+        name: as recipes name models.
 
     Returns:
         None where nothing is known: a name without a file, or an architecture of another kind (experts, encoders).
@@ -159,16 +160,16 @@ def shape_of(name: str, resolve: Callable[[str], str] = str) -> Shape | None:
     Raises:
         ModelError: the config.json cannot be read.
     """
-    file = config_file(name, resolve)
+    file = config_file(name)
     if file is not None:
         return _from_config(file)
     last = name.rpartition("/")[2].removesuffix("-FP8").removesuffix("-Base")
     return _from_table(last) if last in _QWEN35 else None
 
 
-def config_file(name: str, resolve: Callable[[str], str] = str) -> Path | None:
+def config_file(name: str) -> Path | None:
     """The config.json of a model on disk or in the hub's cache; None where it is in neither."""
-    folder = Path(resolve(name))
+    folder = Path(model_folder(name))
     return folder / "config.json" if folder.is_dir() else _cached(name)
 
 
@@ -296,13 +297,13 @@ class VisionShape:
         return ends + (one + 4 * self.hidden * self.layers if recomputed else one * self.layers)
 
 
-def vision_shape_of(name: str, resolve: Callable[[str], str] = str) -> VisionShape | None:
+def vision_shape_of(name: str) -> VisionShape | None:
     """The tower of a model that a recipe names; None where nothing is known of one.
 
     Raises:
         ModelError: its config.json cannot be read.
     """
-    file = config_file(name, resolve)
+    file = config_file(name)
     if file is None:
         last = name.rpartition("/")[2]
         return (
@@ -360,20 +361,19 @@ def parse_size(text: str) -> float:
     return value
 
 
-def size_of(name: str, given: float | None = None, resolve: Callable[[str], str] = str) -> Size:
+def size_of(name: str, given: float | None = None) -> Size:
     """N of a model that a recipe names: as given, else from its folder, else from the size in its name.
 
     Args:
-        name: folder, hub name, or a name that `resolve` turns into a folder.
+        name: as recipes name models.
         given: N from the user, which wins.
-        resolve: names -> folders; a name that it does not know comes back as it is.
 
     Raises:
         ModelError: a folder that holds no readable checkpoint, or a name without a size in it.
     """
     if given is not None:
         return Size(given, "given")
-    folder = Path(resolve(name))
+    folder = Path(model_folder(name))
     if folder.is_dir():
         return count_parameters(folder)
     if (nominal := nominal_size(name)) is None:

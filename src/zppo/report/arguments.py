@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ FIGURE_FORMATS = ("png", "svg", "both", "none")
 PORT = 8765
 
 
-def add_commands(commands: Any, resolve: Callable[[str], str]) -> None:
+def add_commands(commands: Any) -> None:
     """Add the three commands to a parser's commands.
 
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
-        resolve: names of models that are no folders -> folders.
     """
     report = commands.add_parser(
         "report", help="a page that shows what a run did", description="Write report.html and figures/ of a run."
@@ -26,7 +24,7 @@ def add_commands(commands: Any, resolve: Callable[[str], str]) -> None:
     _add_figures(report)
     report.add_argument("--watch", action="store_true", help="serve the page on this machine while the run goes on")
     report.add_argument("--port", type=int, default=PORT, help=f"of --watch; 0 takes a free one (default: {PORT})")
-    report.set_defaults(run=lambda options: _report(options, resolve))
+    report.set_defaults(run=_report)
 
     compare = commands.add_parser(
         "compare",
@@ -60,7 +58,7 @@ def _add_figures(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _report(options: argparse.Namespace, resolve: Callable[[str], str]) -> None:
+def _report(options: argparse.Namespace) -> None:
     from zppo.report.command import report_command
 
     report_command(
@@ -69,7 +67,6 @@ def _report(options: argparse.Namespace, resolve: Callable[[str], str]) -> None:
         figures=options.figures,
         watch=options.watch,
         port=options.port,
-        resolve=resolve,
     )
 
 

@@ -5,7 +5,7 @@ The commands `zppo report`, `zppo compare` and `zppo inspect`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +29,6 @@ def report_command(
     figures: str,
     watch: bool,
     port: int,
-    resolve: Callable[[str], str] = str,
     console: Console | None = None,
 ) -> None:
     """Write report.html and figures/ of a run, or serve the page while the run goes on.
@@ -38,13 +37,12 @@ def report_command(
         out: the folder to write to; None is the run folder.
         figures: a key of `SUFFIXES`.
         watch, port: serve on loopback instead of writing.
-        resolve: names of models -> folders, for their sizes.
 
     Raises:
         ZPPOError: the folder holds no run, or the place cannot be written or served.
     """
     console = console or Console()
-    reader = Reader(folder, resolve)
+    reader = Reader(folder)
     if watch:
         from zppo.report.page import serve
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,6 @@ class Request:
         assumed: for a recipe.
         student, teacher, judge: parameters that are given instead of found.
         questions: training questions, instead of reading the data.
-        resolve: names of models -> folders.
     """
 
     overrides: tuple[str, ...] = ()
@@ -59,7 +58,6 @@ class Request:
     teacher: float | None = None
     judge: float | None = None
     questions: int | None = None
-    resolve: Callable[[str], str] = str
 
 
 def cost_command(target: Path, request: Request, console: Console | None = None) -> None:
@@ -158,14 +156,14 @@ def _sizes(settings: Settings, request: Request, target: Path, *, judged: bool) 
     trained = target / FINAL
     if request.student is None and Path(name).is_absolute() and not Path(name).is_dir() and trained.is_dir():
         name = str(trained)
-    student = size_of(name, request.student, request.resolve)
+    student = size_of(name, request.student)
     teacher = judge = None
     if settings.teacher is not None and settings.method.resolve().needs_teacher:
-        teacher = size_of(settings.teacher.model, request.teacher, request.resolve)
+        teacher = size_of(settings.teacher.model, request.teacher)
     if judged and settings.judge is not None:
-        judge = size_of(settings.judge.model, request.judge, request.resolve)
+        judge = size_of(settings.judge.model, request.judge)
     elif judged and settings.teacher is not None:
-        judge = size_of(settings.teacher.model, request.teacher, request.resolve)
+        judge = size_of(settings.teacher.model, request.teacher)
     return _Sizes(student, teacher, judge)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from zppo.report.questions import QuestionLine, question_lines
 from zppo.report.read_run import RECIPE, Run, StepScan, open_run, scan_file
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
 from zppo.runs.log import METRICS
-
-Resolve = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +44,10 @@ class Reader:
 
     Args:
         folder: the run folder.
-        resolve: names of models that are no folders -> folders (the lab's), for their sizes.
     """
 
-    def __init__(self, folder: Path, resolve: Resolve = str) -> None:
-        self.folder, self.resolve = folder, resolve
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._scans: dict[Path, tuple[tuple[int, int], StepScan]] = {}
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
@@ -80,7 +76,7 @@ class Reader:
         return Summary(
             run=run,
             outcome=outcome(run, zone),
-            head=_head(run, self.resolve),
+            head=_head(run),
             charts=charts_of(run, scans, counts, zone),
             tables=[*tables_of(run, counts, zone), *_benchmarks(self.folder)],
             lines=question_lines(run, scans),
@@ -145,7 +141,7 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     return f"{text[0].upper()}{text[1:]}{state}."
 
 
-def _head(run: Run, resolve: Resolve) -> dict[str, str]:
+def _head(run: Run) -> dict[str, str]:
     """What was run, and what it took."""
     method = str(run.setting("method.name", "zppo"))
     row = METHODS.get(method)
@@ -166,7 +162,7 @@ def _head(run: Run, resolve: Resolve) -> dict[str, str]:
         "teacher tokens": f"{_total(run, 'teacher_tokens'):,}",
         **({"waited for the teacher": f"{duration(waited)} ({waited / seconds:.0%})"} if waited else {}),
         **({"judge tokens": f"{judged:,}"} if (judged := _total(run, "judge_completion_tokens")) else {}),
-        "cost": _cost(run, student, teacher, resolve),
+        "cost": _cost(run, student, teacher),
     }
 
 
@@ -174,7 +170,7 @@ def _total(run: Run, key: str) -> int:
     return sum(int(line.get(key) or 0) for line in run.steps)
 
 
-def _cost(run: Run, student: str, teacher: str | None, resolve: Resolve) -> str:
+def _cost(run: Run, student: str, teacher: str | None) -> str:
     """FLOPs with the exact savings, as `zppo cost` counts them; why not, where they are not known."""
     if not run.steps:
         return "no step yet"
@@ -182,11 +178,11 @@ def _cost(run: Run, student: str, teacher: str | None, resolve: Resolve) -> str:
         settings = load_recipe(run.folder / RECIPE)
         cost = as_run(settings, run.steps, run.folder / METRICS)
         sizes = [
-            size_of(student, resolve=resolve).parameters,
-            size_of(teacher, resolve=resolve).parameters if teacher else 0.0,
+            size_of(student).parameters,
+            size_of(teacher).parameters if teacher else 0.0,
         ]
         if cost.saved.judge and settings.judging is not None:
-            sizes.append(size_of(settings.judging[0].model, resolve=resolve).parameters)
+            sizes.append(size_of(settings.judging[0].model).parameters)
     except ZPPOError:
         return "not known (zppo cost says why)"
     return f"{math.fsum(cost.saved.flops(*sizes).values()):.2g} FLOPs"

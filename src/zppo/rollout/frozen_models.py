@@ -14,7 +14,8 @@ from zppo.config.models import FrozenModelSettings, TeacherSettings
 from zppo.config.settings import Settings
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
-from zppo.models.student import read_template, resolve_model
+from zppo.models.student import read_template
+from zppo.names import model_folder
 from zppo.rollout.questions import Seeing
 from zppo.runs.display import warn
 from zppo.teacher.local import LocalTeacher
@@ -129,7 +130,7 @@ def _load_frozen(
     """A model that is never trained, in this process: a teacher, or a judge."""
     device = accelerator.device if own.device == "auto" else torch.device(own.device)
     return LocalTeacher.load(
-        resolve_model(own.model),
+        model_folder(own.model),
         revision=own.revision,
         device=device,
         dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,

@@ -19,7 +19,7 @@ from zppo.engines.loading import reads_images
 from zppo.errors import DataError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
-from zppo.models.student import resolve_model
+from zppo.names import model_folder
 from zppo.rollout.data import load_data
 from zppo.rollout.student import PromptRenderer
 
@@ -77,7 +77,7 @@ def read_data(settings: Settings, *, sharded: bool = False) -> RunData:
 def check_images(settings: Settings, source: str, question: Question, *, sharded: bool) -> None:
     """Whether the student of a recipe can be shown a question's images. DataError, SettingsError where not."""
     has = f"{source}: question {question.id!r} has {len(question.images)} image(s)"
-    if not reads_images(resolve_model(settings.student.model), settings.student.revision):
+    if not reads_images(model_folder(settings.student.model), settings.student.revision):
         raise DataError(
             f"{has}, and the student {settings.student.model!r} reads text only: name a vision-language checkpoint (one that "
             "AutoModelForImageTextToText of transformers loads), or write data.columns.images: '' to leave the images out"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from zppo.images.store import PixelLimits
 
 
-def add_serve(commands: Any, resolve: Callable[[str], str]) -> None:
+def add_serve(commands: Any) -> None:
     """Add the command to a parser's commands.
 
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
-        resolve: names of models that are no folders -> folders.
     """
     serve = commands.add_parser(
         "serve",
@@ -68,12 +66,12 @@ def add_serve(commands: Any, resolve: Callable[[str], str]) -> None:
         default=PixelLimits().max_pixels,
         help="larger ones are reduced (default: %(default)s)",
     )
-    serve.set_defaults(run=lambda options: _serve(options, resolve))
+    serve.set_defaults(run=_serve)
 
 
-def _serve(options: argparse.Namespace, resolve: Callable[[str], str]) -> None:
+def _serve(options: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from zppo.serve.command import ServeOptions, serve
 
-    serve(ServeOptions(**{field.name: getattr(options, field.name) for field in fields(ServeOptions)}), resolve)
+    serve(ServeOptions(**{field.name: getattr(options, field.name) for field in fields(ServeOptions)}))

@@ -9,7 +9,6 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +50,8 @@ class ServeOptions:
     max_pixels: int
 
 
-def serve(options: ServeOptions, resolve: Callable[[str], str]) -> None:
+def serve(options: ServeOptions) -> None:
     """Serves until SIGINT or SIGTERM. The first line on stdout is the address, once it can be used.
-
-    Args:
-        resolve: names of models that are no folders -> folders.
 
     Raises:
         ZPPOError: what is wrong with the options, the key, the port or the model; all but the model are looked at before it is loaded.
@@ -71,7 +67,7 @@ def serve(options: ServeOptions, resolve: Callable[[str], str]) -> None:
                 "with --key-env (or a file with --key-file), or let everybody in with --no-key"
             )
         loaded = load(
-            checkpoint_of(resolve(options.model)),
+            checkpoint_of(options.model),
             revision=options.revision,
             device=options.device,
             dtype=options.dtype,

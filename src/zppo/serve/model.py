@@ -17,11 +17,11 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, one_line
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
+from zppo.names import checkpoint_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOG = logging.getLogger("zppo.serve")
 _CACHE = 1 << 28  # bytes of preprocessed pictures that are kept for requests that show them again
-_FINAL = "final"  # of a run folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +45,16 @@ def checkpoint_of(model: str) -> str:
     Raises:
         ModelError: a run that has not finished; a path to nothing.
     """
-    folder = Path(model)
+    found = checkpoint_folder(model)
+    folder = Path(found)
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
-        if not (folder / _FINAL / "config.json").is_file():
-            raise ModelError(
-                f"the run {model!r} has no {_FINAL}/ yet, the student that it leaves at its end: let it finish "
-                f"(`zppo resume {model}`), or name another checkpoint"
-            )
-        return str(folder / _FINAL)
+        raise ModelError(
+            f"the run {model!r} has no final/ yet, the student that it leaves at its end: let it finish "
+            f"(`zppo resume {model}`), or name another checkpoint"
+        )
     if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise ModelError(f"there is no folder {model!r}: name a checkpoint, a finished run, or a model on the hub")
-    return model
+    return found
 
 
 def load(

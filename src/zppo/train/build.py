@@ -34,7 +34,8 @@ from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
 from zppo.models.optimizer import make_optimizer
 from zppo.models.parts import freeze_parts, parameter_groups
-from zppo.models.student import Student, context_length, load_chat, load_student, recompute_layers, resolve_model
+from zppo.models.student import Student, context_length, load_chat, load_student, recompute_layers
+from zppo.names import model_folder
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
@@ -97,7 +98,7 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
 
 def _checkpoint(student: ModelSettings) -> str:
     """Where vLLM loads from: it is told no revision, so one of a hub model is given as the folder that holds it."""
-    name = resolve_model(student.model)
+    name = model_folder(student.model)
     if student.revision is None or Path(name).exists():
         return name
     return snapshot_download(

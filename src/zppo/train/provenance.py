@@ -15,7 +15,7 @@ from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.core.types import Question
 from zppo.errors import CheckpointError
-from zppo.models.student import resolve_model
+from zppo.names import model_folder
 
 MOST_NAMED = 8
 _SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -66,7 +66,7 @@ def check_student(state: Mapping[str, Any], student: ModelSettings, where: Path)
         CheckpointError: it is another one.
     """
     try:
-        config = AutoConfig.from_pretrained(resolve_model(student.model), revision=student.revision)
+        config = AutoConfig.from_pretrained(model_folder(student.model), revision=student.revision)
     except (OSError, ValueError, KeyError):
         return  # the student's own files are not needed to go on, only its tokenizer, which says itself what it lacks
     origin = state.get("origin")
@@ -131,7 +131,7 @@ def _shape(config: PretrainedConfig) -> dict[str, Any]:
 
 def _files(model: ModelSettings, patterns: Sequence[str]) -> dict[str, str]:
     """Facts about the files of a model by which a change is noticed; empty for a model that is no folder."""
-    folder = Path(resolve_model(model.model))
+    folder = Path(model_folder(model.model))
     if not folder.is_dir():
         return {}
     return {path.name: _facts(path) for pattern in patterns for path in sorted(folder.glob(pattern))}

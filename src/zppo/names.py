@@ -1,16 +1,53 @@
-"""Objects that a recipe names by import path: a reward function, a reformulation."""
+"""What the names in recipes and commands stand for: `lab:<world>/<what>`, run folders, objects by import path.
+
+Every room may ask, so nothing heavy and nothing above is imported here: what stands behind a scheme is an import path, followed when
+somebody writes such a name.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zppo.errors import ZPPOError
+from zppo.errors import ModelError, ZPPOError
+
+MODELS = {"lab": "zppo.lab.questions:bundled_model"}
+"""Scheme -> a function from the whole name to the checkpoint's folder."""
+QUESTIONS = {"lab": "zppo.lab.questions:bundled_questions"}
+"""Scheme -> a function from the whole name to questions; `data.load` has the sources that it reads itself."""
+
+_SCHEME = re.compile(r"([a-z][a-z0-9_]+):(?!//)")
+_FINAL = "final"  # of a run folder
+
+
+def scheme_of(name: str) -> str:
+    """The scheme of `<scheme>:<rest>`; "" of a path, an address or a name on the hub."""
+    found = _SCHEME.match(name)
+    return found[1] if found else ""
+
+
+def model_folder(name: str) -> str:
+    """What `from_pretrained` takes: the folder behind a scheme of `MODELS`, any other name as it is.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    path = MODELS.get(scheme_of(name))
+    return str(load_object(path, "model", ModelError)(name)) if path else name
+
+
+def checkpoint_folder(name: str) -> str:
+    """As `model_folder`; of the folder of a finished run the `final/` in it."""
+    name = model_folder(name)
+    final = Path(name) / _FINAL
+    run = (final / "config.json").is_file() and not (final.parent / "config.json").is_file()
+    return str(final) if run else name
 
 
 def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
