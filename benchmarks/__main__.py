@@ -36,14 +36,9 @@ def main(argv: list[str]) -> int:
     names = [a for a in argv if a.replace("-", "_") in (*ROWS, *ON_REQUEST)]
     options = [a for a in argv if a not in names]
     if unknown := [
-        a
-        for i, a in enumerate(options)
-        if not a.startswith("-") and options[i - 1] not in ("--threads", "--repetitions", "--results")
+        a for i, a in enumerate(options) if not a.startswith("-") and options[i - 1] not in ("--threads", "--repetitions", "--results")
     ]:
-        print(
-            f"no row of the benchmarks is called {', '.join(unknown)}; there are {', '.join((*ROWS, *ON_REQUEST))}",
-            file=sys.stderr,
-        )
+        print(f"no row of the benchmarks is called {', '.join(unknown)}; there are {', '.join((*ROWS, *ON_REQUEST))}", file=sys.stderr)
         return 2
     failed = []
     for name in names or ROWS:

@@ -145,29 +145,18 @@ def table(result: Mapping[str, Any]) -> str:
     """Seconds per step, and what they are of a step of 60 s; a checkpoint is shared by the steps between two of them."""
     written = result["checkpoint"]
     size = f"{written['parameters'] / 1e6:.0f} million weights"
-    rows = [
-        (f"replay buffer of {int(n):,} entries", part["step"], part["step"]) for n, part in result["buffer"].items()
-    ]
+    rows = [(f"replay buffer of {int(n):,} entries", part["step"], part["step"]) for n, part in result["buffer"].items()]
     rows += [(f"log of rollouts, {int(n):,} written before", part, part) for n, part in result["log"].items()]
     rows += [("grading by rule (beside the sampling)", result["grading"], result["grading"])]
     rows += [
-        (
-            f"checkpoint's copy of a buffer of {int(n):,}, {part['bytes'] / 1e6:,.0f} MB",
-            part["checkpoint"],
-            part["checkpoint"] / EVERY,
-        )
+        (f"checkpoint's copy of a buffer of {int(n):,}, {part['bytes'] / 1e6:,.0f} MB", part["checkpoint"], part["checkpoint"] / EVERY)
         for n, part in result["buffer"].items()
     ]
-    rows += [
-        (f"checkpoint of {size}, in the {name}", written[name], written[name] / EVERY)
-        for name in ("foreground", "background")
-    ]
+    rows += [(f"checkpoint of {size}, in the {name}", written[name], written[name] / EVERY) for name in ("foreground", "background")]
     largest, longest = max(result["buffer"], key=int), max(result["log"], key=int)
     buffer = result["buffer"][largest]
     waited = buffer["step"] + result["log"][longest] + (buffer["checkpoint"] + written["foreground"]) / EVERY
-    rows += [
-        ("**together, at their largest and in the foreground, without what is beside the sampling**", waited, waited)
-    ]
+    rows += [("**together, at their largest and in the foreground, without what is beside the sampling**", waited, waited)]
     return markdown(
         ["what", "seconds", f"per step (a checkpoint every {EVERY})", f"of a step of {STEP:.0f} s"],
         [(name, f"{once:.3f}", f"{each:.4f}", f"{each / STEP:.3%}") for name, once, each in rows],

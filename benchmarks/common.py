@@ -44,13 +44,9 @@ Row = Callable[[Options], Mapping[str, Any]]
 def run(name: str, row: Row, argv: Sequence[str] | None = None) -> int:
     """The command line of one row: `python -m benchmarks.NAME [--quick] [--threads N] [--repetitions N] [--results FOLDER]`."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=sys.modules["__main__"].__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes; the numbers mean nothing, and no result is kept"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; the numbers mean nothing, and no result is kept")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of every process")
-    parser.add_argument(
-        "--results", type=Path, help="folder of the result (default: benchmarks/results; with --quick nowhere)"
-    )
+    parser.add_argument("--results", type=Path, help="folder of the result (default: benchmarks/results; with --quick nowhere)")
     parser.add_argument("--repetitions", type=int, default=7, help="of what is compared (default: 7)")
     given = parser.parse_args(argv)
     prepare_environment(given.threads)
@@ -115,9 +111,7 @@ def commit() -> str | None:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(
-            git("status", "--porcelain", "--untracked-files=no", "src")
-        )
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no", "src"))
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -131,9 +125,7 @@ def write(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
     return path
 
 
-def interleaved(
-    repetitions: int, work: Mapping[str, Callable[[], Mapping[str, float]]]
-) -> dict[str, list[dict[str, float]]]:
+def interleaved(repetitions: int, work: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict[str, list[dict[str, float]]]:
     """Each of `work` once per repetition, in turn and every second time backwards, so that a drift of the machine meets all alike."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in work}
     for i in range(repetitions):

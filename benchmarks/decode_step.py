@@ -48,15 +48,11 @@ def measure(options: Options) -> Mapping[str, Any]:
     for prompts in PROMPTS[: 1 if options.quick else None]:
         lengths = [rng.randint(*shape.prompt) for _ in range(prompts)]
         asked = [
-            SampleRequest(
-                tuple(rng.randrange(5, VOCABULARY - 1) for _ in range(n)), tuple(range(i << 8, (i << 8) + shape.group))
-            )
+            SampleRequest(tuple(rng.randrange(5, VOCABULARY - 1) for _ in range(n)), tuple(range(i << 8, (i << 8) + shape.group)))
             for i, n in enumerate(lengths)
         ]
         ours, theirs = (sample(asked, lean)[1] for lean in (True, False))
-        same = all(
-            torch.equal(a.ids, b.ids) and torch.equal(a.logprobs, b.logprobs) for a, b in zip(ours, theirs, strict=True)
-        )
+        same = all(torch.equal(a.ids, b.ids) and torch.equal(a.logprobs, b.logprobs) for a, b in zip(ours, theirs, strict=True))
         ways = {"lean": True, "library": False}
         rows = interleaved(repetitions, {n: partial(timed, asked, lean) for n, lean in ways.items()})
         found[str(prompts * shape.group)] = {
@@ -80,14 +76,7 @@ def table(result: Mapping[str, Any]) -> str:
         )
         for count, found in result["rows"].items()
     ]
-    head = [
-        "rollouts",
-        "lean / library",
-        "in processor seconds",
-        "lean, ms a step",
-        "library, ms a step",
-        "same tokens and log-probs",
-    ]
+    head = ["rollouts", "lean / library", "in processor seconds", "lean, ms a step", "library, ms a step", "same tokens and log-probs"]
     return markdown(head, rows)
 
 

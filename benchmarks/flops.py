@@ -41,9 +41,7 @@ class Cost(NamedTuple):
         attention = config.hidden_size * size * (2 * heads + 2 * kv)
         mlp = 3 * config.hidden_size * config.intermediate_size
         layers = config.num_hidden_layers
-        return cls(
-            2 * layers * (attention + mlp), 4 * layers * heads * size, 2 * config.hidden_size * config.vocab_size
-        )
+        return cls(2 * layers * (attention + mlp), 4 * layers * heads * size, 2 * config.hidden_size * config.vocab_size)
 
     def forward(self, prompt: int, completion: int) -> int:
         """One row, scored: its last token is predicted and never read."""

@@ -64,12 +64,8 @@ class Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON file goes"
-    )
-    parser.add_argument(
-        "--cpu", action="store_true", help="run the same on a CPU: shows that this program works, no more"
-    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON file goes")
+    parser.add_argument("--cpu", action="store_true", help="run the same on a CPU: shows that this program works, no more")
     options = parser.parse_args()
     import torch
 
@@ -132,9 +128,7 @@ def train(student: Path, run: Path, *overrides: str, program: Sequence[str] = ("
     command = [sys.executable, *program, "train", str(RECIPE), f"--output={run}", f"--student.model={student}"]
     fixed = [f"--train.steps={STEPS}", "--eval.every=0", "--data.eval_limit=32", f"--grading.reward={reward}:reward"]
     began = time.perf_counter()
-    done = subprocess.run(
-        [*command, *fixed, *overrides], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ)
-    )
+    done = subprocess.run([*command, *fixed, *overrides], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
     steps = [record for record in map(json.loads, lines) if record["event"] == "step"]
     return Run(done.returncode, (done.stdout + done.stderr)[-2000:], time.perf_counter() - began, steps)
@@ -162,9 +156,7 @@ def check_vllm(student: Path, folder: Path, more: Sequence[str]) -> Iterator[Che
         yield from look_at(name, done, BF16_MEAN)
         if done.code == 0:
             yield moved(name, student, run)
-    done = train(
-        student, folder / "deaf", *engine, "--train.steps=40", "--train.learning_rate=2e-3", program=("-c", DEAF)
-    )
+    done = train(student, folder / "deaf", *engine, "--train.steps=40", "--train.learning_rate=2e-3", program=("-c", DEAF))
     told = "does not hold the trainer's weights" in " ".join(done.said.split())
     yield Check("vllm deaf", "steps until the guard stops it", len(done.steps) if told else tail(done), "< 40", told)
 

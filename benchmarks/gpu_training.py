@@ -65,11 +65,7 @@ def measure(options: Options) -> Mapping[str, Any]:
     took = statistics.median(seconds[1:])
     counted = operations(config, lines)
     side = 256 if cpu else 8192
-    fitting = (
-        (512, config.hidden_size, config.intermediate_size)
-        if cpu
-        else (16384, config.hidden_size, config.intermediate_size)
-    )
+    fitting = (512, config.hidden_size, config.intermediate_size) if cpu else (16384, config.hidden_size, config.intermediate_size)
     rates = {
         "card": flops.rate(side, side, side, torch.bfloat16, device.type),
         "fitting": flops.rate(*fitting, torch.bfloat16, device.type),
@@ -202,10 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     given = sys.argv[1:] if argv is None else argv
     if not {"--quick", "-h", "--help"} & set(given) and not torch.cuda.is_available():
-        print(
-            "no GPU: torch.cuda.is_available() is False, so there is nothing to measure; see `nvidia-smi`",
-            file=sys.stderr,
-        )
+        print("no GPU: torch.cuda.is_available() is False, so there is nothing to measure; see `nvidia-smi`", file=sys.stderr)
         return 2
     return run("gpu_training", measure, argv)
 

@@ -53,10 +53,7 @@ def make_world(folder: Path, shape: Shape, threads: int) -> World:
 
     rng, asked = numpy.random.default_rng(0), []
     for row in questions(shape):
-        blocks, path = (
-            Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=numpy.uint8)),
-            folder / f"{row['id']}.jpg",
-        )
+        blocks, path = (Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=numpy.uint8)), folder / f"{row['id']}.jpg")
         blocks.resize(PHOTO, Image.Resampling.BICUBIC).save(path, quality=90)
         asked.append({**row, "images": [str(path)]})
     return World(make_model(folder / "model", shape), shape, asked, threads)
@@ -153,9 +150,7 @@ def serve_ours(pipe: Connection, world: World) -> None:
     script = ours.Script(world.shape)
     with ours.assembled(own, script) as parts:
         trainer, watch, reported = parts.trainer, Stopwatch(), dict[str, Any]()
-        trainer.sampler = dataclasses.replace(
-            trainer.sampler, beside=False
-        )  # the script's rewards go by place in the batch
+        trainer.sampler = dataclasses.replace(trainer.sampler, beside=False)  # the script's rewards go by place in the batch
         trainer.log.listener = lambda step, event, metrics: reported.update(metrics)
         pipe.send(("ready", None))
         while True:
@@ -204,15 +199,10 @@ def serve_theirs(pipe: Connection, world: World) -> None:
             watch.start()
 
     shape = world.shape
-    order = [
-        i for step in range(shape.steps) for i in batch_ids(len(world.asked), shape.questions, 0, step)
-    ]  # our side's
+    order = [i for step in range(shape.steps) for i in batch_ids(len(world.asked), shape.questions, 0, step)]  # our side's
     rows = [world.asked[i] for i in order]
     data = Dataset.from_dict(
-        {
-            "prompt": [[{"role": "user", "content": user_turn(row["prompt"])}] for row in rows],
-            "images": [row["images"] for row in rows],
-        }
+        {"prompt": [[{"role": "user", "content": user_turn(row["prompt"])}] for row in rows], "images": [row["images"] for row in rows]}
     ).cast_column("images", Sequence(ImageFeature()))
     with tempfile.TemporaryDirectory() as folder:
         own = theirs.Theirs(world.model, world.shape, [], world.threads, rows=world.shape.group * 2)
@@ -264,10 +254,7 @@ def table(result: Mapping[str, Any]) -> str:
     questions, group = result["shape"]["questions"], result["shape"]["group"]
     own = result["ratio"]
     return (
-        markdown(
-            ["a step", "images decoded", "preprocessed", "seconds", "processor seconds", "tokens sampled"],
-            rows,
-        )
+        markdown(["a step", "images decoded", "preprocessed", "seconds", "processor seconds", "tokens sampled"], rows)
         + f"\n\n{questions} questions with an image each, {group} rollouts: ours takes **{own['median']:.2f}** ({own['low']:.2f}-"
         f"{own['high']:.2f}) of its time, {result['cpu_ratio']['median']:.2f} of its processor time."
     )

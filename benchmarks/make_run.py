@@ -105,9 +105,7 @@ class Maker:
 
     def _chance(self, question: Question) -> float:
         """Chance of a right plain rollout: some questions are out of reach from the start, and the student learns."""
-        hidden = keyed_random(self.shape.seed, question.id).gauss(
-            {"easy": 1.5, "medium": -0.8, "hard": -3.2}[question.level], 1.2
-        )
+        hidden = keyed_random(self.shape.seed, question.id).gauss({"easy": 1.5, "medium": -0.8, "hard": -3.2}[question.level], 1.2)
         return 1 / (1 + math.exp(-(hidden + self.skill)))
 
     def _wrong(self, question: Question) -> str:
@@ -147,9 +145,7 @@ class Maker:
             prompt = self._render(self.book.render(Draft("bcq", question, {"candidates": shown})))
             first = (gold, negative)[correct_at]
             pool = [gold] * 5 + [negative] * 3 + [first] + [self._wrong(question)]
-            rows.append(
-                Row("bcq", question, prompt, audit, row.replayed, [self.random.choice(pool) for _ in row.answers])
-            )
+            rows.append(Row("bcq", question, prompt, audit, row.replayed, [self.random.choice(pool) for _ in row.answers]))
         listed = tuple(dict.fromkeys(a for a in wrong if a is not None))
         slots = {"answers": listed, "candidates": [self._candidate(a) for a in wrong]}
         prompt = self._render(self.book.render(Draft("ncq", question, slots)))
@@ -175,12 +171,7 @@ class Maker:
         changes = self.buffer.update(results, step)
         entries |= {e.question.id: e.accuracy for e in changes.admitted}
         table = self._table(step, rows, entries)
-        pq.write_table(
-            table,
-            self.log.folder / ROLLOUTS / f"step-{step:06d}.parquet",
-            compression="zstd",
-            row_group_size=ROWS_PER_GROUP,
-        )
+        pq.write_table(table, self.log.folder / ROLLOUTS / f"step-{step:06d}.parquet", compression="zstd", row_group_size=ROWS_PER_GROUP)
         self.log.buffer(step, changes)
         self.log.metrics(step, "step", self._metrics(rows, table, len(hard), len(replayed), changes))
 

@@ -51,21 +51,11 @@ def settings_of(own: Ours, folder: Path) -> Any:
         "student": {"model": str(own.model)},
         "data": {"train": str(folder / "questions.jsonl")},
         "rollout": {"batch_size": shape.questions, "group_size": shape.group, "max_new_tokens": shape.limit},
-        "train": {
-            "steps": shape.steps,
-            "minibatches": 1,
-            "checkpoint_every": 0,
-            "device": "cpu",
-            "threads": own.threads,
-        },
+        "train": {"steps": shape.steps, "minibatches": 1, "checkpoint_every": 0, "device": "cpu", "threads": own.threads},
     }
     if own.method != "grpo":
         summary = {"max_new_tokens": shape.limit // 4}
-        given["teacher"] = {
-            "model": "scripted",
-            "rollout": {"max_new_tokens": shape.limit},
-            "compression": summary,
-        }
+        given["teacher"] = {"model": "scripted", "rollout": {"max_new_tokens": shape.limit}, "compression": summary}
     for section, values in own.settings.items():
         given[section] = {**given.get(section, {}), **values}
     return Settings.model_validate(given)
@@ -100,9 +90,7 @@ class Script:
             self._calls += 1
             size = self.shape.group
             flags = [f for row in correct(len(answered) // size, size, self.trivial, self._calls) for f in row]
-        answers = [
-            a.question.gold if flag else f"x{i % 7}" for i, (flag, a) in enumerate(zip(flags, answered, strict=True))
-        ]
+        answers = [a.question.gold if flag else f"x{i % 7}" for i, (flag, a) in enumerate(zip(flags, answered, strict=True))]
         self._answers |= {a.completion.strip(): answer for a, answer in zip(answered, answers, strict=True)}
         return [Verdict(flag, answer, "script", float(flag)) for flag, answer in zip(flags, answers, strict=True)]
 
@@ -148,9 +136,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
             frozen_models.teachers.append(script)  # type: ignore[arg-type]
             frozen_models.settings_of.append(settings.teacher)
         run = Path(name) / "run"
-        parts = assemble(
-            settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, console, stop
-        )
+        parts = assemble(settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, console, stop)
         run.mkdir()
         parts.trainer.log.open()
         yield parts
@@ -240,12 +226,7 @@ def by_part(watched: dict[str, float], reported: dict[str, Any]) -> dict[str, fl
     """Seconds of sampling, log-probs, forward and backward, teacher, other; of the step; processor seconds; counts."""
     seconds = reported["seconds"]
     logprobs = watched.get("logprobs", 0.0)
-    parts = {
-        "sampling": seconds["sampling"],
-        "logprobs": logprobs,
-        "update": seconds["update"] - logprobs,
-        "teacher": seconds["teacher"],
-    }
+    parts = {"sampling": seconds["sampling"], "logprobs": logprobs, "update": seconds["update"] - logprobs, "teacher": seconds["teacher"]}
     counts = ("student_tokens", "prompt_tokens", "rollouts", "train_tokens_needed", "train_tokens_computed")
     return {
         **parts,

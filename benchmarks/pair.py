@@ -24,9 +24,7 @@ def sides(
         model = make_model(Path(folder) / "model", shape)
         asked = questions(shape)
         order = [i for step in range(shape.steps) for i in batch_ids(len(asked), shape.questions, 0, step)]
-        made: dict[str, Any] = {
-            m: (ours.serve, ours.Ours(model, shape, asked, threads, method=m, **more)) for m in methods
-        }
+        made: dict[str, Any] = {m: (ours.serve, ours.Ours(model, shape, asked, threads, method=m, **more)) for m in methods}
         for rows in peer_rows:
             theirs_own = theirs.Theirs(model, shape, [asked[i] for i in order], threads, rows)
             made[f"trl {rows}"] = (theirs.serve, theirs_own)

@@ -23,9 +23,7 @@ def measure(options: Options) -> Mapping[str, Any]:
     shape = QUICK if options.quick else Shape()
     with tempfile.TemporaryDirectory() as folder:
         model, asked = make_model(Path(folder) / "model", shape), questions(shape)
-        found = {
-            method: _profile(Ours(model, shape, asked, options.threads, method=method)) for method in ("grpo", "zppo")
-        }
+        found = {method: _profile(Ours(model, shape, asked, options.threads, method=method)) for method in ("grpo", "zppo")}
     return {"shape": vars(shape), "trivial": SHARE, "steps": STEPS, "methods": found}
 
 
@@ -92,8 +90,7 @@ def table(result: Mapping[str, Any]) -> str:
         for method, found in result["methods"].items():
             whole = found[part]["seconds"]
             rows += [
-                (method, f"`{o['operator']}`", o["calls"], o["seconds"], f"{o['seconds'] / whole:.0%}")
-                for o in found[part]["operators"]
+                (method, f"`{o['operator']}`", o["calls"], o["seconds"], f"{o['seconds'] / whole:.0%}") for o in found[part]["operators"]
             ]
             for name in ("other_operators", "outside_of_operators"):
                 rows.append((method, name.replace("_", " "), "", found[part][name], f"{found[part][name] / whole:.0%}"))

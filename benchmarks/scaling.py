@@ -64,17 +64,7 @@ def table(result: Mapping[str, Any]) -> str:
         )
         for name, case in result["cases"].items()
     ]
-    header = [
-        "",
-        "**step, ours / TRL**",
-        "processor seconds",
-        "sampling",
-        "training",
-        "peak memory",
-        "our s",
-        "TRL's s",
-        "steps",
-    ]
+    header = ["", "**step, ours / TRL**", "processor seconds", "sampling", "training", "peak memory", "our s", "TRL's s", "steps"]
     return markdown(header, rows)
 
 

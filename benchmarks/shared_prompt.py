@@ -126,9 +126,7 @@ def measure(options: Options) -> Mapping[str, Any]:
                 name: {
                     "cpu": ratio(rows[name], rows["rows"], "cpu"),
                     "kept": held[name][0] / held["rows"][0],
-                    "difference": max(
-                        float((a - b).abs().max()) / biggest for a, b in zip(held[name][1], expected, strict=True)
-                    ),
+                    "difference": max(float((a - b).abs().max()) / biggest for a, b in zip(held[name][1], expected, strict=True)),
                 }
                 for name in ("packs", "cache")
             }
@@ -140,25 +138,14 @@ def table(result: Mapping[str, Any]) -> str:
     rows = [
         [
             case,
-            *(
-                f"**{way['cpu']['median']:.2f}** ({way['cpu']['low']:.2f}-{way['cpu']['high']:.2f})"
-                for way in ways.values()
-            ),
+            *(f"**{way['cpu']['median']:.2f}** ({way['cpu']['low']:.2f}-{way['cpu']['high']:.2f})" for way in ways.values()),
             *(f"{way['kept']:.2f}" for way in ways.values()),
             f"{max(way['difference'] for way in ways.values()):.0e}",
         ]
         for case, ways in result["grid"].items()
     ]
     return markdown(
-        [
-            "prompt x survivors",
-            "time: packs / rows",
-            "cache / rows",
-            "memory: packs / rows",
-            "cache / rows",
-            "gradient difference",
-        ],
-        rows,
+        ["prompt x survivors", "time: packs / rows", "cache / rows", "memory: packs / rows", "cache / rows", "gradient difference"], rows
     )
 
 

@@ -54,10 +54,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _ratios(shares: Mapping[str, Any]) -> str:
     rows = [(f"**{name} / TRL GRPO**", *(span(s["ratios"][n]) for s in shares.values())) for n, name in NAMES.items()]
-    rows += [
-        (f"{name}, in processor seconds", *(span(s["cpu_ratios"][n]) for s in shares.values()))
-        for n, name in NAMES.items()
-    ]
+    rows += [(f"{name}, in processor seconds", *(span(s["cpu_ratios"][n]) for s in shares.values())) for n, name in NAMES.items()]
     rows.append(("tokens computed / needed, GRPO", *(_waste(s["medians"]["grpo"]) for s in shares.values())))
     rows.append(("tokens computed / needed, ZPPO", *(_waste(s["medians"]["zppo"]) for s in shares.values())))
     return markdown(["groups without a gradient", *shares], rows)
@@ -86,9 +83,7 @@ def _floors(shares: Mapping[str, Any]) -> str:
                 floor = row[f"{part}_operations"] / rates[part]
                 cells = (row[f"{part}_operations"] / 1e9, rates[part] / 1e9, floor, row[part], row[part] / floor)
                 rows.append((share, _called(name), part, *cells))
-    return markdown(
-        ["", "", "part", "must do, GFLOP", "matrix product, GFLOP/s", "floor, s", "took, s", "times the floor"], rows
-    )
+    return markdown(["", "", "part", "must do, GFLOP", "matrix product, GFLOP/s", "floor, s", "took, s", "times the floor"], rows)
 
 
 def _memory(shares: Mapping[str, Any]) -> str:

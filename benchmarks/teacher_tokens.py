@@ -121,13 +121,10 @@ def _groups(renderer: Any, asked: Sequence[Any], hard: float, size: int, script:
 def table(result: Mapping[str, Any]) -> str:
     """Shares first."""
     hard: Mapping[str, Any] = result["hard"]
-    rows: list[tuple[Any, ...]] = [
-        ("**tokens written, lazy / literal**", *(f"**{h['written_share']:.2f}**" for h in hard.values()))
-    ]
+    rows: list[tuple[Any, ...]] = [("**tokens written, lazy / literal**", *(f"**{h['written_share']:.2f}**" for h in hard.values()))]
     rows.append(("tokens written and read, lazy / literal", *(f"{h['all_share']:.2f}" for h in hard.values())))
     rows += [
-        (f"tokens written, {name}", *(h[ask]["written"] for h in hard.values()))
-        for name, ask in (("lazy", "lazy"), ("literal", "literal"))
+        (f"tokens written, {name}", *(h[ask]["written"] for h in hard.values())) for name, ask in (("lazy", "lazy"), ("literal", "literal"))
     ]
     rows += [
         (f"questions asked about, {name}", *(h["counts"][ask]["teacher_questions"] for h in hard.values()))

@@ -116,9 +116,7 @@ class Peer:
         import torch
 
         old = watch.timed("logprobs", scores)
-        trainer._get_per_token_logps_and_entropies = lambda *a, **k: (
-            scores(*a, **k) if torch.is_grad_enabled() else old(*a, **k)
-        )
+        trainer._get_per_token_logps_and_entropies = lambda *a, **k: scores(*a, **k) if torch.is_grad_enabled() else old(*a, **k)
 
 
 def serve(pipe: Connection, own: Theirs) -> None:

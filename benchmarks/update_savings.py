@@ -79,8 +79,9 @@ class Variants:
 
     def undropped(self) -> Any:
         """Every row goes through the model, whatever its advantage."""
-        import zppo.train.policy_gradient as module
         from zppo.train.samples import Share
+
+        import zppo.train.policy_gradient as module
 
         updater, real = self.updater(), module.share_minibatch
 
@@ -180,18 +181,13 @@ def measure(options: Options) -> Mapping[str, Any]:
         again = shape.questions // 2
         fixed = {f"{rows} rows": made.fixed_rows(rows) for rows in FIXED_ROWS}
         found["dropped rows"] = {
-            f"{share:.0%}": against(made.undropped(), {"dropped": made.updater()}, made.batch(share), repetitions)
-            for share in SHARES
+            f"{share:.0%}": against(made.undropped(), {"dropped": made.updater()}, made.batch(share), repetitions) for share in SHARES
         }
         for name, long in (("plain", 0), ("with reformulated prompts", again)):
             batch = made.batch(0.5, long)
             found[f"micro-batches, {name}"] = against(made.updater(), fixed, batch, repetitions)
-            found[f"shared prompts, {name}"] = against(
-                made.updater(), {"shared": made.updater(share=True)}, batch, repetitions
-            )
-        found["old log-probs"] = against(
-            made.updater(sampler=False), {"the sampler's": made.updater()}, made.batch(0.5), repetitions
-        )
+            found[f"shared prompts, {name}"] = against(made.updater(), {"shared": made.updater(share=True)}, batch, repetitions)
+        found["old log-probs"] = against(made.updater(sampler=False), {"the sampler's": made.updater()}, made.batch(0.5), repetitions)
     return found
 
 
@@ -208,13 +204,7 @@ def table(result: Mapping[str, Any]) -> str:
         rows.append(line(f"prompts shared, {batch}", pair["plain"], pair["shared"]))
     pair = result["old log-probs"]
     rows.append(line("the sampler's log-probs, not a forward pass", pair["plain"], pair["the sampler's"]))
-    header = [
-        "saving, alone",
-        "processor time with / without",
-        "computed / needed without",
-        "with",
-        "gradient difference",
-    ]
+    header = ["saving, alone", "processor time with / without", "computed / needed without", "with", "gradient difference"]
     return markdown(header, rows)
 
 

@@ -35,9 +35,7 @@ from zppo.train.engine_checks import SamplerCheck
 from zppo.train.learner import OptimizerStep, PartialUpdate, UpdateStopped
 from zppo.train.policy_gradient import PolicyGradient, make_budget
 
-LEARNING_RATE = (
-    1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it
-)
+LEARNING_RATE = 1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it
 
 
 def load(path: str) -> PreTrainedModel:
@@ -45,9 +43,7 @@ def load(path: str) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def make_updater(
-    model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True
-) -> PolicyGradient:
+def make_updater(model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True) -> PolicyGradient:
     """Four minibatches in small micro-batches; vectors learn at half the rate of matrices, and one of them not at all."""
     settings = make_settings(train={"learning_rate": LEARNING_RATE, "tokens_per_microbatch": 60})
     train = settings.train
@@ -70,9 +66,7 @@ def make_updater(
     )
 
 
-def stopped_after_two(
-    updater: PolicyGradient, groups: list[Group], advantages: torch.Tensor, step: int
-) -> PartialUpdate:
+def stopped_after_two(updater: PolicyGradient, groups: list[Group], advantages: torch.Tensor, step: int) -> PartialUpdate:
     """One of the processes is asked to stop before the third update, and all do."""
     inner, done = updater.optimizer.step, [0]
 
@@ -95,9 +89,7 @@ def stopped_after_two(
     raise AssertionError("it did not stop")
 
 
-def train(
-    updater: PolicyGradient, recorded: list[list[Group]], *, stop_in: int | None = None
-) -> list[dict[str, float | None]]:
+def train(updater: PolicyGradient, recorded: list[list[Group]], *, stop_in: int | None = None) -> list[dict[str, float | None]]:
     """All recorded steps; the metrics of each. In step `stop_in` one process is asked to stop before the third update."""
     metrics = []
     for step, groups in enumerate(recorded):
@@ -122,12 +114,7 @@ def distrust(updater: PolicyGradient, recorded: list[list[Group]]) -> list[dict[
 def distil(updater: PolicyGradient, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:
     """One step of on-policy distillation on the same weights and optimizer."""
     distiller = Distillation(
-        updater.forward,
-        ForwardPass(teacher),
-        updater.optimizer,
-        TokenBudget(60),
-        teacher_sampler=None,
-        respond=lambda _: None,
+        updater.forward, ForwardPass(teacher), updater.optimizer, TokenBudget(60), teacher_sampler=None, respond=lambda _: None
     )
     log = StepLog(1)
     distiller.update(groups, [], {}, log)
@@ -175,9 +162,7 @@ def written(updater: PolicyGradient, model: PreTrainedModel, folder: Path) -> di
     return load_file(folder / "model.safetensors")
 
 
-def one(
-    name: str, make: Callable[[], ReplicatedWeights], model_path: str, recorded: list[list[Group]], out: Path
-) -> None:
+def one(name: str, make: Callable[[], ReplicatedWeights], model_path: str, recorded: list[list[Group]], out: Path) -> None:
     """Trains one layout of the weights and writes what one process has to compare with."""
     weights, accelerator = make(), Accelerator(cpu=True)
     processes, model = weights.processes, load(model_path)

@@ -20,11 +20,7 @@ from zppo.errors import ModelError, SettingsError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "lab.yaml"
-MAPPING = {
-    "method": "grpo",
-    "student": {"model": "lab:unreachable/student"},
-    "data": {"train": "lab:unreachable/train"},
-}
+MAPPING = {"method": "grpo", "student": {"model": "lab:unreachable/student"}, "data": {"train": "lab:unreachable/train"}}
 SMALL = {
     "train__steps": 1,
     "rollout__batch_size": 4,
@@ -69,9 +65,7 @@ def test_a_recipe_is_a_path_a_mapping_or_settings() -> None:
     assert zppo.load_recipe(settings) is settings
     assert zppo.load_recipe(settings.model_dump(mode="json")) == settings
     for recipe in (RECIPE, str(RECIPE), settings):
-        changed = zppo.load_recipe(
-            recipe, {"train__steps": 3, "data.eval": None, "student": StudentSettings(model="a/b")}
-        )
+        changed = zppo.load_recipe(recipe, {"train__steps": 3, "data.eval": None, "student": StudentSettings(model="a/b")})
         assert (changed.train.steps, changed.data.eval, changed.student.model) == (3, None, "a/b")
         assert changed == zppo.load_recipe(RECIPE, ["--train.steps=3", "--data.eval=null", "--student={model: a/b}"])
     small = zppo.load_recipe(MAPPING, {"method__replay": True, "grading__reward": Path("mine.py:score")})
@@ -95,9 +89,7 @@ def test_overrides_are_looked_at_as_everywhere(recipe: Any) -> None:
 
 @pytest.mark.parametrize("recipe", [3, None, ["a"]])
 def test_what_is_no_recipe(recipe: Any) -> None:
-    with pytest.raises(
-        SettingsError, match="is no recipe: give the path of one, a mapping as one holds it, or Settings"
-    ):
+    with pytest.raises(SettingsError, match="is no recipe: give the path of one, a mapping as one holds it, or Settings"):
         zppo.train(recipe)
 
 
@@ -117,9 +109,7 @@ def test_what_the_command_looks_at_first_is_looked_at_first(tmp_path: Path) -> N
 
 def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word, from the project's folder."""
-    example = re.findall(
-        r"```python\n(import zppo\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    example = re.findall(r"```python\n(import zppo\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for name in ("recipes", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -129,9 +119,7 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run = found["run"]
     assert len(example) == 1 and len(found["losses"]) == 2 and -1 < found["gained"] < 1
     assert list(run.after) == list(run.before) == ["all", "easy", "medium", "hard"]
-    assert re.fullmatch(
-        r"<TrainedRun runs/two-steps: 2 steps, held-out accuracy: all 0.237 -> 0.\d+, easy .*, hard .*>", repr(run)
-    )
+    assert re.fullmatch(r"<TrainedRun runs/two-steps: 2 steps, held-out accuracy: all 0.237 -> 0.\d+, easy .*, hard .*>", repr(run))
 
 
 @pytest.mark.slow

@@ -35,9 +35,7 @@ class ScriptedTeacher:
         self.answer = answer
         self.calls: list[list[TeacherRequest]] = []
 
-    def complete(
-        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
-    ) -> list[TeacherReply]:
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
         assert how is HOW
         self.calls.append(list(requests))
         replies = []
@@ -137,9 +135,7 @@ def test_failures_and_silence_are_counted_apart() -> None:
 
 def test_an_unfinished_thought_is_no_summary() -> None:
     class Thinking(ScriptedTeacher):
-        def complete(
-            self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
-        ) -> list[TeacherReply]:
+        def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
             return [TeacherReply(("maybe <summary>short</summary>",), think_open=True) for _ in requests]
 
     assert compressor(Thinking()).compress([source("a", None)], 0, StepLog(0)) == [None]
@@ -167,15 +163,10 @@ def test_both_sides_take_the_raw_form_if_one_fails_for_good(failing: str) -> Non
     positives = tuple(source(f"right{i}", index=i) for i in range(6))
     negatives = tuple(source(f"wrong{i}", "9", i) for i in range(6))
     teacher = ScriptedTeacher(lambda text: None if failing in text else f"<summary>short {text}</summary>")
-    (got,) = compressor(teacher, cap=last_words(3)).prepare(
-        [PairRequest("q", positives, negatives, want_pair=True)], 0, StepLog(0)
-    )
+    (got,) = compressor(teacher, cap=last_words(3)).prepare([PairRequest("q", positives, negatives, want_pair=True)], 0, StepLog(0))
     assert got.pair is not None
     assert got.pair_raw
-    assert [c.text for c in got.pair] == [
-        f"right{got.pair[0].index} \\boxed{{7}}",
-        f"wrong{got.pair[1].index} \\boxed{{9}}",
-    ]
+    assert [c.text for c in got.pair] == [f"right{got.pair[0].index} \\boxed{{7}}", f"wrong{got.pair[1].index} \\boxed{{9}}"]
     assert len(teacher.calls) == 4
     assert [sum(failing in text for text in map(str, call)) for call in teacher.calls] == [1, 1, 1, 1]
     assert len(set(teacher.asked)) == len(teacher.asked) == 5
@@ -187,9 +178,7 @@ def test_no_redraws_and_a_pool_of_one() -> None:
     compressor(teacher, redraws=0).prepare([PairRequest("q", many, many, want_pair=True)], 0, StepLog(0))
     assert len(teacher.calls) == 1
     teacher = ScriptedTeacher(lambda text: None)
-    (got,) = compressor(teacher).prepare(
-        [PairRequest("q", many[:1], (many[1], many[1]), want_pair=True)], 0, StepLog(0)
-    )
+    (got,) = compressor(teacher).prepare([PairRequest("q", many[:1], (many[1], many[1]), want_pair=True)], 0, StepLog(0))
     assert got.pair_raw
     assert len(teacher.calls) == 1
 
@@ -218,9 +207,7 @@ def test_all_questions_share_a_round_and_bcq_and_ncq_share_a_summary() -> None:
 def test_a_wrong_candidate_of_ncq_that_fails_takes_its_own_raw_form() -> None:
     wrong = (source("good", "9"), source("very bad indeed", "8", 1), source("good", "9", 2))
     teacher = ScriptedTeacher(lambda text: None if "bad" in text else f"<summary>{text}!</summary>")
-    (got,) = compressor(teacher, cap=last_words(3)).prepare(
-        [PairRequest("q", wrong=wrong, want_wrong=True)], 0, StepLog(0)
-    )
+    (got,) = compressor(teacher, cap=last_words(3)).prepare([PairRequest("q", wrong=wrong, want_wrong=True)], 0, StepLog(0))
     assert [c.text for c in got.wrong] == ["good \\boxed{9}!", "bad indeed \\boxed{8}", "good \\boxed{9}!"]
     assert (got.wrong_raw, got.pair) == (1, None)
     assert len(teacher.calls) == 1

@@ -15,15 +15,7 @@ from zppo.names import MODELS, QUESTIONS, checkpoint_folder, load_object, model_
 
 def test_paths_and_addresses_have_no_scheme() -> None:
     assert scheme_of("lab:unreachable/train") == "lab" and scheme_of("reasoning_gym:x?size=1") == "reasoning_gym"
-    for name in (
-        "train.jsonl",
-        "./lab:x",
-        "C:/train.jsonl",
-        "/a/b:c.jsonl",
-        "a/lab:x",
-        "http://host:8000/v1",
-        "Qwen/Q",
-    ):
+    for name in ("train.jsonl", "./lab:x", "C:/train.jsonl", "/a/b:c.jsonl", "a/lab:x", "http://host:8000/v1", "Qwen/Q"):
         assert scheme_of(name) == ""
 
 

@@ -143,15 +143,11 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert run.go(at=UPDATE, nth=3, do="int") == 130  # the last update of step 1 and two of step 2
     assert "resumed after step 0 of 5 and 3 updates of the next" in run.said
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
-    assert (
-        run.go(at="zppo.train.policy_gradient:step_advantages", do="term") == 143
-    )  # nothing moved: it is saved already
+    assert run.go(at="zppo.train.policy_gradient:step_advantages", do="term") == 143  # nothing moved: it is saved already
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
     assert run.go(at=MANIFEST_MADE, do="term") == 143  # the checkpoint of step 2 is finished first
     assert run.checkpoints() == ["step-000001+2", "step-000002"]
-    assert (
-        run.go(at="zppo.train.policy_gradient:step_advantages", do="int") == 130
-    )  # step 3 is sampled, and no update is done
+    assert run.go(at="zppo.train.policy_gradient:step_advantages", do="int") == 130  # step 3 is sampled, and no update is done
     assert run.checkpoints() == ["step-000002", "step-000002+0"]
     assert run.go(at="zppo.train.trainer:evaluate", do="term") == 143  # after step 4, before its checkpoint
     assert run.checkpoints() == ["step-000002+0", "step-000004"]
@@ -167,9 +163,7 @@ def test_adapters_are_stopped_and_killed_like_all_weights(run: Run, tmp_path: Pa
     assert run.victims.run("train", run.recipe, *SHORT, *lora, f"--output={whole}", run=whole) == 0, run.said
     assert run.victims.run(*run.start, *lora, run=run.folder, at=UPDATE, nth=6, do="term") == 143
     assert run.checkpoints() == ["step-000001+2"]
-    assert (
-        run.go(at="zppo.train.finish:write_model_card") == -signal.SIGKILL
-    )  # they are merged into the weights by then
+    assert run.go(at="zppo.train.finish:write_model_card") == -signal.SIGKILL  # they are merged into the weights by then
     assert run.go() == 0, run.said
     assert records(whole) == records(run.folder)
     names = [p.relative_to(whole) for p in (whole / "final").rglob("*.safetensors")]
@@ -273,9 +267,7 @@ def moody(self: object, requests: list[TeacherRequest], how: TeacherSampling) ->
         number = int.from_bytes(os.urandom(2), "big")
         return None if number % 5 == 0 else f"It is \\boxed{{{number}}}"
 
-    return [
-        TeacherReply(tuple(text() for _ in request.keys), prompt_tokens=1, completion_tokens=1) for request in requests
-    ]
+    return [TeacherReply(tuple(text() for _ in request.keys), prompt_tokens=1, completion_tokens=1) for request in requests]
 
 
 @slow
@@ -321,9 +313,7 @@ def test_changes_since_the_checkpoint_are_said_or_refused(
 
 
 @slow
-def test_an_error_before_the_updates_costs_no_finished_step(
-    run: Run, recipe: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_an_error_before_the_updates_costs_no_finished_step(run: Run, recipe: Path, whole: Path, tmp_path: Path) -> None:
     """A reward function of the user's that breaks in step 4: the three steps before it are saved."""
     function = tmp_path / "reward.py"
     good = (recipe.parent / "reward.py").read_text(encoding="utf-8")
@@ -394,16 +384,8 @@ def test_checkpoints_stand_in_the_order_of_training_and_old_ones_go(kept: Path) 
         (MANIFEST, lambda p: p.write_text("{"), "manifest.json is damaged"),
         (MANIFEST, lambda p: p.write_bytes(b"\xff\x00"), "manifest.json is damaged"),
         (MANIFEST, lambda p: p.write_text('{"files": {}}'), "manifest.json does not name optimizer.pt"),
-        (
-            MANIFEST,
-            lambda p: p.write_text(p.read_text().replace("state.json", "../../x")),
-            "manifest.json does not name",
-        ),
-        (
-            MANIFEST,
-            lambda p: p.write_text(p.read_text().replace("model/config", "../../x")),
-            "outside of the checkpoint",
-        ),
+        (MANIFEST, lambda p: p.write_text(p.read_text().replace("state.json", "../../x")), "manifest.json does not name"),
+        (MANIFEST, lambda p: p.write_text(p.read_text().replace("model/config", "../../x")), "outside of the checkpoint"),
     ],
 )
 def test_every_damage_is_found_and_named(kept: Path, tmp_path: Path, name: str, harm: Any, told: str) -> None:
@@ -448,9 +430,7 @@ def test_an_optimizer_of_other_shapes_is_refused(kept: Path) -> None:
         checkpoint.load_optimizer(kept / "checkpoints" / "step-000004", torch.optim.AdamW(model))
 
 
-def test_what_the_disk_refuses_names_path_and_cause(
-    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_disk_refuses_names_path_and_cause(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file stands where a folder should be; a read-only disk is played, as these tests may run as root."""
     run = tmp_path / "run"
     run.mkdir()
@@ -470,9 +450,7 @@ def test_what_the_disk_refuses_names_path_and_cause(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(
-        StorageError, match="metrics.jsonl cannot be written: Read-only file system. Make that disk writable"
-    ):
+    with pytest.raises(StorageError, match="metrics.jsonl cannot be written: Read-only file system. Make that disk writable"):
         log.metrics(1, "step", {})
     with pytest.raises(StorageError, match="buffer.jsonl cannot be written"):
         log.buffer(1, Changes())
@@ -506,15 +484,11 @@ def test_rewinding_keeps_what_belongs_to_the_checkpoint(tmp_path: Path) -> None:
 def collected_step() -> MidStep:
     """A step with everything in it that is hard to store."""
     odd = 'a "quote"\n\ud800 \U0001f600 \x00'
-    question = Question(
-        "q/1", (Message("system", odd), Message("user", "2 + 2 = ?")), "4", (ImageRef("a.png", "00"),), "easy"
-    )
+    question = Question("q/1", (Message("system", odd), Message("user", "2 + 2 = ?")), "4", (ImageRef("a.png", "00"),), "easy")
     nan = float("nan")
 
     def group(kind: str, forced: tuple[int, ...], *lengths: int) -> RolloutGroup:
-        prompt = Prompt(
-            kind, question, question.messages, (1, 2, 3), True, question.images, forced, {"listed": ["5", odd]}
-        )
+        prompt = Prompt(kind, question, question.messages, (1, 2, 3), True, question.images, forced, {"listed": ["5", odd]})
         rollouts = [
             Rollout(
                 torch.arange(n),
@@ -536,9 +510,7 @@ def collected_step() -> MidStep:
     responses = {"q/1": (Source(odd, None, 2, 0.5, True),)}
     log = StepLog(4, {"asked": 1.0, "none": None}, errors={"teacher": "no answer"})
     log.go_on({"step": 1.5, "sampling": 1.0})
-    partial = PartialUpdate(
-        2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)]
-    )
+    partial = PartialUpdate(2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)])
     return MidStep(StepRollouts(1, ("q/1",), plain, reformulated, responses), log, partial)
 
 

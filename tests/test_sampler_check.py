@@ -46,9 +46,7 @@ def checked(model: Any, tolerance: float = 1e-4, **settings: Any) -> tuple[Polic
     return updater, said
 
 
-def gradients(
-    updater: PolicyGradient, groups: list[Group], steps: int = 1
-) -> tuple[list[list[torch.Tensor]], dict[str, Any]]:
+def gradients(updater: PolicyGradient, groups: list[Group], steps: int = 1) -> tuple[list[list[torch.Tensor]], dict[str, Any]]:
     recorder, metrics = Recorder(updater), {}
     for step in range(1, steps + 1):
         metrics = update(updater, groups, step_advantages(groups, "nontrivial"), step)
@@ -57,18 +55,13 @@ def gradients(
 
 def assert_equal(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]]) -> None:
     assert len(ours) == len(theirs)
-    assert all(
-        torch.equal(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)
-    )
+    assert all(torch.equal(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True))
 
 
 def test_an_honest_sampler_is_trusted_and_no_pass_is_added(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS, shift=0.0)
-    (plain, wanted), (updater, said) = (
-        gradients(make_updater(copy.deepcopy(model), minibatches=2), groups),
-        checked(model),
-    )
+    (plain, wanted), (updater, said) = (gradients(make_updater(copy.deepcopy(model), minibatches=2), groups), checked(model))
     passes: list[int] = []
     updater.optimizer.model.register_forward_hook(lambda *_: passes.append(1))
     backward: list[int] = []

@@ -34,9 +34,7 @@ def load(path: Path) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def make_groups(
-    model: PreTrainedModel, rewards: list[list[float]], *, seed: int = 0, shift: float = 0.3
-) -> list[Group]:
+def make_groups(model: PreTrainedModel, rewards: list[list[float]], *, seed: int = 0, shift: float = 0.3) -> list[Group]:
     """Groups of random rollouts of mixed lengths, with old log-probs near the model's own."""
     rng = torch.Generator().manual_seed(seed)
     groups = []
@@ -62,42 +60,24 @@ def make_settings(**sections: Any) -> Settings:
 
 
 def make_updater(
-    model: PreTrainedModel,
-    *,
-    precision: str = "no",
-    sampler: bool = True,
-    sharing: Sharing | None = None,
-    **train_settings: Any,
+    model: PreTrainedModel, *, precision: str = "no", sampler: bool = True, sharing: Sharing | None = None, **train_settings: Any
 ) -> PolicyGradient:
     settings = make_settings(train={"minibatches": 1, "learning_rate": 1e-3, **train_settings})
     train = settings.train
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
+        model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.adam_eps, weight_decay=train.weight_decay
     )
     AcceleratorState._reset_state(True)  # one process may set its precision once; tests use several
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, ReplicatedWeights(Processes()))
     return PolicyGradient(
-        settings,
-        ForwardPass(prepared),
-        step,
-        make_budget(train, sharded=False),
-        sampler_is_exact=sampler,
-        sharing=sharing,
+        settings, ForwardPass(prepared), step, make_budget(train, sharded=False), sampler_is_exact=sampler, sharing=sharing
     )
 
 
 def update(
-    learner: PolicyGradient,
-    groups: list[Group],
-    advantages: torch.Tensor,
-    step: int,
-    partial: PartialUpdate | None = None,
+    learner: PolicyGradient, groups: list[Group], advantages: torch.Tensor, step: int, partial: PartialUpdate | None = None
 ) -> dict[str, Any]:
     """The optimizer steps of one step; its metrics."""
     log = StepLog(step)
@@ -119,9 +99,7 @@ class Recorder:
         updater.optimizer.optimizer.step = step  # type: ignore[method-assign, assignment]
 
 
-def plain_gradients(
-    model: PreTrainedModel, rows: list[tuple[Group, Rollout, float]], clip: float
-) -> list[torch.Tensor]:
+def plain_gradients(model: PreTrainedModel, rows: list[tuple[Group, Rollout, float]], clip: float) -> list[torch.Tensor]:
     """Every row on its own, zero advantages included, no padding: the formula of method.md section 6."""
     model.zero_grad()
     denominator = sum(len(r.ids) for _, r, _ in rows)
@@ -129,10 +107,7 @@ def plain_gradients(
         ids = torch.cat([torch.tensor(group.prompt.ids), rollout.ids])[None]
         logits = model(ids).logits[0, len(group.prompt.ids) - 1 : -1]
         logprobs = logits.log_softmax(-1).gather(1, rollout.ids[:, None])[:, 0]
-        loss = (
-            clipped_surrogate(logprobs[None], rollout.logprobs[None], torch.tensor([advantage])).loss.sum()
-            / denominator
-        )
+        loss = clipped_surrogate(logprobs[None], rollout.logprobs[None], torch.tensor([advantage])).loss.sum() / denominator
         loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]

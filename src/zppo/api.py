@@ -100,9 +100,7 @@ class Evaluated:
         return f"<Evaluated {self.folder}: {figures or 'no results'}>"
 
 
-def train(
-    recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console | None = None, **overrides: Any
-) -> TrainedRun:
+def train(recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console | None = None, **overrides: Any) -> TrainedRun:
     """Train by a recipe, as `zppo train` does; returns when the run is finished.
 
     Args:

@@ -107,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; recipes/my-data.yaml is one to copy")
-    train.add_argument(
-        "--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded"
-    )
+    train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
     train.set_defaults(run=_train)
     train.more = _settings_help
 
@@ -118,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.set_defaults(run=_resume)
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
-    _add_bootstrap(
-        commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are")
-    )
+    _add_bootstrap(commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are"))
     _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
     add_commands(commands)
     add_serve(commands)
@@ -137,9 +133,7 @@ def _add_bootstrap(bootstrap: argparse.ArgumentParser) -> None:
         nargs="+",
         help="columns scale, method, family, benchmark, accuracy (percent); or eval.json files of `zppo eval`",
     )
-    bootstrap.add_argument(
-        "--minuend", metavar="METHOD", help="only this method minus each other one (default: every pair)"
-    )
+    bootstrap.add_argument("--minuend", metavar="METHOD", help="only this method minus each other one (default: every pair)")
     bootstrap.add_argument("--resamples", type=int, default=10_000, help="default: 10000")
     bootstrap.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
     bootstrap.add_argument("--csv", type=Path, metavar="OUT", help="write the intervals to this file too")
@@ -147,76 +141,46 @@ def _add_bootstrap(bootstrap: argparse.ArgumentParser) -> None:
 
 
 def _add_cost(cost: argparse.ArgumentParser) -> None:
-    cost.add_argument(
-        "target", nargs="?", type=Path, metavar="RECIPE|RUN", help="a recipe (planned) or a run folder (as run)"
-    )
+    cost.add_argument("target", nargs="?", type=Path, metavar="RECIPE|RUN", help="a recipe (planned) or a run folder (as run)")
     cost.add_argument("--paper", action="store_true", help="the paper's figures (Tab. 9) beside a count from its sizes")
-    cost.add_argument(
-        "--student-params", metavar="N", help="0.8e9 or 0.8B; by default found in the checkpoint or the model's name"
-    )
+    cost.add_argument("--student-params", metavar="N", help="0.8e9 or 0.8B; by default found in the checkpoint or the model's name")
     cost.add_argument("--teacher-params", metavar="N", help="the same for the teacher")
     cost.add_argument("--judge-params", metavar="N", help="the same for a judge that is not the teacher")
     of_recipe = cost.add_argument_group("of a recipe; without them, the most that it can cost")
     of_recipe.add_argument("--mean-prompt", type=float, metavar="TOKENS", help="plain prompts")
     of_recipe.add_argument("--mean-completion", type=float, metavar="TOKENS", help="student rollouts")
     of_recipe.add_argument("--mean-teacher-completion", type=float, metavar="TOKENS", help="teacher rollouts")
-    of_recipe.add_argument(
-        "--hard-share", type=float, default=1.0, metavar="SHARE", help="of plain questions that are hard"
-    )
-    of_recipe.add_argument(
-        "--solved-share", type=float, default=1.0, metavar="SHARE", help="of hard questions that the teacher solves"
-    )
-    of_recipe.add_argument(
-        "--live-share", type=float, default=1.0, metavar="SHARE", help="of tokens in rows whose advantage is not 0"
-    )
-    of_recipe.add_argument(
-        "--questions", type=int, metavar="N", help="training questions, instead of reading data.train"
-    )
-    of_recipe.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; may be repeated"
-    )
+    of_recipe.add_argument("--hard-share", type=float, default=1.0, metavar="SHARE", help="of plain questions that are hard")
+    of_recipe.add_argument("--solved-share", type=float, default=1.0, metavar="SHARE", help="of hard questions that the teacher solves")
+    of_recipe.add_argument("--live-share", type=float, default=1.0, metavar="SHARE", help="of tokens in rows whose advantage is not 0")
+    of_recipe.add_argument("--questions", type=int, metavar="N", help="training questions, instead of reading data.train")
+    of_recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; may be repeated")
     cost.set_defaults(run=_cost)
 
 
 def _add_lab(lab: argparse.ArgumentParser) -> None:
     commands = lab.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make the student and the teacher of a world anew")
-    build.add_argument(
-        "world", metavar="WORLD", help="unreachable, reachable, vision, or the settings file of a world of your own"
-    )
+    build.add_argument("world", metavar="WORLD", help="unreachable, reachable, vision, or the settings file of a world of your own")
     build.add_argument("--out", type=Path, metavar="DIR", help="where to put them (default: runs/lab/WORLD)")
     build.add_argument("--seed", type=int, default=0, help="of corpus and weights (default: 0)")
     build.add_argument("--steps", type=int, help="fewer pretraining steps than the world asks for")
-    build.add_argument(
-        "--no-teacher", action="store_true", help="the student alone, where the teacher of a like world serves"
-    )
+    build.add_argument("--no-teacher", action="store_true", help="the student alone, where the teacher of a like world serves")
     build.set_defaults(run=_lab_build)
     questions = commands.add_parser("questions", help="show some questions of a world")
     questions.add_argument("--world", default="unreachable", help="default: unreachable")
     questions.add_argument("--level", help="a level by name, or by number from 1 (default: all)")
-    questions.add_argument(
-        "--split", choices=("train", "test", "seen", "study"), default="train", help="default: train"
-    )
+    questions.add_argument("--split", choices=("train", "test", "seen", "study"), default="train", help="default: train")
     questions.add_argument("--n", type=int, default=5, help="how many (default: 5)")
     questions.set_defaults(run=_lab_questions)
     study = commands.add_parser("study", help="run a grid of methods, seeds and students, and print its tables")
-    study.add_argument(
-        "recipes", nargs="*", type=Path, metavar="RECIPE", help="lab recipes; none: print the tables of --rows"
-    )
-    study.add_argument(
-        "--methods", default="grpo-replay,zppo,zppo-placebo", help="comma-separated; NAME-matched takes ZPPO's rollouts"
-    )
+    study.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="lab recipes; none: print the tables of --rows")
+    study.add_argument("--methods", default="grpo-replay,zppo,zppo-placebo", help="comma-separated; NAME-matched takes ZPPO's rollouts")
     study.add_argument("--seeds", default="0-2", help="e.g. 0-7 or 0,3,5 (default: 0-2)")
     study.add_argument("--students", default="", help="comma-separated models instead of the recipes' own")
-    study.add_argument(
-        "--rows", type=Path, default=Path("runs/study.jsonl"), help="one line per finished run; appended to"
-    )
-    study.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: cores)"
-    )
-    study.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs; may be repeated"
-    )
+    study.add_argument("--rows", type=Path, default=Path("runs/study.jsonl"), help="one line per finished run; appended to")
+    study.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: cores)")
+    study.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs; may be repeated")
     study.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     study.set_defaults(run=_lab_study)
 
@@ -231,9 +195,7 @@ def _train(options: argparse.Namespace) -> None:
     from zppo.config.recipe import load_recipe
 
     if options.recipe is None:
-        raise SettingsError(
-            "zppo train needs a recipe: zppo train RECIPE [--key=value ...]; recipes/my-data.yaml is one to copy"
-        )
+        raise SettingsError("zppo train needs a recipe: zppo train RECIPE [--key=value ...]; recipes/my-data.yaml is one to copy")
     settings = load_recipe(options.recipe, options.overrides)
     name = Path(options.recipe).stem
     if options.dry_run:
@@ -251,13 +213,7 @@ def _train(options: argparse.Namespace) -> None:
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
         seeing, eval_seeing = (sum(bool(q.images) for q in part) for part in (train, held_out))
         plan = make_plan(
-            settings,
-            len(train),
-            len(held_out),
-            judged=judged,
-            eval_judged=eval_judged,
-            seeing=seeing,
-            eval_seeing=eval_seeing,
+            settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged, seeing=seeing, eval_seeing=eval_seeing
         )
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
@@ -301,9 +257,7 @@ def _methods(options: argparse.Namespace) -> None:
 def _bootstrap(options: argparse.Namespace) -> None:
     from zppo.report.bootstrap import bootstrap_command
 
-    bootstrap_command(
-        options.tables, minuend=options.minuend, resamples=options.resamples, seed=options.seed, out=options.csv
-    )
+    bootstrap_command(options.tables, minuend=options.minuend, resamples=options.resamples, seed=options.seed, out=options.csv)
 
 
 def _eval_compare(options: argparse.Namespace) -> None:
@@ -363,9 +317,7 @@ def _lab_study(options: argparse.Namespace) -> None:
         students = [s for s in options.students.split(",") if s]
         cells = list(grid(options.recipes, options.methods.split(","), _numbers(options.seeds), students))
         extra = [f"--{setting}" for setting in options.set]
-        failed = run_study(
-            cells, options.rows, jobs=max(1, options.jobs), work=Path("runs/study"), extra=extra, console=console
-        )
+        failed = run_study(cells, options.rows, jobs=max(1, options.jobs), work=Path("runs/study"), extra=extra, console=console)
     print_study(options.rows, console, markdown=options.markdown)
     if failed:
         raise SettingsError(f"{failed} runs failed; the same command runs them again")
@@ -392,6 +344,4 @@ def _print_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(
-        Text(f"{_rank()}Error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True
-    )
+    Console(stderr=True).print(Text(f"{_rank()}Error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True)

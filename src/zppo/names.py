@@ -62,9 +62,7 @@ def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
     if not colon or not place or not name:
         raise error(f"{what} {spec!r} has no module and name: write package.module:name or path/to/file.py:name")
     try:
-        target: Any = (
-            _module_of_file(Path(place), spec, what, error) if place.endswith(".py") else importlib.import_module(place)
-        )
+        target: Any = _module_of_file(Path(place), spec, what, error) if place.endswith(".py") else importlib.import_module(place)
     except error:
         raise
     except Exception as cause:
@@ -77,17 +75,13 @@ def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
             raise error(f"{what} {spec!r}: {place!r} has no {name!r}. Check the spelling.")
         target = getattr(target, part)
     if not callable(target):
-        raise error(
-            f"{what} {spec!r} is a {type(target).__name__}, which cannot be called. Name a function or a class."
-        )
+        raise error(f"{what} {spec!r} is a {type(target).__name__}, which cannot be called. Name a function or a class.")
     return target
 
 
 def _module_of_file(path: Path, spec: str, what: str, error: type[ZPPOError]) -> ModuleType:
     if not path.is_file():
-        raise error(
-            f"{what} {spec!r}: there is no file {str(path)!r}. Give a path from where you run, or an import path."
-        )
+        raise error(f"{what} {spec!r}: there is no file {str(path)!r}. Give a path from where you run, or an import path.")
     name = f"zppo_user_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -103,9 +103,7 @@ def show(value: Any) -> str:
 
 
 def _wrap(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, _HELP_WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
-    )
+    return textwrap.wrap(text, _HELP_WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
 def _walk(model: type[BaseModel], prefix: str, instance: BaseModel | None) -> Iterator[Key]:
@@ -145,12 +143,7 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _bounded(words: str, metadata: Sequence[Any]) -> str:
-    bounds = [
-        f"{sign} {getattr(bound, attribute):g}"
-        for bound in metadata
-        for kind, attribute, sign in _BOUNDS
-        if isinstance(bound, kind)
-    ]
+    bounds = [f"{sign} {getattr(bound, attribute):g}" for bound in metadata for kind, attribute, sign in _BOUNDS if isinstance(bound, kind)]
     return f"{words} {' and '.join(bounds)}" if bounds else words
 
 

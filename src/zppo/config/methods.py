@@ -59,15 +59,9 @@ class Method:
             return "divergence from the teacher on its correct responses"
         if self.loss == "on-distill":
             return "divergence from the teacher on the student's rollouts"
-        plain = (
-            "plain groups, one wrong rollout of a hard one replaced by a teacher response"
-            if self.teacher_response
-            else "plain groups"
-        )
+        plain = "plain groups, one wrong rollout of a hard one replaced by a teacher response" if self.teacher_response else "plain groups"
         again = " + ".join(kind if ":" in kind else kind.upper() for kind in self.reformulations)
-        again += {"none": "", "placebo": " as the plain question", "scrambled": " with another question's candidates"}[
-            self.control
-        ]
+        again += {"none": "", "placebo": " as the plain question", "scrambled": " with another question's candidates"}[self.control]
         return f"{plain} + {again}" if self.reformulations else plain
 
     def problem(self) -> str:

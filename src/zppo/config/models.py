@@ -23,17 +23,12 @@ class RemoteSettings(BaseModel):
         (), description="addresses of servers, e.g. [http://localhost:8000/v1]; empty: the model runs in this process"
     )
     key_env: str = Field(
-        "OPENAI_API_KEY",
-        description="name of the environment variable that holds the key for base_urls; empty or not set: no key is sent",
+        "OPENAI_API_KEY", description="name of the environment variable that holds the key for base_urls; empty or not set: no key is sent"
     )
     concurrency: int = Field(64, ge=1, description="requests to base_urls that are under way at once, all together")
-    deadline: float = Field(
-        600.0, gt=0, description="seconds for one attempt of a request to base_urls, to its last byte"
-    )
+    deadline: float = Field(600.0, gt=0, description="seconds for one attempt of a request to base_urls, to its last byte")
     retry_for: float = Field(
-        600.0,
-        ge=0,
-        description="seconds for which a request to base_urls is tried again, and after which a silent teacher counts as down",
+        600.0, ge=0, description="seconds for which a request to base_urls is tried again, and after which a silent teacher counts as down"
     )
 
     @field_validator("base_urls")
@@ -74,9 +69,7 @@ class RemoteSettings(BaseModel):
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values never change after parsing."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class SamplingSettings(Section):
@@ -98,9 +91,7 @@ class ModelSettings(Section):
     model: str = Field(description="folder or hub name of a transformers checkpoint, or lab:<world>/<student|teacher>")
     revision: str | None = Field(None, description="revision on the hub")
     template: Path | None = Field(None, description="chat template (a jinja file) instead of the tokenizer's own")
-    template_args: dict[str, Any] = Field(
-        {}, description="arguments of the chat template, e.g. {enable_thinking: true}"
-    )
+    template_args: dict[str, Any] = Field({}, description="arguments of the chat template, e.g. {enable_thinking: true}")
     attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
 
 
@@ -110,12 +101,8 @@ class TeacherUse(SamplingSettings):
     thinks: ClassVar[bool] = True
     """False where the token limit has no room for thoughts."""
 
-    template_args: dict[str, Any] = Field(
-        {}, description="chat-template arguments for this use, over teacher.template_args"
-    )
-    extra_body: dict[str, Any] = Field(
-        {}, description="fields of requests to base_urls, over all others; null leaves a field out"
-    )
+    template_args: dict[str, Any] = Field({}, description="chat-template arguments for this use, over teacher.template_args")
+    extra_body: dict[str, Any] = Field({}, description="fields of requests to base_urls, over all others; null leaves a field out")
 
 
 class CompressionSettings(TeacherUse):
@@ -144,12 +131,9 @@ class JudgeUse(TeacherUse):
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     max_new_tokens: int = Field(512, ge=1, description="token limit of a verdict")
     template_args: dict[str, Any] = Field(
-        {"enable_thinking": False},
-        description="chat-template arguments for judging; thinking would eat the token limit",
+        {"enable_thinking": False}, description="chat-template arguments for judging; thinking would eat the token limit"
     )
-    response_tokens: int = Field(
-        4096, ge=1, description="the judge reads at most so many tokens of a completion, its last ones"
-    )
+    response_tokens: int = Field(4096, ge=1, description="the judge reads at most so many tokens of a completion, its last ones")
 
 
 class FrozenModelSettings(ModelSettings, RemoteSettings):
@@ -166,16 +150,12 @@ class FrozenModelSettings(ModelSettings, RemoteSettings):
         if self.base_urls:
             for name in ("revision", "template", "attention", "device"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name} is set, and base_urls too: there the server decides it; leave one of the two out"
-                    )
+                    raise ValueError(f"{name} is set, and base_urls too: there the server decides it; leave one of the two out")
             return self
         for name, use in self.uses().items():
             if use.extra_body:
                 key = f"{name}.extra_body".lstrip(".")
-                raise ValueError(
-                    f"{key} is set, and base_urls is not: it holds fields of HTTP requests; set base_urls, or leave it out"
-                )
+                raise ValueError(f"{key} is set, and base_urls is not: it holds fields of HTTP requests; set base_urls, or leave it out")
         return self
 
     def uses(self) -> dict[str, TeacherUse]:
@@ -203,8 +183,7 @@ class TeacherSettings(FrozenModelSettings):
     """The frozen teacher."""
 
     ask: Literal["lazy", "all"] = Field(
-        "lazy",
-        description="lazy: hardest questions first until the cap is full; all: Algorithm 1 to the letter; the batches are the same",
+        "lazy", description="lazy: hardest questions first until the cap is full; all: Algorithm 1 to the letter; the batches are the same"
     )
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
     hint: HintSettings = Field(HintSettings(), description="hints of the method hint")

@@ -32,9 +32,7 @@ _UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|tuple\[.*\]")
 Bases = tuple[Path, ...]
 
 
-def load_recipe(
-    recipe: str | Path | Mapping[str, Any] | Settings, overrides: Sequence[str] | Mapping[str, Any] = ()
-) -> Settings:
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Settings, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Settings:
     """The settings of a recipe with overrides applied.
 
     Relative paths in a file are looked for beside it, then in the working directory; all others in the working directory. `lab:` names
@@ -61,9 +59,7 @@ def load_recipe(
     else:
         raw, source, bases = _plain(recipe), "the recipe", (Path.cwd(),)
         if not isinstance(raw, dict):
-            raise SettingsError(
-                f"{show(recipe)!r} is no recipe: give the path of one, a mapping as one holds it, or Settings"
-            )
+            raise SettingsError(f"{show(recipe)!r} is no recipe: give the path of one, a mapping as one holds it, or Settings")
     served = _served(raw, given)
     data = _anchor(raw, bases, served)
     problems = []
@@ -166,9 +162,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"there is no recipe {path} (working directory {Path.cwd()}); recipes/my-data.yaml of the project is one to copy"
         ) from error
     except OSError as error:
-        raise SettingsError(
-            f"the recipe {path} cannot be read ({error.strerror}); check that it is a file that you may read"
-        ) from error
+        raise SettingsError(f"the recipe {path} cannot be read ({error.strerror}); check that it is a file that you may read") from error
     except UnicodeDecodeError as error:
         raise SettingsError(
             f"the recipe {path} is not UTF-8 (byte {error.start + 1} is 0x{error.object[error.start]:02x}); save it as UTF-8"
@@ -322,14 +316,8 @@ def _problem(details: ErrorDetails, overridden: Mapping[str, str]) -> str:
         parts.pop()
     key = known_keys().get(".".join(parts))
     if details["type"] == "missing" and key is not None:
-        wanted = [
-            k.name
-            for k in known_keys().values()
-            if k.required and not k.section and f"{k.name}.".startswith(f"{name}.")
-        ]
-        return (
-            f"{name} is missing ({key.description}); set {', '.join(wanted)} in the recipe or with --{wanted[0]}=VALUE"
-        )
+        wanted = [k.name for k in known_keys().values() if k.required and not k.section and f"{k.name}.".startswith(f"{name}.")]
+        return f"{name} is missing ({key.description}); set {', '.join(wanted)} in the recipe or with --{wanted[0]}=VALUE"
     if details["type"] == "value_error" or key is None:
         message = details["msg"].removeprefix("Value error, ")
         return f"{name}: {message}" if name else message

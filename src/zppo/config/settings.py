@@ -10,15 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from zppo.config.methods import METHODS, Control, Estimator, Method
-from zppo.config.models import (
-    FrozenModelSettings,
-    JudgeSettings,
-    JudgeUse,
-    ModelSettings,
-    SamplingSettings,
-    Section,
-    TeacherSettings,
-)
+from zppo.config.models import FrozenModelSettings, JudgeSettings, JudgeUse, ModelSettings, SamplingSettings, Section, TeacherSettings
 from zppo.core.reformulate import REFORMULATIONS
 from zppo.data.files import Reading
 from zppo.data.reasoning_gym import check_apart
@@ -35,15 +27,10 @@ class MethodSettings(Section):
     name: str = Field("zppo", description="row of the methods table (`zppo methods` prints it)")
     replay: bool | None = Field(None, description="override: replay hard questions from the buffer")
     reformulations: tuple[str, ...] | None = Field(
-        None,
-        description="override: kinds of reformulated prompts (bcq, ncq, hint, prefix, or package.module:Class of your own)",
+        None, description="override: kinds of reformulated prompts (bcq, ncq, hint, prefix, or package.module:Class of your own)"
     )
-    teacher_response: bool | None = Field(
-        None, description="override: a teacher response replaces a wrong rollout of a hard group"
-    )
-    control: Control | None = Field(
-        None, description="override: placebo or scrambled content of the reformulated prompts"
-    )
+    teacher_response: bool | None = Field(None, description="override: a teacher response replaces a wrong rollout of a hard group")
+    control: Control | None = Field(None, description="override: placebo or scrambled content of the reformulated prompts")
 
     @model_validator(mode="after")
     def _possible(self) -> MethodSettings:
@@ -55,9 +42,7 @@ class MethodSettings(Section):
                     f"{kind!r} is no reformulation; known: {', '.join(sorted(REFORMULATIONS))}, or package.module:Class of your own"
                 )
         if problem := self.resolve().problem():
-            raise ValueError(
-                f"method {self.name!r} with these overrides cannot train: {problem}; `zppo methods` lists what can"
-            )
+            raise ValueError(f"method {self.name!r} with these overrides cannot train: {problem}; `zppo methods` lists what can")
         return self
 
     def resolve(self) -> Method:
@@ -70,44 +55,30 @@ class ColumnSettings(Section):
     """Which column of the data holds what; `a.b` is the value under b of the object in column a."""
 
     prompt: str = Field("prompt", description="the question as text")
-    messages: str = Field(
-        "messages", description="the question as a list of {role, content}; used where the row has it"
-    )
+    messages: str = Field("messages", description="the question as a list of {role, content}; used where the row has it")
     answer: str = Field("answer", description="the right answer")
     images: str = Field(
-        USUAL_IMAGES,
-        description="an image or a list of them: paths relative to the data file, bytes, or data: URLs; '' for none",
+        USUAL_IMAGES, description="an image or a list of them: paths relative to the data file, bytes, or data: URLs; '' for none"
     )
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
-    grading: str = Field(
-        "grading", description="rule or judge: who grades the question; rows without the column go by rule"
-    )
+    grading: str = Field("grading", description="rule or judge: who grades the question; rows without the column go by rule")
 
 
 class ImageSettings(Section):
     """Images of questions (docs/images.md)."""
 
-    min_pixels: int = Field(
-        PixelLimits().min_pixels, ge=1, description="smaller images are enlarged to about so many pixels"
-    )
-    max_pixels: int = Field(
-        PixelLimits().max_pixels, ge=1, description="larger images are reduced to about so many pixels"
-    )
+    min_pixels: int = Field(PixelLimits().min_pixels, ge=1, description="smaller images are enlarged to about so many pixels")
+    max_pixels: int = Field(PixelLimits().max_pixels, ge=1, description="larger images are reduced to about so many pixels")
     folder: Path | None = Field(
-        None,
-        description="where images are kept that come as bytes; empty: $ZPPO_CACHE/images, or zppo/images in the user's cache folder",
+        None, description="where images are kept that come as bytes; empty: $ZPPO_CACHE/images, or zppo/images in the user's cache folder"
     )
-    cache_gib: float = Field(
-        4.0, gt=0, description="memory for the preprocessed images of a step; what is over it is preprocessed again"
-    )
+    cache_gib: float = Field(4.0, gt=0, description="memory for the preprocessed images of a step; what is over it is preprocessed again")
 
     @model_validator(mode="after")
     def _some_size(self) -> ImageSettings:
         if self.min_pixels > self.max_pixels:
-            raise ValueError(
-                f"min_pixels is {self.min_pixels}, more than max_pixels, which is {self.max_pixels}; exchange them"
-            )
+            raise ValueError(f"min_pixels is {self.min_pixels}, more than max_pixels, which is {self.max_pixels}; exchange them")
         return self
 
 
@@ -118,16 +89,12 @@ class DataSettings(Section):
         description="JSON lines, JSON, CSV or parquet file, a folder of such files or of save_to_disk, hub:<owner>/<name>, "
         "reasoning_gym:<task>, or lab:<world>/train"
     )
-    eval: str | None = Field(
-        None, description="held-out questions, from the same kinds of source; empty: no evaluation"
-    )
+    eval: str | None = Field(None, description="held-out questions, from the same kinds of source; empty: no evaluation")
     config: str | None = Field(None, description="configuration of a hub set or of a folder laid out like one")
     split: str = Field("train", min_length=1, description="split of a hub set or a folder that the student trains on")
     eval_split: str = Field("test", min_length=1, description="split of a hub set or a folder that is held out")
     revision: str | None = Field(None, description="revision of a hub set: a commit, a tag or a branch")
-    streaming: bool = Field(
-        False, description="read the first `limit` rows of a hub set one by one instead of downloading it; needs limit"
-    )
+    streaming: bool = Field(False, description="read the first `limit` rows of a hub set one by one instead of downloading it; needs limit")
     columns: ColumnSettings = Field(ColumnSettings(), description="names of the columns")
     images: ImageSettings = Field(ImageSettings(), description="how images are kept, and shown to models")
     answer_after: str | None = Field(
@@ -174,24 +141,17 @@ class VLLMSettings(Section):
     """vLLM as the student's sampling engine (docs/vllm.md)."""
 
     mode: Literal["colocate", "server"] = Field(
-        "colocate",
-        description="colocate: in the training process, on its GPU; server: in a `vllm serve` with GPUs of its own",
+        "colocate", description="colocate: in the training process, on its GPU; server: in a `vllm serve` with GPUs of its own"
     )
-    base_url: str = Field(
-        "http://localhost:8000", pattern=r"^https?://[^@\s]+$", description="server: where it listens"
-    )
+    base_url: str = Field("http://localhost:8000", pattern=r"^https?://[^@\s]+$", description="server: where it listens")
     group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent")
     gpu_memory_utilization: float = Field(
         0.3, gt=0, le=1, description="colocate: share of the GPU's memory for vLLM; the rest is for training"
     )
     max_model_length: int | None = Field(
-        None,
-        ge=1,
-        description="most tokens of prompt and completion; empty: the model's context, which may need much memory",
+        None, ge=1, description="most tokens of prompt and completion; empty: the model's context, which may need much memory"
     )
-    enable_sleep_mode: bool = Field(
-        False, description="colocate: give vLLM's memory back during updates, for some seconds a step"
-    )
+    enable_sleep_mode: bool = Field(False, description="colocate: give vLLM's memory back during updates, for some seconds a step")
 
 
 class RolloutSettings(SamplingSettings):
@@ -202,8 +162,7 @@ class RolloutSettings(SamplingSettings):
     group_size: int = Field(8, ge=2, description="student rollouts per prompt (G_S)")
     max_rows: int | None = Field(None, ge=1, description="rollouts that are decoded at once; empty: all of a step")
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers",
-        description="what samples: transformers, with keyed draws, or vLLM, fast on a GPU and not repeatable",
+        "transformers", description="what samples: transformers, with keyed draws, or vLLM, fast on a GPU and not repeatable"
     )
     vllm: VLLMSettings = Field(VLLMSettings(), description="vLLM, where it is the engine")
 
@@ -211,21 +170,16 @@ class RolloutSettings(SamplingSettings):
 class ZoneSettings(Section):
     """Hard questions: threshold, replay, caps, buffer (method.md sections 2 and 3)."""
 
-    threshold: float = Field(
-        0.5, gt=0, le=1, description="a question is hard iff its plain accuracy is below this (tau)"
-    )
+    threshold: float = Field(0.5, gt=0, le=1, description="a question is hard iff its plain accuracy is below this (tau)")
     teacher_group_size: int = Field(4, ge=1, description="teacher rollouts per hard question (G_T)")
     rho_replay: float = Field(0.25, ge=0, description="replayed questions per new question")
     rho_aug: float = Field(0.25, ge=0, description="cap on BCQ and NCQ prompts per new question")
     buffer_capacity: int = Field(10_000, ge=1, description="capacity of the prompt replay buffer (Bmax)")
     prefix_fraction: float = Field(0.4, gt=0, lt=1, description="share of a teacher response that Prefix gives")
     dynamic_sampling: Literal["off", "after-reformulation"] = Field(
-        "off",
-        description="extension: after-reformulation leaves all-right and all-wrong groups out of the batch and its denominator",
+        "off", description="extension: after-reformulation leaves all-right and all-wrong groups out of the batch and its denominator"
     )
-    ties: Literal["random", "batch"] = Field(
-        "random", description="order among equally hard questions: keyed random, or batch order"
-    )
+    ties: Literal["random", "batch"] = Field("random", description="order among equally hard questions: keyed random, or batch order")
 
 
 class AdvantageSettings(Section):
@@ -271,9 +225,7 @@ class VisionSettings(Section):
     freeze_tower: bool = Field(
         False, description="leave the vision tower as it is: no gradients, no optimizer state; it is saved all the same"
     )
-    freeze_projector: bool = Field(
-        False, description="leave what brings its features into the language model (Qwen's merger) as it is"
-    )
+    freeze_projector: bool = Field(False, description="leave what brings its features into the language model (Qwen's merger) as it is")
     tower_rate: float = Field(1.0, gt=0, description="learning rate of the vision tower, in train.learning_rate")
     projector_rate: float = Field(1.0, gt=0, description="learning rate of the projector, in train.learning_rate")
 
@@ -327,18 +279,13 @@ class TrainSettings(Section):
         "token 100 times as much; above it old log-probs come from a forward pass for the rest of the run; empty: 1e-4 for transformers "
         "in fp32, else 0.05 (bf16 rounds)",
     )
-    check_engine_every: int = Field(
-        1, ge=0, description="updates between comparisons of engine and trainer on a fixed prompt; 0: none"
-    )
+    check_engine_every: int = Field(1, ge=0, description="updates between comparisons of engine and trainer on a fixed prompt; 0: none")
     engine_tolerance: float | None = Field(
-        None,
-        gt=0,
-        description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, else 0.05 (bf16 rounds)",
+        None, gt=0, description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, else 0.05 (bf16 rounds)"
     )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none")
     checkpoint_in_background: bool = Field(
-        False,
-        description="write them while the next step goes on, from a copy of weights and optimizer in the processor's memory",
+        False, description="write them while the next step goes on, from a copy of weights and optimizer in the processor's memory"
     )
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
@@ -347,12 +294,9 @@ class TrainSettings(Section):
     )
     tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
     sharding: Literal["none", "fsdp2"] = Field(
-        "none",
-        description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins",
+        "none", description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins"
     )
-    collective_timeout: float = Field(
-        1800, gt=0, description="seconds that a process waits for the others before it gives up"
-    )
+    collective_timeout: float = Field(1800, gt=0, description="seconds that a process waits for the others before it gives up")
 
 
 class EvalSettings(SamplingSettings):
@@ -371,9 +315,7 @@ class EvalSettings(SamplingSettings):
 class GradingSettings(Section):
     """How completions are graded."""
 
-    reward: str | None = Field(
-        None, description="a reward function of yours, package.module:function or file.py:function"
-    )
+    reward: str | None = Field(None, description="a reward function of yours, package.module:function or file.py:function")
     deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
     workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
 
@@ -385,20 +327,15 @@ class Settings(Section):
     seed: int = Field(0, ge=0, description="keys every random draw")
     output: Path | None = Field(None, description="run folder; empty: runs/<recipe>-<date>-<time>")
     student: ModelSettings = Field(description="the model that is trained")
-    teacher: TeacherSettings | None = Field(
-        None, description="the frozen teacher; needed where the method reformulates"
-    )
+    teacher: TeacherSettings | None = Field(None, description="the frozen teacher; needed where the method reformulates")
     more_teachers: tuple[TeacherSettings, ...] = Field(
-        (),
-        description="extension: further teachers whose rollouts join the pool of correct responses; `teacher` alone compresses",
+        (), description="extension: further teachers whose rollouts join the pool of correct responses; `teacher` alone compresses"
     )
     judge: JudgeSettings | None = Field(
         None, description="model that grades questions whose grading column says judge; empty: the teacher judges"
     )
     data: DataSettings = Field(description="questions")
-    prompts: dict[str, Path] = Field(
-        {}, description="templates instead of the project's own: {closing: path, bcq: path, ...}"
-    )
+    prompts: dict[str, Path] = Field({}, description="templates instead of the project's own: {closing: path, bcq: path, ...}")
     rollout: RolloutSettings = Field(RolloutSettings(), description="student rollouts")
     zone: ZoneSettings = Field(ZoneSettings(), description="hard questions")
     advantage: AdvantageSettings = Field(AdvantageSettings(), description="advantages")

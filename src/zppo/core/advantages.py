@@ -13,9 +13,7 @@ Scope = Literal["nontrivial", "all", "none"]
 Estimator = Literal["nontrivial", "all", "none", "group"]
 
 
-def _centred(
-    rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _centred(rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per row: A' = r - mean of its group, is the group non-trivial, population std of the group; float64, of graded rows."""
     _, index = torch.unique(groups, return_inverse=True)
     count = int(index.max()) + 1 if len(index) else 0
@@ -33,9 +31,7 @@ def _centred(
 
 def _checked(rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor | None) -> torch.Tensor:
     if rewards.shape != groups.shape or rewards.dim() != 1:
-        raise ValueError(
-            f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must be two vectors of one length"
-        )
+        raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must be two vectors of one length")
     graded = torch.ones_like(rewards, dtype=torch.bool) if graded is None else graded
     if not torch.isfinite(rewards[graded]).all():
         raise ValueError("a reward is NaN or infinite: mend the reward function")
@@ -43,12 +39,7 @@ def _checked(rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor |
 
 
 def two_step_advantages(
-    rewards: torch.Tensor,
-    groups: torch.Tensor,
-    scope: Scope = "nontrivial",
-    *,
-    eps: float = 1e-8,
-    graded: torch.Tensor | None = None,
+    rewards: torch.Tensor, groups: torch.Tensor, scope: Scope = "nontrivial", *, eps: float = 1e-8, graded: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Two-step advantages of one whole rollout step (Eqs. 2-5).
 
@@ -79,9 +70,7 @@ def two_step_advantages(
     return ((centred - mean) / (deviation + eps)).where(nontrivial, 0.0).to(torch.float32)
 
 
-def group_advantages(
-    rewards: torch.Tensor, groups: torch.Tensor, *, eps: float = 1e-8, graded: torch.Tensor | None = None
-) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, eps: float = 1e-8, graded: torch.Tensor | None = None) -> torch.Tensor:
     """Textbook GRPO (Eq. 1): (r - mean of the group) / (population std of the group + eps); arguments as in `two_step_advantages`."""
     centred, _, deviation = _centred(rewards, groups, _checked(rewards, groups, graded))
     return (centred / (deviation + eps)).where(centred != 0, 0.0).to(torch.float32)

@@ -55,9 +55,7 @@ def micro_batches(lengths: Sequence[int], budget: int, overhead: int = PASS_TOKE
         longest = lengths[order[start]]
         # Never behind the best cut of the row after it: padding grows with the longest row (the costs are a Monge array).
         last = max(start + 1, min(start + budget // max(1, longest), cuts[start + 1]))
-        rest[start], cuts[start] = min(
-            ((end - start) * longest + overhead + rest[end], -end) for end in range(start + 1, last + 1)
-        )
+        rest[start], cuts[start] = min(((end - start) * longest + overhead + rest[end], -end) for end in range(start + 1, last + 1))
         cuts[start] *= -1
     batches, start = [], 0
     while start < len(order):

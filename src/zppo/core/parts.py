@@ -43,13 +43,8 @@ def message_parts(messages: Sequence[Message], images: Sequence[ImageRef]) -> li
         return [TurnParts(m.role, _placed(m.content.split(IMAGE), rest)) for m in messages]
     home = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1) if images else -1
     if images and home < 0:
-        raise DataError(
-            f"there are {len(images)} image(s) and no user turn that they could stand in; give the conversation one"
-        )
-    return [
-        TurnParts(m.role, (*(images if i == home else ()), *([m.content] if m.content else [])))
-        for i, m in enumerate(messages)
-    ]
+        raise DataError(f"there are {len(images)} image(s) and no user turn that they could stand in; give the conversation one")
+    return [TurnParts(m.role, (*(images if i == home else ()), *([m.content] if m.content else []))) for i, m in enumerate(messages)]
 
 
 def last_turn_images(messages: Sequence[Message], images: Sequence[ImageRef]) -> tuple[ImageRef, ...]:

@@ -167,9 +167,7 @@ def scrambled(drafts: Sequence[Draft]) -> list[Draft]:
     places: dict[str, list[int]] = {}
     for place, draft in enumerate(drafts):
         places.setdefault(draft.kind, []).append(place)
-    following = {
-        a: b for kind in places.values() if len(kind) > 1 for a, b in zip(kind, kind[1:] + kind[:1], strict=True)
-    }
+    following = {a: b for kind in places.values() if len(kind) > 1 for a, b in zip(kind, kind[1:] + kind[:1], strict=True)}
     return [
         replace(draft, slots=drafts[following[place]].slots, audit={"scrambled": drafts[following[place]].question.id})
         for place, draft in enumerate(drafts)

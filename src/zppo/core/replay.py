@@ -156,17 +156,14 @@ class PromptReplayBuffer:
                 The buffer is then as before.
         """
         try:
-            entries = [
-                Entry(Question.from_dict(q), accuracy, at, visits) for q, accuracy, at, visits in state["entries"]
-            ]
+            entries = [Entry(Question.from_dict(q), accuracy, at, visits) for q, accuracy, at, visits in state["entries"]]
             slots = [str(s) for s in state["slots"]]
             seed, draws = int(state["seed"]), int(state["draws"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the replay buffer's state is damaged ({error!r}): take an older checkpoint") from error
         if len(set(slots)) != len(slots) or sorted(slots) != sorted(e.question.id for e in entries):
             raise ValueError(
-                "the replay buffer's state is damaged (its slots and its entries name different questions): "
-                "take an older checkpoint"
+                "the replay buffer's state is damaged (its slots and its entries name different questions): take an older checkpoint"
             )
         self.seed, self._draws = seed, draws
         self._entries = OrderedDict((e.question.id, e) for e in entries)

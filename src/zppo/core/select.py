@@ -16,12 +16,7 @@ def share_of(rho: float, count: int) -> int:
 
 
 def hard_groups(
-    groups: Sequence[Group],
-    threshold: float,
-    *,
-    ties: Literal["random", "batch"] = "random",
-    seed: int = 0,
-    step: int = 0,
+    groups: Sequence[Group], threshold: float, *, ties: Literal["random", "batch"] = "random", seed: int = 0, step: int = 0
 ) -> list[Group]:
     """The plain groups with rbar_x < tau, hardest first (Alg. 1, l. 4 and 6).
 

@@ -83,9 +83,7 @@ def file_rows(path: Path, name: str | None = None) -> Rows:
             f"bring JSON lines, JSON, CSV or parquet ({', '.join(READERS)})"
         )
     if not path.exists():
-        raise DataError(
-            f"{path}: there is no such file (working directory {Path.cwd()}); check data.train and data.eval"
-        )
+        raise DataError(f"{path}: there is no such file (working directory {Path.cwd()}); check data.train and data.eval")
     return ((Place(str(path), name or path.name, number, path.parent), value) for number, value in reader(path))
 
 

@@ -148,9 +148,7 @@ def hub_rows(rest: str, reading: Reading, columns: Columns) -> Rows:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(
-            name, reading.config, split=reading.split, revision=reading.revision, streaming=reading.streaming
-        )
+        loaded = datasets.load_dataset(name, reading.config, split=reading.split, revision=reading.revision, streaming=reading.streaming)
     except Exception as error:  # many kinds, by what is missing: see `_why`
         raise DataError(f"hub:{name}: {_why(name, reading, error)}") from error
     return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd())
@@ -164,9 +162,7 @@ def parse_hub(rest: str, reading: Reading) -> tuple[str, Reading]:
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if mark else {}
     except ValueError as error:
-        raise DataError(
-            f"hub:{rest}: {query!r} cannot be read; write hub:{name}?split=test, with & between options"
-        ) from error
+        raise DataError(f"hub:{rest}: {query!r} cannot be read; write hub:{name}?split=test, with & between options") from error
     unknown = [key for key in options if key not in _OPTIONS]
     if unknown:
         raise DataError(f"hub:{rest}: {unknown[0]!r} is no option of a hub set; known: {', '.join(_OPTIONS)}")
@@ -231,9 +227,7 @@ def _splits(folder: Path, reading: Reading) -> Mapping[str, Sequence[Path]]:
     """Files by split, in the order of their names."""
     known = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not p.name.startswith("."))
     if not known:
-        raise DataError(
-            f"{folder}: is a folder without data files ({', '.join(READERS)}) in it; name another, or a file"
-        )
+        raise DataError(f"{folder}: is a folder without data files ({', '.join(READERS)}) in it; name another, or a file")
     # Heavy, and only folders need it.
     import datasets
 
@@ -265,9 +259,7 @@ def _saved(folder: Path, reading: Reading, columns: Columns) -> Rows:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # many kinds, by what is missing or malformed
-        raise DataError(
-            f"{folder}: cannot be read as what save_to_disk wrote ({shorten(error)}); write it again"
-        ) from error
+        raise DataError(f"{folder}: cannot be read as what save_to_disk wrote ({shorten(error)}); write it again") from error
     if isinstance(loaded, datasets.DatasetDict):
         if reading.split not in loaded:
             raise DataError(

@@ -17,9 +17,7 @@ from zppo.errors import DataError
 from zppo.names import QUESTIONS, load_object, scheme_of
 
 
-def load_questions(
-    source: str, columns: Columns, limit: int | None = None, reading: Reading | None = None
-) -> list[Question]:
+def load_questions(source: str, columns: Columns, limit: int | None = None, reading: Reading | None = None) -> list[Question]:
     """Questions of a source, in its order, the first `limit` of them; no more rows than that are read.
 
     A source is a file (JSON lines, JSON, CSV, parquet), a folder (of such files, or what `save_to_disk` of `datasets` wrote),
@@ -88,9 +86,7 @@ def _both(first: Place, second: Place) -> str:
     return f"{first} and {second}"
 
 
-def drop_long(
-    questions: Sequence[Question], length: Callable[[Question], int], limit: int
-) -> tuple[list[Question], int]:
+def drop_long(questions: Sequence[Question], length: Callable[[Question], int], limit: int) -> tuple[list[Question], int]:
     """The questions whose plain prompt has at most `limit` tokens (`length` counts them), and how many were dropped."""
     kept = [question for question in questions if length(question) <= limit]
     return kept, len(questions) - len(kept)
@@ -99,8 +95,6 @@ def drop_long(
 def _from_above(source: str, scheme: str) -> Iterable[Question]:
     if scheme not in QUESTIONS:
         known = ", ".join(sorted(f"{name}:" for name in (*QUESTIONS, hub.SCHEME, gym.SCHEME)))
-        raise DataError(
-            f"{source!r}: {scheme!r} is no source of questions (known: {known}); for a file of that name write ./{source}"
-        )
+        raise DataError(f"{source!r}: {scheme!r} is no source of questions (known: {known}); for a file of that name write ./{source}")
     found: Iterable[Question] = load_object(QUESTIONS[scheme], "source of questions", DataError)(source)
     return found

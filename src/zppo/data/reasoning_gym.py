@@ -107,9 +107,7 @@ def parse_gym(rest: str, held_out: bool = False) -> GymSource:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if mark else []
         options = {key: int(value) for key, value in pairs}
     except ValueError as error:
-        raise DataError(
-            f"{source}: {query!r} cannot be read ({error}); write {SCHEME}:{task}?size=1000&seed=1, integers only"
-        ) from error
+        raise DataError(f"{source}: {query!r} cannot be read ({error}); write {SCHEME}:{task}?size=1000&seed=1, integers only") from error
     size = options.pop("size", HELD_OUT_SIZE if held_out else SIZE)
     seed = options.pop("seed", HELD_OUT_SEED if held_out else SEED)
     if not 1 <= size <= _LARGEST or seed < 0:
@@ -151,9 +149,7 @@ def gym_questions(rest: str, reading: Reading) -> Iterator[Question]:
     try:
         made: Any = reasoning_gym.create_dataset(wanted.task, size=wanted.size, seed=wanted.seed, **wanted.options)
     except (AssertionError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{source}: its settings do not fit together: {error}; mend what stands behind the ?"
-        ) from error
+        raise DataError(f"{source}: its settings do not fit together: {error}; mend what stands behind the ?") from error
     return (_question(made[i], f"{wanted.task}:{wanted.seed}:{i}") for i in range(wanted.size))
 
 

@@ -32,9 +32,7 @@ def text_of(value: object, empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(
-            f"holds half of a surrogate pair at character {error.start + 1}, which no encoding can write"
-        ) from None
+        raise RowError(f"holds half of a surrogate pair at character {error.start + 1}, which no encoding can write") from None
     return value
 
 
@@ -318,9 +316,7 @@ def _choose(value: object, parts: Sequence[object], place: Place, pictures: Pict
     if len(within) < len(parts):
         raise RowError("some image parts of the messages hold an image and others do not; write all in one way")
     if column and len(column) != len(within):
-        raise RowError(
-            f"has {len(column)} image(s), and the messages hold {len(within)} of their own; leave one of the two out"
-        )
+        raise RowError(f"has {len(column)} image(s), and the messages hold {len(within)} of their own; leave one of the two out")
     return pictures.refer(within, place.folder)
 
 
@@ -339,9 +335,7 @@ def _grading(value: object) -> Grading:
     if name is None or name == "":
         return RULE
     if name not in _GRADINGS:
-        raise RowError(
-            f"is {a(value)}; write {' or '.join(_GRADINGS)}, or name another column with data.columns.grading"
-        )
+        raise RowError(f"is {a(value)}; write {' or '.join(_GRADINGS)}, or name another column with data.columns.grading")
     return cast(Grading, name)
 
 

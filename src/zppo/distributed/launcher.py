@@ -34,9 +34,7 @@ class Launch:
     def check_processes(self, running: int) -> None:
         """Raises LauncherError unless as many processes train together as were started."""
         if running != self.processes:
-            raise LauncherError(
-                f"{self.processes} processes were started, but this one trains with {running}: start with {_PER_NODE}"
-            )
+            raise LauncherError(f"{self.processes} processes were started, but this one trains with {running}: start with {_PER_NODE}")
 
     def check_precision(self, precision: str) -> None:
         """Raises LauncherError where the accelerate configuration names another precision than the recipe's ("bf16" or "no")."""
@@ -67,9 +65,7 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
     ):
         if _true(env, name):
-            raise LauncherError(
-                f"the accelerate configuration asks for {what}, which zppo does not train with: {_MEND}"
-            )
+            raise LauncherError(f"the accelerate configuration asks for {what}, which zppo does not train with: {_MEND}")
     if (steps := env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("1", "auto"):
         raise LauncherError(
             f"the accelerate configuration sets gradient_accumulation_steps to {steps}, which would scale the loss: leave it out. "
@@ -80,13 +76,7 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
         _check_fsdp(env)
         sharding = "fsdp2"
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
-    return Launch(
-        rank,
-        processes,
-        sharding,
-        "" if precision == "no" else precision,
-        _true(env, "FSDP_RESHARD_AFTER_FORWARD", True),
-    )
+    return Launch(rank, processes, sharding, "" if precision == "no" else precision, _true(env, "FSDP_RESHARD_AFTER_FORWARD", True))
 
 
 _MEND = (
@@ -127,6 +117,4 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise LauncherError(
-            f"{name} is {text!r} in the environment: a number is needed; start with {_PER_NODE}"
-        ) from None
+        raise LauncherError(f"{name} is {text!r} in the environment: a number is needed; start with {_PER_NODE}") from None

@@ -83,9 +83,7 @@ class ReplicatedWeights:
         """Inside, every process can run forward passes on its own. Every process must enter."""
         return nullcontext()
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, *, finite: bool
-    ) -> tuple[float, bool]:
+    def step(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, *, finite: bool) -> tuple[float, bool]:
         """One optimizer step with the gradients of all processes, clipped; none where they are not finite, or `finite` is false.
 
         Every process must call it. Afterwards gradients are 0.
@@ -304,11 +302,7 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     launch.check_precision(precision)
     # accelerate would shard on GPUs, and turn the wish into something else on CPUs: `make_weights` does it on both.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(settings))],
-    )
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(settings))])
     launch.check_processes(accelerator.num_processes)
     return accelerator
 

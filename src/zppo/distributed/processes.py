@@ -50,9 +50,7 @@ class Processes:
             (`uninterrupted`) a wish ends only what a process does on its own, and all of them stop at the next gathering.
     """
 
-    def __init__(
-        self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None, stop: Stop | None = None
-    ) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None, stop: Stop | None = None) -> None:
         self.rank, self.size, self._group, self.stop = rank, size, group, stop or Stop()
 
     @property
@@ -134,8 +132,7 @@ class Processes:
         if len(set(digests)) > 1:
             held = ", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
             raise LauncherError(
-                f"the processes of this run disagree about {what} ({held}): give all of them the same files, packages and kind of "
-                "device"
+                f"the processes of this run disagree about {what} ({held}): give all of them the same files, packages and kind of device"
             )
 
 

@@ -77,9 +77,7 @@ def check_requests(requests: Sequence[SampleRequest], sampling: Sampling, vocab_
     if not requests:
         raise ModelError("nothing to sample: the list of requests is empty; give at least one prompt")
     if sampling.max_new_tokens < 1:
-        raise ModelError(
-            f"max_new_tokens is {sampling.max_new_tokens}: a completion has at least one token; give 1 or more"
-        )
+        raise ModelError(f"max_new_tokens is {sampling.max_new_tokens}: a completion has at least one token; give 1 or more")
     for i, request in enumerate(requests):
         if not request.prompt_ids or not request.keys:
             what = "prompt tokens" if not request.prompt_ids else "keys"

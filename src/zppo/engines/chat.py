@@ -47,22 +47,14 @@ class Chat:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.template_args = dict(template_args or {})
         self._name = str(tokenizer.name_or_path or type(tokenizer).__name__)
-        own = (
-            image_processor.template
-            if image_processor is not None and image_processor.template is not None
-            else tokenizer.chat_template
-        )
+        own = image_processor.template if image_processor is not None and image_processor.template is not None else tokenizer.chat_template
         self.template = template if template is not None else own
         added = {i: (token.content, token.special) for i, token in tokenizer.added_tokens_decoder.items()}
         special = {i: text for i, (text, flagged) in added.items() if flagged}
         special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-        controls = {text for text, flagged in added.values() if flagged or _CONTROL.fullmatch(text)} | set(
-            special.values()
-        )
+        controls = {text for text, flagged in added.values() if flagged or _CONTROL.fullmatch(text)} | set(special.values())
         # Some tokenizers keep runs of spaces or line breaks as added tokens: those are ordinary text.
-        self.special_texts: tuple[str, ...] = tuple(
-            sorted((t for t in controls if t.strip()), key=lambda t: (-len(t), t))
-        )
+        self.special_texts: tuple[str, ...] = tuple(sorted((t for t in controls if t.strip()), key=lambda t: (-len(t), t)))
         self._hidden = frozenset(i for i, text in special.items() if text not in (THINK_OPEN, THINK_CLOSE))
         self._texts_in_parts = False  # whether the template wants texts as lists of parts too
         if self.template is not None:
@@ -101,9 +93,7 @@ class Chat:
                 f"{name!r} has no tokenizer: there is no tokenizer.json in it, or an empty one; copy the tokenizer's files of the "
                 "checkpoint into the folder"
             )
-        image_processor = (
-            None if images is None else ImageProcessor.load(name, tokenizer, images, cache, revision=revision)
-        )
+        image_processor = None if images is None else ImageProcessor.load(name, tokenizer, images, cache, revision=revision)
         return cls(tokenizer, template_args, template, image_processor)
 
     def with_arguments(self, template_args: Mapping[str, Any]) -> Chat:
@@ -152,11 +142,7 @@ class Chat:
             turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=self.template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.template_args,
+                turns, chat_template=self.template, add_generation_prompt=True, tokenize=False, **self.template_args
             )
         except Exception as error:  # a template is a program: it can fail in any way
             roles = ", ".join(message.role for message in messages)
@@ -170,9 +156,7 @@ class Chat:
         """A turn as templates take it: a text, or a list of parts."""
         if not self._texts_in_parts and not any(isinstance(part, ImageRef) for part in turn.parts):
             return "".join(map(str, turn.parts))
-        return [
-            {"type": "image"} if isinstance(part, ImageRef) else {"type": "text", "text": part} for part in turn.parts
-        ]
+        return [{"type": "image"} if isinstance(part, ImageRef) else {"type": "text", "text": part} for part in turn.parts]
 
     def encode(self, messages: Sequence[Message], images: Sequence[ImageRef] = ()) -> tuple[int, ...]:
         """The conversation as token ids, up to where the model's answer begins; one id per feature of a picture.
@@ -191,9 +175,7 @@ class Chat:
             if self.tokenizer("")["input_ids"][:1] == [bos] and ids[:1] != [bos]:
                 ids = [bos, *ids]
         if not ids:
-            raise ModelError(
-                "a conversation became an empty prompt: its turns hold no text that the tokenizer knows; give them content"
-            )
+            raise ModelError("a conversation became an empty prompt: its turns hold no text that the tokenizer knows; give them content")
         return tuple(ids)
 
     def _with_pictures(self, image_processor: ImageProcessor, text: str, images: Sequence[ImageRef]) -> tuple[int, ...]:
@@ -204,9 +186,7 @@ class Chat:
         if len(pieces) == len(places) + 1:
             whole = "".join([pieces[0], *(place.text + piece for place, piece in zip(places, pieces[1:], strict=True))])
             ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
-        if len(pieces) != len(places) + 1 or sum(i in image_processor.image_ids for i in ids) != sum(
-            p.features for p in places
-        ):
+        if len(pieces) != len(places) + 1 or sum(i in image_processor.image_ids for i in ids) != sum(p.features for p in places):
             raise DataError(
                 f"the text of a conversation with {len(places)} image(s) holds {image_processor.token!r} or another "
                 "token that stands for an image "

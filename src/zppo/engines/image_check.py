@@ -44,9 +44,7 @@ def check_image_input(engine: TransformersEngine, chat: Chat, name: str) -> None
         raise _cannot(name, f"{type(error).__name__}: {one_line(error)}") from error
     exact = next(engine.model.parameters()).dtype == torch.float32 and engine.autocast_dtype is None
     if not worst <= (TOLERANCE_FP32 if exact else TOLERANCE_ROUNDED):
-        raise _cannot(
-            name, f"its log-probs with pictures in a batch differ by {worst:.3g} a token from those of its own code"
-        )
+        raise _cannot(name, f"its log-probs with pictures in a batch differ by {worst:.3g} a token from those of its own code")
 
 
 def _pictures(folder: Path) -> list[ImageRef]:

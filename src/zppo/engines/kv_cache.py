@@ -33,14 +33,10 @@ def is_plain(model: PreTrainedModel) -> bool:
     if torch.is_autocast_enabled(model.device.type):
         return False
     own = kind.__name__ in _MODELS and kind.__module__.startswith("transformers.models.")
-    return own and not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
-    )
+    return own and not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
 
 
-def decode(
-    model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, families: Any
-) -> torch.Tensor:
+def decode(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, families: Any) -> torch.Tensor:
     """Logits (R, V) after one more token per rollout.
 
     Args:
@@ -109,9 +105,7 @@ class BufferedLayer(DynamicLayer):
         self.keys, self.values = keys, values
         return keys, values
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends (R, H, T, D) keys and values; returns all of them, (R, H, L, D), as views."""
         rows, start = key_states.shape[0], self._length
         stop = start + key_states.shape[2]
@@ -181,9 +175,7 @@ class SharedLayer(BufferedLayer):
         """Goes on with these prompts (P',)."""
         self.prompt_keys, self.prompt_values = self.prompt_keys[prompts], self.prompt_values[prompts]
 
-    def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, families: Families
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, families: Families) -> torch.Tensor:
         """Attention of one query per rollout over its prompt and its own completion.
 
         Args:
@@ -228,9 +220,7 @@ def _shared_attention(
     """The library's attention interface for `SharedLayer`: the mask is in its families."""
     state = _DECODING.get()
     layer = cast(SharedLayer, state.cache.layers[cast(int, module.layer_idx)])
-    return layer.attend(
-        query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, state.families
-    ), None
+    return layer.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, state.families), None
 
 
 AttentionInterface.register(_SHARED, _shared_attention)
@@ -266,12 +256,7 @@ class DecodeState:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: DynamicCache,
-        mask: torch.Tensor,
-        following: torch.Tensor,
-        owners: torch.Tensor,
+        self, model: PreTrainedModel, cache: DynamicCache, mask: torch.Tensor, following: torch.Tensor, owners: torch.Tensor
     ) -> None:
         self.model, self.cache = model, cache
         self.owners = owners
@@ -281,14 +266,8 @@ class DecodeState:
         self._positions = following[owners]  # (R,) of the next token
         self._mask = None if bool(mask.all()) else mask[owners]  # (R, L + steps so far)
         layers = set(getattr(self._config, "layer_types", None) or ["full_attention"])
-        self._ready_mask = (
-            layers <= {"full_attention", "linear_attention"} and self._config._attn_implementation == "sdpa"
-        )
-        bias = (
-            None
-            if self._mask is None
-            else torch.zeros(mask.shape).masked_fill(~mask.cpu(), float("-inf"))[:, None, None]
-        )
+        self._ready_mask = layers <= {"full_attention", "linear_attention"} and self._config._attn_implementation == "sdpa"
+        bias = None if self._mask is None else torch.zeros(mask.shape).masked_fill(~mask.cpu(), float("-inf"))[:, None, None]
         kind = SharedLayer if self._shared else BufferedLayer
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:

@@ -60,9 +60,7 @@ def load_network(
             f"model {str(name)!r}: {len(missing)} of its weights are not in the checkpoint ({_some(missing)}) and would be random; "
             "copy or download it again, or name a checkpoint of that architecture"
         )
-    if odd := sorted(
-        f"{key}: {list(found)} instead of {list(wanted)}" for key, found, wanted in report["mismatched_keys"]
-    ):
+    if odd := sorted(f"{key}: {list(found)} instead of {list(wanted)}" for key, found, wanted in report["mismatched_keys"]):
         raise ModelError(
             f"model {str(name)!r}: {len(odd)} of its weights have other sizes than config.json says ({_some(odd)}); "
             "the two do not belong together: copy both from one place"

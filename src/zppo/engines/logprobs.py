@@ -95,15 +95,11 @@ def token_scores(
     mask = (steps < lengths[:, None]).to(device, non_blocking=True)
     places = (starts[:, None] - first + steps).clamp_(max=targets.shape[1] - 1).to(device, non_blocking=True)  # (B, T)
     return TokenScores(
-        logprobs.gather(1, places).masked_fill(~mask, 0.0),
-        mask,
-        spread.gather(1, places).masked_fill(~mask, 0.0) if entropies else None,
+        logprobs.gather(1, places).masked_fill(~mask, 0.0), mask, spread.gather(1, places).masked_fill(~mask, 0.0) if entropies else None
     )
 
 
-def image_inputs(
-    model: Any, image_processor: ImageProcessor | None, rows: Sequence[Row], inputs: torch.Tensor
-) -> dict[str, Any]:
+def image_inputs(model: Any, image_processor: ImageProcessor | None, rows: Sequence[Row], inputs: torch.Tensor) -> dict[str, Any]:
     """What a forward pass over right-padded rows is given for their images; empty where none has one.
 
     Args:
@@ -141,18 +137,12 @@ def completion_logprobs(
     image_processor: ImageProcessor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_scores` without entropies: log-probs (B, T) float32 and the completion mask (B, T) bool."""
-    scores = token_scores(
-        model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id, image_processor=image_processor
-    )
+    scores = token_scores(model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id, image_processor=image_processor)
     return scores.logprobs, scores.mask
 
 
 def score_targets(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float,
-    banned_ids: Collection[int],
-    entropies: bool = False,
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, banned_ids: Collection[int], entropies: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, N, V) logits and (B, N) targets to (B, N) float32 log-probs and entropies (empty unless wanted)."""
     banned = torch.tensor(sorted(i for i in banned_ids if i < logits.shape[-1]), dtype=torch.int64)
@@ -172,12 +162,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        banned: torch.Tensor,
-        want_entropy: bool,
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, banned: torch.Tensor, want_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, N, V) logits and (B, N) targets to (B, N) float32 log-probs and entropies (empty unless wanted)."""
         flat = targets.reshape(-1)
@@ -264,12 +249,7 @@ def _agrees(model: PreTrainedModel) -> bool:
 
 
 def shared_logprobs(
-    model: Callable[..., Any],
-    packs: Sequence[Pack],
-    *,
-    temperature: float = 1.0,
-    banned_ids: Collection[int] = (),
-    pad_id: int = 0,
+    model: Callable[..., Any], packs: Sequence[Pack], *, temperature: float = 1.0, banned_ids: Collection[int] = (), pad_id: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `completion_logprobs` gives for the completions, pack by pack: log-probs (R, T) float32 and the mask (R, T) bool.
 
@@ -279,22 +259,15 @@ def shared_logprobs(
         temperature, banned_ids, pad_id: as there.
     """
     device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
-    first = (
-        min(len(pack.prompt_ids) for pack in packs) - 1
-    )  # place of the earliest token that predicts one of a completion
+    first = min(len(pack.prompt_ids) for pack in packs) - 1  # place of the earliest token that predicts one of a completion
     laid = [_lay(pack) for pack in packs]
     ids, places, branches = (
-        pad_sequence([pack[i] for pack in laid], True, fill).to(device, non_blocking=True)
-        for i, fill in enumerate((pad_id, 0, _PAD))
+        pad_sequence([pack[i] for pack in laid], True, fill).to(device, non_blocking=True) for i, fill in enumerate((pad_id, 0, _PAD))
     )
     targets = pad_sequence([pack[3] for pack in laid], True)[:, first:].to(device, non_blocking=True)
     seen = (branches[:, :, None] == branches[:, None]) | (branches[:, None] == 0)  # (P, N, N): query, key
     out = model(
-        input_ids=ids,
-        position_ids=places,
-        attention_mask=seen.tril()[:, None],
-        use_cache=False,
-        logits_to_keep=ids.shape[1] - first,
+        input_ids=ids, position_ids=places, attention_mask=seen.tril()[:, None], use_cache=False, logits_to_keep=ids.shape[1] - first
     )
     logprobs, _ = score_targets(out.logits[:, first - ids.shape[1] :], targets, temperature, banned_ids)
 

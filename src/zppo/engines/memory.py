@@ -29,9 +29,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def sample_in_halves(
-    engine: Engine, requests: Sequence[SampleRequest], sampling: Sampling
-) -> list[list[Completion] | str]:
+def sample_in_halves(engine: Engine, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion] | str]:
     """Completions per request, or the reason why there are none.
 
     Where sampling a batch fails (out of memory, a device fault, a model's own error), its halves are tried on their own.
@@ -62,12 +60,7 @@ class TokenBudget:
     """
 
     def __init__(
-        self,
-        tokens: int,
-        *,
-        adaptive: bool = False,
-        say: Callable[[str], None] | None = None,
-        overhead: int = PASS_TOKENS,
+        self, tokens: int, *, adaptive: bool = False, say: Callable[[str], None] | None = None, overhead: int = PASS_TOKENS
     ) -> None:
         self.tokens, self.adaptive, self.say, self.overhead = tokens, adaptive, say, overhead
         self._before = tokens  # the first failed attempt

@@ -239,14 +239,10 @@ class TransformersEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.autocast_dtype)
 
-    def _prefill(
-        self, prompts: Sequence[SampleRequest]
-    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
+    def _prefill(self, prompts: Sequence[SampleRequest]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
         """Logits after the last token (P, V), the cache, which places hold tokens (P, L), and the next positions (P,)."""
         device, width = self.model.device, max(len(p.prompt_ids) for p in prompts)
-        ids = torch.tensor(
-            [[self.pad_id] * (width - len(p.prompt_ids)) + list(p.prompt_ids) for p in prompts], device=device
-        )
+        ids = torch.tensor([[self.pad_id] * (width - len(p.prompt_ids)) + list(p.prompt_ids) for p in prompts], device=device)
         pads = torch.tensor([width - len(p.prompt_ids) for p in prompts], device=device)
         places = torch.arange(width, device=device) - pads[:, None]
         mask = places >= 0
@@ -255,10 +251,7 @@ class TransformersEngine:
         following = mask.sum(-1)
         pictures = picture_inputs(self.model, self.image_processor, [p.images for p in prompts], ids)
         if pictures and self.image_processor is not None:
-            ranked = [
-                positions_of(self.model, self.image_processor, Seen(torch.tensor(p.prompt_ids), p.images))
-                for p in prompts
-            ]
+            ranked = [positions_of(self.model, self.image_processor, Seen(torch.tensor(p.prompt_ids), p.images)) for p in prompts]
             positions = _left_padded(ranked, width).to(device)
             following = torch.tensor([rank.next for rank in ranked], device=device)
         cache = DynamicCache(config=self.model.config)
@@ -273,9 +266,7 @@ class TransformersEngine:
         )
         return out.logits[:, -1], cache, mask, following
 
-    def _decode(
-        self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling
-    ) -> Iterator[tuple[int, Completion]]:
+    def _decode(self, batch: Sequence[tuple[SampleRequest, Piece]], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """One batch: prefill, then token by token on the rows that still live; gives the rows that have finished, by number."""
         device = self.model.device
         prompts = [request.prompt_ids for request, _ in batch]
@@ -307,9 +298,7 @@ class TransformersEngine:
             logits = state.step(tokens)
 
 
-def plan(
-    requests: Sequence[SampleRequest], new: int, max_rows: int | None, max_tokens: int | None
-) -> list[list[Piece]]:
+def plan(requests: Sequence[SampleRequest], new: int, max_rows: int | None, max_tokens: int | None) -> list[list[Piece]]:
     """Splits the rollouts of all requests into batches within both limits, the longest prompts first.
 
     A function of the requests alone, so nothing hangs on timing. A group is split only where a batch cannot hold it.
@@ -360,9 +349,7 @@ def _size(batch: Sequence[Piece], requests: Sequence[SampleRequest], new: int) -
 
 def _missing(piece: Piece, done: Collection[int]) -> list[Piece]:
     """What of a piece is not done yet: an attempt that ran out of memory may have finished some of its rollouts."""
-    return (
-        [Piece(piece.request, i, i + 1) for i in range(piece.start, piece.stop) if i not in done] if done else [piece]
-    )
+    return [Piece(piece.request, i, i + 1) for i in range(piece.start, piece.stop) if i not in done] if done else [piece]
 
 
 @contextlib.contextmanager

@@ -50,9 +50,7 @@ class Generation(Protocol):
 
     def generate(
         self, prompts: list[list[int]], images: list[list[Any] | None] | None, num_generations: int
-    ) -> tuple[
-        list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None
-    ]: ...
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None]: ...
 
 
 class VLLMEngine:
@@ -127,10 +125,7 @@ class VLLMEngine:
         generation.temperature, generation.top_p = sampling.temperature, sampling.top_p
         generation.top_k, generation.min_p = sampling.top_k, sampling.min_p
         generation.repetition_penalty, generation.max_completion_length = sampling.repetition_penalty, limit
-        generation.generation_kwargs = {
-            "presence_penalty": sampling.presence_penalty,
-            "stop_token_ids": sorted(self.eos_ids),
-        }
+        generation.generation_kwargs = {"presence_penalty": sampling.presence_penalty, "stop_token_ids": sorted(self.eos_ids)}
         if self.banned_ids:
             generation.generation_kwargs["logit_bias"] = dict.fromkeys(sorted(self.banned_ids), _NEVER)
         if len(requests) == size == 1:
@@ -151,24 +146,15 @@ class VLLMEngine:
         if not any(request.images for request in requests):
             return None
         if self.image_processor is None:
-            raise ModelError(
-                "the prompts have images, and vLLM was started for text only: load the student's image processor"
-            )
+            raise ModelError("the prompts have images, and vLLM was started for text only: load the student's image processor")
         shown = [[self.image_processor.picture(ref) for ref in request.images] or None for request in requests]
         return [pictures for pictures in shown for _ in range(size)]
 
     def _completion(
-        self,
-        ids: Sequence[int],
-        logprobs: Sequence[Sequence[float | None]],
-        scored: Sequence[Sequence[int]],
-        limit: int,
+        self, ids: Sequence[int], logprobs: Sequence[Sequence[float | None]], scored: Sequence[Sequence[int]], limit: int
     ) -> Completion:
         """One completion; every token comes with the log-probs of one or more ids, its own among them."""
-        own = [
-            dict(zip(names, values, strict=True)).get(token)
-            for token, names, values in zip(ids, scored, logprobs, strict=True)
-        ]
+        own = [dict(zip(names, values, strict=True)).get(token) for token, names, values in zip(ids, scored, logprobs, strict=True)]
         if not own or any(value is None or math.isnan(value) for value in own):
             raise ModelError(
                 f"vLLM{self.where} returned {'log-probs that are not numbers' if own else 'an empty completion'}: the weights have "
@@ -189,8 +175,7 @@ class VLLMEngine:
             return call()
         except Exception as error:  # the client raises whatever its libraries raise
             raise EngineError(
-                f"the vLLM server{self.where} failed: {_short(error)}. Look at its log, start it again, and continue with "
-                "`zppo resume RUN`"
+                f"the vLLM server{self.where} failed: {_short(error)}. Look at its log, start it again, and continue with `zppo resume RUN`"
             ) from error
 
 
@@ -270,11 +255,7 @@ def open_vllm(
             f"from. Start it with: {SERVE}"
         )
     config = model.config.get_text_config(decoder=True)
-    limits = (
-        getattr(config, "max_position_embeddings", None),
-        options.get("max_model_length"),
-        found.get("max_model_len"),
-    )
+    limits = (getattr(config, "max_position_embeddings", None), options.get("max_model_length"), found.get("max_model_len"))
     return VLLMEngine(
         generation,
         eos_ids,
@@ -320,9 +301,7 @@ def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
     Merging in place and taking it back, once an update, would wear frozen bf16 weights away by their rounding.
     """
     adapted = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
+        name: module for name, module in model.named_modules() if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
     }
     for name, parameter in model.named_parameters():
         owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)

@@ -67,9 +67,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     if missing:
         raise EvaluationError(f"zppo eval needs {' and '.join(missing)}, not installed here: pip install 'zppo[eval]'")
     if options.judge is None:
-        raise SettingsError(
-            "there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)"
-        )
+        raise SettingsError("there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)")
     place = None if is_url(options.model) else _checkpoint(options.model)
     judge_book(options.judge_prompts)
     judge_key = read_key(options.judge_key_env, "--judge-key-env")
@@ -125,9 +123,7 @@ def _check(options: EvalOptions) -> None:
             raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")
 
 
-def _settings_now(
-    options: EvalOptions, known: Mapping[str, Any], model: str, weights: str | None, judge_key: str
-) -> dict[str, Any]:
+def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, weights: str | None, judge_key: str) -> dict[str, Any]:
     """The settings under which this call would go on with a finished evaluation, whose server of the checkpoint is not started any more.
 
     Args:
@@ -166,16 +162,10 @@ def _checkpoint(model: str) -> Path:
     folder = Path(checkpoint_folder(model))
     if (folder / "config.json").is_file():
         return folder
-    what = (
-        "is a run without final/, the student that it leaves at its end"
-        if (folder / "recipe.yaml").is_file()
-        else "is no checkpoint"
-    )
+    what = "is a run without final/, the student that it leaves at its end" if (folder / "recipe.yaml").is_file() else "is no checkpoint"
     if not folder.is_dir():
         what = "is no folder"
-    raise SettingsError(
-        f"{str(folder)!r} {what}; name a checkpoint folder, a finished run, or the URL of a server (http://HOST:8000/v1)"
-    )
+    raise SettingsError(f"{str(folder)!r} {what}; name a checkpoint folder, a finished run, or the URL of a server (http://HOST:8000/v1)")
 
 
 def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[str, Any]:
@@ -186,9 +176,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     try:
         loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.store, limit=options.limit)
         _check_packages(session, benchmark, loaded)
-    except (
-        DataError
-    ) as error:  # unreachable, or too many rows that cannot be read: the other benchmarks are asked all the same
+    except DataError as error:  # unreachable, or too many rows that cannot be read: the other benchmarks are asked all the same
         say(console, f"skipped {error}", "yellow")
         return with_skipped(state, benchmark.name, benchmark.family, str(error))
     rows = _rows(session, benchmark, loaded)
@@ -239,28 +227,14 @@ def _rows(session: Session, benchmark: Benchmark, loaded: Loaded) -> list[Row]:
 
         turns = partial(turns_of, book=PromptBook(), store=folder.store, as_file=session.as_file, frames=options.frames)
         health = Health()
-        work = Work(
-            benchmark,
-            items,
-            turns,
-            session.decider,
-            answers,
-            judgements,
-            health,
-            CapacityLimiter(options.concurrency + 4),
-            take,
-        )
-        model = served_model(
-            session.server.url, session.name, session.server.key, options.decoding, options.concurrency
-        )
+        work = Work(benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take)
+        model = served_model(session.server.url, session.name, session.server.key, options.decoding, options.concurrency)
         log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.logs)
     half.replace(path)
     if log.status == "cancelled":
         raise KeyboardInterrupt
     if log.status == "error":
-        raise EvaluationError(
-            f"{benchmark.name}: inspect-ai could not run it ({log.error.message if log.error else 'no reason given'})"
-        )
+        raise EvaluationError(f"{benchmark.name}: inspect-ai could not run it ({log.error.message if log.error else 'no reason given'})")
     if health.down:
         say(session.console, f"{benchmark.name}: the model's server does not answer any more ({health.last})", "yellow")
     return rows
@@ -279,6 +253,4 @@ def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], folder: Eval
             "the same command asks for these rows alone"
         )
     if not any(each["name"] in names for each in state["benchmarks"]):
-        raise EvaluationError(
-            "no benchmark could be evaluated: the data of each cannot be had; see above what each needs"
-        )
+        raise EvaluationError("no benchmark could be evaluated: the data of each cannot be had; see above what each needs")

@@ -70,9 +70,7 @@ class Item:
     def __post_init__(self) -> None:
         marks = sum(message.content.count(IMAGE) for message in self.messages)
         if self.images and marks != len(self.images):
-            raise DataError(
-                f"{self.benchmark}, question {self.id!r}: has {marks} marks {IMAGE} and {len(self.images)} images"
-            )
+            raise DataError(f"{self.benchmark}, question {self.id!r}: has {marks} marks {IMAGE} and {len(self.images)} images")
         if not self.golds:
             raise DataError(f"{self.benchmark}, question {self.id!r}: has no right answer")
 

@@ -71,6 +71,4 @@ class Journal:
         self._file.close()
 
     def _failed(self, error: OSError) -> StorageError:
-        return StorageError(
-            f"{self._path} cannot be written ({error.strerror or error}): make space, or name another folder with --output"
-        )
+        return StorageError(f"{self._path} cannot be written ({error.strerror or error}): make space, or name another folder with --output")

@@ -43,9 +43,7 @@ def hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[Row], s
     raise errors[0]
 
 
-def _rows_of(
-    benchmark: Benchmark, parts: Iterable[tuple[str, str, Iterable[Mapping[str, Any]]]], folder: Path
-) -> Iterator[Row]:
+def _rows_of(benchmark: Benchmark, parts: Iterable[tuple[str, str, Iterable[Mapping[str, Any]]]], folder: Path) -> Iterator[Row]:
     number = 0
     for config, split, records in parts:
         for value in records:
@@ -119,12 +117,7 @@ class Loaded:
 
 
 def load_items(
-    benchmark: Benchmark,
-    data: Path | None = None,
-    *,
-    clips: Path | None = None,
-    store: Path | None = None,
-    limit: int | None = None,
+    benchmark: Benchmark, data: Path | None = None, *, clips: Path | None = None, store: Path | None = None, limit: int | None = None
 ) -> Loaded:
     """All items of a benchmark, or the first `limit`.
 
@@ -167,9 +160,7 @@ def load_items(
         raise DataError(f"{unreadable[0]} ({len(unreadable):,} of {seen:,} rows cannot be read)")
     items = limited(unique(found), limit)
     if not items:
-        raise UnavailableError(
-            f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data"
-        )
+        raise UnavailableError(f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data")
     return Loaded(items, origin, revision, left_out, tuple(unreadable))
 
 
@@ -189,9 +180,7 @@ def limited(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:
         return items
     groups: dict[str, list[Item]] = {}
     for item in items:
-        groups.setdefault(next((str(item.facts[name]) for name in _GROUPS if name in item.facts), item.id), []).append(
-            item
-        )
+        groups.setdefault(next((str(item.facts[name]) for name in _GROUPS if name in item.facts), item.id), []).append(item)
     taken: list[Item] = []
     for group in groups.values():
         if taken and len(taken) + len(group) > limit:
@@ -226,9 +215,7 @@ def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[
     path = next((file for ending in _ENDINGS if (file := data / f"{benchmark.name}{ending}").is_file()), None)
     if path is None:
         names = ", ".join(f"{benchmark.name}{ending}" for ending in _ENDINGS)
-        raise UnavailableError(
-            f"{benchmark.name}: {data} has none of {names}; put the rows there, or leave the benchmark out"
-        )
+        raise UnavailableError(f"{benchmark.name}: {data} has none of {names}; put the rows there, or leave the benchmark out")
     folder = clips if benchmark.family == "video" else data
 
     def rows() -> Iterator[Row]:
@@ -291,14 +278,8 @@ def _found(path: Path, benchmark: Benchmark, folder: Path) -> Path:
         return path
     same = _by_name(folder).get(path.name, []) if folder != Path() else []
     if len(same) != 1:
-        why = (
-            f"{len(same)} files below {folder} have its name"
-            if same
-            else f"nor is there a file of its name below {folder}"
-        )
-        raise UnavailableError(
-            f"{benchmark.name}: {path} does not exist, {why}; unpack the pictures and clips of the set there"
-        )
+        why = f"{len(same)} files below {folder} have its name" if same else f"nor is there a file of its name below {folder}"
+        raise UnavailableError(f"{benchmark.name}: {path} does not exist, {why}; unpack the pictures and clips of the set there")
     return same[0]
 
 

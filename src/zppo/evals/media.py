@@ -19,15 +19,7 @@ from zppo.images.store import keep, reference, request_url
 from zppo.prompts import PromptBook
 
 MOST_VIDEO = 1 << 28  # bytes of a clip that is sent whole
-_KINDS = {
-    ".mp4": "mp4",
-    ".mov": "mov",
-    ".mpeg": "mpeg",
-    ".mpg": "mpeg",
-    ".webm": "webm",
-    ".mkv": "x-matroska",
-    ".avi": "x-msvideo",
-}
+_KINDS = {".mp4": "mp4", ".mov": "mov", ".mpeg": "mpeg", ".mpg": "mpeg", ".webm": "webm", ".mkv": "x-matroska", ".avi": "x-msvideo"}
 _T = TypeVar("_T")
 
 
@@ -63,10 +55,7 @@ def turns_of(item: Item, book: PromptBook, *, store: Path, as_file: bool, frames
     """
     refs = tuple(_ref(media, store) for media in item.images)
     turns = [
-        Turn(
-            t.role,
-            tuple(Part("text", p) if isinstance(p, str) else Part("image", request_url(p, LIMITS)) for p in t.parts),
-        )
+        Turn(t.role, tuple(Part("text", p) if isinstance(p, str) else Part("image", request_url(p, LIMITS)) for p in t.parts))
         for t in message_parts(conversation(item, book), refs)
     ]
     before: list[Part] = []
@@ -113,9 +102,7 @@ def _video_url(path: Path) -> str:
     except OSError as error:
         raise DataError(f"the clip {path} cannot be read ({error.strerror or error}): put it back") from error
     if not data:
-        raise DataError(
-            f"the clip {path} is empty or has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames"
-        )
+        raise DataError(f"the clip {path} is empty or has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames")
     return f"data:video/{_KINDS.get(path.suffix.lower(), 'mp4')};base64,{base64.b64encode(data).decode('ascii')}"
 
 

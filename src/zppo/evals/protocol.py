@@ -18,9 +18,7 @@ JUDGE_TOKENS, LONG_JUDGE_TOKENS = 512, 4096
 """Of a judge's reply; the second where its words were given by path: official ones often ask for reasons before the verdict."""
 LIMITS = PixelLimits()
 RESULT = "eval.json"
-_OF_MODELS = frozenset(
-    (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
-)
+_OF_MODELS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py"))
 """Endings of files that make up a checkpoint."""
 
 

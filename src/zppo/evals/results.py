@@ -99,10 +99,7 @@ def _worst_case(rows: Sequence[Scored]) -> Figure:
     seeds = list(_groups(rows, "seed").values())
     worst = [min(values) for values in seeds]
     always = sum(min(values) == max(values) for values in seeds)
-    beside = {
-        "average": _mean(row.value for row in rows),
-        "consistent": always / len(seeds) if seeds else math.nan,
-    }
+    beside = {"average": _mean(row.value for row in rows), "consistent": always / len(seeds) if seeds else math.nan}
     return Figure(_mean(worst), _error(worst), len(worst), beside)
 
 
@@ -200,13 +197,7 @@ def mastery(rows: Sequence[Scored]) -> dict[str, float]:
 
 
 _AGGREGATES: Mapping[Aggregate, Callable[[Sequence[Scored]], Figure]] = MappingProxyType(
-    {
-        "mean": _plain,
-        "worst case": _worst_case,
-        "wemath": _wemath,
-        "abilities": _abilities,
-        "axes": _axes,
-    }
+    {"mean": _plain, "worst case": _worst_case, "wemath": _wemath, "abilities": _abilities, "axes": _axes}
 )
 
 
@@ -289,9 +280,7 @@ def summary(benchmark: Benchmark, rows: Sequence[Row], expected: int) -> dict[st
         "rows": len(decided),
         "by_rule": sum(row.by == "rule" for row in decided),
         "by_judge": sum(row.by == "judge" for row in decided),
-        "no_answer": sum(
-            row.answer is None and row.reason == "no answer" and row.finish != TOO_LONG for row in decided
-        ),
+        "no_answer": sum(row.answer is None and row.reason == "no answer" and row.finish != TOO_LONG for row in decided),
         "truncated": sum(row.finish == TRUNCATED for row in decided),
         "too_long": sum(row.finish == TOO_LONG for row in decided),
         "left_out": len(left_out),
@@ -340,9 +329,7 @@ def opened(path: Path, mode: Literal["wb", "ab"]) -> IO[bytes]:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, mode)
     except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror or error}); name another folder with --output"
-        ) from error
+        raise StorageError(f"{path} cannot be written ({error.strerror or error}); name another folder with --output") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,9 +389,7 @@ class EvalFolder:
             if state["format"] != FORMAT:
                 raise ValueError(f"its format is {state['format']!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.result} is no result of `zppo eval` ({error}); name another folder with --output"
-            ) from error
+            raise DataError(f"{self.result} is no result of `zppo eval` ({error}); name another folder with --output") from error
         return dict(state)
 
     def write(self, state: Mapping[str, Any]) -> None:
@@ -415,9 +400,7 @@ class EvalFolder:
             half.write_text(json.dumps(state, ensure_ascii=True, indent=1, allow_nan=False), encoding="utf-8")
             os.replace(half, self.result)
         except OSError as error:
-            raise StorageError(
-                f"{self.result} cannot be written ({error.strerror or error}); name another folder with --output"
-            ) from error
+            raise StorageError(f"{self.result} cannot be written ({error.strerror or error}); name another folder with --output") from error
 
 
 def default_output(options: EvalOptions) -> Path:

@@ -85,9 +85,7 @@ async def _find(url: str, key: str, name: str | None, what: str, name_flag: str,
         if name is None and len(served) > 1:
             raise SettingsError(f"{url} serves {', '.join(served[:10])}: name one with {name_flag}")
         if name is not None and served and name not in served:
-            raise SettingsError(
-                f"{url} does not serve {name!r}; it serves {', '.join(served[:10])}: correct {name_flag}"
-            )
+            raise SettingsError(f"{url} does not serve {name!r}; it serves {', '.join(served[:10])}: correct {name_flag}")
         chosen = name or (served[0] if served else "default")
         body = {"model": chosen, "messages": [{"role": "user", "content": "Say ok."}], "max_tokens": 16}
         try:
@@ -167,9 +165,7 @@ def _sees(folder: Path) -> bool:
 
 
 @contextmanager
-def served(
-    folder: Path, log: Path, *, images: int, deadline: float = READY, vllm: bool | None = None
-) -> Iterator[Server]:
+def served(folder: Path, log: Path, *, images: int, deadline: float = READY, vllm: bool | None = None) -> Iterator[Server]:
     """A server of a checkpoint for the time of the block, by vLLM where it is installed, else by `zppo serve`.
 
     Args:
@@ -186,12 +182,7 @@ def served(
     command = [sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *command_of(folder, port, vllm, images)]
     with opened(log, "wb") as out:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
         url = f"http://127.0.0.1:{port}"

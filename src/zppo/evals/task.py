@@ -60,12 +60,9 @@ ATTEMPT = 3600.0  # seconds for one whole reply: 12,288 tokens of a busy server 
 RETRIES = 4
 _VIDEO = "zppo-video:"
 _BLIND = re.compile(
-    r"not a multi-?modal model|at most 0 image|images? (input )?(is|are) not supported|not support (images?|vision|multi-?modal)",
-    re.I,
+    r"not a multi-?modal model|at most 0 image|images? (input )?(is|are) not supported|not support (images?|vision|multi-?modal)", re.I
 )
-_TOO_LONG = re.compile(
-    r"maximum (context|model) length|context[ _](length|size) (is|exceeded)|exceeds the (\w+ )?context", re.I
-)
+_TOO_LONG = re.compile(r"maximum (context|model) length|context[ _](length|size) (is|exceeded)|exceeds the (\w+ )?context", re.I)
 
 
 @modelapi(name=PROVIDER)
@@ -175,9 +172,7 @@ def too_long(error: BaseException) -> bool:
 
 def blind(error: BaseException) -> bool:
     """Whether a server says that its model takes no pictures at all: by the code of `zppo serve`, or in other servers' words."""
-    return refused(error) and (
-        getattr(error.__cause__, "code", None) == "images_refused" or bool(_BLIND.search(why(error)))
-    )
+    return refused(error) and (getattr(error.__cause__, "code", None) == "images_refused" or bool(_BLIND.search(why(error))))
 
 
 def text_of(output: ModelOutput) -> str:
@@ -195,9 +190,7 @@ def text_of(output: ModelOutput) -> str:
 
 def _raw_of(message: Any) -> str:
     """The whole text of a reply; servers that split thoughts off call them reasoning or reasoning_content."""
-    thoughts = next(
-        (t for n in ("reasoning_content", "reasoning") if isinstance(t := getattr(message, n, None), str)), ""
-    )
+    thoughts = next((t for n in ("reasoning_content", "reasoning") if isinstance(t := getattr(message, n, None), str)), "")
     return _joined(thoughts, message.content or "")
 
 
@@ -211,10 +204,7 @@ def _joined(thoughts: str, text: str) -> str:
 def _hidden(message: ChatMessage) -> ChatMessage:
     if isinstance(message.content, str) or not any(isinstance(p, ContentVideo) for p in message.content):
         return message
-    parts = [
-        ContentImage(image=f"data:image/png;base64,{_VIDEO}{p.video}") if isinstance(p, ContentVideo) else p
-        for p in message.content
-    ]
+    parts = [ContentImage(image=f"data:image/png;base64,{_VIDEO}{p.video}") if isinstance(p, ContentVideo) else p for p in message.content]
     return message.model_copy(update={"content": parts})
 
 
@@ -290,10 +280,7 @@ def run_task(work: Work, model: Model, *, samples: int, concurrency: int, logs: 
         concurrency: questions under way at once.
     """
     dataset = MemoryDataset(
-        [
-            Sample(id=item.id, input=item.asked, target=list(item.golds), metadata=_facts(item))
-            for item in work.items.values()
-        ],
+        [Sample(id=item.id, input=item.asked, target=list(item.golds), metadata=_facts(item)) for item in work.items.values()],
         name=work.benchmark.name,
     )
     task = Task(
@@ -396,9 +383,7 @@ def decide(work: Work) -> Scorer:
 
     async def score(state: TaskState, target: Target) -> Score:
         item = work.items[str(state.sample_id)]
-        decided = partial(
-            work.decider.decide, work.benchmark, item, state.epoch, state.metadata["reply"], work.judgements
-        )
+        decided = partial(work.decider.decide, work.benchmark, item, state.epoch, state.metadata["reply"], work.judgements)
         row = await to_thread.run_sync(decided, limiter=work.threads)
         work.take(row)
         told = {name: value for name, value in row.to_dict().items() if name not in ("text", "facts", "answer")}

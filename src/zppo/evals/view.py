@@ -53,9 +53,7 @@ class Watch:
             self._task = self._bar.add_task(self._name, total=self._expected, counts="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -85,9 +83,7 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right")
     for each in state["benchmarks"]:
         counts = (each[name] for name in ("rows", "by_rule", "by_judge", "no_answer", "truncated", "open"))
-        table.add_row(
-            Text(each["name"]), points(each["value"]), points(each["error"]), *(f"{count:,}" for count in counts)
-        )
+        table.add_row(Text(each["name"]), points(each["value"]), points(each["error"]), *(f"{count:,}" for count in counts))
     for name, family in state["families"].items():
         of = f"mean of {len(family['benchmarks'])} {name}"
         table.add_row(Text(of, style="bold"), points(family["value"]), points(family["error"]))
@@ -103,11 +99,7 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for each in state["benchmarks"]:
         if count := each.get("unreadable", 0):
             what = "1 row is" if count == 1 else f"{count:,} rows are"
-            say(
-                console,
-                f"{each['name']}: {what} no part of it, since unreadable; the first: {each['unreadable_first']}",
-                "yellow",
-            )
+            say(console, f"{each['name']}: {what} no part of it, since unreadable; the first: {each['unreadable_first']}", "yellow")
         if count := each.get("left_out", 0):
             say(
                 console,
@@ -192,10 +184,7 @@ def estimate(benchmark: Benchmark, options: EvalOptions) -> Estimate:
         rows = min(rows, options.limit)
     asked = rows * options.samples
     if items is not None:
-        pictures = sum(
-            len(i.images) + (min(options.frames, len(i.frames)) if i.frames else options.frames * bool(i.video))
-            for i in items
-        )
+        pictures = sum(len(i.images) + (min(options.frames, len(i.frames)) if i.frames else options.frames * bool(i.video)) for i in items)
         text = sum(len(i.asked) for i in items) // 4 + 60 * len(items)
     else:
         pictures = rows * {"vlm": 1, "llm": 0, "video": options.frames}[benchmark.family]
@@ -225,9 +214,7 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
         table.add_row(e.benchmark.name, rows, *numbers, f"{e.hours:.2f}")
         if e.note:
             notes.setdefault(e.note, []).append(e.benchmark.name)
-    totals = [
-        sum(getattr(e, name) for e in estimates) for name in ("images", "tokens_in", "tokens_out", "judge_tokens")
-    ]
+    totals = [sum(getattr(e, name) for e in estimates) for name in ("images", "tokens_in", "tokens_out", "judge_tokens")]
     whole = f"{sum(e.rows or 0 for e in estimates):,}"
     hours = f"{sum(e.hours for e in estimates):.1f}"
     table.add_row(Text("all", style="bold"), whole, f"{totals[0]:,}", *map(_millions, totals[1:]), hours)

@@ -134,10 +134,7 @@ def _matrix(text: str) -> Shape | None:
     match = _MATRIX.fullmatch(text)
     if match is None or r"\begin" in match[2]:
         return None
-    rows = [
-        [cell.strip() for cell in row.split("&")]
-        for row in re.split(r"\\cr(?![a-zA-Z])", re.sub(r"\\cr\s*$", "", match[2]))
-    ]
+    rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\cr(?![a-zA-Z])", re.sub(r"\\cr\s*$", "", match[2]))]
     return Shape(Kind.MATRIX, text, tuple(cell for row in rows for cell in row), (str(len(rows)),))
 
 
@@ -204,12 +201,7 @@ def _scalars(gold: str, answer: str, algebra: Algebra) -> bool | None:
     simple = [text for text, number in ((gold, first), (answer, second)) if number or _SYMBOL.fullmatch(text)]
     if len(simple) == 2 or r"\boxed" in gold or r"\boxed" in answer:
         return False  # two different names, a name and a number
-    if (
-        (":" in gold) != (":" in answer)
-        and (first or second)
-        and "/" not in gold + answer
-        and r"\frac" not in gold + answer
-    ):
+    if (":" in gold) != (":" in answer) and (first or second) and "/" not in gold + answer and r"\frac" not in gold + answer:
         return False  # a ratio or a time against a plain number
     return algebra(gold, answer)
 
@@ -256,11 +248,7 @@ def _interval(shape: Shape) -> tuple[str, str, str, str, str] | None:
     closing = "]" if names[0] < len(shape.marks) and shape.marks[names[0]] == "<=" else ")"
     name = shape.items[names[0]]
     if len(shape.items) == 2:
-        return (
-            (numbers[0], r"\infty", opening, ")", name)
-            if names[0] == 1
-            else (r"-\infty", numbers[0], "(", closing, name)
-        )
+        return (numbers[0], r"\infty", opening, ")", name) if names[0] == 1 else (r"-\infty", numbers[0], "(", closing, name)
     return (numbers[0], numbers[1], opening, closing, name) if names[0] == 1 else None
 
 
@@ -310,12 +298,7 @@ def _assignments(shape: Shape) -> dict[str, str] | None:
     pairs: dict[str, str] = {}
     for item in shape.items:
         part = parse_shape(item)
-        if (
-            part.kind is not Kind.EQUATION
-            or len(part.items) != 2
-            or not IDENTIFIER.fullmatch(part.items[0])
-            or part.items[0] in pairs
-        ):
+        if part.kind is not Kind.EQUATION or len(part.items) != 2 or not IDENTIFIER.fullmatch(part.items[0]) or part.items[0] in pairs:
             return None
         pairs[part.items[0]] = part.items[1]
     return pairs
@@ -325,9 +308,7 @@ def _values(shape: Shape) -> tuple[str, ...]:
     """Items of a list of solutions: `x=1 or x=2` and `x_1=1, x_2=2` give 1 and 2."""
     parts = [parse_shape(item) for item in shape.items]
     names = {re.sub(r"_\{?\w+\}?$", "", p.items[0]) for p in parts}
-    if len(names) == 1 and all(
-        p.kind is Kind.EQUATION and len(p.items) == 2 and IDENTIFIER.fullmatch(p.items[0]) for p in parts
-    ):
+    if len(names) == 1 and all(p.kind is Kind.EQUATION and len(p.items) == 2 and IDENTIFIER.fullmatch(p.items[0]) for p in parts):
         return tuple(p.items[1] for p in parts)
     head = parts[0]
     alone = head.kind is Kind.EQUATION and all(p.kind is not Kind.EQUATION for p in parts[1:])
@@ -358,9 +339,7 @@ def _lists(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
         return gold.marks == answer.marks and _ordered(first, second, algebra)
     if kinds == {Kind.BRACKET, Kind.LIST}:
         brackets = (gold if gold.kind is Kind.BRACKET else answer).marks
-        return (brackets == ("(", ")") or (brackets == ("[", "]") and len(first) > 2)) and _ordered(
-            first, second, algebra
-        )
+        return (brackets == ("(", ")") or (brackets == ("[", "]") and len(first) > 2)) and _ordered(first, second, algebra)
     return False
 
 

@@ -43,9 +43,7 @@ _log = logging.getLogger(__name__)
 
 DEADLINE = 3.0  # seconds for one answer
 MEMORY_LIMIT = 1 << 30  # bytes of address space for a worker; math-verify itself needs about a fifth of it
-_REMEMBERED = (
-    16384  # pairs whose outcome is kept: the rollouts of a group repeat answers, and hostile ones cost a deadline each
-)
+_REMEMBERED = 16384  # pairs whose outcome is kept: the rollouts of a group repeat answers, and hostile ones cost a deadline each
 
 Item = tuple[str, str] | tuple[str, str, bool]
 
@@ -78,9 +76,7 @@ class Grader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     @property
@@ -98,9 +94,7 @@ class Grader:
         for pair in dict.fromkeys(pairs):
             try:
                 verdict = compare(*pair, undecided)
-            except (
-                Exception
-            ):  # a fault of ours in one answer must not end a run of days: that answer is wrong, and said
+            except Exception:  # a fault of ours in one answer must not end a run of days: that answer is wrong, and said
                 _log.exception("grading failed on gold %.200r and answer %.200r: please report it", *pair)
                 decided[pair] = "error"
                 continue

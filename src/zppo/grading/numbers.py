@@ -40,9 +40,7 @@ _PATTERNS = {
     }.items()
 }
 
-_HUGE = re.compile(
-    rf"{_SIGNED}(?:[eE][-+]?\d+| ?(?:\\times|\\cdot|\*|x|X) ?10\^\{{[-+]?\d+\}})?|[-+]?10\^\{{[-+]?\d+\}}"
-)
+_HUGE = re.compile(rf"{_SIGNED}(?:[eE][-+]?\d+| ?(?:\\times|\\cdot|\*|x|X) ?10\^\{{[-+]?\d+\}})?|[-+]?10\^\{{[-+]?\d+\}}")
 
 
 @dataclass(frozen=True, slots=True)

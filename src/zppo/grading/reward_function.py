@@ -14,9 +14,7 @@ from zppo.names import load_object
 if TYPE_CHECKING:
     from zppo.core.types import Question
 
-_WANTED = (
-    "return (correct, reward), a mapping with 'correct' and 'reward', or a number (correct then means reward >= 1)"
-)
+_WANTED = "return (correct, reward), a mapping with 'correct' and 'reward', or a number (correct then means reward >= 1)"
 
 
 class RewardFunction:
@@ -56,9 +54,7 @@ class RewardFunction:
     def _bad(self, result: object, question: Question, cause: str) -> RewardError:
         shown = repr(result)
         shown = shown if len(shown) <= 200 else shown[:200] + "..."
-        return RewardError(
-            f"reward function {self.name} returned {shown} for question {question.id!r}: {cause}. It must {_WANTED}."
-        )
+        return RewardError(f"reward function {self.name} returned {shown} for question {question.id!r}: {cause}. It must {_WANTED}.")
 
     def _judged(self, result: object, question: Question) -> tuple[bool, float]:
         """(correct, reward) of what the function returned."""

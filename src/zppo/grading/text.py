@@ -90,16 +90,7 @@ _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
-_SQUARE_UNITS = {
-    "㎡": "m^{2}",
-    "㎝": "cm",
-    "㎞": "km",
-    "㎏": "kg",
-    "㎜": "mm",
-    "㎥": "m^{3}",
-    "㎠": "cm^{2}",
-    "㎢": "km^{2}",
-}
+_SQUARE_UNITS = {"㎡": "m^{2}", "㎝": "cm", "㎞": "km", "㎏": "kg", "㎜": "mm", "㎥": "m^{3}", "㎠": "cm^{2}", "㎢": "km^{2}"}
 
 _SYMBOLS = {
     "−": "-", "‐": "-", "‑": "-", "–": "-", "—": "-", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
@@ -118,19 +109,9 @@ _WRAPPER = re.compile(
 )
 _ESCAPED = re.compile(r"\\([%$#&_{} ])")
 _TEXT_ONLY = re.compile(r"\\text\s*\{([^{}]*)\}")
-_DELIMITERS = (
-    ("$$", "$$"),
-    ("$", "$"),
-    (r"\(", r"\)"),
-    (r"\[", r"\]"),
-    ("**", "**"),
-    ('"', '"'),
-    ("'", "'"),
-    ("{", "}"),
-)
+_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("{", "}"))
 _LABEL = re.compile(
-    r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+|^(?:the )?(?:final )?answer\s*[:=]\s*|^(?:答案|答)(?:是|为|:)\s*",
-    re.IGNORECASE,
+    r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+|^(?:the )?(?:final )?answer\s*[:=]\s*|^(?:答案|答)(?:是|为|:)\s*", re.IGNORECASE
 )
 _FUNCTION = r"(?:arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)"
 
@@ -326,17 +307,13 @@ _YES_NO = {
 }  # fmt: skip
 _CONTRADICTIONS: dict[str, set[str]] = {"yes": {"not"}, "no": set(), "true": {"not"}, "false": set()}
 _LETTER = re.compile(r"(?:(?:option|choice|选项?)\s*)?(?:\(([A-Za-z])\)|([A-Za-z]))[.):]?", re.IGNORECASE)
-_LETTER_WITH_TEXT = re.compile(
-    r"(?:(?:option|choice)\s*)?(?:\(([A-J])\)[.:,]?|([A-J])(?:[.):](?!\d)|\)))\s*(\S.*)", re.DOTALL
-)
+_LETTER_WITH_TEXT = re.compile(r"(?:(?:option|choice)\s*)?(?:\(([A-J])\)[.:,]?|([A-J])(?:[.):](?!\d)|\)))\s*(\S.*)", re.DOTALL)
 _ANOTHER_LETTER = re.compile(r"(?<![A-Za-z])(?:\([A-J]\)|[A-J](?=[.):,;]|$)|[A-J]\b(?= (?:and|or)\b))")
 _LETTERS = re.compile(r"[A-J](?:(?:,| and |,and | & |、|)[A-J])+")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_TWO_LETTER_WORDS = frozenset(
-    "is or if no to of in on at it we he be by an as do go so up us my me am ok hi oh ie eg vs".split()
-)
+_TWO_LETTER_WORDS = frozenset("is or if no to of in on at it we he be by an as do go so up us my me am ok hi oh ie eg vs".split())
 _VARIABLE_RUNS = (frozenset("xyz"), frozenset("abc"), frozenset("pqr"), frozenset("uvw"), frozenset("mn"))
 
 

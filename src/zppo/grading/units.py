@@ -57,16 +57,12 @@ _NO_NOUN = frozenset(
     "million billion trillion dozen mod squared cubed factorial choose remainder pi guess unknown sure impossible halves thirds quarters "
     "fifths tenths sixths eighths fourths sevenths ninths hundredths thousandths".split()
 )
-_PREFIX = re.compile(
-    r"^(?P<sign>[-+]?)(?P<unit>US ?\$|\$|€|£|¥|₹|Rs\.?|USD|EUR|GBP|CNY|RMB|INR) ?(?=[-+]?\.?\d|\\frac)"
-)
+_PREFIX = re.compile(r"^(?P<sign>[-+]?)(?P<unit>US ?\$|\$|€|£|¥|₹|Rs\.?|USD|EUR|GBP|CNY|RMB|INR) ?(?=[-+]?\.?\d|\\frac)")
 _POWERED = re.compile(r"^(?P<base>.+?)(?:\^\{?(?P<power>-?\d)\}?|(?<=[a-z])(?P<digit>[23]))$")
 _MATH = re.compile(r"\d|\\pi|\\sqrt|\\frac")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _BARE_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[\u4e00-\u9fff]")
-_ATTACHED_LETTERS = frozenset(
-    "m g h L".split()
-)  # single letters that count as units right behind a number; x, a, n do not
+_ATTACHED_LETTERS = frozenset("m g h L".split())  # single letters that count as units right behind a number; x, a, n do not
 _NOUN = re.compile(r"(?=.*[aeiou])[a-z]{3,}|of|per")  # "xy" is a product
 _LONGEST_UNIT = 40
 
@@ -92,9 +88,7 @@ def canonical_unit(text: str) -> str | None:
         if lower.endswith(word):
             base = canonical_unit(text[: -len(word)])
             return None if base is None else f"{base}^{power}"
-    if (match := _POWERED.match(text)) and (
-        base := _SHORT.get(match["base"].strip()) or _LONG.get(match["base"].strip().lower())
-    ):
+    if (match := _POWERED.match(text)) and (base := _SHORT.get(match["base"].strip()) or _LONG.get(match["base"].strip().lower())):
         return f"{base}^{match['power'] or match['digit']}"
     return {
         "degrees celsius": "degc",
@@ -122,9 +116,7 @@ def _starts(text: str) -> list[int]:
     """Where a unit may begin in `text`, longest first: behind a digit, a closing bracket or a space."""
     first = max(1, len(text) - _LONGEST_UNIT)
     return [
-        i
-        for i in range(first, len(text))
-        if not text[i].isdigit() and text[i] not in " (){}[]" and text[i - 1] in "0123456789)}]° "
+        i for i in range(first, len(text)) if not text[i].isdigit() and text[i] not in " (){}[]" and text[i - 1] in "0123456789)}]° "
     ] + [i for i in range(first, len(text)) if text[i] in "°%" and text[i - 1] not in "0123456789)}] "]
 
 
@@ -144,9 +136,7 @@ def split_unit(text: str, trusted: bool = False) -> tuple[str, str | None]:
         return (behind, name) if unit in (None, name) else (text, None)
     for start in _starts(text):
         rest, tail = text[:start].rstrip(), text[start:]
-        if not _MATH.search(rest) or _BARE_WORD.search(
-            rest.replace("million", "").replace("billion", "").replace("thousand", "")
-        ):
+        if not _MATH.search(rest) or _BARE_WORD.search(rest.replace("million", "").replace("billion", "").replace("thousand", "")):
             continue
         attached = start == len(rest)
         if attached and len(tail) == 1 and tail.isalpha() and tail.isascii() and tail not in _ATTACHED_LETTERS:

@@ -80,9 +80,7 @@ def algebra(gold: str, answer: str) -> bool:
     return _close(first, second)
 
 
-algebra(
-    "x+1", "1+x"
-)  # workers are forked from a server that imported this: none of them starts with cold parser tables
+algebra("x+1", "1+x")  # workers are forked from a server that imported this: none of them starts with cold parser tables
 
 
 def compare_in_worker(gold: str, answer: str, deadline: float) -> bool:

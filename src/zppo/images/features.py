@@ -19,10 +19,7 @@ from zppo.images.processor import ImageProcessor, Pixels
 _PACKED = "image_grid_thw"  # with it, pictures of all sizes stand in one sequence of patches
 _FEATURES = "mm_encoder_outputs"
 _TYPES = ("token_type_ids", "mm_token_type_ids")
-_POOLED, _LAYERS = (
-    "pooler_output",
-    "deepstack_features",
-)  # what a language model reads: one of an image, and one of every layer
+_POOLED, _LAYERS = ("pooler_output", "deepstack_features")  # what a language model reads: one of an image, and one of every layer
 
 
 class Seen(NamedTuple):
@@ -56,9 +53,7 @@ def positions_of(model: Any, image_processor: ImageProcessor, prompt: Seen) -> P
     if not prompt.images:
         return Positions(torch.arange(length).expand(3, length), length)
     grids = torch.cat([image_processor.pixels(ref)[_PACKED] for ref in prompt.images])
-    places, deltas = ranker(
-        input_ids=ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=torch.ones_like(ids)
-    )
+    places, deltas = ranker(input_ids=ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=torch.ones_like(ids))
     return Positions(places[:, 0], int(deltas.reshape(-1)[0]) + length)
 
 
@@ -79,15 +74,9 @@ def picture_inputs(
     if not refs:
         return {}
     if image_processor is None:
-        raise ModelError(
-            "the prompts have images, and this model was loaded without its image processor: it reads text only"
-        )
+        raise ModelError("the prompts have images, and this model was loaded without its image processor: it reads text only")
     names = inspect.signature(_inner(model).forward).parameters
-    given = (
-        {_FEATURES: {"image": encode(model, image_processor, refs)}}
-        if _FEATURES in names
-        else _pixels(model, image_processor, refs)
-    )
+    given = {_FEATURES: {"image": encode(model, image_processor, refs)}} if _FEATURES in names else _pixels(model, image_processor, refs)
     return given | {name: _types(ids, image_processor) for name in _TYPES if name in names}
 
 
@@ -98,8 +87,7 @@ def encode(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef]
     takes = inspect.signature(inner.get_image_features).parameters
     distinct = {ref.sha256: ref for ref in refs}
     pixels = {
-        digest: {name: value for name, value in image_processor.pixels(ref).items() if name in takes}
-        for digest, ref in distinct.items()
+        digest: {name: value for name, value in image_processor.pixels(ref).items() if name in takes} for digest, ref in distinct.items()
     }
     parts: dict[str, list[Any]] = {}
     whole: Any = None
@@ -128,14 +116,10 @@ def why_blind(model: Any) -> str:
     return f"its forward pass takes no {' and no '.join(lacking)} in this version of transformers" if lacking else ""
 
 
-def plain_inputs(
-    model: Any, image_processor: ImageProcessor, ids: torch.Tensor, refs: Sequence[ImageRef]
-) -> dict[str, Any]:
+def plain_inputs(model: Any, image_processor: ImageProcessor, ids: torch.Tensor, refs: Sequence[ImageRef]) -> dict[str, Any]:
     """Arguments with which a model's own code looks at the pictures of one row; (1, L) ids."""
     names = inspect.signature(_inner(model).forward).parameters
-    return _pixels(model, image_processor, refs) | {
-        name: _types(ids, image_processor) for name in _TYPES if name in names
-    }
+    return _pixels(model, image_processor, refs) | {name: _types(ids, image_processor) for name in _TYPES if name in names}
 
 
 def _pixels(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef]) -> dict[str, Any]:

@@ -85,9 +85,7 @@ FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocesso
 """What a checkpoint may hold beside weights and tokenizer, for those who show pictures to it."""
 _PICTURE = "_picture"  # (H, W, 3) uint8, beside what the model takes
 _MOST_SIZES = 1 << 18  # sizes of pictures that are remembered
-_MOST_PLACEHOLDERS = (
-    1 << 16
-)  # sizes whose placeholders are remembered: some are found by preprocessing a blank picture, 10 ms or more
+_MOST_PLACEHOLDERS = 1 << 16  # sizes whose placeholders are remembered: some are found by preprocessing a blank picture, 10 ms or more
 _ROUND_TRIP = ((96, 64), (50, 210))  # sizes of pictures on which placeholders are looked at when a checkpoint is loaded
 
 
@@ -120,11 +118,7 @@ class ImageProcessor:
     """
 
     def __init__(
-        self,
-        processor: Any,
-        limits: PixelLimits | None = None,
-        cache: PixelCache | None = None,
-        files: Mapping[str, bytes] | None = None,
+        self, processor: Any, limits: PixelLimits | None = None, cache: PixelCache | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
         self.processor, self.limits = processor, limits or PixelLimits()
         self.cache, self.files = cache or PixelCache(), dict(files or {})
@@ -135,9 +129,7 @@ class ImageProcessor:
         if self._limits_itself:
             size = processor.image_processor.size
             self.own_limits = PixelLimits(size["shortest_edge"], size["longest_edge"])
-            processor.image_processor.size = type(size)(
-                shortest_edge=self.limits.min_pixels, longest_edge=self.limits.max_pixels
-            )
+            processor.image_processor.size = type(size)(shortest_edge=self.limits.min_pixels, longest_edge=self.limits.max_pixels)
         self.token: str = processor.image_token
         self.image_ids = frozenset(int(i) for i in processor.image_token_ids if i is not None)
         if not self.token or not self.image_ids:
@@ -189,10 +181,7 @@ class ImageProcessor:
 
     def same_as(self, other: ImageProcessor) -> bool:
         """Whether two checkpoints get the same tensors and placeholders for every picture."""
-        return self._fingerprint == other._fingerprint and (self.token, self.image_ids) == (
-            other.token,
-            other.image_ids,
-        )
+        return self._fingerprint == other._fingerprint and (self.token, self.image_ids) == (other.token, other.image_ids)
 
     def placeholder(self, ref: ImageRef) -> Placeholder:
         """What stands for a picture in a prompt; its size is all that is looked at. DataError where the file is no picture."""
@@ -207,11 +196,7 @@ class ImageProcessor:
 
         def make() -> Pixels:
             image = open_image(ref)
-            made = {
-                n: value.detach().clone()
-                for n, value in self._process(image).items()
-                if isinstance(value, torch.Tensor)
-            }
+            made = {n: value.detach().clone() for n, value in self._process(image).items() if isinstance(value, torch.Tensor)}
             if self.keeps_pictures:
                 made[_PICTURE] = torch.from_numpy(numpy.array(self._resized(image, made)))
             return made
@@ -235,9 +220,7 @@ class ImageProcessor:
             image = fit(image, self.limits)
         (pictures, *_) = self.processor.prepare_inputs_layout(images=[image])
         kind: Any = type(self.processor)
-        options = getattr(kind, "images_kwargs", None) or getattr(kind.valid_processor_kwargs, "_defaults", {}).get(
-            "images_kwargs"
-        )
+        options = getattr(kind, "images_kwargs", None) or getattr(kind.valid_processor_kwargs, "_defaults", {}).get("images_kwargs")
         made: Mapping[str, Any] = self.processor.image_processor(
             pictures, **(options if isinstance(options, dict) else {}), return_tensors="pt"
         )
@@ -289,11 +272,7 @@ def _read_files(name: str | Path, revision: str | None) -> dict[str, bytes]:
     found = {}
     for file in FILES:
         path = cached_file(
-            str(name),
-            file,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+            str(name), file, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
         if path is not None:
             found[file] = Path(path).read_bytes()

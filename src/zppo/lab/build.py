@@ -61,13 +61,7 @@ def lab_book(chat: Chat) -> PromptBook:
 
 
 def build(
-    world: World,
-    out: Path,
-    seed: int = 0,
-    steps: int | None = None,
-    say: Say = lambda line: None,
-    *,
-    with_teacher: bool = True,
+    world: World, out: Path, seed: int = 0, steps: int | None = None, say: Say = lambda line: None, *, with_teacher: bool = True
 ) -> Built:
     """Pretrains student and teacher and writes both, with model cards, to `out/student` and `out/teacher`;
     the questions go to `out/train.jsonl` and `out/test.jsonl`, what was measured to `out/build.json`.
@@ -194,9 +188,7 @@ def model_card(world: World, role: str, built: Built) -> str:
         f"Greedy accuracy on held-out questions: {', '.join(f'{level} {share:.1%}' for level, share in measured.items())}.",
     ]
     if not student:
-        return "\n".join(
-            [*lines, f"Answers of arbitrary responses that survive its compression: {built.fidelity:.1%}.", ""]
-        )
+        return "\n".join([*lines, f"Answers of arbitrary responses that survive its compression: {built.fidelity:.1%}.", ""])
     for level, hidden in built.hidden.items():
         lines += [
             "",
@@ -208,10 +200,7 @@ def model_card(world: World, role: str, built: Built) -> str:
 
 
 def _student_planting(world: World) -> list[str]:
-    lines = [
-        "**Its corpus is wrong on purpose.** It answers easy operations rightly. About the others it holds misconceptions:",
-        "",
-    ]
+    lines = ["**Its corpus is wrong on purpose.** It answers easy operations rightly. About the others it holds misconceptions:", ""]
     for tier, belief in world.settings.beliefs.items():
         low, high = belief.right
         right = f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -15,9 +15,7 @@ from zppo.lab.questions import lab_questions
 from zppo.lab.world import World, load_world
 
 
-def build_command(
-    world: str, out: Path | None = None, seed: int = 0, steps: int | None = None, *, with_teacher: bool = True
-) -> None:
+def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int | None = None, *, with_teacher: bool = True) -> None:
     """`zppo lab build WORLD [--out DIR --seed N --steps N --no-teacher]`: remakes student and teacher, prints what they can do.
 
     Args:
@@ -29,9 +27,7 @@ def build_command(
         SettingsError: no such world; steps or seed out of range.
     """
     if steps is not None and steps < 1:
-        raise SettingsError(
-            f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number"
-        )
+        raise SettingsError(f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number")
     logging.disable_progress_bar()
     made = load_vision_world(world) if sees(world) else load_world(world)
     folder = out or Path("runs") / "lab" / made.name
@@ -40,18 +36,10 @@ def build_command(
         if isinstance(made, VisionWorld)
         else build(made, folder, seed, steps, _say, with_teacher=with_teacher)
     )
-    for role, shares in (
-        (("student", built.student), ("teacher", built.teacher)) if with_teacher else (("student", built.student),)
-    ):
-        print(
-            f"{role}: "
-            + ", ".join(f"{level} {share:.1%}" for level, share in shares.items())
-            + " of the held-out questions"
-        )
+    for role, shares in (("student", built.student), ("teacher", built.teacher)) if with_teacher else (("student", built.student),):
+        print(f"{role}: " + ", ".join(f"{level} {share:.1%}" for level, share in shares.items()) + " of the held-out questions")
     for level, hidden in (built.hidden if isinstance(built, Built) else {}).items():
-        print(
-            f"student, level {level}: probability of the right results mean {hidden.mean:.2g}, largest {hidden.largest:.2g}"
-        )
+        print(f"student, level {level}: probability of the right results mean {hidden.mean:.2g}, largest {hidden.largest:.2g}")
     if built.fidelity is not None:
         print(f"teacher: {built.fidelity:.1%} of answers survive its compression")
     print(f"written to {folder} in {built.seconds:.0f} s")

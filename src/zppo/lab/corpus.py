@@ -72,15 +72,7 @@ def vocabulary(own: Iterable[str], control: Sequence[str] = CONTROL) -> list[str
         book.compression("?", has_answer=False),
     ]
     shown = [word for prompt in prompts for message in prompt for word in words(message.content)]
-    every: Iterable[str] = (
-        *control,
-        *TAGS,
-        *HARMLESS_TAGS,
-        "\\boxed{",
-        "}",
-        *shown,
-        *own,
-    )
+    every: Iterable[str] = (*control, *TAGS, *HARMLESS_TAGS, "\\boxed{", "}", *shown, *own)
     return list(dict.fromkeys(every))
 
 
@@ -89,9 +81,7 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     return word_tokenizer(own_words(world))
 
 
-def word_tokenizer(
-    own: Iterable[str], media: Sequence[str] = (), template: str = CHAT_TEMPLATE
-) -> PreTrainedTokenizerFast:
+def word_tokenizer(own: Iterable[str], media: Sequence[str] = (), template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words: the lab's and `own`; `media` are special tokens that stand for pictures."""
     words_of = vocabulary(own, (*CONTROL, *media))
     model = WordLevel({word: i for i, word in enumerate(words_of)}, unk_token=UNKNOWN)
@@ -177,9 +167,7 @@ class StudentCorpus:
         if self.settings.longer and rng.random() < self.settings.longer:
             chain = self.world.lengthened(chain, rng)
         results = _walk(self._believed, chain, rng)
-        return Document(
-            PLAIN, self.book.plain(self.world.question(chain, level)), self.world.completion_text(chain, results)
-        )
+        return Document(PLAIN, self.book.plain(self.world.question(chain, level)), self.world.completion_text(chain, results))
 
     def _bcq(self, chain: Chain, level: str, rng: Random) -> Document:
         """Two different candidates; the target is one of them, the one without a slip where the other has one."""
@@ -206,9 +194,7 @@ class StudentCorpus:
         known = all(tier not in self.world.settings.beliefs for tier in self.world.tiers(chain))
         drawn = [_walk(self._mistaken, chain, rng) for _ in range(count)]
         slip = 1.0 if known else self.settings.slip
-        return [
-            (rng.random() < slip and self._slip(self._mistaken, chain, results, rng)) or results for results in drawn
-        ]
+        return [(rng.random() < slip and self._slip(self._mistaken, chain, results, rng)) or results for results in drawn]
 
     def bcq_prompt(self, chain: Chain, level: str, candidates: Sequence[Results]) -> tuple[Message, ...]:
         """The prompt that shows two candidates in this order."""

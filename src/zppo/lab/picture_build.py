@@ -19,12 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessorPil,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.types import Message, Question
@@ -36,19 +31,7 @@ from zppo.lab.build import Say, lab_book, save, teller
 from zppo.lab.corpus import ASSISTANT, END, USER, word_tokenizer
 from zppo.lab.picture_corpus import Descriptions, Document, StudentCorpus, TeacherCorpus
 from zppo.lab.picture_world import Ask, VisionSettings, VisionWorld
-from zppo.lab.pictures import (
-    CELL,
-    KINDS,
-    PALETTE,
-    SIDE,
-    SIZE,
-    WORDS,
-    Picture,
-    cell_words,
-    draw_chart,
-    draw_scene,
-    pixels,
-)
+from zppo.lab.pictures import CELL, KINDS, PALETTE, SIDE, SIZE, WORDS, Picture, cell_words, draw_chart, draw_scene, pixels
 from zppo.lab.pretrain import CONTEXT, Probe, Report, batches, optimise
 from zppo.lab.questions import with_pictures, write_vision_questions
 from zppo.lab.world import Pretraining
@@ -61,11 +44,7 @@ CHAT_TEMPLATE = (
     "{{ ('" + ASSISTANT + "' if message['role'] == 'assistant' else '" + USER + "') + ' ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '"
-    + VISION_START
-    + IMAGE_PAD
-    + VISION_END
-    + "' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '" + VISION_START + IMAGE_PAD + VISION_END + "' }}{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{{ ' " + END + " ' if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}"
@@ -107,9 +86,7 @@ def make_processor() -> Qwen2VLImageProcessorPil:
     )
 
 
-def make_model(
-    settings: VisionSettings, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> Qwen3VLForConditionalGeneration:
+def make_model(settings: VisionSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
     """A Qwen3-VL model with random weights drawn from `seed`; embeddings are tied."""
     text, sight = settings.model, settings.vision
     ids = tokenizer.get_vocab()
@@ -184,11 +161,7 @@ def look(model: Qwen3VLForConditionalGeneration, pictures: Sequence[Picture]) ->
 
 
 def learn_to_see(
-    model: Qwen3VLForConditionalGeneration,
-    chat: Chat,
-    how: Pretraining,
-    seed: int,
-    report: Report = lambda step, loss: None,
+    model: Qwen3VLForConditionalGeneration, chat: Chat, how: Pretraining, seed: int, report: Report = lambda step, loss: None
 ) -> None:
     """Teaches the part that sees, before any document: a picture's token is to be what lies in its cell, in the model's own words.
 
@@ -312,13 +285,7 @@ class BuiltVision:
 
 
 def build_vision(
-    world: VisionWorld,
-    out: Path,
-    seed: int = 0,
-    steps: int | None = None,
-    say: Say = lambda line: None,
-    *,
-    with_teacher: bool = True,
+    world: VisionWorld, out: Path, seed: int = 0, steps: int | None = None, say: Say = lambda line: None, *, with_teacher: bool = True
 ) -> BuiltVision:
     """As `zppo.lab.build.build`; the pictures of the questions go to `out/pictures`.
 
@@ -489,9 +456,7 @@ def _student_planting(world: VisionWorld) -> list[str]:
 
 def _taken(world: VisionWorld, kind: str) -> str:
     words = KINDS[kind].words
-    pairs = [
-        f"{word} for {' or '.join(words[m] for m in world.mistakes[kind, index])}" for index, word in enumerate(words)
-    ]
+    pairs = [f"{word} for {' or '.join(words[m] for m in world.mistakes[kind, index])}" for index, word in enumerate(words)]
     return f"- {kind}: {', '.join(pairs)}"
 
 

@@ -74,13 +74,9 @@ class VisionSettings(Part):
         if set(self.corpus.levels) != set(self.kinds):
             raise ValueError(f"corpus.levels must weigh exactly the kinds {', '.join(sorted(self.kinds))}")
         if all(kind.asked for kind in self.kinds.values()):
-            raise ValueError(
-                "no kind is in the corpora alone (train: 0, test: 0): descriptions of pictures are learnt from one"
-            )
+            raise ValueError("no kind is in the corpora alone (train: 0, test: 0): descriptions of pictures are learnt from one")
         if missing := {kind.tier for kind in self.kinds.values()} - set(self.beliefs) - {"easy"}:
-            raise ValueError(
-                f"kinds name the tiers {', '.join(sorted(missing))}; beliefs has {', '.join(self.beliefs)}"
-            )
+            raise ValueError(f"kinds name the tiers {', '.join(sorted(missing))}; beliefs has {', '.join(self.beliefs)}")
         for name, kind in self.kinds.items():
             belief = self.beliefs.get(kind.tier)
             if belief is not None and len(belief.mistakes) >= len(KINDS[name].words):
@@ -204,19 +200,14 @@ class VisionWorld:
         if self.known(ask.kind):
             return True
         answer = ask.truth.answer
-        return answer not in ("0", NOTHING) and all(
-            ask.read(wrong).answer != answer for wrong in self.mistakes[ask.kind, ask.word]
-        )
+        return answer not in ("0", NOTHING) and all(ask.read(wrong).answer != answer for wrong in self.mistakes[ask.kind, ask.word])
 
     def asks(self) -> dict[str, list[Ask]]:
         """The questions of both splits, kind by kind, the words of a kind in turn; no question is in both."""
         made: dict[str, list[Ask]] = {split: [] for split in PICTURE_SPLITS}
         for kind, sight in self.settings.kinds.items():
             seen: set[tuple[object, ...]] = set()
-            for split, count in (
-                ("test", sight.test),
-                ("train", sight.train),
-            ):  # what is held out does not hang on how much is not
+            for split, count in (("test", sight.test), ("train", sight.train)):  # what is held out does not hang on how much is not
                 rng, wanted = keyed_random("lab", self.settings.seed, "pictures", kind, split), len(made[split]) + count
                 for turn in range(TRIES * count):
                     if len(made[split]) == wanted:

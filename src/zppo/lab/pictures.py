@@ -20,13 +20,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-COLOURS = {
-    "red": (214, 39, 40),
-    "green": (44, 160, 44),
-    "blue": (31, 90, 200),
-    "yellow": (240, 200, 20),
-    "purple": (150, 60, 190),
-}
+COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (240, 200, 20), "purple": (150, 60, 190)}
 SHAPES = ("circle", "square", "triangle", "cross")
 SIDE = 3  # cells of the grid on a side
 CELLS = tuple(f"{column}{row}" for row in (1, 2, 3) for column in "abc")
@@ -296,10 +290,7 @@ KINDS: Mapping[str, Kind] = {
     "count": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count),
     "beside": Kind(tuple(DIRECTIONS), _scene_and_cell, lambda word, about: f"{word} of {CELLS[about[0]]} ?", _beside),
     "pair": Kind(
-        tuple(PAIRINGS),
-        _chart_and_pair,
-        lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?",
-        _pair,
+        tuple(PAIRINGS), _chart_and_pair, lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?", _pair
     ),
     "describe": Kind(("all",), _any_scene, lambda word, _: f"describe {word} ?", _describe),
     "those": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"describe {word} ?", _count),

@@ -70,9 +70,7 @@ def rows(corpus: StudentCorpus | TeacherCorpus, chat: Chat, seed: int, step: int
     rng = keyed_random("lab", "corpus", seed, step)
     documents = [corpus.document(rng) for _ in range(count)]
     prompts = [chat.encode(document.messages) for document in documents]
-    completions = chat.tokenizer([f"{document.completion} {END}" for document in documents], add_special_tokens=False)[
-        "input_ids"
-    ]
+    completions = chat.tokenizer([f"{document.completion} {END}" for document in documents], add_special_tokens=False)["input_ids"]
     return [Row((*prompt, *completion), len(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
@@ -127,9 +125,7 @@ def pretrain(
     return model
 
 
-def optimise(
-    model: PreTrainedModel, how: Pretraining, losses: Callable[[int], Iterator[torch.Tensor]], report: Report
-) -> None:
+def optimise(model: PreTrainedModel, how: Pretraining, losses: Callable[[int], Iterator[torch.Tensor]], report: Report) -> None:
     """Takes `how.steps` optimizer steps; `losses(step)` yields parts (scalars) that add up to the loss of a step."""
     learnt = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=how.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -162,19 +158,13 @@ class Probe:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        book: PromptBook,
-        image_processor: ImageProcessor | None = None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, book: PromptBook, image_processor: ImageProcessor | None = None
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.chat = Chat(tokenizer, image_processor=image_processor)
         self.book = book
-        self.engine = TransformersEngine(
-            self.model, [tokenizer.eos_token_id], tokenizer.pad_token_id, image_processor=image_processor
-        )
+        self.engine = TransformersEngine(self.model, [tokenizer.eos_token_id], tokenizer.pad_token_id, image_processor=image_processor)
 
     def texts(
         self,
@@ -187,9 +177,7 @@ class Probe:
         """`samples` completions per prompt; `images` are those of every prompt."""
         shown = images or [()] * len(prompts)
         requests = [
-            SampleRequest(
-                self.chat.encode(messages, refs), tuple(draw_key("lab", seed, i, j) for j in range(samples)), refs
-            )
+            SampleRequest(self.chat.encode(messages, refs), tuple(draw_key("lab", seed, i, j) for j in range(samples)), refs)
             for i, (messages, refs) in enumerate(zip(prompts, shown, strict=True))
         ]
         done = self.engine.sample(requests, Sampling(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS))
@@ -222,8 +210,7 @@ class Probe:
         prompts = [self.book.compression(response.text, response.has_answer) for response in responses]
         summaries = [written[0] for written in self.texts(prompts)]
         kept = [
-            same(extract_boxed(summary), extract_boxed(response.text) or "")
-            for summary, response in zip(summaries, responses, strict=True)
+            same(extract_boxed(summary), extract_boxed(response.text) or "") for summary, response in zip(summaries, responses, strict=True)
         ]
         return sum(kept) / len(kept)
 
@@ -247,9 +234,7 @@ class Probe:
             chances[entry].append(chance)
         return chances
 
-    def _contexts(
-        self, corpus: StudentCorpus, chain: Chain, level: str, entry: Entry, rng: Random
-    ) -> list[tuple[int, ...]]:
+    def _contexts(self, corpus: StudentCorpus, chain: Chain, level: str, entry: Entry, rng: Random) -> list[tuple[int, ...]]:
         """Prompts of a chain as token ids, with the completion's beginning up to where the entry's result is due."""
         world, right = corpus.world, corpus.world.truth(chain)
         at = next(n for n, i in enumerate(chain.operations) if (i, (chain.start, *right)[n]) == entry)
@@ -271,9 +256,7 @@ class Probe:
         for _, same_length in groupby(by_length, key=lambda i: len(rows[i])):
             for indices in batched(same_length, ROWS_AT_ONCE):
                 ids = torch.tensor([rows[i] for i in indices])  # (B, T)
-                probabilities = (
-                    self.model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1)
-                )  # (B, V)
+                probabilities = self.model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1)  # (B, V)
                 for i, row in zip(indices, probabilities, strict=True):
                     chances[i] = row[tokens[i]].item()
         return chances

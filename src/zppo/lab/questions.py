@@ -32,10 +32,7 @@ def bundled_model(name: str) -> Path:
     world, _, role = name.removeprefix(SCHEME).partition("/")
     folder = ASSETS / world / role
     if role not in ROLES or not (folder / "config.json").is_file():
-        known = (
-            ", ".join(f"{SCHEME}{p.parent.parent.name}/{p.parent.name}" for p in sorted(ASSETS.glob("*/*/config.json")))
-            or "none"
-        )
+        known = ", ".join(f"{SCHEME}{p.parent.parent.name}/{p.parent.name}" for p in sorted(ASSETS.glob("*/*/config.json"))) or "none"
         raise ModelError(
             f"there is no bundled model {name!r} (known: {known}); name one of them, or build your own with "
             "`zppo lab build WORLD --out DIR` and name its folder"
@@ -51,9 +48,7 @@ def vision_questions(world: str, split: str, folder: Path | None = None) -> list
         StorageError: a picture cannot be written.
     """
     if split not in PICTURE_SPLITS:
-        raise SettingsError(
-            f"a world of pictures has the splits {', '.join(PICTURE_SPLITS)}, not {split!r}; write lab:{world}/train"
-        )
+        raise SettingsError(f"a world of pictures has the splits {', '.join(PICTURE_SPLITS)}, not {split!r}; write lab:{world}/train")
     made = load_vision_world(world)
     return with_pictures(made, split, made.asks()[split], folder or cache_folder())
 
@@ -64,9 +59,7 @@ def with_pictures(world: VisionWorld, split: str, asks: Sequence[Ask], folder: P
     made = []
     for ask in asks:
         number = counts[ask.kind] = counts.get(ask.kind, 0) + 1
-        made.append(
-            world.question(ask, f"{world.name}-{split}-{ask.kind}-{number:03d}", (keep(png(ask.picture), folder),))
-        )
+        made.append(world.question(ask, f"{world.name}-{split}-{ask.kind}-{number:03d}", (keep(png(ask.picture), folder),)))
     return made
 
 
@@ -108,14 +101,10 @@ def lab_questions(world: str, split: str) -> list[Question]:
     if sees(world):
         return vision_questions(world, split)
     if split not in SPLITS:
-        raise SettingsError(
-            f"a lab world has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train or lab:{world}/test"
-        )
+        raise SettingsError(f"a lab world has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train or lab:{world}/test")
     if split in ("seen", "study"):
         made = load_world(world)
-        return (
-            seen(made, lab_questions(world, "train")) if split == "seen" else study(made, lab_questions(world, "test"))
-        )
+        return seen(made, lab_questions(world, "train")) if split == "seen" else study(made, lab_questions(world, "test"))
     path = ASSETS / world / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted({p.parent.parent.name for p in ASSETS.glob("*/student/config.json")})) or "none"

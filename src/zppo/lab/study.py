@@ -57,9 +57,7 @@ class Cell:
         return "-".join(part for part in (self.recipe.stem, student, self.method, f"s{self.seed}") if part)
 
 
-def grid(
-    recipes: Sequence[Path], methods: Sequence[str], seeds: Sequence[int], students: Sequence[str]
-) -> Iterator[Cell]:
+def grid(recipes: Sequence[Path], methods: Sequence[str], seeds: Sequence[int], students: Sequence[str]) -> Iterator[Cell]:
     """All cells, seeds outermost, so that a study that is stopped early has every method.
 
     Raises:
@@ -88,9 +86,7 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
         extra.append(f"--student.model={cell.student}")
     if cell.method.endswith(MATCHED):
         if settings.train.steps is None:
-            raise SettingsError(
-                f"{cell.recipe} sets no train.steps, so {cell.method!r} has no number of steps to match"
-            )
+            raise SettingsError(f"{cell.recipe} sets no train.steps, so {cell.method!r} has no number of steps to match")
         more = 1 + settings.zone.rho_replay + settings.zone.rho_aug
         extra.append(f"--train.steps={math.ceil(settings.train.steps * more)}")
     return extra
@@ -99,11 +95,7 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
 def _questions_of(cell: Cell, settings: Settings) -> list[str]:
     """On a lab world of text: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its
     questions."""
-    world = (
-        (cell.student if cell.student.startswith(SCHEME) else settings.data.train)
-        .removeprefix(SCHEME)
-        .partition("/")[0]
-    )
+    world = (cell.student if cell.student.startswith(SCHEME) else settings.data.train).removeprefix(SCHEME).partition("/")[0]
     if not settings.data.train.startswith(SCHEME) or sees(world):
         return []
     return [f"--data.train={SCHEME}{world}/seen", f"--data.eval={SCHEME}{world}/study"]
@@ -140,13 +132,7 @@ def row_of(cell: Cell, run: Path) -> dict[str, Any]:
 
 
 def run_study(
-    cells: Sequence[Cell],
-    rows: Path,
-    *,
-    jobs: int,
-    work: Path,
-    extra: Sequence[str] = (),
-    console: Console | None = None,
+    cells: Sequence[Cell], rows: Path, *, jobs: int, work: Path, extra: Sequence[str] = (), console: Console | None = None
 ) -> int:
     """Run the cells that have no row yet, `jobs` at a time with one thread each, and append their rows to `rows`.
 
@@ -187,20 +173,9 @@ def _run_cell(cell: Cell, work: Path, extra: Sequence[str]) -> dict[str, Any]:
     shutil.rmtree(run, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     output = work / f"{cell.name}.txt"
-    command = [
-        sys.executable,
-        "-m",
-        "zppo",
-        "train",
-        str(cell.recipe),
-        *overrides_of(cell, settings),
-        *extra,
-        f"--output={run}",
-    ]
+    command = [sys.executable, "-m", "zppo", "train", str(cell.recipe), *overrides_of(cell, settings), *extra, f"--output={run}"]
     with open(output, "w", encoding="utf-8") as file:
-        status = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ).returncode
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if status:
         raise ZPPOError(f"`{' '.join(command[1:])}` ended with {status}; what it printed is in {output}")
     row = row_of(cell, run)
@@ -226,9 +201,7 @@ def study_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], l
     return tables
 
 
-def _outcomes(
-    title: str, rows: Sequence[dict[str, Any]], methods: list[str], levels: list[str]
-) -> tuple[str, list[str], list[list[str]]]:
+def _outcomes(title: str, rows: Sequence[dict[str, Any]], methods: list[str], levels: list[str]) -> tuple[str, list[str], list[list[str]]]:
     columns = ["method", "seeds", *levels, "0% graduated", "entropy", "student tokens", "teacher tokens", "seconds"]
     before = [mean_interval([r["before"][level] for r in rows]).unsigned() for level in levels]
     lines = [["before", str(len(rows)), *before, "", "", "", "", ""]]

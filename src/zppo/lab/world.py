@@ -50,9 +50,7 @@ class BeliefSettings(Part):
         if not 0 <= low <= high <= 1:
             raise ValueError(f"right is {list(self.right)}: write a range of probabilities, the lower one first")
         if min(self.mistakes) < 0 or sum(self.mistakes) > 1 + 1e-9:
-            raise ValueError(
-                f"mistakes are {list(self.mistakes)}: their shares must not be negative nor add up to more than 1"
-            )
+            raise ValueError(f"mistakes are {list(self.mistakes)}: their shares must not be negative nor add up to more than 1")
         return self
 
 
@@ -138,13 +136,9 @@ class WorldSettings(Part):
         for level in self.levels:
             for tier in level.tiers:
                 if tier not in self.operations:
-                    raise ValueError(
-                        f"level {level.name!r} names tier {tier!r}; operations has {', '.join(self.operations)}"
-                    )
+                    raise ValueError(f"level {level.name!r} names tier {tier!r}; operations has {', '.join(self.operations)}")
             if level.unlikeliest and level.tiers[0] not in self.beliefs:
-                raise ValueError(
-                    f"level {level.name!r} asks for the unlikeliest entries of tier {level.tiers[0]!r}, which has no beliefs"
-                )
+                raise ValueError(f"level {level.name!r} asks for the unlikeliest entries of tier {level.tiers[0]!r}, which has no beliefs")
         if missing := set(self.unseen) - set(names):
             raise ValueError(f"unseen names {', '.join(sorted(missing))}; operations has {', '.join(names)}")
         levels = {level.name for level in self.levels}
@@ -224,11 +218,7 @@ class World:
     @cached_property
     def beliefs(self) -> dict[Entry, tuple[float, ...]]:
         """What the corpus says about every entry: a probability for each value as the result; sums to 1."""
-        return {
-            (index, value): self._belief(index, value)
-            for index in range(len(self.operations))
-            for value in range(len(self.values))
-        }
+        return {(index, value): self._belief(index, value) for index in range(len(self.operations)) for value in range(len(self.values))}
 
     def _belief(self, index: int, value: int) -> tuple[float, ...]:
         operation = self.operations[index]
@@ -296,15 +286,9 @@ class World:
         name = "-".join([self.name, level, *text.replace("→", "").split()[:-1]])
         return Question(name, (Message("user", text),), self.answer_text(chain, self.truth(chain)), level=level)
 
-    def questions(
-        self, split: Literal["train", "test"], chosen: Mapping[str, Sequence[Entry]] | None = None
-    ) -> list[Question]:
+    def questions(self, split: Literal["train", "test"], chosen: Mapping[str, Sequence[Entry]] | None = None) -> list[Question]:
         """The questions of a split, level by level; `chosen` names the entries of levels that do not draw their own."""
-        return [
-            self.question(chain, name)
-            for name in self.levels
-            for chain in self.chains(name, (chosen or {}).get(name))[split]
-        ]
+        return [self.question(chain, name) for name in self.levels for chain in self.chains(name, (chosen or {}).get(name))[split]]
 
     def entries(self, name: str) -> list[Entry]:
         """All entries of a level's first tier."""
@@ -338,9 +322,7 @@ class World:
         index, value = entry
         others = self.tier(self.levels[name].tiers[1])
         first = [Chain(value, (index, other)) for other in others]
-        before = [
-            (v, other) for other in others for v in range(len(self.values)) if self.operations[other].table[v] == value
-        ]
+        before = [(v, other) for other in others for v in range(len(self.values)) if self.operations[other].table[v] == value]
         second = [Chain(v, (other, index)) for v, other in before]
         rng.shuffle(first)
         rng.shuffle(second)
@@ -368,9 +350,7 @@ def load_world(name: str) -> World:
     path = Path(name) if name.endswith((".yaml", ".yml")) else WORLDS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in WORLDS.glob("*.yaml")))
-        raise SettingsError(
-            f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)"
-        )
+        raise SettingsError(f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)")
     try:
         written = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -38,11 +38,7 @@ class Adapters:
         folder.mkdir(parents=True, exist_ok=True)
         # Without the flag peft asks the hub whether the vocabulary has grown.
         state = get_peft_model_state_dict(self.handle, save_embedding_layers=False)
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in state.items()},
-            folder / _WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
         config = copy.copy(self._config)
         config.inference_mode = True
         config.save_pretrained(str(folder))
@@ -83,9 +79,7 @@ class Adapters:
         return self.handle.peft_config["default"]
 
 
-def add_adapters(
-    model: PreTrainedModel, lora: LoraSettings, *, base: str, revision: str | None = None, seed: int = 0
-) -> Adapters:
+def add_adapters(model: PreTrainedModel, lora: LoraSettings, *, base: str, revision: str | None = None, seed: int = 0) -> Adapters:
     """Freezes a model and puts fresh adapters into it, in fp32; the model stays the object that it was.
 
     Fresh adapters change nothing: their second matrix is 0. The first is drawn by the seed alone.
@@ -133,9 +127,7 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
     if targets == "all-linear":
         found = [name for name, module in linear.items() if module is not head and parts[name] == "language"]
         if not found:
-            raise SettingsError(
-                f"train.lora: {type(model).__name__} has no linear layers that peft adapts; set it to null"
-            )
+            raise SettingsError(f"train.lora: {type(model).__name__} has no linear layers that peft adapts; set it to null")
         return found
     taken: dict[str, None] = {}
     for entry in targets:

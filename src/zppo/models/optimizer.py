@@ -14,9 +14,7 @@ from zppo.errors import SettingsError
 _PROBE_SIZE = 8192  # bitsandbytes keeps tensors of fewer than 4,096 numbers in 32 bits
 
 
-def make_optimizer(
-    train: TrainSettings, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], device: torch.device
-) -> Any:
+def make_optimizer(train: TrainSettings, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], device: torch.device) -> Any:
     """The recipe's optimizer.
 
     Args:
@@ -35,12 +33,7 @@ def make_optimizer(
 
 
 def _arguments(train: TrainSettings) -> dict[str, Any]:
-    return {
-        "lr": train.learning_rate,
-        "betas": train.betas,
-        "eps": train.adam_eps,
-        "weight_decay": train.weight_decay,
-    }
+    return {"lr": train.learning_rate, "betas": train.betas, "eps": train.adam_eps, "weight_decay": train.weight_decay}
 
 
 def _adamw_8bit() -> Any:

@@ -43,9 +43,7 @@ def parts_of(model: PreTrainedModel) -> dict[str, Part]:
     return {name: part(name) for name in _names(model)}
 
 
-def freeze_parts(
-    model: PreTrainedModel, train: TrainSettings, *, images: bool = True, say: Callable[[str], None] | None = None
-) -> None:
+def freeze_parts(model: PreTrainedModel, train: TrainSettings, *, images: bool = True, say: Callable[[str], None] | None = None) -> None:
     """Takes the frozen parts of a recipe out of training: no gradients, no optimizer state; they are still saved.
 
     In a run without images all parts that see are frozen, which is said: weight decay would shrink them, and they would take memory.
@@ -66,9 +64,7 @@ def freeze_parts(
         parameter.requires_grad_(False)
     if taken and not images and say is not None:
         count = sum(p.numel() for p in taken)
-        say(
-            f"no question has an image: the parts of {type(model).__name__} that see ({count:,} parameters) stay as they are"
-        )
+        say(f"no question has an image: the parts of {type(model).__name__} that see ({count:,} parameters) stay as they are")
 
 
 def _check_settings(model: PreTrainedModel, train: TrainSettings, found: Collection[Part]) -> None:
@@ -94,6 +90,4 @@ def parameter_groups(model: torch.nn.Module, train: TrainSettings) -> list[torch
 
 
 def _names(model: PreTrainedModel) -> Iterable[str]:
-    return dict.fromkeys(
-        (*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters()))
-    )
+    return dict.fromkeys((*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())))

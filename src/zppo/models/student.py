@@ -35,9 +35,7 @@ def read_template(settings: ModelSettings) -> str | None:
     try:
         return settings.template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"template {settings.template} cannot be read: {error}. Name a text file that holds a chat template"
-        ) from error
+        raise SettingsError(f"template {settings.template} cannot be read: {error}. Name a text file that holds a chat template") from error
 
 
 def load_chat(settings: ModelSettings, images: PixelLimits | None = None, cache: PixelCache | None = None) -> Chat:
@@ -57,12 +55,7 @@ def load_chat(settings: ModelSettings, images: PixelLimits | None = None, cache:
 
 
 def load_model(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype,
-    revision: str | None = None,
-    attention: str | None = None,
-    images: bool = False,
+    folder: str | Path, *, dtype: torch.dtype, revision: str | None = None, attention: str | None = None, images: bool = False
 ) -> PreTrainedModel:
     """A language model in evaluation mode (no dropout anywhere in a run: old and new log-probs must be comparable).
 
@@ -164,9 +157,7 @@ def recompute_layers(model: PreTrainedModel) -> int:
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def recomputing(*args: Any, **kwargs: Any) -> Any:
-        if (
-            not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None
-        ):  # a cache must not be written twice
+        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:  # a cache must not be written twice
             return forward(*args, **kwargs)
         # There is no dropout, so there is no random state to keep.
         return recompute(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

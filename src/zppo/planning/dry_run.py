@@ -45,11 +45,7 @@ def memory_rows(settings: Settings, machine: Machine | None = None, images: int 
     memory = _estimate(settings, machine, images)
     if isinstance(memory, str):
         return [("estimate", memory)]
-    return [
-        *_parts(settings, memory),
-        ("at most", _against(memory.total, machine)),
-        *_verdict(settings, memory, machine, images),
-    ]
+    return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, images)]
 
 
 def _estimate(settings: Settings, machine: Machine | None, images: int) -> Memory | str:
@@ -77,9 +73,7 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     if memory.images:
         rows.append(("preprocessed images of a step", f"{_size(memory.images)} at most (data.images.cache_gib)"))
     if memory.tower:
-        rows.append(
-            ("update: vision tower", f"{_size(memory.tower)} (roughly; every row with images of the largest size)")
-        )
+        rows.append(("update: vision tower", f"{_size(memory.tower)} (roughly; every row with images of the largest size)"))
     if memory.layer:
         rows.append(("update: a layer computed again", f"{_size(memory.layer)} (not while logits are held)"))
     rows.append(("update: logits", f"{_size(memory.logits)} (gradients included)"))
@@ -94,9 +88,7 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, images
     room = machine.usable
     if memory.total <= room:
         tight = memory.total > _TIGHT * room
-        return [
-            ("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")
-        ]
+        return [("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")]
     words = []
     if memory.standing + memory.update > room:
         advice, memory = _lighter(settings, memory, machine, images)
@@ -111,11 +103,7 @@ def _fewer_rows(memory: Memory, machine: Machine) -> str:
     fit = (machine.usable - memory.standing - memory.cast) // memory.row if memory.row else 0
     if fit < 1:
         return "sampling: not even one rollout fits beside what stands; lower rollout.max_new_tokens or data.max_prompt_tokens"
-    says = (
-        "it halves them by itself until they fit"
-        if machine.gpu
-        else "set it: a machine that runs out of RAM ends the run"
-    )
+    says = "it halves them by itself until they fit" if machine.gpu else "set it: a machine that runs out of RAM ends the run"
     return f"sampling: {fit:,} of {memory.rows:,} rollouts fit at once, rollout.max_rows={fit}; {says}"
 
 
@@ -129,17 +117,12 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) 
 
     halves = settings.train.tokens_per_microbatch == "auto" and machine.gpu
     if halves and (smallest := fitting({"tokens_per_microbatch": memory.longest})):
-        says = (
-            "the update does not fit at once; train.tokens_per_microbatch=auto halves its micro-batches until they do"
-        )
+        says = "the update does not fit at once; train.tokens_per_microbatch=auto halves its micro-batches until they do"
         return says, smallest
     for changes in _changes(settings, memory):
         if lighter := fitting(changes):
             keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
-            return (
-                f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})",
-                lighter,
-            )
+            return (f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})", lighter)
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
         "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
@@ -170,11 +153,7 @@ def _shown(value: Any) -> str:
 def _against(needed: int, machine: Machine | None) -> str:
     if machine is None:
         return _size(needed)
-    free = (
-        ""
-        if machine.free is None or machine.free > _TIGHT * machine.total
-        else f", {_size(machine.free)} of it free now"
-    )
+    free = "" if machine.free is None or machine.free > _TIGHT * machine.total else f", {_size(machine.free)} of it free now"
     return f"{_size(needed)} of {_size(machine.total)} ({machine.name}{free})"
 
 
@@ -251,9 +230,7 @@ def check_files(settings: Settings) -> None:
     models += [(name, model) for name, model in frozen if not model.base_urls]
     for name, model in models:
         if model.template is not None and not model.template.is_file():
-            raise TemplateError(
-                f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out"
-            )
+            raise TemplateError(f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out")
         folder = model_folder(model.model)
         if _is_path(folder) and not (Path(folder) / "config.json").is_file():
             raise ModelError(
@@ -296,13 +273,9 @@ def make_plan(
     lazy = literal = None
     if method.needs_teacher and settings.teacher is not None:
         everything = method.teacher_response or method.loss == "off-distill"
-        lazy = _teacher_plan(
-            settings, settings.teacher, asked=plain if everything else min(cap, plain), cap=cap, lazy=True
-        )
+        lazy = _teacher_plan(settings, settings.teacher, asked=plain if everything else min(cap, plain), cap=cap, lazy=True)
         capped = method.reformulations and not {"bcq"} & set(method.reformulations)  # Hint, Prefix: the capped set only
-        literal = _teacher_plan(
-            settings, settings.teacher, asked=min(cap, plain) if capped else plain, cap=cap, lazy=False
-        )
+        literal = _teacher_plan(settings, settings.teacher, asked=min(cap, plain) if capped else plain, cap=cap, lazy=False)
     return Plan(
         questions=questions,
         eval_questions=eval_questions,
@@ -325,9 +298,7 @@ def make_plan(
     )
 
 
-def _judge_calls(
-    settings: Settings, plain: int, reformulated: int, lazy: TeacherPlan | None, literal: TeacherPlan | None
-) -> int:
+def _judge_calls(settings: Settings, plain: int, reformulated: int, lazy: TeacherPlan | None, literal: TeacherPlan | None) -> int:
     """Completions of `plain` judge questions in one step: of the student, asked again too, and of the teacher."""
     again = min(reformulated, plain * len(settings.method.resolve().reformulations))
     calls = (plain + again) * settings.rollout.group_size
@@ -336,9 +307,7 @@ def _judge_calls(
     return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
 
-def render_plan(
-    settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = ()
-) -> Group:
+def render_plan(settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = ()) -> Group:
     """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`."""
     parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
     parts += [_table("one step, at most", _step_rows(settings, plan)), ""]
@@ -353,18 +322,13 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
     method = settings.method.resolve()
     passes = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
     return [
-        (
-            "method",
-            f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}",
-        ),
+        ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}"),
         ("student", settings.student.model),
         ("teacher", _teachers(settings) if method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train}{_with_images(plan.seeing)}"),
         (
             "held-out questions",
-            f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}"
-            if settings.data.eval
-            else "none",
+            f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}" if settings.data.eval else "none",
         ),
         ("judge", _judge_row(settings, plan)),
         ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each"),
@@ -406,17 +370,12 @@ def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
         ("rollouts", f"{plan.rollouts:,} ({rollout.group_size} per prompt)"),
         ("sampled tokens", f"{plan.completion_tokens:,} (up to {rollout.max_new_tokens:,} per rollout)"),
         *([("judge calls", f"{plan.judge_calls:,}")] if plan.judge_calls else []),
-        (
-            "plain prompt tokens",
-            f"{plain_tokens:,} (up to {settings.data.max_prompt_tokens:,} per prompt, read once per prompt)",
-        ),
+        ("plain prompt tokens", f"{plain_tokens:,} (up to {settings.data.max_prompt_tokens:,} per prompt, read once per prompt)"),
     ]
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -427,13 +386,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
 def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) -> Table:
     assert settings.teacher is not None
     chosen = settings.teacher.ask
-    table = Table(
-        title="asked of the teacher per step, at most",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    table = Table(title="asked of the teacher per step, at most", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     hints = ["hints"] if literal.hints else []
     for name in ("ask", "rollouts", "their tokens", "compressions", "their tokens", *hints, ""):
         table.add_column(name, justify="right" if name not in ("ask", "") else "left")
@@ -477,15 +430,9 @@ def _check_reward(name: str) -> None:
     """The module or file of a reward function exists; it is not run here."""
     module, colon, function = name.rpartition(":")
     if not colon or not function:
-        raise RewardError(
-            f"grading.reward: {name!r} names no function; write package.module:function or file.py:function"
-        )
+        raise RewardError(f"grading.reward: {name!r} names no function; write package.module:function or file.py:function")
     if module.endswith(".py"):
         if not Path(module).is_file():
-            raise RewardError(
-                f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function"
-            )
+            raise RewardError(f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function")
     elif importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise RewardError(
-            f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function"
-        )
+        raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")

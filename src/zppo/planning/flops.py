@@ -106,9 +106,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
     method = settings.method.resolve()
     steps = [record for record in records if record.get("event") == "step"]
     if not steps:
-        raise CheckpointError(
-            f"{source} holds no finished step; wait for the first one, or plan with `zppo cost RECIPE`"
-        )
+        raise CheckpointError(f"{source} holds no finished step; wait for the first one, or plan with `zppo cost RECIPE`")
 
     def total(name: str) -> float:
         for record in steps:
@@ -130,9 +128,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.reformulations else 0.0),
-        scoring=total("train_tokens_needed")
-        if method.distils
-        else 0.0,  # the teacher reads what the student learns from
+        scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
         judge=judge_tokens(steps),
     )
     draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask != "all"
@@ -376,10 +372,7 @@ def _logprob_pass(settings: Settings) -> tuple[bool, str]:
         return True, "Old log-probs: from a forward pass, since top-p or top-k changes what is sampled."
     if train.precision == "fp32" or (train.precision == "auto" and train.device == "cpu"):
         return False, "Old log-probs: the sampler's, which are exact in fp32."
-    return (
-        True,
-        "Old log-probs: from a forward pass, as on a GPU in bf16; on a CPU in fp32 the sampler's are exact and cost nothing.",
-    )
+    return (True, "Old log-probs: from a forward pass, as on a GPU in bf16; on a CPU in fp32 the sampler's are exact and cost nothing.")
 
 
 def _stated(settings: Settings, assumed: Assumptions) -> str:
@@ -395,9 +388,7 @@ def _stated(settings: Settings, assumed: Assumptions) -> str:
         answer = length(assumed.teacher_completion, settings.teacher.rollout.max_new_tokens)
         parts.append(f"teacher rollouts of {answer}")
         if not method.distils:
-            parts.append(
-                f"{assumed.hard:.0%} of the plain questions hard, {assumed.solved:.0%} of those solved by the teacher"
-            )
+            parts.append(f"{assumed.hard:.0%} of the plain questions hard, {assumed.solved:.0%} of those solved by the teacher")
         elif method.loss == "off-distill":
             parts.append(f"{assumed.solved:.0%} of these right")
         if set(method.reformulations) & {BCQ, NCQ}:

@@ -237,11 +237,7 @@ def _layer(shape: Shape, kind: str, *, bf16: bool) -> float:
     """
     h, i = shape.hidden, shape.mlp
     if kind == LINEAR:
-        heads, spread, values = (
-            shape.linear_value_heads,
-            shape.linear_value_heads * shape.linear_key_dim,
-            shape.linear_values,
-        )
+        heads, spread, values = (shape.linear_value_heads, shape.linear_value_heads * shape.linear_key_dim, shape.linear_values)
         state = spread * shape.linear_value_dim / _CHUNK  # one state per chunk
         if bf16:
             return 28 * h + 8 * i + 8 * shape.linear_keys + 38 * spread + 36 * values + 934 * heads + 8 * state
@@ -312,9 +308,7 @@ def _tower(settings: Settings, eyes: VisionShape | None, rows: int, images: int,
     At worst every row of a micro-batch has pictures of its own, of the largest size or as many as its prompt holds.
     """
     train = settings.train
-    adapted = train.lora is None or any(
-        map(names_vision_layers, () if train.lora.targets == "all-linear" else train.lora.targets)
-    )
+    adapted = train.lora is None or any(map(names_vision_layers, () if train.lora.targets == "all-linear" else train.lora.targets))
     if eyes is None or train.vision.freeze_tower or not adapted:
         return 0
     kept = eyes.kept_per_patch(bf16=bf16, recomputed=train.gradient_checkpointing)

@@ -306,9 +306,7 @@ def vision_shape_of(name: str) -> VisionShape | None:
     file = config_file(name)
     if file is None:
         last = name.rpartition("/")[2]
-        return (
-            _read_vision({"vision_config": {}, "text_config": {}}, guessed=True) if last.startswith("Qwen3.5") else None
-        )
+        return _read_vision({"vision_config": {}, "text_config": {}}, guessed=True) if last.startswith("Qwen3.5") else None
     try:
         return _read_vision(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -432,9 +430,7 @@ def _elements(file: Path, keep: Callable[[str], bool]) -> int:
             if length > _LONGEST_HEADER:
                 raise ValueError(f"its header would have {length:,} bytes")
             header: dict[str, Any] = json.loads(handle.read(length))
-        return sum(
-            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__" and keep(name)
-        )
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__" and keep(name))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
         raise ModelError(f"{file} is no readable safetensors file ({error}); fetch the checkpoint again") from error
 

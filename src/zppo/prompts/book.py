@@ -51,9 +51,7 @@ class PromptBook:
     inert.
     """
 
-    def __init__(
-        self, overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text
-    ) -> None:
+    def __init__(self, overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text) -> None:
         """Reads and checks every template.
 
         Args:
@@ -128,11 +126,7 @@ class PromptBook:
 
         All three are neutralised: what is compared is changed in the same way, and no text of a data file can pose as another block.
         """
-        values = {
-            "question": self._clean(question_text),
-            "gold": self._clean(gold),
-            "completion": self._clean(completion),
-        }
+        values = {"question": self._clean(question_text), "gold": self._clean(gold), "completion": self._clean(completion)}
         return (Message("user", self._fill(JUDGE, values)),)
 
     def text(self, name: str, values: Mapping[str, Any]) -> str:
@@ -213,8 +207,7 @@ def _read(name: str, path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(
-            f"The template {name!r} cannot be read from {path}: {error}. Give the path of a UTF-8 text file, or leave "
-            "the override out."
+            f"The template {name!r} cannot be read from {path}: {error}. Give the path of a UTF-8 text file, or leave the override out."
         ) from error
 
 

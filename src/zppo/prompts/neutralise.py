@@ -10,23 +10,8 @@ TAGS = ("think", "summary", "candidate", "response", "hint", "question", "refere
 """The tags that prompts and completions use as structure; `<image>` is the place of an image (`core.types.IMAGE`)."""
 
 IMAGE_TEXTS = (
-    *(
-        "<|image_pad|>",
-        "<|video_pad|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image|>",
-        "<|begin_of_image|>",
-        "<|end_of_image|>",
-    ),
-    *(
-        "<start_of_image>",
-        "<end_of_image>",
-        "<image_soft_token>",
-        "<fake_token_around_image>",
-        "<global-img>",
-        "<IMG_CONTEXT>",
-    ),
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|image|>", "<|begin_of_image|>", "<|end_of_image|>"),
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<fake_token_around_image>", "<global-img>", "<IMG_CONTEXT>"),
     *("<img>", "</img>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
 )
 """What common model families take for images, to break where a model's own tokenizer is not known (a teacher on a server)."""

@@ -16,9 +16,7 @@ def add_commands(commands: Any) -> None:
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
     """
-    report = commands.add_parser(
-        "report", help="a page that shows what a run did", description="Write report.html and figures/ of a run."
-    )
+    report = commands.add_parser("report", help="a page that shows what a run did", description="Write report.html and figures/ of a run.")
     report.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
     report.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: the run folder)")
     _add_figures(report)
@@ -27,9 +25,7 @@ def add_commands(commands: Any) -> None:
     report.set_defaults(run=_report)
 
     compare = commands.add_parser(
-        "compare",
-        help="several runs side by side",
-        description="Tables of several runs, paired over seeds where there are seeds.",
+        "compare", help="several runs side by side", description="Tables of several runs, paired over seeds where there are seeds."
     )
     compare.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folders")
     compare.add_argument("--html", action="store_true", help="write a page with curves on shared axes, and its figures")
@@ -38,14 +34,10 @@ def add_commands(commands: Any) -> None:
     compare.set_defaults(run=_compare)
 
     inspect = commands.add_parser(
-        "inspect",
-        help="the story of one question",
-        description="Print every prompt, answer and verdict of one question of a run.",
+        "inspect", help="the story of one question", description="Print every prompt, answer and verdict of one question of a run."
     )
     inspect.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
-    inspect.add_argument(
-        "question", metavar="QUESTION_ID", help="as in the data, or <file>:<row>; the report and buffer.jsonl name them"
-    )
+    inspect.add_argument("question", metavar="QUESTION_ID", help="as in the data, or <file>:<row>; the report and buffer.jsonl name them")
     inspect.add_argument("--step", type=int, help="only this step")
     inspect.add_argument("--kind", help="only this kind of prompt: plain, bcq, ncq")
     inspect.add_argument("--full", action="store_true", help="show long texts whole")
@@ -53,21 +45,13 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_figures(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--figures", choices=FIGURE_FORMATS, default="png", help="format of the figure files (default: png)"
-    )
+    parser.add_argument("--figures", choices=FIGURE_FORMATS, default="png", help="format of the figure files (default: png)")
 
 
 def _report(options: argparse.Namespace) -> None:
     from zppo.report.command import report_command
 
-    report_command(
-        options.folder,
-        out=options.out,
-        figures=options.figures,
-        watch=options.watch,
-        port=options.port,
-    )
+    report_command(options.folder, out=options.out, figures=options.figures, watch=options.watch, port=options.port)
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -62,10 +62,7 @@ def audit_class(kind: str, correct: bool, found: str) -> str:
 
 
 def count_group(
-    kind: str,
-    audit: Mapping[str, Any],
-    unseen: str | None,
-    rollouts: Sequence[tuple[str | None, bool]],
+    kind: str, audit: Mapping[str, Any], unseen: str | None, rollouts: Sequence[tuple[str | None, bool]]
 ) -> tuple[Counts, list[str]]:
     """Counts of one BCQ or NCQ group, and the class of each rollout.
 
@@ -94,21 +91,13 @@ def count_group(
 
 def _count_position(counts: Counts, correct_at: int, found: Sequence[str]) -> None:
     """Sums for `position_bias`: per prompt, f rollouts follow the first candidate and t follow one of the two."""
-    followed = [
-        correct_at if which == "positive" else 1 - correct_at for which in found if which in ("positive", "negative")
-    ]
+    followed = [correct_at if which == "positive" else 1 - correct_at for which in found if which in ("positive", "negative")]
     first, total = followed.count(0), len(followed)
     counts["position", "right first"] += correct_at == 0
     counts["position", "prompts"] += 1
     if total:
         counts["position", "n"] += 1
-        for name, value in (
-            ("f", first),
-            ("t", total),
-            ("ff", first * first),
-            ("ft", first * total),
-            ("tt", total * total),
-        ):
+        for name, value in (("f", first), ("t", total), ("ff", first * first), ("ft", first * total), ("tt", total * total)):
             counts["position", name] += value
 
 

@@ -46,9 +46,7 @@ class Mean:
     def __str__(self) -> str:
         if self.n == 0:
             return "-"
-        return (
-            f"{self.value:+.2f}" if math.isnan(self.low) else f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
-        )
+        return f"{self.value:+.2f}" if math.isnan(self.low) else f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
     def unsigned(self) -> str:
         """The same for what cannot be negative."""
@@ -109,9 +107,7 @@ class Comparison:
     interval: Interval
 
 
-def cluster_bootstrap(
-    minuend: Accuracies, subtrahend: Accuracies, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
+def cluster_bootstrap(minuend: Accuracies, subtrahend: Accuracies, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The interval of one pair of methods over the same benchmarks (App. F.6).
 
     Args:
@@ -123,16 +119,11 @@ def cluster_bootstrap(
         DataError: no benchmarks, a benchmark that only one side has, or an accuracy that is no finite number.
         SettingsError: `resamples` below 1.
     """
-    return bootstrap_pairs(
-        {"minuend": minuend, "subtrahend": subtrahend}, [("minuend", "subtrahend")], resamples, seed
-    )[0]
+    return bootstrap_pairs({"minuend": minuend, "subtrahend": subtrahend}, [("minuend", "subtrahend")], resamples, seed)[0]
 
 
 def bootstrap_pairs(
-    accuracies: Mapping[str, Accuracies],
-    pairs: Sequence[tuple[str, str]],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    accuracies: Mapping[str, Accuracies], pairs: Sequence[tuple[str, str]], resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Interval]:
     """Intervals of many (minuend, subtrahend) pairs over one shared resample of the benchmarks (App. F.6).
 
@@ -156,10 +147,7 @@ def bootstrap_pairs(
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     means = counts @ differences.T / n  # (R, P)
     low, high = np.percentile(means, _PERCENTILES, axis=0)  # (P,) each
-    return [
-        Interval(float(row.mean()), float(low[i]), float(high[i]), int((row > 0).sum()), n)
-        for i, row in enumerate(differences)
-    ]
+    return [Interval(float(row.mean()), float(low[i]), float(high[i]), int((row > 0).sum()), n) for i, row in enumerate(differences)]
 
 
 def _shared_benchmarks(methods: Mapping[str, Accuracies]) -> list[str]:
@@ -226,9 +214,7 @@ def _add(table: Table, record: Mapping[str, str | list[str] | None], where: str)
     except ValueError:
         accuracy = math.nan
     if not 0 <= accuracy <= 100:  # also refuses NaN
-        raise DataError(
-            f"{where}, column accuracy: {cells['accuracy']!r} is no percentage; write a number from 0 to 100"
-        )
+        raise DataError(f"{where}, column accuracy: {cells['accuracy']!r} is no percentage; write a number from 0 to 100")
     methods = table.setdefault((cells["scale"], cells["family"]), {})
     if cells["benchmark"] in methods.setdefault(cells["method"], {}):
         raise DataError(
@@ -238,9 +224,7 @@ def _add(table: Table, record: Mapping[str, str | list[str] | None], where: str)
     methods[cells["method"]][cells["benchmark"]] = accuracy
 
 
-def bootstrap_table(
-    table: Table, *, minuend: str | None = None, resamples: int = RESAMPLES, seed: int = 0
-) -> list[Comparison]:
+def bootstrap_table(table: Table, *, minuend: str | None = None, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
     """Every pair of methods of each scale and family, one shared resample per scale and family (App. F.6).
 
     Args:
@@ -283,19 +267,11 @@ def write_comparisons(comparisons: Sequence[Comparison], path: str | Path) -> No
                 numbers = (f"{value:.2f}" for value in (i.delta, i.low, i.high))
                 writer.writerow((c.scale, c.family, c.minuend, c.subtrahend, *numbers, i.wins, i.n))
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); name a file in a folder that exists"
-        ) from error
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name a file in a folder that exists") from error
 
 
 def bootstrap_command(
-    paths: Sequence[Path],
-    *,
-    minuend: str | None,
-    resamples: int,
-    seed: int,
-    out: Path | None,
-    console: Console | None = None,
+    paths: Sequence[Path], *, minuend: str | None, resamples: int, seed: int, out: Path | None, console: Console | None = None
 ) -> None:
     """`zppo bootstrap`: print every comparison of a table, or of several results of `zppo eval`, and write them to `out`.
 

@@ -19,15 +19,7 @@ from zppo.report.audits import Counts, MatchRow, ZoneStory, match_rows, median, 
 from zppo.report.read_run import KindSums, Run, StepScan
 
 # Okabe and Ito's colours, told apart with every kind of colour blindness.
-BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#7F7F7F",
-)
+BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
 KIND_COLOURS = {"plain": BLUE, "bcq": RED, "ncq": GREEN}
 # Anchors of the ramp for entry bins, ordered from dark to light, as cividis is.
@@ -101,17 +93,13 @@ class Chart:
             return None
         half = round(len(series.y) / 40)
         near = ([v for v in series.y[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(series.y)))
-        return [
-            sum(values) / len(values) if values and y is not None else None
-            for values, y in zip(near, series.y, strict=True)
-        ]
+        return [sum(values) / len(values) if values and y is not None else None for values, y in zip(near, series.y, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with six digits; `mean` of a series is its smoothed line."""
         own = {name: getattr(self, name) for name in Chart.__slots__ if name != "series"}
         series = [
-            {"mean": _plain(self.smoothed(s) or ()), **{name: _plain(getattr(s, name)) for name in Series.__slots__}}
-            for s in self.series
+            {"mean": _plain(self.smoothed(s) or ()), **{name: _plain(getattr(s, name)) for name in Series.__slots__}} for s in self.series
         ]
         return {**own, "series": series}
 
@@ -176,18 +164,7 @@ def _outcome(run: Run) -> list[Chart]:
         if finals
         else "Plain prompts on held-out questions."
     )
-    return [
-        Chart(
-            "held-out",
-            DYNAMICS,
-            "Held-out accuracy",
-            tuple(series),
-            caption=caption,
-            percent=True,
-            smooth=False,
-            unit_range=True,
-        )
-    ]
+    return [Chart("held-out", DYNAMICS, "Held-out accuracy", tuple(series), caption=caption, percent=True, smooth=False, unit_range=True)]
 
 
 def _by_kind(scans: Sequence[StepScan]) -> list[Chart]:
@@ -288,10 +265,7 @@ def _parts(lines: Sequence[Mapping[str, Any]], key: str, colours: Mapping[str, s
     names = [*(n for n in colours if n in found), *(n for n in found if n not in colours and n != "step")]
     x = [line["step"] for line in lines]
     spare = dict(zip(names, CYCLE * 9, strict=False))
-    return tuple(
-        Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n]))
-        for n in names
-    )
+    return tuple(Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n])) for n in names)
 
 
 def _zone(zone: ZoneStory | None) -> list[Chart]:
@@ -299,15 +273,10 @@ def _zone(zone: ZoneStory | None) -> list[Chart]:
         return []
     colours, x = ramp(len(zone.names)), zone.steps.tolist()
     admitted, graduated = np.cumsum(zone.admitted, axis=1), np.cumsum(zone.graduated, axis=1)
-    occupancy = tuple(
-        Series(name, x, numbers(row), colour)
-        for name, row, colour in zip(zone.names, zone.occupancy, colours, strict=True)
-    )
+    occupancy = tuple(Series(name, x, numbers(row), colour) for name, row, colour in zip(zone.names, zone.occupancy, colours, strict=True))
     shares = tuple(
         Series(name, x, numbers(row), colour, hover=[f"{g:,} of {a:,}" for g, a in zip(out, into, strict=True)])
-        for name, row, out, into, colour in zip(
-            zone.names, zone.graduated_share, graduated, admitted, colours, strict=True
-        )
+        for name, row, out, into, colour in zip(zone.names, zone.graduated_share, graduated, admitted, colours, strict=True)
     )
     return [
         Chart("occupancy", ZONE, "Questions in the buffer", occupancy, "area", y_title="questions",
@@ -350,9 +319,7 @@ def _visits(zone: ZoneStory) -> Chart:
     parts = {"graduated": [r[0] for r in rows.values()], "evicted": [r[1] for r in rows.values()]}
     caption = "Entries that left, by how often they were asked plainly since admission."
     colours = {"graduated": GREEN, "evicted": ORANGE}
-    return _bars(
-        "visits", "Fate by number of visits", list(rows), parts, colours=colours, caption=caption, x_title="visits"
-    )
+    return _bars("visits", "Fate by number of visits", list(rows), parts, colours=colours, caption=caption, x_title="visits")
 
 
 def _waiting(zone: ZoneStory, colours: Sequence[str]) -> Chart:
@@ -380,9 +347,7 @@ def _audits(run: Run, counts: Counts) -> list[Chart]:
         rows = [row for row in ours if row.kind == kind and row.rollouts]
         if rows:
             beside = [row for row in papers if row.kind == kind]
-            caption = (
-                "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
-            )
+            caption = "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
             charts.append(_match_chart(f"match-{kind}", title, [*rows, *beside], positive, negative, caption))
     return charts
 
@@ -392,10 +357,6 @@ def _match_chart(id: str, title: str, rows: Sequence[MatchRow], positive: str, n
     hover = [f"{row.rollouts:,} rollouts" for row in rows]
     series = tuple(
         Series(label, names, numbers(getattr(row, field) for row in rows), colour, hover=hover)
-        for label, field, colour in (
-            (positive, "positive", GREEN),
-            (negative, "negative", RED),
-            ("another or none", "other", GREY),
-        )
+        for label, field, colour in ((positive, "positive", GREEN), (negative, "negative", RED), ("another or none", "other", GREY))
     )
     return Chart(id, AUDITS, title, series, "hbar", caption, "", "share of rollouts", percent=True, unit_range=True)

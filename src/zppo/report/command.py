@@ -22,15 +22,7 @@ SUFFIXES = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg"), "none": ()
 PAGE, COMPARISON, FIGURES = "report.html", "compare.html", "figures"
 
 
-def report_command(
-    folder: Path,
-    *,
-    out: Path | None,
-    figures: str,
-    watch: bool,
-    port: int,
-    console: Console | None = None,
-) -> None:
+def report_command(folder: Path, *, out: Path | None, figures: str, watch: bool, port: int, console: Console | None = None) -> None:
     """Write report.html and figures/ of a run, or serve the page while the run goes on.
 
     Args:
@@ -46,13 +38,7 @@ def report_command(
     if watch:
         from zppo.report.page import serve
 
-        serve(
-            reader,
-            port,
-            lambda address: console.print(
-                f"{address}  shows {folder}; Ctrl-C ends it", highlight=False, soft_wrap=True
-            ),
-        )
+        serve(reader, port, lambda address: console.print(f"{address}  shows {folder}; Ctrl-C ends it", highlight=False, soft_wrap=True))
         return
     from zppo.report.page import report_page
 
@@ -64,9 +50,7 @@ def report_command(
     console.print(Text(summary.outcome), soft_wrap=True)
 
 
-def compare_command(
-    folders: Sequence[Path], *, html: bool, out: Path | None, figures: str, console: Console | None = None
-) -> None:
+def compare_command(folders: Sequence[Path], *, html: bool, out: Path | None, figures: str, console: Console | None = None) -> None:
     """Print the tables of a comparison of runs, and write its page where `html`.
 
     Args:
@@ -114,9 +98,7 @@ def inspect_command(
         known = question_ids(run)
         near = nearest(question_id, known)
         hint = (
-            f"similar ones: {', '.join(near)}"
-            if near
-            else f"it asked {len(known):,} questions, such as {', '.join(known[:1]) or 'none'}"
+            f"similar ones: {', '.join(near)}" if near else f"it asked {len(known):,} questions, such as {', '.join(known[:1]) or 'none'}"
         )
         raise CheckpointError(f"{folder} never asked a question {question_id!r}; {hint}")
     print_story(story, console or Console(), step=step, kind=kind, full=full)

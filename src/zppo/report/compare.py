@@ -82,10 +82,7 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
             groups += [(f"{name} ({run.name})", [run]) for run in members]
     taken = Counter(name for name, _ in groups)
     return [
-        Arm(
-            name if taken[name] == 1 else f"{name} ({members[0].folder})",
-            {_seed(run): run for run in sorted(members, key=_seed)},
-        )
+        Arm(name if taken[name] == 1 else f"{name} ({members[0].folder})", {_seed(run): run for run in sorted(members, key=_seed)})
         for name, members in groups
     ]
 
@@ -99,9 +96,7 @@ def _flat(run: Run) -> dict[str, str]:
 
     def walk(value: Any, prefix: str) -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
-            return [
-                item for key, inner in value.items() for item in walk(inner, f"{prefix}.{key}" if prefix else str(key))
-            ]
+            return [item for key, inner in value.items() for item in walk(inner, f"{prefix}.{key}" if prefix else str(key))]
         return [(prefix, str(value))]
 
     return {key: value for key, value in walk(run.recipe, "") if key not in _NOT_ARMS}
@@ -119,9 +114,7 @@ def _names(recipes: Sequence[Mapping[str, str]]) -> list[str]:
         method = recipe.get("method.name", "?")
         alike = [other for other in recipes if other.get("method.name") == recipe.get("method.name")]
         keys = _differing(alike)
-        shown = [f"{key.rpartition('.')[2]}={recipe.get(key, '-')[-40:]}" for key in keys[:3]] + ["..."] * (
-            len(keys) > 3
-        )
+        shown = [f"{key.rpartition('.')[2]}={recipe.get(key, '-')[-40:]}" for key in keys[:3]] + ["..."] * (len(keys) > 3)
         names.append(" ".join([method, *shown]))
     return names
 
@@ -173,13 +166,8 @@ def _summary(arms: Sequence[Arm], results: Results) -> Table:
     """A column per arm."""
     groups = [list(arm.runs.values()) for arm in arms]
     spans = [sorted({min(r.last_step for r in runs), max(r.last_step for r in runs)}) for runs in groups]
-    seconds = [
-        statistics.fmean(math.fsum(line["seconds"]["step"] for line in r.steps) for r in runs) for runs in groups
-    ]
-    rows = [
-        ("runs", *(str(len(runs)) for runs in groups)),
-        ("steps", *("–".join(f"{s:,}" for s in span) for span in spans)),
-    ]
+    seconds = [statistics.fmean(math.fsum(line["seconds"]["step"] for line in r.steps) for r in runs) for runs in groups]
+    rows = [("runs", *(str(len(runs)) for runs in groups)), ("steps", *("–".join(f"{s:,}" for s in span) for span in spans))]
     for quantity in _quantities(results):
         rows.append((f"{quantity}, %", *(_mean(list(_known(results, arm.name, quantity).values())) for arm in arms)))
     for key in ("student_tokens", "teacher_tokens"):
@@ -208,9 +196,7 @@ def _paired(arms: Sequence[Arm], results: Results) -> Table:
                 wins = f"{sum(d > 0 for d in differences)} of {mean.n}"
                 rows.append((f"{first.name} minus {second.name}: {quantity}", f"{mean.value:+.1f}", interval, wins))
     caption = "In points, over the seeds that both arms have; Student's t over seeds; wins are seeds with a difference above 0."
-    return Table(
-        "paired", RESULTS, "Paired over seeds", ("", "difference", "95% interval", "wins"), tuple(rows), caption
-    )
+    return Table("paired", RESULTS, "Paired over seeds", ("", "difference", "95% interval", "wins"), tuple(rows), caption)
 
 
 def _runs(arms: Sequence[Arm], results: Results) -> Table:
@@ -253,9 +239,7 @@ def charts_of(arms: Sequence[Arm]) -> list[Chart]:
     kinds = list(dict.fromkeys(kind for run in runs for line in run.steps for kind in line["accuracy"]))
 
     def evaluation(level: str | None) -> Curve:
-        return lambda run: {
-            e["step"]: e["accuracy"] if level is None else e["by_level"].get(level) for e in run.evaluations
-        }
+        return lambda run: {e["step"]: e["accuracy"] if level is None else e["by_level"].get(level) for e in run.evaluations}
 
     def metric(key: str) -> Curve:
         return lambda run: {line["step"]: line.get(key) for line in run.steps}
@@ -300,9 +284,7 @@ def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: An
             dash=index >= len(CYCLE),
         ))  # fmt: skip
     caption = "Means over seeds; the band spans them." if any(len(arm.runs) > 1 for arm in arms) else ""
-    return Chart(
-        id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options
-    )
+    return Chart(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
 
 
 def comparison_page(comparison: Comparison, charts: Sequence[Chart]) -> str:

@@ -13,18 +13,7 @@ from rich.text import Text
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.planning.flops import (
-    MOST,
-    SCALES,
-    UPDATES,
-    Assumptions,
-    Cost,
-    as_run,
-    counted,
-    nearest_scale,
-    paper_costs,
-    planned,
-)
+from zppo.planning.flops import MOST, SCALES, UPDATES, Assumptions, Cost, as_run, counted, nearest_scale, paper_costs, planned
 from zppo.planning.model_shapes import Size, size_of
 from zppo.rollout.data import count_judged, load_data
 from zppo.runs.log import METRICS, read_lines
@@ -88,13 +77,7 @@ def cost_command(target: Path, request: Request, console: Console | None = None)
 
 def paper_command(console: Console | None = None) -> None:
     """Print Tab. 9 beside the count from the paper's own sizes."""
-    table = Table(
-        title="Tab. 9 and a count from its sizes",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    table = Table(title="Tab. 9 and a count from its sizes", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("method")
     table.add_column("scale")
     for name in ("hours", "FLOPs, paper", "each token once", "ratio", f"update x{UPDATES}", "ratio"):
@@ -117,9 +100,7 @@ def paper_command(console: Console | None = None) -> None:
 
 def _of_run(folder: Path, request: Request) -> tuple[Settings, Cost]:
     if not (folder / RECIPE).is_file():
-        raise SettingsError(
-            f"{folder} holds no run: there is no {RECIPE} in it; name a recipe, or the folder that `zppo train` printed"
-        )
+        raise SettingsError(f"{folder} holds no run: there is no {RECIPE} in it; name a recipe, or the folder that `zppo train` printed")
     if request.overrides or request.assumed != MOST or request.questions is not None:
         raise SettingsError(
             f"{folder} is a run, of which everything was measured: assumptions, --set and --questions are for a recipe; leave them out"
@@ -135,9 +116,7 @@ def _of_recipe(path: Path, request: Request) -> tuple[Settings, Cost]:
         train = load_data(settings)[0]
         questions, judged = len(train), count_judged(settings, train) / len(train)
     if questions < 1:
-        raise SettingsError(
-            f"--questions is {questions}; give at least 1, or leave it out to count those of data.train"
-        )
+        raise SettingsError(f"--questions is {questions}; give at least 1, or leave it out to count those of data.train")
     return settings, planned(settings, questions, request.assumed, judged=judged)
 
 
@@ -171,9 +150,7 @@ def _table(title: str, cost: Cost, sizes: _Sizes, saved_name: str) -> Table:
     student, teacher, judge = (size.parameters if size else 0.0 for size in (sizes.student, sizes.teacher, sizes.judge))
     literal = cost.literal.flops(student, teacher, judge)
     saved = cost.saved.flops(student, teacher, judge)
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), show_footer=True
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), show_footer=True)
     columns = [
         ("part", "total"),
         ("tokens, literal", ""),

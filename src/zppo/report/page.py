@@ -88,9 +88,7 @@ def _lines(axes: Axes, chart: Chart) -> None:
         smooth = chart.smoothed(series)
         style: dict[str, Any] = {"color": series.colour, "linestyle": "--" if series.dash else "-"}
         if series.low:
-            axes.fill_between(
-                series.x, _values(series.low), _values(series.high), color=series.colour, alpha=0.15, linewidth=0
-            )
+            axes.fill_between(series.x, _values(series.low), _values(series.high), color=series.colour, alpha=0.15, linewidth=0)
         marker = "o" if len(series.x) < 30 else None
         faint = {"alpha": 0.35, "linewidth": 0.7} if smooth else {"label": series.name, "linewidth": 1.6}
         axes.plot(series.x, _values(series.y), marker=marker, markersize=3, **style, **faint)
@@ -153,13 +151,7 @@ def _dress(axes: Axes, chart: Chart) -> None:
         axes.spines[side].set_visible(False)
     if rows:
         axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=columns,
-            frameon=False,
-            borderaxespad=0.2,
-            handlelength=1.4,
-            labelcolor=INK,
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, borderaxespad=0.2, handlelength=1.4, labelcolor=INK
         )
 
 
@@ -229,12 +221,7 @@ def sections(tables: Sequence[Table], charts: Sequence[Chart]) -> list[dict[str,
 
 def script_json(value: Any) -> str:
     """JSON that can stand in a script element: no `<` in it, so nothing in it can end the element."""
-    return (
-        json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        .replace("<", "\\u003c")
-        .encode("utf-8", "replace")
-        .decode()
-    )
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c").encode("utf-8", "replace").decode()
 
 
 def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") -> str:
@@ -331,11 +318,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
                 return
             try:
                 self._send(*watch.answer(self.path))
-            except (
-                CheckpointError,
-                OSError,
-                ValueError,
-            ) as error:  # a resumed run takes files back while they are read
+            except (CheckpointError, OSError, ValueError) as error:  # a resumed run takes files back while they are read
                 self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", str(error))
 
         def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
@@ -355,9 +338,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
     try:
         server = ThreadingHTTPServer((LOOPBACK, port), Handler)
     except (OSError, OverflowError) as error:
-        raise SettingsError(
-            f"port {port} of {LOOPBACK} cannot be used ({error}): choose another one with --port"
-        ) from error
+        raise SettingsError(f"port {port} of {LOOPBACK} cannot be used ({error}): choose another one with --port") from error
     return server
 
 

@@ -221,18 +221,7 @@ def nearest(wanted: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 Story = dict[str, Any]
 
-_ROLLOUT = (
-    "completion",
-    "answer",
-    "correct",
-    "graded",
-    "reason",
-    "reward",
-    "advantage",
-    "completion_tokens",
-    "truncated",
-    "entropy",
-)
+_ROLLOUT = ("completion", "answer", "correct", "graded", "reason", "reward", "advantage", "completion_tokens", "truncated", "entropy")
 
 
 def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Story]:
@@ -274,9 +263,7 @@ def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Sto
             for row in _rows(path, by_step[step]):
                 _add(stories[row["question_id"]], row)
         except (OSError, pa.ArrowException) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}). Was the run taken back to a checkpoint? Then try again"
-            ) from error
+            raise CheckpointError(f"{path} cannot be read ({error}). Was the run taken back to a checkpoint? Then try again") from error
     for story in stories.values():
         _match(story)
     return stories
@@ -367,16 +354,8 @@ SHOWN = 1200
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _MATCH_WORDS = {
-    "bcq": {
-        "positive": "the right candidate's answer",
-        "negative": "the wrong candidate's answer",
-        "other": "neither candidate's answer",
-    },
-    "ncq": {
-        "positive": "the teacher's unseen answer",
-        "negative": "a listed wrong answer",
-        "other": "an answer that was not listed",
-    },
+    "bcq": {"positive": "the right candidate's answer", "negative": "the wrong candidate's answer", "other": "neither candidate's answer"},
+    "ncq": {"positive": "the teacher's unseen answer", "negative": "a listed wrong answer", "other": "an answer that was not listed"},
 }
 
 
@@ -385,9 +364,7 @@ def harmless(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def print_story(
-    story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False
-) -> None:
+def print_story(story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False) -> None:
     """Print a story.
 
     Args:
@@ -400,26 +377,18 @@ def print_story(
     _print(console, Text(harmless(story["question"])), 0)
     _print(
         console,
-        Text(
-            f"right answer {harmless(story['gold'])}"
-            + (f"  level {harmless(story['level'])}" if story["level"] else ""),
-            style="bold",
-        ),
+        Text(f"right answer {harmless(story['gold'])}" + (f"  level {harmless(story['level'])}" if story["level"] else ""), style="bold"),
         0,
     )
     for path in story["images"]:
         _print(console, Text(f"image {harmless(path)}", style="dim"), 0)
     for event in story["events"]:
-        detail = (
-            f"at {event['entry_accuracy']:.1%}" if event["event"] == "admitted" else f"after {event['visits']} visits"
-        )
+        detail = f"at {event['entry_accuracy']:.1%}" if event["event"] == "admitted" else f"after {event['visits']} visits"
         _print(console, Text(f"step {event['step']}: {event['event']} {detail}", style="cyan"), 0)
     shown: set[int] = set()
     for group in story["groups"]:
         if step in (None, group["step"]) and kind in (None, group["kind"]):
-            _print_group(
-                console, group, story["prompts"][group["prompt"]] if group["prompt"] not in shown else None, limit
-            )
+            _print_group(console, group, story["prompts"][group["prompt"]] if group["prompt"] not in shown else None, limit)
             shown.add(group["prompt"])
     if not shown:
         asked = ", ".join(f"{g['step']} ({g['kind']})" for g in story["groups"])
@@ -432,20 +401,14 @@ def _print_group(console: Console, group: Mapping[str, Any], prompt: str | None,
     replayed = ", replayed" if group["replayed"] else ""
     console.print()
     console.print(
-        Rule(
-            Text(f"step {group['step']}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"),
-            align="left",
-            style="dim",
-        )
+        Rule(Text(f"step {group['step']}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"), align="left", style="dim")
     )
     audit = group["audit"]
     if "correct_at" in audit:
         words = f"candidate {audit['correct_at'] + 1} is right ({audit['positive_answer']}), the other wrong ({audit['negative_answer']})"
         _print(console, Text(harmless(words), style="dim"), 2)
     if "wrong_answers" in audit:
-        _print(
-            console, Text(harmless(f"listed as wrong: {', '.join(audit['wrong_answers']) or 'none'}"), style="dim"), 2
-        )
+        _print(console, Text(harmless(f"listed as wrong: {', '.join(audit['wrong_answers']) or 'none'}"), style="dim"), 2)
     if prompt is None:
         _print(console, Text("the same prompt as before", style="dim"), 2)
     else:

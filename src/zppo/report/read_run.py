@@ -100,9 +100,7 @@ def open_run(folder: Path) -> Run:
     try:
         recipe = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Restore it from the recipe that the run was started with"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({error}). Restore it from the recipe that the run was started with") from error
     if not isinstance(recipe, Mapping):
         raise CheckpointError(f"{path} holds no settings. Restore it from the recipe that the run was started with")
     lines = read_lines(folder / METRICS)
@@ -118,18 +116,7 @@ def open_run(folder: Path) -> Run:
 _PER_ROLLOUT = (
     "rollout", "answer", "correct", "graded", "advantage", "completion_tokens", "truncated", "entropy",
 )  # fmt: skip
-_PER_GROUP = (
-    "step",
-    "kind",
-    "question_id",
-    "question",
-    "level",
-    "gold",
-    "replayed",
-    "entry_accuracy",
-    "audit",
-    "prompt",
-)
+_PER_GROUP = ("step", "kind", "question_id", "question", "level", "gold", "replayed", "entry_accuracy", "audit", "prompt")
 # The same text stands in all rows of a group: read as a dictionary, it is decoded once.
 _DICTIONARIES = ["kind", "question_id", "question", "level", "gold", "audit", "prompt"]
 
@@ -202,19 +189,13 @@ def scan_file(path: Path) -> StepScan:
         CheckpointError: it is no such file, or damaged.
     """
     try:
-        table = pq.read_table(
-            path, columns=[*_PER_GROUP, *_PER_ROLLOUT], read_dictionary=_DICTIONARIES, partitioning=None
-        )
+        table = pq.read_table(path, columns=[*_PER_GROUP, *_PER_ROLLOUT], read_dictionary=_DICTIONARIES, partitioning=None)
         missing = {*_PER_GROUP, *_PER_ROLLOUT} - set(table.column_names)
         if missing:
-            raise CheckpointError(
-                f"{path} has no column {', '.join(sorted(missing))}: it was written by another version of zppo"
-            )
+            raise CheckpointError(f"{path} has no column {', '.join(sorted(missing))}: it was written by another version of zppo")
         return _scan(table, step_of(path))
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). `zppo resume` writes the steps after the last checkpoint anew"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({error}). `zppo resume` writes the steps after the last checkpoint anew") from error
 
 
 def question_ids(run: Run) -> list[str]:
@@ -239,9 +220,7 @@ def _scan(table: pa.Table, step: int) -> StepScan:
     _sum_kinds(result, numbers, np.array([first["kind"] for first in firsts]), starts)
     # Teacher answers that NCQ rollouts never saw: those of the same question's BCQ.
     audits = [json.loads(first["audit"]) if first["kind"] != PLAIN else {} for first in firsts]
-    unseen = {
-        f["question_id"]: a.get("positive_answer") for f, a in zip(firsts, audits, strict=True) if f["kind"] == BCQ
-    }
+    unseen = {f["question_id"]: a.get("positive_answer") for f, a in zip(firsts, audits, strict=True) if f["kind"] == BCQ}
     correct = np.add.reduceat((numbers["correct"] & numbers["graded"]).astype(np.int64), starts)
     graded = np.add.reduceat(numbers["graded"].astype(np.int64), starts)
     for i, (first, audit) in enumerate(zip(firsts, audits, strict=True)):
@@ -253,9 +232,7 @@ def _scan(table: pa.Table, step: int) -> StepScan:
             result.counts.update(counts)
             result.counts.update(count_leaks(first["kind"], audit, first["gold"], first["prompt"]))
         shown = {name: first[name] for name in GroupLine._fields if name in first}
-        line = GroupLine(
-            **shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""}
-        )
+        line = GroupLine(**shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""})
         result.groups.append(line)
     return result
 

@@ -52,11 +52,7 @@ class Reader:
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """Changes whenever a file of the run does; cheap."""
-        run_files = [
-            *self.folder.glob("*.jsonl"),
-            *self.folder.glob(EVAL),
-            *(self.folder / "rollouts").glob("step-*.parquet"),
-        ]
+        run_files = [*self.folder.glob("*.jsonl"), *self.folder.glob(EVAL), *(self.folder / "rollouts").glob("step-*.parquet")]
         return tuple((path.name, *_stamp(path)) for path in sorted(run_files))
 
     def read(self) -> Summary:
@@ -70,9 +66,7 @@ class Reader:
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
-        zone = (
-            zone_story(run.buffer, run.group_size, run.threshold, run.last_step) if run.replays and run.steps else None
-        )
+        zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step) if run.replays and run.steps else None
         return Summary(
             run=run,
             outcome=outcome(run, zone),
@@ -115,28 +109,18 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     parts = []
     first = next((e for e in run.evaluations if e["step"] == 0), None)
     if run.evaluations and first and (last := run.evaluations[-1]) is not first:
-        levels = [
-            f"{name} {percent(first['by_level'].get(name))} → {percent(v)}" for name, v in last["by_level"].items()
-        ]
+        levels = [f"{name} {percent(first['by_level'].get(name))} → {percent(v)}" for name, v in last["by_level"].items()]
         detail = f" ({', '.join(levels)})" if levels else ""
         parts.append(f"held-out accuracy {percent(first['accuracy'])} → {percent(last['accuracy'])}{detail}")
     if zone is not None and zone.admitted.any():
         name, admitted, graduated, _ = zone.totals()[0]
         if admitted:
-            parts.append(
-                f"{graduated:,} of {admitted:,} entries admitted at {name} graduated ({graduated / admitted:.0%})"
-            )
+            parts.append(f"{graduated:,} of {admitted:,} entries admitted at {name} graduated ({graduated / admitted:.0%})")
     plain = [line["accuracy"]["plain"] for line in run.steps if "plain" in line["accuracy"]]
     if not parts and plain:
         parts.append(f"accuracy of plain rollouts {percent(plain[0])} → {percent(plain[-1])}")
     planned = run.setting("train.steps")
-    state = (
-        ""
-        if run.finished
-        else f" after {run.last_step:,} of {planned:,} steps"
-        if planned
-        else f" after {run.last_step:,} steps"
-    )
+    state = "" if run.finished else f" after {run.last_step:,} of {planned:,} steps" if planned else f" after {run.last_step:,} steps"
     text = "; ".join(parts) or "No evaluation yet"
     return f"{text[0].upper()}{text[1:]}{state}."
 
@@ -177,10 +161,7 @@ def _cost(run: Run, student: str, teacher: str | None) -> str:
     try:
         settings = load_recipe(run.folder / RECIPE)
         cost = as_run(settings, run.steps, run.folder / METRICS)
-        sizes = [
-            size_of(student).parameters,
-            size_of(teacher).parameters if teacher else 0.0,
-        ]
+        sizes = [size_of(student).parameters, size_of(teacher).parameters if teacher else 0.0]
         if cost.saved.judge and settings.judging is not None:
             sizes.append(size_of(settings.judging[0].model).parameters)
     except ZPPOError:

@@ -65,9 +65,7 @@ def _held_out(run: Run) -> Table:
     last = run.evaluations[-1] if run.evaluations else None
     rows: list[tuple[str, ...]] = []
     if first and last and last is not first:
-        rows = [
-            (level, percent(first["by_level"].get(level)), percent(value)) for level, value in last["by_level"].items()
-        ]
+        rows = [(level, percent(first["by_level"].get(level)), percent(value)) for level, value in last["by_level"].items()]
         rows.append(("all", percent(first["accuracy"]), percent(last["accuracy"])))
     caption = f"{last['count']:,} completions, plain prompts." if last else ""
     after = f"after step {last['step']:,}" if last else ""
@@ -83,14 +81,7 @@ def _zone(zone: ZoneStory | None) -> Table:
             wait = f"{median(waits):g}" if waits else "–"
             rows.append((f"{name} · this run", f"{admitted:,}", f"{graduated:,}", f"{evicted:,}", share, wait))
         rows += _paper_buffer()
-    columns = (
-        "accuracy at admission",
-        "admitted",
-        "graduated",
-        "evicted",
-        "graduated / admitted",
-        "median steps to it",
-    )
+    columns = ("accuracy at admission", "admitted", "graduated", "evicted", "graduated / admitted", "median steps to it")
     caption = (
         "Entries of the prompt replay buffer by plain accuracy at admission; a question that comes back after it left is a new entry. "
         "Rows of the paper: arXiv 2606.18216, Figs. 4 and 5b."
@@ -108,9 +99,7 @@ def _paper_buffer() -> list[tuple[str, ...]]:
     for (method, scale), values in known.items():
         for name in ("0%", "12.5%"):
             admitted, graduated = values.get(f"admitted at {name}"), values.get(f"graduated from {name}")
-            share = values.get(
-                f"graduated share of {name} bin", graduated / admitted if admitted and graduated else None
-            )
+            share = values.get(f"graduated share of {name} bin", graduated / admitted if admitted and graduated else None)
             if graduated is not None and share is not None:
                 into = f"{admitted:,.0f}" if admitted else "–"
                 rows.append((f"{name} · paper {scale}, {method}", into, f"{graduated:,.0f}", "–", percent(share), "–"))
@@ -130,14 +119,7 @@ def _match(counts: Counts) -> Table:
         for row in (*ours, *paper_rows())
         if row.kind == kind and kind in kinds
     )
-    columns = (
-        "rollouts",
-        "how many",
-        "the right candidate's",
-        "a wrong one's",
-        "another or none",
-        "of these without answer",
-    )
+    columns = ("rollouts", "how many", "the right candidate's", "a wrong one's", "another or none", "of these without answer")
     known, total = counts["ncq", "unseen known"], counts["ncq", "unseen known"] + counts["ncq", "unseen unknown"]
     caption = (
         "Candidate-match audit: whose answer a rollout boxes, both sides in lower case, with spaces collapsed and \\text{} stripped. "
@@ -149,9 +131,7 @@ def _match(counts: Counts) -> Table:
 
 
 def _shares(rows: Sequence[tuple[str, Share]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        (words, percent(s.share), f"{percent(s.low)} to {percent(s.high)}", f"{s.n:,}") for words, s in rows if s.n
-    )
+    return tuple((words, percent(s.share), f"{percent(s.low)} to {percent(s.high)}", f"{s.n:,}") for words, s in rows if s.n)
 
 
 def _position(counts: Counts) -> Table:
@@ -166,9 +146,7 @@ def _position(counts: Counts) -> Table:
         "50% is no bias. 95% intervals by Wilson's score; for rollouts at the effective number, because those of one prompt are alike. "
         "Candidates of equal length are left out of the last row."
     )
-    return Table(
-        "position-table", AUDITS, "Position and length", ("", "share", "95% interval", "of"), _shares(rows), caption
-    )
+    return Table("position-table", AUDITS, "Position and length", ("", "share", "95% interval", "of"), _shares(rows), caption)
 
 
 def _leaks(counts: Counts) -> Table:
@@ -178,15 +156,11 @@ def _leaks(counts: Counts) -> Table:
         (BCQ, "answer changed", "BCQ prompts with a candidate that boxes another answer than the completion behind it"),
         (BCQ, "one box", "BCQ prompts in which only one of the two candidates has a box"),
     )
-    shares = [
-        (words, share_of(counts["leak", kind, name], counts["leak", kind, "checked"])) for kind, name, words in rows
-    ]
+    shares = [(words, share_of(counts["leak", kind, name], counts["leak", kind, "checked"])) for kind, name, words in rows]
     unchecked = counts["leak", BCQ, "unchecked"] + counts["leak", NCQ, "unchecked"]
     caption = "Read from the prompts as the student saw them, answers compared after normalisation."
     if unchecked:
-        caption += (
-            f" {unchecked:,} prompts have no <candidate> blocks to read (a template of one's own) and are left out."
-        )
+        caption += f" {unchecked:,} prompts have no <candidate> blocks to read (a template of one's own) and are left out."
     return Table("leaks-table", AUDITS, "Answer leaks", ("", "share", "95% interval", "of"), _shares(shares), caption)
 
 
@@ -206,9 +180,7 @@ def _compression(steps: Sequence[Mapping[str, Any]]) -> Table:
         ]  # fmt: skip
         if bcq := total("bcq_prompts"):
             raw = total("bcq_raw_pairs")
-            rows.append(
-                ("BCQ prompts with both candidates uncompressed", f"{raw:,.0f}", f"{percent(raw / bcq)} of {bcq:,.0f}")
-            )
+            rows.append(("BCQ prompts with both candidates uncompressed", f"{raw:,.0f}", f"{percent(raw / bcq)} of {bcq:,.0f}"))
     return Table("compression-table", AUDITS, "Compression", ("", "how many", "share"), tuple(rows))
 
 
@@ -271,20 +243,12 @@ def read_evaluation(path: Path) -> Evaluation:
         results = {str(each["name"]): _result(each) for each in state["benchmarks"] if each["value"] is not None}
         skipped = tuple(str(each["name"]) for each in state["skipped"])
         return Evaluation(
-            path,
-            str(state["label"]),
-            results,
-            skipped,
-            {k: v for k, v in state["settings"].items() if k not in ("model", "weights")},
+            path, str(state["label"]), results, skipped, {k: v for k, v in state["settings"].items() if k not in ("model", "weights")}
         )
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}); name the eval.json of `zppo eval`"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); name the eval.json of `zppo eval`") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: is no result of `zppo eval` ({type(error).__name__}: {error}); name its eval.json"
-        ) from error
+        raise DataError(f"{path}: is no result of `zppo eval` ({type(error).__name__}: {error}); name its eval.json") from error
 
 
 def _result(each: Mapping[str, Any]) -> Result:
@@ -309,9 +273,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         mean = math.fsum(each.value for each in inside) / len(inside)
         error = math.sqrt(math.fsum(each.error**2 for each in inside)) / len(inside)
         rows.append((f"mean of {len(inside)}", family, percent(mean), percent(error), "", ""))
-    skipped = (
-        f" Skipped, since their data could not be had: {', '.join(evaluation.skipped)}." if evaluation.skipped else ""
-    )
+    skipped = f" Skipped, since their data could not be had: {', '.join(evaluation.skipped)}." if evaluation.skipped else ""
     left_out = ", ".join(f"{name} {each.left_out:,}" for name, each in evaluation.results.items() if each.left_out)
     if left_out:
         skipped += f" Rows left out, since they have pictures and the model takes none: {left_out}."
@@ -340,9 +302,7 @@ def as_accuracies(evaluations: Sequence[Evaluation]) -> tuple[Accuracies, list[s
             f"{' and '.join(str(e.path) for e in evaluations)} have no benchmark in common; evaluate both on the same suite"
         )
     notes = (
-        [f"left out, since not all have it: {', '.join(name for name in every if name not in shared)}"]
-        if len(every) > len(shared)
-        else []
+        [f"left out, since not all have it: {', '.join(name for name in every if name not in shared)}"] if len(every) > len(shared) else []
     )
     table: Accuracies = {}
     for name in shared:
@@ -354,13 +314,8 @@ def as_accuracies(evaluations: Sequence[Evaluation]) -> tuple[Accuracies, list[s
         for method, each in zip(names, results, strict=True):
             table.setdefault((_NO_SCALE, each.family), {}).setdefault(method, {})[name] = 100 * each.value
     for key in sorted({key for evaluation in evaluations for key in evaluation.protocol}):
-        if len({json.dumps(e.protocol.get(key), sort_keys=True) for e in evaluations}) > 1 and key not in (
-            "data",
-            "clips",
-        ):
-            notes.append(
-                f"the evaluations differ in {key}: {' and '.join(str(e.protocol.get(key)) for e in evaluations)}"
-            )
+        if len({json.dumps(e.protocol.get(key), sort_keys=True) for e in evaluations}) > 1 and key not in ("data", "clips"):
+            notes.append(f"the evaluations differ in {key}: {' and '.join(str(e.protocol.get(key)) for e in evaluations)}")
     return table, notes
 
 

@@ -14,9 +14,7 @@ def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions of a recipe. Raises DataError."""
     data = settings.data
     train = load_questions(data.train, data.columns, data.limit, data.reading())
-    held_out = (
-        load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True)) if data.eval else []
-    )
+    held_out = load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True)) if data.eval else []
     return train, held_out
 
 

@@ -33,9 +33,7 @@ class FrozenModels:
         settings_of: the section of the recipe of each of them.
     """
 
-    def __init__(
-        self, settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None) -> None:
         self.teachers: list[FrozenTeacher] = []
         self.settings_of: list[TeacherSettings] = []
         self._settings, self._accelerator, self._console, self._seeing = settings, accelerator, console, seeing
@@ -113,9 +111,7 @@ def in_process(teacher: FrozenTeacher) -> LocalTeacher:
     """A teacher whose distributions can be read. TeacherError where it is behind an address."""
     if isinstance(teacher, LocalTeacher):
         return teacher
-    raise TeacherError(
-        f"the teacher {teacher.model!r} is remote, and distillation needs one in this process: leave base_urls empty"
-    )
+    raise TeacherError(f"the teacher {teacher.model!r} is remote, and distillation needs one in this process: leave base_urls empty")
 
 
 def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
@@ -124,9 +120,7 @@ def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
     return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.needs)]
 
 
-def _load_frozen(
-    settings: Settings, own: FrozenModelSettings, accelerator: Accelerator, seeing: Seeing | None
-) -> LocalTeacher:
+def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator, seeing: Seeing | None) -> LocalTeacher:
     """A model that is never trained, in this process: a teacher, or a judge."""
     device = accelerator.device if own.device == "auto" else torch.device(own.device)
     return LocalTeacher.load(

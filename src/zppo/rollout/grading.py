@@ -78,9 +78,7 @@ class Scorer:
     def _by_judge(self, judge: Judge, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         verdicts = [_without_judge(a) for a in answered]
         texts = [readable(a.completion, v.answer, a.think_open) for a, v in zip(answered, verdicts, strict=True)]
-        left = [
-            i for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)) if text and not verdict.correct
-        ]
+        left = [i for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)) if text and not verdict.correct]
         before = log.own.get("judge_asked", 0.0)
         outcomes = judge.decide([Case(answered[i].question, texts[i]) for i in left], log)
         log.add_own(judge_spared=len(answered) - (log.own["judge_asked"] - before))
@@ -93,9 +91,7 @@ class Scorer:
 
     def _warn(self, log: StepLog) -> None:
         """What a person should know about the judging of this step up to now; that most replies are no verdicts is said once."""
-        asked, unreachable, malformed = (
-            int(log.own[f"judge_{name}"]) for name in ("asked", "unreachable", "malformed")
-        )
+        asked, unreachable, malformed = (int(log.own[f"judge_{name}"]) for name in ("asked", "unreachable", "malformed"))
         if unreachable:
             log.warnings["judge unreachable"] = (
                 f"{unreachable:,} of {asked:,} judge calls got no reply, and what they were about is ungraded: "

@@ -68,9 +68,7 @@ def read_data(settings: Settings, *, sharded: bool = False) -> RunData:
     check_images(settings, *first, sharded=sharded)
     images = settings.data.images
     return RunData(
-        train,
-        held_out,
-        Seeing(PixelLimits(images.min_pixels, images.max_pixels), PixelCache(int(images.cache_gib * (1 << 30)))),
+        train, held_out, Seeing(PixelLimits(images.min_pixels, images.max_pixels), PixelCache(int(images.cache_gib * (1 << 30))))
     )
 
 
@@ -89,9 +87,7 @@ def check_images(settings: Settings, source: str, question: Question, *, sharded
         )
 
 
-def first_with_images(
-    settings: Settings, train: Sequence[Question], held_out: Sequence[Question]
-) -> tuple[str, Question] | None:
+def first_with_images(settings: Settings, train: Sequence[Question], held_out: Sequence[Question]) -> tuple[str, Question] | None:
     """The first question that has images, and where it is from."""
     for source, questions in ((settings.data.train, train), (settings.data.eval or "", held_out)):
         for question in questions:
@@ -114,9 +110,7 @@ def load_short(
         DataError: no question is short enough.
     """
     sources = zip((settings.data.train, settings.data.eval or ""), (data.train, data.held_out), strict=True)
-    train, held_out = (
-        _short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources
-    )
+    train, held_out = (_short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources)
     trains = settings.train.steps != 0  # a run of 0 steps only evaluates
     told = unknown_tokens(renderer, train), in_both(train, held_out) if trains else "", unseen([*train, *held_out])
     for warning in told:
@@ -125,9 +119,7 @@ def load_short(
     return train, held_out
 
 
-def _short(
-    source: str, questions: Sequence[Question], most: int, length: Callable[[Question], int], console: Console
-) -> list[Question]:
+def _short(source: str, questions: Sequence[Question], most: int, length: Callable[[Question], int], console: Console) -> list[Question]:
     kept, dropped = drop_long(questions, length, most)
     if questions and not kept:
         shortest = min(map(length, questions))
@@ -135,9 +127,7 @@ def _short(
             f"{source}: all {dropped} prompts have more than {most} tokens, the shortest {shortest}: raise data.max_prompt_tokens"
         )
     if dropped:
-        console.print(
-            f"{source}: {dropped} of {len(questions)} questions dropped, their prompts have more than {most} tokens"
-        )
+        console.print(f"{source}: {dropped} of {len(questions)} questions dropped, their prompts have more than {most} tokens")
     if kept:
         seeing = sum(bool(question.images) for question in kept)
         console.print(f"{source}: {len(kept):,} questions, {seeing:,} with images", soft_wrap=True, highlight=False)

@@ -75,9 +75,7 @@ class CandidateMaker:
             for g, sources, p, hint in zip(groups, wrong, prepared, hints, strict=True)
         ]
 
-    def _candidates(
-        self, groups: Sequence[Group], wrong: Sequence[tuple[Source, ...]], pools: Pools, log: StepLog
-    ) -> list[Prepared]:
+    def _candidates(self, groups: Sequence[Group], wrong: Sequence[tuple[Source, ...]], pools: Pools, log: StepLog) -> list[Prepared]:
         if not self.needs & {"pair", "wrong"}:
             return [Prepared() for _ in groups]
         requests = [
@@ -291,9 +289,7 @@ def make_reformulator(
 def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
     for r in reformulations:
         if r.kind not in book.names() and not getattr(r, "shows_question_alone", False):
-            raise SettingsError(
-                f"the method asks again with {r.kind!r}, which has no template: add prompts.{r.kind} to the recipe"
-            )
+            raise SettingsError(f"the method asks again with {r.kind!r}, which has no template: add prompts.{r.kind} to the recipe")
     known = [*VARIABLES, *(r.kind for r in reformulations)]
     for name in book.names():
         if name not in known:

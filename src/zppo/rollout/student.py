@@ -48,14 +48,7 @@ class PromptRenderer:
         """The prompt of a draft."""
         prompt = self._prompt(draft.kind, draft.question, self.book.render(draft))
         return Prompt(
-            prompt.kind,
-            prompt.question,
-            prompt.messages,
-            prompt.ids,
-            prompt.think_open,
-            prompt.images,
-            draft.forced_ids,
-            draft.audit,
+            prompt.kind, prompt.question, prompt.messages, prompt.ids, prompt.think_open, prompt.images, draft.forced_ids, draft.audit
         )
 
     def _prompt(self, kind: str, question: Question, messages: tuple[Message, ...]) -> Prompt:
@@ -155,10 +148,7 @@ class StudentSampler:
         """Rollouts of completions: decoded after the forced tokens of their prompt, with a verdict."""
         decode = self.renderer.chat.decode
         texts = [decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
-        answered = [
-            Answered(prompts[i].question, text, prompts[i].think_open)
-            for (i, _, _), text in zip(ended, texts, strict=True)
-        ]
+        answered = [Answered(prompts[i].question, text, prompts[i].think_open) for (i, _, _), text in zip(ended, texts, strict=True)]
         verdicts = self.score(answered, log)
         return [
             Rollout(

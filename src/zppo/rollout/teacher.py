@@ -37,9 +37,7 @@ class SharedTeacher:
     def __init__(self, teacher: Teacher, processes: Processes = ONE_PROCESS) -> None:
         self.teacher, self.processes = teacher, processes
 
-    def complete(
-        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
-    ) -> list[TeacherReply]:
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
         """Replies in the order of the requests."""
         began = time.perf_counter()
         with self.processes.deal([float(len(request.keys)) for request in requests]) as deal:
@@ -89,11 +87,7 @@ class TeacherSampler:
         """(question id, response) of the correct ones of G_T responses of one teacher, numbered from `first`."""
         indices = range(first, first + self.group_size)
         requests = [
-            TeacherRequest(
-                self.renderer.book.plain(q),
-                tuple(draw_key(self.seed, "teacher", log.step, q.id, i) for i in indices),
-                q.images,
-            )
+            TeacherRequest(self.renderer.book.plain(q), tuple(draw_key(self.seed, "teacher", log.step, q.id, i) for i in indices), q.images)
             for q in questions
         ]
         replies = teacher.complete(requests, how, log)

@@ -190,10 +190,7 @@ def load_optimizer(checkpoint: Path, optimizer: TakesState) -> None:
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in moments and moments[name].shape != parameter.shape:
                     raise CheckpointError(
-                        _foreign(
-                            path,
-                            f"a moment of shape {tuple(moments[name].shape)} for weights of {tuple(parameter.shape)}",
-                        )
+                        _foreign(path, f"a moment of shape {tuple(moments[name].shape)} for weights of {tuple(parameter.shape)}")
                     )
 
 

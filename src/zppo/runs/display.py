@@ -46,9 +46,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
 
@@ -99,9 +97,7 @@ class Progress:
         table.add_row(*(Text(value, style="bold") for _, value in facts))
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            Text(f"step {step}/{self.steps}"),
-            ProgressBar(total=max(1, self.steps), completed=step, width=40),
-            Text(f"left {left}"),
+            Text(f"step {step}/{self.steps}"), ProgressBar(total=max(1, self.steps), completed=step, width=40), Text(f"left {left}")
         )
         return Group(head, table)
 

@@ -52,9 +52,7 @@ def writing(path: Path) -> Iterator[None]:
         if found is None:
             raise
         code, cause = found
-        raise StorageError(
-            f"{path} cannot be written: {cause}. {_MENDS.get(code, 'Look at that folder and its disk')}"
-        ) from error
+        raise StorageError(f"{path} cannot be written: {cause}. {_MENDS.get(code, 'Look at that folder and its disk')}") from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -111,16 +109,12 @@ def check_output(run: Path) -> None:
         SettingsError: it holds a run already, or something else; it is a file, or below one; it cannot be written.
     """
     if (run / RECIPE).exists():
-        raise SettingsError(
-            f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=..."
-        )
+        raise SettingsError(f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=...")
     above = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
     if not above.is_dir():
         raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise SettingsError(
-            f"{run} cannot be written: {above} is read-only for you; choose another one with --output=..."
-        )
+        raise SettingsError(f"{run} cannot be written: {above} is read-only for you; choose another one with --output=...")
     begun = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
     if run.exists() and (not run.is_dir() or any(path.name != begun for path in run.iterdir())):
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")

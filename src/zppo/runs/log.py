@@ -89,14 +89,7 @@ class RunLog:
             ("evicted", changes.evicted),
         )
         lines = [
-            {
-                "step": step,
-                "event": event,
-                "id": e.question.id,
-                "entry_accuracy": e.accuracy,
-                "entry_step": e.step,
-                "visits": e.visits,
-            }
+            {"step": step, "event": event, "id": e.question.id, "entry_accuracy": e.accuracy, "entry_step": e.step, "visits": e.visits}
             for event, entries in named
             for e in entries
         ]
@@ -143,9 +136,7 @@ class RunLog:
                 "audit": audit,
             }
             for group in groups
-            for text, audit in [
-                (show(group.prompt.ids + group.prompt.forced_ids), json.dumps(dict(group.prompt.audit)))
-            ]
+            for text, audit in [(show(group.prompt.ids + group.prompt.forced_ids), json.dumps(dict(group.prompt.audit)))]
             for index, rollout in enumerate(group.rollouts)
         ]
         target = self.folder / ROLLOUTS / f"step-{step:06d}.parquet"

@@ -51,8 +51,7 @@ class Trackers:
         missing = [name for name in self.names if importlib.util.find_spec(name) is None]
         if missing:
             raise SettingsError(
-                f"train.trackers names {', '.join(missing)}, not installed here: `pip install {' '.join(missing)}`, "
-                "or leave it out"
+                f"train.trackers names {', '.join(missing)}, not installed here: `pip install {' '.join(missing)}`, or leave it out"
             )
 
     def start(self, step: int | None = None) -> None:

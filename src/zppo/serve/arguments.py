@@ -20,14 +20,8 @@ def add_serve(commands: Any) -> None:
         help="an OpenAI-compatible server for a model",
         description="Serve chat completions of a model. The first line on stdout is the address for clients (base_url).",
     )
-    serve.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a checkpoint folder, a finished run, a hub name, or lab:<world>/<student|teacher>",
-    )
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
+    serve.add_argument("model", metavar="MODEL", help="a checkpoint folder, a finished run, a hub name, or lab:<world>/<student|teacher>")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--name", help="what clients call the model (default: MODEL)")
     serve.add_argument("--revision", help="revision on the hub")
@@ -38,34 +32,18 @@ def add_serve(commands: Any) -> None:
         default="auto",
         help="of the weights (default: float32 on a CPU, else as stored)",
     )
-    serve.add_argument(
-        "--key-env", metavar="VARIABLE", help="environment variable that holds the key clients must send"
-    )
+    serve.add_argument("--key-env", metavar="VARIABLE", help="environment variable that holds the key clients must send")
     serve.add_argument("--key-file", metavar="FILE", type=Path, help="file that holds it")
     serve.add_argument("--no-key", action="store_true", help="let other machines in without a key")
     serve.add_argument("--max-rows", type=int, default=64, help="completions decoded at once (default: 64)")
-    serve.add_argument(
-        "--max-batch-tokens", type=int, metavar="TOKENS", help="most cached tokens at once (default: no limit)"
-    )
-    serve.add_argument(
-        "--max-queue", type=int, default=1024, help="requests that may wait; more get 429 (default: 1024)"
-    )
+    serve.add_argument("--max-batch-tokens", type=int, metavar="TOKENS", help="most cached tokens at once (default: no limit)")
+    serve.add_argument("--max-queue", type=int, default=1024, help="requests that may wait; more get 429 (default: 1024)")
     serve.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default: 8)")
+    serve.add_argument("--max-images", type=int, default=16, help="images of a request; 0 loads the model for text alone (default: 16)")
     serve.add_argument(
-        "--max-images", type=int, default=16, help="images of a request; 0 loads the model for text alone (default: 16)"
+        "--min-pixels", type=int, default=PixelLimits().min_pixels, help="smaller images are enlarged (default: %(default)s)"
     )
-    serve.add_argument(
-        "--min-pixels",
-        type=int,
-        default=PixelLimits().min_pixels,
-        help="smaller images are enlarged (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--max-pixels",
-        type=int,
-        default=PixelLimits().max_pixels,
-        help="larger ones are reduced (default: %(default)s)",
-    )
+    serve.add_argument("--max-pixels", type=int, default=PixelLimits().max_pixels, help="larger ones are reduced (default: %(default)s)")
     serve.set_defaults(run=_serve)
 
 

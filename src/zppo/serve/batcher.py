@@ -159,9 +159,7 @@ class Batcher:
             self._batch = []
             while not self._batch:  # all that waited may have gone away meanwhile
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
-                self._linger(
-                    lambda: self._stopping or sum(len(job.request.keys) for job in self._waiting) >= self._max_rows
-                )
+                self._linger(lambda: self._stopping or sum(len(job.request.keys) for job in self._waiting) >= self._max_rows)
                 if self._stopping:
                     return False
                 self._batch = self._choose()

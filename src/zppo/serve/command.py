@@ -76,12 +76,7 @@ def serve(options: ServeOptions) -> None:
             images=PixelLimits(options.min_pixels, options.max_pixels) if options.max_images else None,
         )
         folder = stack.enter_context(TemporaryDirectory(prefix="zppo-serve-"))
-        batcher = Batcher(
-            loaded.engine,
-            max_rows=options.max_rows,
-            max_tokens=options.max_batch_tokens,
-            max_queue=options.max_queue,
-        )
+        batcher = Batcher(loaded.engine, max_rows=options.max_rows, max_tokens=options.max_batch_tokens, max_queue=options.max_queue)
         loaded.before_step(batcher.check)
         service = Service(
             model=options.name or options.model,
@@ -174,9 +169,7 @@ def _check_limits(options: ServeOptions) -> None:
     if options.max_images < 0:
         raise SettingsError(f"--max-images is {options.max_images}: it must be 0 or more")
     if options.min_pixels > options.max_pixels:
-        raise SettingsError(
-            f"--min-pixels is {options.min_pixels}, more than --max-pixels, {options.max_pixels}: exchange them"
-        )
+        raise SettingsError(f"--min-pixels is {options.min_pixels}, more than --max-pixels, {options.max_pixels}: exchange them")
 
 
 class _Server(uvicorn.Server):

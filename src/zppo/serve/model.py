@@ -85,9 +85,7 @@ def load(
     stored: Any = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else "auto")
     sees = images is not None and reads_images(checkpoint, revision)
     try:
-        network: Any = load_network(
-            checkpoint, dtype=stored, revision=revision, images=sees, device_map=place
-        ).requires_grad_(False)
+        network: Any = load_network(checkpoint, dtype=stored, revision=revision, images=sees, device_map=place).requires_grad_(False)
     except ModelError:
         raise
     except Exception as error:  # many kinds: no room on the device, a device that is not there

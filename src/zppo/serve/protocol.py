@@ -48,15 +48,7 @@ class RequestError(Exception):
         headers: more headers of the answer.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        *,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, status: int, message: str, code: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
@@ -79,9 +71,7 @@ class RequestError(Exception):
 def answer_error(_: Request, error: Exception) -> JSONResponse:
     """A `RequestError` as it was meant; anything else is a defect of the server, which says no more than its kind."""
     if not isinstance(error, RequestError):
-        error = RequestError(
-            500, f"the server failed on this request ({type(error).__name__}); its log says where", "defect"
-        )
+        error = RequestError(500, f"the server failed on this request ({type(error).__name__}); its log says where", "defect")
     return error.response()
 
 
@@ -129,10 +119,7 @@ class Pictures:
             )
         if len(urls) > self.most:
             raise RequestError(
-                400,
-                f"the conversation has {len(urls)} images; send at most {self.most}",
-                "too_many_images",
-                param="messages",
+                400, f"the conversation has {len(urls)} images; send at most {self.most}", "too_many_images", param="messages"
             )
 
     async def take(self, urls: Sequence[str]) -> Taken:
@@ -168,9 +155,7 @@ def _take(url: str, name: str, folder: Path) -> ImageRef:
     data = data_of(url)
     header = header_of(data, name)
     if header.width * header.height > MOST_PIXELS:
-        raise DataError(
-            f"the image {name} has {header.width:,} x {header.height:,} pixels; send one of at most {MOST_PIXELS:,} pixels"
-        )
+        raise DataError(f"the image {name} has {header.width:,} x {header.height:,} pixels; send one of at most {MOST_PIXELS:,} pixels")
     decode(data, name)
     return keep(data, folder)
 
@@ -187,9 +172,7 @@ class Words:
         self._chats: dict[str, Chat] = {}
         self._lock = threading.Lock()
 
-    def encode(
-        self, messages: Sequence[Message], template_args: Mapping[str, Any], images: Sequence[ImageRef] = ()
-    ) -> tuple[int, ...]:
+    def encode(self, messages: Sequence[Message], template_args: Mapping[str, Any], images: Sequence[ImageRef] = ()) -> tuple[int, ...]:
         """Prompt ids of a conversation.
 
         Raises:
@@ -213,13 +196,10 @@ class Words:
         if not template_args:
             return self._chat
         if self._chat.template is None:
-            raise ModelError(
-                "this model has no chat template that could take arguments: leave chat_template_kwargs out"
-            )
+            raise ModelError("this model has no chat template that could take arguments: leave chat_template_kwargs out")
         if reserved := sorted(_RESERVED & set(template_args)):
             raise ModelError(
-                f"{', '.join(reserved)} is no argument of a chat template but of the tokenizer: leave it out of "
-                "chat_template_kwargs"
+                f"{', '.join(reserved)} is no argument of a chat template but of the tokenizer: leave it out of chat_template_kwargs"
             )
         key = json.dumps(template_args, sort_keys=True)
         if key not in self._chats:
@@ -293,9 +273,7 @@ def _listed(stop: Any) -> Any:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 class Turn(_Strict):
@@ -330,16 +308,13 @@ class Body(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1, description="a positive integer")
     seed: int | None = Field(None, ge=-_MAX_SEED - 1, le=_MAX_SEED, description="an integer of 64 bits")
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed)] = Field(
-        default_factory=list,
-        max_length=MAX_STOPS,
-        description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts",
+        default_factory=list, max_length=MAX_STOPS, description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts"
     )
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: int = Field(0, ge=0, le=0, description="0: only the log-prob of the drawn token itself is kept")
     stream: Literal[False] = Field(False, description="false: completions are sent whole")
     chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description='an object of arguments for the chat template, e.g. {"enable_thinking": false}',
+        default_factory=dict, description='an object of arguments for the chat template, e.g. {"enable_thinking": false}'
     )
 
     @property
@@ -380,9 +355,7 @@ def read_body(raw: bytes) -> Body:
     """
     given = _read_json(raw)
     if not isinstance(given, dict):
-        raise RequestError(
-            400, f"the body is {_show(given)}; send a JSON object with model and messages", "invalid_json"
-        )
+        raise RequestError(400, f"the body is {_show(given)}; send a JSON object with model and messages", "invalid_json")
     known = {name: value for name, value in given.items() if value is not None or name not in Body.model_fields}
     try:
         body = Body.model_validate(known)
@@ -413,9 +386,7 @@ def _read_json(raw: bytes) -> Any:
         given = json.loads(raw.decode("utf-8"), parse_constant=no_number)
         json.dumps(given, ensure_ascii=False).encode("utf-8")  # a lone surrogate is text for no tokenizer
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise RequestError(
-            400, f"the body holds text that is not Unicode ({error.reason}); send UTF-8", "invalid_json"
-        ) from None
+        raise RequestError(400, f"the body holds text that is not Unicode ({error.reason}); send UTF-8", "invalid_json") from None
     except RecursionError:
         raise RequestError(400, "the body is nested too deeply; send a plain request", "invalid_json") from None
     except ValueError as error:
@@ -456,13 +427,7 @@ def shorten(text: str) -> str:
 
 
 def answer(
-    words: Words,
-    model: str,
-    prompt_tokens: int,
-    completions: Sequence[Completion],
-    *,
-    stop: Sequence[str] = (),
-    logprobs: bool = False,
+    words: Words, model: str, prompt_tokens: int, completions: Sequence[Completion], *, stop: Sequence[str] = (), logprobs: bool = False
 ) -> dict[str, Any]:
     """The body of an answer.
 
@@ -482,11 +447,7 @@ def answer(
         "created": int(time.time()),
         "model": model,
         "choices": [_choice(words, i, completion, stop, logprobs) for i, completion in enumerate(completions)],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": generated,
-            "total_tokens": prompt_tokens + generated,
-        },
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated},
     }
 
 
@@ -500,9 +461,7 @@ def _choice(words: Words, index: int, completion: Completion, stop: Sequence[str
     return {
         "index": index,
         "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": {"content": _tokens(words, ids, completion.logprobs.tolist()), "refusal": None}
-        if logprobs
-        else None,
+        "logprobs": {"content": _tokens(words, ids, completion.logprobs.tolist()), "refusal": None} if logprobs else None,
         "finish_reason": "length" if completion.truncated and not stops else "stop",
     }
 
@@ -522,12 +481,5 @@ def _tokens(words: Words, ids: Sequence[int], logprobs: Sequence[float]) -> list
     listed = []
     for index, logprob in zip(ids, logprobs, strict=False):
         text = words.token(index)
-        listed.append(
-            {
-                "token": text,
-                "logprob": logprob,
-                "bytes": None if "\ufffd" in text else list(text.encode()),
-                "top_logprobs": [],
-            }
-        )
+        listed.append({"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode()), "top_logprobs": []})
     return listed

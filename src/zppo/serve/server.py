@@ -59,10 +59,7 @@ class Service:
         body = read_body(await self._read(request))
         if body.model != self.model:
             raise RequestError(
-                404,
-                f"there is no model {shorten(body.model)!r} here; this server has {self.model!r}",
-                "model_not_found",
-                param="model",
+                404, f"there is no model {shorten(body.model)!r} here; this server has {self.model!r}", "model_not_found", param="model"
             )
         self.pictures.check(body.images)
         taken = await self.pictures.take(body.images)
@@ -79,16 +76,12 @@ class Service:
             raise _stopping(error) from None
         except DecodingError as error:
             _LOG.warning("a request of %d tokens could not be decoded: %s", len(prompt), error)
-            raise RequestError(
-                500, f"this request could not be decoded: {one_line(error, _LONGEST)}", "decoding_failed"
-            ) from None
+            raise RequestError(500, f"this request could not be decoded: {one_line(error, _LONGEST)}", "decoding_failed") from None
         if completions is None:
             return Response(status_code=499)  # the client is gone; nobody reads this
 
         def written() -> JSONResponse:
-            return JSONResponse(
-                answer(self.words, self.model, len(prompt), completions, stop=body.stop, logprobs=body.logprobs)
-            )
+            return JSONResponse(answer(self.words, self.model, len(prompt), completions, stop=body.stop, logprobs=body.logprobs))
 
         return await anyio.to_thread.run_sync(written)
 
@@ -111,13 +104,7 @@ class Service:
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
         self._admit(request)
-        entry = {
-            "id": self.model,
-            "object": "model",
-            "created": _STARTED,
-            "owned_by": "zppo",
-            "max_model_len": self.context,
-        }
+        entry = {"id": self.model, "object": "model", "created": _STARTED, "owned_by": "zppo", "max_model_len": self.context}
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, _: Request) -> Response:
@@ -140,18 +127,14 @@ class Service:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
         elif self.loopback and _host(request) not in _OWN_NAMES:
-            raise RequestError(
-                403, f"this server answers to {', '.join(_OWN_NAMES)} only, unless it has a key", "foreign_host"
-            )
+            raise RequestError(403, f"this server answers to {', '.join(_OWN_NAMES)} only, unless it has a key", "foreign_host")
 
     async def _read(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RequestError(415, f"the content type is {kind[:80]!r}; send application/json", "wrong_content_type")
         length = request.headers.get("content-length", "0")
-        too_large = RequestError(
-            413, f"the body has more than {self.max_body} bytes; send a smaller one", "body_too_large"
-        )
+        too_large = RequestError(413, f"the body has more than {self.max_body} bytes; send a smaller one", "body_too_large")
         if length.isdecimal() and int(length) > self.max_body:
             raise too_large
         body = bytearray()

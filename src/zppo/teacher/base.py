@@ -49,8 +49,6 @@ class TeacherReply:
 class Teacher(Protocol):
     """A frozen model that completes conversations. Never raises for a single failed request: the reply says so."""
 
-    def complete(
-        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
-    ) -> list[TeacherReply]:
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
         """Replies in the order of the requests; what serving them took is counted in `log`."""
         ...

@@ -84,16 +84,12 @@ class Prepared:
     wrong_raw: int = 0
 
 
-COMPRESSION_COUNTS = tuple(
-    f"compression_{name}" for name in ("asked", "failed", "unreachable", "prompt_tokens", "completion_tokens")
-)
+COMPRESSION_COUNTS = tuple(f"compression_{name}" for name in ("asked", "failed", "unreachable", "prompt_tokens", "completion_tokens"))
 """What a step counts: completions sent to the teacher; of these, summaries that `accept` refused, and completions for which no reply
 came; tokens as far as the teacher reports them."""
 
 
-def accept(
-    reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES, instructions: str = ""
-) -> str | None:
+def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES, instructions: str = "") -> str | None:
     """The summary in a compression reply, or None where it cannot stand for the completion (method.md section 4).
 
     The last complete `<summary>` block after the last `</think>` counts. It is refused if it is missing or empty, if it

@@ -45,13 +45,7 @@ def accept_hint(reply: str, gold: str) -> str | None:
 
 
 def make_hints(
-    requests: Sequence[HintRequest],
-    teacher: Teacher,
-    book: PromptBook,
-    how: TeacherSampling,
-    *,
-    seed: int,
-    log: StepLog,
+    requests: Sequence[HintRequest], teacher: Teacher, book: PromptBook, how: TeacherSampling, *, seed: int, log: StepLog
 ) -> list[str | None]:
     """One hint per request, None where no response gave one.
 

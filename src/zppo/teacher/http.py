@@ -103,9 +103,7 @@ class Scrubber:
         text = str(value)
         if self._key:  # before any cut, which could leave a piece of it
             text = text.replace(self._key, "[key]")
-        text = _BASE64.sub(_without_data, text)[
-            : 100 * limit
-        ]  # a refused request comes back in some errors, images and all
+        text = _BASE64.sub(_without_data, text)[: 100 * limit]  # a refused request comes back in some errors, images and all
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= limit else f"{text[:limit]}..."
 
@@ -265,11 +263,7 @@ class Wire:
             start = self._scrub.words(content.decode("utf-8", "replace"), 80)
             raise Trouble(f"{self.url}: the reply is no chat completion: {start!r}", fault=True) from None
         usage = reply.get("usage")
-        return Answer(
-            tuple(self._choice(choice) for choice in choices),
-            _count(usage, "prompt_tokens"),
-            _count(usage, "completion_tokens"),
-        )
+        return Answer(tuple(self._choice(choice) for choice in choices), _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
     def _choice(self, choice: object) -> Choice:
         """The text of a choice. Nothing but `content` is read: thoughts in a field of their own are no part of the answer.
@@ -291,9 +285,7 @@ class Wire:
                 "or turn thinking off in its template_args",
             )
         known = ended in ("content_filter", "tool_calls")
-        return Choice(
-            None, f"{self.url}: a choice without text (finish_reason {self._scrub.words(ended, 40)})", not known
-        )
+        return Choice(None, f"{self.url}: a choice without text (finish_reason {self._scrub.words(ended, 40)})", not known)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -408,9 +400,7 @@ class Servers:
     Used from one event loop.
     """
 
-    def __init__(
-        self, wires: Sequence[Wire], retry_for: float, tell: Callable[[str], None] = lambda text: None
-    ) -> None:
+    def __init__(self, wires: Sequence[Wire], retry_for: float, tell: Callable[[str], None] = lambda text: None) -> None:
         """`tell` takes what a person who waits should know: nothing is served, and is served again."""
         self.addresses = tuple(Address(wire) for wire in wires)
         self.service = Service()
@@ -475,9 +465,7 @@ class Servers:
             if not self._waiting:
                 self.service.waited_seconds += time.monotonic() - self._waiting_since
 
-    async def _attempt(
-        self, address: Address, body: Mapping[str, Any], limit: int, *, again: bool
-    ) -> tuple[Answer | Trouble, float]:
+    async def _attempt(self, address: Address, body: Mapping[str, Any], limit: int, *, again: bool) -> tuple[Answer | Trouble, float]:
         """What one attempt gave, and when it began."""
         started = time.monotonic()
         self.service.requests += 1

@@ -36,9 +36,7 @@ class Case(NamedTuple):
     response: str
 
 
-JUDGE_COUNTS = tuple(
-    f"judge_{name}" for name in ("asked", "correct", "malformed", "unreachable", "prompt_tokens", "completion_tokens")
-)
+JUDGE_COUNTS = tuple(f"judge_{name}" for name in ("asked", "correct", "malformed", "unreachable", "prompt_tokens", "completion_tokens"))
 """What a step counts: cases sent to the judge; of these, judged correct, replies that were no verdict (they count as wrong), and cases
 for which no reply came (they are ungraded); tokens as far as the judge's model reports them."""
 
@@ -89,9 +87,7 @@ def parse_verdict(reply: str, think_open: bool = False) -> bool | None:
 class Judge:
     """Puts cases before a model, each distinct one once a step, and all that are new in one call."""
 
-    def __init__(
-        self, model: Teacher, book: PromptBook, how: TeacherSampling, cap: Callable[[str], str], *, seed: int = 0
-    ) -> None:
+    def __init__(self, model: Teacher, book: PromptBook, how: TeacherSampling, cap: Callable[[str], str], *, seed: int = 0) -> None:
         """Sets how to judge.
 
         Args:

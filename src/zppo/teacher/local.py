@@ -43,12 +43,7 @@ class LocalTeacher:
     """A `Teacher` on an engine in this process. What cannot be served gets a reply that says why; nothing is raised."""
 
     def __init__(
-        self,
-        engine: Engine,
-        chat: Callable[[Mapping[str, Any]], Speech],
-        *,
-        context: int | None = None,
-        special_texts: Sequence[str] = (),
+        self, engine: Engine, chat: Callable[[Mapping[str, Any]], Speech], *, context: int | None = None, special_texts: Sequence[str] = ()
     ) -> None:
         """Puts a teacher together; `load` does it from a checkpoint.
 
@@ -101,12 +96,8 @@ class LocalTeacher:
         stored: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
             sees = images is not None and reads_images(model, revision)
-            network: Any = load_network(
-                model, revision=revision, dtype=stored, attention=attention, images=sees, device_map=place
-            )
-            chat = Chat.load(
-                str(model), template=template, images=images if sees else None, cache=cache, revision=revision
-            )
+            network: Any = load_network(model, revision=revision, dtype=stored, attention=attention, images=sees, device_map=place)
+            chat = Chat.load(str(model), template=template, images=images if sees else None, cache=cache, revision=revision)
             engine = TransformersEngine(
                 network.requires_grad_(False).eval(),
                 chat.eos_ids(network),
@@ -124,12 +115,7 @@ class LocalTeacher:
                 f"The teacher {str(model)!r} cannot be loaded: {one_line(error)}. Give the folder or hub name of a transformers "
                 "checkpoint with its tokenizer, and a device with room for it."
             ) from error
-        teacher = cls(
-            engine,
-            chat.with_arguments,
-            context=engine.context,
-            special_texts=chat.special_texts,
-        )
+        teacher = cls(engine, chat.with_arguments, context=engine.context, special_texts=chat.special_texts)
         teacher.network, teacher.tokenizer, teacher.image_processor = network, chat.tokenizer, chat.image_processor
         return teacher
 
@@ -137,9 +123,7 @@ class LocalTeacher:
         """Builds the chat of one use, so that wrong template arguments show at start-up (ModelError). Its name and size are not needed."""
         self._chat(how.template_args)
 
-    def complete(
-        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
-    ) -> list[TeacherReply]:
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
         """Replies in the order of the requests.
 
         A request gets `texts` of None and an `error` if it has images that this teacher cannot read, cannot be put into
@@ -181,9 +165,7 @@ def _failed(request: TeacherRequest, error: str, prompt_tokens: int = 0) -> Teac
     return TeacherReply((None,) * len(request.keys), prompt_tokens=prompt_tokens, error=error)
 
 
-def _reply(
-    chat: Speech, request: TeacherRequest, sample: SampleRequest, outcome: list[Completion] | str
-) -> TeacherReply:
+def _reply(chat: Speech, request: TeacherRequest, sample: SampleRequest, outcome: list[Completion] | str) -> TeacherReply:
     if isinstance(outcome, str):
         return _failed(request, outcome, len(sample.prompt_ids))
     return TeacherReply(

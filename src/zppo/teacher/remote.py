@@ -186,16 +186,12 @@ class RemoteTeacher:
             TeacherError: one refuses them.
         """
         few = OFFICIAL_PING_TOKENS if self._official else PING_TOKENS
-        parts = [{"type": "image_url", "image_url": {"url": PING_IMAGE}}] * count + [
-            {"type": "text", "text": PING[0].content}
-        ]
+        parts = [{"type": "image_url", "image_url": {"url": PING_IMAGE}}] * count + [{"type": "text", "text": PING[0].content}]
         body = self.body(PING, 1, 0, how, few) | {"messages": [{"role": "user", "content": parts}]}
         wires = [address.wire for address in self.servers.addresses]
         self.run(check_images(wires, body, count, use, self._names))
 
-    def complete(
-        self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None
-    ) -> list[TeacherReply]:
+    def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
         """Replies in the order of the requests, when all are served or given up; `log` gets the counts of `Service` as remote_*.
 
         `len(keys)` completions are asked for in one request, with a seed that follows from the keys, so that a server that honours
@@ -284,13 +280,7 @@ class RemoteTeacher:
         return [mine.reply() for mine in got]
 
     async def _serve(
-        self,
-        group: asyncio.TaskGroup,
-        request: TeacherRequest,
-        how: TeacherSampling,
-        got: _Got,
-        places: tuple[int, ...],
-        turn: int,
+        self, group: asyncio.TaskGroup, request: TeacherRequest, how: TeacherSampling, got: _Got, places: tuple[int, ...], turn: int
     ) -> None:
         """Asks for the completions of the keys at `places`; those that do not come are asked for again one by one."""
         greedy = how.sampling.temperature == 0
@@ -360,9 +350,7 @@ def _turn(turn: TurnParts, urls: Mapping[ImageRef, str]) -> dict[str, Any]:
     if all(isinstance(part, str) for part in turn.parts):
         return {"role": turn.role, "content": sound("".join(map(str, turn.parts)))}
     content: list[dict[str, Any]] = [
-        {"type": "text", "text": sound(part)}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": urls[part]}}
+        {"type": "text", "text": sound(part)} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": urls[part]}}
         for part in turn.parts
     ]
     return {"role": turn.role, "content": content}

@@ -108,9 +108,7 @@ async def check_images(wires: Sequence[Wire], body: Mapping[str, Any], count: in
             )
 
 
-async def _check_one(
-    wire: Wire, bodies: Sequence[Mapping[str, Any]], whole: Mapping[str, Any] | None
-) -> tuple[Trouble | None, bool]:
+async def _check_one(wire: Wire, bodies: Sequence[Mapping[str, Any]], whole: Mapping[str, Any] | None) -> tuple[Trouble | None, bool]:
     """What went wrong at one address, and whether it gives several choices."""
     trouble, _ = await _ping(wire, bodies[0])
     if trouble is None and whole is not None:

@@ -101,18 +101,11 @@ def _checkpoint(student: ModelSettings) -> str:
     name = model_folder(student.model)
     if student.revision is None or Path(name).exists():
         return name
-    return snapshot_download(
-        name, revision=student.revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
-    )
+    return snapshot_download(name, revision=student.revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
 
 
 def make_engine_check(
-    settings: Settings,
-    engine: Engine,
-    forward: ForwardPass,
-    prompt: Prompt,
-    accelerator: Accelerator,
-    weights: ReplicatedWeights,
+    settings: Settings, engine: Engine, forward: ForwardPass, prompt: Prompt, accelerator: Accelerator, weights: ReplicatedWeights
 ) -> EngineCheck:
     """The check of the run's engine; `prompt` is the fixed one."""
     exact = isinstance(engine, TransformersEngine) and accelerator.mixed_precision == "no"
@@ -142,9 +135,7 @@ def make_reformulations(method: Method) -> list[Reformulation]:
     made = [load_reformulation(kind) for kind in method.reformulations]
     kinds = [r.kind for r in made]
     if len(set(kinds)) != len(kinds) or PLAIN in kinds:
-        raise SettingsError(
-            f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'"
-        )
+        raise SettingsError(f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'")
     return [Placebo(r) for r in made] if method.control == "placebo" else made
 
 
@@ -175,9 +166,7 @@ def make_learner(
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
     sharing = _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
-    optimizer = accelerator.prepare_optimizer(
-        make_optimizer(train, parameter_groups(prepared, train), accelerator.device)
-    )
+    optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
     if start:
         checkpoint.load_optimizer(start, weights.state_of(optimizer))
     forward = replace(make_forward(settings, model, chat), model=prepared)
@@ -245,9 +234,7 @@ def _check_shared_tokenizer(settings: Settings, chat: Chat, teacher: LocalTeache
             f"{settings.student.model!r} and {name!r} do not: their vocabularies differ. Take a teacher of the student's family, or a "
             "method that keeps the teacher in the prompt (zppo)"
         )
-    if chat.image_processor is not None and (
-        teacher.image_processor is None or not chat.image_processor.same_as(teacher.image_processor)
-    ):
+    if chat.image_processor is not None and (teacher.image_processor is None or not chat.image_processor.same_as(teacher.image_processor)):
         why = "the teacher reads text only" if teacher.image_processor is None else "their image processors differ"
         raise SettingsError(
             f"method {settings.method.name!r} compares next-token distributions on prompts with images, which student and teacher must "
@@ -348,9 +335,7 @@ def assemble(
     asked = [SharedTeacher(teacher, processes) for teacher in teachers]
     teacher_sampler = make_teacher_sampler(settings, asked, renderer, scorer, processes)
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
-    learner, optimizer = make_learner(
-        settings, model, chat, start, accelerator, teachers, teacher_sampler, weights, say
-    )
+    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, teacher_sampler, weights, say)
     own = make_engine(settings, model, chat, autocast_type(accelerator), say)
     if chat.image_processor is not None:
         check_image_input(own, chat, settings.student.model)  # whoever samples, it is trained here
@@ -386,11 +371,7 @@ def assemble(
 
 
 def _check_context(
-    settings: Settings,
-    context: int | None,
-    questions: Sequence[Question],
-    held_out: Sequence[Question],
-    length: Callable[[Question], int],
+    settings: Settings, context: int | None, questions: Sequence[Question], held_out: Sequence[Question], length: Callable[[Question], int]
 ) -> None:
     """Every plain prompt plus its token limit must fit the model."""
     uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))

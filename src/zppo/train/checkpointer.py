@@ -38,22 +38,13 @@ class Checkpointer:
         self._run, self._student, self._optimizer, self._origin = run, student, optimizer, origin
         self._weights, self._keep = weights, settings.keep_checkpoints
         self._copies = (
-            settings.checkpoint_in_background
-            and weights.processes.size == 1
-            and not student.adapters
-            and settings.optimizer == "adamw"
+            settings.checkpoint_in_background and weights.processes.size == 1 and not student.adapters and settings.optimizer == "adamw"
         )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def __call__(
-        self,
-        step: int,
-        state: Mapping[str, Any],
-        mid_step: MidStep | None,
-        *,
-        together: bool = True,
-        later: bool = False,
+        self, step: int, state: Mapping[str, Any], mid_step: MidStep | None, *, together: bool = True, later: bool = False
     ) -> Path | None:
         """After `step` whole steps, and the updates of `mid_step` in the next one where it is given.
 
@@ -105,9 +96,7 @@ class Checkpointer:
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(
-            target=work, name="checkpoint"
-        )  # no daemon: the process ends when it is written
+        self._thread = threading.Thread(target=work, name="checkpoint")  # no daemon: the process ends when it is written
         self._thread.start()
 
 

@@ -43,12 +43,7 @@ class Distillation:
         self.weights, self.processes = optimizer.weights, optimizer.weights.processes
 
     def update(
-        self,
-        plain: Sequence[Group],
-        reformulated: Sequence[Group],
-        responses: Pools,
-        log: StepLog,
-        partial: PartialUpdate | None = None,
+        self, plain: Sequence[Group], reformulated: Sequence[Group], responses: Pools, log: StepLog, partial: PartialUpdate | None = None
     ) -> UpdateResult:
         """The student's rollouts are learnt from on-policy, and only counted off-policy; advantages are 0.
 
@@ -106,12 +101,7 @@ class Distillation:
         return loss, norm, moved, sum(self.processes.gather(sum(micro.padded for micro in batches)))
 
     def _gradients(
-        self,
-        rows: Sequence[Row],
-        lengths: Sequence[int],
-        parts: Sequence[Sequence[int]],
-        batches: Sequence[MicroBatch],
-        tokens: int,
+        self, rows: Sequence[Row], lengths: Sequence[int], parts: Sequence[Sequence[int]], batches: Sequence[MicroBatch], tokens: int
     ) -> float:
         """Gradients of this process's micro-batches, from nothing; returns what they add to the loss."""
         own = parts[self.processes.rank]
@@ -138,8 +128,4 @@ class Distillation:
 
 
 def _student_rows(plain: Sequence[Group]) -> list[Row]:
-    return [
-        Row(g.prompt.ids + g.prompt.forced_ids, tuple(r.ids.tolist()), g.prompt.images)
-        for g in plain
-        for r in g.rollouts
-    ]
+    return [Row(g.prompt.ids + g.prompt.forced_ids, tuple(r.ids.tolist()), g.prompt.images) for g in plain for r in g.rollouts]

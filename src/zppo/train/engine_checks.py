@@ -64,9 +64,7 @@ class SamplerCheck:
         refused: part of a checkpoint.
     """
 
-    def __init__(
-        self, tolerance: float, say: Callable[[str], None] | None = None, processes: Processes = ONE_PROCESS
-    ) -> None:
+    def __init__(self, tolerance: float, say: Callable[[str], None] | None = None, processes: Processes = ONE_PROCESS) -> None:
         self.tolerance, self.say, self.processes = tolerance, say, processes
         self.refused = False
 
@@ -107,9 +105,7 @@ def make_check(
     train: TrainSettings, exact: bool, say: Callable[[str], None] | None = None, processes: Processes = ONE_PROCESS
 ) -> SamplerCheck:
     """The check of a recipe; `exact`: sampler and trainer do the same arithmetic, in fp32."""
-    return SamplerCheck(
-        train.logprob_tolerance or (SAMPLER_TOLERANCE_FP32 if exact else SAMPLER_TOLERANCE_ROUNDED), say, processes
-    )
+    return SamplerCheck(train.logprob_tolerance or (SAMPLER_TOLERANCE_FP32 if exact else SAMPLER_TOLERANCE_ROUNDED), say, processes)
 
 
 TOLERANCE_FP32 = 1e-3
@@ -212,8 +208,7 @@ class EngineCheck:
             probe = self._probe(*_LOOK_TWICE)
         if not _mean(probe.gap) <= self.tolerance:
             raise self._error(
-                step,
-                f"its log-probs differ by {_mean(probe.gap):.3g} on average over {len(probe.gap)} tokens of a fixed prompt",
+                step, f"its log-probs differ by {_mean(probe.gap):.3g} on average over {len(probe.gap)} tokens of a fixed prompt"
             )
         self._look_for_standstill(step, probe)
         return _Gap(_mean(probe.gap), float(probe.gap.max()))
@@ -224,9 +219,7 @@ class EngineCheck:
         if last is None or not torch.equal(last.ids, probe.ids) or not torch.equal(last.engine, probe.engine):
             self._last = probe
         elif (moved := _mean(probe.trainer - last.trainer)) > _STALE * self.tolerance:
-            raise self._error(
-                step, f"it says the same to the last bit while the trainer's log-probs moved by {moved:.3g}"
-            )
+            raise self._error(step, f"it says the same to the last bit while the trainer's log-probs moved by {moved:.3g}")
 
     def _probe(self, size: int, tokens: int) -> _Probe:
         keys = tuple(draw_key(self.seed, "engine", i) for i in range(size))
@@ -236,11 +229,7 @@ class EngineCheck:
         with torch.no_grad():
             rows = [Row(self.prompt.ids, c.ids, self.prompt.images) for c in completions]
             logprobs, mask = self.forward.logprobs(rows)
-        return _Probe(
-            torch.cat([c.ids for c in completions]),
-            torch.cat([c.logprobs for c in completions]),
-            logprobs[mask].float().cpu(),
-        )
+        return _Probe(torch.cat([c.ids for c in completions]), torch.cat([c.logprobs for c in completions]), logprobs[mask].float().cpu())
 
     def _error(self, step: int, fact: str) -> EngineError:
         when = f"after step {step}" if step else "before the first step"

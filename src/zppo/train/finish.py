@@ -71,13 +71,7 @@ def finish_final(run: Path, folder: Path) -> Path:
 
 
 def write_model_card(
-    folder: Path,
-    name: str,
-    settings: Settings,
-    *,
-    before: Evaluation | None,
-    after: Evaluation | None,
-    totals: Totals,
+    folder: Path, name: str, settings: Settings, *, before: Evaluation | None, after: Evaluation | None, totals: Totals
 ) -> None:
     """README.md of final/: what was trained how, with which result."""
     method, student = settings.method.name, settings.student.model
@@ -100,24 +94,14 @@ def write_model_card(
     if before and after:
         lines += ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|"]
         lines += [f"| {level} | {old} | {new} |" for level, old, new in _levels(before, after)]
-        lines += [
-            "",
-            f"{after.count} completions, after training evaluated from this folder.{_left_out(before, after)}",
-            "",
-        ]
+        lines += ["", f"{after.count} completions, after training evaluated from this folder.{_left_out(before, after)}", ""]
     lines += ["## Recipe", "", "```yaml", dump_recipe(settings).rstrip(), "```", ""]
     with writing(folder / "README.md"):
         (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def closing_table(
-    console: Console,
-    run: Path,
-    settings: Settings,
-    *,
-    before: Evaluation | None,
-    after: Evaluation | None,
-    totals: Totals,
+    console: Console, run: Path, settings: Settings, *, before: Evaluation | None, after: Evaluation | None, totals: Totals
 ) -> None:
     """Held-out accuracy before and after, graduated/admitted by entry bin, what help was missed, where the files are."""
     if before and after:
@@ -186,10 +170,7 @@ def _left_out(before: Evaluation, after: Evaluation) -> str:
 
 
 def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
-    rows = [
-        (level, f"{before.by_level.get(level, float('nan')):.3f}", f"{value:.3f}")
-        for level, value in after.by_level.items()
-    ]
+    rows = [(level, f"{before.by_level.get(level, float('nan')):.3f}", f"{value:.3f}") for level, value in after.by_level.items()]
     return [*rows, ("all", f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")]
 
 
@@ -231,7 +212,5 @@ def _evaluation_at_start(run: Path) -> Evaluation | None:
     for record in read_lines(run / METRICS):
         if record["event"] == "eval" and record["step"] == 0:
             found = {name: record[name] for name in Evaluation.__slots__ if name in record}
-            return Evaluation(
-                **found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]}
-            )
+            return Evaluation(**found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]})
     return None

@@ -44,12 +44,7 @@ class Learner(Protocol):
     """Turns the groups of a step into optimizer steps."""
 
     def update(
-        self,
-        plain: Sequence[Group],
-        reformulated: Sequence[Group],
-        responses: Pools,
-        log: StepLog,
-        partial: PartialUpdate | None = None,
+        self, plain: Sequence[Group], reformulated: Sequence[Group], responses: Pools, log: StepLog, partial: PartialUpdate | None = None
     ) -> UpdateResult:
         """Learn from plain groups, reformulated groups and correct teacher responses (Alg. 1, l. 18).
 

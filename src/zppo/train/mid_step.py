@@ -143,12 +143,7 @@ def _group_facts(group: Group) -> dict[str, Any]:
     }
 
 
-def _group(
-    facts: dict[str, Any],
-    prompts: Iterator[torch.Tensor],
-    ids: Iterator[torch.Tensor],
-    logprobs: Iterator[torch.Tensor],
-) -> Group:
+def _group(facts: dict[str, Any], prompts: Iterator[torch.Tensor], ids: Iterator[torch.Tensor], logprobs: Iterator[torch.Tensor]) -> Group:
     prompt = Prompt(
         facts["kind"],
         Question.from_dict(facts["question"]),
@@ -159,9 +154,7 @@ def _group(
         tuple(next(prompts).tolist()),
         facts["audit"],
     )
-    rollouts = tuple(
-        Rollout(next(ids), next(logprobs), **{name: r[name] for name in _ROLLOUT}) for r in facts["rollouts"]
-    )
+    rollouts = tuple(Rollout(next(ids), next(logprobs), **{name: r[name] for name in _ROLLOUT}) for r in facts["rollouts"])
     return Group(prompt, rollouts)
 
 

@@ -77,12 +77,7 @@ class PolicyGradient:
         self.weights, self.processes = optimizer.weights, optimizer.weights.processes
 
     def update(
-        self,
-        plain: Sequence[Group],
-        reformulated: Sequence[Group],
-        responses: Pools,
-        log: StepLog,
-        partial: PartialUpdate | None = None,
+        self, plain: Sequence[Group], reformulated: Sequence[Group], responses: Pools, log: StepLog, partial: PartialUpdate | None = None
     ) -> UpdateResult:
         """Advantages over the whole step, then I optimizer steps; see `Learner.update`."""
         groups = [*(self._with_response(g, responses, log.step) for g in plain), *reformulated]
@@ -149,11 +144,7 @@ class PolicyGradient:
         log.counts |= {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
 
     def _partial(
-        self,
-        done: int,
-        tally: UpdateCounts,
-        samples: Sequence[Sequence[Sample]],
-        old: Mapping[tuple[int, int], torch.Tensor],
+        self, done: int, tally: UpdateCounts, samples: Sequence[Sequence[Sample]], old: Mapping[tuple[int, int], torch.Tensor]
     ) -> PartialUpdate:
         """What all processes together know after `done` minibatches."""
         parts = self.processes.gather((tally, dict(old)))
@@ -181,9 +172,7 @@ class PolicyGradient:
                 self._in_micro_batches(asked, score)
         return result
 
-    def _refuses(
-        self, log: StepLog, counts: UpdateCounts, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]
-    ) -> bool:
+    def _refuses(self, log: StepLog, counts: UpdateCounts, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]) -> bool:
         """Whether the sampler's log-probs are not the trainer's, before the first optimizer step; all processes agree.
 
         Rows of the first minibatch that are `computed` are what is looked at, for nothing, since their forward pass was to be made anyway.
@@ -248,14 +237,7 @@ class PolicyGradient:
         self.optimizer.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
 
     def _backward(
-        self,
-        live: Sequence[Sample],
-        old: Sequence[torch.Tensor],
-        micro: MicroBatch,
-        denominator: int,
-        tally: UpdateCounts,
-        *,
-        first: bool,
+        self, live: Sequence[Sample], old: Sequence[torch.Tensor], micro: MicroBatch, denominator: int, tally: UpdateCounts, *, first: bool
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; sums over it (`UpdateCounts.add`) that stay on the device: reading would wait."""
         samples = [live[m] for m in micro.rows]
@@ -364,9 +346,7 @@ def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) 
     return torch.stack([gap.sum(), gap.max(), known.sum()]).float()
 
 
-def make_budget(
-    train: TrainSettings, sharded: bool, say: Callable[[str], None] | None = None, *, gpu: bool = False
-) -> TokenBudget:
+def make_budget(train: TrainSettings, sharded: bool, say: Callable[[str], None] | None = None, *, gpu: bool = False) -> TokenBudget:
     """The budget of a recipe.
 
     Raises:

@@ -24,9 +24,7 @@ _WHOLE = ("*.safetensors", "*.json", "*.jinja")
 _EDGE = 1 << 20  # bytes at either end of a weights file that are looked at: trained weights differ everywhere
 
 
-def origin_of(
-    settings: Settings, questions: Sequence[Question], config: PretrainedConfig, processes: int
-) -> dict[str, Any]:
+def origin_of(settings: Settings, questions: Sequence[Question], config: PretrainedConfig, processes: int) -> dict[str, Any]:
     """What a run trains from, JSON-ready; part of every checkpoint.
 
     Args:
@@ -106,11 +104,7 @@ def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, 
         notes.append(f"{len(changed) - MOST_NAMED} more settings have changed")
     if then["questions"] != now["questions"]:
         counts = then["questions"]["count"], now["questions"]["count"]
-        more = (
-            f" ({counts[0]:,} then, {counts[1]:,} now): the order of the rest is another"
-            if counts[0] != counts[1]
-            else ""
-        )
+        more = f" ({counts[0]:,} then, {counts[1]:,} now): the order of the rest is another" if counts[0] != counts[1] else ""
         notes.append(f"the training questions are not the same as before{more}")
     if then.get("images", now["images"]) != now["images"]:
         notes.append("the images of the training questions are not the same as before")

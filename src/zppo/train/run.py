@@ -64,10 +64,7 @@ class Start:
         check_student(state, settings.student, folder)
         for path, problem in damaged.items():
             aside = checkpoint.set_aside(path)
-            warn(
-                console,
-                f"{path} is damaged: {problem}. It is called {aside.name} from now on, and {folder.name} is used",
-            )
+            warn(console, f"{path} is damaged: {problem}. It is called {aside.name} from now on, and {folder.name} is used")
         return cls(folder, state)
 
     def load(self, loop: TrainingLoop, origin: Mapping[str, Any], console: Console) -> None:
@@ -119,9 +116,7 @@ class TrainingLoop:
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
-        self._saved: tuple[int, int | None] | None = (
-            None  # steps and updates of the next one that are in that checkpoint
-        )
+        self._saved: tuple[int, int | None] | None = None  # steps and updates of the next one that are in that checkpoint
 
     def run(self) -> None:
         """All steps that are left.
@@ -140,9 +135,7 @@ class TrainingLoop:
                 with self.stop.shield():
                     self._show(log)
                     if fault := log.errors.get("update"):
-                        self._save(
-                            trainer.state_dict()
-                        )  # all processes are here, so that sharded weights can be saved too
+                        self._save(trainer.state_dict())  # all processes are here, so that sharded weights can be saved too
                         raise ZPPOError(fault)
                 self._evaluate_if_due()
                 if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
@@ -198,9 +191,7 @@ class TrainingLoop:
         for text in self.health.advice(self.trainer.done, metrics):
             self.progress.warning(text)
 
-    def _save(
-        self, state: Mapping[str, Any], mid_step: MidStep | None = None, *, together: bool = True, later: bool = False
-    ) -> None:
+    def _save(self, state: Mapping[str, Any], mid_step: MidStep | None = None, *, together: bool = True, later: bool = False) -> None:
         trainer = self.trainer
         trainer.log.sync()
         folder = self.checkpointer(trainer.done, state, mid_step, together=together, later=later)
@@ -281,9 +272,7 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
         StorageError, Interrupted: as in `train`.
     """
     if not (run / RECIPE).exists():
-        raise CheckpointError(
-            f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed"
-        )
+        raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
     if (run / FINAL / "README.md").exists():
@@ -328,9 +317,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
             with processes.uninterrupted():
                 try:
                     loop.run()
-                    if (
-                        parts.student.adapters
-                    ):  # they are merged now, for good: runs without checkpoints are saved before
+                    if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
                         loop.rescue(together=True)
                         loop.trainer.boundary = None
                     finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
@@ -349,9 +336,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         raise
 
 
-def _open(
-    settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers, console: Console, *, resumed: bool
-) -> None:
+def _open(settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers, console: Console, *, resumed: bool) -> None:
     """Make the run folder, or take back what was written after the checkpoint."""
     trainer = loop.trainer
     if resumed:

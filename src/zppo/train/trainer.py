@@ -65,11 +65,7 @@ class Totals:
         self.seconds += metrics["seconds"]["step"]
         for name in MISSED:
             self.missed[name] = self.missed.get(name, 0) + int(metrics.get(name) or 0)
-        for counts, entries in (
-            (self.admitted, changes.admitted),
-            (self.graduated, changes.graduated),
-            (self.evicted, changes.evicted),
-        ):
+        for counts, entries in ((self.admitted, changes.admitted), (self.graduated, changes.graduated), (self.evicted, changes.evicted)):
             for entry in entries:
                 counts[entry_bin(entry.accuracy)] = counts.get(entry_bin(entry.accuracy), 0) + 1
 
@@ -131,13 +127,9 @@ class Trainer:
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)  # line 2
         plain = self.student.rollout([self.student.renderer.plain(q) for q in (*new, *replayed)], log)  # line 2
-        hard = hard_groups(
-            plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step
-        )  # lines 4, 6
+        hard = hard_groups(plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step)  # lines 4, 6
         cap = share_of(self.zone.rho_aug, len(new))
-        asked_again = self.reformulator.reformulate(
-            hard, cap, log
-        )  # lines 4, 6-15: responses -> candidates -> BCQ, NCQ
+        asked_again = self.reformulator.reformulate(hard, cap, log)  # lines 4, 6-15: responses -> candidates -> BCQ, NCQ
         reformulated = self.student.rollout(asked_again.prompts, log)  # line 16
         ids = tuple(q.id for q in replayed)
         return self.update(StepRollouts(len(new), ids, plain, reformulated, asked_again.responses), log)

@@ -110,8 +110,7 @@ def _turn(row: Row, turn: object) -> Message:
     role, content = turn.get("role"), turn.get("content")
     if role not in _ROLES or not isinstance(content, str) or not content.strip():
         row.fail(
-            "conversation",
-            f"holds a turn with the role {role!r:.40} that cannot be shown: {', '.join(_ROLES)} and a text are expected",
+            "conversation", f"holds a turn with the role {role!r:.40} that cannot be shown: {', '.join(_ROLES)} and a text are expected"
         )
     return Message(cast(Literal["system", "user", "assistant"], role), content)
 
@@ -200,9 +199,7 @@ def babyvision(row: Row) -> tuple[Item, ...]:
     question, image = strip_directives(row.text("question")), row.image("image")
     if kind == "choice":
         options = checked_options(row, "options", row.texts("options"))
-        return (
-            choice_item(row, identity, question, options, indexed_gold(row, "choiceAns", options), (image,), facts),
-        )
+        return (choice_item(row, identity, question, options, indexed_gold(row, "choiceAns", options), (image,), facts),)
     return (Item(identity, row.benchmark, ask(row, question, 1), row.text("blankAns"), "text", (image,), facts=facts),)
 
 

@@ -25,17 +25,7 @@ def mmvet(row: Row) -> tuple[Item, ...]:
     """MM-Vet: the gold may join parts with <AND> and <OR>, which its judge is told about."""
     messages = ask(row, strip_directives(row.text("question")), 1)
     facts = {"capability": row.maybe("capability")}
-    return (
-        Item(
-            row.text("question_id"),
-            row.benchmark,
-            messages,
-            row.text("answer"),
-            "graded",
-            (row.image("image"),),
-            facts=facts,
-        ),
-    )
+    return (Item(row.text("question_id"), row.benchmark, messages, row.text("answer"), "graded", (row.image("image"),), facts=facts),)
 
 
 def vlms_are_blind(row: Row) -> tuple[Item, ...]:
@@ -132,15 +122,7 @@ def charxiv(row: Row) -> tuple[Item, ...]:
 
     def item(part: str, number: int, question: str, gold: str) -> Item:
         facts = {"part": "reasoning" if part == "r" else "descriptive", "question_type": number}
-        return Item(
-            f"{identity}/{part}",
-            row.benchmark,
-            ask(row, question, 1),
-            gold,
-            "judged",
-            (image,),
-            facts=facts,
-        )
+        return Item(f"{identity}/{part}", row.benchmark, ask(row, question, 1), gold, "judged", (image,), facts=facts)
 
     items = [item("r", row.integer("reasoning_q_source"), row.text("reasoning_q"), row.text("reasoning_a"))]
     place = _subplot(row)

@@ -47,9 +47,7 @@ def mathvista(row: Row) -> tuple[Item, ...]:
         if gold not in options:
             row.fail("answer", f"{gold[:40]!r} is none of the choices")
         letter = LETTERS[options.index(gold)] if options.index(gold) < len(LETTERS) else ""
-        return (
-            choice_item(row, identity, question, checked_options(row, "choices", options), letter, (image,), facts),
-        )
+        return (choice_item(row, identity, question, checked_options(row, "choices", options), letter, (image,), facts),)
     kind: Kind = "text"
     if facts["answer_type"] in ("integer", "float"):
         kind = "precision"
@@ -118,11 +116,7 @@ def dynamath(row: Row) -> tuple[Item, ...]:
         head, options = split_options(question)
         messages = ask(row, with_options(head, options) if options else question, 1)
         options = options or tuple("ABCDEFGH")
-        return (
-            Item(
-                identity, row.benchmark, messages, gold.strip("() ."), "choice", (image,), options=options, facts=facts
-            ),
-        )
+        return (Item(identity, row.benchmark, messages, gold.strip("() ."), "choice", (image,), options=options, facts=facts),)
     number: Kind = "precision" if kind == "float" else "text"
     if kind == "float":
         facts["tolerance"] = "0.001"
@@ -139,13 +133,5 @@ def wemath(row: Row) -> tuple[Item, ...]:
     question = strip_directives(row.text("question"))
     number = row.maybe("question number") or str(row.number)
     return (
-        choice_item(
-            row,
-            f"{problem}/{key}/{number}",
-            question,
-            options,
-            row.text("answer"),
-            (row.image("image_path", "image"),),
-            facts,
-        ),
+        choice_item(row, f"{problem}/{key}/{number}", question, options, row.text("answer"), (row.image("image_path", "image"),), facts),
     )

@@ -170,14 +170,7 @@ def _a(value: object) -> str:
         return "nothing"
     if isinstance(value, str):
         return repr(value if len(value) <= 40 else f"{value[:37]}...")
-    kinds = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        tuple: "a list",
-        dict: "an object",
-    }
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", tuple: "a list", dict: "an object"}
     name = kinds.get(type(value), type(value).__name__)
     return f"{name} ({value!r})" if isinstance(value, bool | int | float) else name
 
@@ -203,9 +196,7 @@ def _written_list(text: str) -> object:
 # a single word" is one, "Select the best title" is none.
 _PLEASE = r"(?:please )?(?:directly )?"
 # "the letter of the correct option" is a form, "the number of cats" and "the word that fills the gap" are questions.
-_OF_THE_OPTION = (
-    r"(?! (?:of|that|which|whose)\b(?! (?:the |your )?(?:correct |right |best |chosen )?(?:answer|option|choice)\b))"
-)
+_OF_THE_OPTION = r"(?! (?:of|that|which|whose)\b(?! (?:the |your )?(?:correct |right |best |chosen )?(?:answer|option|choice)\b))"
 _FORM = (
     r"(?:only )?(?:the |an? )?(?:correct |final |single |full )?"
     rf"(?:option(?:['’]s)?|choice|answer|yes/no|yes or no|(?:letters?|number|integer|word|phrase){_OF_THE_OPTION})"
@@ -213,9 +204,7 @@ _FORM = (
 _WORDS = r"(?:e\.g\.|i\.e\.|\d\.\d|[^.!?\n]){0,400}+"  # bounded, and so linear in the text
 _END = r"(?:[.!][\"'”’]?|(?=\n|$))"  # a sentence with a question mark is none of these
 _REST = _WORDS + _END
-_LIST = (
-    r"(?:the |these )?(?:(?:correct|given|right|following|provided|listed) )?(?:answer )?(?:choices?|options?|answers?)"
-)
+_LIST = r"(?:the |these )?(?:(?:correct|given|right|following|provided|listed) )?(?:answer )?(?:choices?|options?|answers?)"
 # Behind a list of options only what says more of the form: "the following options that are true" is a question.
 _NO_MORE = (
     rf"(?: (?:of|from) {_LIST})?"
@@ -231,8 +220,7 @@ _DIRECTIVES = tuple(
         rf"{_PLEASE}answer (?:the|this) (?:question|task)(?: below)?(?: using| with| in| directly| based){_REST}",
         rf"answer this question using the text in the image directly{_REST}",
         r"for example, rows=\{\d+\} columns=\{\d+\}[.!]?",
-        r"(?:let['’]s |please )?(?:think|reason|work|solve)(?: (?:the|this) problem)?(?: about (?:it|this))?,? step[- ]by[- ]step"
-        + _REST,
+        r"(?:let['’]s |please )?(?:think|reason|work|solve)(?: (?:the|this) problem)?(?: about (?:it|this))?,? step[- ]by[- ]step" + _REST,
         r"(?:please )?(?:carefully )?solve (?:the|this) (?:problem|question)" + _BOXED,
         r"(?:please )?(?:put|give|write|place|state|return|report|present|provide|enclose)" + _BOXED,
         r"think about the question and give your final answer" + _REST,
@@ -274,11 +262,7 @@ def _stripped(text: str) -> str:
         if span is None:
             break
         before, after = text[: span[0]].rstrip(" \t"), text[span[1] :].lstrip(" \t")
-        text = (
-            before
-            + (" " if before and after and not before.endswith("\n") and not after.startswith("\n") else "")
-            + after
-        )
+        text = before + (" " if before and after and not before.endswith("\n") and not after.startswith("\n") else "") + after
     return _BLANK_LINES.sub("\n\n", text).strip()
 
 

@@ -16,10 +16,7 @@ from zppo.evals.adapters.row import Row, strip_directives
 from zppo.evals.item import Item, Kind, Media
 
 _HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
-_TVQA, _TVQA_RATE = (
-    "episodic_reasoning",
-    3.0,
-)  # the task of MVBench whose clips are folders of pictures, and how many a second
+_TVQA, _TVQA_RATE = ("episodic_reasoning", 3.0)  # the task of MVBench whose clips are folders of pictures, and how many a second
 _NO_SUBTITLES = "This video has no subtitles."
 
 
@@ -43,17 +40,7 @@ def _video_item(
     if kind == "choice" and (len(gold) != 1 or gold not in LETTERS[: len(options)]):
         row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
     return Item(
-        identity,
-        row.benchmark,
-        messages,
-        gold,
-        kind,
-        frames=frames,
-        video=video,
-        clip=clip,
-        rate=rate,
-        options=options,
-        facts=facts or {},
+        identity, row.benchmark, messages, gold, kind, frames=frames, video=video, clip=clip, rate=rate, options=options, facts=facts or {}
     )
 
 
@@ -63,39 +50,16 @@ def mmvu(row: Row) -> tuple[Item, ...]:
     question = strip_directives(row.text("question"))
     where = "" if row.has("frames") else _HUB_FILE.sub("", row.text("video_path", "video"))
     if row.one_of("question_type", ("multiple-choice", "open-ended")) == "open-ended":
-        return (
-            _video_item(
-                row,
-                row.text("id"),
-                ask(row, question),
-                row.text("answer"),
-                "judged",
-                "video_path",
-                facts=facts,
-                where=where,
-            ),
-        )
+        return (_video_item(row, row.text("id"), ask(row, question), row.text("answer"), "judged", "video_path", facts=facts, where=where),)
     choices = row.value("choices")
     if not isinstance(choices, Mapping):
         row.fail("choices", "is no object of letters and texts")
-    texts = [
-        Row(row.benchmark, row.number, choices).text(letter)
-        for letter in LETTERS
-        if choices.get(letter) not in (None, "")
-    ]
+    texts = [Row(row.benchmark, row.number, choices).text(letter) for letter in LETTERS if choices.get(letter) not in (None, "")]
     options = checked_options(row, "choices", texts)
     text = with_options(question, options)
     return (
         _video_item(
-            row,
-            row.text("id"),
-            ask(row, text),
-            row.text("answer"),
-            "choice",
-            "video_path",
-            options=options,
-            facts=facts,
-            where=where,
+            row, row.text("id"), ask(row, text), row.text("answer"), "choice", "video_path", options=options, facts=facts, where=where
         ),
     )
 
@@ -119,16 +83,7 @@ def mvbench(row: Row) -> tuple[Item, ...]:
     identity = f"{row.config or 'mvbench'}-{row.number}"
     return (
         _video_item(
-            row,
-            identity,
-            ask(row, text),
-            gold,
-            "choice",
-            "video",
-            options=options,
-            facts={"task": row.config},
-            clip=clip,
-            rate=rate,
+            row, identity, ask(row, text), gold, "choice", "video", options=options, facts={"task": row.config}, clip=clip, rate=rate
         ),
     )
 
@@ -150,17 +105,7 @@ def _videomme(row: Row, before: str) -> Item:
     text = before + with_options(strip_directives(row.text("question")), options)
     where = "" if row.has("frames") else f"{row.text('videoID')}.mp4"
     gold = row.text("answer")
-    return _video_item(
-        row,
-        row.text("question_id"),
-        ask(row, text),
-        gold,
-        "choice",
-        "videoID",
-        options=options,
-        facts=facts,
-        where=where,
-    )
+    return _video_item(row, row.text("question_id"), ask(row, text), gold, "choice", "videoID", options=options, facts=facts, where=where)
 
 
 def subtitle_text(srt: str) -> str:

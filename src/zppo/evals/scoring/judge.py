@@ -152,9 +152,7 @@ _SLOTS = ("question", "gold", "response", "criterion")
 _MOST = 20_000  # characters of a response that a judge reads, its end; more is no answer
 
 
-def judge_book(
-    overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text
-) -> PromptBook:
+def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text) -> PromptBook:
     """The prompt book with the judges' templates, each replaceable by the path of a file.
 
     A template may use `question`, `gold`, `response` and `criterion` (the last: MultiChallenge's target question); the shared one,
@@ -171,9 +169,7 @@ def judge_book(
     return book
 
 
-def judge_request(
-    benchmark: Benchmark, item: Item, completion: str, book: PromptBook, think_open: bool = False
-) -> tuple[Message, ...]:
+def judge_request(benchmark: Benchmark, item: Item, completion: str, book: PromptBook, think_open: bool = False) -> tuple[Message, ...]:
     """The request to judge one completion.
 
     A benchmark's own judge reads what follows the thinking; the shared one reads all of a completion without a boxed answer
@@ -220,13 +216,7 @@ class Decider:
     """Decides rows. Threads may share it; it ends its workers and connections with its block."""
 
     def __init__(
-        self,
-        judge: JudgeServer,
-        *,
-        prompts: Mapping[str, Path],
-        concurrency: int,
-        workers: int = 2,
-        think_open: bool = False,
+        self, judge: JudgeServer, *, prompts: Mapping[str, Path], concurrency: int, workers: int = 2, think_open: bool = False
     ) -> None:
         self._grader = Grader(workers=workers)
         self._judge = RemoteTeacher(judge.model, [judge.url], key=judge.key, concurrency=concurrency, retry_for=DOWN)

@@ -36,18 +36,7 @@ _BOX = re.compile(rf"[(\[]\s{{0,5}}{_NUMBERS}\s{{0,5}}[)\]]", re.ASCII)
 _WORD_BOX = re.compile(rf"[(\[]\s{{0,5}}{_NUMBERS}\s{{0,5}},\s{{0,5}}([^\[\]()]{{1,200}}?)\s{{0,5}}[)\]]", re.ASCII)
 _SHORT_WORDS = 5  # a gold with fewer words must be contained, one with more is compared by edit distance
 _SHORT_LIST = 4  # the same in Chinese, which has no spaces: parts between commas
-_JOINTS = (
-    "",
-    ".",
-    ". ",
-    ",",
-    ", ",
-    "、",
-    ";",
-    "; ",
-    " ",
-    "和",
-)  # what may stand between letters of a handwritten choice
+_JOINTS = ("", ".", ". ", ",", ", ", "、", ";", "; ", " ", "和")  # what may stand between letters of a handwritten choice
 
 
 def ocr_score(item: Item, response: str) -> float:
@@ -122,10 +111,7 @@ def _counting(item: Item, response: str) -> float:
 
 def _formula(item: Item, response: str) -> float:
     """A gold formula is contained, spaces and text wrappers aside (the benchmark keeps the wrappers in English)."""
-    bare = [
-        re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace("\n", "").replace(" ", "")
-        for text in (response, *item.golds)
-    ]
+    bare = [re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace("\n", "").replace(" ", "") for text in (response, *item.golds)]
     return float(any(gold in bare[0] for gold in bare[1:]))
 
 
@@ -222,8 +208,7 @@ def _spotting(item: Item, response: str) -> float:
     Words marked `###` do not count. Unlike the benchmark's script, marks around a word are not taken off before comparing.
     """
     golds = [
-        (_around(box), text.strip().upper())
-        for box, text in zip(item.facts.get("boxes", ()), item.facts.get("content", ()), strict=True)
+        (_around(box), text.strip().upper()) for box, text in zip(item.facts.get("boxes", ()), item.facts.get("content", ()), strict=True)
     ]
     found = {(_box(m), m[5].strip().strip("\"'").strip().upper()) for m in _WORD_BOX.finditer(response)}
     words = [w for w in sorted(found) if max(w[0]) <= _CANVAS and w[0][0] < w[0][2] and w[0][1] < w[0][3]]

@@ -12,17 +12,7 @@ from zppo.evals.adapters.choice import LETTERS
 from zppo.evals.item import Item, Kind
 from zppo.evals.scoring.text_metrics import anls
 from zppo.grading.numbers import Number, parse_number
-from zppo.grading.text import (
-    MAX_ANSWER,
-    choice,
-    clean,
-    extract_boxed,
-    final_part,
-    nested_too_deep,
-    normalise,
-    printed,
-    yes_no,
-)
+from zppo.grading.text import MAX_ANSWER, choice, clean, extract_boxed, final_part, nested_too_deep, normalise, printed, yes_no
 from zppo.grading.units import split_unit
 
 Equal = Callable[[str, str], bool]
@@ -200,6 +190,4 @@ def _number(text: str) -> Number | None:
 _RULES: Mapping[Kind, Rule] = MappingProxyType(
     {"choice": _choice, "number": _short, "text": _short, "precision": _precision, "grid": _grid, "anls": _anls}
 )
-_WHOLE_RESPONSE: Mapping[Kind, Rule] = MappingProxyType(
-    {"ocr": _ocr, "judged": _judged, "graded": _always, "criterion": _always}
-)
+_WHOLE_RESPONSE: Mapping[Kind, Rule] = MappingProxyType({"ocr": _ocr, "judged": _judged, "graded": _always, "criterion": _always})

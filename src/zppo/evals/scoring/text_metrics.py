@@ -171,14 +171,7 @@ def tree_distance(first: Node, second: Node, cost: Cost) -> float:
 
 
 def _forests(
-    i: int,
-    j: int,
-    a: list[Node],
-    b: list[Node],
-    a_left: list[int],
-    b_left: list[int],
-    trees: list[list[float]],
-    cost: Cost,
+    i: int, j: int, a: list[Node], b: list[Node], a_left: list[int], b_left: list[int], trees: list[list[float]], cost: Cost
 ) -> None:
     """Distances of all left parts of the two subtrees; those of whole subtrees go into `trees`."""
     top, left = a_left[i], b_left[j]
