@@ -29,8 +29,11 @@ def measure(options: Options) -> Mapping[str, Any]:
     import transformers
     from accelerate import Accelerator
 
-    from zppo.config.settings import LossSettings, TrainSettings
-    from zppo.train.policy_gradient import Updater
+    from zppo.config.settings import Settings
+    from zppo.engines.logprobs import ForwardPass
+    from zppo.step_log import StepLog
+    from zppo.train.learner import OptimizerStep
+    from zppo.train.policy_gradient import PolicyGradient, make_budget
 
     cpu = options.quick
     config = tiny_config() if cpu else full_config()
@@ -39,18 +42,15 @@ def measure(options: Options) -> Mapping[str, Any]:
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.Qwen3_5ForCausalLM(config).eval().requires_grad_(True)
-    train = TrainSettings(minibatches=1, tokens_per_microbatch="auto")
+    settings = Settings(
+        method="grpo", student={"model": "-"}, data={"train": "-"}, train={"minibatches": 1, "tokens_per_microbatch": "auto"}
+    )
+    train = settings.train
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate)
-    updater = Updater(
-        *accelerator.prepare(model, optimizer),
-        accelerator,
-        train=train,
-        loss=LossSettings(),
-        seed=0,
-        temperature=1.0,
-        banned_ids=(),
-        pad_id=0,
-        sampler_is_exact=False,
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    step_of = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm)
+    learner = PolicyGradient(
+        settings, ForwardPass(prepared), step_of, make_budget(train, sharded=False, gpu=not cpu), sampler_is_exact=False
     )
     groups, advantages = batch(config.vocab_size, 2 if cpu else GROUPS, 50 if cpu else 1)
     lines = lines_of(groups, advantages)
@@ -58,7 +58,9 @@ def measure(options: Options) -> Mapping[str, Any]:
     seconds, metrics = [], {}
     for step in range(1, 2 + options.repetitions):
         began = time.perf_counter()
-        metrics = updater.update(groups, advantages, step)
+        log = StepLog(step)
+        learner.optimizer_steps(groups, advantages, log)
+        metrics = log.counts
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
@@ -134,9 +136,8 @@ def batch(vocabulary: int, count: int, shorter: int) -> tuple[list[Any], Any]:
     """Groups of random tokens, and their advantages; lengths divided by `shorter`."""
     import torch
 
-    from zppo.config.settings import AdvantageSettings
+    from zppo.core.advantages import step_advantages
     from zppo.core.types import PLAIN, Group, Message, Prompt, Question, Rollout
-    from zppo.train.policy_gradient import advantages_of
 
     rng, groups = random.Random(0), []
 
@@ -149,7 +150,7 @@ def batch(vocabulary: int, count: int, shorter: int) -> tuple[list[Any], Any]:
         texts = [torch.tensor(ids("completion")) for _ in flags]
         rollouts = [Rollout(t, torch.zeros(len(t)), "", None, f, float(f)) for t, f in zip(texts, flags, strict=True)]
         groups.append(Group(prompt, tuple(rollouts)))
-    return groups, advantages_of(groups, AdvantageSettings())
+    return groups, step_advantages(groups, "nontrivial")
 
 
 def lines_of(groups: Sequence[Any], advantages: Any) -> list[flops.Line]:

@@ -150,7 +150,7 @@ def serve_ours(pipe: Connection, world: World) -> None:
     script = ours.Script(world.shape)
     with ours.assembled(own, script) as parts:
         trainer, watch, reported = parts.trainer, Stopwatch(), dict[str, Any]()
-        trainer.sampler = dataclasses.replace(trainer.sampler, beside=False)  # the script's rewards go by place in the batch
+        trainer.student = dataclasses.replace(trainer.student, grades_while_sampling=False)  # the script's rewards go by place in the batch
         trainer.log.listener = lambda step, event, metrics: reported.update(metrics)
         pipe.send(("ready", None))
         while True:

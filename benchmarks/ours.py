@@ -97,7 +97,7 @@ class Script:
     def check(self, *_: Any) -> None:
         """Nothing can be wrong with it."""
 
-    def complete(self, requests: Sequence[Any], how: Any) -> list[Any]:
+    def complete(self, requests: Sequence[Any], how: Any, log: Any = None) -> list[Any]:
         """Replies at once."""
         from zppo.teacher.base import TeacherReply
 
@@ -136,7 +136,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
             frozen_models.teachers.append(script)  # type: ignore[arg-type]
             frozen_models.settings_of.append(settings.teacher)
         run = Path(name) / "run"
-        parts = assemble(settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, console, stop)
+        parts = assemble(settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, console)
         run.mkdir()
         parts.trainer.log.open()
         yield parts
@@ -144,8 +144,8 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
 
 def in_order(trainer: Any) -> Any:
     """The trainer's roller, which from now on grades whole batches: the script's rewards go by place in the batch."""
-    trainer.sampler = dataclasses.replace(trainer.sampler, beside=False)
-    return trainer.sampler
+    trainer.student = dataclasses.replace(trainer.student, grades_while_sampling=False)
+    return trainer.student
 
 
 class Replaying:
@@ -154,7 +154,7 @@ class Replaying:
     def __init__(self, engine: Any, rows: list[list[list[int]]]) -> None:
         self.engine, self.rows = engine, rows
 
-    def sample(self, requests: Sequence[Any], sampling: Any, finished: Any = None) -> list[list[Any]]:
+    def sample(self, requests: Sequence[Any], sampling: Any) -> list[list[Any]]:
         """The rows, whatever is asked."""
         import torch
 
@@ -175,8 +175,8 @@ class Seen:
 
     def __init__(self, updater: Any) -> None:
         self.groups: list[list[flops.Line]] = []
-        self._update = updater.update
-        updater.update = self
+        self._update = updater.optimizer_steps
+        updater.optimizer_steps = self
 
     def __call__(self, groups: Sequence[Any], advantages: Any, *rest: Any) -> Any:
         live = iter((advantages != 0).tolist())
@@ -202,7 +202,7 @@ def serve(pipe: Connection, own: Ours) -> None:
         sampling = in_order(trainer)
         replayed = Replaying(sampling.engine, completions(own.shape, seed=0))
         replaying = dataclasses.replace(sampling, engine=replayed)
-        updater, watch, memory = trainer.learner.updater, Stopwatch(), PeakMemory()
+        updater, watch, memory = trainer.learner, Stopwatch(), PeakMemory()
         updater._old_logprobs = watch.timed("logprobs", updater._old_logprobs)
         seen = Seen(updater)
         reported: dict[str, Any] = {}
@@ -215,7 +215,7 @@ def serve(pipe: Connection, own: Ours) -> None:
                 pipe.send(("rates", flops.rates(config, 2048, rows)))
                 continue
             script.new_step(asked["trivial"])
-            trainer.sampler = replaying if asked.get("replay") else sampling
+            trainer.student = replaying if asked.get("replay") else sampling
             watch.start()
             trainer.step(trainer.done + 1)
             seconds = watch.seconds()

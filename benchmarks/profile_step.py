@@ -37,7 +37,7 @@ def _profile(own: Ours) -> dict[str, Any]:
             trainer.step(trainer.done + 1)
         engine = sampler.engine
         engine.sample = profiles["sampling"].around(engine.sample)
-        trainer.learner.learn = profiles["update"].around(trainer.learner.learn)
+        trainer.learner.update = profiles["update"].around(trainer.learner.update)
         for _ in range(STEPS):
             script.new_step(SHARE)
             trainer.step(trainer.done + 1)

@@ -52,8 +52,8 @@ def _ours(own: ours.Ours) -> dict[str, Any]:
         trainer = parts.trainer
         sampler = ours.in_order(trainer)
         replayed = ours.Replaying(sampler.engine, completions(own.shape, seed=0))
-        trainer.sampler = dataclasses.replace(sampler, engine=replayed)
-        model, optimizer = parts.student.model, trainer.learner.updater.optimizer.optimizer
+        trainer.student = dataclasses.replace(sampler, engine=replayed)
+        model, optimizer = parts.student.model, trainer.learner.optimizer.optimizer.optimizer
         optimizer.register_step_pre_hook(lambda *_: found.update(_gradients(model)))
         script.new_step(0.5)
         trainer.step(1)

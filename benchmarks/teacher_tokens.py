@@ -44,7 +44,7 @@ class Claims(Script):
         """A student's completion that it may be asked to shorten."""
         self._answers[text] = answer
 
-    def complete(self, requests: Sequence[Any], how: Any) -> list[Any]:
+    def complete(self, requests: Sequence[Any], how: Any, log: Any = None) -> list[Any]:
         """Replies with the tokens that a text of that kind would have."""
         from dataclasses import replace
 
@@ -68,6 +68,9 @@ def measure(options: Options) -> Mapping[str, Any]:
 
 
 def _compare(model: Path, shape: Shape, hard: float, threads: int) -> dict[str, Any]:
+    from zppo.core.select import hard_groups, share_of
+    from zppo.step_log import StepLog
+
     prompts, counts = {}, {}
     for ask in ("lazy", "all"):
         script = Claims(shape)
@@ -75,10 +78,12 @@ def _compare(model: Path, shape: Shape, hard: float, threads: int) -> dict[str, 
         with assembled(own, script) as parts:
             trainer = parts.trainer
             asked = trainer.questions[: round((1 + REPLAYED) * shape.questions)]
-            groups = _groups(trainer.sampler.renderer, asked, hard, shape.group, script)
-            zone = trainer.zone.build(groups, shape.questions, STEP)
-        prompts[ask] = [(p.kind, p.ids) for p in zone.prompts]
-        counts[ask] = {name: float(value or 0) for name, value in zone.metrics.items()}
+            groups = _groups(trainer.student.renderer, asked, hard, shape.group, script)
+            zone, log = trainer.zone, StepLog(STEP)
+            hard_ones = hard_groups(groups, zone.threshold, ties=zone.ties, seed=trainer.settings.seed, step=STEP)
+            asked_again = trainer.reformulator.reformulate(hard_ones, share_of(zone.rho_aug, shape.questions), log)
+        prompts[ask] = [(p.kind, p.ids) for p in asked_again.prompts]
+        counts[ask] = {name: float(value or 0) for name, value in log.counts.items()}
     if prompts["lazy"] != prompts["all"]:
         raise AssertionError("the lazy teacher led to other prompts than the literal one")
     tokens = {ask: _tokens(c) for ask, c in counts.items()}

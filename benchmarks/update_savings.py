@@ -43,10 +43,9 @@ class Variants:
         """Plain groups, and groups whose prompts are several hundred tokens long; log-probs are the model's own."""
         import torch
 
-        from zppo.config.settings import AdvantageSettings
+        from zppo.core.advantages import step_advantages
         from zppo.core.types import Group, Message, Prompt, Question, Rollout
         from zppo.engines.logprobs import completion_logprobs
-        from zppo.train.policy_gradient import advantages_of
 
         rng, shape, groups = random.Random(0), self.shape, []
         said = completions(shape, seed=0) + completions(shape, seed=1)
@@ -62,42 +61,43 @@ class Variants:
                 for c, lp, flag in zip(row, logprobs, flags, strict=True)
             )
             groups.append(Group(Prompt("plain", question, question.messages, ids), rollouts))
-        return groups, advantages_of(groups, AdvantageSettings())
+        return groups, step_advantages(groups, "nontrivial")
 
     def updater(self, *, share: bool = False, sampler: bool = True) -> Any:
         """One whose optimizer never steps: what is measured is the gradient."""
         import torch
 
-        from zppo.config.settings import LossSettings, TrainSettings
-        from zppo.train.policy_gradient import Updater
+        from zppo.config.settings import Settings
+        from zppo.engines.logprobs import ForwardPass
+        from zppo.train.learner import OptimizerStep
+        from zppo.train.policy_gradient import PolicyGradient, make_budget
 
+        settings = Settings(method="grpo", student={"model": "-"}, data={"train": "-"}, train={"minibatches": 4, "max_grad_norm": 1e9})
         still = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        return Updater(
-            self.model, still, self.accelerator, train=TrainSettings(minibatches=4, max_grad_norm=1e9), loss=LossSettings(), seed=0,
-            temperature=1.0, banned_ids=(), pad_id=0, sampler_is_exact=sampler, sharing=self.sharing if share else None,
-        )  # fmt: skip
+        step = OptimizerStep(self.model, still, self.accelerator, settings.train.max_grad_norm)
+        budget, sharing = make_budget(settings.train, sharded=False), self.sharing if share else None
+        return PolicyGradient(settings, ForwardPass(self.model), step, budget, sampler_is_exact=sampler, sharing=sharing)
 
     def undropped(self) -> Any:
         """Every row goes through the model, whatever its advantage."""
-        from zppo.train.samples import Share
-
         import zppo.train.policy_gradient as module
+        from zppo.core.minibatch import Share
 
         updater, real = self.updater(), module.share_minibatch
 
         def everything(samples: Any, dealt: Sequence[int], **_: Any) -> Share:
             return Share([(g, i) for g in dealt for i in range(len(samples[g]))], [])
 
-        inner = updater.update
+        inner = updater.optimizer_steps
 
-        def update(*given: Any) -> Any:
+        def optimizer_steps(*given: Any) -> Any:
             module.share_minibatch = everything
             try:
                 return inner(*given)
             finally:
                 module.share_minibatch = real
 
-        updater.update = update
+        updater.optimizer_steps = optimizer_steps
         return updater
 
     def fixed_rows(self, rows: int) -> Any:
@@ -116,8 +116,12 @@ class Variants:
 
 def timed(updater: Any, groups: Any, advantages: Any) -> dict[str, float]:
     """Seconds of an update, of the wall clock and of the processor, and its tokens."""
+    from zppo.step_log import StepLog
+
     wall, cpu = time.perf_counter(), time.process_time()
-    metrics = updater.update(groups, advantages, 1)
+    log = StepLog(1)
+    updater.optimizer_steps(groups, advantages, log)
+    metrics = log.counts
     return {
         "seconds": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
@@ -128,18 +132,20 @@ def timed(updater: Any, groups: Any, advantages: Any) -> dict[str, float]:
 
 def gradients(updater: Any, groups: Any, advantages: Any) -> list[list[Any]]:
     """Of every minibatch."""
+    from zppo.step_log import StepLog
+
     found: list[list[Any]] = []
-    step = updater.guard.step
+    step = updater.optimizer.step
 
     def keep(loss: float) -> Any:
-        found.append([p.grad.clone() for p in updater.model.parameters() if p.grad is not None])
+        found.append([p.grad.clone() for p in updater.optimizer.model.parameters() if p.grad is not None])
         return step(loss)
 
-    updater.guard.step = keep
+    updater.optimizer.step = keep
     try:
-        updater.update(groups, advantages, 1)
+        updater.optimizer_steps(groups, advantages, StepLog(1))
     finally:
-        updater.guard.step = step
+        updater.optimizer.step = step
     return found
 
 

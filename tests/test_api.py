@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import zppo
-from zppo.config.models import StudentSettings
+from zppo.config.models import ModelSettings
 from zppo.errors import ModelError, SettingsError
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def test_a_recipe_is_a_path_a_mapping_or_settings() -> None:
     assert zppo.load_recipe(settings) is settings
     assert zppo.load_recipe(settings.model_dump(mode="json")) == settings
     for recipe in (RECIPE, str(RECIPE), settings):
-        changed = zppo.load_recipe(recipe, {"train__steps": 3, "data.eval": None, "student": StudentSettings(model="a/b")})
+        changed = zppo.load_recipe(recipe, {"train__steps": 3, "data.eval": None, "student": ModelSettings(model="a/b")})
         assert (changed.train.steps, changed.data.eval, changed.student.model) == (3, None, "a/b")
         assert changed == zppo.load_recipe(RECIPE, ["--train.steps=3", "--data.eval=null", "--student={model: a/b}"])
     small = zppo.load_recipe(MAPPING, {"method__replay": True, "grading__reward": Path("mine.py:score")})

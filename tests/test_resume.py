@@ -260,7 +260,7 @@ def test_an_unreliable_teacher_loses_nothing_and_says_nothing_twice(run: Run) ->
     assert len(held) == steps[-1]["buffer"]
 
 
-def moody(self: object, requests: list[TeacherRequest], how: TeacherSampling) -> list[TeacherReply]:
+def moody(self: object, requests: list[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
     """A teacher whose answers nobody can foresee; one in five does not come."""
 
     def text() -> str | None:

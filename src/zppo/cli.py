@@ -85,7 +85,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help may end with something that is worked out only when somebody asks."""
+    """A parser whose help may end with something that is worked out only when it is asked for."""
 
     more: Callable[[], str] | None = None
 
@@ -142,7 +142,7 @@ def _add_bootstrap(bootstrap: argparse.ArgumentParser) -> None:
 
 def _add_cost(cost: argparse.ArgumentParser) -> None:
     cost.add_argument("target", nargs="?", type=Path, metavar="RECIPE|RUN", help="a recipe (planned) or a run folder (as run)")
-    cost.add_argument("--paper", action="store_true", help="the paper's figures (Tab. 9) beside a count from its sizes")
+    cost.add_argument("--paper", action="store_true", help="the paper's figures (Tab. 9) next to a count from its sizes")
     cost.add_argument("--student-params", metavar="N", help="0.8e9 or 0.8B; by default found in the checkpoint or the model's name")
     cost.add_argument("--teacher-params", metavar="N", help="the same for the teacher")
     cost.add_argument("--judge-params", metavar="N", help="the same for a judge that is not the teacher")

@@ -1,7 +1,7 @@
 """What the names in recipes and commands stand for: `lab:<world>/<what>`, run folders, objects by import path.
 
 Every room may ask, so nothing heavy and nothing above is imported here: what stands behind a scheme is an import path, followed when
-somebody writes such a name.
+such a name is met.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a run is told: settings, methods, recipes."""
+"""Settings, methods, recipes."""

@@ -166,7 +166,7 @@ class FrozenModelSettings(ModelSettings, RemoteSettings):
     def how(self, use: TeacherUse) -> TeacherSampling:
         """Sampling, template arguments and request fields of one use.
 
-        A remote model is told `enable_thinking: false` where thoughts would eat the token limit, unless the recipe says otherwise.
+        A remote model is sent `enable_thinking: false` where thoughts would eat the token limit, unless the recipe says otherwise.
         OpenAI's own address knows no template arguments, and is sent none.
         """
         args = {**self.template_args, **use.template_args}

@@ -35,7 +35,7 @@ Bases = tuple[Path, ...]
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Settings, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Settings:
     """The settings of a recipe with overrides applied.
 
-    Relative paths in a file are looked for beside it, then in the working directory; all others in the working directory. `lab:` names
+    Relative paths in a file are looked for next to it, then in the working directory; all others in the working directory. `lab:` names
     and names of models that are no folder pass through. The paths in the result are absolute, `output` excepted.
 
     Args:

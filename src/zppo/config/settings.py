@@ -220,7 +220,7 @@ class LoraSettings(Section):
 
 
 class VisionSettings(Section):
-    """The parts of a student that sees (docs/images.md); where no question has an image, parts that see are frozen."""
+    """The vision parts of a vision-language student (docs/images.md); where no question has an image they are frozen."""
 
     freeze_tower: bool = Field(
         False, description="leave the vision tower as it is: no gradients, no optimizer state; it is saved all the same"
@@ -253,7 +253,7 @@ class TrainSettings(Section):
     lora: LoraSettings | None = Field(
         None, description="train low-rank adapters and freeze the weights (peft); empty: train all weights; {} is on"
     )
-    vision: VisionSettings = Field(VisionSettings(), description="the parts of a student that sees images")
+    vision: VisionSettings = Field(VisionSettings(), description="the vision parts of a vision-language student")
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, about a third more compute"
     )
@@ -380,9 +380,9 @@ class Settings(Section):
         return self
 
 
-_NAMES_EYES = re.compile(r"vis|image|merger|project|connector")
+_VISION_LAYERS = re.compile(r"vis|image|merger|project|connector")
 
 
 def names_vision_layers(target: str) -> bool:
-    """Whether an entry of `train.lora.targets` means layers of what sees: a pattern that names them (*visual*, *connector*)."""
-    return "*" in target and _NAMES_EYES.search(target) is not None
+    """Whether an entry of `train.lora.targets` is a pattern that names layers of a vision tower or projector (*visual*, *connector*)."""
+    return "*" in target and _VISION_LAYERS.search(target) is not None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from zppo.core.select import is_hard
 from zppo.core.types import PLAIN, Group, Rollout
 
 
@@ -33,7 +34,7 @@ def composition(groups: Sequence[Group], threshold: float) -> dict[str, float]:
     for group in groups:
         name = group.kind
         if name == PLAIN:
-            name = "ungraded" if not group.counts else "easy" if group.accuracy >= threshold else "hard"
+            name = "ungraded" if not group.counts else "hard" if is_hard(group.accuracy, threshold) else "easy"
         counts[name] = counts.get(name, 0) + 1
     return {name: count / len(groups) for name, count in counts.items()}
 

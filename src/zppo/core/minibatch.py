@@ -25,8 +25,8 @@ def deal_groups(count: int, minibatches: int, *, seed: int, step: int) -> list[l
 
 
 PASS_TOKENS = 64
-"""What a forward and backward pass costs beside its tokens, in tokens. Measured on a CPU: 70 with 4 layers of width 128, 38 of width 256,
-19 with 8 of width 512 (140 to 1,120 tokens a pass)."""
+"""What a forward and backward pass costs in addition to its tokens, in tokens. Measured on a CPU: 70 with 4 layers of width 128, 38 of
+width 256, 19 with 8 of width 512 (140 to 1,120 tokens a pass)."""
 
 PASS_TOKENS_GPU = 1024
 """The same where a pass is at least as long as it takes to launch its kernels: an estimate, not a measurement (25 layers take about
@@ -43,7 +43,7 @@ def micro_batches(lengths: Sequence[int], budget: int, overhead: int = PASS_TOKE
     Args:
         lengths: tokens of each row, prompt and completion.
         budget: padded tokens of one micro-batch.
-        overhead: what a pass costs beside its tokens, in tokens.
+        overhead: what a pass costs in addition to its tokens, in tokens.
 
     Returns:
         Longest rows first, so that running out of memory shows at once.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zppo.core.draws import keyed_random
+from zppo.core.select import is_hard
 from zppo.core.types import Question
 
 
@@ -107,11 +108,11 @@ class PromptReplayBuffer:
         for question, accuracy in results:
             entry = self._entries.get(question.id)
             if entry is None:
-                if accuracy < self.threshold:
+                if is_hard(accuracy, self.threshold):
                     admitted.append(self._add(Entry(question, accuracy, step)))
                 continue
             entry = replace(entry, visits=entry.visits + 1)
-            if accuracy < self.threshold:
+            if is_hard(accuracy, self.threshold):
                 self._entries[question.id] = entry  # keeps its place in the queue
             else:
                 self._remove(question.id)

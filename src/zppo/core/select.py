@@ -15,6 +15,11 @@ def share_of(rho: float, count: int) -> int:
     return math.floor(rho * count + 1e-9)
 
 
+def is_hard(accuracy: float, threshold: float) -> bool:
+    """rbar_x < tau: the one comparison with `zone.threshold`. What is not hard graduates from the buffer."""
+    return accuracy < threshold
+
+
 def hard_groups(
     groups: Sequence[Group], threshold: float, *, ties: Literal["random", "batch"] = "random", seed: int = 0, step: int = 0
 ) -> list[Group]:
@@ -28,7 +33,7 @@ def hard_groups(
     Returns:
         Ascending rbar_x. A group with fewer than half of its rollouts graded is not known to be hard and is left out.
     """
-    hard = [g for g in groups if g.counts and g.accuracy < threshold]
+    hard = [g for g in groups if g.counts and is_hard(g.accuracy, threshold)]
     if ties == "random":
         hard.sort(key=lambda g: draw_key(seed, "ties", step, g.question.id))
     return sorted(hard, key=lambda g: g.accuracy)

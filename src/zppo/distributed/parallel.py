@@ -1,12 +1,8 @@
-"""Autocast without copies that nobody needs.
-
-How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 [zppo].
+"""How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 [zppo].
 
 Gradients are *summed* over the processes, once per optimizer step where every process holds all weights: the loss of a
 minibatch is already divided by the tokens of all of them. DistributedDataParallel is not used: it averages, and wants
 as many backward passes from each process as from the others, while here some have more rows with a gradient than others.
-
-Joins the processes that a launcher started into one run.
 """
 
 from __future__ import annotations
@@ -300,7 +296,7 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
     precision = "bf16" if bf16 else "no"
     launch.check_precision(precision)
-    # accelerate would shard on GPUs, and turn the wish into something else on CPUs: `make_weights` does it on both.
+    # accelerate would shard on GPUs, and do something else on CPUs: `make_weights` does it on both.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(settings))])
     launch.check_processes(accelerator.num_processes)
@@ -308,7 +304,7 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
 
 
 def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, stop: Stop) -> ReplicatedWeights:
-    """The team of this run's processes, and how the trained weights lie over them.
+    """The processes of this run, and how the trained weights lie over them.
 
     Raises:
         LauncherError: sharding was asked for, and there is one process.

@@ -46,8 +46,8 @@ class Processes:
         rank: which process this is; 0 prints and writes.
         size: how many there are.
         group: carries Python objects between them, on the CPU.
-        stop: somebody's wish that the run stops. Signals reach the processes at different moments, so while they train together
-            (`uninterrupted`) a wish ends only what a process does on its own, and all of them stop at the next gathering.
+        stop: the request that the run stops. Signals reach the processes at different moments, so while they train together
+            (`uninterrupted`) a request ends only what a process does on its own, and all of them stop at the next gathering.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None, stop: Stop | None = None) -> None:
@@ -86,14 +86,14 @@ class Processes:
             costs: what each item is expected to take, the same on every process; parts are balanced by it.
 
         Raises:
-            Interrupted: somebody wants the run to stop; in several processes it is raised in all of them.
+            Interrupted: the run was asked to stop; in several processes it is raised in all of them.
         """
         deal = Deal(shares(costs, self.size)[self.rank])
         if self.size == 1:
             yield deal
             deal.results = deal.done
             return
-        # That somebody wants to stop is for all processes to know first.
+        # All processes learn of a request to stop before any of them acts on it.
         with suppress(Interrupted), self.stop.exposed():
             yield deal
         parts = self.gather((self.stop.signum, dict(zip(deal.mine, deal.done, strict=False))))

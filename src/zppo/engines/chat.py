@@ -31,10 +31,10 @@ class Chat:
         tokenizer: a tokenizer of `transformers`.
         template_args: arguments passed on to the chat template (for example {"enable_thinking": False}).
         template: a chat template (its Jinja text) to use in place of the tokenizer's own.
-        image_processor: how the model sees; None for one that reads text only.
+        image_processor: the model's; None for one that reads text only.
 
     Raises:
-        ModelError: the template cannot be rendered, or shows no images to a model that sees.
+        ModelError: the template cannot be rendered, or shows no images to a vision-language model.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Chat:
         return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def show(self, ids: Sequence[int]) -> str:
-        """Token ids as text with every special token in sight, as a model sees a prompt."""
+        """Token ids as text with every special token, as a model sees a prompt."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def show_short(self, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Does this model see here what it sees in its own code? Found out before a run starts, whatever the architecture [zppo]."""
+"""Do image inputs give the same outputs here as in the model's own code? Checked before a run starts, for any architecture [zppo]."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_image_input(engine: TransformersEngine, chat: Chat, name: str) -> None
     side: pictures that are taken for one another are found too.
 
     Args:
-        engine: over the model, with the chat's sight.
+        engine: over the model, with the chat's image processor.
         name: of the model, for messages.
 
     Raises:

@@ -1,7 +1,7 @@
 """One decoding step of a plain decoder, with the model's own modules and without what the library does around them.
 
 A small model's step on a CPU is hundreds of short operations. About half of its time goes into what stands around them: masks that
-nobody looks at, keyword arguments, captured outputs, a norm in six operations. What is computed stays the same, operation by operation.
+that are not used, keyword arguments, captured outputs, a norm in six operations. What is computed stays the same, operation by operation.
 
 The key-value cache of rollouts that are being decoded.
 

@@ -1,4 +1,4 @@
-"""Language models from a folder or the hub, with or without eyes: whole, or not at all."""
+"""Language models from a folder or the hub, with or without their vision tower: complete, or an error."""
 
 from __future__ import annotations
 

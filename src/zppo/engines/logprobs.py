@@ -26,7 +26,7 @@ from zppo.core.types import Row
 from zppo.images.features import Seen, picture_inputs, positions_of
 from zppo.images.processor import ImageProcessor
 
-_CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need beside the logits
+_CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need besides the logits
 
 
 class TokenScores(NamedTuple):
@@ -65,7 +65,7 @@ def token_scores(
         pad_id: any valid id.
         entropies: also compute the entropy of every token's distribution.
         device: where the model's inputs go; None for the device of its first parameter.
-        image_processor: how the model sees the images of rows; features of a picture are computed once for all rows that hold it.
+        image_processor: for the images of rows; features of a picture are computed once for all rows that hold it.
 
     Returns:
         The scores, on the model's device.
@@ -106,7 +106,7 @@ def image_inputs(model: Any, image_processor: ImageProcessor | None, rows: Seque
         inputs: (B, L) token ids as they go into the model, on its device.
 
     Raises:
-        ModelError: there are images, and no sight.
+        ModelError: there are images, and no image processor.
         DataError: an image cannot be read.
     """
     given = picture_inputs(model, image_processor, [row.images for row in rows], inputs)
@@ -287,7 +287,7 @@ class ForwardPass:
         model: wrapped for distributed training or not; gradients and autocast are the caller's.
         pad_id: any valid id.
         temperature, banned_ids: as in sampling.
-        image_processor: how the model sees the images of rows; None for one that reads text only.
+        image_processor: for the images of rows; None for one that reads text only.
     """
 
     model: Any

@@ -52,8 +52,8 @@ class TokenBudget:
     Args:
         tokens: the budget at the start.
         adaptive: halve it whenever memory runs out (`train.tokens_per_microbatch: auto`).
-        say: told when memory has run out and what fits from then on; None for nobody.
-        overhead: what a pass costs beside its tokens, in tokens; decides between padding and more micro-batches.
+        say: called with a message when memory has run out and what fits from then on.
+        overhead: what a pass costs in addition to its tokens, in tokens; decides between padding and more micro-batches.
 
     Attributes:
         tokens: the budget now; where it is adaptive part of a checkpoint.

@@ -126,8 +126,8 @@ class TransformersEngine:
         autocast_dtype: run the model under autocast with this type (bfloat16 on a GPU); None for the weights' own.
         look_every: decoding steps between looks at which rollouts have finished; a look waits for a GPU's queue of
             work. None for 1 on a CPU and 8 elsewhere.
-        say: told once when memory has run out and what fits from then on; None for nobody.
-        image_processor: how the model sees the images of requests; None for one that reads text only.
+        say: called with a message once, when memory has run out and what fits from then on.
+        image_processor: for the images of requests; None for one that reads text only.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class TransformersEngine:
 
         Raises:
             ModelError: no requests; a request without prompt tokens, without keys, with ids outside the vocabulary or
-                with a prompt that fills the model's context; images, and no sight; a limit below 1; logits that are
+                with a prompt that fills the model's context; images, and no image processor; a limit below 1; logits that are
                 not numbers.
             DataError: an image cannot be read.
             MemoryLimitError: the memory does not hold a single rollout.
@@ -216,7 +216,7 @@ class TransformersEngine:
             raise error
         if rows == 1:
             raise MemoryLimitError(
-                f"the memory of {self.model.device} does not hold one rollout of {tokens:,} tokens beside the model: lower "
+                f"the memory of {self.model.device} does not hold one rollout of {tokens:,} tokens besides the model: lower "
                 f"max_new_tokens (now {sampling.max_new_tokens:,}) or the prompt limit, or take a smaller model"
             ) from error
         self._failed_rows = self._failed_rows or rows

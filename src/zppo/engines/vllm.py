@@ -1,4 +1,4 @@
-"""Sampling with vLLM, by way of TRL's `VLLMGeneration`: in this process beside the trainer (colocate) or in a server.
+"""Sampling with vLLM, by way of TRL's `VLLMGeneration`: in this process, next to the trainer (colocate) or in a server.
 
 vLLM holds a copy of the weights, in bf16 as a rule: `sync` sends them over, and its log-probs are close to the trainer's, never equal.
 It draws from generators of its own, so rollouts are not keyed: two runs of one seed differ, and so does a resumed one.
@@ -63,7 +63,7 @@ class VLLMEngine:
         vocab_size: ids that the model knows.
         context: most tokens of prompt and completion together; None where unknown.
         where: the server's address for messages; "" for an engine in this process.
-        image_processor: how the trainer's model sees; vLLM gets the pictures in that size. None for text only.
+        image_processor: the trainer's; vLLM gets the pictures in that size. None for text only.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ def open_vllm(
         model: the trainer's model, without a wrapper of a distributed trainer.
         checkpoint: folder or hub name that vLLM loads the architecture (and first weights) from.
         server: base URL; None for colocate.
-        image_processor: how the model sees; None for text only.
+        image_processor: the model's; None for text only.
         options: further arguments of `VLLMGeneration`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters beside frozen weights, by `peft`."""
+"""LoRA: low-rank adapters on frozen weights, by `peft`."""
 
 from __future__ import annotations
 

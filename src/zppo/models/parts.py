@@ -1,4 +1,4 @@
-"""The parts of a model that sees: what of it is trained, and how fast."""
+"""The vision parts of a model: which are trained, at which learning rate."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def parts_of(model: PreTrainedModel) -> dict[str, Part]:
         return dict.fromkeys(_names(model), "language")
     heads = [m for m in (model.get_output_embeddings(), model.get_input_embeddings()) if m is not None]
     language = tuple(f"{names[id(m)]}." for m in (decoder, *heads) if id(m) in names)
-    seeing = f"{names[id(tower)]}."
+    prefix = f"{names[id(tower)]}."
 
     def part(name: str) -> Part:
         if f"{name}.".startswith(language):
             return "language"
-        inside = f"{name}.".startswith(seeing)
-        return "tower" if inside and not _PROJECTS.search(_ADAPTERS.sub("", name.removeprefix(seeing))) else "projector"
+        inside = f"{name}.".startswith(prefix)
+        return "tower" if inside and not _PROJECTS.search(_ADAPTERS.sub("", name.removeprefix(prefix))) else "projector"
 
     return {name: part(name) for name in _names(model)}
 
@@ -50,7 +50,7 @@ def freeze_parts(model: PreTrainedModel, train: TrainSettings, *, images: bool =
 
     Args:
         images: whether a question has one.
-        say: told what is frozen unasked.
+        say: called with a message where parts are frozen by default.
 
     Raises:
         SettingsError: the recipe sets something for a part that this model, which is shown images, has not.

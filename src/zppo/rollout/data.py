@@ -22,7 +22,7 @@ def count_judged(settings: Settings, questions: Iterable[Question]) -> int:
     """How many of the questions want a judge.
 
     Raises:
-        SettingsError: some do, and the recipe has nobody who could judge.
+        SettingsError: some do, and the recipe names no model that could judge.
     """
     wanting = [question.id for question in questions if question.grading == JUDGE]
     if wanting and settings.judging is None:

@@ -16,7 +16,7 @@ from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
 from zppo.models.student import read_template
 from zppo.names import model_folder
-from zppo.rollout.questions import Seeing
+from zppo.rollout.questions import ImageInputs
 from zppo.runs.display import warn
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
@@ -33,10 +33,10 @@ class FrozenModels:
         settings_of: the section of the recipe of each of them.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None) -> None:
+    def __init__(self, settings: Settings, accelerator: Accelerator, console: Console, image_inputs: ImageInputs | None = None) -> None:
         self.teachers: list[FrozenTeacher] = []
         self.settings_of: list[TeacherSettings] = []
-        self._settings, self._accelerator, self._console, self._seeing = settings, accelerator, console, seeing
+        self._settings, self._accelerator, self._console, self._image_inputs = settings, accelerator, console, image_inputs
         self._remote: list[RemoteTeacher] = []
 
     def load(self, own: FrozenModelSettings, section: str) -> FrozenTeacher:
@@ -46,7 +46,7 @@ class FrozenModels:
             TeacherError: it cannot be loaded, or there is no key for its address.
         """
         if not own.base_urls:
-            return _load_frozen(self._settings, own, self._accelerator, self._seeing)
+            return _load_frozen(self._settings, own, self._accelerator, self._image_inputs)
         images = self._settings.data.images
         teacher = RemoteTeacher(
             own.model,
@@ -80,12 +80,12 @@ class FrozenModels:
 
 @contextmanager
 def load_frozen_models(
-    settings: Settings, accelerator: Accelerator, console: Console, seeing: Seeing | None = None
+    settings: Settings, accelerator: Accelerator, console: Console, image_inputs: ImageInputs | None = None
 ) -> Iterator[FrozenModels]:
     """The frozen models for the length of a run; the teachers that the method needs are loaded and checked.
 
     Args:
-        seeing: how those in this process see, where the run has images and they can.
+        image_inputs: limits and cache of images, where the run has any.
 
     Raises:
         TeacherError: a teacher cannot be loaded, or cannot be reached with this key, model and fields.
@@ -94,7 +94,7 @@ def load_frozen_models(
     method = settings.method.resolve()
     named = [("teacher", settings.teacher), *((f"more_teachers.{i}", t) for i, t in enumerate(settings.more_teachers))]
     with ExitStack() as stack:
-        frozen_models = FrozenModels(settings, accelerator, console, seeing)
+        frozen_models = FrozenModels(settings, accelerator, console, image_inputs)
         stack.callback(frozen_models.close)
         for section, own in named if method.needs_teacher else ():
             if own is not None:
@@ -120,7 +120,7 @@ def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
     return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.needs)]
 
 
-def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator, seeing: Seeing | None) -> LocalTeacher:
+def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator, image_inputs: ImageInputs | None) -> LocalTeacher:
     """A model that is never trained, in this process: a teacher, or a judge."""
     device = accelerator.device if own.device == "auto" else torch.device(own.device)
     return LocalTeacher.load(
@@ -131,6 +131,6 @@ def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Acce
         template=read_template(own),
         attention=own.attention,
         max_rows=settings.rollout.max_rows,
-        images=seeing.limits if seeing else None,
-        cache=seeing.cache if seeing else None,
+        images=image_inputs.limits if image_inputs else None,
+        cache=image_inputs.cache if image_inputs else None,
     )

@@ -46,7 +46,7 @@ class Scorer:
     """The `Score` of a run: by rule, or by judge for the questions that want one.
 
     [zppo] An answer that has the gold's very words (section 9's normalisation) is right without a call. The rules' wider equality is not
-    used here: to them "yes" equals "Yes, since ice floats". An empty completion is wrong, and nobody is asked. A malformed verdict is
+    used here: to them "yes" equals "Yes, since ice floats". An empty completion is wrong without a call. A malformed verdict is
     wrong; an unreachable judge leaves the completion ungraded.
 
     Args:
@@ -56,7 +56,7 @@ class Scorer:
 
     def __init__(self, rule: Rule, judge: Judge | None = None) -> None:
         self.rule, self.judge = rule, judge
-        self._told_malformed = False  # said once a run
+        self._warned_malformed = False  # said once a run
 
     def __call__(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         """Verdicts in the order of the completions; one call of the judge's model for all of them.
@@ -97,8 +97,8 @@ class Scorer:
                 f"{unreachable:,} of {asked:,} judge calls got no reply, and what they were about is ungraded: "
                 f"{log.errors.get('judge', '')}"
             )
-        if not self._told_malformed and asked >= _FEW and 2 * malformed > asked:
-            self._told_malformed = True
+        if not self._warned_malformed and asked >= _FEW and 2 * malformed > asked:
+            self._warned_malformed = True
             log.warnings["judge malformed"] = (
                 f"{malformed:,} of {asked:,} judge replies were no verdict and count as wrong: take a judge that follows "
                 "instructions, without thinking (docs/grading.md)"
@@ -122,7 +122,7 @@ def make_scorer(
         load: loads the judge's model, or a teacher that nothing else needs.
 
     Raises:
-        SettingsError: there is nobody to judge.
+        SettingsError: no model can judge.
         TeacherError, ModelError: the judge cannot be used.
     """
     if not count_judged(settings, questions):

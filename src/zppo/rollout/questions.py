@@ -25,12 +25,12 @@ from zppo.rollout.student import PromptRenderer
 
 
 @dataclass(frozen=True, slots=True)
-class Seeing:
-    """How every model of a run that is in this process sees.
+class ImageInputs:
+    """How images are brought into the models of a run that are in this process.
 
     Attributes:
         limits: of the pixels of a picture.
-        cache: preprocessed pictures of the step, shared by those who see alike.
+        cache: preprocessed pictures of the step, shared by models with the same image processor.
     """
 
     limits: PixelLimits
@@ -43,12 +43,12 @@ class RunData:
 
     Attributes:
         train, held_out: as read.
-        seeing: None where no question has an image: then nothing of a model that sees is loaded.
+        image_inputs: None where no question has an image: then no vision tower is loaded.
     """
 
     train: list[Question]
     held_out: list[Question]
-    seeing: Seeing | None
+    image_inputs: ImageInputs | None
 
 
 def read_data(settings: Settings, *, sharded: bool = False) -> RunData:
@@ -68,7 +68,7 @@ def read_data(settings: Settings, *, sharded: bool = False) -> RunData:
     check_images(settings, *first, sharded=sharded)
     images = settings.data.images
     return RunData(
-        train, held_out, Seeing(PixelLimits(images.min_pixels, images.max_pixels), PixelCache(int(images.cache_gib * (1 << 30))))
+        train, held_out, ImageInputs(PixelLimits(images.min_pixels, images.max_pixels), PixelCache(int(images.cache_gib * (1 << 30))))
     )
 
 
@@ -112,8 +112,8 @@ def load_short(
     sources = zip((settings.data.train, settings.data.eval or ""), (data.train, data.held_out), strict=True)
     train, held_out = (_short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources)
     trains = settings.train.steps != 0  # a run of 0 steps only evaluates
-    told = unknown_tokens(renderer, train), in_both(train, held_out) if trains else "", unseen([*train, *held_out])
-    for warning in told:
+    warnings = unknown_tokens(renderer, train), in_both(train, held_out) if trains else "", unseen([*train, *held_out])
+    for warning in warnings:
         if warning:
             console.print(warning, style="yellow", soft_wrap=True, highlight=False)
     return train, held_out
@@ -129,8 +129,8 @@ def _short(source: str, questions: Sequence[Question], most: int, length: Callab
     if dropped:
         console.print(f"{source}: {dropped} of {len(questions)} questions dropped, their prompts have more than {most} tokens")
     if kept:
-        seeing = sum(bool(question.images) for question in kept)
-        console.print(f"{source}: {len(kept):,} questions, {seeing:,} with images", soft_wrap=True, highlight=False)
+        with_images = sum(bool(question.images) for question in kept)
+        console.print(f"{source}: {len(kept):,} questions, {with_images:,} with images", soft_wrap=True, highlight=False)
     return kept
 
 

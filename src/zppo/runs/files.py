@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from zppo.errors import SettingsError, StorageError
 
 PARTIAL = ".partial"
-"""Suffix of what is being written; a killed run may leave it, and nobody reads it."""
+"""Suffix of what is being written; a killed run may leave it, and it is never read."""
 
 _MENDS = {
     errno.ENOSPC: "Make space on that disk",
@@ -115,8 +115,8 @@ def check_output(run: Path) -> None:
         raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
     if not os.access(above, os.W_OK | os.X_OK):
         raise SettingsError(f"{run} cannot be written: {above} is read-only for you; choose another one with --output=...")
-    begun = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
-    if run.exists() and (not run.is_dir() or any(path.name != begun for path in run.iterdir())):
+    partial_recipe = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
+    if run.exists() and (not run.is_dir() or any(path.name != partial_recipe for path in run.iterdir())):
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
 
 
@@ -154,7 +154,7 @@ def fault(folder: Path, needed: Iterable[str]) -> str | None:
     """What is wrong with a checkpoint's files, the first such thing, with the file's name; None for a whole one.
 
     Args:
-        folder: the checkpoint. Everything in it may have been damaged, or made by somebody else.
+        folder: the checkpoint. Everything in it may have been damaged, or come from elsewhere.
         needed: files that it must have.
     """
     try:

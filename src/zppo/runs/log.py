@@ -154,7 +154,7 @@ class RunLog:
     def rewind(self, step: int, evaluated: int) -> None:
         """Take back steps after `step`, evaluations after `evaluated` and that of final/, torn last lines and unfinished files.
 
-        Files of other names are somebody else's and stay.
+        Files of other names stay.
 
         A kill in the middle does no harm: it is done again.
         """

@@ -19,13 +19,13 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Stop:
-    """Somebody's wish that the run stops.
+    """A request that the run stops: a signal, or Ctrl-C.
 
     It is granted at once, by `Interrupted`, wherever the code is not shielded: sampling, the teacher and evaluations can be left in
     the middle. Inside `shield` (updates, files) it waits: until the shield ends, or until the updater asks `wanted` between two updates.
 
     Attributes:
-        signum: the signal, None while nobody wants to stop.
+        signum: the signal, None while there is no request.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Stop:
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody wants the run to stop."""
+        """Whether the run was asked to stop."""
         return self.signum is not None
 
     def request(self, signum: int = signal.SIGTERM) -> None:
@@ -45,21 +45,21 @@ class Stop:
         """A safe point.
 
         Raises:
-            Interrupted: somebody wants to stop, and no shield is up.
+            Interrupted: there is a request, and no shield is up.
         """
         if self.signum is not None and not self._shields:
             raise Interrupted(self.signum)
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """What happens inside is finished first; a wish that came meanwhile is granted at the end."""
+        """What happens inside is finished first; a request that came meanwhile takes effect at the end."""
         with self.ignored():
             yield
         self.check()
 
     @contextmanager
     def exposed(self) -> Iterator[None]:
-        """Inside, no shield is up: a wish is granted at once, one that came before at the start."""
+        """Inside, no shield is up: a request takes effect at once, one that came before at the start."""
         shields, self._shields = self._shields, 0
         try:
             self.check()
@@ -111,5 +111,5 @@ def catch_signals(stop: Stop) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # nobody reads it: the terminal is gone
+    with suppress(OSError):  # the terminal is gone
         os.write(2, text.encode())

@@ -34,7 +34,7 @@ class Trackers:
         names: tensorboard, wandb, trackio.
         project: the project that wandb and trackio file the run under.
         run: the run folder; its name is the run's, TensorBoard's files are in its `tensorboard/`.
-        say: told about a tracker that fails.
+        say: called with a message about a tracker that fails.
     """
 
     def __init__(self, names: Sequence[str], project: str, run: Path, say: Callable[[str], None]) -> None:
@@ -58,7 +58,7 @@ class Trackers:
         """Opens them: a new run, or with `step` one that goes on after that step.
 
         Raises:
-            SettingsError: one of them cannot start and the run is new; a run that goes on is only told.
+            SettingsError: one of them cannot start and the run is new; for a run that goes on it is a message.
         """
         resumed = step is not None
         identity = self._identity() if resumed else uuid.uuid4().hex[:12]

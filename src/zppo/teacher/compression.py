@@ -103,7 +103,7 @@ def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines:
         answer: the completion's answer.
         cap: cuts a text to the token limit; returns it unchanged where it is within.
         max_lines: most lines of a summary.
-        instructions: what the teacher was told, without the completion.
+        instructions: the request, without the completion.
     """
     text = reply.rsplit("</think>", 1)[-1]
     end = text.rfind("</summary>")
@@ -122,8 +122,8 @@ def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines:
 
 def _echoes(lines: Sequence[str], summary: str, instructions: str) -> bool:
     """Whether a summary is a piece of the instructions, or has a line of theirs."""
-    told = {stripped for line in instructions.splitlines() if len(stripped := line.strip(" -")) >= ECHO}
-    return summary in instructions or any(line.strip(" -") in told for line in lines)
+    theirs = {stripped for line in instructions.splitlines() if len(stripped := line.strip(" -")) >= ECHO}
+    return summary in instructions or any(line.strip(" -") in theirs for line in lines)
 
 
 def token_tail(tokenizer: Any, limit: int) -> Callable[[str], str]:
@@ -215,7 +215,7 @@ class Compressor:
         """Candidates for every request, in order; at most 1 + redraws teacher calls for all of them together.
 
         BCQ: each side is drawn uniformly from its pool; one that fails is redrawn, and if a side fails for good *both*
-        take the capped uncompressed form, since a raw text beside a tidy summary would tell which is wrong. NCQ: all
+        take the capped uncompressed form, since a raw text next to a tidy summary would tell which is wrong. NCQ: all
         are wrong anyway, so a candidate that fails takes its own capped uncompressed form [zppo].
         """
         pairs = [self._draw(request, seed, log.step) for request in requests]
@@ -237,8 +237,8 @@ class Compressor:
         text = reply.texts[0] if reply.texts else None
         log.failed("teacher", reply.error)
         unfinished = text is not None and reply.think_open and "</think>" not in text
-        told = self._book.compression("", item.answer is not None)[-1].content
-        summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=told)
+        request = self._book.compression("", item.answer is not None)[-1].content
+        summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=request)
         log.add(
             compression_asked=1,
             compression_failed=text is not None and summary is None,

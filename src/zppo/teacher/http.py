@@ -319,7 +319,7 @@ SILENCE_SECONDS = 10.0  # without any success, after which it is said that reque
 
 
 def backoff(times: int) -> float:
-    """Seconds to wait after so many failures in a row (1, 2, ...): doubling, bounded, with jitter so that nobody marches in step."""
+    """Seconds to wait after so many failures in a row (1, 2, ...): doubling, bounded, with jitter so that clients do not retry in step."""
     return min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(times - 1, 30)) * random.uniform(0.5, 1.0)
 
 

@@ -78,7 +78,7 @@ def parse_verdict(reply: str, think_open: bool = False) -> bool | None:
     """Whether the judge says correct; None for a malformed verdict.
 
     The reply must be exactly the object {"verdict": "correct"} or {"verdict": "wrong"}: no other key, no key twice, no other
-    spelling, no word beside it.
+    spelling, no word next to it.
     """
     pairs = strict_object(reply, think_open)
     return next((verdict for word, verdict in _WORDS.items() if pairs == (("verdict", word),)), None)

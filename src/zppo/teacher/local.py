@@ -60,7 +60,7 @@ class LocalTeacher:
         self.special_texts = tuple(special_texts)
         self.network: Any = None  # the frozen model and its tokenizer, where `load` made the teacher: for distillation
         self.tokenizer: Any = None
-        self.image_processor: ImageProcessor | None = None  # how it sees; None for one that reads text only
+        self.image_processor: ImageProcessor | None = None  # None for one that reads text only
 
     @classmethod
     def load(
@@ -86,7 +86,7 @@ class LocalTeacher:
             template: chat template (its text) instead of the tokenizer's own.
             attention: `attn_implementation` of `transformers`; None for its default.
             max_rows: completions that are decoded at once; None for all.
-            images: load it with its eyes where it has any, and bring pictures into these limits; None for text only.
+            images: load it with its vision tower where it has one, and bring images into these limits; None for text only.
             cache: of preprocessed pictures, where it is shared.
 
         Raises:

@@ -29,7 +29,7 @@ from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Servers,
 from zppo.teacher.startup_check import PING_IMAGE, Names, check_images, check_servers
 
 ENCODERS = 4  # images decoded at once, of up to 200 MB each
-MOST_HELD = 64 << 20  # characters that are kept for requests to come, beside those of the requests under way
+MOST_HELD = 64 << 20  # characters that are kept for requests to come, besides those of the requests under way
 
 
 class Sending:

@@ -97,7 +97,7 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
 
 
 def _checkpoint(student: ModelSettings) -> str:
-    """Where vLLM loads from: it is told no revision, so one of a hub model is given as the folder that holds it."""
+    """What vLLM loads. It is not passed a revision, so a revision of a hub model is given as the folder that holds it."""
     name = model_folder(student.model)
     if student.revision is None or Path(name).exists():
         return name
@@ -155,7 +155,7 @@ def make_learner(
     Args:
         model: with all weights to train, or with adapters in it and the rest frozen.
         weights: how they lie over the processes.
-        say: told what is frozen unasked, and when memory has run out and what fits from then on.
+        say: called with a message where parts are frozen by default, and when memory has run out and what fits from then on.
     """
     train, method = settings.train, settings.method.resolve()
     if train.lora is None:
@@ -270,7 +270,7 @@ def make_engine(
 
     Args:
         autocast_dtype: bf16 where the run is: weights are then turned into it once for all tokens, instead of once a token.
-        say: told when memory has run out and what fits from then on.
+        say: called with a message when memory has run out and what fits from then on.
     """
     return TransformersEngine(
         model,
@@ -311,8 +311,8 @@ def assemble(
     if settings.rollout.engine == "vllm":
         require_vllm()  # before models are loaded
     reformulations = make_reformulations(settings.method.resolve())
-    seeing, teachers = data.seeing, frozen_models.teachers
-    chat = load_chat(settings.student, seeing.limits, seeing.cache) if seeing else load_chat(settings.student)
+    image_inputs, teachers = data.image_inputs, frozen_models.teachers
+    chat = load_chat(settings.student, image_inputs.limits, image_inputs.cache) if image_inputs else load_chat(settings.student)
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     renderer = PromptRenderer(PromptBook(settings.prompts, Neutraliser(special)), chat)
     length = cache(lambda question: len(renderer.plain(question).ids))  # two checks ask for it
@@ -326,7 +326,7 @@ def assemble(
         teachers,
         lambda own: frozen_models.load(own, "judge" if settings.judge else "teacher"),
     )
-    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=seeing is not None)
+    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
     _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
@@ -359,7 +359,7 @@ def assemble(
     )
     trainer = Trainer(
         settings,
-        RunData(questions, held_out, seeing),
+        RunData(questions, held_out, image_inputs),
         student_sampler,
         make_reformulator(settings, reformulations, asked, renderer, teacher_sampler, engine.context),
         learner,

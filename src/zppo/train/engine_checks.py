@@ -57,7 +57,7 @@ class SamplerCheck:
 
     Args:
         tolerance: largest mean difference, nats a token; a single token may be off by `SINGLE` times as much.
-        say: told once, when they are refused; None for nobody.
+        say: called with a message once, when they are refused.
         processes: the processes; all of them come to the same decision.
 
     Attributes:

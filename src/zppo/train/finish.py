@@ -15,6 +15,7 @@ from rich.table import Table
 from zppo import __version__
 from zppo.config.recipe import dump_recipe
 from zppo.config.settings import LoraSettings, Settings
+from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.vllm import VLLMEngine
 from zppo.models.student import Student, load_model
@@ -117,7 +118,7 @@ def closing_table(
         console.print("\nprompt replay buffer")
         table = Table("entry accuracy", "admitted", "graduated", "evicted", "graduated/admitted")
         for correct in range(group_size + 1):
-            if correct / group_size < threshold:
+            if is_hard(correct / group_size, threshold):
                 name = entry_bin(correct / group_size)
                 admitted, graduated = totals.admitted.get(name, 0), totals.graduated.get(name, 0)
                 share = f"{graduated / admitted:.0%}" if admitted else "-"

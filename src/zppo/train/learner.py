@@ -208,7 +208,7 @@ class UpdateStopped(Exception):  # noqa: N818 - nothing went wrong
 
     Attributes:
         mid_step: the step as far as it is; its trainer sets it.
-        cause: the error that ends the run; None where somebody wants it to stop.
+        cause: the error that ends the run; None where the run was asked to stop.
     """
 
     def __init__(self, partial: PartialUpdate, cause: MemoryLimitError | None = None) -> None:

@@ -103,7 +103,7 @@ class PolicyGradient:
             partial: where the update of this step, of the same groups, was left; None: from its start.
 
         Raises:
-            UpdateStopped: somebody wants one of the processes to stop; or memory ran out, and there is only this one.
+            UpdateStopped: one of the processes was asked to stop; or memory ran out, and there is only this one.
             MemoryLimitError: memory ran out before the first optimizer step, or in one of several processes.
         """
         # Whole groups are dealt to minibatches, and the groups of a minibatch to the processes.
@@ -271,7 +271,7 @@ class PolicyGradient:
         """`work` on micro-batches of rows.
 
         Where memory runs out, all of it is done again with smaller micro-batches, so it must start from nothing: what a failed
-        micro-batch has already added to a gradient cannot be told from the rest of it.
+        micro-batch has already added to a gradient cannot be separated from the rest of it.
         """
         while True:
             batches = self._split(rows)

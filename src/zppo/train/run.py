@@ -122,7 +122,7 @@ class TrainingLoop:
         """All steps that are left.
 
         Raises:
-            Interrupted: somebody wants the run to stop. Between two updates the step is saved as far as it is; elsewhere see `rescue`.
+            Interrupted: the run was asked to stop. Between two updates the step is saved as far as it is; elsewhere see `rescue`.
         """
         trainer, every = self.trainer, self.settings.train.checkpoint_every
         with self.progress:
@@ -220,7 +220,7 @@ def rescue(run: Path, loop: TrainingLoop, error: BaseException, console: Console
     """Save what was trained before the run ends by `error`; where that fails it is said, and the error stays what it is.
 
     Raises:
-        StorageError: somebody wanted to stop the run, and it cannot be saved.
+        StorageError: the run was asked to stop, and it cannot be saved.
     """
     if isinstance(error, StorageError):
         return  # the same disk would refuse again
@@ -301,7 +301,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         data = read_data(settings, sharded=weights.sharded)
         with (
             rule_grading(settings) as rule,
-            load_frozen_models(settings, accelerator, console, data.seeing) as frozen_models,
+            load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,
             tracking(trackers),
         ):
             folder = start.folder if start else None
@@ -328,8 +328,8 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         accelerator.end_training()
         return run
     except StorageError as error:
-        told = way_on(run)
-        raise StorageError(f"{error}. {told[:1].upper()}{told[1:]}") from error
+        last_words = way_on(run)
+        raise StorageError(f"{error}. {last_words[:1].upper()}{last_words[1:]}") from error
     except KeyboardInterrupt as error:
         name = signal.Signals(error.signum).name if isinstance(error, Interrupted) else "interrupted"
         console.print(Text(f"{name}: {way_on(run)}"), soft_wrap=True, highlight=False)

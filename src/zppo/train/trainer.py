@@ -10,7 +10,7 @@ from zppo.config.settings import Settings
 from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
 from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import hard_groups, share_of
-from zppo.core.types import Group, Question
+from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
 from zppo.errors import MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate
@@ -116,42 +116,30 @@ class Trainer:
         self.boundary: dict[str, Any] | None = None
 
     def step(self, step: int) -> StepLog:
-        """One step of Algorithm 1. Somebody's wish to stop ends the sampling at once, and the update between two optimizer steps.
+        """One step of Algorithm 1. A signal ends the sampling at once, and the update between two of its optimizer steps.
+
+        Returns:
+            What the step has logged.
 
         Raises:
-            UpdateStopped: the update was left; its `mid_step` is what `update` goes on from.
+            UpdateStopped: the update was left half-way; `update` goes on from its `mid_step`.
         """
         log = StepLog(step)
-        with log.time("engine"):
-            log.add(**self.engine.refresh(step - 1))  # samples from the weights of the last step
+        self._sync_engine(log)  # the engine samples from the weights of the last step
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)  # line 2
-        plain = self.student.rollout([self.student.renderer.plain(q) for q in (*new, *replayed)], log)  # line 2
+        plain = self.student.rollout(self._plain_prompts([*new, *replayed]), log)  # line 2
         hard = hard_groups(plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step)  # lines 4, 6
-        cap = share_of(self.zone.rho_aug, len(new))
-        asked_again = self.reformulator.reformulate(hard, cap, log)  # lines 4, 6-15: responses -> candidates -> BCQ, NCQ
+        asked_again = self.reformulator.reformulate(hard, share_of(self.zone.rho_aug, len(new)), log)  # lines 4, 6-15
         reformulated = self.student.rollout(asked_again.prompts, log)  # line 16
-        ids = tuple(q.id for q in replayed)
-        return self.update(StepRollouts(len(new), ids, plain, reformulated, asked_again.responses), log)
+        return self.update(StepRollouts(len(new), ids_of(replayed), plain, reformulated, asked_again.responses), log)
 
     def update(self, rollouts: StepRollouts, log: StepLog, partial: PartialUpdate | None = None) -> StepLog:
         """The second half of a step: weights and buffer (Alg. 1, l. 18 and 19). `partial` is where the update was left, if it was."""
-        plain, reformulated = rollouts.plain, rollouts.reformulated
-        with self.processes.stop.ignored():
-            self._check_same(log.step, [*plain, *reformulated])
+        with self.processes.stop.ignored():  # a signal waits here until nothing is lost by it
+            self._check_same(log.step, [*rollouts.plain, *rollouts.reformulated])
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
-            with log.time("other"):
-                held = {g.question.id: e.accuracy for g in plain if (e := self.buffer.get(g.question.id))}
-                changes = self._update_buffer(plain, log.step)  # line 19
-                self.log.buffer(log.step, changes)
-                self.log.rollouts(
-                    log.step,
-                    updated.groups,
-                    updated.advantages.tolist(),
-                    replayed=frozenset(rollouts.replayed),
-                    entry_accuracy={e.question.id: e.accuracy for e in changes.admitted} | held,
-                    show=self.student.renderer.chat.show_short,
-                )
+            changes = self._update_buffer(rollouts.plain, log.step)  # line 19
             self._record(rollouts, updated, changes, log)
             self.done = log.step
             self.boundary = self.facts()
@@ -204,6 +192,14 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])
         self.done, self.evaluated = state["step"], state["evaluated"]
 
+    def _sync_engine(self, log: StepLog) -> None:
+        """Bring the sampling engine up to the weights, and compare the two."""
+        with log.time("engine"):
+            log.add(**self.engine.refresh(log.step - 1))
+
+    def _plain_prompts(self, questions: Sequence[Question]) -> list[Prompt]:
+        return [self.student.renderer.plain(question) for question in questions]
+
     def _new_questions(self, step: int) -> list[Question]:
         """X_new: a function of (seed, step)."""
         epochs = self.settings.train.epochs if self.settings.train.steps is None else None
@@ -215,7 +211,7 @@ class Trainer:
         """X_replay: drawn from the buffer minus X_new, on top of it (Alg. 1, l. 2)."""
         if not self.method.replay:
             return []
-        return self.buffer.sample(share_of(self.zone.rho_replay, len(new)), {q.id for q in new})
+        return self.buffer.sample(share_of(self.zone.rho_replay, len(new)), ids_of(new))
 
     def _check_same(self, step: int, groups: Sequence[Group]) -> None:
         """That every process is about to learn the same; with one process there is nothing to check."""
@@ -251,7 +247,19 @@ class Trainer:
         return self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)
 
     def _record(self, rollouts: StepRollouts, updated: UpdateResult, changes: Changes, log: StepLog) -> None:
-        """One line of metrics.jsonl, and the totals of the run."""
+        """The step in the run folder: buffer.jsonl, rollouts/, a line of metrics.jsonl; and in the totals of the run."""
+        with log.time("other"):
+            left = (*changes.admitted, *changes.graduated, *changes.evicted)
+            held = [entry for g in rollouts.plain if (entry := self.buffer.get(g.question.id))]
+            self.log.buffer(log.step, changes)
+            self.log.rollouts(
+                log.step,
+                updated.groups,
+                updated.advantages.tolist(),
+                replayed=frozenset(rollouts.replayed),
+                entry_accuracy={entry.question.id: entry.accuracy for entry in (*left, *held)},
+                show=self.student.renderer.chat.show_short,
+            )
         log.metrics = step_metrics(rollouts, updated, log, self.zone.threshold) | {
             "buffer": len(self.buffer),
             "buffer_by_entry": {entry_bin(a): n for a, n in self.buffer.occupancy().items()},
@@ -263,6 +271,11 @@ class Trainer:
         self.log.metrics(log.step, "step", log.metrics)
         if updated.fault:
             log.errors["update"] = updated.fault
+
+
+def ids_of(questions: Sequence[Question]) -> tuple[str, ...]:
+    """Ids in the order of the questions."""
+    return tuple(question.id for question in questions)
 
 
 def total_steps(settings: Settings, questions: int) -> int:
