@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -52,6 +54,22 @@ if TYPE_CHECKING:
 # Shared cores make a deadline per example a coin toss.
 settings.register_profile("zppo", deadline=None, max_examples=50)
 settings.load_profile("zppo")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest's own lines are as wide as the terminal, whatever COLUMNS says."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        columns = os.environ.pop("COLUMNS")
+        reporter._tw.fullwidth = reporter._screen_width = shutil.get_terminal_size().columns
+        os.environ["COLUMNS"] = columns
+
+
+def pytest_collection_finish() -> None:
+    """Collecting garbage does not walk through all that was imported, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
