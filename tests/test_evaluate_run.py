@@ -230,6 +230,7 @@ def test_a_context_without_room_for_any_question_is_refused_at_the_start(
     check_context(None, 12_288)
 
 
+@pytest.mark.slow
 def test_questions_that_are_too_long_are_said_and_asked_again_elsewhere(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +251,7 @@ def test_questions_that_are_too_long_are_said_and_asked_again_elsewhere(
         assert not (out / "eval" / "answers" / "CEval.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_questions_with_pictures_are_left_out_for_a_model_that_takes_none(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +330,7 @@ def test_a_server_that_is_gone_ends_the_asking(data: Path, tmp_path: Path, monke
     assert "not asked" in rows(out, "CharXiv")[-1]["error"]
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_is_shown_only_where_model_judge_and_options_are_the_same(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -591,6 +594,7 @@ sys.exit(cli.main(["eval", "http://127.0.0.1:1/v1", "--judge", "http://127.0.0.1
 """
 
 
+@pytest.mark.slow
 def test_without_its_extras_a_dry_run_works_and_all_else_says_what_to_install(tmp_path: Path) -> None:
     """In a process of its own, in which none of their packages can be imported."""
     write_data(tmp_path)
