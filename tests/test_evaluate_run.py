@@ -268,6 +268,7 @@ def test_questions_with_pictures_are_left_out_for_a_model_that_takes_none(
     assert "HLE: 1 of 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_servers_words_for_a_model_without_eyes() -> None:
     from zppo.evals.task import blind
 
