@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import tempfile
 import time
 
 # Before anything else is imported: tests see the same environment everywhere, whoever starts them, and so do the processes they start.
@@ -34,6 +36,11 @@ os.environ.update(
     }
 )
 time.tzset()
+if sys.dont_write_bytecode and not sys.pycache_prefix:
+    # No compiled modules beside the sources: kept elsewhere, or each of many processes would compile torch again.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(tempfile.gettempdir(), f"zppo-tests-{os.getuid()}")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
