@@ -31,9 +31,7 @@ class Browser:
     def __init__(self) -> None:
         program = next((path for name in NAMES if (path := shutil.which(name))), None)
         if program is None:
-            pytest.fail(
-                f"this test needs a browser, and none of {', '.join(NAMES)} is installed; on Debian: apt-get install chromium"
-            )
+            pytest.fail(f"this test needs a browser, and none of {', '.join(NAMES)} is installed; on Debian: apt-get install chromium")
         self.errors: list[str] = []
         self.requests: list[str] = []
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -51,9 +49,7 @@ class Browser:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
         self._process.terminate()
         self._process.wait(timeout=20)
@@ -98,18 +94,9 @@ class Browser:
 
     def size(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
         """The window's size in CSS pixels; a phone has a coarse pointer and two dots a pixel."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=2 if phone else 1,
-            mobile=phone,
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
-        self.call(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
-        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
     def open(self, address: str) -> None:
         """Go there and wait until the page says that it is ready."""

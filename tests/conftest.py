@@ -117,10 +117,7 @@ def make_tokenizer(merges: int = 150) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         MERGE_TEXT,
         trainers.BpeTrainer(
-            vocab_size=len(alphabet) + len(specials) + merges,
-            special_tokens=specials,
-            initial_alphabet=alphabet,
-            show_progress=False,
+            vocab_size=len(alphabet) + len(specials) + merges, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
         ),
     )
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
@@ -160,9 +157,7 @@ def make_tiny(path: Path, seed: int = 0, std: float = 0.1, merges: int = 150, **
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(Qwen3Config(**{**fields, **config}))
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -202,9 +197,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     make_tiny(folder / "student", seed=0)
     make_tiny(folder / "teacher", seed=1)
-    rows = [
-        {"prompt": f"What is {i} plus {j}?", "answer": i + j, "level": "ab"[i % 2]} for i in range(5) for j in range(4)
-    ]
+    rows = [{"prompt": f"What is {i} plus {j}?", "answer": i + j, "level": "ab"[i % 2]} for i in range(5) for j in range(4)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     settings = {

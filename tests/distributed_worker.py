@@ -30,9 +30,7 @@ from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import SamplerCheck
 from zppo.train.policy_gradient import PartialUpdate, Updater, UpdateStopped, advantages_of
 
-LEARNING_RATE = (
-    1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it
-)
+LEARNING_RATE = 1e-4  # a hundred times the recipes': AdamW blows the rounding of gradients near 0 up to a fraction of it
 
 
 def load(path: str) -> PreTrainedModel:
@@ -40,9 +38,7 @@ def load(path: str) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def make_updater(
-    model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True
-) -> Updater:
+def make_updater(model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True) -> Updater:
     """Four minibatches in small micro-batches; vectors learn at half the rate of matrices, and one of them not at all."""
     train = TrainSettings(learning_rate=LEARNING_RATE, tokens_per_microbatch=60)
     model.model.norm.weight.requires_grad_(False)
@@ -85,9 +81,7 @@ def stopped_after_two(updater: Updater, groups: list[Group], advantages: torch.T
     raise AssertionError("it did not stop")
 
 
-def train(
-    updater: Updater, recorded: list[list[Group]], *, stop_in: int | None = None
-) -> list[dict[str, float | None]]:
+def train(updater: Updater, recorded: list[list[Group]], *, stop_in: int | None = None) -> list[dict[str, float | None]]:
     """All recorded steps; the metrics of each. In step `stop_in` one process is asked to stop before the third update."""
     metrics = []
     for step, groups in enumerate(recorded):
@@ -166,9 +160,7 @@ def written(updater: Updater, model: PreTrainedModel, folder: Path) -> dict[str,
     return load_file(folder / "model.safetensors")
 
 
-def one(
-    name: str, make: Callable[[], ReplicatedWeights], model_path: str, recorded: list[list[Group]], out: Path
-) -> None:
+def one(name: str, make: Callable[[], ReplicatedWeights], model_path: str, recorded: list[list[Group]], out: Path) -> None:
     """Trains one layout of the weights and writes what one process has to compare with."""
     weights, accelerator = make(), Accelerator(cpu=True)
     processes, model = weights.processes, load(model_path)

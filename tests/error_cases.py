@@ -198,10 +198,7 @@ def _(w: World) -> None:
 @case("a reformulation of one's own has no template")
 def _(w: World) -> None:
     w.with_teacher()
-    w.write(
-        "mine.py",
-        "class Mine:\n    kind = 'mine'\n    needs = frozenset()\n    def draft(self, material, rng): return None\n",
-    )
+    w.write("mine.py", "class Mine:\n    kind = 'mine'\n    needs = frozenset()\n    def draft(self, material, rng): return None\n")
     w.set("method", {"name": "zppo", "reformulations": ["mine.py:Mine"]})
 
 
@@ -522,9 +519,7 @@ def _(w: World) -> None:
 
     path = w.student / "model.safetensors"
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    save_file(
-        {k: (v[:300].contiguous() if k in names else v) for k, v in load_file(path).items()}, path, {"format": "pt"}
-    )
+    save_file({k: (v[:300].contiguous() if k in names else v) for k, v in load_file(path).items()}, path, {"format": "pt"})
     w.config(vocab_size=300)
 
 

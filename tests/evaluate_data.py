@@ -85,10 +85,7 @@ def golden(benchmark: Benchmark) -> str:
 
 def with_table(text: str) -> str:
     """The document with the table of all benchmarks behind its mark."""
-    lines = [
-        "| name | benchmark | data set | questions | judge | official protocol | not certain |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| name | benchmark | data set | questions | judge | official protocol | not certain |", "|---|---|---|---|---|---|---|"]
     for each in BENCHMARKS:
         source = each.source
         where = f"[{source.id}](https://huggingface.co/datasets/{source.id})"
@@ -101,9 +98,7 @@ def with_table(text: str) -> str:
         where += f", {each.licence}" if each.licence else ""
         judge = "shared" if each.judge == "judge" else each.judge.removeprefix("eval_")
         count = f"{each.rows:,}" if each.rows else "?"
-        lines.append(
-            f"| {each.name} | {each.title} | {where} | {count} | {judge} | {each.differs} | {each.unverified} |"
-        )
+        lines.append(f"| {each.name} | {each.title} | {where} | {count} | {judge} | {each.differs} | {each.unverified} |")
     return text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines) + "\n"
 
 

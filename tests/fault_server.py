@@ -58,9 +58,7 @@ class Faulty:
         finally:
             writer.close()
 
-    async def route(
-        self, method: str, path: str, headers: dict[str, str], data: dict[str, Any], writer: asyncio.StreamWriter
-    ) -> None:
+    async def route(self, method: str, path: str, headers: dict[str, str], data: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         if path == "/control":
             self.faults, self.always = list(data.get("faults", [])), data.get("always")
             if data.get("reset"):
@@ -78,9 +76,7 @@ class Faulty:
         if path != "/v1/chat/completions":
             return await self.send(writer, 404, {"detail": "Not Found"})
         if data.get("model") != self.model:
-            return await self.send(
-                writer, 404, {"error": {"message": f"The model `{data.get('model')}` does not exist."}}
-            )
+            return await self.send(writer, 404, {"error": {"message": f"The model `{data.get('model')}` does not exist."}})
         self.log.append(data)
         self.open += 1
         self.most_open = max(self.open, self.most_open)
@@ -119,9 +115,7 @@ class Faulty:
         if kind == "malformed":
             return await self.send(writer, 200, '{"choices": [{"message": {"content": "cut off he')
         if kind == "html":
-            return await self.send(
-                writer, 200, "<html>\x1b[31m Welcome to nginx! </html>", {"Content-Type": "text/html"}
-            )
+            return await self.send(writer, 200, "<html>\x1b[31m Welcome to nginx! </html>", {"Content-Type": "text/html"})
         if kind == "gzip":
             return await self.send(writer, 200, gzip.compress(b" " * 10_000_000), {"Content-Encoding": "gzip"})
         if kind == "bomb":
@@ -129,17 +123,12 @@ class Faulty:
         if kind == "reply":
             return await self.send(writer, 200, fault["reply"])
         n = fault["choices"] if kind == "short" else data.get("n", 1)
-        text = {"text": fault.get("content"), "big": "x" * fault.get("bytes", 0)}.get(
-            kind, self.words(data) + fault.get("suffix", "")
-        )
+        text = {"text": fault.get("content"), "big": "x" * fault.get("bytes", 0)}.get(kind, self.words(data) + fault.get("suffix", ""))
         finish = fault.get("finish", "stop")
         choices = [
             {
                 "index": i,
-                "message": {
-                    "role": "assistant",
-                    "content": text if i == 0 or kind not in ("ok", "slow", "suffix") else f"{text} #{i}",
-                },
+                "message": {"role": "assistant", "content": text if i == 0 or kind not in ("ok", "slow", "suffix") else f"{text} #{i}"},
                 "finish_reason": finish,
             }
             for i in range(n)
@@ -147,9 +136,7 @@ class Faulty:
         for choice in choices:
             choice["message"]["reasoning_content"] = "thoughts that nobody should read"
         usage = {"prompt_tokens": 7, "completion_tokens": 3 * n, "total_tokens": 7 + 3 * n}
-        return await self.send(
-            writer, 200, {"id": "x", "object": "chat.completion", "choices": choices, "usage": usage}
-        )
+        return await self.send(writer, 200, {"id": "x", "object": "chat.completion", "choices": choices, "usage": usage})
 
     @staticmethod
     def words(data: dict[str, Any]) -> str:

@@ -11,9 +11,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(
-    size: tuple[int, int] = (8, 6), colour: object = (255, 0, 0), mode: str = "RGB", kind: str = "PNG", **more: object
-) -> bytes:
+def picture(size: tuple[int, int] = (8, 6), colour: object = (255, 0, 0), mode: str = "RGB", kind: str = "PNG", **more: object) -> bytes:
     """A picture of one colour as a file's bytes."""
     out = io.BytesIO()
     Image.new(mode, size, colour).save(out, kind, **more)  # type: ignore[arg-type]

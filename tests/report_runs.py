@@ -30,9 +30,7 @@ MAKER = _maker()
 
 def invented_run(folder: Path, **shape: Any) -> Path:
     """A small run with everything in it: evictions, graduations, BCQ, NCQ, answers of all classes."""
-    return MAKER.make_run(
-        folder, MAKER.Shape(**{"steps": 8, "batch": 16, "capacity": 24, "characters": 200, "gain": 4.0, **shape})
-    )
+    return MAKER.make_run(folder, MAKER.Shape(**{"steps": 8, "batch": 16, "capacity": 24, "characters": 200, "gain": 4.0, **shape}))
 
 
 def files_of(run: Path) -> list[Path]:

@@ -33,14 +33,10 @@ def assert_same_run(one: Path, other: Path, aside: Sequence[str] = ()) -> None:
     for weights in ("final", f"checkpoints/{newest}/model"):
         ours, theirs = (load_file(run / weights / "model.safetensors") for run in (one, other))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    ours, theirs = (
-        torch.load(run / "checkpoints" / newest / "optimizer.pt", weights_only=True) for run in (one, other)
-    )
+    ours, theirs = (torch.load(run / "checkpoints" / newest / "optimizer.pt", weights_only=True) for run in (one, other))
     for index, state in ours["state"].items():
         assert all(torch.equal(value, theirs["state"][index][name]) for name, value in state.items())
-    states = [
-        json.loads((run / "checkpoints" / newest / "state.json").read_text(encoding="utf-8")) for run in (one, other)
-    ]
+    states = [json.loads((run / "checkpoints" / newest / "state.json").read_text(encoding="utf-8")) for run in (one, other)]
     for state in states:
         del state["origin"]
         for name in ("seconds", "teacher_wait_seconds", *aside):

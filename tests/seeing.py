@@ -56,11 +56,7 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
     "bos_token_id": None,
 }
-_QWEN_IDS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-}
+_QWEN_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
 _QWEN_IDS["vision_end_token_id"] = "<|vision_end|>"
 
 
@@ -108,40 +104,20 @@ def _model(kind: str, tokenizer: PreTrainedTokenizerFast, more: dict[str, Any]) 
     def token(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(name))
 
-    size = {
-        **TEXT,
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    size = {**TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     vision: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 4}
     ids = {name: token(text) for name, text in _QWEN_IDS.items()} if kind.startswith("qwen") else {}
     if kind == "qwen3_5":
-        linear = {
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        }
+        linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
         size |= {**linear, "head_dim": 16, "num_hidden_layers": 4, "rope_parameters": rope, **more}
         vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 36}
-        return Qwen3_5ForConditionalGeneration(
-            Qwen3_5Config(text_config=size, vision_config=vision, tie_word_embeddings=False, **ids)
-        )
+        return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=size, vision_config=vision, tie_word_embeddings=False, **ids))
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     if kind == "qwen3_vl":
         size |= {"head_dim": 8, "rope_parameters": rope, **more}
-        vision |= {
-            "depth": 3,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [0, 1],
-        }
-        return Qwen3VLForConditionalGeneration(
-            Qwen3VLConfig(text_config=size, vision_config=vision, tie_word_embeddings=False, **ids)
-        )
+        vision |= {"depth": 3, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
+        return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=size, vision_config=vision, tie_word_embeddings=False, **ids))
     if kind == "qwen2_5_vl":
         size |= {"rope_parameters": rope, **more}
         vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
@@ -176,13 +152,7 @@ def _model(kind: str, tokenizer: PreTrainedTokenizerFast, more: dict[str, Any]) 
 def _processor_files(kind: str) -> dict[str, dict[str, Any]]:
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if kind.startswith("qwen"):
-        images = {
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "patch_size": 4,
-            "merge_size": 2,
-            "temporal_patch_size": 2,
-            **half,
-        }
+        images = {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, **half}
         return {"preprocessor_config.json": images}
     if kind == "smolvlm":
         images = {

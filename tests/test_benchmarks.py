@@ -68,13 +68,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     AcceleratorState._reset_state(True)
     monkeypatch.setattr(workers, "Worker", Beside)
-    for name in (
-        "OMP_NUM_THREADS",
-        "HF_HUB_OFFLINE",
-        "TOKENIZERS_PARALLELISM",
-        "TRANSFORMERS_VERBOSITY",
-        "PYTHONWARNINGS",
-    ):
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "PYTHONWARNINGS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     yield
     AcceleratorState._reset_state(True)
@@ -85,9 +79,7 @@ def row(module: Any, folder: Path) -> dict[str, Any]:
     name = module.__name__.rpartition(".")[2]
     assert common.run(name, module.measure, ["--quick", "--threads", "1", "--results", str(folder)]) == 0
     found: dict[str, Any] = json.loads((folder / f"{name.replace('_', '-')}.json").read_text())
-    assert (
-        found["quick"] and found["threads"] == 1 and found["versions"]["torch"] and found["date"] and found["machine"]
-    )
+    assert found["quick"] and found["threads"] == 1 and found["versions"]["torch"] and found["date"] and found["machine"]
     assert module.table(found).startswith("|")
     return found
 
@@ -181,20 +173,8 @@ def test_turns_change_their_order_and_ratios_are_of_neighbours() -> None:
 
 
 def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path: Path) -> None:
-    result = {
-        "date": "d",
-        "machine": "m",
-        "threads": 2,
-        "commit": "c",
-        "versions": {"torch": "1", "trl": None},
-        "command": "x",
-    }
-    case = {
-        "repetitions": 1,
-        "memory_ratio": 0.5,
-        "ratio": {"median": 0.4, "low": 0.3, "high": 0.5},
-        "cpu_ratio": {"median": 0.45},
-    }
+    result = {"date": "d", "machine": "m", "threads": 2, "commit": "c", "versions": {"torch": "1", "trl": None}, "command": "x"}
+    case = {"repetitions": 1, "memory_ratio": 0.5, "ratio": {"median": 0.4, "low": 0.3, "high": 0.5}, "cpu_ratio": {"median": 0.45}}
     seconds = {"sampling": 1.0, "update": 2.0, "logprobs": 0.0, "step": 3.5}
     cases = {"16 questions": {**case, "ours": seconds, "theirs": seconds}}
     (tmp_path / "scaling.json").write_text(json.dumps({**result, "took_seconds": 3.0, "cases": cases}))
@@ -216,16 +196,10 @@ def test_every_row_has_a_table_on_the_page() -> None:
 
 def test_a_name_that_is_no_row_is_refused() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks", "speed"], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and "no row of the benchmarks is called speed" in done.stderr
-        and "step_vs_trl" in done.stderr
-    )
+    assert done.returncode == 2 and "no row of the benchmarks is called speed" in done.stderr and "step_vs_trl" in done.stderr
 
 
-def test_the_gpu_row_says_that_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_gpu_row_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_training.main([]) == 2
     assert "no GPU" in capsys.readouterr().err

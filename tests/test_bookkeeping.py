@@ -66,12 +66,7 @@ def test_a_copy_stays_as_it_was(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     assert held and all(torch.equal(value, state.state_dict()["state"][i]["exp_avg"]) for i, value in held.items())
 
 
-SHORT = [
-    "--teacher.rollout.max_new_tokens=4",
-    "--teacher.compression.max_new_tokens=6",
-    "--data.eval=null",
-    "--train.steps=3",
-]
+SHORT = ["--teacher.rollout.max_new_tokens=4", "--teacher.compression.max_new_tokens=6", "--data.eval=null", "--train.steps=3"]
 
 
 @pytest.mark.slow
@@ -90,9 +85,7 @@ def test_a_run_that_writes_in_the_background_is_the_same_whatever_ends_it(
     start = ["train", recipe, *SHORT, *beside, f"--output={run}"]
     assert victims.run(*start, run=run, at="zppo.runs.checkpoint:make_manifest") == -signal.SIGKILL
     assert victims.run("resume", run, run=run, at="zppo.rollout.teacher:TeacherSampler.ask", nth=2) == -signal.SIGKILL
-    assert victims.run("resume", run, run=run, at="zppo.rollout.reformulated:Reformulator.build", do="term") == 143, (
-        victims.said
-    )
+    assert victims.run("resume", run, run=run, at="zppo.rollout.reformulated:Reformulator.build", do="term") == 143, victims.said
     assert victims.run("resume", run, run=run, at="torch:save", do="full") == 2, victims.said
     assert "cannot be written: File too large" in victims.said and f"`zppo resume {run}`" in victims.said
     assert victims.run("resume", run, run=run) == 0, victims.said

@@ -12,24 +12,14 @@ from hypothesis import strategies as st
 import zppo.report
 from zppo.cli import main
 from zppo.errors import DataError, SettingsError
-from zppo.report.bootstrap import (
-    OUT_COLUMNS,
-    Comparison,
-    Table,
-    bootstrap_pairs,
-    bootstrap_table,
-    cluster_bootstrap,
-    read_table,
-)
+from zppo.report.bootstrap import OUT_COLUMNS, Comparison, Table, bootstrap_pairs, bootstrap_table, cluster_bootstrap, read_table
 
 DATA = Path(zppo.report.__file__).parent / "data"
 ACCURACY = DATA / "paper_accuracy.csv"
 HEADER = "scale,method,family,benchmark,accuracy\n"
 
 accuracies = st.floats(0, 100).map(lambda x: round(x, 1))
-pairs = st.dictionaries(
-    st.text("abcdef", min_size=1, max_size=4), st.tuples(accuracies, accuracies), min_size=1, max_size=12
-)
+pairs = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.tuples(accuracies, accuracies), min_size=1, max_size=12)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +49,7 @@ def test_the_papers_intervals_come_out_of_the_papers_accuracies(ours: dict[tuple
         assert (interval.wins, interval.n) == (int(row["wins"]), int(row["benchmarks"])), row
 
 
-def test_a_row_of_the_table_is_the_bootstrap_of_its_pair(
-    paper: Table, ours: dict[tuple[str, str, str], Comparison]
-) -> None:
+def test_a_row_of_the_table_is_the_bootstrap_of_its_pair(paper: Table, ours: dict[tuple[str, str, str], Comparison]) -> None:
     methods = paper["2B", "llm"]
     alone, shared = cluster_bootstrap(methods["ZPPO"], methods["GRPO†"]), ours["2B", "llm", "GRPO†"].interval
     assert (alone.wins, alone.n) == (shared.wins, shared.n)
@@ -121,9 +109,7 @@ def test_all_pairs_share_one_resample(both: dict[str, tuple[float, float]], shif
     a, b = ({name: values[i] for name, values in both.items()} for i in (0, 1))
     c = {name: value - shift for name, value in b.items()}
     first, moved = bootstrap_pairs({"a": a, "b": b, "c": c}, [("a", "b"), ("a", "c")], 300)
-    assert (moved.delta, moved.low, moved.high) == pytest.approx(
-        (first.delta + shift, first.low + shift, first.high + shift), abs=1e-9
-    )
+    assert (moved.delta, moved.low, moved.high) == pytest.approx((first.delta + shift, first.low + shift, first.high + shift), abs=1e-9)
 
 
 def test_the_seed_decides() -> None:
@@ -168,10 +154,7 @@ def test_no_resamples() -> None:
         (HEADER + "2B,A,vlm,x,good\n", "row 2, column accuracy: 'good' is no percentage"),
         (HEADER + "2B,A,vlm,x,nan\n", "row 2, column accuracy: 'nan' is no percentage"),
         (HEADER + "2B,A,vlm,x,101\n", "row 2, column accuracy: '101' is no percentage; write a number from 0 to 100"),
-        (
-            HEADER + "2B,A,vlm,x,1\n2B,B,vlm,x,1\n2B,A,vlm,x,2\n",
-            "row 4, column benchmark: A at 2B has an accuracy on x",
-        ),
+        (HEADER + "2B,A,vlm,x,1\n2B,B,vlm,x,1\n2B,A,vlm,x,2\n", "row 4, column benchmark: A at 2B has an accuracy on x"),
         (HEADER + '2B,A,vlm,"x,50\n', "is no CSV"),
     ],
 )

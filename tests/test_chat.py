@@ -24,9 +24,7 @@ TEMPLATE = (
 ASK = (Message("user", "1 + 1 = ?"),)
 
 
-def make(
-    template: str | None = TEMPLATE, think_special: bool = False, bos: str | None = None
-) -> PreTrainedTokenizerFast:
+def make(template: str | None = TEMPLATE, think_special: bool = False, bos: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: every text survives encode and decode."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
@@ -59,9 +57,7 @@ def test_prompts_go_through_the_template_with_its_arguments() -> None:
         "<|turn|>system\nBe brief.<|end|>\n<|turn|>user\n1 + 1 = ?<|end|>\n<|turn|>assistant\n2<|end|>\n"
         "<|turn|>user\nAnd 2 + 2?<|end|>\n<|turn|>assistant\n<think>\n"
     )
-    assert chat.encode(ASK).count(chat.tokenizer.convert_tokens_to_ids("<|turn|>")) == 2, (
-        "control tokens are one id each"
-    )
+    assert chat.encode(ASK).count(chat.tokenizer.convert_tokens_to_ids("<|turn|>")) == 2, "control tokens are one id each"
 
 
 def test_a_template_of_ones_own_takes_the_tokenizers_place() -> None:
@@ -129,12 +125,7 @@ def test_image_tokens_are_banned() -> None:
     chat = Chat(make())
     image = chat.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert chat.banned_ids(model()) == {image}
-    assert chat.banned_ids(model(image_token_id=5, vision_start_token_id=6, video_token_id=None), [8]) == {
-        image,
-        5,
-        6,
-        8,
-    }
+    assert chat.banned_ids(model(image_token_id=5, vision_start_token_id=6, video_token_id=None), [8]) == {image, 5, 6, 8}
 
 
 def test_broken_templates_and_refused_roles_are_named() -> None:

@@ -30,11 +30,7 @@ MY_DATA = Path(__file__).parents[1] / "recipes" / "my-data.yaml"
 def make_recipe(folder: Path, questions: int = 10, **settings: Any) -> Path:
     data = "\n".join(json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(questions))
     (folder / "train.jsonl").write_text(data, encoding="utf-8")
-    recipe = {
-        "student": {"model": "owner/student"},
-        "teacher": {"model": "owner/teacher"},
-        "data": {"train": "train.jsonl"},
-    } | settings
+    recipe = {"student": {"model": "owner/student"}, "teacher": {"model": "owner/teacher"}, "data": {"train": "train.jsonl"}} | settings
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
@@ -75,10 +71,7 @@ def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: p
         (["train", "{recipe}", "--dry-run", "--student.template=none.jinja"], "student.template: there is no file"),
         (["train", "{recipe}", "--dry-run", "--teacher.model=./none"], "teacher.model: "),
         (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "grading.reward: there is no file"),
-        (
-            ["train", "{recipe}", "--dry-run", "--grading.reward=no_such_module:f"],
-            "grading.reward: there is no module 'no_such_module'",
-        ),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=no_such_module:f"], "grading.reward: there is no module 'no_such_module'"),
         (["train", "{recipe}", "--dry-run", "--grading.reward=f"], "names no function"),
         (["train", "{recipe}", "--dry-run", "--data.train=lab:w"], "'lab:w' names no split"),
         (
@@ -88,18 +81,14 @@ def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: p
         (["train", "{recipe}", "--train.steps", "--dry-run"], "--train.steps has no value"),
     ],
 )
-def test_mistakes_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
+def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     recipe = str(make_recipe(tmp_path))
     status, _, err = run(capsys, *(a.replace("{recipe}", recipe) for a in arguments))
     assert status == 2
     assert said in err
 
 
-def test_broken_templates_are_found_before_anything_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_templates_are_found_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.jinja").write_text("{% if %}", encoding="utf-8")
     status, _, err = run(capsys, "train", str(make_recipe(tmp_path, prompts={"bcq": "broken.jinja"})))
     assert status == 2
@@ -130,9 +119,7 @@ def test_a_defect_shows_its_traceback_and_an_interruption_does_not(
 # --- what runs ------------------------------------------------------------------------------------------------------
 
 
-def test_train_and_resume_reach_the_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_and_resume_reach_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
     stand_in: Any = types.ModuleType("zppo.train.run")
     stand_in.train = lambda settings, name, stop: calls.append((settings, name))
@@ -181,9 +168,7 @@ def test_lab_questions_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"}
-    )
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"})
 
 
 def test_version_of_the_module() -> None:
@@ -201,11 +186,7 @@ def test_dry_run_errors_and_help_never_import_torch(tmp_path: Path) -> None:
         "sys.exit(f'imported {heavy}' if heavy else status)\n"
     )
     recipe = str(make_recipe(tmp_path))
-    for arguments, status in (
-        (["train", recipe, "--dry-run"], 0),
-        (["train", recipe, "--x=1"], 2),
-        (["train", "--help"], 0),
-    ):
+    for arguments, status in ((["train", recipe, "--dry-run"], 0), (["train", recipe, "--x=1"], 2), (["train", "--help"], 0)):
         done = python("-c", script, *arguments)
         assert done.returncode == status, done.stderr
 
@@ -213,9 +194,7 @@ def test_dry_run_errors_and_help_never_import_torch(tmp_path: Path) -> None:
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_of_a_control_prints_its_mark(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_of_a_control_prints_its_mark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "150")
     status, out, _ = run(capsys, "train", str(MY_DATA), "--dry-run", "--method=zppo-placebo")
     assert status == 0
@@ -232,21 +211,14 @@ def test_dry_run_of_the_recipe_to_copy(capsys: pytest.CaptureFixture[str], monke
     assert plan["held-out questions"].startswith("4 from ")
     assert plan["steps"] == "6 (2 epochs)"
     assert plan["optimizer steps"] == "24 (4 per step)"
-    assert (plan["new questions"], plan["replayed questions"], plan["reformulated prompts"], plan["prompts"]) == (
-        "4",
-        "2",
-        "2",
-        "8",
-    )
+    assert (plan["new questions"], plan["replayed questions"], plan["reformulated prompts"], plan["prompts"]) == ("4", "2", "2", "8")
     assert plan["rollouts"] == "64 (8 per prompt)"
     assert plan["files"] == "runs/my-data-<date>-<time>"
     assert plan["lazy"].split() == ["8", "32,768", "20", "10,240", "<-", "this", "run"]
     assert plan["all"].split() == ["24", "98,304", "24", "12,288"]
 
 
-def test_dry_run_leaves_nothing_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "150")
     recipe = make_recipe(tmp_path, output="runs/here", method="grpo", teacher=None)
     monkeypatch.chdir(tmp_path)
@@ -288,9 +260,7 @@ def test_the_paper_in_numbers() -> None:
         ("zppo", 2, 2, 8, 20),
     ],
 )
-def test_plans_of_the_methods(
-    method: str, replayed: int, reformulated: int, rollouts: int | None, compressions: int | None
-) -> None:
+def test_plans_of_the_methods(method: str, replayed: int, reformulated: int, rollouts: int | None, compressions: int | None) -> None:
     plan = make_plan(settings_of(method=method, rollout={"batch_size": 8}), 100)
     assert (plan.batch, plan.replayed, plan.reformulated) == (8, replayed, reformulated)
     asked = plan.lazy and (plan.lazy.rollouts, plan.lazy.compressions)
@@ -309,17 +279,8 @@ def test_steps_and_small_data() -> None:
     assert (nothing.steps, nothing.epochs, nothing.evaluations) == (0, 0.0, 2)
 
 
-@given(
-    st.integers(1, 2000),
-    st.integers(1, 400),
-    st.sampled_from(list(METHODS)),
-    st.floats(0, 1.5),
-    st.integers(1, 8),
-    st.integers(2, 16),
-)
-def test_bounds_hold_for_any_sizes(
-    questions: int, batch: int, method: str, rho: float, teacher: int, group: int
-) -> None:
+@given(st.integers(1, 2000), st.integers(1, 400), st.sampled_from(list(METHODS)), st.floats(0, 1.5), st.integers(1, 8), st.integers(2, 16))
+def test_bounds_hold_for_any_sizes(questions: int, batch: int, method: str, rho: float, teacher: int, group: int) -> None:
     settings = settings_of(
         method=method,
         rollout={"batch_size": batch, "group_size": group},

@@ -98,11 +98,7 @@ def test_each_distinct_completion_is_asked_once_a_step() -> None:
     teacher = ScriptedTeacher()
     compress = compressor(teacher)
     one, other = source("one"), source("other", None)
-    assert compress.compress([one, other, source("one", index=5)], 0, 0) == [
-        "short one \\boxed{7}",
-        "short other",
-        "short one \\boxed{7}",
-    ]
+    assert compress.compress([one, other, source("one", index=5)], 0, 0) == ["short one \\boxed{7}", "short other", "short one \\boxed{7}"]
     compress.compress([one], 0, 0)
     assert [len(call) for call in teacher.calls] == [2]
     assert "Do not write \\boxed{}" in teacher.asked[1]
@@ -164,15 +160,10 @@ def test_both_sides_take_the_raw_form_if_one_fails_for_good(failing: str) -> Non
     positives = tuple(source(f"right{i}", index=i) for i in range(6))
     negatives = tuple(source(f"wrong{i}", "9", i) for i in range(6))
     teacher = ScriptedTeacher(lambda text: None if failing in text else f"<summary>short {text}</summary>")
-    (got,) = compressor(teacher, cap=last_words(3)).prepare(
-        [PairRequest("q", positives, negatives, want_pair=True)], 0, 0
-    )
+    (got,) = compressor(teacher, cap=last_words(3)).prepare([PairRequest("q", positives, negatives, want_pair=True)], 0, 0)
     assert got.pair is not None
     assert got.pair_raw
-    assert [c.text for c in got.pair] == [
-        f"right{got.pair[0].index} \\boxed{{7}}",
-        f"wrong{got.pair[1].index} \\boxed{{9}}",
-    ]
+    assert [c.text for c in got.pair] == [f"right{got.pair[0].index} \\boxed{{7}}", f"wrong{got.pair[1].index} \\boxed{{9}}"]
     assert len(teacher.calls) == 4
     assert [sum(failing in text for text in map(str, call)) for call in teacher.calls] == [1, 1, 1, 1]
     assert len(set(teacher.asked)) == len(teacher.asked) == 5

@@ -18,9 +18,7 @@ scopes = st.sampled_from(SCOPES)
 reward = st.one_of(st.sampled_from([0.0, 1.0]), st.sampled_from([0.1, 0.3, -1.0, 0.5, 2.0]), st.floats(-3, 3, width=32))
 
 Row = tuple[float, int, bool]  # reward, group id, graded
-rows_of_a_step = st.lists(
-    st.tuples(reward, st.integers(-2, 5), st.sampled_from([True, True, True, False])), max_size=40
-)
+rows_of_a_step = st.lists(st.tuples(reward, st.integers(-2, 5), st.sampled_from([True, True, True, False])), max_size=40)
 
 
 def tensors(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,9 +48,7 @@ def plain_two_step(rows: Sequence[Row], scope: Scope, eps: float = EPS) -> list[
     if not inside:
         return [0.0] * len(rows)
     mean, deviation = mean_and_deviation(inside)
-    return [
-        (a - mean) / (deviation + eps) if v and g in varied else 0.0 for a, (_, g, v) in zip(first, rows, strict=True)
-    ]
+    return [(a - mean) / (deviation + eps) if v and g in varied else 0.0 for a, (_, g, v) in zip(first, rows, strict=True)]
 
 
 def plain_group(rows: Sequence[Row], eps: float = EPS) -> list[float]:
@@ -114,9 +110,7 @@ def test_eq_6_scope_all_is_larger_by_one_over_root_f(size: int, right: list[int]
 
 
 @given(st.floats(-1e6, 1e6), st.integers(1, 16), st.booleans(), st.booleans(), scopes, st.sampled_from([0.0, EPS]))
-def test_equal_rewards_give_exactly_zero(
-    value: float, size: int, beside: bool, single: bool, scope: Scope, eps: float
-) -> None:
+def test_equal_rewards_give_exactly_zero(value: float, size: int, beside: bool, single: bool, scope: Scope, eps: float) -> None:
     """Alone or beside a group that learns, whatever the mean of equal numbers rounds to, with eps = 0 too."""
     dtype = torch.float32 if single else torch.float64
     rewards = torch.tensor([value] * size + [0.0, 1.0] * beside, dtype=dtype)
@@ -150,10 +144,7 @@ def test_ungraded_rows_get_zero_and_touch_nobody(rows: list[Row], scope: Scope, 
     rewards, groups, graded = tensors(rows)
     rewards = rewards.where(graded, junk)
     for found, without in (
-        (
-            two_step_advantages(rewards, groups, scope, graded=graded),
-            two_step_advantages(rewards[graded], groups[graded], scope),
-        ),
+        (two_step_advantages(rewards, groups, scope, graded=graded), two_step_advantages(rewards[graded], groups[graded], scope)),
         (group_advantages(rewards, groups, graded=graded), group_advantages(rewards[graded], groups[graded])),
     ):
         assert found[~graded].tolist() == [0.0] * int((~graded).sum())
@@ -167,9 +158,7 @@ def test_the_order_of_rows_and_the_names_of_groups_say_nothing(rows: list[Row], 
     rng.shuffle(order)  # type: ignore[attr-defined]
     index = torch.tensor(order, dtype=torch.int64)
     moved = two_step_advantages(rewards[index], 1000 - 7 * groups[index], scope, graded=graded[index])
-    torch.testing.assert_close(
-        moved, two_step_advantages(rewards, groups, scope, graded=graded)[index], atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(moved, two_step_advantages(rewards, groups, scope, graded=graded)[index], atol=1e-6, rtol=1e-5)
 
 
 @given(rows_of_a_step)
@@ -195,14 +184,9 @@ def test_group_advantages_are_trl_s_up_to_its_sample_deviation(size: int, count:
 
 def test_rewards_far_from_zero_lose_nothing() -> None:
     """float64 inside: fp32 could not tell 1e9 from 1e9 + 1."""
-    rewards, groups = (
-        torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
-        torch.tensor([0, 0, 0, 1, 1, 1]),
-    )
+    rewards, groups = (torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1]))
     for scope in SCOPES:
-        torch.testing.assert_close(
-            two_step_advantages(rewards + 1e9, groups, scope), two_step_advantages(rewards, groups, scope)
-        )
+        torch.testing.assert_close(two_step_advantages(rewards + 1e9, groups, scope), two_step_advantages(rewards, groups, scope))
     torch.testing.assert_close(group_advantages(rewards + 1e9, groups), group_advantages(rewards, groups))
 
 

@@ -25,10 +25,7 @@ def test_equal_parts_equal_keys_and_other_parts_other_keys(first: list[str | int
 
 
 def test_type_and_order_of_parts_count() -> None:
-    assert (
-        len({draw_key(1, "2"), draw_key("1", 2), draw_key(1, 2), draw_key(2, 1), draw_key("12"), draw_key("1", "2")})
-        == 6
-    )
+    assert len({draw_key(1, "2"), draw_key("1", 2), draw_key(1, 2), draw_key(2, 1), draw_key("12"), draw_key("1", "2")}) == 6
 
 
 def test_text_that_is_no_utf8_has_a_key() -> None:

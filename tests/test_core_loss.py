@@ -47,9 +47,7 @@ def token_mean(batch: Batch, tokens: torch.Tensor | None = None) -> torch.Tensor
     return (loss * batch.mask).sum() / (batch.mask.sum() if tokens is None else tokens)
 
 
-def plain_token(
-    new: float, old: float, a: float, low: float = LOW, high: float = HIGH, dual: float | None = DUAL
-) -> tuple[float, float]:
+def plain_token(new: float, old: float, a: float, low: float = LOW, high: float = HIGH, dual: float | None = DUAL) -> tuple[float, float]:
     """One token as the papers have it: (loss, its derivative with respect to the new log-prob)."""
     ratio = math.exp(new - old)
     free, clipped = ratio * a, min(max(ratio, 1 - low), 1 + high) * a
@@ -62,15 +60,8 @@ def plain_token(
 tokens = st.tuples(st.floats(-6, 6), st.floats(-6, 0), st.sampled_from([-2.0, -0.5, 0.0, 0.3, 1.7]))
 
 
-@given(
-    st.lists(tokens, min_size=1, max_size=8),
-    st.floats(0, 0.9),
-    st.floats(0, 2),
-    st.sampled_from([None, 1.01, 1.1, 3.0, 10.0]),
-)
-def test_every_token_is_the_plain_formula(
-    made: list[tuple[float, float, float]], low: float, high: float, dual: float | None
-) -> None:
+@given(st.lists(tokens, min_size=1, max_size=8), st.floats(0, 0.9), st.floats(0, 2), st.sampled_from([None, 1.01, 1.1, 3.0, 10.0]))
+def test_every_token_is_the_plain_formula(made: list[tuple[float, float, float]], low: float, high: float, dual: float | None) -> None:
     """Value and gradient, for a dual clip below 1 + clip_high as well."""
     old = torch.tensor([before for _, before, _ in made], dtype=torch.float64)
     new = (old + torch.tensor([move for move, _, _ in made], dtype=torch.float64)).requires_grad_()

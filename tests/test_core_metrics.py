@@ -12,12 +12,7 @@ from zppo.core.types import BCQ, NCQ, PLAIN, Group, Message, Prompt, Question, R
 
 
 def rollout(
-    correct: bool | None,
-    length: int = 2,
-    entropy: float = math.nan,
-    truncated: bool = False,
-    answer: str | None = "1",
-    reason: str = "",
+    correct: bool | None, length: int = 2, entropy: float = math.nan, truncated: bool = False, answer: str | None = "1", reason: str = ""
 ) -> Rollout:
     """None is ungraded."""
     ids, logprobs, right = torch.zeros(length, dtype=torch.int64), torch.zeros(length), correct is True

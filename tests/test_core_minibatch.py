@@ -57,11 +57,7 @@ def least_cost(lengths: list[int], budget: int, overhead: int) -> int:
     ordered = sorted(lengths, reverse=True)
     rest = [0]
     for start in reversed(range(len(ordered))):
-        ends = [
-            end
-            for end in range(start + 1, len(ordered) + 1)
-            if end == start + 1 or (end - start) * ordered[start] <= budget
-        ]
+        ends = [end for end in range(start + 1, len(ordered) + 1) if end == start + 1 or (end - start) * ordered[start] <= budget]
         rest.insert(0, min((end - start) * ordered[start] + overhead + rest[end - start - 1] for end in ends))
     return rest[0]
 
@@ -96,10 +92,7 @@ def test_the_benchmark_batch_computes_at_most_a_tenth_too_much(trivial: float, r
     for step in range(20):
         rng = random.Random(step)
         prompts = [rng.randint(40, 80) for _ in range(16)] + [rng.randint(200, 600) for _ in range(reformulated)]
-        groups = [
-            [p + min(160, max(1, round(rng.gauss(80, 40)))) for _ in range(8)] if rng.random() >= trivial else []
-            for p in prompts
-        ]
+        groups = [[p + min(160, max(1, round(rng.gauss(80, 40)))) for _ in range(8)] if rng.random() >= trivial else [] for p in prompts]
         for dealt in deal_groups(len(groups), 4, seed=0, step=step):
             lengths = [length for g in dealt for length in groups[g]]
             needed += sum(lengths)

@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zppo.core.draws import keyed_random
-from zppo.core.reformulate import (
-    BinaryCandidateQuestion,
-    Candidate,
-    Material,
-    NegativeCandidateQuestion,
-    Reformulation,
-    distinct_answers,
-)
+from zppo.core.reformulate import BinaryCandidateQuestion, Candidate, Material, NegativeCandidateQuestion, Reformulation, distinct_answers
 from zppo.core.types import Message, Question
 
 QUESTION = Question("q", (Message("user", "1+1?"),), "2")
@@ -24,8 +17,7 @@ RIGHT, WRONG = Candidate("one and one are 2", "2", 3), Candidate("one and one ar
 
 
 @pytest.mark.parametrize(
-    ("reformulation", "kind", "needs"),
-    [(BinaryCandidateQuestion(), "bcq", {"pair"}), (NegativeCandidateQuestion(), "ncq", {"wrong"})],
+    ("reformulation", "kind", "needs"), [(BinaryCandidateQuestion(), "bcq", {"pair"}), (NegativeCandidateQuestion(), "ncq", {"wrong"})]
 )
 def test_kind_and_needs(reformulation: Reformulation, kind: str, needs: set[str]) -> None:
     draft = reformulation.draft(Material(QUESTION, (RIGHT, WRONG), (WRONG,), ("3",)), random.Random(0))
@@ -65,9 +57,7 @@ def test_no_pair_no_bcq() -> None:
 
 def test_ncq_shows_all_wrong_candidates_in_order_and_nothing_of_the_teacher() -> None:
     wrong = (WRONG, Candidate("4?", "4", 1), WRONG)
-    with_pair = NegativeCandidateQuestion().draft(
-        Material(QUESTION, (RIGHT, WRONG), wrong, ("3", "4")), random.Random(0)
-    )
+    with_pair = NegativeCandidateQuestion().draft(Material(QUESTION, (RIGHT, WRONG), wrong, ("3", "4")), random.Random(0))
     without = NegativeCandidateQuestion().draft(Material(QUESTION, None, wrong, ("3", "4")), random.Random(1))
     assert with_pair is not None and with_pair == without
     assert with_pair.slots == {"answers": ("3", "4"), "candidates": (WRONG.text, "4?", WRONG.text)}

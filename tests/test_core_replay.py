@@ -259,17 +259,7 @@ def damage(state: dict[str, Any], how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [
-        "slot lost",
-        "slot twice",
-        "slot of another",
-        "entry lost",
-        "entry twice",
-        "entry cut",
-        "question cut",
-        "no draws",
-        "no entries",
-    ],
+    ["slot lost", "slot twice", "slot of another", "entry lost", "entry twice", "entry cut", "question cut", "no draws", "no entries"],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(how: str) -> None:
     state = json.loads(json.dumps(filled(4).state_dict()))

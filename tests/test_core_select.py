@@ -27,9 +27,7 @@ def group(name: str, right: int, wrong: int, ungraded: int = 0) -> Group:
     question = Question(name, (Message("user", name),), "gold")
     verdicts = [True] * right + [False] * wrong + [None] * ungraded
     rollouts = (
-        Rollout(
-            NOTHING, NOTHING, f"{name} rollout {i}", f"answer {i}", v is True, float(v is True), graded=v is not None
-        )
+        Rollout(NOTHING, NOTHING, f"{name} rollout {i}", f"answer {i}", v is True, float(v is True), graded=v is not None)
         for i, v in enumerate(verdicts)
     )
     return Group(Prompt(PLAIN, question, question.messages, (1,)), tuple(rollouts))
@@ -230,21 +228,14 @@ def test_share_of_where_floats_fall_short() -> None:
 
 
 def test_hard_is_below_the_threshold_and_needs_half_of_the_verdicts() -> None:
-    at, below, unknown, half = (
-        group("at", 4, 4),
-        group("below", 3, 5),
-        group("unknown", 0, 3, 5),
-        group("half", 0, 4, 4),
-    )
+    at, below, unknown, half = (group("at", 4, 4), group("below", 3, 5), group("unknown", 0, 3, 5), group("half", 0, 4, 4))
     silent = group("silent", 0, 0, 8)
     assert hard_groups([at, below, unknown, half, silent], 0.5, ties="batch") == [half, below]
 
 
 def test_batch_ties_keep_batch_order() -> None:
     groups = [group(f"q{i}", i % 2, 8 - i % 2) for i in range(20)]
-    assert [g.question.id for g in hard_groups(groups, 0.5, ties="batch")] == [
-        f"q{i}" for i in [*range(0, 20, 2), *range(1, 20, 2)]
-    ]
+    assert [g.question.id for g in hard_groups(groups, 0.5, ties="batch")] == [f"q{i}" for i in [*range(0, 20, 2), *range(1, 20, 2)]]
 
 
 @given(st.permutations(range(12)), st.integers(0, 5), st.integers(0, 5))

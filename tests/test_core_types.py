@@ -17,9 +17,7 @@ texts = st.text(max_size=12)
 questions = st.builds(
     Question,
     id=texts,
-    messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts), max_size=3).map(
-        tuple
-    ),
+    messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts), max_size=3).map(tuple),
     gold=texts,
     images=st.lists(st.builds(ImageRef, texts, texts), max_size=2).map(tuple),
     level=texts,
@@ -30,9 +28,7 @@ NOTHING = torch.zeros(0)
 def group(*verdicts: bool | None) -> Group:
     """A plain group with one rollout per verdict; None is ungraded."""
     question = Question("q", (Message("user", "?"),), "1")
-    rollouts = (
-        Rollout(NOTHING, NOTHING, "", None, v is True, float(v is True), graded=v is not None) for v in verdicts
-    )
+    rollouts = (Rollout(NOTHING, NOTHING, "", None, v is True, float(v is True), graded=v is not None) for v in verdicts)
     return Group(Prompt(PLAIN, question, question.messages, (1,)), tuple(rollouts))
 
 

@@ -23,20 +23,7 @@ from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import CheckpointError, ModelError, SettingsError
-from zppo.planning.flops import (
-    HARD,
-    MOST,
-    SCALES,
-    STEPS,
-    TEACHER,
-    Assumptions,
-    Work,
-    as_run,
-    counted,
-    nearest_scale,
-    paper_costs,
-    planned,
-)
+from zppo.planning.flops import HARD, MOST, SCALES, STEPS, TEACHER, Assumptions, Work, as_run, counted, nearest_scale, paper_costs, planned
 from zppo.planning.model_shapes import count_parameters, nominal_size, parse_size, size_of
 
 PAPER = [pytest.param(row, id=f"{row.method}-{row.scale}") for row in paper_costs()]
@@ -45,12 +32,7 @@ QUESTIONS = 76_800
 
 def paper_settings(method: str = "zppo", **sections: Any) -> Settings:
     """The paper's sizes, which are the defaults."""
-    data = {
-        "student": {"model": "m-2B"},
-        "teacher": {"model": "t-27B"},
-        "data": {"train": "none.jsonl"},
-        "method": method,
-    }
+    data = {"student": {"model": "m-2B"}, "teacher": {"model": "t-27B"}, "data": {"train": "none.jsonl"}, "method": method}
     return Settings.model_validate(data | sections)
 
 
@@ -103,10 +85,7 @@ def test_zppo_by_hand() -> None:
 def test_questions_that_the_teacher_fails_on_leave_more_to_ask() -> None:
     """With half of them solved a question takes 1.5 slots: 64 are asked, 32 BCQ and 64 NCQ."""
     assumed = Assumptions(prompt=100, completion=1000, teacher_completion=500, hard=0.5, solved=0.5)
-    half, none = (
-        planned(paper_settings(train={"steps": 1}), QUESTIONS, replace(assumed, solved=share)).saved
-        for share in (0.5, 0.0)
-    )
+    half, none = (planned(paper_settings(train={"steps": 1}), QUESTIONS, replace(assumed, solved=share)).saved for share in (0.5, 0.0))
     assert half.teacher == 64 * (100 + 4 * 500)
     assert half.compression == 64 * (8 * 1512 + 0.5 * 1012)
     assert none.teacher == 96 * (100 + 4 * 500)
@@ -114,13 +93,7 @@ def test_questions_that_the_teacher_fails_on_leave_more_to_ask() -> None:
 
 @pytest.mark.parametrize(
     ("method", "literal", "saved"),
-    [
-        ("grpo", 0, 0),
-        ("grpo-replay-ncq", 0, 0),
-        ("grpo-replay-bcq", 480, 96),
-        ("grpo-both", 384, 48),
-        ("zppo", 480, 48),
-    ],
+    [("grpo", 0, 0), ("grpo-replay-ncq", 0, 0), ("grpo-replay-bcq", 480, 96), ("grpo-both", 384, 48), ("zppo", 480, 48)],
 )
 def test_who_is_asked_about_how_many_questions(method: str, literal: int, saved: int) -> None:
     cost = planned(paper_settings(method, train={"steps": 1}), QUESTIONS, Assumptions(prompt=4, teacher_completion=1))
@@ -154,12 +127,7 @@ def test_compression_off_costs_nothing() -> None:
 shares = st.floats(0, 1)
 
 
-@given(
-    shares,
-    shares,
-    shares,
-    st.sampled_from(["grpo", "grpo-replay", "grpo-both", "grpo-replay-bcq", "grpo-replay-ncq", "zppo"]),
-)
+@given(shares, shares, shares, st.sampled_from(["grpo", "grpo-replay", "grpo-both", "grpo-replay-bcq", "grpo-replay-ncq", "zppo"]))
 def test_savings_save_and_the_assumptions_only_lower(hard: float, solved: float, live: float, method: str) -> None:
     cost = planned(paper_settings(method), 5000, Assumptions(hard=hard, solved=solved, live=live))
     most = planned(paper_settings(method), 5000, MOST)
@@ -171,11 +139,7 @@ def test_savings_save_and_the_assumptions_only_lower(hard: float, solved: float,
 
 @pytest.mark.parametrize(
     ("values", "said"),
-    [
-        ({"hard": 1.5}, "share hard is 1.5"),
-        ({"live": -0.1}, "share live"),
-        ({"completion": 0}, "mean length completion is 0"),
-    ],
+    [({"hard": 1.5}, "share hard is 1.5"), ({"live": -0.1}, "share live"), ({"completion": 0}, "mean length completion is 0")],
 )
 def test_assumptions_that_make_no_sense(values: dict[str, float], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
@@ -258,13 +222,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rollout": {"batch_size": 4, "group_size": 4, "max_new_tokens": 8},
         "zone": {"rho_aug": 0.5},
         "eval": {"max_new_tokens": 8},
-        "train": {
-            "steps": 2,
-            "checkpoint_every": 0,
-            "device": "cpu",
-            "old_logprobs": "forward",
-            "share_prompts": "off",
-        },
+        "train": {"steps": 2, "checkpoint_every": 0, "device": "cpu", "old_logprobs": "forward", "share_prompts": "off"},
         "grading": {"reward": "reward.py:reward"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -276,9 +234,7 @@ def test_a_run_is_counted_as_its_rollouts_say(finished: Path) -> None:
     settings = load_recipe(finished / "recipe.yaml")
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     cost = as_run(settings, records, finished / "metrics.jsonl")
-    rows = [
-        row for path in sorted((finished / "rollouts").glob("*.parquet")) for row in pq.read_table(path).to_pylist()
-    ]
+    rows = [row for path in sorted((finished / "rollouts").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     groups = defaultdict(list)
     for row in rows:
         groups[row["step"], row["kind"], row["question_id"]].append(row)
@@ -304,15 +260,11 @@ def test_zppo_cost_of_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) 
     assert "is a run, of which everything was measured" in capsys.readouterr().err
 
 
-def test_a_moved_student_is_counted_in_final(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_moved_student_is_counted_in_final(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (finished / "recipe.yaml").read_text(encoding="utf-8")
     moved = tmp_path / "run"
     moved.mkdir()
-    (moved / "recipe.yaml").write_text(
-        text.replace(str(finished.parent / "student"), str(tmp_path / "gone")), encoding="utf-8"
-    )
+    (moved / "recipe.yaml").write_text(text.replace(str(finished.parent / "student"), str(tmp_path / "gone")), encoding="utf-8")
     (moved / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes())
     assert main(["cost", str(moved)]) == 2
     assert "is not known: there is no such folder" in capsys.readouterr().err
@@ -367,14 +319,10 @@ def test_shards_and_tied_weights_count_once(tiny_qwen3_dir: Path, tmp_path: Path
     (tmp_path / "sharded" / "consolidated.safetensors").write_bytes(b"not read")
     assert count_parameters(tmp_path / "sharded").parameters == sum(p.numel() for p in model.parameters())
     tied = make_tiny(tmp_path / "tied", tie_word_embeddings=True)
-    assert count_parameters(tied).parameters == sum(
-        p.numel() for p in AutoModelForCausalLM.from_pretrained(tied).parameters()
-    )
+    assert count_parameters(tied).parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tied).parameters())
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x01", struct.pack("<Q", 1 << 60), struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b"{"]
-)
+@pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("<Q", 1 << 60), struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b"{"])
 def test_damaged_weights(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="is no readable safetensors file"):

@@ -47,12 +47,7 @@ def test_json_lines(tmp_path: Path) -> None:
         {"prompt": "1+1?", "answer": "2"},
         "",
         {"prompt": "é\u2028?", "answer": 3, "id": 17, "level": "easy"},
-        {
-            "prompt": None,
-            "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
-            "answer": 0.5,
-            "id": "x",
-        },
+        {"prompt": None, "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": 0.5, "id": "x"},
         {"prompt": "p", "messages": None, "answer": " 4 "},
     )
     first, second, third, fourth = load_questions(str(path), COLUMNS)
@@ -65,9 +60,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 def test_messages_win_over_prompt_and_text_parts_are_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": ""}, {"type": "text", "text": "b"}]
-    path = write(
-        tmp_path, {"prompt": "p", "messages": [{"role": "user", "content": parts, "name": None}], "answer": "x"}
-    )
+    path = write(tmp_path, {"prompt": "p", "messages": [{"role": "user", "content": parts, "name": None}], "answer": "x"})
     assert load_questions(str(path), COLUMNS)[0].messages == (Message("user", "ab"),)
 
 
@@ -110,11 +103,7 @@ def test_decimal_answers_of_parquet(tmp_path: Path) -> None:
 def test_images_are_references(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 6)).save(tmp_path / "pictures" / "a.png")
-    path = write(
-        tmp_path,
-        {"prompt": "p", "answer": "1", "images": ["pictures/a.png"]},
-        {"prompt": "q", "answer": "1", "images": []},
-    )
+    path = write(tmp_path, {"prompt": "p", "answer": "1", "images": ["pictures/a.png"]}, {"prompt": "q", "answer": "1", "images": []})
     with_image, without = load_questions(str(path), COLUMNS)
     data = (tmp_path / "pictures" / "a.png").read_bytes()
     assert with_image.images == ((str(tmp_path / "pictures/a.png"), hashlib.sha256(data).hexdigest()),)
@@ -134,52 +123,28 @@ GOOD = {"prompt": "p", "answer": "1"}
         ('["p"]', "row 2: is a list; every row must be an object"),
         ("[" * 100_000, "row 2: is no usable JSON"),
         ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "row 2: is no usable JSON"),
-        (
-            {"question": "p", "answer": "1"},
-            "row 2, column 'prompt': missing, and so is 'messages'; the row has 'question', 'answer'",
-        ),
+        ({"question": "p", "answer": "1"}, "row 2, column 'prompt': missing, and so is 'messages'; the row has 'question', 'answer'"),
         ({"prompt": 5, "answer": "1"}, "row 2, column 'prompt': is int 5; expected text"),
         ({"prompt": "  ", "answer": "1"}, "row 2, column 'prompt': is empty"),
-        (
-            '{"prompt": "\\ud800", "answer": "1"}',
-            "row 2, column 'prompt': holds half of a surrogate pair at character 1",
-        ),
-        (
-            {"prompt": "p", "solution": "1"},
-            "row 2, column 'answer': missing; the row has 'prompt', 'solution'. Name it with",
-        ),
+        ('{"prompt": "\\ud800", "answer": "1"}', "row 2, column 'prompt': holds half of a surrogate pair at character 1"),
+        ({"prompt": "p", "solution": "1"}, "row 2, column 'answer': missing; the row has 'prompt', 'solution'. Name it with"),
         ({"prompt": "p", "answer": None}, "row 2, column 'answer': is null"),
         ({"prompt": "p", "answer": " "}, "row 2, column 'answer': is empty"),
         ({"prompt": "p", "answer": True}, "row 2, column 'answer': is true; an answer is a text or a number"),
-        (
-            {"prompt": "p", "answer": ["1", "2"]},
-            "row 2, column 'answer': is a list; a question has exactly one right answer",
-        ),
+        ({"prompt": "p", "answer": ["1", "2"]}, "row 2, column 'answer': is a list; a question has exactly one right answer"),
         ({"prompt": "p", "answer": []}, "row 2, column 'answer': is an empty list"),
         ({"prompt": "p", "answer": {"a": 1}}, "is an object; name the value in it with data.columns.answer (answer.a)"),
-        (
-            {"prompt": ["p"], "answer": "1"},
-            "row 2, column 'prompt': is a list; a list of {role, content} is named with",
-        ),
+        ({"prompt": ["p"], "answer": "1"}, "row 2, column 'prompt': is a list; a list of {role, content} is named with"),
         ({"prompt": "p", "answer": float("nan")}, "row 2, column 'answer': is nan, which is no number"),
         ({"messages": [], "answer": "1"}, "row 2, column 'messages': is an empty list"),
         ({"messages": "p", "answer": "1"}, "row 2, column 'messages': is str 'p'"),
         ({"messages": ["p"], "answer": "1"}, "row 2, column 'messages': turn 1 is str 'p'"),
-        (
-            {"messages": [{"role": "human", "content": "p"}], "answer": "1"},
-            "turn 1 has the role 'human'; expected one of system, user",
-        ),
+        ({"messages": [{"role": "human", "content": "p"}], "answer": "1"}, "turn 1 has the role 'human'; expected one of system, user"),
         ({"messages": [{"role": ["user"], "content": "p"}], "answer": "1"}, "turn 1 has the role ['user']"),
         ({"messages": [{"role": "user", "content": ""}], "answer": "1"}, "turn 1, content: is empty"),
         ({"messages": [{"role": "user"}], "answer": "1"}, "turn 1, content: is null; expected text"),
-        (
-            {"messages": [{"role": "user", "content": "p", "tool_calls": []}], "answer": "1"},
-            "turn 1 has the key 'tool_calls'",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"},
-            "a part of the kind 'video' is not supported",
-        ),
+        ({"messages": [{"role": "user", "content": "p", "tool_calls": []}], "answer": "1"}, "turn 1 has the key 'tool_calls'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"}, "a part of the kind 'video' is not supported"),
         (
             {"messages": [{"role": "user", "content": "p"}, {"role": "system", "content": "s"}], "answer": "1"},
             "turn 2 is a system turn; only the first turn may be one",
@@ -207,9 +172,7 @@ def test_an_empty_id_is_no_id(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "there is no such file" in message(tmp_path / "none.jsonl")
-    assert "files of the kind .txt cannot be read; bring JSON lines, JSON, CSV or parquet" in message(
-        tmp_path / "q.txt"
-    )
+    assert "files of the kind .txt cannot be read; bring JSON lines, JSON, CSV or parquet" in message(tmp_path / "q.txt")
     assert "without an ending" in message(tmp_path / "q")
     assert "holds no questions" in message(write(tmp_path, "", " "))
     assert "the file is one JSON list; call it .json" in message(write(tmp_path, [GOOD], name="q.jsonl"))

@@ -117,9 +117,7 @@ def test_bytes_of_any_form_are_kept_once_under_their_digest(tmp_path: Path, cach
     )
     questions = load(path)
     assert [colours(q) for q in questions] == [[RED], [BLUE], [RED], [BLUE, RED]]
-    assert sorted(p.name for p in cache.rglob("*.*")) == sorted(
-        f"{hashlib.sha256(d).hexdigest()}.png" for d in (red, blue)
-    )
+    assert sorted(p.name for p in cache.rglob("*.*")) == sorted(f"{hashlib.sha256(d).hexdigest()}.png" for d in (red, blue))
     assert all(ref.uri.startswith(str(cache)) and read_bytes(ref) in (red, blue) for q in questions for ref in q.images)
 
 
@@ -141,11 +139,7 @@ def test_parquet_as_datasets_writes_it(tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "answer": "1", "images": [{"bytes": picture(), "path": None}]},
         {"prompt": "q", "answer": "2", "images": []},
-        {
-            "prompt": "r",
-            "answer": "3",
-            "images": [{"bytes": picture(), "path": "a"}, {"bytes": picture(colour=BLUE), "path": "b"}],
-        },
+        {"prompt": "r", "answer": "3", "images": [{"bytes": picture(), "path": "a"}, {"bytes": picture(colour=BLUE), "path": "b"}]},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     assert [colours(q) for q in load(tmp_path / "q.parquet")] == [[RED], [], [RED, BLUE]]
@@ -158,9 +152,7 @@ def test_tables_name_one_image_or_a_json_list(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     save(tmp_path / "b.png", BLUE)
     with (tmp_path / "q.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [["prompt", "answer", "images"], ["p", "1", "a.png"], ["q", "2", ""], ["r", "3", '["a.png", "b.png"]']]
-        )
+        csv.writer(file).writerows([["prompt", "answer", "images"], ["p", "1", "a.png"], ["q", "2", ""], ["r", "3", '["a.png", "b.png"]']])
     assert [colours(q) for q in load(tmp_path / "q.csv")] == [[RED], [], [RED, BLUE]]
 
 
@@ -298,11 +290,7 @@ def test_llava(tmp_path: Path) -> None:
         {"from": "gpt", "value": "2"},
     ]
     path = tmp_path / "llava.json"
-    path.write_text(
-        json.dumps(
-            [{"id": "000", "image": "coco/a.png", "conversations": turns}, {"id": "1", "conversations": turns[2:]}]
-        )
-    )
+    path.write_text(json.dumps([{"id": "000", "image": "coco/a.png", "conversations": turns}, {"id": "1", "conversations": turns[2:]}]))
     first, second = load(path, messages="conversations", images="image")
     assert [m.role for m in first.messages] == ["user", "assistant", "user"]
     assert (first.gold, colours(first), second.gold, second.images) == ("2", [RED], "2", ())
@@ -351,14 +339,10 @@ def test_places_and_images_must_be_as_many(tmp_path: Path) -> None:
     bare = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     own = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}]
     both = [{"role": "user", "content": [*bare[0]["content"], *own[0]["content"]]}]  # type: ignore[misc]
-    assert "has 2 <image> marker(s), and there are 1 image(s)" in said(
-        tmp_path, {"prompt": IMAGE * 2, "images": ["a.png"]}
-    )
+    assert "has 2 <image> marker(s), and there are 1 image(s)" in said(tmp_path, {"prompt": IMAGE * 2, "images": ["a.png"]})
     assert "1 image part(s) without an image of their own; name the column" in said(tmp_path, {"messages": bare})
     assert "some image parts of the messages hold an image and others do not" in said(tmp_path, {"messages": both})
-    assert "has 2 image(s), and the messages hold 1 of their own" in said(
-        tmp_path, {"messages": own, "images": ["a.png"] * 2}
-    )
+    assert "has 2 image(s), and the messages hold 1 of their own" in said(tmp_path, {"messages": own, "images": ["a.png"] * 2})
     assert load(lines(tmp_path, {"prompt": f"what is {IMAGE}?"}))[0].images == ()
 
 

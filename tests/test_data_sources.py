@@ -63,9 +63,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    (tmp_path / "q.csv").write_text(
-        '\ufeffquestion,answer,id,messages\n"What is\n1,5 + 1?",2.5,,\n\né?,"1,234",x,\n', encoding="utf-8"
-    )
+    (tmp_path / "q.csv").write_text('\ufeffquestion,answer,id,messages\n"What is\n1,5 + 1?",2.5,,\n\né?,"1,234",x,\n', encoding="utf-8")
     first, second = load(tmp_path / "q.csv", ColumnSettings(prompt="question"))
     assert (first.messages[0].content, first.gold, first.id) == ("What is\n1,5 + 1?", "2.5", "q.csv:2")
     assert (second.messages[0].content, second.gold, second.id) == ("é?", "1,234", "x")
@@ -82,10 +80,7 @@ def test_tables(tmp_path: Path) -> None:
         ("prompt,prompt\na,1\n", "q.csv, row 1: two columns are called 'prompt'"),
         ('prompt,answer\n"a"b,1\n', "q.csv, after row 1: is no CSV"),
         ("a,b\n1,2\n", "column 'prompt': missing, and so is 'messages'; the row has 'a', 'b'"),
-        (
-            "prompt;answer\na;1\n",
-            "row 1: is one column called 'prompt;answer', so the file seems to be separated by ';'",
-        ),
+        ("prompt;answer\na;1\n", "row 1: is one column called 'prompt;answer', so the file seems to be separated by ';'"),
         ("prompt,answer\n", "holds no questions"),
         ("", "holds no questions"),
     ],
@@ -104,11 +99,7 @@ def test_tables_in_another_encoding_and_long_cells(tmp_path: Path) -> None:
 
 def test_one_json_list(tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text(json.dumps(ROWS, indent=2), encoding="utf-8-sig")
-    assert [(q.id, q.gold) for q in load(tmp_path / "q.json")] == [
-        ("q.json:1", "0"),
-        ("q.json:2", "1"),
-        ("q.json:3", "2"),
-    ]
+    assert [(q.id, q.gold) for q in load(tmp_path / "q.json")] == [("q.json:1", "0"), ("q.json:2", "1"), ("q.json:3", "2")]
     lines(tmp_path / "lines.json")
     assert [q.gold for q in load(tmp_path / "lines.json")] == ["0", "1", "2"]
     (tmp_path / "q.json").write_text('[\n {"prompt": "a",}\n]', encoding="utf-8")
@@ -124,27 +115,15 @@ def test_one_json_list(tmp_path: Path) -> None:
 
 def test_nested_columns_and_answers_in_other_shapes(tmp_path: Path) -> None:
     """A row as VeRL writes it: messages called prompt, the gold inside an object."""
-    verl = {
-        "prompt": [{"role": "user", "content": "1+1?"}],
-        "reward_model": {"style": "rule", "ground_truth": 2},
-        "extra": {"index": 7},
-    }
+    verl = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"style": "rule", "ground_truth": 2}, "extra": {"index": 7}}
     path = lines(tmp_path / "q.jsonl", [verl])
     expected = [Question("7", (Message("user", "1+1?"),), "2")]
     for answer in ("reward_model.ground_truth", "reward_model"):
         assert load(path, ColumnSettings(messages="prompt", answer=answer, id="extra.index")) == expected
-    rows = [
-        {"prompt": "a", "answer": ["x"]},
-        {"prompt": "b", "answer": {"ground_truth": ["4"]}},
-        {"prompt": "c", "answer": 5},
-    ]
+    rows = [{"prompt": "a", "answer": ["x"]}, {"prompt": "b", "answer": {"ground_truth": ["4"]}}, {"prompt": "c", "answer": 5}]
     assert [q.gold for q in load(lines(path, rows))] == ["x", "4", "5"]
-    assert [q.gold for q in load(lines(path, [{"prompt": "a", "my.gold": "1"}]), ColumnSettings(answer="my.gold"))] == [
-        "1"
-    ]
-    assert "column 'answer.b': missing" in message(
-        lines(path, [{"prompt": "a", "answer": {"c": 1}}]), ColumnSettings(answer="answer.b")
-    )
+    assert [q.gold for q in load(lines(path, [{"prompt": "a", "my.gold": "1"}]), ColumnSettings(answer="my.gold"))] == ["1"]
+    assert "column 'answer.b': missing" in message(lines(path, [{"prompt": "a", "answer": {"c": 1}}]), ColumnSettings(answer="answer.b"))
 
 
 def test_answer_after(tmp_path: Path) -> None:
@@ -183,9 +162,7 @@ def test_a_folder_without_splits_and_with_folders_in_it(tmp_path: Path) -> None:
 def test_a_folder_with_configurations(tmp_path: Path) -> None:
     for name in ("one", "two"):
         lines(tmp_path / name / "q.jsonl")
-    configs = "".join(
-        f"- config_name: {n}\n  data_files:\n  - split: train\n    path: {n}/*.jsonl\n" for n in ("one", "two")
-    )
+    configs = "".join(f"- config_name: {n}\n  data_files:\n  - split: train\n    path: {n}/*.jsonl\n" for n in ("one", "two"))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n", encoding="utf-8")
     assert [q.id for q in load(tmp_path, config="two", limit=1)] == ["two/q.jsonl:1"]
     for config in (None, "three"):
@@ -208,13 +185,9 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
     assert load(tmp_path / "one", split="test") == load(tmp_path / "one")
     assert [(q.id, q.gold) for q in load(tmp_path / "one", limit=2)] == [("one:1", "0"), ("one:2", "1")]
     assert [(q.id, q.gold) for q in load(tmp_path / "two", split="dev")] == [("two:1", "2")]
-    assert "has no split 'test' (it has train, dev); name one of these with data.split" in message(
-        tmp_path / "two", split="test"
-    )
+    assert "has no split 'test' (it has train, dev); name one of these with data.split" in message(tmp_path / "two", split="test")
     said = message(tmp_path / "one", ColumnSettings(answer="solution"))
-    assert (
-        "has no column 'solution'; it has prompt, answer. Name the one with the answer in data.columns.answer" in said
-    )
+    assert "has no column 'solution'; it has prompt, answer. Name the one with the answer in data.columns.answer" in said
     (tmp_path / "one" / "dataset_info.json").write_text("{", encoding="utf-8")
     assert "cannot be read as what save_to_disk wrote" in message(tmp_path / "one")
 
@@ -282,9 +255,7 @@ def test_streaming_reads_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch)
         ({"config": "main"}, ["no column 'prompt' and none 'messages'", "question, answer", "data.columns.prompt"]),
     ],
 )
-def test_what_a_set_of_the_hub_lacks(
-    hub: list[dict[str, Any]], streaming: bool, reading: dict[str, Any], said: list[str]
-) -> None:
+def test_what_a_set_of_the_hub_lacks(hub: list[dict[str, Any]], streaming: bool, reading: dict[str, Any], said: list[str]) -> None:
     text = message("hub:owner/name", streaming=streaming, **reading)
     assert "hub:owner/name" in text
     assert all(part in text for part in said), text
@@ -367,9 +338,7 @@ def test_the_grader_knows_right_from_wrong(task: str, kind: str, grader: Grader)
     questions = load(f"reasoning_gym:{task}?size=8&seed=3")
     assert len({q.id for q in questions}) == 8
     boxed = [(f"<think>a</think>\\boxed{{{q.gold}}}", q.gold) for q in questions]
-    wrong = [
-        (f"\\boxed{{{answer}}}", q.gold) for q in questions for answer in (_wrong(kind, q), q.messages[-1].content)
-    ]
+    wrong = [(f"\\boxed{{{answer}}}", q.gold) for q in questions for answer in (_wrong(kind, q), q.messages[-1].content)]
     assert all(v.correct for v in grader.grade_many(boxed))
     assert not any(v.correct for v in grader.grade_many(wrong))
 
@@ -399,10 +368,7 @@ def test_every_task_of_the_package_is_allowed_or_refused_with_a_reason() -> None
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (
-            "chain_sum",
-            "'chain_sum' cannot train: the question itself, copied into the box, equals the answer. Tasks that can: acre, aiw",
-        ),
+        ("chain_sum", "'chain_sum' cannot train: the question itself, copied into the box, equals the answer. Tasks that can: acre, aiw"),
         ("countdown", "several answers are right"),
         ("sudoku", "is a grid"),
         ("leg_count", "no such task, the nearest one is leg_counting"),
@@ -437,19 +403,11 @@ def recipe(tmp_path: Path, **data: Any) -> Settings:
 
 
 def test_settings_reach_the_sources(tmp_path: Path, hub: list[dict[str, Any]]) -> None:
-    data = {
-        "train": "hub:owner/name",
-        "eval": "hub:owner/name",
-        "config": "main",
-        "revision": "v1",
-        "answer_after": "####",
-    }
+    data = {"train": "hub:owner/name", "eval": "hub:owner/name", "config": "main", "revision": "v1", "answer_after": "####"}
     columns = {"prompt": "question", "id": "n.id"}
     train, held_out = load_data(recipe(tmp_path, **data, columns=columns))
     assert ([q.id for q in train], [q.gold for q in held_out]) == (["0", "1", "2"], ["9"])
-    swapped = recipe(
-        tmp_path, **data, columns=columns, split="test", eval_split="train", limit=1, eval_limit=2, streaming=True
-    )
+    swapped = recipe(tmp_path, **data, columns=columns, split="test", eval_split="train", limit=1, eval_limit=2, streaming=True)
     train, held_out = load_data(swapped)
     assert ([q.id for q in train], [q.gold for q in held_out]) == (["8"], ["0", "1"])
     assert [(a["split"], a["streaming"], a["revision"]) for a in hub] == [
@@ -464,14 +422,8 @@ def test_settings_reach_the_sources(tmp_path: Path, hub: list[dict[str, Any]]) -
     ("data", "said"),
     [
         ({"train": "hub:a/b", "streaming": True}, "data.streaming needs data.limit for data.train=hub:a/b"),
-        (
-            {"train": "hub:a/b", "eval": "hub:a/b", "streaming": True, "limit": 5},
-            "data.streaming needs data.eval_limit",
-        ),
-        (
-            {"train": "q.jsonl", "streaming": True, "limit": 5},
-            "data.streaming is set, but neither data.train nor data.eval",
-        ),
+        ({"train": "hub:a/b", "eval": "hub:a/b", "streaming": True, "limit": 5}, "data.streaming needs data.eval_limit"),
+        ({"train": "q.jsonl", "streaming": True, "limit": 5}, "data.streaming is set, but neither data.train nor data.eval"),
         ({"train": "q.jsonl", "revision": "v1"}, "data.revision is set, but neither"),
         (
             {"train": "reasoning_gym:aiw", "eval": "reasoning_gym:aiw?seed=999"},
@@ -504,10 +456,7 @@ def test_unknown_tokens_are_said(tmp_path: Path, text: str, warned: bool) -> Non
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    questions = [
-        Question("known", (Message("user", "one " * 20),), "1"),
-        Question("q", (Message("user", f"{text} {text}"),), "1"),
-    ]
+    questions = [Question("known", (Message("user", "one " * 20),), "1"), Question("q", (Message("user", f"{text} {text}"),), "1")]
     template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     chat = Chat(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", chat_template=template))
     closing = tmp_path / "closing.jinja"
@@ -517,14 +466,8 @@ def test_unknown_tokens_are_said(tmp_path: Path, text: str, warned: bool) -> Non
     assert bool(warning) == warned
     if warned:
         assert "'<unk>'" in warning and "question 'q'" in warning and "Choose a student" in warning
-    assert (
-        unknown_tokens(PromptRenderer(PromptBook(), Chat(make_tokenizer())), questions)
-        == unknown_tokens(renderer, [])
-        == ""
-    )
-    assert "of the prompts are" in unknown_tokens(
-        PromptRenderer(PromptBook(), chat), questions[:1]
-    )  # the closing's words count too
+    assert unknown_tokens(PromptRenderer(PromptBook(), Chat(make_tokenizer())), questions) == unknown_tokens(renderer, []) == ""
+    assert "of the prompts are" in unknown_tokens(PromptRenderer(PromptBook(), chat), questions[:1])  # the closing's words count too
 
 
 # --- a run on each of them ------------------------------------------------------------------------------------------
@@ -532,9 +475,7 @@ def test_unknown_tokens_are_said(tmp_path: Path, text: str, warned: bool) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["train.csv", "folder", "saved", "hub:owner/name", "reasoning_gym:aiw?size=3"])
-def test_a_run_on_each_kind_of_source(
-    tmp_path: Path, tiny_qwen3_dir: Path, hub: list[dict[str, Any]], source: str
-) -> None:
+def test_a_run_on_each_kind_of_source(tmp_path: Path, tiny_qwen3_dir: Path, hub: list[dict[str, Any]], source: str) -> None:
     shutil.copytree(tiny_qwen3_dir, tmp_path / "student")
     world = World(tmp_path)
     (tmp_path / "train.csv").write_text("prompt,answer\n0?,0\n1?,1\n2?,2\n", encoding="utf-8")
@@ -542,15 +483,7 @@ def test_a_run_on_each_kind_of_source(
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
     world.set("data.train", source)
     if source.startswith("hub:"):
-        world.set(
-            "data",
-            {
-                "train": source,
-                "config": "main",
-                "answer_after": "####",
-                "columns": {"prompt": "question", "id": "n.id"},
-            },
-        )
+        world.set("data", {"train": source, "config": "main", "answer_after": "####", "columns": {"prompt": "question", "id": "n.id"}})
     world.set("rollout.batch_size", 3)
     assert cli.main(world.arguments()) == 0
     rows = pq.read_table(world.output / "rollouts" / "step-000001.parquet").to_pylist()

@@ -26,9 +26,7 @@ def test_the_divergence_is_trl_s(seed: int, scale: float, tokens: int) -> None:
     teacher = scale * torch.randn(1, tokens, 17, generator=rng)
     ours = jensen_shannon(student, teacher).mean()
     (our_gradient,) = torch.autograd.grad(ours, student)
-    theirs = GKDTrainer.generalized_jsd_loss(
-        student, teacher, labels=torch.zeros(1, tokens, dtype=torch.int64), beta=0.5, temperature=1.0
-    )
+    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels=torch.zeros(1, tokens, dtype=torch.int64), beta=0.5, temperature=1.0)
     (their_gradient,) = torch.autograd.grad(theirs, student)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-3, atol=1e-6)
@@ -52,8 +50,5 @@ def test_completion_logits_are_those_of_each_row_alone(tiny_qwen3_dir: Path) -> 
     rows = [Row((5, 6, 7), (8, 9)), Row((10,), (11, 12, 13, 14)), Row((5, 6, 7, 8, 9), (20,))]
     with torch.no_grad():
         together = completion_logits(model, rows, pad_id=0)
-        alone = [
-            model(torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits[0, len(row.prompt_ids) - 1 : -1]
-            for row in rows
-        ]
+        alone = [model(torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits[0, len(row.prompt_ids) - 1 : -1] for row in rows]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)

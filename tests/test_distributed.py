@@ -21,10 +21,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils.launch import (
-    prepare_multi_gpu_env,
-    prepare_simple_launcher_cmd_env,
-)
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -66,9 +63,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs a script or `-m module` in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     rendezvous = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
-    return subprocess.run(
-        [*launcher, *rendezvous, *command], env=environment(), capture_output=True, text=True, timeout=240
-    )
+    return subprocess.run([*launcher, *rendezvous, *command], env=environment(), capture_output=True, text=True, timeout=240)
 
 
 def newest(run: Path) -> Path:
@@ -252,9 +247,7 @@ def reward(completion, question):
 
 
 @pytest.mark.slow
-def test_killed_with_sharded_weights_it_goes_on_with_all_in_each(
-    alone: Path, recipe: Path, tmp_path: Path, victims: Victims
-) -> None:
+def test_killed_with_sharded_weights_it_goes_on_with_all_in_each(alone: Path, recipe: Path, tmp_path: Path, victims: Victims) -> None:
     """Trained with FSDP2 until a process is killed, on from its newest checkpoint without sharding."""
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     run, more = tmp_path / "run", (f"--grading.reward={tmp_path / 'killed.py'}:reward", "--data.eval=null")
@@ -332,9 +325,7 @@ def reward(completion, question):
         ("os.kill(os.getpid(), signal.SIGKILL)", "rank 0: Error: another process of this run has ended"),
     ],
 )
-def test_a_process_that_dies_ends_the_others_with_the_reason(
-    recipe: Path, tmp_path: Path, victims: Victims, fault: str, said: str
-) -> None:
+def test_a_process_that_dies_ends_the_others_with_the_reason(recipe: Path, tmp_path: Path, victims: Victims, fault: str, said: str) -> None:
     """Without a launcher, which would end them too; a child that hangs is killed in the end, and its status is negative."""
     (tmp_path / "failing.py").write_text(FAILING.format(fault=fault), encoding="utf-8")
     reward = f"--grading.reward={tmp_path / 'failing.py'}:reward"
@@ -360,10 +351,7 @@ def accelerate_environment(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
     return dict(prepare_multi_gpu_env(options))
 
 
-EXPECTED = {
-    "ddp.yaml": Launch(processes=8),
-    "fsdp2.yaml": Launch(processes=8, sharding="fsdp2", reshard=True),
-}
+EXPECTED = {"ddp.yaml": Launch(processes=8), "fsdp2.yaml": Launch(processes=8, sharding="fsdp2", reshard=True)}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
@@ -436,8 +424,7 @@ def test_sharding_needs_several_processes(recipe: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
-    [("--train.lora={}", "train.lora does not go"), ("--train.optimizer=adamw-8bit", "adamw-8bit does not go")],
+    ("override", "said"), [("--train.lora={}", "train.lora does not go"), ("--train.optimizer=adamw-8bit", "adamw-8bit does not go")]
 )
 def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: str) -> None:
     settings = load_recipe(recipe, [override, "--train.sharding=fsdp2"])

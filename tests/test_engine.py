@@ -53,12 +53,7 @@ def tiny(kind: str = "qwen3", std: float = 0.2, **more: Any) -> PreTrainedModel:
         window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
         model = Qwen3ForCausalLM(Qwen3Config(**SIZE | {"head_dim": 8} | window | more))
     else:
-        linear = {
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        }
+        linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
         shape = {"head_dim": 16, "num_hidden_layers": 4}
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZE | shape | linear | more))
     for weight in model.parameters():
@@ -71,8 +66,7 @@ def requests(lengths: Sequence[int], group: int = 4, seed: int = 0) -> list[Samp
     g = torch.Generator().manual_seed(seed)
     return [
         SampleRequest(
-            tuple(torch.randint(5, 54, (n,), generator=g).tolist()),
-            tuple(torch.randint(0, 2**62, (group,), generator=g).tolist()),
+            tuple(torch.randint(5, 54, (n,), generator=g).tolist()), tuple(torch.randint(0, 2**62, (group,), generator=g).tolist())
         )
         for n in lengths
     ]
@@ -82,9 +76,7 @@ def engine(model: PreTrainedModel, **more: Any) -> TransformersEngine:
     return TransformersEngine(model, ENDS, 0, BANNED, **more)
 
 
-def step_by_step(
-    model: PreTrainedModel, request: SampleRequest, key: int, sampling: Sampling
-) -> tuple[list[int], list[float]]:
+def step_by_step(model: PreTrainedModel, request: SampleRequest, key: int, sampling: Sampling) -> tuple[list[int], list[float]]:
     """The plainest sampler: the whole sequence through the model for every token, one row."""
     ids, logprobs = list(request.prompt_ids), []
     drawer = Drawer(sampling, [key], [request.prompt_ids], tuple(BANNED))
@@ -151,9 +143,7 @@ def assert_lean_is_exact(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("more", [{}, {"attention_bias": True}], ids=["plain", "bias"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
-def test_a_lean_step_is_the_library_s_to_the_bit(
-    kind: str, more: dict[str, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lean_step_is_the_library_s_to_the_bit(kind: str, more: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     assert_lean_is_exact(tiny(kind, **({} if kind == "qwen2" else more)), monkeypatch)
 
 
@@ -195,9 +185,7 @@ def test_a_batch_draws_what_each_rollout_alone_would(kind: str, sampling: Sampli
             assert completion.truncated == (ids[-1] not in ENDS)
 
 
-@pytest.mark.parametrize(
-    "limits", [{"max_rows": 1}, {"max_rows": 5}, {"max_tokens": 90}, {"max_rows": 7, "max_tokens": 60}]
-)
+@pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 5}, {"max_tokens": 90}, {"max_rows": 7, "max_tokens": 60}])
 def test_limits_change_nothing_but_the_batches(limits: dict[str, int]) -> None:
     model, asked = tiny(), requests([9, 3, 21, 3], group=4)
     whole = engine(model).sample(asked, Sampling(max_new_tokens=10))
@@ -229,11 +217,7 @@ def test_greedy_equals_generate(kind: str) -> None:
     done = TransformersEngine(model, ENDS, 0).sample(asked, Sampling(temperature=0, max_new_tokens=20))
     for request, (completion,) in zip(asked, done, strict=True):
         expected = model.generate(
-            torch.tensor([request.prompt_ids]),
-            do_sample=False,
-            max_new_tokens=20,
-            eos_token_id=sorted(ENDS),
-            pad_token_id=0,
+            torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=20, eos_token_id=sorted(ENDS), pad_token_id=0
         )
         assert completion.ids.tolist() == expected[0, len(request.prompt_ids) :].tolist()
 
@@ -292,9 +276,7 @@ def test_entropy_is_the_mean_over_the_tokens() -> None:
 def test_eager_attention_samples_the_same(kind: str) -> None:
     asked = requests([3, 14], group=2)
     usual = engine(tiny(kind)).sample(asked, Sampling(max_new_tokens=10))
-    assert flat(engine(tiny(kind, attn_implementation="eager")).sample(asked, Sampling(max_new_tokens=10))) == flat(
-        usual
-    )
+    assert flat(engine(tiny(kind, attn_implementation="eager")).sample(asked, Sampling(max_new_tokens=10))) == flat(usual)
 
 
 def test_long_completions_outgrow_the_first_buffer() -> None:

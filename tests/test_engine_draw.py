@@ -65,9 +65,7 @@ def plain_truncation(logits: list[float], top_k: int, top_p: float, min_p: float
     st.sampled_from([0.0, 0.07, 0.4, 1.0]),
     st.floats(0.05, 0.9),
 )
-def test_truncations_match_a_plain_restatement(
-    order: list[int], top_k: int, top_p: float, min_p: float, spread: float
-) -> None:
+def test_truncations_match_a_plain_restatement(order: list[int], top_k: int, top_p: float, min_p: float, spread: float) -> None:
     logits = [spread * i + 0.013 * i * i for i in order]  # no ties
     values, ids = truncate(torch.tensor([logits]), Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
     places = values[0].isfinite().nonzero()[:, 0]

@@ -19,23 +19,12 @@ ROWS = [
 
 def tiny(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    size = {
-        "vocab_size": 24,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
+    size = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     model: PreTrainedModel
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**size, num_hidden_layers=2, head_dim=8))
     else:
-        linear = {
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 1,
-            "linear_num_value_heads": 2,
-        }
+        linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**size, **linear, num_hidden_layers=4, head_dim=16))
     for weight in model.parameters():
         if weight.ndim >= 2:
@@ -43,9 +32,7 @@ def tiny(kind: str) -> PreTrainedModel:
     return model
 
 
-def plainly(
-    model: PreTrainedModel, row: Row, temperature: float, banned: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def plainly(model: PreTrainedModel, row: Row, temperature: float, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of one row, each (T,)."""
     prompt, completion = torch.as_tensor(row.prompt_ids), torch.as_tensor(row.completion_ids)
     logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / temperature
@@ -58,9 +45,7 @@ def plainly(
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
-def test_scores_and_gradients_equal_row_by_row(
-    kind: str, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_and_gradients_equal_row_by_row(kind: str, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "_CHUNK", chunk)
     model, banned = tiny(kind), [15, 20]
     weights = torch.randn(len(ROWS), 5, generator=torch.Generator().manual_seed(1))
@@ -108,15 +93,11 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
     prompt, completion = torch.as_tensor(ROWS[1].prompt_ids), torch.as_tensor(ROWS[1].completion_ids)
     with torch.no_grad():
         logits = model(torch.cat([prompt, completion])[None]).logits[0, :-1].float()
-    torch.testing.assert_close(
-        logprobs[1], logits.log_softmax(-1).gather(1, completion[:, None])[:, 0], atol=0.05, rtol=0.05
-    )
+    torch.testing.assert_close(logprobs[1], logits.log_softmax(-1).gather(1, completion[:, None])[:, 0], atol=0.05, rtol=0.05)
     assert model.lm_head.weight.grad is not None and model.lm_head.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("rows", "temperature"), [([], 1.0), (ROWS, 0.0), ([Row([], [1])], 1.0), ([Row([1], [])], 1.0)]
-)
+@pytest.mark.parametrize(("rows", "temperature"), [([], 1.0), (ROWS, 0.0), ([Row([], [1])], 1.0), ([Row([1], [])], 1.0)])
 def test_rows_that_cannot_be_scored_are_refused(rows: list[Row], temperature: float) -> None:
     with pytest.raises(ValueError, match="token_scores needs"):
         token_scores(tiny("qwen3"), rows, temperature=temperature)

@@ -54,14 +54,7 @@ def model(tiny_qwen3_dir: Path) -> PreTrainedModel:
 
 
 def guard(engine: Engine, model: PreTrainedModel, **more: Any) -> EngineCheck:
-    fields: dict[str, Any] = {
-        "temperature": 1.0,
-        "banned_ids": (),
-        "pad_id": 0,
-        "tolerance": 1e-3,
-        "every": 1,
-        "seed": 0,
-    }
+    fields: dict[str, Any] = {"temperature": 1.0, "banned_ids": (), "pad_id": 0, "tolerance": 1e-3, "every": 1, "seed": 0}
     return EngineCheck(engine, model, PROMPT, **{**fields, **more})
 
 
@@ -189,9 +182,7 @@ def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe:
         settings = load_recipe(recipe, overrides)
         chat = load_chat(settings.student)
         prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)
-        return make_engine_check(
-            settings, engine, model, prompt, chat, SimpleNamespace(mixed_precision=precision), ReplicatedWeights()
-        )  # type: ignore[arg-type]
+        return make_engine_check(settings, engine, model, prompt, chat, SimpleNamespace(mixed_precision=precision), ReplicatedWeights())  # type: ignore[arg-type]
 
     ours = TransformersEngine(model, [2], 0)
     assert made(ours, "no").tolerance == 1e-3 and made(ours, "bf16").tolerance == 0.05
@@ -255,9 +246,7 @@ def test_a_reward_of_one_s_own_has_no_boxes_to_miss() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_why_and_a_healthy_one_is_quiet(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_fails_says_why_and_a_healthy_one_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The lab's chains take eleven tokens: with five all answers are cut off, and nothing is right."""
     recipe = Path(__file__).parents[1] / "recipes" / "lab.yaml"
     small = ["--train.steps=1", "--rollout.batch_size=8", "--data.eval_limit=8", "--eval.every=0"]

@@ -16,9 +16,7 @@ from zppo.errors import ModelError
 from zppo.planning.dry_run import check_files
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
-_ROW = re.compile(
-    r"^\| (?P<wrong>[^|]+?) \| (?P<ticks>`+) ?(?P<said>.+?) ?(?P=ticks) \| (?P<status>\d) \|$", re.MULTILINE
-)
+_ROW = re.compile(r"^\| (?P<wrong>[^|]+?) \| (?P<ticks>`+) ?(?P<said>.+?) ?(?P=ticks) \| (?P<status>\d) \|$", re.MULTILINE)
 
 
 def rows() -> dict[str, tuple[str, int]]:
@@ -26,9 +24,7 @@ def rows() -> dict[str, tuple[str, int]]:
     text = DOCS.read_text(encoding="utf-8").replace("\\|", "\0")
     found = [(m["wrong"], m["said"].replace("\0", "|"), int(m["status"])) for m in _ROW.finditer(text)]
     assert len({wrong for wrong, _, _ in found}) == len(found)
-    assert len(found) == sum(
-        line.startswith("| ") and not line.startswith("| what is wrong") for line in text.splitlines()
-    )
+    assert len(found) == sum(line.startswith("| ") and not line.startswith("| what is wrong") for line in text.splitlines())
     return {wrong: (said, status) for wrong, said, status in found}
 
 
@@ -48,11 +44,7 @@ def test_the_table_lists_exactly_what_is_tested() -> None:
 
 @pytest.mark.parametrize("wrong", CASES)
 def test_the_message_names_value_cause_and_mend(
-    wrong: str,
-    tmp_path: Path,
-    tiny_qwen3_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    wrong: str, tmp_path: Path, tiny_qwen3_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said, expected = rows()[wrong]
     shutil.copytree(tiny_qwen3_dir, tmp_path / "student")

@@ -176,11 +176,7 @@ def test_taking_directives_out_only_takes_away(text: str) -> None:
 
 def test_directives_in_a_long_text_take_no_time() -> None:
     """Linear: a hostile row does not stall an evaluation (the test's own time limit is the bound)."""
-    for text in (
-        "please answer the question " * 4000,
-        "a. " * 20_000,
-        "Hint: please answer the question requiring " * 2000,
-    ):
+    for text in ("please answer the question " * 4000, "a. " * 20_000, "Hint: please answer the question requiring " * 2000):
         strip_directives(text)
 
 

@@ -90,9 +90,7 @@ def grader() -> Iterator[Grader]:
         yield made
 
 
-def item(
-    kind: Kind, gold: str | tuple[str, ...], facts: dict[str, Any] | None = None, options: list[str] | None = None
-) -> Item:
+def item(kind: Kind, gold: str | tuple[str, ...], facts: dict[str, Any] | None = None, options: list[str] | None = None) -> Item:
     return Item("1", "x", (Message("user", "?"),), gold, kind, options=tuple(options or ()), facts=facts or {})
 
 
@@ -108,11 +106,7 @@ def as_item(group: str, case: dict[str, Any]) -> Item:
         return find("VBlind").adapter(Row("VBlind", 1, row))[0]
     if group == "ocr":
         facts = {"task": case["type"], "how": case["eval"], "question": case["question"], "bbox": case.get("bbox", ())}
-        return item(
-            "ocr",
-            tuple(case["answers"]),
-            facts | {"boxes": case.get("bbox_list", ()), "content": case.get("content", ())},
-        )
+        return item("ocr", tuple(case["answers"]), facts | {"boxes": case.get("bbox_list", ()), "content": case.get("content", ())})
     return item("number" if group == "number" else "text", case["gold"])
 
 
@@ -156,14 +150,10 @@ def test_four_way_score_counts_like_the_harness() -> None:
         "IK": "InsufficientKnowledge", "IG": "InadequateGeneralization", "CM strict": "CompleteMastery_strict",
         "CM loose": "CompleteMastery_loose", "RM strict": "RoteMemorization_strict", "RM loose": "RoteMemorization_loose",
     }  # fmt: skip
-    assert {name: round(found[name] * n) for name in theirs} == {
-        name: case["theirs"][key] for name, key in theirs.items()
-    }
+    assert {name: round(found[name] * n) for name in theirs} == {name: case["theirs"][key] for name, key in theirs.items()}
 
 
-@pytest.mark.parametrize(
-    "answer", ["Rotterdam", "Roterdam", "rotter dam", "Rott", "Amsterdam", "31 %", "ein langer Text"]
-)
+@pytest.mark.parametrize("answer", ["Rotterdam", "Roterdam", "rotter dam", "Rott", "Amsterdam", "31 %", "ein langer Text"])
 @pytest.mark.parametrize("golds", [["Rotterdam"], ["31%", "31 %"], ["Ein langer Text über etwas", "Amsterdam"]])
 def test_anls_is_that_of_the_package(golds: list[str], answer: str) -> None:
     assert anls(golds, answer) == pytest.approx(anls_score(answer, golds), abs=1e-9)

@@ -74,9 +74,7 @@ def test_without_any_subtitles_the_benchmark_with_them_is_unavailable(empty: boo
     shutil.rmtree(clips / "subtitle")
     if empty:
         (clips / "subtitle").mkdir()
-    with pytest.raises(
-        UnavailableError, match=r"VMMES: there is no file .*subtitle/<videoID>\.srt; unpack the subtitles"
-    ):
+    with pytest.raises(UnavailableError, match=r"VMMES: there is no file .*subtitle/<videoID>\.srt; unpack the subtitles"):
         load_items(find("VMMES"), clips)
     assert load_items(find("VMME"), clips).items
 
@@ -101,11 +99,7 @@ def test_clips_are_found_wherever_they_were_unpacked(folder: Path, tmp_path: Pat
     assert numbers(first(**part, _config="episodic_reasoning")) == [*range(16, 26)]
     assert numbers(first(**part, fps=2)) == [*range(11, 18)]
     assert numbers(first(start=50.0, end=55.0, fps=3)) == [60]
-    assert first(**part).frames == (
-        tmp_path / "clips" / "0.png",
-        tmp_path / "clips" / "1.png",
-        tmp_path / "clips" / "2.png",
-    )
+    assert first(**part).frames == (tmp_path / "clips" / "0.png", tmp_path / "clips" / "1.png", tmp_path / "clips" / "2.png")
     (reason,) = load_items(find("MVBench"), tmp_path).unreadable
     assert "(5.0 to 8.0 s) that is a folder of pictures; say how many a second in the field fps" in reason
 
@@ -126,9 +120,7 @@ def test_parts_that_are_cut_already_are_shown_whole(folder: Path, tmp_path: Path
         ("VMME", None, r"VMME: .*fFjv93ACGo8\.mp4 does not exist, nor is there a file of its name below"),
     ],
 )
-def test_what_a_folder_lacks_is_unavailable(
-    name: str, clips: Path | None, message: str, folder: Path, tmp_path: Path
-) -> None:
+def test_what_a_folder_lacks_is_unavailable(name: str, clips: Path | None, message: str, folder: Path, tmp_path: Path) -> None:
     if name != "AI2D":
         (tmp_path / f"{name}.jsonl").write_text((folder / f"{name}.jsonl").read_text())
     with pytest.raises(UnavailableError, match=message):
@@ -151,9 +143,7 @@ def test_many_rows_that_cannot_be_read_stop_a_benchmark_and_few_are_left_out(fol
     assert [item.gold for item in loaded.items] == ["B", "D"]
     assert loaded.unreadable == ("MMLU, row 1, field 'choices': is blank; a text is expected",) and not loaded.left_out
     path.write_text(bad + good + bad)
-    with pytest.raises(
-        DataError, match=r"^MMLU, row 1, field 'choices': is blank.*\(2 of 4 rows cannot be read\)$"
-    ) as caught:
+    with pytest.raises(DataError, match=r"^MMLU, row 1, field 'choices': is blank.*\(2 of 4 rows cannot be read\)$") as caught:
         load_items(find("MMLU"), tmp_path)
     assert not isinstance(caught.value, UnavailableError)
     path.write_text(bad + good * 50 + bad)  # 2 of 102
@@ -235,9 +225,7 @@ def test_pictures_of_the_hub_come_as_bytes(hub: Any, folder: Path) -> None:
     made.parts = {(None, "test"): part}
     import unittest.mock
 
-    with unittest.mock.patch.object(
-        datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(part, features=features)
-    ):
+    with unittest.mock.patch.object(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(part, features=features)):
         (item,) = load_items(find("AI2D")).items
     assert item.images in ((folder / "images" / "red.png",), ((folder / "images" / "red.png").read_bytes(),))
 
@@ -249,9 +237,7 @@ def test_pictures_of_the_hub_come_as_bytes(hub: Any, folder: Path) -> None:
         ("GPQA-D", PermissionError("401"), "it is gated: accept its terms at https://huggingface.co/datasets/Idavidrein/gpqa"),
     ],
 )  # fmt: skip
-def test_a_set_that_cannot_be_reached_is_unavailable(
-    name: str, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_that_cannot_be_reached_is_unavailable(name: str, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
         raise error
 
@@ -271,9 +257,7 @@ def test_a_copy_is_read_where_the_set_itself_cannot_be_had(hub: Any, monkeypatch
     assert [name for name, *_ in made.asked] == ["opencompass/AIME2025"] * 2 + ["math-ai/aime25"]
     assert made.asked[-1][-1] == aime.also[0].revision
     made.parts = {}
-    with pytest.raises(
-        UnavailableError, match=r"AIME25: opencompass/AIME2025, .*, nor can math-ai/aime25; see https://hu"
-    ):
+    with pytest.raises(UnavailableError, match=r"AIME25: opencompass/AIME2025, .*, nor can math-ai/aime25; see https://hu"):
         load_items(aime)
 
 
@@ -285,9 +269,7 @@ def test_the_clips_of_mvbench_are_those_of_its_branch_of_clips(hub: Any, folder:
 
 
 def test_clips_of_the_hub_must_be_unpacked_by_hand() -> None:
-    with pytest.raises(
-        UnavailableError, match="MVBench: its clips are archives at https://huggingface.co/datasets/OpenGVLab/MVBench"
-    ):
+    with pytest.raises(UnavailableError, match="MVBench: its clips are archives at https://huggingface.co/datasets/OpenGVLab/MVBench"):
         load_items(find("MVBench"))
 
 

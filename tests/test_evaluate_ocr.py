@@ -18,11 +18,7 @@ from zppo.evals.scoring.text_metrics import Node, outline_similarity, teds, tree
 
 
 def table(*rows: str) -> str:
-    return (
-        "<table>"
-        + "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row.split()) + "</tr>" for row in rows)
-        + "</table>"
-    )
+    return "<table>" + "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row.split()) + "</tr>" for row in rows) + "</table>"
 
 
 @pytest.mark.parametrize(
@@ -74,9 +70,7 @@ def forest(first: tuple[Node, ...], second: tuple[Node, ...], known: dict[Any, f
             known[key] = min(
                 forest((*first[:-1], *a.children), second, known) + 1,
                 forest(first, (*second[:-1], *b.children), known) + 1,
-                forest(first[:-1], second[:-1], known)
-                + forest(tuple(a.children), tuple(b.children), known)
-                + unit(a, b),
+                forest(first[:-1], second[:-1], known) + forest(tuple(a.children), tuple(b.children), known) + unit(a, b),
             )
     return known[key]
 
@@ -120,29 +114,12 @@ def test_every_task_has_a_metric_and_an_ability() -> None:
     assert set(_METRICS) == set(_ABILITIES)
 
 
-HOSTILE = (
-    "[" * 20_000,
-    "{" * 20_000,
-    "<table>" * 5000,
-    "<td>" * 10_000,
-    "(1,2,3," * 5000,
-    "```" * 10_000,
-    "a:" * 20_000,
-    "((((" * 9999,
-)
+HOSTILE = ("[" * 20_000, "{" * 20_000, "<table>" * 5000, "<td>" * 10_000, "(1,2,3," * 5000, "```" * 10_000, "a:" * 20_000, "((((" * 9999)
 
 
-@pytest.mark.parametrize(
-    "task", sorted(set(_METRICS) - {"full-page OCR en", "full-page OCR cn", "text translation cn"})
-)
+@pytest.mark.parametrize("task", sorted(set(_METRICS) - {"full-page OCR en", "full-page OCR cn", "text translation cn"}))
 def test_a_hostile_response_neither_raises_nor_stalls(task: str) -> None:
-    facts = {
-        "task": task,
-        "question": "简答 html",
-        "boxes": ((1, 1, 5, 1, 5, 5, 1, 5),),
-        "content": ("A",),
-        "bbox": (1, 2, 3, 4),
-    }
+    facts = {"task": task, "question": "简答 html", "boxes": ((1, 1, 5, 1, 5, 5, 1, 5),), "content": ("A",), "bbox": (1, 2, 3, 4)}
     asked = Item("1", "x", (Message("user", "?"),), ('{"a": "b"}',), "ocr", facts=facts)
     for response in HOSTILE:
         assert 0 <= ocr_score(asked, response) <= 1

@@ -23,17 +23,7 @@ from zppo.evals.item import Item, Message
 from zppo.evals.journal import Journal
 from zppo.evals.media import media_key, spread, turns_of
 from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
-from zppo.evals.results import (
-    EvalFolder,
-    Row,
-    begin,
-    default_output,
-    families,
-    finished,
-    summary,
-    with_benchmark,
-    with_skipped,
-)
+from zppo.evals.results import EvalFolder, Row, begin, default_output, families, finished, summary, with_benchmark, with_skipped
 from zppo.evals.server import KEY, command_of
 from zppo.evals.tables import BENCHMARKS, find
 from zppo.evals.view import Watch, print_results
@@ -129,9 +119,7 @@ def test_frames_come_before_the_text_evenly_spaced_and_images_at_their_marks(tmp
     item = Item("1", "VMME", (Message("user", "Where?"),), "A", "text", frames=frames)
     (turn,) = turns_of(item, PromptBook(), store=tmp_path, as_file=False, frames=2)
     assert [part.kind for part in turn.parts] == ["image", "image", "text"]
-    pictured = Item(
-        "2", "AI2D", (Message("user", "See <image> here."),), "A", "text", images=(tmp_path / "images" / "red.png",)
-    )
+    pictured = Item("2", "AI2D", (Message("user", "See <image> here."),), "A", "text", images=(tmp_path / "images" / "red.png",))
     (turn,) = turns_of(pictured, PromptBook(), store=tmp_path, as_file=False, frames=2)
     assert [part.kind for part in turn.parts] == ["text", "image", "text"]
     assert turn.parts[1].value.startswith("data:image/png;base64,")
@@ -250,11 +238,7 @@ def test_a_benchmark_is_done_when_every_row_of_this_call_is_decided() -> None:
     state = with_benchmark(with_benchmark(state, part, names), part | {"name": "AI2D", "family": "vlm"}, names)
     assert [each["name"] for each in state["benchmarks"]] == ["AI2D", "MMLU"] and not state["skipped"]
     assert finished(state, "MMLU", None, 1)
-    assert (
-        not finished(state, "MMLU", 5, 1)
-        and not finished(state, "MMLU", None, 2)
-        and not finished(state, "HLE", None, 1)
-    )
+    assert not finished(state, "MMLU", 5, 1) and not finished(state, "MMLU", None, 2) and not finished(state, "HLE", None, 1)
     assert not finished(with_benchmark(state, part | {"open": 1}, names), "MMLU", None, 1)
 
 
@@ -309,9 +293,7 @@ def test_the_closing_table_says_what_was_decided_by_whom_and_what_was_skipped(tm
     console = Console(record=True, width=150, force_terminal=False)
     print_results(console, EvalFolder(tmp_path).read() or {})
     text = shown(console)
-    assert (
-        "AI2D 50.0 16.7 10 10 0 0 0 0" in text and "mean of 2 llm 30.0" in text and "skipped HLE: it is gated" in text
-    )
+    assert "AI2D 50.0 16.7 10 10 0 0 0 0" in text and "mean of 2 llm 30.0" in text and "skipped HLE: it is gated" in text
     assert text.startswith("m, judged by j benchmark score")
 
 
@@ -336,9 +318,7 @@ def test_the_closing_table_says_what_could_not_be_read(tmp_path: Path) -> None:
     console = Console(record=True, width=150, force_terminal=False)
     print_results(console, state)
     text = shown(console)
-    assert (
-        "MMLU: 2 rows are no part of it, since unreadable; the first: MMLU, row 7: no" in text and "AI2D:" not in text
-    )
+    assert "MMLU: 2 rows are no part of it, since unreadable; the first: MMLU, row 7: no" in text and "AI2D:" not in text
 
 
 def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,9 +345,7 @@ def test_two_evaluations_are_compared_family_by_family(tmp_path: Path, capsys: p
     assert cli.main(["eval", "compare", str(one), str(other), "--resamples", "50", "--seed", "3"]) == 0
     assert "50 resamples of the benchmarks with seed 3" in capsys.readouterr().out
     out = tmp_path / "out.csv"
-    assert (
-        cli.main(["bootstrap", str(one), str(other), "--minuend", "tuned", "--resamples", "50", "--csv", str(out)]) == 0
-    )
+    assert cli.main(["bootstrap", str(one), str(other), "--minuend", "tuned", "--resamples", "50", "--csv", str(out)]) == 0
     assert "vlm,tuned,plain,30.00" in out.read_text()
     assert cli.main(["bootstrap", str(one)]) == 2 and cli.main(["bootstrap", str(one), "table.csv"]) == 2
     same = [read_evaluation(path) for path in (one, one)]
@@ -379,9 +357,7 @@ def test_two_evaluations_are_compared_family_by_family(tmp_path: Path, capsys: p
     assert "takes none: AI2D 3." in evaluation_table(read_evaluation(other)).caption
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"format": "zppo eval 1"}', '{"benchmarks": [{"name": 1, "value": "x"}]}', "[" * 100_000]
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "zppo eval 1"}', '{"benchmarks": [{"name": 1, "value": "x"}]}', "[" * 100_000])
 def test_a_file_that_is_no_evaluation_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(DataError, match=r"eval\.json"):
@@ -420,10 +396,7 @@ def test_a_dry_run_needs_no_network_no_server_and_no_extra(
     assert all(benchmark.name in said for benchmark in BENCHMARKS)
     assert "gated: accept its terms" in said and "not measured" in said
     write_data(tmp_path)
-    assert (
-        cli.main(["eval", "anything", "--suite", "AI2D,MMLU", "--data", str(tmp_path), "--samples", "3", "--dry-run"])
-        == 0
-    )
+    assert cli.main(["eval", "anything", "--suite", "AI2D,MMLU", "--data", str(tmp_path), "--samples", "3", "--dry-run"]) == 0
     assert "AI2D 2 6" in " ".join(capsys.readouterr().out.split())
     # Rows that cannot be read are said, and the other benchmarks are estimated all the same.
     (tmp_path / "AI2D.jsonl").write_text("{}\n{}\n")

@@ -242,9 +242,7 @@ def test_questions_that_are_too_long_are_said_and_asked_again_elsewhere(
     out = tmp_path / "out"
     with scripted(lambda body: refusals[len(model.requests) % 2], "m") as model, scripted(fair, "j") as judge:
         assert cli.main(command(model.url, judge, data, out, "CEval", "--concurrency", "1")) == 0
-        assert {(row["value"], row["reason"]) for row in rows(out, "CEval")} == {
-            (0.0, "too long for the model's context")
-        }
+        assert {(row["value"], row["reason"]) for row in rows(out, "CEval")} == {(0.0, "too long for the model's context")}
         (part,) = results(out)["benchmarks"]
         assert (part["too_long"], part["no_answer"], part["truncated"], part["open"]) == (2, 0, 0, 0)
         assert "CEval: 2 of 2 rows are 0 since" in capsys.readouterr().out
@@ -300,9 +298,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(data: Path, tmp_path: Path
 
     with scripted(slow, "m") as model, scripted(fair, "j") as judge:
         arguments = command(model.url, judge, data, out, "CharXiv,AIME25", "--concurrency", "1")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "zppo", *arguments], stdout=subprocess.DEVNULL, env={**os.environ}
-        )
+        process = subprocess.Popen([sys.executable, "-m", "zppo", *arguments], stdout=subprocess.DEVNULL, env={**os.environ})
         try:
             assert reached.wait(200)
         finally:
@@ -441,9 +437,7 @@ def test_all_benchmarks_through_servers_of_our_own(
 
 
 @pytest.mark.slow
-def test_clips_go_whole_to_servers_that_take_them_and_judges_are_asked_in_given_words(
-    data: Path, tmp_path: Path
-) -> None:
+def test_clips_go_whole_to_servers_that_take_them_and_judges_are_asked_in_given_words(data: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("Mine: {{ question }}")
     (tmp_path / "rows").mkdir()
     for name in ("MVBench", "MMVU"):
@@ -469,10 +463,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
         (0.2, "import time; time.sleep(300)", "within 0.2 s"),
     ):
         monkeypatch.setattr("zppo.evals.server.command_of", lambda *a, s=script: [sys.executable, "-c", s])
-        with (
-            pytest.raises(EvaluationError, match=message),
-            served(tmp_path, log, images=1, deadline=deadline, vllm=False),
-        ):
+        with pytest.raises(EvaluationError, match=message), served(tmp_path, log, images=1, deadline=deadline, vllm=False):
             raise AssertionError("it cannot be there")
 
 
@@ -537,11 +528,7 @@ def test_data_that_cannot_be_had_or_read_is_skipped_and_said(
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "skipped MMLU:" in printed and "no benchmark could be evaluated" in printed
     state = results(tmp_path / "out")
-    assert (
-        not state["benchmarks"]
-        and [each["name"] for each in state["skipped"]] == ["CEval", "MMLU"]
-        and not model.requests
-    )
+    assert not state["benchmarks"] and [each["name"] for each in state["skipped"]] == ["CEval", "MMLU"] and not model.requests
 
 
 MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
@@ -550,32 +537,21 @@ MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
     "a model that is nowhere": (lambda m, j, f: [str(f / "none"), "--judge", j], "is no folder"),
     "a folder without a model": (lambda m, j, f: [str(f), "--judge", j], "is no checkpoint"),
     "a wrong address": (lambda m, j, f: ["http://127.0.0.1:1/v1", "--judge", j], "the model cannot"),
-    "a wrong address of the judge": (
-        lambda m, j, f: [m, "--judge", "http://127.0.0.1:1/v1"],
-        "the judge cannot",
-    ),
+    "a wrong address of the judge": (lambda m, j, f: [m, "--judge", "http://127.0.0.1:1/v1"], "the judge cannot"),
     "an address without http": (lambda m, j, f: [m, "--judge", "localhost:1"], "is no URL"),
-    "a model that is not served": (
-        lambda m, j, f: [m, "--judge", j, "--model", "huge"],
-        "'huge'; it serves m",
-    ),
+    "a model that is not served": (lambda m, j, f: [m, "--judge", j, "--model", "huge"], "'huge'; it serves m"),
     "a key that is not set": (lambda m, j, f: [m, "--judge", j, "--key-env", "NOT_SET"], "NOT_SET is not set"),
     "no samples": (lambda m, j, f: [m, "--judge", j, "--samples", "0"], "--samples is 0"),
     "no data folder": (lambda m, j, f: [m, "--judge", j, "--data", str(f / "none")], "--data: "),
     "a judge without a name": (lambda m, j, f: [m, "--judge", j, "--judge-prompt", "x"], "write JUDGE=PATH"),
-    "a prompt that is nowhere": (
-        lambda m, j, f: [m, "--judge", j, "--judge-prompt", "HLE=no.jinja"],
-        "no.jinja",
-    ),
+    "a prompt that is nowhere": (lambda m, j, f: [m, "--judge", j, "--judge-prompt", "HLE=no.jinja"], "no.jinja"),
     "two models": (lambda m, j, f: [m, "other", "--judge", j], "takes one model"),
     "one evaluation to compare": (lambda m, j, f: ["compare", "a.json"], "not 1"),
 }
 
 
 @pytest.mark.parametrize("wrong", MISTAKES)
-def test_mistakes_are_said_before_anything_is_asked(
-    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_said_before_anything_is_asked(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, message = MISTAKES[wrong]
     with scripted(right, "m") as model, scripted(fair, "j") as judge:
         extra = [] if "compare" in wrong else ["--output", str(tmp_path / "out")]

@@ -32,9 +32,7 @@ def grader() -> Iterator[Grader]:
         yield made
 
 
-def item(
-    kind: Kind, gold: str | tuple[str, ...], facts: dict[str, Any] | None = None, options: tuple[str, ...] = ()
-) -> Item:
+def item(kind: Kind, gold: str | tuple[str, ...], facts: dict[str, Any] | None = None, options: tuple[str, ...] = ()) -> Item:
     return Item("1", "x", (Message("user", "?"),), gold, kind, options=options, facts=facts or {})
 
 
@@ -162,9 +160,7 @@ def test_a_judge_is_shown_question_gold_and_response(benchmark: Any) -> None:
 
 def test_the_shared_judge_reads_all_of_a_completion_without_an_answer() -> None:
     benchmark = find("AI2D")
-    (message,) = judge_request(
-        benchmark, items(benchmark)[0], "<think>it is rabbit</think>Yes, that one.", judge_book()
-    )
+    (message,) = judge_request(benchmark, items(benchmark)[0], "<think>it is rabbit</think>Yes, that one.", judge_book())
     assert "it is rabbit" in message.content
     (message,) = judge_request(benchmark, items(benchmark)[0], "x" * 50_000 + " the end", judge_book())
     assert "the end" in message.content and len(message.content) < 23_000
@@ -249,9 +245,7 @@ OFFICIAL: list[tuple[str, str, float | None]] = [
 
 
 @pytest.mark.parametrize(("name", "reply", "value"), OFFICIAL)
-def test_replies_in_the_official_forms_are_read_and_ambiguous_ones_are_not(
-    name: str, reply: str, value: float | None
-) -> None:
+def test_replies_in_the_official_forms_are_read_and_ambiguous_ones_are_not(name: str, reply: str, value: float | None) -> None:
     assert judge_score(find(name), items(find(name))[0], reply) == value
 
 
@@ -290,10 +284,7 @@ def test_an_unreadable_reply_is_shown_back_with_its_form(tmp_path: Path, monkeyp
         assert how.sampling.max_new_tokens == tokens and second.messages[:1] == first.messages
         assert [(m.role, m.content) for m in second.messages[1:]] == [
             ("assistant", "It does."),
-            (
-                "user",
-                'That cannot be read. Reply with one JSON object and nothing else, either {"verdict": "yes"} or {"verdict": "no"}.',
-            ),
+            ("user", 'That cannot be read. Reply with one JSON object and nothing else, either {"verdict": "yes"} or {"verdict": "no"}.'),
         ]
 
 
@@ -372,13 +363,9 @@ def test_four_kinds_of_mastery() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=2, max_size=3), st.integers(0, 1)), min_size=1, max_size=12)
-)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=2, max_size=3), st.integers(0, 1)), min_size=1, max_size=12))
 def test_the_four_kinds_share_out_all_problems(drawn: list[tuple[list[int], int]]) -> None:
-    found = mastery(
-        [row for i, (steps, composite) in enumerate(drawn) for row in problem(str(i), *steps, composite=composite)]
-    )
+    found = mastery([row for i, (steps, composite) in enumerate(drawn) for row in problem(str(i), *steps, composite=composite)])
     for name in ("strict", "loose"):
         assert found["IK"] + found["IG"] + found[f"CM {name}"] + found[f"RM {name}"] == pytest.approx(1)
     assert found["score strict"] <= found["score loose"] + 1e-12

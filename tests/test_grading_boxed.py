@@ -62,19 +62,7 @@ def test_extraction(text: str, think_open: bool, answer: str | None) -> None:
         "\x00" * 1_000_000,
         "\ud800" * 1_000_000,
     ],
-    ids=[
-        "letters",
-        "braces",
-        "backslashes",
-        "open boxes",
-        "nested boxes",
-        "spaces",
-        "think",
-        "thought",
-        "long",
-        "null",
-        "surrogates",
-    ],
+    ids=["letters", "braces", "backslashes", "open boxes", "nested boxes", "spaces", "think", "thought", "long", "null", "surrogates"],
 )
 @pytest.mark.timeout(60)  # more than linear in the text would take hours
 def test_a_megabyte_takes_a_moment(text: str) -> None:

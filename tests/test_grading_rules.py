@@ -80,21 +80,13 @@ def test_two_boxes_are_not_a_set(grader: Grader) -> None:
 
 def test_no_answer_is_none_and_wrong(grader: Grader) -> None:
     verdict = grader.grade("the answer is None", "None")
-    assert (verdict.correct, verdict.answer, verdict.reason, verdict.reward, verdict.graded) == (
-        False,
-        None,
-        "no answer",
-        0.0,
-        True,
-    )
+    assert (verdict.correct, verdict.answer, verdict.reason, verdict.reward, verdict.graded) == (False, None, "no answer", 0.0, True)
     assert grader.grade(r"\boxed{None}", "None").correct
     assert grader.grade(r"<think>\boxed{5}", "5").answer is None
     assert grader.grade(r"\boxed{5}", "5", think_open=True).answer is None
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer"), [("5", "6"), ("0.5", "1/3"), ("A", "B"), ("Yes", "No"), ("5 cm", "6 cm"), ("cat", "dog")]
-)
+@pytest.mark.parametrize(("gold", "answer"), [("5", "6"), ("0.5", "1/3"), ("A", "B"), ("Yes", "No"), ("5 cm", "6 cm"), ("cat", "dog")])
 def test_types_decide_without_a_worker(gold: str, answer: str) -> None:
     assert compare(gold, answer, undecided) is False
 
@@ -120,10 +112,7 @@ def test_fractions_are_equal_iff_their_values_are(first: Fraction, second: Fract
     assert compare(f"{first.numerator}/{first.denominator}", spelled, undecided) is True
 
 
-@given(
-    st.integers(-(10**15), 10**15),
-    st.sampled_from(["{:,}", "{}.0", "${}$", "({})", "{} ", "\\text{{{}}}", "+{}", "x = {}", "{} cm"]),
-)
+@given(st.integers(-(10**15), 10**15), st.sampled_from(["{:,}", "{}.0", "${}$", "({})", "{} ", "\\text{{{}}}", "+{}", "x = {}", "{} cm"]))
 @settings(max_examples=150, deadline=None)
 def test_spellings_of_an_integer(number: int, spelling: str) -> None:
     if number >= 0 or spelling != "+{}":
@@ -146,9 +135,7 @@ _PIECES = st.sampled_from(
     r"\left \right 元 ½ ² … \ud800".split()
     + [" ", "\x00", "\ud800", "\\", "\u202e", "１"]
 )
-_ANSWERS = st.one_of(
-    st.lists(_PIECES, max_size=12).map("".join), st.lists(_PIECES, max_size=12).map(" ".join), st.text(max_size=40)
-)
+_ANSWERS = st.one_of(st.lists(_PIECES, max_size=12).map("".join), st.lists(_PIECES, max_size=12).map(" ".join), st.text(max_size=40))
 
 
 @given(_ANSWERS, _ANSWERS)
@@ -165,9 +152,7 @@ def test_fuzz_whole_way(grader: Grader, answer: str) -> None:
         assert grader.equal(gold, answer) in (True, False)
 
 
-def test_a_fault_of_the_rules_costs_one_answer_and_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_fault_of_the_rules_costs_one_answer_and_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(gold: str, answer: str, algebra: object) -> bool:
         raise ValueError("a rule")
 

@@ -27,9 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    return [
-        shlex.split(line)[1:] for block in blocks("bash") for line in block.splitlines() if line.startswith("zppo ")
-    ]
+    return [shlex.split(line)[1:] for block in blocks("bash") for line in block.splitlines() if line.startswith("zppo ")]
 
 
 def test_settings_and_files_that_it_names_exist() -> None:
@@ -38,9 +36,7 @@ def test_settings_and_files_that_it_names_exist() -> None:
     own = {"accuracy.plain", "accuracy.bcq", "accuracy.ncq", "metrics.jsonl"}
     assert len(named) > 20 and [name for name in named if name not in known_keys() and name not in own] == []
     for document in re.findall(r"\]\(([\w-]+\.md)\)|`(recipes/[\w.-]+)`", GUIDE):
-        assert any((folder / "".join(document)).is_file() for folder in (RECIPES.parent / "docs", RECIPES.parent)), (
-            document
-        )
+        assert any((folder / "".join(document)).is_file() for folder in (RECIPES.parent / "docs", RECIPES.parent)), document
 
 
 @pytest.fixture
@@ -78,18 +74,14 @@ def test_from_a_csv_to_a_student(
     ran = commands()
     assert [c[0] for c in ran] == ["train", "cost", "train", "report", "resume", "train"]
     for command in ran:
-        extra = (
-            ["--teacher-params=27B"] if command[0] == "cost" else ["--figures=none"] if command[0] == "report" else []
-        )
+        extra = ["--teacher-params=27B"] if command[0] == "cost" else ["--figures=none"] if command[0] == "report" else []
         assert main([*command, *extra]) == 0, capsys.readouterr().err
     assert "runs/mine is finished already" in capsys.readouterr().out
     lines = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
     step = next(line for line in lines if line["event"] == "step")
     last = [line["event"] for line in lines][-1]
     assert last == "final" and Path("runs/mine/final/adapter").is_dir() and Path("runs/mine/report.html").is_file()
-    assert [json.loads(line)["event"] for line in Path("runs/check/metrics.jsonl").read_text().splitlines()].count(
-        "step"
-    ) == 0
+    assert [json.loads(line)["event"] for line in Path("runs/check/metrics.jsonl").read_text().splitlines()].count("step") == 0
 
     watched = GUIDE.split("## 6.")[1].split("## 7.")[0]
     for row in re.findall(r"^\| (`.*?) \|", watched, re.MULTILINE):

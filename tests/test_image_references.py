@@ -158,6 +158,4 @@ def test_questions_about_other_images_are_other_questions() -> None:
 
 def test_places_without_images_are_said() -> None:
     assert unseen([asked("a", text="?"), asked("b", ImageRef("a", ""), text=IMAGE)]) == ""
-    assert "1 of 2 questions hold <image> and have no image ('b', for one)" in unseen(
-        [asked("a"), asked("b", text=IMAGE)]
-    )
+    assert "1 of 2 questions hold <image> and have no image ('b', for one)" in unseen([asked("a"), asked("b", text=IMAGE)])

@@ -16,17 +16,7 @@ from pictures import bomb, noise, picture
 from zppo.core.parts import TurnParts, message_parts
 from zppo.core.types import IMAGE, ImageRef, Message
 from zppo.errors import DataError, StorageError
-from zppo.images.store import (
-    cache_folder,
-    check_whole,
-    data_url,
-    decode,
-    header_of,
-    keep,
-    open_image,
-    read_bytes,
-    reference,
-)
+from zppo.images.store import cache_folder, check_whole, data_url, decode, header_of, keep, open_image, read_bytes, reference
 
 A, B = ImageRef("a.png", "0a"), ImageRef("b.png", "0b")
 
@@ -51,9 +41,7 @@ def test_without_a_marker_images_stand_before_the_last_users_turn() -> None:
 
 
 def test_without_images_a_marker_is_ordinary_text() -> None:
-    assert message_parts((Message("user", f"what does {IMAGE} mean?"),), ()) == [
-        TurnParts("user", (f"what does {IMAGE} mean?",))
-    ]
+    assert message_parts((Message("user", f"what does {IMAGE} mean?"),), ()) == [TurnParts("user", (f"what does {IMAGE} mean?",))]
 
 
 @pytest.mark.parametrize(("text", "images"), [(f"{IMAGE}{IMAGE}", (A,)), (IMAGE, (A, B))])
@@ -67,11 +55,7 @@ def test_images_need_a_user_turn() -> None:
         message_parts((Message("system", "s"),), (A,))
 
 
-@given(
-    st.lists(
-        st.lists(st.sampled_from([IMAGE, "a", "<", "image>", " "]), max_size=6).map("".join), min_size=1, max_size=4
-    )
-)
+@given(st.lists(st.lists(st.sampled_from([IMAGE, "a", "<", "image>", " "]), max_size=6).map("".join), min_size=1, max_size=4))
 def test_parts_are_the_text_again_with_every_image_once(texts: list[str]) -> None:
     messages = tuple(Message("user", text) for text in texts)
     count = sum(text.count(IMAGE) for text in texts)

@@ -23,8 +23,7 @@ from zppo.planning.model_shapes import VisionShape, vision_shape_of
 
 def settings(folder: Path, *overrides: str) -> Settings:
     (folder / "recipe.yaml").write_text(
-        json.dumps({"method": "grpo", "student": {"model": "student"}, "data": {"train": "questions.jsonl"}}),
-        encoding="utf-8",
+        json.dumps({"method": "grpo", "student": {"model": "student"}, "data": {"train": "questions.jsonl"}}), encoding="utf-8"
     )
     return load_recipe(folder / "recipe.yaml", [f"--student.model={folder / 'student'}", *overrides])
 
@@ -63,9 +62,7 @@ def kept_per_patch(shape: VisionShape, *, bf16: bool) -> float:
 @pytest.mark.parametrize(("hidden", "mlp"), [(96, 160), (128, 512)])
 def test_what_a_tower_keeps_is_estimated_to_a_quarter(hidden: int, mlp: int, bf16: bool) -> None:
     shape = VisionShape(hidden, mlp, layers=5, out=64, patch=16, merge=2)
-    assert kept_per_patch(shape, bf16=bf16) == pytest.approx(
-        shape.kept_per_patch(bf16=bf16, recomputed=False), rel=0.25
-    )
+    assert kept_per_patch(shape, bf16=bf16) == pytest.approx(shape.kept_per_patch(bf16=bf16, recomputed=False), rel=0.25)
     assert shape.kept_per_patch(bf16=bf16, recomputed=True) < 0.6 * shape.kept_per_patch(bf16=bf16, recomputed=False)
 
 
@@ -109,6 +106,4 @@ def test_images_add_the_tower_its_activations_and_their_tokens(tmp_path: Path) -
     assert found(1, "--train.lora={targets: [q_proj, '*visual*']}").tower == one.tower
     machine = Machine("a card", True, 80 * GIB, 80 * GIB)
     shown = dict(memory_rows(recipe, machine=machine, images=1))
-    assert "roughly" in shown["update: vision tower"] and "update: vision tower" not in dict(
-        memory_rows(recipe, machine=machine)
-    )
+    assert "roughly" in shown["update: vision tower"] and "update: vision tower" not in dict(memory_rows(recipe, machine=machine))

@@ -58,12 +58,7 @@ class Eyes(NamedTuple):
     def engine(self, **more: Any) -> TransformersEngine:
         model, chat = self.model, self.chat
         return TransformersEngine(
-            model,
-            chat.eos_ids(model),
-            chat.pad_id(model),
-            chat.banned_ids(model),
-            image_processor=chat.image_processor,
-            **more,
+            model, chat.eos_ids(model), chat.pad_id(model), chat.banned_ids(model), image_processor=chat.image_processor, **more
         )
 
     def banned(self) -> list[int]:
@@ -79,9 +74,7 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Eyes]:
         path = make_seeing(folder / kind, kind)
         model = load_network(path, dtype=torch.float32, images=True).eval()
         chat = Chat.load(str(path), images=PixelLimits(**PIXELS))
-        return Eyes(
-            model, chat, [make_picture(folder, 1), make_picture(folder, 2, 40, 16), make_picture(folder, 3, 16, 30)]
-        )
+        return Eyes(model, chat, [make_picture(folder, 1), make_picture(folder, 2, 40, 16), make_picture(folder, 3, 16, 30)])
 
     return made
 
@@ -129,17 +122,13 @@ def test_sampler_and_training_forward_equal_the_library_s_own(kind: str, eyes: C
     error = (torch.cat([c.logprobs for group in done for c in group]) - scored[mask]).abs()
     assert error.max() <= (1e-3 if kind == "qwen3_5" else 1e-5) and error.mean() <= 1e-5
     with torch.no_grad():
-        scored, mask = completion_logprobs(
-            own.model, rows, banned_ids=own.banned(), image_processor=own.chat.image_processor
-        )
+        scored, mask = completion_logprobs(own.model, rows, banned_ids=own.banned(), image_processor=own.chat.image_processor)
         for i, row in enumerate(rows):
             torch.testing.assert_close(scored[i][mask[i]], plainly(own, row), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_that_take_no_features_are_given_pixels(
-    kind: str, eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_take_no_features_are_given_pixels(kind: str, eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch) -> None:
     """As in versions of transformers before 5.23: the same numbers, with features computed once a row."""
     own = eyes(kind)
     asked = own.requests(group=2)
@@ -155,10 +144,7 @@ def test_models_that_take_no_features_are_given_pixels(
 def test_a_picture_is_what_counts(eyes: Callable[[str], Eyes]) -> None:
     """The comparison above would pass on a model that looks away."""
     own = eyes("qwen3_vl")
-    same = [
-        Row((), [9, 10, 11], (picture,))
-        for picture in (make_picture(Path(own.pictures[0].uri).parent, s) for s in (7, 8))
-    ]
+    same = [Row((), [9, 10, 11], (picture,)) for picture in (make_picture(Path(own.pictures[0].uri).parent, s) for s in (7, 8))]
     rows = [Row(own.chat.encode([Message("user", "?")], row.images), row.completion_ids, row.images) for row in same]
     assert rows[0].prompt_ids == rows[1].prompt_ids
     one, other = completion_logprobs(own.model, rows, image_processor=own.chat.image_processor)[0]
@@ -286,9 +272,7 @@ def updated_gradients(own: Eyes, groups: list[Group], advantages: torch.Tensor) 
     return gradients
 
 
-def test_the_check_at_the_start_finds_wrong_positions(
-    eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_at_the_start_finds_wrong_positions(eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch) -> None:
     own = eyes("qwen3_vl")
     check_image_input(own.engine(), own.chat, "tiny")
     right = vision.positions_of
@@ -298,9 +282,7 @@ def test_the_check_at_the_start_finds_wrong_positions(
         return vision.Positions(torch.arange(places.shape[1]).expand(3, -1), following)
 
     monkeypatch.setattr("zppo.engines.logprobs.positions_of", wrong)
-    with pytest.raises(
-        ModelError, match="'tiny' cannot be shown images here: its log-probs with pictures in a batch differ"
-    ):
+    with pytest.raises(ModelError, match="'tiny' cannot be shown images here: its log-probs with pictures in a batch differ"):
         check_image_input(own.engine(), own.chat, "tiny")
     monkeypatch.setattr("zppo.engines.logprobs.positions_of", right)
     monkeypatch.setattr("zppo.engines.transformers.positions_of", wrong)
@@ -342,10 +324,7 @@ def test_pictures_are_put_together_by_each_tensor_s_own_layout() -> None:
     assert made["image_sizes"].tolist() == [[3, 7], [5, 7], [3, 7]]
     pixels = made["pixel_values"]
     assert pixels.shape == (3, 5, 3, 4, 4) and not pixels[[0, 2], 3:].any()
-    assert (
-        torch.equal(pixels[1:2], image_processor.pixels(ImageRef("", "b"))["pixel_values"])
-        and (pixels[0, :3] == 3).all()
-    )
+    assert torch.equal(pixels[1:2], image_processor.pixels(ImageRef("", "b"))["pixel_values"]) and (pixels[0, :3] == 3).all()
 
 
 def test_features_that_cannot_be_told_apart_are_refused() -> None:
@@ -355,9 +334,7 @@ def test_features_that_cannot_be_told_apart_are_refused() -> None:
             vision._part(value, 0, 2)
 
 
-def test_a_class_without_image_features_is_refused(
-    eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_without_image_features_is_refused(eyes: Callable[[str], Eyes], monkeypatch: pytest.MonkeyPatch) -> None:
     own = eyes("qwen3_vl")
     monkeypatch.delattr(type(own.model), "get_image_features")
     with pytest.raises(ModelError, match="computes no image features apart from its forward pass"):
@@ -373,11 +350,6 @@ def test_text_alone_is_loaded_as_before(tmp_path: Path, tiny_qwen3_dir: Path) ->
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         assert torch.equal(text(ids).logits, whole(ids).logits)
-    assert (
-        type(load_network(make_seeing(tmp_path / "vl"), dtype=torch.float32)).__name__
-        == "Qwen3VLForConditionalGeneration"
-    )
+    assert type(load_network(make_seeing(tmp_path / "vl"), dtype=torch.float32)).__name__ == "Qwen3VLForConditionalGeneration"
     with pytest.raises(ModelError, match="reads text only"):
-        TransformersEngine(text, [2], 0).sample(
-            [SampleRequest((5, 6), (1,), (ImageRef("a", "b"),))], Sampling(max_new_tokens=1)
-        )
+        TransformersEngine(text, [2], 0).sample([SampleRequest((5, 6), (1,), (ImageRef("a", "b"),))], Sampling(max_new_tokens=1))

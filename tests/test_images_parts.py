@@ -48,9 +48,7 @@ def test_a_setting_for_a_part_that_is_not_there_is_refused(name: str, tiny_qwen3
     """As of a family whose tower is not found: it would be trained all the same."""
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir)
     train = TrainSettings(vision=VisionSettings(**{name: True if "freeze" in name else 0.5}))
-    with pytest.raises(
-        SettingsError, match=f"train.vision.{name} is .* no {name.replace('freeze_', '').replace('_rate', '')} is found"
-    ):
+    with pytest.raises(SettingsError, match=f"train.vision.{name} is .* no {name.replace('freeze_', '').replace('_rate', '')} is found"):
         freeze_parts(model, train, images=True)
     freeze_parts(model, train, images=False)
     assert all(p.requires_grad for p in model.parameters())

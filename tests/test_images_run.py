@@ -97,16 +97,11 @@ def test_a_run_decodes_every_picture_once_a_step_and_goes_on_where_it_was_stoppe
         patch.setattr(Trainer, "step", counted)
         patch.setattr(Trainer, "_collect", collected)
         assert zppo("train", recipe, f"--output={whole}")[0] == 0
-    for (
-        decoded,
-        shown,
-    ) in steps:  # student, teacher, BCQ, NCQ, both passes; the engine guard's picture stays from step to step
+    for decoded, shown in steps:  # student, teacher, BCQ, NCQ, both passes; the engine guard's picture stays from step to step
         assert len(decoded) == len(set(decoded)) and 0 <= len(shown - set(decoded)) <= 1 and set(decoded) <= shown
     lines = [r for r in records(whole) if r["event"] == "step"]
     assert all(r["logprob_gap_max"] <= 1e-5 and r["engine_gap_max"] <= 1e-5 for r in lines)
-    assert sum(r["bcq_prompts"] + r["ncq_prompts"] for r in lines) > 0 and not any(
-        r["teacher_unreachable"] for r in lines
-    )
+    assert sum(r["bcq_prompts"] + r["ncq_prompts"] for r in lines) > 0 and not any(r["teacher_unreachable"] for r in lines)
 
     with monkeypatch.context() as patch:
         nth_call_raises(patch, Updater, "_backward", 7)  # one micro-batch per update, four updates a step
@@ -133,9 +128,7 @@ SHORT = ["--train.steps=1", "--train.minibatches=1", "--train.checkpoint_every=1
 def test_frozen_parts_have_no_optimizer_state_and_are_saved(zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
     vision = ["--train.vision.freeze_tower=true", "--train.vision.projector_rate=0.5", "--method=grpo"]
     assert zppo("train", recipe, *SHORT, *vision, f"--output={tmp_path / 'run'}")[0] == 0
-    before, after = (
-        load_file(p / "model.safetensors") for p in (recipe.parent / "student", tmp_path / "run" / "final")
-    )
+    before, after = (load_file(p / "model.safetensors") for p in (recipe.parent / "student", tmp_path / "run" / "final"))
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     tower = {name for name in before if "visual" in name and "merger" not in name}
@@ -166,9 +159,7 @@ def test_adapters_are_trained_beside_a_tower_that_stays(zppo: Zppo, recipe: Path
 
 
 @pytest.mark.slow
-def test_a_teacher_that_reads_text_only_says_so_and_the_run_goes_on(
-    zppo: Zppo, recipe: Path, tmp_path: Path, tiny_qwen3_dir: Path
-) -> None:
+def test_a_teacher_that_reads_text_only_says_so_and_the_run_goes_on(zppo: Zppo, recipe: Path, tmp_path: Path, tiny_qwen3_dir: Path) -> None:
     run = tmp_path / "run"
     status, said = zppo("train", recipe, *SHORT, f"--teacher.model={tiny_qwen3_dir}", f"--output={run}")
     assert status == 0 and "this teacher reads text only" in said
@@ -178,10 +169,7 @@ def test_a_teacher_that_reads_text_only_says_so_and_the_run_goes_on(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (
-            ["--student.model={text}"],
-            "question 'questions.jsonl:2' has 1 image(s), and the student '{text}' reads text only",
-        ),
+        (["--student.model={text}"], "question 'questions.jsonl:2' has 1 image(s), and the student '{text}' reads text only"),
         (["--method=on-distill", "--teacher.model={text}"], "their vocabularies differ"),
         (["--data.images.min_pixels=9", "--data.images.max_pixels=8"], "min_pixels is 9, more than max_pixels"),
     ],
@@ -260,12 +248,8 @@ def test_distillation_wants_two_that_see_alike(template: bool, zppo: Zppo, recip
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (teacher / name).write_bytes((tmp_path / "words" / name).read_bytes())
         (teacher / "preprocessor_config.json").unlink(missing_ok=True)
-    status, told = zppo(
-        "train", recipe, "--method=on-distill", f"--teacher.model={teacher}", f"--output={tmp_path / 'run'}"
-    )
-    assert status == 2 and ("their image processors differ" if template else "the teacher reads text only") in told, (
-        told
-    )
+    status, told = zppo("train", recipe, "--method=on-distill", f"--teacher.model={teacher}", f"--output={tmp_path / 'run'}")
+    assert status == 2 and ("their image processors differ" if template else "the teacher reads text only") in told, told
 
 
 @pytest.mark.slow

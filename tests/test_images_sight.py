@@ -95,11 +95,7 @@ def test_a_prompt_holds_one_id_for_every_feature(kind: str, folder: Path, monkey
     pictures = [make_picture(folder, 1, 20, 16), make_picture(folder, 2, 60, 24), make_picture(folder, 3, 12, 50)]
     monkeypatch.setattr(sight_module, "open_image", lambda ref: pytest.fail("decoded"))
     places = [image_processor.placeholder(ref) for ref in pictures]
-    messages = [
-        Message("system", "Look."),
-        Message("user", "<image> and <image>, then <image>"),
-        Message("assistant", "ok"),
-    ]
+    messages = [Message("system", "Look."), Message("user", "<image> and <image>, then <image>"), Message("assistant", "ok")]
     ids = chat.encode([*messages, Message("user", "And?")], pictures)
     monkeypatch.undo()
     assert sum(i in image_processor.image_ids for i in ids) == sum(p.features for p in places)
@@ -137,9 +133,7 @@ def test_pictures_without_markers_come_first_and_text_keeps_its_markers(folder: 
         chat.encode([Message("user", "<image> <image>")], [ref])
 
 
-@pytest.mark.parametrize(
-    ("kind", "token"), [("qwen3_vl", "<|image_pad|>"), ("smolvlm", "<image>"), ("gemma3", "<image_soft_token>")]
-)
+@pytest.mark.parametrize(("kind", "token"), [("qwen3_vl", "<|image_pad|>"), ("smolvlm", "<image>"), ("gemma3", "<image_soft_token>")])
 def test_a_question_that_writes_the_model_s_own_token_is_refused(kind: str, token: str, folder: Path) -> None:
     chat = Chat.load(str(folder / kind), images=LIMITS)
     for images in ((), (make_picture(folder, 1),)):
@@ -159,9 +153,7 @@ def test_images_are_decoded_once_for_all_who_see_alike(folder: Path, monkeypatch
     assert chats[1].image_processor is not None and chats[1].image_processor.pixels(ref) is not seen[0]
     other = Chat.load(str(folder / "qwen3_vl"), images=PixelLimits(300, 4000), cache=cache).image_processor
     assert other is not None and chats[0].image_processor is not None and not chats[0].image_processor.same_as(other)
-    assert (
-        other.pixels(make_picture(folder, 9, 64, 64))["pixel_values"].shape[0] > 100
-    )  # of 16 pixels each, beyond LIMITS
+    assert other.pixels(make_picture(folder, 9, 64, 64))["pixel_values"].shape[0] > 100  # of 16 pixels each, beyond LIMITS
 
 
 def broken(folder: Path, kind: str, how: str) -> Path:

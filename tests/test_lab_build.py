@@ -116,9 +116,7 @@ def test_loss_of_a_batch_is_the_sum_over_its_documents_completions() -> None:
     alone = torch.zeros(())
     for row in documents:
         logits = model(torch.tensor([row.ids])).logits[0]
-        alone = alone + F.cross_entropy(
-            logits[row.prompt - 1 : -1], torch.tensor(row.ids[row.prompt :]), reduction="sum"
-        )
+        alone = alone + F.cross_entropy(logits[row.prompt - 1 : -1], torch.tensor(row.ids[row.prompt :]), reduction="sum")
     torch.testing.assert_close(loss_sum(model, documents), alone, rtol=1e-5, atol=1e-4)
 
 

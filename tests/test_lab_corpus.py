@@ -12,13 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zppo.config.recipe import load_recipe
-from zppo.core.reformulate import (
-    BinaryCandidateQuestion,
-    Candidate,
-    Material,
-    NegativeCandidateQuestion,
-    distinct_answers,
-)
+from zppo.core.reformulate import BinaryCandidateQuestion, Candidate, Material, NegativeCandidateQuestion, distinct_answers
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed, normalise
@@ -44,9 +38,7 @@ class Lab:
         self.student = StudentCorpus(self.world, self.book)
         self.teacher = TeacherCorpus(self.world, self.book)
 
-    def documents(
-        self, kind: str, seed: int, corpus: StudentCorpus | TeacherCorpus | None = None
-    ) -> Iterator[Document]:
+    def documents(self, kind: str, seed: int, corpus: StudentCorpus | TeacherCorpus | None = None) -> Iterator[Document]:
         """Documents of a kind, without end."""
         rng = Random(seed)
         while True:
@@ -69,10 +61,7 @@ def chains_in(world: World, text: str) -> Iterator[tuple[Chain, tuple[int, ...]]
     index = {o.word: i for i, o in enumerate(world.operations)}
     for box in re.findall(r"\\boxed\{ ?(.*?) ?\}", text):
         said = box.split()
-        yield (
-            Chain(start, tuple(index[word] for word in said[::2])),
-            tuple(world.values.index(word) for word in said[1::2]),
-        )
+        yield (Chain(start, tuple(index[word] for word in said[::2])), tuple(world.values.index(word) for word in said[1::2]))
 
 
 @settings(max_examples=25)
@@ -94,9 +83,7 @@ def test_bcq_target_is_one_of_the_candidates_and_favours_no_place(lab: Lab) -> N
     first = 0
     documents = [d for d, _ in zip(lab.documents(BCQ, 1), range(200), strict=False)]
     for document in documents:
-        one, two, target = (
-            results for _, results in chains_in(lab.world, f"{document.messages[-1].content} {document.completion}")
-        )
+        one, two, target = (results for _, results in chains_in(lab.world, f"{document.messages[-1].content} {document.completion}"))
         assert one != two and target in (one, two)
         first += target == one
     assert 70 < first < 130
@@ -156,9 +143,7 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
     compressor = Compressor(
         _Copier(),
         speaker.book,
-        TeacherSampling(made.teacher.compression.sampling())
-        if made.teacher
-        else TeacherSampling(made.rollout.sampling()),
+        TeacherSampling(made.teacher.compression.sampling()) if made.teacher else TeacherSampling(made.rollout.sampling()),
         token_tail(lab.chat.tokenizer, 24),
     )
     rng = Random(5)

@@ -19,20 +19,7 @@ from zppo.errors import DataError, SettingsError
 from zppo.images.store import open_image, read_bytes
 from zppo.lab.commands import questions_command
 from zppo.lab.picture_world import WORLDS, Ask, VisionWorld, load_vision_world, sees
-from zppo.lab.pictures import (
-    CELL,
-    CELLS,
-    COLOURS,
-    DIRECTIONS,
-    KINDS,
-    PAIRINGS,
-    SIDE,
-    SIZE,
-    STEP,
-    WORDS,
-    draw_scene,
-    png,
-)
+from zppo.lab.pictures import CELL, CELLS, COLOURS, DIRECTIONS, KINDS, PAIRINGS, SIDE, SIZE, STEP, WORDS, draw_scene, png
 from zppo.lab.questions import lab_questions, vision_questions
 
 WORLD = load_vision_world("vision")

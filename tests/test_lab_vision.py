@@ -75,11 +75,7 @@ def test_prompts_of_the_corpora_are_those_of_training(role: str, tmp_path: Path)
         texts = tuple(map(summary_text, wrong))
         for kind, messages, slots in (
             (BCQ, STUDENT.bcq_prompt(ask, wrong), {"candidates": texts}),
-            (
-                NCQ,
-                STUDENT.ncq_prompt(ask, wrong),
-                {"answers": tuple(dict.fromkeys(w.answer for w in wrong)), "candidates": texts},
-            ),
+            (NCQ, STUDENT.ncq_prompt(ask, wrong), {"answers": tuple(dict.fromkeys(w.answer for w in wrong)), "candidates": texts}),
         ):
             assert speaker.reformulated(Draft(kind, question, slots)).ids == with_picture(CHAT.encode(messages), CHAT)
     assert load_recipe(RECIPE).data.images.max_pixels == LIMITS.max_pixels
@@ -121,9 +117,7 @@ def test_plain_documents_hold_the_planted_shares() -> None:
         first, second = (KINDS["count"].words[m] for m in WORLD.mistakes["count", ask.word])
         for name, word in (("first", first), ("second", second), ("right", KINDS["count"].words[ask.word])):
             taken[name] += meaning == word
-    assert taken["first"] / 1500 == pytest.approx(0.7, abs=0.04) and taken["second"] / 1500 == pytest.approx(
-        0.297, abs=0.04
-    )
+    assert taken["first"] / 1500 == pytest.approx(0.7, abs=0.04) and taken["second"] / 1500 == pytest.approx(0.297, abs=0.04)
     assert taken["right"] <= 3
 
 
@@ -133,13 +127,7 @@ def test_the_teachers_documents_are_true_and_its_compressions_copy() -> None:
         made = TEACHER.document(rng)
         if made.picture is None:
             compressions += 1
-            response = (
-                made.messages[0]
-                .content.split("<response>")[1]
-                .split("</response>")[0]
-                .replace("[", "<")
-                .replace("]", ">")
-            )
+            response = made.messages[0].content.split("<response>")[1].split("</response>")[0].replace("[", "<").replace("]", ">")
             assert extract_boxed(made.completion) == extract_boxed(response) or extract_boxed(response) is None
     assert 60 < compressions < 130
 
@@ -173,9 +161,7 @@ def test_seeing_is_learnt() -> None:
 def small_world(tmp_path: Path) -> str:
     """The world of pictures cut down, so that a build takes moments."""
     data = yaml.safe_load((WORLDS / "vision.yaml").read_text(encoding="utf-8"))
-    data["kinds"] = {
-        name: kind | {s: min(2, kind[s]) for s in ("train", "test")} for name, kind in data["kinds"].items()
-    }
+    data["kinds"] = {name: kind | {s: min(2, kind[s]) for s in ("train", "test")} for name, kind in data["kinds"].items()}
     data["model"] = {"layers": 1, "width": 24, "heads": 2, "feed_forward": 16}
     data["vision"] = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16}
     path = tmp_path / "small.yaml"
@@ -184,9 +170,7 @@ def small_world(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_equal_builds_give_equal_files_and_their_questions_can_be_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_equal_builds_give_equal_files_and_their_questions_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = small_world(tmp_path)
     for name in "ab":
         build_command(world, tmp_path / name, steps=1)
@@ -275,8 +259,6 @@ def test_the_recipe_trains_on_pictures_from_the_command_line(
     entries = (run / "buffer.jsonl").read_text(encoding="utf-8").splitlines()
     assert entries and not list(run.glob("**/*.png"))
     folders = (run / "final", resolve("lab:vision/student"))
-    trained, before = (
-        AutoModelForImageTextToText.from_pretrained(f, dtype=torch.float32).state_dict() for f in folders
-    )
+    trained, before = (AutoModelForImageTextToText.from_pretrained(f, dtype=torch.float32).state_dict() for f in folders)
     moved = [name for name in before if not torch.equal(trained[name], before[name])]
     assert any("visual" in name for name in moved) and any("language_model" in name for name in moved)

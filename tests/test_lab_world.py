@@ -126,8 +126,7 @@ def test_grading_never_takes_another_answer_for_the_gold(data: st.DataObject) ->
     words = gold.split()
     other = data.draw(
         st.one_of(
-            st.permutations(words),
-            st.lists(st.sampled_from([*world.values, *(o.word for o in world.operations)]), min_size=1, max_size=6),
+            st.permutations(words), st.lists(st.sampled_from([*world.values, *(o.word for o in world.operations)]), min_size=1, max_size=6)
         )
     )
     assert equal(gold, " ".join(other)) == (list(other) == words)

@@ -36,9 +36,7 @@ def test_a_response_stands_rightly_behind_the_student_s_prompt(
 
 
 def test_one_key_of_a_section_leaves_its_other_defaults() -> None:
-    teacher = TeacherSettings.model_validate(
-        {"model": "t", "hint": {"temperature": 0.5}, "compression": {"temperature": 0.5}}
-    )
+    teacher = TeacherSettings.model_validate({"model": "t", "hint": {"temperature": 0.5}, "compression": {"temperature": 0.5}})
     assert teacher.hint.max_new_tokens == 512 and teacher.compression.max_new_tokens == 512
 
 

@@ -128,9 +128,7 @@ def test_fresh_adapters_change_nothing_and_are_drawn_by_the_seed() -> None:
             add_adapters(model, LoraSettings(), base="base", seed=seed)
         assert torch.equal(torch.random.get_rng_state(), state)
         assert torch.equal(models[0](ids).logits, before)
-    first, again, other = (
-        torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n]) for model in models
-    )
+    first, again, other = (torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n]) for model in models)
     assert torch.equal(first, again) and not torch.equal(first, other) and first.std() > 0.01
     trained = [name for name, weight in models[0].named_parameters() if weight.requires_grad]
     assert trained and all("lora_" in name for name in trained)
@@ -202,10 +200,7 @@ def back_to(run: Path, step: int, copy: Path) -> Path:
 @pytest.mark.slow
 def test_checkpoints_hold_adapters_only_and_final_is_merged(finished: Path, recipe: Path) -> None:
     checkpoint = finished / "checkpoints" / "step-000005"
-    assert sorted(p.name for p in (checkpoint / "model").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert sorted(p.name for p in (checkpoint / "model").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     adapters = load_file(checkpoint / "model" / "adapter_model.safetensors")
     assert len(adapters) == 2 * 2 * 7 and all(w.dtype == torch.float32 for w in adapters.values())
     assert sum(w.numel() for w in adapters.values()) < 7000
@@ -256,9 +251,7 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(finished: Path, tmp_path
     ):
         ours, theirs = load_file(run / name), load_file(finished / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    ours, theirs = (
-        torch.load(r / "checkpoints" / "step-000005" / "optimizer.pt", weights_only=True) for r in (run, finished)
-    )
+    ours, theirs = (torch.load(r / "checkpoints" / "step-000005" / "optimizer.pt", weights_only=True) for r in (run, finished))
     for index, state in ours["state"].items():
         assert all(torch.equal(value, theirs["state"][index][name]) for name, value in state.items())
 
@@ -295,11 +288,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
 ) -> None:
     run = back_to(finished, 4, tmp_path / "run")
     text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    for changed, said in (
-        ("rank: 2", "rank 4, alpha 8"),
-        ("alpha: 16", "alpha 16"),
-        (None, "train.lora of the recipe is off"),
-    ):
+    for changed, said in (("rank: 2", "rank 4, alpha 8"), ("alpha: 16", "alpha 16"), (None, "train.lora of the recipe is off")):
         AcceleratorState._reset_state(True)
         lora = text.index("  lora:")
         new = text.replace("rank: 4", changed) if changed == "rank: 2" else text

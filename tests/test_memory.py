@@ -424,9 +424,7 @@ PACKAGES = ["stand-in", *(["bitsandbytes"] if importlib.util.find_spec("bitsandb
 
 
 @pytest.mark.slow
-def test_a_run_with_the_8_bit_optimizer_resumes_bit_for_bit(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_the_8_bit_optimizer_resumes_bit_for_bit(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, AdamW8bit)
     AdamW8bit.made.clear()
     run = tmp_path / "run"
@@ -454,9 +452,7 @@ def test_its_state_survives_a_checkpoint(package: str, tmp_path: Path, monkeypat
     model, other = (tiny(hidden_size=128) for _ in range(2))
     train = TrainSettings(optimizer="adamw-8bit", learning_rate=1e-2)
     accelerator = Accelerator(cpu=True)
-    ours, theirs = (
-        accelerator.prepare(make_optimizer(train, m.parameters(), torch.device("cpu"))) for m in (model, other)
-    )
+    ours, theirs = (accelerator.prepare(make_optimizer(train, m.parameters(), torch.device("cpu"))) for m in (model, other))
     for step in range(3):
         torch.manual_seed(step)
         for weight in model.parameters():
@@ -506,9 +502,7 @@ def test_without_the_package_or_its_kernels_the_mend_is_said(monkeypatch: pytest
 
     train, weights = TrainSettings(optimizer="adamw-8bit"), [torch.nn.Parameter(torch.zeros(3))]
     install(monkeypatch, NoKernels)
-    with pytest.raises(
-        SettingsError, match="does not work on cpu: NotImplementedError: no kernel for cpu.*optimizer=adamw"
-    ):
+    with pytest.raises(SettingsError, match="does not work on cpu: NotImplementedError: no kernel for cpu.*optimizer=adamw"):
         make_optimizer(train, weights, torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
@@ -574,9 +568,7 @@ def test_logits_stay_bf16_and_the_gradients_are_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_s_student_samples_in_the_run_s_precision(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_s_student_samples_in_the_run_s_precision(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.dtype | None] = []
     inner = TransformersEngine.sample
 

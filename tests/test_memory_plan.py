@@ -51,17 +51,10 @@ WIDTHS: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-LINEAR: dict[str, Any] = {
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
+LINEAR: dict[str, Any] = {"linear_key_head_dim": 16, "linear_value_head_dim": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**WIDTHS, num_hidden_layers=3, head_dim=24)),
-    "qwen3-tied": lambda: Qwen3ForCausalLM(
-        Qwen3Config(**WIDTHS, num_hidden_layers=2, head_dim=16, tie_word_embeddings=True)
-    ),
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**WIDTHS, num_hidden_layers=2, head_dim=16, tie_word_embeddings=True)),
     "qwen3.5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**WIDTHS, **LINEAR, num_hidden_layers=4, head_dim=16)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDTHS, num_hidden_layers=2)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDTHS, num_hidden_layers=2)),
@@ -113,13 +106,7 @@ def test_adapters_are_those_of_peft(kind: str, targets: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [
-        ("Qwen3.5-0.8B", 0.75),
-        ("Qwen3.5-2B", 1.88),
-        ("Qwen3.5-4B", 4.2),
-        ("Qwen3.5-9B", 8.95),
-        ("Qwen3.5-27B-FP8", 26.9),
-    ],
+    [("Qwen3.5-0.8B", 0.75), ("Qwen3.5-2B", 1.88), ("Qwen3.5-4B", 4.2), ("Qwen3.5-9B", 8.95), ("Qwen3.5-27B-FP8", 26.9)],
 )
 def test_known_names_need_no_files(name: str, billions: float) -> None:
     known = shape_of(f"Qwen/{name}")
@@ -130,9 +117,7 @@ def test_known_names_need_no_files(name: str, billions: float) -> None:
 def test_unknown_models_have_no_shape(tmp_path: Path) -> None:
     assert shape_of("someone/unheard-of") is None
     assert shape_of("not a name/at all/of a model") is None
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3_moe", "num_experts": 8, **WIDTHS, "num_hidden_layers": 2})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": 8, **WIDTHS, "num_hidden_layers": 2}))
     assert shape_of(str(tmp_path)) is None
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
@@ -174,11 +159,7 @@ def test_weights_gradients_and_optimizer_are_exact(folder: Path, lora: bool) -> 
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moments = sum(s[name].nbytes for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    real = (
-        sum(p.nbytes for p in model.parameters()),
-        sum(p.grad.nbytes for p in trained if p.grad is not None),
-        moments,
-    )
+    real = (sum(p.nbytes for p in model.parameters()), sum(p.grad.nbytes for p in trained if p.grad is not None), moments)
     memory = estimated(folder, *(["--train.lora={}"] if lora else []))
     assert (memory.weights, memory.gradients, memory.optimizer) == real
 
@@ -187,11 +168,7 @@ def test_precision_optimizer_and_frozen_models_count(folder: Path) -> None:
     whole, gpu = estimated(folder), estimated(folder, gpu=True)
     n = whole.weights // 4
     assert (gpu.weights, gpu.cast, gpu.stepping, whole.cast) == (4 * n, 2 * n, 4 * n, 0)
-    assert (
-        whole.others
-        == 2 * gpu.others
-        == 4 * sum(p.numel() for p in Qwen3ForCausalLM.from_pretrained(folder / "teacher").parameters())
-    )
+    assert whole.others == 2 * gpu.others == 4 * sum(p.numel() for p in Qwen3ForCausalLM.from_pretrained(folder / "teacher").parameters())
     assert whole.optimizer / estimated(folder, "--train.optimizer=adamw-8bit").optimizer == pytest.approx(4, rel=0.02)
     adapters = estimated(folder, "--train.lora={}", gpu=True)
     assert adapters.cast == 0 and adapters.weights == 2 * n + adapters.gradients
@@ -204,17 +181,13 @@ def test_a_vision_tower_that_is_not_loaded_does_not_count(folder: Path, tmp_path
     model = made("qwen3.5")
     model.config.save_pretrained(tmp_path)
     extra = {"model.visual.blocks.0.w": torch.zeros(100, 100), "mtp.fc.weight": torch.zeros(100, 100)}
-    save_file(
-        {**{name: p.detach().clone() for name, p in model.named_parameters()}, **extra}, tmp_path / "model.safetensors"
-    )
+    save_file({**{name: p.detach().clone() for name, p in model.named_parameters()}, **extra}, tmp_path / "model.safetensors")
     assert estimated(folder, f"--student.model={tmp_path}").weights == estimated(folder).weights
 
 
 def test_vllm_takes_its_share_and_the_run_keeps_no_cache(folder: Path) -> None:
     within_process = estimate(settings(folder, "--rollout.engine=vllm"), gpu=True, capacity=100 * GIB)
-    beside = estimate(
-        settings(folder, "--rollout.engine=vllm", "--rollout.vllm.mode=server"), gpu=True, capacity=100 * GIB
-    )
+    beside = estimate(settings(folder, "--rollout.engine=vllm", "--rollout.vllm.mode=server"), gpu=True, capacity=100 * GIB)
     assert isinstance(within_process, Memory) and isinstance(beside, Memory)
     assert (within_process.vllm, within_process.rows) == (30 * GIB, 0) and beside.vllm == 0
 
@@ -287,9 +260,7 @@ def test_what_is_advised_fits(student: str, gigabytes: int) -> None:
     if "even with LoRA" in said:
         assert gigabytes <= 24
         return
-    changes = re.findall(r"--train\.\S+", said.replace("'", "")) + [
-        f"--{r}" for r in re.findall(r"rollout\.max_rows=\d+", said)
-    ]
+    changes = re.findall(r"--train\.\S+", said.replace("'", "")) + [f"--{r}" for r in re.findall(r"rollout\.max_rows=\d+", said)]
     again = verdict(load_recipe(recipe, [*base, *changes]), machine)
     assert again.startswith("fits"), (said, again)
     if changes:
@@ -301,21 +272,14 @@ def test_verdicts_in_words(folder: Path) -> None:
     fits = Machine("GPU", True, 2 * memory.total)
     assert verdict(settings(folder), fits) == "fits"
     assert "tight" in verdict(settings(folder), Machine("GPU", True, memory.total + 1))
-    assert (
-        "free now"
-        in dict(memory_rows(settings(folder), machine=Machine("GPU", True, 4 * memory.total, 2 * memory.total)))[
-            "at most"
-        ]
-    )
+    assert "free now" in dict(memory_rows(settings(folder), machine=Machine("GPU", True, 4 * memory.total, 2 * memory.total)))["at most"]
     small = Machine("GPU", True, memory.standing + memory.cast + 2 * memory.row)
     auto = verdict(settings(folder, "--train.tokens_per_microbatch=auto", "--rollout.batch_size=64"), small)
     assert "rollouts fit at once" in auto
     none = verdict(settings(folder), Machine("GPU", True, GIB))
     assert "even with LoRA" in none and "not even one rollout" in none
     sharded = dict(memory_rows(settings(folder, "--train.sharding=fsdp2"), machine=fits))
-    assert "counted whole" in sharded["sharding"] and "sharding" not in dict(
-        memory_rows(settings(folder), machine=fits)
-    )
+    assert "counted whole" in sharded["sharding"] and "sharding" not in dict(memory_rows(settings(folder), machine=fits))
     assert "not known" in dict(memory_rows(settings(folder, "--student.model=someone/else"), machine=fits))["estimate"]
 
 

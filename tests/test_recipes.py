@@ -33,13 +33,9 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("standins")
     make_seeing(folder / "student", "qwen3_5")
     make_tiny(folder / "teacher")
-    rows = [
-        {"question": f"What is {i} + {j}?", "answer": f"They add up.\n#### {i + j}"} for i in range(4) for j in range(4)
-    ]
+    rows = [{"question": f"What is {i} + {j}?", "answer": f"They add up.\n#### {i + j}"} for i in range(4) for j in range(4)]
     (folder / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    math = [
-        {"problem": f"What is ${i}^2$?", "answer": str(i * i), "level": i % 5, "unique_id": f"n/{i}"} for i in range(16)
-    ]
+    math = [{"problem": f"What is ${i}^2$?", "answer": str(i * i), "level": i % 5, "unique_id": f"n/{i}"} for i in range(16)]
     (folder / "math.jsonl").write_text("\n".join(map(json.dumps, math)))
     figures = [make_picture(folder, i).uri for i in range(3)]
     geometry = [{"problem": f"<image>Find angle {i}.", "images": [figures[i % 3]], "answer": str(i)} for i in range(16)]
@@ -98,22 +94,13 @@ def test_the_large_recipes_are_the_papers(name: str) -> None:
     assert settings.zone == ZoneSettings() and settings.advantage == default["advantage"].default
     assert settings.loss == default["loss"].default
     rollout, train = settings.rollout, settings.train
-    assert (rollout.batch_size, rollout.group_size, rollout.max_new_tokens, rollout.temperature) == (
-        384,
-        8,
-        12_288,
-        1.0,
-    )
+    assert (rollout.batch_size, rollout.group_size, rollout.max_new_tokens, rollout.temperature) == (384, 8, 12_288, 1.0)
     assert (train.steps, train.minibatches, train.learning_rate, train.weight_decay) == (200, 4, 1e-6, 0.1)
     assert settings.data.max_prompt_tokens == 4096 and settings.rollout.engine == "vllm"
     assert settings.eval.sampling() == default["eval"].default.sampling()
     teacher = settings.teacher
     assert teacher is not None and teacher.model == "Qwen/Qwen3.5-27B-FP8"
-    assert (teacher.rollout.max_new_tokens, teacher.rollout.temperature, teacher.compression.max_new_tokens) == (
-        12_288,
-        1.0,
-        512,
-    )
+    assert (teacher.rollout.max_new_tokens, teacher.rollout.temperature, teacher.compression.max_new_tokens) == (12_288, 1.0, 512)
     length = settings.rollout.vllm.max_model_length
     assert length is not None and length >= 4096 + 8 * 512 + 300 + 12_288
 
@@ -153,9 +140,7 @@ def server() -> Iterator[Server]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3.5-0.8b", "qwen3.5-4b", "single-gpu-lora", "api-teacher"])
-def test_recipes_train(
-    name: str, standins: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipes_train(name: str, standins: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line to final/, with a teacher over HTTP behind a key."""
     monkeypatch.setenv("STANDIN_KEY", server.key)
     remote = ["--teacher.model=stand-in", f"--teacher.base_urls=[{server.url}]", "--teacher.key_env=STANDIN_KEY"]

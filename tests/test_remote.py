@@ -90,10 +90,7 @@ def test_replies_in_order_several_choices_in_one_request_and_only_the_content(se
     replies = teacher.complete([ask("one", 1, 2, 3), ask("two", 4)], HOW)
     first = words("one", 1, 2, 3)
     assert [r.texts for r in replies] == [(first, f"{first} #1", f"{first} #2"), (words("two", 4),)]
-    assert [(r.prompt_tokens, r.completion_tokens, r.think_open, r.error) for r in replies] == [
-        (7, 9, False, ""),
-        (7, 3, False, ""),
-    ]
+    assert [(r.prompt_tokens, r.completion_tokens, r.think_open, r.error) for r in replies] == [(7, 9, False, ""), (7, 3, False, "")]
     assert sorted(request["n"] for request in server.log) == [1, 3]
     assert teacher.complete([], HOW) == []
     assert teacher.complete([ask("one", 1, 2, 3)], HOW)[0] == replies[0]
@@ -275,9 +272,7 @@ def test_killed_and_restarted_every_request_recovers(server: Server, make: Any) 
 
 
 @pytest.mark.parametrize("fault", [{"kind": "hang"}, {"kind": "trickle", "pause": 0.1}])
-def test_a_server_that_never_ends_its_reply_is_given_up_in_time(
-    server: Server, make: Any, fault: dict[str, Any]
-) -> None:
+def test_a_server_that_never_ends_its_reply_is_given_up_in_time(server: Server, make: Any, fault: dict[str, Any]) -> None:
     """A byte now and then keeps every time-out of an HTTP client from running out."""
     teacher = make(server, deadline=1.0, retry_for=1.0)
     server.control(always=fault)
@@ -331,9 +326,7 @@ def test_an_address_that_is_open_before_the_time_it_gave_is_used(server: Server,
     assert teacher.take_service() == Service(requests=3)
 
 
-def test_a_long_silence_is_said_once_and_so_is_its_end(
-    server: Server, make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_silence_is_said_once_and_so_is_its_end(server: Server, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zppo.teacher.http.SILENCE_SECONDS", 0.2)
     said: list[str] = []
     teacher = make(server, warn=said.append)

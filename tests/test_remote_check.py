@@ -125,9 +125,7 @@ def test_a_page_that_is_no_model_server(server: Server) -> None:
 
 
 def test_fields_that_a_server_refuses(server: Server) -> None:
-    server.control(
-        {"kind": "ok"}, {"kind": "ok"}, {"kind": "status", "status": 422, "body": "what is chat_template_kwargs"}
-    )
+    server.control({"kind": "ok"}, {"kind": "ok"}, {"kind": "status", "status": 422, "body": "what is chat_template_kwargs"})
     said = refused(server.url)
     assert "teacher.compression" in said and "422: what is chat_template_kwargs" in said
     assert "teacher.compression.extra_body, e.g. {chat_template_kwargs: null}" in said

@@ -126,9 +126,7 @@ def test_an_image_that_is_gone_costs_its_own_request_alone(teacher: RemoteTeache
     assert replies[2].texts[0] is not None
 
 
-def test_images_are_encoded_for_requests_under_way_alone(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_encoded_for_requests_under_way_alone(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more base64 is held than requests are under way; encoding does not run ahead."""
     server.control(always={"kind": "slow", "seconds": 0.05})
     ahead: list[int] = []
@@ -142,9 +140,7 @@ def test_images_are_encoded_for_requests_under_way_alone(
 
     monkeypatch.setattr(sending, "request_url", counted)
     teacher = RemoteTeacher("tiny", [server.url], limits=LIMITS, concurrency=2)
-    requests = [
-        TeacherRequest((Message("user", str(i)),), (i,), (keep(noise((20, 20), i), tmp_path),)) for i in range(8)
-    ]
+    requests = [TeacherRequest((Message("user", str(i)),), (i,), (keep(noise((20, 20), i), tmp_path),)) for i in range(8)]
     try:
         assert not any(reply.error for reply in teacher.complete(requests, HOW))
     finally:
@@ -199,9 +195,7 @@ def test_base64_of_any_image_is_taken_out_of_texts(data: bytes, around: str) -> 
 # --- at the start of a run -------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_reads_images_is_asked_with_as_many_as_a_question_has(
-    server: Server, teacher: RemoteTeacher
-) -> None:
+def test_a_server_that_reads_images_is_asked_with_as_many_as_a_question_has(server: Server, teacher: RemoteTeacher) -> None:
     teacher.check_images(HOW, 3, "rollout")
     (request,) = server.log
     content: list[dict[str, Any]] = request["messages"][0]["content"]

@@ -83,10 +83,7 @@ def test_a_run_survives_its_teacher_and_keeps_the_key_to_itself(
 
     monkeypatch.setattr(RunLog, "metrics", weather)
     run = tmp_path / "run"
-    assert (
-        train(recipe, run, server.url, "--train.steps=6", "--eval.every=0", "--teacher.compression.max_new_tokens=64")
-        == 0
-    )
+    assert train(recipe, run, server.url, "--train.steps=6", "--eval.every=0", "--teacher.compression.max_new_tokens=64") == 0
     printed = capsys.readouterr()
     said = printed.out + printed.err
 
@@ -129,15 +126,9 @@ def test_a_run_survives_its_teacher_and_keeps_the_key_to_itself(
     [
         (["--teacher.model=huge"], "teacher.model: 'huge' is not served"),
         (["--teacher.base_urls=[http://127.0.0.1:9/v1]"], "teacher.base_urls: the model 'tiny' cannot"),
-        (
-            ["--teacher.key_env=WRONG_KEY"],
-            "teacher.key_env: the environment variable WRONG_KEY ",
-        ),
+        (["--teacher.key_env=WRONG_KEY"], "teacher.key_env: the environment variable WRONG_KEY "),
         (["--teacher.key_env=UNSET_KEY"], "teacher.key_env: the environment variable UNSET_KEY is"),
-        (
-            ["--more_teachers=[{{model: huge, base_urls: [{url}], key_env: TEACHER_KEY}}]"],
-            "more_teachers.0.model: 'huge'",
-        ),
+        (["--more_teachers=[{{model: huge, base_urls: [{url}], key_env: TEACHER_KEY}}]"], "more_teachers.0.model: 'huge'"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(
@@ -158,9 +149,7 @@ def test_mistakes_are_found_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_two_addresses_one_of_them_down(
-    recipe: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_addresses_one_of_them_down(recipe: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     urls = f"http://127.0.0.1:9/v1, {server.url}"
     assert train(recipe, run, urls, "--train.steps=1", "--data.eval=null") == 0
@@ -195,9 +184,7 @@ def test_a_remote_judge_that_dies_leaves_completions_ungraded(
     assert server.process is None and "judge calls without a reply" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_teacher_behind_zppo_serve_is_the_teacher(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_behind_zppo_serve_is_the_teacher(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy completions are those of the same checkpoint in this process; a run with it asks, compresses and misses nothing."""
     model = recipe.parent / "teacher"
     requests = [TeacherRequest((Message("user", f"What is {i} plus 4?"),), (1, 2)) for i in range(5)]

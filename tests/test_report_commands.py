@@ -95,9 +95,7 @@ def test_inspect_names_similar_questions(folder: Path, capsys: pytest.CaptureFix
     assert "such as invented.jsonl:1" in run(capsys, "inspect", folder, "@", status=2)
 
 
-def test_inspect_shows_control_characters_instead_of_obeying(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_shows_control_characters_instead_of_obeying(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = invented_run(tmp_path / "run", steps=1)
     attack = "\x1b]0;owned\x07\x1b[2Jtext \u202e [bold red]markup[/]"
     change_rows(files_of(folder)[0], lambda row: {**row, "completion": attack, "answer": attack, "reason": attack})
@@ -116,12 +114,7 @@ def runs_of(base: Path, *shapes: dict[str, object]) -> list[Path]:
 
 def test_runs_that_differ_in_the_seed_alone_are_one_arm(tmp_path: Path) -> None:
     folders = runs_of(
-        tmp_path,
-        {"seed": 0},
-        {"seed": 1},
-        {"seed": 0, "method": "grpo"},
-        {"seed": 0, "capacity": 50},
-        {"seed": 1, "capacity": 50},
+        tmp_path, {"seed": 0}, {"seed": 1}, {"seed": 0, "method": "grpo"}, {"seed": 0, "capacity": 50}, {"seed": 1, "capacity": 50}
     )
     arms = arms_of([open_run(folder) for folder in folders])
     assert [(arm.name, list(arm.runs)) for arm in arms] == [
@@ -184,17 +177,7 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     run(capsys, "train", tmp_path / "recipe.yaml", f"--output={out}")
     summary = Reader(out).read()
     names = {chart.id for chart in summary.charts}
-    assert {
-        "held-out",
-        "accuracy",
-        "loss",
-        "clip",
-        "composition",
-        "seconds",
-        "teacher",
-        "occupancy",
-        "match-bcq",
-    } <= names
+    assert {"held-out", "accuracy", "loss", "clip", "composition", "seconds", "teacher", "occupancy", "match-bcq"} <= names
     assert summary.head["steps"] == "3" and "FLOPs" in summary.head["cost"]
     assert summary.run.finished and "after" not in summary.outcome
     logged = [line["accuracy"]["plain"] for line in summary.run.steps]

@@ -127,14 +127,7 @@ def test_position_bias_interval_knows_that_the_rollouts_of_a_prompt_are_alike() 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [
-        ("A  b", "positive"),
-        (r"\text{a B}", "positive"),
-        ("x", "negative"),
-        ("Y ", "negative"),
-        ("z", "other"),
-        (None, "none"),
-    ],
+    [("A  b", "positive"), (r"\text{a B}", "positive"), ("x", "negative"), ("Y ", "negative"), ("z", "other"), (None, "none")],
 )
 def test_match_compares_after_normalisation(answer: str | None, expected: str) -> None:
     assert match(answer, "a b", ["x", "y"]) == expected
@@ -145,9 +138,7 @@ def test_match_without_a_teacher_s_answer() -> None:
 
 
 def test_match_rows_equal_a_plain_recount(summary: summary_module.Summary, rows: list[dict[str, Any]]) -> None:
-    positives = {
-        (r["step"], r["question_id"]): json.loads(r["audit"])["positive_answer"] for r in rows if r["kind"] == "bcq"
-    }
+    positives = {(r["step"], r["question_id"]): json.loads(r["audit"])["positive_answer"] for r in rows if r["kind"] == "bcq"}
     found: Counter[tuple[str, str, str]] = Counter()
     for row in rows:
         if row["kind"] == "plain":
@@ -178,9 +169,7 @@ def test_match_rows_equal_a_plain_recount(summary: summary_module.Summary, rows:
 
 def test_the_paper_s_rows_are_all_there() -> None:
     papers = paper_rows()
-    assert (
-        len(papers) == 12 and sum(row.rollouts for row in papers) == 450 + 206 + 271 + 177 + 97 + 151 + 64 + 112 + 7720
-    )
+    assert len(papers) == 12 and sum(row.rollouts for row in papers) == 450 + 206 + 271 + 177 + 97 + 151 + 64 + 112 + 7720
     row = next(r for r in papers if (r.source, r.kind) == ("paper 0.8B", "ncq"))
     assert (row.negative, row.subset, row.none) == (0.827, "all", None)
 
@@ -227,11 +216,7 @@ def test_leaks_of_bcq() -> None:
 
     for at in (0, 1):
         assert found(r"it is \boxed{4}", r"it is \boxed{5}", at) == {"checked": 1}
-        assert found(r"\boxed{4}", r"maybe \boxed{4} or \boxed{5}", at) == {
-            "checked": 1,
-            "gold in wrong": 1,
-            "wrong longer": 1,
-        }
+        assert found(r"\boxed{4}", r"maybe \boxed{4} or \boxed{5}", at) == {"checked": 1, "gold in wrong": 1, "wrong longer": 1}
         assert found(r"\boxed{4}", r"\boxed{6}", at) == {"checked": 1, "answer changed": 1}
         assert found(r"so \boxed{4}", "cut", at) == {"checked": 1, "one box": 1, "right longer": 1}
     assert leaks("bcq", "no blocks", correct_at=0, **audit) == {"unchecked": 1}
@@ -373,9 +358,7 @@ def test_question_lines_tell_what_happened(summary: summary_module.Summary, rows
     assert list(summary.lines) == question_ids(summary.run)
 
 
-@pytest.mark.parametrize(
-    ("plain", "stuck"), [([0, 0], True), ([2, 1, 2], True), ([0, 1, 0], False), ([0], False), ([5, 5], False)]
-)
+@pytest.mark.parametrize(("plain", "stuck"), [([0, 0], True), ([2, 1, 2], True), ([0, 1, 0], False), ([0], False), ([5, 5], False)])
 def test_never_improved(plain: list[int], stuck: bool) -> None:
     line = QuestionLine("q", "", "", "", [Visit(i, "plain", c, 8) for i, c in enumerate(plain)])
     assert line.never_improved(0.5) == stuck
@@ -423,10 +406,7 @@ def test_a_trimmed_story_keeps_its_outcomes(most: int) -> None:
     story = {"prompts": ["p" * 9000], "groups": [{"step": s, "rollouts": rollouts} for s in range(9)]}
     short = trimmed(story, most)
     assert [[r["correct"] for r in g["rollouts"]] for g in short["groups"]] == [[r["correct"] for r in rollouts]] * 9
-    bare = {
-        **short,
-        "groups": [{**g, "rollouts": [{**r, "completion": None} for r in g["rollouts"]]} for g in short["groups"]],
-    }
+    bare = {**short, "groups": [{**g, "rollouts": [{**r, "completion": None} for r in g["rollouts"]]} for g in short["groups"]]}
     assert size_of(short) <= max(most, size_of(bare))
     texts = [g["rollouts"][0]["completion"] is not None for g in short["groups"]]
     assert texts == sorted(texts[:5], reverse=True) + texts[5:] and texts[0] >= texts[4]
@@ -474,9 +454,7 @@ def test_an_image_that_has_changed_is_not_shown_as_what_the_model_saw(tmp_path: 
     assert shown()["data"].startswith("data:image/png")
     (tmp_path / "a.png").write_bytes(noise((20, 10), 2))
     assert "data" not in shown()
-    assert (
-        shown()["missing"] == f"is not the one that the questions were read with (SHA-256 {seen.sha256[:12]}... then)"
-    )
+    assert shown()["missing"] == f"is not the one that the questions were read with (SHA-256 {seen.sha256[:12]}... then)"
     [file] = files_of(tmp_path / "run")
     pq.write_table(pq.read_table(file).drop_columns(["image_sha256"]), file)
     assert shown()["data"].startswith("data:image/png")

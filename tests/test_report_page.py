@@ -21,9 +21,7 @@ from zppo.report.summary import Reader
 
 pytestmark = pytest.mark.slow
 
-HOSTILE = (
-    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!-- <b>bold</b> \u2028 &lt;"
-)
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!-- <b>bold</b> \u2028 &lt;"
 PICTURED = "invented.jsonl:3"
 COMPARED = "invented.jsonl:4"
 ATTACKED = "invented.jsonl:2"
@@ -67,9 +65,7 @@ def shared_browser() -> Iterator[Browser]:
 @pytest.fixture
 def browser(shared_browser: Browser) -> Iterator[Browser]:
     """A window of a desktop's size; whatever a test does, nothing may fail in it."""
-    shared_browser.call(
-        "Page.navigate", url="about:blank"
-    )  # the page of the test before may still ask its server, which is gone
+    shared_browser.call("Page.navigate", url="about:blank")  # the page of the test before may still ask its server, which is gone
     shared_browser.until("location.href === 'about:blank'")
     shared_browser.errors.clear()
     shared_browser.requests.clear()
@@ -145,9 +141,7 @@ def test_model_text_stays_text(page: Browser) -> None:
 def test_nothing_runs_but_the_page_s_own_scripts(page: Browser) -> None:
     """The second wall: even markup that did get in would not run."""
     page.eval("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\" onerror=\"window.hacked = 1\">')")
-    page.eval(
-        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 1'}))"
-    )
+    page.eval("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 1'}))")
     page.eval("fetch('https://example.org/').catch(() => 1)")
     assert page.eval("new Promise((done) => setTimeout(() => done(typeof window.hacked), 200))") == "undefined"
     refused = [error for error in page.errors if "Content Security Policy" in error]
@@ -162,9 +156,7 @@ def test_filters_show_what_the_files_say(page: Browser, folder: Path) -> None:
     def expect(field: str, value: str, ids: set[str]) -> None:
         set_field(page, field, value)
         assert ids and set(shown_ids(page)) == ids, field
-        assert page.eval("document.getElementById('shown').textContent").startswith(
-            f"{len(ids)} of {len(lines)} questions"
-        )
+        assert page.eval("document.getElementById('shown').textContent").startswith(f"{len(ids)} of {len(lines)} questions")
         assert page.eval("document.querySelectorAll('.item').length") == min(100, len(ids))
         page.eval("resetFilters()")
         assert set(shown_ids(page)) == set(lines)
@@ -210,9 +202,7 @@ def test_images_of_a_question_are_shown(page: Browser) -> None:
 
 def test_several_images_stand_at_their_places(page: Browser) -> None:
     page.eval(f"openStory({json.dumps(COMPARED)})")
-    page.until(
-        "document.querySelectorAll('#story img').length === 2 && document.querySelectorAll('#story img')[1].naturalWidth === 640"
-    )
+    page.until("document.querySelectorAll('#story img').length === 2 && document.querySelectorAll('#story img')[1].naturalWidth === 640")
     parts = "[...document.querySelector('#story .question').childNodes].map((n) => n.alt || n.textContent)"
     first, image, second, wide, third, gone, last = page.eval(parts)
     assert (first, second, third, last) == ("Is ", " in ", ", or in ", "?")
@@ -328,9 +318,7 @@ def test_the_server_answers_its_own_pages_only(address: tuple[str, Path]) -> Non
 
 def test_the_page_of_a_comparison(browser: Browser, tmp_path: Path) -> None:
     runs = [
-        invented_run(tmp_path / f"{method}-{seed}", seed=seed, steps=4, method=method)
-        for method in ("zppo", "grpo")
-        for seed in (0, 1)
+        invented_run(tmp_path / f"{method}-{seed}", seed=seed, steps=4, method=method) for method in ("zppo", "grpo") for seed in (0, 1)
     ]
     compare_command(runs, html=True, out=tmp_path / "compare.html", figures="none")
     browser.open((tmp_path / "compare.html").as_uri())

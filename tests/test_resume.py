@@ -146,9 +146,7 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert run.checkpoints() == ["step-000000+3", "step-000001+2"]
     assert run.go(at=MANIFEST_MADE, do="term") == 143  # the checkpoint of step 2 is finished first
     assert run.checkpoints() == ["step-000001+2", "step-000002"]
-    assert (
-        run.go(at="zppo.train.policy_gradient:advantages_of", do="int") == 130
-    )  # step 3 is sampled, and no update is done
+    assert run.go(at="zppo.train.policy_gradient:advantages_of", do="int") == 130  # step 3 is sampled, and no update is done
     assert run.checkpoints() == ["step-000002", "step-000002+0"]
     assert run.go(at="zppo.train.trainer:evaluate", do="term") == 143  # after step 4, before its checkpoint
     assert run.checkpoints() == ["step-000002+0", "step-000004"]
@@ -268,9 +266,7 @@ def moody(self: object, requests: list[TeacherRequest], how: TeacherSampling) ->
         number = int.from_bytes(os.urandom(2), "big")
         return None if number % 5 == 0 else f"It is \\boxed{{{number}}}"
 
-    return [
-        TeacherReply(tuple(text() for _ in request.keys), prompt_tokens=1, completion_tokens=1) for request in requests
-    ]
+    return [TeacherReply(tuple(text() for _ in request.keys), prompt_tokens=1, completion_tokens=1) for request in requests]
 
 
 @slow
@@ -316,9 +312,7 @@ def test_changes_since_the_checkpoint_are_said_or_refused(
 
 
 @slow
-def test_an_error_before_the_updates_costs_no_finished_step(
-    run: Run, recipe: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_an_error_before_the_updates_costs_no_finished_step(run: Run, recipe: Path, whole: Path, tmp_path: Path) -> None:
     """A reward function of the user's that breaks in step 4: the three steps before it are saved."""
     function = tmp_path / "reward.py"
     good = (recipe.parent / "reward.py").read_text(encoding="utf-8")
@@ -389,16 +383,8 @@ def test_checkpoints_stand_in_the_order_of_training_and_old_ones_go(kept: Path) 
         (MANIFEST, lambda p: p.write_text("{"), "manifest.json is damaged"),
         (MANIFEST, lambda p: p.write_bytes(b"\xff\x00"), "manifest.json is damaged"),
         (MANIFEST, lambda p: p.write_text('{"files": {}}'), "manifest.json does not name optimizer.pt"),
-        (
-            MANIFEST,
-            lambda p: p.write_text(p.read_text().replace("state.json", "../../x")),
-            "manifest.json does not name",
-        ),
-        (
-            MANIFEST,
-            lambda p: p.write_text(p.read_text().replace("model/config", "../../x")),
-            "outside of the checkpoint",
-        ),
+        (MANIFEST, lambda p: p.write_text(p.read_text().replace("state.json", "../../x")), "manifest.json does not name"),
+        (MANIFEST, lambda p: p.write_text(p.read_text().replace("model/config", "../../x")), "outside of the checkpoint"),
     ],
 )
 def test_every_damage_is_found_and_named(kept: Path, tmp_path: Path, name: str, harm: Any, told: str) -> None:
@@ -443,9 +429,7 @@ def test_an_optimizer_of_other_shapes_is_refused(kept: Path) -> None:
         checkpoint.load_optimizer(kept / "checkpoints" / "step-000004", torch.optim.AdamW(model))
 
 
-def test_what_the_disk_refuses_names_path_and_cause(
-    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_disk_refuses_names_path_and_cause(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file stands where a folder should be; a read-only disk is played, as these tests may run as root."""
     run = tmp_path / "run"
     run.mkdir()
@@ -499,15 +483,11 @@ def test_rewinding_keeps_what_belongs_to_the_checkpoint(tmp_path: Path) -> None:
 def collected_step() -> MidStep:
     """A step with everything in it that is hard to store."""
     odd = 'a "quote"\n\ud800 \U0001f600 \x00'
-    question = Question(
-        "q/1", (Message("system", odd), Message("user", "2 + 2 = ?")), "4", (ImageRef("a.png", "00"),), "easy"
-    )
+    question = Question("q/1", (Message("system", odd), Message("user", "2 + 2 = ?")), "4", (ImageRef("a.png", "00"),), "easy")
     nan = float("nan")
 
     def group(kind: str, forced: tuple[int, ...], *lengths: int) -> RolloutGroup:
-        prompt = Prompt(
-            kind, question, question.messages, (1, 2, 3), True, question.images, forced, {"listed": ["5", odd]}
-        )
+        prompt = Prompt(kind, question, question.messages, (1, 2, 3), True, question.images, forced, {"listed": ["5", odd]})
         rollouts = [
             Rollout(
                 torch.arange(n),
@@ -526,18 +506,9 @@ def collected_step() -> MidStep:
         return RolloutGroup(prompt, tuple(rollouts))
 
     plain, again = [group("plain", (), 1, 2)], [group("bcq", (7, 8), 3, 4)]
-    zone = Reformulated(
-        [g.prompt for g in again],
-        {"q/1": (Source(odd, None, 2, 0.5, True),)},
-        {"asked": 1.0, "none": None},
-        "no answer",
-    )
-    begun = PartialUpdate(
-        2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)]
-    )
-    return MidStep(
-        StepRollouts(1, ("q/1",), plain, again, zone, {"judge_asked": 3.0}, {"step": 1.5, "sampling": 1.0}), begun
-    )
+    zone = Reformulated([g.prompt for g in again], {"q/1": (Source(odd, None, 2, 0.5, True),)}, {"asked": 1.0, "none": None}, "no answer")
+    begun = PartialUpdate(2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)])
+    return MidStep(StepRollouts(1, ("q/1",), plain, again, zone, {"judge_asked": 3.0}, {"step": 1.5, "sampling": 1.0}), begun)
 
 
 def test_a_stopped_step_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -30,15 +30,9 @@ class Engine:
 
     def sync(self) -> None: ...
 
-    def sample(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None
-    ) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling, finished: Finished | None = None) -> list[list[Completion]]:
         made = [
-            [
-                Completion(torch.tensor([1 + i]), torch.zeros(1), truncated=False, entropy=0.0)
-                for i in range(len(r.keys))
-            ]
-            for r in requests
+            [Completion(torch.tensor([1 + i]), torch.zeros(1), truncated=False, entropy=0.0) for i in range(len(r.keys))] for r in requests
         ]
         for i, row in enumerate(made):
             for j, completion in enumerate(row[:-1]):

@@ -53,18 +53,13 @@ def gradients(updater: Updater, groups: list[Group], steps: int = 1) -> tuple[li
 
 def assert_equal(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]]) -> None:
     assert len(ours) == len(theirs)
-    assert all(
-        torch.equal(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)
-    )
+    assert all(torch.equal(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True))
 
 
 def test_an_honest_sampler_is_trusted_and_no_pass_is_added(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS, shift=0.0)
-    (plain, wanted), (updater, said) = (
-        gradients(make_updater(copy.deepcopy(model), minibatches=2), groups),
-        checked(model),
-    )
+    (plain, wanted), (updater, said) = (gradients(make_updater(copy.deepcopy(model), minibatches=2), groups), checked(model))
     passes: list[int] = []
     updater.model.register_forward_hook(lambda *_: passes.append(1))
     backward: list[int] = []

@@ -11,13 +11,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from serving import (
-    CONTEXT,
-    QUESTION,
-    Counting,
-    ask,
-    texts,
-)
+from serving import CONTEXT, QUESTION, Counting, ask, texts
 from zppo.core.draws import draw_key
 from zppo.core.types import Message
 from zppo.engines.base import Completion, SampleRequest, Sampling
@@ -33,9 +27,7 @@ def sampled(engine: Counting, chat: Chat, seed: int, n: int, sampling: Sampling)
     return engine.engine.sample([SampleRequest(prompt, keys)], sampling)[0]
 
 
-def test_an_answer_is_the_engines_completion_in_the_protocols_shape(
-    client: TestClient, engine: Counting, chat: Chat
-) -> None:
+def test_an_answer_is_the_engines_completion_in_the_protocols_shape(client: TestClient, engine: Counting, chat: Chat) -> None:
     answer = ask(client, n=80, seed=7, max_tokens=24, logprobs=True)
     expected = sampled(engine, chat, 7, 80, Sampling(max_new_tokens=24))
     assert texts(answer) == [chat.decode(c.ids.tolist()) for c in expected]
@@ -65,8 +57,7 @@ def test_a_seed_gives_the_same_answer_and_none_another_one(client: TestClient) -
 
 def test_company_in_a_batch_changes_nothing(client: TestClient, engine: Counting) -> None:
     asked = [
-        {"messages": [{"role": "user", "content": f"{i} " * (i % 5 + 1)}], "seed": i, "n": i % 3 + 1, "max_tokens": 24}
-        for i in range(16)
+        {"messages": [{"role": "user", "content": f"{i} " * (i % 5 + 1)}], "seed": i, "n": i % 3 + 1, "max_tokens": 24} for i in range(16)
     ]
     engine.steps = 0
     alone = [texts(ask(client, **fields)) for fields in asked]
@@ -82,14 +73,7 @@ def test_company_in_a_batch_changes_nothing(client: TestClient, engine: Counting
 
 def test_every_setting_reaches_the_engine(client: TestClient, engine: Counting) -> None:
     engine.batches.clear()
-    settings = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 20,
-        "min_p": 0.05,
-        "presence_penalty": 1.5,
-        "repetition_penalty": 1.1,
-    }
+    settings = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "presence_penalty": 1.5, "repetition_penalty": 1.1}
     ask(client, **settings, max_tokens=3)
     ask(client, max_tokens=None, max_completion_tokens=4, top_k=-1)
     ask(client, max_tokens=None, seed=3, temperature=None)

@@ -14,18 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from conftest import make_tiny
-from serving import (
-    CONTEXT,
-    QUESTION,
-    URL,
-    Counting,
-    Gate,
-    ask,
-    connect,
-    service,
-    texts,
-    wait_for,
-)
+from serving import CONTEXT, QUESTION, URL, Counting, Gate, ask, connect, service, texts, wait_for
 from zppo.core.types import Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
@@ -87,8 +76,7 @@ def test_requests_of_unlike_sampling_take_turns_and_the_oldest_goes_first() -> N
     assert gate.entered.wait(30)
     lengths = [2, 3, 4, 5, 6, 7, 40]  # 40 + 5 leaves no second row under 60; 7 rows of hot ones are more than 4
     jobs = [
-        batcher.submit(SampleRequest((0,) * length, (1, 2) if length == 5 else (1,)), cold if length == 3 else hot)
-        for length in lengths
+        batcher.submit(SampleRequest((0,) * length, (1, 2) if length == 5 else (1,)), cold if length == 3 else hot) for length in lengths
     ]
     gate.open.set()
     for job in (first, *jobs):

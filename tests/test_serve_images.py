@@ -53,10 +53,7 @@ def url(data: bytes, kind: str = "png") -> str:
 
 def turn(*parts: str | bytes, role: str = "user") -> dict[str, Any]:
     """A message of texts and images."""
-    content = [
-        {"type": "text", "text": p} if isinstance(p, str) else {"type": "image_url", "image_url": {"url": url(p)}}
-        for p in parts
-    ]
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image_url", "image_url": {"url": url(p)}} for p in parts]
     return {"role": role, "content": content}
 
 
@@ -67,9 +64,7 @@ def image_part(address: Any, **more: Any) -> list[dict[str, Any]]:
 # --- what the model sees ---------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_what_the_engine_samples_from_these_pictures(
-    client: TestClient, loaded: Loaded, tmp_path: Path
-) -> None:
+def test_a_request_is_what_the_engine_samples_from_these_pictures(client: TestClient, loaded: Loaded, tmp_path: Path) -> None:
     one, other = noise((20, 20)), noise((40, 24), seed=1, kind="JPEG")
     messages = [turn("is this: ", one, "in", other, "?")]
     refs = (keep(one, tmp_path / "own"), keep(other, tmp_path / "own"))
@@ -78,10 +73,7 @@ def test_a_request_is_what_the_engine_samples_from_these_pictures(
     [[expected]] = loaded.engine.sample([SampleRequest(ids, (0,), refs)], greedy)
     answer = ask(client, messages=messages, temperature=0)
     assert texts(answer) == [loaded.chat.decode(expected.ids.tolist())]
-    assert (
-        answer["usage"]["prompt_tokens"] == len(ids)
-        and ids.count(next(iter(loaded.chat.image_processor.image_ids))) > 8
-    )  # type: ignore[union-attr]
+    assert answer["usage"]["prompt_tokens"] == len(ids) and ids.count(next(iter(loaded.chat.image_processor.image_ids))) > 8  # type: ignore[union-attr]
 
 
 def test_another_picture_is_another_answer_and_the_same_is_the_same(client: TestClient) -> None:
@@ -111,21 +103,13 @@ NOISE = noise((64, 64))
 @pytest.mark.parametrize(
     ("messages", "code", "said"),
     [
-        (
-            image_part("https://example.org/a.png"),
-            "invalid_value",
-            "this server fetches nothing: send the image itself",
-        ),
+        (image_part("https://example.org/a.png"), "invalid_value", "this server fetches nothing: send the image itself"),
         (image_part("file:///etc/passwd"), "invalid_value", "this server fetches nothing"),
         (image_part("/etc/passwd"), "invalid_value", "this server fetches nothing"),
         (image_part(None), "invalid_value", 'the image_url of part 0 is {"url": null} and no'),
         (image_part("data:,", size=3), "invalid_value", "the image_url of part 0 is"),
         ([turn(picture(), role="system")], "invalid_value", "images stand in turns of the user, not of the system"),
-        (
-            [turn(picture(), f"or {IMAGE}?")],
-            "invalid_value",
-            "its text holds <image>, which marks the place of an image",
-        ),
+        ([turn(picture(), f"or {IMAGE}?")], "invalid_value", "its text holds <image>, which marks the place of an image"),
         ([turn(picture(), "<|image_pad|>")], "invalid_value", "another token that stands for an image"),
         (image_part("data:image/png"), "invalid_image", "it has no comma"),
         (image_part("data:image/png;base64,????"), "invalid_image", "is no data: URL that can be read"),
@@ -139,9 +123,7 @@ NOISE = noise((64, 64))
         ([turn(picture(), "x " * 500)], "context_length_exceeded", "the model's context holds 512"),
     ],
 )
-def test_what_cannot_be_shown_is_said(
-    client: TestClient, tmp_path: Path, messages: list[dict[str, Any]], code: str, said: str
-) -> None:
+def test_what_cannot_be_shown_is_said(client: TestClient, tmp_path: Path, messages: list[dict[str, Any]], code: str, said: str) -> None:
     error = ask(client, 400, messages=messages)["error"]
     assert error["code"] == code and said in error["message"], error
     assert error["param"].startswith("messages") and len(error["message"]) < 700
@@ -150,10 +132,7 @@ def test_what_cannot_be_shown_is_said(
 
 def test_a_model_that_reads_text_only_says_so(tmp_path: Path, client: TestClient, loaded: Loaded) -> None:
     for taker, said in (
-        (
-            Pictures(tmp_path, 3, "this model reads text only"),
-            "has 1 image(s), and this model reads text only; send text alone",
-        ),
+        (Pictures(tmp_path, 3, "this model reads text only"), "has 1 image(s), and this model reads text only; send text alone"),
         (Pictures(tmp_path, 0), "has 1 image(s), and this server takes none; send text alone"),
     ):
         with connected(loaded.engine, loaded.chat, pictures=taker) as blind:
@@ -228,12 +207,7 @@ def hostile(draw: st.DrawFn) -> str:
     """Random bytes, damaged files and odd URLs."""
     kind = draw(st.integers(0, 2))
     if kind == 0:
-        return (
-            "data:"
-            + draw(st.text(max_size=30))
-            + draw(st.sampled_from([",", ";base64,", ""]))
-            + draw(st.text(max_size=30))
-        )
+        return "data:" + draw(st.text(max_size=30)) + draw(st.sampled_from([",", ";base64,", ""])) + draw(st.text(max_size=30))
     data = bytearray(draw(st.binary(max_size=60)) if kind == 1 else draw(st.sampled_from(SEEDS)))
     for place in draw(st.lists(st.integers(0, max(0, len(data) - 1)), max_size=5)) if data else []:
         data[place] = draw(st.integers(0, 255))
@@ -271,17 +245,12 @@ def test_few_images_are_decoded_at_once(loaded: Loaded, tmp_path: Path, monkeypa
         return real(data, name)
 
     monkeypatch.setattr(pictures, "decode", slow)
-    with (
-        connected(loaded.engine, loaded.chat, pictures=Pictures(tmp_path, 3), context=512) as client,
-        ThreadPoolExecutor(8) as pool,
-    ):
+    with connected(loaded.engine, loaded.chat, pictures=Pictures(tmp_path, 3), context=512) as client, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda i: ask(client, messages=[turn(noise((16, 16), i), "?")]), range(8)))
     assert most <= pictures.DECODERS
 
 
-def test_a_server_does_not_remember_every_picture(
-    loaded: Loaded, client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_does_not_remember_every_picture(loaded: Loaded, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zppo.images.processor._MOST_SIZES", 2)
     assert loaded.chat.image_processor is not None
     loaded.chat.image_processor._sizes.clear()
@@ -313,9 +282,7 @@ def test_a_served_model_is_a_teacher_that_sees(loaded: Loaded, tmp_path: Path) -
             here = LocalTeacher(loaded.engine, lambda args: loaded.chat)
             here.image_processor = loaded.chat.image_processor
             local = here.complete(requests, how)
-            assert [(r.texts, r.prompt_tokens, r.error) for r in remote] == [
-                (r.texts, r.prompt_tokens, "") for r in local
-            ]
+            assert [(r.texts, r.prompt_tokens, r.error) for r in remote] == [(r.texts, r.prompt_tokens, "") for r in local]
             assert list((tmp_path / "served").iterdir()) == []
         finally:
             teacher.close()

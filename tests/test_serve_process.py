@@ -37,9 +37,7 @@ CLOSING = Path(zppo.__file__).parent / "lab" / "prompts" / "closing.jinja"
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(the process, its address) of `zppo serve ARGUMENTS --port 0`, with a key."""
     command = [sys.executable, "-m", "zppo", "serve", *arguments, "--port", "0", "--key-env", "ZPPO_TEST_KEY"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"ZPPO_TEST_KEY": KEY}
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"ZPPO_TEST_KEY": KEY})
     assert process.stdout is not None
     try:
         yield process, process.stdout.readline().strip()
@@ -134,10 +132,7 @@ def test_a_server_that_is_told_to_end_finishes_what_runs_or_ends_at_once_when_to
         (["tiny", "--key-file", "none"], "the file none cannot be read"),
         (["tiny", "--max-rows", "0"], "--max-rows is 0: it must be 1 or more"),
         (["tiny", "--max-images", "-1"], "--max-images is -1: it must be 0 or more"),
-        (
-            ["tiny", "--min-pixels", "5", "--max-pixels", "4"],
-            "--min-pixels is 5, more than --max-pixels, 4: exchange them",
-        ),
+        (["tiny", "--min-pixels", "5", "--max-pixels", "4"], "--min-pixels is 5, more than --max-pixels, 4: exchange them"),
         (["tiny", "--max-batch-tokens", "-1"], "--max-batch-tokens is -1"),
         (["tiny", "--max-queue", "0"], "--max-queue is 0"),
         (["tiny", "--max-body", "0"], "--max-body is 0"),
@@ -151,11 +146,7 @@ def test_a_server_that_is_told_to_end_finishes_what_runs_or_ends_at_once_when_to
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_what_is_wrong_with_the_options_is_said(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZPPO_BAD", "zwei Wörter")
@@ -195,9 +186,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, str]]:
     return start
 
 
-def test_every_option_does_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: Callable[..., tuple[Any, str]]
-) -> None:
+def test_every_option_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: Callable[..., tuple[Any, str]]) -> None:
     """The run folder's final/ is what is served."""
     make_tiny(tmp_path / "run" / "final", max_position_embeddings=64)
     (tmp_path / "run" / "recipe.yaml").touch()

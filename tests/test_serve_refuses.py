@@ -10,15 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from serving import (
-    CONTEXT,
-    QUESTION,
-    URL,
-    Counting,
-    ask,
-    connected,
-    texts,
-)
+from serving import CONTEXT, QUESTION, URL, Counting, ask, connected, texts
 from zppo.engines.chat import Chat
 from zppo.serve.protocol import MAX_CHOICES, RequestError, read_body
 
@@ -71,11 +63,7 @@ WRONG = [
     ({"tools": []}, "tools", "tools is no field that this server knows; it knows model, messages, n, temperature"),
     ({"frequency_penalty": None}, "frequency_penalty", "no field that this server knows"),
     ({"x" * 500: "y" * 500}, "x" * 80 + "... (500 characters)", "(500 characters)"),
-    (
-        {"chat_template_kwargs": {"tokenize": True}},
-        "chat_template_kwargs",
-        "tokenize is no argument of a chat template",
-    ),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize is no argument of a chat template"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "cannot render"),
 ]
 
@@ -92,9 +80,7 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(
 
 def test_several_wrong_fields_are_named_at_once(client: TestClient) -> None:
     message = ask(client, 400, n=0, top_p=2, foo=1, seed="x", stop=3, min_p=-1)["error"]["message"]
-    assert all(
-        part in message for part in ("n is 0", "top_p is 2", "min_p is -1", 'seed is "x"', "stop is 3", "and 1 more")
-    )
+    assert all(part in message for part in ("n is 0", "top_p is 2", "min_p is -1", 'seed is "x"', "stop is 3", "and 1 more"))
 
 
 @pytest.mark.parametrize(
@@ -157,9 +143,7 @@ def test_a_template_may_refuse_a_conversation(engine: Counting, chat: Chat) -> N
     system = [{"role": "system", "content": "Be brief."}]
     with connected(engine, strict) as client:
         error = ask(client, 400, messages=system)["error"]
-        assert (error["code"], error["param"]) == ("template_refused", "messages") and "no system turns" in error[
-            "message"
-        ]
+        assert (error["code"], error["param"]) == ("template_refused", "messages") and "no system turns" in error["message"]
     with connected(engine, bare) as client:
         assert texts(ask(client, messages=system))
         error = ask(client, 400, chat_template_kwargs={"enable_thinking": True})["error"]
@@ -229,8 +213,7 @@ fields = st.fixed_dictionaries(
         "seed": st.integers(-(2**63), 2**63 - 1) | anything,
         "stop": st.text(max_size=2) | st.lists(st.text(max_size=2)) | anything,
         "logprobs": st.booleans() | anything,
-        "chat_template_kwargs": st.dictionaries(st.text(max_size=8) | st.just("tools"), anything, max_size=2)
-        | anything,
+        "chat_template_kwargs": st.dictionaries(st.text(max_size=8) | st.just("tools"), anything, max_size=2) | anything,
     },
 )
 

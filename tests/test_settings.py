@@ -176,10 +176,7 @@ def test_all_problems_stand_in_one_message(tmp_path: Path) -> None:
 
 def test_a_missing_section_names_the_key_to_set(tmp_path: Path) -> None:
     said = message(write(tmp_path, "method: grpo\ndata: {train: x.jsonl}\n"))
-    assert (
-        "student is missing (the model that is trained); set student.model in the recipe or with --student.model=VALUE"
-        in said
-    )
+    assert "student is missing (the model that is trained); set student.model in the recipe or with --student.model=VALUE" in said
 
 
 def test_a_method_that_reformulates_needs_a_teacher(tmp_path: Path) -> None:
@@ -191,9 +188,7 @@ def test_a_method_that_reformulates_needs_a_teacher(tmp_path: Path) -> None:
 
 def test_unknown_methods_and_reformulations(tmp_path: Path) -> None:
     assert "method: 'zpo' is no method; known: grpo," in message(write(tmp_path), "--method=zpo")
-    assert "'hnt' is no reformulation; known: bcq, hint, ncq, prefix" in message(
-        write(tmp_path), "--method.reformulations=[hnt]"
-    )
+    assert "'hnt' is no reformulation; known: bcq, hint, ncq, prefix" in message(write(tmp_path), "--method.reformulations=[hnt]")
 
 
 def test_combinations_of_methods_that_cannot_train_are_refused(tmp_path: Path) -> None:
@@ -205,9 +200,7 @@ def test_combinations_of_methods_that_cannot_train_are_refused(tmp_path: Path) -
         ("--method={name: zppo, reformulations: [bcq, bcq]}", "stands twice"),
     ):
         assert said in message(write(tmp_path), override)
-    assert (
-        load_recipe(write(tmp_path), ["--method={name: hint, control: placebo}"]).method.resolve().control == "placebo"
-    )
+    assert load_recipe(write(tmp_path), ["--method={name: hint, control: placebo}"]).method.resolve().control == "placebo"
 
 
 @pytest.mark.parametrize(
@@ -296,9 +289,7 @@ _scalars = (
     | st.floats(allow_nan=False)
     | st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]))
     | st.from_regex(r"\A[-+]?[0-9_.]+[eExo]?[-+]?[0-9:]*\Z")
-    | st.sampled_from(
-        ["no", "yes", "on", "null", "~", "<<", "=", "1e5", "12e4567", "0o7", "2026-06-16", ".nan", "1_0", ""]
-    )
+    | st.sampled_from(["no", "yes", "on", "null", "~", "<<", "=", "1e5", "12e4567", "0o7", "2026-06-16", ".nan", "1_0", ""])
 )
 
 
@@ -350,11 +341,7 @@ def test_relative_paths_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_names_that_are_no_paths_pass_through(tmp_path: Path) -> None:
     text = "student: {model: 'lab:w/student'}\nteacher: {model: Qwen/Qwen3.5-4B}\ndata: {train: 'lab:w/train'}\n"
     settings = load_recipe(write(tmp_path, text), ["--grading.reward=package.module:score", "--data.eval=lab:w/test"])
-    assert (settings.student.model, settings.data.train, settings.data.eval) == (
-        "lab:w/student",
-        "lab:w/train",
-        "lab:w/test",
-    )
+    assert (settings.student.model, settings.data.train, settings.data.eval) == ("lab:w/student", "lab:w/train", "lab:w/test")
     assert settings.teacher is not None and settings.teacher.model == "Qwen/Qwen3.5-4B"
     assert settings.grading.reward == "package.module:score"
 
@@ -364,11 +351,7 @@ def test_names_that_are_no_paths_pass_through(tmp_path: Path) -> None:
 
 def test_a_dumped_recipe_loads_back_equal_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write(tmp_path / "recipes", SMALL + "prompts: {closing: c.jinja}\noutput: runs/x\n")
-    overrides = [
-        "--train.learning_rate=3e-7",
-        "--student.revision='12e4567'",
-        "--teacher.template_args={a: [1, 1.0, 'no', null]}",
-    ]
+    overrides = ["--train.learning_rate=3e-7", "--student.revision='12e4567'", "--teacher.template_args={a: [1, 1.0, 'no', null]}"]
     settings = load_recipe(recipe, overrides)
     dumped = write(tmp_path / "run", dump_recipe(settings))
     monkeypatch.chdir(tmp_path / "run")
@@ -384,20 +367,14 @@ def test_a_dumped_recipe_loads_back_equal_from_anywhere(tmp_path: Path, monkeypa
         {},
         optional={
             "seed": st.integers(0, 2**63),
-            "loss": st.fixed_dictionaries(
-                {"clip_high": st.floats(0, 1e300), "dual_clip": st.none() | st.floats(1.5, 50)}
-            ),
-            "student": st.fixed_dictionaries(
-                {"model": st.just("s"), "revision": st.text(st.characters(codec="utf-8"))}
-            ),
+            "loss": st.fixed_dictionaries({"clip_high": st.floats(0, 1e300), "dual_clip": st.none() | st.floats(1.5, 50)}),
+            "student": st.fixed_dictionaries({"model": st.just("s"), "revision": st.text(st.characters(codec="utf-8"))}),
             "method": st.sampled_from(list(METHODS)),
         },
     )
 )
 def test_any_settings_survive_the_dump(values: dict[str, Any]) -> None:
-    settings = Settings.model_validate(
-        {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": "x"}} | values
-    )
+    settings = Settings.model_validate({"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": "x"}} | values)
     assert Settings.model_validate(parse_yaml(dump_recipe(settings))) == settings
 
 
@@ -420,11 +397,7 @@ def test_help_lists_every_setting_with_type_default_and_meaning() -> None:
 
 def test_help_knows_every_field_of_the_settings() -> None:
     def leaves(data: Any, prefix: str) -> set[str]:
-        if (
-            not isinstance(data, dict)
-            or prefix.removesuffix(".") in ("prompts",)
-            or prefix.endswith(("template_args.", "extra_body."))
-        ):
+        if not isinstance(data, dict) or prefix.removesuffix(".") in ("prompts",) or prefix.endswith(("template_args.", "extra_body.")):
             return {prefix.removesuffix(".")}
         return {leaf for key, value in data.items() for leaf in leaves(value, f"{prefix}{key}.")}
 
@@ -435,12 +408,7 @@ def test_help_knows_every_field_of_the_settings() -> None:
 
 
 def test_parse_overrides_reads_values_as_yaml() -> None:
-    assert parse_overrides(["--a=1e-3", "--b", "[x, 2]", "--c==x", "--d="]) == [
-        ("a", 1e-3),
-        ("b", ["x", 2]),
-        ("c", "=x"),
-        ("d", None),
-    ]
+    assert parse_overrides(["--a=1e-3", "--b", "[x, 2]", "--c==x", "--d="]) == [("a", 1e-3), ("b", ["x", 2]), ("c", "=x"), ("d", None)]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)

@@ -11,14 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3_5TextConfig, Qwen3Config
 
 from test_memory import runs_out
 from test_update import REWARDS, Recorder, load, make_groups, make_updater, plain_gradients
@@ -85,13 +78,7 @@ def test_models_that_cannot_branch_are_not_asked_to() -> None:
     assert sharing_of(tiny(Qwen3Config)) == Sharing(reach=6 * 32)
     assert sharing_of(tiny(Qwen3Config, "eager")) is None  # would add a mask of truth values to its scores
     assert sharing_of(tiny(MistralConfig, sliding_window=4)) is None
-    linear = tiny(
-        Qwen3_5TextConfig,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-    )
+    linear = tiny(Qwen3_5TextConfig, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2)
     assert sharing_of(linear) is None
 
 
@@ -105,15 +92,8 @@ def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPa
 
 
 @settings(max_examples=50)
-@given(
-    st.integers(1, 500),
-    st.lists(st.integers(1, 200), min_size=1, max_size=8),
-    st.integers(1, 10_000),
-    st.integers(1, 5000),
-)
-def test_packs_hold_each_completion_once_and_never_cost_more(
-    prompt: int, tokens: list[int], reach: int, most: int
-) -> None:
+@given(st.integers(1, 500), st.lists(st.integers(1, 200), min_size=1, max_size=8), st.integers(1, 10_000), st.integers(1, 5000))
+def test_packs_hold_each_completion_once_and_never_cost_more(prompt: int, tokens: list[int], reach: int, most: int) -> None:
     def cost(chosen: list[list[int]]) -> float:
         lengths = [prompt + sum(tokens[i] for i in pack) for pack in chosen]
         return sum(t + t * t / reach for t in lengths)
@@ -122,16 +102,12 @@ def test_packs_hold_each_completion_once_and_never_cost_more(
     assert sorted(i for pack in chosen for i in pack) == list(range(len(tokens)))
     assert all(len(p) == 1 or prompt + sum(tokens[i] for i in p) <= most for p in chosen)
     assert cost(chosen) <= cost([[i] for i in range(len(tokens))]) * (1 + 1e-9)
-    assert share_prompt(prompt, tokens, reach=10**9, most=10**9) == [
-        sorted(range(len(tokens)), key=lambda i: -tokens[i])
-    ]
+    assert share_prompt(prompt, tokens, reach=10**9, most=10**9) == [sorted(range(len(tokens)), key=lambda i: -tokens[i])]
 
 
 @pytest.mark.parametrize("sampler", [True, False])
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
-def test_an_update_that_shares_prompts_has_the_gradients_of_plain_rows(
-    tiny_qwen3_dir: Path, budget: int, sampler: bool
-) -> None:
+def test_an_update_that_shares_prompts_has_the_gradients_of_plain_rows(tiny_qwen3_dir: Path, budget: int, sampler: bool) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
     advantages = advantages_of(groups, AdvantageSettings())

@@ -36,13 +36,9 @@ def test_a_study_runs_every_cell_once(recipe: Path, tmp_path: Path) -> None:
     assert zppo["rollouts"] > 32 and zppo["teacher_tokens"] > 0 and set(zppo["after"]) == {"a", "b"}
 
 
-def test_a_cell_that_fails_is_told_and_run_again(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cell_that_fails_is_told_and_run_again(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
-    failed = run_study(
-        [Cell(recipe, "grpo", 0)], rows, jobs=1, work=tmp_path / "work", extra=["--rollout.max_new_tokens=99999"]
-    )
+    failed = run_study([Cell(recipe, "grpo", 0)], rows, jobs=1, work=tmp_path / "work", extra=["--rollout.max_new_tokens=99999"])
     assert failed == 1 and not rows.exists()
     assert "context" in (tmp_path / "work" / "recipe-grpo-s0.txt").read_text(encoding="utf-8")
     assert "ended with 2" in " ".join(capsys.readouterr().out.split())
@@ -83,9 +79,7 @@ def row(method: str, seed: int, hard: float, graduated: int = 1) -> dict[str, ob
 
 
 def test_tables_hold_means_and_paired_differences(tmp_path: Path) -> None:
-    rows = [row("grpo-replay", s, 0.1 * s) for s in (1, 2, 3)] + [
-        row("zppo", s, 0.1 * s + 0.3, graduated=3) for s in (2, 3, 9)
-    ]
+    rows = [row("grpo-replay", s, 0.1 * s) for s in (1, 2, 3)] + [row("zppo", s, 0.1 * s + 0.3, graduated=3) for s in (2, 3, 9)]
     outcome, difference = study_tables(rows)
     lines = {line[0]: line for line in outcome[2]}
     assert lines["grpo-replay"][1:3] == ["3", str(mean_interval([0.1, 0.2, 0.3])).replace("+", "")]

@@ -54,9 +54,7 @@ class Echo:
         return Completion(ids, torch.zeros(len(ids)), False, 0.0)
 
 
-def ask(
-    text: str, keys: tuple[int, ...] = (1,), role: Any = "user", images: tuple[ImageRef, ...] = ()
-) -> TeacherRequest:
+def ask(text: str, keys: tuple[int, ...] = (1,), role: Any = "user", images: tuple[ImageRef, ...] = ()) -> TeacherRequest:
     return TeacherRequest((Message(role, text),), keys, images)
 
 
@@ -98,9 +96,7 @@ def test_what_cannot_be_served_says_why_and_the_rest_is_served() -> None:
     replies = LocalTeacher(engine, Letters, context=12).complete(requests, TeacherSampling(GREEDY))
     assert [reply.texts for reply in replies] == [("fine1",), (None, None), (None,), (None,), (None,)]
     assert replies[0].error == ""
-    for reply, words in zip(
-        replies[1:], ("no system turns", "context holds 12", "image", "out of memory"), strict=True
-    ):
+    for reply, words in zip(replies[1:], ("no system turns", "context holds 12", "image", "out of memory"), strict=True):
         assert words in reply.error
     assert [size for size, _ in engine.calls] == [2, 1, 1]
 
@@ -132,11 +128,7 @@ def test_a_checkpoint_is_loaded_frozen_and_answers_as_generate_does(tiny_qwen3_d
     requests = [ask("What is 3 plus 4?", (5, 6)), ask("Is it wrong?")]
     for request, reply in zip(requests, teacher.complete(requests, how), strict=True):
         ids = tokenizer.apply_chat_template(
-            [m._asdict() for m in request.messages],
-            add_generation_prompt=True,
-            enable_thinking=True,
-            return_tensors="pt",
-            return_dict=True,
+            [m._asdict() for m in request.messages], add_generation_prompt=True, enable_thinking=True, return_tensors="pt", return_dict=True
         )
         length = ids["input_ids"].shape[1]
         expected = model.generate(**ids, do_sample=False, max_new_tokens=6)[0, length:]

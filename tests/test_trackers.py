@@ -87,9 +87,7 @@ def test_flattened_names() -> None:
 )
 def test_anything_flattens_to_finite_numbers(value: Any) -> None:
     flat = dict(flatten({"x": value}))
-    assert all(
-        isinstance(v, float) and abs(v) != float("inf") and v == v and k.startswith("x") for k, v in flat.items()
-    )
+    assert all(isinstance(v, float) and abs(v) != float("inf") and v == v and k.startswith("x") for k, v in flat.items())
 
 
 # --- TensorBoard, whole runs ----------------------------------------------------------------------------------------

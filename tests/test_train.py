@@ -96,9 +96,7 @@ def test_final_loads_with_transformers_and_differs_from_the_start(finished: Path
     assert "| all |" in card and "learning_rate: 0.001" in card and "library_name: transformers" in card
 
 
-def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(
-    finished: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(finished: Path, recipe: Path, tmp_path: Path) -> None:
     assert_same_run(finished, train(recipe, tmp_path / "again"))
     AcceleratorState._reset_state(True)
     other = train(recipe, tmp_path / "other", "--seed=1", "--train.steps=1")
@@ -137,9 +135,7 @@ def test_every_method_trains(recipe: Path, tmp_path: Path, method: str, capsys: 
     steps = records(run)
     kinds = {kind for r in steps for kind in r["accuracy"]} - {"plain"}
     wanted = {f"placebo-{kind}" if row.control == "placebo" else kind for kind in row.reformulations}
-    assert kinds <= wanted and (
-        kinds == wanted or method in ("hint", "zppo-scrambled")
-    )  # a random teacher writes no hint
+    assert kinds <= wanted and (kinds == wanted or method in ("hint", "zppo-scrambled"))  # a random teacher writes no hint
     assert any(r["replayed_questions"] for r in steps) == row.replay
     assert all(r["optimizer_steps"] == (1 if row.distils else 4) and r["loss"] is not None for r in steps)
     if row.distils:
@@ -168,12 +164,7 @@ def test_dynamic_sampling_leaves_trivial_groups_out_of_the_denominator(recipe: P
     for mode in ("off", "after-reformulation"):
         AcceleratorState._reset_state(True)
         run = train(
-            recipe,
-            tmp_path / mode,
-            f"--zone.dynamic_sampling={mode}",
-            "--train.steps=1",
-            "--data.eval=null",
-            "--train.minibatches=1",
+            recipe, tmp_path / mode, f"--zone.dynamic_sampling={mode}", "--train.steps=1", "--data.eval=null", "--train.minibatches=1"
         )
         runs.append(records(run)[0])
     off, on = runs
@@ -182,22 +173,9 @@ def test_dynamic_sampling_leaves_trivial_groups_out_of_the_denominator(recipe: P
     assert abs(on["loss"]) > abs(off["loss"])  # the same sum over fewer tokens
 
 
-def test_distillation_needs_a_shared_tokenizer(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_distillation_needs_a_shared_tokenizer(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tiny(tmp_path / "other", merges=100)
-    assert (
-        main(
-            [
-                "train",
-                str(recipe),
-                "--method=on-distill",
-                f"--teacher.model={tmp_path / 'other'}",
-                f"--output={tmp_path / 'run'}",
-            ]
-        )
-        == 2
-    )
+    assert main(["train", str(recipe), "--method=on-distill", f"--teacher.model={tmp_path / 'other'}", f"--output={tmp_path / 'run'}"]) == 2
     assert "must share a tokenizer" in " ".join(capsys.readouterr().err.split())
 
 
@@ -225,9 +203,7 @@ def test_a_reformulation_of_one_s_own(recipe: Path, tmp_path: Path, capsys: pyte
     assert any("attempts at this problem were wrong." in row["prompt"] for row in rows if row["kind"] == "warning")
     assert main(["train", str(recipe), method, f"--output={tmp_path / 'other'}"]) == 2
     assert "prompts.warning" in capsys.readouterr().err
-    assert (
-        main(["train", str(recipe), "--method.reformulations=[no.such:Thing]", f"--output={tmp_path / 'other'}"]) == 2
-    )
+    assert main(["train", str(recipe), "--method.reformulations=[no.such:Thing]", f"--output={tmp_path / 'other'}"]) == 2
     assert "no.such" in capsys.readouterr().err
 
 
@@ -257,9 +233,7 @@ def test_a_run_folder_is_never_overwritten(finished: Path, recipe: Path, capsys:
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_nothing_is_written_before_the_checks_pass(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_written_before_the_checks_pass(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for override, told in (
         ("--student.model=/nowhere/at/all", "/nowhere/at/all"),
         ("--teacher.model=/nowhere/at/all", "/nowhere/at/all"),
@@ -293,9 +267,7 @@ def test_the_lab_s_recipes_run_on_the_bundled_models(tmp_path: Path, name: str, 
         assert step["teacher_correct"] >= 0.9 * step["teacher_rollouts"] > 0  # the teacher knows
         assert step["compression_failed"] <= 0.1 * step["compression_asked"]
         assert step["logprob_gap_max"] < 1e-3
-    prompts = {
-        row["kind"]: row["prompt"] for row in pq.read_table(run / "rollouts" / "step-000003.parquet").to_pylist()
-    }
+    prompts = {row["kind"]: row["prompt"] for row in pq.read_table(run / "rollouts" / "step-000003.parquet").to_pylist()}
     assert prompts["bcq"].count("<candidate>") == 2 and "wrong" in prompts["ncq"]
 
 

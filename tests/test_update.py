@@ -29,9 +29,7 @@ def load(path: Path) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def make_groups(
-    model: PreTrainedModel, rewards: list[list[float]], *, seed: int = 0, shift: float = 0.3
-) -> list[Group]:
+def make_groups(model: PreTrainedModel, rewards: list[list[float]], *, seed: int = 0, shift: float = 0.3) -> list[Group]:
     """Groups of random rollouts of mixed lengths, with old log-probs near the model's own."""
     rng = torch.Generator().manual_seed(seed)
     groups = []
@@ -52,20 +50,11 @@ def make_groups(
 
 
 def make_updater(
-    model: PreTrainedModel,
-    *,
-    precision: str = "no",
-    sampler: bool = True,
-    sharing: Sharing | None = None,
-    **settings: Any,
+    model: PreTrainedModel, *, precision: str = "no", sampler: bool = True, sharing: Sharing | None = None, **settings: Any
 ) -> Updater:
     train = TrainSettings(**{"minibatches": 1, "learning_rate": 1e-3, **settings})
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
+        model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.adam_eps, weight_decay=train.weight_decay
     )
     AcceleratorState._reset_state(True)  # one process may set its precision once; tests use several
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
@@ -99,9 +88,7 @@ class Recorder:
         updater.optimizer.step = step  # type: ignore[method-assign, assignment]
 
 
-def plain_gradients(
-    model: PreTrainedModel, rows: list[tuple[Group, Rollout, float]], clip: float
-) -> list[torch.Tensor]:
+def plain_gradients(model: PreTrainedModel, rows: list[tuple[Group, Rollout, float]], clip: float) -> list[torch.Tensor]:
     """Every row on its own, zero advantages included, no padding: the formula of method.md section 6."""
     model.zero_grad()
     denominator = sum(len(r.ids) for _, r, _ in rows)
@@ -109,10 +96,7 @@ def plain_gradients(
         ids = torch.cat([torch.tensor(group.prompt.ids), rollout.ids])[None]
         logits = model(ids).logits[0, len(group.prompt.ids) - 1 : -1]
         logprobs = logits.log_softmax(-1).gather(1, rollout.ids[:, None])[:, 0]
-        loss = (
-            clipped_surrogate(logprobs[None], rollout.logprobs[None], torch.tensor([advantage])).loss.sum()
-            / denominator
-        )
+        loss = clipped_surrogate(logprobs[None], rollout.logprobs[None], torch.tensor([advantage])).loss.sum() / denominator
         loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]

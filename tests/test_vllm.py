@@ -32,13 +32,7 @@ from zppo.models.lora import add_adapters
 from zppo.runs.log import read_lines
 
 FAKE = Path(__file__).parent / "fake_vllm"
-SMALL = (
-    "--rollout.engine=vllm",
-    "--rollout.batch_size=4",
-    "--rollout.max_new_tokens=8",
-    "--zone.rho_aug=1",
-    "--data.eval_limit=2",
-)
+SMALL = ("--rollout.engine=vllm", "--rollout.batch_size=4", "--rollout.max_new_tokens=8", "--zone.rho_aug=1", "--data.eval_limit=2")
 
 
 @pytest.fixture
@@ -75,9 +69,7 @@ def assert_holds(engine: Any, weights: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_with_vllm_in_its_process(
-    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_vllm_in_its_process(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     options = [*SMALL, "--train.steps=2", "--train.engine_tolerance=1e-5", "--rollout.max_rows=64"]
     limits = ["--rollout.vllm.gpu_memory_utilization=0.4", "--rollout.vllm.max_model_length=1000", "--eval.every=0"]
@@ -105,9 +97,7 @@ def test_a_run_with_vllm_in_its_process(
 
 
 @pytest.mark.slow
-def test_a_stale_vllm_stops_the_run(
-    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stale_vllm_stops_the_run(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The engine starts from the student's own weights and then never takes any."""
     vllm.FAULTS.add("deaf")
     run = tmp_path / "run"
@@ -130,9 +120,7 @@ def test_a_stale_vllm_goes_unnoticed_without_the_guard(vllm: ModuleType, recipe:
 
 
 @pytest.mark.slow
-def test_a_run_with_a_vllm_server(
-    vllm: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_a_vllm_server(vllm: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = _serve(vllm, recipe.parent / "student", monkeypatch)
     run = tmp_path / "run"
     options = [*SMALL, "--rollout.vllm.mode=server", f"--rollout.vllm.base_url={server.url}/"]
@@ -179,9 +167,7 @@ def test_without_vllm_nothing_starts(recipe: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_vllm_that_does_not_start_says_why(
-    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vllm_that_does_not_start_says_why(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vllm.FAULTS.add("no memory")
     said = start(recipe, tmp_path, capsys)
     assert "No available memory" in said and "gpu_memory_utilization" in said
@@ -215,11 +201,7 @@ def test_a_server_that_does_not_fit(
 
 @pytest.mark.slow
 def test_a_server_of_another_model_is_found_before_anything_is_sampled(
-    vllm: ModuleType,
-    recipe: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = _serve(vllm, recipe.parent / "teacher", monkeypatch)
     vllm.FAULTS.add("deaf")
@@ -287,9 +269,7 @@ def test_truncation_and_the_end_token(vllm: ModuleType, tiny_qwen3_dir: Path) ->
     assert all(c.truncated and len(c.ids) == 3 for c in cut)
 
 
-def test_groups_of_unequal_size_and_prompts_near_the_context_keep_their_places(
-    vllm: ModuleType, tmp_path: Path
-) -> None:
+def test_groups_of_unequal_size_and_prompts_near_the_context_keep_their_places(vllm: ModuleType, tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "short", max_position_embeddings=20)
     engine, _, fake = colocated(vllm, folder)
     asked = [requests(1, 2)[0], requests(1, 3, length=18)[0], requests(2, 2)[1]]
@@ -317,9 +297,7 @@ def test_sleep_mode_gets_its_weights_back(vllm: ModuleType, tiny_qwen3_dir: Path
     assert fake.slept == 3 and fake.sleeping
 
 
-def test_the_text_model_of_an_image_checkpoint_is_sent_under_its_names_on_disk(
-    vllm: ModuleType, tmp_path: Path
-) -> None:
+def test_the_text_model_of_an_image_checkpoint_is_sent_under_its_names_on_disk(vllm: ModuleType, tmp_path: Path) -> None:
     """Qwen3.5: `transformers` takes `language_model` off the names, and vLLM passes over names that it does not know."""
     folder = make_image_checkpoint(tmp_path / "image")
     engine, model, fake = colocated(vllm, folder)
@@ -333,9 +311,7 @@ def test_the_text_model_of_an_image_checkpoint_is_sent_under_its_names_on_disk(
     assert all(torch.equal(value, theirs[name]) for name, value in model.named_parameters())
 
 
-def test_adapters_are_sent_merged_and_the_frozen_weights_stay_as_they_are(
-    vllm: ModuleType, tiny_qwen3_dir: Path
-) -> None:
+def test_adapters_are_sent_merged_and_the_frozen_weights_stay_as_they_are(vllm: ModuleType, tiny_qwen3_dir: Path) -> None:
     engine, model, fake = colocated(vllm, tiny_qwen3_dir)
     before = {name: value.clone() for name, value in model.named_parameters()}
     add_adapters(model, LoraSettings(rank=4), base="x")
@@ -412,9 +388,7 @@ def test_answers_that_are_none(answer: Any, error: type[Exception], said: str) -
 
 
 def test_the_log_prob_of_the_drawn_token_is_found_among_others() -> None:
-    engine = VLLMEngine(
-        Answers([[1]], [[3, 2]], [[[-0.1, -3.0], [-0.5, -1.0]]], [[[9, 3], [2, 7]]]), [2], vocab_size=50, context=None
-    )
+    engine = VLLMEngine(Answers([[1]], [[3, 2]], [[[-0.1, -3.0], [-0.5, -1.0]]], [[[9, 3], [2, 7]]]), [2], vocab_size=50, context=None)
     ((completion,),) = engine.sample([SampleRequest((1,), (0,))], Sampling(max_new_tokens=4))
     assert completion.logprobs.tolist() == [-3.0, -0.5] and not completion.truncated
 

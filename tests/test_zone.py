@@ -80,10 +80,7 @@ def make_group(name: str, right: int, wrong: int, answerless: int = 0) -> Group:
     question = Question(name, (Message("user", f"{name} asks something"),), "gold")
     texts = ["\\boxed{gold}"] * right + [f"\\boxed{{wrong{i % 2}}}" for i in range(wrong)] + ["nothing"] * answerless
     rollouts = tuple(
-        Rollout(
-            torch.tensor([1]), torch.zeros(1), t, extract_boxed(t), t == "\\boxed{gold}", float(t == "\\boxed{gold}")
-        )
-        for t in texts
+        Rollout(torch.tensor([1]), torch.zeros(1), t, extract_boxed(t), t == "\\boxed{gold}", float(t == "\\boxed{gold}")) for t in texts
     )
     return Group(PromptRenderer(PromptBook(), Words()).plain(question), rollouts)  # type: ignore[arg-type]
 
@@ -129,12 +126,7 @@ def names(zone: Reformulated) -> list[tuple[str, str]]:
 
 
 def test_hardest_first_bcq_before_ncq_until_the_cap() -> None:
-    plain = [
-        make_group("easy", 5, 3),
-        make_group("middle", 3, 5),
-        make_group("hard", 0, 8),
-        make_group("unsolved", 1, 7),
-    ]
+    plain = [make_group("easy", 5, 3), make_group("middle", 3, 5), make_group("hard", 0, 8), make_group("unsolved", 1, 7)]
     zone = make_builder(ScriptedTeacher({"hard": 1, "middle": 4}), rho_aug=1.0).build(plain, 4, step=1)
     assert names(zone) == [("hard", "bcq"), ("hard", "ncq"), ("unsolved", "ncq"), ("middle", "bcq")]
     assert zone.metrics["hard_questions"] == 3
@@ -144,11 +136,7 @@ def test_hardest_first_bcq_before_ncq_until_the_cap() -> None:
 def test_a_bcq_shows_one_right_and_one_wrong_summary_and_an_ncq_all_wrong_ones() -> None:
     zone = make_builder(ScriptedTeacher({"hard": 4})).build([make_group("hard", 1, 3)], 2, step=1)
     bcq, ncq = (p.messages[-1].content for p in zone.prompts)
-    assert (
-        bcq.count("<candidate>") == 2
-        and bcq.count("short \\boxed{gold}") == 1
-        and bcq.count("short \\boxed{wrong") == 1
-    )
+    assert bcq.count("<candidate>") == 2 and bcq.count("short \\boxed{gold}") == 1 and bcq.count("short \\boxed{wrong") == 1
     assert ncq.count("<candidate>") == 3 and "gold" not in ncq
     assert ncq.index("\\boxed{wrong0}") < ncq.index("\\boxed{wrong1}") < ncq.index("<candidate>")
 
@@ -170,15 +158,7 @@ def test_a_teacher_that_is_down_costs_bcq_and_compression_only() -> None:
 
 def test_a_prompt_over_the_context_gives_its_slot_to_the_next() -> None:
     plain = [make_group("long", 0, 8), make_group("short", 1, 2)]
-    room = (
-        len(
-            make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"])
-            .build([plain[1]], 1, step=1)
-            .prompts[0]
-            .ids
-        )
-        + 16
-    )
+    room = len(make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"]).build([plain[1]], 1, step=1).prompts[0].ids) + 16
     zone = make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"], context=room, rho_aug=0.5).build(
         [*plain, plain[0]], 3, step=1
     )
@@ -208,9 +188,7 @@ def test_the_lazy_teacher_gives_the_same_prompts_for_fewer_calls(seed: int, coun
     context = rng.choice([None, 120])
     asked_lazily = make_builder(lazy, rho_aug=rho, context=context).build(plain, count, step=seed)
     asked_all = make_builder(literal, rho_aug=rho, context=context, lazy=False).build(plain, count, step=seed)
-    assert [(p.kind, p.messages, p.audit) for p in asked_lazily.prompts] == [
-        (p.kind, p.messages, p.audit) for p in asked_all.prompts
-    ]
+    assert [(p.kind, p.messages, p.audit) for p in asked_lazily.prompts] == [(p.kind, p.messages, p.audit) for p in asked_all.prompts]
     assert set(lazy.rollouts) <= set(literal.rollouts)
     assert len(literal.rollouts) == sum(g.accuracy < 0.5 for g in plain)
 
@@ -223,15 +201,11 @@ def test_a_hint_never_gives_the_answer_away() -> None:
     for reply in ("<hint>it is Gold.</hint>", "<hint>\\boxed{x}</hint>", "<hint> </hint>", "no tags"):
         teacher = ScriptedTeacher({"hard": 4}, hint=reply)
         told = make_builder(teacher, method=METHODS["hint"]).build(plain, 2, step=1)
-        assert (
-            told.prompts == [] and told.metrics["hint_failed"] == teacher.hinted == 1
-        )  # four equal responses: one try
+        assert told.prompts == [] and told.metrics["hint_failed"] == teacher.hinted == 1  # four equal responses: one try
 
 
 def test_a_prefix_forces_two_fifths_of_a_correct_response() -> None:
-    zone = make_builder(ScriptedTeacher({"hard": 1}), method=METHODS["prefix"]).build(
-        [make_group("hard", 0, 4)], 2, step=1
-    )
+    zone = make_builder(ScriptedTeacher({"hard": 1}), method=METHODS["prefix"]).build([make_group("hard", 0, 4)], 2, step=1)
     (prompt,) = zone.prompts
     assert prompt.kind == "prefix" and prompt.forced_ids == tuple(range(int(0.4 * len("so \\boxed{gold}"))))
     assert prompt.messages == make_group("hard", 0, 4).prompt.messages

@@ -34,9 +34,7 @@ class Victims:
     """Starts children, one after the other, and waits for them."""
 
     def __init__(self) -> None:
-        self.driver = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.driver = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.said = ""
         self.statuses: list[int] = []
 

@@ -75,9 +75,7 @@ class LLM:
     def wake_up(self, tags: list[str]) -> None:
         self.sleeping -= set(tags)
 
-    def generate(
-        self, prompts: list[dict[str, Any]], sampling_params: SamplingParams, use_tqdm: bool
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: list[dict[str, Any]], sampling_params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
         assert not self.sleeping and not use_tqdm
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         images = [prompt.get("multi_modal_data", {}).get("image") for prompt in prompts]

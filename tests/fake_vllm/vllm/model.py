@@ -9,12 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-)
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from vllm.sampling_params import SamplingParams
 
@@ -87,11 +82,7 @@ class Model:
                 rows[i].append(token)
                 found[i].append({token: SimpleNamespace(logprob=float(logprobs[token]), rank=1)})
             stop = set(how.stop_token_ids or ())
-            live = [
-                i
-                for i in live
-                if rows[i][-1] not in stop and len(found[i]) < how.max_tokens and len(rows[i]) < self.context
-            ]
+            live = [i for i in live if rows[i][-1] not in stop and len(found[i]) < how.max_tokens and len(rows[i]) < self.context]
         return [(row[len(prompt) :], lps) for row, prompt, lps in zip(rows, prompts, found, strict=True)]
 
 

@@ -26,9 +26,7 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        assert (
-            self.n >= 1 and self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p <= 1
-        )
+        assert self.n >= 1 and self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p <= 1
         assert -2 <= self.presence_penalty <= 2 and self.repetition_penalty > 0 and self.max_tokens >= 1
         assert self.logprobs == 0 and all(isinstance(i, int) for i in self.stop_token_ids or ())
         assert all(-100 <= bias <= 100 for bias in (self.logit_bias or {}).values())

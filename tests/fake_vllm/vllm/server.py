@@ -21,9 +21,7 @@ class Server:
         log: paths of all POST requests, in order;  bodies: those to /v1/completions.
     """
 
-    def __init__(
-        self, checkpoint: str, faults: set[str], *, max_model_len: int | None = None, mode: str = "processed_logprobs"
-    ) -> None:
+    def __init__(self, checkpoint: str, faults: set[str], *, max_model_len: int | None = None, mode: str = "processed_logprobs") -> None:
         self.model, self.faults = Model(checkpoint, max_model_len, faults), faults
         self.mode, self.log, self.bodies = mode, [], []
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
@@ -75,10 +73,7 @@ class Server:
                     "logprobs": {
                         "tokens": [f"token_id:{token}" for token in tokens],
                         "token_logprobs": [line[token].logprob for token, line in zip(tokens, lines, strict=True)],
-                        "top_logprobs": [
-                            {f"token_id:{token}": line[token].logprob}
-                            for token, line in zip(tokens, lines, strict=True)
-                        ],
+                        "top_logprobs": [{f"token_id:{token}": line[token].logprob} for token, line in zip(tokens, lines, strict=True)],
                     },
                 }
                 for prompt, (tokens, lines) in zip(prompts, self.model.generate(prompts, how), strict=True)
