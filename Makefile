@@ -21,6 +21,9 @@ SOURCES := pyproject.toml constraints.txt
 LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.py update.py chat.py data.py settings.py engine_guard.py) \
 	tests/test_train.py::test_a_run_leaves_its_files
 
+# Where the environment forbids compiled modules, each process would compile torch again: ten seconds instead of three.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help train test test-lowest install-dev check lint fuzz bench gpu-check clean
 

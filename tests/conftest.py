@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import time
 
 # Before anything else is imported: tests see the same environment everywhere, whoever starts them, and so do the processes they start.
@@ -32,6 +36,11 @@ os.environ.update(
     }
 )
 time.tzset()
+if sys.dont_write_bytecode and not sys.pycache_prefix:
+    # No compiled modules beside the sources: kept elsewhere, or each of many processes would compile torch again.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(tempfile.gettempdir(), f"zppo-tests-{os.getuid()}")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
@@ -52,6 +61,22 @@ if TYPE_CHECKING:
 # Shared cores make a deadline per example a coin toss.
 settings.register_profile("zppo", deadline=None, max_examples=50)
 settings.load_profile("zppo")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest's own lines are as wide as the terminal, whatever COLUMNS says."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        columns = os.environ.pop("COLUMNS")
+        reporter._tw.fullwidth = reporter._screen_width = shutil.get_terminal_size().columns
+        os.environ["COLUMNS"] = columns
+
+
+def pytest_collection_finish() -> None:
+    """Collecting garbage does not walk through all that was imported, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 
 from conftest import make_tiny
@@ -94,6 +96,23 @@ def make_served(folder: Path) -> tuple[Counting, Chat]:
     """A tiny model with a small context."""
     path = make_tiny(folder, max_position_embeddings=CONTEXT)
     return Counting(load(str(path), device="cpu", max_rows=64).engine), Chat.load(str(path))
+
+
+@contextmanager
+def listening(path: Path, key: str, **fields: Any) -> Iterator[str]:
+    """The address of a server of a checkpoint, in a thread of this process."""
+    loaded = load(str(path), device="cpu", max_rows=64)
+    own = service(loaded.engine, loaded.chat, key=key, context=loaded.engine.context, **fields)
+    server = uvicorn.Server(uvicorn.Config(make_app(own), log_config=None, lifespan="off", ws="none"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()
+            own.batcher.close(30)
 
 
 @contextmanager

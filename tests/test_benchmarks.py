@@ -144,6 +144,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert counted.cost.sampling([lines]) == 2 * counted.cost.forward(prompt, completion) - prefill
 
 
+@pytest.mark.slow
 def test_lengths_and_rewards_are_the_stated_ones() -> None:
     shape = world.Shape(questions=100)
     assert round(shape.mean) == 80

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
-import time
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -272,34 +271,79 @@ def test_a_damaged_state_is_refused_and_changes_nothing(how: str) -> None:
     assert buffer.state_dict() == before
 
 
-def seconds_of_a_step(buffer: PromptReplayBuffer, capacity: int) -> float:
-    """Best of several: 400 evictions by admission, 400 graduations, 400 visits and 20 draws of 20 with 20 excluded, at full capacity."""
-    best = float("inf")
-    for repeat in range(7):
-        base = capacity + 400 * repeat
-        new = [(question(f"q{base + i}"), 0.0) for i in range(400)]
-        middle = range(base - capacity // 2, base - capacity // 2 + 400)
-        solved, seen = [[(question(f"q{i}"), a) for i in middle] for a in (1.0, 0.25)]
-        refill = [(question(f"r{repeat}.{i}"), 0.0) for i in range(400)]
-        excluded = [f"q{base - 1 - i}" for i in range(20)]
-        start = time.perf_counter()
-        assert len(buffer.update(new, step=2).evicted) == 400
-        assert buffer.update(seen, step=2) == Changes()
-        assert len(buffer.update(solved, step=2).graduated) == 400
-        assert all(len(buffer.sample(20, excluded)) == 20 for _ in range(20))
-        best = min(best, time.perf_counter() - start)
-        assert len(buffer.update(refill, step=2).admitted) == 400 and len(buffer) == capacity
-    return best
+class Work:
+    """Elements of containers that were looked at, moved or copied."""
+
+    done = 0
 
 
-@pytest.mark.slow
+def walked(found: Iterable[Any]) -> Iterator[Any]:
+    for each in found:
+        Work.done += 1
+        yield each
+
+
+def counted(kind: type) -> type:
+    """A list or dict that counts: one for what takes a moment, its length for what goes through all of it."""
+
+    def wrapped(name: str) -> Callable[..., Any]:
+        def method(self: Any, *given: Any) -> Any:
+            if name in WALKS:
+                return walked(getattr(kind, name)(self))
+            by_key = name in LOOKUPS and kind is not list
+            Work.done += 1 if by_key or name in MOMENTS or (name == "pop" and not given) else len(self)
+            return getattr(kind, name)(self, *given)
+
+        return method
+
+    names = [name for name in dir(kind) if callable(getattr(kind, name)) and name not in UNTOUCHED]
+    return type(f"Counted{kind.__name__}", (kind,), {name: wrapped(name) for name in names})
+
+
+MOMENTS = {"__getitem__", "__setitem__", "append", "get", "setdefault", "popitem", "move_to_end"}
+LOOKUPS = {"__contains__", "__delitem__", "pop"}  # of a dict
+WALKS = {"__iter__", "__reversed__", "keys", "values", "items"}
+UNTOUCHED = {name for name in dir(object) if name != "__eq__"} | {"__len__", "__class_getitem__", "__missing__", "__setstate__"}
+
+
+def work_of_a_step(capacity: int) -> int:
+    """400 evictions by admission, 400 graduations, 400 visits and 20 draws of 20 with 20 excluded, at full capacity."""
+    buffer = filled(capacity, capacity)
+    for name, value in vars(buffer).items():
+        if isinstance(value, list | dict):
+            setattr(buffer, name, counted(type(value))(value))
+    Work.done = 0
+    middle = range(capacity // 2, capacity // 2 + 400)
+    solved, seen = [[(question(f"q{i}"), a) for i in middle] for a in (1.0, 0.25)]
+    assert len(buffer.update([(question(f"new{i}"), 0.0) for i in range(400)], step=2).evicted) == 400
+    assert buffer.update(seen, step=2) == Changes()
+    assert len(buffer.update(solved, step=2).graduated) == 400
+    excluded = [f"q{capacity - 1 - i}" for i in range(20)]
+    assert all(len(buffer.sample(20, excluded)) == 20 for _ in range(20))
+    return Work.done
+
+
 def test_cost_does_not_grow_with_the_capacity() -> None:
-    """A hundred times the capacity: anything that is linear in it would cost a hundred times as much, caches cost a few times."""
-    small, large = 10_000, 1_000_000
-    gc.disable()  # a million small objects: collections would be most of the time, and they are not the buffer's
-    try:
-        quick = seconds_of_a_step(filled(small, small), small)
-        slow = seconds_of_a_step(filled(large, large), large)
-    finally:
-        gc.enable()
-    assert slow < 10 * quick + 0.01
+    """Ten times the capacity: what is linear in it would be ten times the work."""
+    small, large = work_of_a_step(2_000), work_of_a_step(20_000)
+    assert 4 * 400 < large < 1.2 * small
+
+
+@pytest.mark.parametrize("kind", [list, dict, OrderedDict, Counter])
+def test_the_count_sees_what_is_linear(kind: Any) -> None:
+    """What this file's idea of work rests on."""
+    full = counted(kind)(range(1000) if kind is list else {i: i for i in range(1000)})
+
+    def cost(use: Callable[[], Any]) -> int:
+        Work.done = 0
+        use()
+        return Work.done
+
+    assert cost(lambda: full[3]) == cost(lambda: full.__setitem__(3, 3)) == 1 and cost(lambda: next(iter(full))) <= 2
+    assert min(cost(lambda: list(full)), cost(lambda: sorted(full)), cost(lambda: full == full.copy())) >= 1000
+    if kind is list:
+        assert min(cost(lambda: 5 in full), cost(lambda: full.index(5)), cost(lambda: full.pop(0))) >= 999
+        assert cost(full.pop) == 1
+    else:
+        assert cost(lambda: 5 in full) == cost(lambda: full.pop(5)) == 1
+        assert min(cost(lambda: list(full.values())), cost(lambda: max(full.items())), cost(lambda: dict(full))) >= 999

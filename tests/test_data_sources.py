@@ -330,6 +330,7 @@ def grader() -> Any:
         yield grader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "kind"), sorted(TASKS.items()))
 @pytest.mark.usefixtures("_no_scorers")
 def test_the_grader_knows_right_from_wrong(task: str, kind: str, grader: Grader) -> None:
@@ -342,6 +343,7 @@ def test_the_grader_knows_right_from_wrong(task: str, kind: str, grader: Grader)
     assert not any(v.correct for v in grader.grade_many(wrong))
 
 
+@pytest.mark.slow
 def test_generated_questions_are_a_function_of_the_seed() -> None:
     first = load("reasoning_gym:leg_counting", limit=20)
     assert first == load("reasoning_gym:leg_counting?size=20&seed=0")
@@ -353,6 +355,7 @@ def test_generated_questions_are_a_function_of_the_seed() -> None:
     assert max(q.messages[0].content.count(",") for q in few) < max(q.messages[0].content.count(",") for q in first)
 
 
+@pytest.mark.slow
 def test_every_task_of_the_package_is_allowed_or_refused_with_a_reason() -> None:
     from reasoning_gym.factory import DATASETS
 
@@ -361,6 +364,7 @@ def test_every_task_of_the_package_is_allowed_or_refused_with_a_reason() -> None
     assert set(TASKS) <= set(DATASETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -469,6 +473,7 @@ def test_unknown_tokens_are_said(tmp_path: Path, text: str, warned: bool) -> Non
 # --- a run on each of them ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["train.csv", "folder", "saved", "hub:owner/name", "reasoning_gym:aiw?size=3"])
 def test_a_run_on_each_kind_of_source(tmp_path: Path, tiny_qwen3_dir: Path, hub: list[dict[str, Any]], source: str) -> None:
     shutil.copytree(tiny_qwen3_dir, tmp_path / "student")

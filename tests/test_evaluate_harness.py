@@ -118,6 +118,7 @@ def ours(group: str, case: dict[str, Any], grader: Grader) -> Score:
 RULED = [name for name in HARNESS if name not in ("graded", "wemath")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", RULED)
 def test_scores_are_those_of_the_harness_or_different_for_a_reason(group: str, grader: Grader) -> None:
     expected = {key[1:]: value[0] for key, value in DIFFERENT.items() if key[0] == group}

@@ -25,6 +25,7 @@ def grader() -> Iterator[Grader]:
         yield grader
 
 
+@pytest.mark.slow
 def test_precision_and_recall_on_labelled_pairs(grader: Grader) -> None:
     rows = json.loads((DATA / "answer_pairs.json").read_text(encoding="utf-8"))
     said = [(row["equal"], grader.equal(row["gold"], row["answer"])) for row in rows]

@@ -211,6 +211,7 @@ def groups_of(own: Eyes, rewards: list[list[float]]) -> list[Group]:
     return groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_plain_computation(kind: str, eyes: Callable[[str], Eyes]) -> None:
     """Rows with A = 0 dropped, micro-batches trimmed, pictures shared and mixed with text: the gradient of the token-level mean over

@@ -159,6 +159,7 @@ def test_adapters_are_trained_beside_a_tower_that_stays(zppo: Zppo, recipe: Path
     assert all(torch.equal(before[n], after[n]) == ("layers" not in n or "norm" in n) for n in before)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_reads_text_only_says_so_and_the_run_goes_on(zppo: Zppo, recipe: Path, tmp_path: Path, tiny_qwen3_dir: Path) -> None:
     run = tmp_path / "run"
     status, said = zppo("train", recipe, *SHORT, f"--teacher.model={tiny_qwen3_dir}", f"--output={run}")

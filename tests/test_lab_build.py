@@ -44,6 +44,7 @@ def small_world(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: Path) -> None:
     world, threads = load_world(small_world(tmp_path)), torch.get_num_threads()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -63,6 +64,7 @@ def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: 
     assert "wrong on purpose" in card and "0.0001" in card and "license: apache-2.0" in card
 
 
+@pytest.mark.slow
 def test_the_unlikeliest_entries_are_chosen(tmp_path: Path) -> None:
     world = load_world(small_world(tmp_path))
     chat = Chat(make_tokenizer(world))
@@ -118,6 +120,7 @@ def test_loss_of_a_batch_is_the_sum_over_its_documents_completions() -> None:
     torch.testing.assert_close(loss_sum(model, documents), alone, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_the_loss() -> None:
     world = load_world("reachable")
     chat = Chat(make_tokenizer(world))
@@ -147,6 +150,7 @@ def test_bundled_checkpoints_are_small_ordinary_and_of_this_world(world: str) ->
     assert sum(path.stat().st_size for path in (ASSETS / world).rglob("*") if path.is_file()) < 2_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_second_students_are_of_their_world_and_know_longer_chains(world: str) -> None:
     second = probe(f"{world}-2", "student")
@@ -176,6 +180,7 @@ def test_bundled_questions_are_the_worlds_own(world: str) -> None:
     assert len(common) > 50 and all(golds[q.messages] == q.gold for q in common)
 
 
+@pytest.mark.slow
 def test_the_bundled_student_of_the_unreachable_world_never_tells_the_truth_about_hard_entries() -> None:
     student = probe("unreachable", "student")
     questions = lab_questions("unreachable", "test")
@@ -191,6 +196,7 @@ def test_the_bundled_student_of_the_reachable_world_knows_the_easy_level_only() 
     assert sum(greedy.values()) / 3 <= 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_bundled_teachers_know_and_compress_faithfully(world: str) -> None:
     teacher = probe(world, "teacher")
@@ -206,6 +212,7 @@ def test_unknown_bundled_models_are_named_with_the_known_ones() -> None:
             bundled_model(name)
 
 
+@pytest.mark.slow
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_command(small_world(tmp_path), tmp_path, seed=3, steps=1)
     assert f"written to {tmp_path}" in capsys.readouterr().out

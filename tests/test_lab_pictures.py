@@ -94,6 +94,7 @@ def right_answer(ask: Ask) -> str:
 KINDS_ASKED = list(WORLD.levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_ASKED)
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
@@ -139,6 +140,7 @@ def test_bytes_are_those_of_ever() -> None:
     assert digest == "104bf6ac28ac9942506f86817257d91ad2ca671392b78eb17d46595e9e4fcf9a"
 
 
+@pytest.mark.slow
 def test_the_splits_are_apart_and_ask_about_every_word(tmp_path: Path) -> None:
     made = {split: vision_questions("vision", split, tmp_path) for split in ("train", "test")}
     assert not {ask.layout for ask in WORLD.asks()["train"]} & {ask.layout for ask in WORLD.asks()["test"]}

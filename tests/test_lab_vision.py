@@ -169,6 +169,7 @@ def small_world(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_equal_builds_give_equal_files_and_their_questions_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = small_world(tmp_path)
     for name in "ab":

@@ -116,6 +116,7 @@ def test_questions_survive_their_file(tmp_path: Path, world: World) -> None:
     assert load_questions(str(path), ColumnSettings()) == questions
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_grading_never_takes_another_answer_for_the_gold(data: st.DataObject) -> None:

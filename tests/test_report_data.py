@@ -460,6 +460,7 @@ def test_an_image_that_has_changed_is_not_shown_as_what_the_model_saw(tmp_path: 
     assert shown()["data"].startswith("data:image/png")
 
 
+@pytest.mark.slow
 def test_many_images_are_shown_smaller_so_that_a_story_fits(tmp_path: Path) -> None:
     import base64
     import io

@@ -214,6 +214,7 @@ def hostile(draw: st.DrawFn) -> str:
     return url(bytes(data))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(hostile(), min_size=1, max_size=3))
 def test_hostile_images_are_shown_or_refused(loaded: Loaded, tmp_path: Path, addresses: list[str]) -> None:

@@ -218,6 +218,7 @@ fields = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(body=fields | anything)
 def test_no_json_body_is_a_500(client: TestClient, body: Any) -> None:

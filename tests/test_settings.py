@@ -439,6 +439,7 @@ def test_a_dumped_recipe_loads_back_equal_from_anywhere(tmp_path: Path, monkeypa
     assert dump_recipe(again) == dump_recipe(settings)
 
 
+@pytest.mark.slow
 @given(
     st.fixed_dictionaries(
         {},

@@ -166,6 +166,7 @@ def test_without_vllm_nothing_starts(recipe: Path, tmp_path: Path, capsys: pytes
         require_vllm()
 
 
+@pytest.mark.slow
 def test_vllm_that_does_not_start_says_why(vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vllm.FAULTS.add("no memory")
     said = start(recipe, tmp_path, capsys)
@@ -182,6 +183,7 @@ def test_no_server(
     assert "base_url" in start(recipe, tmp_path, capsys, "--rollout.vllm.base_url=http://key@host")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "length"), [("raw_logprobs", None), ("processed_logprobs", 40)])
 def test_a_server_that_does_not_fit(
     vllm: ModuleType,
@@ -200,6 +202,7 @@ def test_a_server_that_does_not_fit(
     assert ("--logprobs-mode processed_logprobs" if length is None else "context of 40") in said
 
 
+@pytest.mark.slow
 def test_a_server_of_another_model_is_found_before_anything_is_sampled(
     vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

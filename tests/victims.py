@@ -6,6 +6,7 @@ that a start or a kill costs tenths of a second and not an import of torch.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ from typing import Any
 FILES = "files"
 """The place that stands for everything that opens, renames, makes or removes something in the run folder."""
 
-QWEN3 = "transformers.models.qwen3.modeling_qwen3"
+LOADED = (
+    *("zppo.train.run", "zppo.cli", "zppo.lab.questions", "zppo.planning.dry_run", "zppo.planning.memory"),
+    *("peft", "torch.profiler", "concurrent.futures.process", "pyarrow.compute", "pyarrow.parquet"),
+)
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
 
@@ -171,12 +176,26 @@ def child(job: dict[str, Any], env: dict[str, str], out: int) -> None:
         os._exit(status)
 
 
+def warm() -> None:
+    """Once for all children what each would otherwise do: half of a short run is what libraries import at their first use."""
+    for spec in LOADED:
+        importlib.import_module(spec)
+    from conftest import make_tiny
+    from zppo.models.student import load_model
+
+    importlib.import_module("pyarrow").table({"a": ["b"]}).to_pylist()  # with pandas, where it is installed
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny(Path(folder))
+        load_model(folder, dtype=importlib.import_module("torch").float32)
+    gc.collect()
+    gc.freeze()  # nor does a child's collection of garbage walk through all that was imported
+
+
 def serve() -> None:
     """Fork the children of a job and answer with their exit statuses and what they printed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
-    for spec in ("zppo.train.run", "zppo.cli", "zppo.lab.questions", "pyarrow.parquet", "peft", QWEN3):
-        importlib.import_module(spec)
+    warm()
     for line in sys.stdin:
         job = json.loads(line)
         out_of, into = os.pipe()
