@@ -147,7 +147,7 @@ def test_recorded_completions_train_the_same_weights(
             known = {k: v for k, v in ours.items() if k != "train_tokens_computed"}
             assert_near(known, {k: theirs[k] for k in known}, layout)
         state = torch.load(tmp_path / f"{layout}-optimizer.pt", weights_only=True)
-        own = updater.optimizer.state_dict()
+        own = updater.optimizer.optimizer.state_dict()
         assert state["state"].keys() == own["state"].keys()
         for index, values in own["state"].items():
             for name, value in values.items():

@@ -298,7 +298,7 @@ def assemble(
     """Loads models and templates, checks that they fit together, and builds the trainer.
 
     Args:
-        data: the questions, and how the models see.
+        data: the questions, and how images are brought into the models.
         run: where the trainer will write; nothing is written here.
         start: a checkpoint to take weights and optimizer from; the trainer's state is the caller's.
         rule: grades what no judge grades.
@@ -311,10 +311,12 @@ def assemble(
     if settings.rollout.engine == "vllm":
         require_vllm()  # before models are loaded
     reformulations = make_reformulations(settings.method.resolve())
+    # Words: the chat template and the templates of prompts; special texts of all models are broken up in what a model wrote.
     image_inputs, teachers = data.image_inputs, frozen_models.teachers
     chat = load_chat(settings.student, image_inputs.limits, image_inputs.cache) if image_inputs else load_chat(settings.student)
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     renderer = PromptRenderer(PromptBook(settings.prompts, Neutraliser(special)), chat)
+    # Questions whose prompts are short enough, and who grades them.
     length = cache(lambda question: len(renderer.plain(question).ids))  # two checks ask for it
     questions, held_out = load_short(settings, data, renderer, length, console)
     frozen_models.check_images(max((len(question.images) for question in questions), default=0))
@@ -326,26 +328,29 @@ def assemble(
         teachers,
         lambda own: frozen_models.load(own, "judge" if settings.judge else "teacher"),
     )
+    # The student; whatever does not fit it is found now, since an engine may take minutes to start.
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
-    _check_context(settings, context_length(model), questions, held_out, length)  # an engine may take minutes to start
+    _check_context(settings, context_length(model), questions, held_out, length)
     processes = weights.processes
     processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
+    # What learns from groups, and the teachers that it may ask.
     asked = [SharedTeacher(teacher, processes) for teacher in teachers]
     teacher_sampler = make_teacher_sampler(settings, asked, renderer, scorer, processes)
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
     learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, teacher_sampler, weights, say)
+    # What samples, and the check that it holds the student's weights: a wrong engine is found before anything is written.
     own = make_engine(settings, model, chat, autocast_type(accelerator), say)
     if chat.image_processor is not None:
-        check_image_input(own, chat, settings.student.model)  # whoever samples, it is trained here
+        check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
     engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
     _check_context(settings, engine.context, questions, held_out, length)
-    watched = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the tower is watched too
+    fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too
     if chat.image_processor is not None:
-        chat.image_processor.cache.pin({image.sha256 for image in watched.images})
-    check = make_engine_check(settings, engine, make_forward(settings, model, chat), watched, accelerator, weights)
-    check.refresh(0)  # a wrong engine is found before anything is written
+        chat.image_processor.cache.pin({image.sha256 for image in fixed.images})
+    check = make_engine_check(settings, engine, make_forward(settings, model, chat), fixed, accelerator, weights)
+    check.refresh(0)
     student_sampler = StudentSampler(
         engine,
         renderer,

@@ -286,6 +286,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     try:
+        # Processes first: only the first of them prints, writes, and decides where to start.
         launch = read_launch()
         accelerator = make_accelerator(settings, launch)
         weights = make_weights(settings, accelerator, launch, stop)
@@ -298,6 +299,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
         trackers.check()
         start = processes.gather(Start.find(settings, run, console) if resumed and processes.main else None)[0]
+        # Everything is loaded and checked before the run folder is made, or changed.
         data = read_data(settings, sharded=weights.sharded)
         with (
             rule_grading(settings) as rule,
@@ -309,6 +311,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
             loop = TrainingLoop(settings, parts, console)
             if start:
                 start.load(loop, parts.origin, console)
+            # From here on the folder is a run that can be resumed.
             with stop.shield():
                 _open(settings, run, loop, trackers, console, resumed=resumed)
                 if processes.size > 1:
