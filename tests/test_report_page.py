@@ -281,9 +281,10 @@ def test_watching_shows_every_question_and_every_new_step(browser: Browser, addr
     draw_all(browser)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     step = {**json.loads(next(line for line in lines if '"step": 3' in line and '"loss"' in line)), "step": 4}
-    new = run / "rollouts" / "step-000004.parquet"
+    new = run / "new.parquet"
     new.write_bytes(files_of(run)[0].read_bytes())
     change_rows(new, lambda row: {**row, "step": 4, "question_id": f"new {row['question_id']}"})
+    new.rename(run / "rollouts" / "step-000004.parquet")  # whole, as a run writes it
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(step) + "\n")
     browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
