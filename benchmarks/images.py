@@ -151,7 +151,7 @@ def serve_ours(pipe: Connection, world: World) -> None:
     with ours.assembled(own, script) as parts:
         trainer, watch, reported = parts.trainer, Stopwatch(), dict[str, Any]()
         trainer.student = dataclasses.replace(trainer.student, grades_while_sampling=False)  # the script's rewards go by place in the batch
-        trainer.log.listener = lambda step, event, metrics: reported.update(metrics)
+        trainer.run_log.listener = lambda step, event, metrics: reported.update(metrics)
         pipe.send(("ready", None))
         while True:
             script.new_step(pipe.recv()["trivial"])

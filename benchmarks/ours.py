@@ -138,7 +138,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
         run = Path(name) / "run"
         parts = assemble(settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, console)
         run.mkdir()
-        parts.trainer.log.open()
+        parts.trainer.run_log.open()
         yield parts
 
 
@@ -206,7 +206,7 @@ def serve(pipe: Connection, own: Ours) -> None:
         updater._old_logprobs = watch.timed("logprobs", updater._old_logprobs)
         seen = Seen(updater)
         reported: dict[str, Any] = {}
-        trainer.log.listener = lambda step, event, metrics: reported.update(metrics)
+        trainer.run_log.listener = lambda step, event, metrics: reported.update(metrics)
         pipe.send(("ready", None))
         while True:
             asked = pipe.recv()

@@ -25,7 +25,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
 from zppo.models.student import load_chat
 from zppo.train.build import make_engine_check, make_forward
-from zppo.train.engine_checks import EngineCheck, _Gap
+from zppo.train.engine_checks import EngineCheck, _GapStats
 from zppo.train.health_checks import EVERY, WATCHES, HealthChecks
 
 PROMPT = tuple(range(10, 40))
@@ -167,13 +167,13 @@ def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel)
             yield
             inside.append("out")
 
-    well = guard(Recorded(model), model, weights=Weights(Others(_Gap(2e-4, 7e-4))))
+    well = guard(Recorded(model), model, weights=Weights(Others(_GapStats(2e-4, 7e-4))))
     assert look(well, 0) == {"engine_gap_mean": 2e-4, "engine_gap_max": 7e-4}
     assert inside == ["in", "out"] * 2  # the sync, the look
     with pytest.raises(EngineError, match="rank 1 is stale"):
         look(guard(Recorded(model), model, weights=Weights(Others("rank 1 is stale"))), 0)
     with pytest.raises(EngineError, match="after step 2"):
-        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, weights=Weights(Others(_Gap(0.0, 0.0)))), 2)
+        look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, weights=Weights(Others(_GapStats(0.0, 0.0)))), 2)
 
 
 def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe: Path) -> None:

@@ -508,7 +508,7 @@ def collected_step() -> MidStep:
     plain, reformulated = [group("plain", (), 1, 2)], [group("bcq", (7, 8), 3, 4)]
     responses = {"q/1": (Source(odd, None, 2, 0.5, True),)}
     log = StepLog(4, {"asked": 1.0, "none": None}, errors={"teacher": "no answer"})
-    log.go_on({"step": 1.5, "sampling": 1.0})
+    log.resume_clock({"step": 1.5, "sampling": 1.0})
     partial = PartialUpdate(2, UpdateCounts(losses=[0.1, nan], tokens=5, gap_max=1e-30), [torch.randn(n) for n in (1, 2, 3, 4)])
     return MidStep(StepRollouts(1, ("q/1",), plain, reformulated, responses), log, partial)
 

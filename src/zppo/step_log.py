@@ -14,12 +14,13 @@ class StepLog:
     """What one step (or one evaluation) has counted so far. It goes through the step and ends with it, so nothing has to be reset.
 
     Attributes:
-        step: its number; keys the step's draws. An evaluation has 0, so that its draws do not depend on when it is made.
-        counts: numbers by name, the same in all processes that train together.
+        step: its number, which keys the step's draws. An evaluation has 0, so that its draws do not depend on when it is made.
+        counts: numbers by name, the same in all processes that train together (but for the time that each waited for the teacher).
         own: numbers of this process's share; `Processes.gather_log` adds them up over the processes, into `counts`.
         seconds: by part of the step.
         warnings: what a person should know, by subject; of this process.
-        errors: why the teacher, or the judge, could not serve a request (the last such reason), or why the run has to stop (update).
+        errors: why the teacher, or the judge, could not serve a request (the last such reason).
+        fault: why the run has to stop after this step; "" where it goes on.
         metrics: the line of metrics.jsonl, once the step is finished.
     """
 
@@ -29,6 +30,7 @@ class StepLog:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    fault: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     _known: dict[str, dict[Any, Any]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
@@ -56,7 +58,7 @@ class StepLog:
         """Seconds by part, and of the whole step up to now."""
         return {**self.seconds, "step": time.perf_counter() - self._began}
 
-    def failed(self, who: str, reason: str) -> None:
+    def note_error(self, who: str, reason: str) -> None:
         """Note why a request was not served; "" where it was."""
         if reason:
             self.errors[who] = reason
@@ -65,7 +67,7 @@ class StepLog:
         """What this step has worked out already and need not ask again: summaries, verdicts."""
         return self._known.setdefault(what, {})
 
-    def go_on(self, seconds: Mapping[str, float]) -> None:
+    def resume_clock(self, seconds: Mapping[str, float]) -> None:
         """Start the clocks where those of a stopped step were."""
         self.seconds = {part: spent for part, spent in seconds.items() if part != "step"}
         self._began = time.perf_counter() - seconds.get("step", 0.0)

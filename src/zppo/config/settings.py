@@ -279,7 +279,7 @@ class TrainSettings(Section):
         "token 100 times as much; above it old log-probs come from a forward pass for the rest of the run; empty: 1e-4 for transformers "
         "in fp32, else 0.05 (bf16 rounds)",
     )
-    check_engine_every: int = Field(1, ge=0, description="updates between comparisons of engine and trainer on a fixed prompt; 0: none")
+    check_engine_every: int = Field(1, ge=0, description="steps between comparisons of engine and trainer on a fixed prompt; 0: none")
     engine_tolerance: float | None = Field(
         None, gt=0, description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, else 0.05 (bf16 rounds)"
     )

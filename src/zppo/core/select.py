@@ -1,4 +1,4 @@
-"""Which hard questions are asked again: the hard set, pre-cap, post-cap, and the lazy order (Alg. 1, l. 4-15)."""
+"""Which questions are asked again: the hard set, hardest first, and the waves of the lazy order (Alg. 1, l. 4-15)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def share_of(rho: float, count: int) -> int:
 
 
 def is_hard(accuracy: float, threshold: float) -> bool:
-    """rbar_x < tau: the one comparison with `zone.threshold`. What is not hard graduates from the buffer."""
+    """rbar_x < tau. What is hard is asked again and admitted to the buffer; what is not graduates from it."""
     return accuracy < threshold
 
 

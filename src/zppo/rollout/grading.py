@@ -142,3 +142,13 @@ def _without_judge(answered: Answered) -> Verdict:
     answer = extract_boxed(answered.completion, answered.think_open)
     correct = answer is not None and normalise(answer) == normalise(answered.question.gold)
     return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
+
+
+def grades_while_sampling(settings: Settings, scorer: Scorer) -> bool:
+    """Whether completions are graded while others are sampled.
+
+    Not where grading would take the student's device (a judge in this process), nor by a user's reward function, which may count on
+    being called in the main thread.
+    """
+    judge = settings.judging[0] if scorer.judge is not None and settings.judging is not None else None
+    return settings.grading.reward is None and (judge is None or bool(judge.base_urls))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zppo.config.settings import Settings
 from zppo.core.draws import keyed_random
 from zppo.core.reformulate import RESPONSES, Material, Need, Reformulation, distinct_answers, scrambled
 from zppo.core.select import next_wave
 from zppo.core.types import Draft, Group, Prompt
-from zppo.distributed.processes import Processes
 from zppo.errors import SettingsError, TemplateError
 from zppo.grading import normalise
 from zppo.prompts.book import VARIABLES, PromptBook
-from zppo.rollout.grading import Scorer
-from zppo.rollout.student import PromptRenderer, Score
+from zppo.rollout.student import PromptRenderer
 from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, TeacherSampler
 from zppo.step_log import StepLog
 from zppo.teacher.base import Teacher, TeacherSampling
@@ -51,7 +49,7 @@ class CandidateMaker:
         self.needs, self.compressor, self.teacher, self.hint = needs, compressor, teacher, hint
         self.book, self.response_ids, self.seed = book, response_ids, seed
         self.prefix_fraction = prefix_fraction
-        self.counts = (  # candidates that a step could not show as it should, and what making them took
+        self.count_names = (  # candidates that a step could not show as it should, and what making them took
             *("bcq_without_negative", "bcq_raw_pairs", "ncq_raw_candidates"),
             *COMPRESSION_COUNTS,
             *(HINT_COUNTS if "hint" in needs else ()),
@@ -124,7 +122,7 @@ def _listed(wrong: Sequence[Source], gold: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reformulated:
+class ReformulatedPrompts:
     """What a step asks again.
 
     Attributes:
@@ -132,8 +130,8 @@ class Reformulated:
         responses: correct teacher responses by question id, of the hard questions that the teacher was asked about.
     """
 
-    prompts: list[Prompt] = field(default_factory=list)
-    responses: Pools = field(default_factory=dict)
+    prompts: list[Prompt]
+    responses: Pools
 
 
 class Reformulator:
@@ -163,7 +161,7 @@ class Reformulator:
         self.teacher_sampler, self.candidates = teacher_sampler, candidates
         self.needs_responses = any(r.needs & RESPONSES for r in self.reformulations)
 
-    def reformulate(self, hard: Sequence[Group], cap: int, log: StepLog) -> Reformulated:
+    def reformulate(self, hard: Sequence[Group], cap: int, log: StepLog) -> ReformulatedPrompts:
         """The reformulated prompts of the hard groups of a step (Alg. 1, l. 4 and 6-15).
 
         Args:
@@ -172,7 +170,7 @@ class Reformulator:
         """
         with log.time("teacher"):
             # Every step reports all counts, those of what it did not need as 0.
-            log.add(**dict.fromkeys((*TEACHER_COUNTS, *self.candidates.counts, "too_long"), 0.0))
+            log.add(**dict.fromkeys((*TEACHER_COUNTS, *self.candidates.count_names, "too_long"), 0.0))
             pools = self.teacher_sampler.ask([g.question for g in self._asked_first(hard, cap)], log)
             built = self._fill_slots(hard[:cap], cap, pools, log)  # the pre-cap (l. 6)
             if self.method.control == "scrambled":
@@ -180,7 +178,7 @@ class Reformulator:
             prompts = [prompt for _, prompt in built]
         log.add(hard_questions=len(hard))
         log.add(**{f"{r.kind}_prompts": sum(p.kind == r.kind for p in prompts) for r in self.reformulations})
-        return Reformulated(prompts, pools)
+        return ReformulatedPrompts(prompts, pools)
 
     def _asked_first(self, hard: Sequence[Group], cap: int) -> Sequence[Group]:
         """Groups whose responses are asked for before any slot is filled.
@@ -222,31 +220,6 @@ class Reformulator:
         fitting = [(draft, prompt) for draft, prompt in rendered if fits(prompt)]
         log.add(too_long=len(rendered) - len(fitting))
         return fitting
-
-
-def grades_while_sampling(settings: Settings, scorer: Scorer) -> bool:
-    """Whether completions are graded while others are sampled.
-
-    Not where grading would take the student's device (a judge in this process), nor by a user's reward function, which may count on
-    being called in the main thread.
-    """
-    judge = settings.judging[0] if scorer.judge is not None and settings.judging is not None else None
-    return settings.grading.reward is None and (judge is None or bool(judge.base_urls))
-
-
-def make_teacher_sampler(
-    settings: Settings, teachers: Sequence[Teacher], renderer: PromptRenderer, score: Score, processes: Processes
-) -> TeacherSampler:
-    """Who asks the teachers of a recipe."""
-    own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
-    return TeacherSampler(
-        [(teacher, t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
-        renderer,
-        score,
-        group_size=settings.zone.teacher_group_size,
-        seed=settings.seed,
-        processes=processes,
-    )
 
 
 def make_reformulator(

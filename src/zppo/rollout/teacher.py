@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from zppo.config.settings import Settings
 from zppo.core.draws import draw_key
 from zppo.core.types import Message, Question
 from zppo.distributed.processes import ONE_PROCESS, Processes
@@ -51,7 +52,7 @@ class TeacherSampler:
     """Asks the teachers about questions and grades what they say by the student's own reward.
 
     Args:
-        teachers: the frozen teachers with their sampling; usually one. The pool of several is what all of them got right [zppo].
+        teachers: the frozen teachers with their sampling; usually one. The pool of several is the union of their correct responses [zppo].
         renderer, score: the words of the plain prompt; the reward.
         group_size: G_T, responses per teacher and question.
         seed: keys every draw by (seed, step, question id, index).
@@ -105,7 +106,7 @@ class TeacherSampler:
             if verdict.graded and verdict.correct
         ]
         for reply in replies:
-            log.failed("teacher", reply.error)
+            log.note_error("teacher", reply.error)
         log.add(
             teacher_rollouts=len(answered),
             teacher_correct=len(correct),
@@ -136,3 +137,18 @@ class ResponseTokens:
             thought = text.lstrip().startswith(THINK_OPEN)
             text = text.lstrip().removeprefix(THINK_OPEN) if thought else f"{THINK_CLOSE}\n\n{text}"
         return tuple(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def make_teacher_sampler(
+    settings: Settings, teachers: Sequence[Teacher], renderer: PromptRenderer, score: Score, processes: Processes
+) -> TeacherSampler:
+    """Who asks the teachers of a recipe."""
+    own = [t for t in (settings.teacher, *settings.more_teachers) if t is not None]
+    return TeacherSampler(
+        [(teacher, t.how(t.rollout)) for teacher, t in zip(teachers, own, strict=False)],
+        renderer,
+        score,
+        group_size=settings.zone.teacher_group_size,
+        seed=settings.seed,
+        processes=processes,
+    )

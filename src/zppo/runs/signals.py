@@ -21,8 +21,9 @@ _SHOW_CURSOR = b"\x1b[?25h"
 class Stop:
     """A request that the run stops: a signal, or Ctrl-C.
 
-    It is granted at once, by `Interrupted`, wherever the code is not shielded: sampling, the teacher and evaluations can be left in
-    the middle. Inside `shield` (updates, files) it waits: until the shield ends, or until the updater asks `wanted` between two updates.
+    It takes effect at once, by `Interrupted`, wherever the code is not shielded: sampling, the teacher and evaluations can be left in
+    the middle. Inside `shield` (updates, files) it waits: until the shield ends, or until the update asks `wanted` between two of its
+    optimizer steps.
 
     Attributes:
         signum: the signal, None while there is no request.

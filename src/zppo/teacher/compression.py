@@ -235,7 +235,7 @@ class Compressor:
     def _judge(self, item: Source, reply: TeacherReply, log: StepLog) -> str | None:
         """The accepted summary of one reply; counts what happened."""
         text = reply.texts[0] if reply.texts else None
-        log.failed("teacher", reply.error)
+        log.note_error("teacher", reply.error)
         unfinished = text is not None and reply.think_open and "</think>" not in text
         request = self._book.compression("", item.answer is not None)[-1].content
         summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=request)

@@ -71,7 +71,7 @@ def make_hints(
             text = reply.texts[0]
             unfinished = text is not None and reply.think_open and "</think>" not in text
             hints[i] = None if text is None or unfinished else accept_hint(text, requests[i].question.gold)
-            log.failed("teacher", reply.error)
+            log.note_error("teacher", reply.error)
             log.add(
                 hint_asked=1,
                 hint_failed=text is not None and hints[i] is None,

@@ -131,7 +131,7 @@ class Judge:
             judge_prompt_tokens=reply.prompt_tokens,
             judge_completion_tokens=reply.completion_tokens,
         )
-        log.failed("judge", reply.error)
+        log.note_error("judge", reply.error)
         if text is None:
             return "unreachable"
         return "malformed" if verdict is None else "correct" if verdict else "wrong"

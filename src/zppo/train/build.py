@@ -39,11 +39,11 @@ from zppo.names import model_folder
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
-from zppo.rollout.grading import Rule, make_scorer
+from zppo.rollout.grading import Rule, grades_while_sampling, make_scorer
 from zppo.rollout.questions import RunData, check_vocabulary, load_short
-from zppo.rollout.reformulated import grades_while_sampling, make_reformulator, make_teacher_sampler
+from zppo.rollout.reformulated import make_reformulator
 from zppo.rollout.student import PromptRenderer, StudentSampler
-from zppo.rollout.teacher import ResponseTokens, SharedTeacher, TeacherSampler
+from zppo.rollout.teacher import ResponseTokens, SharedTeacher, TeacherSampler, make_teacher_sampler
 from zppo.runs import checkpoint
 from zppo.runs.display import warn
 from zppo.runs.log import RunLog, SilentLog

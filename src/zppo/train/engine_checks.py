@@ -28,7 +28,7 @@ SAMPLER_TOLERANCE_FP32 = 1e-4
 """Ten times the mean difference up to which Qwen3.5, whose recurrent form is not its chunked one, counts as exact in fp32."""
 
 SAMPLER_TOLERANCE_ROUNDED = 0.05
-"""Where bf16 or another engine rounds, and the recipe wants the sampler's log-probs all the same: the engine guard's bound."""
+"""Where bf16 or another engine rounds, and the recipe wants the sampler's log-probs all the same: `EngineCheck`'s tolerance."""
 
 SINGLE = 100
 """How many times the tolerance a single token may be off: the same step from mean to maximum as in the bounds of the tests (1e-5, 1e-3)."""
@@ -114,8 +114,8 @@ TOLERANCE_FP32 = 1e-3
 TOLERANCE_ROUNDED = 0.05
 """bf16 has 8 bits: two orders of the same sums, or two sets of kernels, differ by 0.01 to 0.03 a token on average."""
 
-_LOOK = (1, 8)  # completions and their token limit: a look at every sync,
-_LOOK_TWICE = (8, 64)  # and what decides where the look was over the tolerance: one unlikely token must not end a run
+_CHECK = (1, 8)  # completions and their token limit: a look at every sync,
+_RECHECK = (8, 64)  # and what decides where the look was over the tolerance: one unlikely token must not end a run
 _STALE = 0.1  # of the tolerance: how far the trainer may move while the engine says the same to the last bit
 
 
@@ -131,7 +131,7 @@ class _Probe(NamedTuple):
         return (self.engine - self.trainer).abs()
 
 
-class _Gap(NamedTuple):
+class _GapStats(NamedTuple):
     """Difference of log-probs, nats a token."""
 
     mean: float
@@ -146,7 +146,7 @@ class EngineCheck:
         forward: the training forward of the student; under the trainer's autocast.
         prompt: the fixed prompt.
         tolerance: largest mean difference of log-probs, nats a token.
-        every: updates between comparisons; 0 for none.
+        every: steps between comparisons; 0 for none.
         seed: keys the draws.
         weights: how the student's weights lie over the processes; each looks at its own engine, and where one is wrong all of them say so.
     """
@@ -166,7 +166,7 @@ class EngineCheck:
         self.tolerance, self.every, self.seed = tolerance, every, seed
         self.weights = weights or ReplicatedWeights()
         self._synced: int | None = None  # the step whose weights the engine has
-        self._gap: _Gap | None = None  # of these weights
+        self._gap: _GapStats | None = None  # of these weights
         self._last: _Probe | None = None  # since when the engine says the same
 
     def refresh(self, step: int) -> dict[str, float]:
@@ -186,34 +186,34 @@ class EngineCheck:
             self._synced, self._gap = step, None
         if not self.every or step % self.every:
             return {}
-        self._gap = self._gap or self._look_together(step)
+        self._gap = self._gap or self._compare_together(step)
         return {"engine_gap_mean": self._gap.mean, "engine_gap_max": self._gap.largest}
 
-    def _look_together(self, step: int) -> _Gap:
+    def _compare_together(self, step: int) -> _GapStats:
         """The largest numbers of all processes."""
         with self.weights.whole():
             try:
-                found: _Gap | str = self._look(step)
+                found: _GapStats | str = self._compare(step)
             except EngineError as error:
                 found = str(error)
         all_found = self.weights.processes.gather(found)
         if fault := next((f for f in all_found if isinstance(f, str)), None):
             raise EngineError(fault)
-        gaps = [f for f in all_found if isinstance(f, _Gap)]
-        return _Gap(max(gap.mean for gap in gaps), max(gap.largest for gap in gaps))
+        gaps = [f for f in all_found if isinstance(f, _GapStats)]
+        return _GapStats(max(gap.mean for gap in gaps), max(gap.largest for gap in gaps))
 
-    def _look(self, step: int) -> _Gap:
-        probe = self._probe(*_LOOK)
+    def _compare(self, step: int) -> _GapStats:
+        probe = self._probe(*_CHECK)
         if not _mean(probe.gap) <= self.tolerance:
-            probe = self._probe(*_LOOK_TWICE)
+            probe = self._probe(*_RECHECK)
         if not _mean(probe.gap) <= self.tolerance:
             raise self._error(
                 step, f"its log-probs differ by {_mean(probe.gap):.3g} on average over {len(probe.gap)} tokens of a fixed prompt"
             )
-        self._look_for_standstill(step, probe)
-        return _Gap(_mean(probe.gap), float(probe.gap.max()))
+        self._check_that_it_moves(step, probe)
+        return _GapStats(_mean(probe.gap), float(probe.gap.max()))
 
-    def _look_for_standstill(self, step: int, probe: _Probe) -> None:
+    def _check_that_it_moves(self, step: int, probe: _Probe) -> None:
         """Small updates stay below the tolerance for many steps; an engine that never moves at all shows earlier."""
         last = self._last
         if last is None or not torch.equal(last.ids, probe.ids) or not torch.equal(last.engine, probe.engine):

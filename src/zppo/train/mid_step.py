@@ -111,8 +111,8 @@ class MidStep:
         rollouts = StepRollouts(facts["new"], tuple(facts["replayed"]), groups[:split], groups[split:], pools)
         # Checkpoints of earlier versions have the counts in two parts.
         log = StepLog(step, {**facts.get("zone_metrics", {}), **facts["counts"]})
-        log.failed("teacher", facts["teacher_error"])
-        log.go_on(facts["seconds"])
+        log.note_error("teacher", facts["teacher_error"])
+        log.resume_clock(facts["seconds"])
         old = list(_parts(tensors["old"], facts["old"]))
         return cls(rollouts, log, PartialUpdate(facts["done"], UpdateCounts(**facts["tally"]), old))
 

@@ -51,7 +51,7 @@ class PolicyGradient:
         optimizer: the optimizer steps.
         budget: tokens of a micro-batch.
         sampler_is_exact: whether `Rollout.logprobs` are old log-probs (old_logprobs: auto is resolved by the caller).
-        check: takes that back where they turn out to be others than the trainer's; None for never.
+        check: compares them with the trainer's before the first optimizer step of each step; None for never.
         sharing: when rows of one prompt compute it once; None for never.
         respond: makes a rollout of a teacher response; None for methods without Teacher response.
     """
@@ -121,7 +121,7 @@ class PolicyGradient:
             tally = UpdateCounts(fallback=int(self.sampler_is_exact and not self.trusts_sampler))
             old = self._old_logprobs(samples, rows, tally)
         for index in range(partial.done if partial else 0, len(deals)):
-            if self.processes.any(self.processes.stop.signum is not None):
+            if self.processes.any(self.processes.stop.wanted):
                 raise UpdateStopped(self._partial(index, tally, samples, old))
             minibatch = [s for g in deals[index] for s in samples[g]]
             try:
@@ -172,19 +172,17 @@ class PolicyGradient:
                 self._in_micro_batches(asked, score)
         return result
 
-    def _refuses(self, log: StepLog, counts: UpdateCounts, samples: Sequence[Sequence[Sample]], computed: Sequence[Sample]) -> bool:
+    def _refuses(self, log: StepLog, counts: UpdateCounts, samples: Sequence[Sequence[Sample]], first_minibatch: Sequence[Sample]) -> bool:
         """Whether the sampler's log-probs are not the trainer's, before the first optimizer step; all processes agree.
 
-        Rows of the first minibatch that are `computed` are what is looked at, for nothing, since their forward pass was to be made anyway.
-        Where none of them has a gradient a few others are scored: after the optimizer step it would be too late.
+        The gap is measured on the first minibatch, whose forward pass is needed anyway. If it has no row with a gradient, up to PROBE
+        others are scored: after the optimizer step it would be too late.
         """
         if self.check is None or not self.trusts_sampler:
             return False
-        if not any(s.live and not s.foreign for s in computed):
+        if not any(s.live and not s.foreign for s in first_minibatch):
             self._probe([s for group in samples for s in group if s.live and not s.foreign][:PROBE], counts)
-        refused = self.check.refuses(log.step, counts.gap)
-        counts.fallback = int(refused)
-        return refused
+        return self.check.refuses(log.step, counts.gap)
 
     def _probe(self, rows: Sequence[Sample], counts: UpdateCounts) -> None:
         """Counts the gap of rows that every process scores."""

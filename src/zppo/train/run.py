@@ -43,14 +43,14 @@ from zppo.train.provenance import changes_since, check_student
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class ResumePoint:
     """A checkpoint to continue from."""
 
     folder: Path
     state: dict[str, Any]
 
     @classmethod
-    def find(cls, settings: Settings, run: Path, console: Console) -> Start | None:
+    def find(cls, settings: Settings, run: Path, console: Console) -> ResumePoint | None:
         """The newest checkpoint that is whole, None where none was written yet; damaged newer ones are named and set aside.
 
         Raises:
@@ -122,21 +122,21 @@ class TrainingLoop:
         """All steps that are left.
 
         Raises:
-            Interrupted: the run was asked to stop. Between two updates the step is saved as far as it is; elsewhere see `rescue`.
+            Interrupted: the run was asked to stop. Between two updates the step is saved as far as it is; elsewhere see `save_last_step`.
         """
         trainer, every = self.trainer, self.settings.train.checkpoint_every
         with self.progress:
             if self.mid_step is None:
-                trainer.boundary = trainer.facts()
+                trainer.boundary = trainer.snapshot()
                 self._evaluate_if_due()
             while trainer.done < trainer.steps:
                 self.checkpointer.check()
                 log = self._step()
                 with self.stop.shield():
                     self._show(log)
-                    if fault := log.errors.get("update"):
+                    if log.fault:
                         self._save(trainer.state_dict())  # all processes are here, so that sharded weights can be saved too
-                        raise ZPPOError(fault)
+                        raise ZPPOError(log.fault)
                 self._evaluate_if_due()
                 if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
                     with self.stop.shield():
@@ -193,7 +193,7 @@ class TrainingLoop:
 
     def _save(self, state: Mapping[str, Any], mid_step: MidStep | None = None, *, together: bool = True, later: bool = False) -> None:
         trainer = self.trainer
-        trainer.log.sync()
+        trainer.run_log.sync()
         folder = self.checkpointer(trainer.done, state, mid_step, together=together, later=later)
         if folder is not None:
             self.folder, self._saved = folder, (trainer.done, mid_step.partial.done if mid_step else None)
@@ -203,10 +203,11 @@ class TrainingLoop:
         self.folder, self.mid_step = folder, mid_step
         self._saved = (self.trainer.done, mid_step.partial.done if mid_step else None)
 
-    def rescue(self, *, together: bool) -> None:
+    def save_last_step(self, *, together: bool) -> None:
         """Save the last step boundary, where no checkpoint has it yet and the weights are still there.
 
-        For a run that ends before its time, by a signal or an error: what a step has sampled is lost, what it has learnt never.
+        For a run that ends before its time, by a signal or an error: what a step has sampled is lost. After an error inside an update
+        the weights are those of no step, and the last checkpoint counts.
         `together`: all processes of the run end here, as after a signal; otherwise the first one saves alone where it can.
         """
         trainer = self.trainer
@@ -228,16 +229,16 @@ def rescue(run: Path, loop: TrainingLoop, error: BaseException, console: Console
     try:
         # All processes stop together for a signal, and where an engine does not hold the weights.
         together = loop.trainer.processes.size == 1 or isinstance(error, Interrupted | EngineError)
-        loop.rescue(together=together)
+        loop.save_last_step(together=together)
     except Exception as failed:
         if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
             raise failed from error
         say(f"the run after step {loop.trainer.done} could not be saved: {failed}")
     if not isinstance(error, KeyboardInterrupt):
-        say(way_on(run))
+        say(resume_hint(run))
 
 
-def way_on(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """What is saved and how it goes on: the last words of a run that ends before its time."""
     if not (run / RECIPE).exists():
         return "the run ended before anything was written"
@@ -298,7 +299,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         names = settings.train.trackers if processes.main else ()
         trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
         trackers.check()
-        start = processes.gather(Start.find(settings, run, console) if resumed and processes.main else None)[0]
+        start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
         # Everything is loaded and checked before the run folder is made, or changed.
         data = read_data(settings, sharded=weights.sharded)
         with (
@@ -321,7 +322,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
                 try:
                     loop.run()
                     if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
-                        loop.rescue(together=True)
+                        loop.save_last_step(together=True)
                         loop.trainer.boundary = None
                     finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
                 except BaseException as error:
@@ -331,11 +332,11 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         accelerator.end_training()
         return run
     except StorageError as error:
-        last_words = way_on(run)
+        last_words = resume_hint(run)
         raise StorageError(f"{error}. {last_words[:1].upper()}{last_words[1:]}") from error
     except KeyboardInterrupt as error:
         name = signal.Signals(error.signum).name if isinstance(error, Interrupted) else "interrupted"
-        console.print(Text(f"{name}: {way_on(run)}"), soft_wrap=True, highlight=False)
+        console.print(Text(f"{name}: {resume_hint(run)}"), soft_wrap=True, highlight=False)
         raise
 
 
@@ -344,7 +345,7 @@ def _open(settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers,
     trainer = loop.trainer
     if resumed:
         step = trainer.done if loop.folder else -1
-        trainer.log.rewind(step, trainer.evaluated)
+        trainer.run_log.rewind(step, trainer.evaluated)
         trackers.start(step)
         far = f" and {loop.mid_step.partial.done} updates of the next" if loop.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")
@@ -354,7 +355,7 @@ def _open(settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers,
             with writing(run):
                 run.mkdir(parents=True, exist_ok=True)
             write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
-        trainer.log.open()
+        trainer.run_log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
     if trackers.names:
-        trainer.log.listener = trackers.log
+        trainer.run_log.listener = trackers.log

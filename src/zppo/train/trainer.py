@@ -34,7 +34,7 @@ MISSED = {
     "judge_malformed": "judge replies that were no verdict (wrong)",
     "too_long": "prompts over the context",
 }
-"""Metrics of help that a step could not get, in words; the closing table sums them."""
+"""Metrics of what a step had to do without, in words; the closing table sums them."""
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Totals:
     admitted: dict[str, int] = field(default_factory=dict)
     graduated: dict[str, int] = field(default_factory=dict)
     evicted: dict[str, int] = field(default_factory=dict)
-    missed: dict[str, int] = field(default_factory=dict)  # help that the teacher could not give
+    missed: dict[str, int] = field(default_factory=dict)  # what had to be done without, by the names of MISSED
 
     def add(self, metrics: Mapping[str, Any], changes: Changes) -> None:
         """Count one step: its metrics, and what its buffer update did."""
@@ -84,15 +84,15 @@ class Trainer:
         student: samples the student's rollouts and grades them.
         reformulator: asks hard questions again.
         learner: the policy gradient, or distillation.
-        engine: brings the sampling engine up to the weights, and checks it.
-        log: the files of the run folder.
+        engine_check: brings the sampling engine up to the weights, and checks it.
+        run_log: the files of the run folder.
 
     Attributes:
         steps: steps of the whole run; `done`: those that are finished.
         buffer: the prompt replay buffer.
         evaluated: the step of the last evaluation, -1 before the first.
         totals: sums over the run.
-        boundary: what a rescue needs of the last step boundary, see `facts`; None where the weights are between two steps.
+        boundary: what a rescue needs of the last step boundary, see `snapshot`; None where the weights are between two steps.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class Trainer:
         student: StudentSampler,
         reformulator: Reformulator,
         learner: Learner,
-        engine: EngineCheck,
-        log: RunLog,
+        engine_check: EngineCheck,
+        run_log: RunLog,
     ) -> None:
         self.settings, self.zone, self.method = settings, settings.zone, settings.method.resolve()
         self.questions, self.held_out = data.train, data.held_out
         self.student, self.reformulator, self.learner = student, reformulator, learner
-        self.engine, self.log, self.processes = engine, log, student.processes
+        self.engine_check, self.run_log, self.processes = engine_check, run_log, student.processes
         self.buffer = PromptReplayBuffer(self.zone.buffer_capacity, self.zone.threshold, settings.seed)
         self.steps = total_steps(settings, len(self.questions))
         self.done, self.evaluated = 0, -1
@@ -129,10 +129,13 @@ class Trainer:
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)  # line 2
         plain = self.student.rollout(self._plain_prompts([*new, *replayed]), log)  # line 2
-        hard = hard_groups(plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step)  # lines 4, 6
-        asked_again = self.reformulator.reformulate(hard, share_of(self.zone.rho_aug, len(new)), log)  # lines 4, 6-15
-        reformulated = self.student.rollout(asked_again.prompts, log)  # line 16
-        return self.update(StepRollouts(len(new), ids_of(replayed), plain, reformulated, asked_again.responses), log)
+        hard = hard_groups(
+            plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step
+        )  # the hard set (line 4), sorted for line 6
+        # The teacher (line 4), pre-cap (6), BCQ and NCQ (8-10), post-cap (13-15).
+        again = self.reformulator.reformulate(hard, share_of(self.zone.rho_aug, len(new)), log)
+        reformulated = self.student.rollout(again.prompts, log)  # line 16
+        return self.update(StepRollouts(len(new), ids_of(replayed), plain, reformulated, again.responses), log)
 
     def update(self, rollouts: StepRollouts, log: StepLog, partial: PartialUpdate | None = None) -> StepLog:
         """The second half of a step: weights and buffer (Alg. 1, l. 18 and 19). `partial` is where the update was left, if it was."""
@@ -142,32 +145,32 @@ class Trainer:
             changes = self._update_buffer(rollouts.plain, log.step)  # line 19
             self._record(rollouts, updated, changes, log)
             self.done = log.step
-            self.boundary = self.facts()
+            self.boundary = self.snapshot()
         return log
 
     def evaluate(self) -> tuple[Evaluation, StepLog]:
         """Accuracy on the held-out questions with the current weights."""
-        self.engine.refresh(self.done)
+        self.engine_check.refresh(self.done)
         log = StepLog()
         result = evaluate(self.student, self.held_out, self.settings.eval, log)
         with self.processes.stop.ignored():
             self.log_evaluation("eval", result, log)
             self.evaluated = self.done
-            self.boundary = self.facts()
+            self.boundary = self.snapshot()
         return result, log
 
     def log_evaluation(self, event: str, result: Evaluation, log: StepLog) -> None:
         """A line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
         self.processes.gather_log(log)
         log.metrics = asdict(result) | {name: n for name, n in log.counts.items() if name != "graded_answers"}
-        self.log.metrics(self.done, event, log.metrics)
+        self.run_log.metrics(self.done, event, log.metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, besides weights and optimizer; JSON-ready."""
-        return self.state_at(self.facts())
+        return self.state_at(self.snapshot())
 
-    def facts(self) -> dict[str, Any]:
-        """What a later step may have changed of a step boundary's state before the weights have moved.
+    def snapshot(self) -> dict[str, Any]:
+        """State at the end of a step that the next one may change before its first optimizer step.
 
         The buffer's entries are not in it: they change after the weights, and a copy of all of them in every step would take longer than
         the step where there are a million.
@@ -195,7 +198,7 @@ class Trainer:
     def _sync_engine(self, log: StepLog) -> None:
         """Bring the sampling engine up to the weights, and compare the two."""
         with log.time("engine"):
-            log.add(**self.engine.refresh(log.step - 1))
+            log.add(**self.engine_check.refresh(log.step - 1))
 
     def _plain_prompts(self, questions: Sequence[Question]) -> list[Prompt]:
         return [self.student.renderer.plain(question) for question in questions]
@@ -236,8 +239,8 @@ class Trainer:
         except UpdateStopped as stopped:
             stopped.mid_step = MidStep(rollouts, log, stopped.partial)
             raise
-        self.processes.gather_log(log)  # off-policy distillation asks the teacher in its update,
-        log.counts["graded_answers"] = graded  # which grades no rollouts
+        self.processes.gather_log(log)  # off-policy distillation asks the teacher in its update
+        log.counts["graded_answers"] = graded  # as ever: without the responses that were graded there
         return updated
 
     def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
@@ -251,8 +254,8 @@ class Trainer:
         with log.time("other"):
             left = (*changes.admitted, *changes.graduated, *changes.evicted)
             held = [entry for g in rollouts.plain if (entry := self.buffer.get(g.question.id))]
-            self.log.buffer(log.step, changes)
-            self.log.rollouts(
+            self.run_log.buffer(log.step, changes)
+            self.run_log.rollouts(
                 log.step,
                 updated.groups,
                 updated.advantages.tolist(),
@@ -268,9 +271,9 @@ class Trainer:
             "evicted": len(changes.evicted),
         }
         self.totals.add(log.metrics, changes)
-        self.log.metrics(log.step, "step", log.metrics)
+        self.run_log.metrics(log.step, "step", log.metrics)
         if updated.fault:
-            log.errors["update"] = updated.fault
+            log.fault = updated.fault
 
 
 def ids_of(questions: Sequence[Question]) -> tuple[str, ...]:
