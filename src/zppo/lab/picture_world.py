@@ -1,9 +1,8 @@
-"""What the file of a world of pictures says [zppo]; `worlds/vision.yaml` is one to read beside this.
+"""A lab world of pictures: what its words mean, what a student wrongly takes them for, and its questions [zppo].
 
-A world of pictures: what its words mean, what a student wrongly takes them for, and its questions [zppo].
-
-As in the worlds of text (`zppo.lab.world`) everything is a function of a settings file. What the student is wrong about are words: it takes
-one for another of its kind ("red" for "blue", "left" for "right") and reads the picture accordingly.
+As in the worlds of text (`zppo.lab.world`) everything is a function of a settings file (`picture_worlds/vision.yaml` has comments). The
+student is wrong about words: it takes one for another of its kind ("red" for "blue", "left" for "right") and reads the picture
+accordingly.
 """
 
 from __future__ import annotations
@@ -14,26 +13,17 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from zppo.config.recipe import parse_yaml
 from zppo.core.draws import keyed_random
 from zppo.core.types import ImageRef, Message, Question
 from zppo.errors import SettingsError
-from zppo.lab.pictures import KINDS, NOTHING, Chart, Picture, Reading
-from zppo.lab.world import BeliefSettings, CorpusSettings, ModelShape, Part, Pretraining
+from zppo.lab.pictures import KINDS, NOTHING, BarChart, Picture, PictureReading
+from zppo.lab.world import AnyWorldSettings, ModelShape, Pretraining, WorldSection, read_world
 
 
-class VisionShape(Part):
-    """Size of the part of student and teacher that sees."""
-
-    layers: int = Field(ge=1)
-    width: int = Field(ge=8)
-    heads: int = Field(ge=1)
-    feed_forward: int = Field(ge=8)
-
-
-class SightSettings(Part):
+class QuestionKindSettings(WorldSection):
     """One kind of questions: the tier of beliefs that its words are of, and how many questions each split has."""
 
     tier: str
@@ -46,29 +36,20 @@ class SightSettings(Part):
         return self.train + self.test > 0
 
 
-class VisionSettings(Part):
-    """A world of pictures.
+class PictureWorldSettings(AnyWorldSettings):
+    """The file of a world of pictures.
 
-    `beliefs`: what the corpus says about words of a tier; a tier without beliefs is known. `kinds`: the levels of the world.
-    `seeing`, `describing`: how long the part that sees is trained, and the
-    rest on descriptions, before student and teacher go on from there.
+    `kinds`: the levels of the world. `seeing`, `describing`: how long the vision tower is trained, and the rest on descriptions, before
+    student and teacher go on from there.
     """
 
-    name: str
-    seed: int
-    misconceptions: int | None = None
-    kinds: dict[str, SightSettings]
-    beliefs: dict[str, BeliefSettings]
-    corpus: CorpusSettings
-    model: ModelShape
-    vision: VisionShape
+    kinds: dict[str, QuestionKindSettings]
+    vision: ModelShape
     seeing: Pretraining
     describing: Pretraining
-    pretraining: Pretraining
-    teacher: Pretraining
 
     @model_validator(mode="after")
-    def _consistent(self) -> VisionSettings:
+    def _consistent(self) -> PictureWorldSettings:
         if unknown := set(self.kinds) - set(KINDS):
             raise ValueError(f"kinds names {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
         if set(self.corpus.levels) != set(self.kinds):
@@ -91,6 +72,7 @@ PICTURE_SPLITS = ("train", "test")
 Word = tuple[str, int]
 """A word of a kind: the kind's name, and the word by index."""
 TRIES = 1000
+MOST_THOUGHT = 6  # words of the thought that a compressed response keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +89,26 @@ class Ask:
         kind = KINDS[self.kind]
         return kind.text(kind.words[self.word], self.about)
 
-    def read(self, meaning: int) -> Reading:
+    def read(self, meaning: int) -> PictureReading:
         """What is read off the picture under a meaning of the word."""
         return KINDS[self.kind].read(self.picture, self.about, meaning)
 
     @property
-    def truth(self) -> Reading:
+    def truth(self) -> PictureReading:
         return self.read(self.word)
 
     @property
     def layout(self) -> tuple[object, ...]:
         """What is asked about what, wherever in its cell a shape is."""
-        if isinstance(self.picture, Chart):
+        if isinstance(self.picture, BarChart):
             return self.text, self.picture.bars
         return self.text, tuple(thing and (thing.colour, thing.shape) for thing in self.picture.cells)
 
 
-class VisionWorld:
+class PictureWorld:
     """A world made from its settings; everything in it is a function of them."""
 
-    def __init__(self, settings: VisionSettings) -> None:
+    def __init__(self, settings: PictureWorldSettings) -> None:
         self.settings = settings
 
     @property
@@ -155,13 +137,12 @@ class VisionWorld:
         knows how to read each one off a picture, and not that this is what the right word asks for.
         """
         made: dict[Word, tuple[int, ...]] = {}
-        mind = self.settings.seed if self.settings.misconceptions is None else self.settings.misconceptions
-        for kind, sight in self.settings.kinds.items():
-            if (belief := self.settings.beliefs.get(sight.tier)) is None:
+        for kind, about in self.settings.kinds.items():
+            if (belief := self.settings.beliefs.get(about.tier)) is None:
                 continue
             size = len(KINDS[kind].words)
             circle = list(range(size))
-            rng = keyed_random("lab", mind, "mistakes", kind)
+            rng = keyed_random("lab", self.settings.misconception_seed, "mistakes", kind)
             rng.shuffle(circle)
             steps = rng.sample(range(1, size), len(belief.mistakes))
             for place, word in enumerate(circle):
@@ -205,9 +186,9 @@ class VisionWorld:
     def asks(self) -> dict[str, list[Ask]]:
         """The questions of both splits, kind by kind, the words of a kind in turn; no question is in both."""
         made: dict[str, list[Ask]] = {split: [] for split in PICTURE_SPLITS}
-        for kind, sight in self.settings.kinds.items():
+        for kind, about in self.settings.kinds.items():
             seen: set[tuple[object, ...]] = set()
-            for split, count in (("test", sight.test), ("train", sight.train)):  # what is held out does not hang on how much is not
+            for split, count in (("test", about.test), ("train", about.train)):  # what is held out does not hang on how much is not
                 rng, wanted = keyed_random("lab", self.settings.seed, "pictures", kind, split), len(made[split]) + count
                 for turn in range(TRIES * count):
                     if len(made[split]) == wanted:
@@ -222,39 +203,35 @@ class VisionWorld:
         """The question with its right answer; its kind is its level."""
         return Question(name, (Message("user", ask.text),), ask.truth.answer, images, level=ask.kind)
 
+    # What is written about a picture depends on the reading alone; the corpora ask every world in the same way, with the question.
+    def truth(self, ask: Ask) -> PictureReading:
+        """What is read off the picture under the right meaning."""
+        return ask.truth
 
-def completion_text(reading: Reading) -> str:
-    """What a student or the teacher writes."""
-    return " ".join(["<think>", *reading.thought, "</think>", "\\boxed{", reading.answer, "}"])
+    def answer_text(self, _: Ask, reading: PictureReading) -> str:
+        return reading.answer
+
+    def summary_text(self, _: Ask, reading: PictureReading) -> str:
+        """The beginning of the thought and the box, as the teacher writes a compressed candidate."""
+        return " ".join([*reading.thought[:MOST_THOUGHT], "\\boxed{", reading.answer, "}"])
+
+    def completion_text(self, _: Ask, reading: PictureReading) -> str:
+        """What a student or the teacher writes."""
+        return " ".join(["<think>", *reading.thought, "</think>", "\\boxed{", reading.answer, "}"])
 
 
-def sees(name: str) -> bool:
+def is_picture_world(name: str) -> bool:
     """Whether the name, or the settings file, is that of a world of pictures."""
     if not name.endswith((".yaml", ".yml")):
         return (WORLDS / f"{name}.yaml").is_file()
     try:
         written = parse_yaml(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False  # the worlds of text say what is wrong with it
+        return False  # `load_world` says what is wrong with it
     return isinstance(written, dict) and "kinds" in written
 
 
 @lru_cache(maxsize=8)
-def load_vision_world(name: str) -> VisionWorld:
-    """A bundled world of pictures by name, or one of your own by the path of its settings file.
-
-    Raises:
-        SettingsError: no such world, or its file is wrong.
-    """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else WORLDS / f"{name}.yaml"
-    try:
-        written = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(sorted(p.stem for p in WORLDS.glob("*.yaml")))
-        raise SettingsError(f"there is no world of pictures {name!r} ({path}); use one of {known}") from error
-    except ValueError as error:
-        raise SettingsError(f"{path}: {error}") from error
-    try:
-        return VisionWorld(VisionSettings.model_validate(written))
-    except ValidationError as error:
-        raise SettingsError(f"{path}: {error}") from error
+def load_picture_world(name: str) -> PictureWorld:
+    """A bundled world of pictures by name, or one of your own by the path of its settings file. Raises SettingsError, as `read_world`."""
+    return read_world(name, WORLDS, lambda written: PictureWorld(PictureWorldSettings.model_validate(written)))

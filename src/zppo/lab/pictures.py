@@ -1,11 +1,9 @@
-"""The lab's pictures: coloured shapes on a grid of three by three, or three bars [zppo].
+"""The lab's pictures, coloured shapes on a grid of three by three or three bars, and the kinds of questions about them [zppo].
 
-They are drawn without a library, so that their bytes never change.
-
-Kinds of questions about pictures: what is asked, and what is read off a picture under each meaning that a word could have [zppo].
-
-Every question has one word that carries its meaning ("red" in "count red ?"). The words of a kind are also its meanings: meaning number i
-is what word number i truly says. A student that takes a word for another one's meaning reads the picture well and answers another question.
+Pictures are drawn without a library, so that their bytes never change. A kind of questions says what is asked, and what is read off a
+picture under each meaning that a word could have: every question has one word that carries its meaning ("red" in "count red ?"). The words
+of a kind are also its meanings: meaning number i is what word number i truly says. A student that takes a word for another one's meaning
+reads the picture well and answers another question.
 """
 
 from __future__ import annotations
@@ -58,13 +56,13 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class Chart:
+class BarChart:
     """Bars from left to right: colour by index, and height in steps. No colour and no height occurs twice."""
 
     bars: tuple[tuple[int, int], ...]
 
 
-Picture = Scene | Chart
+Picture = Scene | BarChart
 
 
 def draw_scene(rng: Random) -> Scene:
@@ -77,17 +75,17 @@ def draw_scene(rng: Random) -> Scene:
     return Scene(tuple(cells))
 
 
-def draw_chart(rng: Random) -> Chart:
+def draw_chart(rng: Random) -> BarChart:
     """Three bars of different colours and heights."""
     colours = rng.sample(range(len(COLOURS)), SIDE)
     heights = rng.sample(range(1, TALLEST + 1), SIDE)
-    return Chart(tuple(zip(colours, heights, strict=True)))
+    return BarChart(tuple(zip(colours, heights, strict=True)))
 
 
 def pixels(picture: Picture) -> NDArray[np.uint8]:
     """The picture as indices into `PALETTE`, (SIZE, SIZE), row by row from the top."""
     canvas = np.zeros((SIZE, SIZE), dtype=np.uint8)
-    if isinstance(picture, Chart):
+    if isinstance(picture, BarChart):
         for column, (colour, height) in enumerate(picture.bars):
             left = column * CELL + (CELL - BAR) // 2
             canvas[SIZE - height * STEP :, left : left + BAR] = colour + 1
@@ -119,7 +117,7 @@ def _mask(shape: int) -> NDArray[np.bool_]:
 
 
 def png(picture: Picture) -> bytes:
-    """The picture as a PNG file with a palette, the same bytes everywhere: nothing is compressed, so no version of zlib has a say."""
+    """The picture as a PNG file with a palette, the same bytes everywhere: nothing is compressed, so zlib's version has no influence."""
     indices = pixels(picture)
     packed = indices[:, 0::2] << 4 | indices[:, 1::2]  # two pixels a byte
     lines = b"".join(b"\x00" + line.tobytes() for line in packed)  # no filter
@@ -139,7 +137,7 @@ COLOUR_WORDS = tuple(COLOURS)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PictureReading:
     """What is thought and what is answered, both as words. The thought says first what the question is taken to mean, and then one thing
     after the other, each to be found from those before it."""
 
@@ -148,12 +146,12 @@ class Reading:
 
 
 Draw = Callable[[Random], tuple[Picture, tuple[int, ...]]]
-"""A picture, and what a question about it names besides its word, by index."""
-Read = Callable[[Picture, tuple[int, ...], int], Reading]
+"""A picture, and what a question about it names in addition to its word, by index."""
+Read = Callable[[Picture, tuple[int, ...], int], PictureReading]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class QuestionKind:
     """A kind of questions.
 
     Attributes:
@@ -175,7 +173,7 @@ def _things(picture: Picture) -> tuple[Thing | None, ...]:
 
 
 def _bars(picture: Picture) -> tuple[tuple[int, int], ...]:
-    assert isinstance(picture, Chart)
+    assert isinstance(picture, BarChart)
     return picture.bars
 
 
@@ -197,25 +195,25 @@ def _chart_and_pair(rng: Random) -> tuple[Picture, tuple[int, ...]]:
     return chart, tuple(colour for colour, _ in rng.sample(chart.bars, 2))
 
 
-def _colour_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
+def _colour_at(picture: Picture, about: tuple[int, ...], cell: int) -> PictureReading:
     thing = _things(picture)[cell]
     seen = NOTHING if thing is None else COLOUR_WORDS[thing.colour]
-    return Reading((CELLS[cell], seen), seen)
+    return PictureReading((CELLS[cell], seen), seen)
 
 
-def _shape_at(picture: Picture, about: tuple[int, ...], cell: int) -> Reading:
+def _shape_at(picture: Picture, about: tuple[int, ...], cell: int) -> PictureReading:
     thing = _things(picture)[cell]
     seen = NOTHING if thing is None else SHAPES[thing.shape]
-    return Reading((CELLS[cell], seen), seen)
+    return PictureReading((CELLS[cell], seen), seen)
 
 
-def _count(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
+def _count(picture: Picture, about: tuple[int, ...], colour: int) -> PictureReading:
     """Cell by cell with how many there have been so far."""
     thought, count = [COLOUR_WORDS[colour]], 0
     for cell, thing in zip(CELLS, _things(picture), strict=True):
         count += thing is not None and thing.colour == colour
         thought += [cell, str(count)]
-    return Reading(tuple(thought), str(count))
+    return PictureReading(tuple(thought), str(count))
 
 
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -228,29 +226,29 @@ def _neighbour(cell: int, step: tuple[int, int]) -> int | None:
     return y * SIDE + x if 0 <= x < SIDE and 0 <= y < SIDE else None
 
 
-def _beside(picture: Picture, about: tuple[int, ...], direction: int) -> Reading:
+def _beside(picture: Picture, about: tuple[int, ...], direction: int) -> PictureReading:
     (at,) = about
     word, step = tuple(DIRECTIONS.items())[direction]
     there = _neighbour(at, step)
     if there is None:
-        return Reading((word, CELLS[at], NOTHING), NOTHING)
+        return PictureReading((word, CELLS[at], NOTHING), NOTHING)
     thing = _things(picture)[there]
     seen = NOTHING if thing is None else thing.words
-    return Reading((word, CELLS[at], CELLS[there], *seen.split()), seen)
+    return PictureReading((word, CELLS[at], CELLS[there], *seen.split()), seen)
 
 
-def _height(picture: Picture, about: tuple[int, ...], colour: int) -> Reading:
+def _height(picture: Picture, about: tuple[int, ...], colour: int) -> PictureReading:
     heights = dict(_bars(picture))
     seen = str(heights[colour]) if colour in heights else NOTHING
-    return Reading((COLOUR_WORDS[colour], seen), seen)
+    return PictureReading((COLOUR_WORDS[colour], seen), seen)
 
 
 RANKS = ("tallest", "middle", "shortest")
 
 
-def _rank(picture: Picture, about: tuple[int, ...], rank: int) -> Reading:
+def _rank(picture: Picture, about: tuple[int, ...], rank: int) -> PictureReading:
     colour, height = sorted(_bars(picture), key=lambda bar: -bar[1])[rank]
-    return Reading((RANKS[rank], str(height), COLOUR_WORDS[colour]), COLOUR_WORDS[colour])
+    return PictureReading((RANKS[rank], str(height), COLOUR_WORDS[colour]), COLOUR_WORDS[colour])
 
 
 PAIRINGS: Mapping[str, Callable[[int, int], int]] = {
@@ -261,47 +259,47 @@ PAIRINGS: Mapping[str, Callable[[int, int], int]] = {
 }
 
 
-def _pair(picture: Picture, about: tuple[int, ...], how: int) -> Reading:
+def _pair(picture: Picture, about: tuple[int, ...], how: int) -> PictureReading:
     heights = dict(_bars(picture))
     word, result = tuple(PAIRINGS.items())[how]
     bars = [part for colour in about for part in (COLOUR_WORDS[colour], str(heights[colour]))]
-    return Reading((word, *bars), str(result(*(heights[colour] for colour in about))))
+    return PictureReading((word, *bars), str(result(*(heights[colour] for colour in about))))
 
 
-def _describe(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
+def _describe(picture: Picture, about: tuple[int, ...], word: int) -> PictureReading:
     """All that there is, cell by cell; how many things that are is the answer."""
     things = _things(picture)
     seen = [(cell, NOTHING if thing is None else thing.words) for cell, thing in zip(CELLS, things, strict=True)]
     thought = [part for cell, words in seen for part in (cell, *words.split())]
-    return Reading(tuple(thought), str(sum(thing is not None for thing in things)))
+    return PictureReading(tuple(thought), str(sum(thing is not None for thing in things)))
 
 
-def _describe_bars(picture: Picture, about: tuple[int, ...], word: int) -> Reading:
+def _describe_bars(picture: Picture, about: tuple[int, ...], word: int) -> PictureReading:
     bars = _bars(picture)
     parts = [part for colour, height in bars for part in (COLOUR_WORDS[colour], str(height))]
-    return Reading(("bars", *parts), str(len(bars)))
+    return PictureReading(("bars", *parts), str(len(bars)))
 
 
-KINDS: Mapping[str, Kind] = {
-    "colour": Kind(CELLS, _any_scene, lambda word, _: f"colour at {word} ?", _colour_at),
-    "shape": Kind(CELLS, _any_scene, lambda word, _: f"shape at {word} ?", _shape_at),
-    "height": Kind(COLOUR_WORDS, _any_chart, lambda word, _: f"height of {word} ?", _height),
-    "rank": Kind(RANKS, _any_chart, lambda word, _: f"{word} bar ?", _rank),
-    "count": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count),
-    "beside": Kind(tuple(DIRECTIONS), _scene_and_cell, lambda word, about: f"{word} of {CELLS[about[0]]} ?", _beside),
-    "pair": Kind(
+KINDS: Mapping[str, QuestionKind] = {
+    "colour": QuestionKind(CELLS, _any_scene, lambda word, _: f"colour at {word} ?", _colour_at),
+    "shape": QuestionKind(CELLS, _any_scene, lambda word, _: f"shape at {word} ?", _shape_at),
+    "height": QuestionKind(COLOUR_WORDS, _any_chart, lambda word, _: f"height of {word} ?", _height),
+    "rank": QuestionKind(RANKS, _any_chart, lambda word, _: f"{word} bar ?", _rank),
+    "count": QuestionKind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count),
+    "beside": QuestionKind(tuple(DIRECTIONS), _scene_and_cell, lambda word, about: f"{word} of {CELLS[about[0]]} ?", _beside),
+    "pair": QuestionKind(
         tuple(PAIRINGS), _chart_and_pair, lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?", _pair
     ),
-    "describe": Kind(("all",), _any_scene, lambda word, _: f"describe {word} ?", _describe),
-    "those": Kind(COLOUR_WORDS, _any_scene, lambda word, _: f"describe {word} ?", _count),
-    "bars": Kind(("bars",), _any_chart, lambda word, _: f"describe {word} ?", _describe_bars),
+    "describe": QuestionKind(("all",), _any_scene, lambda word, _: f"describe {word} ?", _describe),
+    "those": QuestionKind(COLOUR_WORDS, _any_scene, lambda word, _: f"describe {word} ?", _count),
+    "bars": QuestionKind(("bars",), _any_chart, lambda word, _: f"describe {word} ?", _describe_bars),
 }
 """All kinds by name."""
 
 
 def cell_words(picture: Picture) -> list[tuple[str, str, str]]:
     """What lies in every cell, in three words: its name, and colour and shape of its thing; of a chart colour and height of its bar."""
-    if isinstance(picture, Chart):
+    if isinstance(picture, BarChart):
         bars = [(COLOUR_WORDS[colour], str(height)) for colour, height in picture.bars]
         return [(name, *bars[cell % SIDE]) for cell, name in enumerate(CELLS)]
     things = [(COLOUR_WORDS[t.colour], SHAPES[t.shape]) if t else (NOTHING, NOTHING) for t in picture.cells]
