@@ -1,7 +1,4 @@
-"""What a verdict is.
-
-Grading completions: extraction, typed equality, workers for the rest (method.md section 7).
-"""
+"""From completions to verdicts: extraction, typed equality, workers for the rest (method.md section 7)."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _pretrained(
     chat = Chat(tokenizer)
     book = lab_book(chat)
     base, taken = make_model(world, tokenizer, seed), []
-    corpora: tuple[Corpus[Any, Any], ...]
+    corpora: list[Corpus[Any, Any]]
     if isinstance(world, PictureWorld):
         # The vision tower is trained first, then the rest on descriptions, both once; student and teacher go on from there.
         assert isinstance(base, Qwen3VLForConditionalGeneration)
@@ -153,9 +153,9 @@ def _pretrained(
         pretrain_vision(base, chat, seeing, seed, teller(say, f"{world.name}/sight", seeing.steps))
         pretrain(base, DescriptionCorpus(world, book), chat, describing, seed, teller(say, f"{world.name}/words", describing.steps))
         taken = [seeing.steps, describing.steps]
-        corpora = PictureStudentCorpus(world, book), PictureTeacherCorpus(world, book)
+        corpora = [PictureStudentCorpus(world, book), PictureTeacherCorpus(world, book)]
     else:
-        corpora = ChainStudentCorpus(world, book), ChainTeacherCorpus(world, book)
+        corpora = [ChainStudentCorpus(world, book), ChainTeacherCorpus(world, book)]
     probes: dict[str, Probe] = {}
     roles = ["student", "teacher"] if with_teacher else ["student"]
     hows = shortened(world.settings.pretraining), shortened(world.settings.teacher)
