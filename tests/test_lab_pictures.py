@@ -17,8 +17,25 @@ from PIL import Image
 
 from zppo.errors import DataError, SettingsError
 from zppo.images.store import open_image, read_bytes
-from zppo.lab.picture_world import WORLDS, Ask, PictureWorld, is_picture_world, load_picture_world
-from zppo.lab.pictures import CELL, CELLS, COLOURS, DIRECTIONS, KINDS, PAIRINGS, SIDE, SIZE, STEP, WORDS, draw_scene, png
+from zppo.lab.picture_world import (
+    CELL,
+    CELLS,
+    COLOURS,
+    DIRECTIONS,
+    KINDS,
+    PAIRINGS,
+    SIDE,
+    SIZE,
+    STEP,
+    WORDS,
+    WORLDS,
+    Ask,
+    PictureWorld,
+    draw_scene,
+    is_picture_world,
+    load_picture_world,
+    png,
+)
 from zppo.lab.questions import lab_questions, picture_questions, questions_command
 
 WORLD = load_picture_world("vision")

@@ -26,8 +26,7 @@ from zppo.images.processor import ImageProcessor
 from zppo.lab.build import build_command, candidate_prompts
 from zppo.lab.corpus import PictureStudentCorpus, PictureTeacherCorpus
 from zppo.lab.models import grids, lab_book, make_model, make_processor, make_tokenizer, patches
-from zppo.lab.picture_world import WORLDS, load_picture_world
-from zppo.lab.pictures import KINDS, cell_words, draw_chart, draw_scene, rgb
+from zppo.lab.picture_world import KINDS, PALETTE, WORLDS, cell_words, draw_chart, draw_scene, load_picture_world, pixels
 from zppo.lab.pretrain import LIMITS, TokenizedDocument, loss_sum, pretrain_vision, probe_of, tokenized, with_picture, word_logits
 from zppo.lab.questions import ASSETS, bundled_model, picture_questions
 from zppo.prompts import Neutraliser, PromptBook
@@ -42,7 +41,7 @@ PICTURES = [draw_scene(Random(1)), draw_chart(Random(2)), draw_scene(Random(3))]
 
 
 def test_patches_are_those_of_the_image_processor() -> None:
-    made = make_processor()(images=[Image.fromarray(rgb(p)) for p in PICTURES], return_tensors="pt")
+    made = make_processor()(images=[Image.fromarray(PALETTE[pixels(p)]) for p in PICTURES], return_tensors="pt")
     torch.testing.assert_close(patches(PICTURES), made["pixel_values"], rtol=0, atol=1e-6)
     assert torch.equal(grids(3), made["image_grid_thw"])
 

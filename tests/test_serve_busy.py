@@ -182,7 +182,7 @@ def test_what_the_end_cuts_off_is_given_up_without_a_traceback(stopping: bool) -
     """Told twice to end: the loop goes while a request still waits. Cancelled by anybody else, it says so."""
     given_up: list[Any] = []
     job: Any = SimpleNamespace(future=Future())
-    batcher: Any = SimpleNamespace(stopping=stopping, abandon=given_up.append)
+    batcher: Any = SimpleNamespace(closed=stopping, abandon=given_up.append)
     request: Any = SimpleNamespace(receive=lambda: asyncio.sleep(60))
 
     async def cut_off() -> Any:

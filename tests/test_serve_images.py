@@ -145,10 +145,10 @@ def test_a_checkpoint_is_loaded_for_text_where_it_cannot_be_shown_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_seeing(tmp_path / "model")
-    assert load(str(path), device="cpu").blind == "this model reads text only"
+    assert load(str(path), device="cpu").text_only == "this model reads text only"
     (path / "preprocessor_config.json").unlink()
     alone = load(str(path), device="cpu", images=LIMITS)
-    assert "this model cannot be shown images here" in alone.blind and alone.chat.image_processor is None
+    assert "this model cannot be shown images here" in alone.text_only and alone.chat.image_processor is None
     assert "images are refused" in caplog.text
     make_seeing(path)
     monkeypatch.setattr("zppo.engines.image_check.why_blind", lambda *_: "it has no eyes")

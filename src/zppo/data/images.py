@@ -21,7 +21,7 @@ _KEYS = ("bytes", "path", "image", "url", "image_url")
 _SHOWN = 60
 
 
-class Pictures:
+class RowImages:
     """Makes references of the images of one source's rows.
 
     A file is referred to where it lies. What comes without one (bytes, `data:` URLs, PIL images) is written into the cache, so that
@@ -77,13 +77,13 @@ class Pictures:
         path = (folder / Path(name).expanduser()).absolute()
         if path not in self._known:
             try:
-                found = reference(path)
-                self._check(found.data, found.ref)
+                ref, data = reference(path)
+                self._check(data, ref)
             except DataError as error:
                 if path.exists():
                     raise
                 raise DataError(f"{error} (written {_short(name)!r}; paths are relative to the data file)") from error
-            self._known[path] = found.ref
+            self._known[path] = ref
         return self._known[path]
 
     def _kept(self, data: bytes) -> ImageRef:

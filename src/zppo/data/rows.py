@@ -1,8 +1,6 @@
-"""Values of a row: texts, and how messages name what is none.
+"""One row of a data file -> one question, or an error that names file, row and column.
 
-Conversations as data sets write them -> messages, and the images that stand in them.
-
-One row of a data file -> one question, or an error that names file, row and column.
+Conversations, as data sets write them, become messages and the images that stand in them.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast, get_args, get_type_hints
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, RULE, Grading, ImageRef, Message, Question
 from zppo.data.files import Place
-from zppo.data.images import Pictures
+from zppo.data.images import RowImages
 from zppo.errors import DataError
 
 
@@ -167,7 +165,7 @@ def column_names(columns: Columns) -> tuple[str, ...]:
 
 
 def question_from_row(
-    data: object, columns: Columns, place: Place, answer_after: str | None = None, pictures: Pictures | None = None
+    data: object, columns: Columns, place: Place, answer_after: str | None = None, pictures: RowImages | None = None
 ) -> Question:
     """The question in a row; with `answer_after`, the gold is what follows its last occurrence. `pictures` refers to its images.
 
@@ -181,7 +179,7 @@ def question_from_row(
     try:
         column = columns.messages
         given = _value(data, column)
-        turns = turns_of(given) if not _blank(given) else None
+        turns = None if given is None or given == "" else turns_of(given)
         column = columns.prompt
         if turns is None:
             turns = Turns((Message("user", _prompt(data, columns)),), [])
@@ -194,14 +192,14 @@ def question_from_row(
         column = columns.grading
         grading = _grading(_value(data, column))
         column = columns.images
-        images = _images(_value(data, column) if column else None, turns, place, pictures or Pictures())
+        images = _images(_value(data, column) if column else None, turns, place, pictures or RowImages())
     except RowError as fault:
         raise DataError(f"{place}, column {column!r}: {fault}") from None
     return Question(id=identity, messages=turns.messages, gold=gold, images=images, level=level, grading=grading)
 
 
 def unused_images(data: object, columns: Columns) -> str:
-    """The name of a column that nobody reads and that seems to hold images; "" where there is none."""
+    """The name of a column that is not read and that seems to hold images; "" where there is none."""
     if not isinstance(data, Mapping):
         return ""
     read = {name.partition(".")[0] for name in column_names(columns)} | {*column_names(columns)}
@@ -249,10 +247,6 @@ def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
     return text_of(value)
 
 
-def _blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and value == "")
-
-
 def _answer(data: Mapping[str, Any], column: str, after: str | None, last_turn: str | None) -> str:
     """The gold: a text, a number, a list of one of them, or an object that holds it under `ground_truth`.
 
@@ -287,7 +281,7 @@ def _tail(gold: str, after: str) -> str:
     return tail.strip()
 
 
-def _images(value: object, turns: Turns, place: Place, pictures: Pictures) -> tuple[ImageRef, ...]:
+def _images(value: object, turns: Turns, place: Place, pictures: RowImages) -> tuple[ImageRef, ...]:
     """The images of a row: those that its messages hold themselves, else those of the column; there is a place for each."""
     try:
         images = _choose(value, turns.images, place, pictures)
@@ -297,7 +291,7 @@ def _images(value: object, turns: Turns, place: Place, pictures: Pictures) -> tu
     return images
 
 
-def _choose(value: object, parts: Sequence[object], place: Place, pictures: Pictures) -> tuple[ImageRef, ...]:
+def _choose(value: object, parts: Sequence[object], place: Place, pictures: RowImages) -> tuple[ImageRef, ...]:
     """Images of the column, or those that image parts hold.
 
     Args:

@@ -1,8 +1,8 @@
 """Equality of two answers by type: scalars, lists, sets, tuples, intervals, chains of relations, equations, matrices.
 
-What can be decided cheaply and safely is decided here, for good. `compare` is three-valued: it returns True or False where the types decide,
-and None where algebra is needed; then a worker calls the same function with math-verify as its `algebra` (see `zppo.grading.worker`).
-Standard library only.
+What can be decided cheaply and safely is decided here, for good. `compare` is three-valued: it returns True or False where the types
+decide, and None where algebra is needed; then a worker calls the same function with math-verify as its `algebra`
+(see `zppo.grading.worker`). Standard library only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model is given beside token ids where prompts hold pictures: features, positions, token types.
+"""What a model is given in addition to token ids where prompts hold pictures: features, positions, token types.
 
 Features are computed once for every distinct picture of a batch and placed wherever it stands, so that the rollouts of a prompt share
 them and their gradients add up. Positions are always passed: models of the Qwen family keep those of the last prompt as a state.
@@ -68,7 +68,7 @@ def picture_inputs(
         ids: (B, L) as they go into the model.
 
     Raises:
-        ModelError: there are pictures and no sight.
+        ModelError: there are pictures and no image processor.
     """
     refs = [ref for row in images for ref in row]
     if not refs:

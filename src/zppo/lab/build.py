@@ -20,8 +20,7 @@ from zppo.engines.chat import Chat
 from zppo.errors import SettingsError
 from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus, Corpus, DescriptionCorpus, PictureStudentCorpus, PictureTeacherCorpus
 from zppo.lab.models import lab_book, make_model, make_processor, make_tokenizer
-from zppo.lab.picture_world import Ask, PictureWorld
-from zppo.lab.pictures import KINDS, SIZE
+from zppo.lab.picture_world import KINDS, SIZE, Ask, PictureWorld
 from zppo.lab.pretrain import Probe, pretrain, pretrain_vision, probe_of
 from zppo.lab.questions import any_world, with_pictures, write_questions
 from zppo.lab.world import BeliefSettings, CorpusSettings, Entry, Pretraining, World

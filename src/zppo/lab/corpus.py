@@ -19,8 +19,7 @@ from typing import Generic, Protocol, TypeVar
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message, Question
 from zppo.grading import extract_boxed
 from zppo.lab.models import words
-from zppo.lab.picture_world import MOST_THOUGHT, Ask, PictureWorld
-from zppo.lab.pictures import KINDS, Picture, PictureReading
+from zppo.lab.picture_world import KINDS, MOST_THOUGHT, Ask, Picture, PictureReading, PictureWorld
 from zppo.lab.world import Chain, CorpusSettings, Entry, World
 from zppo.prompts.book import PromptBook
 

@@ -30,8 +30,7 @@ from transformers import (
 from zppo.core.draws import draw_key
 from zppo.core.types import BCQ, NCQ, Draft, Message, Question
 from zppo.engines.chat import Chat
-from zppo.lab.picture_world import PictureWorld
-from zppo.lab.pictures import CELL, PALETTE, SIDE, SIZE, WORDS, Picture, pixels
+from zppo.lab.picture_world import CELL, PALETTE, SIDE, SIZE, WORDS, Picture, PictureWorld, pixels
 from zppo.lab.world import World
 from zppo.prompts import Neutraliser
 from zppo.prompts.book import CLOSING, COMPRESSION, PromptBook

@@ -28,7 +28,7 @@ from zppo.images.processor import ImageProcessor
 from zppo.images.store import PixelLimits
 from zppo.lab.corpus import ChainStudentCorpus, Corpus, Response
 from zppo.lab.models import END, IMAGE_PAD, TOKENS, VISION_END, VISION_START, grids, lab_book, patches
-from zppo.lab.pictures import SIZE, Picture, cell_words, draw_chart, draw_scene
+from zppo.lab.picture_world import SIZE, Picture, cell_words, draw_chart, draw_scene
 from zppo.lab.world import Chain, Entry, Pretraining, World
 from zppo.prompts import PromptBook
 
@@ -142,7 +142,7 @@ def pretrain_vision(
 ) -> None:
     """Trains the vision tower before any document: a picture's token is to be what lies in its cell, in the model's own words.
 
-    Its three words (`zppo.lab.pictures.cell_words`) are equally likely. Language comes to pictures that mean something
+    Its three words (`zppo.lab.picture_world.cell_words`) are equally likely. Language comes to pictures that mean something
     this way, in a tenth of the steps; loss in nats per token of a picture.
     """
     ids = chat.tokenizer.get_vocab()

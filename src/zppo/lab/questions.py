@@ -10,8 +10,7 @@ from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.errors import ModelError, SettingsError
 from zppo.images.store import cache_folder, keep
-from zppo.lab.picture_world import PICTURE_SPLITS, Ask, PictureWorld, is_picture_world, load_picture_world
-from zppo.lab.pictures import png
+from zppo.lab.picture_world import PICTURE_SPLITS, Ask, PictureWorld, is_picture_world, load_picture_world, png
 from zppo.lab.world import World, load_world, seen, study
 
 ASSETS = Path(__file__).with_name("assets")
