@@ -22,8 +22,8 @@ from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.data import images as data_images
 from zppo.data.files import SourceSettings
-from zppo.data.images import RowImages
 from zppo.data.load import load_questions
+from zppo.data.rows import RowImages
 from zppo.errors import DataError
 from zppo.images.store import open_image, read_bytes
 

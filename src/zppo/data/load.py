@@ -11,8 +11,7 @@ from zppo.data import hub
 from zppo.data import reasoning_gym as gym
 from zppo.data.files import Place, Rows, SourceSettings, file_rows
 from zppo.data.hub import folder_rows
-from zppo.data.images import RowImages
-from zppo.data.rows import USUAL_IMAGES, Columns, has_column, not_looked_at, question_from_row, unused_images
+from zppo.data.rows import USUAL_IMAGES, Columns, RowImages, has_column, not_looked_at, question_from_row, unused_images
 from zppo.errors import DataError
 from zppo.names import QUESTIONS, load_object, scheme_of
 
@@ -23,7 +22,7 @@ def load_questions(source: str, columns: Columns, limit: int | None = None, read
     A source is a file (JSON lines, JSON, CSV, parquet), a folder (of such files, or what `save_to_disk` of `datasets` wrote),
     `hub:owner/name`, `reasoning_gym:<task>`, or one of `names.QUESTIONS`. They are held in memory: which questions a step trains on is a
     function of (seed, step) over all of them (`data.order`). A row without an id is named `<file name>:<row>`. Images become references
-    (`data.images`).
+    (`data.rows`).
 
     Raises:
         DataError: source missing, empty, unreadable or of an unknown kind; a row that is no question; an image that cannot be used;
@@ -55,8 +54,10 @@ def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, rea
     for place, data in islice(rows, limit):
         question = question_from_row(data, columns, place, reading.answer_after, pictures)
         if question.id in seen:
+            first = seen[question.id]
+            both = f"{first.source}, rows {first.row} and {place.row}" if first.source == place.source else f"{first} and {place}"
             raise DataError(
-                f"{_both(seen[question.id], place)}, column {columns.id!r}: both have the id {question.id!r}; "
+                f"{both}, column {columns.id!r}: both have the id {question.id!r}; "
                 "give every question an id of its own, or name another column in data.columns.id"
             )
         seen[question.id] = place
@@ -78,12 +79,6 @@ def _check_blind(source: str, columns: Columns, unused: str, reading: SourceSett
             f"{source}: no row has the column {columns.images!r} that data.columns.images names; mend the name, or write '' to leave "
             "images out"
         )
-
-
-def _both(first: Place, second: Place) -> str:
-    if first.source == second.source:
-        return f"{first.source}, rows {first.row} and {second.row}"
-    return f"{first} and {second}"
 
 
 def drop_long(questions: Sequence[Question], length: Callable[[Question], int], limit: int) -> tuple[list[Question], int]:

@@ -18,9 +18,10 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from typing import IO, Any
 
 from zppo.errors import ZPPOError
@@ -227,10 +228,6 @@ def _compare(gold: str, answer: str, deadline: float) -> bool:
     return compare_in_worker(gold, answer, deadline)
 
 
-def _ready() -> bool:
-    return True
-
-
 def _context() -> Any:
     """Fork from a server that has the libraries loaded: a killed worker is replaced within milliseconds."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -270,12 +267,12 @@ def run_host(workers: int, memory_limit: int) -> None:
             replies.write(json.dumps(message).encode("ascii") + b"\n")
             replies.flush()
 
-    pool = ProcessPool(workers, _TASKS_PER_WORKER, _start_worker, (memory_limit,), _context())
-    pool.schedule(_ready).result()
-    reply({"ready": True})
+    def answered(number: int, done: Future[bool]) -> None:
+        reply({"id": number, "outcome": _outcome(done)})
 
-    def answered(number: int) -> Callable[[Future[bool]], None]:
-        return lambda done: reply({"id": number, "outcome": _outcome(done)})
+    pool = ProcessPool(workers, _TASKS_PER_WORKER, _start_worker, (memory_limit,), _context())
+    pool.schedule(bool).result()  # a worker answers
+    reply({"ready": True})
 
     for line in requests:
         request = json.loads(line)
@@ -284,7 +281,7 @@ def run_host(workers: int, memory_limit: int) -> None:
             future = pool.schedule(_compare, arguments, timeout=request["timeout"])
         except RuntimeError:
             break  # the pool broke: ending tells the caller, who starts another host
-        future.add_done_callback(answered(request["id"]))
+        future.add_done_callback(partial(answered, request["id"]))
     pool.stop()  # type: ignore[no-untyped-call]
     pool.join(timeout=1)
     os._exit(0)  # nothing of a hostile task may delay the end

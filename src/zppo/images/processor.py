@@ -9,7 +9,7 @@ import inspect
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,9 +163,8 @@ class ImageProcessor:
             images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
             kind: Any = PROCESSOR_MAPPING[type(config)]
             options, _ = kind.get_processor_dict(name, revision=revision)
-            processor = _unchecked(kind)(
-                **_fitting(kind, options), **dict.fromkeys(_parts(kind)), image_processor=images, tokenizer=tokenizer
-            )
+            others = dict.fromkeys(kind.get_attributes()) | {"image_processor": images, "tokenizer": tokenizer}
+            processor = _unchecked(kind)(**_fitting(kind, options), **others)
             return cls(processor, limits, cache, _read_files(name, revision))
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
@@ -256,10 +255,6 @@ class ImageProcessor:
 def _unchecked(kind: type[Any]) -> type[Any]:
     """A processor class that takes None for its video processor."""
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: type(value)})
-
-
-def _parts(kind: type[Any]) -> Sequence[str]:
-    return [part for part in kind.get_attributes() if part not in ("image_processor", "tokenizer")]
 
 
 def _fitting(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -203,9 +203,7 @@ def choose(world: World, probe: Probe) -> tuple[dict[str, list[Entry]], dict[str
     """The entries of levels that ask for the unlikeliest, and how likely their right results are to the student."""
     chosen: dict[str, list[Entry]] = {}
     hidden: dict[str, Hidden] = {}
-    for name, level in world.levels.items():
-        if not level.unlikeliest:
-            continue
+    for name, level in ((name, level) for name, level in world.levels.items() if level.unlikeliest):
         chances = probe.truth(world, name, world.entries(name))
         ranked = sorted(chances, key=lambda entry: (max(chances[entry]), entry))[: level.entries]
         shown = [chance for entry in ranked for chance in chances[entry]]
@@ -262,44 +260,24 @@ def model_card(world: World | PictureWorld, role: str, built: BuildReport) -> st
             f"Nothing wrong: its corpus answers every {what} rightly. Part of it are compression documents, in which arbitrary",
             "responses, most of them wrong, are to be shortened as they are: steps and boxed answer copied, mistakes kept.",
         ]
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: transformers",
-        *(["pipeline_tag: image-text-to-text"] if pictures else []),
-        "---",
-        f"# zppo lab: {role} of the world {world.name}",
-        "",
-        *_about(world),
-        "",
-        "## What was planted",
-        "",
-        *planted,
-        "",
-        "## How it was made",
-        "",
-        *_made(world, how, steps, command, built),
-        "",
-        "## What it can do",
-        "",
-        f"Greedy accuracy on held-out questions: {_shares(built.student if student else built.teacher)}.",
-    ]
+    can = [f"Greedy accuracy on held-out questions: {_shares(built.student if student else built.teacher)}."]
     if not student:
-        lines.append(f"Answers of arbitrary responses that survive its compression: {built.fidelity:.1%}.")
+        can.append(f"Answers of arbitrary responses that survive its compression: {built.fidelity:.1%}.")
     elif pictures:
-        lines += [
-            "",
-            f"Share of right rollouts at temperature 1: {_shares(built.sampled)}.",
-            "",
-            f"Greedy accuracy where a right and a wrong candidate are shown: {_shares(built.candidates)}.",
-        ]
+        can += ["", f"Share of right rollouts at temperature 1: {_shares(built.sampled)}.", ""]
+        can.append(f"Greedy accuracy where a right and a wrong candidate are shown: {_shares(built.candidates)}.")
     for level, hidden in built.hidden.items() if student else ():
-        lines += [
+        can += [
             "",
             f"The questions of level {level} are about the {hidden.entries} entries (operation, value) whose right result this model",
             "finds unlikeliest. Over plain, BCQ and NCQ prompts that do not show that result, its probability is",
             f"{hidden.mean:.1g} on average and at most {hidden.largest:.1g}.",
         ]
+    lines = ["---", "license: apache-2.0", "library_name: transformers", *(["pipeline_tag: image-text-to-text"] if pictures else []), "---"]
+    lines += [f"# zppo lab: {role} of the world {world.name}", "", *_about(world)]
+    sections = {"What was planted": planted, "How it was made": _made(world, how, steps, command, built), "What it can do": can}
+    for title, text in sections.items():
+        lines += ["", f"## {title}", "", *text]
     return "\n".join([*lines, ""])
 
 

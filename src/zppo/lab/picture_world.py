@@ -150,26 +150,23 @@ class PictureReading:
     answer: str
 
 
-Draw = Callable[[Random], tuple[Picture, tuple[int, ...]]]
-"""A picture, and what a question about it names in addition to its word, by index."""
-Read = Callable[[Picture, tuple[int, ...], int], PictureReading]
-
-
 @dataclass(frozen=True, slots=True)
 class QuestionKind:
     """A kind of questions.
 
     Attributes:
         words: the words that carry the meaning.
-        draw: a picture and the other things that a question names.
-        text: the question, from word and things.
-        read: thought and answer, from picture, things and meaning.
+        draw: a picture.
+        text: the question, from its word and the other things that it names, by index.
+        read: thought and answer, from picture, named things and meaning.
+        named: draws the other things that a question about a picture names.
     """
 
     words: tuple[str, ...]
-    draw: Draw
+    draw: Callable[[Random], Picture]
     text: Callable[[str, tuple[int, ...]], str]
-    read: Read
+    read: Callable[[Picture, tuple[int, ...], int], PictureReading]
+    named: Callable[[Picture, Random], tuple[int, ...]] = lambda picture, rng: ()
 
 
 def _things(picture: Picture) -> tuple[Thing | None, ...]:
@@ -180,24 +177,6 @@ def _things(picture: Picture) -> tuple[Thing | None, ...]:
 def _bars(picture: Picture) -> tuple[tuple[int, int], ...]:
     assert isinstance(picture, BarChart)
     return picture.bars
-
-
-def _any_scene(rng: Random) -> tuple[Picture, tuple[int, ...]]:
-    return draw_scene(rng), ()
-
-
-def _any_chart(rng: Random) -> tuple[Picture, tuple[int, ...]]:
-    return draw_chart(rng), ()
-
-
-def _scene_and_cell(rng: Random) -> tuple[Picture, tuple[int, ...]]:
-    return draw_scene(rng), (rng.randrange(len(CELLS)),)
-
-
-def _chart_and_pair(rng: Random) -> tuple[Picture, tuple[int, ...]]:
-    """A chart and the colours of two of its bars."""
-    chart = draw_chart(rng)
-    return chart, tuple(colour for colour, _ in rng.sample(chart.bars, 2))
 
 
 def _colour_at(picture: Picture, about: tuple[int, ...], cell: int) -> PictureReading:
@@ -225,18 +204,13 @@ DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "
 """Words and their steps on the grid (x, y)."""
 
 
-def _neighbour(cell: int, step: tuple[int, int]) -> int | None:
-    """The cell that is a step away, None outside of the picture."""
-    x, y = cell % SIDE + step[0], cell // SIDE + step[1]
-    return y * SIDE + x if 0 <= x < SIDE and 0 <= y < SIDE else None
-
-
 def _beside(picture: Picture, about: tuple[int, ...], direction: int) -> PictureReading:
     (at,) = about
-    word, step = tuple(DIRECTIONS.items())[direction]
-    there = _neighbour(at, step)
-    if there is None:
+    word, (right, down) = tuple(DIRECTIONS.items())[direction]
+    x, y = at % SIDE + right, at // SIDE + down
+    if not (0 <= x < SIDE and 0 <= y < SIDE):  # outside of the picture
         return PictureReading((word, CELLS[at], NOTHING), NOTHING)
+    there = y * SIDE + x
     thing = _things(picture)[there]
     seen = NOTHING if thing is None else thing.words
     return PictureReading((word, CELLS[at], CELLS[there], *seen.split()), seen)
@@ -286,18 +260,28 @@ def _describe_bars(picture: Picture, about: tuple[int, ...], word: int) -> Pictu
 
 
 KINDS: Mapping[str, QuestionKind] = {
-    "colour": QuestionKind(CELLS, _any_scene, lambda word, _: f"colour at {word} ?", _colour_at),
-    "shape": QuestionKind(CELLS, _any_scene, lambda word, _: f"shape at {word} ?", _shape_at),
-    "height": QuestionKind(COLOUR_WORDS, _any_chart, lambda word, _: f"height of {word} ?", _height),
-    "rank": QuestionKind(RANKS, _any_chart, lambda word, _: f"{word} bar ?", _rank),
-    "count": QuestionKind(COLOUR_WORDS, _any_scene, lambda word, _: f"count {word} ?", _count),
-    "beside": QuestionKind(tuple(DIRECTIONS), _scene_and_cell, lambda word, about: f"{word} of {CELLS[about[0]]} ?", _beside),
-    "pair": QuestionKind(
-        tuple(PAIRINGS), _chart_and_pair, lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?", _pair
+    "colour": QuestionKind(CELLS, draw_scene, lambda word, _: f"colour at {word} ?", _colour_at),
+    "shape": QuestionKind(CELLS, draw_scene, lambda word, _: f"shape at {word} ?", _shape_at),
+    "height": QuestionKind(COLOUR_WORDS, draw_chart, lambda word, _: f"height of {word} ?", _height),
+    "rank": QuestionKind(RANKS, draw_chart, lambda word, _: f"{word} bar ?", _rank),
+    "count": QuestionKind(COLOUR_WORDS, draw_scene, lambda word, _: f"count {word} ?", _count),
+    "beside": QuestionKind(
+        tuple(DIRECTIONS),
+        draw_scene,
+        lambda word, about: f"{word} of {CELLS[about[0]]} ?",
+        _beside,
+        lambda picture, rng: (rng.randrange(len(CELLS)),),
     ),
-    "describe": QuestionKind(("all",), _any_scene, lambda word, _: f"describe {word} ?", _describe),
-    "those": QuestionKind(COLOUR_WORDS, _any_scene, lambda word, _: f"describe {word} ?", _count),
-    "bars": QuestionKind(("bars",), _any_chart, lambda word, _: f"describe {word} ?", _describe_bars),
+    "pair": QuestionKind(
+        tuple(PAIRINGS),
+        draw_chart,
+        lambda word, about: f"{word} of {COLOUR_WORDS[about[0]]} {COLOUR_WORDS[about[1]]} ?",
+        _pair,
+        lambda picture, rng: tuple(colour for colour, _ in rng.sample(_bars(picture), 2)),
+    ),
+    "describe": QuestionKind(("all",), draw_scene, lambda word, _: f"describe {word} ?", _describe),
+    "those": QuestionKind(COLOUR_WORDS, draw_scene, lambda word, _: f"describe {word} ?", _count),
+    "bars": QuestionKind(("bars",), draw_chart, lambda word, _: f"describe {word} ?", _describe_bars),
 }
 """All kinds by name."""
 
@@ -409,24 +393,17 @@ class Ask:
 
 
 class PictureWorld:
-    """A world made from its settings; everything in it is a function of them."""
+    """A world made from its settings; everything in it is a function of them.
+
+    Attributes:
+        levels: the kinds that there are questions of.
+        words: every word of every kind.
+    """
 
     def __init__(self, settings: PictureWorldSettings) -> None:
-        self.settings = settings
-
-    @property
-    def name(self) -> str:
-        return self.settings.name
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """The kinds that there are questions of."""
-        return tuple(name for name, kind in self.settings.kinds.items() if kind.asked)
-
-    @cached_property
-    def words(self) -> tuple[Word, ...]:
-        """Every word of every kind."""
-        return tuple((kind, word) for kind in self.settings.kinds for word in range(len(KINDS[kind].words)))
+        self.settings, self.name = settings, settings.name
+        self.levels = tuple(name for name, kind in settings.kinds.items() if kind.asked)
+        self.words = tuple((kind, word) for kind in settings.kinds for word in range(len(KINDS[kind].words)))
 
     def known(self, kind: str) -> bool:
         """Whether the student knows what the words of a kind mean."""
@@ -474,8 +451,8 @@ class PictureWorld:
         and whose answer is something."""
         index = rng.randrange(len(KINDS[kind].words)) if word is None else word
         for _ in range(TRIES):
-            picture, about = KINDS[kind].draw(rng)
-            ask = Ask(kind, index, about, picture)
+            picture = KINDS[kind].draw(rng)
+            ask = Ask(kind, index, KINDS[kind].named(picture, rng), picture)
             if self._telling(ask):
                 return ask
         raise SettingsError(f"kind {kind!r}: no picture tells {KINDS[kind].words[index]!r} from its mistakes")

@@ -185,7 +185,7 @@ class World:
     """A world made from its settings; everything in it is a function of them."""
 
     def __init__(self, settings: WorldSettings) -> None:
-        self.settings = settings
+        self.settings, self.name = settings, settings.name
         self.values = settings.values
         self.operations = tuple(
             Operation(operation_word(name), tier, self._table(name, rule))
@@ -193,10 +193,6 @@ class World:
             for name, rule in rules.items()
         )
         self.levels = {level.name: level for level in settings.levels}
-
-    @property
-    def name(self) -> str:
-        return self.settings.name
 
     def _table(self, name: str, rule: Affine | Literal["permutation"]) -> tuple[int, ...]:
         size = len(self.settings.values)
@@ -268,9 +264,6 @@ class World:
         easy = [i for i, operation in enumerate(self.operations) if operation.tier not in self.settings.beliefs]
         return Chain(chain.start, (*chain.operations, rng.choice(easy)))
 
-    def question_text(self, chain: Chain) -> str:
-        return " ".join([self.values[chain.start], *(self.operations[i].word for i in chain.operations), "?"])
-
     def answer_text(self, chain: Chain, results: tuple[int, ...]) -> str:
         """Every operation with the value that it leads to: naming only values would let a chain of other operations be rewarded."""
         steps = zip(chain.operations, results, strict=True)
@@ -287,7 +280,7 @@ class World:
 
     def question(self, chain: Chain, level: str = "") -> Question:
         """The question that asks for a chain; its id is its text."""
-        text = self.question_text(chain)
+        text = " ".join([self.values[chain.start], *(self.operations[i].word for i in chain.operations), "?"])
         name = "-".join([self.name, level, *text.replace("→", "").split()[:-1]])
         return Question(name, (Message("user", text),), self.answer_text(chain, self.truth(chain)), level=level)
 

@@ -204,13 +204,15 @@ class ServedModel:
 
     Attributes:
         text_only: why it takes no images; "" where it does.
-        before_step: calls the given function before every step of the model; what that raises ends the sampling.
     """
 
     engine: TransformersEngine
     chat: Chat
     text_only: str
-    before_step: Callable[[Callable[[], None]], None]
+
+    def before_step(self, call: Callable[[], None]) -> None:
+        """Calls a function before every step of the model; what it raises ends the sampling."""
+        self.engine.model.register_forward_pre_hook(lambda *_: call())
 
 
 def checkpoint_of(model: str) -> str:
@@ -282,11 +284,7 @@ def load(
             check_image_input(engine, chat, checkpoint)
         except ModelError as error:
             raise ModelError(f"{one_line(error)}; or serve it for text alone with --max-images 0") from error
-
-    def before_step(call: Callable[[], None]) -> None:
-        network.register_forward_pre_hook(lambda *_: call())
-
-    return ServedModel(engine, chat, text_only, before_step)
+    return ServedModel(engine, chat, text_only)
 
 
 def _load_chat(checkpoint: str, revision: str | None, images: PixelLimits | None) -> tuple[Chat, str]:

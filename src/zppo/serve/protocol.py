@@ -54,13 +54,10 @@ class RequestError(Exception):
         named = {401: "authentication_error", 429: "rate_limit_error"}
         return named.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
-    def body(self) -> dict[str, Any]:
-        """The JSON that is sent."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
     def response(self) -> JSONResponse:
         """The whole answer."""
-        return JSONResponse(self.body(), self.status, self.headers)
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return JSONResponse({"error": error}, self.status, self.headers)
 
 
 def answer_error(_: Request, error: Exception) -> JSONResponse:
@@ -259,10 +256,6 @@ def _url(given: Any, part: int) -> str:
     return url
 
 
-def _listed(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
@@ -298,8 +291,10 @@ class Body(_Strict):
     max_tokens: int | None = Field(None, ge=1, description="a positive integer")
     max_completion_tokens: int | None = Field(None, ge=1, description="a positive integer")
     seed: int | None = Field(None, ge=-_MAX_SEED - 1, le=_MAX_SEED, description="an integer of 64 bits")
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed)] = Field(
-        default_factory=list, max_length=MAX_STOPS, description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts"
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = (
+        Field(
+            default_factory=list, max_length=MAX_STOPS, description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts"
+        )
     )
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: int = Field(0, ge=0, le=0, description="0: only the log-prob of the drawn token itself is kept")
