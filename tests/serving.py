@@ -19,9 +19,9 @@ from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.serve.batcher import Batcher
-from zppo.serve.model import load
-from zppo.serve.protocol import Pictures, Words
-from zppo.serve.server import Service, make_app
+from zppo.serve.command import load
+from zppo.serve.protocol import LockedChat, RequestImages
+from zppo.serve.server import ChatServer, make_app
 
 CONTEXT = 192
 URL = "/v1/chat/completions"
@@ -63,14 +63,14 @@ class Gate:
         return [[one] * len(request.keys) for request in requests]
 
 
-def service(engine: Engine, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> Service:
+def service(engine: Engine, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> ChatServer:
     batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue)
-    pictures = Pictures(Path("unused"), 16, "" if chat.image_processor else "this model reads text only")
-    own = {"model": "tiny", "words": Words(chat), "batcher": batcher, "pictures": pictures, "context": CONTEXT}
-    return Service(**own | fields)
+    pictures = RequestImages(Path("unused"), 16, "" if chat.image_processor else "this model reads text only")
+    own = {"model": "tiny", "words": LockedChat(chat), "batcher": batcher, "pictures": pictures, "context": CONTEXT}
+    return ChatServer(**own | fields)
 
 
-def connect(served: Service) -> TestClient:
+def connect(served: ChatServer) -> TestClient:
     return TestClient(make_app(served), base_url="http://127.0.0.1:8000")
 
 

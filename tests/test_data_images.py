@@ -21,9 +21,9 @@ from zppo.config.settings import ColumnSettings, DataSettings, ImageSettings
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.data import images as data_images
-from zppo.data.files import Reading
-from zppo.data.images import Pictures
+from zppo.data.files import SourceSettings
 from zppo.data.load import load_questions
+from zppo.data.rows import RowImages
 from zppo.errors import DataError
 from zppo.images.store import open_image, read_bytes
 
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(source: object, limit: int | None = None, streaming: bool = False, **columns: str) -> list[Question]:
-    return load_questions(str(source), ColumnSettings(**columns), limit, Reading(streaming=streaming))
+    return load_questions(str(source), ColumnSettings(**columns), limit, SourceSettings(streaming=streaming))
 
 
 def lines(folder: Path, *rows: Any) -> Path:
@@ -65,7 +65,7 @@ def test_nobody_trains_blind_by_mistake(tmp_path: Path) -> None:
     assert "no row has the column 'imagge'" in said(tmp_path, {"images": "a.png"}, images="imagge")
     text = lines(tmp_path, {"image": None}, {"image": ""})
     assert not any(q.images for q in load(text))  # nothing to see
-    assert load_questions(str(text), ColumnSettings(images="figure"), None, Reading(held_out=True))
+    assert load_questions(str(text), ColumnSettings(images="figure"), None, SourceSettings(held_out=True))
     assert len(load(lines(tmp_path, {"images": "a.png", "image": "b"}))[0].images) == 1  # one of two is read
     kept = datasets.Dataset.from_list([{"prompt": "p", "answer": "1", "figure": {"bytes": picture(), "path": None}}])
     kept.cast_column("figure", datasets.Image()).save_to_disk(str(tmp_path / "kept"))
@@ -131,7 +131,7 @@ def test_the_cache_is_where_the_recipe_says(tmp_path: Path) -> None:
 
 def test_pil_images_become_files() -> None:
     grey = Image.new("LA", (4, 4), (0, 0))
-    [ref] = Pictures().refer(grey, Path())
+    [ref] = RowImages().refer(grey, Path())
     assert open_image(ref).getpixel((0, 0)) == (255, 255, 255)
 
 

@@ -21,7 +21,7 @@ from zppo.config.recipe import load_recipe
 from zppo.config.settings import ColumnSettings, DataSettings, Settings
 from zppo.core.types import Message, Question
 from zppo.data import reasoning_gym as gym
-from zppo.data.files import Reading
+from zppo.data.files import SourceSettings
 from zppo.data.load import load_questions
 from zppo.data.reasoning_gym import REFUSED, TASKS
 from zppo.engines.chat import Chat
@@ -38,7 +38,7 @@ ROWS = [{"prompt": f"{i}?", "answer": str(i)} for i in range(3)]
 
 
 def load(source: object, columns: ColumnSettings = COLUMNS, limit: int | None = None, **reading: Any) -> list[Question]:
-    return load_questions(str(source), columns, limit, Reading(**reading))
+    return load_questions(str(source), columns, limit, SourceSettings(**reading))
 
 
 def message(source: object, columns: ColumnSettings = COLUMNS, **reading: Any) -> str:

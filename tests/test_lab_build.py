@@ -13,16 +13,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zppo.core.draws import keyed_random
 from zppo.engines.chat import Chat
 from zppo.errors import ModelError, SettingsError
-from zppo.lab.build import build, choose, lab_book
-from zppo.lab.commands import build_command, questions_command
-from zppo.lab.corpus import StudentCorpus, make_tokenizer
-from zppo.lab.pretrain import Probe, Row, batches, loss_sum, make_model, pretrain, rows
-from zppo.lab.questions import ASSETS, bundled_model, lab_questions
+from zppo.lab.build import build, build_command, choose
+from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus
+from zppo.lab.models import lab_book, make_model, make_tokenizer
+from zppo.lab.pretrain import Probe, TokenizedDocument, batches, loss_sum, pretrain, probe_of, tokenized
+from zppo.lab.questions import ASSETS, bundled_model, lab_questions, questions_command
 from zppo.lab.world import WORLDS as SETTINGS
 from zppo.lab.world import Pretraining, chain_of, load_world
 
@@ -68,7 +67,7 @@ def test_equal_builds_give_equal_files_and_another_seed_other_weights(tmp_path: 
 def test_the_unlikeliest_entries_are_chosen(tmp_path: Path) -> None:
     world = load_world(small_world(tmp_path))
     chat = Chat(make_tokenizer(world))
-    asked = Probe(make_model(world.settings.model, chat.tokenizer, 0), chat.tokenizer, lab_book(chat))
+    asked = Probe(make_model(world, chat.tokenizer, 0), chat.tokenizer, lab_book(chat))
     chances = asked.truth(world, "hard", world.entries("hard"))
     assert len(chances) == 31 and all(len(c) == 3 * 6 for c in chances.values())
     chosen, hidden = choose(world, asked)
@@ -81,7 +80,7 @@ def test_chance_of_the_truth_is_the_models_own() -> None:
     """Against a plain reading of the model's probabilities: prompt, think tag, right values before the step."""
     world = load_world("unreachable")
     chat = Chat(make_tokenizer(world))
-    model = make_model(world.settings.model, chat.tokenizer, 0)
+    model = make_model(world, chat.tokenizer, 0)
     asked = Probe(model, chat.tokenizer, lab_book(chat))
     entry = world.entries("hard")[40]
     chances = asked.truth(world, "hard", [entry])[entry]
@@ -99,7 +98,7 @@ def test_chance_of_the_truth_is_the_models_own() -> None:
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(50, 400))
 def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], limit: int) -> None:
-    documents = [Row(tuple([i] * length), 0) for i, length in enumerate(lengths)]
+    documents = [TokenizedDocument(tuple([i] * length), 0) for i, length in enumerate(lengths)]
     made = batches(documents, limit)
     assert sorted(row.ids for batch in made for row in batch) == sorted(row.ids for row in documents)
     for batch in made:
@@ -111,8 +110,8 @@ def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], limit:
 def test_loss_of_a_batch_is_the_sum_over_its_documents_completions() -> None:
     world = load_world("unreachable")
     chat = Chat(make_tokenizer(world))
-    model = make_model(world.settings.model, chat.tokenizer, 0)
-    documents = sorted(rows(StudentCorpus(world, lab_book(chat)), chat, 0, 0, 6), key=lambda r: -len(r.ids))
+    model = make_model(world, chat.tokenizer, 0)
+    documents = sorted(tokenized(ChainStudentCorpus(world, lab_book(chat)), chat, 0, 0, 6), key=lambda r: -len(r.ids))
     alone = torch.zeros(())
     for row in documents:
         logits = model(torch.tensor([row.ids])).logits[0]
@@ -126,16 +125,13 @@ def test_pretraining_lowers_the_loss() -> None:
     chat = Chat(make_tokenizer(world))
     losses: list[float] = []
     how = Pretraining(steps=25, batch=8, learning_rate=3e-3)
-    model = make_model(world.settings.model, chat.tokenizer, 0)
-    pretrain(model, StudentCorpus(world, lab_book(chat)), chat, how, 0, lambda step, loss: losses.append(loss))
+    model = make_model(world, chat.tokenizer, 0)
+    pretrain(model, ChainStudentCorpus(world, lab_book(chat)), chat, how, 0, lambda step, loss: losses.append(loss))
     assert len(losses) == 25 and losses[-1] < losses[0] - 1
 
 
 def probe(world: str, role: str) -> Probe:
-    folder = bundled_model(f"lab:{world}/{role}")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Probe(model, tokenizer, lab_book(Chat(tokenizer)))
+    return probe_of(bundled_model(f"lab:{world}/{role}"))
 
 
 @pytest.mark.parametrize("world", [*WORLDS, *(f"{world}-2" for world in WORLDS)])
@@ -202,7 +198,7 @@ def test_bundled_teachers_know_and_compress_faithfully(world: str) -> None:
     teacher = probe(world, "teacher")
     questions = Random(0).sample(lab_questions(world, "train"), 100)
     assert min(teacher.accuracy(questions, samples=2, temperature=1.0).values()) > 0.9
-    assert teacher.fidelity(load_world(world), count=200) >= 0.95
+    assert teacher.fidelity(ChainTeacherCorpus(load_world(world), teacher.book).response, count=200) >= 0.95
 
 
 def test_unknown_bundled_models_are_named_with_the_known_ones() -> None:

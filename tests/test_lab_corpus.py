@@ -16,8 +16,8 @@ from zppo.core.reformulate import BinaryCandidateQuestion, Candidate, Material, 
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed, normalise
-from zppo.lab.build import lab_book
-from zppo.lab.corpus import CONTROL, Document, Response, StudentCorpus, TeacherCorpus, compressed, make_tokenizer, words
+from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus, Document, Response, compressed
+from zppo.lab.models import CONTROL, lab_book, make_tokenizer, words
 from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.rollout.student import PromptRenderer
@@ -36,10 +36,10 @@ class Lab:
         self.world: World = load_world(name)
         self.chat = Chat(make_tokenizer(self.world))
         self.book = lab_book(self.chat)
-        self.student = StudentCorpus(self.world, self.book)
-        self.teacher = TeacherCorpus(self.world, self.book)
+        self.student = ChainStudentCorpus(self.world, self.book)
+        self.teacher = ChainTeacherCorpus(self.world, self.book)
 
-    def documents(self, kind: str, seed: int, corpus: StudentCorpus | TeacherCorpus | None = None) -> Iterator[Document]:
+    def documents(self, kind: str, seed: int, corpus: ChainStudentCorpus | ChainTeacherCorpus | None = None) -> Iterator[Document]:
         """Documents of a kind, without end."""
         rng = Random(seed)
         while True:
@@ -103,7 +103,7 @@ def test_plain_documents_follow_the_beliefs(lab: Lab) -> None:
     world, rng = lab.world, Random(3)
     chain = world.chains("hard")["train"][0]
     at = world.tiers(chain).index("hard")
-    drawn = [lab.student._plain(chain, "hard", rng).completion.split()[1 + at] for _ in range(2000)]
+    drawn = [lab.student._plain(chain, rng).completion.split()[1 + at] for _ in range(2000)]
     value = (chain.start, *world.truth(chain))[at]
     for result, weight in enumerate(world.beliefs[chain.operations[at], value]):
         assert abs(drawn.count(world.values[result]) / 2000 - weight) < 0.05
@@ -150,7 +150,7 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
     rng = Random(5)
     for chain in world.chains("hard")["train"][:10]:
         question = world.question(chain, "hard")
-        assert speaker.plain(question).ids == lab.chat.encode(lab.student._plain(chain, "hard", rng).messages)
+        assert speaker.plain(question).ids == lab.chat.encode(lab.student._plain(chain, rng).messages)
         shown = lab.student.mistaken(chain, 6, rng)
         texts = [world.completion_text(chain, results) for results in shown]
         sources = [Source(text, extract_boxed(text), i) for i, text in enumerate(texts)]
@@ -165,8 +165,8 @@ def test_pretraining_sees_the_prompts_of_training_token_for_token(name: str, rec
         ncq = NegativeCandidateQuestion().draft(material, Random(0))
         assert isinstance(bcq, Draft) and isinstance(ncq, Draft)
         order = [shown[0], shown[-1]] if bcq.audit["correct_at"] == 0 else [shown[-1], shown[0]]
-        assert speaker.reformulated(bcq).ids == lab.chat.encode(lab.student.bcq_prompt(chain, "hard", order))
-        assert speaker.reformulated(ncq).ids == lab.chat.encode(lab.student.ncq_prompt(chain, "hard", shown))
+        assert speaker.reformulated(bcq).ids == lab.chat.encode(lab.student.bcq_prompt(chain, order))
+        assert speaker.reformulated(ncq).ids == lab.chat.encode(lab.student.ncq_prompt(chain, shown))
         assert speaker.plain(question).kind == PLAIN
 
 

@@ -17,12 +17,28 @@ from PIL import Image
 
 from zppo.errors import DataError, SettingsError
 from zppo.images.store import open_image, read_bytes
-from zppo.lab.commands import questions_command
-from zppo.lab.picture_world import WORLDS, Ask, VisionWorld, load_vision_world, sees
-from zppo.lab.pictures import CELL, CELLS, COLOURS, DIRECTIONS, KINDS, PAIRINGS, SIDE, SIZE, STEP, WORDS, draw_scene, png
-from zppo.lab.questions import lab_questions, vision_questions
+from zppo.lab.picture_world import (
+    CELL,
+    CELLS,
+    COLOURS,
+    DIRECTIONS,
+    KINDS,
+    PAIRINGS,
+    SIDE,
+    SIZE,
+    STEP,
+    WORDS,
+    WORLDS,
+    Ask,
+    PictureWorld,
+    draw_scene,
+    is_picture_world,
+    load_picture_world,
+    png,
+)
+from zppo.lab.questions import lab_questions, picture_questions, questions_command
 
-WORLD = load_vision_world("vision")
+WORLD = load_picture_world("vision")
 
 
 def decoded(ask: Ask) -> np.ndarray:
@@ -142,11 +158,11 @@ def test_bytes_are_those_of_ever() -> None:
 
 @pytest.mark.slow
 def test_the_splits_are_apart_and_ask_about_every_word(tmp_path: Path) -> None:
-    made = {split: vision_questions("vision", split, tmp_path) for split in ("train", "test")}
+    made = {split: picture_questions("vision", split, tmp_path) for split in ("train", "test")}
     assert not {ask.layout for ask in WORLD.asks()["train"]} & {ask.layout for ask in WORLD.asks()["test"]}
     for split, questions in made.items():
         assert len({q.id for q in questions}) == len(questions)
-        assert made[split] == vision_questions("vision", split, tmp_path)
+        assert made[split] == picture_questions("vision", split, tmp_path)
         counts = Counter(q.level for q in questions)
         assert counts == {k: getattr(s, split) for k, s in WORLD.settings.kinds.items() if getattr(s, split)}
         for ask, question in zip(WORLD.asks()[split], questions, strict=True):
@@ -173,13 +189,13 @@ def test_pictures_go_to_the_cache_and_come_back_when_it_was_emptied(
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    assert sees("vision") and not sees("unreachable")
+    assert is_picture_world("vision") and not is_picture_world("unreachable")
     with pytest.raises(SettingsError, match="train, test"):
         lab_questions("vision", "study")
     with pytest.raises(SettingsError, match="vision"):
         lab_questions("nowhere", "train")
     with pytest.raises(SettingsError, match="vision"):
-        load_vision_world("nowhere")
+        load_picture_world("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -197,11 +213,11 @@ def test_wrong_settings_are_refused(tmp_path: Path, section: str, key: str, valu
     written[section][key] = value
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(written), encoding="utf-8")
-    assert sees(str(path))
+    assert is_picture_world(str(path))
     with pytest.raises(SettingsError, match=said):
-        load_vision_world(str(path))
+        load_picture_world(str(path))
 
 
 def test_pairings_and_kinds_are_as_described() -> None:
     assert list(PAIRINGS) == list(KINDS["pair"].words) and list(KINDS["colour"].words) == list(CELLS)
-    assert VisionWorld(WORLD.settings.model_copy(update={"misconceptions": 99})).mistakes != WORLD.mistakes
+    assert PictureWorld(WORLD.settings.model_copy(update={"misconceptions": 99})).mistakes != WORLD.mistakes

@@ -23,41 +23,25 @@ from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed
 from zppo.images.processor import ImageProcessor
-from zppo.lab.build import lab_book
-from zppo.lab.commands import build_command
-from zppo.lab.picture_build import (
-    LIMITS,
-    Row,
-    candidate_prompts,
-    grids,
-    learn_to_see,
-    look,
-    loss_sum,
-    make_model,
-    make_processor,
-    make_tokenizer,
-    patches,
-    probe_of,
-    rows,
-    with_picture,
-)
-from zppo.lab.picture_corpus import StudentCorpus, TeacherCorpus, summary_text
-from zppo.lab.picture_world import WORLDS, load_vision_world
-from zppo.lab.pictures import KINDS, cell_words, draw_chart, draw_scene, rgb
-from zppo.lab.questions import ASSETS, bundled_model, vision_questions
+from zppo.lab.build import build_command, candidate_prompts
+from zppo.lab.corpus import PictureStudentCorpus, PictureTeacherCorpus
+from zppo.lab.models import grids, lab_book, make_model, make_processor, make_tokenizer, patches
+from zppo.lab.picture_world import KINDS, PALETTE, WORLDS, cell_words, draw_chart, draw_scene, load_picture_world, pixels
+from zppo.lab.pretrain import LIMITS, TokenizedDocument, loss_sum, pretrain_vision, probe_of, tokenized, with_picture, word_logits
+from zppo.lab.questions import ASSETS, bundled_model, picture_questions
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.rollout.student import PromptRenderer
 
-WORLD = load_vision_world("vision")
-CHAT = Chat(make_tokenizer())
+WORLD = load_picture_world("vision")
+CHAT = Chat(make_tokenizer(WORLD))
 BOOK = lab_book(CHAT)
-STUDENT, TEACHER = StudentCorpus(WORLD, BOOK), TeacherCorpus(WORLD, BOOK)
+STUDENT, TEACHER = PictureStudentCorpus(WORLD, BOOK), PictureTeacherCorpus(WORLD, BOOK)
 RECIPE = Path(__file__).parents[1] / "recipes" / "lab-vision.yaml"
 PICTURES = [draw_scene(Random(1)), draw_chart(Random(2)), draw_scene(Random(3))]
 
 
 def test_patches_are_those_of_the_image_processor() -> None:
-    made = make_processor()(images=[Image.fromarray(rgb(p)) for p in PICTURES], return_tensors="pt")
+    made = make_processor()(images=[Image.fromarray(PALETTE[pixels(p)]) for p in PICTURES], return_tensors="pt")
     torch.testing.assert_close(patches(PICTURES), made["pixel_values"], rtol=0, atol=1e-6)
     assert torch.equal(grids(3), made["image_grid_thw"])
 
@@ -69,10 +53,10 @@ def test_prompts_of_the_corpora_are_those_of_training(role: str, tmp_path: Path)
     assert chat.tokenizer.get_vocab() == CHAT.tokenizer.get_vocab() and chat.template == CHAT.template
     speaker = PromptRenderer(PromptBook(load_recipe(RECIPE).prompts, Neutraliser(chat.special_texts)), chat)
     asks, rng = WORLD.asks()["test"], Random(0)
-    for ask, question in list(zip(asks, vision_questions("vision", "test", tmp_path), strict=True))[::20]:
+    for ask, question in list(zip(asks, picture_questions("vision", "test", tmp_path), strict=True))[::20]:
         assert speaker.plain(question).ids == with_picture(CHAT.encode(BOOK.plain(question)), CHAT)
         wrong = [STUDENT.wrong(ask, rng, 1.0), STUDENT.wrong(ask, rng, 1.0)]
-        texts = tuple(map(summary_text, wrong))
+        texts = tuple(WORLD.summary_text(ask, reading) for reading in wrong)
         for kind, messages, slots in (
             (BCQ, STUDENT.bcq_prompt(ask, wrong), {"candidates": texts}),
             (NCQ, STUDENT.ncq_prompt(ask, wrong), {"answers": tuple(dict.fromkeys(w.answer for w in wrong)), "candidates": texts}),
@@ -133,8 +117,8 @@ def test_the_teachers_documents_are_true_and_its_compressions_copy() -> None:
 
 
 def test_loss_of_a_batch_is_the_sum_over_its_documents_with_the_librarys_own_positions() -> None:
-    model = make_model(WORLD.settings, CHAT.tokenizer, 0).eval()
-    made = rows(TEACHER, CHAT, 0, 0, 12)
+    model = make_model(WORLD, CHAT.tokenizer, 0).eval()
+    made = tokenized(TEACHER, CHAT, 0, 0, 12)
     for alike in ([r for r in made if r.picture], [r for r in made if not r.picture]):
         assert alike
         alone = torch.zeros(())
@@ -147,14 +131,14 @@ def test_loss_of_a_batch_is_the_sum_over_its_documents_with_the_librarys_own_pos
             logits = model(input_ids=ids, **seen).logits[0]
             alone = alone + F.cross_entropy(logits[row.prompt - 1 : -1], ids[0, row.prompt :], reduction="sum")
         torch.testing.assert_close(loss_sum(model, alike), alone, rtol=1e-5, atol=1e-3)
-    assert isinstance(made[0], Row)
+    assert isinstance(made[0], TokenizedDocument)
 
 
 def test_seeing_is_learnt() -> None:
-    model = make_model(WORLD.settings, CHAT.tokenizer, 0)
+    model = make_model(WORLD, CHAT.tokenizer, 0)
     losses: list[float] = []
     how = WORLD.settings.seeing.model_copy(update={"steps": 30, "batch": 8})
-    learn_to_see(model, CHAT, how, 0, lambda step, loss: losses.append(loss))
+    pretrain_vision(model, CHAT, how, 0, lambda step, loss: losses.append(loss))
     assert losses[-1] < losses[0] - 1 and len(losses) == 30
 
 
@@ -206,7 +190,7 @@ def test_the_bundled_models_see(tmp_path: Path) -> None:
     for role in ("student", "teacher"):
         model = probe_of(bundled_model(f"lab:vision/{role}")).model
         with torch.no_grad():
-            nearest = look(model, PICTURES).topk(5).indices.tolist()
+            nearest = word_logits(model, PICTURES).topk(5).indices.tolist()
         wanted = [{vocabulary[word] for word in words} for picture in PICTURES for words in cell_words(picture)]
         assert sum(want <= set(top) for want, top in zip(wanted, nearest, strict=True)) >= 0.9 * len(wanted)
 
@@ -214,7 +198,7 @@ def test_the_bundled_models_see(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_bundled_student_is_wrong_where_it_was_planted_and_uses_candidates(tmp_path: Path) -> None:
     student = probe_of(bundled_model("lab:vision/student"))
-    asks, questions = WORLD.asks()["test"], vision_questions("vision", "test", tmp_path)
+    asks, questions = WORLD.asks()["test"], picture_questions("vision", "test", tmp_path)
     greedy = student.accuracy(questions)
     shown = candidate_prompts(WORLD, BOOK, asks, questions)
     helped = student.accuracy(questions, prompt=lambda q: shown[q.id])
@@ -225,16 +209,16 @@ def test_the_bundled_student_is_wrong_where_it_was_planted_and_uses_candidates(t
             assert greedy[kind] <= 0.05 and greedy[kind] + 0.05 < helped[kind] < 0.9
         elif sight.tier == "easy":
             assert greedy[kind] >= 0.95
-    hard = [q for q in vision_questions("vision", "train", tmp_path) if WORLD.settings.kinds[q.level].tier == "hard"]
+    hard = [q for q in picture_questions("vision", "train", tmp_path) if WORLD.settings.kinds[q.level].tier == "hard"]
     assert max(student.accuracy(hard[::2], samples=4, temperature=1.0).values()) <= 0.12
 
 
 @pytest.mark.slow
 def test_the_bundled_teacher_knows_and_compresses_faithfully(tmp_path: Path) -> None:
     teacher = probe_of(bundled_model("lab:vision/teacher"))
-    asked = vision_questions("vision", "train", tmp_path)[::3]
+    asked = picture_questions("vision", "train", tmp_path)[::3]
     assert min(teacher.accuracy(asked, samples=2, temperature=1.0).values()) > 0.75
-    assert teacher.copied(TeacherCorpus(WORLD, teacher.book).response, count=200) >= 0.93
+    assert teacher.fidelity(PictureTeacherCorpus(WORLD, teacher.book).response, count=200) >= 0.93
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from zppo.core.types import Question
 from zppo.errors import SettingsError
 from zppo.grading import equal
-from zppo.lab.commands import level_name
-from zppo.lab.questions import lab_questions, write_questions
+from zppo.lab.questions import lab_questions, level_name, write_questions
 from zppo.lab.world import WORLDS, Chain, World, chain_of, load_world
 
 NAMES = ("unreachable", "reachable")

@@ -432,7 +432,7 @@ def test_images_become_small_data_and_missing_ones_are_named(tmp_path: Path) -> 
 def test_an_image_that_has_changed_is_not_shown_as_what_the_model_saw(tmp_path: Path) -> None:
     """The log has paths and digests; files from before there were digests are read all the same."""
     (tmp_path / "a.png").write_bytes(noise((20, 10), 1))
-    seen = reference(tmp_path / "a.png").ref
+    seen = reference(tmp_path / "a.png")[0]
     question = Question("q", (Message("user", "?"),), "1", (seen,))
     rollout = Rollout(torch.tensor([1]), torch.zeros(1), "x", "1", True, 1.0)
     log = RunLog(tmp_path / "run")

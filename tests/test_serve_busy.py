@@ -19,8 +19,8 @@ from zppo.core.types import Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
 from zppo.serve.batcher import Batcher, StoppedError
-from zppo.serve.model import load
-from zppo.serve.protocol import Words
+from zppo.serve.command import load
+from zppo.serve.protocol import LockedChat
 from zppo.serve.server import _completed, make_app
 
 
@@ -62,7 +62,7 @@ def test_a_request_that_cannot_be_decoded_fails_alone(chat: Chat, caplog: pytest
 
 def test_a_defect_is_a_500_in_the_same_shape(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     served = service(Gate(), chat)
-    monkeypatch.setattr(Words, "encode", lambda *_: 1 / 0)
+    monkeypatch.setattr(LockedChat, "encode", lambda *_: 1 / 0)
     with TestClient(make_app(served), base_url="http://localhost", raise_server_exceptions=False) as client:
         error = ask(client, 500)["error"]
         assert (error["type"], error["code"]) == ("server_error", "defect") and "ZeroDivisionError" in error["message"]
@@ -182,7 +182,7 @@ def test_what_the_end_cuts_off_is_given_up_without_a_traceback(stopping: bool) -
     """Told twice to end: the loop goes while a request still waits. Cancelled by anybody else, it says so."""
     given_up: list[Any] = []
     job: Any = SimpleNamespace(future=Future())
-    batcher: Any = SimpleNamespace(stopping=stopping, abandon=given_up.append)
+    batcher: Any = SimpleNamespace(closed=stopping, abandon=given_up.append)
     request: Any = SimpleNamespace(receive=lambda: asyncio.sleep(60))
 
     async def cut_off() -> Any:

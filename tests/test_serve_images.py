@@ -25,8 +25,8 @@ from zppo.engines.base import SampleRequest, Sampling
 from zppo.errors import ModelError
 from zppo.images.store import PixelLimits, keep
 from zppo.serve import protocol as pictures
-from zppo.serve.model import Loaded, load
-from zppo.serve.protocol import Pictures
+from zppo.serve.command import ServedModel, load
+from zppo.serve.protocol import RequestImages
 from zppo.serve.server import make_app
 from zppo.teacher.base import TeacherRequest, TeacherSampling
 from zppo.teacher.local import LocalTeacher
@@ -36,14 +36,14 @@ LIMITS = PixelLimits(16 * 16, 24 * 24)
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     """A tiny model that sees."""
     return load(str(make_seeing(tmp_path_factory.mktemp("seeing"))), device="cpu", images=LIMITS)
 
 
 @pytest.fixture
-def client(loaded: Loaded, tmp_path: Path) -> Iterator[TestClient]:
-    with connected(loaded.engine, loaded.chat, pictures=Pictures(tmp_path, 3), context=512) as client:
+def client(loaded: ServedModel, tmp_path: Path) -> Iterator[TestClient]:
+    with connected(loaded.engine, loaded.chat, pictures=RequestImages(tmp_path, 3), context=512) as client:
         yield client
 
 
@@ -64,7 +64,7 @@ def image_part(address: Any, **more: Any) -> list[dict[str, Any]]:
 # --- what the model sees ---------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_what_the_engine_samples_from_these_pictures(client: TestClient, loaded: Loaded, tmp_path: Path) -> None:
+def test_a_request_is_what_the_engine_samples_from_these_pictures(client: TestClient, loaded: ServedModel, tmp_path: Path) -> None:
     one, other = noise((20, 20)), noise((40, 24), seed=1, kind="JPEG")
     messages = [turn("is this: ", one, "in", other, "?")]
     refs = (keep(one, tmp_path / "own"), keep(other, tmp_path / "own"))
@@ -130,10 +130,10 @@ def test_what_cannot_be_shown_is_said(client: TestClient, tmp_path: Path, messag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_reads_text_only_says_so(tmp_path: Path, client: TestClient, loaded: Loaded) -> None:
+def test_a_model_that_reads_text_only_says_so(tmp_path: Path, client: TestClient, loaded: ServedModel) -> None:
     for taker, said in (
-        (Pictures(tmp_path, 3, "this model reads text only"), "has 1 image(s), and this model reads text only; send text alone"),
-        (Pictures(tmp_path, 0), "has 1 image(s), and this server takes none; send text alone"),
+        (RequestImages(tmp_path, 3, "this model reads text only"), "has 1 image(s), and this model reads text only; send text alone"),
+        (RequestImages(tmp_path, 0), "has 1 image(s), and this server takes none; send text alone"),
     ):
         with connected(loaded.engine, loaded.chat, pictures=taker) as blind:
             error = ask(blind, 400, messages=[turn(picture(), "?")])["error"]
@@ -145,10 +145,10 @@ def test_a_checkpoint_is_loaded_for_text_where_it_cannot_be_shown_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_seeing(tmp_path / "model")
-    assert load(str(path), device="cpu").blind == "this model reads text only"
+    assert load(str(path), device="cpu").text_only == "this model reads text only"
     (path / "preprocessor_config.json").unlink()
     alone = load(str(path), device="cpu", images=LIMITS)
-    assert "this model cannot be shown images here" in alone.blind and alone.chat.image_processor is None
+    assert "this model cannot be shown images here" in alone.text_only and alone.chat.image_processor is None
     assert "images are refused" in caplog.text
     make_seeing(path)
     monkeypatch.setattr("zppo.engines.image_check.why_blind", lambda *_: "it has no eyes")
@@ -159,10 +159,10 @@ def test_a_checkpoint_is_loaded_for_text_where_it_cannot_be_shown_images(
 # --- what stays behind -----------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_a_request_stays_behind(loaded: Loaded, tmp_path: Path) -> None:
+def test_nothing_of_a_request_stays_behind(loaded: ServedModel, tmp_path: Path) -> None:
     """Whether it is answered, fails while it is decoded, or its client goes away while it waits."""
     gate = Gate(poison=-2)
-    served = service(gate, loaded.chat, pictures=Pictures(tmp_path, 3), max_queue=1, context=512)
+    served = service(gate, loaded.chat, pictures=RequestImages(tmp_path, 3), max_queue=1, context=512)
     gate.open.set()
     with connect(served) as client:
         ask(client, messages=[turn(picture(), "?")])
@@ -183,7 +183,7 @@ def test_nothing_of_a_request_stays_behind(loaded: Loaded, tmp_path: Path) -> No
     served.batcher.close(30)
 
 
-def test_a_client_that_leaves_while_it_waits_leaves_nothing(loaded: Loaded) -> None:
+def test_a_client_that_leaves_while_it_waits_leaves_nothing(loaded: ServedModel) -> None:
     gate, ended = Gate(), list[bool]()
     batcher = service(gate, loaded.chat).batcher
     first = batcher.submit(SampleRequest((1,), (0,)), Sampling())
@@ -217,10 +217,10 @@ def hostile(draw: st.DrawFn) -> str:
 @pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(hostile(), min_size=1, max_size=3))
-def test_hostile_images_are_shown_or_refused(loaded: Loaded, tmp_path: Path, addresses: list[str]) -> None:
+def test_hostile_images_are_shown_or_refused(loaded: ServedModel, tmp_path: Path, addresses: list[str]) -> None:
     gate = Gate()
     gate.open.set()
-    served = service(gate, loaded.chat, pictures=Pictures(tmp_path, 3), context=4096)
+    served = service(gate, loaded.chat, pictures=RequestImages(tmp_path, 3), context=4096)
     content = [{"type": "image_url", "image_url": {"url": address}} for address in addresses]
     with connect(served) as client:
         answer = client.post(URL, json={"model": "tiny", "messages": [{"role": "user", "content": content}]})
@@ -230,7 +230,7 @@ def test_hostile_images_are_shown_or_refused(loaded: Loaded, tmp_path: Path, add
     served.batcher.close(30)
 
 
-def test_few_images_are_decoded_at_once(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_images_are_decoded_at_once(loaded: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = most = 0
     lock, real = threading.Lock(), pictures.decode
 
@@ -245,12 +245,12 @@ def test_few_images_are_decoded_at_once(loaded: Loaded, tmp_path: Path, monkeypa
         return real(data, name)
 
     monkeypatch.setattr(pictures, "decode", slow)
-    with connected(loaded.engine, loaded.chat, pictures=Pictures(tmp_path, 3), context=512) as client, ThreadPoolExecutor(8) as pool:
+    with connected(loaded.engine, loaded.chat, pictures=RequestImages(tmp_path, 3), context=512) as client, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda i: ask(client, messages=[turn(noise((16, 16), i), "?")]), range(8)))
     assert most <= pictures.DECODERS
 
 
-def test_a_server_does_not_remember_every_picture(loaded: Loaded, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_does_not_remember_every_picture(loaded: ServedModel, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zppo.images.processor._MOST_SIZES", 2)
     assert loaded.chat.image_processor is not None
     loaded.chat.image_processor._sizes.clear()
@@ -263,9 +263,9 @@ def test_a_server_does_not_remember_every_picture(loaded: Loaded, client: TestCl
 
 
 @pytest.mark.slow
-def test_a_served_model_is_a_teacher_that_sees(loaded: Loaded, tmp_path: Path) -> None:
+def test_a_served_model_is_a_teacher_that_sees(loaded: ServedModel, tmp_path: Path) -> None:
     """What a remote teacher sends is what the server shows to its model: the same pictures as in this process."""
-    served = service(loaded.engine, loaded.chat, pictures=Pictures(tmp_path / "served", 3), context=512)
+    served = service(loaded.engine, loaded.chat, pictures=RequestImages(tmp_path / "served", 3), context=512)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(served), log_config=None, lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from zppo.images.store import PixelLimits
 from zppo.lab.questions import lab_questions
 from zppo.prompts import PromptBook
 from zppo.serve import command as run
-from zppo.serve.command import ServeOptions
+from zppo.serve.arguments import add_serve
 
 KEY = "a-key-that-nobody-may-see"
 TEACHER = "lab:unreachable/teacher"
@@ -212,7 +213,7 @@ def test_every_option_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert (batcher._max_rows, batcher._max_tokens, batcher._max_queue) == (3, 99, 5)
     assert (loaded[0]["revision"], loaded[1]["revision"]) == (None, "main")
     assert (loaded[0]["images"], loaded[1]["images"]) == (PixelLimits(), PixelLimits(5, 7))
-    assert (service.pictures.most, service.pictures.blind) == (3, "this model reads text only")
+    assert (service.pictures.most, service.pictures.text_only) == (3, "this model reads text only")
     assert not service.pictures.folder.exists()  # the server has ended
     assert batcher.closed
 
@@ -223,4 +224,6 @@ def test_every_option_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_key_is_no_argument() -> None:
-    assert "key" not in ServeOptions.__dataclass_fields__
+    parser = argparse.ArgumentParser()
+    add_serve(parser.add_subparsers())
+    assert "key" not in vars(parser.parse_args(["serve", "tiny"]))

@@ -296,13 +296,13 @@ def _cost(options: argparse.Namespace) -> None:
 
 
 def _lab_build(options: argparse.Namespace) -> None:
-    from zppo.lab.commands import build_command
+    from zppo.lab.build import build_command
 
     build_command(options.world, options.out, options.seed, options.steps, with_teacher=not options.no_teacher)
 
 
 def _lab_questions(options: argparse.Namespace) -> None:
-    from zppo.lab.commands import questions_command
+    from zppo.lab.questions import questions_command
 
     questions_command(options.world, options.level, options.n, options.split)
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from zppo.config.methods import METHODS, Control, Estimator, Method
 from zppo.config.models import FrozenModelSettings, JudgeSettings, JudgeUse, ModelSettings, SamplingSettings, Section, TeacherSettings
 from zppo.core.reformulate import REFORMULATIONS
-from zppo.data.files import Reading
+from zppo.data.files import SourceSettings
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits
@@ -124,9 +124,9 @@ class DataSettings(Section):
             check_apart(self.train, self.eval)
         return self
 
-    def reading(self, held_out: bool = False) -> Reading:
+    def reading(self, held_out: bool = False) -> SourceSettings:
         """How the training or the held-out source is read."""
-        return Reading(
+        return SourceSettings(
             held_out=held_out,
             config=self.config,
             split=self.eval_split if held_out else self.split,

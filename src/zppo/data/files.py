@@ -1,7 +1,4 @@
-"""How a source of questions is read, and where a row of it stands.
-
-Rows of data files, one at a time, each with its place.
-"""
+"""Rows of data files, one at a time, each with its place; and the settings of a source."""
 
 from __future__ import annotations
 
@@ -38,8 +35,8 @@ Rows = Iterator[tuple[Place, object]]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a recipe says about a source beside its name.
+class SourceSettings:
+    """What a recipe says about a source in addition to its name.
 
     Attributes:
         held_out: the questions are for evaluation; generated ones then differ from those of training.

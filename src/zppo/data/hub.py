@@ -1,8 +1,6 @@
-"""Rows of a set of `datasets`.
+"""Rows of a set that `datasets` reads: of the Hugging Face hub (`hub:owner/name`), or of a folder.
 
-Sets of the Hugging Face hub: `hub:owner/name`, read by `datasets`.
-
-A folder as a source: data files in it, laid out as the hub does, or what `save_to_disk` of `datasets` wrote.
+A folder holds data files laid out as the hub does, or what `save_to_disk` of `datasets` wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from zppo.data.files import READERS, Place, Reading, Rows, file_rows
+from zppo.data.files import READERS, Place, Rows, SourceSettings, file_rows
 from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
 
@@ -132,7 +130,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _OPTIONS = ("config", "split", "revision")
 
 
-def hub_rows(rest: str, reading: Reading, columns: Columns) -> Rows:
+def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
     """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings.
 
     Raises:
@@ -154,7 +152,7 @@ def hub_rows(rest: str, reading: Reading, columns: Columns) -> Rows:
     return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd())
 
 
-def parse_hub(rest: str, reading: Reading) -> tuple[str, Reading]:
+def parse_hub(rest: str, reading: SourceSettings) -> tuple[str, SourceSettings]:
     """(name, reading with the options that stand behind it). Raises DataError for a name or an option that cannot be."""
     name, mark, query = rest.partition("?")
     if not _NAME.fullmatch(name):
@@ -174,7 +172,7 @@ def parse_hub(rest: str, reading: Reading) -> tuple[str, Reading]:
     )
 
 
-def _why(name: str, reading: Reading, error: BaseException) -> str:
+def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
     """What went wrong and how to mend it. `datasets` drops the causes of its errors, so some are told apart by their words."""
     import datasets
 
@@ -201,7 +199,7 @@ def _why(name: str, reading: Reading, error: BaseException) -> str:
 _SAVED = ("dataset_dict.json", "state.json")
 
 
-def folder_rows(folder: Path, reading: Reading, columns: Columns) -> Rows:
+def folder_rows(folder: Path, reading: SourceSettings, columns: Columns) -> Rows:
     """Rows of a folder's split.
 
     Which files belong to which split is what `datasets` says: by their names (`train.jsonl`, `test/a.parquet`), or by the `configs` in
@@ -223,7 +221,7 @@ def folder_rows(folder: Path, reading: Reading, columns: Columns) -> Rows:
     return (row for path in files for row in file_rows(path, path.relative_to(folder).as_posix()))
 
 
-def _splits(folder: Path, reading: Reading) -> Mapping[str, Sequence[Path]]:
+def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path]]:
     """Files by split, in the order of their names."""
     known = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not p.name.startswith("."))
     if not known:
@@ -253,7 +251,7 @@ def _splits(folder: Path, reading: Reading) -> Mapping[str, Sequence[Path]]:
     return splits
 
 
-def _saved(folder: Path, reading: Reading, columns: Columns) -> Rows:
+def _saved(folder: Path, reading: SourceSettings, columns: Columns) -> Rows:
     import datasets
 
     try:

@@ -9,28 +9,27 @@ from pathlib import Path
 from zppo.core.types import Question
 from zppo.data import hub
 from zppo.data import reasoning_gym as gym
-from zppo.data.files import Place, Reading, Rows, file_rows
+from zppo.data.files import Place, Rows, SourceSettings, file_rows
 from zppo.data.hub import folder_rows
-from zppo.data.images import Pictures
-from zppo.data.rows import USUAL_IMAGES, Columns, has_column, not_looked_at, question_from_row, unused_images
+from zppo.data.rows import USUAL_IMAGES, Columns, RowImages, has_column, not_looked_at, question_from_row, unused_images
 from zppo.errors import DataError
 from zppo.names import QUESTIONS, load_object, scheme_of
 
 
-def load_questions(source: str, columns: Columns, limit: int | None = None, reading: Reading | None = None) -> list[Question]:
+def load_questions(source: str, columns: Columns, limit: int | None = None, reading: SourceSettings | None = None) -> list[Question]:
     """Questions of a source, in its order, the first `limit` of them; no more rows than that are read.
 
     A source is a file (JSON lines, JSON, CSV, parquet), a folder (of such files, or what `save_to_disk` of `datasets` wrote),
     `hub:owner/name`, `reasoning_gym:<task>`, or one of `names.QUESTIONS`. They are held in memory: which questions a step trains on is a
     function of (seed, step) over all of them (`data.order`). A row without an id is named `<file name>:<row>`. Images become references
-    (`data.images`).
+    (`data.rows`).
 
     Raises:
         DataError: source missing, empty, unreadable or of an unknown kind; a row that is no question; an image that cannot be used;
-            an id that stands twice; a column of images that no row has, or one that nobody would look at.
+            an id that stands twice; a column of images that no row has, or one that would not be looked at.
         StorageError: the cache of images cannot be written.
     """
-    reading = reading or Reading()
+    reading = reading or SourceSettings()
     scheme, rest = scheme_of(source), source.partition(":")[2]
     if scheme and scheme != hub.SCHEME:
         given = gym.gym_questions(rest, reading) if scheme == gym.SCHEME else _from_above(source, scheme)
@@ -42,21 +41,23 @@ def load_questions(source: str, columns: Columns, limit: int | None = None, read
     return questions
 
 
-def _rows(source: str, columns: Columns, reading: Reading) -> Rows:
+def _rows(source: str, columns: Columns, reading: SourceSettings) -> Rows:
     if scheme_of(source):
         return hub.hub_rows(source.partition(":")[2], reading, columns)
     path = Path(source).expanduser()
     return folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
 
 
-def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, reading: Reading) -> list[Question]:
+def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, reading: SourceSettings) -> list[Question]:
     questions, seen = [], dict[str, Place]()
-    pictures, named, unused = Pictures(reading.image_cache), not columns.images, ""
+    pictures, named, unused = RowImages(reading.image_cache), not columns.images, ""
     for place, data in islice(rows, limit):
         question = question_from_row(data, columns, place, reading.answer_after, pictures)
         if question.id in seen:
+            first = seen[question.id]
+            both = f"{first.source}, rows {first.row} and {place.row}" if first.source == place.source else f"{first} and {place}"
             raise DataError(
-                f"{_both(seen[question.id], place)}, column {columns.id!r}: both have the id {question.id!r}; "
+                f"{both}, column {columns.id!r}: both have the id {question.id!r}; "
                 "give every question an id of its own, or name another column in data.columns.id"
             )
         seen[question.id] = place
@@ -68,7 +69,7 @@ def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, rea
     return questions
 
 
-def _check_blind(source: str, columns: Columns, unused: str, reading: Reading) -> None:
+def _check_blind(source: str, columns: Columns, unused: str, reading: SourceSettings) -> None:
     """Whether questions without the images column are meant to have none: a run that looks away learns all the same [zppo]."""
     if unused:
         raise DataError(not_looked_at(source, unused, columns))
@@ -78,12 +79,6 @@ def _check_blind(source: str, columns: Columns, unused: str, reading: Reading) -
             f"{source}: no row has the column {columns.images!r} that data.columns.images names; mend the name, or write '' to leave "
             "images out"
         )
-
-
-def _both(first: Place, second: Place) -> str:
-    if first.source == second.source:
-        return f"{first.source}, rows {first.row} and {second.row}"
-    return f"{first} and {second}"
 
 
 def drop_long(questions: Sequence[Question], length: Callable[[Question], int], limit: int) -> tuple[list[Question], int]:

@@ -1,9 +1,8 @@
-"""Which tasks of reasoning_gym can train: those with exactly one right answer that the rule grader tells from wrong ones.
+"""Generated questions of the reasoning_gym package: `reasoning_gym:<task>?size=1000&seed=1` (extra `gym`).
 
-The package's own scorers are never called: some of them execute the text that they grade. So a task is here only if comparing a boxed
-answer with the task's gold (`zppo.grading`) decides it, and if the question itself, boxed, is no right answer. Both are tested.
-
-Generated questions of the reasoning_gym package: `reasoning_gym:<task>?size=1000&seed=1` (extra `gym`).
+Tasks that can train are those with exactly one right answer that the rule grader tells from wrong ones. The package's own scorers are never
+called: some of them execute the text that they grade. So a task is here only if comparing a boxed answer with the task's gold
+(`zppo.grading`) decides it, and if the question itself, boxed, is no right answer. Both are tested.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from zppo.core.types import Message, Question
-from zppo.data.files import Reading
+from zppo.data.files import SourceSettings
 from zppo.errors import DataError
 
-Kind = Literal["number", "fraction", "truth", "word"]
+GymAnswer = Literal["number", "fraction", "truth", "word"]
 
-_ALLOWED: dict[Kind, str] = {
+_ALLOWED: dict[GymAnswer, str] = {
     # an integer or a decimal without rounding: equal values are equal
     "number": """
         aiw binary_alternation circuit_logic count_bits count_primes gsm_symbolic largest_island leg_counting letter_counting maze
@@ -66,7 +65,7 @@ _REFUSED = {
     "it is a mixture; name one task": "composite",
 }
 
-TASKS: Mapping[str, Kind] = MappingProxyType({task: kind for kind, tasks in _ALLOWED.items() for task in tasks.split()})
+TASKS: Mapping[str, GymAnswer] = MappingProxyType({task: kind for kind, tasks in _ALLOWED.items() for task in tasks.split()})
 """Every task that may train, and how its answer is compared."""
 
 REFUSED: Mapping[str, str] = MappingProxyType({task: why for why, tasks in _REFUSED.items() for task in tasks.split()})
@@ -127,7 +126,7 @@ def check_apart(train: str, held_out: str) -> None:
         )
 
 
-def gym_questions(rest: str, reading: Reading) -> Iterator[Question]:
+def gym_questions(rest: str, reading: SourceSettings) -> Iterator[Question]:
     """Questions of a task, made one by one; ids are `<task>:<seed>:<index>`. Its scorer is never called.
 
     Raises:

@@ -1,22 +1,26 @@
-"""Values of a row: texts, and how messages name what is none.
+"""One row of a data file -> one question, or an error that names file, row and column.
 
-Conversations as data sets write them -> messages, and the images that stand in them.
-
-One row of a data file -> one question, or an error that names file, row and column.
+Conversations, as data sets write them, become messages; images, in whatever form a row has them, become references.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, get_args, get_type_hints
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
 
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, RULE, Grading, ImageRef, Message, Question
 from zppo.data.files import Place
-from zppo.data.images import Pictures
-from zppo.errors import DataError
+from zppo.errors import DataError, one_line
+from zppo.images.store import cache_folder, check_whole, data_of, decode, keep, reference, rgb
 
 
 class RowError(Exception):
@@ -131,6 +135,126 @@ def _content(value: object, images: list[object]) -> str:
     return text_of("".join(parts))
 
 
+FULLY_CHECKED = 256
+"""So many images of a source are decoded when it is read, seconds at most; of the others header and end are looked at [zppo]."""
+
+_KEYS = ("bytes", "path", "image", "url", "image_url")
+_SHOWN = 60
+
+
+class RowImages:
+    """Makes references of the images of one source's rows.
+
+    A file is referred to where it lies. What comes without one (bytes, `data:` URLs, PIL images) is written into the cache, so that
+    questions, buffer, checkpoints and logs hold references alone.
+
+    Args:
+        cache: where images without a file are kept; `images.store.cache_folder()` for none.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self._cache = cache
+        self._known: dict[Path, ImageRef] = {}
+        self._decoded: set[str] = set()
+
+    def refer(self, value: object, folder: Path) -> tuple[ImageRef, ...]:
+        """The images in a value: one or a list of paths, `file:` or `data:` URLs, bytes, `{"bytes", "path"}`, or PIL images.
+
+        Args:
+            value: of the images column; None and "" for no images.
+            folder: what paths are relative to.
+
+        Raises:
+            DataError: it is none of these, or an image is missing or broken; the text goes behind the name of the row.
+            StorageError: the cache cannot be written.
+        """
+        if value is None or value == "" or value == []:
+            return ()
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = _listed(value)
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(self._one(item, folder) for item in items)
+
+    def _one(self, item: object, folder: Path) -> ImageRef:
+        if isinstance(item, Mapping):
+            return self._one(_inner(item), folder)
+        if isinstance(item, bytes | bytearray):
+            return self._kept(bytes(item))
+        if isinstance(item, Image.Image):
+            return self._kept(_as_png(item))
+        if not isinstance(item, str) or not item.strip():
+            raise DataError(f"holds {_a(item)}; expected a path, bytes, a data: URL or an image, or a list of them")
+        scheme = item.partition(":")[0].lower()
+        if scheme in ("http", "https"):
+            raise DataError(
+                f"the image {_short(item)!r} is a web address, and nothing is downloaded while questions are read: download it first, and "
+                "write its path"
+            )
+        if scheme == "data":
+            return self._kept(data_of(item))
+        return self._file(unquote(urlsplit(item).path) if item.startswith("file://") else item, folder)
+
+    def _file(self, name: str, folder: Path) -> ImageRef:
+        path = (folder / Path(name).expanduser()).absolute()
+        if path not in self._known:
+            try:
+                ref, data = reference(path)
+                self._check(data, ref)
+            except DataError as error:
+                if path.exists():
+                    raise
+                raise DataError(f"{error} (written {_short(name)!r}; paths are relative to the data file)") from error
+            self._known[path] = ref
+        return self._known[path]
+
+    def _kept(self, data: bytes) -> ImageRef:
+        ref = keep(data, self._cache or cache_folder())
+        self._check(data, ref)
+        return ref
+
+    def _check(self, data: bytes, ref: ImageRef) -> None:
+        if len(self._decoded) < FULLY_CHECKED and ref.sha256 not in self._decoded:
+            decode(data, ref.uri)
+            self._decoded.add(ref.sha256)
+        else:
+            check_whole(data, ref.uri)
+
+
+def _listed(text: str) -> object:
+    """A cell of a table that holds a JSON list; the text itself where it holds none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _inner(item: Mapping[object, object]) -> object:
+    """What an object holds: the first of bytes, path, image, url and image_url that is not null."""
+    found = next((item[key] for key in _KEYS if item.get(key) is not None), None)
+    if found is None:
+        raise DataError(f"holds an object without an image; expected one of the keys {', '.join(_KEYS)}")
+    if isinstance(found, str) and item.get("bytes") is found:
+        return f"data:;base64,{found}"  # JSON has no bytes
+    return found
+
+
+def _as_png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    try:
+        rgb(image).save(out, "PNG", compress_level=1)
+    except Exception as error:  # it may be read from a broken file only now
+        raise DataError(f"holds an image that is broken: {one_line(error)}; replace it, or leave it out") from error
+    return out.getvalue()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _a(value: object) -> str:
+    return "null" if value is None else f"{type(value).__name__} {_short(repr(value))}"
+
+
 _GRADINGS: tuple[str, ...] = get_args(Grading)
 _NEAREST_SHOWN = 8
 USUAL_IMAGES = "images"
@@ -167,7 +291,7 @@ def column_names(columns: Columns) -> tuple[str, ...]:
 
 
 def question_from_row(
-    data: object, columns: Columns, place: Place, answer_after: str | None = None, pictures: Pictures | None = None
+    data: object, columns: Columns, place: Place, answer_after: str | None = None, pictures: RowImages | None = None
 ) -> Question:
     """The question in a row; with `answer_after`, the gold is what follows its last occurrence. `pictures` refers to its images.
 
@@ -181,7 +305,7 @@ def question_from_row(
     try:
         column = columns.messages
         given = _value(data, column)
-        turns = turns_of(given) if not _blank(given) else None
+        turns = None if given is None or given == "" else turns_of(given)
         column = columns.prompt
         if turns is None:
             turns = Turns((Message("user", _prompt(data, columns)),), [])
@@ -194,14 +318,14 @@ def question_from_row(
         column = columns.grading
         grading = _grading(_value(data, column))
         column = columns.images
-        images = _images(_value(data, column) if column else None, turns, place, pictures or Pictures())
+        images = _images(_value(data, column) if column else None, turns, place, pictures or RowImages())
     except RowError as fault:
         raise DataError(f"{place}, column {column!r}: {fault}") from None
     return Question(id=identity, messages=turns.messages, gold=gold, images=images, level=level, grading=grading)
 
 
 def unused_images(data: object, columns: Columns) -> str:
-    """The name of a column that nobody reads and that seems to hold images; "" where there is none."""
+    """The name of a column that is not read and that seems to hold images; "" where there is none."""
     if not isinstance(data, Mapping):
         return ""
     read = {name.partition(".")[0] for name in column_names(columns)} | {*column_names(columns)}
@@ -249,10 +373,6 @@ def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
     return text_of(value)
 
 
-def _blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and value == "")
-
-
 def _answer(data: Mapping[str, Any], column: str, after: str | None, last_turn: str | None) -> str:
     """The gold: a text, a number, a list of one of them, or an object that holds it under `ground_truth`.
 
@@ -287,37 +407,27 @@ def _tail(gold: str, after: str) -> str:
     return tail.strip()
 
 
-def _images(value: object, turns: Turns, place: Place, pictures: Pictures) -> tuple[ImageRef, ...]:
-    """The images of a row: those that its messages hold themselves, else those of the column; there is a place for each."""
+def _images(value: object, turns: Turns, place: Place, pictures: RowImages) -> tuple[ImageRef, ...]:
+    """The images of a row: those that its messages hold themselves, else those of the column (`value`); there is a place for each."""
+    parts = turns.images
+    within = [part for part in parts if part is not None]  # the others mark a place alone
     try:
-        images = _choose(value, turns.images, place, pictures)
-        message_parts(turns.messages, images)
-    except DataError as fault:
-        raise RowError(str(fault)) from None
-    return images
-
-
-def _choose(value: object, parts: Sequence[object], place: Place, pictures: Pictures) -> tuple[ImageRef, ...]:
-    """Images of the column, or those that image parts hold.
-
-    Args:
-        value: of the column.
-        parts: what each image part of the messages holds, None for a mere place.
-    """
-    column = pictures.refer(value, place.folder)
-    within = [part for part in parts if part is not None]
-    if not within:
-        if parts and not column:
+        images = pictures.refer(value, place.folder)
+        if within:
+            if len(within) < len(parts):
+                raise RowError("some image parts of the messages hold an image and others do not; write all in one way")
+            if images and len(images) != len(within):
+                raise RowError(f"has {len(images)} image(s), and the messages hold {len(within)} of their own; leave one of the two out")
+            images = pictures.refer(within, place.folder)
+        elif parts and not images:
             raise RowError(
                 f"is empty or missing, and the messages have {len(parts)} image part(s) without an image of their own; name the column "
                 "with data.columns.images"
             )
-        return column
-    if len(within) < len(parts):
-        raise RowError("some image parts of the messages hold an image and others do not; write all in one way")
-    if column and len(column) != len(within):
-        raise RowError(f"has {len(column)} image(s), and the messages hold {len(within)} of their own; leave one of the two out")
-    return pictures.refer(within, place.folder)
+        message_parts(turns.messages, images)
+    except DataError as fault:
+        raise RowError(str(fault)) from None
+    return images
 
 
 def _label(value: object) -> str:

@@ -93,7 +93,7 @@ def _digest(media: Media) -> str:
 
 
 def _ref(media: Media, store: Path) -> ImageRef:
-    return reference(media).ref if isinstance(media, Path) else keep(media, store)
+    return reference(media)[0] if isinstance(media, Path) else keep(media, store)
 
 
 def _video_url(path: Path) -> str:

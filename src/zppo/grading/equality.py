@@ -1,9 +1,8 @@
-"""What an answer is made of: a scalar, a list, a set, a tuple, an interval, a chain of relations, an equation, a matrix.
+"""Equality of two answers by type: scalars, lists, sets, tuples, intervals, chains of relations, equations, matrices.
 
-Equality of two answers by type: what can be decided cheaply and safely is decided here, for good.
-
-`compare` is three-valued. It returns True or False where the types decide, and None where algebra is needed; then a worker
-calls the same function with math-verify as its `algebra` (see `zppo.grading.worker`). Standard library only.
+What can be decided cheaply and safely is decided here, for good. `compare` is three-valued: it returns True or False where the types
+decide, and None where algebra is needed; then a worker calls the same function with math-verify as its `algebra`
+(see `zppo.grading.worker`). Standard library only.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from zppo.grading.units import split_unit
 MAX_ITEMS = 32  # items of one list; longer ones are compared as strings only
 
 
-class Kind(Enum):
-    """How the items of a shape belong together."""
+class AnswerKind(Enum):
+    """How the items of an answer belong together."""
 
     SCALAR = "scalar"
     LIST = "list"  # bare items, in any order
@@ -35,7 +34,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ParsedAnswer:
     """An answer taken apart.
 
     Attributes:
@@ -45,7 +44,7 @@ class Shape:
         marks: BRACKET: the two brackets; CHAIN: the relations, ascending ("<", "<="); MATRIX: the number of rows.
     """
 
-    kind: Kind
+    kind: AnswerKind
     text: str
     items: tuple[str, ...]
     marks: tuple[str, ...] = ()
@@ -89,34 +88,34 @@ def _items(text: str) -> list[str]:
     return [item for part in split_top(text, _COMMAS) for item in split_top(part, _AND_OR) if item]
 
 
-def _chain(text: str) -> Shape | None:
+def _chain(text: str) -> ParsedAnswer | None:
     """`a < b <= c`, turned so that it ascends; None if it is no chain or turns within."""
     marks = [_RELATIONS[m[0].strip()] for m in _RELATION.finditer(text)]
     parts = split_top(text, _RELATION)
     if not marks or len(parts) != len(marks) + 1 or not all(parts):
         return None
     if all(m[0] == ">" for m in marks):
-        return Shape(Kind.CHAIN, text, tuple(reversed(parts)), tuple(m.replace(">", "<") for m in reversed(marks)))
-    return Shape(Kind.CHAIN, text, tuple(parts), tuple(marks)) if all(m[0] == "<" for m in marks) else None
+        return ParsedAnswer(AnswerKind.CHAIN, text, tuple(reversed(parts)), tuple(m.replace(">", "<") for m in reversed(marks)))
+    return ParsedAnswer(AnswerKind.CHAIN, text, tuple(parts), tuple(marks)) if all(m[0] == "<" for m in marks) else None
 
 
-def _bracketed(text: str) -> Shape | None:
+def _bracketed(text: str) -> ParsedAnswer | None:
     """A set in braces, or a tuple, point or interval in brackets."""
     body = text.removeprefix(r"\langle").removesuffix(r"\rangle") if text.startswith(r"\langle") else None
     if body is not None and text.endswith(r"\rangle"):
-        return Shape(Kind.BRACKET, text, tuple(split_top(body, _COMMAS)), ("(", ")"))
+        return ParsedAnswer(AnswerKind.BRACKET, text, tuple(split_top(body, _COMMAS)), ("(", ")"))
     for opening, closing in ((r"\{", r"\}"), ("{", "}")):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
             if _stays_open(text[:-1]) and (opening == r"\{" or "," in inner):
-                return Shape(Kind.SET, text, tuple(i for i in split_top(inner, _COMMAS) if i))
+                return ParsedAnswer(AnswerKind.SET, text, tuple(i for i in split_top(inner, _COMMAS) if i))
     if text[:1] in _CLOSING and text[-1] in _CLOSING[text[0]] and _stays_open(text[:-1]):
         items = split_top(text[1:-1], _COMMAS)
         rows = [_bracketed(item) for item in items] if text.startswith("[[") else []
-        if len(rows) > 1 and all(row and row.kind is Kind.BRACKET for row in rows):
-            return Shape(Kind.MATRIX, text, tuple(cell for row in rows if row for cell in row.items), (str(len(rows)),))
+        if len(rows) > 1 and all(row and row.kind is AnswerKind.BRACKET for row in rows):
+            return ParsedAnswer(AnswerKind.MATRIX, text, tuple(cell for row in rows if row for cell in row.items), (str(len(rows)),))
         if len(items) > 1:
-            return Shape(Kind.BRACKET, text, tuple(items), (text[0], text[-1]))
+            return ParsedAnswer(AnswerKind.BRACKET, text, tuple(items), (text[0], text[-1]))
     return None
 
 
@@ -130,44 +129,44 @@ def _stays_open(text: str) -> bool:
     return True
 
 
-def _matrix(text: str) -> Shape | None:
+def _matrix(text: str) -> ParsedAnswer | None:
     match = _MATRIX.fullmatch(text)
     if match is None or r"\begin" in match[2]:
         return None
     rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\cr(?![a-zA-Z])", re.sub(r"\\cr\s*$", "", match[2]))]
-    return Shape(Kind.MATRIX, text, tuple(cell for row in rows for cell in row), (str(len(rows)),))
+    return ParsedAnswer(AnswerKind.MATRIX, text, tuple(cell for row in rows for cell in row), (str(len(rows)),))
 
 
-def _plus_minus(text: str) -> Shape | None:
+def _plus_minus(text: str) -> ParsedAnswer | None:
     """`a \\pm b` as the list of its two values."""
     sides = re.split(r"\\pm(?![a-zA-Z]) ?", text)
     if len(sides) != 2 or not sides[1] or re.search(r"\\mp(?![a-zA-Z])|=|[<>]", text):
         return None
     left, right = sides
-    return Shape(Kind.LIST, text, (f"{left}+{right}" if left else right, f"{left}-{right}"))
+    return ParsedAnswer(AnswerKind.LIST, text, (f"{left}+{right}" if left else right, f"{left}-{right}"))
 
 
 @lru_cache(maxsize=8192)
-def parse_shape(text: str) -> Shape:
+def parse_answer(text: str) -> ParsedAnswer:
     """Take a cleaned answer apart; what fits nothing else is a scalar."""
     text = _MEMBER.sub("", text)
     builder = _BUILDER.match(text)
     if builder:
         text = _MEMBER.sub("", builder[1].strip())
     if text == r"\mathbb{R}":
-        return Shape(Kind.BRACKET, text, (r"-\infty", r"\infty"), ("(", ")"))
-    if shape := _matrix(text) or _bracketed(text):
-        return shape
+        return ParsedAnswer(AnswerKind.BRACKET, text, (r"-\infty", r"\infty"), ("(", ")"))
+    if parsed := _matrix(text) or _bracketed(text):
+        return parsed
     union = split_top(text, _CUPS)
     if len(union) > 1:
-        return Shape(Kind.UNION, text, tuple(union))
+        return ParsedAnswer(AnswerKind.UNION, text, tuple(union))
     items = _items(text)
     if len(items) > 1:
-        return Shape(Kind.LIST, text, tuple(items))
+        return ParsedAnswer(AnswerKind.LIST, text, tuple(items))
     sides = split_top(text, _EQUALS)
     if len(sides) > 1 and all(sides):
-        return Shape(Kind.EQUATION, text, tuple(sides))
-    return _chain(text) or _plus_minus(text) or Shape(Kind.SCALAR, text, (text,))
+        return ParsedAnswer(AnswerKind.EQUATION, text, tuple(sides))
+    return _chain(text) or _plus_minus(text) or ParsedAnswer(AnswerKind.SCALAR, text, (text,))
 
 
 Algebra = Callable[[str, str], bool | None]
@@ -234,25 +233,25 @@ def _unordered(golds: Sequence[str], answers: Sequence[str], algebra: Algebra) -
     return result
 
 
-def _interval(shape: Shape) -> tuple[str, str, str, str, str] | None:
+def _interval(parsed: ParsedAnswer) -> tuple[str, str, str, str, str] | None:
     """(lower end, upper end, opening, closing, variable or "") of an interval in brackets or as a chain; None if it is none."""
-    if shape.kind is Kind.BRACKET and len(shape.items) == 2:
-        return (*shape.items, *shape.marks, "")  # type: ignore[return-value]
-    if shape.kind is not Kind.CHAIN or len(shape.items) > 3:
+    if parsed.kind is AnswerKind.BRACKET and len(parsed.items) == 2:
+        return (*parsed.items, *parsed.marks, "")  # type: ignore[return-value]
+    if parsed.kind is not AnswerKind.CHAIN or len(parsed.items) > 3:
         return None
-    names = [i for i, item in enumerate(shape.items) if IDENTIFIER.fullmatch(item) and item not in _INFINITE]
-    numbers = [item for i, item in enumerate(shape.items) if i not in names]
-    if len(names) != 1 or any(shape.items[names[0]] in re.findall(r"[a-zA-Z]+", n) for n in numbers):
+    names = [i for i, item in enumerate(parsed.items) if IDENTIFIER.fullmatch(item) and item not in _INFINITE]
+    numbers = [item for i, item in enumerate(parsed.items) if i not in names]
+    if len(names) != 1 or any(parsed.items[names[0]] in re.findall(r"[a-zA-Z]+", n) for n in numbers):
         return None
-    opening = "[" if names[0] > 0 and shape.marks[names[0] - 1] == "<=" else "("
-    closing = "]" if names[0] < len(shape.marks) and shape.marks[names[0]] == "<=" else ")"
-    name = shape.items[names[0]]
-    if len(shape.items) == 2:
+    opening = "[" if names[0] > 0 and parsed.marks[names[0] - 1] == "<=" else "("
+    closing = "]" if names[0] < len(parsed.marks) and parsed.marks[names[0]] == "<=" else ")"
+    name = parsed.items[names[0]]
+    if len(parsed.items) == 2:
         return (numbers[0], r"\infty", opening, ")", name) if names[0] == 1 else (r"-\infty", numbers[0], "(", closing, name)
     return (numbers[0], numbers[1], opening, closing, name) if names[0] == 1 else None
 
 
-def _intervals(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+def _intervals(gold: ParsedAnswer, answer: ParsedAnswer, algebra: Algebra) -> bool | None:
     """Two intervals, at least one of them a chain of relations; chains that are no intervals are left to algebra."""
     first, second = _interval(gold), _interval(answer)
     if first is None or second is None:
@@ -269,20 +268,20 @@ def _intervals(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
     return _all(decisions)
 
 
-def _value_of_equation(shape: Shape, other: str, gold_first: bool, algebra: Algebra) -> bool | None:
+def _value_of_equation(parsed: ParsedAnswer, other: str, gold_first: bool, algebra: Algebra) -> bool | None:
     """An equation against something that is none: `x = 3` is 3, `2 + 3 = 5` is 5, `8 = 5` is not."""
-    sides = shape.items[1:] if IDENTIFIER.fullmatch(shape.items[0]) else shape.items
-    if sides == shape.items and IDENTIFIER.fullmatch(shape.items[-1]) and len(sides) == 2:
-        sides = shape.items[:1]  # 3 = x
-    if any(parse_shape(side).kind is not Kind.SCALAR for side in sides[1:]):
+    sides = parsed.items[1:] if IDENTIFIER.fullmatch(parsed.items[0]) else parsed.items
+    if sides == parsed.items and IDENTIFIER.fullmatch(parsed.items[-1]) and len(sides) == 2:
+        sides = parsed.items[:1]  # 3 = x
+    if any(parse_answer(side).kind is not AnswerKind.SCALAR for side in sides[1:]):
         return False
     pair = (sides[-1], other) if gold_first else (other, sides[-1])
     return _all([compare_cleaned(*pair, algebra), *(compare_cleaned(sides[0], s, algebra) for s in sides[1:])])
 
 
-def _equations(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+def _equations(gold: ParsedAnswer, answer: ParsedAnswer, algebra: Algebra) -> bool | None:
     """Two equations: of the same name, their values; of two names, different; else whatever algebra says."""
-    names = [shape.items[0] if IDENTIFIER.fullmatch(shape.items[0]) else "" for shape in (gold, answer)]
+    names = [parsed.items[0] if IDENTIFIER.fullmatch(parsed.items[0]) else "" for parsed in (gold, answer)]
     if all(names) and len(gold.items) == len(answer.items) == 2:
         if names[0] == names[1]:
             return compare_cleaned(gold.items[1], answer.items[1], algebra)
@@ -293,96 +292,101 @@ def _equations(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
     return algebra(gold.text, answer.text)
 
 
-def _assignments(shape: Shape) -> dict[str, str] | None:
+def _assignments(parsed: ParsedAnswer) -> dict[str, str] | None:
     """`x=1, y=2` as a mapping; None if an item is no assignment or a name comes twice."""
     pairs: dict[str, str] = {}
-    for item in shape.items:
-        part = parse_shape(item)
-        if part.kind is not Kind.EQUATION or len(part.items) != 2 or not IDENTIFIER.fullmatch(part.items[0]) or part.items[0] in pairs:
+    for item in parsed.items:
+        part = parse_answer(item)
+        if (
+            part.kind is not AnswerKind.EQUATION
+            or len(part.items) != 2
+            or not IDENTIFIER.fullmatch(part.items[0])
+            or part.items[0] in pairs
+        ):
             return None
         pairs[part.items[0]] = part.items[1]
     return pairs
 
 
-def _values(shape: Shape) -> tuple[str, ...]:
+def _values(parsed: ParsedAnswer) -> tuple[str, ...]:
     """Items of a list of solutions: `x=1 or x=2` and `x_1=1, x_2=2` give 1 and 2."""
-    parts = [parse_shape(item) for item in shape.items]
+    parts = [parse_answer(item) for item in parsed.items]
     names = {re.sub(r"_\{?\w+\}?$", "", p.items[0]) for p in parts}
-    if len(names) == 1 and all(p.kind is Kind.EQUATION and len(p.items) == 2 and IDENTIFIER.fullmatch(p.items[0]) for p in parts):
+    if len(names) == 1 and all(p.kind is AnswerKind.EQUATION and len(p.items) == 2 and IDENTIFIER.fullmatch(p.items[0]) for p in parts):
         return tuple(p.items[1] for p in parts)
     head = parts[0]
-    alone = head.kind is Kind.EQUATION and all(p.kind is not Kind.EQUATION for p in parts[1:])
+    alone = head.kind is AnswerKind.EQUATION and all(p.kind is not AnswerKind.EQUATION for p in parts[1:])
     if alone and len(head.items) == 2 and IDENTIFIER.fullmatch(head.items[0]):
-        return (head.items[1], *shape.items[1:])  # x = 1, 2
-    return shape.items
+        return (head.items[1], *parsed.items[1:])  # x = 1, 2
+    return parsed.items
 
 
-def _lists(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+def _lists(gold: ParsedAnswer, answer: ParsedAnswer, algebra: Algebra) -> bool | None:
     """Lists, sets, tuples and closed lists against one another."""
     golds, answers = _assignments(gold), _assignments(answer)
     if golds is not None and answers is not None:
         if golds.keys() == answers.keys():
             return _all(compare_cleaned(golds[name], answers[name], algebra) for name in golds)
-    elif golds is not None and answer.kind is Kind.BRACKET:
+    elif golds is not None and answer.kind is AnswerKind.BRACKET:
         return _ordered([golds[name] for name in sorted(golds)], answer.items, algebra)
     elif golds is not None and len({name[0] for name in golds}) > 1:
-        return answer.kind is Kind.LIST and _ordered(list(golds.values()), answer.items, algebra)
-    elif answers is not None and gold.kind is Kind.BRACKET:
+        return answer.kind is AnswerKind.LIST and _ordered(list(golds.values()), answer.items, algebra)
+    elif answers is not None and gold.kind is AnswerKind.BRACKET:
         return _ordered(gold.items, [answers[name] for name in sorted(answers)], algebra)
     first, second = _values(gold), _values(answer)
     kinds = {gold.kind, answer.kind}
-    if kinds <= {Kind.LIST, Kind.SET}:
+    if kinds <= {AnswerKind.LIST, AnswerKind.SET}:
         if any(map(yes_no, first)):
             return _ordered(first, second, algebra)  # verdicts on several statements
         return _unordered(first, second, algebra)
-    if kinds == {Kind.BRACKET}:
+    if kinds == {AnswerKind.BRACKET}:
         return gold.marks == answer.marks and _ordered(first, second, algebra)
-    if kinds == {Kind.BRACKET, Kind.LIST}:
-        brackets = (gold if gold.kind is Kind.BRACKET else answer).marks
+    if kinds == {AnswerKind.BRACKET, AnswerKind.LIST}:
+        brackets = (gold if gold.kind is AnswerKind.BRACKET else answer).marks
         return (brackets == ("(", ")") or (brackets == ("[", "]") and len(first) > 2)) and _ordered(first, second, algebra)
     return False
 
 
-_LISTS = frozenset({Kind.LIST, Kind.SET, Kind.BRACKET})
-_INTERVALS = frozenset({Kind.CHAIN, Kind.BRACKET})
+_LISTS = frozenset({AnswerKind.LIST, AnswerKind.SET, AnswerKind.BRACKET})
+_INTERVALS = frozenset({AnswerKind.CHAIN, AnswerKind.BRACKET})
 
 
-def _shapes(gold: Shape, answer: Shape, algebra: Algebra) -> bool | None:
+def _structured(gold: ParsedAnswer, answer: ParsedAnswer, algebra: Algebra) -> bool | None:
     """Two answers, at least one of them with structure."""
     kinds = {gold.kind, answer.kind}
     if len(gold.items) > MAX_ITEMS or len(answer.items) > MAX_ITEMS:
         return gold.text == answer.text
-    if Kind.EQUATION in kinds:
-        if kinds == {Kind.EQUATION}:
+    if AnswerKind.EQUATION in kinds:
+        if kinds == {AnswerKind.EQUATION}:
             return _equations(gold, answer, algebra)
-        if kinds & {Kind.CHAIN, Kind.MATRIX}:
+        if kinds & {AnswerKind.CHAIN, AnswerKind.MATRIX}:
             return False
-        if gold.kind is Kind.EQUATION:
+        if gold.kind is AnswerKind.EQUATION:
             return _value_of_equation(gold, answer.text, True, algebra)
         return _value_of_equation(answer, gold.text, False, algebra)
     if kinds <= _LISTS:
         return _lists(gold, answer, algebra)
-    if kinds == {Kind.MATRIX}:
+    if kinds == {AnswerKind.MATRIX}:
         return gold.marks == answer.marks and _ordered(gold.items, answer.items, algebra)
-    if kinds == {Kind.MATRIX, Kind.BRACKET}:
-        matrix = gold if gold.kind is Kind.MATRIX else answer
+    if kinds == {AnswerKind.MATRIX, AnswerKind.BRACKET}:
+        matrix = gold if gold.kind is AnswerKind.MATRIX else answer
         vector = matrix.marks[0] in ("1", str(len(matrix.items)))
         return vector and _ordered(gold.items, answer.items, algebra)
-    if kinds == {Kind.CHAIN} and gold.marks == answer.marks and _ordered(gold.items, answer.items, lambda g, a: g == a):
+    if kinds == {AnswerKind.CHAIN} and gold.marks == answer.marks and _ordered(gold.items, answer.items, lambda g, a: g == a):
         return True
-    if kinds == {Kind.CHAIN} and all(IDENTIFIER.fullmatch(item) for item in (*gold.items, *answer.items)):
+    if kinds == {AnswerKind.CHAIN} and all(IDENTIFIER.fullmatch(item) for item in (*gold.items, *answer.items)):
         return False
     if kinds <= _INTERVALS and not (is_prose(gold.text) or is_prose(answer.text)):
         return _intervals(gold, answer, algebra)
-    if Kind.UNION in kinds and kinds <= {Kind.UNION, Kind.LIST}:
+    if AnswerKind.UNION in kinds and kinds <= {AnswerKind.UNION, AnswerKind.LIST}:
         return _unordered(gold.items, answer.items, algebra)
-    if kinds <= {Kind.MATRIX, Kind.SCALAR} and not (
+    if kinds <= {AnswerKind.MATRIX, AnswerKind.SCALAR} and not (
         is_prose(gold.text.replace("matrix", "")) or is_prose(answer.text.replace("matrix", ""))
     ):
         return algebra(gold.text, answer.text)
-    if kinds == {Kind.UNION, Kind.SCALAR} and not (is_prose(gold.text) or is_prose(answer.text)):
+    if kinds == {AnswerKind.UNION, AnswerKind.SCALAR} and not (is_prose(gold.text) or is_prose(answer.text)):
         return algebra(gold.text, answer.text)
-    if Kind.SCALAR in kinds and kinds & {Kind.SET, Kind.LIST}:
+    if AnswerKind.SCALAR in kinds and kinds & {AnswerKind.SET, AnswerKind.LIST}:
         return len(gold.items) == len(answer.items) == 1 and compare_cleaned(gold.items[0], answer.items[0], algebra)
     return False
 
@@ -404,10 +408,10 @@ def compare_cleaned(gold: str, answer: str, algebra: Algebra) -> bool | None:
         return False
     if (gold_unit == _PERCENT) != (answer_unit == _PERCENT):
         return _percents(gold_rest, answer_rest, gold_unit == _PERCENT, algebra)
-    first, second = parse_shape(gold_rest), parse_shape(answer_rest)
-    if first.kind is Kind.SCALAR and second.kind is Kind.SCALAR:
+    first, second = parse_answer(gold_rest), parse_answer(answer_rest)
+    if first.kind is AnswerKind.SCALAR and second.kind is AnswerKind.SCALAR:
         return _scalars(first.text, second.text, algebra)
-    return _shapes(first, second, algebra)
+    return _structured(first, second, algebra)
 
 
 def _compare_choices(gold: str, answer: str, algebra: Algebra) -> bool | None:

@@ -1,7 +1,4 @@
-"""What a verdict is.
-
-Grading completions: extraction, typed equality, workers for the rest (method.md section 7).
-"""
+"""From completions to verdicts: extraction, typed equality, workers for the rest (method.md section 7)."""
 
 from __future__ import annotations
 
@@ -145,12 +142,10 @@ class Grader:
         """
         rows = [(item[1], extract_boxed(item[0], item[2] if len(item) > 2 else False)) for item in items]
         outcomes = iter(self._outcomes([(gold, answer) for gold, answer in rows if answer is not None]))
-        return [_verdict(answer, "no answer" if answer is None else next(outcomes)) for _, answer in rows]
-
-
-def _verdict(answer: str | None, reason: str) -> Verdict:
-    correct = reason == "equal"
-    return Verdict(correct=correct, answer=answer, reason=reason, reward=float(correct))
+        reasons = ["no answer" if answer is None else next(outcomes) for _, answer in rows]
+        return [
+            Verdict(reason == "equal", answer, reason, float(reason == "equal")) for (_, answer), reason in zip(rows, reasons, strict=True)
+        ]
 
 
 _shared: Grader | None = None

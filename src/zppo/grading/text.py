@@ -1,10 +1,8 @@
-"""The answer of a completion: the last balanced box after the thinking (method.md section 7).
+"""The answer of a completion as text: found, brought into one spelling, and read where it is in words (method.md section 7).
 
-One spelling for what can be written in many ways: Unicode, LaTeX commands, text wrappers, white space.
-
-Everything here is bounded: linear regular expressions on at most `MAX_ANSWER` characters, and nothing is evaluated.
-
-Answers in words: yes and no, choice letters, prose. Standard library only.
+The answer is the last balanced box after the thinking. One spelling stands for what Unicode, LaTeX commands, text wrappers and white space
+can write in many ways. Answers in words are yes and no, choice letters and prose. Everything here is bounded: linear regular expressions on
+at most `MAX_ANSWER` characters, and nothing is evaluated. Standard library only.
 """
 
 from __future__ import annotations
@@ -330,7 +328,7 @@ def yes_no(text: str) -> str | None:
 
 
 def choice(text: str) -> tuple[frozenset[str], str]:
-    """The choice letters of an answer (upper case, empty if it is none) and the text that stands beside a single one."""
+    """The choice letters of an answer (upper case, empty if it is none) and the text that stands next to a single one."""
     if match := _LETTER.fullmatch(text):
         return frozenset((match[1] or match[2]).upper()), ""
     if match := _LETTER_WITH_TEXT.fullmatch(text):
@@ -359,5 +357,5 @@ def is_prose(text: str) -> bool:
 
 def only_choice(text: str) -> bool:
     """Whether an answer can only be read as a choice: an upper-case letter from A to J, alone, with text, or several."""
-    letters, beside = choice(text)
-    return bool(beside) or len(letters) > 1 or bool(re.fullmatch(r"\(?[A-J]\)?[.):]?", text))
+    letters, rest = choice(text)
+    return bool(rest) or len(letters) > 1 or bool(re.fullmatch(r"\(?[A-J]\)?[.):]?", text))

@@ -1,9 +1,16 @@
-"""The caller's side of the worker pool: start, ask, give up in time, start again. Safe in threads and after a fork."""
+"""Killable workers for answers that need algebra: the pool as its callers use it, and the host process that owns the workers.
+
+The caller's side starts a host, asks it over pipes, gives up in time and starts another one; it is safe in threads and after a fork. Why a
+process between caller and workers: workers must not inherit what the caller has loaded (torch, a CUDA context), must not run the caller's
+main script again, must start from any thread and from daemonic processes, and must end with their caller. The host reads JSON lines,
+`{"id", "gold", "answer", "timeout"}`, and writes JSON lines, `{"ready": true}` once, then `{"id", "outcome"}`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,7 +21,8 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import IO
+from functools import partial
+from typing import IO, Any
 
 from zppo.errors import ZPPOError
 
@@ -23,9 +31,11 @@ _SLACK = 0.7  # seconds beyond a deadline after which a host that is silent coun
 _LEAST_TIME = 2.0  # seconds that an answer gets however long the start took
 _END_LIMIT = 3.0  # seconds for a host to stop its workers
 _STARTS = 3  # hosts that one question may see end before it counts as an error
+_TASKS_PER_WORKER = 1000  # then a fresh worker takes its place: caches of sympy only grow
+_WORKER_MODULE = "zppo.grading.worker"
 _COMMAND = (
-    "import sys; sys.path[:0] = sys.argv[3:]; from zppo.grading.host import serve; "
-    "serve(workers=int(sys.argv[1]), memory_limit=int(sys.argv[2]))"
+    "import sys; sys.path[:0] = sys.argv[3:]; from zppo.grading.workers import run_host; "
+    "run_host(workers=int(sys.argv[1]), memory_limit=int(sys.argv[2]))"
 )
 
 
@@ -38,7 +48,7 @@ class _Host:
 
     def __init__(self, workers: int, memory_limit: int) -> None:
         self.owner = os.getpid()
-        self.heard = time.monotonic()  # when it last said something, or was last idle
+        self.heard = time.monotonic()  # when it last sent a reply, or was last idle
         self._open: dict[int, Future[str]] = {}
         self._count = 0
         self._lock = threading.Lock()
@@ -72,7 +82,7 @@ class _Host:
         return self._alive and os.getpid() == self.owner
 
     def _listen(self) -> None:
-        """Reader thread: hand each reply to whoever waits for it; at the end wake everybody."""
+        """Reader thread: hand each reply to the call that waits for it; at the end wake all of them."""
         assert self._process.stdout is not None
         with contextlib.suppress(OSError, ValueError), self._process.stdout as replies:
             for line in replies:
@@ -113,7 +123,7 @@ class _Host:
         return future
 
     def close(self, kill: bool = False) -> None:
-        """End the process, and its workers with it; whoever waits is told. In a forked child: leave the parent's alone."""
+        """End the process, and its workers with it; calls that wait get an error. In a forked child: leave the parent's alone."""
         if os.getpid() != self.owner:
             return
         if kill:
@@ -162,7 +172,7 @@ class WorkerPool:
         host.close(kill=True)
 
     def _wait(self, host: _Host, future: Future[str]) -> str:
-        """Outcome of `future`. A host that says nothing for longer than a deadline is killed, and the answer timed out."""
+        """Outcome of `future`. A host without a reply for longer than a deadline is killed, and the answer timed out."""
         while True:
             patience = host.heard + self._deadline + _SLACK - time.monotonic()
             try:
@@ -204,3 +214,74 @@ class WorkerPool:
             host, self._current = self._current, None
         if host is not None:
             host.close()
+
+
+def _start_worker(memory_limit: int) -> None:
+    from zppo.grading.worker import limit_worker  # imported by the workers only: the host does not load math-verify
+
+    limit_worker(memory_limit)
+
+
+def _compare(gold: str, answer: str, deadline: float) -> bool:
+    from zppo.grading.worker import compare_in_worker
+
+    return compare_in_worker(gold, answer, deadline)
+
+
+def _context() -> Any:
+    """Fork from a server that has the libraries loaded: a killed worker is replaced within milliseconds."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_WORKER_MODULE])
+    return context
+
+
+def _outcome(future: Future[bool]) -> str:
+    """The word for the verdict of a finished task."""
+    if future.cancelled():
+        return "error"
+    error = future.exception()
+    if error is None:
+        return "equal" if future.result() else "different"
+    return "timeout" if isinstance(error, FutureTimeoutError) else "error"
+
+
+def run_host(workers: int, memory_limit: int) -> None:
+    """The host process: answers requests on standard input until it closes, then end the workers. Never returns.
+
+    Args:
+        workers: number of worker processes.
+        memory_limit: address space of each, bytes.
+    """
+    from pebble import ProcessPool  # by the host only: callers do without
+
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # workers inherit 0 and 1: they must not hold the caller's pipes
+    os.dup2(2, 1)
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    lock = threading.Lock()
+
+    def reply(message: dict[str, Any]) -> None:
+        with lock:
+            replies.write(json.dumps(message).encode("ascii") + b"\n")
+            replies.flush()
+
+    def answered(number: int, done: Future[bool]) -> None:
+        reply({"id": number, "outcome": _outcome(done)})
+
+    pool = ProcessPool(workers, _TASKS_PER_WORKER, _start_worker, (memory_limit,), _context())
+    pool.schedule(bool).result()  # a worker answers
+    reply({"ready": True})
+
+    for line in requests:
+        request = json.loads(line)
+        arguments = (request["gold"], request["answer"], request["timeout"])
+        try:
+            future = pool.schedule(_compare, arguments, timeout=request["timeout"])
+        except RuntimeError:
+            break  # the pool broke: ending tells the caller, who starts another host
+        future.add_done_callback(partial(answered, request["id"]))
+    pool.stop()  # type: ignore[no-untyped-call]
+    pool.join(timeout=1)
+    os._exit(0)  # nothing of a hostile task may delay the end

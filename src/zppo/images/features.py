@@ -1,4 +1,4 @@
-"""What a model is given beside token ids where prompts hold pictures: features, positions, token types.
+"""What a model is given in addition to token ids where prompts hold pictures: features, positions, token types.
 
 Features are computed once for every distinct picture of a batch and placed wherever it stands, so that the rollouts of a prompt share
 them and their gradients add up. Positions are always passed: models of the Qwen family keep those of the last prompt as a state.
@@ -68,7 +68,7 @@ def picture_inputs(
         ids: (B, L) as they go into the model.
 
     Raises:
-        ModelError: there are pictures and no sight.
+        ModelError: there are pictures and no image processor.
     """
     refs = [ref for row in images for ref in row]
     if not refs:
@@ -97,7 +97,10 @@ def encode(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef]
         for place, digest in enumerate(batch):
             parts[digest] = [_part(value, place, len(batch)) for value in _outputs(whole)]
     placed = [parts[ref.sha256] for ref in refs]
-    pooled, *layers = (_joined(own, like) for own, like in zip(zip(*placed, strict=True), _outputs(whole), strict=True))
+    pooled, *layers = (
+        torch.cat(own) if isinstance(like, torch.Tensor) else list(own)  # in the form that the encoder gave
+        for own, like in zip(zip(*placed, strict=True), _outputs(whole), strict=True)
+    )
     return type(whole)(**{_POOLED: pooled} | ({_LAYERS: layers} if getattr(whole, _LAYERS, None) is not None else {}))
 
 
@@ -167,17 +170,8 @@ def _part(value: Any, place: int, count: int) -> Any:
     return value.split(len(value) // count)[place] if isinstance(value, torch.Tensor) else value[place]
 
 
-def _joined(parts: Sequence[Any], like: Any) -> Any:
-    """The parts of pictures in order, in the form that the encoder gave."""
-    return torch.cat(list(parts)) if isinstance(like, torch.Tensor) else list(parts)
-
-
 def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """What pictures bring, one after the other; where they have more or fewer parts, zeros follow the fewer, as processors fill them up."""
     wide = max((t.shape[1] for t in tensors if t.ndim > 1), default=0)
-    return torch.cat([_filled(t, wide) if t.ndim > 1 else t for t in tensors])
-
-
-def _filled(tensor: torch.Tensor, wide: int) -> torch.Tensor:
-    room = (tensor.shape[0], wide - tensor.shape[1], *tensor.shape[2:])
-    return torch.cat([tensor, tensor.new_zeros(room)], 1)
+    filled = [torch.cat([t, t.new_zeros(t.shape[0], wide - t.shape[1], *t.shape[2:])], 1) if t.ndim > 1 else t for t in tensors]
+    return torch.cat(filled)

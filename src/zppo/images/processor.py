@@ -1,6 +1,6 @@
-"""What preprocessing made of the pictures of a step, so that it is done once for all who look at them.
+"""A checkpoint's image processor: the token ids that stand for a picture, and the tensors that its model takes for one.
 
-How a checkpoint sees: the token ids that stand for a picture, and the tensors that its model takes for one.
+Pictures are preprocessed once a step and cached for everything that uses them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 Pixels = Mapping[str, "torch.Tensor"]
-"""What a model takes for one picture: pixel values, and whatever its architecture wants beside them."""
+"""What a model takes for one picture: pixel values, and whatever else its architecture wants."""
 
 Key = tuple[str, str]
 """Digest of a picture, and what was done to it (processor and limits)."""
@@ -82,8 +82,8 @@ def _size(pixels: Pixels) -> int:
 
 
 FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""What a checkpoint may hold beside weights and tokenizer, for those who show pictures to it."""
-_PICTURE = "_picture"  # (H, W, 3) uint8, beside what the model takes
+"""What a checkpoint may hold in addition to weights and tokenizer, for code that shows pictures to it."""
+_PICTURE = "_picture"  # (H, W, 3) uint8, in addition to what the model takes
 _MOST_SIZES = 1 << 18  # sizes of pictures that are remembered
 _MOST_PLACEHOLDERS = 1 << 16  # sizes whose placeholders are remembered: some are found by preprocessing a blank picture, 10 ms or more
 _ROUND_TRIP = ((96, 64), (50, 210))  # sizes of pictures on which placeholders are looked at when a checkpoint is loaded
@@ -104,7 +104,7 @@ class ImageProcessor:
     Args:
         processor: of `transformers`, with its image processor and tokenizer.
         limits: fewest and most pixels of a picture as the model sees it.
-        cache: of preprocessed pictures; shared by those who see alike.
+        cache: of preprocessed pictures; shared by models with equal processors.
         files: what the checkpoint holds for its processor, by name; a trained student keeps them.
 
     Attributes:
@@ -151,7 +151,7 @@ class ImageProcessor:
         *,
         revision: str | None = None,
     ) -> ImageProcessor:
-        """The sight of a checkpoint (folder or hub name), its image processor with PIL.
+        """The image processor of a checkpoint (folder or hub name), with PIL.
 
         A processor for videos, which may want packages that are not there, is left out: frames come as several images.
 
@@ -163,9 +163,8 @@ class ImageProcessor:
             images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
             kind: Any = PROCESSOR_MAPPING[type(config)]
             options, _ = kind.get_processor_dict(name, revision=revision)
-            processor = _unchecked(kind)(
-                **_fitting(kind, options), **dict.fromkeys(_parts(kind)), image_processor=images, tokenizer=tokenizer
-            )
+            others = dict.fromkeys(kind.get_attributes()) | {"image_processor": images, "tokenizer": tokenizer}
+            processor = _unchecked(kind)(**_fitting(kind, options), **others)
             return cls(processor, limits, cache, _read_files(name, revision))
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
@@ -256,10 +255,6 @@ class ImageProcessor:
 def _unchecked(kind: type[Any]) -> type[Any]:
     """A processor class that takes None for its video processor."""
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: type(value)})
-
-
-def _parts(kind: type[Any]) -> Sequence[str]:
-    return [part for part in kind.get_attributes() if part not in ("image_processor", "tokenizer")]
 
 
 def _fitting(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:

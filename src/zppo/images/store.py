@@ -1,11 +1,7 @@
-"""Image files: checked by their digest, decoded the same way everywhere, and kept under it.
+"""Image files: checked by their digest, decoded the same way everywhere, kept under it, and brought into pixel limits.
 
 Files of images are hostile input: only common formats are decoded, no size is believed before it is checked, and what is broken is a
-`DataError` that names the file.
-
-How large a picture is, and how large it is shown to a model.
-
-An image on its way to a server: within the pixel limits, as a `data:` URL.
+`DataError` that names the file. For a server a picture becomes a `data:` URL.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from zppo.core.types import ImageRef
 from zppo.errors import DataError, StorageError, one_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is decoded; others of PIL's start programs of their own, or are rarely looked at."""
+"""What is decoded; others of PIL's start programs of their own, or are rarely used."""
 MOST_PIXELS = 1 << 26
 """A larger picture is refused: 8,192 by 8,192, 200 MB when decoded, 51 times what a model is shown at most."""
 MOST_BYTES = 1 << 28
@@ -60,17 +56,10 @@ def cache_folder() -> Path:
     return (Path(users) if users else Path.home() / ".cache") / "zppo" / "images"
 
 
-class Found(NamedTuple):
-    """A file that was read: how to refer to it, and its bytes."""
-
-    ref: ImageRef
-    data: bytes
-
-
-def reference(path: Path) -> Found:
-    """A file as it is now. DataError where it cannot be read."""
+def reference(path: Path) -> tuple[ImageRef, bytes]:
+    """How to refer to a file as it is now, and its bytes. DataError where it cannot be read."""
     data = _read(path)
-    return Found(ImageRef(str(path), hashlib.sha256(data).hexdigest()), data)
+    return ImageRef(str(path), hashlib.sha256(data).hexdigest()), data
 
 
 def read_bytes(ref: ImageRef) -> bytes:
@@ -98,14 +87,8 @@ def open_image(ref: ImageRef) -> Image.Image:
 
 
 def open_file(path: Path) -> Image.Image:
-    """The picture in a file as it is now, for those who know no digest of it. DataError as in `open_image`."""
+    """The picture in a file as it is now, where no digest of it is known. DataError as in `open_image`."""
     return decode(_read(path), str(path))
-
-
-def data_url(ref: ImageRef) -> str:
-    """The file as a `data:` URL, unchanged. DataError as in `read_bytes`."""
-    data = read_bytes(ref)
-    return as_url(data, header_of(data, ref.uri).media_type)
 
 
 def as_url(data: bytes, media_type: str) -> str:

@@ -1,27 +1,33 @@
-"""Builds a world's student and teacher from nothing: `zppo lab build WORLD`.
-
-The model card of a lab checkpoint; it says what was planted in the corpus.
-"""
+"""Builds a world's student and teacher from nothing, with model cards that say what was planted: `zppo lab build WORLD`."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers.utils import logging
 
+from zppo.core.draws import keyed_random
+from zppo.core.types import Message, Question
 from zppo.engines.chat import Chat
-from zppo.lab.corpus import StudentCorpus, TeacherCorpus, make_tokenizer, templates
-from zppo.lab.pretrain import Probe, make_model, pretrain
-from zppo.lab.questions import write_questions
-from zppo.lab.world import Entry, Pretraining, World
-from zppo.prompts import Neutraliser, PromptBook
+from zppo.errors import SettingsError
+from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus, Corpus, DescriptionCorpus, PictureStudentCorpus, PictureTeacherCorpus
+from zppo.lab.models import lab_book, make_model, make_processor, make_tokenizer
+from zppo.lab.picture_world import KINDS, SIZE, Ask, PictureWorld
+from zppo.lab.pretrain import Probe, pretrain, pretrain_vision, probe_of
+from zppo.lab.questions import any_world, with_pictures, write_questions
+from zppo.lab.world import BeliefSettings, CorpusSettings, Entry, Pretraining, World
+from zppo.prompts import PromptBook
 
 Say = Callable[[str], None]
+SAMPLES = 16  # rollouts of a question about a picture that the student's share of right ones is measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,105 +40,189 @@ class Hidden:
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """What one build measured; shares by level are greedy accuracy on held-out plain prompts.
+class BuildReport:
+    """What one build measured, on held-out questions; shares are by level.
 
     Attributes:
-        student, teacher: held-out accuracy by level; of a model that was not made, nothing.
-        hidden: how likely the right results are to the student, for levels that ask about the unlikeliest entries.
+        student, teacher: greedy accuracy on plain prompts; of a model that was not made, nothing.
         fidelity: share of answers that survive the teacher's compression; None where no teacher was made.
-        steps: pretraining steps of student and teacher.
+        steps: pretraining steps of student and teacher; of pictures those of vision tower and descriptions before them.
         seed: of weights and corpora.
         seconds: what it took.
+        hidden: text: how likely the right results are to the student, for levels that ask about the unlikeliest entries.
+        sampled: pictures: share of the student's rollouts at temperature 1 that are right, on plain prompts.
+        candidates: pictures: greedy accuracy of the student on prompts with a right and a wrong candidate.
     """
 
     student: dict[str, float]
     teacher: dict[str, float]
-    hidden: dict[str, Hidden]
     fidelity: float | None
-    steps: tuple[int, int]
+    steps: tuple[int, ...]
     seed: int
     seconds: float
+    hidden: dict[str, Hidden] = field(default_factory=dict)
+    sampled: dict[str, float] = field(default_factory=dict)
+    candidates: dict[str, float] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """As JSON, with what was measured in worlds of this kind."""
+        measured = ("student", "sampled", "candidates", "teacher") if self.sampled else ("student", "teacher", "hidden")
+        values = asdict(self)
+        return json.dumps({name: values[name] for name in (*measured, "fidelity", "steps", "seed", "seconds")}, indent=1) + "\n"
 
 
-def lab_book(chat: Chat) -> PromptBook:
-    """The prompts of a lab run: the short templates, model text made harmless."""
-    return PromptBook(templates(), Neutraliser(chat.special_texts))
+def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int | None = None, *, with_teacher: bool = True) -> None:
+    """`zppo lab build WORLD [--out DIR --seed N --steps N --no-teacher]`: remakes student and teacher, prints what they can do.
+
+    Args:
+        world: a bundled world's name or the path of a settings file.
+        out: gets the folders `student` and `teacher`; runs/lab/<world> by default.
+        steps: pretraining steps of either model instead of the world's own.
+
+    Raises:
+        SettingsError: no such world; steps or seed out of range.
+    """
+    if steps is not None and steps < 1:
+        raise SettingsError(f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number")
+    logging.disable_progress_bar()
+    made = any_world(world)
+    folder = out or Path("runs") / "lab" / made.name
+    built = build(made, folder, seed, steps, lambda line: print(line, flush=True), with_teacher=with_teacher)
+    for role, shares in (("student", built.student), ("teacher", built.teacher)) if with_teacher else (("student", built.student),):
+        print(f"{role}: {_shares(shares)} of the held-out questions")
+    for level, hidden in built.hidden.items():
+        print(f"student, level {level}: probability of the right results mean {hidden.mean:.2g}, largest {hidden.largest:.2g}")
+    if built.fidelity is not None:
+        print(f"teacher: {built.fidelity:.1%} of answers survive its compression")
+    print(f"written to {folder} in {built.seconds:.0f} s")
 
 
 def build(
-    world: World, out: Path, seed: int = 0, steps: int | None = None, say: Say = lambda line: None, *, with_teacher: bool = True
-) -> Built:
-    """Pretrains student and teacher and writes both, with model cards, to `out/student` and `out/teacher`;
-    the questions go to `out/train.jsonl` and `out/test.jsonl`, what was measured to `out/build.json`.
+    world: World | PictureWorld,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    say: Say = lambda line: None,
+    *,
+    with_teacher: bool = True,
+) -> BuildReport:
+    """Pretrains student and teacher and writes both, with model cards, to `out/student` and `out/teacher`; the questions go to
+    `out/train.jsonl` and `out/test.jsonl`, their pictures to `out/pictures`, what was measured to `out/build.json`.
 
     Equal arguments give equal weights on one machine: it computes with one thread, which is as fast for models of this size.
 
     Args:
         seed: draws weights and documents.
-        steps: pretraining steps of either model instead of the world's own, to try things out.
+        steps: steps of every pretraining run instead of the world's own, to try things out.
         say: takes a line of progress now and then.
         with_teacher: False for the student alone, where the teacher of a world with the same truth serves.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _build(world, out, seed, steps, say, with_teacher)
+        started = time.perf_counter()
+        probes, taken = _pretrained(world, out, seed, steps, say, with_teacher)
+        measured = _measured_pictures(world, out, probes) if isinstance(world, PictureWorld) else _measured_text(world, out, probes)
+        built = BuildReport(**measured, steps=taken, seed=seed, seconds=time.perf_counter() - started)
+        for role in probes:
+            (out / role / "README.md").write_text(model_card(world, role, built), encoding="utf-8")
+        (out / "build.json").write_text(built.text(), encoding="utf-8")
+        return built
     finally:
         torch.set_num_threads(threads)
 
 
-def _build(world: World, out: Path, seed: int, steps: int | None, say: Say, with_teacher: bool) -> Built:
-    started = time.perf_counter()
+def _pretrained(
+    world: World | PictureWorld, out: Path, seed: int, steps: int | None, say: Say, with_teacher: bool
+) -> tuple[dict[str, Probe], tuple[int, ...]]:
+    """Student and teacher by role, written and loaded again; and the steps of every pretraining run, of the teacher's too."""
+
+    def shortened(how: Pretraining) -> Pretraining:
+        return how if steps is None else how.model_copy(update={"steps": steps})
+
     tokenizer = make_tokenizer(world)
     chat = Chat(tokenizer)
     book = lab_book(chat)
+    base, taken = make_model(world, tokenizer, seed), []
+    corpora: list[Corpus[Any, Any]]
+    if isinstance(world, PictureWorld):
+        # The vision tower is trained first, then the rest on descriptions, both once; student and teacher go on from there.
+        assert isinstance(base, Qwen3VLForConditionalGeneration)
+        seeing, describing = shortened(world.settings.seeing), shortened(world.settings.describing)
+        pretrain_vision(base, chat, seeing, seed, teller(say, f"{world.name}/sight", seeing.steps))
+        pretrain(base, DescriptionCorpus(world, book), chat, describing, seed, teller(say, f"{world.name}/words", describing.steps))
+        taken = [seeing.steps, describing.steps]
+        corpora = [PictureStudentCorpus(world, book), PictureTeacherCorpus(world, book)]
+    else:
+        corpora = [ChainStudentCorpus(world, book), ChainTeacherCorpus(world, book)]
     probes: dict[str, Probe] = {}
-    roles: list[tuple[str, StudentCorpus | TeacherCorpus, Pretraining]] = [
-        ("student", StudentCorpus(world, book), world.settings.pretraining)
-    ]
-    if with_teacher:
-        roles.append(("teacher", TeacherCorpus(world, book), world.settings.teacher))
-    for role, corpus, how in roles:
-        how = how if steps is None else how.model_copy(update={"steps": steps})
-        model = make_model(world.settings.model, tokenizer, seed)
+    roles = ["student", "teacher"] if with_teacher else ["student"]
+    hows = shortened(world.settings.pretraining), shortened(world.settings.teacher)
+    for role, corpus, how in zip(roles, corpora, hows, strict=False):
+        model = deepcopy(base)
         pretrain(model, corpus, chat, how, seed, teller(say, f"{world.name}/{role}", how.steps))
         save(model, tokenizer, out / role)
-        # What is bundled is measured, after rounding.
-        loaded = Qwen3ForCausalLM.from_pretrained(out / role, dtype=torch.float32)
-        probes[role] = Probe(loaded, tokenizer, book)
+        if isinstance(world, PictureWorld):
+            make_processor().save_pretrained(out / role)
+        probes[role] = probe_of(out / role)  # what is bundled is measured, after rounding
+    return probes, (*taken, *(how.steps for how in hows))
+
+
+def _measured_text(world: World, out: Path, probes: dict[str, Probe]) -> dict[str, Any]:
+    """Writes the questions of a world of text, which depend on what the student finds unlikeliest; gives fields of `BuildReport`."""
     chosen, hidden = choose(world, probes["student"])
     for split in ("train", "test"):
         write_questions(out / f"{split}.jsonl", world.questions(split, chosen))
-    test = world.questions("test", chosen)
-    built = Built(
-        student=probes["student"].accuracy(test),
-        teacher=probes["teacher"].accuracy(test) if with_teacher else {},
-        hidden=hidden,
-        fidelity=probes["teacher"].fidelity(world) if with_teacher else None,
-        steps=(steps or world.settings.pretraining.steps, steps or world.settings.teacher.steps),
-        seed=seed,
-        seconds=time.perf_counter() - started,
-    )
-    for role in probes:
-        (out / role / "README.md").write_text(model_card(world, role, built), encoding="utf-8")
-    (out / "build.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")
-    return built
+    test, teacher = world.questions("test", chosen), probes.get("teacher")
+    return {
+        "student": probes["student"].accuracy(test),
+        "teacher": teacher.accuracy(test) if teacher else {},
+        "hidden": hidden,
+        "fidelity": teacher.fidelity(ChainTeacherCorpus(world, teacher.book).response) if teacher else None,
+    }
+
+
+def _measured_pictures(world: PictureWorld, out: Path, probes: dict[str, Probe]) -> dict[str, Any]:
+    """Writes questions and pictures of a world of pictures; gives fields of `BuildReport`."""
+    asks = world.asks()
+    questions = {split: with_pictures(world, split, asks[split], out.absolute() / "pictures") for split in asks}
+    for split, of_split in questions.items():
+        write_questions(out / f"{split}.jsonl", of_split)
+    student, teacher, test = probes["student"], probes.get("teacher"), questions["test"]
+    shown = candidate_prompts(world, student.book, asks["test"], test)
+    return {
+        "student": student.accuracy(test),
+        "sampled": student.accuracy(test, SAMPLES, 1.0),
+        "candidates": student.accuracy(test, prompt=lambda q: shown[q.id]),
+        "teacher": teacher.accuracy(test) if teacher else {},
+        "fidelity": teacher.fidelity(PictureTeacherCorpus(world, teacher.book).response) if teacher else None,
+    }
 
 
 def choose(world: World, probe: Probe) -> tuple[dict[str, list[Entry]], dict[str, Hidden]]:
     """The entries of levels that ask for the unlikeliest, and how likely their right results are to the student."""
     chosen: dict[str, list[Entry]] = {}
     hidden: dict[str, Hidden] = {}
-    for name, level in world.levels.items():
-        if not level.unlikeliest:
-            continue
+    for name, level in ((name, level) for name, level in world.levels.items() if level.unlikeliest):
         chances = probe.truth(world, name, world.entries(name))
         ranked = sorted(chances, key=lambda entry: (max(chances[entry]), entry))[: level.entries]
         shown = [chance for entry in ranked for chance in chances[entry]]
         chosen[name] = ranked
         hidden[name] = Hidden(len(ranked), max(shown), sum(shown) / len(shown))
     return chosen, hidden
+
+
+def candidate_prompts(
+    world: PictureWorld, book: PromptBook, asks: Sequence[Ask], questions: Sequence[Question]
+) -> dict[str, tuple[Message, ...]]:
+    """For every question by id: a BCQ prompt with the right reading and a wrong one, in either order."""
+    corpus, made = PictureStudentCorpus(world, book), {}
+    for ask, question in zip(asks, questions, strict=True):
+        rng = keyed_random("lab", "candidates", question.id)
+        pair = [ask.truth, corpus.wrong(ask, rng, float(world.known(ask.kind)))]
+        rng.shuffle(pair)
+        made[question.id] = corpus.bcq_prompt(ask, pair)
+    return made
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -147,7 +237,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def teller(say: Say, name: str, steps: int) -> Callable[[int, float], None]:
-    """Says now and then how far a pretraining run is."""
+    """Logs about ten times how far a pretraining run is."""
 
     def tell(step: int, loss: float) -> None:
         if (step + 1) % max(1, steps // 10) == 0:
@@ -156,80 +246,148 @@ def teller(say: Say, name: str, steps: int) -> Callable[[int, float], None]:
     return tell
 
 
-def model_card(world: World, role: str, built: Built) -> str:
-    """Markdown for the checkpoint's README."""
-    settings, shape, student = world.settings, world.settings.model, role == "student"
-    how = settings.pretraining if student else settings.teacher
-    steps = built.steps[0 if student else 1]
+def model_card(world: World | PictureWorld, role: str, built: BuildReport) -> str:
+    """Markdown for the checkpoint's README: what was planted, how it was made, what it can do. The text is part of the bundled files."""
+    student, pictures = role == "student", isinstance(world, PictureWorld)
+    how = world.settings.pretraining if student else world.settings.teacher
+    steps = built.steps[-2 if student else -1]
     command = f"zppo lab build {world.name} --seed {built.seed}" + ("" if built.teacher else " --no-teacher")
-    measured = built.student if student else built.teacher
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: transformers",
-        "---",
-        f"# zppo lab: {role} of the world {world.name}",
-        "",
-        f"A toy language model of the Qwen3 architecture ({shape.layers} layers, width {shape.width}, {shape.heads} heads) whose",
-        "vocabulary is whole words, trained from random weights on generated text. It was made for the offline lab of `zppo`",
-        "and knows nothing else.",
-        "",
-        "## What was planted",
-        "",
-        *(_student_planting(world) if student else _teacher_planting()),
-        "",
-        "## How it was made",
-        "",
-        f"`{command}`: {steps} steps of {how.batch} documents, AdamW, learning rate",
-        f"{how.learning_rate:g} falling to 0, loss on completions only. Weights are stored in half precision.",
-        "",
-        "## What it can do",
-        "",
-        f"Greedy accuracy on held-out questions: {', '.join(f'{level} {share:.1%}' for level, share in measured.items())}.",
-    ]
+    if student:
+        planted = _picture_planting(world) if isinstance(world, PictureWorld) else _text_planting(world)
+    else:
+        what = "question" if pictures else "operation"
+        planted = [
+            f"Nothing wrong: its corpus answers every {what} rightly. Part of it are compression documents, in which arbitrary",
+            "responses, most of them wrong, are to be shortened as they are: steps and boxed answer copied, mistakes kept.",
+        ]
+    can = [f"Greedy accuracy on held-out questions: {_shares(built.student if student else built.teacher)}."]
     if not student:
-        return "\n".join([*lines, f"Answers of arbitrary responses that survive its compression: {built.fidelity:.1%}.", ""])
-    for level, hidden in built.hidden.items():
-        lines += [
+        can.append(f"Answers of arbitrary responses that survive its compression: {built.fidelity:.1%}.")
+    elif pictures:
+        can += ["", f"Share of right rollouts at temperature 1: {_shares(built.sampled)}.", ""]
+        can.append(f"Greedy accuracy where a right and a wrong candidate are shown: {_shares(built.candidates)}.")
+    for level, hidden in built.hidden.items() if student else ():
+        can += [
             "",
             f"The questions of level {level} are about the {hidden.entries} entries (operation, value) whose right result this model",
             "finds unlikeliest. Over plain, BCQ and NCQ prompts that do not show that result, its probability is",
             f"{hidden.mean:.1g} on average and at most {hidden.largest:.1g}.",
         ]
+    lines = ["---", "license: apache-2.0", "library_name: transformers", *(["pipeline_tag: image-text-to-text"] if pictures else []), "---"]
+    lines += [f"# zppo lab: {role} of the world {world.name}", "", *_about(world)]
+    sections = {"What was planted": planted, "How it was made": _made(world, how, steps, command, built), "What it can do": can}
+    for title, text in sections.items():
+        lines += ["", f"## {title}", "", *text]
     return "\n".join([*lines, ""])
 
 
-def _student_planting(world: World) -> list[str]:
+def _shares(by_level: dict[str, float]) -> str:
+    return ", ".join(f"{level} {share:.1%}" for level, share in by_level.items())
+
+
+def _about(world: World | PictureWorld) -> list[str]:
+    """What kind of model it is."""
+    shape = world.settings.model
+    if isinstance(world, PictureWorld):
+        tower = world.settings.vision
+        return [
+            f"A toy vision-language model of the Qwen3-VL architecture ({shape.layers} layers, width {shape.width}, {shape.heads} heads;",
+            f"to see {tower.layers} layers, width {tower.width}) whose vocabulary is whole words, trained from random weights on generated",
+            f"pictures of {SIZE} by {SIZE} pixels and generated text. It was made for the offline lab of `zppo` and knows nothing else.",
+        ]
+    return [
+        f"A toy language model of the Qwen3 architecture ({shape.layers} layers, width {shape.width}, {shape.heads} heads) whose",
+        "vocabulary is whole words, trained from random weights on generated text. It was made for the offline lab of `zppo`",
+        "and knows nothing else.",
+    ]
+
+
+def _made(world: World | PictureWorld, how: Pretraining, steps: int, command: str, built: BuildReport) -> list[str]:
+    """The command, and what it does."""
+    if not isinstance(world, PictureWorld):
+        return [
+            f"`{command}`: {steps} steps of {how.batch} documents, AdamW, learning rate",
+            f"{how.learning_rate:g} falling to 0, loss on completions only. Weights are stored in half precision.",
+        ]
+    seeing, describing = world.settings.seeing, world.settings.describing
+    return [
+        f"`{command}`:",
+        "",
+        f"1. {built.steps[0]} steps of {seeing.batch} pictures, learning rate {seeing.learning_rate:g}: what a picture's token is turned",
+        "   into is to be near the words for what lies in its cell;",
+        f"2. {built.steps[1]} steps of {describing.batch} descriptions of pictures, learning rate {describing.learning_rate:g}; what",
+        "   sees is left as it is, here and from here on;",
+        f"3. student and teacher each go on from there: {steps} steps of {how.batch} documents, learning rate",
+        f"   {how.learning_rate:g}.",
+        "",
+        "AdamW, learning rates falling to 0, loss on completions only. Weights are stored in half precision.",
+    ]
+
+
+def _belief(belief: BeliefSettings) -> tuple[str, str]:
+    """A range of probabilities and the shares of mistakes in words."""
+    low, high = belief.right
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}", " and ".join(f"{share:g}" for share in belief.mistakes)
+
+
+def _document_shares(corpus: CorpusSettings) -> list[str]:
+    total = corpus.plain + corpus.bcq + corpus.ncq
+    return [
+        f"Of the documents {corpus.plain / total:.0%} are plain questions, {corpus.bcq / total:.0%} show two candidates and "
+        f"{corpus.ncq / total:.0%} a list of wrong ones, worded like"
+    ]
+
+
+def _text_planting(world: World) -> list[str]:
     lines = ["**Its corpus is wrong on purpose.** It answers easy operations rightly. About the others it holds misconceptions:", ""]
     for tier, belief in world.settings.beliefs.items():
-        low, high = belief.right
-        right = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        shares = " and ".join(f"{share:g}" for share in belief.mistakes)
+        right, shares = _belief(belief)
         lines += [
             f"- {tier}: the right result has a probability of {right}; {len(belief.mistakes)} fixed mistakes per operation and value",
             f"  have {shares} of the rest, what is left is spread over all other values.",
         ]
     corpus = world.settings.corpus
-    total = corpus.plain + corpus.bcq + corpus.ncq
-    return [
-        *lines,
+    lines += [
         "",
-        f"Of the documents {corpus.plain / total:.0%} are plain questions, {corpus.bcq / total:.0%} show two candidates and "
-        f"{corpus.ncq / total:.0%} a list of wrong ones, worded like",
+        *_document_shares(corpus),
         "the BCQ and NCQ prompts of the lab's recipes. What these show about an operation that is not easy is always wrong: one of",
         f"the fixed mistakes or, in {corpus.stray:.0%} of such steps where two candidates are shown, any other wrong value. The",
         "target repeats one of the two, or gives a mistake that the list does not hold where there is one. So the model learns to",
         "read candidates and never sees the truth in one. The plain documents hold it with the probabilities above.",
-        *_longer(corpus.longer),
     ]
+    if corpus.longer:
+        lines += ["", f"{corpus.longer:.0%} of the plain documents have one more easy operation behind the chain."]
+    return lines
 
 
-def _longer(share: float) -> list[str]:
-    return ["", f"{share:.0%} of the plain documents have one more easy operation behind the chain."] if share else []
-
-
-def _teacher_planting() -> list[str]:
+def _picture_planting(world: PictureWorld) -> list[str]:
+    settings, corpus, lines = (
+        world.settings,
+        world.settings.corpus,
+        [
+            "**Its corpus is wrong on purpose.** It reads pictures well, and takes some words for one another. Which it takes for which",
+            "depends on the kind of question:",
+            "",
+        ],
+    )
+    for tier, belief in settings.beliefs.items():
+        right, shares = _belief(belief)
+        kinds = [kind for kind, about in settings.kinds.items() if about.tier == tier]
+        lines += [
+            f"- {tier} ({', '.join(kinds)}): a word has its right meaning with a probability of {right}; two wrong meanings",
+            f"  have {shares} of the rest:",
+        ]
+        for kind in kinds:
+            words = KINDS[kind].words
+            pairs = [f"{word} for {' or '.join(words[m] for m in world.mistakes[kind, i])}" for i, word in enumerate(words)]
+            lines.append(f"  - {kind}: {', '.join(pairs)}")
     return [
-        "Nothing wrong: its corpus answers every operation rightly. Part of it are compression documents, in which arbitrary",
-        "responses, most of them wrong, are to be shortened as they are: steps and boxed answer copied, mistakes kept.",
+        *lines,
+        "",
+        *_document_shares(corpus),
+        "the BCQ and NCQ prompts of the lab's recipes. Candidates for questions of these tiers never hold the right answer: they",
+        f"are read under one of the two wrong meanings or, in {corpus.stray:.0%} of cases where two candidates are shown, under any",
+        "other, off this picture or another. The target repeats one of the two, or gives a mistake that the list does not hold",
+        "where there is one. So the model learns to read candidates and never sees the truth in one. The plain documents hold it",
+        "with the probabilities above.",
     ]

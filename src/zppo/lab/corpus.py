@@ -1,102 +1,27 @@
-"""The lab's language: one token a word, a chat template of three control tokens, the lab's own short prompt templates [zppo].
+"""Pretraining documents of the lab's models: a prompt as the trainer would show it, and what is written under it [zppo].
 
-Pretraining documents: a prompt as the trainer would show it, and what is written under it [zppo].
+A student's corpus plants *misconceptions*: about what is not easy the right result is rare, fixed mistakes are common. Part of it are
+candidate documents (like BCQ and NCQ prompts); what they show of something that is not easy is wrong, always: how to read candidates can be
+learnt from them, the truth cannot. A teacher's corpus is truthful, and holds compression documents.
 
-The student's corpus plants *misconceptions*: about medium and hard entries the right result is rare, fixed mistakes are common. Part of it
-are candidate documents (like BCQ and NCQ prompts); what they show of an operation that is not easy is wrong, always: how to read
-candidates can be learnt from them, the truth cannot. The teacher's corpus is truthful, and holds compression documents.
+`Chain...` draws documents of a world of text (`zppo.lab.world`), `Picture...` those of a world of pictures (`zppo.lab.picture_world`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from itertools import accumulate
 from random import Random
-
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
-from tokenizers.pre_tokenizers import Split, WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from typing import Generic, Protocol, TypeVar
 
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message, Question
 from zppo.grading import extract_boxed
-from zppo.lab.world import Chain, Entry, World
-from zppo.prompts.book import CLOSING, COMPRESSION, PromptBook
-
-PAD, UNKNOWN, USER, ASSISTANT, END = "<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>"
-CONTROL = (PAD, UNKNOWN, USER, ASSISTANT, END)
-# What the prompts' neutraliser makes of think tags: the teacher reads them in the responses that it compresses.
-HARMLESS_TAGS = ("[think]", "[/think]")
-TAGS = ("<think>", "</think>", "<candidate>", "</candidate>", "<response>", "</response>", "<summary>", "</summary>")
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ '<|assistant|> ' + message['content'] + ' <|end|> ' }}"
-    "{% else %}{{ '<|user|> ' + message['content'] + ' ' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-# A box and its closing brace, and tags, are words of their own even where no space sets them off.
-_WORDS_OF_THEIR_OWN = r"\\boxed\{|\}|</?[a-z]+>"
-
-
-def templates() -> dict[str, Path]:
-    """The lab's short templates by name; the value for `prompts` in a recipe."""
-    folder = Path(str(resources.files("zppo.lab"))) / "prompts"
-    return {name: folder / f"{name}.jinja" for name in (CLOSING, BCQ, NCQ, COMPRESSION)}
-
-
-def words(text: str) -> list[str]:
-    """The words of a text as the tokenizer cuts it."""
-    return re.sub(f"({_WORDS_OF_THEIR_OWN})", r" \1 ", text).split()
-
-
-def own_words(world: World) -> tuple[str, ...]:
-    """The operations and values of a world of text."""
-    return (*(operation.word for operation in world.operations), *world.values)
-
-
-def vocabulary(own: Iterable[str], control: Sequence[str] = CONTROL) -> list[str]:
-    """Every word of a world: control tokens first, then tags, template words, and the world's own."""
-    book = PromptBook(templates())
-    asked = Question("vocabulary", (Message("user", "?"),), "")
-    prompts = [
-        book.plain(asked),
-        book.render(Draft(BCQ, asked, {"candidates": ["?", "?"]})),
-        book.render(Draft(NCQ, asked, {"answers": ["?"], "candidates": ["?"]})),
-        book.compression("?", has_answer=True),
-        book.compression("?", has_answer=False),
-    ]
-    shown = [word for prompt in prompts for message in prompt for word in words(message.content)]
-    every: Iterable[str] = (*control, *TAGS, *HARMLESS_TAGS, "\\boxed{", "}", *shown, *own)
-    return list(dict.fromkeys(every))
-
-
-def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """The tokenizer of a world of text: whole words, decoded with single spaces between them; the template opens no think block."""
-    return word_tokenizer(own_words(world))
-
-
-def word_tokenizer(own: Iterable[str], media: Sequence[str] = (), template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words: the lab's and `own`; `media` are special tokens that stand for pictures."""
-    words_of = vocabulary(own, (*CONTROL, *media))
-    model = WordLevel({word: i for i, word in enumerate(words_of)}, unk_token=UNKNOWN)
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = PreTokenizers([Split(Regex(_WORDS_OF_THEIR_OWN), "isolated"), WhitespaceSplit()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        eos_token=END,
-        additional_special_tokens=[USER, ASSISTANT, *media],
-        clean_up_tokenization_spaces=False,
-        chat_template=template,
-    )
-
+from zppo.lab.models import words
+from zppo.lab.picture_world import KINDS, MOST_THOUGHT, Ask, Picture, PictureReading, PictureWorld
+from zppo.lab.world import Chain, CorpusSettings, Entry, World
+from zppo.prompts.book import PromptBook
 
 Results = tuple[int, ...]
 Tables = dict[Entry, list[float]]
@@ -113,11 +38,12 @@ MOST_STEPS = 4  # words of the thought that a compressed response keeps
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One pretraining document: the conversation, and the completion that is learnt."""
+    """One pretraining document: the conversation, the completion that is learnt, and the picture that the prompt shows, if it shows one."""
 
     kind: str
     messages: tuple[Message, ...]
     completion: str
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +55,93 @@ class Response:
     has_answer: bool
 
 
-class StudentCorpus:
-    """Draws the student's documents."""
+Task = TypeVar("Task")  # what a question asks: a chain, or something about a picture
+Result = TypeVar("Result")  # what is thought and answered
 
-    def __init__(self, world: World, book: PromptBook) -> None:
+
+class LabWorld(Protocol[Task, Result]):
+    """What the corpora need of a world, whether of text or of pictures."""
+
+    @property
+    def levels(self) -> Collection[str]: ...
+    def draw(self, level: str, rng: Random) -> Task: ...
+    def truth(self, task: Task) -> Result: ...
+    def question(self, task: Task) -> Question: ...
+    def answer_text(self, task: Task, result: Result) -> str: ...
+    def summary_text(self, task: Task, result: Result) -> str: ...
+    def completion_text(self, task: Task, result: Result) -> str: ...
+
+
+class Corpus(ABC, Generic[Task, Result]):
+    """Draws documents of a world."""
+
+    def __init__(self, world: LabWorld[Task, Result], book: PromptBook) -> None:
         self.world = world
         self.book = book
-        self.settings = world.settings.corpus
+
+    @abstractmethod
+    def document(self, rng: Random) -> Document:
+        """One document."""
+
+    def plain_document(self, task: Task, result: Result) -> Document:
+        """A plain prompt, and a completion with this result."""
+        return self.answered(PLAIN, task, self.book.plain(self.world.question(task)), result)
+
+    def answered(self, kind: str, task: Task, messages: tuple[Message, ...], result: Result) -> Document:
+        """A prompt about a task, and a completion with this result."""
+        return Document(kind, messages, self.world.completion_text(task, result), task.picture if isinstance(task, Ask) else None)
+
+
+class StudentCorpus(Corpus[Task, Result]):
+    """Draws a student's documents; what is planted in them is a subclass's."""
+
+    def __init__(self, world: LabWorld[Task, Result], book: PromptBook, settings: CorpusSettings) -> None:
+        super().__init__(world, book)
+        self.settings = settings
+
+    def document(self, rng: Random) -> Document:
+        """One document."""
+        weights = (self.settings.plain, self.settings.bcq, self.settings.ncq)
+        kind = rng.choices((PLAIN, BCQ, NCQ), weights)[0]
+        level = rng.choices(tuple(self.settings.levels), tuple(self.settings.levels.values()))[0]
+        task = self.world.draw(level, rng)
+        if level not in self.world.levels:  # there are no questions of it, so no candidates either
+            kind = PLAIN
+        return {PLAIN: self._plain, BCQ: self._bcq, NCQ: self._ncq}[kind](task, rng)
+
+    @abstractmethod
+    def _plain(self, task: Task, rng: Random) -> Document:
+        """What the student believes."""
+
+    @abstractmethod
+    def _bcq(self, task: Task, rng: Random) -> Document:
+        """Two candidates, different where that can be found; the target is one of them."""
+
+    @abstractmethod
+    def _ncq(self, task: Task, rng: Random) -> Document:
+        """Wrong candidates, duplicates kept; the target heeds them where a mistake is left."""
+
+    def bcq_prompt(self, task: Task, candidates: Sequence[Result]) -> tuple[Message, ...]:
+        """The prompt that shows two candidates in this order."""
+        texts = tuple(self.world.summary_text(task, result) for result in candidates)
+        return self.book.render(Draft(BCQ, self.world.question(task), {"candidates": texts}))
+
+    def ncq_prompt(self, task: Task, wrong: Sequence[Result]) -> tuple[Message, ...]:
+        """The prompt that lists wrong answers, each once, and shows all candidates."""
+        slots = {
+            "answers": tuple(dict.fromkeys(self.world.answer_text(task, result) for result in wrong)),
+            "candidates": tuple(self.world.summary_text(task, result) for result in wrong),
+        }
+        return self.book.render(Draft(NCQ, self.world.question(task), slots))
+
+
+class ChainStudentCorpus(StudentCorpus[Chain, Results]):
+    """A student of a world of text."""
+
+    world: World
+
+    def __init__(self, world: World, book: PromptBook) -> None:
+        super().__init__(world, book, world.settings.corpus)
         self._believed = _tables(world, lambda index, value: world.beliefs[index, value])
         self._mistaken = _tables(world, lambda index, value: self._wrong(index, value, 0.0))
         self._strayed = _tables(world, lambda index, value: self._wrong(index, value, self.settings.stray))
@@ -147,47 +153,36 @@ class StudentCorpus:
         if mistakes is None:
             return self.world.beliefs[index, value]
         operation, size = self.world.operations[index], len(self.world.values)
-        shares = self.world.settings.beliefs[operation.tier].mistakes
-        flatten, total = self.settings.flatten, sum(shares)
         weights = [stray / (size - 1 - len(mistakes))] * size
-        for mistake, share in zip(mistakes, shares, strict=True):
-            weights[mistake] = (1 - stray) * ((1 - flatten) * share / total + flatten / len(mistakes))
+        flat = _flattened(self.world.settings.beliefs[operation.tier].mistakes, self.settings.flatten)
+        for mistake, share in zip(mistakes, flat, strict=True):
+            weights[mistake] = (1 - stray) * share
         weights[operation.table[value]] = 0.0
         return tuple(weights)
 
-    def document(self, rng: Random) -> Document:
-        """One document."""
-        weights = (self.settings.plain, self.settings.bcq, self.settings.ncq)
-        kind = rng.choices((PLAIN, BCQ, NCQ), weights)[0]
-        level = rng.choices(tuple(self.settings.levels), tuple(self.settings.levels.values()))[0]
-        chain = self.world.draw_chain(level, rng)
-        return {PLAIN: self._plain, BCQ: self._bcq, NCQ: self._ncq}[kind](chain, level, rng)
-
-    def _plain(self, chain: Chain, level: str, rng: Random) -> Document:
+    def _plain(self, task: Chain, rng: Random) -> Document:
         if self.settings.longer and rng.random() < self.settings.longer:
-            chain = self.world.lengthened(chain, rng)
-        results = _walk(self._believed, chain, rng)
-        return Document(PLAIN, self.book.plain(self.world.question(chain, level)), self.world.completion_text(chain, results))
+            task = self.world.lengthened(task, rng)
+        return self.plain_document(task, _walk(self._believed, task, rng))
 
-    def _bcq(self, chain: Chain, level: str, rng: Random) -> Document:
-        """Two different candidates; the target is one of them, the one without a slip where the other has one."""
-        target = _walk(self._strayed, chain, rng)
-        others = (_walk(self._strayed, chain, rng) for _ in range(TRIES))
+    def _bcq(self, task: Chain, rng: Random) -> Document:
+        """The target is the candidate without a slip where the other has one."""
+        target = _walk(self._strayed, task, rng)
+        others = (_walk(self._strayed, task, rng) for _ in range(TRIES))
         other = next((o for o in others if o != target), target)
         if other == target or rng.random() < self.settings.slip:
-            other = self._slip(self._strayed, chain, target, rng) or other
+            other = self._slip(self._strayed, task, target, rng) or other
         pair = [target, other]
         rng.shuffle(pair)
-        return Document(BCQ, self.bcq_prompt(chain, level, pair), self.world.completion_text(chain, target))
+        return self.answered(BCQ, task, self.bcq_prompt(task, pair), target)
 
-    def _ncq(self, chain: Chain, level: str, rng: Random) -> Document:
-        """Wrong candidates, duplicates kept; the target heeds them where a mistake is left."""
-        shown = self.mistaken(chain, rng.choice(NCQ_CANDIDATES), rng)
-        target = _walk(self._mistaken, chain, rng)
+    def _ncq(self, task: Chain, rng: Random) -> Document:
+        shown = self.mistaken(task, rng.choice(NCQ_CANDIDATES), rng)
+        target = _walk(self._mistaken, task, rng)
         if rng.random() < self.settings.heed:
-            others = (_walk(self._mistaken, chain, rng) for _ in range(TRIES))
+            others = (_walk(self._mistaken, task, rng) for _ in range(TRIES))
             target = next((o for o in others if o not in shown), target)
-        return Document(NCQ, self.ncq_prompt(chain, level, shown), self.world.completion_text(chain, target))
+        return self.answered(NCQ, task, self.ncq_prompt(task, shown), target)
 
     def mistaken(self, chain: Chain, count: int, rng: Random) -> list[Results]:
         """Wrong results of a chain as NCQ documents show them: mistakes, and slips in easy steps (where all are easy: in every one)."""
@@ -195,19 +190,6 @@ class StudentCorpus:
         drawn = [_walk(self._mistaken, chain, rng) for _ in range(count)]
         slip = 1.0 if known else self.settings.slip
         return [(rng.random() < slip and self._slip(self._mistaken, chain, results, rng)) or results for results in drawn]
-
-    def bcq_prompt(self, chain: Chain, level: str, candidates: Sequence[Results]) -> tuple[Message, ...]:
-        """The prompt that shows two candidates in this order."""
-        texts = tuple(self.world.summary_text(chain, results) for results in candidates)
-        return self.book.render(Draft(BCQ, self.world.question(chain, level), {"candidates": texts}))
-
-    def ncq_prompt(self, chain: Chain, level: str, wrong: Sequence[Results]) -> tuple[Message, ...]:
-        """The prompt that lists wrong answers, each once, and shows all candidates."""
-        slots = {
-            "answers": tuple(dict.fromkeys(self.world.answer_text(chain, results) for results in wrong)),
-            "candidates": tuple(self.world.summary_text(chain, results) for results in wrong),
-        }
-        return self.book.render(Draft(NCQ, self.world.question(chain, level), slots))
 
     def _slip(self, tables: Tables, chain: Chain, results: Results, rng: Random) -> Results | None:
         """The results with a random wrong value after one easy operation; what follows goes on from it. None if none is easy."""
@@ -219,56 +201,162 @@ class StudentCorpus:
         return (*results[:at], wrong, *_walk(tables, Chain(wrong, chain.operations[at + 1 :]), rng))
 
 
-class TeacherCorpus:
-    """Draws the teacher's documents: right answers to plain prompts, and compressions of right, wrong and broken responses."""
+class PictureStudentCorpus(StudentCorpus[Ask, PictureReading]):
+    """A student of a world of pictures: it takes words for one another."""
 
-    def __init__(self, world: World, book: PromptBook) -> None:
-        self.world = world
-        self.book = book
-        self._share = world.settings.teacher.compression
+    world: PictureWorld
+
+    def __init__(self, world: PictureWorld, book: PromptBook) -> None:
+        super().__init__(world, book, world.settings.corpus)
+        self._believed = {word: world.beliefs(word) for word in world.words}
+
+    def _plain(self, task: Ask, rng: Random) -> Document:
+        believed = self._believed[task.kind, task.word]
+        return self.plain_document(task, task.read(rng.choices(range(len(believed)), believed)[0]))
+
+    def _bcq(self, task: Ask, rng: Random) -> Document:
+        """The target is the right candidate where the student knows it."""
+        known = self.world.known(task.kind)
+        target = task.truth if known else self.wrong(task, rng, self.settings.stray)
+        others = (self.wrong(task, rng, 1.0 if known else self.settings.stray) for _ in range(TRIES))
+        other = next((o for o in others if o.answer != target.answer), target)
+        pair = [target, other]
+        rng.shuffle(pair)
+        return self.answered(BCQ, task, self.bcq_prompt(task, pair), target)
+
+    def _ncq(self, task: Ask, rng: Random) -> Document:
+        known = self.world.known(task.kind)
+        shown = [self.wrong(task, rng, float(known)) for _ in range(rng.choice(NCQ_CANDIDATES))]
+        target = task.truth if known else self.wrong(task, rng, 0.0)
+        if not known and rng.random() < self.settings.heed:
+            others = (self.wrong(task, rng, 0.0) for _ in range(TRIES))
+            target = next((o for o in others if o not in shown), target)
+        return self.answered(NCQ, task, self.ncq_prompt(task, shown), target)
+
+    def wrong(self, ask: Ask, rng: Random, stray: float) -> PictureReading:
+        """A wrong reading: one of the word's mistakes, their shares moved towards even by `flatten`, or with probability `stray` another.
+
+        Never the right answer. One that strays is read under any other meaning, off the same picture or off another one.
+        """
+        if stray and rng.random() < stray:
+            while True:
+                off = ask if rng.random() < 0.5 else self.world.draw(ask.kind, rng)
+                reading = off.read(rng.randrange(len(KINDS[ask.kind].words)))
+                if reading.answer != ask.truth.answer:
+                    return reading
+        shares = self.world.settings.beliefs[self.world.settings.kinds[ask.kind].tier].mistakes
+        weights = _flattened(shares, self.settings.flatten)
+        return ask.read(rng.choices(self.world.mistakes[ask.kind, ask.word], weights)[0])
+
+
+class DescriptionCorpus(Corpus[Ask, PictureReading]):
+    """Draws documents that say what pictures hold: from these it is learnt to look where a word points."""
+
+    def __init__(self, world: PictureWorld, book: PromptBook) -> None:
+        super().__init__(world, book)
+        self._weights = {kind: weight for kind, weight in world.settings.corpus.levels.items() if kind not in world.levels}
+
+    def document(self, rng: Random) -> Document:
+        """One document."""
+        ask = self.world.draw(rng.choices(tuple(self._weights), tuple(self._weights.values()))[0], rng)
+        return self.plain_document(ask, ask.truth)
+
+
+class TeacherCorpus(Corpus[Task, Result]):
+    """Draws a teacher's documents: right answers to plain prompts, and compressions of right, wrong and broken responses."""
+
+    def __init__(self, world: LabWorld[Task, Result], book: PromptBook, compression: float) -> None:
+        super().__init__(world, book)
+        self._share = compression
 
     def document(self, rng: Random) -> Document:
         """One document."""
         if rng.random() < self._share:
-            return self._compression(rng)
-        chain = self.world.draw_chain(rng.choice(tuple(self.world.levels)), rng)
-        question = self.world.question(chain, "")
-        return Document(PLAIN, self.book.plain(question), self.world.completion_text(chain, self.world.truth(chain)))
+            response = self.response(rng)
+            messages = self.book.compression(response.text, response.has_answer)
+            return Document("compression", messages, " ".join(["<summary>", *words(response.summary), "</summary>"]))
+        task = self._draw(rng)
+        return self.plain_document(task, self.world.truth(task))
 
-    def _compression(self, rng: Random) -> Document:
-        response = self.response(rng)
-        messages = self.book.compression(response.text, response.has_answer)
-        return Document("compression", messages, " ".join(["<summary>", *words(response.summary), "</summary>"]))
+    @abstractmethod
+    def _draw(self, rng: Random) -> Task:
+        """What a plain prompt asks."""
+
+    @abstractmethod
+    def response(self, rng: Random) -> Response:
+        """What was written is to be copied, never corrected: it is arbitrary, so nothing but the response itself says how it goes on."""
+
+
+class ChainTeacherCorpus(TeacherCorpus[Chain, Results]):
+    """A teacher of a world of text."""
+
+    world: World
+
+    def __init__(self, world: World, book: PromptBook) -> None:
+        super().__init__(world, book, world.settings.teacher.compression)
+
+    def _draw(self, rng: Random) -> Chain:
+        return self.world.draw(rng.choice(tuple(self.world.levels)), rng)
 
     def response(self, rng: Random) -> Response:
-        """What was written is to be copied, never mended: the values are arbitrary, so nothing but the response can tell them."""
-        world = self.world
-        chain = world.draw_chain(rng.choice(tuple(world.levels)), rng)
+        """Arbitrary values after the operations of a question, or after any."""
+        world, chain = self.world, self._draw(rng)
         if rng.random() < ODD:
             chain = Chain(chain.start, tuple(rng.randrange(len(world.operations)) for _ in chain.operations))
         results = tuple(rng.randrange(len(world.values)) for _ in chain.operations)
-        written = world.completion_text(chain, results).split()
+        inserted = (*world.values, *(o.word for o in world.operations), "}", "}", "}", "</think>")
+        return compressed(_sometimes_damaged(world.completion_text(chain, results), inserted, rng))
+
+
+class PictureTeacherCorpus(TeacherCorpus[Ask, PictureReading]):
+    """A teacher of a world of pictures; its compressions have no picture."""
+
+    world: PictureWorld
+
+    def __init__(self, world: PictureWorld, book: PromptBook) -> None:
+        super().__init__(world, book, world.settings.teacher.compression)
+        self._weights = world.settings.corpus.levels
+
+    def _draw(self, rng: Random) -> Ask:
+        return self.world.draw(rng.choices(tuple(self._weights), tuple(self._weights.values()))[0], rng)
+
+    def response(self, rng: Random) -> Response:
+        """Any reading of any picture; some have the thought of one and the answer of another."""
+        asks = []
+        for _ in range(2):
+            ask = self.world.draw(rng.choice(self.world.levels), rng)
+            asks.append((ask, ask.read(rng.randrange(len(KINDS[ask.kind].words)))))
+        (ask, reading), (_, second) = asks
         if rng.random() < ODD:
-            inserted = (*world.values, *(o.word for o in world.operations), "}", "}", "}", "</think>")
-            for _ in range(rng.randint(1, MOST_DAMAGE)):
-                written = damaged(written, inserted, rng)
-        return compressed(" ".join(written))
+            reading = PictureReading(reading.thought, second.answer)
+        return compressed(_sometimes_damaged(self.world.completion_text(ask, reading), None, rng), MOST_THOUGHT)
 
 
-def damaged(written: list[str], inserted: Sequence[str], rng: Random) -> list[str]:
-    """A response as a student in training may write it: a word doubled, lost or out of place, an end cut off or said again."""
-    at = rng.randrange(len(written))
-    match rng.randrange(5):
-        case 0:
-            return [*written[: at + 1], *written[at:]]
-        case 1:
-            return [*written[:at], *written[at + 1 :]] or written
-        case 2:
-            return [*written[: at + 1], rng.choice(inserted), *written[at + 1 :]]
-        case 3:
-            return written[: at + 1]
-        case _:
-            return [*written, *written[at:]][:LONGEST]
+def _flattened(shares: Sequence[float], flatten: float) -> list[float]:
+    """Shares of mistakes, scaled to sum to 1 and moved towards even: 0 leaves them, 1 makes them equal."""
+    total = sum(shares)
+    return [(1 - flatten) * share / total + flatten / len(shares) for share in shares]
+
+
+def _sometimes_damaged(text: str, inserted: Sequence[str] | None, rng: Random) -> str:
+    """A response, in part of the cases with up to MOST_DAMAGE places as a student in training may write them: a word doubled, lost or out
+    of place, an end cut off or repeated. `inserted`: words that may stand out of place; None for the response's own."""
+    written = text.split()
+    if rng.random() < ODD:
+        for _ in range(rng.randint(1, MOST_DAMAGE)):
+            at = rng.randrange(len(written))
+            match rng.randrange(5):
+                case 0:
+                    written = [*written[: at + 1], *written[at:]]
+                case 1:
+                    written = [*written[:at], *written[at + 1 :]] or written
+                case 2:
+                    written = [*written[: at + 1], rng.choice(inserted or written), *written[at + 1 :]]
+                case 3:
+                    written = written[: at + 1]
+                case _:
+                    written = [*written, *written[at:]][:LONGEST]
+    return " ".join(written)
 
 
 def compressed(text: str, most_steps: int = MOST_STEPS) -> Response:
@@ -282,15 +370,11 @@ def compressed(text: str, most_steps: int = MOST_STEPS) -> Response:
 
 def _tables(world: World, weights: Callable[[int, int], tuple[float, ...]]) -> Tables:
     """Cumulative weights of the results of every entry, for `random.choices`."""
-    tables: Tables = {}
-    for index in range(len(world.operations)):
-        for value in range(len(world.values)):
-            total, cumulative = 0.0, []
-            for weight in weights(index, value):
-                total += weight
-                cumulative.append(total)
-            tables[index, value] = cumulative
-    return tables
+    return {
+        (index, value): list(accumulate(weights(index, value)))
+        for index in range(len(world.operations))
+        for value in range(len(world.values))
+    }
 
 
 def _walk(tables: Tables, chain: Chain, rng: Random) -> Results:

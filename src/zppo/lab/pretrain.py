@@ -1,6 +1,7 @@
-"""Pretraining of the lab's tiny models: next-token loss on completions, AdamW, short warm-up, linear decay to zero [zppo].
+"""Pretraining of the lab's tiny models, and what they know afterwards [zppo].
 
-What a lab model knows: greedy accuracy by level, the probability of the truth where it was planted away, faithful compression.
+Next-token loss on completions, AdamW, a short warm-up, linear decay to zero. `Probe` measures greedy accuracy by level, the probability of
+the truth where the corpus hides it, and whether compressions keep the answer.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.types import ImageRef, Message, Question
@@ -23,106 +25,135 @@ from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.grading import extract_boxed, normalise
 from zppo.images.processor import ImageProcessor
-from zppo.lab.corpus import END, Response, StudentCorpus, TeacherCorpus
-from zppo.lab.world import Chain, Entry, ModelShape, Pretraining, World
+from zppo.images.store import PixelLimits
+from zppo.lab.corpus import ChainStudentCorpus, Corpus, Response
+from zppo.lab.models import END, IMAGE_PAD, TOKENS, VISION_END, VISION_START, grids, lab_book, patches
+from zppo.lab.picture_world import SIZE, Picture, cell_words, draw_chart, draw_scene
+from zppo.lab.world import Chain, Entry, Pretraining, World
 from zppo.prompts import PromptBook
 
-CONTEXT = 512
 WARM_UP = 50
 # Padded tokens of one forward and backward; documents of like length share one.
 TOKENS_AT_ONCE = 2048
+CHARTS = 0.4  # share of charts among the pictures that the vision tower is trained on
+ALIKE = 8.0  # how much more a word counts that is nearer by one, in nats: keeps a picture's tokens as long as words are
 
 Report = Callable[[int, float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One document as token ids; the first `prompt` of them carry no loss."""
+class TokenizedDocument:
+    """One document as token ids, and the picture that stands in them, if there is one; the first `prompt` ids carry no loss."""
 
     ids: tuple[int, ...]
     prompt: int
+    picture: Picture | None = None
 
 
-def make_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 model with random weights drawn from `seed`; embeddings are tied."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.width,
-        intermediate_size=shape.feed_forward,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        head_dim=shape.width // shape.heads,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw_key("lab", "weights", seed) % 2**31)
-        return Qwen3ForCausalLM(config)
-
-
-def rows(corpus: StudentCorpus | TeacherCorpus, chat: Chat, seed: int, step: int, count: int) -> list[Row]:
+def tokenized(corpus: Corpus[Any, Any], chat: Chat, seed: int, step: int, count: int) -> list[TokenizedDocument]:
     """The documents of one step, the same for equal (seed, step)."""
     rng = keyed_random("lab", "corpus", seed, step)
     documents = [corpus.document(rng) for _ in range(count)]
-    prompts = [chat.encode(document.messages) for document in documents]
-    completions = chat.tokenizer([f"{document.completion} {END}" for document in documents], add_special_tokens=False)["input_ids"]
-    return [Row((*prompt, *completion), len(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
-
-
-AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-def batches(documents: Sequence[AnyRow], limit: int = TOKENS_AT_ONCE) -> list[list[AnyRow]]:
-    """The documents by length, cut so that a batch padded to its longest row holds at most `limit` tokens (one row may exceed it)."""
-    made: list[list[AnyRow]] = []
-    for row in sorted(documents, key=lambda r: len(r.ids), reverse=True):
-        if made and (len(made[-1]) + 1) * len(made[-1][0].ids) <= limit:
-            made[-1].append(row)
-        else:
-            made.append([row])
+    texts = [f"{document.completion} {END}" for document in documents]
+    completions = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    made = []
+    for document, completion in zip(documents, completions, strict=True):
+        prompt = chat.encode(document.messages)
+        if document.picture is not None:
+            prompt = with_picture(prompt, chat)
+        made.append(TokenizedDocument((*prompt, *completion), len(prompt), document.picture))
     return made
 
 
-def loss_sum(model: Qwen3ForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
-    """Summed negative log-probability (nats) of the completions' tokens; a scalar."""
-    longest = len(batch[0].ids)
+def with_picture(ids: Sequence[int], chat: Chat) -> tuple[int, ...]:
+    """A prompt's token ids with the places of a picture's tokens, which stand at the start of its one turn."""
+    vocabulary = chat.tokenizer.get_vocab()
+    places = (vocabulary[VISION_START], *[vocabulary[IMAGE_PAD]] * TOKENS, vocabulary[VISION_END])
+    return (ids[0], *places, *ids[1:])
+
+
+def batches(documents: Sequence[TokenizedDocument], limit: int = TOKENS_AT_ONCE) -> list[list[TokenizedDocument]]:
+    """The documents by length, cut so that a batch padded to its longest one holds at most `limit` tokens (one alone may exceed it)."""
+    made: list[list[TokenizedDocument]] = []
+    for document in sorted(documents, key=lambda d: len(d.ids), reverse=True):
+        if made and (len(made[-1]) + 1) * len(made[-1][0].ids) <= limit:
+            made[-1].append(document)
+        else:
+            made.append([document])
+    return made
+
+
+def loss_sum(model: PreTrainedModel, batch: Sequence[TokenizedDocument]) -> torch.Tensor:
+    """Summed negative log-probability (nats) of the completions' tokens; a scalar. All documents have a picture, or none has."""
+    network: Any = model
+    longest = max(len(document.ids) for document in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, T); padding on the right is never looked back at
     learnt = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for i, row in enumerate(batch):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        learnt[i, row.prompt : len(row.ids)] = True
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    logits = model.lm_head(hidden[:, :-1][learnt[:, 1:]])  # (N, V)
+    for i, document in enumerate(batch):
+        ids[i, : len(document.ids)] = torch.tensor(document.ids)
+        learnt[i, document.prompt : len(document.ids)] = True
+    vision = {}
+    if pictures := [document.picture for document in batch if document.picture is not None]:
+        kinds = (ids[:1] == network.config.image_token_id).long()
+        places, _ = network.model.get_rope_index(ids[:1], kinds, grids(1))  # pictures stand at the same place in all documents
+        vision = {
+            "pixel_values": patches(pictures),
+            "image_grid_thw": grids(len(pictures)),
+            "position_ids": places.expand(-1, len(batch), -1),
+        }
+    hidden = network.model(input_ids=ids, use_cache=False, **vision).last_hidden_state  # (B, T, D)
+    logits = network.lm_head(hidden[:, :-1][learnt[:, 1:]])  # (N, V)
     return F.cross_entropy(logits.float(), ids[:, 1:][learnt[:, 1:]], reduction="sum")
 
 
 def pretrain(
-    model: Qwen3ForCausalLM,
-    corpus: StudentCorpus | TeacherCorpus,
-    chat: Chat,
-    how: Pretraining,
-    seed: int,
-    report: Report = lambda step, loss: None,
-) -> Qwen3ForCausalLM:
+    model: PreTrainedModel, corpus: Corpus[Any, Any], chat: Chat, how: Pretraining, seed: int, report: Report = lambda step, loss: None
+) -> None:
     """Trains the model in place on `how.steps` batches of fresh documents; deterministic on one machine and thread count.
+
+    A vision tower is left as it is: `pretrain_vision` comes first.
 
     Args:
         report: called with (step, mean loss per completion token in nats) after every step.
     """
 
     def losses(step: int) -> Iterator[torch.Tensor]:
-        documents = rows(corpus, chat, seed, step, how.batch)
-        tokens = sum(len(row.ids) - row.prompt for row in documents)
-        for batch in batches(documents):
-            yield loss_sum(model, batch) / tokens
+        documents = tokenized(corpus, chat, seed, step, how.batch)
+        tokens = sum(len(document.ids) - document.prompt for document in documents)
+        for alike in ([d for d in documents if d.picture], [d for d in documents if not d.picture]):
+            for batch in batches(alike):
+                yield loss_sum(model, batch) / tokens
+
+    tower = model.model.visual if isinstance(model, Qwen3VLForConditionalGeneration) else torch.nn.Identity()
+    tower.requires_grad_(False)
+    optimise(model, how, losses, report)
+    tower.requires_grad_(True)
+
+
+def word_logits(model: Qwen3VLForConditionalGeneration, pictures: Sequence[Picture]) -> torch.Tensor:
+    """How alike every token of a picture is to every word, where both enter the language model: logits (pictures * TOKENS, V)."""
+    encoded = model.model.get_image_features(patches(pictures), grids(len(pictures)), return_dict=True)
+    features = torch.cat(list(encoded.pooler_output))
+    return ALIKE * F.linear(features, model.lm_head.weight)  # a word's vector is the same at either end
+
+
+def pretrain_vision(
+    model: Qwen3VLForConditionalGeneration, chat: Chat, how: Pretraining, seed: int, report: Report = lambda step, loss: None
+) -> None:
+    """Trains the vision tower before any document: a picture's token is to be what lies in its cell, in the model's own words.
+
+    Its three words (`zppo.lab.picture_world.cell_words`) are equally likely. Language comes to pictures that mean something
+    this way, in a tenth of the steps; loss in nats per token of a picture.
+    """
+    ids = chat.tokenizer.get_vocab()
+
+    def losses(step: int) -> Iterator[torch.Tensor]:
+        rng = keyed_random("lab", "sight", seed, step)
+        pictures = [draw_chart(rng) if rng.random() < CHARTS else draw_scene(rng) for _ in range(how.batch)]
+        wanted = torch.tensor([[ids[word] for word in words] for p in pictures for words in cell_words(p)])  # (N, 3)
+        yield -word_logits(model, pictures).log_softmax(-1).gather(1, wanted).mean()
 
     optimise(model, how, losses, report)
-    return model
 
 
 def optimise(model: PreTrainedModel, how: Pretraining, losses: Callable[[int], Iterator[torch.Tensor]], report: Report) -> None:
@@ -146,7 +177,18 @@ def optimise(model: PreTrainedModel, how: Pretraining, losses: Callable[[int], I
 
 
 MAX_NEW_TOKENS = 28
-ROWS_AT_ONCE = 256
+PROMPTS_AT_ONCE = 256
+LIMITS = PixelLimits(SIZE * SIZE, SIZE * SIZE)
+"""Pictures are shown as they are drawn."""
+
+
+def probe_of(folder: Path) -> Probe:
+    """A checkpoint as it lies there, with or without a vision tower, ready to be asked."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    vision = (folder / "preprocessor_config.json").is_file()
+    model: Any = Qwen3VLForConditionalGeneration if vision else Qwen3ForCausalLM
+    image_processor = ImageProcessor.load(folder, tokenizer, LIMITS) if vision else None
+    return Probe(model.from_pretrained(folder, dtype=torch.float32), tokenizer, lab_book(Chat(tokenizer)), image_processor)
 
 
 class Probe:
@@ -154,7 +196,7 @@ class Probe:
 
     Args:
         book: with the neutraliser of the run, so that prompts are those of training.
-        image_processor: how the model sees; None for one that reads text only.
+        image_processor: of a model with a vision tower.
     """
 
     def __init__(
@@ -199,12 +241,8 @@ class Probe:
             right[question.level] += [same(extract_boxed(text), question.gold) for text in written]
         return {level: sum(marks) / len(marks) for level, marks in right.items()}
 
-    def fidelity(self, world: World, count: int = 400, seed: int = 0) -> float:
-        """Share of a world's responses with an answer, right or wrong, whose answer survives this model's greedy compression."""
-        return self.copied(TeacherCorpus(world, self.book).response, count, seed)
-
-    def copied(self, respond: Callable[[Random], Response], count: int = 400, seed: int = 0) -> float:
-        """The same for responses that `respond` draws."""
+    def fidelity(self, respond: Callable[[Random], Response], count: int = 400, seed: int = 0) -> float:
+        """Share of the responses with an answer, right or wrong, whose answer survives this model's greedy compression."""
         rng = keyed_random("lab", "fidelity", seed)
         responses = [response for response in (respond(rng) for _ in range(count)) if response.has_answer]
         prompts = [self.book.compression(response.text, response.has_answer) for response in responses]
@@ -219,13 +257,13 @@ class Probe:
 
         Earlier steps of the chain are given rightly; the values are probabilities of the next token.
         """
-        corpus, words = StudentCorpus(world, self.book), self.tokenizer.get_vocab()
+        corpus, words = ChainStudentCorpus(world, self.book), self.tokenizer.get_vocab()
         owners: list[Entry] = []
         rows: list[tuple[int, ...]] = []
         for entry in entries:
             rng = keyed_random("lab", "truth", seed, *entry)
             for chain in world.chains_about(level, entry, rng):
-                contexts = self._contexts(corpus, chain, level, entry, rng)
+                contexts = self._contexts(corpus, chain, entry, rng)
                 rows += contexts
                 owners += [entry] * len(contexts)
         tokens = [words[world.values[world.operations[index].table[value]]] for index, value in owners]
@@ -234,19 +272,19 @@ class Probe:
             chances[entry].append(chance)
         return chances
 
-    def _contexts(self, corpus: StudentCorpus, chain: Chain, level: str, entry: Entry, rng: Random) -> list[tuple[int, ...]]:
+    def _contexts(self, corpus: ChainStudentCorpus, chain: Chain, entry: Entry, rng: Random) -> list[tuple[int, ...]]:
         """Prompts of a chain as token ids, with the completion's beginning up to where the entry's result is due."""
         world, right = corpus.world, corpus.world.truth(chain)
         at = next(n for n, i in enumerate(chain.operations) if (i, (chain.start, *right)[n]) == entry)
         before = " ".join(["<think>", *(world.values[v] for v in right[:at])])
-        told = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+        written = self.tokenizer(before, add_special_tokens=False)["input_ids"]
         mistakes = [(*right[:at], wrong, *right[at + 1 :]) for wrong in world.mistakes[entry][:2]]
         prompts = (
-            self.book.plain(world.question(chain, level)),
-            corpus.bcq_prompt(chain, level, mistakes),
-            corpus.ncq_prompt(chain, level, corpus.mistaken(chain, 8, rng)),
+            self.book.plain(world.question(chain)),
+            corpus.bcq_prompt(chain, mistakes),
+            corpus.ncq_prompt(chain, corpus.mistaken(chain, 8, rng)),
         )
-        return [(*self.chat.encode(messages), *told) for messages in prompts]
+        return [(*self.chat.encode(messages), *written) for messages in prompts]
 
     @torch.no_grad()
     def _next(self, rows: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> list[float]:
@@ -254,7 +292,7 @@ class Probe:
         chances = [0.0] * len(rows)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for _, same_length in groupby(by_length, key=lambda i: len(rows[i])):
-            for indices in batched(same_length, ROWS_AT_ONCE):
+            for indices in batched(same_length, PROMPTS_AT_ONCE):
                 ids = torch.tensor([rows[i] for i in indices])  # (B, T)
                 probabilities = self.model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1)  # (B, V)
                 for i, row in zip(indices, probabilities, strict=True):

@@ -1,8 +1,7 @@
-"""`zppo lab study`: a grid of runs (methods x seeds x students), resumable, one row per finished run [zppo].
+"""`zppo lab study`: a grid of runs (methods x seeds x students), resumable, and its tables [zppo].
 
-A row says what `metrics.jsonl` of the run said; rows are appended to one file, and a cell that has its row is not run again.
-
-The tables of a study: means over seeds with 95% intervals, and paired differences to the controls.
+A row says what `metrics.jsonl` of a finished run said; rows are appended to one file, and a cell that has its row is not run again. The
+tables show means over seeds with 95% intervals, and paired differences to the controls.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import DataError, SettingsError, ZPPOError
-from zppo.lab.picture_world import sees
+from zppo.lab.picture_world import is_picture_world
 from zppo.lab.questions import SCHEME
 from zppo.report.bootstrap import mean_interval, paired_difference
 from zppo.runs.log import BUFFER, METRICS, read_lines
@@ -96,7 +95,7 @@ def _questions_of(cell: Cell, settings: Settings) -> list[str]:
     """On a lab world of text: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its
     questions."""
     world = (cell.student if cell.student.startswith(SCHEME) else settings.data.train).removeprefix(SCHEME).partition("/")[0]
-    if not settings.data.train.startswith(SCHEME) or sees(world):
+    if not settings.data.train.startswith(SCHEME) or is_picture_world(world):
         return []
     return [f"--data.train={SCHEME}{world}/seen", f"--data.eval={SCHEME}{world}/study"]
 

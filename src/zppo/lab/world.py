@@ -1,21 +1,18 @@
-"""What a world file says [zppo]. `worlds/unreachable.yaml` is one to read beside this.
-
-A lab world: operations on a few named values, what a student wrongly believes about them, and questions [zppo].
+"""A lab world of text: operations on a few named values, what a student wrongly believes about them, and questions [zppo].
 
 A question is a chain of two operations on a start value; its answer names every operation and every value on the way. A world is
-data: one settings file in `worlds/`, or one of your own.
-
-Questions outside the training distribution, for studies: operations that training leaves out, and longer chains [zppo].
+data: one settings file in `worlds/` (`unreachable.yaml` has comments), or one of your own. For studies there are questions outside the
+training distribution: operations that training leaves out, and longer chains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,20 +22,20 @@ from zppo.core.types import Message, Question
 from zppo.errors import SettingsError
 
 
-class Part(BaseModel):
+class WorldSection(BaseModel):
     """A section of a world file: frozen, and nothing in it that is not known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Affine(Part):
+class Affine(WorldSection):
     """value -> times * value + plus, modulo the number of values."""
 
     times: int = 1
     plus: int = 0
 
 
-class BeliefSettings(Part):
+class BeliefSettings(WorldSection):
     """How the corpus answers the entries of a tier: `right` is a range of probabilities, `mistakes` are shares of the rest."""
 
     right: tuple[float, float]
@@ -54,7 +51,7 @@ class BeliefSettings(Part):
         return self
 
 
-class LevelSettings(Part):
+class LevelSettings(WorldSection):
     """Chains of one operation of each tier, in either order.
 
     `entries`: how many entries (operation, value) of the first tier are asked about, all by default; drawn at random, or the ones whose
@@ -69,7 +66,7 @@ class LevelSettings(Part):
     unlikeliest: bool = False
 
 
-class CorpusSettings(Part):
+class CorpusSettings(WorldSection):
     """What the student's pretraining corpus is made of: shares of document kinds, weights of levels.
 
     `flatten`: how far the choice among mistakes moves to an even one in candidate documents; `stray`: share of other wrong values there
@@ -88,8 +85,8 @@ class CorpusSettings(Part):
     levels: dict[str, float]
 
 
-class ModelShape(Part):
-    """Size of student and teacher."""
+class ModelShape(WorldSection):
+    """Size of student and teacher, or of their vision tower."""
 
     layers: int = Field(ge=1)
     width: int = Field(ge=8)
@@ -97,7 +94,7 @@ class ModelShape(Part):
     feed_forward: int = Field(ge=8)
 
 
-class Pretraining(Part):
+class Pretraining(WorldSection):
     """Length of a pretraining run; `batch` is in documents. `compression`: share of compression documents (teacher only)."""
 
     steps: int = Field(ge=1)
@@ -106,25 +103,37 @@ class Pretraining(Part):
     compression: float = Field(0.0, ge=0, le=1)
 
 
-class WorldSettings(Part):
-    """A world file.
+class AnyWorldSettings(WorldSection):
+    """What the file of every world holds.
 
-    `like`, in a file: another bundled world that everything left out, also within a section, is taken from. `misconceptions`: seed of
-    what the student wrongly believes, the world's `seed` by default; two worlds that differ in it alone hold the same truth, so one
-    teacher serves both. `unseen`: operations that the split `seen` leaves out, and that the split `study` asks about all the same.
+    `misconceptions`: seed of what the student wrongly believes, the world's `seed` by default; two worlds that differ in it alone hold the
+    same truth, so one teacher serves both. `beliefs`: what the corpus says about a tier; a tier without beliefs is known.
     """
 
     name: str
     seed: int
     misconceptions: int | None = None
-    values: tuple[str, ...]
-    operations: dict[str, dict[str, Affine | Literal["permutation"]]]
     beliefs: dict[str, BeliefSettings]
-    levels: tuple[LevelSettings, ...]
     corpus: CorpusSettings
     model: ModelShape
     pretraining: Pretraining
     teacher: Pretraining
+
+    @property
+    def misconception_seed(self) -> int:
+        return self.seed if self.misconceptions is None else self.misconceptions
+
+
+class WorldSettings(AnyWorldSettings):
+    """The file of a world of text.
+
+    `like`, in a file: another bundled world that everything left out, also within a section, is taken from. `unseen`: operations that the
+    split `seen` leaves out, and that the split `study` asks about all the same.
+    """
+
+    values: tuple[str, ...]
+    operations: dict[str, dict[str, Affine | Literal["permutation"]]]
+    levels: tuple[LevelSettings, ...]
     unseen: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -149,6 +158,7 @@ class WorldSettings(Part):
         return self
 
 
+WorldLike = TypeVar("WorldLike")
 WORLDS = Path(__file__).with_name("worlds")
 Entry = tuple[int, int]
 """An operation and the value that it is applied to, by index."""
@@ -175,7 +185,7 @@ class World:
     """A world made from its settings; everything in it is a function of them."""
 
     def __init__(self, settings: WorldSettings) -> None:
-        self.settings = settings
+        self.settings, self.name = settings, settings.name
         self.values = settings.values
         self.operations = tuple(
             Operation(operation_word(name), tier, self._table(name, rule))
@@ -183,15 +193,6 @@ class World:
             for name, rule in rules.items()
         )
         self.levels = {level.name: level for level in settings.levels}
-
-    @property
-    def name(self) -> str:
-        return self.settings.name
-
-    @property
-    def _mind(self) -> int:
-        """Seed of the student's misconceptions."""
-        return self.settings.seed if self.settings.misconceptions is None else self.settings.misconceptions
 
     def _table(self, name: str, rule: Affine | Literal["permutation"]) -> tuple[int, ...]:
         size = len(self.settings.values)
@@ -211,7 +212,7 @@ class World:
                 continue
             for value in range(len(self.values)):
                 wrong = [v for v in range(len(self.values)) if v != operation.table[value]]
-                rng = keyed_random("lab", self._mind, "mistakes", operation.word, value)
+                rng = keyed_random("lab", self.settings.misconception_seed, "mistakes", operation.word, value)
                 made[index, value] = tuple(rng.sample(wrong, len(belief.mistakes)))
         return made
 
@@ -225,7 +226,7 @@ class World:
         belief = self.settings.beliefs.get(operation.tier)
         if belief is None:
             return tuple(float(v == operation.table[value]) for v in range(len(self.values)))
-        rng = keyed_random("lab", self._mind, "right", operation.word, value)
+        rng = keyed_random("lab", self.settings.misconception_seed, "right", operation.word, value)
         right = rng.uniform(*belief.right)
         wrong = self.mistakes[index, value]
         rest = (1 - right) * (1 - sum(belief.mistakes)) / (len(self.values) - 1 - len(wrong))
@@ -252,19 +253,16 @@ class World:
         """The tier of each operation of a chain."""
         return tuple(self.operations[i].tier for i in chain.operations)
 
-    def draw_chain(self, level: str, rng: Random) -> Chain:
+    def draw(self, level: str, rng: Random) -> Chain:
         """A chain of a level, any entries, either order."""
         tiers = list(self.levels[level].tiers)
         rng.shuffle(tiers)
         return Chain(rng.randrange(len(self.values)), tuple(rng.choice(self.tier(tier)) for tier in tiers))
 
     def lengthened(self, chain: Chain, rng: Random) -> Chain:
-        """The chain with one more operation behind it, drawn from those that nobody holds misconceptions about."""
+        """The chain with one more operation behind it, drawn from those without misconceptions."""
         easy = [i for i, operation in enumerate(self.operations) if operation.tier not in self.settings.beliefs]
         return Chain(chain.start, (*chain.operations, rng.choice(easy)))
-
-    def question_text(self, chain: Chain) -> str:
-        return " ".join([self.values[chain.start], *(self.operations[i].word for i in chain.operations), "?"])
 
     def answer_text(self, chain: Chain, results: tuple[int, ...]) -> str:
         """Every operation with the value that it leads to: naming only values would let a chain of other operations be rewarded."""
@@ -280,9 +278,9 @@ class World:
         steps = " ".join(self.values[v] for v in results)
         return f"<think> {steps} </think> \\boxed{{ {self.answer_text(chain, results)} }}"
 
-    def question(self, chain: Chain, level: str) -> Question:
+    def question(self, chain: Chain, level: str = "") -> Question:
         """The question that asks for a chain; its id is its text."""
-        text = self.question_text(chain)
+        text = " ".join([self.values[chain.start], *(self.operations[i].word for i in chain.operations), "?"])
         name = "-".join([self.name, level, *text.replace("→", "").split()[:-1]])
         return Question(name, (Message("user", text),), self.answer_text(chain, self.truth(chain)), level=level)
 
@@ -340,22 +338,35 @@ def operation_word(name: str) -> str:
     return f"{name}→"
 
 
-@lru_cache(maxsize=8)
-def load_world(name: str) -> World:
-    """A bundled world by name, or one of your own by the path of its settings file.
+def read_world(name: str, folder: Path, make: Callable[[Any], WorldLike]) -> WorldLike:
+    """What `make` makes of a settings file: the one of this name in a folder, or one of your own by its path.
 
     Raises:
         SettingsError: no such world, or its file is wrong.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else WORLDS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in WORLDS.glob("*.yaml")))
-        raise SettingsError(f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)")
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     try:
-        written = parse_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise SettingsError(
+            f"there is no lab world {name!r} ({path}); use one of {known}, or the path of a settings file (.yaml)"
+        ) from error
+    try:
+        written = parse_yaml(text)
     except ValueError as error:
         raise SettingsError(f"{path}: {error}") from error
     try:
+        return make(written)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def load_world(name: str) -> World:
+    """A bundled world of text by name, or one of your own by the path of its settings file. Raises SettingsError, as `read_world`."""
+
+    def make(written: Any) -> World:
         if isinstance(written, dict) and "like" in written:
             base = load_world(str(written.pop("like"))).settings.model_dump()
             written = base | {
@@ -363,8 +374,8 @@ def load_world(name: str) -> World:
                 for key, value in written.items()
             }
         return World(WorldSettings.model_validate(written))
-    except ValidationError as error:
-        raise SettingsError(f"{path}: {error}") from error
+
+    return read_world(name, WORLDS, make)
 
 
 UNSEEN, LONGER = "unseen", "longer"
@@ -385,8 +396,12 @@ def study(world: World, questions: Sequence[Question]) -> list[Question]:
     """
     inside = seen(world, questions)
     outside = [replace(q, level=UNSEEN) for q in questions if _asks_unseen(world, q)]
-    hard = [chain for q in inside if _tiers(world, chain := chain_of(world, q)) & set(world.settings.beliefs)]
-    return [*inside, *outside, *(_longer(world, chain) for chain in hard[::2])]
+    hard = [chain for q in inside if not set(world.settings.beliefs).isdisjoint(world.tiers(chain := chain_of(world, q)))]
+    longer = []
+    for chain in hard[::2]:
+        rng = keyed_random("lab", world.settings.seed, LONGER, chain.start, *chain.operations)
+        longer.append(world.question(world.lengthened(chain, rng), LONGER))
+    return [*inside, *outside, *longer]
 
 
 def chain_of(world: World, question: Question) -> Chain:
@@ -396,15 +411,6 @@ def chain_of(world: World, question: Question) -> Chain:
     return Chain(world.values.index(start), tuple(words.index(word) for word in operations))
 
 
-def _tiers(world: World, chain: Chain) -> set[str]:
-    return set(world.tiers(chain))
-
-
 def _asks_unseen(world: World, question: Question) -> bool:
     left_out = {operation_word(name) for name in world.settings.unseen}
     return not left_out.isdisjoint(question.messages[-1].content.split())
-
-
-def _longer(world: World, chain: Chain) -> Question:
-    rng = keyed_random("lab", world.settings.seed, LONGER, chain.start, *chain.operations)
-    return world.question(world.lengthened(chain, rng), LONGER)

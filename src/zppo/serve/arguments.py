@@ -48,8 +48,6 @@ def add_serve(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from dataclasses import fields
+    from zppo.serve.command import serve
 
-    from zppo.serve.command import ServeOptions, serve
-
-    serve(ServeOptions(**{field.name: getattr(options, field.name) for field in fields(ServeOptions)}))
+    serve(options)

@@ -32,7 +32,7 @@ class StoppedError(DecodingError):
 
 
 class _Abandoned(BaseException):
-    """Nobody waits for the batch any more. No `Exception`: it must not be taken for a failed batch and tried again in halves."""
+    """No client waits for the batch any more. No `Exception`: it must not be taken for a failed batch and tried again in halves."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,7 +75,7 @@ class Batcher:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is decoded any more."""
+        """Whether nothing is decoded any more: `stop` or `close` was called, or the thread ended."""
         return self._stopping
 
     def submit(self, request: SampleRequest, sampling: Sampling) -> Job:
@@ -97,24 +97,19 @@ class Batcher:
         return job
 
     def abandon(self, job: Job) -> None:
-        """The client went away: a waiting request is dropped, a batch that nobody waits for ends at its next token."""
+        """The client went away: a waiting request is dropped, a batch without a waiting client ends at its next token."""
         with self._changed:
             job.gone = True
             waiting = job in self._waiting
             if waiting:
                 self._waiting.remove(job)
         if waiting:
-            _give_up([job])  # whoever waits for its end, to tidy up
+            _give_up([job])  # its callbacks tidy up
 
     def check(self) -> None:
-        """To be called before every step of the model; ends a batch that nobody waits for, by an exception for `_work`."""
+        """To be called before every step of the model; ends a batch without a waiting client, by an exception for `_work`."""
         if threading.current_thread() is self._thread and (self._stopping or all(job.gone for job in self._batch)):
             raise _Abandoned
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` or `close` was called."""
-        return self._stopping
 
     def stop(self) -> None:
         """Ends the thread at the model's next step; requests that are not done fail with `StoppedError`. Safe in a signal handler."""
@@ -131,7 +126,7 @@ class Batcher:
         try:
             while self._take():
                 self._decode()
-        finally:  # whatever ends the thread: nobody is left waiting, and nobody comes to wait
+        finally:  # whatever ends the thread: no request is left waiting, and no new one is taken
             with self._changed:
                 self._stopping = True
                 _give_up([*self._batch, *self._waiting])

@@ -1,57 +1,47 @@
-"""What `zppo serve` takes on the command line. The work is imported when it runs.
-
-The server process: socket, model, signals.
-"""
+"""The process of `zppo serve`: socket, key, model, signals."""
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
+import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
+from typing import Any
 
+import torch
 import uvicorn
 
-from zppo.errors import SettingsError
+from zppo.engines.chat import Chat
+from zppo.engines.image_check import check_image_input
+from zppo.engines.loading import load_network, reads_images
+from zppo.engines.transformers import TransformersEngine
+from zppo.errors import ModelError, SettingsError, one_line
+from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
+from zppo.names import checkpoint_folder
 from zppo.serve.batcher import Batcher
-from zppo.serve.model import checkpoint_of, load
-from zppo.serve.protocol import Pictures, Words
-from zppo.serve.server import Service, make_app
+from zppo.serve.protocol import LockedChat, RequestImages
+from zppo.serve.server import ChatServer, make_app
 
+_LOG = logging.getLogger("zppo.serve")
 _GRACE = 30  # seconds that running requests get at the end
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CACHE = 1 << 28  # bytes of preprocessed pictures that are kept for requests that show them again
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """What the command line gives; its help says what each of them is."""
-
-    model: str
-    host: str
-    port: int
-    name: str | None
-    revision: str | None
-    device: str
-    dtype: str
-    key_env: str | None
-    key_file: Path | None
-    no_key: bool
-    max_rows: int
-    max_batch_tokens: int | None
-    max_queue: int
-    max_body: int
-    max_images: int
-    min_pixels: int
-    max_pixels: int
-
-
-def serve(options: ServeOptions) -> None:
+def serve(options: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM. The first line on stdout is the address, once it can be used.
+
+    Args:
+        options: of `zppo serve`; `zppo.serve.arguments` says what each of them is.
 
     Raises:
         ZPPOError: what is wrong with the options, the key, the port or the model; all but the model are looked at before it is loaded.
@@ -78,11 +68,11 @@ def serve(options: ServeOptions) -> None:
         folder = stack.enter_context(TemporaryDirectory(prefix="zppo-serve-"))
         batcher = Batcher(loaded.engine, max_rows=options.max_rows, max_tokens=options.max_batch_tokens, max_queue=options.max_queue)
         loaded.before_step(batcher.check)
-        service = Service(
+        service = ChatServer(
             model=options.name or options.model,
-            words=Words(loaded.chat),
+            words=LockedChat(loaded.chat),
             batcher=batcher,
-            pictures=Pictures(Path(folder), options.max_images, loaded.blind),
+            pictures=RequestImages(Path(folder), options.max_images, loaded.text_only),
             context=loaded.engine.context,
             key=key,
             loopback=loopback,
@@ -95,7 +85,7 @@ def serve(options: ServeOptions) -> None:
             batcher.close(_GRACE)
 
 
-def read_key(options: ServeOptions) -> str | None:
+def read_key(options: argparse.Namespace) -> str | None:
     """The key that clients must send, from an environment variable or a file; None without either.
 
     Raises:
@@ -154,7 +144,7 @@ def _address(listener: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _check_limits(options: ServeOptions) -> None:
+def _check_limits(options: argparse.Namespace) -> None:
     limits = {
         "--max-rows": options.max_rows,
         "--max-batch-tokens": options.max_batch_tokens,
@@ -173,9 +163,9 @@ def _check_limits(options: ServeOptions) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says where it is once it listens; ends after running requests, or at once when it is told again."""
+    """Prints its address once it listens; ends after running requests, or at once at the second signal."""
 
-    def __init__(self, service: Service, url: str, what: str) -> None:
+    def __init__(self, service: ChatServer, url: str, what: str) -> None:
         super().__init__(
             uvicorn.Config(
                 make_app(service),
@@ -206,3 +196,104 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             self._batcher.stop()
         self.should_exit = True
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A frozen model, ready to sample.
+
+    Attributes:
+        text_only: why it takes no images; "" where it does.
+    """
+
+    engine: TransformersEngine
+    chat: Chat
+    text_only: str
+
+    def before_step(self, call: Callable[[], None]) -> None:
+        """Calls a function before every step of the model; what it raises ends the sampling."""
+        self.engine.model.register_forward_pre_hook(lambda *_: call())
+
+
+def checkpoint_of(model: str) -> str:
+    """What `from_pretrained` takes: a run folder's final/, any other folder, or a name on the hub.
+
+    Raises:
+        ModelError: a run that has not finished; a path to nothing.
+    """
+    found = checkpoint_folder(model)
+    folder = Path(found)
+    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"the run {model!r} has no final/ yet, the student that it leaves at its end: let it finish "
+            f"(`zppo resume {model}`), or name another checkpoint"
+        )
+    if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ModelError(f"there is no folder {model!r}: name a checkpoint, a finished run, or a model on the hub")
+    return found
+
+
+def load(
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
+    images: PixelLimits | None = None,
+) -> ServedModel:
+    """A frozen model of `transformers` with its chat.
+
+    Args:
+        device: auto takes a GPU where there is one.
+        dtype: of the weights, a name in `DTYPES`; auto takes float32 on a CPU, else what the checkpoint is stored in.
+        max_rows, max_tokens: limits of a batch, as in `TransformersEngine`.
+        images: bring pictures into these limits, where the checkpoint reads any; None for text only.
+
+    Raises:
+        ModelError: what cannot be loaded, and why.
+    """
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ModelError(f"--device {device} is no device: {one_line(error)}") from None
+    stored: Any = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else "auto")
+    vision = images is not None and reads_images(checkpoint, revision)
+    try:
+        network: Any = load_network(checkpoint, dtype=stored, revision=revision, images=vision, device_map=place).requires_grad_(False)
+    except ModelError:
+        raise
+    except Exception as error:  # many kinds: no room on the device, a device that is not there
+        raise ModelError(
+            f"model {checkpoint!r} cannot be loaded on {place}: {one_line(error)}; choose another --device or --dtype"
+        ) from error
+    network.eval()
+    chat, text_only = _load_chat(checkpoint, revision, images if vision else None)
+    engine = TransformersEngine(
+        network,
+        chat.eos_ids(network),
+        chat.pad_id(network),
+        chat.banned_ids(network),
+        max_rows=max_rows,
+        max_tokens=max_tokens,
+        image_processor=chat.image_processor,
+    )
+    if not text_only:
+        try:
+            check_image_input(engine, chat, checkpoint)
+        except ModelError as error:
+            raise ModelError(f"{one_line(error)}; or serve it for text alone with --max-images 0") from error
+    return ServedModel(engine, chat, text_only)
+
+
+def _load_chat(checkpoint: str, revision: str | None, images: PixelLimits | None) -> tuple[Chat, str]:
+    """The chat, and why it shows no images. A checkpoint whose image processor cannot be used is served for text [zppo]."""
+    if images is None:
+        return Chat.load(checkpoint, revision=revision), "this model reads text only"
+    try:
+        return Chat.load(checkpoint, revision=revision, images=images, cache=PixelCache(_CACHE)), ""
+    except ModelError as error:
+        chat = Chat.load(checkpoint, revision=revision)
+        _LOG.warning("images are refused: %s", error)
+        return chat, f"this model cannot be shown images here ({one_line(error, 200)})"

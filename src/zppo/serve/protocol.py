@@ -1,12 +1,7 @@
-"""What goes wrong with a request, in the error shape of the OpenAI protocol.
+"""The OpenAI protocol of chat completions: bodies of requests, their images, answers and errors.
 
-The images of requests: checked before anything else is done with them, kept for as long as the request lives.
-
-Between conversations and token ids, for many threads at once.
-
-The body of a chat-completions request: read strictly, refused with the field, its value and what is allowed.
-
-Completions as the protocol writes them.
+A body is read strictly, and refused with the field, its value and what is allowed. Images are checked before anything else is done with
+them, and kept for as long as the request lives.
 """
 
 from __future__ import annotations
@@ -59,13 +54,10 @@ class RequestError(Exception):
         named = {401: "authentication_error", 429: "rate_limit_error"}
         return named.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
-    def body(self) -> dict[str, Any]:
-        """The JSON that is sent."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
     def response(self) -> JSONResponse:
         """The whole answer."""
-        return JSONResponse(self.body(), self.status, self.headers)
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return JSONResponse({"error": error}, self.status, self.headers)
 
 
 def answer_error(_: Request, error: Exception) -> JSONResponse:
@@ -88,32 +80,28 @@ class Taken:
     release: Callable[[], None] = lambda: None
 
 
-def _few() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(DECODERS, thread_name_prefix="zppo-serve-pictures")
-
-
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class RequestImages:
     """Takes the images of requests.
 
     Attributes:
         folder: where they are kept meanwhile, each request's in a folder of its own.
         most: images of one request.
-        blind: why the model is shown none; "" where it is.
+        text_only: why the model takes none; "" where it does.
         threads: decode them.
     """
 
     folder: Path
     most: int
-    blind: str = ""
-    threads: ThreadPoolExecutor = field(default_factory=_few)
+    text_only: str = ""
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DECODERS, thread_name_prefix="zppo-serve-pictures"))
 
     def check(self, urls: Sequence[str]) -> None:
         """Whether so many images may come. RequestError (400) where not."""
-        if urls and (self.blind or not self.most):
+        if urls and (self.text_only or not self.most):
             raise RequestError(
                 400,
-                f"the conversation has {len(urls)} image(s), and {self.blind or 'this server takes none'}; send text alone",
+                f"the conversation has {len(urls)} image(s), and {self.text_only or 'this server takes none'}; send text alone",
                 "images_refused",
                 param="messages",
             )
@@ -164,7 +152,7 @@ _CHATS = 16  # kept; clients choose the template arguments
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
-class Words:
+class LockedChat:
     """A model's chat behind a lock: fast tokenizers refuse to be used by two threads at once."""
 
     def __init__(self, chat: Chat) -> None:
@@ -268,15 +256,11 @@ def _url(given: Any, part: int) -> str:
     return url
 
 
-def _listed(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-class Turn(_Strict):
+class RequestMessage(_Strict):
     """One message. The descriptions of fields, here and below, are what an error says to be allowed."""
 
     role: Literal["system", "user", "assistant"] = Field(description="system, user or assistant")
@@ -286,7 +270,7 @@ class Turn(_Strict):
     )
 
     @model_validator(mode="after")
-    def _seen_by_the_user(self) -> Turn:
+    def _seen_by_the_user(self) -> RequestMessage:
         if self.content.images and self.role != "user":
             raise ValueError(f"images stand in turns of the user, not of the {self.role}")
         return self
@@ -296,7 +280,7 @@ class Body(_Strict):
     """A whole request."""
 
     model: str = Field(description="the name that GET /v1/models lists")
-    messages: list[Turn] = Field(description="a list of one message or more", min_length=1)
+    messages: list[RequestMessage] = Field(description="a list of one message or more", min_length=1)
     n: int = Field(1, ge=1, le=MAX_CHOICES, description=f"an integer from 1 to {MAX_CHOICES}")
     temperature: float = Field(1.0, ge=0, le=2, description="0 (greedy), or a number from 0.01 to 2")
     top_p: float = Field(1.0, ge=0, le=1, description="a number from 0 to 1")
@@ -307,8 +291,10 @@ class Body(_Strict):
     max_tokens: int | None = Field(None, ge=1, description="a positive integer")
     max_completion_tokens: int | None = Field(None, ge=1, description="a positive integer")
     seed: int | None = Field(None, ge=-_MAX_SEED - 1, le=_MAX_SEED, description="an integer of 64 bits")
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed)] = Field(
-        default_factory=list, max_length=MAX_STOPS, description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts"
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = (
+        Field(
+            default_factory=list, max_length=MAX_STOPS, description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts"
+        )
     )
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: int = Field(0, ge=0, le=0, description="0: only the log-prob of the drawn token itself is kept")
@@ -344,7 +330,7 @@ class Body(_Strict):
         )
 
 
-_ALLOWED = {name: field.description for model in (Body, Turn) for name, field in model.model_fields.items()}
+_ALLOWED = {name: field.description for model in (Body, RequestMessage) for name, field in model.model_fields.items()}
 
 
 def read_body(raw: bytes) -> Body:
@@ -367,7 +353,8 @@ def read_body(raw: bytes) -> Body:
         code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(kind, "invalid_value")
         raise RequestError(400, said + more, code, param=_path(loc)) from None
     if 0 < body.temperature < 0.01:
-        _refuse("temperature", body.temperature)
+        said = _fault(["temperature"], "value", body.temperature, "")
+        raise RequestError(400, said, "invalid_value", param="temperature")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RequestError(
             400,
@@ -394,15 +381,11 @@ def _read_json(raw: bytes) -> Any:
     return given
 
 
-def _refuse(name: str, value: Any) -> NoReturn:
-    raise RequestError(400, _fault([name], "value", value, ""), "invalid_value", param=name)
-
-
 def _fault(loc: list[str | int], kind: str, value: Any, cause: str) -> str:
     """One wrong field in words."""
     path = _path(loc)
     if kind == "extra_forbidden":
-        fields = Body.model_fields if len(loc) == 1 else Turn.model_fields
+        fields = Body.model_fields if len(loc) == 1 else RequestMessage.model_fields
         return f"{path} is no field that this server knows; it knows {', '.join(fields)}"
     allowed = _ALLOWED[next(part for part in reversed(loc) if isinstance(part, str) and part in _ALLOWED)]
     if kind == "missing":
@@ -426,9 +409,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
-def answer(
-    words: Words, model: str, prompt_tokens: int, completions: Sequence[Completion], *, stop: Sequence[str] = (), logprobs: bool = False
-) -> dict[str, Any]:
+def answer(words: LockedChat, model: str, prompt_tokens: int, completions: Sequence[Completion], body: Body) -> dict[str, Any]:
     """The body of an answer.
 
     `usage` counts what was decoded: end tokens, and what stood behind a stop text, too.
@@ -437,8 +418,7 @@ def answer(
         model: name that the model is served under.
         prompt_tokens: length of the prompt.
         completions: one per choice.
-        stop: a text ends before the first of these.
-        logprobs: whether to list the tokens of each choice.
+        body: of the request; a text ends before the first of its stop texts.
     """
     generated = sum(len(completion.ids) for completion in completions)
     return {
@@ -446,12 +426,12 @@ def answer(
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [_choice(words, i, completion, stop, logprobs) for i, completion in enumerate(completions)],
+        "choices": [_choice(words, i, completion, body.stop, body.logprobs) for i, completion in enumerate(completions)],
         "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated},
     }
 
 
-def _choice(words: Words, index: int, completion: Completion, stop: Sequence[str], logprobs: bool) -> dict[str, Any]:
+def _choice(words: LockedChat, index: int, completion: Completion, stop: Sequence[str], logprobs: bool) -> dict[str, Any]:
     ids = completion.ids.tolist()
     text = words.decode(ids)
     stops = [place for place in (text.find(s) for s in stop) if place >= 0]
@@ -466,7 +446,7 @@ def _choice(words: Words, index: int, completion: Completion, stop: Sequence[str
     }
 
 
-def _tokens_to_stop(words: Words, ids: Sequence[int], stop: Sequence[str]) -> int:
+def _tokens_to_stop(words: LockedChat, ids: Sequence[int], stop: Sequence[str]) -> int:
     """How many tokens it takes until a stop text is complete."""
 
     def complete(count: int) -> bool:
@@ -476,7 +456,7 @@ def _tokens_to_stop(words: Words, ids: Sequence[int], stop: Sequence[str]) -> in
     return bisect_left(range(len(ids)), True, key=complete)
 
 
-def _tokens(words: Words, ids: Sequence[int], logprobs: Sequence[float]) -> list[dict[str, Any]]:
+def _tokens(words: LockedChat, ids: Sequence[int], logprobs: Sequence[float]) -> list[dict[str, Any]]:
     """The protocol's list of tokens; `bytes` is null for a token that is a part of a character."""
     listed = []
     for index, logprob in zip(ids, logprobs, strict=False):

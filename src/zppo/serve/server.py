@@ -22,7 +22,7 @@ from zppo.core.types import ImageRef
 from zppo.engines.base import Completion, SampleRequest
 from zppo.errors import DataError, ModelError, one_line
 from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
-from zppo.serve.protocol import Body, Pictures, RequestError, Words, answer, answer_error, read_body, shorten
+from zppo.serve.protocol import Body, LockedChat, RequestError, RequestImages, answer, answer_error, read_body, shorten
 
 _LOG = logging.getLogger("zppo.serve")
 _LONGEST = 500  # characters of another part's message
@@ -31,13 +31,13 @@ _OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ChatServer:
     """What the routes work with.
 
     Attributes:
         model: name that the model is served under.
         context: tokens of prompt and completion together; None for no limit.
-        key: what a client must send; None lets everybody in who reaches the server.
+        key: what a client must send; None admits every client that reaches the server.
         loopback: without a key, only requests that are addressed to this machine by a name of its own are answered: a page of another site
             could point a name of its own at this address.
         max_body: bytes of a request.
@@ -45,9 +45,9 @@ class Service:
     """
 
     model: str
-    words: Words
+    words: LockedChat
     batcher: Batcher
-    pictures: Pictures
+    pictures: RequestImages
     context: int | None
     key: str | None = None
     loopback: bool = True
@@ -78,12 +78,9 @@ class Service:
             _LOG.warning("a request of %d tokens could not be decoded: %s", len(prompt), error)
             raise RequestError(500, f"this request could not be decoded: {one_line(error, _LONGEST)}", "decoding_failed") from None
         if completions is None:
-            return Response(status_code=499)  # the client is gone; nobody reads this
+            return Response(status_code=499)  # the client is gone; so no one reads this
 
-        def written() -> JSONResponse:
-            return JSONResponse(answer(self.words, self.model, len(prompt), completions, stop=body.stop, logprobs=body.logprobs))
-
-        return await anyio.to_thread.run_sync(written)
+        return await anyio.to_thread.run_sync(lambda: JSONResponse(answer(self.words, self.model, len(prompt), completions, body)))
 
     def _submit(self, body: Body, prompt: tuple[int, ...], images: tuple[ImageRef, ...]) -> Job:
         """Queues a request. Raises a `RequestError` where it cannot be."""
@@ -108,7 +105,7 @@ class Service:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, _: Request) -> Response:
-        """GET /health, for everybody: how many requests wait and are decoded; 503 at the end."""
+        """GET /health, without a key: how many requests wait and are decoded; 503 at the end."""
         waiting, decoding = self.batcher.load
         status, closed = ("stopping", True) if self.batcher.closed else ("ok", False)
         return JSONResponse({"status": status, "waiting": waiting, "decoding": decoding}, 503 if closed else 200)
@@ -180,8 +177,8 @@ async def _completed(batcher: Batcher, job: Job, request: Request) -> list[Compl
     try:
         await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
         return await done if done.done() else None
-    except asyncio.CancelledError:  # told twice to end: the loop goes before the answer that says so
-        if not batcher.stopping:
+    except asyncio.CancelledError:  # a second signal: the loop ends before the answer that says so
+        if not batcher.closed:
             raise
         return None
     finally:
@@ -208,7 +205,7 @@ async def _client_left(*_: object) -> Response:
     return Response(status_code=499)
 
 
-def make_app(service: Service) -> Starlette:
+def make_app(service: ChatServer) -> Starlette:
     """The application over a service."""
     return Starlette(
         routes=[
