@@ -18,14 +18,13 @@ from report_runs import invented_run
 from zppo import cli
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals import view as estimate
-from zppo.evals.arguments import judge_prompts
 from zppo.evals.item import Item, Message
 from zppo.evals.journal import Journal
 from zppo.evals.media import media_key, spread, turns_of
 from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
 from zppo.evals.results import EvalFolder, Row, begin, default_output, families, finished, summary, with_benchmark, with_skipped
 from zppo.evals.server import KEY, command_of
-from zppo.evals.tables import BENCHMARKS, find
+from zppo.evals.tables import BENCHMARKS, find, judge_prompts
 from zppo.evals.view import Watch, print_results
 from zppo.prompts import PromptBook
 from zppo.report.summary import Reader

@@ -10,11 +10,13 @@ The registry: one row per benchmark of the paper, and how rows are looked up.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args
 
 from zppo.errors import SettingsError
 from zppo.evals.adapters import choice, documents, maths, video
 from zppo.evals.adapters import choice as talk
-from zppo.evals.benchmark import Benchmark, Family, Source
+from zppo.evals.benchmark import Benchmark, Family, Judge, Source
 
 _OCRBENCH_DIFFERS = (
     "The whole reply is scored, here the boxed answer or, without a box, what follows the thinking; text spotting is matched without "
@@ -443,3 +445,17 @@ def suite(names: str | Iterable[str]) -> tuple[Benchmark, ...]:
     if not chosen:
         raise SettingsError(f"no benchmark is named; give names, {', '.join(FAMILIES)} or {PAPER}")
     return tuple(benchmark for benchmark in BENCHMARKS if benchmark.name in chosen)
+
+
+def judge_prompts(given: Iterable[str]) -> dict[str, Path]:
+    """JUDGE=PATH of the command line; a benchmark's name stands for its judge. SettingsError where one is neither."""
+    judges = {**{b.name.lower(): b.judge for b in BENCHMARKS if b.judge != "judge"}, **{name: name for name in get_args(Judge)}}
+    result = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name.lower() not in judges:
+            raise SettingsError(
+                f"--judge-prompt {text!r}: write JUDGE=PATH, with one of {', '.join(get_args(Judge))}, or its benchmark's name"
+            )
+        result[str(judges[name.lower()])] = Path(path)
+    return result

@@ -1,8 +1,6 @@
-"""`zppo compare`: several runs on shared axes, paired over seeds where there are seeds.
+"""`zppo compare`: tables of several runs, paired over seeds where there are seeds, and a page with curves on shared axes.
 
 Runs whose recipes differ in nothing but the seed (and the place of the run) are one *arm*.
-
-The page of a comparison: curves on shared axes beside the tables.
 """
 
 from __future__ import annotations
@@ -16,11 +14,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
 from zppo.errors import SettingsError
 from zppo.report.audits import ZoneStory, zone_story
 from zppo.report.bootstrap import mean_interval
 from zppo.report.charts import CYCLE, Chart, Series, kind_name, numbers
-from zppo.report.page import FOOTER, page, sections
+from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
 from zppo.report.read_run import Run, open_run
 from zppo.report.summary import duration
 from zppo.report.tables import Table, percent
@@ -49,6 +51,34 @@ class Comparison:
     arms: tuple[Arm, ...]
     outcome: str
     tables: list[Table]
+
+
+def compare_command(
+    folders: Sequence[Path], *, html: bool, out: Path | None, suffixes: Sequence[str], console: Console | None = None
+) -> None:
+    """Print the tables of a comparison of runs, and write its page where `html`.
+
+    Args:
+        out: where the page goes; None is ./compare.html.
+        suffixes: of png and svg, the wanted formats of the figures next to the page.
+
+    Raises:
+        ZPPOError: a folder holds no run, or fewer than two were named.
+    """
+    console = console or Console()
+    comparison = compare(folders)
+    for table in comparison.tables:
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
+        for index, name in enumerate(table.columns):
+            shown.add_column(Text(name), justify="right" if index else "left")
+        for row in table.rows:
+            shown.add_row(*map(Text, row))
+        console.print(shown)
+        console.print(Text(table.caption, style="dim"), soft_wrap=True)
+        console.print()
+    if html:
+        target, charts = out or Path("compare.html"), charts_of(comparison.arms)
+        write_page(console, comparison_page(comparison, charts), target, charts, target.parent / f"{target.stem}-{FIGURES}", suffixes)
 
 
 def compare(folders: Sequence[Path]) -> Comparison:

@@ -1,8 +1,6 @@
-"""The charts as files, drawn with matplotlib from the same data as the page's.
+"""`zppo report`: the page of a run, one HTML file that loads nothing, its charts as figures, and the page served while a run goes on.
 
-One self-contained HTML page: data, styles, plotly and our scripts in one file that loads nothing.
-
-`zppo report RUN --watch`: the page of a run that goes on, served on loopback.
+Figures are drawn with matplotlib from the same data as the page's charts, which plotly draws.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import jinja2
 from markupsafe import Markup
+from rich.console import Console
+from rich.text import Text
 
 from zppo import __version__
 from zppo.errors import CheckpointError, SettingsError
@@ -38,6 +38,51 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, DIM, GRID = "#1b2230", "#5c6675", "#e6e9ee"
+PAGE, FIGURES = "report.html", "figures"
+
+
+def report_command(
+    folder: Path, *, out: Path | None, suffixes: Sequence[str], port: int | None = None, console: Console | None = None
+) -> None:
+    """Write report.html and figures/ of a run, or serve the page while the run goes on.
+
+    Args:
+        out: the folder to write to; None is the run folder.
+        suffixes: of png and svg, the wanted formats of the figures.
+        port: serve on loopback at this port instead of writing.
+
+    Raises:
+        ZPPOError: the folder holds no run, or the place cannot be written or served.
+    """
+    console = console or Console()
+    reader = Reader(folder)
+    if port is not None:
+        serve(reader, port, lambda address: console.print(f"{address}  shows {folder}; Ctrl-C ends it", highlight=False, soft_wrap=True))
+        return
+    summary, target = reader.read(), out or folder
+    write_page(console, report_page(summary), target / PAGE, summary.charts, target / FIGURES, suffixes)
+    console.print(Text(summary.outcome), soft_wrap=True)
+
+
+def write_page(console: Console, text: str, path: Path, charts: Sequence[Chart], figures: Path, suffixes: Sequence[str]) -> None:
+    """Write a page, which appears whole or not at all, and its figures. SettingsError where one of the places cannot be written."""
+
+    def say(place: Path, what: str) -> None:
+        console.print(Text(str(place)).append(f"  {what}", style="dim"), soft_wrap=True)
+
+    place = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+        say(path, f"{path.stat().st_size / 1e6:.1f} MB")
+        place = figures
+        written = write_figures(charts, figures, suffixes)
+    except OSError as error:
+        raise SettingsError(f"{place} cannot be written ({error.strerror}): name another place with --out") from error
+    if written:
+        say(figures, f"{len(written)} figures")
 
 
 def write_figures(charts: Sequence[Chart], folder: Path, suffixes: Sequence[str]) -> list[Path]:

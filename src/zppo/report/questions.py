@@ -1,10 +1,6 @@
-"""The images of a question on a page: small copies as data URIs.
+"""What happened to a question of a run: a line by which a reader finds it, and its story, on a page or by `zppo inspect`.
 
-One line per question: what happened to it, by which a reader finds it; and which questions a page shows.
-
-A question's whole story: every group of rollouts that it had, with prompts, completions and verdicts.
-
-A question's story in the terminal: `zppo inspect RUN QUESTION_ID`.
+The story of a question is every group of rollouts that it had, with prompts, images, completions and verdicts.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ from zppo.errors import CheckpointError, DataError
 from zppo.images.store import as_url, open_file, open_image
 from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, match
 from zppo.report.charts import kind_name
-from zppo.report.read_run import Run, StepScan
+from zppo.report.read_run import Run, StepScan, open_run, question_ids, step_of
 from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS
 
 SIDES = (640, 320, 160)
@@ -362,6 +358,26 @@ _MATCH_WORDS = {
 def harmless(text: str) -> str:
     """A text whose control characters are shown instead of obeyed: model text must not steer the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def inspect_command(
+    folder: Path, question_id: str, *, step: int | None, kind: str | None, full: bool, console: Console | None = None
+) -> None:
+    """Print one question's story.
+
+    Raises:
+        CheckpointError: the folder holds no run, or the run never asked this question.
+    """
+    run = open_run(folder)
+    story = load_stories(run, {question_id: map(step_of, run.rollout_files)})[question_id]
+    if not story["groups"]:
+        known = question_ids(run)
+        near = nearest(question_id, known)
+        hint = (
+            f"similar ones: {', '.join(near)}" if near else f"it asked {len(known):,} questions, such as {', '.join(known[:1]) or 'none'}"
+        )
+        raise CheckpointError(f"{folder} never asked a question {question_id!r}; {hint}")
+    print_story(story, console or Console(), step=step, kind=kind, full=full)
 
 
 def print_story(story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False) -> None:
