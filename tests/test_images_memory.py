@@ -18,7 +18,7 @@ from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
 from zppo.planning.dry_run import memory_rows
 from zppo.planning.memory import GIB, Machine, Memory, estimate, within
-from zppo.planning.model_shapes import VisionShape, vision_shape_of
+from zppo.planning.model_shapes import VisionTowerShape, vision_shape_of
 
 
 def settings(folder: Path, *overrides: str) -> Settings:
@@ -28,7 +28,7 @@ def settings(folder: Path, *overrides: str) -> Settings:
     return load_recipe(folder / "recipe.yaml", [f"--student.model={folder / 'student'}", *overrides])
 
 
-def kept_per_patch(shape: VisionShape, *, bf16: bool) -> float:
+def kept_per_patch(shape: VisionTowerShape, *, bf16: bool) -> float:
     """Bytes that autograd keeps of a real tower, weights aside."""
     config = Qwen3_5Config(
         vision_config={
@@ -61,7 +61,7 @@ def kept_per_patch(shape: VisionShape, *, bf16: bool) -> float:
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize(("hidden", "mlp"), [(96, 160), (128, 512)])
 def test_what_a_tower_keeps_is_estimated_to_a_quarter(hidden: int, mlp: int, bf16: bool) -> None:
-    shape = VisionShape(hidden, mlp, layers=5, out=64, patch=16, merge=2)
+    shape = VisionTowerShape(hidden, mlp, layers=5, out=64, patch=16, merge=2)
     assert kept_per_patch(shape, bf16=bf16) == pytest.approx(shape.kept_per_patch(bf16=bf16, recomputed=False), rel=0.25)
     assert shape.kept_per_patch(bf16=bf16, recomputed=True) < 0.6 * shape.kept_per_patch(bf16=bf16, recomputed=False)
 

@@ -16,7 +16,7 @@ Judge = Literal["judge", "eval_charxiv", "eval_hle", "eval_mmvet", "eval_mmvu", 
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class HubDataset:
     """A data set of the Hugging Face hub.
 
     Attributes:
@@ -56,7 +56,7 @@ class Benchmark:
     name: str
     title: str
     family: Family
-    source: Source
+    source: HubDataset
     adapter: Adapter
     differs: str
     judge: Judge = "judge"
@@ -64,5 +64,5 @@ class Benchmark:
     rows: int | None = None
     licence: str | None = None
     gated: bool = False
-    also: tuple[Source, ...] = ()
+    also: tuple[HubDataset, ...] = ()
     unverified: str = ""

@@ -22,14 +22,14 @@ from zppo.errors import DataError, EvaluationError, SettingsError, UnavailableEr
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.load import Loaded, load_items
+from zppo.evals.load import LoadedBenchmark, load_items
 from zppo.evals.media import check_decoder, turns_of
 from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
-from zppo.evals.results import EvalFolder, Row, begin, default_output, finished, summary, with_benchmark, with_skipped
+from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, finished, summary, with_benchmark, with_skipped
 from zppo.evals.scoring.judge import Decider, JudgeServer, judge_book
-from zppo.evals.server import NAME, Found, Server, check_context, find_model, has_vllm, is_url, read_key, served
+from zppo.evals.server import NAME, ServedModel, Server, check_context, find_model, has_vllm, is_url, read_key, served
 from zppo.evals.tables import BENCHMARKS, suite
-from zppo.evals.view import Watch, estimate, print_estimates, print_results, say
+from zppo.evals.view import ProgressDisplay, estimate, print_estimates, print_results, say
 from zppo.names import checkpoint_folder
 from zppo.prompts import PromptBook
 
@@ -74,7 +74,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     key = read_key(options.key_env, "--key-env")
     folder = EvalFolder(options.output or default_output(options))
     target = place or find_model(options.model, key, options.name, "model", "--model", "--key-env")
-    label = target.name if isinstance(target, Found) else str(target.absolute())
+    label = target.name if isinstance(target, ServedModel) else str(target.absolute())
     weights = fingerprint(place)
     known = folder.read()
     if known is not None and all(finished(known, each.name, options.limit, options.samples) for each in chosen):
@@ -141,10 +141,10 @@ def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, we
 
 
 def _serve(
-    options: EvalOptions, key: str, folder: EvalFolder, target: Found | Path, stack: ExitStack, console: Console
-) -> tuple[Server, Found, bool]:
+    options: EvalOptions, key: str, folder: EvalFolder, target: ServedModel | Path, stack: ExitStack, console: Console
+) -> tuple[Server, ServedModel, bool]:
     """(the server, the model there, whether its prompts end inside an open think block)."""
-    if isinstance(target, Found):
+    if isinstance(target, ServedModel):
         return Server(options.model, key, "other"), target, options.think_open
     # Loads transformers, which nobody else needs.
     from zppo.engines.chat import Chat
@@ -186,7 +186,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     return with_benchmark(state, part, [each.name for each in BENCHMARKS])
 
 
-def _check_packages(session: Session, benchmark: Benchmark, loaded: Loaded) -> None:
+def _check_packages(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> None:
     """UnavailableError where a package is missing that this benchmark alone needs."""
     if any(item.video is not None and not (session.as_file and item.clip is None) for item in loaded.items):
         try:
@@ -198,28 +198,28 @@ def _check_packages(session: Session, benchmark: Benchmark, loaded: Loaded) -> N
         raise UnavailableError(f"{benchmark.name}: its metrics need {', '.join(missing)}: pip install 'zppo[ocr]'")
 
 
-def _rows(session: Session, benchmark: Benchmark, loaded: Loaded) -> list[Row]:
+def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> list[SampleResult]:
     """Asks what is not answered and decides what is not decided; every row also goes to a file, whole."""
     # inspect-ai is an extra.
     from anyio import CapacityLimiter
 
-    from zppo.evals.task import Health, Work, run_task, served_model
+    from zppo.evals.task import Health, TaskContext, run_task, served_model
 
     options, folder = session.options, session.folder
     items: dict[str, Item] = {item.id: item for item in loaded.items}
     path = folder.rows(benchmark.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
-    rows: list[Row] = []
+    rows: list[SampleResult] = []
     lock = Lock()
     with ExitStack() as stack:
         answers, judgements = (Journal(folder.journal(what, benchmark.name)) for what in ("answers", "judgements"))
         stack.callback(answers.close)
         stack.callback(judgements.close)
         out = stack.enter_context(open(half, "w", encoding="ascii"))
-        watch = stack.enter_context(Watch(session.console, benchmark.name, len(items) * options.samples))
+        watch = stack.enter_context(ProgressDisplay(session.console, benchmark.name, len(items) * options.samples))
 
-        def take(row: Row) -> None:
+        def take(row: SampleResult) -> None:
             with lock:
                 out.write(json.dumps(row.to_dict(), default=str) + "\n")
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
@@ -227,7 +227,9 @@ def _rows(session: Session, benchmark: Benchmark, loaded: Loaded) -> list[Row]:
 
         turns = partial(turns_of, book=PromptBook(), store=folder.store, as_file=session.as_file, frames=options.frames)
         health = Health()
-        work = Work(benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take)
+        work = TaskContext(
+            benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take
+        )
         model = served_model(session.server.url, session.name, session.server.key, options.decoding, options.concurrency)
         log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.logs)
     half.replace(path)

@@ -208,7 +208,7 @@ TOO_LONG = "model_length"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SampleResult:
     """One sample of one question.
 
     Attributes:
@@ -249,16 +249,16 @@ class Row:
         return asdict(self)
 
 
-def scored(rows: Iterable[Row]) -> list[Scored]:
+def scored(rows: Iterable[SampleResult]) -> list[Scored]:
     """Decided rows by question: samples of one question are no new questions, their mean is one value (so errors are clustered)."""
-    by_id: dict[str, list[Row]] = {}
+    by_id: dict[str, list[SampleResult]] = {}
     for row in rows:
         if row.value is not None:
             by_id.setdefault(row.id, []).append(row)
     return [Scored(fmean(r.value or 0.0 for r in group), group[0].facts) for group in by_id.values()]
 
 
-def summary(benchmark: Benchmark, rows: Sequence[Row], expected: int) -> dict[str, Any]:
+def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -> dict[str, Any]:
     """The benchmark's part of eval.json: figure, error, counts. Shares are from 0 to 1; null where there is no number.
 
     Args:

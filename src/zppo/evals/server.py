@@ -31,7 +31,7 @@ from zppo.teacher.http import REPLY_BYTES, Trouble, Wire
 _PATIENCE = 60.0  # seconds for the first answer
 
 
-class Found(NamedTuple):
+class ServedModel(NamedTuple):
     """A model that answers.
 
     Attributes:
@@ -62,7 +62,7 @@ def read_key(variable: str | None, flag: str) -> str:
     return key
 
 
-def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> Found:
+def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> ServedModel:
     """The model to ask a server for, after it has answered a small request.
 
     Args:
@@ -77,7 +77,7 @@ def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, 
     return asyncio.run(_find(url, key, name, what, name_flag, key_flag))
 
 
-async def _find(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> Found:
+async def _find(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> ServedModel:
     wire = Wire(url, key, _PATIENCE, 1)
     try:
         contexts = await wire.contexts()
@@ -98,7 +98,7 @@ async def _find(url: str, key: str, name: str | None, what: str, name_flag: str,
             else:
                 mend = f"correct the address (it mostly ends in /v1), or name the model with {name_flag}"
             raise EvaluationError(f"the {what} cannot be asked ({trouble.reason}): {mend}") from None
-        return Found(chosen, contexts.get(chosen))
+        return ServedModel(chosen, contexts.get(chosen))
     finally:
         await wire.close()
 

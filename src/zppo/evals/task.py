@@ -48,9 +48,9 @@ from zppo.errors import EvaluationError, one_line
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.media import Turn, media_key
+from zppo.evals.media import ChatTurn, media_key
 from zppo.evals.protocol import Decoding, digest_of
-from zppo.evals.results import TOO_LONG, By, Row
+from zppo.evals.results import TOO_LONG, By, SampleResult
 from zppo.evals.scoring.judge import Decider
 from zppo.teacher.http import SHORTEST_SECRET, sound
 
@@ -135,7 +135,7 @@ def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency:
     return get_model(f"{PROVIDER}/{name}", config=config, base_url=url, api_key=key or "EMPTY", memoize=False)
 
 
-def chat_messages(turns: Sequence[Turn]) -> list[ChatMessage]:
+def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
     """A conversation in inspect-ai's types."""
     kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
     messages: list[ChatMessage] = []
@@ -224,8 +224,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 DOWN_AFTER = 8  # failures in a row without an answer between them: the rest is not asked any more
 
-Turns = Callable[[Item], list[Turn]]
-Take = Callable[[Row], None]
+Turns = Callable[[Item], list[ChatTurn]]
+Take = Callable[[SampleResult], None]
 
 
 @dataclass
@@ -252,7 +252,7 @@ class LeftOutError(EvaluationError):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TaskContext:
     """What the samples of a benchmark share.
 
     Attributes:
@@ -272,7 +272,7 @@ class Work:
     take: Take
 
 
-def run_task(work: Work, model: Model, *, samples: int, concurrency: int, logs: Path) -> EvalLog:
+def run_task(work: TaskContext, model: Model, *, samples: int, concurrency: int, logs: Path) -> EvalLog:
     """Asks and decides every row of a benchmark that the journals do not hold; the transcripts go to a log that `inspect view` opens.
 
     Args:
@@ -313,13 +313,13 @@ def run_task(work: Work, model: Model, *, samples: int, concurrency: int, logs: 
     return log
 
 
-def answer_key(work: Work, item: Item, epoch: int) -> str:
+def answer_key(work: TaskContext, item: Item, epoch: int) -> str:
     """What names one request: the same question in other words, or about another picture, is another one."""
     return digest_of([work.benchmark.name, item.id, epoch, item.asked, media_key(item)])
 
 
 @solver
-def ask(work: Work) -> Solver:
+def ask(work: TaskContext) -> Solver:
     """Puts the question to the model, unless it has been answered."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -332,7 +332,7 @@ def ask(work: Work) -> Solver:
             except Exception as error:
                 said = why(error)
                 by: By = "left out" if isinstance(error, LeftOutError) else "open"
-                work.take(Row(item.id, state.epoch, by, error=said, gold=item.golds, facts=item.facts))
+                work.take(SampleResult(item.id, state.epoch, by, error=said, gold=item.golds, facts=item.facts))
                 raise EvaluationError(said) from None
             if known["finish"] != TOO_LONG:  # another server of the model may have a longer context
                 await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
@@ -345,7 +345,7 @@ def ask(work: Work) -> Solver:
     return solve
 
 
-async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -> dict[str, Any]:
+async def _asked(work: TaskContext, item: Item, state: TaskState, generate: Generate) -> dict[str, Any]:
     """What the model says. Raises whatever is wrong with the question's media or the server; LeftOutError where it takes no pictures."""
     pictured = bool(item.images or item.frames or item.video)
     if pictured and work.health.blind:
@@ -378,7 +378,7 @@ async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -
 
 
 @scorer(metrics=[mean()])
-def decide(work: Work) -> Scorer:
+def decide(work: TaskContext) -> Scorer:
     """The row's score with everything that led to it; unscored where the judge failed, so that no failure counts as wrong."""
 
     async def score(state: TaskState, target: Target) -> Score:

@@ -22,13 +22,13 @@ from zppo.evals.benchmark import Benchmark, Family
 from zppo.evals.item import Item
 from zppo.evals.load import load_items
 from zppo.evals.protocol import EvalOptions
-from zppo.evals.results import Row
+from zppo.evals.results import SampleResult
 
 _EVERY = 30.0  # seconds between lines in a file
 _MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
 
 
-class Watch:
+class ProgressDisplay:
     """The progress of one benchmark: a bar in a terminal, now and then a line elsewhere."""
 
     def __init__(self, console: Console, name: str, expected: int) -> None:
@@ -57,7 +57,7 @@ class Watch:
         if self._bar:
             self._bar.stop()
 
-    def take(self, row: Row) -> None:
+    def take(self, row: SampleResult) -> None:
         """Counts a row."""
         self._done += 1
         self._counts[row.by] += 1

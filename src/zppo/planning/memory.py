@@ -1,10 +1,8 @@
-"""What the machine that this runs on has for a run: the memory of its GPU, else its RAM. No torch.
+"""How much memory a recipe needs, from sizes alone, and how much this machine has: that of its GPU, else its RAM. No torch.
 
-How much memory a recipe needs, from sizes alone: what stands all the time, what sampling and the update come and go with.
-
-An estimate of the most. Weights, gradients and optimizer are counted; activations are a fit to what autograd keeps of the library's
-own layers (tests/test_memory_plan.py measures how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how
-rough each part is.
+An estimate of the most that is allocated: what is held all the time, and what sampling and the update add. Weights, gradients and
+optimizer are counted; activations are a fit to what autograd keeps of the library's own layers (tests/test_memory_plan.py measures
+how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how rough each part is.
 """
 
 from __future__ import annotations
@@ -17,11 +15,12 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
+from zppo.config.methods import needs_of
 from zppo.config.models import ModelSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
-from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
+from zppo.core.types import Question
 from zppo.names import model_folder
-from zppo.planning.model_shapes import LINEAR, Shape, VisionShape, count_parameters, shape_of, vision_shape_of
+from zppo.planning.model_shapes import LINEAR, DecoderShape, VisionTowerShape, count_parameters, shape_of, vision_shape_of
 
 GIB = 1024**3
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits")
@@ -219,7 +218,7 @@ def within(settings: Settings, questions: Iterable[Question]) -> Settings:
     return settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": limit})})
 
 
-def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> tuple[float, float]:
+def activations_per_token(shape: DecoderShape, *, bf16: bool, recomputed: bool) -> tuple[float, float]:
     """Bytes per token of a row, the logits aside: what is kept until the backward pass, and what that computes again at a time.
 
     Args:
@@ -230,7 +229,7 @@ def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> tupl
     return (ends + 4 * shape.hidden * len(layers), max(layers)) if recomputed else (ends + sum(layers), 0.0)
 
 
-def _layer(shape: Shape, kind: str, *, bf16: bool) -> float:
+def _layer(shape: DecoderShape, kind: str, *, bf16: bool) -> float:
     """Bytes per token of one layer: a fit to what is saved for the backward pass.
 
     Of transformers 5.23, with its own torch code for linear attention; scaled-dot-product attention keeps no scores.
@@ -253,7 +252,7 @@ def _optimizer(name: str, trained: int) -> int:
     return trained * 8 if name == "adamw" else trained * 2 + 2 * 4 * (trained // 256)
 
 
-def _row(settings: Settings, shape: Shape, width: int) -> int:
+def _row(settings: Settings, shape: DecoderShape, width: int) -> int:
     """Bytes of one rollout: the larger of its share of reading the prompt, and of its cache at the end and drawing a token."""
     prompt, new = settings.data.max_prompt_tokens, settings.rollout.max_new_tokens
     cache = shape.cache_per_token(width) * (prompt + new) + shape.cache_per_row(width)
@@ -278,23 +277,36 @@ def _rows(settings: Settings) -> int:
     return rows if rollout.max_rows is None else min(rows, rollout.max_rows)
 
 
+def shown_tokens(settings: Settings, kind: str, response: float) -> float:
+    """Tokens that a reformulated prompt shows of what its kind needs, each part at its limit; its own words are not counted.
+
+    Args:
+        kind: of the reformulation, or its import path.
+        response: tokens of a teacher response.
+    """
+    if settings.teacher is None:
+        return 0.0
+    cap = settings.teacher.compression.max_new_tokens
+    of = {
+        "pair": 2.0 * cap,
+        "wrong": float(settings.rollout.group_size * cap),
+        "hint": float(settings.teacher.hint.max_new_tokens),
+        "prefix": settings.zone.prefix_fraction * response,
+    }
+    return sum(of[need] for need in needs_of(kind))
+
+
 def _longest(settings: Settings) -> int:
-    """Tokens of the longest row that may come: a prompt at its limit, the candidates of the widest reformulation at theirs, a rollout."""
-    kinds, teacher, zone = settings.method.resolve().reformulations, settings.teacher, settings.zone
+    """Tokens of the longest row that may come: a prompt at its limit, what the widest reformulation shows at its own, a rollout."""
     added = 0
-    if teacher is not None:
-        cap = teacher.compression.max_new_tokens
-        shown = {
-            BCQ: 2 * cap + _WORDS,
-            NCQ: settings.rollout.group_size * cap + _WORDS,
-            HINT: teacher.hint.max_new_tokens + _WORDS,
-            PREFIX: int(zone.prefix_fraction * teacher.rollout.max_new_tokens),
-        }
-        added = max((shown.get(kind, 0) for kind in kinds), default=0)
+    if settings.teacher is not None:
+        for kind in settings.method.resolve().reformulations:
+            words = _WORDS if needs_of(kind) - {"prefix"} else 0  # a prefix stands behind the plain question
+            added = max(added, int(shown_tokens(settings, kind, settings.teacher.rollout.max_new_tokens)) + words)
     return settings.data.max_prompt_tokens + added + settings.rollout.max_new_tokens
 
 
-def _still(settings: Settings, eyes: VisionShape | None) -> int:
+def _still(settings: Settings, eyes: VisionTowerShape | None) -> int:
     """Parameters that are there and are not trained."""
     if eyes is None:
         return 0
@@ -302,7 +314,7 @@ def _still(settings: Settings, eyes: VisionShape | None) -> int:
     return eyes.tower * vision.freeze_tower + eyes.projector * vision.freeze_projector
 
 
-def _tower(settings: Settings, eyes: VisionShape | None, rows: int, images: int, *, bf16: bool) -> int:
+def _tower(settings: Settings, eyes: VisionTowerShape | None, rows: int, images: int, *, bf16: bool) -> int:
     """Bytes that the tower keeps for the backward pass.
 
     At worst every row of a micro-batch has pictures of its own, of the largest size or as many as its prompt holds.
@@ -331,7 +343,7 @@ def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
     return total
 
 
-def _parameters(model: ModelSettings, shape: Shape, eyes: VisionShape | None) -> int:
+def _parameters(model: ModelSettings, shape: DecoderShape, eyes: VisionTowerShape | None) -> int:
     """N of what is loaded: from the headers of the weights on disk without draft layers, else from the shapes.
 
     The vision tower counts where there are images to show; without, a text model of its own is loaded.

@@ -21,7 +21,7 @@ from rich.text import Text
 from zppo.errors import SettingsError
 from zppo.report.audits import ZoneStory, zone_story
 from zppo.report.bootstrap import mean_interval
-from zppo.report.charts import CYCLE, Chart, Series, kind_name, numbers
+from zppo.report.charts import CYCLE, ChartSpec, Series, kind_name, numbers
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
 from zppo.report.read_run import Run, open_run
 from zppo.report.summary import duration
@@ -45,7 +45,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class RunComparison:
     """What a comparison shows: its arms, the outcome in one sentence, tables."""
 
     arms: tuple[Arm, ...]
@@ -81,7 +81,7 @@ def compare_command(
         write_page(console, comparison_page(comparison, charts), target, charts, target.parent / f"{target.stem}-{FIGURES}", suffixes)
 
 
-def compare(folders: Sequence[Path]) -> Comparison:
+def compare(folders: Sequence[Path]) -> RunComparison:
     """Compare runs.
 
     Raises:
@@ -94,7 +94,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
     tables = [_summary(arms, results), _paired(arms, results), _runs(arms, results), _differences(arms)]
-    return Comparison(tuple(arms), _outcome(arms, results), [table for table in tables if table.rows])
+    return RunComparison(tuple(arms), _outcome(arms, results), [table for table in tables if table.rows])
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
@@ -262,7 +262,7 @@ CURVES = "Curves"
 Curve = Callable[[Run], Mapping[int, float | None]]
 
 
-def charts_of(arms: Sequence[Arm]) -> list[Chart]:
+def charts_of(arms: Sequence[Arm]) -> list[ChartSpec]:
     """Curves on shared axes: means over the seeds of an arm, with a band from the lowest to the highest."""
     runs = [run for arm in arms for run in arm.runs.values()]
     levels = list(dict.fromkeys(level for run in runs for e in run.evaluations for level in e["by_level"]))
@@ -299,7 +299,7 @@ def charts_of(arms: Sequence[Arm]) -> list[Chart]:
     return [chart for chart in charts if not chart.empty]
 
 
-def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: Any) -> Chart:
+def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: Any) -> ChartSpec:
     series = []
     for index, arm in enumerate(arms):
         curves = [curve(run) for run in arm.runs.values()]
@@ -314,10 +314,10 @@ def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: An
             dash=index >= len(CYCLE),
         ))  # fmt: skip
     caption = "Means over seeds; the band spans them." if any(len(arm.runs) > 1 for arm in arms) else ""
-    return Chart(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
+    return ChartSpec(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
 
 
-def comparison_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
+def comparison_page(comparison: RunComparison, charts: Sequence[ChartSpec]) -> str:
     """The page of a comparison, self-contained."""
     count = sum(len(arm.runs) for arm in comparison.arms)
     payload = {

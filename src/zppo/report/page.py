@@ -27,7 +27,7 @@ from rich.text import Text
 
 from zppo import __version__
 from zppo.errors import CheckpointError, SettingsError
-from zppo.report.charts import Chart, Series
+from zppo.report.charts import ChartSpec, Series
 from zppo.report.questions import load_stories, stratified, to_index, trimmed, with_images
 from zppo.report.read_run import RECIPE
 from zppo.report.summary import Reader, Summary
@@ -64,7 +64,7 @@ def report_command(
     console.print(Text(summary.outcome), soft_wrap=True)
 
 
-def write_page(console: Console, text: str, path: Path, charts: Sequence[Chart], figures: Path, suffixes: Sequence[str]) -> None:
+def write_page(console: Console, text: str, path: Path, charts: Sequence[ChartSpec], figures: Path, suffixes: Sequence[str]) -> None:
     """Write a page, which appears whole or not at all, and its figures. SettingsError where one of the places cannot be written."""
 
     def say(place: Path, what: str) -> None:
@@ -85,7 +85,7 @@ def write_page(console: Console, text: str, path: Path, charts: Sequence[Chart],
         say(figures, f"{len(written)} figures")
 
 
-def write_figures(charts: Sequence[Chart], folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def write_figures(charts: Sequence[ChartSpec], folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Write every chart as <folder>/<id>.<suffix> and return the paths.
 
     Args:
@@ -112,7 +112,7 @@ def _settings() -> Any:
     return {"svg.hashsalt": "zppo", "text.parse_math": False, "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
 
 
-def draw(chart: Chart) -> Figure:
+def draw(chart: ChartSpec) -> Figure:
     """One chart as a matplotlib figure."""
     from matplotlib.figure import Figure
 
@@ -128,7 +128,7 @@ def _values(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if v is None else v for v in values]
 
 
-def _lines(axes: Axes, chart: Chart) -> None:
+def _lines(axes: Axes, chart: ChartSpec) -> None:
     for series in chart.series:
         smooth = chart.smoothed(series)
         style: dict[str, Any] = {"color": series.colour, "linestyle": "--" if series.dash else "-"}
@@ -141,14 +141,14 @@ def _lines(axes: Axes, chart: Chart) -> None:
             axes.plot(series.x, _values(smooth), label=series.name, linewidth=1.8, **style)
 
 
-def _area(axes: Axes, chart: Chart) -> None:
+def _area(axes: Axes, chart: ChartSpec) -> None:
     stacks = [[v or 0.0 for v in series.y] for series in chart.series]
     colours, names = [s.colour for s in chart.series], [s.name for s in chart.series]
     axes.stackplot(chart.series[0].x, stacks, labels=names, colors=colours, alpha=0.85)
     axes.margins(x=0)
 
 
-def _stacked(chart: Chart) -> list[tuple[Series, list[float], list[float]]]:
+def _stacked(chart: ChartSpec) -> list[tuple[Series, list[float], list[float]]]:
     """(series, heights, where they begin)."""
     below, result = [0.0] * len(chart.series[0].x), []
     for series in chart.series:
@@ -158,18 +158,18 @@ def _stacked(chart: Chart) -> list[tuple[Series, list[float], list[float]]]:
     return result
 
 
-def _bars(axes: Axes, chart: Chart) -> None:
+def _bars(axes: Axes, chart: ChartSpec) -> None:
     for series, heights, below in _stacked(chart):
         axes.bar([str(x) for x in series.x], heights, bottom=below, color=series.colour, label=series.name, width=0.75)
 
 
-def _hbars(axes: Axes, chart: Chart) -> None:
+def _hbars(axes: Axes, chart: ChartSpec) -> None:
     for series, widths, left in _stacked(chart):
         axes.barh([str(x) for x in series.x], widths, left=left, color=series.colour, label=series.name, height=0.75)
     axes.invert_yaxis()
 
 
-def _dress(axes: Axes, chart: Chart) -> None:
+def _dress(axes: Axes, chart: ChartSpec) -> None:
     """Title, axes, grid, legend."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -251,7 +251,7 @@ def _payload(summary: Summary, index: Sequence[Mapping[str, Any]], note: str) ->
     }
 
 
-def sections(tables: Sequence[Table], charts: Sequence[Chart]) -> list[dict[str, Any]]:
+def sections(tables: Sequence[Table], charts: Sequence[ChartSpec]) -> list[dict[str, Any]]:
     """Tables and charts by section, sections in order of first appearance."""
     names = dict.fromkeys([*(c.section for c in charts), *(t.section for t in tables)])
     return [
@@ -306,7 +306,7 @@ def _hash(script: str) -> str:
 LOOPBACK = "127.0.0.1"
 
 
-class Watch:
+class LiveReport:
     """What the server answers; reads the run anew when a file of it has changed."""
 
     def __init__(self, reader: Reader) -> None:
@@ -352,7 +352,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
     Raises:
         SettingsError: the port is taken or not allowed.
     """
-    watch = Watch(reader)
+    watch = LiveReport(reader)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -27,7 +27,7 @@ _LONGEST_LIST = 200_000  # characters of a list that is written as text
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     """One record in its data set's own schema.
 
     Attributes:
@@ -110,7 +110,7 @@ class Row:
 
     def texts(self, *fields: str) -> tuple[str, ...]:
         """A list of texts (or numbers), none blank."""
-        inner = [Row(self.benchmark, self.number, {fields[0]: value}) for value in self.items(*fields)]
+        inner = [DatasetRow(self.benchmark, self.number, {fields[0]: value}) for value in self.items(*fields)]
         return tuple(row.text(fields[0]) for row in inner)
 
     def one_of(self, field: str, allowed: Mapping[str, Any] | tuple[str, ...]) -> str:
@@ -143,7 +143,7 @@ class Row:
     def video(self, *fields: str) -> tuple[tuple[Media, ...], Path | None]:
         """(frames, file) of a video: `frames`, a list of pictures, wins over the path in the named fields."""
         if self.has("frames"):
-            pictures = [Row(self.benchmark, self.number, {"frames": value}, folder=self.folder, trusted=self.trusted)
+            pictures = [DatasetRow(self.benchmark, self.number, {"frames": value}, folder=self.folder, trusted=self.trusted)
                         for value in self.items("frames")]  # fmt: skip
             return tuple(row.image("frames") for row in pictures), None
         field = next((name for name in fields if self.has(name)), fields[0])
@@ -157,7 +157,7 @@ class Row:
         return self.folder / relative
 
 
-Adapter = Callable[[Row], tuple[Item, ...]]
+Adapter = Callable[[DatasetRow], tuple[Item, ...]]
 """Items of a row: mostly one; none where the row is not part of the benchmark; several where it holds several questions.
 
 Raises DataError, and nothing else, for a row that cannot be read.

@@ -27,7 +27,7 @@ from zppo.evals.benchmark import Benchmark, Judge
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.protocol import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
-from zppo.evals.results import TOO_LONG, Row
+from zppo.evals.results import TOO_LONG, SampleResult
 from zppo.evals.scoring.rules import score
 from zppo.grading.grader import Grader
 from zppo.grading.text import extract_boxed, final_part
@@ -232,7 +232,7 @@ class Decider:
         self._grader.close()
         self._judge.close()
 
-    def decide(self, benchmark: Benchmark, item: Item, epoch: int, reply: Mapping[str, Any], journal: Journal) -> Row:
+    def decide(self, benchmark: Benchmark, item: Item, epoch: int, reply: Mapping[str, Any], journal: Journal) -> SampleResult:
         """The row of one reply of the model.
 
         Args:
@@ -244,7 +244,7 @@ class Decider:
         """
         text = str(reply["text"])
         ruled = score(item, text, self._grader.equal, self._think_open)
-        row = Row(
+        row = SampleResult(
             id=item.id,
             epoch=epoch,
             by="rule",
@@ -260,7 +260,7 @@ class Decider:
         )
         return row if ruled.decided else self._judged(benchmark, item, row, journal)
 
-    def _judged(self, benchmark: Benchmark, item: Item, row: Row, journal: Journal) -> Row:
+    def _judged(self, benchmark: Benchmark, item: Item, row: SampleResult, journal: Journal) -> SampleResult:
         messages = judge_request(benchmark, item, row.text, self._book, self._think_open)
         key = digest_of([benchmark.name, item.id, row.epoch, messages])
         known = journal.get(key)
