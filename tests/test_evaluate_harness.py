@@ -15,8 +15,8 @@ from zppo.evals.adapters.row import DatasetRow
 from zppo.evals.item import Item, Kind
 from zppo.evals.results import Scored, mastery
 from zppo.evals.scoring.judge import judge_score
+from zppo.evals.scoring.metrics import anls
 from zppo.evals.scoring.rules import Score, score
-from zppo.evals.scoring.text_metrics import anls
 from zppo.evals.tables import find
 from zppo.grading import Grader
 

@@ -274,7 +274,7 @@ def test_an_unreadable_reply_is_shown_back_with_its_form(tmp_path: Path, monkeyp
     words.write_text("{{ criterion }}")
     reply = {"text": "x", "finish": "stop", "tokens_in": 0, "tokens_out": 0}
     for prompts, tokens in (({}, 512), ({"eval_multichallenge": words}, 4096)):
-        decider = deciding.Decider(deciding.JudgeServer("http://j", "j", ""), prompts=prompts, concurrency=1, workers=1)
+        decider = deciding.Decider("http://j", "j", "", prompts, concurrency=1, workers=1)
         journal = Journal(tmp_path / f"{tokens}.jsonl")
         row = decider.decide(benchmark, items(benchmark)[0], 1, reply, journal)
         decider.close()

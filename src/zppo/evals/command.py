@@ -1,7 +1,4 @@
-"""What `zppo eval` takes on the command line. The work is imported when it runs.
-
-`zppo eval`: benchmark after benchmark, asked, decided and written down, so that the same call goes on where it stopped.
-"""
+"""`zppo eval`: benchmark after benchmark, asked, decided and written down, so that the same call goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from zppo.evals.load import LoadedBenchmark, load_items
 from zppo.evals.media import check_decoder, turns_of
 from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
 from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, finished, summary, with_benchmark, with_skipped
-from zppo.evals.scoring.judge import Decider, JudgeServer, judge_book
+from zppo.evals.scoring.judge import Decider, judge_book
 from zppo.evals.server import NAME, ServedModel, Server, check_context, find_model, has_vllm, is_url, read_key, served
 from zppo.evals.tables import BENCHMARKS, suite
 from zppo.evals.view import ProgressDisplay, estimate, print_estimates, print_results, say
@@ -66,7 +63,8 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     missing = [name for name in ("inspect_ai", "rapidfuzz") if importlib.util.find_spec(name) is None]
     if missing:
         raise EvaluationError(f"zppo eval needs {' and '.join(missing)}, not installed here: pip install 'zppo[eval]'")
-    if options.judge is None:
+    judge_url = options.judge
+    if judge_url is None:
         raise SettingsError("there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)")
     place = None if is_url(options.model) else _checkpoint(options.model)
     judge_book(options.judge_prompts)
@@ -82,21 +80,17 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
         return
-    judge = JudgeServer(
-        options.judge,
-        find_model(options.judge, judge_key, options.judge_model, "judge", "--judge-model", "--judge-key-env").name,
-        judge_key,
-    )
+    judge = find_model(judge_url, judge_key, options.judge_model, "judge", "--judge-model", "--judge-key-env").name
     with ExitStack() as stack:
         stack.enter_context(folder.alone())
         server, found, think_open = _serve(options, key, folder, target, stack, console)
         check_context(found.context, options.max_tokens)
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
-        own = settings_of(options, label, judge.model, "file" if as_file else "frames", weights)
+        own = settings_of(options, label, judge, "file" if as_file else "frames", weights)
         state = begin(folder, label, options.model, own)
         folder.write(state)
-        decider = Decider(judge, prompts=options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
+        decider = Decider(judge_url, judge, judge_key, options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
         stack.callback(decider.close)
         session = Session(options, folder, console, server, found.name, as_file, decider)
         for benchmark in chosen:

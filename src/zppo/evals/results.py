@@ -1,8 +1,6 @@
-"""From scores of rows to the figure of a benchmark, and to what is reported beside it. Pure.
+"""The results of an evaluation: its rows, the figure that they come to, and the folder that holds them.
 
-The rows of an evaluation: what came of one sample of one question, and what all rows of a benchmark come to. Pure.
-
-The folder of an evaluation: what it holds, and whether a call may go on with it.
+A row is one sample of one question. Scores of rows become the figure of a benchmark, with others that are reported besides it.
 """
 
 from __future__ import annotations
@@ -127,19 +125,14 @@ _ABILITIES: Mapping[str, str] = MappingProxyType(
 
 def _abilities(rows: Sequence[Scored]) -> Figure:
     """OCRBench v2: the mean over kinds of ability of the mean over their rows; the mean over rows beside it."""
-    named = [Scored(row.value, {"ability": _ABILITIES.get(str(row.facts.get("task")), "other")}) for row in rows]
-    groups = _groups(named, "ability")
-    means = {name: _mean(values) for name, values in groups.items()}
-    # Independent means: the error of their average.
-    errors = [_error(values) for values in groups.values()]
-    error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors) if errors else math.nan
-    return Figure(_mean(means.values()), error, len(means), means | {"all rows": _mean(row.value for row in rows)})
+    return _axes([Scored(row.value, {"axis": _ABILITIES.get(str(row.facts.get("task")), "other")}) for row in rows])
 
 
 def _axes(rows: Sequence[Scored]) -> Figure:
     """MultiChallenge: the mean of its four axes; the mean over conversations beside it."""
     groups = _groups(rows, "axis")
     means = {name: _mean(values) for name, values in groups.items()}
+    # Independent means: the error of their average.
     errors = [_error(values) for values in groups.values()]
     error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors) if errors else math.nan
     return Figure(_mean(means.values()), error, len(means), means | {"all rows": _mean(row.value for row in rows)})

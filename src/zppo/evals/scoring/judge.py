@@ -1,11 +1,9 @@
-"""How a judge's reply is read: in our own form, one JSON object with a verdict or a score, or in the form that a benchmark's official
-prompt asks for, so that such a prompt can be given by path. A reply that can be read in two ways is not read. Pure.
+"""From a model's reply to a decided row: the rules first, a judge where they cannot decide; what it is asked, and how it is read.
 
-What a judge is asked about a row that the rules leave open, and how its reply is read. Who sends the request is above.
+A judge's reply is read in our own form, one JSON object with a verdict or a score, or in the form that a benchmark's official prompt
+asks for, so that such a prompt can be given by path. A reply that can be read in two ways is not read.
 
-The words are ours (`prompts/eval_*.jinja`); a benchmark's official ones can be given by path. Figures from ours are no leaderboard figures.
-
-From a model's reply to a decided row: the rules first, the judge where they cannot decide.
+The words are ours (`prompts/eval_*.jinja`). Figures from ours are no leaderboard figures.
 """
 
 from __future__ import annotations
@@ -200,30 +198,18 @@ TURNS = 2  # replies of a judge that are read before a row stays open
 DOWN = 120.0  # seconds for which a judge is asked again
 
 
-@dataclass(frozen=True, slots=True)
-class JudgeServer:
-    """Where the shared judge is; its key is in no printed form."""
-
-    url: str
-    model: str
-    key: str
-
-    def __repr__(self) -> str:
-        return f"JudgeServer({self.url!r}, {self.model!r})"
-
-
 class Decider:
     """Decides rows. Threads may share it; it ends its workers and connections with its block."""
 
     def __init__(
-        self, judge: JudgeServer, *, prompts: Mapping[str, Path], concurrency: int, workers: int = 2, think_open: bool = False
+        self, url: str, model: str, key: str, prompts: Mapping[str, Path], *, concurrency: int, workers: int = 2, think_open: bool = False
     ) -> None:
         self._grader = Grader(workers=workers)
-        self._judge = RemoteTeacher(judge.model, [judge.url], key=judge.key, concurrency=concurrency, retry_for=DOWN)
+        self._judge = RemoteTeacher(model, [url], key=key, concurrency=concurrency, retry_for=DOWN)
         self._book = judge_book(prompts)
         self._think_open = think_open
         # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.
-        official = urlsplit(judge.url).hostname == OPENAI_HOST
+        official = urlsplit(url).hostname == OPENAI_HOST
         self._template_args: dict[str, Any] = {} if official else {"enable_thinking": False}
         self._given = frozenset(prompts)
 
