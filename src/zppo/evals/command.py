@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -30,7 +30,7 @@ from zppo.evals.view import ProgressDisplay, estimate, print_estimates, print_re
 from zppo.names import checkpoint_folder
 from zppo.prompts import PromptBook
 
-_IMAGES = 64  # of a request to a server of ours, beside the frames of a clip
+_IMAGES = 64  # of a request to a server of ours, besides the frames of a clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     judge_key = read_key(options.judge_key_env, "--judge-key-env")
     key = read_key(options.key_env, "--key-env")
     folder = EvalFolder(options.output or default_output(options))
-    target = place or find_model(options.model, key, options.name, "model", "--model", "--key-env")
+    target = place or find_model(options.model, key, options.name, "model")
     label = target.name if isinstance(target, ServedModel) else str(target.absolute())
     weights = fingerprint(place)
     known = folder.read()
@@ -80,7 +80,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
         return
-    judge = find_model(judge_url, judge_key, options.judge_model, "judge", "--judge-model", "--judge-key-env").name
+    judge = find_model(judge_url, judge_key, options.judge_model, "judge").name
     with ExitStack() as stack:
         stack.enter_context(folder.alone())
         server, found, think_open = _serve(options, key, folder, target, stack, console)
@@ -127,7 +127,7 @@ def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, we
     if not any(each["by_judge"] for each in known["benchmarks"]):
         judge = old["judge"]  # said nothing
     elif not judge:
-        judge = find_model(str(options.judge), judge_key, None, "judge", "--judge-model", "--judge-key-env").name
+        judge = find_model(str(options.judge), judge_key, None, "judge").name
     # What a checkpoint's template and the kind of its server decide follows from the weights and from nothing that this call says.
     think_open = options.think_open or (weights is not None and old["think_open"])
     video = old["video"] if options.video == "auto" else options.video
@@ -140,15 +140,16 @@ def _serve(
     """(the server, the model there, whether its prompts end inside an open think block)."""
     if isinstance(target, ServedModel):
         return Server(options.model, key, "other"), target, options.think_open
-    # Loads transformers, which nobody else needs.
+    # Loads transformers, which nothing else here needs.
     from zppo.engines.chat import Chat
 
     chat = Chat.load(str(target))
     open_ = options.think_open or chat.think_open(chat.encode((Message("user", "Hello."),)))
+    log = folder.inside("server.log")
     kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
-    say(console, f"starting {kind} for {target}; its log is {folder.server_log}")
-    server = stack.enter_context(served(target, folder.server_log, images=_IMAGES + options.frames))
-    return server, find_model(server.url, server.key, NAME, "model", "--model", "--key-env"), open_
+    say(console, f"starting {kind} for {target}; its log is {folder.inside('server.log')}")
+    server = stack.enter_context(served(target, log, images=_IMAGES + options.frames))
+    return server, find_model(server.url, server.key, NAME, "model"), open_
 
 
 def _checkpoint(model: str) -> Path:
@@ -168,7 +169,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     if finished(state, benchmark.name, options.limit, options.samples):
         return state
     try:
-        loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.store, limit=options.limit)
+        loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.inside("media"), limit=options.limit)
         _check_packages(session, benchmark, loaded)
     except DataError as error:  # unreachable, or too many rows that cannot be read: the other benchmarks are asked all the same
         say(console, f"skipped {error}", "yellow")
@@ -201,13 +202,13 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
 
     options, folder = session.options, session.folder
     items: dict[str, Item] = {item.id: item for item in loaded.items}
-    path = folder.rows(benchmark.name)
+    path = folder.inside("rows", f"{benchmark.name}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     rows: list[SampleResult] = []
     lock = Lock()
     with ExitStack() as stack:
-        answers, judgements = (Journal(folder.journal(what, benchmark.name)) for what in ("answers", "judgements"))
+        answers, judgements = (Journal(folder.inside(what, f"{benchmark.name}.jsonl")) for what in ("answers", "judgements"))
         stack.callback(answers.close)
         stack.callback(judgements.close)
         out = stack.enter_context(open(half, "w", encoding="ascii"))
@@ -215,17 +216,17 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
 
         def take(row: SampleResult) -> None:
             with lock:
-                out.write(json.dumps(row.to_dict(), default=str) + "\n")
+                out.write(json.dumps(asdict(row), default=str) + "\n")
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
                 watch.take(row)
 
-        turns = partial(turns_of, book=PromptBook(), store=folder.store, as_file=session.as_file, frames=options.frames)
+        turns = partial(turns_of, book=PromptBook(), store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
         health = Health()
         work = TaskContext(
             benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take
         )
         model = served_model(session.server.url, session.name, session.server.key, options.decoding, options.concurrency)
-        log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.logs)
+        log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.inside("logs"))
     half.replace(path)
     if log.status == "cancelled":
         raise KeyboardInterrupt
@@ -239,13 +240,13 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
 def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], folder: EvalFolder, console: Console) -> None:
     """The closing table; EvaluationError where something is left to do."""
     print_results(console, state)
-    say(console, f"written to {folder.result}; transcripts: inspect view --log-dir {folder.logs}")
+    say(console, f"written to {folder.result}; transcripts: inspect view --log-dir {folder.inside('logs')}")
     names = {benchmark.name for benchmark in chosen}
     left = {each["name"]: each["open"] for each in state["benchmarks"] if each["name"] in names and each["open"]}
     if left:
         counts = ", ".join(f"{name} {count:,}" for name, count in left.items())
         raise EvaluationError(
-            f"rows are open, since a server failed or a clip cannot be read ({counts}): {folder.path / 'eval' / 'rows'} says why. Mend it; "
+            f"rows are open, since a server failed or a clip cannot be read ({counts}): {folder.inside('rows')} says why. Mend it; "
             "the same command asks for these rows alone"
         )
     if not any(each["name"] in names for each in state["benchmarks"]):

@@ -1,7 +1,4 @@
-"""Rows of a benchmark from the Hugging Face hub.
-
-Items of a benchmark, from the hub or from a folder.
-"""
+"""Items of a benchmark, from its rows on the Hugging Face hub or in a folder."""
 
 from __future__ import annotations
 

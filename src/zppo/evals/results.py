@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -237,10 +237,6 @@ class SampleResult:
     gold: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
 
 def scored(rows: Iterable[SampleResult]) -> list[Scored]:
     """Decided rows by question: samples of one question are no new questions, their mean is one value (so errors are clustered)."""
@@ -335,33 +331,18 @@ class EvalFolder:
     def result(self) -> Path:
         return self.path / RESULT
 
-    def rows(self, benchmark: str) -> Path:
-        return self.path / WORK / "rows" / f"{benchmark}.jsonl"
-
-    def journal(self, what: str, benchmark: str) -> Path:
-        return self.path / WORK / what / f"{benchmark}.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / WORK / "logs"
-
-    @property
-    def store(self) -> Path:
-        return self.path / WORK / "media"
-
-    @property
-    def server_log(self) -> Path:
-        return self.path / WORK / "server.log"
+    def inside(self, *names: str) -> Path:
+        return self.path.joinpath(WORK, *names)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else may evaluate into the folder within the block; the system ends that with the process, however it ends.
+        """A lock: no other process may evaluate into the folder within the block. It ends with the process, however that ends.
 
         Raises:
-            EvaluationError: somebody does.
+            EvaluationError: another one does.
             StorageError: the folder cannot be written.
         """
-        with opened(self.path / WORK / "lock", "ab") as file:
+        with opened(self.inside("lock"), "ab") as file:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,7 @@
-"""The model as inspect-ai asks it: an OpenAI-compatible server that is sent every sampling setting, videos too.
+"""One benchmark as a task of inspect-ai: asked through a model of its own, decided by `zppo.evals.scoring.judge`, all in its log.
 
-Imported when an evaluation runs; it is the only module beside `task` that needs inspect-ai (`pip install 'zppo[eval]'`).
-
-One benchmark as a task of inspect-ai: asked through its model, decided by `zppo.evals.scoring.judge`, everything in its log.
+The model is an OpenAI-compatible server that is sent every sampling setting, and videos too. The only module that needs inspect-ai
+(`pip install 'zppo[eval]'`): it is imported when an evaluation runs.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ class ServedAPI(OpenAICompatibleAPI):
             client_timeout=ATTEMPT,
             stream=False,
             max_retries=0,  # of the client's own: inspect-ai retries, and says so
-            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_Hush(api_key)]}),
+            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_hiding(api_key)]}),
         )
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:
@@ -105,16 +104,16 @@ class ServedAPI(OpenAICompatibleAPI):
         return choices
 
 
-class _Hush:
-    """Takes the key out of what a server sends, before anybody can log it."""
+def _hiding(key: str) -> Callable[[Any], Awaitable[None]]:
+    """A hook that takes the key out of what a server sends, before it can be logged."""
+    secret = key.encode()
 
-    def __init__(self, key: str) -> None:
-        self._key = key.encode()
-
-    async def __call__(self, response: Any) -> None:
+    async def hide(response: Any) -> None:
         body = await response.aread()
-        if len(self._key) >= SHORTEST_SECRET and self._key in body:
-            response._content = body.replace(self._key, b"[key]")
+        if len(secret) >= SHORTEST_SECRET and secret in body:
+            response._content = body.replace(secret, b"[key]")
+
+    return hide
 
 
 def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency: int) -> Model:
@@ -279,8 +278,12 @@ def run_task(work: TaskContext, model: Model, *, samples: int, concurrency: int,
         samples: of each question.
         concurrency: questions under way at once.
     """
+
+    def facts(item: Item) -> dict[str, Any]:
+        return {"kind": item.kind, "options": list(item.options), "facts": dict(item.facts)}
+
     dataset = MemoryDataset(
-        [Sample(id=item.id, input=item.asked, target=list(item.golds), metadata=_facts(item)) for item in work.items.values()],
+        [Sample(id=item.id, input=item.asked, target=list(item.golds), metadata=facts(item)) for item in work.items.values()],
         name=work.benchmark.name,
     )
     task = Task(
@@ -386,13 +389,9 @@ def decide(work: TaskContext) -> Scorer:
         decided = partial(work.decider.decide, work.benchmark, item, state.epoch, state.metadata["reply"], work.judgements)
         row = await to_thread.run_sync(decided, limiter=work.threads)
         work.take(row)
-        told = {name: value for name, value in row.to_dict().items() if name not in ("text", "facts", "answer")}
+        kept = {name: value for name, value in asdict(row).items() if name not in ("text", "facts", "answer")}
         if row.value is None:
-            return Score.unscored(answer=row.answer, explanation=row.error, metadata=told)
-        return Score(value=row.value, answer=row.answer, explanation=row.reply or row.reason, metadata=told)
+            return Score.unscored(answer=row.answer, explanation=row.error, metadata=kept)
+        return Score(value=row.value, answer=row.answer, explanation=row.reply or row.reason, metadata=kept)
 
     return score
-
-
-def _facts(item: Item) -> dict[str, Any]:
-    return {"kind": item.kind, "options": list(item.options), "facts": dict(item.facts)}

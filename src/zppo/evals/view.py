@@ -1,6 +1,6 @@
-"""What an evaluation shows: a line or a bar while it goes on, and a table at its end.
+"""What an evaluation prints: a bar or lines while it goes on, a table at its end, and with --dry-run what it would cost.
 
-What an evaluation would cost, from what the registry knows; nothing is asked and nothing is fetched.
+That estimate is made from what the registry knows: nothing is asked and nothing is fetched.
 """
 
 from __future__ import annotations

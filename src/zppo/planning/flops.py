@@ -128,7 +128,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.needs else 0.0),
         scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
-        judge=judge_tokens(steps),
+        judge=math.fsum(step.get(f"judge_{part}_tokens") or 0.0 for step in steps for part in ("prompt", "completion")),
     )
     draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask != "all"
     asked, hard = total("teacher_questions"), total("hard_questions")
@@ -153,12 +153,6 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
     if "hint" in method.needs:
         notes.append("The prompts of hints are not in the log and not counted.")
     return Cost(literal, saved, len(steps), tuple(notes))
-
-
-def judge_tokens(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens that the judge read and wrote in these steps; 0 where no question wanted one."""
-    names = ("judge_prompt_tokens", "judge_completion_tokens")
-    return math.fsum(record.get(name) or 0.0 for record in steps for name in names)
 
 
 def _unbuilt(settings: Settings, steps: Sequence[Mapping[str, Any]]) -> float:

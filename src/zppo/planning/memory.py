@@ -170,14 +170,14 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     shape = shape_of(settings.student.model)
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
-    eyes = vision_shape_of(settings.student.model) if images else None
+    vision_shape = vision_shape_of(settings.student.model) if images else None
     others = _frozen(settings, gpu, images=bool(images))
     if isinstance(others, str):
         return others
     train = settings.train
-    parameters = _parameters(settings.student, shape, eyes)
+    parameters = _parameters(settings.student, shape, vision_shape)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
-    still = _still(settings, eyes)
+    still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
     longest = _longest(settings)
@@ -203,16 +203,16 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         tokens=tokens,
         longest=longest,
         stepping=trained * 4 if gpu else 0,
-        tower=_tower(settings, eyes, tokens // longest, images, bf16=bf16),
-        images=int(settings.data.images.cache_gib * GIB) if eyes and not gpu else 0,
+        tower=_tower(settings, vision_shape, tokens // longest, images, bf16=bf16),
+        images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
     )
 
 
 def within(settings: Settings, questions: Iterable[Question]) -> Settings:
     """The settings with a prompt limit that the questions can reach: a token has a byte at least, an image those of the largest."""
     asked = list(questions)
-    eyes = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
-    each = eyes.tokens(settings.data.images.max_pixels) if eyes else 0
+    vision_shape = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
+    each = vision_shape.tokens(settings.data.images.max_pixels) if vision_shape else 0
     longest = max((sum(len(m.content.encode()) for m in q.messages) + each * len(q.images) for q in asked), default=0)
     limit = min(settings.data.max_prompt_tokens, longest + _WORDS)
     return settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": limit})})
@@ -306,26 +306,26 @@ def _longest(settings: Settings) -> int:
     return settings.data.max_prompt_tokens + added + settings.rollout.max_new_tokens
 
 
-def _still(settings: Settings, eyes: VisionTowerShape | None) -> int:
+def _still(settings: Settings, vision_shape: VisionTowerShape | None) -> int:
     """Parameters that are there and are not trained."""
-    if eyes is None:
+    if vision_shape is None:
         return 0
-    vision = settings.train.vision
-    return eyes.tower * vision.freeze_tower + eyes.projector * vision.freeze_projector
+    frozen = settings.train.vision
+    return vision_shape.tower * frozen.freeze_tower + vision_shape.projector * frozen.freeze_projector
 
 
-def _tower(settings: Settings, eyes: VisionTowerShape | None, rows: int, images: int, *, bf16: bool) -> int:
+def _tower(settings: Settings, vision_shape: VisionTowerShape | None, rows: int, images: int, *, bf16: bool) -> int:
     """Bytes that the tower keeps for the backward pass.
 
     At worst every row of a micro-batch has pictures of its own, of the largest size or as many as its prompt holds.
     """
     train = settings.train
     adapted = train.lora is None or any(map(names_vision_layers, () if train.lora.targets == "all-linear" else train.lora.targets))
-    if eyes is None or train.vision.freeze_tower or not adapted:
+    if vision_shape is None or train.vision.freeze_tower or not adapted:
         return 0
-    kept = eyes.kept_per_patch(bf16=bf16, recomputed=train.gradient_checkpointing)
-    tokens = min(images * eyes.tokens(settings.data.images.max_pixels), settings.data.max_prompt_tokens)
-    return int(rows * tokens * eyes.merge**2 * kept)
+    kept = vision_shape.kept_per_patch(bf16=bf16, recomputed=train.gradient_checkpointing)
+    tokens = min(images * vision_shape.tokens(settings.data.images.max_pixels), settings.data.max_prompt_tokens)
+    return int(rows * tokens * vision_shape.merge**2 * kept)
 
 
 def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
@@ -338,25 +338,18 @@ def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
         shape = shape_of(model.model)
         if shape is None:
             return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
-        eyes = vision_shape_of(model.model) if images else None
-        total += _parameters(model, shape, eyes) * (2 if gpu else 4)
+        vision_shape = vision_shape_of(model.model) if images else None
+        total += _parameters(model, shape, vision_shape) * (2 if gpu else 4)
     return total
 
 
-def _parameters(model: ModelSettings, shape: DecoderShape, eyes: VisionTowerShape | None) -> int:
+def _parameters(model: ModelSettings, shape: DecoderShape, vision_shape: VisionTowerShape | None) -> int:
     """N of what is loaded: from the headers of the weights on disk without draft layers, else from the shapes.
 
     The vision tower counts where there are images to show; without, a text model of its own is loaded.
     """
     folder = Path(model_folder(model.model))
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return int(count_parameters(folder, keep=_is_loaded if eyes is None else _is_no_draft).parameters)
-    return shape.parameters + (eyes.tower + eyes.projector if eyes else 0)
-
-
-def _is_no_draft(tensor: str) -> bool:
-    return "mtp" not in tensor.split(".")
-
-
-def _is_loaded(tensor: str) -> bool:
-    return not any(part in ("visual", "mtp") for part in tensor.split("."))
+        left = {"mtp"} if vision_shape else {"visual", "mtp"}
+        return int(count_parameters(folder, keep=lambda tensor: left.isdisjoint(tensor.split("."))).parameters)
+    return shape.parameters + (vision_shape.tower + vision_shape.projector if vision_shape else 0)

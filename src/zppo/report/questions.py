@@ -238,15 +238,8 @@ def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Sto
             by_step.setdefault(step, []).append(question_id)
     stories: dict[str, Story] = {
         question_id: {
-            "id": question_id,
-            "level": "",
-            "gold": "",
-            "question": "",
-            "images": [],
-            "image_sha256": [],
-            "events": [],
-            "prompts": [],
-            "groups": [],
+            **{"id": question_id, "level": "", "gold": "", "question": ""},
+            **{name: [] for name in ("images", "image_sha256", "events", "prompts", "groups")},
         }
         for question_id in wanted
     }
@@ -315,7 +308,9 @@ def trimmed(story: Story, most_bytes: int) -> Story:
         if size_of(story) <= most_bytes:
             return story
         prompts = [cut(p, 4 * characters) for p in story["prompts"]]
-        groups = [{**g, "rollouts": [_cut_rollout(r, characters) for r in g["rollouts"]]} for g in story["groups"]]
+        groups = [
+            {**g, "rollouts": [{**r, "completion": cut(r["completion"], characters)} for r in g["rollouts"]]} for g in story["groups"]
+        ]
         story = {**story, "prompts": prompts, "groups": groups, "cut": True}
     groups, left = list(story["groups"]), size_of(story) - most_bytes
     # From the middle outwards: the beginning and the end of a story say most.
@@ -326,10 +321,6 @@ def trimmed(story: Story, most_bytes: int) -> Story:
         left -= size_of(groups[index]) - size_of(bare)
         groups[index] = bare
     return {**story, "groups": groups}
-
-
-def _cut_rollout(rollout: Mapping[str, Any], characters: int) -> dict[str, Any]:
-    return {**rollout, "completion": cut(rollout["completion"], characters)}
 
 
 def cut(text: str, characters: int) -> str:

@@ -1,8 +1,7 @@
-"""How questions are written: options in one shape, images where they belong.
+"""Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, MMLU and its kin, GPQA, C-Eval.
 
-Language benchmarks with a judge of their own: Humanity's Last Exam and MultiChallenge.
-
-Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, MMLU and its kin, GPQA, C-Eval.
+Besides it the language benchmarks with a judge of their own (Humanity's Last Exam, MultiChallenge), and how the questions of all
+adapters are written: options in one shape, images where they belong.
 """
 
 from __future__ import annotations
@@ -36,13 +35,6 @@ def with_options(question: str, options: Sequence[str]) -> str:
         return question
     lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return "\n".join((question, *lines))
-
-
-def letter_of(row: DatasetRow, field: str, index: int, count: int) -> str:
-    """The letter of the option with this index, from 0."""
-    if not 0 <= index < count:
-        row.fail(field, f"is option {index} (the first is 0), and the row has {count}")
-    return LETTERS[index]
 
 
 def checked_options(row: DatasetRow, field: str, options: Sequence[str]) -> tuple[str, ...]:
@@ -128,10 +120,15 @@ def choice_item(
     facts: Mapping[str, Any] | None = None,
 ) -> Item:
     """An item of the kind choice; the gold must be the letter of one of the options."""
-    if gold not in LETTERS[: len(options)] or len(gold) != 1:
-        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+    check_letter(row, gold, options)
     messages = ask(row, with_options(question, options), len(images))
     return Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts or {})
+
+
+def check_letter(row: DatasetRow, gold: str, options: Sequence[str]) -> None:
+    """DataError where the right answer is not the letter of an option."""
+    if gold not in LETTERS[: len(options)] or len(gold) != 1:
+        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
 
 
 def indexed_gold(row: DatasetRow, field: str, options: tuple[str, ...]) -> str:
@@ -139,7 +136,10 @@ def indexed_gold(row: DatasetRow, field: str, options: tuple[str, ...]) -> str:
     value = row.value(field)
     if isinstance(value, str) and value.strip() in LETTERS[: len(options)] and len(value.strip()) == 1:
         return value.strip()
-    return letter_of(row, field, row.integer(field), len(options))
+    index = row.integer(field)
+    if not 0 <= index < len(options):
+        row.fail(field, f"is option {index} (the first is 0), and the row has {len(options)}")
+    return LETTERS[index]
 
 
 def ai2d(row: DatasetRow) -> tuple[Item, ...]:
@@ -185,8 +185,7 @@ def mmmu_pro(row: DatasetRow) -> tuple[Item, ...]:
     else:
         text = f"{IMAGE}\nAnswer the question that is shown in the image."
         images = (row.image("image"),)
-    if gold not in LETTERS[: len(options)]:
-        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+    check_letter(row, gold, options)
     messages = ask(row, text, len(images))
     return (Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts),)
 

@@ -10,7 +10,6 @@ from zppo.evals.item import Item, Kind
 
 _VARIANT = re.compile(r"variant_?(\d{1,2})$")
 _OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.、):：]|(?:^|[;；\s])\(([A-H])\))\s*")
-_STEPS = re.compile(r"[23]steps_(?:[123]|multi)")
 
 
 def aime25(row: DatasetRow) -> tuple[Item, ...]:

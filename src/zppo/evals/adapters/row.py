@@ -1,8 +1,7 @@
 """A row of a data set and typed access to its fields; what is wrong with one is said with benchmark, row and field.
 
-Sentences that say how to reason or how to write the answer down: found in the benchmarks' questions and taken out.
-
-The protocol has one such directive for all (method.md section 10).
+Sentences of a question that say how to reason or how to write the answer down are taken out: the protocol has one such directive for
+all benchmarks (method.md section 10).
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ class DatasetRow:
         return (), self.path(field, self.text(*fields))
 
     def path(self, field: str, name: str) -> Path:
-        """A path inside the row's folder; a data file must not make anybody read another one."""
+        """A path inside the row's folder; a data file must not lead to files elsewhere."""
         relative = Path(name)
         if "\0" in name or relative.is_absolute() or ".." in relative.parts:
             self.fail(field, f"{name[:80]!r} leads out of the folder of the data; give a path inside of it")

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from zppo.core.types import Message
-from zppo.evals.adapters.choice import LETTERS, ask, checked_options, with_options
+from zppo.evals.adapters.choice import LETTERS, ask, check_letter, checked_options, with_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
-from zppo.evals.item import Item, Kind, Media
+from zppo.evals.item import Item, Kind
 
 _HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
 _TVQA, _TVQA_RATE = ("episodic_reasoning", 3.0)  # the task of MVBench whose clips are folders of pictures, and how many a second
@@ -34,11 +33,9 @@ def _video_item(
     where: str = "",
 ) -> Item:
     """An item about the clip that is named in one of the fields, or by `where`."""
-    shown: tuple[tuple[Media, ...], Path | None]
-    shown = ((), row.path(fields[0], where)) if where and not row.has("frames") else row.video(*fields)
-    frames, video = shown
-    if kind == "choice" and (len(gold) != 1 or gold not in LETTERS[: len(options)]):
-        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+    frames, video = ((), row.path(fields[0], where)) if where and not row.has("frames") else row.video(*fields)
+    if kind == "choice":
+        check_letter(row, gold, options)
     return Item(
         identity, row.benchmark, messages, gold, kind, frames=frames, video=video, clip=clip, rate=rate, options=options, facts=facts or {}
     )

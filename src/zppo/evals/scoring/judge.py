@@ -244,7 +244,7 @@ class Decider:
             gold=item.golds,
             facts=item.facts,
         )
-        return row if ruled.decided else self._judged(benchmark, item, row, journal)
+        return row if ruled.value is not None else self._judged(benchmark, item, row, journal)
 
     def _judged(self, benchmark: Benchmark, item: Item, row: SampleResult, journal: Journal) -> SampleResult:
         messages = judge_request(benchmark, item, row.text, self._book, self._think_open)

@@ -140,10 +140,6 @@ def _formula(item: Item, response: str) -> float:
     return float(any(gold in bare[0] for gold in bare[1:]))
 
 
-def _page(item: Item, response: str) -> float:
-    return page_score(item.golds[0], response)
-
-
 def _table(item: Item, response: str) -> float:
     """A table in HTML, or in Markdown where the question asks for it."""
     gold = item.golds[0]
@@ -180,10 +176,6 @@ def _pairs_table(data: Mapping[object, object]) -> str:
     # A space between all characters of a value: the benchmark's own table has them, and they weigh in its similarity.
     rows = (f"<tr>{_cell(str(key))}{_cell(' '.join(str(value)))}</tr>" for key, value in data.items())
     return "<table>" + "".join(rows) + "</table>"
-
-
-def _document(item: Item, response: str) -> float:
-    return outline_similarity(item.golds[0], response)
 
 
 def _fields(item: Item, response: str) -> float:
@@ -298,16 +290,16 @@ _METRICS: Mapping[str, Callable[[Item, str], float]] = MappingProxyType(
         "table parsing en": _table,
         "table parsing cn": _table,
         "chart parsing en": _chart,
-        "document parsing en": _document,
-        "document parsing cn": _document,
+        "document parsing en": lambda item, response: outline_similarity(item.golds[0], response),
+        "document parsing cn": lambda item, response: outline_similarity(item.golds[0], response),
         "key information extraction en": _fields,
         "key information mapping en": _fields,
         "key information extraction cn": _fields,
         "VQA with position en": _placed,
-        "text translation cn": _page,
-        "fine-grained text recognition en": _page,
-        "full-page OCR en": _page,
-        "full-page OCR cn": _page,
+        "text translation cn": lambda item, response: page_score(item.golds[0], response),
+        "fine-grained text recognition en": lambda item, response: page_score(item.golds[0], response),
+        "full-page OCR en": lambda item, response: page_score(item.golds[0], response),
+        "full-page OCR cn": lambda item, response: page_score(item.golds[0], response),
         "text grounding en": _grounding,
         "text spotting en": _spotting,
     }
@@ -336,26 +328,15 @@ def page_score(gold: str, answer: str) -> float:
     if not gold.strip() or not answer.strip():
         return 0.0
     chinese = bool(_CHINESE.search(gold) or _CHINESE.search(answer))
-    want, got = _words(gold, chinese), _words(answer, chinese)
-    shared = len(set(want) & set(got))
-    f_measure = 2 * shared / (len(set(want)) + len(set(got)))
-    return (_bleu(want, got) + _meteor(want, got) + f_measure + similarity(gold, answer)) / 4
-
-
-def _words(text: str, chinese: bool) -> list[str]:
-    return list(_jieba().lcut(text)) if chinese else text.split()
-
-
-def _bleu(want: list[str], got: list[str]) -> float:
-    bleu, _, _ = _nltk()
+    want, got = (list(_jieba().lcut(text)) if chinese else text.split() for text in (gold, answer))
+    sentence_bleu, meteor_score, stemmer = _nltk()
     with warnings.catch_warnings():  # no shared run of four words: as good as 0, and said for each text
         warnings.simplefilter("ignore")
-        return float(bleu([want], got))
-
-
-def _meteor(want: list[str], got: list[str]) -> float:
-    _, meteor, stemmer = _nltk()
-    return float(meteor([want], got, stemmer=stemmer, wordnet=_NoSynonyms()))
+        bleu = float(sentence_bleu([want], got))
+    meteor = float(meteor_score([want], got, stemmer=stemmer, wordnet=_NoSynonyms()))
+    shared = len(set(want) & set(got))
+    f_measure = 2 * shared / (len(set(want)) + len(set(got)))
+    return (bleu + meteor + f_measure + similarity(gold, answer)) / 4
 
 
 @lru_cache(maxsize=1)

@@ -36,11 +36,6 @@ class Score:
     answer: str | None
     reason: str
 
-    @property
-    def decided(self) -> bool:
-        """Whether no judge is needed."""
-        return self.value is not None
-
 
 Rule = Callable[[Item, str, Equal], tuple[float | None, str]]
 """(value or None, reason) for an answer."""
