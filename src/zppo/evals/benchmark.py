@@ -23,7 +23,7 @@ class HubDataset:
         id: owner/name.
         splits: all that belong to the benchmark.
         configs: all that belong to it; "" is the only one there is.
-        revision: commit or branch that the fields were read at; None where nobody has named one: what is loaded is then the newest, and its
+        revision: commit or branch that the fields were read at; None where none is fixed: what is loaded is then the newest, and its
             commit is written down with the results.
     """
 
@@ -46,7 +46,7 @@ class Benchmark:
         differs: how its official protocol differs from the shared one, a sentence.
         judge: whose words ask about rows that the rules leave open.
         aggregate: from scores of rows to the benchmark's figure.
-        rows: questions in all, None where nobody has counted.
+        rows: questions in all, None where they were not counted.
         licence: of the data, as its card names it; None: look there.
         gated: its terms must be accepted on the hub, and a log-in is needed.
         also: copies of the same data at other owners, which are loaded, in this order, where the source cannot be.

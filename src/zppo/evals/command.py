@@ -66,6 +66,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     judge_url = options.judge
     if judge_url is None:
         raise SettingsError("there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)")
+    # What can be wrong with the call is looked for before a server is started or a question is asked.
     place = None if is_url(options.model) else _checkpoint(options.model)
     judge_book(options.judge_prompts)
     judge_key = read_key(options.judge_key_env, "--judge-key-env")
@@ -74,6 +75,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     target = place or find_model(options.model, key, options.name, "model")
     label = target.name if isinstance(target, ServedModel) else str(target.absolute())
     weights = fingerprint(place)
+    # A finished evaluation is only shown again: its server is not started, its judge not needed.
     known = folder.read()
     if known is not None and all(finished(known, each.name, options.limit, options.samples) for each in chosen):
         begin(folder, "", "", _settings_now(options, known, label, weights, judge_key))
@@ -88,7 +90,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
         own = settings_of(options, label, judge, "file" if as_file else "frames", weights)
-        state = begin(folder, label, options.model, own)
+        state = begin(folder, label, options.model, own)  # refuses rows that were made under other settings
         folder.write(state)
         decider = Decider(judge_url, judge, judge_key, options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
         stack.callback(decider.close)
@@ -100,15 +102,10 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
 
 
 def _check(options: EvalOptions) -> None:
-    least = {
-        "--samples": options.samples,
-        "--concurrency": options.concurrency,
-        "--frames": options.frames,
-        "--max-tokens": options.max_tokens,
-    }
-    for flag, value in {**least, "--limit": options.limit}.items():
+    for name in ("samples", "concurrency", "frames", "max_tokens", "limit"):
+        value = getattr(options, name)
         if value is not None and value < 1:
-            raise SettingsError(f"{flag} is {value}: it must be 1 or more")
+            raise SettingsError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
     for flag, path in (("--data", options.data), ("--clips", options.clips)):
         if path is not None and not path.is_dir():
             raise SettingsError(f"{flag}: there is no folder {path}")

@@ -36,16 +36,11 @@ def hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[Dataset
         except UnavailableError as error:
             errors.append(error)
         else:
-            return _rows_of(benchmark, parts, clips or Path()), source.id, _commit(source)
+            records = ((config, split, record) for config, split, part in parts for record in part)
+            rows = (DatasetRow(benchmark.name, number, record, config, split, clips or Path(), trusted=True)
+                    for number, (config, split, record) in enumerate(records, 1))  # fmt: skip
+            return rows, source.id, _commit(source)
     raise errors[0]
-
-
-def _rows_of(benchmark: Benchmark, parts: Iterable[tuple[str, str, Iterable[Mapping[str, Any]]]], folder: Path) -> Iterator[DatasetRow]:
-    number = 0
-    for config, split, records in parts:
-        for value in records:
-            number += 1
-            yield DatasetRow(benchmark.name, number, value, config, split, folder, trusted=True)
 
 
 def _part(benchmark: Benchmark, source: HubDataset, config: str, split: str) -> Iterable[Mapping[str, Any]]:
@@ -102,14 +97,12 @@ class LoadedBenchmark:
         items: in the order of the data set, ids unique.
         origin: a file, or owner/name of a set on the hub.
         revision: the commit of that set; "" for a file, or where the hub did not say.
-        left_out: records that are no part of the benchmark.
-        unreadable: what is wrong with each record that cannot be read; these are left out too.
+        unreadable: what is wrong with each record that cannot be read; these are left out.
     """
 
     items: tuple[Item, ...]
     origin: str
     revision: str
-    left_out: int
     unreadable: tuple[str, ...] = ()
 
 
@@ -137,8 +130,9 @@ def load_items(
         rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
     adapt = partial(_adapted, benchmark)
     found: list[Item] = []
-    left_out = seen = 0
+    seen = 0
     unreadable: list[str] = []
+    # Questions that are scored together can only be cut to `limit` when all of them are known.
     whole = limit is None or benchmark.aggregate in ("worst case", "wemath")
     for row in rows:
         seen += 1
@@ -149,7 +143,6 @@ def load_items(
         except DataError as error:
             unreadable.append(str(error))
             continue
-        left_out += not items
         found += items
         if not whole and len(found) >= (limit or 0):
             break
@@ -158,7 +151,7 @@ def load_items(
     items = limited(unique(found), limit)
     if not items:
         raise UnavailableError(f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data")
-    return LoadedBenchmark(items, origin, revision, left_out, tuple(unreadable))
+    return LoadedBenchmark(items, origin, revision, tuple(unreadable))
 
 
 def unique(items: Iterable[Item]) -> tuple[Item, ...]:

@@ -1,6 +1,6 @@
 """The results of an evaluation: its rows, the figure that they come to, and the folder that holds them.
 
-A row is one sample of one question. Scores of rows become the figure of a benchmark, with others that are reported besides it.
+A row is one sample of one question. Scores of rows become the figure of a benchmark, with others that are reported with it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _plain(rows: Sequence[Scored]) -> Figure:
 
 
 def _worst_case(rows: Sequence[Scored]) -> Figure:
-    """DynaMath: the share of seed questions right in every variant; beside it the average over all rows."""
+    """DynaMath: the share of seed questions right in every variant; the average over all rows is reported too."""
     seeds = list(_groups(rows, "seed").values())
     worst = [min(values) for values in seeds]
     always = sum(min(values) == max(values) for values in seeds)
@@ -124,12 +124,12 @@ _ABILITIES: Mapping[str, str] = MappingProxyType(
 
 
 def _abilities(rows: Sequence[Scored]) -> Figure:
-    """OCRBench v2: the mean over kinds of ability of the mean over their rows; the mean over rows beside it."""
+    """OCRBench v2: the mean over kinds of ability of the mean over their rows; the mean over rows is reported too."""
     return _axes([Scored(row.value, {"axis": _ABILITIES.get(str(row.facts.get("task")), "other")}) for row in rows])
 
 
 def _axes(rows: Sequence[Scored]) -> Figure:
-    """MultiChallenge: the mean of its four axes; the mean over conversations beside it."""
+    """MultiChallenge: the mean of its four axes; the mean over conversations is reported too."""
     groups = _groups(rows, "axis")
     means = {name: _mean(values) for name, values in groups.items()}
     # Independent means: the error of their average.
@@ -139,7 +139,7 @@ def _axes(rows: Sequence[Scored]) -> Figure:
 
 
 def _wemath(rows: Sequence[Scored]) -> Figure:
-    """We-Math: accuracy over all rows; beside it the four-way score of `mastery`."""
+    """We-Math: accuracy over all rows; the four-way score of `mastery` is reported too."""
     values = [row.value for row in rows]
     return Figure(_mean(values), _error(values), len(values), mastery(rows))
 
@@ -206,7 +206,7 @@ class SampleResult:
 
     Attributes:
         id, epoch: which one; epochs count from 1.
-        by: who decided; open: nobody yet, because model or judge failed. A repeated call asks again;
+        by: who decided; open: not decided yet, because model or judge failed. A repeated call asks again;
             left out: it has pictures, and the model takes none.
         value: 0 to 1; None while open, or where it is left out.
         text: what the model wrote, thoughts included.

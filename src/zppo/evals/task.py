@@ -83,7 +83,8 @@ class ServedAPI(OpenAICompatibleAPI):
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:
         """inspect-ai refuses videos on this path: they go through it as images, and come out as what they are."""
-        return [_with_videos(message) for message in await super().messages_to_openai([_hidden(m) for m in input])]
+        messages: list[Any] = await super().messages_to_openai([_hidden(m) for m in input])
+        return [m | {"content": [_part(p) for p in m["content"]]} if isinstance(m.get("content"), list) else m for m in messages]
 
     def service_model_name(self) -> str:
         """The model's name as its server knows it, slashes and all."""
@@ -205,12 +206,6 @@ def _hidden(message: ChatMessage) -> ChatMessage:
         return message
     parts = [ContentImage(image=f"data:image/png;base64,{_VIDEO}{p.video}") if isinstance(p, ContentVideo) else p for p in message.content]
     return message.model_copy(update={"content": parts})
-
-
-def _with_videos(message: Any) -> Any:
-    if not isinstance(message.get("content"), list):
-        return message
-    return {**message, "content": [_part(part) for part in message["content"]]}
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from zppo.evals.protocol import EvalOptions
 from zppo.evals.results import SampleResult
 
 _EVERY = 30.0  # seconds between lines in a file
-_MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
+_MOST_PARTS = 12  # figures of one benchmark that are shown next to its own
 
 
 class ProgressDisplay:
@@ -97,23 +97,20 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
     for each in state["benchmarks"]:
+        warnings = []
         if count := each.get("unreadable", 0):
             what = "1 row is" if count == 1 else f"{count:,} rows are"
-            say(console, f"{each['name']}: {what} no part of it, since unreadable; the first: {each['unreadable_first']}", "yellow")
+            warnings.append(f"{what} no part of it, since unreadable; the first: {each['unreadable_first']}")
         if count := each.get("left_out", 0):
-            say(
-                console,
-                f"{each['name']}: {count:,} of {each['expected']:,} rows are left out of its figure, since they have pictures and the "
-                f"model takes none ({each['why_left_out']})",
-                "yellow",
-            )
+            of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
+            warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
         if count := each.get("too_long", 0):
-            say(
-                console,
-                f"{each['name']}: {count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
-                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)",
-                "yellow",
+            warnings.append(
+                f"{count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
+                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)"
             )
+        for warning in warnings:
+            say(console, f"{each['name']}: {warning}", "yellow")
     errors = sum(each["judge_errors"] for each in state["benchmarks"])
     say(
         console,

@@ -268,6 +268,7 @@ def make_plan(
     steps = steps_per_epochs(questions, batch, train.epochs) if train.steps is None else train.steps
     every = settings.eval.every
     between = (max(steps - 1, 0) // every) if every else 0
+    # The teacher's work under both orders of asking, so that the table can compare them.
     lazy = literal = None
     if method.needs_teacher and settings.teacher is not None:
         everything = method.teacher_response or method.loss == "off-distill"
@@ -318,11 +319,12 @@ def render_plan(settings: Settings, plan: Plan, source: str, folder: str, memory
 
 def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, str]]:
     method = settings.method.resolve()
+    teachers = (settings.teacher, *settings.more_teachers)
     passes = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
     return [
         ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}"),
         ("student", settings.student.model),
-        ("teacher", _teachers(settings) if method.needs_teacher else "not needed"),
+        ("teacher", "; ".join(_where(t) for t in teachers if t is not None) if method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train}{_with_images(plan.seeing)}"),
         (
             "held-out questions",
@@ -346,10 +348,6 @@ def _judge_row(settings: Settings, plan: Plan) -> str:
         return "not needed: no question asks for one"
     who = _where(settings.judge) if settings.judge else f"the teacher, {settings.judging[0].model},"
     return f"{who} for {plan.judged:,} training and {plan.eval_judged:,} held-out questions"
-
-
-def _teachers(settings: Settings) -> str:
-    return "; ".join(_where(t) for t in (settings.teacher, *settings.more_teachers) if t is not None)
 
 
 def _where(own: FrozenModelSettings) -> str:

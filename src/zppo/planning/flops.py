@@ -116,6 +116,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
                 )
         return math.fsum(record[name] for record in steps)
 
+    # As run: every number is in the log.
     per_rollout, sampled = total("prompt_tokens"), total("student_tokens")
     once = per_rollout / settings.rollout.group_size
     rows = per_rollout + sampled
@@ -130,6 +131,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
         judge=math.fsum(step.get(f"judge_{part}_tokens") or 0.0 for step in steps for part in ("prompt", "completion")),
     )
+    # To the letter: prompts once per rollout, every row trained, and the hard questions that the lazy order did not ask about.
     draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask != "all"
     asked, hard = total("teacher_questions"), total("hard_questions")
     more = hard / asked if asked and lazy and "pair" in method.needs else 1.0

@@ -35,7 +35,7 @@ class Machine:
         name: of the GPU, or "RAM".
         gpu: whether it is one.
         total: bytes.
-        free: bytes that nobody holds now; None where that is not known.
+        free: bytes that are not in use now; None where that is not known.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Memory:
         logits: of that micro-batch, with their gradients; gone when layers are computed again.
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
-        stepping: what the optimizer's step holds beside its state.
+        stepping: what the optimizer's step holds besides its state.
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
     """
@@ -171,15 +171,18 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
     vision_shape = vision_shape_of(settings.student.model) if images else None
+    # Frozen models in this process; without the shape of one of them there is no estimate.
     others = _frozen(settings, gpu, images=bool(images))
     if isinstance(others, str):
         return others
+    # Weights are fp32, but for those under LoRA adapters, which have the width of the forward pass.
     train = settings.train
     parameters = _parameters(settings.student, shape, vision_shape)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
+    # The update: the largest micro-batch, whose rows all have the longest length.
     longest = _longest(settings)
     budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
     tokens = longest * max(1, min(budget // longest, _minibatch(settings)))

@@ -43,7 +43,6 @@ class DecoderShape:
         bias: of the query, key and value projections.
         tied: one matrix embeds and unembeds.
         linear_key_heads, linear_value_heads, linear_key_dim, linear_value_dim, conv: of linear attention.
-        source: where the numbers are from, in words.
     """
 
     vocab: int
@@ -62,7 +61,6 @@ class DecoderShape:
     linear_key_dim: int
     linear_value_dim: int
     conv: int
-    source: str
 
     @property
     def queries(self) -> int:
@@ -197,7 +195,7 @@ def _from_table(name: str) -> DecoderShape | None:
         "linear_num_value_heads": linear_value_heads,
         "tie_word_embeddings": tied,
     }
-    return _read(config, "by its name")
+    return _read(config)
 
 
 def _from_config(file: Path) -> DecoderShape | None:
@@ -208,7 +206,7 @@ def _from_config(file: Path) -> DecoderShape | None:
         raise ModelError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
 
 
-def _read(config: Mapping[str, Any], source: str = "from its config.json") -> DecoderShape | None:
+def _read(config: Mapping[str, Any]) -> DecoderShape | None:
     """The shape that a config.json describes; None where it is no dense decoder or leaves a size out."""
     text: Mapping[str, Any] = config.get("text_config") or config
     kind = str(text.get("model_type", ""))
@@ -238,7 +236,6 @@ def _read(config: Mapping[str, Any], source: str = "from its config.json") -> De
         linear_key_dim=text.get("linear_key_head_dim", 128) if hybrid else 0,
         linear_value_dim=text.get("linear_value_head_dim", 128) if hybrid else 0,
         conv=text.get("linear_conv_kernel_dim", 4) if hybrid else 0,
-        source=source,
     )
 
 
@@ -255,7 +252,6 @@ class VisionTowerShape:
         out: width of what the projector gives, the language model's.
         patch: pixels on a side.
         fixed: tokens of a picture where its size changes nothing; 0 where it does.
-        guessed: the sizes are not this checkpoint's own but the largest of its family.
     """
 
     hidden: int
@@ -265,7 +261,6 @@ class VisionTowerShape:
     patch: int
     merge: int
     fixed: int = 0
-    guessed: bool = False
 
     @property
     def tower(self) -> int:
@@ -298,14 +293,14 @@ def vision_shape_of(name: str) -> VisionTowerShape | None:
     file = config_file(name)
     if file is None:
         last = name.rpartition("/")[2]
-        return _read_vision({"vision_config": {}, "text_config": {}}, guessed=True) if last.startswith("Qwen3.5") else None
+        return _read_vision({"vision_config": {}, "text_config": {}}) if last.startswith("Qwen3.5") else None
     try:
         return _read_vision(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
 
 
-def _read_vision(config: Mapping[str, Any], *, guessed: bool = False) -> VisionTowerShape | None:
+def _read_vision(config: Mapping[str, Any]) -> VisionTowerShape | None:
     vision = config.get("vision_config")
     if not isinstance(vision, dict):
         return None
@@ -318,7 +313,6 @@ def _read_vision(config: Mapping[str, Any], *, guessed: bool = False) -> VisionT
         patch=given["patch_size"],
         merge=config.get("scale_factor") or given["spatial_merge_size"],
         fixed=config.get("mm_tokens_per_image") or 0,
-        guessed=guessed or not vision,
     )
 
 

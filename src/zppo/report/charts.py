@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
 
 from zppo.core.types import BCQ, NCQ
-from zppo.report.audits import Counts, MatchRow, ZoneStory, match_rows, median, paper_rows
+from zppo.report.audits import Counts, ZoneStory, match_rows, median, paper_rows
 from zppo.report.read_run import KindSums, Run, StepScan
 
-# Okabe and Ito's colours, told apart with every kind of colour blindness.
+# Okabe and Ito's colours, which differ for every kind of colour blindness.
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
 KIND_COLOURS = {"plain": BLUE, "bcq": RED, "ncq": GREEN}
@@ -38,7 +39,7 @@ class Series:
         x: numbers, or names of bars.
         y: values; None is a gap.
         colour: CSS hex.
-        hover: a text per point beside x and y.
+        hover: a text per point, shown with x and y.
         low, high: bounds of a band around y.
         dash: drawn dashed.
     """
@@ -108,7 +109,7 @@ def numbers(values: Iterable[Any]) -> list[float | None]:
 
 
 def ramp(count: int) -> list[str]:
-    """Colours for ordered classes, dark to light, told apart in grey as well."""
+    """Colours for ordered classes, dark to light, which differ in grey as well."""
     colours = []
     for i in range(count):
         at = i * (len(_RAMP) - 1) / max(1, count - 1)
@@ -129,8 +130,8 @@ DYNAMICS, ZONE, AUDITS = "Dynamics", "The zone", "Audits"
 
 
 def kind_colours(kinds: Iterable[str]) -> dict[str, str]:
-    """A colour per kind of prompt; plain, BCQ and NCQ have theirs on every chart."""
-    spare = iter(c for c in CYCLE * 3 if c not in KIND_COLOURS.values())
+    """A colour per kind of prompt: plain, BCQ and NCQ have theirs on every chart, any other kind takes the next that is left."""
+    spare = cycle([c for c in CYCLE if c not in KIND_COLOURS.values()])
     return {kind: KIND_COLOURS.get(kind) or next(spare) for kind in kinds}
 
 
@@ -141,7 +142,7 @@ def kind_name(kind: str) -> str:
 
 def charts_of(run: Run, scans: Sequence[StepScan], counts: Counts, zone: ZoneStory | None) -> list[ChartSpec]:
     """Every chart that has something to show, in the order of the page."""
-    charts = [*_outcome(run), *_by_kind(scans), *_by_step(run), *_zone(zone), *_audits(run, counts)]
+    charts = [*_outcome(run), *_by_kind(scans), *_by_step(run), *_zone(zone), *_audits(counts)]
     return [chart for chart in charts if not chart.empty]
 
 
@@ -210,6 +211,7 @@ def _by_step(run: Run) -> list[ChartSpec]:
         hover = [f"{a:,.0f} of {b:,.0f}" if a is not None and b else "" for a, b in pairs]
         return Series(name, x, numbers(a / b if a is not None and b else None for a, b in pairs), colour, hover=hover)
 
+    # A method without a teacher or a judge has no chart of them.
     asked = any(line.get("teacher_rollouts") for line in run.steps)
     judged = any(line.get("judge_asked") for line in run.steps)
     teacher = (
@@ -259,7 +261,7 @@ def _parts(lines: Sequence[Mapping[str, Any]], key: str, colours: Mapping[str, s
     found = dict.fromkeys(name for line in lines for name, value in line[key].items() if value)
     names = [*(n for n in colours if n in found), *(n for n in found if n not in colours and n != "step")]
     x = [line["step"] for line in lines]
-    spare = dict(zip(names, CYCLE * 9, strict=False))
+    spare = dict(zip(names, cycle(CYCLE), strict=False))
     return tuple(Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n])) for n in names)
 
 
@@ -331,27 +333,24 @@ def _waiting(zone: ZoneStory, colours: Sequence[str]) -> ChartSpec:
                  unit_range=True, caption="Share of graduates that took at most so many steps, by accuracy at admission.")  # fmt: skip
 
 
-def _audits(run: Run, counts: Counts) -> list[ChartSpec]:
+def _audits(counts: Counts) -> list[ChartSpec]:
     ours, papers = match_rows(counts), paper_rows()
     words = {
         BCQ: ("Whose answer BCQ rollouts give", "the right candidate's", "the wrong candidate's"),
         NCQ: ("Whose answer NCQ rollouts give", "the teacher's, unseen", "a listed wrong one"),
     }
+    caption = "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
     charts = []
     for kind, (title, positive, negative) in words.items():
         rows = [row for row in ours if row.kind == kind and row.rollouts]
-        if rows:
-            beside = [row for row in papers if row.kind == kind]
-            caption = "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
-            charts.append(_match_chart(f"match-{kind}", title, [*rows, *beside], positive, negative, caption))
+        if not rows:
+            continue
+        rows += [row for row in papers if row.kind == kind]
+        names, hover = [f"{row.source} · {row.subset}" for row in rows], [f"{row.rollouts:,} rollouts" for row in rows]
+        series = tuple(
+            Series(label, names, numbers(getattr(row, field) for row in rows), colour, hover=hover)
+            for label, field, colour in ((positive, "positive", GREEN), (negative, "negative", RED), ("another or none", "other", GREY))
+        )
+        options: dict[str, Any] = {"x_title": "", "y_title": "share of rollouts", "percent": True, "unit_range": True}
+        charts.append(ChartSpec(f"match-{kind}", AUDITS, title, series, "hbar", caption, **options))
     return charts
-
-
-def _match_chart(id: str, title: str, rows: Sequence[MatchRow], positive: str, negative: str, caption: str) -> ChartSpec:
-    names = [f"{row.source} · {row.subset}" for row in rows]
-    hover = [f"{row.rollouts:,} rollouts" for row in rows]
-    series = tuple(
-        Series(label, names, numbers(getattr(row, field) for row in rows), colour, hover=hover)
-        for label, field, colour in ((positive, "positive", GREEN), (negative, "negative", RED), ("another or none", "other", GREY))
-    )
-    return ChartSpec(id, AUDITS, title, series, "hbar", caption, "", "share of rollouts", percent=True, unit_range=True)

@@ -201,15 +201,11 @@ def _summary(arms: Sequence[Arm], results: Results) -> Table:
     for quantity in _quantities(results):
         rows.append((f"{quantity}, %", *(_mean(list(_known(results, arm.name, quantity).values())) for arm in arms)))
     for key in ("student_tokens", "teacher_tokens"):
-        rows.append((key.replace("_", " "), *(f"{_mean_of(runs, key):,.0f}" for runs in groups)))
+        totals = [[math.fsum(line.get(key) or 0 for line in run.steps) for run in runs] for runs in groups]
+        rows.append((key.replace("_", " "), *(f"{statistics.fmean(of_runs):,.0f}" for of_runs in totals)))
     rows.append(("time", *map(duration, seconds)))
     caption = "Means over runs, ± the standard deviation over seeds. Held-out accuracy is that of the last evaluation."
     return Table("summary", RESULTS, "What the runs came to", ("", *(arm.name for arm in arms)), tuple(rows), caption)
-
-
-def _mean_of(runs: Sequence[Run], key: str) -> float:
-    """Mean over runs of the sum of a metric over their steps."""
-    return statistics.fmean(math.fsum(line.get(key) or 0 for line in run.steps) for run in runs)
 
 
 def _paired(arms: Sequence[Arm], results: Results) -> Table:

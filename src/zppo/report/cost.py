@@ -72,12 +72,12 @@ def cost_command(
         soft_wrap=True,
         style="dim",
     )
-    for note in (_models(settings, sizes), *cost.notes, *_beside_paper(settings, sizes["student"])):
+    for note in (_models(settings, sizes), *cost.notes, *_papers_figure(settings, sizes["student"])):
         console.print(Text(note), soft_wrap=True)
 
 
 def paper_command(console: Console | None = None) -> None:
-    """Print Tab. 9 beside the count from the paper's own sizes."""
+    """Print Tab. 9 next to the count from the paper's own sizes."""
     table = Table(title="Tab. 9 and a count from its sizes", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("method")
     table.add_column("scale")
@@ -155,7 +155,7 @@ def _models(settings: Settings, sizes: Mapping[str, Size]) -> str:
     return f"Models: {'; '.join(parts)}."
 
 
-def _beside_paper(settings: Settings, student: Size) -> Sequence[str]:
+def _papers_figure(settings: Settings, student: Size) -> Sequence[str]:
     """The paper's figure for this method at this scale; empty where it has none."""
     method = settings.method.resolve().paper.split(",")[0]
     scale = nearest_scale(student.parameters)

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from zppo import __version__
 from zppo.errors import CheckpointError, SettingsError
-from zppo.report.charts import ChartSpec, Series
+from zppo.report.charts import ChartSpec
 from zppo.report.questions import load_stories, stratified, to_index, trimmed, with_images
 from zppo.report.read_run import RECIPE
 from zppo.report.summary import Reader, Summary
@@ -97,7 +97,9 @@ def write_figures(charts: Sequence[ChartSpec], folder: Path, suffixes: Sequence[
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(_settings()):
+    # Names come from data: a dollar sign in one is no formula.
+    style: Any = {"svg.hashsalt": "zppo", "text.parse_math": False, "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
+    with matplotlib.rc_context(style):
         for chart in charts:
             for suffix in suffixes:
                 path = folder / f"{chart.id}.{suffix}"
@@ -107,11 +109,6 @@ def write_figures(charts: Sequence[ChartSpec], folder: Path, suffixes: Sequence[
     return written
 
 
-def _settings() -> Any:
-    # Names come from data: a dollar sign in one is no formula.
-    return {"svg.hashsalt": "zppo", "text.parse_math": False, "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
-
-
 def draw(chart: ChartSpec) -> Figure:
     """One chart as a matplotlib figure."""
     from matplotlib.figure import Figure
@@ -119,7 +116,7 @@ def draw(chart: ChartSpec) -> Figure:
     rows = len(chart.series[0].x) if chart.kind == "hbar" else 0
     figure = Figure(figsize=(6.4, max(3.6, 1.4 + 0.32 * rows)), layout="constrained")
     axes = figure.add_subplot()
-    {"line": _lines, "area": _area, "bar": _bars, "hbar": _hbars}[chart.kind](axes, chart)
+    {"line": _lines, "area": _area, "bar": _bars, "hbar": _bars}[chart.kind](axes, chart)
     _dress(axes, chart)
     return figure
 
@@ -148,25 +145,18 @@ def _area(axes: Axes, chart: ChartSpec) -> None:
     axes.margins(x=0)
 
 
-def _stacked(chart: ChartSpec) -> list[tuple[Series, list[float], list[float]]]:
-    """(series, heights, where they begin)."""
-    below, result = [0.0] * len(chart.series[0].x), []
-    for series in chart.series:
-        heights = [v or 0.0 for v in series.y]
-        result.append((series, heights, below))
-        below = [b + h for b, h in zip(below, heights, strict=True)]
-    return result
-
-
 def _bars(axes: Axes, chart: ChartSpec) -> None:
-    for series, heights, below in _stacked(chart):
-        axes.bar([str(x) for x in series.x], heights, bottom=below, color=series.colour, label=series.name, width=0.75)
-
-
-def _hbars(axes: Axes, chart: ChartSpec) -> None:
-    for series, widths, left in _stacked(chart):
-        axes.barh([str(x) for x in series.x], widths, left=left, color=series.colour, label=series.name, height=0.75)
-    axes.invert_yaxis()
+    """Stacked bars, upright or lying."""
+    below = [0.0] * len(chart.series[0].x)
+    for series in chart.series:
+        names, sizes = [str(x) for x in series.x], [v or 0.0 for v in series.y]
+        if chart.kind == "bar":
+            axes.bar(names, sizes, bottom=below, color=series.colour, label=series.name, width=0.75)
+        else:
+            axes.barh(names, sizes, left=below, color=series.colour, label=series.name, height=0.75)
+        below = [b + size for b, size in zip(below, sizes, strict=True)]
+    if chart.kind == "hbar":
+        axes.invert_yaxis()
 
 
 def _dress(axes: Axes, chart: ChartSpec) -> None:
@@ -388,7 +378,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
 
 
 def serve(reader: Reader, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until interrupted; `announce` is told the address."""
+    """Serve until interrupted; `announce` is called with the address."""
     reader.read()  # what is wrong with the folder is said now
     with make_server(reader, port) as server:
         announce(f"http://{LOOPBACK}:{server.server_port}/")

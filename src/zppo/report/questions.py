@@ -44,18 +44,15 @@ def with_images(story: Mapping[str, Any], most_bytes: int | None = None) -> dict
     Args:
         most_bytes: that all of them may take together, as far as smaller copies help; None for no limit.
     """
-    pictures = [_read(path, digest) for path, digest in zip(story["images"], _digests(story), strict=True)]
+    digests = list(story.get("image_sha256") or ())
+    if len(digests) != len(story["images"]):
+        digests = [""] * len(story["images"])
+    pictures = [_read(path, digest) for path, digest in zip(story["images"], digests, strict=True)]
     for side in SIDES:
         shown = [_shown(path, found, side) for path, found in zip(story["images"], pictures, strict=True)]
         if most_bytes is None or sum(len(image.get("data", "")) for image in shown) <= most_bytes:
             break
     return {name: value for name, value in story.items() if name != "image_sha256"} | {"images": shown}
-
-
-def _digests(story: Mapping[str, Any]) -> list[str]:
-    """SHA-256 of every image, "" where it is not known."""
-    known = list(story.get("image_sha256") or ())
-    return known if len(known) == len(story["images"]) else [""] * len(story["images"])
 
 
 def _read(path: str, digest: str) -> Image.Image | str:

@@ -187,7 +187,7 @@ def _compression(steps: Sequence[Mapping[str, Any]]) -> Table:
 EVAL = "eval.json"
 SECTION = "Benchmarks"
 _NO_SCALE = "-"
-_MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
+_MOST_PARTS = 12  # figures of one benchmark that are shown next to its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class Result:
 
     Attributes:
         value, error: shares from 0 to 1; the error is NaN where it is not known.
-        rows, open: decided rows, and those that nobody has decided yet.
+        rows, open: decided rows, and those that are not decided yet.
         beside: other figures of the benchmark, of its parts or of another kind, by name; NaN where there is none.
         left_out: rows that could not be put to the model.
         settings: what must be alike for a comparison: questions and samples.

@@ -1,4 +1,4 @@
-"""Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, MMLU and its kin, GPQA, C-Eval.
+"""Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, the MMLU family, GPQA, C-Eval.
 
 Besides it the language benchmarks with a judge of their own (Humanity's Last Exam, MultiChallenge), and how the questions of all
 adapters are written: options in one shape, images where they belong.

@@ -22,7 +22,7 @@ def infovqa(row: DatasetRow) -> tuple[Item, ...]:
 
 
 def mmvet(row: DatasetRow) -> tuple[Item, ...]:
-    """MM-Vet: the gold may join parts with <AND> and <OR>, which its judge is told about."""
+    """MM-Vet: the gold may join parts with <AND> and <OR>, which the prompt of its judge explains."""
     messages = ask(row, strip_directives(row.text("question")), 1)
     facts = {"capability": row.maybe("capability")}
     return (Item(row.text("question_id"), row.benchmark, messages, row.text("answer"), "graded", (row.image("image"),), facts=facts),)

@@ -101,8 +101,8 @@ class DatasetRow:
     def items(self, *fields: str) -> list[Any]:
         """A list that is not empty; one that is written out as text is read."""
         value = self.value(*fields)
-        if isinstance(value, str):
-            value = _written_list(value)
+        if isinstance(value, str) and len(value) <= _LONGEST_LIST and value.lstrip().startswith("["):
+            value = written_value(value)
         if not isinstance(value, list | tuple) or not value:
             self.fail(fields[0], f"is {_a(self.value(*fields))}; a list is expected")
         return list(value)
@@ -179,16 +179,14 @@ def _number(value: float) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 
-def _written_list(text: str) -> object:
-    """A list that a data set keeps as text, in JSON or as Python writes it; the text itself if it is neither."""
-    if len(text) > _LONGEST_LIST or not text.lstrip().startswith("["):
-        return text
+def written_value(text: str) -> object:
+    """What a text holds in JSON or as Python writes it; None if it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-    return text
+    return None
 
 
 # Each pattern covers a whole sentence in the words of one or several benchmarks, and nothing of a question: "Answer the question using

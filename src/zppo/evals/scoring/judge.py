@@ -53,7 +53,7 @@ class Form:
 
     Attributes:
         own: key and values of our own form, which has no other key; no values: a number from 0 to 1.
-        fields: names, any of which the official form gives its value: in a JSON object beside others, or as a line `name: value`.
+        fields: names, any of which the official form gives its value: in a JSON object among others, or as a line `name: value`.
         words: what the official values come to; none: a number from 0 to 1.
         bare: whether the official value may also be the last line, without a name.
         example: our own form, as a reminder shows it.

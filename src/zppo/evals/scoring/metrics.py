@@ -12,8 +12,6 @@ does not always find the least one (1.0.3), and it is slower.
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from zppo.errors import SettingsError
+from zppo.evals.adapters.row import written_value
 from zppo.evals.item import Item
 
 THRESHOLD = 0.5
@@ -264,46 +263,35 @@ def _object(text: str, loose: bool = False) -> Mapping[object, object]:
     fences = _FENCE.findall(text)
     body = max(fences, key=len) if fences else text.strip()
     inside = body[body.find("{") : body.rfind("}") + 1] if "{" in body else body
-    for read in (json.loads, ast.literal_eval):
-        try:
-            data = read(inside)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            continue
-        if isinstance(data, Mapping):
-            return data
+    data = written_value(inside)
+    if isinstance(data, Mapping):
+        return data
     return {key.strip(): value.strip() for key, value in _PAIR.findall(body)} if loose else {}
 
 
 _METRICS: Mapping[str, Callable[[Item, str], float]] = MappingProxyType(
-    dict.fromkeys(
-        "APP agent en,ASCII art classification en,math QA en,reasoning VQA en,science QA en,text recognition en,"
-        "document classification en,cognition VQA en,diagram QA en".split(","),
-        _question,
-    )
-    | {
-        "cognition VQA cn": _question_cn,
-        "reasoning VQA cn": _question_cn,
-        "handwritten answer extraction cn": _handwritten,
-        "formula recognition en": _formula,
-        "formula recognition cn": _formula,
-        "text counting en": _counting,
-        "table parsing en": _table,
-        "table parsing cn": _table,
-        "chart parsing en": _chart,
-        "document parsing en": lambda item, response: outline_similarity(item.golds[0], response),
-        "document parsing cn": lambda item, response: outline_similarity(item.golds[0], response),
-        "key information extraction en": _fields,
-        "key information mapping en": _fields,
-        "key information extraction cn": _fields,
-        "VQA with position en": _placed,
-        "text translation cn": lambda item, response: page_score(item.golds[0], response),
-        "fine-grained text recognition en": lambda item, response: page_score(item.golds[0], response),
-        "full-page OCR en": lambda item, response: page_score(item.golds[0], response),
-        "full-page OCR cn": lambda item, response: page_score(item.golds[0], response),
-        "text grounding en": _grounding,
-        "text spotting en": _spotting,
+    {
+        task: metric
+        for tasks, metric in (
+            ("text recognition en, document classification en, cognition VQA en, diagram QA en, reasoning VQA en, science QA en, "
+             "math QA en, APP agent en, ASCII art classification en", _question),
+            ("cognition VQA cn, reasoning VQA cn", _question_cn),
+            ("handwritten answer extraction cn", _handwritten),
+            ("formula recognition en, formula recognition cn", _formula),
+            ("text counting en", _counting),
+            ("table parsing en, table parsing cn", _table),
+            ("chart parsing en", _chart),
+            ("document parsing en, document parsing cn", lambda item, response: outline_similarity(item.golds[0], response)),
+            ("key information extraction en, key information mapping en, key information extraction cn", _fields),
+            ("VQA with position en", _placed),
+            ("full-page OCR en, full-page OCR cn, fine-grained text recognition en, text translation cn",
+             lambda item, response: page_score(item.golds[0], response)),
+            ("text grounding en", _grounding),
+            ("text spotting en", _spotting),
+        )
+        for task in tasks.split(", ")
     }
-)
+)  # fmt: skip
 
 
 _CHINESE = re.compile(r"[\u4e00-\u9fa5]")

@@ -149,7 +149,7 @@ def _anls(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
 
 
 def _ocr(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:
-    # Its metrics need packages of the extra `ocr`, which nobody else needs.
+    # Its metrics need packages of the extra `ocr`, which nothing else needs.
     from zppo.evals.scoring.metrics import ocr_score
 
     return max(ocr_score(item, text) for text in _readings(response)), str(item.facts["task"])
