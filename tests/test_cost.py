@@ -23,6 +23,7 @@ from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import CheckpointError, ModelError, SettingsError
+from zppo.planning.dry_run import make_plan
 from zppo.planning.flops import (
     HARD,
     MOST,
@@ -43,7 +44,7 @@ PAPER = [pytest.param(row, id=f"{row.method}-{row.scale}") for row in paper_cost
 QUESTIONS = 76_800
 
 
-def paper_settings(method: str = "zppo", **sections: Any) -> Settings:
+def paper_settings(method: str | dict[str, Any] = "zppo", **sections: Any) -> Settings:
     """The paper's sizes, which are the defaults."""
     data = {"student": {"model": "m-2B"}, "teacher": {"model": "t-27B"}, "data": {"train": "none.jsonl"}, "method": method}
     return Settings.model_validate(data | sections)
@@ -112,6 +113,17 @@ def test_who_is_asked_about_how_many_questions(method: str, literal: int, saved:
     cost = planned(paper_settings(method, train={"steps": 1}), QUESTIONS, Assumptions(prompt=4, teacher_completion=1))
     assert cost.literal.teacher == literal * 4 * (4 + 1)
     assert cost.saved.teacher == saved * (4 + 4 * 1)
+
+
+@pytest.mark.parametrize(("need", "kind"), [("pair", "bcq"), ("wrong", "ncq"), ("hint", "hint"), ("prefix", "prefix")])
+def test_a_reformulation_of_ones_own_costs_what_it_needs(need: str, kind: str, tmp_path: Path) -> None:
+    module = tmp_path / "own.py"
+    module.write_text(f"class Own:\n    kind = 'own'\n    needs = frozenset({{{need!r}}})\n    def draft(self, material, rng): ...\n")
+    own, known = (paper_settings(method={"name": "zppo", "reformulations": [name]}) for name in (f"{module}:Own", kind))
+    assumed = Assumptions(hard=0.5, solved=0.5, teacher_completion=500)
+    ours, theirs = planned(own, QUESTIONS, assumed), planned(known, QUESTIONS, assumed)
+    assert (ours.literal, ours.saved) == (theirs.literal, theirs.saved)
+    assert make_plan(own, QUESTIONS) == make_plan(known, QUESTIONS)
 
 
 @pytest.mark.parametrize(
