@@ -162,9 +162,9 @@ def lines_of(groups: Sequence[Any], advantages: Any) -> list[flops.Line]:
 
 def operations(config: Any, lines: Sequence[flops.Line]) -> float:
     """Of one pass for log-probs, forward and backward: linear layers, full attention and logits. Linear attention's own are left out."""
-    from zppo.planning.model_shapes import FULL, LINEAR, Shape
+    from zppo.planning.model_shapes import FULL, LINEAR, DecoderShape
 
-    shape = Shape(
+    shape = DecoderShape(
         config.vocab_size, config.hidden_size, config.intermediate_size,
         tuple(FULL if kind == FULL else LINEAR for kind in config.layer_types),
         config.num_attention_heads, config.num_key_value_heads, config.head_dim, True, True, False, config.tie_word_embeddings,

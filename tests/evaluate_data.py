@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from zppo.evals.adapters.row import Row
+from zppo.evals.adapters.row import DatasetRow
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item, conversation
 from zppo.evals.tables import BENCHMARKS
@@ -49,12 +49,12 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def rows(benchmark: Benchmark, folder: Path = Path("data")) -> list[Row]:
+def rows(benchmark: Benchmark, folder: Path = Path("data")) -> list[DatasetRow]:
     """The made-up rows of a benchmark; media are relative to `folder`, which need not exist."""
     result = []
     for number, line in enumerate((ROWS / f"{benchmark.name}.jsonl").read_text(encoding="utf-8").splitlines(), 1):
         data: Mapping[str, Any] = json.loads(line)
-        result.append(Row(benchmark.name, number, data, data.get("_config", ""), data.get("_split", ""), folder))
+        result.append(DatasetRow(benchmark.name, number, data, data.get("_config", ""), data.get("_split", ""), folder))
     return result
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import zppo.report
 from zppo.cli import main
 from zppo.errors import DataError, SettingsError
-from zppo.report.bootstrap import OUT_COLUMNS, Comparison, Table, bootstrap_pairs, bootstrap_table, cluster_bootstrap, read_table
+from zppo.report.bootstrap import OUT_COLUMNS, MethodDifference, Table, bootstrap_pairs, bootstrap_table, cluster_bootstrap, read_table
 
 DATA = Path(zppo.report.__file__).parent / "data"
 ACCURACY = DATA / "paper_accuracy.csv"
@@ -28,14 +28,14 @@ def paper() -> Table:
 
 
 @pytest.fixture(scope="module")
-def ours(paper: Table) -> dict[tuple[str, str, str], Comparison]:
+def ours(paper: Table) -> dict[tuple[str, str, str], MethodDifference]:
     return {(c.scale, c.family, c.subtrahend): c for c in bootstrap_table(paper, minuend="ZPPO")}
 
 
 # --- the paper ------------------------------------------------------------------------------------------------------
 
 
-def test_the_papers_intervals_come_out_of_the_papers_accuracies(ours: dict[tuple[str, str, str], Comparison]) -> None:
+def test_the_papers_intervals_come_out_of_the_papers_accuracies(ours: dict[tuple[str, str, str], MethodDifference]) -> None:
     """App. F.6 within Monte Carlo error: 0.15 points, 0.4 where a family has ten benchmarks."""
     with open(DATA / "paper_bootstrap.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -49,7 +49,7 @@ def test_the_papers_intervals_come_out_of_the_papers_accuracies(ours: dict[tuple
         assert (interval.wins, interval.n) == (int(row["wins"]), int(row["benchmarks"])), row
 
 
-def test_a_row_of_the_table_is_the_bootstrap_of_its_pair(paper: Table, ours: dict[tuple[str, str, str], Comparison]) -> None:
+def test_a_row_of_the_table_is_the_bootstrap_of_its_pair(paper: Table, ours: dict[tuple[str, str, str], MethodDifference]) -> None:
     methods = paper["2B", "llm"]
     alone, shared = cluster_bootstrap(methods["ZPPO"], methods["GRPO†"]), ours["2B", "llm", "GRPO†"].interval
     assert (alone.wins, alone.n) == (shared.wins, shared.n)

@@ -23,20 +23,34 @@ from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import CheckpointError, ModelError, SettingsError
-from zppo.planning.flops import HARD, MOST, SCALES, STEPS, TEACHER, Assumptions, Work, as_run, counted, nearest_scale, paper_costs, planned
+from zppo.planning.dry_run import make_plan
+from zppo.planning.flops import (
+    HARD,
+    MOST,
+    SCALES,
+    STEPS,
+    TEACHER,
+    Assumptions,
+    TokensByPart,
+    as_run,
+    counted,
+    nearest_scale,
+    paper_costs,
+    planned,
+)
 from zppo.planning.model_shapes import count_parameters, nominal_size, parse_size, size_of
 
 PAPER = [pytest.param(row, id=f"{row.method}-{row.scale}") for row in paper_costs()]
 QUESTIONS = 76_800
 
 
-def paper_settings(method: str = "zppo", **sections: Any) -> Settings:
+def paper_settings(method: str | dict[str, Any] = "zppo", **sections: Any) -> Settings:
     """The paper's sizes, which are the defaults."""
     data = {"student": {"model": "m-2B"}, "teacher": {"model": "t-27B"}, "data": {"train": "none.jsonl"}, "method": method}
     return Settings.model_validate(data | sections)
 
 
-def total(work: Work, student: float = 1.0, teacher: float = 0.0) -> float:
+def total(work: TokensByPart, student: float = 1.0, teacher: float = 0.0) -> float:
     return sum(work.flops(student, teacher).values())
 
 
@@ -44,7 +58,7 @@ def total(work: Work, student: float = 1.0, teacher: float = 0.0) -> float:
 
 
 def test_two_flops_a_token_forward_and_six_with_backward() -> None:
-    work = Work(sampling=1, logprob=10, update=100, teacher=1000, compression=10_000, scoring=100_000, judge=1e6)
+    work = TokensByPart(sampling=1, logprob=10, update=100, teacher=1000, compression=10_000, scoring=100_000, judge=1e6)
     assert work.flops(3.0, 5.0) == {
         "sampling": 2 * 3,
         "logprob": 2 * 3 * 10,
@@ -64,7 +78,7 @@ def test_grpo_at_the_papers_sizes_is_ten_n_per_token() -> None:
     cost = planned(paper_settings("grpo"), QUESTIONS)
     rows = 200 * 384 * 8 * (4096 + 12_288)
     assert cost.steps == STEPS
-    assert cost.literal == Work(sampling=rows, logprob=rows, update=rows)
+    assert cost.literal == TokensByPart(sampling=rows, logprob=rows, update=rows)
     assert total(cost.literal, 2e9) == counted("GRPO", 2e9) == 10 * 2e9 * rows
     assert cost.saved.sampling == 200 * 384 * (4096 + 8 * 12_288)
 
@@ -78,8 +92,8 @@ def test_zppo_by_hand() -> None:
     rows = 8 * prompts + sampled
     # 240 hard questions; the pre-cap keeps 96; each takes two slots, so lazily 48 are asked about.
     candidates = 8 * (1000 + 512) + (500 + 512)
-    assert cost.literal == Work(rows, rows, rows, 240 * 4 * 600, 96 * candidates)
-    assert cost.saved == Work(prompts + sampled, rows / 4, rows / 4, 48 * (100 + 4 * 500), 48 * candidates)
+    assert cost.literal == TokensByPart(rows, rows, rows, 240 * 4 * 600, 96 * candidates)
+    assert cost.saved == TokensByPart(prompts + sampled, rows / 4, rows / 4, 48 * (100 + 4 * 500), 48 * candidates)
 
 
 def test_questions_that_the_teacher_fails_on_leave_more_to_ask() -> None:
@@ -99,6 +113,17 @@ def test_who_is_asked_about_how_many_questions(method: str, literal: int, saved:
     cost = planned(paper_settings(method, train={"steps": 1}), QUESTIONS, Assumptions(prompt=4, teacher_completion=1))
     assert cost.literal.teacher == literal * 4 * (4 + 1)
     assert cost.saved.teacher == saved * (4 + 4 * 1)
+
+
+@pytest.mark.parametrize(("need", "kind"), [("pair", "bcq"), ("wrong", "ncq"), ("hint", "hint"), ("prefix", "prefix")])
+def test_a_reformulation_of_ones_own_costs_what_it_needs(need: str, kind: str, tmp_path: Path) -> None:
+    module = tmp_path / "own.py"
+    module.write_text(f"class Own:\n    kind = 'own'\n    needs = frozenset({{{need!r}}})\n    def draft(self, material, rng): ...\n")
+    own, known = (paper_settings(method={"name": "zppo", "reformulations": [name]}) for name in (f"{module}:Own", kind))
+    assumed = Assumptions(hard=0.5, solved=0.5, teacher_completion=500)
+    ours, theirs = planned(own, QUESTIONS, assumed), planned(known, QUESTIONS, assumed)
+    assert (ours.literal, ours.saved) == (theirs.literal, theirs.saved)
+    assert make_plan(own, QUESTIONS) == make_plan(known, QUESTIONS)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +202,8 @@ def test_a_log_by_hand() -> None:
     )
     settings = paper_settings(rollout={"batch_size": 40})  # a cap of 10: Algorithm 1 builds twice as much
     cost = as_run(settings, [step, {"event": "eval", "step": 1}, step | {"step": 2}], Path("metrics.jsonl"))
-    assert cost.saved == Work(2 * (50 + 1000), 140, 1400, 660, 176)
-    assert cost.literal == Work(2800, 2800, 2800, 4 * (60 * 4 + 600), 2 * 176)
+    assert cost.saved == TokensByPart(2 * (50 + 1000), 140, 1400, 660, 176)
+    assert cost.literal == TokensByPart(2800, 2800, 2800, 4 * (60 * 4 + 600), 2 * 176)
     assert cost.steps == 2
     assert cost.notes[0].startswith("Padding, not counted, adds 10.0%")
     assert "10 of 40 hard questions" in cost.notes[1]

@@ -16,7 +16,7 @@ from zppo.core.types import IMAGE
 from zppo.errors import DataError, SettingsError
 from zppo.evals.adapters.choice import LETTERS, ask, bare_options, numbered_images, with_options
 from zppo.evals.adapters.maths import split_options
-from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.adapters.video import subtitle_text
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item, conversation
@@ -107,7 +107,7 @@ def test_gpqa_draws_the_order_by_the_record_alone() -> None:
     """The same order at every load, whatever else is loaded; the right answer is not always at the same place."""
     row = rows(find("GPQA-D"))[0]
     assert find("GPQA-D").adapter(row) == find("GPQA-D").adapter(row)
-    letters = {find("GPQA-D").adapter(Row("GPQA-D", 1, {**row.data, "Record ID": f"r{i}"}))[0].gold for i in range(40)}
+    letters = {find("GPQA-D").adapter(DatasetRow("GPQA-D", 1, {**row.data, "Record ID": f"r{i}"}))[0].gold for i in range(40)}
     assert letters == set("ABCD")
     for item in items(find("GPQA-D")):
         assert item.options[LETTERS.index(item.golds[0])] in ("the neutron", "uracil")
@@ -220,7 +220,7 @@ def test_subtitles_are_what_is_said() -> None:
 
 
 def test_an_image_that_is_only_talked_about_is_no_image() -> None:
-    row = Row("HLE", 1, {})
+    row = DatasetRow("HLE", 1, {})
     assert ask(row, "What does <image> do in SVG?")[0].content == "What does <image> do in SVG?"
     with pytest.raises(DataError, match=r"^HLE, row 1, field 'question': has 2 marks"):
         ask(row, "<image> and <image>", 1)
@@ -257,7 +257,7 @@ def test_what_is_wrong_is_said_with_benchmark_row_and_field(name: str, change: d
     row = rows(find(name))[0]
     split = change.get("_split", row.split)
     with pytest.raises(DataError, match=message) as caught:
-        find(name).adapter(Row(name, 1, {**row.data, **change}, row.config, split, row.folder))
+        find(name).adapter(DatasetRow(name, 1, {**row.data, **change}, row.config, split, row.folder))
     assert str(caught.value).startswith(f"{name}, row 1, field ")
 
 
@@ -280,7 +280,7 @@ def test_a_malformed_row_raises_nothing_but_a_data_error(benchmark: Benchmark, d
     if data.draw(st.booleans()):
         broken.pop(fields[0])
     try:
-        result = benchmark.adapter(Row(benchmark.name, 1, broken, row.config, row.split, row.folder))
+        result = benchmark.adapter(DatasetRow(benchmark.name, 1, broken, row.config, row.split, row.folder))
     except DataError as error:
         assert str(error).startswith(benchmark.name)
     else:

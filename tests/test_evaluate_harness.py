@@ -11,12 +11,12 @@ import pytest
 from anls import anls_score
 
 from zppo.core.types import Message
-from zppo.evals.adapters.row import Row
+from zppo.evals.adapters.row import DatasetRow
 from zppo.evals.item import Item, Kind
 from zppo.evals.results import Scored, mastery
 from zppo.evals.scoring.judge import judge_score
+from zppo.evals.scoring.metrics import anls
 from zppo.evals.scoring.rules import Score, score
-from zppo.evals.scoring.text_metrics import anls
 from zppo.evals.tables import find
 from zppo.grading import Grader
 
@@ -103,7 +103,7 @@ def as_item(group: str, case: dict[str, Any]) -> Item:
         return item("precision", case["gold"], {"precision": str(case["places"])})
     if group == "blind":
         row = {"task": case["task"], "prompt": "?", "groundtruth": case["gold"], "image": "a.png"}
-        return find("VBlind").adapter(Row("VBlind", 1, row))[0]
+        return find("VBlind").adapter(DatasetRow("VBlind", 1, row))[0]
     if group == "ocr":
         facts = {"task": case["type"], "how": case["eval"], "question": case["question"], "bbox": case.get("bbox", ())}
         return item("ocr", tuple(case["answers"]), facts | {"boxes": case.get("bbox_list", ()), "content": case.get("content", ())})

@@ -34,11 +34,6 @@ def test_items_come_from_a_folder(benchmark: Any, folder: Path, tmp_path: Path) 
         assert all(isinstance(media, Path) and media.is_file() for media in (*item.images, *item.frames))
 
 
-def test_left_out_rows_are_counted(folder: Path) -> None:
-    assert load_items(find("MMLU-Rd"), folder).left_out == 1
-    assert load_items(find("MMLU"), folder).left_out == 0
-
-
 def test_pictures_that_come_as_bytes_are_stored_once(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         image = load_items(find("HLE"), folder, store=tmp_path).items[1].images[0]
@@ -141,7 +136,7 @@ def test_many_rows_that_cannot_be_read_stop_a_benchmark_and_few_are_left_out(fol
     path.write_text(bad + good)
     loaded = load_items(find("MMLU"), tmp_path)
     assert [item.gold for item in loaded.items] == ["B", "D"]
-    assert loaded.unreadable == ("MMLU, row 1, field 'choices': is blank; a text is expected",) and not loaded.left_out
+    assert loaded.unreadable == ("MMLU, row 1, field 'choices': is blank; a text is expected",)
     path.write_text(bad + good + bad)
     with pytest.raises(DataError, match=r"^MMLU, row 1, field 'choices': is blank.*\(2 of 4 rows cannot be read\)$") as caught:
         load_items(find("MMLU"), tmp_path)

@@ -18,15 +18,14 @@ from report_runs import invented_run
 from zppo import cli
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals import view as estimate
-from zppo.evals.arguments import judge_prompts
 from zppo.evals.item import Item, Message
 from zppo.evals.journal import Journal
 from zppo.evals.media import media_key, spread, turns_of
 from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
-from zppo.evals.results import EvalFolder, Row, begin, default_output, families, finished, summary, with_benchmark, with_skipped
+from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, families, finished, summary, with_benchmark, with_skipped
 from zppo.evals.server import KEY, command_of
-from zppo.evals.tables import BENCHMARKS, find
-from zppo.evals.view import Watch, print_results
+from zppo.evals.tables import BENCHMARKS, find, judge_prompts
+from zppo.evals.view import ProgressDisplay, print_results
 from zppo.prompts import PromptBook
 from zppo.report.summary import Reader
 from zppo.report.tables import as_accuracies, compare_evaluations, evaluation_table, read_evaluation
@@ -55,8 +54,8 @@ def test_a_journal_finds_what_it_was_given_and_drops_a_line_that_was_cut(tmp_pat
 # --- rows -----------------------------------------------------------------------------------------------------------------
 
 
-def row(id: str, epoch: int, value: float | None, **fields: Any) -> Row:
-    return Row(id, epoch, "open" if value is None else "rule", value, **fields)
+def row(id: str, epoch: int, value: float | None, **fields: Any) -> SampleResult:
+    return SampleResult(id, epoch, "open" if value is None else "rule", value, **fields)
 
 
 def test_samples_of_a_question_are_one_value_in_the_standard_error() -> None:
@@ -85,7 +84,7 @@ def test_open_rows_are_counted_and_never_wrong() -> None:
 
 
 def test_rows_left_out_are_neither_wrong_nor_open() -> None:
-    rows = [row("a", 1, 1.0), Row("b", 1, "left out", error="no images here")]
+    rows = [row("a", 1, 1.0), SampleResult("b", 1, "left out", error="no images here")]
     part = summary(find("HLE"), rows, 2) | {"limit": None, "samples": 1}
     assert (part["value"], part["rows"], part["open"], part["left_out"]) == (1.0, 1, 0, 1)
     state = begin(EvalFolder(Path("nowhere")), "m", "m", settings_of(options(), "m", "j", "frames"))
@@ -324,12 +323,12 @@ def test_the_closing_table_says_what_could_not_be_read(tmp_path: Path) -> None:
 def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zppo.evals.view._EVERY", -1.0)
     console = Console(record=True, width=100, force_terminal=False)
-    with Watch(console, "MMLU", 3) as watch:
+    with ProgressDisplay(console, "MMLU", 3) as watch:
         watch.take(row("a", 1, 1.0))
         watch.take(row("b", 1, None))
     assert "MMLU: 2 of 3 (1 open, 1 rule)" in shown(console)
     console = Console(record=True, width=100, force_terminal=True)
-    with Watch(console, "MMLU", 3) as watch:
+    with ProgressDisplay(console, "MMLU", 3) as watch:
         watch.take(row("a", 1, 1.0))
 
 

@@ -29,7 +29,7 @@ from serving import listening, wait_for
 from zppo import cli
 from zppo.errors import EvaluationError, SettingsError
 from zppo.evals.protocol import Decoding, EvalOptions, settings_of
-from zppo.evals.results import EvalFolder, Row, begin, summary, with_benchmark
+from zppo.evals.results import EvalFolder, SampleResult, begin, summary, with_benchmark
 from zppo.evals.scoring import judge as deciding
 from zppo.evals.server import check_context, served
 from zppo.evals.tables import BENCHMARKS, find
@@ -356,7 +356,7 @@ def test_a_finished_evaluation_is_shown_only_where_model_judge_and_options_are_t
         place = EvalFolder(out)
         options = EvalOptions(model.url, "AIME25", data=data)
         state = begin(place, "m", model.url, settings_of(options, "m", "j", "frames"))
-        by_judge = [Row("1", 1, "judge", 1.0)]
+        by_judge = [SampleResult("1", 1, "judge", 1.0)]
         part = summary(find("AIME25"), by_judge, 1) | {"limit": None, "samples": 1, "origin": "", "revision": ""}
         place.write(with_benchmark(state, part, ["AIME25"]))
         arguments = command(model.url, judge, data, out, "AIME25")

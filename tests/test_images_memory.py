@@ -18,7 +18,7 @@ from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
 from zppo.planning.dry_run import memory_rows
 from zppo.planning.memory import GIB, Machine, Memory, estimate, within
-from zppo.planning.model_shapes import VisionShape, vision_shape_of
+from zppo.planning.model_shapes import VisionTowerShape, vision_shape_of
 
 
 def settings(folder: Path, *overrides: str) -> Settings:
@@ -28,7 +28,7 @@ def settings(folder: Path, *overrides: str) -> Settings:
     return load_recipe(folder / "recipe.yaml", [f"--student.model={folder / 'student'}", *overrides])
 
 
-def kept_per_patch(shape: VisionShape, *, bf16: bool) -> float:
+def kept_per_patch(shape: VisionTowerShape, *, bf16: bool) -> float:
     """Bytes that autograd keeps of a real tower, weights aside."""
     config = Qwen3_5Config(
         vision_config={
@@ -61,7 +61,7 @@ def kept_per_patch(shape: VisionShape, *, bf16: bool) -> float:
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize(("hidden", "mlp"), [(96, 160), (128, 512)])
 def test_what_a_tower_keeps_is_estimated_to_a_quarter(hidden: int, mlp: int, bf16: bool) -> None:
-    shape = VisionShape(hidden, mlp, layers=5, out=64, patch=16, merge=2)
+    shape = VisionTowerShape(hidden, mlp, layers=5, out=64, patch=16, merge=2)
     assert kept_per_patch(shape, bf16=bf16) == pytest.approx(shape.kept_per_patch(bf16=bf16, recomputed=False), rel=0.25)
     assert shape.kept_per_patch(bf16=bf16, recomputed=True) < 0.6 * shape.kept_per_patch(bf16=bf16, recomputed=False)
 
@@ -69,14 +69,14 @@ def test_what_a_tower_keeps_is_estimated_to_a_quarter(hidden: int, mlp: int, bf1
 @pytest.mark.parametrize(("kind", "tokens"), [("qwen3_5", 9), ("smolvlm", 9), ("gemma3", 4)])
 def test_the_shape_is_the_checkpoint_s(kind: str, tokens: int, tmp_path: Path) -> None:
     shape = vision_shape_of(str(make_seeing(tmp_path / kind, kind)))
-    assert shape is not None and not shape.guessed
+    assert shape is not None
     assert (shape.hidden, shape.mlp, shape.layers, shape.out, shape.patch, shape.merge) == (16, 24, 2, 32, 4, 2)
     assert shape.tokens(24 * 24) == tokens
 
 
 def test_a_student_that_is_not_here_counts_with_the_largest_tower_of_its_family() -> None:
     shape = vision_shape_of("Qwen/Qwen3.5-2B")
-    assert shape is not None and shape.guessed and 4e8 < shape.tower < 4.2e8
+    assert shape is not None and 4e8 < shape.tower < 4.2e8
     assert vision_shape_of("Qwen/Qwen3-1.7B") is None
 
 

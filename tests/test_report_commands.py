@@ -14,8 +14,6 @@ from PIL import Image
 from conftest import make_tiny
 from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.cli import main
-from zppo.report.arguments import FIGURE_FORMATS
-from zppo.report.command import SUFFIXES
 from zppo.report.compare import arms_of, compare
 from zppo.report.page import write_figures
 from zppo.report.read_run import open_run
@@ -60,10 +58,6 @@ def test_report_leaves_the_run_as_it_was(folder: Path, capsys: pytest.CaptureFix
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert set(after) - set(before) == {folder / "report.html"}
     assert all(after[p] == text for p, text in before.items())
-
-
-def test_formats_are_known_to_both_sides() -> None:
-    assert tuple(SUFFIXES) == FIGURE_FORMATS
 
 
 def test_mistakes_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

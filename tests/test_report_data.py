@@ -41,7 +41,7 @@ from zppo.report.audits import (
     wilson,
     zone_story,
 )
-from zppo.report.charts import Chart, Series, ramp
+from zppo.report.charts import ChartSpec, Series, ramp
 from zppo.report.questions import (
     SIDES,
     QuestionLine,
@@ -76,7 +76,7 @@ def summary(folder: Path) -> summary_module.Summary:
     return Reader(folder).read()
 
 
-def chart_of(summary: summary_module.Summary, name: str) -> Chart:
+def chart_of(summary: summary_module.Summary, name: str) -> ChartSpec:
     return next(chart for chart in summary.charts if chart.id == name)
 
 
@@ -326,7 +326,7 @@ def test_graduation_is_graduated_by_admitted(summary: summary_module.Summary) ->
 
 def test_smoothing_only_of_long_lines_and_never_over_gaps() -> None:
     values = [1.0] * 20 + [None] + [3.0] * 39
-    long = Chart("a", "", "", (Series("a", range(60), values, "#000"),))
+    long = ChartSpec("a", "", "", (Series("a", range(60), values, "#000"),))
     mean = long.smoothed(long.series[0])
     assert mean is not None and mean[0] == 1 and mean[20] is None and mean[-1] == 3 and 1 < mean[19] <= 3
     short = Series("a", range(5), values[:5], "#000")

@@ -15,8 +15,8 @@ import pytest
 
 from chromium import Browser
 from report_runs import change_rows, files_of, invented_run, rows_of
-from zppo.report.command import compare_command, report_command
-from zppo.report.page import make_server, report_page, script_json
+from zppo.report.compare import compare_command
+from zppo.report.page import make_server, report_command, report_page, script_json
 from zppo.report.summary import Reader
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         change_rows(path, change)
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"medium"', json.dumps(HOSTILE)))
-    report_command(run, out=None, figures="none", watch=False, port=0)
+    report_command(run, out=None, suffixes=())
     return run
 
 
@@ -321,7 +321,7 @@ def test_the_page_of_a_comparison(browser: Browser, tmp_path: Path) -> None:
     runs = [
         invented_run(tmp_path / f"{method}-{seed}", seed=seed, steps=4, method=method) for method in ("zppo", "grpo") for seed in (0, 1)
     ]
-    compare_command(runs, html=True, out=tmp_path / "compare.html", figures="none")
+    compare_command(runs, html=True, out=tmp_path / "compare.html", suffixes=())
     browser.open((tmp_path / "compare.html").as_uri())
     draw_all(browser)
     drawn = browser.eval("report.plots.get('accuracy-plain').chart.series")

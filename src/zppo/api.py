@@ -170,9 +170,9 @@ def evaluate(
         EvaluationError: a server or a package is missing, nothing could be evaluated, or rows are open at the end.
     """
     from zppo.evals import command
-    from zppo.evals.arguments import judge_prompts as read_prompts
     from zppo.evals.protocol import EvalOptions
     from zppo.evals.results import default_output
+    from zppo.evals.tables import judge_prompts as read_prompts
 
     options |= {name: Path(options[name]) for name in _OPTIONAL_PATHS if options.get(name) is not None}
     prompts = read_prompts([f"{name}={path}" for name, path in (judge_prompts or {}).items()])

@@ -7,15 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zppo import __version__
 from zppo.api import resume, start
 from zppo.errors import Interrupted, SettingsError, ZPPOError
-from zppo.evals.arguments import add_eval
-from zppo.report.arguments import add_commands
-from zppo.serve.arguments import add_serve
+from zppo.images.store import PixelLimits
 
 if TYPE_CHECKING:
     from zppo.config.settings import Settings
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 _TRAIN_FLAGS = ("-h", "--help", "--dry-run")
+_FIGURES = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg"), "none": ()}
+_PORT = 8765  # of `zppo report --watch`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,16 +112,41 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     train.more = _settings_help
 
-    resume = commands.add_parser("resume", help="continue a run after its newest checkpoint")
-    resume.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
-    resume.set_defaults(run=_resume)
+    again = commands.add_parser("resume", help="continue a run after its newest checkpoint")
+    again.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
+    again.set_defaults(run=lambda options: resume(options.folder))
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
     _add_bootstrap(commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are"))
     _add_cost(commands.add_parser("cost", help="FLOPs of a recipe or a run, part by part"))
-    add_commands(commands)
-    add_serve(commands)
-    add_eval(commands, _eval_compare)
+    _add_report(
+        commands.add_parser("report", help="a page that shows what a run did", description="Write report.html and figures/ of a run.")
+    )
+    _add_compare(
+        commands.add_parser(
+            "compare", help="several runs side by side", description="Tables of several runs, paired over seeds where there are seeds."
+        )
+    )
+    _add_inspect(
+        commands.add_parser(
+            "inspect", help="the story of one question", description="Print every prompt, answer and verdict of one question of a run."
+        )
+    )
+    _add_serve(
+        commands.add_parser(
+            "serve",
+            help="an OpenAI-compatible server for a model",
+            description="Serve chat completions of a model. The first line on stdout is the address for clients (base_url).",
+        )
+    )
+    _add_eval(
+        commands.add_parser(
+            "eval",
+            usage="zppo eval MODEL --suite NAMES --judge URL [options]\n       zppo eval compare A.json B.json [--resamples N] [--seed N]",
+            help="evaluate a model on benchmarks, or compare two evaluations",
+            description="Evaluate a model on up to 31 benchmarks under one protocol. The same command goes on where it stopped.",
+        )
+    )
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
     return parser
 
@@ -156,6 +182,96 @@ def _add_cost(cost: argparse.ArgumentParser) -> None:
     of_recipe.add_argument("--questions", type=int, metavar="N", help="training questions, instead of reading data.train")
     of_recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; may be repeated")
     cost.set_defaults(run=_cost)
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
+    report.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: the run folder)")
+    _add_figures(report)
+    report.add_argument("--watch", action="store_true", help="serve the page on this machine while the run goes on")
+    report.add_argument("--port", type=int, default=_PORT, help=f"of --watch; 0 takes a free one (default: {_PORT})")
+    report.set_defaults(run=_report)
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folders")
+    compare.add_argument("--html", action="store_true", help="write a page with curves on shared axes, and its figures")
+    compare.add_argument("--out", metavar="FILE", type=Path, help="of --html (default: compare.html)")
+    _add_figures(compare)
+    compare.set_defaults(run=_compare)
+
+
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
+    inspect.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
+    inspect.add_argument("question", metavar="QUESTION_ID", help="as in the data, or <file>:<row>; the report and buffer.jsonl name them")
+    inspect.add_argument("--step", type=int, help="only this step")
+    inspect.add_argument("--kind", help="only this kind of prompt: plain, bcq, ncq")
+    inspect.add_argument("--full", action="store_true", help="show long texts whole")
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_figures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--figures", choices=tuple(_FIGURES), default="png", help="format of the figure files (default: png)")
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("model", metavar="MODEL", help="a checkpoint folder, a finished run, a hub name, or lab:<world>/<student|teacher>")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--name", help="what clients call the model (default: MODEL)")
+    serve.add_argument("--revision", help="revision on the hub")
+    serve.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    serve.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (default: float32 on a CPU, else as stored)",
+    )
+    serve.add_argument("--key-env", metavar="VARIABLE", help="environment variable that holds the key clients must send")
+    serve.add_argument("--key-file", metavar="FILE", type=Path, help="file that holds it")
+    serve.add_argument("--no-key", action="store_true", help="let other machines in without a key")
+    serve.add_argument("--max-rows", type=int, default=64, help="completions decoded at once (default: 64)")
+    serve.add_argument("--max-batch-tokens", type=int, metavar="TOKENS", help="most cached tokens at once (default: no limit)")
+    serve.add_argument("--max-queue", type=int, default=1024, help="requests that may wait; more get 429 (default: 1024)")
+    serve.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default: 8)")
+    serve.add_argument("--max-images", type=int, default=16, help="images of a request; 0 loads the model for text alone (default: 16)")
+    serve.add_argument(
+        "--min-pixels", type=int, default=PixelLimits().min_pixels, help="smaller images are enlarged (default: %(default)s)"
+    )
+    serve.add_argument("--max-pixels", type=int, default=PixelLimits().max_pixels, help="larger ones are reduced (default: %(default)s)")
+    serve.set_defaults(run=_serve)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder, a finished run, lab:<world>/<student|teacher>, or the URL of a server"
+    )
+    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files")
+    parser.add_argument("--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, or names, with commas (default: paper)")
+    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server for rows that rules cannot decide")
+    parser.add_argument("--judge-model", metavar="NAME", help="its name there (default: the only one that it serves)")
+    parser.add_argument("--judge-key-env", metavar="VARIABLE", help="environment variable that holds the judge's key")
+    parser.add_argument(
+        "--judge-prompt", metavar="JUDGE=PATH", action="append", default=[], help="a judge's own words, e.g. eval_hle=hle.jinja"
+    )
+    parser.add_argument("--model", metavar="NAME", dest="name", help="the model's name at its URL (default: the only one that it serves)")
+    parser.add_argument("--key-env", metavar="VARIABLE", help="environment variable that holds the key of the model's URL")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many questions of each benchmark")
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's folder, or runs/eval-MODEL")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="rows as <benchmark>.jsonl, .parquet or .json, instead of the hub")
+    parser.add_argument("--clips", type=Path, metavar="DIR", help="unpacked clips of video benchmarks (default: DIR of --data)")
+    parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="requests at a time (default: 32)")
+    parser.add_argument("--max-tokens", type=int, default=12_288, metavar="N", help="of an answer (default: 12288, the protocol's)")
+    parser.add_argument(
+        "--video", choices=("auto", "file", "frames"), default="auto", help="clips whole, or as pictures (default: whole to a vLLM of ours)"
+    )
+    parser.add_argument("--frames", type=int, default=16, metavar="N", help="pictures of a clip (default: 16)")
+    parser.add_argument("--think-open", action="store_true", help="the chat template behind the URL ends inside an open think block")
+    parser.add_argument("--dry-run", action="store_true", help="what would be asked and what it would cost; asks nothing")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of compare (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of compare's resamples (default: 0)")
+    parser.set_defaults(run=_eval)
 
 
 def _add_lab(lab: argparse.ArgumentParser) -> None:
@@ -234,10 +350,6 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
             check_images(settings, *first, sharded=False)
 
 
-def _resume(options: argparse.Namespace) -> None:
-    resume(options.folder)
-
-
 def _methods(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -260,16 +372,51 @@ def _bootstrap(options: argparse.Namespace) -> None:
     bootstrap_command(options.tables, minuend=options.minuend, resamples=options.resamples, seed=options.seed, out=options.csv)
 
 
-def _eval_compare(options: argparse.Namespace) -> None:
-    from zppo.report.tables import compare_evaluations
+def _report(options: argparse.Namespace) -> None:
+    from zppo.report.page import report_command
 
-    compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
+    suffixes = _FIGURES[options.figures]
+    report_command(options.folder, out=options.out, suffixes=suffixes, port=options.port if options.watch else None)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from zppo.report.compare import compare_command
+
+    compare_command(options.folders, html=options.html, out=options.out, suffixes=_FIGURES[options.figures])
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from zppo.report.questions import inspect_command
+
+    inspect_command(options.folder, options.question, step=options.step, kind=options.kind, full=options.full)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from zppo.serve.command import serve
+
+    serve(options)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    if options.model == "compare":
+        from zppo.report.tables import compare_evaluations
+
+        compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
+        return
+    from zppo.evals.command import evaluate
+    from zppo.evals.protocol import EvalOptions
+    from zppo.evals.tables import judge_prompts
+
+    if options.files:
+        raise SettingsError(f"zppo eval takes one model; {', '.join(map(str, options.files))} too many")
+    given = {field.name: getattr(options, field.name) for field in fields(EvalOptions) if field.name != "judge_prompts"}
+    evaluate(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)))
 
 
 def _cost(options: argparse.Namespace) -> None:
     from zppo.planning.flops import Assumptions
     from zppo.planning.model_shapes import parse_size
-    from zppo.report.cost import Request, cost_command, paper_command
+    from zppo.report.cost import cost_command, paper_command
 
     if options.target is None and not options.paper:
         raise SettingsError("zppo cost needs a recipe or a run folder: zppo cost RECIPE|RUN, or zppo cost --paper")
@@ -282,15 +429,9 @@ def _cost(options: argparse.Namespace) -> None:
             solved=options.solved_share,
             live=options.live_share,
         )
-        request = Request(
-            overrides=tuple(f"--{text}" for text in options.set),
-            assumed=assumed,
-            student=parse_size(options.student_params) if options.student_params else None,
-            teacher=parse_size(options.teacher_params) if options.teacher_params else None,
-            judge=parse_size(options.judge_params) if options.judge_params else None,
-            questions=options.questions,
-        )
-        cost_command(options.target, request)
+        sizes = {name: getattr(options, f"{name}_params") for name in ("student", "teacher", "judge")}
+        given = {name: parse_size(size) for name, size in sizes.items() if size}
+        cost_command(options.target, [f"--{text}" for text in options.set], assumed, given, options.questions)
     if options.paper:
         paper_command()
 

@@ -16,14 +16,14 @@ Judge = Literal["judge", "eval_charxiv", "eval_hle", "eval_mmvet", "eval_mmvu", 
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class HubDataset:
     """A data set of the Hugging Face hub.
 
     Attributes:
         id: owner/name.
         splits: all that belong to the benchmark.
         configs: all that belong to it; "" is the only one there is.
-        revision: commit or branch that the fields were read at; None where nobody has named one: what is loaded is then the newest, and its
+        revision: commit or branch that the fields were read at; None where none is fixed: what is loaded is then the newest, and its
             commit is written down with the results.
     """
 
@@ -46,7 +46,7 @@ class Benchmark:
         differs: how its official protocol differs from the shared one, a sentence.
         judge: whose words ask about rows that the rules leave open.
         aggregate: from scores of rows to the benchmark's figure.
-        rows: questions in all, None where nobody has counted.
+        rows: questions in all, None where they were not counted.
         licence: of the data, as its card names it; None: look there.
         gated: its terms must be accepted on the hub, and a log-in is needed.
         also: copies of the same data at other owners, which are loaded, in this order, where the source cannot be.
@@ -56,7 +56,7 @@ class Benchmark:
     name: str
     title: str
     family: Family
-    source: Source
+    source: HubDataset
     adapter: Adapter
     differs: str
     judge: Judge = "judge"
@@ -64,5 +64,5 @@ class Benchmark:
     rows: int | None = None
     licence: str | None = None
     gated: bool = False
-    also: tuple[Source, ...] = ()
+    also: tuple[HubDataset, ...] = ()
     unverified: str = ""

@@ -1,7 +1,4 @@
-"""What `zppo eval` takes on the command line. The work is imported when it runs.
-
-`zppo eval`: benchmark after benchmark, asked, decided and written down, so that the same call goes on where it stopped.
-"""
+"""`zppo eval`: benchmark after benchmark, asked, decided and written down, so that the same call goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -22,18 +19,18 @@ from zppo.errors import DataError, EvaluationError, SettingsError, UnavailableEr
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.load import Loaded, load_items
+from zppo.evals.load import LoadedBenchmark, load_items
 from zppo.evals.media import check_decoder, turns_of
 from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
-from zppo.evals.results import EvalFolder, Row, begin, default_output, finished, summary, with_benchmark, with_skipped
-from zppo.evals.scoring.judge import Decider, JudgeServer, judge_book
-from zppo.evals.server import NAME, Found, Server, check_context, find_model, has_vllm, is_url, read_key, served
+from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, finished, summary, with_benchmark, with_skipped
+from zppo.evals.scoring.judge import Decider, judge_book
+from zppo.evals.server import NAME, ServedModel, Server, check_context, find_model, has_vllm, is_url, read_key, served
 from zppo.evals.tables import BENCHMARKS, suite
-from zppo.evals.view import Watch, estimate, print_estimates, print_results, say
+from zppo.evals.view import ProgressDisplay, estimate, print_estimates, print_results, say
 from zppo.names import checkpoint_folder
 from zppo.prompts import PromptBook
 
-_IMAGES = 64  # of a request to a server of ours, beside the frames of a clip
+_IMAGES = 64  # of a request to a server of ours, besides the frames of a clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +63,36 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     missing = [name for name in ("inspect_ai", "rapidfuzz") if importlib.util.find_spec(name) is None]
     if missing:
         raise EvaluationError(f"zppo eval needs {' and '.join(missing)}, not installed here: pip install 'zppo[eval]'")
-    if options.judge is None:
+    judge_url = options.judge
+    if judge_url is None:
         raise SettingsError("there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)")
+    # What can be wrong with the call is looked for before a server is started or a question is asked.
     place = None if is_url(options.model) else _checkpoint(options.model)
     judge_book(options.judge_prompts)
     judge_key = read_key(options.judge_key_env, "--judge-key-env")
     key = read_key(options.key_env, "--key-env")
     folder = EvalFolder(options.output or default_output(options))
-    target = place or find_model(options.model, key, options.name, "model", "--model", "--key-env")
-    label = target.name if isinstance(target, Found) else str(target.absolute())
+    target = place or find_model(options.model, key, options.name, "model")
+    label = target.name if isinstance(target, ServedModel) else str(target.absolute())
     weights = fingerprint(place)
+    # A finished evaluation is only shown again: its server is not started, its judge not needed.
     known = folder.read()
     if known is not None and all(finished(known, each.name, options.limit, options.samples) for each in chosen):
         begin(folder, "", "", _settings_now(options, known, label, weights, judge_key))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
         return
-    judge = JudgeServer(
-        options.judge,
-        find_model(options.judge, judge_key, options.judge_model, "judge", "--judge-model", "--judge-key-env").name,
-        judge_key,
-    )
+    judge = find_model(judge_url, judge_key, options.judge_model, "judge").name
     with ExitStack() as stack:
         stack.enter_context(folder.alone())
         server, found, think_open = _serve(options, key, folder, target, stack, console)
         check_context(found.context, options.max_tokens)
         as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
-        own = settings_of(options, label, judge.model, "file" if as_file else "frames", weights)
-        state = begin(folder, label, options.model, own)
+        own = settings_of(options, label, judge, "file" if as_file else "frames", weights)
+        state = begin(folder, label, options.model, own)  # refuses rows that were made under other settings
         folder.write(state)
-        decider = Decider(judge, prompts=options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
+        decider = Decider(judge_url, judge, judge_key, options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
         stack.callback(decider.close)
         session = Session(options, folder, console, server, found.name, as_file, decider)
         for benchmark in chosen:
@@ -106,15 +102,10 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
 
 
 def _check(options: EvalOptions) -> None:
-    least = {
-        "--samples": options.samples,
-        "--concurrency": options.concurrency,
-        "--frames": options.frames,
-        "--max-tokens": options.max_tokens,
-    }
-    for flag, value in {**least, "--limit": options.limit}.items():
+    for name in ("samples", "concurrency", "frames", "max_tokens", "limit"):
+        value = getattr(options, name)
         if value is not None and value < 1:
-            raise SettingsError(f"{flag} is {value}: it must be 1 or more")
+            raise SettingsError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
     for flag, path in (("--data", options.data), ("--clips", options.clips)):
         if path is not None and not path.is_dir():
             raise SettingsError(f"{flag}: there is no folder {path}")
@@ -133,7 +124,7 @@ def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, we
     if not any(each["by_judge"] for each in known["benchmarks"]):
         judge = old["judge"]  # said nothing
     elif not judge:
-        judge = find_model(str(options.judge), judge_key, None, "judge", "--judge-model", "--judge-key-env").name
+        judge = find_model(str(options.judge), judge_key, None, "judge").name
     # What a checkpoint's template and the kind of its server decide follows from the weights and from nothing that this call says.
     think_open = options.think_open or (weights is not None and old["think_open"])
     video = old["video"] if options.video == "auto" else options.video
@@ -141,20 +132,21 @@ def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, we
 
 
 def _serve(
-    options: EvalOptions, key: str, folder: EvalFolder, target: Found | Path, stack: ExitStack, console: Console
-) -> tuple[Server, Found, bool]:
+    options: EvalOptions, key: str, folder: EvalFolder, target: ServedModel | Path, stack: ExitStack, console: Console
+) -> tuple[Server, ServedModel, bool]:
     """(the server, the model there, whether its prompts end inside an open think block)."""
-    if isinstance(target, Found):
+    if isinstance(target, ServedModel):
         return Server(options.model, key, "other"), target, options.think_open
-    # Loads transformers, which nobody else needs.
+    # Loads transformers, which nothing else here needs.
     from zppo.engines.chat import Chat
 
     chat = Chat.load(str(target))
     open_ = options.think_open or chat.think_open(chat.encode((Message("user", "Hello."),)))
+    log = folder.inside("server.log")
     kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
-    say(console, f"starting {kind} for {target}; its log is {folder.server_log}")
-    server = stack.enter_context(served(target, folder.server_log, images=_IMAGES + options.frames))
-    return server, find_model(server.url, server.key, NAME, "model", "--model", "--key-env"), open_
+    say(console, f"starting {kind} for {target}; its log is {folder.inside('server.log')}")
+    server = stack.enter_context(served(target, log, images=_IMAGES + options.frames))
+    return server, find_model(server.url, server.key, NAME, "model"), open_
 
 
 def _checkpoint(model: str) -> Path:
@@ -174,7 +166,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     if finished(state, benchmark.name, options.limit, options.samples):
         return state
     try:
-        loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.store, limit=options.limit)
+        loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.inside("media"), limit=options.limit)
         _check_packages(session, benchmark, loaded)
     except DataError as error:  # unreachable, or too many rows that cannot be read: the other benchmarks are asked all the same
         say(console, f"skipped {error}", "yellow")
@@ -186,7 +178,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     return with_benchmark(state, part, [each.name for each in BENCHMARKS])
 
 
-def _check_packages(session: Session, benchmark: Benchmark, loaded: Loaded) -> None:
+def _check_packages(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> None:
     """UnavailableError where a package is missing that this benchmark alone needs."""
     if any(item.video is not None and not (session.as_file and item.clip is None) for item in loaded.items):
         try:
@@ -198,38 +190,40 @@ def _check_packages(session: Session, benchmark: Benchmark, loaded: Loaded) -> N
         raise UnavailableError(f"{benchmark.name}: its metrics need {', '.join(missing)}: pip install 'zppo[ocr]'")
 
 
-def _rows(session: Session, benchmark: Benchmark, loaded: Loaded) -> list[Row]:
+def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> list[SampleResult]:
     """Asks what is not answered and decides what is not decided; every row also goes to a file, whole."""
     # inspect-ai is an extra.
     from anyio import CapacityLimiter
 
-    from zppo.evals.task import Health, Work, run_task, served_model
+    from zppo.evals.task import Health, TaskContext, run_task, served_model
 
     options, folder = session.options, session.folder
     items: dict[str, Item] = {item.id: item for item in loaded.items}
-    path = folder.rows(benchmark.name)
+    path = folder.inside("rows", f"{benchmark.name}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
-    rows: list[Row] = []
+    rows: list[SampleResult] = []
     lock = Lock()
     with ExitStack() as stack:
-        answers, judgements = (Journal(folder.journal(what, benchmark.name)) for what in ("answers", "judgements"))
+        answers, judgements = (Journal(folder.inside(what, f"{benchmark.name}.jsonl")) for what in ("answers", "judgements"))
         stack.callback(answers.close)
         stack.callback(judgements.close)
         out = stack.enter_context(open(half, "w", encoding="ascii"))
-        watch = stack.enter_context(Watch(session.console, benchmark.name, len(items) * options.samples))
+        watch = stack.enter_context(ProgressDisplay(session.console, benchmark.name, len(items) * options.samples))
 
-        def take(row: Row) -> None:
+        def take(row: SampleResult) -> None:
             with lock:
-                out.write(json.dumps(row.to_dict(), default=str) + "\n")
+                out.write(json.dumps(asdict(row), default=str) + "\n")
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
                 watch.take(row)
 
-        turns = partial(turns_of, book=PromptBook(), store=folder.store, as_file=session.as_file, frames=options.frames)
+        turns = partial(turns_of, book=PromptBook(), store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
         health = Health()
-        work = Work(benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take)
+        work = TaskContext(
+            benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take
+        )
         model = served_model(session.server.url, session.name, session.server.key, options.decoding, options.concurrency)
-        log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.logs)
+        log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.inside("logs"))
     half.replace(path)
     if log.status == "cancelled":
         raise KeyboardInterrupt
@@ -243,13 +237,13 @@ def _rows(session: Session, benchmark: Benchmark, loaded: Loaded) -> list[Row]:
 def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], folder: EvalFolder, console: Console) -> None:
     """The closing table; EvaluationError where something is left to do."""
     print_results(console, state)
-    say(console, f"written to {folder.result}; transcripts: inspect view --log-dir {folder.logs}")
+    say(console, f"written to {folder.result}; transcripts: inspect view --log-dir {folder.inside('logs')}")
     names = {benchmark.name for benchmark in chosen}
     left = {each["name"]: each["open"] for each in state["benchmarks"] if each["name"] in names and each["open"]}
     if left:
         counts = ", ".join(f"{name} {count:,}" for name, count in left.items())
         raise EvaluationError(
-            f"rows are open, since a server failed or a clip cannot be read ({counts}): {folder.path / 'eval' / 'rows'} says why. Mend it; "
+            f"rows are open, since a server failed or a clip cannot be read ({counts}): {folder.inside('rows')} says why. Mend it; "
             "the same command asks for these rows alone"
         )
     if not any(each["name"] in names for each in state["benchmarks"]):

@@ -46,9 +46,9 @@ class Item:
         frames: of a video that comes as pictures, in time order; shown before the text.
         video: of a video that comes as a file; shown before the text. At most one of `frames` and `video` is given.
         clip: (start, end) in seconds where only a part of `video` belongs to the question.
-        rate: pictures a second of a `video` that is a folder of pictures; None where nobody knows.
+        rate: pictures a second of a `video` that is a folder of pictures; None where it is not known.
         options: texts of the options, A first, where there are some.
-        facts: what scorers and breakdowns need beside that (precision, variant, category, ...).
+        facts: what else scorers and breakdowns need (precision, variant, category, ...).
 
     Raises:
         DataError: marks and images differ in number, or there is no gold.

@@ -1,7 +1,4 @@
-"""Rows of a benchmark from the Hugging Face hub.
-
-Items of a benchmark, from the hub or from a folder.
-"""
+"""Items of a benchmark, from its rows on the Hugging Face hub or in a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from typing import Any, cast
 
 from zppo.data.files import READERS
 from zppo.errors import DataError, UnavailableError, one_line
-from zppo.evals.adapters.row import PICTURES, Row
-from zppo.evals.benchmark import Benchmark, Source
+from zppo.evals.adapters.row import PICTURES, DatasetRow
+from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Media
 
 
-def hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[Row], str, str]:
+def hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
     """The rows of the benchmark's set, or of the first copy of it that can be loaded, with owner/name and commit.
 
     Raises:
@@ -39,19 +36,14 @@ def hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[Row], s
         except UnavailableError as error:
             errors.append(error)
         else:
-            return _rows_of(benchmark, parts, clips or Path()), source.id, _commit(source)
+            records = ((config, split, record) for config, split, part in parts for record in part)
+            rows = (DatasetRow(benchmark.name, number, record, config, split, clips or Path(), trusted=True)
+                    for number, (config, split, record) in enumerate(records, 1))  # fmt: skip
+            return rows, source.id, _commit(source)
     raise errors[0]
 
 
-def _rows_of(benchmark: Benchmark, parts: Iterable[tuple[str, str, Iterable[Mapping[str, Any]]]], folder: Path) -> Iterator[Row]:
-    number = 0
-    for config, split, records in parts:
-        for value in records:
-            number += 1
-            yield Row(benchmark.name, number, value, config, split, folder, trusted=True)
-
-
-def _part(benchmark: Benchmark, source: Source, config: str, split: str) -> Iterable[Mapping[str, Any]]:
+def _part(benchmark: Benchmark, source: HubDataset, config: str, split: str) -> Iterable[Mapping[str, Any]]:
     """A part of a set, pictures as bytes; in a file, not in memory. UnavailableError where it cannot be had."""
     # Heavy, and not needed with a folder.
     import datasets
@@ -70,7 +62,7 @@ def _part(benchmark: Benchmark, source: Source, config: str, split: str) -> Iter
     return cast(Iterable[Mapping[str, Any]], part)
 
 
-def _why(benchmark: Benchmark, source: Source, config: str, split: str, error: BaseException) -> str:
+def _why(benchmark: Benchmark, source: HubDataset, config: str, split: str, error: BaseException) -> str:
     page = f"https://huggingface.co/datasets/{source.id}"
     what = f"{source.id}, {f'configuration {config}, ' if config else ''}split {split}, cannot be loaded ({one_line(error)})"
     if benchmark.gated:
@@ -79,7 +71,7 @@ def _why(benchmark: Benchmark, source: Source, config: str, split: str, error: B
     return f"{what}{copies}; see {page}, check the network, or bring the rows in a folder"
 
 
-def _commit(source: Source) -> str:
+def _commit(source: HubDataset) -> str:
     """The commit that the hub has under the revision; "" where it cannot be asked."""
     import huggingface_hub
 
@@ -98,27 +90,25 @@ _UNREADABLE = 0.01  # of the rows: so many may be left out since they cannot be 
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedBenchmark:
     """The items of a benchmark and where they come from.
 
     Attributes:
         items: in the order of the data set, ids unique.
         origin: a file, or owner/name of a set on the hub.
         revision: the commit of that set; "" for a file, or where the hub did not say.
-        left_out: records that are no part of the benchmark.
-        unreadable: what is wrong with each record that cannot be read; these are left out too.
+        unreadable: what is wrong with each record that cannot be read; these are left out.
     """
 
     items: tuple[Item, ...]
     origin: str
     revision: str
-    left_out: int
     unreadable: tuple[str, ...] = ()
 
 
 def load_items(
     benchmark: Benchmark, data: Path | None = None, *, clips: Path | None = None, store: Path | None = None, limit: int | None = None
-) -> Loaded:
+) -> LoadedBenchmark:
     """All items of a benchmark, or the first `limit`.
 
     Args:
@@ -140,8 +130,9 @@ def load_items(
         rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
     adapt = partial(_adapted, benchmark)
     found: list[Item] = []
-    left_out = seen = 0
+    seen = 0
     unreadable: list[str] = []
+    # Questions that are scored together can only be cut to `limit` when all of them are known.
     whole = limit is None or benchmark.aggregate in ("worst case", "wemath")
     for row in rows:
         seen += 1
@@ -152,7 +143,6 @@ def load_items(
         except DataError as error:
             unreadable.append(str(error))
             continue
-        left_out += not items
         found += items
         if not whole and len(found) >= (limit or 0):
             break
@@ -161,7 +151,7 @@ def load_items(
     items = limited(unique(found), limit)
     if not items:
         raise UnavailableError(f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data")
-    return Loaded(items, origin, revision, left_out, tuple(unreadable))
+    return LoadedBenchmark(items, origin, revision, tuple(unreadable))
 
 
 def unique(items: Iterable[Item]) -> tuple[Item, ...]:
@@ -189,13 +179,13 @@ def limited(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:
     return tuple(taken)
 
 
-def _adapted(benchmark: Benchmark, row: Row) -> tuple[Item, ...]:
+def _adapted(benchmark: Benchmark, row: DatasetRow) -> tuple[Item, ...]:
     if benchmark.name == _SUBTITLES and not row.has("subtitles") and row.has("videoID"):
         row = replace(row, data={**row.data, "subtitles": _subtitles(row)})
     return benchmark.adapter(row)
 
 
-def _subtitles(row: Row) -> str:
+def _subtitles(row: DatasetRow) -> str:
     """The row's file of subtitles, "" for a clip without; UnavailableError where there are none at all."""
     if not _has_subtitles(row.folder):
         raise UnavailableError(
@@ -211,19 +201,19 @@ def _has_subtitles(folder: Path) -> bool:
     return any((folder / "subtitle").glob("*.srt"))
 
 
-def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[Row], str]:
+def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[DatasetRow], str]:
     path = next((file for ending in _ENDINGS if (file := data / f"{benchmark.name}{ending}").is_file()), None)
     if path is None:
         names = ", ".join(f"{benchmark.name}{ending}" for ending in _ENDINGS)
         raise UnavailableError(f"{benchmark.name}: {data} has none of {names}; put the rows there, or leave the benchmark out")
     folder = clips if benchmark.family == "video" else data
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[DatasetRow]:
         for number, value in READERS[path.suffix](path):
             if not isinstance(value, Mapping):
                 raise DataError(f"{benchmark.name}, row {number}: is no object with fields ({path})")
             config, split = (str(value.get(name) or "") for name in (_CONFIG, _SPLIT))
-            yield Row(benchmark.name, number, value, config, split, folder)
+            yield DatasetRow(benchmark.name, number, value, config, split, folder)
 
     return rows(), str(path)
 

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ContentPart:
     """A piece of a turn: a text, or the `data:` URL of an image or a video."""
 
     kind: Literal["text", "image", "video"]
@@ -32,14 +32,14 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ChatTurn:
     """A turn as it is sent."""
 
     role: str
-    parts: tuple[Part, ...]
+    parts: tuple[ContentPart, ...]
 
 
-def turns_of(item: Item, book: PromptBook, *, store: Path, as_file: bool, frames: int) -> list[Turn]:
+def turns_of(item: Item, book: PromptBook, *, store: Path, as_file: bool, frames: int) -> list[ChatTurn]:
     """The conversation that asks a question.
 
     Frames, or the clip, stand before the texts of the last turn; images at their marks.
@@ -55,18 +55,20 @@ def turns_of(item: Item, book: PromptBook, *, store: Path, as_file: bool, frames
     """
     refs = tuple(_ref(media, store) for media in item.images)
     turns = [
-        Turn(t.role, tuple(Part("text", p) if isinstance(p, str) else Part("image", request_url(p, LIMITS)) for p in t.parts))
+        ChatTurn(
+            t.role, tuple(ContentPart("text", p) if isinstance(p, str) else ContentPart("image", request_url(p, LIMITS)) for p in t.parts)
+        )
         for t in message_parts(conversation(item, book), refs)
     ]
-    before: list[Part] = []
+    before: list[ContentPart] = []
     if item.video is not None and as_file and item.clip is None:
-        before = [Part("video", _video_url(item.video))]
+        before = [ContentPart("video", _video_url(item.video))]
     elif item.video is not None:
-        before = [Part("image", request_url(ref, LIMITS)) for ref in _decoded(item.video, item.clip, frames, store)]
+        before = [ContentPart("image", request_url(ref, LIMITS)) for ref in _decoded(item.video, item.clip, frames, store)]
     elif item.frames:
-        before = [Part("image", request_url(_ref(f, store), LIMITS)) for f in spread(item.frames, frames)]
+        before = [ContentPart("image", request_url(_ref(f, store), LIMITS)) for f in spread(item.frames, frames)]
     if before:
-        turns[-1] = Turn(turns[-1].role, (*before, *turns[-1].parts))
+        turns[-1] = ChatTurn(turns[-1].role, (*before, *turns[-1].parts))
     return turns
 
 

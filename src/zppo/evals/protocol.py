@@ -84,7 +84,7 @@ def fingerprint(checkpoint: Path | None) -> str | None:
 
 
 def settings_of(options: EvalOptions, model: str, judge: str, video: str, weights: str | None = None) -> dict[str, Any]:
-    """What the rows of one folder have in common: rows under other settings must not stand beside them.
+    """What the rows of one folder have in common: rows under other settings must not be mixed with them.
 
     Args:
         model: the checkpoint, or the name that a server gives to it.

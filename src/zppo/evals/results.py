@@ -1,8 +1,6 @@
-"""From scores of rows to the figure of a benchmark, and to what is reported beside it. Pure.
+"""The results of an evaluation: its rows, the figure that they come to, and the folder that holds them.
 
-The rows of an evaluation: what came of one sample of one question, and what all rows of a benchmark come to. Pure.
-
-The folder of an evaluation: what it holds, and whether a call may go on with it.
+A row is one sample of one question. Scores of rows become the figure of a benchmark, with others that are reported with it.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -95,7 +93,7 @@ def _plain(rows: Sequence[Scored]) -> Figure:
 
 
 def _worst_case(rows: Sequence[Scored]) -> Figure:
-    """DynaMath: the share of seed questions right in every variant; beside it the average over all rows."""
+    """DynaMath: the share of seed questions right in every variant; the average over all rows is reported too."""
     seeds = list(_groups(rows, "seed").values())
     worst = [min(values) for values in seeds]
     always = sum(min(values) == max(values) for values in seeds)
@@ -126,9 +124,13 @@ _ABILITIES: Mapping[str, str] = MappingProxyType(
 
 
 def _abilities(rows: Sequence[Scored]) -> Figure:
-    """OCRBench v2: the mean over kinds of ability of the mean over their rows; the mean over rows beside it."""
-    named = [Scored(row.value, {"ability": _ABILITIES.get(str(row.facts.get("task")), "other")}) for row in rows]
-    groups = _groups(named, "ability")
+    """OCRBench v2: the mean over kinds of ability of the mean over their rows; the mean over rows is reported too."""
+    return _axes([Scored(row.value, {"axis": _ABILITIES.get(str(row.facts.get("task")), "other")}) for row in rows])
+
+
+def _axes(rows: Sequence[Scored]) -> Figure:
+    """MultiChallenge: the mean of its four axes; the mean over conversations is reported too."""
+    groups = _groups(rows, "axis")
     means = {name: _mean(values) for name, values in groups.items()}
     # Independent means: the error of their average.
     errors = [_error(values) for values in groups.values()]
@@ -136,17 +138,8 @@ def _abilities(rows: Sequence[Scored]) -> Figure:
     return Figure(_mean(means.values()), error, len(means), means | {"all rows": _mean(row.value for row in rows)})
 
 
-def _axes(rows: Sequence[Scored]) -> Figure:
-    """MultiChallenge: the mean of its four axes; the mean over conversations beside it."""
-    groups = _groups(rows, "axis")
-    means = {name: _mean(values) for name, values in groups.items()}
-    errors = [_error(values) for values in groups.values()]
-    error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors) if errors else math.nan
-    return Figure(_mean(means.values()), error, len(means), means | {"all rows": _mean(row.value for row in rows)})
-
-
 def _wemath(rows: Sequence[Scored]) -> Figure:
-    """We-Math: accuracy over all rows; beside it the four-way score of `mastery`."""
+    """We-Math: accuracy over all rows; the four-way score of `mastery` is reported too."""
     values = [row.value for row in rows]
     return Figure(_mean(values), _error(values), len(values), mastery(rows))
 
@@ -208,12 +201,12 @@ TOO_LONG = "model_length"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SampleResult:
     """One sample of one question.
 
     Attributes:
         id, epoch: which one; epochs count from 1.
-        by: who decided; open: nobody yet, because model or judge failed. A repeated call asks again;
+        by: who decided; open: not decided yet, because model or judge failed. A repeated call asks again;
             left out: it has pictures, and the model takes none.
         value: 0 to 1; None while open, or where it is left out.
         text: what the model wrote, thoughts included.
@@ -244,21 +237,17 @@ class Row:
     gold: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
-
-def scored(rows: Iterable[Row]) -> list[Scored]:
+def scored(rows: Iterable[SampleResult]) -> list[Scored]:
     """Decided rows by question: samples of one question are no new questions, their mean is one value (so errors are clustered)."""
-    by_id: dict[str, list[Row]] = {}
+    by_id: dict[str, list[SampleResult]] = {}
     for row in rows:
         if row.value is not None:
             by_id.setdefault(row.id, []).append(row)
     return [Scored(fmean(r.value or 0.0 for r in group), group[0].facts) for group in by_id.values()]
 
 
-def summary(benchmark: Benchmark, rows: Sequence[Row], expected: int) -> dict[str, Any]:
+def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -> dict[str, Any]:
     """The benchmark's part of eval.json: figure, error, counts. Shares are from 0 to 1; null where there is no number.
 
     Args:
@@ -342,33 +331,18 @@ class EvalFolder:
     def result(self) -> Path:
         return self.path / RESULT
 
-    def rows(self, benchmark: str) -> Path:
-        return self.path / WORK / "rows" / f"{benchmark}.jsonl"
-
-    def journal(self, what: str, benchmark: str) -> Path:
-        return self.path / WORK / what / f"{benchmark}.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / WORK / "logs"
-
-    @property
-    def store(self) -> Path:
-        return self.path / WORK / "media"
-
-    @property
-    def server_log(self) -> Path:
-        return self.path / WORK / "server.log"
+    def inside(self, *names: str) -> Path:
+        return self.path.joinpath(WORK, *names)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else may evaluate into the folder within the block; the system ends that with the process, however it ends.
+        """A lock: no other process may evaluate into the folder within the block. It ends with the process, however that ends.
 
         Raises:
-            EvaluationError: somebody does.
+            EvaluationError: another one does.
             StorageError: the folder cannot be written.
         """
-        with opened(self.path / WORK / "lock", "ab") as file:
+        with opened(self.inside("lock"), "ab") as file:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 """The servers of an evaluation: keys, names of models, and whether they answer at all, before the first question is asked.
 
-A checkpoint, served for the time of an evaluation by a process of its own that always ends with it.
+A checkpoint is served for the time of an evaluation by a process of its own that always ends with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from zppo.errors import EvaluationError, SettingsError
@@ -31,7 +31,7 @@ from zppo.teacher.http import REPLY_BYTES, Trouble, Wire
 _PATIENCE = 60.0  # seconds for the first answer
 
 
-class Found(NamedTuple):
+class ServedModel(NamedTuple):
     """A model that answers.
 
     Attributes:
@@ -62,11 +62,11 @@ def read_key(variable: str | None, flag: str) -> str:
     return key
 
 
-def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> Found:
+def find_model(url: str, key: str, name: str | None, what: Literal["model", "judge"]) -> ServedModel:
     """The model to ask a server for, after it has answered a small request.
 
     Args:
-        what: of messages: model or judge.
+        what: decides which options the messages name.
 
     Raises:
         SettingsError: the address is none, or the server has several models and none is named.
@@ -74,10 +74,11 @@ def find_model(url: str, key: str, name: str | None, what: str, name_flag: str, 
     """
     if not is_url(url) or not urlsplit(url).hostname:
         raise SettingsError(f"the {what}'s address {url!r} is no URL; write http://HOST:PORT/v1")
-    return asyncio.run(_find(url, key, name, what, name_flag, key_flag))
+    return asyncio.run(_find(url, key, name, what))
 
 
-async def _find(url: str, key: str, name: str | None, what: str, name_flag: str, key_flag: str) -> Found:
+async def _find(url: str, key: str, name: str | None, what: Literal["model", "judge"]) -> ServedModel:
+    name_flag, key_flag = ("--model", "--key-env") if what == "model" else ("--judge-model", "--judge-key-env")
     wire = Wire(url, key, _PATIENCE, 1)
     try:
         contexts = await wire.contexts()
@@ -98,7 +99,7 @@ async def _find(url: str, key: str, name: str | None, what: str, name_flag: str,
             else:
                 mend = f"correct the address (it mostly ends in /v1), or name the model with {name_flag}"
             raise EvaluationError(f"the {what} cannot be asked ({trouble.reason}): {mend}") from None
-        return Found(chosen, contexts.get(chosen))
+        return ServedModel(chosen, contexts.get(chosen))
     finally:
         await wire.close()
 

@@ -1,20 +1,14 @@
-"""The 16 vision-language benchmarks.
-
-The 10 language benchmarks.
-
-The 5 video benchmarks.
-
-The registry: one row per benchmark of the paper, and how rows are looked up.
-"""
+"""The registry: a row per benchmark of the paper (16 of images, 10 of language, 5 of video), and how rows are looked up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args
 
 from zppo.errors import SettingsError
 from zppo.evals.adapters import choice, documents, maths, video
-from zppo.evals.adapters import choice as talk
-from zppo.evals.benchmark import Benchmark, Family, Source
+from zppo.evals.benchmark import Benchmark, Family, HubDataset, Judge
 
 _OCRBENCH_DIFFERS = (
     "The whole reply is scored, here the boxed answer or, without a box, what follows the thinking; text spotting is matched without "
@@ -23,178 +17,102 @@ _OCRBENCH_DIFFERS = (
 
 VISION = (
     Benchmark(
-        name="AI2D",
-        title="AI2 Diagrams",
-        family="vlm",
-        source=Source("lmms-lab/ai2d", ("test",)),
-        adapter=choice.ai2d,
+        "AI2D", "AI2 Diagrams", "vlm", HubDataset("lmms-lab/ai2d", ("test",)), choice.ai2d,
         differs="A letter alone is asked for and matched exactly.",
-        rows=3088,
-        also=(Source("lmms-lab-encoder/ai2d", ("test",)),),
+        rows=3088, also=(HubDataset("lmms-lab-encoder/ai2d", ("test",)),),
     ),
     Benchmark(
-        name="BabyV",
-        title="BabyVision",
-        family="vlm",
-        source=Source("UnipatAI/BabyVision", ("train",)),
-        adapter=choice.babyvision,
+        "BabyV", "BabyVision", "vlm", HubDataset("UnipatAI/BabyVision", ("train",)), choice.babyvision,
         differs="A judge compares every answer, letters too.",
         rows=388,
         unverified="name of the column with a row's own id; number of rows from memory",
     ),
     Benchmark(
-        name="CharXiv",
-        title="CharXiv, validation",
-        family="vlm",
-        source=Source("princeton-nlp/CharXiv", ("validation",)),
-        adapter=documents.charxiv,
+        "CharXiv", "CharXiv, validation", "vlm", HubDataset("princeton-nlp/CharXiv", ("validation",)), documents.charxiv,
         differs="The 19 questions about what is drawn have other, fixed words; a named model judges many answers at a time.",
-        judge="eval_charxiv",
-        rows=5000,
-        licence="cc-by-sa-4.0",
+        judge="eval_charxiv", rows=5000, licence="cc-by-sa-4.0",
         unverified="whether the paper asks the 1,000 reasoning questions, the 4,000 descriptive ones, or all: all are averaged here",
     ),
     Benchmark(
-        name="DynaM",
-        title="DynaMath, 501 questions in 10 variants",
-        family="vlm",
-        source=Source("DynaMath/DynaMath_Sample", tuple(f"sample_variant{i}" for i in range(1, 11))),
-        adapter=maths.dynamath,
+        "DynaM", "DynaMath, 501 questions in 10 variants", "vlm",
+        HubDataset("DynaMath/DynaMath_Sample", tuple(f"sample_variant{i}" for i in range(1, 11))), maths.dynamath,
         differs="The answer is asked for in JSON with three decimals, and average and worst case are both reported.",
-        aggregate="worst case",
-        rows=5010,
-        also=(Source("kcz358/DynaMath", ("test",)),),
+        aggregate="worst case", rows=5010, also=(HubDataset("kcz358/DynaMath", ("test",)),),
         unverified="which of the two figures the paper shows: worst case is taken here, the average is reported beside it; "
         "the columns id and answer_type are from memory",
     ),
     Benchmark(
-        name="EmbSp",
-        title="EmbSpatial-Bench",
-        family="vlm",
-        source=Source("FlagEval/EmbSpatial-Bench", ("test",)),
-        adapter=choice.embspatial,
+        "EmbSp", "EmbSpatial-Bench", "vlm", HubDataset("FlagEval/EmbSpatial-Bench", ("test",)), choice.embspatial,
         differs="Models without chat are scored by the likelihood of the options.",
         rows=3640,
     ),
     Benchmark(
-        name="InfoVQA",
-        title="InfographicVQA, validation",
-        family="vlm",
-        source=Source("lmms-lab/DocVQA", ("validation",), ("InfographicVQA",)),
-        adapter=documents.infovqa,
+        "InfoVQA", "InfographicVQA, validation", "vlm",
+        HubDataset("lmms-lab/DocVQA", ("validation",), ("InfographicVQA",)), documents.infovqa,
         differs="The whole reply, asked for as a word or a phrase, is compared; here the boxed answer is.",
-        rows=2801,
-        also=(Source("lmms-lab-encoder/DocVQA", ("validation",), ("InfographicVQA",)),),
+        rows=2801, also=(HubDataset("lmms-lab-encoder/DocVQA", ("validation",), ("InfographicVQA",)),),
         unverified="whether the paper uses the validation split or sends the test split in",
     ),
     Benchmark(
-        name="MVerse",
-        title="MathVerse, testmini",
-        family="vlm",
-        source=Source("CaraJ/MathVerse-lmmseval", ("testmini",), ("testmini",)),
-        adapter=maths.mathverse,
+        "MVerse", "MathVerse, testmini", "vlm", HubDataset("CaraJ/MathVerse-lmmseval", ("testmini",), ("testmini",)), maths.mathverse,
         differs="A named model extracts every answer and another call of it scores; the text-only version counts apart.",
-        rows=3940,
-        licence="mit",
+        rows=3940, licence="mit",
     ),
     Benchmark(
-        name="MVision",
-        title="MathVision, test",
-        family="vlm",
-        source=Source("MathLLMs/MathVision", ("test",)),
-        adapter=maths.mathvision,
+        "MVision", "MathVision, test", "vlm", HubDataset("MathLLMs/MathVision", ("test",)), maths.mathvision,
         differs="Rules find the answer in the last sentences of the reply.",
-        rows=3040,
-        licence="mit",
+        rows=3040, licence="mit",
         unverified="whether the paper uses test (3,040) or testmini (304)",
     ),
     Benchmark(
-        name="MVista",
-        title="MathVista, testmini",
-        family="vlm",
-        source=Source("AI4Math/MathVista", ("testmini",), revision="2b6ad69445fbb5695c9b165475e8decdbeb97747"),
-        adapter=maths.mathvista,
+        "MVista", "MathVista, testmini", "vlm",
+        HubDataset("AI4Math/MathVista", ("testmini",), revision="2b6ad69445fbb5695c9b165475e8decdbeb97747"), maths.mathvista,
         differs="A hint says how many decimals are wanted, a named model extracts the answer, and one that is no option becomes the most "
         "similar one.",
-        rows=1000,
-        licence="cc-by-sa-4.0",
+        rows=1000, licence="cc-by-sa-4.0",
     ),
     Benchmark(
-        name="MMMUPro",
-        title="MMMU-Pro, 3 configurations",
-        family="vlm",
-        source=Source("MMMU/MMMU_Pro", ("test",), ("standard (10 options)", "standard (4 options)", "vision")),
-        adapter=choice.mmmu_pro,
+        "MMMUPro", "MMMU-Pro, 3 configurations", "vlm",
+        HubDataset("MMMU/MMMU_Pro", ("test",), ("standard (10 options)", "standard (4 options)", "vision")), choice.mmmu_pro,
         differs="The overall figure is the mean of ten options and vision alone; a letter that is not found is drawn at random.",
-        rows=5190,
-        licence="apache-2.0",
+        rows=5190, licence="apache-2.0",
         unverified="whether the paper's three configurations are averaged by row, as here",
     ),
     Benchmark(
-        name="MM-Vet",
-        title="MM-Vet",
-        family="vlm",
-        source=Source("lmms-lab/MMVet", ("test",)),
-        adapter=documents.mmvet,
+        "MM-Vet", "MM-Vet", "vlm", HubDataset("lmms-lab/MMVet", ("test",)), documents.mmvet,
         differs="GPT-4 grades with worked examples, five times over.",
-        judge="eval_mmvet",
-        rows=218,
-        also=(Source("lmms-lab-encoder/MMVet", ("test",)),),
+        judge="eval_mmvet", rows=218, also=(HubDataset("lmms-lab-encoder/MMVet", ("test",)),),
     ),
     Benchmark(
-        name="OCREN",
-        title="OCRBench v2, English",
-        family="vlm",
-        source=Source("ling99/OCRBench_v2", ("test",)),
-        adapter=documents.ocrbench_en,
+        "OCREN", "OCRBench v2, English", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_en,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities",
-        rows=7400,
+        aggregate="abilities", rows=7400,
         unverified="rows a language are from its paper",
     ),
     Benchmark(
-        name="OCRZH",
-        title="OCRBench v2, Chinese",
-        family="vlm",
-        source=Source("ling99/OCRBench_v2", ("test",)),
-        adapter=documents.ocrbench_zh,
+        "OCRZH", "OCRBench v2, Chinese", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_zh,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities",
-        rows=2600,
+        aggregate="abilities", rows=2600,
         unverified="rows a language are from its paper",
     ),
     Benchmark(
-        name="VisP",
-        title="VisualPuzzles",
-        family="vlm",
-        source=Source("neulab/VisualPuzzles", ("train",)),
-        adapter=choice.visual_puzzles,
+        "VisP", "VisualPuzzles", "vlm", HubDataset("neulab/VisualPuzzles", ("train",)), choice.visual_puzzles,
         differs="The answer is asked for on the last line, as `Answer: letter`.",
         rows=1168,
     ),
     Benchmark(
-        name="VBlind",
-        title="VLMs-are-Blind",
-        family="vlm",
-        source=Source("XAI/vlmsareblind", ("valid",)),
-        adapter=documents.vlms_are_blind,
+        "VBlind", "VLMs-are-Blind", "vlm", HubDataset("XAI/vlmsareblind", ("valid",)), documents.vlms_are_blind,
         differs="Answers are asked for in curly brackets, and the figure is the mean of its seven tasks; here it is that of all rows.",
-        rows=8016,
-        licence="mit",
+        rows=8016, licence="mit",
         unverified="licence and number of rows from memory; how the paper averages the tasks",
     ),
     Benchmark(
-        name="WeMath",
-        title="We-Math, testmini",
-        family="vlm",
-        source=Source("We-Math/We-Math", ("testmini",)),
-        adapter=maths.wemath,
+        "WeMath", "We-Math, testmini", "vlm", HubDataset("We-Math/We-Math", ("testmini",)), maths.wemath,
         differs="The figure is a score of four kinds of mastery, strict or loose; here both stand beside the accuracy.",
-        aggregate="wemath",
-        rows=1740,
+        aggregate="wemath", rows=1740,
         unverified="which figure the paper shows: accuracy over all rows is taken here",
     ),
-)
+)  # fmt: skip
 
 
 _MMLU_SUBJECTS = tuple(
@@ -222,119 +140,66 @@ _CEVAL_SUBJECTS = tuple(
 
 LANGUAGE = (
     Benchmark(
-        name="AIME25",
-        title="AIME 2025, I and II",
-        family="llm",
-        source=Source("opencompass/AIME2025", ("test",), ("AIME2025-I", "AIME2025-II")),
-        adapter=maths.aime25,
+        "AIME25", "AIME 2025, I and II", "llm", HubDataset("opencompass/AIME2025", ("test",), ("AIME2025-I", "AIME2025-II")), maths.aime25,
         differs="A contest has no protocol for models; harnesses differ in how often they sample each of the 30 problems.",
-        rows=30,
-        licence="mit",
-        also=(Source("math-ai/aime25", ("test",), revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),),
+        rows=30, licence="mit", also=(HubDataset("math-ai/aime25", ("test",), revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),),
         unverified="configurations and licence of opencompass/AIME2025 are from memory",
     ),
     Benchmark(
-        name="AIME26",
-        title="AIME 2026",
-        family="llm",
-        source=Source("MathArena/aime_2026", ("train",)),
-        adapter=maths.aime26,
+        "AIME26", "AIME 2026", "llm", HubDataset("MathArena/aime_2026", ("train",)), maths.aime26,
         differs="MathArena samples each problem four times and reports the mean.",
-        rows=30,
-        also=(Source("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
+        rows=30, also=(HubDataset("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
         unverified="split and fields (problem_idx, problem, answer) are those of the owner's other contests",
     ),
     Benchmark(
-        name="CEval",
-        title="C-Eval, validation, 52 subjects",
-        family="llm",
-        source=Source("ceval/ceval-exam", ("val",), _CEVAL_SUBJECTS),
-        adapter=choice.ceval,
+        "CEval", "C-Eval, validation, 52 subjects", "llm", HubDataset("ceval/ceval-exam", ("val",), _CEVAL_SUBJECTS), choice.ceval,
         differs="Five worked examples stand before each question, the answer is the likeliest letter, and the test answers are not public.",
-        rows=1346,
-        licence="cc-by-nc-sa-4.0",
+        rows=1346, licence="cc-by-nc-sa-4.0",
     ),
     Benchmark(
-        name="GPQA-D",
-        title="GPQA Diamond",
-        family="llm",
-        source=Source("Idavidrein/gpqa", ("train",), ("gpqa_diamond",)),
-        adapter=choice.gpqa,
+        "GPQA-D", "GPQA Diamond", "llm", HubDataset("Idavidrein/gpqa", ("train",), ("gpqa_diamond",)), choice.gpqa,
         differs="Each harness shuffles the options in a way of its own, and many ask every question several times.",
-        rows=198,
-        licence="cc-by-4.0",
-        gated=True,
+        rows=198, licence="cc-by-4.0", gated=True,
     ),
     Benchmark(
-        name="HLE",
-        title="Humanity's Last Exam",
-        family="llm",
-        source=Source("cais/hle", ("test",), revision="5a81a4c7271a2a2a312b9a690f0c2fde837e4c29"),
-        adapter=talk.hle,
+        "HLE", "Humanity's Last Exam", "llm",
+        HubDataset("cais/hle", ("test",), revision="5a81a4c7271a2a2a312b9a690f0c2fde837e4c29"), choice.hle,
         differs="A system prompt asks for explanation, answer and confidence; a named model judges; a calibration error is reported too.",
-        judge="eval_hle",
-        rows=2500,
-        licence="mit",
-        gated=True,
+        judge="eval_hle", rows=2500, licence="mit", gated=True,
         unverified="whether the paper keeps the questions with a picture; they are kept here",
     ),
     Benchmark(
-        name="IMO-AB",
-        title="IMO-AnswerBench",
-        family="llm",
-        source=Source("OpenEvals/IMO-AnswerBench", ("train",)),
-        adapter=maths.imo_answerbench,
+        "IMO-AB", "IMO-AnswerBench", "llm", HubDataset("OpenEvals/IMO-AnswerBench", ("train",)), maths.imo_answerbench,
         differs="A named model with a long rubric grades every answer.",
-        rows=400,
-        licence="cc-by-4.0",
-        also=(Source("Hwilner/imo-answerbench", ("train",)),),
+        rows=400, licence="cc-by-4.0", also=(HubDataset("Hwilner/imo-answerbench", ("train",)),),
         unverified="fields, split and licence are those of the copy Hwilner/imo-answerbench",
     ),
     Benchmark(
-        name="MMLU",
-        title="MMLU, test",
-        family="llm",
-        source=Source("cais/mmlu", ("test",), ("all",), "c30699e8356da336a370243923dbaf21066bb9fe"),
-        adapter=choice.mmlu,
+        "MMLU", "MMLU, test", "llm", HubDataset("cais/mmlu", ("test",), ("all",), "c30699e8356da336a370243923dbaf21066bb9fe"), choice.mmlu,
         differs="Five worked examples stand before each question, and the answer is the likeliest letter.",
-        rows=14042,
-        licence="mit",
+        rows=14042, licence="mit",
     ),
     Benchmark(
-        name="MMLU-Pro",
-        title="MMLU-Pro",
-        family="llm",
-        source=Source("TIGER-Lab/MMLU-Pro", ("test",), revision="527feea0afed1de15a8c115abf7be4c912123315"),
-        adapter=choice.mmlu_pro,
+        "MMLU-Pro", "MMLU-Pro", "llm",
+        HubDataset("TIGER-Lab/MMLU-Pro", ("test",), revision="527feea0afed1de15a8c115abf7be4c912123315"), choice.mmlu_pro,
         differs="Five worked examples with reasoning stand before each question; an answer that cannot be found is drawn at random.",
-        rows=12032,
-        licence="mit",
+        rows=12032, licence="mit",
     ),
     Benchmark(
-        name="MMLU-Rd",
-        title="MMLU-Redux 2.0, 57 subjects",
-        family="llm",
-        source=Source("edinburgh-dawg/mmlu-redux-2.0", ("test",), _MMLU_SUBJECTS),
-        adapter=choice.mmlu_redux,
+        "MMLU-Rd", "MMLU-Redux 2.0, 57 subjects", "llm",
+        HubDataset("edinburgh-dawg/mmlu-redux-2.0", ("test",), _MMLU_SUBJECTS), choice.mmlu_redux,
         differs="Some harnesses keep rows that its annotators found faulty, with the corrected answer; here they are left out.",
         licence="cc-by-4.0",
         unverified="how many of the 5,700 rows have the error type ok; which of them the paper keeps",
     ),
     Benchmark(
-        name="MultiCh",
-        title="MultiChallenge",
-        family="llm",
-        source=Source("ScaleAI/MultiChallenge", ("test",)),
-        adapter=talk.multichallenge,
+        "MultiCh", "MultiChallenge", "llm", HubDataset("ScaleAI/MultiChallenge", ("test",)), choice.multichallenge,
         differs="The response is given without any instruction on its form, and a named model answers the target question.",
-        judge="eval_multichallenge",
-        aggregate="axes",
-        rows=266,
-        licence="cc-by-4.0",
-        also=(Source("nmayorga7/multichallenge", ("train",)),),
+        judge="eval_multichallenge", aggregate="axes", rows=266, licence="cc-by-4.0",
+        also=(HubDataset("nmayorga7/multichallenge", ("train",)),),
         unverified="its paper counts 273 conversations, the card 266",
     ),
-)
+)  # fmt: skip
 
 
 _MVBENCH_TASKS = tuple(
@@ -345,63 +210,37 @@ _MVBENCH_TASKS = tuple(
 
 VIDEO = (
     Benchmark(
-        name="MMVU",
-        title="MMVU, validation",
-        family="video",
-        source=Source("yale-nlp/MMVU", ("validation",)),
-        adapter=video.mmvu,
+        "MMVU", "MMVU, validation", "video", HubDataset("yale-nlp/MMVU", ("validation",)), video.mmvu,
         differs="A named model extracts and judges every answer; here letters are compared, and only open answers are judged.",
-        judge="eval_mmvu",
-        rows=1000,
-        licence="cc-by-sa-4.0",
-        also=(Source("lmms-eval/MMVU", ("validation",)),),
+        judge="eval_mmvu", rows=1000, licence="cc-by-sa-4.0", also=(HubDataset("lmms-eval/MMVU", ("validation",)),),
         unverified="field of the clip in yale-nlp/MMVU (video; video_path in the copy); licence from memory",
     ),
     Benchmark(
-        name="MVBench",
-        title="MVBench, 20 tasks",
-        family="video",
-        source=Source("OpenGVLab/MVBench", ("train",), _MVBENCH_TASKS, "video"),
-        adapter=video.mvbench,
+        "MVBench", "MVBench, 20 tasks", "video", HubDataset("OpenGVLab/MVBench", ("train",), _MVBENCH_TASKS, "video"), video.mvbench,
         differs="A system prompt describes how to watch, the answer is begun for the model, and 8 or 16 frames are shown.",
-        rows=4000,
-        licence="mit",
+        rows=4000, licence="mit",
         unverified="whether start and end on the branch `video`, some of whose clips are cut already, are those of whole clips; "
         "NTU clips must be fetched from their owner",
     ),
     Benchmark(
-        name="VMME",
-        title="Video-MME without subtitles",
-        family="video",
-        source=Source("lmms-lab/Video-MME", ("test",)),
-        adapter=video.videomme,
+        "VMME", "Video-MME without subtitles", "video", HubDataset("lmms-lab/Video-MME", ("test",)), video.videomme,
         differs="The number of frames is each model's own, and only a letter is asked for.",
-        rows=2700,
-        also=(Source("lmms-eval/Video-MME", ("test",)),),
+        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),),
     ),
     Benchmark(
-        name="VMMES",
-        title="Video-MME with subtitles",
-        family="video",
-        source=Source("lmms-lab/Video-MME", ("test",)),
-        adapter=video.videomme_subtitles,
+        "VMMES", "Video-MME with subtitles", "video", HubDataset("lmms-lab/Video-MME", ("test",)), video.videomme_subtitles,
         differs="Subtitles of the shown frames only, where a model has few; here all of them, as text before the question.",
-        rows=2700,
-        also=(Source("lmms-eval/Video-MME", ("test",)),),
+        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),),
         unverified="how many subtitles the paper shows",
     ),
     Benchmark(
-        name="VMMMU",
-        title="Video-MMMU",
-        family="video",
-        source=Source("lmms-lab/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),
-        adapter=video.videommmu,
+        "VMMMU", "Video-MMMU", "video",
+        HubDataset("lmms-lab/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")), video.videommmu,
         differs="An answer that cannot be read is drawn at random, and the adaptation track has a prompt of its own.",
-        rows=900,
-        also=(Source("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
+        rows=900, also=(HubDataset("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
         unverified="whether the picture of an adaptation question, which ends its clip in the copies, is in the frames that are drawn",
     ),
-)
+)  # fmt: skip
 
 
 FAMILIES: tuple[Family, ...] = ("vlm", "llm", "video")
@@ -443,3 +282,17 @@ def suite(names: str | Iterable[str]) -> tuple[Benchmark, ...]:
     if not chosen:
         raise SettingsError(f"no benchmark is named; give names, {', '.join(FAMILIES)} or {PAPER}")
     return tuple(benchmark for benchmark in BENCHMARKS if benchmark.name in chosen)
+
+
+def judge_prompts(given: Iterable[str]) -> dict[str, Path]:
+    """JUDGE=PATH of the command line; a benchmark's name stands for its judge. SettingsError where one is neither."""
+    judges = {**{b.name.lower(): b.judge for b in BENCHMARKS if b.judge != "judge"}, **{name: name for name in get_args(Judge)}}
+    result = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name.lower() not in judges:
+            raise SettingsError(
+                f"--judge-prompt {text!r}: write JUDGE=PATH, with one of {', '.join(get_args(Judge))}, or its benchmark's name"
+            )
+        result[str(judges[name.lower()])] = Path(path)
+    return result

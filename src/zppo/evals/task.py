@@ -1,8 +1,7 @@
-"""The model as inspect-ai asks it: an OpenAI-compatible server that is sent every sampling setting, videos too.
+"""One benchmark as a task of inspect-ai: asked through a model of its own, decided by `zppo.evals.scoring.judge`, all in its log.
 
-Imported when an evaluation runs; it is the only module beside `task` that needs inspect-ai (`pip install 'zppo[eval]'`).
-
-One benchmark as a task of inspect-ai: asked through its model, decided by `zppo.evals.scoring.judge`, everything in its log.
+The model is an OpenAI-compatible server that is sent every sampling setting, and videos too. The only module that needs inspect-ai
+(`pip install 'zppo[eval]'`): it is imported when an evaluation runs.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,9 +47,9 @@ from zppo.errors import EvaluationError, one_line
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.media import Turn, media_key
+from zppo.evals.media import ChatTurn, media_key
 from zppo.evals.protocol import Decoding, digest_of
-from zppo.evals.results import TOO_LONG, By, Row
+from zppo.evals.results import TOO_LONG, By, SampleResult
 from zppo.evals.scoring.judge import Decider
 from zppo.teacher.http import SHORTEST_SECRET, sound
 
@@ -79,12 +78,13 @@ class ServedAPI(OpenAICompatibleAPI):
             client_timeout=ATTEMPT,
             stream=False,
             max_retries=0,  # of the client's own: inspect-ai retries, and says so
-            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_Hush(api_key)]}),
+            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_hiding(api_key)]}),
         )
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:
         """inspect-ai refuses videos on this path: they go through it as images, and come out as what they are."""
-        return [_with_videos(message) for message in await super().messages_to_openai([_hidden(m) for m in input])]
+        messages: list[Any] = await super().messages_to_openai([_hidden(m) for m in input])
+        return [m | {"content": [_part(p) for p in m["content"]]} if isinstance(m.get("content"), list) else m for m in messages]
 
     def service_model_name(self) -> str:
         """The model's name as its server knows it, slashes and all."""
@@ -105,16 +105,16 @@ class ServedAPI(OpenAICompatibleAPI):
         return choices
 
 
-class _Hush:
-    """Takes the key out of what a server sends, before anybody can log it."""
+def _hiding(key: str) -> Callable[[Any], Awaitable[None]]:
+    """A hook that takes the key out of what a server sends, before it can be logged."""
+    secret = key.encode()
 
-    def __init__(self, key: str) -> None:
-        self._key = key.encode()
-
-    async def __call__(self, response: Any) -> None:
+    async def hide(response: Any) -> None:
         body = await response.aread()
-        if len(self._key) >= SHORTEST_SECRET and self._key in body:
-            response._content = body.replace(self._key, b"[key]")
+        if len(secret) >= SHORTEST_SECRET and secret in body:
+            response._content = body.replace(secret, b"[key]")
+
+    return hide
 
 
 def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency: int) -> Model:
@@ -135,7 +135,7 @@ def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency:
     return get_model(f"{PROVIDER}/{name}", config=config, base_url=url, api_key=key or "EMPTY", memoize=False)
 
 
-def chat_messages(turns: Sequence[Turn]) -> list[ChatMessage]:
+def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
     """A conversation in inspect-ai's types."""
     kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
     messages: list[ChatMessage] = []
@@ -208,12 +208,6 @@ def _hidden(message: ChatMessage) -> ChatMessage:
     return message.model_copy(update={"content": parts})
 
 
-def _with_videos(message: Any) -> Any:
-    if not isinstance(message.get("content"), list):
-        return message
-    return {**message, "content": [_part(part) for part in message["content"]]}
-
-
 def _part(part: dict[str, Any]) -> dict[str, Any]:
     url = part.get("image_url", {}).get("url", "") if part.get("type") == "image_url" else ""
     found = re.match(rf"data:image/png;base64,{_VIDEO}", url)
@@ -224,8 +218,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 DOWN_AFTER = 8  # failures in a row without an answer between them: the rest is not asked any more
 
-Turns = Callable[[Item], list[Turn]]
-Take = Callable[[Row], None]
+Turns = Callable[[Item], list[ChatTurn]]
+Take = Callable[[SampleResult], None]
 
 
 @dataclass
@@ -252,7 +246,7 @@ class LeftOutError(EvaluationError):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TaskContext:
     """What the samples of a benchmark share.
 
     Attributes:
@@ -272,15 +266,19 @@ class Work:
     take: Take
 
 
-def run_task(work: Work, model: Model, *, samples: int, concurrency: int, logs: Path) -> EvalLog:
+def run_task(work: TaskContext, model: Model, *, samples: int, concurrency: int, logs: Path) -> EvalLog:
     """Asks and decides every row of a benchmark that the journals do not hold; the transcripts go to a log that `inspect view` opens.
 
     Args:
         samples: of each question.
         concurrency: questions under way at once.
     """
+
+    def facts(item: Item) -> dict[str, Any]:
+        return {"kind": item.kind, "options": list(item.options), "facts": dict(item.facts)}
+
     dataset = MemoryDataset(
-        [Sample(id=item.id, input=item.asked, target=list(item.golds), metadata=_facts(item)) for item in work.items.values()],
+        [Sample(id=item.id, input=item.asked, target=list(item.golds), metadata=facts(item)) for item in work.items.values()],
         name=work.benchmark.name,
     )
     task = Task(
@@ -313,13 +311,13 @@ def run_task(work: Work, model: Model, *, samples: int, concurrency: int, logs: 
     return log
 
 
-def answer_key(work: Work, item: Item, epoch: int) -> str:
+def answer_key(work: TaskContext, item: Item, epoch: int) -> str:
     """What names one request: the same question in other words, or about another picture, is another one."""
     return digest_of([work.benchmark.name, item.id, epoch, item.asked, media_key(item)])
 
 
 @solver
-def ask(work: Work) -> Solver:
+def ask(work: TaskContext) -> Solver:
     """Puts the question to the model, unless it has been answered."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -332,7 +330,7 @@ def ask(work: Work) -> Solver:
             except Exception as error:
                 said = why(error)
                 by: By = "left out" if isinstance(error, LeftOutError) else "open"
-                work.take(Row(item.id, state.epoch, by, error=said, gold=item.golds, facts=item.facts))
+                work.take(SampleResult(item.id, state.epoch, by, error=said, gold=item.golds, facts=item.facts))
                 raise EvaluationError(said) from None
             if known["finish"] != TOO_LONG:  # another server of the model may have a longer context
                 await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
@@ -345,7 +343,7 @@ def ask(work: Work) -> Solver:
     return solve
 
 
-async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -> dict[str, Any]:
+async def _asked(work: TaskContext, item: Item, state: TaskState, generate: Generate) -> dict[str, Any]:
     """What the model says. Raises whatever is wrong with the question's media or the server; LeftOutError where it takes no pictures."""
     pictured = bool(item.images or item.frames or item.video)
     if pictured and work.health.blind:
@@ -378,7 +376,7 @@ async def _asked(work: Work, item: Item, state: TaskState, generate: Generate) -
 
 
 @scorer(metrics=[mean()])
-def decide(work: Work) -> Scorer:
+def decide(work: TaskContext) -> Scorer:
     """The row's score with everything that led to it; unscored where the judge failed, so that no failure counts as wrong."""
 
     async def score(state: TaskState, target: Target) -> Score:
@@ -386,13 +384,9 @@ def decide(work: Work) -> Scorer:
         decided = partial(work.decider.decide, work.benchmark, item, state.epoch, state.metadata["reply"], work.judgements)
         row = await to_thread.run_sync(decided, limiter=work.threads)
         work.take(row)
-        told = {name: value for name, value in row.to_dict().items() if name not in ("text", "facts", "answer")}
+        kept = {name: value for name, value in asdict(row).items() if name not in ("text", "facts", "answer")}
         if row.value is None:
-            return Score.unscored(answer=row.answer, explanation=row.error, metadata=told)
-        return Score(value=row.value, answer=row.answer, explanation=row.reply or row.reason, metadata=told)
+            return Score.unscored(answer=row.answer, explanation=row.error, metadata=kept)
+        return Score(value=row.value, answer=row.answer, explanation=row.reply or row.reason, metadata=kept)
 
     return score
-
-
-def _facts(item: Item) -> dict[str, Any]:
-    return {"kind": item.kind, "options": list(item.options), "facts": dict(item.facts)}

@@ -1,6 +1,6 @@
-"""What an evaluation shows: a line or a bar while it goes on, and a table at its end.
+"""What an evaluation prints: a bar or lines while it goes on, a table at its end, and with --dry-run what it would cost.
 
-What an evaluation would cost, from what the registry knows; nothing is asked and nothing is fetched.
+That estimate is made from what the registry knows: nothing is asked and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from zppo.evals.benchmark import Benchmark, Family
 from zppo.evals.item import Item
 from zppo.evals.load import load_items
 from zppo.evals.protocol import EvalOptions
-from zppo.evals.results import Row
+from zppo.evals.results import SampleResult
 
 _EVERY = 30.0  # seconds between lines in a file
-_MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
+_MOST_PARTS = 12  # figures of one benchmark that are shown next to its own
 
 
-class Watch:
+class ProgressDisplay:
     """The progress of one benchmark: a bar in a terminal, now and then a line elsewhere."""
 
     def __init__(self, console: Console, name: str, expected: int) -> None:
@@ -57,7 +57,7 @@ class Watch:
         if self._bar:
             self._bar.stop()
 
-    def take(self, row: Row) -> None:
+    def take(self, row: SampleResult) -> None:
         """Counts a row."""
         self._done += 1
         self._counts[row.by] += 1
@@ -97,23 +97,20 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
     for each in state["benchmarks"]:
+        warnings = []
         if count := each.get("unreadable", 0):
             what = "1 row is" if count == 1 else f"{count:,} rows are"
-            say(console, f"{each['name']}: {what} no part of it, since unreadable; the first: {each['unreadable_first']}", "yellow")
+            warnings.append(f"{what} no part of it, since unreadable; the first: {each['unreadable_first']}")
         if count := each.get("left_out", 0):
-            say(
-                console,
-                f"{each['name']}: {count:,} of {each['expected']:,} rows are left out of its figure, since they have pictures and the "
-                f"model takes none ({each['why_left_out']})",
-                "yellow",
-            )
+            of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
+            warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
         if count := each.get("too_long", 0):
-            say(
-                console,
-                f"{each['name']}: {count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
-                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)",
-                "yellow",
+            warnings.append(
+                f"{count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
+                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)"
             )
+        for warning in warnings:
+            say(console, f"{each['name']}: {warning}", "yellow")
     errors = sum(each["judge_errors"] for each in state["benchmarks"])
     say(
         console,

@@ -1,7 +1,4 @@
-"""The memory estimate of a dry run as a table, with a verdict, and what to turn where it does not fit.
-
-What a recipe will do, worked out without touching a model: `zppo train RECIPE --dry-run`.
-"""
+"""`zppo train RECIPE --dry-run`: what a recipe will do, and whether it fits into memory, worked out without touching a model."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from rich.text import Text
 
 from zppo.config.models import FrozenModelSettings, ModelSettings, TeacherSettings
 from zppo.config.settings import LoraSettings, Settings
+from zppo.core.reformulate import RESPONSES
 from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError
@@ -178,7 +176,7 @@ class Plan:
         questions, eval_questions: read from the data, before prompts over the token limit are dropped.
         batch: new questions per step.
         replayed: replayed questions per step.
-        reformulated: BCQ and NCQ prompts per step.
+        reformulated: reformulated prompts per step.
         rollouts: student completions per step.
         completion_tokens: new tokens that the student samples per step.
         steps: rollout steps in all.
@@ -270,11 +268,12 @@ def make_plan(
     steps = steps_per_epochs(questions, batch, train.epochs) if train.steps is None else train.steps
     every = settings.eval.every
     between = (max(steps - 1, 0) // every) if every else 0
+    # The teacher's work under both orders of asking, so that the table can compare them.
     lazy = literal = None
     if method.needs_teacher and settings.teacher is not None:
         everything = method.teacher_response or method.loss == "off-distill"
         lazy = _teacher_plan(settings, settings.teacher, asked=plain if everything else min(cap, plain), cap=cap, lazy=True)
-        capped = method.reformulations and not {"bcq"} & set(method.reformulations)  # Hint, Prefix: the capped set only
+        capped = method.reformulations and "pair" not in method.needs  # Hint, Prefix: the capped set only
         literal = _teacher_plan(settings, settings.teacher, asked=min(cap, plain) if capped else plain, cap=cap, lazy=False)
     return Plan(
         questions=questions,
@@ -320,11 +319,12 @@ def render_plan(settings: Settings, plan: Plan, source: str, folder: str, memory
 
 def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, str]]:
     method = settings.method.resolve()
+    teachers = (settings.teacher, *settings.more_teachers)
     passes = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
     return [
         ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}"),
         ("student", settings.student.model),
-        ("teacher", _teachers(settings) if method.needs_teacher else "not needed"),
+        ("teacher", "; ".join(_where(t) for t in teachers if t is not None) if method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train}{_with_images(plan.seeing)}"),
         (
             "held-out questions",
@@ -348,10 +348,6 @@ def _judge_row(settings: Settings, plan: Plan) -> str:
         return "not needed: no question asks for one"
     who = _where(settings.judge) if settings.judge else f"the teacher, {settings.judging[0].model},"
     return f"{who} for {plan.judged:,} training and {plan.eval_judged:,} held-out questions"
-
-
-def _teachers(settings: Settings) -> str:
-    return "; ".join(_where(t) for t in (settings.teacher, *settings.more_teachers) if t is not None)
 
 
 def _where(own: FrozenModelSettings) -> str:
@@ -406,23 +402,23 @@ def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) 
 def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, cap: int, lazy: bool) -> TeacherPlan:
     """The most that the teacher does in a step when it is asked about `asked` hard questions and `cap` prompts are built."""
     method = settings.method.resolve()
-    kinds = method.reformulations
-    responses = method.teacher_response or method.loss == "off-distill" or any(kind != "ncq" for kind in kinds)
+    needs = method.needs
+    responses = method.teacher_response or method.loss == "off-distill" or bool(needs & RESPONSES)
     wrong, draws = settings.rollout.group_size, 1 + REDRAWS
     group = settings.zone.teacher_group_size * (1 + len(settings.more_teachers))
     positive = min(draws, group)
     built = min(cap, asked)
-    # With an NCQ all wrong rollouts are compressed, the BCQ's negative among them.
-    pair = positive + (0 if "ncq" in kinds else min(draws, wrong)) if "bcq" in kinds else 0
-    most = built * (pair + (wrong if "ncq" in kinds else 0))
-    if lazy and len(kinds) == 2:
+    # Where all wrong rollouts are compressed (NCQ), the negative of a pair (BCQ) is among them.
+    pair = positive + (0 if "wrong" in needs else min(draws, wrong)) if "pair" in needs else 0
+    most = built * (pair + (wrong if "wrong" in needs else 0))
+    if lazy and len(method.reformulations) == 2 and needs >= {"pair", "wrong"}:
         # A question takes two slots, or one where the teacher fails on it; the last wave may build one prompt too many.
         both = (built + 1) // 2
         most = max(built * wrong, both * (wrong + positive) + min(built + 1 - 2 * both, built - both) * wrong)
     return TeacherPlan(
         rollouts=asked * group if responses else 0,
         compressions=most if teacher.compression.enabled else 0,
-        hints=built * positive if "hint" in kinds else 0,
+        hints=built * positive if "hint" in needs else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run cost in FLOPs, part by part, from its metrics.jsonl (Tab. 9); `cost_plan` plans the same from a recipe.
+"""What a run costs in FLOPs, part by part (Tab. 9): as run, from its metrics.jsonl, or as planned, from its recipe.
 
 The convention is Tab. 9's: 2N FLOPs per token forward, 6N per token forward and backward, N the parameters of the model.
 Attention, whose cost grows with the square of the length, padding and held-out evaluation are not counted.
@@ -7,11 +7,8 @@ Everything is counted twice. *To the letter*: Algorithm 1 with a trainer that re
 log-probs from a forward pass over all rows, trains on all rows and asks the teacher about every hard question. *With the exact
 savings*: what zppo does for the same gradients (method.md sections 3 and 6).
 
-What a recipe will cost in FLOPs, part by part, in the convention of `cost` (Tab. 9): at most, or under assumptions.
-
-The FLOPs of Tab. 9 beside a count from the paper's own sizes. `docs/cost.md` says what follows from it.
-
-The paper gives one figure per method and scale and no table of its parts. What stands here is our arithmetic, not the authors' word.
+The end of the module counts Tab. 9 from the paper's own sizes; `docs/cost.md` says what follows. The paper gives one figure per method
+and scale and no table of its parts: that count is our arithmetic, not the authors' word.
 """
 
 from __future__ import annotations
@@ -23,18 +20,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from zppo.config.methods import needs_of
 from zppo.config.models import TeacherSettings
 from zppo.config.settings import Settings
+from zppo.core.reformulate import RESPONSES
 from zppo.core.select import share_of
-from zppo.core.types import BCQ, NCQ
 from zppo.errors import CheckpointError, SettingsError
 from zppo.planning.dry_run import Plan, make_plan
+from zppo.planning.memory import shown_tokens
 
 FORWARD, FORWARD_BACKWARD = 2, 6
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TokensByPart:
     """Tokens that pass through a model in a whole run, by part; floats, since a plan holds means.
 
     Attributes:
@@ -55,12 +54,12 @@ class Work:
     scoring: float = 0.0
     judge: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+    def __add__(self, other: TokensByPart) -> TokensByPart:
+        return TokensByPart(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(TokensByPart)))
 
-    def times(self, factor: float) -> Work:
+    def times(self, factor: float) -> TokensByPart:
         """Every part times `factor`."""
-        return Work(*(getattr(self, f.name) * factor for f in fields(Work)))
+        return TokensByPart(*(getattr(self, f.name) * factor for f in fields(TokensByPart)))
 
     def flops(self, student: float, teacher: float, judge: float | None = None) -> dict[str, float]:
         """FLOPs by part for models of so many parameters; without a number of its own the judge is the teacher."""
@@ -86,8 +85,8 @@ class Cost:
         notes: what was assumed or estimated, one sentence each.
     """
 
-    literal: Work
-    saved: Work
+    literal: TokensByPart
+    saved: TokensByPart
     steps: int
     notes: tuple[str, ...]
 
@@ -117,25 +116,27 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
                 )
         return math.fsum(record[name] for record in steps)
 
+    # As run: every number is in the log.
     per_rollout, sampled = total("prompt_tokens"), total("student_tokens")
     once = per_rollout / settings.rollout.group_size
     rows = per_rollout + sampled
-    saved = Work(
+    saved = TokensByPart(
         sampling=once + sampled,
         logprob=total("logprob_tokens"),
         update=total("train_tokens_needed"),
         teacher=total("teacher_prompt_tokens") + total("teacher_completion_tokens"),
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
-        + (total("hint_completion_tokens") if "hint" in method.reformulations else 0.0),
+        + (total("hint_completion_tokens") if "hint" in method.needs else 0.0),
         scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
-        judge=judge_tokens(steps),
+        judge=math.fsum(step.get(f"judge_{part}_tokens") or 0.0 for step in steps for part in ("prompt", "completion")),
     )
+    # To the letter: prompts once per rollout, every row trained, and the hard questions that the lazy order did not ask about.
     draws, lazy = settings.zone.teacher_group_size, settings.teacher is not None and settings.teacher.ask != "all"
     asked, hard = total("teacher_questions"), total("hard_questions")
-    more = hard / asked if asked and lazy and BCQ in method.reformulations else 1.0
+    more = hard / asked if asked and lazy and "pair" in method.needs else 1.0
     teacher = total("teacher_prompt_tokens") * draws + total("teacher_completion_tokens")
-    literal = Work(
+    literal = TokensByPart(
         sampling=rows,
         logprob=0.0 if method.distils else rows,
         update=saved.update if method.distils else rows,
@@ -151,15 +152,9 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
             f"The teacher was asked about {asked:,.0f} of {hard:,.0f} hard questions; what the others would have taken is an estimate "
             "from the means of these (they are easier)."
         )
-    if "hint" in method.reformulations:
+    if "hint" in method.needs:
         notes.append("The prompts of hints are not in the log and not counted.")
     return Cost(literal, saved, len(steps), tuple(notes))
-
-
-def judge_tokens(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens that the judge read and wrote in these steps; 0 where no question wanted one."""
-    names = ("judge_prompt_tokens", "judge_completion_tokens")
-    return math.fsum(record.get(name) or 0.0 for record in steps for name in names)
 
 
 def _unbuilt(settings: Settings, steps: Sequence[Mapping[str, Any]]) -> float:
@@ -246,9 +241,8 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
     )
     zone = _zone(settings, plan, assumed)
     plain = plan.batch + plan.replayed
-    prompts = plain * lengths.prompt + sum(
-        count * (lengths.prompt + _shown(kind, settings, lengths)) for kind, count in zone.prompts.items()
-    )
+    shown = {kind: 0.0 if method.control == "placebo" else shown_tokens(settings, kind, lengths.answer) for kind in zone.prompts}
+    prompts = plain * lengths.prompt + sum(count * (lengths.prompt + shown[kind]) for kind, count in zone.prompts.items())
     sampled = (plain + sum(zone.prompts.values())) * rollout.group_size * lengths.completion
     rows = prompts * rollout.group_size + sampled
     notes = [_stated(settings, assumed)]
@@ -258,8 +252,8 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
         with_pass, why = _logprob_pass(settings)
         notes.append(why)
         live = assumed.live * rows
-        literal = Work(sampling=rows, logprob=rows, update=rows)
-        saved = Work(sampling=prompts + sampled, logprob=live if with_pass else 0.0, update=live)
+        literal = TokensByPart(sampling=rows, logprob=rows, update=rows)
+        saved = TokensByPart(sampling=prompts + sampled, logprob=live if with_pass else 0.0, update=live)
         if method.needs_teacher and teacher is not None:
             literal_teacher, saved_teacher = _planned_teacher(settings, teacher, zone, assumed, lengths)
             literal, saved = literal + literal_teacher, saved + saved_teacher
@@ -278,45 +272,34 @@ def _zone(settings: Settings, plan: Plan, assumed: Assumptions) -> _Zone:
     kinds = settings.method.resolve().reformulations
     hard = assumed.hard * (plan.batch + plan.replayed)
     cap = float(share_of(settings.zone.rho_aug, plan.batch))
-    chance = {kind: 1.0 if kind == NCQ else assumed.solved for kind in kinds}  # only NCQ does without a right teacher
+    # What shows nothing of the teacher's (NCQ) can be built without a right teacher response.
+    chance = {kind: assumed.solved if needs_of(kind) & RESPONSES else 1.0 for kind in kinds}
     per_question = sum(chance.values())
     precap = min(cap, hard) if kinds else 0.0
     asked = min(precap, cap / per_question) if per_question else precap
     return _Zone(hard, precap, asked, {kind: asked * share for kind, share in chance.items()})
 
 
-def _shown(kind: str, settings: Settings, lengths: _Lengths) -> float:
-    """Tokens that a reformulated prompt adds to the plain one, at most; a kind of the user's own is taken to add none."""
-    if settings.method.resolve().control == "placebo" or settings.teacher is None:
-        return 0.0
-    cap = settings.teacher.compression.max_new_tokens
-    return {
-        BCQ: 2.0 * cap,
-        NCQ: float(settings.rollout.group_size * cap),
-        "hint": float(settings.teacher.hint.max_new_tokens),
-        "prefix": settings.zone.prefix_fraction * lengths.answer,
-    }.get(kind, 0.0)
-
-
 def _planned_teacher(
     settings: Settings, teacher: TeacherSettings, zone: _Zone, assumed: Assumptions, lengths: _Lengths
-) -> tuple[Work, Work]:
+) -> tuple[TokensByPart, TokensByPart]:
     """The teacher's work in a step, to the letter and as this recipe asks for it."""
-    kinds = settings.method.resolve().reformulations
+    needs = settings.method.resolve().needs
     draws, group = settings.zone.teacher_group_size, settings.rollout.group_size
     literal, saved = _teacher_questions(settings, zone, 0.0)
     cap = teacher.compression.max_new_tokens
     per_question = 0.0
     if teacher.compression.enabled:
-        # Of a hardest question every rollout is wrong; with an NCQ the BCQ's negative is one of those.
-        negatives = group if NCQ in kinds else assumed.solved * (BCQ in kinds)
-        per_question = negatives * (lengths.completion + cap) + assumed.solved * (BCQ in kinds) * (lengths.answer + cap)
-    if "hint" in kinds:
+        # Of a hardest question every rollout is wrong; where all of them are compressed (NCQ), the negative of a pair (BCQ) is one.
+        pairs = assumed.solved * ("pair" in needs)
+        negatives = group if "wrong" in needs else pairs
+        per_question = negatives * (lengths.completion + cap) + pairs * (lengths.answer + cap)
+    if "hint" in needs:
         per_question += assumed.solved * (lengths.prompt + lengths.answer + teacher.hint.max_new_tokens)
     built = zone.precap if teacher.ask == "all" else zone.asked
     return (
-        Work(teacher=literal * draws * (lengths.prompt + lengths.answer), compression=zone.precap * per_question),
-        Work(teacher=saved * (lengths.prompt + draws * lengths.answer), compression=built * per_question),
+        TokensByPart(teacher=literal * draws * (lengths.prompt + lengths.answer), compression=zone.precap * per_question),
+        TokensByPart(teacher=saved * (lengths.prompt + draws * lengths.answer), compression=built * per_question),
     )
 
 
@@ -327,39 +310,38 @@ def _teacher_questions(settings: Settings, zone: _Zone, plain: float) -> tuple[f
     capped set, NCQ alone about none.
     """
     method = settings.method.resolve()
-    kinds = set(method.reformulations)
     if method.loss == "off-distill":
         return plain, plain
     if method.teacher_response:
         return zone.hard, zone.hard
-    if not kinds - {NCQ}:
+    if not method.needs & RESPONSES:
         return 0.0, 0.0
-    literal = zone.hard if BCQ in kinds else zone.precap
+    literal = zone.hard if "pair" in method.needs else zone.precap
     return literal, literal if settings.teacher is not None and settings.teacher.ask == "all" else zone.asked
 
 
-def _planned_judge(settings: Settings, share: float, student: float, teacher: float, lengths: _Lengths) -> Work:
+def _planned_judge(settings: Settings, share: float, student: float, teacher: float, lengths: _Lengths) -> TokensByPart:
     """Verdicts on the completions of a step, at most: each takes a call, which reads the question and what it may of the completion."""
     if settings.judging is None:
-        return Work()
+        return TokensByPart()
     use = settings.judging[1]
     around = lengths.prompt + use.max_new_tokens
     tokens = student * (around + min(lengths.completion, use.response_tokens))
-    return Work(judge=share * (tokens + teacher * (around + min(lengths.answer, use.response_tokens))))
+    return TokensByPart(judge=share * (tokens + teacher * (around + min(lengths.answer, use.response_tokens))))
 
 
-def _planned_distillation(settings: Settings, plain: int, assumed: Assumptions, lengths: _Lengths) -> tuple[Work, Work]:
+def _planned_distillation(settings: Settings, plain: int, assumed: Assumptions, lengths: _Lengths) -> tuple[TokensByPart, TokensByPart]:
     """Both kinds of distillation in a step (Algs. 2 and 3): nothing is saved but the shared reading of prompts."""
     group, draws = settings.rollout.group_size, settings.zone.teacher_group_size
     rows = plain * group * (lengths.prompt + lengths.completion)
     once = plain * (lengths.prompt + group * lengths.completion)
     if settings.method.resolve().loss == "on-distill":
-        return Work(sampling=rows, update=rows, scoring=rows), Work(sampling=once, update=rows, scoring=rows)
+        return TokensByPart(sampling=rows, update=rows, scoring=rows), TokensByPart(sampling=once, update=rows, scoring=rows)
     theirs = plain * draws * (lengths.prompt + lengths.answer)
     right = assumed.solved * theirs
-    literal = Work(sampling=rows, update=right, teacher=theirs, scoring=right)
+    literal = TokensByPart(sampling=rows, update=right, teacher=theirs, scoring=right)
     theirs_once = plain * (lengths.prompt + draws * lengths.answer)
-    return literal, Work(sampling=once, update=right, teacher=theirs_once, scoring=right)
+    return literal, TokensByPart(sampling=once, update=right, teacher=theirs_once, scoring=right)
 
 
 def _logprob_pass(settings: Settings) -> tuple[bool, str]:
@@ -391,7 +373,7 @@ def _stated(settings: Settings, assumed: Assumptions) -> str:
             parts.append(f"{assumed.hard:.0%} of the plain questions hard, {assumed.solved:.0%} of those solved by the teacher")
         elif method.loss == "off-distill":
             parts.append(f"{assumed.solved:.0%} of these right")
-        if set(method.reformulations) & {BCQ, NCQ}:
+        if method.needs & {"pair", "wrong"}:
             parts.append(f"candidates at their cap of {settings.teacher.compression.max_new_tokens:,}")
     if not method.distils:
         parts.append(f"{assumed.live:.0%} of the tokens in rows with an advantage")

@@ -1,10 +1,8 @@
-"""What the machine that this runs on has for a run: the memory of its GPU, else its RAM. No torch.
+"""How much memory a recipe needs, from sizes alone, and how much this machine has: that of its GPU, else its RAM. No torch.
 
-How much memory a recipe needs, from sizes alone: what stands all the time, what sampling and the update come and go with.
-
-An estimate of the most. Weights, gradients and optimizer are counted; activations are a fit to what autograd keeps of the library's
-own layers (tests/test_memory_plan.py measures how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how
-rough each part is.
+An estimate of the most that is allocated: what is held all the time, and what sampling and the update add. Weights, gradients and
+optimizer are counted; activations are a fit to what autograd keeps of the library's own layers (tests/test_memory_plan.py measures
+how well), and a GPU's allocator wastes some on top. docs/train-your-model.md says how rough each part is.
 """
 
 from __future__ import annotations
@@ -17,11 +15,12 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
+from zppo.config.methods import needs_of
 from zppo.config.models import ModelSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
-from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Question
+from zppo.core.types import Question
 from zppo.names import model_folder
-from zppo.planning.model_shapes import LINEAR, Shape, VisionShape, count_parameters, shape_of, vision_shape_of
+from zppo.planning.model_shapes import LINEAR, DecoderShape, VisionTowerShape, count_parameters, shape_of, vision_shape_of
 
 GIB = 1024**3
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits")
@@ -36,7 +35,7 @@ class Machine:
         name: of the GPU, or "RAM".
         gpu: whether it is one.
         total: bytes.
-        free: bytes that nobody holds now; None where that is not known.
+        free: bytes that are not in use now; None where that is not known.
     """
 
     name: str
@@ -111,7 +110,7 @@ class Memory:
         logits: of that micro-batch, with their gradients; gone when layers are computed again.
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
-        stepping: what the optimizer's step holds beside its state.
+        stepping: what the optimizer's step holds besides its state.
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
     """
@@ -171,16 +170,19 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     shape = shape_of(settings.student.model)
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
-    eyes = vision_shape_of(settings.student.model) if images else None
+    vision_shape = vision_shape_of(settings.student.model) if images else None
+    # Frozen models in this process; without the shape of one of them there is no estimate.
     others = _frozen(settings, gpu, images=bool(images))
     if isinstance(others, str):
         return others
+    # Weights are fp32, but for those under LoRA adapters, which have the width of the forward pass.
     train = settings.train
-    parameters = _parameters(settings.student, shape, eyes)
+    parameters = _parameters(settings.student, shape, vision_shape)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
-    still = _still(settings, eyes)
+    still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
+    # The update: the largest micro-batch, whose rows all have the longest length.
     longest = _longest(settings)
     budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
     tokens = longest * max(1, min(budget // longest, _minibatch(settings)))
@@ -204,22 +206,22 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         tokens=tokens,
         longest=longest,
         stepping=trained * 4 if gpu else 0,
-        tower=_tower(settings, eyes, tokens // longest, images, bf16=bf16),
-        images=int(settings.data.images.cache_gib * GIB) if eyes and not gpu else 0,
+        tower=_tower(settings, vision_shape, tokens // longest, images, bf16=bf16),
+        images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
     )
 
 
 def within(settings: Settings, questions: Iterable[Question]) -> Settings:
     """The settings with a prompt limit that the questions can reach: a token has a byte at least, an image those of the largest."""
     asked = list(questions)
-    eyes = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
-    each = eyes.tokens(settings.data.images.max_pixels) if eyes else 0
+    vision_shape = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
+    each = vision_shape.tokens(settings.data.images.max_pixels) if vision_shape else 0
     longest = max((sum(len(m.content.encode()) for m in q.messages) + each * len(q.images) for q in asked), default=0)
     limit = min(settings.data.max_prompt_tokens, longest + _WORDS)
     return settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": limit})})
 
 
-def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> tuple[float, float]:
+def activations_per_token(shape: DecoderShape, *, bf16: bool, recomputed: bool) -> tuple[float, float]:
     """Bytes per token of a row, the logits aside: what is kept until the backward pass, and what that computes again at a time.
 
     Args:
@@ -230,7 +232,7 @@ def activations_per_token(shape: Shape, *, bf16: bool, recomputed: bool) -> tupl
     return (ends + 4 * shape.hidden * len(layers), max(layers)) if recomputed else (ends + sum(layers), 0.0)
 
 
-def _layer(shape: Shape, kind: str, *, bf16: bool) -> float:
+def _layer(shape: DecoderShape, kind: str, *, bf16: bool) -> float:
     """Bytes per token of one layer: a fit to what is saved for the backward pass.
 
     Of transformers 5.23, with its own torch code for linear attention; scaled-dot-product attention keeps no scores.
@@ -253,7 +255,7 @@ def _optimizer(name: str, trained: int) -> int:
     return trained * 8 if name == "adamw" else trained * 2 + 2 * 4 * (trained // 256)
 
 
-def _row(settings: Settings, shape: Shape, width: int) -> int:
+def _row(settings: Settings, shape: DecoderShape, width: int) -> int:
     """Bytes of one rollout: the larger of its share of reading the prompt, and of its cache at the end and drawing a token."""
     prompt, new = settings.data.max_prompt_tokens, settings.rollout.max_new_tokens
     cache = shape.cache_per_token(width) * (prompt + new) + shape.cache_per_row(width)
@@ -278,42 +280,55 @@ def _rows(settings: Settings) -> int:
     return rows if rollout.max_rows is None else min(rows, rollout.max_rows)
 
 
+def shown_tokens(settings: Settings, kind: str, response: float) -> float:
+    """Tokens that a reformulated prompt shows of what its kind needs, each part at its limit; its own words are not counted.
+
+    Args:
+        kind: of the reformulation, or its import path.
+        response: tokens of a teacher response.
+    """
+    if settings.teacher is None:
+        return 0.0
+    cap = settings.teacher.compression.max_new_tokens
+    of = {
+        "pair": 2.0 * cap,
+        "wrong": float(settings.rollout.group_size * cap),
+        "hint": float(settings.teacher.hint.max_new_tokens),
+        "prefix": settings.zone.prefix_fraction * response,
+    }
+    return sum(of[need] for need in needs_of(kind))
+
+
 def _longest(settings: Settings) -> int:
-    """Tokens of the longest row that may come: a prompt at its limit, the candidates of the widest reformulation at theirs, a rollout."""
-    kinds, teacher, zone = settings.method.resolve().reformulations, settings.teacher, settings.zone
+    """Tokens of the longest row that may come: a prompt at its limit, what the widest reformulation shows at its own, a rollout."""
     added = 0
-    if teacher is not None:
-        cap = teacher.compression.max_new_tokens
-        shown = {
-            BCQ: 2 * cap + _WORDS,
-            NCQ: settings.rollout.group_size * cap + _WORDS,
-            HINT: teacher.hint.max_new_tokens + _WORDS,
-            PREFIX: int(zone.prefix_fraction * teacher.rollout.max_new_tokens),
-        }
-        added = max((shown.get(kind, 0) for kind in kinds), default=0)
+    if settings.teacher is not None:
+        for kind in settings.method.resolve().reformulations:
+            words = _WORDS if needs_of(kind) - {"prefix"} else 0  # a prefix stands behind the plain question
+            added = max(added, int(shown_tokens(settings, kind, settings.teacher.rollout.max_new_tokens)) + words)
     return settings.data.max_prompt_tokens + added + settings.rollout.max_new_tokens
 
 
-def _still(settings: Settings, eyes: VisionShape | None) -> int:
+def _still(settings: Settings, vision_shape: VisionTowerShape | None) -> int:
     """Parameters that are there and are not trained."""
-    if eyes is None:
+    if vision_shape is None:
         return 0
-    vision = settings.train.vision
-    return eyes.tower * vision.freeze_tower + eyes.projector * vision.freeze_projector
+    frozen = settings.train.vision
+    return vision_shape.tower * frozen.freeze_tower + vision_shape.projector * frozen.freeze_projector
 
 
-def _tower(settings: Settings, eyes: VisionShape | None, rows: int, images: int, *, bf16: bool) -> int:
+def _tower(settings: Settings, vision_shape: VisionTowerShape | None, rows: int, images: int, *, bf16: bool) -> int:
     """Bytes that the tower keeps for the backward pass.
 
     At worst every row of a micro-batch has pictures of its own, of the largest size or as many as its prompt holds.
     """
     train = settings.train
     adapted = train.lora is None or any(map(names_vision_layers, () if train.lora.targets == "all-linear" else train.lora.targets))
-    if eyes is None or train.vision.freeze_tower or not adapted:
+    if vision_shape is None or train.vision.freeze_tower or not adapted:
         return 0
-    kept = eyes.kept_per_patch(bf16=bf16, recomputed=train.gradient_checkpointing)
-    tokens = min(images * eyes.tokens(settings.data.images.max_pixels), settings.data.max_prompt_tokens)
-    return int(rows * tokens * eyes.merge**2 * kept)
+    kept = vision_shape.kept_per_patch(bf16=bf16, recomputed=train.gradient_checkpointing)
+    tokens = min(images * vision_shape.tokens(settings.data.images.max_pixels), settings.data.max_prompt_tokens)
+    return int(rows * tokens * vision_shape.merge**2 * kept)
 
 
 def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
@@ -326,25 +341,18 @@ def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
         shape = shape_of(model.model)
         if shape is None:
             return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
-        eyes = vision_shape_of(model.model) if images else None
-        total += _parameters(model, shape, eyes) * (2 if gpu else 4)
+        vision_shape = vision_shape_of(model.model) if images else None
+        total += _parameters(model, shape, vision_shape) * (2 if gpu else 4)
     return total
 
 
-def _parameters(model: ModelSettings, shape: Shape, eyes: VisionShape | None) -> int:
+def _parameters(model: ModelSettings, shape: DecoderShape, vision_shape: VisionTowerShape | None) -> int:
     """N of what is loaded: from the headers of the weights on disk without draft layers, else from the shapes.
 
     The vision tower counts where there are images to show; without, a text model of its own is loaded.
     """
     folder = Path(model_folder(model.model))
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return int(count_parameters(folder, keep=_is_loaded if eyes is None else _is_no_draft).parameters)
-    return shape.parameters + (eyes.tower + eyes.projector if eyes else 0)
-
-
-def _is_no_draft(tensor: str) -> bool:
-    return "mtp" not in tensor.split(".")
-
-
-def _is_loaded(tensor: str) -> bool:
-    return not any(part in ("visual", "mtp") for part in tensor.split("."))
+        left = {"mtp"} if vision_shape else {"visual", "mtp"}
+        return int(count_parameters(folder, keep=lambda tensor: left.isdisjoint(tensor.split("."))).parameters)
+    return shape.parameters + (vision_shape.tower + vision_shape.projector if vision_shape else 0)

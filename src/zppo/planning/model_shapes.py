@@ -1,8 +1,6 @@
-"""The shape of a decoder, from its config.json alone: layers, linear maps, parameters, what a cache holds. No weights, no torch.
+"""Shapes of models from their config.json alone, and how many parameters a model has: no weights are loaded.
 
-The shape of a vision tower, from its config.json alone, for the estimate of memory. No weights, no torch.
-
-How many parameters a model has, found without loading its weights.
+Of a decoder: layers, linear maps, parameters, what a cache holds. Of a vision tower: what the estimate of memory needs.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _QWEN35 = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DecoderShape:
     """A dense decoder with gated MLPs, its layers with full or with linear attention (gated delta rule).
 
     Attributes:
@@ -45,7 +43,6 @@ class Shape:
         bias: of the query, key and value projections.
         tied: one matrix embeds and unembeds.
         linear_key_heads, linear_value_heads, linear_key_dim, linear_value_dim, conv: of linear attention.
-        source: where the numbers are from, in words.
     """
 
     vocab: int
@@ -64,7 +61,6 @@ class Shape:
     linear_key_dim: int
     linear_value_dim: int
     conv: int
-    source: str
 
     @property
     def queries(self) -> int:
@@ -148,7 +144,7 @@ class Shape:
         return norms + own
 
 
-def shape_of(name: str) -> Shape | None:
+def shape_of(name: str) -> DecoderShape | None:
     """The shape of a model that a recipe names: from its config.json, on disk or in the hub's cache, else by its name.
 
     Args:
@@ -185,30 +181,24 @@ def _cached(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _from_table(name: str) -> Shape:
+def _from_table(name: str) -> DecoderShape | None:
     hidden, mlp, layers, heads, kv_heads, linear_value_heads, tied = _QWEN35[name]
-    return Shape(
-        vocab=248_320,
-        hidden=hidden,
-        mlp=mlp,
-        layers=tuple(FULL if (i + 1) % 4 == 0 else LINEAR for i in range(layers)),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=256,
-        gated=True,
-        head_norms=True,
-        bias=False,
-        tied=tied,
-        linear_key_heads=16,
-        linear_value_heads=linear_value_heads,
-        linear_key_dim=128,
-        linear_value_dim=128,
-        conv=4,
-        source="by its name",
-    )
+    config = {
+        "model_type": "qwen3_5",
+        "vocab_size": 248_320,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 256,
+        "linear_num_value_heads": linear_value_heads,
+        "tie_word_embeddings": tied,
+    }
+    return _read(config)
 
 
-def _from_config(file: Path) -> Shape | None:
+def _from_config(file: Path) -> DecoderShape | None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         return _read(config)
@@ -216,7 +206,7 @@ def _from_config(file: Path) -> Shape | None:
         raise ModelError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
 
 
-def _read(config: Mapping[str, Any]) -> Shape | None:
+def _read(config: Mapping[str, Any]) -> DecoderShape | None:
     """The shape that a config.json describes; None where it is no dense decoder or leaves a size out."""
     text: Mapping[str, Any] = config.get("text_config") or config
     kind = str(text.get("model_type", ""))
@@ -229,7 +219,7 @@ def _read(config: Mapping[str, Any]) -> Shape | None:
     default = [LINEAR if hybrid and (i + 1) % every else FULL for i in range(count)]
     layers = text.get("layer_types") or default
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return Shape(
+    return DecoderShape(
         vocab=text["vocab_size"],
         hidden=hidden,
         mlp=text["intermediate_size"],
@@ -246,7 +236,6 @@ def _read(config: Mapping[str, Any]) -> Shape | None:
         linear_key_dim=text.get("linear_key_head_dim", 128) if hybrid else 0,
         linear_value_dim=text.get("linear_value_head_dim", 128) if hybrid else 0,
         conv=text.get("linear_conv_kernel_dim", 4) if hybrid else 0,
-        source="from its config.json",
     )
 
 
@@ -255,7 +244,7 @@ _QWEN3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_si
 
 
 @dataclass(frozen=True, slots=True)
-class VisionShape:
+class VisionTowerShape:
     """A tower of equal layers over square patches, of which `merge` squared become one token.
 
     Attributes:
@@ -263,7 +252,6 @@ class VisionShape:
         out: width of what the projector gives, the language model's.
         patch: pixels on a side.
         fixed: tokens of a picture where its size changes nothing; 0 where it does.
-        guessed: the sizes are not this checkpoint's own but the largest of its family.
     """
 
     hidden: int
@@ -273,7 +261,6 @@ class VisionShape:
     patch: int
     merge: int
     fixed: int = 0
-    guessed: bool = False
 
     @property
     def tower(self) -> int:
@@ -297,7 +284,7 @@ class VisionShape:
         return ends + (one + 4 * self.hidden * self.layers if recomputed else one * self.layers)
 
 
-def vision_shape_of(name: str) -> VisionShape | None:
+def vision_shape_of(name: str) -> VisionTowerShape | None:
     """The tower of a model that a recipe names; None where nothing is known of one.
 
     Raises:
@@ -306,19 +293,19 @@ def vision_shape_of(name: str) -> VisionShape | None:
     file = config_file(name)
     if file is None:
         last = name.rpartition("/")[2]
-        return _read_vision({"vision_config": {}, "text_config": {}}, guessed=True) if last.startswith("Qwen3.5") else None
+        return _read_vision({"vision_config": {}, "text_config": {}}) if last.startswith("Qwen3.5") else None
     try:
         return _read_vision(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
 
 
-def _read_vision(config: Mapping[str, Any], *, guessed: bool = False) -> VisionShape | None:
+def _read_vision(config: Mapping[str, Any]) -> VisionTowerShape | None:
     vision = config.get("vision_config")
     if not isinstance(vision, dict):
         return None
     given = {**_QWEN3, **vision}
-    return VisionShape(
+    return VisionTowerShape(
         hidden=given["hidden_size"],
         mlp=given["intermediate_size"],
         layers=vision.get("num_hidden_layers") or given["depth"],
@@ -326,7 +313,6 @@ def _read_vision(config: Mapping[str, Any], *, guessed: bool = False) -> VisionS
         patch=given["patch_size"],
         merge=config.get("scale_factor") or given["spatial_merge_size"],
         fixed=config.get("mm_tokens_per_image") or 0,
-        guessed=guessed or not vision,
     )
 
 

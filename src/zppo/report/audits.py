@@ -195,7 +195,7 @@ def paper_rows() -> list[MatchRow]:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Proportion:
     """A share with its 95% interval.
 
     Attributes:
@@ -220,7 +220,7 @@ def wilson(successes: float, n: float, z: float = 1.959964) -> tuple[float, floa
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def position_bias(counts: Counts) -> Share:
+def position_bias(counts: Counts) -> Proportion:
     """How often a BCQ rollout that follows one of the two candidates follows the first one; 0.5 is no bias.
 
     The rollouts of one prompt are alike, so the interval is Wilson's at the effective number p(1-p)/var(p), var(p) being the
@@ -228,17 +228,17 @@ def position_bias(counts: Counts) -> Share:
     """
     f, t, n = (counts["position", name] for name in ("f", "t", "n"))
     if not t:
-        return Share(math.nan, 0.0, 1.0, 0)
+        return Proportion(math.nan, 0.0, 1.0, 0)
     p = f / t
     spread = counts["position", "ff"] - 2 * p * counts["position", "ft"] + p * p * counts["position", "tt"]
     variance = spread / (t * t) * (n / (n - 1) if n > 1 else math.inf)
     effective = min(t, p * (1 - p) / variance) if variance > 0 and math.isfinite(variance) else n
-    return Share(p, *wilson(p * effective, effective), t)
+    return Proportion(p, *wilson(p * effective, effective), t)
 
 
-def share_of(successes: int, n: int) -> Share:
+def share_of(successes: int, n: int) -> Proportion:
     """A share of independent trials with Wilson's interval."""
-    return Share(successes / n if n else math.nan, *wilson(successes, n), n)
+    return Proportion(successes / n if n else math.nan, *wilson(successes, n), n)
 
 
 def bin_count(group_size: int, threshold: float) -> int:

@@ -97,7 +97,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class MethodDifference:
     """Two methods at one scale on one family of benchmarks."""
 
     scale: str
@@ -224,7 +224,7 @@ def _add(table: Table, record: Mapping[str, str | list[str] | None], where: str)
     methods[cells["method"]][cells["benchmark"]] = accuracy
 
 
-def bootstrap_table(table: Table, *, minuend: str | None = None, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
+def bootstrap_table(table: Table, *, minuend: str | None = None, resamples: int = RESAMPLES, seed: int = 0) -> list[MethodDifference]:
     """Every pair of methods of each scale and family, one shared resample per scale and family (App. F.6).
 
     Args:
@@ -250,13 +250,13 @@ def bootstrap_table(table: Table, *, minuend: str | None = None, resamples: int 
             intervals = bootstrap_pairs(methods, pairs, resamples, seed)
         except DataError as error:
             raise DataError(f"scale {scale}, family {family}: {error}") from error
-        result += [Comparison(scale, family, a, b, i) for (a, b), i in zip(pairs, intervals, strict=True)]
+        result += [MethodDifference(scale, family, a, b, i) for (a, b), i in zip(pairs, intervals, strict=True)]
     if not result:
         raise SettingsError("the table has no two methods at the same scale and family; there is nothing to compare")
     return result
 
 
-def write_comparisons(comparisons: Sequence[Comparison], path: str | Path) -> None:
+def write_comparisons(comparisons: Sequence[MethodDifference], path: str | Path) -> None:
     """A CSV file with the columns of the paper's table (`data/paper_bootstrap.csv`), rounded to 0.01."""
     try:
         with open(path, "w", encoding="utf-8", newline="") as file:

@@ -1,8 +1,6 @@
-"""Charts as data: the page draws them with plotly, `zppo.report.page` the same ones with matplotlib.
+"""The report's charts, from what a run folder holds (method.md section 9).
 
-Charts as data: the page draws them with plotly, `zppo.report.page` the same ones with matplotlib.
-
-The report's charts, from what a run folder holds (method.md section 9).
+A chart is data: the page draws it with plotly, `zppo.report.page` the same one with matplotlib.
 """
 
 from __future__ import annotations
@@ -10,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
 
 from zppo.core.types import BCQ, NCQ
-from zppo.report.audits import Counts, MatchRow, ZoneStory, match_rows, median, paper_rows
+from zppo.report.audits import Counts, ZoneStory, match_rows, median, paper_rows
 from zppo.report.read_run import KindSums, Run, StepScan
 
-# Okabe and Ito's colours, told apart with every kind of colour blindness.
+# Okabe and Ito's colours, which differ for every kind of colour blindness.
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
 KIND_COLOURS = {"plain": BLUE, "bcq": RED, "ncq": GREEN}
@@ -40,7 +39,7 @@ class Series:
         x: numbers, or names of bars.
         y: values; None is a gap.
         colour: CSS hex.
-        hover: a text per point beside x and y.
+        hover: a text per point, shown with x and y.
         low, high: bounds of a band around y.
         dash: drawn dashed.
     """
@@ -56,7 +55,7 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
-class Chart:
+class ChartSpec:
     """One chart.
 
     Attributes:
@@ -97,7 +96,7 @@ class Chart:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with six digits; `mean` of a series is its smoothed line."""
-        own = {name: getattr(self, name) for name in Chart.__slots__ if name != "series"}
+        own = {name: getattr(self, name) for name in ChartSpec.__slots__ if name != "series"}
         series = [
             {"mean": _plain(self.smoothed(s) or ()), **{name: _plain(getattr(s, name)) for name in Series.__slots__}} for s in self.series
         ]
@@ -110,7 +109,7 @@ def numbers(values: Iterable[Any]) -> list[float | None]:
 
 
 def ramp(count: int) -> list[str]:
-    """Colours for ordered classes, dark to light, told apart in grey as well."""
+    """Colours for ordered classes, dark to light, which differ in grey as well."""
     colours = []
     for i in range(count):
         at = i * (len(_RAMP) - 1) / max(1, count - 1)
@@ -131,8 +130,8 @@ DYNAMICS, ZONE, AUDITS = "Dynamics", "The zone", "Audits"
 
 
 def kind_colours(kinds: Iterable[str]) -> dict[str, str]:
-    """A colour per kind of prompt; plain, BCQ and NCQ have theirs on every chart."""
-    spare = iter(c for c in CYCLE * 3 if c not in KIND_COLOURS.values())
+    """A colour per kind of prompt: plain, BCQ and NCQ have theirs on every chart, any other kind takes the next that is left."""
+    spare = cycle([c for c in CYCLE if c not in KIND_COLOURS.values()])
     return {kind: KIND_COLOURS.get(kind) or next(spare) for kind in kinds}
 
 
@@ -141,13 +140,13 @@ def kind_name(kind: str) -> str:
     return kind.upper() if kind in (BCQ, NCQ) else kind
 
 
-def charts_of(run: Run, scans: Sequence[StepScan], counts: Counts, zone: ZoneStory | None) -> list[Chart]:
+def charts_of(run: Run, scans: Sequence[StepScan], counts: Counts, zone: ZoneStory | None) -> list[ChartSpec]:
     """Every chart that has something to show, in the order of the page."""
-    charts = [*_outcome(run), *_by_kind(scans), *_by_step(run), *_zone(zone), *_audits(run, counts)]
+    charts = [*_outcome(run), *_by_kind(scans), *_by_step(run), *_zone(zone), *_audits(counts)]
     return [chart for chart in charts if not chart.empty]
 
 
-def _outcome(run: Run) -> list[Chart]:
+def _outcome(run: Run) -> list[ChartSpec]:
     """Held-out accuracy by level."""
     evaluations = [e for e in run.evaluations if e["event"] == "eval"]
     finals = [e for e in run.evaluations if e["event"] == "final"]
@@ -159,15 +158,12 @@ def _outcome(run: Run) -> list[Chart]:
         for i, level in enumerate(levels)
     ]
     series.append(Series("all", x, numbers(e["accuracy"] for e in seen), "#333333" if levels else BLUE))
-    caption = (
-        "Plain prompts on held-out questions. The last point is a fresh evaluation of final/."
-        if finals
-        else "Plain prompts on held-out questions."
-    )
-    return [Chart("held-out", DYNAMICS, "Held-out accuracy", tuple(series), caption=caption, percent=True, smooth=False, unit_range=True)]
+    caption = "Plain prompts on held-out questions." + (" The last point is a fresh evaluation of final/." if finals else "")
+    options: dict[str, Any] = {"percent": True, "smooth": False, "unit_range": True}
+    return [ChartSpec("held-out", DYNAMICS, "Held-out accuracy", tuple(series), caption=caption, **options)]
 
 
-def _by_kind(scans: Sequence[StepScan]) -> list[Chart]:
+def _by_kind(scans: Sequence[StepScan]) -> list[ChartSpec]:
     """What the rollout files say, per kind of prompt."""
     kinds = list(dict.fromkeys(kind for scan in scans for kind in scan.kinds))
     colours = kind_colours(kinds)
@@ -188,22 +184,22 @@ def _by_kind(scans: Sequence[StepScan]) -> list[Chart]:
         return sums.entropy / sums.entropies if sums.entropies else None
 
     return [
-        Chart("accuracy", DYNAMICS, "Accuracy of rollouts", series(share("correct", "graded")), percent=True, unit_range=True,
+        ChartSpec("accuracy", DYNAMICS, "Accuracy of rollouts", series(share("correct", "graded")), percent=True, unit_range=True,
               caption="Share of right rollouts among those with a verdict, by kind of prompt."),
-        Chart("positive", DYNAMICS, "Positive advantages", series(share("positive")), percent=True,
+        ChartSpec("positive", DYNAMICS, "Positive advantages", series(share("positive")), percent=True,
               caption="Share of rollouts whose advantage is above 0."),
-        Chart("entropy", DYNAMICS, "Entropy of the sampling distribution", series(entropy), y_title="nats a token",
+        ChartSpec("entropy", DYNAMICS, "Entropy of the sampling distribution", series(entropy), y_title="nats a token",
               caption="Mean over the tokens of a rollout, then over rollouts."),
-        Chart("lengths", DYNAMICS, "Completion length", series(share("tokens")), y_title="tokens",
+        ChartSpec("lengths", DYNAMICS, "Completion length", series(share("tokens")), y_title="tokens",
               caption="Mean over rollouts, those that the limit cut included."),
-        Chart("truncated", DYNAMICS, "Cut by the token limit", series(share("truncated")), percent=True,
+        ChartSpec("truncated", DYNAMICS, "Cut by the token limit", series(share("truncated")), percent=True,
               caption="Share of rollouts that the token limit stopped."),
-        Chart("no-answer", DYNAMICS, "Without an answer", series(share("no_answer")), percent=True,
+        ChartSpec("no-answer", DYNAMICS, "Without an answer", series(share("no_answer")), percent=True,
               caption="Share of rollouts from which no answer could be extracted."),
     ]  # fmt: skip
 
 
-def _by_step(run: Run) -> list[Chart]:
+def _by_step(run: Run) -> list[ChartSpec]:
     """What metrics.jsonl says about each step."""
     x = [line["step"] for line in run.steps]
 
@@ -215,6 +211,7 @@ def _by_step(run: Run) -> list[Chart]:
         hover = [f"{a:,.0f} of {b:,.0f}" if a is not None and b else "" for a, b in pairs]
         return Series(name, x, numbers(a / b if a is not None and b else None for a, b in pairs), colour, hover=hover)
 
+    # A method without a teacher or a judge has no chart of them.
     asked = any(line.get("teacher_rollouts") for line in run.steps)
     judged = any(line.get("judge_asked") for line in run.steps)
     teacher = (
@@ -223,7 +220,7 @@ def _by_step(run: Run) -> list[Chart]:
         ratio("summaries refused", "compression_failed", "compression_asked", RED),
         ratio("BCQ uncompressed", "bcq_raw_pairs", "bcq_prompts", PURPLE),
     )
-    missing = Chart(
+    missing = ChartSpec(
         "teacher-missing", DYNAMICS, "Help that did not come",
         (
             one("rollouts", "teacher_unreachable", RED),
@@ -234,26 +231,26 @@ def _by_step(run: Run) -> list[Chart]:
         y_title="count", smooth=False, caption="Rollouts, summaries and verdicts that got no reply; prompts beyond the student's context.",
     )  # fmt: skip
     return [
-        Chart("loss", DYNAMICS, "Loss", (one("loss", "loss", BLUE),),
+        ChartSpec("loss", DYNAMICS, "Loss", (one("loss", "loss", BLUE),),
               caption="Token-level clipped surrogate, mean over the step's updates; its level says little, jumps say a lot."),
-        Chart("grad-norm", DYNAMICS, "Gradient norm", (one("gradient norm", "grad_norm", BLUE),), caption="Before clipping."),
-        Chart("clip", DYNAMICS, "Clipped tokens", (
+        ChartSpec("grad-norm", DYNAMICS, "Gradient norm", (one("gradient norm", "grad_norm", BLUE),), caption="Before clipping."),
+        ChartSpec("clip", DYNAMICS, "Clipped tokens", (
             one("below", "clip_low_share", BLUE), one("above", "clip_high_share", RED), one("dual clip", "clip_dual_share", PURPLE)),
             percent=True, caption="Share of trained tokens whose ratio left the clip range."),
-        Chart("composition", DYNAMICS, "Composition of the batch", _parts(run.steps, "composition", {
+        ChartSpec("composition", DYNAMICS, "Composition of the batch", _parts(run.steps, "composition", {
             "easy": SKY, "hard": BLUE, "bcq": RED, "ncq": GREEN, "ungraded": GREY}), "area", percent=True, unit_range=True,
             caption="Shares of the step's groups: easy and hard questions asked plainly, and questions asked again."),
-        *([Chart("teacher", DYNAMICS, "Teacher health", teacher, percent=True, unit_range=True,
+        *([ChartSpec("teacher", DYNAMICS, "Teacher health", teacher, percent=True, unit_range=True,
                  caption="How often the teacher was right, and how often its summaries could not be used.")] if asked else []),
-        *([Chart("judge", DYNAMICS, "Judge", (
+        *([ChartSpec("judge", DYNAMICS, "Judge", (
             ratio("judged correct", "judge_correct", "judge_asked", GREEN), ratio("no verdict", "judge_malformed", "judge_asked", RED)),
             percent=True, unit_range=True, caption="Of the completions that the judge was asked about; no verdict counts as wrong.")]
           if judged else []),
         *([missing] if any(v for s in missing.series for v in s.y) else []),
-        Chart("seconds", DYNAMICS, "Time of a step", _parts(run.steps, "seconds", {
+        ChartSpec("seconds", DYNAMICS, "Time of a step", _parts(run.steps, "seconds", {
             "sampling": BLUE, "teacher": ORANGE, "update": GREEN, "other": GREY}), "area", y_title="seconds",
             caption="Where the wall clock of a step goes."),
-        *([Chart("waited", DYNAMICS, "Waiting for the teacher", (one("waited", "teacher_wait_seconds", ORANGE),), y_title="seconds",
+        *([ChartSpec("waited", DYNAMICS, "Waiting for the teacher", (one("waited", "teacher_wait_seconds", ORANGE),), y_title="seconds",
                  caption="Seconds of each step in which it could do nothing but wait for the teacher's replies.")]
           if any(line.get("teacher_wait_seconds") for line in run.steps) else []),
     ]  # fmt: skip
@@ -264,11 +261,11 @@ def _parts(lines: Sequence[Mapping[str, Any]], key: str, colours: Mapping[str, s
     found = dict.fromkeys(name for line in lines for name, value in line[key].items() if value)
     names = [*(n for n in colours if n in found), *(n for n in found if n not in colours and n != "step")]
     x = [line["step"] for line in lines]
-    spare = dict(zip(names, CYCLE * 9, strict=False))
+    spare = dict(zip(names, cycle(CYCLE), strict=False))
     return tuple(Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n])) for n in names)
 
 
-def _zone(zone: ZoneStory | None) -> list[Chart]:
+def _zone(zone: ZoneStory | None) -> list[ChartSpec]:
     if zone is None or not zone.admitted.any():
         return []
     colours, x = ramp(len(zone.names)), zone.steps.tolist()
@@ -279,9 +276,9 @@ def _zone(zone: ZoneStory | None) -> list[Chart]:
         for name, row, out, into, colour in zip(zone.names, zone.graduated_share, graduated, admitted, colours, strict=True)
     )
     return [
-        Chart("occupancy", ZONE, "Questions in the buffer", occupancy, "area", y_title="questions",
+        ChartSpec("occupancy", ZONE, "Questions in the buffer", occupancy, "area", y_title="questions",
               caption="By plain accuracy at admission."),
-        Chart("graduation", ZONE, "Graduated of those admitted", shares, percent=True, smooth=False,
+        ChartSpec("graduation", ZONE, "Graduated of those admitted", shares, percent=True, smooth=False,
               caption="Up to each step, by plain accuracy at admission; the numbers appear under the pointer."),
         _bars("graduates", "Graduates", zone.names, {"graduated": zone.graduated.sum(axis=1)}, colours={"graduated": GREEN},
               caption="Entries that graduated, by plain accuracy at admission."),
@@ -296,7 +293,7 @@ def _zone(zone: ZoneStory | None) -> list[Chart]:
 def _bars(
     id: str, title: str, names: Sequence[str], parts: Mapping[str, Sequence[float]], *, colours: Mapping[str, str], caption: str,
     normed: bool = False, x_title: str = "plain accuracy at admission",
-) -> Chart:  # fmt: skip
+) -> ChartSpec:  # fmt: skip
     """Stacked bars, in counts or as shares of each bar."""
     totals = [sum(column) for column in zip(*parts.values(), strict=True)]
     series = []
@@ -305,10 +302,10 @@ def _bars(
         hover = [f"{v:,} of {t:,}" for v, t in zip(values, totals, strict=True)]
         series.append(Series(part, list(names), numbers(shown), colours[part], hover=hover))
     y_title = "" if normed else "entries"
-    return Chart(id, ZONE, title, tuple(series), "bar", caption, x_title, y_title, percent=normed, unit_range=normed)
+    return ChartSpec(id, ZONE, title, tuple(series), "bar", caption, x_title, y_title, percent=normed, unit_range=normed)
 
 
-def _visits(zone: ZoneStory) -> Chart:
+def _visits(zone: ZoneStory) -> ChartSpec:
     """Fate by number of visits; the many at the end are one bar."""
     most = 12
     rows: dict[str, tuple[int, int]] = {}
@@ -322,7 +319,7 @@ def _visits(zone: ZoneStory) -> Chart:
     return _bars("visits", "Fate by number of visits", list(rows), parts, colours=colours, caption=caption, x_title="visits")
 
 
-def _waiting(zone: ZoneStory, colours: Sequence[str]) -> Chart:
+def _waiting(zone: ZoneStory, colours: Sequence[str]) -> ChartSpec:
     """How long graduates waited: share of a bin's graduates that took at most so many steps."""
     series = []
     for name, waits, colour in zip(zone.names, zone.waits, colours, strict=True):
@@ -332,31 +329,28 @@ def _waiting(zone: ZoneStory, colours: Sequence[str]) -> Chart:
             hover = [f"{d:,} of {done[-1]:,}" for d in done]
             label = f"{name} (median {median(waits):g})"
             series.append(Series(label, values.tolist(), numbers(done / done[-1]), colour, hover=hover))
-    return Chart("waiting", ZONE, "Time to graduation", tuple(series), x_title="steps since admission", percent=True, smooth=False,
+    return ChartSpec("waiting", ZONE, "Time to graduation", tuple(series), x_title="steps since admission", percent=True, smooth=False,
                  unit_range=True, caption="Share of graduates that took at most so many steps, by accuracy at admission.")  # fmt: skip
 
 
-def _audits(run: Run, counts: Counts) -> list[Chart]:
+def _audits(counts: Counts) -> list[ChartSpec]:
     ours, papers = match_rows(counts), paper_rows()
     words = {
         BCQ: ("Whose answer BCQ rollouts give", "the right candidate's", "the wrong candidate's"),
         NCQ: ("Whose answer NCQ rollouts give", "the teacher's, unseen", "a listed wrong one"),
     }
+    caption = "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
     charts = []
     for kind, (title, positive, negative) in words.items():
         rows = [row for row in ours if row.kind == kind and row.rollouts]
-        if rows:
-            beside = [row for row in papers if row.kind == kind]
-            caption = "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
-            charts.append(_match_chart(f"match-{kind}", title, [*rows, *beside], positive, negative, caption))
+        if not rows:
+            continue
+        rows += [row for row in papers if row.kind == kind]
+        names, hover = [f"{row.source} · {row.subset}" for row in rows], [f"{row.rollouts:,} rollouts" for row in rows]
+        series = tuple(
+            Series(label, names, numbers(getattr(row, field) for row in rows), colour, hover=hover)
+            for label, field, colour in ((positive, "positive", GREEN), (negative, "negative", RED), ("another or none", "other", GREY))
+        )
+        options: dict[str, Any] = {"x_title": "", "y_title": "share of rollouts", "percent": True, "unit_range": True}
+        charts.append(ChartSpec(f"match-{kind}", AUDITS, title, series, "hbar", caption, **options))
     return charts
-
-
-def _match_chart(id: str, title: str, rows: Sequence[MatchRow], positive: str, negative: str, caption: str) -> Chart:
-    names = [f"{row.source} · {row.subset}" for row in rows]
-    hover = [f"{row.rollouts:,} rollouts" for row in rows]
-    series = tuple(
-        Series(label, names, numbers(getattr(row, field) for row in rows), colour, hover=hover)
-        for label, field, colour in ((positive, "positive", GREEN), (negative, "negative", RED), ("another or none", "other", GREY))
-    )
-    return Chart(id, AUDITS, title, series, "hbar", caption, "", "share of rollouts", percent=True, unit_range=True)

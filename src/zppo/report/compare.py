@@ -1,8 +1,6 @@
-"""`zppo compare`: several runs on shared axes, paired over seeds where there are seeds.
+"""`zppo compare`: tables of several runs, paired over seeds where there are seeds, and a page with curves on shared axes.
 
 Runs whose recipes differ in nothing but the seed (and the place of the run) are one *arm*.
-
-The page of a comparison: curves on shared axes beside the tables.
 """
 
 from __future__ import annotations
@@ -16,11 +14,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
 from zppo.errors import SettingsError
 from zppo.report.audits import ZoneStory, zone_story
 from zppo.report.bootstrap import mean_interval
-from zppo.report.charts import CYCLE, Chart, Series, kind_name, numbers
-from zppo.report.page import FOOTER, page, sections
+from zppo.report.charts import CYCLE, ChartSpec, Series, kind_name, numbers
+from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
 from zppo.report.read_run import Run, open_run
 from zppo.report.summary import duration
 from zppo.report.tables import Table, percent
@@ -43,7 +45,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class RunComparison:
     """What a comparison shows: its arms, the outcome in one sentence, tables."""
 
     arms: tuple[Arm, ...]
@@ -51,7 +53,35 @@ class Comparison:
     tables: list[Table]
 
 
-def compare(folders: Sequence[Path]) -> Comparison:
+def compare_command(
+    folders: Sequence[Path], *, html: bool, out: Path | None, suffixes: Sequence[str], console: Console | None = None
+) -> None:
+    """Print the tables of a comparison of runs, and write its page where `html`.
+
+    Args:
+        out: where the page goes; None is ./compare.html.
+        suffixes: of png and svg, the wanted formats of the figures next to the page.
+
+    Raises:
+        ZPPOError: a folder holds no run, or fewer than two were named.
+    """
+    console = console or Console()
+    comparison = compare(folders)
+    for table in comparison.tables:
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
+        for index, name in enumerate(table.columns):
+            shown.add_column(Text(name), justify="right" if index else "left")
+        for row in table.rows:
+            shown.add_row(*map(Text, row))
+        console.print(shown)
+        console.print(Text(table.caption, style="dim"), soft_wrap=True)
+        console.print()
+    if html:
+        target, charts = out or Path("compare.html"), charts_of(comparison.arms)
+        write_page(console, comparison_page(comparison, charts), target, charts, target.parent / f"{target.stem}-{FIGURES}", suffixes)
+
+
+def compare(folders: Sequence[Path]) -> RunComparison:
     """Compare runs.
 
     Raises:
@@ -64,7 +94,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
     tables = [_summary(arms, results), _paired(arms, results), _runs(arms, results), _differences(arms)]
-    return Comparison(tuple(arms), _outcome(arms, results), [table for table in tables if table.rows])
+    return RunComparison(tuple(arms), _outcome(arms, results), [table for table in tables if table.rows])
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
@@ -171,15 +201,11 @@ def _summary(arms: Sequence[Arm], results: Results) -> Table:
     for quantity in _quantities(results):
         rows.append((f"{quantity}, %", *(_mean(list(_known(results, arm.name, quantity).values())) for arm in arms)))
     for key in ("student_tokens", "teacher_tokens"):
-        rows.append((key.replace("_", " "), *(f"{_mean_of(runs, key):,.0f}" for runs in groups)))
+        totals = [[math.fsum(line.get(key) or 0 for line in run.steps) for run in runs] for runs in groups]
+        rows.append((key.replace("_", " "), *(f"{statistics.fmean(of_runs):,.0f}" for of_runs in totals)))
     rows.append(("time", *map(duration, seconds)))
     caption = "Means over runs, ± the standard deviation over seeds. Held-out accuracy is that of the last evaluation."
     return Table("summary", RESULTS, "What the runs came to", ("", *(arm.name for arm in arms)), tuple(rows), caption)
-
-
-def _mean_of(runs: Sequence[Run], key: str) -> float:
-    """Mean over runs of the sum of a metric over their steps."""
-    return statistics.fmean(math.fsum(line.get(key) or 0 for line in run.steps) for run in runs)
 
 
 def _paired(arms: Sequence[Arm], results: Results) -> Table:
@@ -232,7 +258,7 @@ CURVES = "Curves"
 Curve = Callable[[Run], Mapping[int, float | None]]
 
 
-def charts_of(arms: Sequence[Arm]) -> list[Chart]:
+def charts_of(arms: Sequence[Arm]) -> list[ChartSpec]:
     """Curves on shared axes: means over the seeds of an arm, with a band from the lowest to the highest."""
     runs = [run for arm in arms for run in arm.runs.values()]
     levels = list(dict.fromkeys(level for run in runs for e in run.evaluations for level in e["by_level"]))
@@ -269,7 +295,7 @@ def charts_of(arms: Sequence[Arm]) -> list[Chart]:
     return [chart for chart in charts if not chart.empty]
 
 
-def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: Any) -> Chart:
+def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: Any) -> ChartSpec:
     series = []
     for index, arm in enumerate(arms):
         curves = [curve(run) for run in arm.runs.values()]
@@ -284,10 +310,10 @@ def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: An
             dash=index >= len(CYCLE),
         ))  # fmt: skip
     caption = "Means over seeds; the band spans them." if any(len(arm.runs) > 1 for arm in arms) else ""
-    return Chart(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
+    return ChartSpec(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
 
 
-def comparison_page(comparison: Comparison, charts: Sequence[Chart]) -> str:
+def comparison_page(comparison: RunComparison, charts: Sequence[ChartSpec]) -> str:
     """The page of a comparison, self-contained."""
     count = sum(len(arm.runs) for arm in comparison.arms)
     payload = {

@@ -1,9 +1,8 @@
-"""`zppo cost`: the tables of `cost` and `paper_flops` for a terminal."""
+"""`zppo cost`: the FLOPs that `planning.flops` counts, as tables for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -30,53 +29,55 @@ PART_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What `zppo cost` was asked.
+def cost_command(
+    target: Path,
+    overrides: Sequence[str] = (),
+    assumed: Assumptions = MOST,
+    given: Mapping[str, float] | None = None,
+    questions: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the cost of a recipe or of a run folder.
 
-    Attributes:
+    Args:
         overrides: `--key=value`, for a recipe.
         assumed: for a recipe.
-        student, teacher, judge: parameters that are given instead of found.
+        given: parameters of "student", "teacher" and "judge" that need not be found.
         questions: training questions, instead of reading the data.
-    """
-
-    overrides: tuple[str, ...] = ()
-    assumed: Assumptions = MOST
-    student: float | None = None
-    teacher: float | None = None
-    judge: float | None = None
-    questions: int | None = None
-
-
-def cost_command(target: Path, request: Request, console: Console | None = None) -> None:
-    """Print the cost of a recipe or of a run folder.
 
     Raises:
         ZPPOError: the target is neither, its recipe, data or log cannot be read, or the size of a model is not known.
     """
     console = console or Console()
     if target.is_dir():
-        settings, cost = _of_run(target, request)
-        what = f"cost of {target}, {cost.steps:,} steps as run"
+        if not (target / RECIPE).is_file():
+            raise SettingsError(
+                f"{target} holds no run: there is no {RECIPE} in it; name a recipe, or the folder that `zppo train` printed"
+            )
+        if overrides or assumed != MOST or questions is not None:
+            raise SettingsError(
+                f"{target} is a run, of which everything was measured: assumptions, --set and --questions are for a recipe; leave them out"
+            )
+        settings = load_recipe(target / RECIPE)
+        cost = as_run(settings, read_lines(target / METRICS), target / METRICS)
+        what, how = f"cost of {target}, {cost.steps:,} steps as run", "as run"
     else:
-        settings, cost = _of_recipe(target, request)
-        what = f"planned cost of {target}, {cost.steps:,} steps"
-    sizes = _sizes(settings, request, target, judged=cost.saved.judge > 0)
-    student = sizes.student
-    console.print(_table(what, cost, sizes, "as run" if target.is_dir() else "as planned"))
+        settings, cost = _of_recipe(target, overrides, assumed, questions)
+        what, how = f"planned cost of {target}, {cost.steps:,} steps", "as planned"
+    sizes = _sizes(settings, given or {}, target, judged=cost.saved.judge > 0)
+    console.print(_table(what, cost, sizes, how))
     console.print(
         "\nLiteral: Algorithm 1 to the letter, every prompt read for every rollout, log-probs and gradients of every row, the teacher "
         "asked about every hard question. Attention, padding and held-out evaluation are not counted.",
         soft_wrap=True,
         style="dim",
     )
-    for note in (_models(settings, sizes), *cost.notes, *_beside_paper(settings, student)):
+    for note in (_models(settings, sizes), *cost.notes, *_papers_figure(settings, sizes["student"])):
         console.print(Text(note), soft_wrap=True)
 
 
 def paper_command(console: Console | None = None) -> None:
-    """Print Tab. 9 beside the count from the paper's own sizes."""
+    """Print Tab. 9 next to the count from the paper's own sizes."""
     table = Table(title="Tab. 9 and a count from its sizes", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("method")
     table.add_column("scale")
@@ -98,58 +99,33 @@ def paper_command(console: Console | None = None) -> None:
     )
 
 
-def _of_run(folder: Path, request: Request) -> tuple[Settings, Cost]:
-    if not (folder / RECIPE).is_file():
-        raise SettingsError(f"{folder} holds no run: there is no {RECIPE} in it; name a recipe, or the folder that `zppo train` printed")
-    if request.overrides or request.assumed != MOST or request.questions is not None:
-        raise SettingsError(
-            f"{folder} is a run, of which everything was measured: assumptions, --set and --questions are for a recipe; leave them out"
-        )
-    settings = load_recipe(folder / RECIPE)
-    return settings, as_run(settings, read_lines(folder / METRICS), folder / METRICS)
-
-
-def _of_recipe(path: Path, request: Request) -> tuple[Settings, Cost]:
-    settings = load_recipe(path, request.overrides)
-    judged, questions = 0.0, request.questions
+def _of_recipe(path: Path, overrides: Sequence[str], assumed: Assumptions, questions: int | None) -> tuple[Settings, Cost]:
+    settings, judged = load_recipe(path, overrides), 0.0
     if questions is None:
         train = load_data(settings)[0]
         questions, judged = len(train), count_judged(settings, train) / len(train)
     if questions < 1:
         raise SettingsError(f"--questions is {questions}; give at least 1, or leave it out to count those of data.train")
-    return settings, planned(settings, questions, request.assumed, judged=judged)
+    return settings, planned(settings, questions, assumed, judged=judged)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """N of the models of a run; None for what it does not need."""
-
-    student: Size
-    teacher: Size | None
-    judge: Size | None
-
-
-def _sizes(settings: Settings, request: Request, target: Path, *, judged: bool) -> _Sizes:
+def _sizes(settings: Settings, given: Mapping[str, float], target: Path, *, judged: bool) -> dict[str, Size]:
     """N of the student and, where they work, of teacher and judge. A run whose student's folder is gone has its size in final/."""
     name = settings.student.model
     trained = target / FINAL
-    if request.student is None and Path(name).is_absolute() and not Path(name).is_dir() and trained.is_dir():
+    if "student" not in given and Path(name).is_absolute() and not Path(name).is_dir() and trained.is_dir():
         name = str(trained)
-    student = size_of(name, request.student)
-    teacher = judge = None
+    sizes = {"student": size_of(name, given.get("student"))}
     if settings.teacher is not None and settings.method.resolve().needs_teacher:
-        teacher = size_of(settings.teacher.model, request.teacher)
-    if judged and settings.judge is not None:
-        judge = size_of(settings.judge.model, request.judge)
-    elif judged and settings.teacher is not None:
-        judge = size_of(settings.teacher.model, request.teacher)
-    return _Sizes(student, teacher, judge)
+        sizes["teacher"] = size_of(settings.teacher.model, given.get("teacher"))
+    if judged and settings.judging is not None:
+        sizes["judge"] = size_of(settings.judging[0].model, given.get("judge" if settings.judge else "teacher"))
+    return sizes
 
 
-def _table(title: str, cost: Cost, sizes: _Sizes, saved_name: str) -> Table:
-    student, teacher, judge = (size.parameters if size else 0.0 for size in (sizes.student, sizes.teacher, sizes.judge))
-    literal = cost.literal.flops(student, teacher, judge)
-    saved = cost.saved.flops(student, teacher, judge)
+def _table(title: str, cost: Cost, sizes: Mapping[str, Size], saved_name: str) -> Table:
+    parameters = [sizes[name].parameters if name in sizes else 0.0 for name in ("student", "teacher", "judge")]
+    literal, saved = cost.literal.flops(*parameters), cost.saved.flops(*parameters)
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), show_footer=True)
     columns = [
         ("part", "total"),
@@ -167,16 +143,19 @@ def _table(title: str, cost: Cost, sizes: _Sizes, saved_name: str) -> Table:
     return table
 
 
-def _models(settings: Settings, sizes: _Sizes) -> str:
-    parts = [f"student {settings.student.model}: {sizes.student.parameters:,.0f} parameters ({sizes.student.source})"]
-    if sizes.teacher and settings.teacher:
-        parts.append(f"teacher {settings.teacher.model}: {sizes.teacher.parameters:,.0f} ({sizes.teacher.source})")
-    if sizes.judge and settings.judging and (settings.judge or not sizes.teacher):
-        parts.append(f"judge {settings.judging[0].model}: {sizes.judge.parameters:,.0f} ({sizes.judge.source})")
+def _models(settings: Settings, sizes: Mapping[str, Size]) -> str:
+    models = {"student": settings.student.model, "teacher": settings.teacher.model if settings.teacher else ""}
+    if settings.judging and (settings.judge or "teacher" not in sizes):  # a teacher that also judges is named once
+        models["judge"] = settings.judging[0].model
+    parts = [
+        f"{name} {model}: {sizes[name].parameters:,.0f}{' parameters' if name == 'student' else ''} ({sizes[name].source})"
+        for name, model in models.items()
+        if name in sizes
+    ]
     return f"Models: {'; '.join(parts)}."
 
 
-def _beside_paper(settings: Settings, student: Size) -> Sequence[str]:
+def _papers_figure(settings: Settings, student: Size) -> Sequence[str]:
     """The paper's figure for this method at this scale; empty where it has none."""
     method = settings.method.resolve().paper.split(",")[0]
     scale = nearest_scale(student.parameters)

@@ -1,8 +1,6 @@
-"""The charts as files, drawn with matplotlib from the same data as the page's.
+"""`zppo report`: the page of a run, one HTML file that loads nothing, its charts as figures, and the page served while a run goes on.
 
-One self-contained HTML page: data, styles, plotly and our scripts in one file that loads nothing.
-
-`zppo report RUN --watch`: the page of a run that goes on, served on loopback.
+Figures are drawn with matplotlib from the same data as the page's charts, which plotly draws.
 """
 
 from __future__ import annotations
@@ -24,10 +22,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import jinja2
 from markupsafe import Markup
+from rich.console import Console
+from rich.text import Text
 
 from zppo import __version__
 from zppo.errors import CheckpointError, SettingsError
-from zppo.report.charts import Chart, Series
+from zppo.report.charts import ChartSpec
 from zppo.report.questions import load_stories, stratified, to_index, trimmed, with_images
 from zppo.report.read_run import RECIPE
 from zppo.report.summary import Reader, Summary
@@ -38,9 +38,54 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, DIM, GRID = "#1b2230", "#5c6675", "#e6e9ee"
+PAGE, FIGURES = "report.html", "figures"
 
 
-def write_figures(charts: Sequence[Chart], folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def report_command(
+    folder: Path, *, out: Path | None, suffixes: Sequence[str], port: int | None = None, console: Console | None = None
+) -> None:
+    """Write report.html and figures/ of a run, or serve the page while the run goes on.
+
+    Args:
+        out: the folder to write to; None is the run folder.
+        suffixes: of png and svg, the wanted formats of the figures.
+        port: serve on loopback at this port instead of writing.
+
+    Raises:
+        ZPPOError: the folder holds no run, or the place cannot be written or served.
+    """
+    console = console or Console()
+    reader = Reader(folder)
+    if port is not None:
+        serve(reader, port, lambda address: console.print(f"{address}  shows {folder}; Ctrl-C ends it", highlight=False, soft_wrap=True))
+        return
+    summary, target = reader.read(), out or folder
+    write_page(console, report_page(summary), target / PAGE, summary.charts, target / FIGURES, suffixes)
+    console.print(Text(summary.outcome), soft_wrap=True)
+
+
+def write_page(console: Console, text: str, path: Path, charts: Sequence[ChartSpec], figures: Path, suffixes: Sequence[str]) -> None:
+    """Write a page, which appears whole or not at all, and its figures. SettingsError where one of the places cannot be written."""
+
+    def say(place: Path, what: str) -> None:
+        console.print(Text(str(place)).append(f"  {what}", style="dim"), soft_wrap=True)
+
+    place = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+        say(path, f"{path.stat().st_size / 1e6:.1f} MB")
+        place = figures
+        written = write_figures(charts, figures, suffixes)
+    except OSError as error:
+        raise SettingsError(f"{place} cannot be written ({error.strerror}): name another place with --out") from error
+    if written:
+        say(figures, f"{len(written)} figures")
+
+
+def write_figures(charts: Sequence[ChartSpec], folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Write every chart as <folder>/<id>.<suffix> and return the paths.
 
     Args:
@@ -52,7 +97,9 @@ def write_figures(charts: Sequence[Chart], folder: Path, suffixes: Sequence[str]
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(_settings()):
+    # Names come from data: a dollar sign in one is no formula.
+    style: Any = {"svg.hashsalt": "zppo", "text.parse_math": False, "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
+    with matplotlib.rc_context(style):
         for chart in charts:
             for suffix in suffixes:
                 path = folder / f"{chart.id}.{suffix}"
@@ -62,19 +109,14 @@ def write_figures(charts: Sequence[Chart], folder: Path, suffixes: Sequence[str]
     return written
 
 
-def _settings() -> Any:
-    # Names come from data: a dollar sign in one is no formula.
-    return {"svg.hashsalt": "zppo", "text.parse_math": False, "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
-
-
-def draw(chart: Chart) -> Figure:
+def draw(chart: ChartSpec) -> Figure:
     """One chart as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     rows = len(chart.series[0].x) if chart.kind == "hbar" else 0
     figure = Figure(figsize=(6.4, max(3.6, 1.4 + 0.32 * rows)), layout="constrained")
     axes = figure.add_subplot()
-    {"line": _lines, "area": _area, "bar": _bars, "hbar": _hbars}[chart.kind](axes, chart)
+    {"line": _lines, "area": _area, "bar": _bars, "hbar": _bars}[chart.kind](axes, chart)
     _dress(axes, chart)
     return figure
 
@@ -83,7 +125,7 @@ def _values(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if v is None else v for v in values]
 
 
-def _lines(axes: Axes, chart: Chart) -> None:
+def _lines(axes: Axes, chart: ChartSpec) -> None:
     for series in chart.series:
         smooth = chart.smoothed(series)
         style: dict[str, Any] = {"color": series.colour, "linestyle": "--" if series.dash else "-"}
@@ -96,35 +138,28 @@ def _lines(axes: Axes, chart: Chart) -> None:
             axes.plot(series.x, _values(smooth), label=series.name, linewidth=1.8, **style)
 
 
-def _area(axes: Axes, chart: Chart) -> None:
+def _area(axes: Axes, chart: ChartSpec) -> None:
     stacks = [[v or 0.0 for v in series.y] for series in chart.series]
     colours, names = [s.colour for s in chart.series], [s.name for s in chart.series]
     axes.stackplot(chart.series[0].x, stacks, labels=names, colors=colours, alpha=0.85)
     axes.margins(x=0)
 
 
-def _stacked(chart: Chart) -> list[tuple[Series, list[float], list[float]]]:
-    """(series, heights, where they begin)."""
-    below, result = [0.0] * len(chart.series[0].x), []
+def _bars(axes: Axes, chart: ChartSpec) -> None:
+    """Stacked bars, upright or lying."""
+    below = [0.0] * len(chart.series[0].x)
     for series in chart.series:
-        heights = [v or 0.0 for v in series.y]
-        result.append((series, heights, below))
-        below = [b + h for b, h in zip(below, heights, strict=True)]
-    return result
+        names, sizes = [str(x) for x in series.x], [v or 0.0 for v in series.y]
+        if chart.kind == "bar":
+            axes.bar(names, sizes, bottom=below, color=series.colour, label=series.name, width=0.75)
+        else:
+            axes.barh(names, sizes, left=below, color=series.colour, label=series.name, height=0.75)
+        below = [b + size for b, size in zip(below, sizes, strict=True)]
+    if chart.kind == "hbar":
+        axes.invert_yaxis()
 
 
-def _bars(axes: Axes, chart: Chart) -> None:
-    for series, heights, below in _stacked(chart):
-        axes.bar([str(x) for x in series.x], heights, bottom=below, color=series.colour, label=series.name, width=0.75)
-
-
-def _hbars(axes: Axes, chart: Chart) -> None:
-    for series, widths, left in _stacked(chart):
-        axes.barh([str(x) for x in series.x], widths, left=left, color=series.colour, label=series.name, height=0.75)
-    axes.invert_yaxis()
-
-
-def _dress(axes: Axes, chart: Chart) -> None:
+def _dress(axes: Axes, chart: ChartSpec) -> None:
     """Title, axes, grid, legend."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -206,7 +241,7 @@ def _payload(summary: Summary, index: Sequence[Mapping[str, Any]], note: str) ->
     }
 
 
-def sections(tables: Sequence[Table], charts: Sequence[Chart]) -> list[dict[str, Any]]:
+def sections(tables: Sequence[Table], charts: Sequence[ChartSpec]) -> list[dict[str, Any]]:
     """Tables and charts by section, sections in order of first appearance."""
     names = dict.fromkeys([*(c.section for c in charts), *(t.section for t in tables)])
     return [
@@ -261,7 +296,7 @@ def _hash(script: str) -> str:
 LOOPBACK = "127.0.0.1"
 
 
-class Watch:
+class LiveReport:
     """What the server answers; reads the run anew when a file of it has changed."""
 
     def __init__(self, reader: Reader) -> None:
@@ -307,7 +342,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
     Raises:
         SettingsError: the port is taken or not allowed.
     """
-    watch = Watch(reader)
+    watch = LiveReport(reader)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -343,7 +378,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
 
 
 def serve(reader: Reader, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until interrupted; `announce` is told the address."""
+    """Serve until interrupted; `announce` is called with the address."""
     reader.read()  # what is wrong with the folder is said now
     with make_server(reader, port) as server:
         announce(f"http://{LOOPBACK}:{server.server_port}/")

@@ -1,10 +1,6 @@
-"""The images of a question on a page: small copies as data URIs.
+"""What happened to a question of a run: a line by which a reader finds it, and its story, on a page or by `zppo inspect`.
 
-One line per question: what happened to it, by which a reader finds it; and which questions a page shows.
-
-A question's whole story: every group of rollouts that it had, with prompts, completions and verdicts.
-
-A question's story in the terminal: `zppo inspect RUN QUESTION_ID`.
+The story of a question is every group of rollouts that it had, with prompts, images, completions and verdicts.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ from zppo.errors import CheckpointError, DataError
 from zppo.images.store import as_url, open_file, open_image
 from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, match
 from zppo.report.charts import kind_name
-from zppo.report.read_run import Run, StepScan
+from zppo.report.read_run import Run, StepScan, open_run, question_ids, step_of
 from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS
 
 SIDES = (640, 320, 160)
@@ -48,18 +44,15 @@ def with_images(story: Mapping[str, Any], most_bytes: int | None = None) -> dict
     Args:
         most_bytes: that all of them may take together, as far as smaller copies help; None for no limit.
     """
-    pictures = [_read(path, digest) for path, digest in zip(story["images"], _digests(story), strict=True)]
+    digests = list(story.get("image_sha256") or ())
+    if len(digests) != len(story["images"]):
+        digests = [""] * len(story["images"])
+    pictures = [_read(path, digest) for path, digest in zip(story["images"], digests, strict=True)]
     for side in SIDES:
         shown = [_shown(path, found, side) for path, found in zip(story["images"], pictures, strict=True)]
         if most_bytes is None or sum(len(image.get("data", "")) for image in shown) <= most_bytes:
             break
     return {name: value for name, value in story.items() if name != "image_sha256"} | {"images": shown}
-
-
-def _digests(story: Mapping[str, Any]) -> list[str]:
-    """SHA-256 of every image, "" where it is not known."""
-    known = list(story.get("image_sha256") or ())
-    return known if len(known) == len(story["images"]) else [""] * len(story["images"])
 
 
 def _read(path: str, digest: str) -> Image.Image | str:
@@ -242,15 +235,8 @@ def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Sto
             by_step.setdefault(step, []).append(question_id)
     stories: dict[str, Story] = {
         question_id: {
-            "id": question_id,
-            "level": "",
-            "gold": "",
-            "question": "",
-            "images": [],
-            "image_sha256": [],
-            "events": [],
-            "prompts": [],
-            "groups": [],
+            **{"id": question_id, "level": "", "gold": "", "question": ""},
+            **{name: [] for name in ("images", "image_sha256", "events", "prompts", "groups")},
         }
         for question_id in wanted
     }
@@ -319,7 +305,9 @@ def trimmed(story: Story, most_bytes: int) -> Story:
         if size_of(story) <= most_bytes:
             return story
         prompts = [cut(p, 4 * characters) for p in story["prompts"]]
-        groups = [{**g, "rollouts": [_cut_rollout(r, characters) for r in g["rollouts"]]} for g in story["groups"]]
+        groups = [
+            {**g, "rollouts": [{**r, "completion": cut(r["completion"], characters)} for r in g["rollouts"]]} for g in story["groups"]
+        ]
         story = {**story, "prompts": prompts, "groups": groups, "cut": True}
     groups, left = list(story["groups"]), size_of(story) - most_bytes
     # From the middle outwards: the beginning and the end of a story say most.
@@ -330,10 +318,6 @@ def trimmed(story: Story, most_bytes: int) -> Story:
         left -= size_of(groups[index]) - size_of(bare)
         groups[index] = bare
     return {**story, "groups": groups}
-
-
-def _cut_rollout(rollout: Mapping[str, Any], characters: int) -> dict[str, Any]:
-    return {**rollout, "completion": cut(rollout["completion"], characters)}
 
 
 def cut(text: str, characters: int) -> str:
@@ -362,6 +346,26 @@ _MATCH_WORDS = {
 def harmless(text: str) -> str:
     """A text whose control characters are shown instead of obeyed: model text must not steer the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def inspect_command(
+    folder: Path, question_id: str, *, step: int | None, kind: str | None, full: bool, console: Console | None = None
+) -> None:
+    """Print one question's story.
+
+    Raises:
+        CheckpointError: the folder holds no run, or the run never asked this question.
+    """
+    run = open_run(folder)
+    story = load_stories(run, {question_id: map(step_of, run.rollout_files)})[question_id]
+    if not story["groups"]:
+        known = question_ids(run)
+        near = nearest(question_id, known)
+        hint = (
+            f"similar ones: {', '.join(near)}" if near else f"it asked {len(known):,} questions, such as {', '.join(known[:1]) or 'none'}"
+        )
+        raise CheckpointError(f"{folder} never asked a question {question_id!r}; {hint}")
+    print_story(story, console or Console(), step=step, kind=kind, full=full)
 
 
 def print_story(story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False) -> None:

@@ -13,7 +13,7 @@ from zppo.errors import ZPPOError
 from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
 from zppo.report.audits import Counts, ZoneStory, zone_story
-from zppo.report.charts import Chart, charts_of
+from zppo.report.charts import ChartSpec, charts_of
 from zppo.report.questions import QuestionLine, question_lines
 from zppo.report.read_run import RECIPE, Run, StepScan, open_run, scan_file
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
@@ -34,7 +34,7 @@ class Summary:
     run: Run
     outcome: str
     head: dict[str, str]
-    charts: list[Chart]
+    charts: list[ChartSpec]
     tables: list[Table]
     lines: dict[str, QuestionLine]
 

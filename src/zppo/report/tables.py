@@ -20,8 +20,8 @@ from rich.text import Text
 
 from zppo.core.types import BCQ, NCQ
 from zppo.errors import DataError, SettingsError
-from zppo.report.audits import Counts, Share, ZoneStory, match_rows, median, paper_rows, position_bias, share_of
-from zppo.report.bootstrap import RESAMPLES, Comparison, bootstrap_table
+from zppo.report.audits import Counts, Proportion, ZoneStory, match_rows, median, paper_rows, position_bias, share_of
+from zppo.report.bootstrap import RESAMPLES, MethodDifference, bootstrap_table
 from zppo.report.bootstrap import Table as Accuracies
 from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
 from zppo.report.read_run import Run
@@ -130,7 +130,7 @@ def _match(counts: Counts) -> Table:
     return Table("match-table", AUDITS, "Whose answer a rollout gives", columns, rows, caption)
 
 
-def _shares(rows: Sequence[tuple[str, Share]]) -> tuple[tuple[str, ...], ...]:
+def _shares(rows: Sequence[tuple[str, Proportion]]) -> tuple[tuple[str, ...], ...]:
     return tuple((words, percent(s.share), f"{percent(s.low)} to {percent(s.high)}", f"{s.n:,}") for words, s in rows if s.n)
 
 
@@ -187,7 +187,7 @@ def _compression(steps: Sequence[Mapping[str, Any]]) -> Table:
 EVAL = "eval.json"
 SECTION = "Benchmarks"
 _NO_SCALE = "-"
-_MOST_PARTS = 12  # figures of one benchmark that are shown beside its own
+_MOST_PARTS = 12  # figures of one benchmark that are shown next to its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class Result:
 
     Attributes:
         value, error: shares from 0 to 1; the error is NaN where it is not known.
-        rows, open: decided rows, and those that nobody has decided yet.
+        rows, open: decided rows, and those that are not decided yet.
         beside: other figures of the benchmark, of its parts or of another kind, by name; NaN where there is none.
         left_out: rows that could not be put to the model.
         settings: what must be alike for a comparison: questions and samples.
@@ -213,7 +213,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationResults:
     """What eval.json holds, checked.
 
     Attributes:
@@ -231,7 +231,7 @@ class Evaluation:
     protocol: Mapping[str, Any]
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> EvaluationResults:
     """The results in a file of `zppo eval`, or in the folder that holds it.
 
     Raises:
@@ -242,7 +242,7 @@ def read_evaluation(path: Path) -> Evaluation:
         state = json.loads(path.read_text(encoding="utf-8"))
         results = {str(each["name"]): _result(each) for each in state["benchmarks"] if each["value"] is not None}
         skipped = tuple(str(each["name"]) for each in state["skipped"])
-        return Evaluation(
+        return EvaluationResults(
             path, str(state["label"]), results, skipped, {k: v for k, v in state["settings"].items() if k not in ("model", "weights")}
         )
     except OSError as error:
@@ -261,7 +261,7 @@ def _result(each: Mapping[str, Any]) -> Result:
     return Result(str(each["family"]), value, error, int(each["rows"]), int(each["open"]), left_out, beside, settings)
 
 
-def evaluation_table(evaluation: Evaluation) -> Table:
+def evaluation_table(evaluation: EvaluationResults) -> Table:
     """The section of a run's report: figures by benchmark, then the means of families."""
     rows = []
     for name, each in evaluation.results.items():
@@ -285,7 +285,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     return Table("benchmarks-table", SECTION, "Benchmarks after training", columns, tuple(rows), caption)
 
 
-def as_accuracies(evaluations: Sequence[Evaluation]) -> tuple[Accuracies, list[str]]:
+def as_accuracies(evaluations: Sequence[EvaluationResults]) -> tuple[Accuracies, list[str]]:
     """The table that the bootstrap takes, in percent, and what was left out of it.
 
     Only benchmarks that all of the evaluations have count. Methods are named by label, and by file where labels are alike.
@@ -321,7 +321,7 @@ def as_accuracies(evaluations: Sequence[Evaluation]) -> tuple[Accuracies, list[s
 
 def compare_evaluations(
     files: Sequence[Path], *, resamples: int = RESAMPLES, seed: int = 0, console: Console | None = None
-) -> list[Comparison]:
+) -> list[MethodDifference]:
     """`zppo eval compare A.json B.json`: benchmark by benchmark, and A minus B with its interval in each family.
 
     Raises:

@@ -41,7 +41,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM. The first line on stdout is the address, once it can be used.
 
     Args:
-        options: of `zppo serve`; `zppo.serve.arguments` says what each of them is.
+        options: of `zppo serve`; `zppo.cli` says what each of them is.
 
     Raises:
         ZPPOError: what is wrong with the options, the key, the port or the model; all but the model are looked at before it is loaded.

@@ -1,8 +1,7 @@
-"""How questions are written: options in one shape, images where they belong.
+"""Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, the MMLU family, GPQA, C-Eval.
 
-Language benchmarks with a judge of their own: Humanity's Last Exam and MultiChallenge.
-
-Multiple choice over text and pictures: AI2D, EmbSpatial-Bench, VisualPuzzles, MMMU-Pro, BabyVision, MMLU and its kin, GPQA, C-Eval.
+Besides it the language benchmarks with a judge of their own (Humanity's Last Exam, MultiChallenge), and how the questions of all
+adapters are written: options in one shape, images where they belong.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, Literal, cast
 
 from zppo.core.draws import keyed_random
 from zppo.core.types import IMAGE, Message
-from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Media
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -38,21 +37,14 @@ def with_options(question: str, options: Sequence[str]) -> str:
     return "\n".join((question, *lines))
 
 
-def letter_of(row: Row, field: str, index: int, count: int) -> str:
-    """The letter of the option with this index, from 0."""
-    if not 0 <= index < count:
-        row.fail(field, f"is option {index} (the first is 0), and the row has {count}")
-    return LETTERS[index]
-
-
-def checked_options(row: Row, field: str, options: Sequence[str]) -> tuple[str, ...]:
+def checked_options(row: DatasetRow, field: str, options: Sequence[str]) -> tuple[str, ...]:
     """Bare options; DataError for fewer than two, or more than there are letters."""
     if not 2 <= len(options) <= len(LETTERS):
         row.fail(field, f"has {len(options)} options; 2 to {len(LETTERS)} are expected")
     return bare_options(options)
 
 
-def ask(row: Row, text: str, images: int = 0) -> tuple[Message, ...]:
+def ask(row: DatasetRow, text: str, images: int = 0) -> tuple[Message, ...]:
     """One user's turn with so many images, at the text's own marks, in order, or, where it has none, all in front.
 
     A text without images may still say `<image>` (a question about HTML): that is no mark, and stays.
@@ -84,7 +76,7 @@ def numbered_images(text: str) -> tuple[str, tuple[int, ...]]:
 _ROLES = ("system", "user", "assistant")
 
 
-def hle(row: Row) -> tuple[Item, ...]:
+def hle(row: DatasetRow) -> tuple[Item, ...]:
     """Humanity's Last Exam, with its picture where a question has one; options are part of the question's text."""
     images = (row.image("image"),) if row.has("image") else ()
     messages = ask(row, row.text("question"), len(images))
@@ -92,7 +84,7 @@ def hle(row: Row) -> tuple[Item, ...]:
     return (Item(row.text("id"), row.benchmark, messages, row.text("answer"), "judged", images, facts=facts),)
 
 
-def multichallenge(row: Row) -> tuple[Item, ...]:
+def multichallenge(row: DatasetRow) -> tuple[Item, ...]:
     """MultiChallenge: the conversation so far; the judge answers the target question, and the gold is what it should say."""
     turns = tuple(_turn(row, turn) for turn in row.items("conversation", "CONVERSATION"))
     if turns[-1].role != "user":
@@ -104,7 +96,7 @@ def multichallenge(row: Row) -> tuple[Item, ...]:
     return (Item(row.text("question_id", "QUESTION_ID"), row.benchmark, turns, gold, "criterion", facts=facts),)
 
 
-def _turn(row: Row, turn: object) -> Message:
+def _turn(row: DatasetRow, turn: object) -> Message:
     if not isinstance(turn, Mapping):
         row.fail("conversation", "holds something that is no {role, content}")
     role, content = turn.get("role"), turn.get("content")
@@ -119,7 +111,7 @@ _GPQA_SEED = 0
 
 
 def choice_item(
-    row: Row,
+    row: DatasetRow,
     identity: str,
     question: str,
     options: tuple[str, ...],
@@ -128,21 +120,29 @@ def choice_item(
     facts: Mapping[str, Any] | None = None,
 ) -> Item:
     """An item of the kind choice; the gold must be the letter of one of the options."""
-    if gold not in LETTERS[: len(options)] or len(gold) != 1:
-        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+    check_letter(row, gold, options)
     messages = ask(row, with_options(question, options), len(images))
     return Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts or {})
 
 
-def indexed_gold(row: Row, field: str, options: tuple[str, ...]) -> str:
+def check_letter(row: DatasetRow, gold: str, options: Sequence[str]) -> None:
+    """DataError where the right answer is not the letter of an option."""
+    if gold not in LETTERS[: len(options)] or len(gold) != 1:
+        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+
+
+def indexed_gold(row: DatasetRow, field: str, options: tuple[str, ...]) -> str:
     """The letter for an answer that is an index from 0, as a number or as text, or a letter already."""
     value = row.value(field)
     if isinstance(value, str) and value.strip() in LETTERS[: len(options)] and len(value.strip()) == 1:
         return value.strip()
-    return letter_of(row, field, row.integer(field), len(options))
+    index = row.integer(field)
+    if not 0 <= index < len(options):
+        row.fail(field, f"is option {index} (the first is 0), and the row has {len(options)}")
+    return LETTERS[index]
 
 
-def ai2d(row: Row) -> tuple[Item, ...]:
+def ai2d(row: DatasetRow) -> tuple[Item, ...]:
     """AI2D: the answer is the index of an option, kept as text."""
     options = checked_options(row, "options", row.texts("options"))
     gold = indexed_gold(row, "answer", options)
@@ -150,7 +150,7 @@ def ai2d(row: Row) -> tuple[Item, ...]:
     return (choice_item(row, f"ai2d-{row.number}", question, options, gold, (row.image("image"),)),)
 
 
-def embspatial(row: Row) -> tuple[Item, ...]:
+def embspatial(row: DatasetRow) -> tuple[Item, ...]:
     """EmbSpatial-Bench."""
     options = checked_options(row, "answer_options", row.texts("answer_options"))
     gold = indexed_gold(row, "answer", options)
@@ -159,7 +159,7 @@ def embspatial(row: Row) -> tuple[Item, ...]:
     return (choice_item(row, row.text("question_id"), question, options, gold, (row.image("image"),), facts),)
 
 
-def visual_puzzles(row: Row) -> tuple[Item, ...]:
+def visual_puzzles(row: DatasetRow) -> tuple[Item, ...]:
     """VisualPuzzles: where a row has no options they are drawn in the picture, four of them."""
     options = checked_options(row, "options", row.texts("options")) if row.has("options") else ()
     gold, image = row.one_of("answer", tuple(LETTERS[: len(options) or 4])), row.image("image")
@@ -172,7 +172,7 @@ def visual_puzzles(row: Row) -> tuple[Item, ...]:
     return (Item(identity, row.benchmark, messages, gold, "choice", (image,), options=tuple("ABCD"), facts=facts),)
 
 
-def mmmu_pro(row: Row) -> tuple[Item, ...]:
+def mmmu_pro(row: DatasetRow) -> tuple[Item, ...]:
     """MMMU-Pro: the two text configurations, and `vision`, where question and options are in the picture."""
     options = checked_options(row, "options", row.texts("options"))
     facts = {"subject": row.maybe("subject"), "config": row.config}
@@ -185,13 +185,12 @@ def mmmu_pro(row: Row) -> tuple[Item, ...]:
     else:
         text = f"{IMAGE}\nAnswer the question that is shown in the image."
         images = (row.image("image"),)
-    if gold not in LETTERS[: len(options)]:
-        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+    check_letter(row, gold, options)
     messages = ask(row, text, len(images))
     return (Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts),)
 
 
-def babyvision(row: Row) -> tuple[Item, ...]:
+def babyvision(row: DatasetRow) -> tuple[Item, ...]:
     """BabyVision: options with the index of the right one, or a blank to fill in."""
     kind = row.one_of("ansType", ("choice", "blank"))
     identity = row.maybe("taskId", "id") or f"babyvision-{row.number}"
@@ -203,7 +202,7 @@ def babyvision(row: Row) -> tuple[Item, ...]:
     return (Item(identity, row.benchmark, ask(row, question, 1), row.text("blankAns"), "text", (image,), facts=facts),)
 
 
-def mmlu(row: Row) -> tuple[Item, ...]:
+def mmlu(row: DatasetRow) -> tuple[Item, ...]:
     """MMLU: the row number is part of the id, since questions have none and some stand there twice."""
     options = checked_options(row, "choices", row.texts("choices"))
     gold = indexed_gold(row, "answer", options)
@@ -212,12 +211,12 @@ def mmlu(row: Row) -> tuple[Item, ...]:
     return (choice_item(row, f"{subject}-{row.number}", row.text("question"), options, gold, facts=facts),)
 
 
-def mmlu_redux(row: Row) -> tuple[Item, ...]:
+def mmlu_redux(row: DatasetRow) -> tuple[Item, ...]:
     """MMLU-Redux 2.0: only rows whose annotators found nothing wrong."""
     return mmlu(row) if row.text("error_type") == "ok" else ()
 
 
-def mmlu_pro(row: Row) -> tuple[Item, ...]:
+def mmlu_pro(row: DatasetRow) -> tuple[Item, ...]:
     """MMLU-Pro: up to ten options; the placeholders `N/A` at the end are left out."""
     texts = [text for text in row.texts("options") if text != "N/A"]
     options = checked_options(row, "options", texts)
@@ -225,7 +224,7 @@ def mmlu_pro(row: Row) -> tuple[Item, ...]:
     return (choice_item(row, row.text("question_id"), row.text("question"), options, gold, facts=facts),)
 
 
-def ceval(row: Row) -> tuple[Item, ...]:
+def ceval(row: DatasetRow) -> tuple[Item, ...]:
     """C-Eval: four columns of options; the answers of the test split are not public."""
     options = checked_options(row, "A", tuple(row.text(letter) for letter in "ABCD"))
     subject = row.config or "ceval"
@@ -233,7 +232,7 @@ def ceval(row: Row) -> tuple[Item, ...]:
     return (choice_item(row, identity, row.text("question"), options, row.text("answer"), facts={"subject": subject}),)
 
 
-def gpqa(row: Row) -> tuple[Item, ...]:
+def gpqa(row: DatasetRow) -> tuple[Item, ...]:
     """GPQA: the right answer has a column of its own; the order of the options is drawn, keyed by the record's id."""
     identity = row.text("Record ID")
     texts = [row.text("Correct Answer"), *(row.text(f"Incorrect Answer {i}") for i in (1, 2, 3))]

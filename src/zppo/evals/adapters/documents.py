@@ -8,27 +8,27 @@ from types import MappingProxyType
 from typing import Any
 
 from zppo.evals.adapters.choice import ask
-from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Kind
 
 _BLIND_KINDS: Mapping[str, Kind] = MappingProxyType({"touching circles": "text", "circled letter": "text"})
 _GRID = "counting grid"
 
 
-def infovqa(row: Row) -> tuple[Item, ...]:
+def infovqa(row: DatasetRow) -> tuple[Item, ...]:
     """InfographicVQA: several accepted answers; the test split has none."""
     messages = ask(row, strip_directives(row.text("question")), 1)
     return (Item(row.text("questionId"), row.benchmark, messages, row.texts("answers"), "anls", (row.image("image"),)),)
 
 
-def mmvet(row: Row) -> tuple[Item, ...]:
-    """MM-Vet: the gold may join parts with <AND> and <OR>, which its judge is told about."""
+def mmvet(row: DatasetRow) -> tuple[Item, ...]:
+    """MM-Vet: the gold may join parts with <AND> and <OR>, which the prompt of its judge explains."""
     messages = ask(row, strip_directives(row.text("question")), 1)
     facts = {"capability": row.maybe("capability")}
     return (Item(row.text("question_id"), row.benchmark, messages, row.text("answer"), "graded", (row.image("image"),), facts=facts),)
 
 
-def vlms_are_blind(row: Row) -> tuple[Item, ...]:
+def vlms_are_blind(row: DatasetRow) -> tuple[Item, ...]:
     """VLMs-are-Blind: numbers, a letter, yes or no; grids have two numbers, rows first."""
     task = row.text("task")
     kind = _BLIND_KINDS.get(task.lower(), "grid" if task.lower().startswith(_GRID) else "number")
@@ -40,17 +40,17 @@ def vlms_are_blind(row: Row) -> tuple[Item, ...]:
     return (Item(f"blind-{row.number}", row.benchmark, messages, gold, kind, (image,), facts={"task": task}),)
 
 
-def ocrbench_en(row: Row) -> tuple[Item, ...]:
+def ocrbench_en(row: DatasetRow) -> tuple[Item, ...]:
     """OCRBench v2, rows whose type ends in `en`."""
     return _ocrbench(row, "en")
 
 
-def ocrbench_zh(row: Row) -> tuple[Item, ...]:
+def ocrbench_zh(row: DatasetRow) -> tuple[Item, ...]:
     """OCRBench v2, rows whose type ends in `cn`."""
     return _ocrbench(row, "cn")
 
 
-def _ocrbench(row: Row, language: str) -> tuple[Item, ...]:
+def _ocrbench(row: DatasetRow, language: str) -> tuple[Item, ...]:
     """The form of the answer (boxes, HTML, a dictionary) is the task here, so a row's own description of it stays."""
     task = row.text("type")
     if not task.endswith(f" {language}"):
@@ -69,13 +69,13 @@ def _ocrbench(row: Row, language: str) -> tuple[Item, ...]:
     return (Item(identity, row.benchmark, messages, answers, "ocr", (row.image("image"),), facts=facts),)
 
 
-def _whole(row: Row, field: str, value: object) -> int:
+def _whole(row: DatasetRow, field: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         row.fail(field, f"holds {value!r:.40}; whole numbers are expected")
     return value
 
 
-def _box(row: Row, box: object) -> tuple[int, ...]:
+def _box(row: DatasetRow, box: object) -> tuple[int, ...]:
     if not isinstance(box, list | tuple) or len(box) < 4 or len(box) % 2:
         row.fail("bbox_list", "holds something that is no list of x, y, x, y, ...")
     return tuple(_whole(row, "bbox_list", value) for value in box)
@@ -116,7 +116,7 @@ _DRAWN: Mapping[int, str] = MappingProxyType(
 _WHOLE_FIGURE = 18  # the question about the layout is about the whole figure
 
 
-def charxiv(row: Row) -> tuple[Item, ...]:
+def charxiv(row: DatasetRow) -> tuple[Item, ...]:
     """CharXiv: one question to reason about and four about what is drawn, for each chart."""
     identity, image = row.maybe("original_id") or f"charxiv-{row.number}", row.image("image")
 
@@ -135,7 +135,7 @@ def charxiv(row: Row) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def _subplot(row: Row) -> str:
+def _subplot(row: DatasetRow) -> str:
     """Which subplot a question is about, in words; "" for a figure of one plot."""
     if row.has("subplot_loc"):
         return f"About {row.text('subplot_loc')}: "

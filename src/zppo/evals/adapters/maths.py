@@ -5,36 +5,35 @@ from __future__ import annotations
 import re
 
 from zppo.evals.adapters.choice import LETTERS, ask, checked_options, choice_item, with_options
-from zppo.evals.adapters.row import Row, strip_directives
+from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Kind
 
 _VARIANT = re.compile(r"variant_?(\d{1,2})$")
 _OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.、):：]|(?:^|[;；\s])\(([A-H])\))\s*")
-_STEPS = re.compile(r"[23]steps_(?:[123]|multi)")
 
 
-def aime25(row: Row) -> tuple[Item, ...]:
+def aime25(row: DatasetRow) -> tuple[Item, ...]:
     """AIME 2025, I and II: `question`, or `problem` in another owner's copy."""
     identity = row.maybe("id") or f"{row.config or 'aime25'}-{row.number}"
     text = strip_directives(row.text("question", "problem"))
     return (Item(identity, row.benchmark, ask(row, text), row.text("answer"), "number"),)
 
 
-def aime26(row: Row) -> tuple[Item, ...]:
+def aime26(row: DatasetRow) -> tuple[Item, ...]:
     """AIME 2026."""
     identity = row.maybe("problem_idx", "id") or f"aime26-{row.number}"
     text = strip_directives(row.text("problem", "question"))
     return (Item(identity, row.benchmark, ask(row, text), row.text("answer"), "number"),)
 
 
-def imo_answerbench(row: Row) -> tuple[Item, ...]:
+def imo_answerbench(row: DatasetRow) -> tuple[Item, ...]:
     """IMO-AnswerBench: the answers are numbers, formulas, sets, or a few words."""
     facts = {"category": row.maybe("Category"), "subcategory": row.maybe("Subcategory")}
     text = strip_directives(row.text("Problem"))
     return (Item(row.text("Problem ID"), row.benchmark, ask(row, text), row.text("Short Answer"), "text", facts=facts),)
 
 
-def mathvista(row: Row) -> tuple[Item, ...]:
+def mathvista(row: DatasetRow) -> tuple[Item, ...]:
     """MathVista: `question` and `choices`, never `query`, which adds a hint on the form; the unit is part of the question."""
     identity, image = row.text("pid"), row.image("decoded_image", "image")
     question = strip_directives(row.text("question"))
@@ -55,7 +54,7 @@ def mathvista(row: Row) -> tuple[Item, ...]:
     return (Item(identity, row.benchmark, ask(row, question, 1), row.text("answer"), kind, (image,), facts=facts),)
 
 
-def mathvision(row: Row) -> tuple[Item, ...]:
+def mathvision(row: DatasetRow) -> tuple[Item, ...]:
     """MathVision: an empty list of options means a free answer; marks `<image1>` stand in the question."""
     identity, image = row.maybe("id") or f"mathvision-{row.number}", row.image("decoded_image", "image")
     facts = {"subject": row.maybe("subject"), "level": row.maybe("level")}
@@ -71,7 +70,7 @@ def _one_mark(text: str) -> str:
     return re.sub(r"[ \t]*<image\d*>[ \t]*", " ", text).strip()
 
 
-def mathverse(row: Row) -> tuple[Item, ...]:
+def mathverse(row: DatasetRow) -> tuple[Item, ...]:
     """MathVerse testmini: `query_wo` without its directive; it, unlike `question`, has the words of every version.
 
     The version whose question stands in the picture alone has a `query_wo` that is nothing but directives.
@@ -103,7 +102,7 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     return (head.strip(), options) if all(options) else (text, ())
 
 
-def dynamath(row: Row) -> tuple[Item, ...]:
+def dynamath(row: DatasetRow) -> tuple[Item, ...]:
     """DynaMath: ten variants (splits) of each of 501 seed questions."""
     seed = row.text("id", "question_id")
     named = _VARIANT.search(row.split)
@@ -123,7 +122,7 @@ def dynamath(row: Row) -> tuple[Item, ...]:
     return (Item(identity, row.benchmark, ask(row, question, 1), gold, number, (image,), facts=facts),)
 
 
-def wemath(row: Row) -> tuple[Item, ...]:
+def wemath(row: DatasetRow) -> tuple[Item, ...]:
     """We-Math testmini: `option` is one text, `A. 1; B. 2; ...`; `key` says which step of which problem a row is."""
     problem, key = row.text("ID"), row.text("key")
     _, options = split_options(row.text("option"))

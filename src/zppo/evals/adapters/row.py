@@ -1,8 +1,7 @@
 """A row of a data set and typed access to its fields; what is wrong with one is said with benchmark, row and field.
 
-Sentences that say how to reason or how to write the answer down: found in the benchmarks' questions and taken out.
-
-The protocol has one such directive for all (method.md section 10).
+Sentences of a question that say how to reason or how to write the answer down are taken out: the protocol has one such directive for
+all benchmarks (method.md section 10).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _LONGEST_LIST = 200_000  # characters of a list that is written as text
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     """One record in its data set's own schema.
 
     Attributes:
@@ -102,15 +101,15 @@ class Row:
     def items(self, *fields: str) -> list[Any]:
         """A list that is not empty; one that is written out as text is read."""
         value = self.value(*fields)
-        if isinstance(value, str):
-            value = _written_list(value)
+        if isinstance(value, str) and len(value) <= _LONGEST_LIST and value.lstrip().startswith("["):
+            value = written_value(value)
         if not isinstance(value, list | tuple) or not value:
             self.fail(fields[0], f"is {_a(self.value(*fields))}; a list is expected")
         return list(value)
 
     def texts(self, *fields: str) -> tuple[str, ...]:
         """A list of texts (or numbers), none blank."""
-        inner = [Row(self.benchmark, self.number, {fields[0]: value}) for value in self.items(*fields)]
+        inner = [DatasetRow(self.benchmark, self.number, {fields[0]: value}) for value in self.items(*fields)]
         return tuple(row.text(fields[0]) for row in inner)
 
     def one_of(self, field: str, allowed: Mapping[str, Any] | tuple[str, ...]) -> str:
@@ -143,21 +142,21 @@ class Row:
     def video(self, *fields: str) -> tuple[tuple[Media, ...], Path | None]:
         """(frames, file) of a video: `frames`, a list of pictures, wins over the path in the named fields."""
         if self.has("frames"):
-            pictures = [Row(self.benchmark, self.number, {"frames": value}, folder=self.folder, trusted=self.trusted)
+            pictures = [DatasetRow(self.benchmark, self.number, {"frames": value}, folder=self.folder, trusted=self.trusted)
                         for value in self.items("frames")]  # fmt: skip
             return tuple(row.image("frames") for row in pictures), None
         field = next((name for name in fields if self.has(name)), fields[0])
         return (), self.path(field, self.text(*fields))
 
     def path(self, field: str, name: str) -> Path:
-        """A path inside the row's folder; a data file must not make anybody read another one."""
+        """A path inside the row's folder; a data file must not lead to files elsewhere."""
         relative = Path(name)
         if "\0" in name or relative.is_absolute() or ".." in relative.parts:
             self.fail(field, f"{name[:80]!r} leads out of the folder of the data; give a path inside of it")
         return self.folder / relative
 
 
-Adapter = Callable[[Row], tuple[Item, ...]]
+Adapter = Callable[[DatasetRow], tuple[Item, ...]]
 """Items of a row: mostly one; none where the row is not part of the benchmark; several where it holds several questions.
 
 Raises DataError, and nothing else, for a row that cannot be read.
@@ -180,16 +179,14 @@ def _number(value: float) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 
-def _written_list(text: str) -> object:
-    """A list that a data set keeps as text, in JSON or as Python writes it; the text itself if it is neither."""
-    if len(text) > _LONGEST_LIST or not text.lstrip().startswith("["):
-        return text
+def written_value(text: str) -> object:
+    """What a text holds in JSON or as Python writes it; None if it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-    return text
+    return None
 
 
 # Each pattern covers a whole sentence in the words of one or several benchmarks, and nothing of a question: "Answer the question using

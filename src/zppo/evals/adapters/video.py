@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from zppo.core.types import Message
-from zppo.evals.adapters.choice import LETTERS, ask, checked_options, with_options
-from zppo.evals.adapters.row import Row, strip_directives
-from zppo.evals.item import Item, Kind, Media
+from zppo.evals.adapters.choice import LETTERS, ask, check_letter, checked_options, with_options
+from zppo.evals.adapters.row import DatasetRow, strip_directives
+from zppo.evals.item import Item, Kind
 
 _HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
 _TVQA, _TVQA_RATE = ("episodic_reasoning", 3.0)  # the task of MVBench whose clips are folders of pictures, and how many a second
@@ -21,7 +20,7 @@ _NO_SUBTITLES = "This video has no subtitles."
 
 
 def _video_item(
-    row: Row,
+    row: DatasetRow,
     identity: str,
     messages: tuple[Message, ...],
     gold: str,
@@ -34,17 +33,15 @@ def _video_item(
     where: str = "",
 ) -> Item:
     """An item about the clip that is named in one of the fields, or by `where`."""
-    shown: tuple[tuple[Media, ...], Path | None]
-    shown = ((), row.path(fields[0], where)) if where and not row.has("frames") else row.video(*fields)
-    frames, video = shown
-    if kind == "choice" and (len(gold) != 1 or gold not in LETTERS[: len(options)]):
-        row.fail("answer", f"is {gold[:40]!r}; the letter of one of the {len(options)} options is expected")
+    frames, video = ((), row.path(fields[0], where)) if where and not row.has("frames") else row.video(*fields)
+    if kind == "choice":
+        check_letter(row, gold, options)
     return Item(
         identity, row.benchmark, messages, gold, kind, frames=frames, video=video, clip=clip, rate=rate, options=options, facts=facts or {}
     )
 
 
-def mmvu(row: Row) -> tuple[Item, ...]:
+def mmvu(row: DatasetRow) -> tuple[Item, ...]:
     """MMVU: options under the letters of an object, or an open answer; the clip may be named by its address on the hub."""
     facts = {"discipline": row.text("id").rpartition("_")[0] or row.text("id")}
     question = strip_directives(row.text("question"))
@@ -54,7 +51,7 @@ def mmvu(row: Row) -> tuple[Item, ...]:
     choices = row.value("choices")
     if not isinstance(choices, Mapping):
         row.fail("choices", "is no object of letters and texts")
-    texts = [Row(row.benchmark, row.number, choices).text(letter) for letter in LETTERS if choices.get(letter) not in (None, "")]
+    texts = [DatasetRow(row.benchmark, row.number, choices).text(letter) for letter in LETTERS if choices.get(letter) not in (None, "")]
     options = checked_options(row, "choices", texts)
     text = with_options(question, options)
     return (
@@ -64,7 +61,7 @@ def mmvu(row: Row) -> tuple[Item, ...]:
     )
 
 
-def mvbench(row: Row) -> tuple[Item, ...]:
+def mvbench(row: DatasetRow) -> tuple[Item, ...]:
     """MVBench: the answer is the text of a candidate; some tasks are about a part of the clip, in seconds.
 
     A clip may be a folder of pictures, `fps` of them a second; TVQA's are so, 3 a second. `frames` are shown whole.
@@ -88,18 +85,18 @@ def mvbench(row: Row) -> tuple[Item, ...]:
     )
 
 
-def videomme(row: Row) -> tuple[Item, ...]:
+def videomme(row: DatasetRow) -> tuple[Item, ...]:
     """Video-MME without subtitles."""
     return (_videomme(row, ""),)
 
 
-def videomme_subtitles(row: Row) -> tuple[Item, ...]:
+def videomme_subtitles(row: DatasetRow) -> tuple[Item, ...]:
     """Video-MME with subtitles: `subtitles` is the text of the clip's file of subtitles, which loading puts into the row."""
     text = subtitle_text(row.maybe("subtitles"))
     return (_videomme(row, f"The subtitles of the video:\n{text}\n\n" if text else f"{_NO_SUBTITLES}\n\n"),)
 
 
-def _videomme(row: Row, before: str) -> Item:
+def _videomme(row: DatasetRow, before: str) -> Item:
     options = checked_options(row, "options", row.texts("options"))
     facts = {name: row.maybe(name) for name in ("duration", "domain", "sub_category", "task_type")}
     text = before + with_options(strip_directives(row.text("question")), options)
@@ -115,7 +112,7 @@ def subtitle_text(srt: str) -> str:
     return "\n".join(line for i, line in enumerate(spoken) if i == 0 or line != spoken[i - 1])
 
 
-def videommmu(row: Row) -> tuple[Item, ...]:
+def videommmu(row: DatasetRow) -> tuple[Item, ...]:
     """Video-MMMU: three configurations; those of the kind open want a number or a few words."""
     identity = row.text("id")
     facts = {"track": row.config, "subject": "_".join(identity.split("_")[1:-1])}

@@ -1,11 +1,9 @@
-"""How a judge's reply is read: in our own form, one JSON object with a verdict or a score, or in the form that a benchmark's official
-prompt asks for, so that such a prompt can be given by path. A reply that can be read in two ways is not read. Pure.
+"""From a model's reply to a decided row: the rules first, a judge where they cannot decide; what it is asked, and how it is read.
 
-What a judge is asked about a row that the rules leave open, and how its reply is read. Who sends the request is above.
+A judge's reply is read in our own form, one JSON object with a verdict or a score, or in the form that a benchmark's official prompt
+asks for, so that such a prompt can be given by path. A reply that can be read in two ways is not read.
 
-The words are ours (`prompts/eval_*.jinja`); a benchmark's official ones can be given by path. Figures from ours are no leaderboard figures.
-
-From a model's reply to a decided row: the rules first, the judge where they cannot decide.
+The words are ours (`prompts/eval_*.jinja`). Figures from ours are no leaderboard figures.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from zppo.evals.benchmark import Benchmark, Judge
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.protocol import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
-from zppo.evals.results import TOO_LONG, Row
+from zppo.evals.results import TOO_LONG, SampleResult
 from zppo.evals.scoring.rules import score
 from zppo.grading.grader import Grader
 from zppo.grading.text import extract_boxed, final_part
@@ -55,7 +53,7 @@ class Form:
 
     Attributes:
         own: key and values of our own form, which has no other key; no values: a number from 0 to 1.
-        fields: names, any of which the official form gives its value: in a JSON object beside others, or as a line `name: value`.
+        fields: names, any of which the official form gives its value: in a JSON object among others, or as a line `name: value`.
         words: what the official values come to; none: a number from 0 to 1.
         bare: whether the official value may also be the last line, without a name.
         example: our own form, as a reminder shows it.
@@ -200,30 +198,18 @@ TURNS = 2  # replies of a judge that are read before a row stays open
 DOWN = 120.0  # seconds for which a judge is asked again
 
 
-@dataclass(frozen=True, slots=True)
-class JudgeServer:
-    """Where the shared judge is; its key is in no printed form."""
-
-    url: str
-    model: str
-    key: str
-
-    def __repr__(self) -> str:
-        return f"JudgeServer({self.url!r}, {self.model!r})"
-
-
 class Decider:
     """Decides rows. Threads may share it; it ends its workers and connections with its block."""
 
     def __init__(
-        self, judge: JudgeServer, *, prompts: Mapping[str, Path], concurrency: int, workers: int = 2, think_open: bool = False
+        self, url: str, model: str, key: str, prompts: Mapping[str, Path], *, concurrency: int, workers: int = 2, think_open: bool = False
     ) -> None:
         self._grader = Grader(workers=workers)
-        self._judge = RemoteTeacher(judge.model, [judge.url], key=judge.key, concurrency=concurrency, retry_for=DOWN)
+        self._judge = RemoteTeacher(model, [url], key=key, concurrency=concurrency, retry_for=DOWN)
         self._book = judge_book(prompts)
         self._think_open = think_open
         # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.
-        official = urlsplit(judge.url).hostname == OPENAI_HOST
+        official = urlsplit(url).hostname == OPENAI_HOST
         self._template_args: dict[str, Any] = {} if official else {"enable_thinking": False}
         self._given = frozenset(prompts)
 
@@ -232,7 +218,7 @@ class Decider:
         self._grader.close()
         self._judge.close()
 
-    def decide(self, benchmark: Benchmark, item: Item, epoch: int, reply: Mapping[str, Any], journal: Journal) -> Row:
+    def decide(self, benchmark: Benchmark, item: Item, epoch: int, reply: Mapping[str, Any], journal: Journal) -> SampleResult:
         """The row of one reply of the model.
 
         Args:
@@ -244,7 +230,7 @@ class Decider:
         """
         text = str(reply["text"])
         ruled = score(item, text, self._grader.equal, self._think_open)
-        row = Row(
+        row = SampleResult(
             id=item.id,
             epoch=epoch,
             by="rule",
@@ -258,9 +244,9 @@ class Decider:
             gold=item.golds,
             facts=item.facts,
         )
-        return row if ruled.decided else self._judged(benchmark, item, row, journal)
+        return row if ruled.value is not None else self._judged(benchmark, item, row, journal)
 
-    def _judged(self, benchmark: Benchmark, item: Item, row: Row, journal: Journal) -> Row:
+    def _judged(self, benchmark: Benchmark, item: Item, row: SampleResult, journal: Journal) -> SampleResult:
         messages = judge_request(benchmark, item, row.text, self._book, self._think_open)
         key = digest_of([benchmark.name, item.id, row.epoch, messages])
         known = journal.get(key)
