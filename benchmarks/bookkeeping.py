@@ -107,7 +107,7 @@ def of_checkpoint(folder: Path, width: int, vocabulary: int) -> dict[str, float]
 
     from zppo.config.settings import TrainSettings
     from zppo.distributed.parallel import ReplicatedWeights
-    from zppo.models.student import Student
+    from zppo.models.student_model import Student
     from zppo.train.checkpointer import Checkpointer
 
     config = Qwen3Config(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, vocab_size=vocabulary)

@@ -99,7 +99,7 @@ class Script:
 
     def complete(self, requests: Sequence[Any], how: Any, log: Any = None) -> list[Any]:
         """Replies at once."""
-        from zppo.teacher.base import TeacherReply
+        from zppo.teacher.interface import TeacherReply
 
         return [TeacherReply(tuple(self._reply(r.messages[-1].content, key, how) for key in r.keys)) for r in requests]
 
@@ -121,9 +121,9 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
     from zppo.distributed.launcher import read_launch
     from zppo.distributed.parallel import make_accelerator, make_weights
     from zppo.rollout.frozen_models import FrozenModels
-    from zppo.rollout.questions import read_data
+    from zppo.rollout.run_data import read_data
     from zppo.runs.signals import Stop
-    from zppo.train.build import assemble
+    from zppo.train.assemble import assemble
 
     torch.set_num_threads(own.threads)
     with tempfile.TemporaryDirectory() as name:

@@ -32,7 +32,7 @@ class Variants:
         from accelerate import Accelerator
 
         from zppo.engines.logprobs import sharing_of
-        from zppo.models.student import load_model
+        from zppo.models.student_model import load_model
 
         torch.manual_seed(0)
         self.shape = shape

@@ -25,10 +25,10 @@ from zppo.distributed.parallel import ReplicatedWeights, ShardedWeights
 from zppo.distributed.processes import Processes
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
-from zppo.engines.memory import TokenBudget
+from zppo.engines.out_of_memory import TokenBudget
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
-from zppo.models.student import Student
+from zppo.models.student_model import Student
 from zppo.step_log import StepLog
 from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import SamplerCheck

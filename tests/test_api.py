@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import zppo
-from zppo.config.models import ModelSettings
+from zppo.config.model_settings import ModelSettings
 from zppo.errors import ModelError, SettingsError
 
 ROOT = Path(__file__).parents[1]

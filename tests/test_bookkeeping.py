@@ -17,7 +17,7 @@ from zppo.config.settings import TrainSettings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.errors import StorageError
-from zppo.models.student import Student, load_model
+from zppo.models.student_model import Student, load_model
 from zppo.train import checkpointer
 from zppo.train.checkpointer import Checkpointer, CopiedModel, CopiedState
 

@@ -15,8 +15,8 @@ from zppo.core.draws import keyed_random
 from zppo.engines.base import Sampling
 from zppo.prompts import PromptBook
 from zppo.step_log import StepLog
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import COMPRESSION_COUNTS, Compressor, PairRequest, Source, accept, draw_order, token_tail
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 
 HOW = TeacherSampling(Sampling(max_new_tokens=512), {"enable_thinking": False})
 

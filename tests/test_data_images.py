@@ -21,8 +21,8 @@ from zppo.config.settings import ColumnSettings, DataSettings, ImageSettings
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.data import images as data_images
-from zppo.data.files import SourceSettings
 from zppo.data.load import load_questions
+from zppo.data.local_files import SourceSettings
 from zppo.data.rows import RowImages
 from zppo.errors import DataError
 from zppo.images.store import open_image, read_bytes

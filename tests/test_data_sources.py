@@ -21,15 +21,15 @@ from zppo.config.recipe import load_recipe
 from zppo.config.settings import ColumnSettings, DataSettings, Settings
 from zppo.core.types import Message, Question
 from zppo.data import reasoning_gym as gym
-from zppo.data.files import SourceSettings
 from zppo.data.load import load_questions
+from zppo.data.local_files import SourceSettings
 from zppo.data.reasoning_gym import REFUSED, TASKS
 from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader
 from zppo.prompts.book import PromptBook
 from zppo.rollout.data import load_data
-from zppo.rollout.questions import in_both, unknown_tokens
+from zppo.rollout.run_data import in_both, unknown_tokens
 from zppo.rollout.student import PromptRenderer
 
 httpx: Any = datasets.load.httpx  # the client, under whichever name the hub's library has it

@@ -35,7 +35,7 @@ from zppo.distributed.launcher import Launch, rank_of, read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_weights
 from zppo.errors import LauncherError, SettingsError
 from zppo.runs.signals import Stop
-from zppo.train.build import start_vllm
+from zppo.train.assemble import start_vllm
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "accelerate"

@@ -23,8 +23,8 @@ from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
-from zppo.models.student import load_chat
-from zppo.train.build import make_engine_check, make_forward
+from zppo.models.student_model import load_chat
+from zppo.train.assemble import make_engine_check, make_forward
 from zppo.train.engine_checks import EngineCheck, _GapStats
 from zppo.train.health_checks import EVERY, WATCHES, HealthChecks
 

@@ -23,7 +23,7 @@ from zppo.evals.scoring.judge import judge_book, judge_request, judge_score, rea
 from zppo.evals.scoring.rules import NO_ANSWER, score
 from zppo.evals.tables import BENCHMARKS, find
 from zppo.grading import Grader
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 
 
 @pytest.fixture(scope="module")

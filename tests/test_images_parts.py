@@ -13,7 +13,7 @@ from seeing import KINDS, make_seeing
 from zppo.config.settings import TrainSettings, VisionSettings
 from zppo.engines.loading import load_network
 from zppo.errors import SettingsError
-from zppo.models.parts import freeze_parts, parts_of
+from zppo.models.vision_parts import freeze_parts, parts_of
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from zppo.config.recipe import load_recipe
 from zppo.errors import SettingsError
 from zppo.images import processor as sight_module
 from zppo.images.store import open_image
-from zppo.rollout.questions import read_data
+from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
 from zppo.step_log import StepLog
 from zppo.train.mid_step import StepRollouts
@@ -206,7 +206,7 @@ def test_a_student_that_cannot_be_shown_images_is_refused_before_vllm_starts(
     zppo: Zppo, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Qwen3VLForConditionalGeneration, "get_image_features")
-    monkeypatch.setattr("zppo.train.build.start_vllm", lambda *_: pytest.fail("vLLM was started"))
+    monkeypatch.setattr("zppo.train.assemble.start_vllm", lambda *_: pytest.fail("vLLM was started"))
     given = ["--rollout.engine=vllm", "--method=grpo", f"--output={tmp_path / 'run'}"]
     status, said = zppo("train", recipe, *SHORT, *given)
     assert status == 2 and "cannot be shown images here: its class computes no image features" in said, said

@@ -43,7 +43,7 @@ from zppo.rollout.grading import Scorer, make_scorer, rule_grading
 from zppo.rollout.student import Answered, PromptRenderer
 from zppo.rollout.teacher import TeacherSampler
 from zppo.step_log import StepLog
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.judge import Case, Judge, parse_verdict, readable
 from zppo.train.finish import closing_table
 from zppo.train.run import resume, train

@@ -22,8 +22,8 @@ from zppo.lab.world import Chain, World, load_world
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.rollout.student import PromptRenderer
 from zppo.step_log import StepLog
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor, Source, accept, token_tail
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = ("unreachable", "reachable")

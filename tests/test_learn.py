@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zppo.config.models import TeacherSettings
+from zppo.config.model_settings import TeacherSettings
 from zppo.config.recipe import load_recipe
 from zppo.core.loss import jensen_shannon
 from zppo.engines.chat import Chat

@@ -23,7 +23,7 @@ from zppo.engines.base import Sampling
 from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.models.lora import Adapters, add_adapters, find_targets
-from zppo.models.student import load_model, load_student
+from zppo.models.student_model import load_model, load_student
 from zppo.runs.checkpoint import model_folder
 
 LORA = "--train.lora={rank: 4, alpha: 8}"

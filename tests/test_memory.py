@@ -33,13 +33,13 @@ from zppo.core.advantages import step_advantages
 from zppo.distributed.parallel import keep_logits_small
 from zppo.engines.base import Sampling, in_order
 from zppo.engines.logprobs import ForwardPass, completion_logprobs
-from zppo.engines.memory import TokenBudget, out_of_memory
+from zppo.engines.out_of_memory import TokenBudget, out_of_memory
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
 from zppo.models import optimizer as optimizer_module
 from zppo.models.lora import add_adapters
 from zppo.models.optimizer import make_optimizer
-from zppo.models.student import load_model, recompute_layers
+from zppo.models.student_model import load_model, recompute_layers
 from zppo.runs import checkpoint
 from zppo.train.learner import UpdateStopped
 from zppo.train.policy_gradient import make_budget

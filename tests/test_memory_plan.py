@@ -34,7 +34,7 @@ from zppo.core.types import Message, Question
 from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import ModelError
 from zppo.models.lora import add_adapters
-from zppo.models.student import recompute_layers
+from zppo.models.student_model import recompute_layers
 from zppo.planning.dry_run import memory_rows
 from zppo.planning.memory import GIB, Machine, Memory, _pick, activations_per_token, estimate, find_machine, within
 from zppo.planning.model_shapes import DecoderShape, shape_of

@@ -15,7 +15,7 @@ from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError, TeacherError
 from zppo.planning.dry_run import check_files, make_plan, render_plan
-from zppo.teacher.base import TeacherSampling
+from zppo.teacher.interface import TeacherSampling
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import Found, Names, read_key
 

@@ -21,8 +21,8 @@ from zppo.engines.base import Sampling
 from zppo.errors import DataError, TeacherError
 from zppo.images.store import PixelLimits, keep, request_url
 from zppo.teacher import remote as sending
-from zppo.teacher.base import TeacherRequest, TeacherSampling
 from zppo.teacher.http import Scrubber
+from zppo.teacher.interface import TeacherRequest, TeacherSampling
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import PING_IMAGE, Names
 

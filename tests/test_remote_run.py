@@ -19,7 +19,7 @@ from zppo.cli import main
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
 from zppo.runs.log import RunLog
-from zppo.teacher.base import TeacherRequest, TeacherSampling
+from zppo.teacher.interface import TeacherRequest, TeacherSampling
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
 

@@ -26,14 +26,14 @@ from zppo.core.replay import Changes
 from zppo.core.types import Group as RolloutGroup
 from zppo.core.types import ImageRef, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError, Interrupted, StorageError
-from zppo.models.student import load_model
+from zppo.models.student_model import load_model
 from zppo.runs import checkpoint
 from zppo.runs.files import MANIFEST, make_manifest, write_whole
 from zppo.runs.log import RunLog
 from zppo.runs.signals import Stop, catch_signals
 from zppo.step_log import StepLog
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.train.learner import PartialUpdate, UpdateCounts
 from zppo.train.mid_step import MidStep, StepRollouts
 from zppo.train.provenance import changes_since, origin_of

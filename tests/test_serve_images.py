@@ -28,7 +28,7 @@ from zppo.serve import protocol as pictures
 from zppo.serve.command import ServedModel, load
 from zppo.serve.protocol import RequestImages
 from zppo.serve.server import make_app
-from zppo.teacher.base import TeacherRequest, TeacherSampling
+from zppo.teacher.interface import TeacherRequest, TeacherSampling
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
 

@@ -20,8 +20,8 @@ from zppo.core.advantages import step_advantages
 from zppo.core.minibatch import Sharing, packed, samples_of, share_prompt
 from zppo.engines import logprobs as shared
 from zppo.engines.logprobs import Pack, completion_logprobs, shared_logprobs, sharing_of
-from zppo.models.student import recompute_layers
-from zppo.train.build import _make_sharing
+from zppo.models.student_model import recompute_layers
+from zppo.train.assemble import _make_sharing
 
 ALWAYS = Sharing(reach=10**9)
 SIZES: dict[str, Any] = {

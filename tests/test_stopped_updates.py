@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from same_run import assert_same_run, records
 from zppo.cli import main
-from zppo.models.student import load_model
+from zppo.models.student_model import load_model
 from zppo.runs import checkpoint
 from zppo.train import policy_gradient as learn
 from zppo.train.distillation import Distillation

@@ -12,7 +12,7 @@ import torch
 from zppo.core.types import ImageRef, Message
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.errors import ModelError, TeacherError
-from zppo.teacher.base import TeacherRequest, TeacherSampling
+from zppo.teacher.interface import TeacherRequest, TeacherSampling
 from zppo.teacher.local import LocalTeacher
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=6)

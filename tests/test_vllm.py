@@ -406,8 +406,8 @@ def test_a_failing_server_is_named_in_bounded_words() -> None:
 
 
 def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch, tiny_qwen3_dir: Path) -> None:
-    from zppo.config.models import ModelSettings
-    from zppo.train import build as student_engine
+    from zppo.config.model_settings import ModelSettings
+    from zppo.train import assemble as student_engine
 
     asked: list[Any] = []
     monkeypatch.setattr(student_engine, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "/snapshot")
@@ -420,7 +420,7 @@ def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch
 
 def test_several_processes_are_refused(recipe: Path) -> None:
     from zppo.config.recipe import load_recipe
-    from zppo.train.build import start_vllm
+    from zppo.train.assemble import start_vllm
 
     settings, several = load_recipe(recipe, ["--rollout.engine=vllm"]), SimpleNamespace(num_processes=2)
     with pytest.raises(SettingsError, match="2 processes"):

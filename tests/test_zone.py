@@ -24,9 +24,9 @@ from zppo.rollout.reformulated import CandidateMaker, Reformulator
 from zppo.rollout.student import Answered, PromptRenderer
 from zppo.rollout.teacher import Pools, TeacherSampler
 from zppo.step_log import StepLog
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Compressor
-from zppo.train.build import make_reformulations
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.train.assemble import make_reformulations
 
 
 class Words:

@@ -181,7 +181,7 @@ def warm() -> None:
     for spec in LOADED:
         importlib.import_module(spec)
     from conftest import make_tiny
-    from zppo.models.student import load_model
+    from zppo.models.student_model import load_model
 
     importlib.import_module("pyarrow").table({"a": ["b"]}).to_pylist()  # with pandas, where it is installed
     with tempfile.TemporaryDirectory() as folder:

@@ -344,7 +344,7 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
     from zppo.planning.model_shapes import config_file
 
     if any(q.images for q in (*train, *held_out)) and config_file(settings.student.model) is not None:
-        from zppo.rollout.questions import check_images, first_with_images  # it imports torch
+        from zppo.rollout.run_data import check_images, first_with_images  # it imports torch
 
         if first := first_with_images(settings, train, held_out):
             check_images(settings, *first, sharded=False)

@@ -10,9 +10,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from zppo.config.methods import METHODS, Control, Estimator, Method
-from zppo.config.models import FrozenModelSettings, JudgeSettings, JudgeUse, ModelSettings, SamplingSettings, Section, TeacherSettings
+from zppo.config.model_settings import (
+    FrozenModelSettings,
+    JudgeSettings,
+    JudgeUse,
+    ModelSettings,
+    SamplingSettings,
+    Section,
+    TeacherSettings,
+)
 from zppo.core.reformulate import REFORMULATIONS
-from zppo.data.files import SourceSettings
+from zppo.data.local_files import SourceSettings
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits

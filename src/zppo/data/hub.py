@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from zppo.data.files import READERS, Place, Rows, SourceSettings, file_rows
+from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows
 from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
 

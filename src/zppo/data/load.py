@@ -9,8 +9,8 @@ from pathlib import Path
 from zppo.core.types import Question
 from zppo.data import hub
 from zppo.data import reasoning_gym as gym
-from zppo.data.files import Place, Rows, SourceSettings, file_rows
 from zppo.data.hub import folder_rows
+from zppo.data.local_files import Place, Rows, SourceSettings, file_rows
 from zppo.data.rows import USUAL_IMAGES, Columns, RowImages, has_column, not_looked_at, question_from_row, unused_images
 from zppo.errors import DataError
 from zppo.names import QUESTIONS, load_object, scheme_of

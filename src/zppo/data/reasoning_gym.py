@@ -15,7 +15,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from zppo.core.types import Message, Question
-from zppo.data.files import SourceSettings
+from zppo.data.local_files import SourceSettings
 from zppo.errors import DataError
 
 GymAnswer = Literal["number", "fraction", "truth", "word"]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, RULE, Grading, ImageRef, Message, Question
-from zppo.data.files import Place
+from zppo.data.local_files import Place
 from zppo.errors import DataError, one_line
 from zppo.images.store import cache_folder, check_whole, data_of, decode, keep, reference, rgb
 

@@ -29,7 +29,7 @@ from zppo.config.settings import Settings
 from zppo.distributed.launcher import Launch
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
-from zppo.models.student import Student
+from zppo.models.student_model import Student
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
 from zppo.runs.signals import Stop
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
 from zppo.engines.keyed_sampling import Drawer, Draws
 from zppo.engines.kv_cache import DecodeState
-from zppo.engines.memory import out_of_memory, release
+from zppo.engines.out_of_memory import out_of_memory, release
 from zppo.errors import MemoryLimitError, ModelError
 from zppo.images.features import Positions, Seen, picture_inputs, positions_of
 from zppo.images.processor import ImageProcessor

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
-from zppo.data.files import READERS
+from zppo.data.local_files import READERS
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.adapters.row import PICTURES, DatasetRow
 from zppo.evals.benchmark import Benchmark, HubDataset

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from zppo.config.settings import LoraSettings, names_vision_layers
 from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
-from zppo.models.parts import Part, parts_of
+from zppo.models.vision_parts import Part, parts_of
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

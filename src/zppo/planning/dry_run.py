@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zppo.config.models import FrozenModelSettings, ModelSettings, TeacherSettings
+from zppo.config.model_settings import FrozenModelSettings, ModelSettings, TeacherSettings
 from zppo.config.settings import LoraSettings, Settings
 from zppo.core.reformulate import RESPONSES
 from zppo.core.select import share_of

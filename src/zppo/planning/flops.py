@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.config.methods import needs_of
-from zppo.config.models import TeacherSettings
+from zppo.config.model_settings import TeacherSettings
 from zppo.config.settings import Settings
 from zppo.core.reformulate import RESPONSES
 from zppo.core.select import share_of

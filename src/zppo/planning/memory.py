@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from zppo.config.methods import needs_of
-from zppo.config.models import ModelSettings
+from zppo.config.model_settings import ModelSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
 from zppo.core.types import Question
 from zppo.names import model_folder

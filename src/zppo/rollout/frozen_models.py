@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from zppo.config.methods import Method
-from zppo.config.models import FrozenModelSettings, TeacherSettings
+from zppo.config.model_settings import FrozenModelSettings, TeacherSettings
 from zppo.config.settings import Settings
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
-from zppo.models.student import read_template
+from zppo.models.student_model import read_template
 from zppo.names import model_folder
-from zppo.rollout.questions import ImageInputs
+from zppo.rollout.run_data import ImageInputs
 from zppo.runs.display import warn
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher

@@ -16,9 +16,9 @@ from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.student import PromptRenderer
 from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, TeacherSampler
 from zppo.step_log import StepLog
-from zppo.teacher.base import Teacher, TeacherSampling
 from zppo.teacher.compression import COMPRESSION_COUNTS, Compressor, PairRequest, Prepared, Source, token_tail
 from zppo.teacher.hints import HINT_COUNTS, HintRequest, make_hints
+from zppo.teacher.interface import Teacher, TeacherSampling
 
 
 class CandidateMaker:

@@ -13,8 +13,8 @@ from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.student import Answered, PromptRenderer, Score
 from zppo.step_log import StepLog
-from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import Source
+from zppo.teacher.interface import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 
 Pools = dict[str, tuple[Source, ...]]
 """T_x by question id: correct teacher responses, in the order of teachers and draws."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
-from zppo.engines.memory import sample_in_halves
+from zppo.engines.out_of_memory import sample_in_halves
 
 _LINGER, _LONGEST_LINGER = 0.01, 0.1  # seconds without an arrival before a batch starts; seconds in all
 

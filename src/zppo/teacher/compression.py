@@ -15,7 +15,7 @@ from zppo.core.reformulate import Candidate
 from zppo.grading import extract_boxed, normalise
 from zppo.prompts import PromptBook
 from zppo.step_log import StepLog
-from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.interface import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 
 MAX_LINES = 5
 REDRAWS = 3

@@ -12,8 +12,8 @@ from zppo.core.types import Question
 from zppo.grading import normalise
 from zppo.prompts import PromptBook
 from zppo.step_log import StepLog
-from zppo.teacher.base import Teacher, TeacherRequest, TeacherSampling
 from zppo.teacher.compression import REDRAWS, Source, draw_order
+from zppo.teacher.interface import Teacher, TeacherRequest, TeacherSampling
 
 
 @dataclass(frozen=True, slots=True)

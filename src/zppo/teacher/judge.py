@@ -15,7 +15,7 @@ from zppo.core.types import Question
 from zppo.grading.text import final_part
 from zppo.prompts import PromptBook
 from zppo.step_log import StepLog
-from zppo.teacher.base import Teacher, TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.interface import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 
 Outcome = Literal["correct", "wrong", "malformed", "unreachable"]
 

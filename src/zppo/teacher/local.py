@@ -14,13 +14,13 @@ from zppo.engines.base import Completion, Engine, SampleRequest
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
 from zppo.engines.loading import load_network, reads_images
-from zppo.engines.memory import sample_in_halves
+from zppo.engines.out_of_memory import sample_in_halves
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, TeacherError, ZPPOError, one_line
 from zppo.images.processor import ImageProcessor, PixelCache
 from zppo.images.store import PixelLimits
 from zppo.step_log import StepLog
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 
 
 class Speech(Protocol):

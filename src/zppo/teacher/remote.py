@@ -24,8 +24,8 @@ from zppo.errors import ZPPOError
 from zppo.images.store import PixelLimits, request_url
 from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.step_log import StepLog
-from zppo.teacher.base import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Servers, Trouble, Wire, backoff, sound
+from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.startup_check import PING_IMAGE, Names, check_images, check_servers
 
 ENCODERS = 4  # images decoded at once, of up to 200 MB each

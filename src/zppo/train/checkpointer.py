@@ -12,7 +12,7 @@ import torch
 
 from zppo.config.settings import TrainSettings
 from zppo.distributed.parallel import ReplicatedWeights
-from zppo.models.student import Student
+from zppo.models.student_model import Student
 from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable
 from zppo.train.mid_step import MidStep

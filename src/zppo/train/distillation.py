@@ -10,7 +10,7 @@ from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout, Row
 from zppo.engines.logprobs import ForwardPass
-from zppo.engines.memory import TokenBudget, release
+from zppo.engines.out_of_memory import TokenBudget, release
 from zppo.rollout.teacher import Pools, TeacherSampler
 from zppo.step_log import StepLog
 from zppo.teacher.compression import Source

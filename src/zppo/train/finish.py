@@ -18,13 +18,13 @@ from zppo.config.settings import LoraSettings, Settings
 from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.vllm import VLLMEngine
-from zppo.models.student import Student, load_model
+from zppo.models.student_model import Student, load_model
 from zppo.rollout.evaluation import Evaluation, evaluate
 from zppo.runs.checkpoint import Savable
 from zppo.runs.files import PARTIAL, sync, writing
 from zppo.runs.log import METRICS, read_lines
 from zppo.step_log import StepLog
-from zppo.train.build import Assembled, make_engine
+from zppo.train.assemble import Assembled, make_engine
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
 FINAL = "final"

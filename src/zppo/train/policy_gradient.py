@@ -28,7 +28,7 @@ from zppo.core.minibatch import (
 )
 from zppo.core.types import Group, Rollout
 from zppo.engines.logprobs import ForwardPass
-from zppo.engines.memory import TokenBudget, release
+from zppo.engines.out_of_memory import TokenBudget, release
 from zppo.errors import MemoryLimitError, SettingsError
 from zppo.rollout.teacher import Pools
 from zppo.step_log import StepLog

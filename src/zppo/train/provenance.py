@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from zppo.config.models import ModelSettings
+from zppo.config.model_settings import ModelSettings
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.core.types import Question

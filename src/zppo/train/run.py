@@ -27,14 +27,14 @@ from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, St
 from zppo.images.store import read_bytes
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
-from zppo.rollout.questions import read_data
+from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
 from zppo.runs.display import Progress, warn
 from zppo.runs.files import RECIPE, check_output, write_whole, writing
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
 from zppo.step_log import StepLog
-from zppo.train.build import Assembled, assemble
+from zppo.train.assemble import Assembled, assemble
 from zppo.train.finish import FINAL, finish
 from zppo.train.health_checks import HealthChecks
 from zppo.train.learner import UpdateStopped

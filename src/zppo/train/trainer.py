@@ -14,8 +14,8 @@ from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
 from zppo.errors import MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate
-from zppo.rollout.questions import RunData
 from zppo.rollout.reformulated import Reformulator
+from zppo.rollout.run_data import RunData
 from zppo.rollout.student import StudentSampler
 from zppo.runs.log import RunLog
 from zppo.step_log import StepLog

@@ -31,8 +31,8 @@ from zppo.grading.grader import Grader
 from zppo.grading.text import extract_boxed, final_part
 from zppo.prompts import PromptBook
 from zppo.prompts.book import JUDGE
-from zppo.teacher.base import TeacherRequest, TeacherSampling
 from zppo.teacher.http import OPENAI_HOST
+from zppo.teacher.interface import TeacherRequest, TeacherSampling
 from zppo.teacher.judge import readable, strict_object
 from zppo.teacher.remote import RemoteTeacher
 

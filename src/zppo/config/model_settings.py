@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from zppo.engines.base import Sampling
-from zppo.teacher.base import TeacherSampling
+from zppo.teacher.interface import TeacherSampling
 
 OPENAI_HOST = "api.openai.com"
 

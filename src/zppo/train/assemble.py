@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from zppo.config.methods import Method, load_reformulation
-from zppo.config.models import ModelSettings
+from zppo.config.model_settings import ModelSettings
 from zppo.config.recipe import dump_recipe
 from zppo.config.settings import Settings
 from zppo.core.minibatch import Sharing
@@ -33,15 +33,15 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
 from zppo.models.optimizer import make_optimizer
-from zppo.models.parts import freeze_parts, parameter_groups
-from zppo.models.student import Student, context_length, load_chat, load_student, recompute_layers
+from zppo.models.student_model import Student, context_length, load_chat, load_student, recompute_layers
+from zppo.models.vision_parts import freeze_parts, parameter_groups
 from zppo.names import model_folder
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
 from zppo.rollout.grading import Rule, grades_while_sampling, make_scorer
-from zppo.rollout.questions import RunData, check_vocabulary, load_short
 from zppo.rollout.reformulated import make_reformulator
+from zppo.rollout.run_data import RunData, check_vocabulary, load_short
 from zppo.rollout.student import PromptRenderer, StudentSampler
 from zppo.rollout.teacher import ResponseTokens, SharedTeacher, TeacherSampler, make_teacher_sampler
 from zppo.runs import checkpoint

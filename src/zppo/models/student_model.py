@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zppo.config.models import ModelSettings
+from zppo.config.model_settings import ModelSettings
 from zppo.config.settings import Settings
 from zppo.engines.chat import Chat
 from zppo.engines.loading import load_network
