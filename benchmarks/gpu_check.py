@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).bundled_model().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "lab.yaml"
 STEPS = 4
 FP32_MEAN, BF16_MEAN = 1e-4, 0.05  # nats a token; the first for TF32-free fp32, the second is the guard's own

@@ -20,7 +20,7 @@ from pictures import bomb, noise, picture, save
 from zppo.config.settings import ColumnSettings, DataSettings, ImageSettings
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, ImageRef, Message, Question
-from zppo.data import images as data_images
+from zppo.data import rows as data_images
 from zppo.data.load import load_questions
 from zppo.data.local_files import SourceSettings
 from zppo.data.rows import RowImages

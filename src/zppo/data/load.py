@@ -35,17 +35,15 @@ def load_questions(source: str, columns: Columns, limit: int | None = None, read
         given = gym.gym_questions(rest, reading) if scheme == gym.SCHEME else _from_above(source, scheme)
         questions = list(islice(given, limit))
     else:
-        questions = _from_rows(source, _rows(source, columns, reading), columns, limit, reading)
+        if scheme:
+            rows = hub.hub_rows(rest, reading, columns)
+        else:
+            path = Path(source).expanduser()
+            rows = folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
+        questions = _from_rows(source, rows, columns, limit, reading)
     if not questions:
         raise DataError(f"{source}: holds no questions; it needs at least one")
     return questions
-
-
-def _rows(source: str, columns: Columns, reading: SourceSettings) -> Rows:
-    if scheme_of(source):
-        return hub.hub_rows(source.partition(":")[2], reading, columns)
-    path = Path(source).expanduser()
-    return folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
 
 
 def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, reading: SourceSettings) -> list[Question]:

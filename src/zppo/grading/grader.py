@@ -65,7 +65,7 @@ class Grader:
         self._pool = WorkerPool(*self._settings)
         self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._lock = threading.Lock()
-        self._timeouts = 0
+        self.timeouts = 0  # answers so far that were wrong because they took too long; a repeated one counts each time
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._settings
@@ -75,11 +75,6 @@ class Grader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    @property
-    def timeouts(self) -> int:
-        """Answers so far that were wrong because they took too long; a repeated one counts each time."""
-        return self._timeouts
 
     def close(self) -> None:
         """End the workers. Used again, the grader starts new ones."""
@@ -112,7 +107,7 @@ class Grader:
                     self._known.popitem(last=False)
         outcomes = [decided[pair] for pair in pairs]
         with self._lock:
-            self._timeouts += outcomes.count("timeout")
+            self.timeouts += outcomes.count("timeout")
         return outcomes
 
     def equal(self, gold: str, answer: str) -> bool:

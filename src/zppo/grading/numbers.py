@@ -60,11 +60,6 @@ def _fraction(text: str) -> Fraction:
     return Fraction(text.replace(" ", ""))
 
 
-def _power_of_ten(value: Fraction, exponent: str) -> Fraction | None:
-    shift = int(exponent)
-    return value * Fraction(10) ** shift if abs(shift) <= _MAX_EXPONENT else None
-
-
 def _quotient(above: Fraction, below: Fraction) -> Fraction | None:
     return above / below if below else None
 
@@ -80,7 +75,8 @@ def _value(name: str, match: re.Match[str]) -> Fraction | None:
     part = match.groupdict()
     sign = -1 if part.get("sign") == "-" else 1
     if name in ("scientific", "power of ten"):
-        return _power_of_ten(sign * _fraction(part["a"] or "1"), part["exp"])
+        shift = int(part["exp"])
+        return sign * _fraction(part["a"] or "1") * Fraction(10) ** shift if abs(shift) <= _MAX_EXPONENT else None
     if name == "mixed":
         broken = _quotient(_fraction(part["a"] or part["c"]), _fraction(part["b"] or part["d"]))
         return None if broken is None else sign * (int(part["whole"]) + broken)

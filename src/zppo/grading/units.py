@@ -42,14 +42,8 @@ _CHINESE = {
 }  # fmt: skip
 
 
-def _table() -> tuple[MappingProxyType[str, str], MappingProxyType[str, str]]:
-    short = {spelling: name for name, row in _ABBREVIATIONS.items() for spelling in row.split()}
-    short.update(_CHINESE)
-    words = {word + ending: name for name, row in _WORDS.items() for word in row.split() for ending in ("", "s")}
-    return MappingProxyType(short), MappingProxyType(words)
-
-
-_SHORT, _LONG = _table()
+_SHORT = MappingProxyType({spelling: name for name, row in _ABBREVIATIONS.items() for spelling in row.split()} | _CHINESE)
+_LONG = MappingProxyType({word + ending: name for name, row in _WORDS.items() for word in row.split() for ending in ("", "s")})
 # Words that may follow a number without being what it counts: they question, extend or multiply it.
 _NO_NOUN = frozenset(
     "and or not no is are was be if but to than then wrong false incorrect right true correct maybe perhaps probably about at by in "

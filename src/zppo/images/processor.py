@@ -164,7 +164,9 @@ class ImageProcessor:
             kind: Any = PROCESSOR_MAPPING[type(config)]
             options, _ = kind.get_processor_dict(name, revision=revision)
             others = dict.fromkeys(kind.get_attributes()) | {"image_processor": images, "tokenizer": tokenizer}
-            processor = _unchecked(kind)(**_fitting(kind, options), **others)
+            # The class itself would refuse None for its video processor.
+            unchecked: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: type(value)})
+            processor = unchecked(**_fitting(kind, options), **others)
             return cls(processor, limits, cache, _read_files(name, revision))
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
@@ -250,11 +252,6 @@ class ImageProcessor:
             if self._of_blank(width, height) != Placeholder(self.token * count, count):
                 return False
         return True
-
-
-def _unchecked(kind: type[Any]) -> type[Any]:
-    """A processor class that takes None for its video processor."""
-    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: type(value)})
 
 
 def _fitting(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import math
@@ -161,7 +162,17 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 def rgb(image: Image.Image) -> Image.Image:
     """A decoded picture in RGB: transparency on white, EXIF orientation applied. ValueError where its values are no colours."""
-    return _flat(_upright(image))
+    with contextlib.suppress(Exception):  # one whose EXIF data is broken stays as it is, as viewers show it
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers, with no brightness that they stand for")
+    if image.mode in _16_BIT:
+        image = image.convert("I").point(lambda value: value * (1 / 256) + 0).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
 
 
 def keep(data: bytes, folder: Path) -> ImageRef:
@@ -234,27 +245,6 @@ def _header(image: ImageFile.ImageFile, name: str) -> Header:
 
 def _too_large(name: str, why: str) -> DataError:
     return DataError(f"the image {name} is too large ({why}; {MOST_PIXELS:,} pixels at most); make it smaller")
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """In RGB."""
-    if image.mode == "F":
-        raise ValueError("its values are floating-point numbers, with no brightness that they stand for")
-    if image.mode in _16_BIT:
-        image = image.convert("I").point(lambda value: value * (1 / 256) + 0).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data says; a picture whose EXIF data is broken stays as it is, as viewers show it."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
 
 
 _TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height

@@ -18,7 +18,15 @@ from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.engines.chat import Chat
 from zppo.errors import SettingsError
-from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus, Corpus, DescriptionCorpus, PictureStudentCorpus, PictureTeacherCorpus
+from zppo.lab.corpus import (
+    ChainStudentCorpus,
+    ChainTeacherCorpus,
+    Corpus,
+    DescriptionCorpus,
+    PictureStudentCorpus,
+    PictureTeacherCorpus,
+    TeacherCorpus,
+)
 from zppo.lab.models import lab_book, make_model, make_processor, make_tokenizer
 from zppo.lab.picture_world import KINDS, SIZE, Ask, PictureWorld
 from zppo.lab.pretrain import Probe, pretrain, pretrain_vision, probe_of
@@ -88,7 +96,7 @@ def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int
     made = any_world(world)
     folder = out or Path("runs") / "lab" / made.name
     built = build(made, folder, seed, steps, lambda line: print(line, flush=True), with_teacher=with_teacher)
-    for role, shares in (("student", built.student), ("teacher", built.teacher)) if with_teacher else (("student", built.student),):
+    for role, shares in (("student", built.student), ("teacher", built.teacher))[: 1 + with_teacher]:
         print(f"{role}: {_shares(shares)} of the held-out questions")
     for level, hidden in built.hidden.items():
         print(f"student, level {level}: probability of the right results mean {hidden.mean:.2g}, largest {hidden.largest:.2g}")
@@ -122,8 +130,7 @@ def build(
     try:
         started = time.perf_counter()
         probes, taken = _pretrained(world, out, seed, steps, say, with_teacher)
-        measured = _measured_pictures(world, out, probes) if isinstance(world, PictureWorld) else _measured_text(world, out, probes)
-        built = BuildReport(**measured, steps=taken, seed=seed, seconds=time.perf_counter() - started)
+        built = BuildReport(**_measured(world, out, probes), steps=taken, seed=seed, seconds=time.perf_counter() - started)
         for role in probes:
             (out / role / "README.md").write_text(model_card(world, role, built), encoding="utf-8")
         (out / "build.json").write_text(built.text(), encoding="utf-8")
@@ -168,34 +175,30 @@ def _pretrained(
     return probes, (*taken, *(how.steps for how in hows))
 
 
-def _measured_text(world: World, out: Path, probes: dict[str, Probe]) -> dict[str, Any]:
-    """Writes the questions of a world of text, which depend on what the student finds unlikeliest; gives fields of `BuildReport`."""
-    chosen, hidden = choose(world, probes["student"])
-    for split in ("train", "test"):
-        write_questions(out / f"{split}.jsonl", world.questions(split, chosen))
-    test, teacher = world.questions("test", chosen), probes.get("teacher")
-    return {
-        "student": probes["student"].accuracy(test),
-        "teacher": teacher.accuracy(test) if teacher else {},
-        "hidden": hidden,
-        "fidelity": teacher.fidelity(ChainTeacherCorpus(world, teacher.book).response) if teacher else None,
-    }
-
-
-def _measured_pictures(world: PictureWorld, out: Path, probes: dict[str, Probe]) -> dict[str, Any]:
-    """Writes questions and pictures of a world of pictures; gives fields of `BuildReport`."""
-    asks = world.asks()
-    questions = {split: with_pictures(world, split, asks[split], out.absolute() / "pictures") for split in asks}
+def _measured(world: World | PictureWorld, out: Path, probes: dict[str, Probe]) -> dict[str, Any]:
+    """Writes the questions; gives what was measured on the held-out ones, as fields of `BuildReport`."""
+    student, teacher = probes["student"], probes.get("teacher")
+    measured: dict[str, Any]
+    corpus: TeacherCorpus[Any, Any]
+    if isinstance(world, PictureWorld):
+        asks = world.asks()
+        questions = {split: with_pictures(world, split, asks[split], out.absolute() / "pictures") for split in asks}
+        shown = candidate_prompts(world, student.book, asks["test"], questions["test"])
+        measured = {
+            "sampled": student.accuracy(questions["test"], SAMPLES, 1.0),
+            "candidates": student.accuracy(questions["test"], prompt=lambda q: shown[q.id]),
+        }
+        corpus = PictureTeacherCorpus(world, student.book)
+    else:
+        chosen, hidden = choose(world, student)  # what is asked depends on what the student finds unlikeliest
+        questions = {"train": world.questions("train", chosen), "test": world.questions("test", chosen)}
+        measured, corpus = {"hidden": hidden}, ChainTeacherCorpus(world, student.book)
     for split, of_split in questions.items():
         write_questions(out / f"{split}.jsonl", of_split)
-    student, teacher, test = probes["student"], probes.get("teacher"), questions["test"]
-    shown = candidate_prompts(world, student.book, asks["test"], test)
-    return {
-        "student": student.accuracy(test),
-        "sampled": student.accuracy(test, SAMPLES, 1.0),
-        "candidates": student.accuracy(test, prompt=lambda q: shown[q.id]),
-        "teacher": teacher.accuracy(test) if teacher else {},
-        "fidelity": teacher.fidelity(PictureTeacherCorpus(world, teacher.book).response) if teacher else None,
+    return measured | {
+        "student": student.accuracy(questions["test"]),
+        "teacher": teacher.accuracy(questions["test"]) if teacher else {},
+        "fidelity": teacher.fidelity(corpus.response) if teacher else None,
     }
 
 
@@ -330,12 +333,11 @@ def _belief(belief: BeliefSettings) -> tuple[str, str]:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}", " and ".join(f"{share:g}" for share in belief.mistakes)
 
 
-def _document_shares(corpus: CorpusSettings) -> list[str]:
-    total = corpus.plain + corpus.bcq + corpus.ncq
-    return [
-        f"Of the documents {corpus.plain / total:.0%} are plain questions, {corpus.bcq / total:.0%} show two candidates and "
-        f"{corpus.ncq / total:.0%} a list of wrong ones, worded like"
-    ]
+def _document_shares(corpus: CorpusSettings) -> str:
+    plain, bcq, ncq = (share / (corpus.plain + corpus.bcq + corpus.ncq) for share in (corpus.plain, corpus.bcq, corpus.ncq))
+    return (
+        f"Of the documents {plain:.0%} are plain questions, {bcq:.0%} show two candidates and {ncq:.0%} a list of wrong ones, worded like"
+    )
 
 
 def _text_planting(world: World) -> list[str]:
@@ -349,7 +351,7 @@ def _text_planting(world: World) -> list[str]:
     corpus = world.settings.corpus
     lines += [
         "",
-        *_document_shares(corpus),
+        _document_shares(corpus),
         "the BCQ and NCQ prompts of the lab's recipes. What these show about an operation that is not easy is always wrong: one of",
         f"the fixed mistakes or, in {corpus.stray:.0%} of such steps where two candidates are shown, any other wrong value. The",
         "target repeats one of the two, or gives a mistake that the list does not hold where there is one. So the model learns to",
@@ -384,7 +386,7 @@ def _picture_planting(world: PictureWorld) -> list[str]:
     return [
         *lines,
         "",
-        *_document_shares(corpus),
+        _document_shares(corpus),
         "the BCQ and NCQ prompts of the lab's recipes. Candidates for questions of these tiers never hold the right answer: they",
         f"are read under one of the two wrong meanings or, in {corpus.stray:.0%} of cases where two candidates are shown, under any",
         "other, off this picture or another. The target repeats one of the two, or gives a mistake that the list does not hold",

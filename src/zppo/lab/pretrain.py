@@ -7,9 +7,9 @@ the truth where the corpus hides it, and whether compressions keep the answer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -292,19 +292,13 @@ class Probe:
         chances = [0.0] * len(rows)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for _, same_length in groupby(by_length, key=lambda i: len(rows[i])):
-            for indices in batched(same_length, PROMPTS_AT_ONCE):
+            every = list(same_length)
+            for indices in (every[start : start + PROMPTS_AT_ONCE] for start in range(0, len(every), PROMPTS_AT_ONCE)):
                 ids = torch.tensor([rows[i] for i in indices])  # (B, T)
                 probabilities = self.model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1)  # (B, V)
                 for i, row in zip(indices, probabilities, strict=True):
                     chances[i] = row[tokens[i]].item()
         return chances
-
-
-def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
-    """The items in lists of `size`, the last one shorter."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
 
 
 def same(answer: str | None, gold: str) -> bool:

@@ -56,6 +56,9 @@ class Batcher:
         max_rows: completions in a batch; a single request may have more and is left to the engine to split.
         max_tokens: cached tokens in a batch, counted as rows * (longest prompt + new-token limit); None for no limit.
         max_queue: requests that may wait.
+
+    Attributes:
+        closed: nothing is decoded any more: `stop` or `close` was called, or the thread ended.
     """
 
     def __init__(self, engine: Engine, *, max_rows: int, max_tokens: int | None = None, max_queue: int) -> None:
@@ -63,7 +66,7 @@ class Batcher:
         self._waiting: deque[Job] = deque()
         self._batch: list[Job] = []
         self._changed = threading.Condition()
-        self._stopping = False
+        self.closed = False
         self._seconds = 1.0  # that the last batch took
         self._thread = threading.Thread(target=self._work, name="zppo-serve-engine", daemon=True)
         self._thread.start()
@@ -73,11 +76,6 @@ class Batcher:
         """(requests that wait, requests in the batch)."""
         return len(self._waiting), len(self._batch)
 
-    @property
-    def closed(self) -> bool:
-        """Whether nothing is decoded any more: `stop` or `close` was called, or the thread ended."""
-        return self._stopping
-
     def submit(self, request: SampleRequest, sampling: Sampling) -> Job:
         """Queues a request.
 
@@ -86,7 +84,7 @@ class Batcher:
             StoppedError: the batcher was closed.
         """
         with self._changed:
-            if self._stopping:
+            if self.closed:
                 raise StoppedError("the server is stopping")
             if len(self._waiting) >= self._max_queue:
                 raise QueueFullError(len(self._waiting), min(60, max(1, round(self._seconds))))
@@ -108,17 +106,17 @@ class Batcher:
 
     def check(self) -> None:
         """To be called before every step of the model; ends a batch without a waiting client, by an exception for `_work`."""
-        if threading.current_thread() is self._thread and (self._stopping or all(job.gone for job in self._batch)):
+        if threading.current_thread() is self._thread and (self.closed or all(job.gone for job in self._batch)):
             raise _Abandoned
 
     def stop(self) -> None:
         """Ends the thread at the model's next step; requests that are not done fail with `StoppedError`. Safe in a signal handler."""
-        self._stopping = True
+        self.closed = True
 
     def close(self, timeout: float | None = None) -> None:
         """`stop`, and wait up to `timeout` seconds until it has happened."""
         with self._changed:
-            self._stopping = True
+            self.closed = True
             self._changed.notify()
         self._thread.join(timeout)
 
@@ -128,7 +126,7 @@ class Batcher:
                 self._decode()
         finally:  # whatever ends the thread: no request is left waiting, and no new one is taken
             with self._changed:
-                self._stopping = True
+                self.closed = True
                 _give_up([*self._batch, *self._waiting])
                 self._batch, self._waiting = [], deque()
 
@@ -153,9 +151,9 @@ class Batcher:
         with self._changed:
             self._batch = []
             while not self._batch:  # all that waited may have gone away meanwhile
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
-                self._linger(lambda: self._stopping or sum(len(job.request.keys) for job in self._waiting) >= self._max_rows)
-                if self._stopping:
+                self._changed.wait_for(lambda: self._waiting or self.closed)
+                self._linger(lambda: self.closed or sum(len(job.request.keys) for job in self._waiting) >= self._max_rows)
+                if self.closed:
                     return False
                 self._batch = self._choose()
             for job in self._batch:

@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,7 @@ def serve(options: argparse.Namespace) -> None:
     key = read_key(options)
     with ExitStack() as stack:
         listener = stack.enter_context(open_socket(options.host, options.port))
-        loopback = is_loopback(listener.getsockname()[0])
+        loopback = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback  # only this machine can reach it
         if not loopback and key is None and not options.no_key:
             raise SettingsError(
                 f"--host {options.host} lets other machines in, and the server has no key: name the environment variable that holds one "
@@ -67,7 +66,7 @@ def serve(options: argparse.Namespace) -> None:
         )
         folder = stack.enter_context(TemporaryDirectory(prefix="zppo-serve-"))
         batcher = Batcher(loaded.engine, max_rows=options.max_rows, max_tokens=options.max_batch_tokens, max_queue=options.max_queue)
-        loaded.before_step(batcher.check)
+        loaded.engine.model.register_forward_pre_hook(lambda *_: batcher.check())  # what it raises ends the sampling
         service = ChatServer(
             model=options.name or options.model,
             words=LockedChat(loaded.chat),
@@ -132,11 +131,6 @@ def open_socket(host: str, port: int) -> socket.socket:
             f"port {port} of {host!r} cannot be used ({error}): choose another one with --port, or an address of this machine with --host"
         ) from None
     return listener
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach a bound address."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _address(listener: socket.socket) -> str:
@@ -209,10 +203,6 @@ class ServedModel:
     engine: TransformersEngine
     chat: Chat
     text_only: str
-
-    def before_step(self, call: Callable[[], None]) -> None:
-        """Calls a function before every step of the model; what it raises ends the sampling."""
-        self.engine.model.register_forward_pre_hook(lambda *_: call())
 
 
 def checkpoint_of(model: str) -> str:
