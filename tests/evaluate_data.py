@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from zppo.evals.adapters.row import DatasetRow
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item, conversation
-from zppo.evals.tables import BENCHMARKS
+from zppo.evals.registry import BENCHMARKS
 from zppo.prompts import PromptBook
 
 ROWS = Path(__file__).parent / "data" / "evaluate"

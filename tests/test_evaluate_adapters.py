@@ -20,7 +20,7 @@ from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.adapters.video import subtitle_text
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item, conversation
-from zppo.evals.tables import BENCHMARKS, find, suite
+from zppo.evals.registry import BENCHMARKS, find, suite
 from zppo.prompts import PromptBook
 
 EACH = pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.name)

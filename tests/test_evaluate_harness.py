@@ -13,11 +13,11 @@ from anls import anls_score
 from zppo.core.types import Message
 from zppo.evals.adapters.row import DatasetRow
 from zppo.evals.item import Item, Kind
+from zppo.evals.registry import find
 from zppo.evals.results import Scored, mastery
-from zppo.evals.scoring.judge import judge_score
-from zppo.evals.scoring.metrics import anls
 from zppo.evals.scoring.rules import Score, score
-from zppo.evals.tables import find
+from zppo.evals.scoring.text_scores import anls
+from zppo.evals.scoring.verdicts import judge_score
 from zppo.grading import Grader
 
 HARNESS = json.loads((Path(__file__).parent / "data" / "evaluate" / "harness.json").read_text(encoding="utf-8"))

@@ -13,9 +13,9 @@ import pytest
 
 from evaluate_data import items, write_data
 from zppo.errors import DataError, UnavailableError
+from zppo.evals.benchmark_rows import limited, load_items, unique
 from zppo.evals.item import Item
-from zppo.evals.load import limited, load_items, unique
-from zppo.evals.tables import BENCHMARKS, find
+from zppo.evals.registry import BENCHMARKS, find
 
 
 @pytest.fixture(scope="module")

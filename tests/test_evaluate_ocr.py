@@ -12,8 +12,8 @@ from zppo.core.types import Message
 from zppo.errors import SettingsError
 from zppo.evals.item import Item
 from zppo.evals.results import _ABILITIES
-from zppo.evals.scoring import metrics as page_text
-from zppo.evals.scoring.metrics import _METRICS, Node, ocr_score, outline_similarity, page_score, teds, tree_distance
+from zppo.evals.scoring import text_scores as page_text
+from zppo.evals.scoring.text_scores import _METRICS, Node, ocr_score, outline_similarity, page_score, teds, tree_distance
 
 
 def table(*rows: str) -> str:

@@ -18,13 +18,13 @@ from report_runs import invented_run
 from zppo import cli
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals import view as estimate
+from zppo.evals.endpoint import KEY, command_of
 from zppo.evals.item import Item, Message
 from zppo.evals.journal import Journal
-from zppo.evals.media import media_key, spread, turns_of
-from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
+from zppo.evals.media import chat_turns, media_key, spread
+from zppo.evals.options import EvalOptions, fingerprint, settings_of
+from zppo.evals.registry import BENCHMARKS, find, judge_prompts
 from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, families, finished, summary, with_benchmark, with_skipped
-from zppo.evals.server import KEY, command_of
-from zppo.evals.tables import BENCHMARKS, find, judge_prompts
 from zppo.evals.view import ProgressDisplay, print_results
 from zppo.prompts import PromptBook
 from zppo.report.summary import Reader
@@ -116,18 +116,18 @@ def test_frames_come_before_the_text_evenly_spaced_and_images_at_their_marks(tmp
     assert spread(range(10), 3) == [1, 5, 8] and spread(range(2), 16) == [0, 1] and spread([], 4) == []
     frames = tuple(tmp_path / "clips" / f"{i}.png" for i in range(3))
     item = Item("1", "VMME", (Message("user", "Where?"),), "A", "text", frames=frames)
-    (turn,) = turns_of(item, PromptBook(), store=tmp_path, as_file=False, frames=2)
+    (turn,) = chat_turns(item, PromptBook(), store=tmp_path, as_file=False, frames=2)
     assert [part.kind for part in turn.parts] == ["image", "image", "text"]
     pictured = Item("2", "AI2D", (Message("user", "See <image> here."),), "A", "text", images=(tmp_path / "images" / "red.png",))
-    (turn,) = turns_of(pictured, PromptBook(), store=tmp_path, as_file=False, frames=2)
+    (turn,) = chat_turns(pictured, PromptBook(), store=tmp_path, as_file=False, frames=2)
     assert [part.kind for part in turn.parts] == ["text", "image", "text"]
     assert turn.parts[1].value.startswith("data:image/png;base64,")
     (tmp_path / "clip.mp4").write_bytes(b"whole")
     video = Item("3", "VMME", (Message("user", "Where?"),), "A", "text", video=tmp_path / "clip.mp4")
-    (turn,) = turns_of(video, PromptBook(), store=tmp_path, as_file=True, frames=2)
+    (turn,) = chat_turns(video, PromptBook(), store=tmp_path, as_file=True, frames=2)
     assert turn.parts[0].value == "data:video/mp4;base64,d2hvbGU="
     with pytest.raises(DataError, match="cannot be decoded"):
-        turns_of(video, PromptBook(), store=tmp_path, as_file=False, frames=2)
+        chat_turns(video, PromptBook(), store=tmp_path, as_file=False, frames=2)
 
 
 def test_another_picture_under_the_same_name_is_another_question(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_pictures_are_sent_within_the_protocols_limits(tmp_path: Path) -> None:
     for name, size in {"small": (40, 40), "large": (3000, 1000)}.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
         item = Item("1", "AI2D", (Message("user", "<image>"),), "A", "text", images=(tmp_path / f"{name}.png",))
-        (turn,) = turns_of(item, PromptBook(), store=tmp_path, as_file=False, frames=1)
+        (turn,) = chat_turns(item, PromptBook(), store=tmp_path, as_file=False, frames=1)
         shown = Image.open(io.BytesIO(base64.b64decode(turn.parts[0].value.partition(",")[2])))
         assert 256 * 32 * 32 <= shown.width * shown.height <= 1280 * 32 * 32
 
@@ -388,7 +388,7 @@ def test_a_dry_run_needs_no_network_no_server_and_no_extra(
         raise AssertionError("a dry run connects to nothing")
 
     monkeypatch.setattr(socket.socket, "connect", nowhere)
-    monkeypatch.setattr("zppo.evals.command.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("zppo.evals.evaluate.importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(["eval", "anything", "--dry-run"]) == 0
     said = capsys.readouterr().out

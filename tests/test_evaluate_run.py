@@ -28,11 +28,11 @@ from seeing import make_seeing
 from serving import listening, wait_for
 from zppo import cli
 from zppo.errors import EvaluationError, SettingsError
-from zppo.evals.protocol import Decoding, EvalOptions, settings_of
+from zppo.evals.endpoint import check_context, served
+from zppo.evals.options import Decoding, EvalOptions, settings_of
+from zppo.evals.registry import BENCHMARKS, find
 from zppo.evals.results import EvalFolder, SampleResult, begin, summary, with_benchmark
-from zppo.evals.scoring import judge as deciding
-from zppo.evals.server import check_context, served
-from zppo.evals.tables import BENCHMARKS, find
+from zppo.evals.scoring import verdicts as deciding
 
 KEY, JUDGE_KEY, SERVED_KEY = (f"{whose}-key-that-nobody-may-see" for whose in ("model", "judge", "served"))
 
@@ -380,7 +380,7 @@ def test_a_finished_evaluation_is_shown_only_where_model_judge_and_options_are_t
 def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Path) -> None:
     from inspect_ai.model import ModelOutput
 
-    from zppo.evals.task import text_of
+    from zppo.evals.task import message_text
 
     replies: list[Reply] = [
         {"content": r"\boxed{A}", "reasoning_content": r"\boxed{B}?"},
@@ -397,7 +397,7 @@ def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Pa
     with scripted(lambda body: r"\boxed{A} or", "m") as model, scripted(fair, "j") as judge:
         assert cli.main(command(model.url, judge, data, tmp_path / "open", "CEval", "--think-open")) == 0
     assert {row["answer"] for row in rows(tmp_path / "open", "CEval")} == {None}
-    assert text_of(ModelOutput.from_content("mock", r"<think>hm</think>\boxed{A}")) == r"<think>hm</think>\boxed{A}"
+    assert message_text(ModelOutput.from_content("mock", r"<think>hm</think>\boxed{A}")) == r"<think>hm</think>\boxed{A}"
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
         (200.0, "raise SystemExit('no such model')", "status 1 .* no such model"),
         (0.2, "import time; time.sleep(300)", "within 0.2 s"),
     ):
-        monkeypatch.setattr("zppo.evals.server.command_of", lambda *a, s=script: [sys.executable, "-c", s])
+        monkeypatch.setattr("zppo.evals.endpoint.command_of", lambda *a, s=script: [sys.executable, "-c", s])
         with pytest.raises(EvaluationError, match=message), served(tmp_path, log, images=1, deadline=deadline, vllm=False):
             raise AssertionError("it cannot be there")
 
@@ -499,7 +499,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Answer).serve_forever()
 PARENT = """
 import sys, time
 from pathlib import Path
-from zppo.evals import server as child
+from zppo.evals import endpoint as child
 child.command_of = lambda folder, port, vllm, images: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
 with child.served(Path("."), Path(sys.argv[2] + ".log"), images=1, vllm=False) as server:
     assert server.key not in repr(server)

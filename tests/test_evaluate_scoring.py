@@ -17,11 +17,11 @@ from zppo.errors import DataError, TemplateError
 from zppo.evals.benchmark import Aggregate, Judge
 from zppo.evals.item import Item, Kind
 from zppo.evals.journal import Journal
+from zppo.evals.registry import BENCHMARKS, find
 from zppo.evals.results import Scored, figure, mastery
-from zppo.evals.scoring import judge as deciding
-from zppo.evals.scoring.judge import judge_book, judge_request, judge_score, read_reply, reminder
+from zppo.evals.scoring import verdicts as deciding
 from zppo.evals.scoring.rules import NO_ANSWER, score
-from zppo.evals.tables import BENCHMARKS, find
+from zppo.evals.scoring.verdicts import judge_book, judge_request, judge_score, read_reply, reminder
 from zppo.grading import Grader
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from zppo.core.draws import keyed_random
 from zppo.engines.chat import Chat
 from zppo.errors import ModelError, SettingsError
-from zppo.lab.build import build, build_command, choose
 from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus
+from zppo.lab.make_models import build, build_command, choose
 from zppo.lab.models import lab_book, make_model, make_tokenizer
 from zppo.lab.pretrain import Probe, TokenizedDocument, batches, loss_sum, pretrain, probe_of, tokenized
 from zppo.lab.questions import ASSETS, bundled_model, lab_questions, questions_command

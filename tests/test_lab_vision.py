@@ -23,8 +23,8 @@ from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
 from zppo.grading import extract_boxed
 from zppo.images.processor import ImageProcessor
-from zppo.lab.build import build_command, candidate_prompts
 from zppo.lab.corpus import PictureStudentCorpus, PictureTeacherCorpus
+from zppo.lab.make_models import build_command, candidate_prompts
 from zppo.lab.models import grids, lab_book, make_model, make_processor, make_tokenizer, patches
 from zppo.lab.picture_world import KINDS, PALETTE, WORLDS, cell_words, draw_chart, draw_scene, load_picture_world, pixels
 from zppo.lab.pretrain import LIMITS, TokenizedDocument, loss_sum, pretrain_vision, probe_of, tokenized, with_picture, word_logits

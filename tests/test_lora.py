@@ -24,7 +24,7 @@ from zppo.engines.logprobs import completion_logprobs
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.models.lora import Adapters, add_adapters, find_targets
 from zppo.models.student_model import load_model, load_student
-from zppo.runs.checkpoint import model_folder
+from zppo.runs.checkpoint import weights_folder
 
 LORA = "--train.lora={rank: 4, alpha: 8}"
 TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")
@@ -305,7 +305,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
     with pytest.raises(CheckpointError, match="holds all weights, and train.lora of the recipe is on"):
         load_student(whole, tmp_path / "full", bf16=False)
     (run / "recipe.yaml").write_text(text, encoding="utf-8")
-    weights = model_folder(run / "checkpoints" / "step-000004") / "adapter_model.safetensors"
+    weights = weights_folder(run / "checkpoints" / "step-000004") / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_student(load_recipe(run / "recipe.yaml", []), run / "checkpoints" / "step-000004", bf16=False)

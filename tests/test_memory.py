@@ -456,7 +456,7 @@ def test_its_state_survives_a_checkpoint(package: str, tmp_path: Path, monkeypat
             weight.grad = torch.randn_like(weight)
         ours.step()
     folder = checkpoint.save(tmp_path, 3, model, ours, {}, keep=1)
-    other.load_state_dict(load_model(checkpoint.model_folder(folder), dtype=torch.float32).state_dict())
+    other.load_state_dict(load_model(checkpoint.weights_folder(folder), dtype=torch.float32).state_dict())
     checkpoint.load_optimizer(folder, theirs)
     for one, twin in zip(model.parameters(), other.parameters(), strict=True):
         one.grad = torch.randn_like(one)

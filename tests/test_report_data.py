@@ -33,16 +33,17 @@ from zppo.report.audits import (
     boxes,
     count_group,
     count_leaks,
+    fraction,
     match,
     match_rows,
     paper_rows,
     position_bias,
-    share_of,
     wilson,
     zone_story,
 )
 from zppo.report.charts import ChartSpec, Series, ramp
-from zppo.report.questions import (
+from zppo.report.read_run import open_run, question_ids, scan_file
+from zppo.report.stories import (
     SIDES,
     QuestionLine,
     Visit,
@@ -55,7 +56,6 @@ from zppo.report.questions import (
     trimmed,
     with_images,
 )
-from zppo.report.read_run import open_run, question_ids, scan_file
 from zppo.report.summary import Reader, duration
 from zppo.runs.log import RunLog
 
@@ -86,7 +86,7 @@ def chart_of(summary: summary_module.Summary, name: str) -> ChartSpec:
 def test_wilson_of_known_values() -> None:
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert wilson(0, 0) == (0.0, 1.0) and math.isnan(share_of(0, 0).share)
+    assert wilson(0, 0) == (0.0, 1.0) and math.isnan(fraction(0, 0).share)
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

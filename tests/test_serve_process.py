@@ -17,6 +17,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from zppo.serve.arguments import add_serve
 
 import zppo
 from conftest import make_tiny
@@ -27,7 +28,6 @@ from zppo.images.store import PixelLimits
 from zppo.lab.questions import lab_questions
 from zppo.prompts import PromptBook
 from zppo.serve import command as run
-from zppo.serve.arguments import add_serve
 
 KEY = "a-key-that-nobody-may-see"
 TEACHER = "lab:unreachable/teacher"

@@ -75,7 +75,7 @@ def test_three_updates_that_are_not_finite_stop_the_run_after_their_step(
     assert saved(run) == ["step-000002"] and f"continue with `zppo resume {run}`" in said
     assert [r["skipped_updates"] for r in records(run) if r["event"] == "step"] == [0, 4]
     assert (run / "rollouts" / "step-000002.parquet").exists()
-    model = load_model(checkpoint.model_folder(checkpoint.existing(run)[0]), dtype=torch.float32)
+    model = load_model(checkpoint.weights_folder(checkpoint.existing(run)[0]), dtype=torch.float32)
     assert all(p.isfinite().all() for p in model.parameters())
     status, said = zppo("resume", run)
     assert status == 0, said

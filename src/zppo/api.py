@@ -169,10 +169,10 @@ def evaluate(
         SettingsError: an option is wrong, or the folder holds another evaluation.
         EvaluationError: a server or a package is missing, nothing could be evaluated, or rows are open at the end.
     """
-    from zppo.evals import command
-    from zppo.evals.protocol import EvalOptions
+    from zppo.evals.evaluate import evaluate as run
+    from zppo.evals.options import EvalOptions
+    from zppo.evals.registry import judge_prompts as read_prompts
     from zppo.evals.results import default_output
-    from zppo.evals.tables import judge_prompts as read_prompts
 
     options |= {name: Path(options[name]) for name in _OPTIONAL_PATHS if options.get(name) is not None}
     prompts = read_prompts([f"{name}={path}" for name, path in (judge_prompts or {}).items()])
@@ -180,10 +180,10 @@ def evaluate(
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        command.evaluate(asked, console)
+        run(asked, console)
     else:  # a notebook: the evaluation's own loops need a thread without one
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(command.evaluate, asked, console).result()
+            pool.submit(run, asked, console).result()
     return Evaluated(asked.output or default_output(asked))
 
 

@@ -386,7 +386,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from zppo.report.questions import inspect_command
+    from zppo.report.stories import inspect_command
 
     inspect_command(options.folder, options.question, step=options.step, kind=options.kind, full=options.full)
 
@@ -403,9 +403,9 @@ def _eval(options: argparse.Namespace) -> None:
 
         compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
         return
-    from zppo.evals.command import evaluate
-    from zppo.evals.protocol import EvalOptions
-    from zppo.evals.tables import judge_prompts
+    from zppo.evals.evaluate import evaluate
+    from zppo.evals.options import EvalOptions
+    from zppo.evals.registry import judge_prompts
 
     if options.files:
         raise SettingsError(f"zppo eval takes one model; {', '.join(map(str, options.files))} too many")
@@ -437,7 +437,7 @@ def _cost(options: argparse.Namespace) -> None:
 
 
 def _lab_build(options: argparse.Namespace) -> None:
-    from zppo.lab.build import build_command
+    from zppo.lab.make_models import build_command
 
     build_command(options.world, options.out, options.seed, options.steps, with_teacher=not options.no_teacher)
 

@@ -59,7 +59,7 @@ def _check_images(source: str, features: Mapping[str, Any], columns: Columns) ->
             raise DataError(not_looked_at(source, unused[0], columns))
 
 
-def shorten(error: BaseException) -> str:
+def shortened(error: BaseException) -> str:
     """An error of a library in one line, without its example of use."""
     return f"{type(error).__name__}: {one_line(error).partition(' Example of usage')[0]}"
 
@@ -73,7 +73,7 @@ def _rows(loaded: Iterable[object], source: str, name: str, folder: Path) -> Row
             return
         except Exception as error:  # a stream fails in as many ways as a network
             raise DataError(
-                f"{source}, after row {number}: cannot be read further ({shorten(error)}); try again, or lower data.limit"
+                f"{source}, after row {number}: cannot be read further ({shortened(error)}); try again, or lower data.limit"
             ) from error
         number += 1
         yield Place(source, name, number, folder), value
@@ -176,7 +176,7 @@ def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
     """What went wrong and how to mend it. `datasets` drops the causes of its errors, so some are told apart by their words."""
     import datasets
 
-    page, said = f"https://huggingface.co/datasets/{name}", shorten(error)
+    page, said = f"https://huggingface.co/datasets/{name}", shortened(error)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         if "gated dataset" in said:
             return f"is gated: accept its terms at {page}, then run `hf auth login` ({said})"
@@ -233,7 +233,7 @@ def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path
         found: Any = datasets.load_dataset_builder(str(folder.absolute()), reading.config).config.data_files
     except Exception as error:  # many kinds, by what is missing or malformed
         hint = "; name one with data.config" if "config" in str(error).lower() else ""
-        raise DataError(f"{folder}: is no folder of data that can be used ({shorten(error)}){hint}") from error
+        raise DataError(f"{folder}: is no folder of data that can be used ({shortened(error)}){hint}") from error
     top = folder.absolute()
     splits = {
         str(split): files
@@ -257,7 +257,7 @@ def _saved(folder: Path, reading: SourceSettings, columns: Columns) -> Rows:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # many kinds, by what is missing or malformed
-        raise DataError(f"{folder}: cannot be read as what save_to_disk wrote ({shorten(error)}); write it again") from error
+        raise DataError(f"{folder}: cannot be read as what save_to_disk wrote ({shortened(error)}); write it again") from error
     if isinstance(loaded, datasets.DatasetDict):
         if reading.split not in loaded:
             raise DataError(

@@ -14,7 +14,7 @@ from zppo.core.parts import message_parts
 from zppo.core.types import ImageRef
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.item import Item, Media, conversation
-from zppo.evals.protocol import LIMITS
+from zppo.evals.options import LIMITS
 from zppo.images.store import keep, reference, request_url
 from zppo.prompts import PromptBook
 
@@ -39,7 +39,7 @@ class ChatTurn:
     parts: tuple[ContentPart, ...]
 
 
-def turns_of(item: Item, book: PromptBook, *, store: Path, as_file: bool, frames: int) -> list[ChatTurn]:
+def chat_turns(item: Item, book: PromptBook, *, store: Path, as_file: bool, frames: int) -> list[ChatTurn]:
     """The conversation that asks a question.
 
     Frames, or the clip, stand before the texts of the last turn; images at their marks.

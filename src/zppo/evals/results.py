@@ -19,7 +19,7 @@ from typing import IO, Any, Literal, NamedTuple
 from zppo import __version__
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals.benchmark import Aggregate, Benchmark
-from zppo.evals.protocol import RESULT, EvalOptions
+from zppo.evals.options import RESULT, EvalOptions
 
 
 class Scored(NamedTuple):

@@ -1,4 +1,4 @@
-"""One benchmark as a task of inspect-ai: asked through a model of its own, decided by `zppo.evals.scoring.judge`, all in its log.
+"""One benchmark as a task of inspect-ai: asked through a model of its own, decided by `zppo.evals.scoring.verdicts`, all in its log.
 
 The model is an OpenAI-compatible server that is sent every sampling setting, and videos too. The only module that needs inspect-ai
 (`pip install 'zppo[eval]'`): it is imported when an evaluation runs.
@@ -48,9 +48,9 @@ from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.media import ChatTurn, media_key
-from zppo.evals.protocol import Decoding, digest_of
+from zppo.evals.options import Decoding, digest_of
 from zppo.evals.results import TOO_LONG, By, SampleResult
-from zppo.evals.scoring.judge import Decider
+from zppo.evals.scoring.verdicts import Decider
 from zppo.teacher.http import SHORTEST_SECRET, sound
 
 PROVIDER = "zppo"
@@ -175,7 +175,7 @@ def blind(error: BaseException) -> bool:
     return refused(error) and (getattr(error.__cause__, "code", None) == "images_refused" or bool(_BLIND.search(why(error))))
 
 
-def text_of(output: ModelOutput) -> str:
+def message_text(output: ModelOutput) -> str:
     """What the model wrote, thoughts included: as it was sent, or put together again where a provider has taken it apart."""
     if not output.choices:
         return ""
@@ -368,7 +368,7 @@ async def _asked(work: TaskContext, item: Item, state: TaskState, generate: Gene
     usage, finish = output.usage, output.stop_reason
     return {
         # What a server says about a conversation that is too long for it is no answer of the model.
-        "text": "" if finish == TOO_LONG else text_of(output),
+        "text": "" if finish == TOO_LONG else message_text(output),
         "finish": finish,
         "tokens_in": usage.input_tokens if usage else 0,
         "tokens_out": usage.output_tokens if usage else 0,

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from zppo.errors import DataError, one_line
 from zppo.evals.benchmark import Benchmark, Family
+from zppo.evals.benchmark_rows import load_items
 from zppo.evals.item import Item
-from zppo.evals.load import load_items
-from zppo.evals.protocol import EvalOptions
+from zppo.evals.options import EvalOptions
 from zppo.evals.results import SampleResult
 
 _EVERY = 30.0  # seconds between lines in a file

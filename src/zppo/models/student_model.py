@@ -106,7 +106,7 @@ def load_student(settings: Settings, start: Path | None, *, bf16: bool, images: 
         CheckpointError: the checkpoint has adapters and the recipe has not, or the other way round.
     """
     own, lora = settings.student, settings.train.lora
-    saved = checkpoint.model_folder(start) if start else None
+    saved = checkpoint.weights_folder(start) if start else None
     if saved is not None and (saved / ADAPTER_CONFIG).exists() != (lora is not None):
         raise CheckpointError(
             f"{saved} holds {'all weights' if lora else 'LoRA adapters'}, and train.lora of the recipe is {'on' if lora else 'off'}: "

@@ -236,7 +236,7 @@ def position_bias(counts: Counts) -> Proportion:
     return Proportion(p, *wilson(p * effective, effective), t)
 
 
-def share_of(successes: int, n: int) -> Proportion:
+def fraction(successes: int, n: int) -> Proportion:
     """A share of independent trials with Wilson's interval."""
     return Proportion(successes / n if n else math.nan, *wilson(successes, n), n)
 

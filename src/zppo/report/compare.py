@@ -77,7 +77,7 @@ def compare_command(
         console.print(Text(table.caption, style="dim"), soft_wrap=True)
         console.print()
     if html:
-        target, charts = out or Path("compare.html"), charts_of(comparison.arms)
+        target, charts = out or Path("compare.html"), comparison_charts(comparison.arms)
         write_page(console, comparison_page(comparison, charts), target, charts, target.parent / f"{target.stem}-{FIGURES}", suffixes)
 
 
@@ -258,7 +258,7 @@ CURVES = "Curves"
 Curve = Callable[[Run], Mapping[int, float | None]]
 
 
-def charts_of(arms: Sequence[Arm]) -> list[ChartSpec]:
+def comparison_charts(arms: Sequence[Arm]) -> list[ChartSpec]:
     """Curves on shared axes: means over the seeds of an arm, with a band from the lowest to the highest."""
     runs = [run for arm in arms for run in arm.runs.values()]
     levels = list(dict.fromkeys(level for run in runs for e in run.evaluations for level in e["by_level"]))

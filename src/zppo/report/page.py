@@ -28,8 +28,8 @@ from rich.text import Text
 from zppo import __version__
 from zppo.errors import CheckpointError, SettingsError
 from zppo.report.charts import ChartSpec
-from zppo.report.questions import load_stories, stratified, to_index, trimmed, with_images
 from zppo.report.read_run import RECIPE
+from zppo.report.stories import load_stories, stratified, to_index, trimmed, with_images
 from zppo.report.summary import Reader, Summary
 from zppo.report.tables import Table
 

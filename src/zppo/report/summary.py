@@ -14,8 +14,8 @@ from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
 from zppo.report.audits import Counts, ZoneStory, zone_story
 from zppo.report.charts import ChartSpec, charts_of
-from zppo.report.questions import QuestionLine, question_lines
 from zppo.report.read_run import RECIPE, Run, StepScan, open_run, scan_file
+from zppo.report.stories import QuestionLine, question_lines
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
 from zppo.runs.log import METRICS
 

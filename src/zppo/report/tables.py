@@ -20,7 +20,7 @@ from rich.text import Text
 
 from zppo.core.types import BCQ, NCQ
 from zppo.errors import DataError, SettingsError
-from zppo.report.audits import Counts, Proportion, ZoneStory, match_rows, median, paper_rows, position_bias, share_of
+from zppo.report.audits import Counts, Proportion, ZoneStory, fraction, match_rows, median, paper_rows, position_bias
 from zppo.report.bootstrap import RESAMPLES, MethodDifference, bootstrap_table
 from zppo.report.bootstrap import Table as Accuracies
 from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
@@ -139,8 +139,8 @@ def _position(counts: Counts) -> Table:
     rows = (
         ("BCQ rollouts that follow a candidate and follow the first one", position_bias(counts)),
         ("BCQ prompts in which the right candidate stands first",
-         share_of(counts["position", "right first"], counts["position", "prompts"])),
-        ("BCQ prompts in which the right candidate is the longer one", share_of(longer, longer + counts["leak", BCQ, "wrong longer"])),
+         fraction(counts["position", "right first"], counts["position", "prompts"])),
+        ("BCQ prompts in which the right candidate is the longer one", fraction(longer, longer + counts["leak", BCQ, "wrong longer"])),
     )  # fmt: skip
     caption = (
         "50% is no bias. 95% intervals by Wilson's score; for rollouts at the effective number, because those of one prompt are alike. "
@@ -156,7 +156,7 @@ def _leaks(counts: Counts) -> Table:
         (BCQ, "answer changed", "BCQ prompts with a candidate that boxes another answer than the completion behind it"),
         (BCQ, "one box", "BCQ prompts in which only one of the two candidates has a box"),
     )
-    shares = [(words, share_of(counts["leak", kind, name], counts["leak", kind, "checked"])) for kind, name, words in rows]
+    shares = [(words, fraction(counts["leak", kind, name], counts["leak", kind, "checked"])) for kind, name, words in rows]
     unchecked = counts["leak", BCQ, "unchecked"] + counts["leak", NCQ, "unchecked"]
     caption = "Read from the prompts as the student saw them, answers compared after normalisation."
     if unchecked:

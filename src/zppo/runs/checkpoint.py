@@ -152,7 +152,7 @@ def set_aside(checkpoint: Path) -> Path:
     return target
 
 
-def model_folder(checkpoint: Path) -> Path:
+def weights_folder(checkpoint: Path) -> Path:
     """Where the checkpoint's weights are."""
     return checkpoint / _MODEL
 

@@ -46,7 +46,7 @@ def serve(options: argparse.Namespace) -> None:
         ZPPOError: what is wrong with the options, the key, the port or the model; all but the model are looked at before it is loaded.
     """
     _check_limits(options)
-    key = read_key(options)
+    key = read_server_key(options)
     with ExitStack() as stack:
         listener = stack.enter_context(open_socket(options.host, options.port))
         loopback = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback  # only this machine can reach it
@@ -84,7 +84,7 @@ def serve(options: argparse.Namespace) -> None:
             batcher.close(_GRACE)
 
 
-def read_key(options: argparse.Namespace) -> str | None:
+def read_server_key(options: argparse.Namespace) -> str | None:
     """The key that clients must send, from an environment variable or a file; None without either.
 
     Raises:

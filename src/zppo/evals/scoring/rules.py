@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from zppo.evals.adapters.choice import LETTERS
 from zppo.evals.item import Item, Kind
-from zppo.evals.scoring.metrics import anls
+from zppo.evals.scoring.text_scores import anls
 from zppo.grading.numbers import Number, parse_number
 from zppo.grading.text import MAX_ANSWER, choice, clean, extract_boxed, final_part, nested_too_deep, normalise, printed, yes_no
 from zppo.grading.units import split_unit
@@ -150,7 +150,7 @@ def _anls(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
 
 def _ocr(item: Item, response: str, equal: Equal) -> tuple[float | None, str]:
     # Its metrics need packages of the extra `ocr`, which nothing else needs.
-    from zppo.evals.scoring.metrics import ocr_score
+    from zppo.evals.scoring.text_scores import ocr_score
 
     return max(ocr_score(item, text) for text in _readings(response)), str(item.facts["task"])
 

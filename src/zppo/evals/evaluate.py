@@ -17,15 +17,15 @@ from rich.console import Console
 from zppo.core.types import Message
 from zppo.errors import DataError, EvaluationError, SettingsError, UnavailableError
 from zppo.evals.benchmark import Benchmark
+from zppo.evals.benchmark_rows import LoadedBenchmark, load_items
+from zppo.evals.endpoint import NAME, EndpointModel, Server, check_context, find_model, has_vllm, is_url, read_model_key, served
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.load import LoadedBenchmark, load_items
-from zppo.evals.media import check_decoder, turns_of
-from zppo.evals.protocol import EvalOptions, fingerprint, settings_of
+from zppo.evals.media import chat_turns, check_decoder
+from zppo.evals.options import EvalOptions, fingerprint, settings_of
+from zppo.evals.registry import BENCHMARKS, suite
 from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, finished, summary, with_benchmark, with_skipped
-from zppo.evals.scoring.judge import Decider, judge_book
-from zppo.evals.server import NAME, ServedModel, Server, check_context, find_model, has_vllm, is_url, read_key, served
-from zppo.evals.tables import BENCHMARKS, suite
+from zppo.evals.scoring.verdicts import Decider, judge_book
 from zppo.evals.view import ProgressDisplay, estimate, print_estimates, print_results, say
 from zppo.names import checkpoint_folder
 from zppo.prompts import PromptBook
@@ -69,11 +69,11 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     # What can be wrong with the call is looked for before a server is started or a question is asked.
     place = None if is_url(options.model) else _checkpoint(options.model)
     judge_book(options.judge_prompts)
-    judge_key = read_key(options.judge_key_env, "--judge-key-env")
-    key = read_key(options.key_env, "--key-env")
+    judge_key = read_model_key(options.judge_key_env, "--judge-key-env")
+    key = read_model_key(options.key_env, "--key-env")
     folder = EvalFolder(options.output or default_output(options))
     target = place or find_model(options.model, key, options.name, "model")
-    label = target.name if isinstance(target, ServedModel) else str(target.absolute())
+    label = target.name if isinstance(target, EndpointModel) else str(target.absolute())
     weights = fingerprint(place)
     # A finished evaluation is only shown again: its server is not started, its judge not needed.
     known = folder.read()
@@ -132,10 +132,10 @@ def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, we
 
 
 def _serve(
-    options: EvalOptions, key: str, folder: EvalFolder, target: ServedModel | Path, stack: ExitStack, console: Console
-) -> tuple[Server, ServedModel, bool]:
+    options: EvalOptions, key: str, folder: EvalFolder, target: EndpointModel | Path, stack: ExitStack, console: Console
+) -> tuple[Server, EndpointModel, bool]:
     """(the server, the model there, whether its prompts end inside an open think block)."""
-    if isinstance(target, ServedModel):
+    if isinstance(target, EndpointModel):
         return Server(options.model, key, "other"), target, options.think_open
     # Loads transformers, which nothing else here needs.
     from zppo.engines.chat import Chat
@@ -217,7 +217,7 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
                 watch.take(row)
 
-        turns = partial(turns_of, book=PromptBook(), store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
+        turns = partial(chat_turns, book=PromptBook(), store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
         health = Health()
         work = TaskContext(
             benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take

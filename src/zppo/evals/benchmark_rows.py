@@ -17,7 +17,7 @@ from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Media
 
 
-def hub_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
+def dataset_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
     """The rows of the benchmark's set, or of the first copy of it that can be loaded, with owner/name and commit.
 
     Raises:
@@ -125,7 +125,7 @@ def load_items(
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
     if data is None:
-        rows, origin, revision = hub_rows(benchmark, clips)
+        rows, origin, revision = dataset_rows(benchmark, clips)
     else:
         rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
     adapt = partial(_adapted, benchmark)

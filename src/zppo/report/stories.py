@@ -302,20 +302,20 @@ def _match(story: Story) -> None:
 def trimmed(story: Story, most_bytes: int) -> Story:
     """A story that fits: completions lose their middle first, then groups in the middle lose their texts (the outcomes stay)."""
     for characters in (8000, 2000, 500):
-        if size_of(story) <= most_bytes:
+        if bytes_of(story) <= most_bytes:
             return story
         prompts = [cut(p, 4 * characters) for p in story["prompts"]]
         groups = [
             {**g, "rollouts": [{**r, "completion": cut(r["completion"], characters)} for r in g["rollouts"]]} for g in story["groups"]
         ]
         story = {**story, "prompts": prompts, "groups": groups, "cut": True}
-    groups, left = list(story["groups"]), size_of(story) - most_bytes
+    groups, left = list(story["groups"]), bytes_of(story) - most_bytes
     # From the middle outwards: the beginning and the end of a story say most.
     for index in sorted(range(len(groups)), key=lambda i: abs(2 * i - len(groups) + 1)):
         if left <= 0:
             break
         bare = {**groups[index], "rollouts": [{**r, "completion": None} for r in groups[index]["rollouts"]]}
-        left -= size_of(groups[index]) - size_of(bare)
+        left -= bytes_of(groups[index]) - bytes_of(bare)
         groups[index] = bare
     return {**story, "groups": groups}
 
@@ -328,7 +328,7 @@ def cut(text: str, characters: int) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 
-def size_of(story: Story) -> int:
+def bytes_of(story: Story) -> int:
     """Bytes of a story on the page."""
     return len(json.dumps(story, ensure_ascii=False).encode("utf-8", "replace"))
 

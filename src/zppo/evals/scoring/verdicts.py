@@ -24,7 +24,7 @@ from zppo.engines.base import Sampling
 from zppo.evals.benchmark import Benchmark, Judge
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.protocol import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
+from zppo.evals.options import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
 from zppo.evals.results import TOO_LONG, SampleResult
 from zppo.evals.scoring.rules import score
 from zppo.grading.grader import Grader
@@ -186,7 +186,7 @@ def judge_request(benchmark: Benchmark, item: Item, completion: str, book: Promp
 def judge_score(benchmark: Benchmark, item: Item, reply: str, think_open: bool = False) -> float | None:
     """The score in a judge's reply, 0 to 1; None where the reply is malformed, which is an error of the judge, not of the model.
 
-    Forms: `zppo.evals.scoring.judge`. MultiChallenge: the judge says yes or no, which is right if it is what the row wants.
+    Forms: `zppo.evals.scoring.verdicts`. MultiChallenge: the judge says yes or no, which is right if it is what the row wants.
     """
     value = read_reply(benchmark.judge, reply, think_open)
     if benchmark.judge == "eval_multichallenge" and value is not None:

@@ -31,7 +31,7 @@ from zppo.teacher.http import REPLY_BYTES, Trouble, Wire
 _PATIENCE = 60.0  # seconds for the first answer
 
 
-class ServedModel(NamedTuple):
+class EndpointModel(NamedTuple):
     """A model that answers.
 
     Attributes:
@@ -47,7 +47,7 @@ def is_url(model: str) -> bool:
     return urlsplit(model).scheme in ("http", "https")
 
 
-def read_key(variable: str | None, flag: str) -> str:
+def read_model_key(variable: str | None, flag: str) -> str:
     """The key in an environment variable, "" where none is named. Its value appears in no message.
 
     Raises:
@@ -62,7 +62,7 @@ def read_key(variable: str | None, flag: str) -> str:
     return key
 
 
-def find_model(url: str, key: str, name: str | None, what: Literal["model", "judge"]) -> ServedModel:
+def find_model(url: str, key: str, name: str | None, what: Literal["model", "judge"]) -> EndpointModel:
     """The model to ask a server for, after it has answered a small request.
 
     Args:
@@ -77,7 +77,7 @@ def find_model(url: str, key: str, name: str | None, what: Literal["model", "jud
     return asyncio.run(_find(url, key, name, what))
 
 
-async def _find(url: str, key: str, name: str | None, what: Literal["model", "judge"]) -> ServedModel:
+async def _find(url: str, key: str, name: str | None, what: Literal["model", "judge"]) -> EndpointModel:
     name_flag, key_flag = ("--model", "--key-env") if what == "model" else ("--judge-model", "--judge-key-env")
     wire = Wire(url, key, _PATIENCE, 1)
     try:
@@ -99,7 +99,7 @@ async def _find(url: str, key: str, name: str | None, what: Literal["model", "ju
             else:
                 mend = f"correct the address (it mostly ends in /v1), or name the model with {name_flag}"
             raise EvaluationError(f"the {what} cannot be asked ({trouble.reason}): {mend}") from None
-        return ServedModel(chosen, contexts.get(chosen))
+        return EndpointModel(chosen, contexts.get(chosen))
     finally:
         await wire.close()
 
