@@ -169,7 +169,7 @@ def operations(config: Any, lines: Sequence[flops.Line]) -> float:
         tuple(FULL if kind == FULL else LINEAR for kind in config.layer_types),
         config.num_attention_heads, config.num_key_value_heads, config.head_dim, True, True, False, config.tie_word_embeddings,
         config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim,
-        config.linear_conv_kernel_dim, "",
+        config.linear_conv_kernel_dim,
     )  # fmt: skip
     layers = sum(wide * high for _, wide, high in shape.linear_maps())
     full = sum(kind == FULL for kind in shape.layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ from typing import Any
 import openai
 import pytest
 import torch
-from zppo.serve.arguments import add_serve
 
 import zppo
 from conftest import make_tiny
@@ -224,6 +222,4 @@ def test_every_option_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_key_is_no_argument() -> None:
-    parser = argparse.ArgumentParser()
-    add_serve(parser.add_subparsers())
-    assert "key" not in vars(parser.parse_args(["serve", "tiny"]))
+    assert "key" not in vars(cli._parser().parse_args(["serve", "tiny"]))
