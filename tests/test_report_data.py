@@ -47,11 +47,11 @@ from zppo.report.stories import (
     SIDES,
     QuestionLine,
     Visit,
+    bytes_of,
     cut,
     load_stories,
     nearest,
     question_lines,
-    size_of,
     stratified,
     trimmed,
     with_images,
@@ -407,7 +407,7 @@ def test_a_trimmed_story_keeps_its_outcomes(most: int) -> None:
     short = trimmed(story, most)
     assert [[r["correct"] for r in g["rollouts"]] for g in short["groups"]] == [[r["correct"] for r in rollouts]] * 9
     bare = {**short, "groups": [{**g, "rollouts": [{**r, "completion": None} for r in g["rollouts"]]} for g in short["groups"]]}
-    assert size_of(short) <= max(most, size_of(bare))
+    assert bytes_of(short) <= max(most, bytes_of(bare))
     texts = [g["rollouts"][0]["completion"] is not None for g in short["groups"]]
     assert texts == sorted(texts[:5], reverse=True) + texts[5:] and texts[0] >= texts[4]
 
