@@ -358,11 +358,11 @@ def _methods(options: argparse.Namespace) -> None:
     from zppo.config.methods import METHODS
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("method", "replayed", "asked again with", "what enters the gradient", "in the paper"):
+    for column in ("method", "replayed", "asked again with", "what enters the gradient", "advantage", "in the paper"):
         table.add_column(column, no_wrap=column == "method")
     for row in METHODS.values():
         asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
-        table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, Text(row.paper))
+        table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, row.advantages, Text(row.paper))
     Console().print(table)
 
 

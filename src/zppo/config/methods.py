@@ -14,6 +14,13 @@ Control = Literal["none", "placebo", "scrambled"]
 Estimator = Literal["nontrivial", "all", "none", "group"]
 """How advantages are computed (method.md section 5): two-step over the groups of a scope (Eqs. 2-6), or textbook GRPO (Eq. 1)."""
 
+_ESTIMATORS: dict[Estimator, str] = {
+    "nontrivial": "two-step, Eqs. 2-3",
+    "all": "two-step over all groups",
+    "none": "reward - group mean",
+    "group": "textbook GRPO, Eq. 1",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -47,6 +54,11 @@ class Method:
     @property
     def distils(self) -> bool:
         return self.loss != "policy"
+
+    @property
+    def advantages(self) -> str:
+        """How advantages are computed, in words."""
+        return "-" if self.distils else _ESTIMATORS[self.advantage]
 
     @property
     def needs_teacher(self) -> bool:
