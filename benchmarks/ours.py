@@ -171,12 +171,12 @@ class Replaying:
 
 
 class Seen:
-    """What the updater was given: which rollouts, of what length, with a gradient or not."""
+    """What the learner was given: which rollouts, of what length, with a gradient or not."""
 
-    def __init__(self, updater: Any) -> None:
+    def __init__(self, learner: Any) -> None:
         self.groups: list[list[flops.Line]] = []
-        self._update = updater.optimizer_steps
-        updater.optimizer_steps = self
+        self._update = learner.optimizer_steps
+        learner.optimizer_steps = self
 
     def __call__(self, groups: Sequence[Any], advantages: Any, *rest: Any) -> Any:
         live = iter((advantages != 0).tolist())
@@ -202,9 +202,9 @@ def serve(pipe: Connection, own: Ours) -> None:
         sampling = in_order(trainer)
         replayed = Replaying(sampling.engine, completions(own.shape, seed=0))
         replaying = dataclasses.replace(sampling, engine=replayed)
-        updater, watch, memory = trainer.learner, Stopwatch(), PeakMemory()
-        updater._old_logprobs = watch.timed("logprobs", updater._old_logprobs)
-        seen = Seen(updater)
+        learner, watch, memory = trainer.learner, Stopwatch(), PeakMemory()
+        learner._old_logprobs = watch.timed("logprobs", learner._old_logprobs)
+        seen = Seen(learner)
         reported: dict[str, Any] = {}
         trainer.run_log.listener = lambda step, event, metrics: reported.update(metrics)
         pipe.send(("ready", None))

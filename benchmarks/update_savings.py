@@ -63,7 +63,7 @@ class Variants:
             groups.append(Group(Prompt("plain", question, question.messages, ids), rollouts))
         return groups, step_advantages(groups, "nontrivial")
 
-    def updater(self, *, share: bool = False, sampler: bool = True) -> Any:
+    def learner(self, *, share: bool = False, sampler: bool = True) -> Any:
         """One whose optimizer never steps: what is measured is the gradient."""
         import torch
 
@@ -83,12 +83,12 @@ class Variants:
         import zppo.train.policy_gradient as module
         from zppo.core.minibatch import Share
 
-        updater, real = self.updater(), module.share_minibatch
+        learner, real = self.learner(), module.share_minibatch
 
         def everything(samples: Any, dealt: Sequence[int], **_: Any) -> Share:
             return Share([(g, i) for g in dealt for i in range(len(samples[g]))], [])
 
-        inner = updater.optimizer_steps
+        inner = learner.optimizer_steps
 
         def optimizer_steps(*given: Any) -> Any:
             module.share_minibatch = everything
@@ -97,30 +97,30 @@ class Variants:
             finally:
                 module.share_minibatch = real
 
-        updater.optimizer_steps = optimizer_steps
-        return updater
+        learner.optimizer_steps = optimizer_steps
+        return learner
 
     def fixed_rows(self, rows: int) -> Any:
         """So many rows a micro-batch, in the order in which they come, each padded to its longest."""
         from zppo.core.minibatch import MicroBatch
 
-        updater = self.updater()
+        learner = self.learner()
 
         def split(given: Sequence[Any]) -> list[MicroBatch]:
             cut = [list(range(len(given)))[i : i + rows] for i in range(0, len(given), rows)]
             return [MicroBatch([[i] for i in part], max(given[i].length for i in part)) for part in cut]
 
-        updater._split = split
-        return updater
+        learner._split = split
+        return learner
 
 
-def timed(updater: Any, groups: Any, advantages: Any) -> dict[str, float]:
+def timed(learner: Any, groups: Any, advantages: Any) -> dict[str, float]:
     """Seconds of an update, of the wall clock and of the processor, and its tokens."""
     from zppo.step_log import StepLog
 
     wall, cpu = time.perf_counter(), time.process_time()
     log = StepLog(1)
-    updater.optimizer_steps(groups, advantages, log)
+    learner.optimizer_steps(groups, advantages, log)
     metrics = log.counts
     return {
         "seconds": time.perf_counter() - wall,
@@ -130,22 +130,22 @@ def timed(updater: Any, groups: Any, advantages: Any) -> dict[str, float]:
     }
 
 
-def gradients(updater: Any, groups: Any, advantages: Any) -> list[list[Any]]:
+def gradients(learner: Any, groups: Any, advantages: Any) -> list[list[Any]]:
     """Of every minibatch."""
     from zppo.step_log import StepLog
 
     found: list[list[Any]] = []
-    step = updater.optimizer.step
+    step = learner.optimizer.step
 
     def keep(loss: float) -> Any:
-        found.append([p.grad.clone() for p in updater.optimizer.model.parameters() if p.grad is not None])
+        found.append([p.grad.clone() for p in learner.optimizer.model.parameters() if p.grad is not None])
         return step(loss)
 
-    updater.optimizer.step = keep
+    learner.optimizer.step = keep
     try:
-        updater.optimizer_steps(groups, advantages, StepLog(1))
+        learner.optimizer_steps(groups, advantages, StepLog(1))
     finally:
-        updater.optimizer.step = step
+        learner.optimizer.step = step
     return found
 
 
@@ -162,7 +162,7 @@ def against(plain: Any, others: Mapping[str, Any], batch: tuple[Any, Any], repet
     """Each of `others` beside `plain`: ratios of time (below 1 is faster), gradient difference, tokens."""
     names = {"plain": plain, **others}
     expected = gradients(plain, *batch)
-    gaps = {name: difference(gradients(updater, *batch), expected) for name, updater in others.items()}
+    gaps = {name: difference(gradients(learner, *batch), expected) for name, learner in others.items()}
     works: dict[str, Callable[[], Mapping[str, float]]] = {n: partial(timed, u, *batch) for n, u in names.items()}
     rows = interleaved(repetitions, works)
     return {
@@ -187,13 +187,13 @@ def measure(options: Options) -> Mapping[str, Any]:
         again = shape.questions // 2
         fixed = {f"{rows} rows": made.fixed_rows(rows) for rows in FIXED_ROWS}
         found["dropped rows"] = {
-            f"{share:.0%}": against(made.undropped(), {"dropped": made.updater()}, made.batch(share), repetitions) for share in SHARES
+            f"{share:.0%}": against(made.undropped(), {"dropped": made.learner()}, made.batch(share), repetitions) for share in SHARES
         }
         for name, long in (("plain", 0), ("with reformulated prompts", again)):
             batch = made.batch(0.5, long)
-            found[f"micro-batches, {name}"] = against(made.updater(), fixed, batch, repetitions)
-            found[f"shared prompts, {name}"] = against(made.updater(), {"shared": made.updater(share=True)}, batch, repetitions)
-        found["old log-probs"] = against(made.updater(sampler=False), {"the sampler's": made.updater()}, made.batch(0.5), repetitions)
+            found[f"micro-batches, {name}"] = against(made.learner(), fixed, batch, repetitions)
+            found[f"shared prompts, {name}"] = against(made.learner(), {"shared": made.learner(share=True)}, batch, repetitions)
+        found["old log-probs"] = against(made.learner(sampler=False), {"the sampler's": made.learner()}, made.batch(0.5), repetitions)
     return found
 
 

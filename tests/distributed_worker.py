@@ -43,7 +43,9 @@ def load(path: str) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def make_updater(model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True) -> PolicyGradient:
+def make_policy_gradient(
+    model: PreTrainedModel, accelerator: Accelerator, weights: ReplicatedWeights, *, sampler: bool = True
+) -> PolicyGradient:
     """Four minibatches in small micro-batches; vectors learn at half the rate of matrices, and one of them not at all."""
     settings = make_settings(train={"learning_rate": LEARNING_RATE, "tokens_per_microbatch": 60})
     train = settings.train
@@ -66,55 +68,55 @@ def make_updater(model: PreTrainedModel, accelerator: Accelerator, weights: Repl
     )
 
 
-def stopped_after_two(updater: PolicyGradient, groups: list[Group], advantages: torch.Tensor, step: int) -> PartialUpdate:
+def stopped_after_two(learner: PolicyGradient, groups: list[Group], advantages: torch.Tensor, step: int) -> PartialUpdate:
     """One of the processes is asked to stop before the third update, and all do."""
-    inner, done = updater.optimizer.step, [0]
+    inner, done = learner.optimizer.step, [0]
 
     def step_and_ask_to_stop(loss: float) -> tuple[float, float, bool]:
         done[0] += 1
-        if done[0] == 2 and updater.processes.rank == 1:
-            updater.processes.stop.request()
+        if done[0] == 2 and learner.processes.rank == 1:
+            learner.processes.stop.request()
         return inner(loss)
 
-    updater.optimizer.step = step_and_ask_to_stop  # type: ignore[method-assign]
+    learner.optimizer.step = step_and_ask_to_stop  # type: ignore[method-assign]
     try:
-        update(updater, groups, advantages, step)
+        update(learner, groups, advantages, step)
     except UpdateStopped as stopped:
         partial = stopped.partial
         assert partial.done == 2 and len(partial.old) == sum(len(g.rollouts) for g in groups)
         views = [line for line in partial.old if line.untyped_storage().nbytes() > line.nbytes]
         assert not views, "old log-probs were sent with the batch that they are a part of"
-        updater.optimizer.step, updater.processes.stop.signum = inner, None  # type: ignore[method-assign]
+        learner.optimizer.step, learner.processes.stop.signum = inner, None  # type: ignore[method-assign]
         return partial
     raise AssertionError("it did not stop")
 
 
-def train(updater: PolicyGradient, recorded: list[list[Group]], *, stop_in: int | None = None) -> list[dict[str, float | None]]:
+def train(learner: PolicyGradient, recorded: list[list[Group]], *, stop_in: int | None = None) -> list[dict[str, float | None]]:
     """All recorded steps; the metrics of each. In step `stop_in` one process is asked to stop before the third update."""
     metrics = []
     for step, groups in enumerate(recorded):
         advantages = step_advantages(groups, "nontrivial")
-        begun = stopped_after_two(updater, groups, advantages, step) if step == stop_in else None
-        metrics.append(update(updater, groups, advantages, step, begun))
+        partial = stopped_after_two(learner, groups, advantages, step) if step == stop_in else None
+        metrics.append(update(learner, groups, advantages, step, partial))
     return metrics
 
 
-def distrust(updater: PolicyGradient, recorded: list[list[Group]]) -> list[dict[str, float | None]]:
+def distrust(learner: PolicyGradient, recorded: list[list[Group]]) -> list[dict[str, float | None]]:
     """Steps whose sampler, which recorded other weights' log-probs, is believed until it is looked at."""
     metrics = []
-    updater.sampler_is_exact = True
+    learner.sampler_is_exact = True
     for step, groups in enumerate(recorded):
-        updater.check = SamplerCheck(1e-4, processes=updater.weights.processes)
-        metrics.append(update(updater, groups, step_advantages(groups, "nontrivial"), step))
-        assert updater.check.refused and metrics[-1]["logprob_fallback"] == 1
-    updater.sampler_is_exact, updater.check = False, None
+        learner.check = SamplerCheck(1e-4, processes=learner.weights.processes)
+        metrics.append(update(learner, groups, step_advantages(groups, "nontrivial"), step))
+        assert learner.check.refused and metrics[-1]["logprob_fallback"] == 1
+    learner.sampler_is_exact, learner.check = False, None
     return metrics
 
 
-def distil(updater: PolicyGradient, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:
+def distil(learner: PolicyGradient, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:
     """One step of on-policy distillation on the same weights and optimizer."""
     distiller = Distillation(
-        updater.forward, ForwardPass(teacher), updater.optimizer, TokenBudget(60), teacher_sampler=None, respond=lambda _: None
+        learner.forward, ForwardPass(teacher), learner.optimizer, TokenBudget(60), teacher_sampler=None, respond=lambda _: None
     )
     log = StepLog(1)
     distiller.update(groups, [], {}, log)
@@ -129,9 +131,9 @@ def sample(model: PreTrainedModel, whole: AbstractContextManager[None], keys: ra
     return [c.ids.tolist() for c in done[0]]
 
 
-def check_shards(updater: PolicyGradient) -> None:
+def check_shards(learner: PolicyGradient) -> None:
     """Every process keeps its share, and no more."""
-    weights, parameters = updater.weights, list(updater.optimizer.model.parameters())
+    weights, parameters = learner.weights, list(learner.optimizer.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     if isinstance(weights, ShardedWeights):
         assert all(isinstance(p, DTensor) for p in parameters) and all(isinstance(p.grad, DTensor) for p in trained)
@@ -139,22 +141,22 @@ def check_shards(updater: PolicyGradient) -> None:
         assert local < 0.6 * sum(p.numel() for p in parameters)
 
 
-def skips_what_is_not_finite(updater: PolicyGradient) -> None:
+def skips_what_is_not_finite(learner: PolicyGradient) -> None:
     """A loss or a gradient of one process that is not finite moves no weight in any, and leaves nothing behind."""
-    bad = updater.weights.processes.rank == 1
+    bad = learner.weights.processes.rank == 1
     for loss, factor in ((math.inf, 1.0), (0.0, math.nan)):
-        updater.optimizer.zero_gradients()
-        logits = updater.optimizer.model(input_ids=torch.tensor([[5, 6, 7]])).logits
-        updater.optimizer.accelerator.backward(logits.sum() * (factor if bad else 1.0))
-        _, norm, moved = updater.optimizer.step(loss if bad else 0.0)
+        learner.optimizer.zero_gradients()
+        logits = learner.optimizer.model(input_ids=torch.tensor([[5, 6, 7]])).logits
+        learner.optimizer.accelerator.backward(logits.sum() * (factor if bad else 1.0))
+        _, norm, moved = learner.optimizer.step(loss if bad else 0.0)
         assert not moved and (math.isfinite(loss) or not math.isnan(norm))
-    assert updater.optimizer.skipped_in_a_row == 2
+    assert learner.optimizer.skipped_in_a_row == 2
 
 
-def written(updater: PolicyGradient, model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+def written(learner: PolicyGradient, model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Weights and optimizer as a checkpoint has them, and the weights read back."""
-    weights = updater.weights
-    saved, state = weights.saved(Student(model, None)), weights.snapshot_of(updater.optimizer.optimizer)
+    weights = learner.weights
+    saved, state = weights.saved(Student(model, None)), weights.snapshot_of(learner.optimizer.optimizer)
     if weights.processes.main:
         saved.save_pretrained(folder)
         torch.save(state.state_dict(), f"{folder}-optimizer.pt")
@@ -166,23 +168,23 @@ def one(name: str, make: Callable[[], ReplicatedWeights], model_path: str, recor
     """Trains one layout of the weights and writes what one process has to compare with."""
     weights, accelerator = make(), Accelerator(cpu=True)
     processes, model = weights.processes, load(model_path)
-    updater = make_updater(model, accelerator, weights, sampler=False)
+    learner = make_policy_gradient(model, accelerator, weights, sampler=False)
     before = sample(model, weights.whole(), range(1 + 2 * processes.rank))
     assert before == sample(load(model_path), ReplicatedWeights().whole(), range(1 + 2 * processes.rank))
-    metrics = train(updater, recorded, stop_in=2)
-    written(updater, model, out / f"{name}-five")
-    metrics += distrust(updater, recorded[:2])
-    check_shards(updater)
-    skips_what_is_not_finite(updater)
-    metrics.append(distil(updater, load(model_path), recorded[0]))
-    written(updater, model, out / name)
+    metrics = train(learner, recorded, stop_in=2)
+    written(learner, model, out / f"{name}-five")
+    metrics += distrust(learner, recorded[:2])
+    check_shards(learner)
+    skips_what_is_not_finite(learner)
+    metrics.append(distil(learner, load(model_path), recorded[0]))
+    written(learner, model, out / name)
     # What was saved puts a fresh model and optimizer where these are, whatever way the weights lie: they go on alike.
     fresh, weights = load(str(out / name)), make()
-    other = make_updater(fresh, accelerator, weights, sampler=False)
+    other = make_policy_gradient(fresh, accelerator, weights, sampler=False)
     loaded = torch.load(out / f"{name}-optimizer.pt", weights_only=True)
     weights.state_of(other.optimizer.optimizer).load_state_dict(loaded)
-    assert train(updater, recorded[:1]) == train(other, recorded[:1])
-    ours, theirs = (written(*pair, out / f"{name}-on") for pair in ((updater, model), (other, fresh)))
+    assert train(learner, recorded[:1]) == train(other, recorded[:1])
+    ours, theirs = (written(*pair, out / f"{name}-on") for pair in ((learner, model), (other, fresh)))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     (out / f"{name}-{processes.rank}.pickle").write_bytes(pickle.dumps(metrics))
 

@@ -25,7 +25,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distributed_worker import distil, distrust, load, make_updater, train
+from distributed_worker import distil, distrust, load, make_policy_gradient, train
 from test_update import make_groups
 from victims import Victims, ranks
 from zppo.cli import main
@@ -126,11 +126,11 @@ def test_recorded_completions_train_the_same_weights(
     """Two processes, with all weights and sharded, against one: five steps of four minibatches, and a distillation."""
     AcceleratorState._reset_state(True)
     model = load(str(tiny_qwen3_dir))
-    updater = make_updater(model, Accelerator(cpu=True), ReplicatedWeights(), sampler=False)
-    expected = train(updater, recorded)
+    learner = make_policy_gradient(model, Accelerator(cpu=True), ReplicatedWeights(), sampler=False)
+    expected = train(learner, recorded)
     model.save_pretrained(tmp_path / "one-five")
-    expected += distrust(updater, recorded[:2])
-    expected.append(distil(updater, load(str(tiny_qwen3_dir)), recorded[0]))
+    expected += distrust(learner, recorded[:2])
+    expected.append(distil(learner, load(str(tiny_qwen3_dir)), recorded[0]))
     model.save_pretrained(tmp_path / "one")
     (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(recorded))
 
@@ -147,7 +147,7 @@ def test_recorded_completions_train_the_same_weights(
             known = {k: v for k, v in ours.items() if k != "train_tokens_computed"}
             assert_near(known, {k: theirs[k] for k in known}, layout)
         state = torch.load(tmp_path / f"{layout}-optimizer.pt", weights_only=True)
-        own = updater.optimizer.optimizer.state_dict()
+        own = learner.optimizer.optimizer.state_dict()
         assert state["state"].keys() == own["state"].keys()
         for index, values in own["state"].items():
             for name, value in values.items():

@@ -113,7 +113,7 @@ def looked_at(model: PreTrainedModel) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampler_and_training_forward_equal_the_library_s_own(kind: str, eyes: Callable[[str], Eyes]) -> None:
-    """Rows with two pictures, one and none in one batch, of unequal lengths; design.md's bounds."""
+    """Rows with two pictures, one and none in one batch, of unequal lengths; the bounds of these tests."""
     own = eyes(kind)
     asked = own.requests()
     done = own.engine().sample(asked, Sampling(max_new_tokens=8, temperature=0.9))
@@ -246,7 +246,7 @@ def test_gradients_equal_the_plain_computation(kind: str, eyes: Callable[[str], 
 
 
 def updated_gradients(own: Eyes, groups: list[Group], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the updater's one optimizer step would have used."""
+    """What the learner's one optimizer step would have used."""
     settings = make_settings(train={"minibatches": 1, "max_grad_norm": 1e9, "tokens_per_microbatch": 200})
     optimizer = torch.optim.AdamW(own.model.parameters())
     AcceleratorState._reset_state(True)

@@ -98,7 +98,7 @@ def test_a_run_decodes_every_picture_once_a_step_and_goes_on_where_it_was_stoppe
         patch.setattr(Trainer, "step", counted)
         patch.setattr(Trainer, "update", collected)
         assert zppo("train", recipe, f"--output={whole}")[0] == 0
-    for decoded, shown in steps:  # student, teacher, BCQ, NCQ, both passes; the engine guard's picture stays from step to step
+    for decoded, shown in steps:  # student, teacher, BCQ, NCQ, both passes; `EngineCheck`'s picture stays from step to step
         assert len(decoded) == len(set(decoded)) and 0 <= len(shown - set(decoded)) <= 1 and set(decoded) <= shown
     lines = [r for r in records(whole) if r["event"] == "step"]
     assert all(r["logprob_gap_max"] <= 1e-5 and r["engine_gap_max"] <= 1e-5 for r in lines)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from test_engine import engine, flat, requests, tiny
-from test_update import Recorder, load, make_groups, make_updater, update
+from test_update import Recorder, load, make_groups, make_policy_gradient, update
 from zppo.cli import main
 from zppo.config.settings import LoraSettings, TrainSettings
 from zppo.core.advantages import step_advantages
@@ -183,15 +183,15 @@ def test_an_update_that_runs_out_of_memory_halves_its_micro_batches_and_changes_
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
     advantages = step_advantages(groups, "nontrivial")
-    plain = make_updater(copy.deepcopy(model), minibatches=2, sampler=sampler)
+    plain = make_policy_gradient(copy.deepcopy(model), minibatches=2, sampler=sampler)
     expected = Recorder(plain)
     wanted = update(plain, groups, advantages, step=1)
     tried = runs_out(model, 40, where)
-    updater = make_updater(model, minibatches=2, sampler=sampler, tokens_per_microbatch="auto")
+    learner = make_policy_gradient(model, minibatches=2, sampler=sampler, tokens_per_microbatch="auto")
     said: list[str] = []
-    updater.budget.say = said.append
-    recorder = Recorder(updater)
-    metrics = update(updater, groups, advantages, step=1)
+    learner.budget.say = said.append
+    recorder = Recorder(learner)
+    metrics = update(learner, groups, advantages, step=1)
     assert max(tried) > 40 and tried[-1] <= 40
     assert len(recorder.gradients) == len(expected.gradients) == 2
     for ours, theirs in zip(recorder.gradients, expected.gradients, strict=True):
@@ -200,11 +200,11 @@ def test_an_update_that_runs_out_of_memory_halves_its_micro_batches_and_changes_
     changed = {"tokens_per_microbatch", "train_tokens_computed"}
     for name in wanted.keys() - changed:
         assert metrics[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
-    assert metrics["tokens_per_microbatch"] == updater.budget.tokens <= 40
+    assert metrics["tokens_per_microbatch"] == learner.budget.tokens <= 40
     assert said and "micro-batches hold" in said[0]
     other = TokenBudget(16_384, adaptive=True)
-    other.load_state_dict(json.loads(json.dumps(updater.budget.state_dict())))
-    assert other.tokens == updater.budget.tokens
+    other.load_state_dict(json.loads(json.dumps(learner.budget.state_dict())))
+    assert other.tokens == learner.budget.tokens
 
 
 def test_an_attempt_that_fails_in_its_middle_leaves_nothing(tiny_qwen3_dir: Path) -> None:
@@ -214,8 +214,8 @@ def test_an_attempt_that_fails_in_its_middle_leaves_nothing(tiny_qwen3_dir: Path
     advantages = step_advantages(groups, "nontrivial")
     results = []
     for fails in (False, True):
-        updater = make_updater(copy.deepcopy(model), minibatches=1, tokens_per_microbatch="auto")
-        updater.budget.tokens = 60
+        learner = make_policy_gradient(copy.deepcopy(model), minibatches=1, tokens_per_microbatch="auto")
+        learner.budget.tokens = 60
         calls: list[int] = []
 
         def hook(*_: Any, calls: list[int] = calls, fails: bool = fails) -> None:
@@ -223,9 +223,9 @@ def test_an_attempt_that_fails_in_its_middle_leaves_nothing(tiny_qwen3_dir: Path
             if fails and len(calls) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        updater.optimizer.model.model.layers[0].register_forward_pre_hook(hook)
-        recorder = Recorder(updater)
-        results.append((recorder.gradients, update(updater, groups, advantages, step=1), updater.budget.tokens))
+        learner.optimizer.model.model.layers[0].register_forward_pre_hook(hook)
+        recorder = Recorder(learner)
+        results.append((recorder.gradients, update(learner, groups, advantages, step=1), learner.budget.tokens))
     (expected, wanted, _), (gradients, metrics, tokens) = results
     assert tokens <= 30 and metrics["train_tokens_needed"] == wanted["train_tokens_needed"]
     assert metrics["clip_low_share"] == wanted["clip_low_share"]
@@ -249,10 +249,10 @@ def test_a_fixed_budget_and_a_single_row_are_errors_that_say_the_mend(tiny_qwen3
     advantages = step_advantages(groups, "nontrivial")
     runs_out(model, 0, "forward")
     with pytest.raises(UpdateStopped) as stopped:
-        update(make_updater(model), groups, advantages, step=1)
+        update(make_policy_gradient(model), groups, advantages, step=1)
     assert "set train.tokens_per_microbatch to auto or to less than 16,384" in str(stopped.value.cause)
     with pytest.raises(UpdateStopped) as stopped:
-        update(make_updater(model, tokens_per_microbatch="auto"), groups, advantages, step=1)
+        update(make_policy_gradient(model, tokens_per_microbatch="auto"), groups, advantages, step=1)
     assert re.search("with a single row of .* lower rollout.max_new_tokens", str(stopped.value.cause))
     assert TokenBudget(100).state_dict() == {}
 

@@ -89,7 +89,7 @@ def test_recipes_load_and_say_no_more_than_is_true(name: str) -> None:
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_large_recipes_are_the_papers(name: str) -> None:
-    """Method.md sections 2, 4, 6 and 10, which are the defaults."""
+    """docs/method.md sections 2, 4, 6 and 10, which are the defaults."""
     settings, default = load_recipe(RECIPES / f"{name}.yaml"), Settings.model_fields
     assert settings.zone == ZoneSettings() and settings.advantage == default["advantage"].default
     assert settings.loss == default["loss"].default

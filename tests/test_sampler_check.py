@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from same_run import assert_same_run, records
-from test_update import Recorder, load, make_groups, make_updater, update
+from test_update import Recorder, load, make_groups, make_policy_gradient, update
 from zppo.cli import main
 from zppo.config.settings import TrainSettings
 from zppo.core.advantages import step_advantages
@@ -41,15 +41,15 @@ def lying(groups: list[Group], by: float, tokens: slice = slice(None)) -> list[G
 
 def checked(model: Any, tolerance: float = 1e-4, **settings: Any) -> tuple[PolicyGradient, list[str]]:
     said: list[str] = []
-    updater = make_updater(model, **{"minibatches": 2, **settings})
-    updater.check = SamplerCheck(tolerance, said.append)
-    return updater, said
+    learner = make_policy_gradient(model, **{"minibatches": 2, **settings})
+    learner.check = SamplerCheck(tolerance, said.append)
+    return learner, said
 
 
-def gradients(updater: PolicyGradient, groups: list[Group], steps: int = 1) -> tuple[list[list[torch.Tensor]], dict[str, Any]]:
-    recorder, metrics = Recorder(updater), {}
+def gradients(learner: PolicyGradient, groups: list[Group], steps: int = 1) -> tuple[list[list[torch.Tensor]], dict[str, Any]]:
+    recorder, metrics = Recorder(learner), {}
     for step in range(1, steps + 1):
-        metrics = update(updater, groups, step_advantages(groups, "nontrivial"), step)
+        metrics = update(learner, groups, step_advantages(groups, "nontrivial"), step)
     return recorder.gradients, metrics
 
 
@@ -61,13 +61,13 @@ def assert_equal(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]
 def test_an_honest_sampler_is_trusted_and_no_pass_is_added(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS, shift=0.0)
-    (plain, wanted), (updater, said) = (gradients(make_updater(copy.deepcopy(model), minibatches=2), groups), checked(model))
+    (plain, wanted), (learner, said) = (gradients(make_policy_gradient(copy.deepcopy(model), minibatches=2), groups), checked(model))
     passes: list[int] = []
-    updater.optimizer.model.register_forward_hook(lambda *_: passes.append(1))
+    learner.optimizer.model.register_forward_hook(lambda *_: passes.append(1))
     backward: list[int] = []
-    inner = updater._backward
-    updater._backward = lambda *args, **kwargs: (backward.append(1), inner(*args, **kwargs))[1]  # type: ignore[method-assign]
-    ours, metrics = gradients(updater, groups)
+    inner = learner._backward
+    learner._backward = lambda *args, **kwargs: (backward.append(1), inner(*args, **kwargs))[1]  # type: ignore[method-assign]
+    ours, metrics = gradients(learner, groups)
     assert_equal(ours, plain)
     assert len(passes) == len(backward) and not said
     assert metrics == wanted and metrics["logprob_fallback"] == metrics["logprob_tokens"] == 0
@@ -78,9 +78,9 @@ def test_a_lying_sampler_is_found_out_before_the_first_optimizer_step(tiny_qwen3
     """All updates are those of a run that never looks at the sampler's log-probs, to the last bit; it is said once."""
     model = load(tiny_qwen3_dir)
     groups = lying(make_groups(model, REWARDS, shift=0.0), by)
-    forward, _ = gradients(make_updater(copy.deepcopy(model), minibatches=2, sampler=False), groups, steps=2)
-    updater, said = checked(model)
-    ours, metrics = gradients(updater, groups, steps=2)
+    forward, _ = gradients(make_policy_gradient(copy.deepcopy(model), minibatches=2, sampler=False), groups, steps=2)
+    learner, said = checked(model)
+    ours, metrics = gradients(learner, groups, steps=2)
     assert_equal(ours, forward)
     assert len(said) == 1 and said[0].startswith("step 1: ") and "train.logprob_tolerance" in said[0]
     assert metrics["logprob_fallback"] == 1 and metrics["logprob_tokens"] == metrics["train_tokens_needed"]
@@ -103,16 +103,16 @@ def test_a_first_minibatch_without_gradients_hides_nothing(tiny_qwen3_dir: Path)
     rewards = [[0.0] * 4 if g == first else [1.0, 0.0, 0.0, 1.0] for g in range(3)]
     for by, fallback in ((0.0, 0), (0.3, 1)):
         groups = lying(make_groups(model, rewards, shift=0.0), by)
-        updater, said = checked(copy.deepcopy(model), minibatches=3)
-        _, metrics = gradients(updater, groups)
+        learner, said = checked(copy.deepcopy(model), minibatches=3)
+        _, metrics = gradients(learner, groups)
         assert metrics["logprob_fallback"] == fallback == len(said)
         assert metrics["logprob_gap_mean"] == pytest.approx(by, abs=1e-5)
 
 
 def test_a_step_without_any_gradient_decides_nothing(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
-    updater, said = checked(model)
-    _, metrics = gradients(updater, lying(make_groups(model, [[0.0] * 3, [1.0] * 3]), 0.3))
+    learner, said = checked(model)
+    _, metrics = gradients(learner, lying(make_groups(model, [[0.0] * 3, [1.0] * 3]), 0.3))
     assert metrics["logprob_fallback"] == 0 and not said and metrics["logprob_gap_mean"] is None
 
 
@@ -122,23 +122,23 @@ def test_what_was_decided_goes_into_a_step_that_is_stopped(tiny_qwen3_dir: Path)
     groups = lying(make_groups(model, REWARDS, shift=0.0), 0.3)
     advantages = step_advantages(groups, "nontrivial")
     whole, wanted = gradients(checked(copy.deepcopy(model))[0], groups)
-    updater, _ = checked(model)
-    recorder, inner = Recorder(updater), updater.optimizer.step
+    learner, _ = checked(model)
+    recorder, inner = Recorder(learner), learner.optimizer.step
 
     def step_and_ask_to_stop(loss: float) -> Any:
-        updater.processes.stop.request()
+        learner.processes.stop.request()
         return inner(loss)
 
-    updater.optimizer.step = step_and_ask_to_stop  # type: ignore[method-assign]
+    learner.optimizer.step = step_and_ask_to_stop  # type: ignore[method-assign]
     with pytest.raises(UpdateStopped) as stopped:
-        update(updater, groups, advantages, 1)
-    begun = stopped.value.partial
-    assert begun.done == 1 and begun.tally.fallback == 1
-    assert updater.check is not None and updater.check.state_dict() == {"sampler_refused": 1}
+        update(learner, groups, advantages, 1)
+    partial = stopped.value.partial
+    assert partial.done == 1 and partial.tally.fallback == 1
+    assert learner.check is not None and learner.check.state_dict() == {"sampler_refused": 1}
     other = SamplerCheck(1e-4)
-    other.load_state_dict(updater.check.state_dict())
-    updater.check, updater.optimizer.step, updater.processes.stop.signum = other, inner, None  # type: ignore[method-assign]
-    metrics = update(updater, groups, advantages, 1, begun)
+    other.load_state_dict(learner.check.state_dict())
+    learner.check, learner.optimizer.step, learner.processes.stop.signum = other, inner, None  # type: ignore[method-assign]
+    metrics = update(learner, groups, advantages, 1, partial)
     assert_equal(recorder.gradients, whole)
     assert metrics == wanted
     other.load_state_dict({})  # as a checkpoint from before this was looked at
@@ -192,7 +192,7 @@ def test_a_run_whose_engine_begins_to_lie_falls_back_and_resumes_the_same(
 
     def sample(self: TransformersEngine, requests: Any, sampling: Any) -> Any:
         done = real(self, requests, sampling)
-        calls[0] += len(requests) > 1  # the engine guard's probe is one request
+        calls[0] += len(requests) > 1  # `EngineCheck`'s probe is one request
         wrong = 0.01 * (len(requests) > 1 and calls[0] > 6)  # two calls a step: plain and reformulated prompts
         return [[replace(c, logprobs=c.logprobs - wrong) for c in group] for group in done]
 

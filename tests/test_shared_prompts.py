@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3_5TextConfig, Qwen3Config
 
 from test_memory import runs_out
-from test_update import REWARDS, Recorder, load, make_groups, make_updater, plain_gradients, update
+from test_update import REWARDS, Recorder, load, make_groups, make_policy_gradient, plain_gradients, update
 from zppo.config.recipe import load_recipe
 from zppo.core.advantages import step_advantages
 from zppo.core.minibatch import Sharing, packed, samples_of, share_prompt
@@ -109,10 +109,10 @@ def test_an_update_that_shares_prompts_has_the_gradients_of_plain_rows(tiny_qwen
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
     advantages = step_advantages(groups, "nontrivial")
-    apart = make_updater(copy.deepcopy(model), sampler=sampler, tokens_per_microbatch=budget)
-    updater = make_updater(copy.deepcopy(model), sampler=sampler, sharing=ALWAYS, tokens_per_microbatch=budget)
-    recorders = Recorder(apart), Recorder(updater)
-    wanted, metrics = (update(u, groups, advantages, step=1) for u in (apart, updater))
+    apart = make_policy_gradient(copy.deepcopy(model), sampler=sampler, tokens_per_microbatch=budget)
+    learner = make_policy_gradient(copy.deepcopy(model), sampler=sampler, sharing=ALWAYS, tokens_per_microbatch=budget)
+    recorders = Recorder(apart), Recorder(learner)
+    wanted, metrics = (update(u, groups, advantages, step=1) for u in (apart, learner))
     expected = recorders[0].gradients[0]
     if sampler:
         values = iter(advantages.tolist())
@@ -136,13 +136,13 @@ def test_memory_that_runs_out_makes_packs_smaller_down_to_single_rows(tiny_qwen3
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS)
     advantages = step_advantages(groups, "nontrivial")
-    plain = Recorder(apart := make_updater(copy.deepcopy(model)))
+    plain = Recorder(apart := make_policy_gradient(copy.deepcopy(model)))
     update(apart, groups, advantages, step=1)
     longest = max(len(g.prompt.ids) + len(r.ids) for g in groups for r in g.rollouts)
     tried = runs_out(model, longest, "backward")
-    updater = make_updater(model, sharing=ALWAYS, tokens_per_microbatch="auto")
-    recorder = Recorder(updater)
-    update(updater, groups, advantages, step=1)
+    learner = make_policy_gradient(model, sharing=ALWAYS, tokens_per_microbatch="auto")
+    recorder = Recorder(learner)
+    update(learner, groups, advantages, step=1)
     assert max(tried) > longest >= tried[-1]
     biggest = max(float(g.abs().max()) for g in plain.gradients[0])
     gaps = (float((a - b).abs().max()) for a, b in zip(recorder.gradients[0], plain.gradients[0], strict=True))
@@ -156,8 +156,8 @@ def test_layers_that_are_computed_again_may_branch(tiny_qwen3_dir: Path) -> None
         groups = make_groups(model, REWARDS)
         if again:
             assert recompute_layers(model) > 0
-        recorder = Recorder(updater := make_updater(model, sharing=ALWAYS))
-        update(updater, groups, step_advantages(groups, "nontrivial"), step=1)
+        recorder = Recorder(learner := make_policy_gradient(model, sharing=ALWAYS))
+        update(learner, groups, step_advantages(groups, "nontrivial"), step=1)
         gradients.append(recorder.gradients[0])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

@@ -59,7 +59,7 @@ def make_settings(**sections: Any) -> Settings:
     return Settings(method="grpo", student={"model": "-"}, data={"train": "-"}, **sections)
 
 
-def make_updater(
+def make_policy_gradient(
     model: PreTrainedModel, *, precision: str = "no", sampler: bool = True, sharing: Sharing | None = None, **train_settings: Any
 ) -> PolicyGradient:
     settings = make_settings(train={"minibatches": 1, "learning_rate": 1e-3, **train_settings})
@@ -88,15 +88,15 @@ def update(
 class Recorder:
     """Takes the place of an optimizer's step and keeps the gradients that it would have used."""
 
-    def __init__(self, updater: PolicyGradient) -> None:
+    def __init__(self, learner: PolicyGradient) -> None:
         self.gradients: list[list[torch.Tensor]] = []
-        inner = updater.optimizer.optimizer.step
+        inner = learner.optimizer.optimizer.step
 
         def step() -> None:
-            self.gradients.append([p.grad.clone() for p in updater.optimizer.model.parameters() if p.grad is not None])
+            self.gradients.append([p.grad.clone() for p in learner.optimizer.model.parameters() if p.grad is not None])
             inner()
 
-        updater.optimizer.optimizer.step = step  # type: ignore[method-assign, assignment]
+        learner.optimizer.optimizer.step = step  # type: ignore[method-assign, assignment]
 
 
 def plain_gradients(model: PreTrainedModel, rows: list[tuple[Group, Rollout, float]], clip: float) -> list[torch.Tensor]:
@@ -122,9 +122,9 @@ def test_dropped_rows_and_micro_batches_change_no_gradient(tiny_qwen3_dir: Path,
     reference = copy.deepcopy(model)
     groups = make_groups(model, REWARDS)
     advantages = step_advantages(groups, "nontrivial")
-    updater = make_updater(model, minibatches=1, tokens_per_microbatch=budget)
-    recorder = Recorder(updater)
-    metrics = update(updater, groups, advantages, step=1)
+    learner = make_policy_gradient(model, minibatches=1, tokens_per_microbatch=budget)
+    recorder = Recorder(learner)
+    metrics = update(learner, groups, advantages, step=1)
     values = iter(advantages.tolist())
     expected = plain_gradients(reference, [(g, r, next(values)) for g in groups for r in g.rollouts], clip=1.0)
     biggest = max(float(g.abs().max()) for g in expected)
@@ -140,9 +140,9 @@ def test_each_minibatch_has_its_own_denominator_and_step(tiny_qwen3_dir: Path) -
     groups = make_groups(model, REWARDS, seed=1)
     advantages = step_advantages(groups, "nontrivial")
     per_group = [advantages[4 * i : 4 * i + 4].tolist() for i in range(len(groups))]
-    updater = make_updater(model, minibatches=3)
-    recorder = Recorder(updater)
-    metrics = update(updater, groups, advantages, step=5)
+    learner = make_policy_gradient(model, minibatches=3)
+    recorder = Recorder(learner)
+    metrics = update(learner, groups, advantages, step=5)
     assert metrics["optimizer_steps"] == 3
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.1)
     for dealt, seen in zip(deal_groups(len(groups), 3, seed=0, step=5), recorder.gradients, strict=True):
@@ -160,7 +160,7 @@ def test_a_minibatch_without_signal_still_takes_its_step(tiny_qwen3_dir: Path) -
     model = load(tiny_qwen3_dir)
     before = [p.detach().clone() for p in model.parameters()]
     groups = make_groups(model, [[0.0] * 3, [1.0] * 3])
-    metrics = update(make_updater(model, minibatches=4), groups, step_advantages(groups, "nontrivial"), step=1)
+    metrics = update(make_policy_gradient(model, minibatches=4), groups, step_advantages(groups, "nontrivial"), step=1)
     assert metrics["optimizer_steps"] == 2  # two groups in four minibatches: two are empty and skipped
     assert metrics["loss"] == 0
     for old, new in zip(before, model.parameters(), strict=True):  # weight decay alone has acted, twice
@@ -170,8 +170,8 @@ def test_a_minibatch_without_signal_still_takes_its_step(tiny_qwen3_dir: Path) -
 def test_forward_old_logprobs_start_at_ratio_one(tiny_qwen3_dir: Path) -> None:
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, REWARDS, shift=3.0)  # the sampler's are far off: nothing may lean on them
-    updater = make_updater(model, sampler=False)
-    metrics = update(updater, groups, step_advantages(groups, "nontrivial"), step=1)
+    learner = make_policy_gradient(model, sampler=False)
+    metrics = update(learner, groups, step_advantages(groups, "nontrivial"), step=1)
     assert metrics["clip_low_share"] == metrics["clip_high_share"] == metrics["clip_dual_share"] == 0
     assert metrics["logprob_gap_mean"] is not None and metrics["logprob_gap_mean"] > 0.5
 
@@ -181,9 +181,9 @@ def test_truncated_rollouts_can_be_masked(tiny_qwen3_dir: Path) -> None:
     advantages = step_advantages(groups, "nontrivial")
     needed = []
     for masked in (False, True):
-        updater = make_updater(load(tiny_qwen3_dir))
-        updater.loss = LossSettings(mask_truncated=masked)
-        needed.append(update(updater, groups, advantages, step=1)["train_tokens_needed"])
+        learner = make_policy_gradient(load(tiny_qwen3_dir))
+        learner.loss = LossSettings(mask_truncated=masked)
+        needed.append(update(learner, groups, advantages, step=1)["train_tokens_needed"])
     assert needed[0] - needed[1] == len(groups[0].prompt.ids) + len(groups[0].rollouts[0].ids)
 
 
@@ -192,10 +192,10 @@ def test_small_updates_are_not_rounded_away(tiny_qwen3_dir: Path, precision: str
     """method.md section 6: 10 updates at 1e-6 move more than 99% of the weights, since these are fp32 whatever the autocast is."""
     model = load(tiny_qwen3_dir)
     before = [p.detach().clone() for p in model.parameters()]
-    updater = make_updater(model, precision=precision, sampler=precision == "no", learning_rate=1e-6)
+    learner = make_policy_gradient(model, precision=precision, sampler=precision == "no", learning_rate=1e-6)
     groups = make_groups(load(tiny_qwen3_dir), REWARDS)
     for step in range(10):
-        update(updater, groups, step_advantages(groups, "nontrivial"), step)
+        update(learner, groups, step_advantages(groups, "nontrivial"), step)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     moved = sum(int((a != b).sum()) for a, b in zip(before, model.parameters(), strict=True))
     assert moved > 0.99 * sum(p.numel() for p in model.parameters())
@@ -205,14 +205,14 @@ def test_updates_that_are_not_finite_are_skipped_and_stop_the_run(tiny_qwen3_dir
     model = load(tiny_qwen3_dir)
     groups = make_groups(model, [[1.0, 0.0]])
     before = [p.detach().clone() for p in model.parameters()]
-    updater = make_updater(model)
+    learner = make_policy_gradient(model)
     broken = step_advantages(groups, "nontrivial") * float("nan")
-    assert update(updater, groups, broken, 1)["skipped_updates"] == 1
-    assert update(updater, groups, broken, 2)["optimizer_steps"] == 0
+    assert update(learner, groups, broken, 1)["skipped_updates"] == 1
+    assert update(learner, groups, broken, 2)["optimizer_steps"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert updater.optimizer.fault == ""
-    update(updater, groups, broken, 3)
-    assert "3 updates in a row were not finite" in updater.optimizer.fault and updater.optimizer.skipped_in_a_row == 3
+    assert learner.optimizer.fault == ""
+    update(learner, groups, broken, 3)
+    assert "3 updates in a row were not finite" in learner.optimizer.fault and learner.optimizer.skipped_in_a_row == 3
 
 
 def test_a_rollout_that_the_student_did_not_sample_gets_old_logprobs_from_a_forward_pass(tiny_qwen3_dir: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_rollout_that_the_student_did_not_sample_gets_old_logprobs_from_a_forw
     (group,) = make_groups(model, [[1.0, 0.0]], shift=0.0)
     foreign = replace(group.rollouts[0], logprobs=torch.full_like(group.rollouts[0].logprobs, torch.nan))
     group = replace(group, rollouts=(foreign, group.rollouts[1]))
-    metrics = update(make_updater(model), [group], step_advantages([group], "nontrivial"), step=1)
+    metrics = update(make_policy_gradient(model), [group], step_advantages([group], "nontrivial"), step=1)
     assert metrics["clip_low_share"] == metrics["clip_high_share"] == 0
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] is not None and metrics["grad_norm"] > 0
     assert metrics["logprob_gap_max"] is not None and metrics["logprob_gap_max"] < 1e-4

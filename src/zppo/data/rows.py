@@ -267,7 +267,7 @@ _GOLD_KEY = "ground_truth"  # where a column holds an object (VeRL's `reward_mod
 
 
 class Columns(Protocol):
-    """Which column holds what (`train.settings.ColumnSettings` is one); `a.b` is the value under b of the object in column a."""
+    """Which column holds what (`config.settings.ColumnSettings` is one); `a.b` is the value under b of the object in column a."""
 
     @property
     def prompt(self) -> str: ...

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from zppo.core.select import is_hard
 from zppo.core.types import BCQ, NCQ
 from zppo.grading import normalise
 
@@ -243,7 +244,7 @@ def fraction(successes: int, n: int) -> Proportion:
 
 def bin_count(group_size: int, threshold: float) -> int:
     """How many entry bins there are: accuracies k / group_size below the threshold."""
-    return sum(k / group_size < threshold for k in range(group_size))
+    return sum(is_hard(k / group_size, threshold) for k in range(group_size))
 
 
 def bin_of(accuracy: float, group_size: int, bins: int) -> int:

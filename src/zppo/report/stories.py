@@ -24,6 +24,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from zppo.core.draws import draw_key
+from zppo.core.select import is_hard
 from zppo.core.types import BCQ, PLAIN, ImageRef
 from zppo.errors import CheckpointError, DataError
 from zppo.images.store import as_url, open_file, open_image
@@ -140,7 +141,7 @@ class QuestionLine:
     def never_improved(self, threshold: float) -> bool:
         """Hard at first, asked plainly again, and never above its first accuracy [zppo]."""
         values = self.accuracies
-        return len(values) > 1 and values[0] < threshold and max(values[1:]) <= values[0]
+        return len(values) > 1 and is_hard(values[0], threshold) and max(values[1:]) <= values[0]
 
 
 def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLine]:

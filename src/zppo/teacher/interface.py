@@ -37,7 +37,7 @@ class TeacherRequest:
 
 @dataclass(frozen=True, slots=True)
 class TeacherReply:
-    """What came back: one text per key, None where that completion failed; `tokens` as far as known; `error` says why."""
+    """What came back: one text per key, None where that completion failed; tokens as far as known; `error` says why."""
 
     texts: tuple[str | None, ...]
     think_open: bool = False

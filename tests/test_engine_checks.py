@@ -1,4 +1,4 @@
-"""The guard between trainer and sampling engine, and the warnings with advice."""
+"""The check of the sampling engine against the trainer, and the warnings with advice."""
 
 from __future__ import annotations
 
