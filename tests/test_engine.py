@@ -130,8 +130,8 @@ def assert_lean_is_exact(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> N
         if weight.ndim == 1:
             torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.2)
     asked, sampling = requests([3, 40, 17, 1, 70]), Sampling(max_new_tokens=40, temperature=0.9)
-    steps, decode = [], cache.decode
-    patch.setattr(cache, "decode", lambda *a: (steps.append(1), decode(*a))[1])
+    steps, decode = [], cache.decode_tokens
+    patch.setattr(cache, "decode_tokens", lambda *a: (steps.append(1), decode(*a))[1])
     lean = engine(model.eval()).sample(asked, sampling)
     assert len(steps) > 10
     patch.setattr(cache, "is_plain", lambda _: False)

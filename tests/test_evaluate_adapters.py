@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from evaluate_data import DOCS, GOLDEN, golden, items, rows, with_table, write_data
 from zppo.core.types import IMAGE
 from zppo.errors import DataError, SettingsError
-from zppo.evals.adapters.choice import LETTERS, ask, bare_options, numbered_images, with_options
+from zppo.evals.adapters.choice import LETTERS, ask_about, bare_options, numbered_images, with_options
 from zppo.evals.adapters.maths import split_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.adapters.video import subtitle_text
@@ -221,9 +221,9 @@ def test_subtitles_are_what_is_said() -> None:
 
 def test_an_image_that_is_only_talked_about_is_no_image() -> None:
     row = DatasetRow("HLE", 1, {})
-    assert ask(row, "What does <image> do in SVG?")[0].content == "What does <image> do in SVG?"
+    assert ask_about(row, "What does <image> do in SVG?")[0].content == "What does <image> do in SVG?"
     with pytest.raises(DataError, match=r"^HLE, row 1, field 'question': has 2 marks"):
-        ask(row, "<image> and <image>", 1)
+        ask_about(row, "<image> and <image>", 1)
 
 
 BROKEN: list[tuple[str, dict[str, Any], str]] = [

@@ -408,7 +408,7 @@ def test_a_dry_run_needs_no_network_no_server_and_no_extra(
 
 def test_a_dry_runs_table_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(record=True, width=80, force_terminal=False)
-    estimate.print_estimates(console, [estimate.estimate(each, options()) for each in BENCHMARKS], options())
+    estimate.print_estimates(console, [estimate.estimate_benchmark(each, options()) for each in BENCHMARKS], options())
     lines = console.export_text().splitlines()
     assert [line.split()[0] for line in lines[1 : 1 + len(BENCHMARKS)]] == [each.name for each in BENCHMARKS]
     assert any(line.endswith("gated: accept its terms and log in") and "HLE" in line for line in lines)
@@ -416,10 +416,10 @@ def test_a_dry_runs_table_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_estimate_grows_with_what_is_asked() -> None:
     aime = find("AIME25")
-    plain = estimate.estimate(aime, options())
+    plain = estimate.estimate_benchmark(aime, options())
     assert (plain.rows, plain.tokens_out) == (30, 30 * estimate.ANSWER_TOKENS)
-    assert estimate.estimate(aime, options(samples=4)).tokens_out == 4 * plain.tokens_out
-    assert estimate.estimate(aime, options(limit=5)).rows == 5
-    assert estimate.estimate(aime, options(max_tokens=10)).tokens_out == 300
-    assert estimate.estimate(find("VMME"), options(frames=4)).images == 4 * 2700
+    assert estimate.estimate_benchmark(aime, options(samples=4)).tokens_out == 4 * plain.tokens_out
+    assert estimate.estimate_benchmark(aime, options(limit=5)).rows == 5
+    assert estimate.estimate_benchmark(aime, options(max_tokens=10)).tokens_out == 300
+    assert estimate.estimate_benchmark(find("VMME"), options(frames=4)).images == 4 * 2700
     assert json.dumps(plain.note) == '""' and plain.hours > 0

@@ -38,7 +38,7 @@ from zppo.prompts.neutralise import Neutraliser
 from zppo.report.summary import Reader
 from zppo.rollout import frozen_models as frozen_models
 from zppo.rollout.data import count_judged
-from zppo.rollout.evaluation import Evaluation, evaluate
+from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.rollout.grading import Scorer, make_scorer, rule_grading
 from zppo.rollout.student import Answered, PromptRenderer
 from zppo.rollout.teacher import TeacherSampler
@@ -384,7 +384,7 @@ def test_evaluation_leaves_ungraded_completions_out(by_rule: Any, monkeypatch: p
         monkeypatch.setattr("zppo.rollout.evaluation.replace", lambda sampler, **changes: sampler)
         renderer = type("S", (), {"plain": staticmethod(lambda q: q)})
         sampler = type("R", (), {"renderer": renderer, "rollout": staticmethod(lambda prompts, log, purpose: list(of))})
-        return evaluate(sampler, [g.question for g in of], EvalSettings(), StepLog())  # type: ignore[arg-type]
+        return evaluate_held_out(sampler, [g.question for g in of], EvalSettings(), StepLog())  # type: ignore[arg-type]
 
     whole = result(groups)
     assert (whole.accuracy, whole.count, whole.ungraded) == (4 / 5, 12, 7)

@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import make_tiny
 from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.cli import main
-from zppo.report.compare import arms_of, compare
+from zppo.report.compare import arms_of, compare_runs
 from zppo.report.page import write_figures
 from zppo.report.read_run import open_run
 from zppo.report.summary import Reader
@@ -129,7 +129,7 @@ def held_out(folder: Path) -> float:
 def test_pairs_are_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = [{"method": m, "seed": s, "gain": g} for m, g in (("zppo", 4.0), ("grpo", 2.0)) for s in (0, 1, 2)]
     folders = runs_of(tmp_path, *shapes, {"method": "grpo", "seed": 7})
-    table = next(t for t in compare(folders).tables if t.id == "paired")
+    table = next(t for t in compare_runs(folders).tables if t.id == "paired")
     row = next(r for r in table.rows if r[0] == "zppo minus grpo: held-out accuracy")
     differences = [100 * (held_out(folders[i]) - held_out(folders[i + 3])) for i in range(3)]  # seed 7 has no partner
     mean = sum(differences) / 3

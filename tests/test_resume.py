@@ -115,7 +115,7 @@ PLACES = [
     ("old checkpoints go", "shutil:rmtree", 2),
     ("rewinding", "zppo.runs.log:write_whole", 2),
     ("final", "zppo.train.finish:sync", 2),
-    ("final's evaluation", "zppo.train.finish:evaluate", 1),
+    ("final's evaluation", "zppo.train.finish:evaluate_held_out", 1),
     ("final's card", "zppo.train.finish:finish_final", 1),
 ]
 
@@ -148,7 +148,7 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert run.checkpoints() == ["step-000001+2", "step-000002"]
     assert run.go(at="zppo.train.policy_gradient:step_advantages", do="int") == 130  # step 3 is sampled, and no update is done
     assert run.checkpoints() == ["step-000002", "step-000002+0"]
-    assert run.go(at="zppo.train.trainer:evaluate", do="term") == 143  # after step 4, before its checkpoint
+    assert run.go(at="zppo.train.trainer:evaluate_held_out", do="term") == 143  # after step 4, before its checkpoint
     assert run.checkpoints() == ["step-000002+0", "step-000004"]
     assert run.go(at=FINAL_MADE, do="term") == 143
     assert run.go() == 0, run.said

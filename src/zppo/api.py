@@ -169,7 +169,7 @@ def evaluate(
         SettingsError: an option is wrong, or the folder holds another evaluation.
         EvaluationError: a server or a package is missing, nothing could be evaluated, or rows are open at the end.
     """
-    from zppo.evals.evaluate import evaluate as run
+    from zppo.evals.evaluate import evaluate_benchmarks as run
     from zppo.evals.options import EvalOptions
     from zppo.evals.registry import judge_prompts as read_prompts
     from zppo.evals.results import default_output

@@ -403,14 +403,14 @@ def _eval(options: argparse.Namespace) -> None:
 
         compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
         return
-    from zppo.evals.evaluate import evaluate
+    from zppo.evals.evaluate import evaluate_benchmarks
     from zppo.evals.options import EvalOptions
     from zppo.evals.registry import judge_prompts
 
     if options.files:
         raise SettingsError(f"zppo eval takes one model; {', '.join(map(str, options.files))} too many")
     given = {field.name: getattr(options, field.name) for field in fields(EvalOptions) if field.name != "judge_prompts"}
-    evaluate(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)))
+    evaluate_benchmarks(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)))
 
 
 def _cost(options: argparse.Namespace) -> None:

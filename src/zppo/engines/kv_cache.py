@@ -36,7 +36,7 @@ def is_plain(model: PreTrainedModel) -> bool:
     return own and not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
 
 
-def decode(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, families: Any) -> torch.Tensor:
+def decode_tokens(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, families: Any) -> torch.Tensor:
     """Logits (R, V) after one more token per rollout.
 
     Args:
@@ -300,7 +300,7 @@ class DecodeState:
         if not self._shared:
             return self._forward(tokens, self._grown_mask())
         if self._lean:
-            logits = decode(self.model, tokens, self._positions, self.cache, self.families)
+            logits = decode_tokens(self.model, tokens, self._positions, self.cache, self.families)
             self._positions = self._positions + 1
             return logits
         ours, theirs = _DECODING.set(self), self._config._attn_implementation

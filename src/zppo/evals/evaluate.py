@@ -26,7 +26,7 @@ from zppo.evals.options import EvalOptions, fingerprint, settings_of
 from zppo.evals.registry import BENCHMARKS, suite
 from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, finished, summary, with_benchmark, with_skipped
 from zppo.evals.scoring.verdicts import Decider, judge_book
-from zppo.evals.view import ProgressDisplay, estimate, print_estimates, print_results, say
+from zppo.evals.view import ProgressDisplay, estimate_benchmark, print_estimates, print_results, say
 from zppo.names import checkpoint_folder
 from zppo.prompts import PromptBook
 
@@ -46,7 +46,7 @@ class Session:
     decider: Decider
 
 
-def evaluate(options: EvalOptions, console: Console | None = None) -> None:
+def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) -> None:
     """Evaluate a model, or say with `dry_run` what that would take.
 
     Raises:
@@ -58,7 +58,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> None:
     chosen = suite(options.suite)
     _check(options)
     if options.dry_run:
-        print_estimates(console, [estimate(benchmark, options) for benchmark in chosen], options)
+        print_estimates(console, [estimate_benchmark(benchmark, options) for benchmark in chosen], options)
         return
     missing = [name for name in ("inspect_ai", "rapidfuzz") if importlib.util.find_spec(name) is None]
     if missing:

@@ -158,7 +158,7 @@ class Estimate:
         return (self.tokens_out / ANSWER_SPEED + self.tokens_in / PROMPT_SPEED) / 3600
 
 
-def estimate(benchmark: Benchmark, options: EvalOptions) -> Estimate:
+def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
     """The estimate of one benchmark: its rows counted where `--data` has them, else as the registry has it."""
     note = "gated: accept its terms and log in" if benchmark.gated else ""
     items: Sequence[Item] | None = None

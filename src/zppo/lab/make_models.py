@@ -168,7 +168,7 @@ def _pretrained(
     for role, corpus, how in zip(roles, corpora, hows, strict=False):
         model = deepcopy(base)
         pretrain(model, corpus, chat, how, seed, teller(say, f"{world.name}/{role}", how.steps))
-        save(model, tokenizer, out / role)
+        save_models(model, tokenizer, out / role)
         if isinstance(world, PictureWorld):
             make_processor().save_pretrained(out / role)
         probes[role] = probe_of(out / role)  # what is bundled is measured, after rounding
@@ -228,7 +228,7 @@ def candidate_prompts(
     return made
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_models(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes a checkpoint with weights stored in half precision; `from_pretrained` gives them back in single precision."""
     config = model.config.to_dict()
     state = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items()}

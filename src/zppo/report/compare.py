@@ -66,7 +66,7 @@ def compare_command(
         ZPPOError: a folder holds no run, or fewer than two were named.
     """
     console = console or Console()
-    comparison = compare(folders)
+    comparison = compare_runs(folders)
     for table in comparison.tables:
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
         for index, name in enumerate(table.columns):
@@ -81,7 +81,7 @@ def compare_command(
         write_page(console, comparison_page(comparison, charts), target, charts, target.parent / f"{target.stem}-{FIGURES}", suffixes)
 
 
-def compare(folders: Sequence[Path]) -> RunComparison:
+def compare_runs(folders: Sequence[Path]) -> RunComparison:
     """Compare runs.
 
     Raises:

@@ -57,7 +57,9 @@ def report_command(
     console = console or Console()
     reader = Reader(folder)
     if port is not None:
-        serve(reader, port, lambda address: console.print(f"{address}  shows {folder}; Ctrl-C ends it", highlight=False, soft_wrap=True))
+        serve_report(
+            reader, port, lambda address: console.print(f"{address}  shows {folder}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+        )
         return
     summary, target = reader.read(), out or folder
     write_page(console, report_page(summary), target / PAGE, summary.charts, target / FIGURES, suffixes)
@@ -377,7 +379,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
     return server
 
 
-def serve(reader: Reader, port: int, announce: Callable[[str], None]) -> None:
+def serve_report(reader: Reader, port: int, announce: Callable[[str], None]) -> None:
     """Serve until interrupted; `announce` is called with the address."""
     reader.read()  # what is wrong with the folder is said now
     with make_server(reader, port) as server:

@@ -33,7 +33,7 @@ class Evaluation:
     ungraded: int = 0
 
 
-def evaluate(student: StudentSampler, questions: Sequence[Question], settings: EvalSettings, log: StepLog) -> Evaluation:
+def evaluate_held_out(student: StudentSampler, questions: Sequence[Question], settings: EvalSettings, log: StepLog) -> Evaluation:
     """Evaluate a student; draws are keyed by question, so that two evaluations of the same weights are equal.
 
     Args:

@@ -19,7 +19,7 @@ from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.vllm import VLLMEngine
 from zppo.models.student_model import Student, load_model
-from zppo.rollout.evaluation import Evaluation, evaluate
+from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.runs.checkpoint import Savable
 from zppo.runs.files import PARTIAL, sync, writing
 from zppo.runs.log import METRICS, read_lines
@@ -203,7 +203,7 @@ def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16:
         engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
     log = StepLog()
     student = replace(trainer.student, engine=engine, whole=nullcontext)
-    result = evaluate(student, trainer.held_out, settings.eval, log)
+    result = evaluate_held_out(student, trainer.held_out, settings.eval, log)
     with trainer.processes.stop.shield():
         trainer.log_evaluation("final", result, log)
     return result

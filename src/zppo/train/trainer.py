@@ -13,7 +13,7 @@ from zppo.core.select import hard_groups, share_of
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
 from zppo.errors import MemoryLimitError
-from zppo.rollout.evaluation import Evaluation, evaluate
+from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.rollout.reformulated import Reformulator
 from zppo.rollout.run_data import RunData
 from zppo.rollout.student import StudentSampler
@@ -152,7 +152,7 @@ class Trainer:
         """Accuracy on the held-out questions with the current weights."""
         self.engine_check.refresh(self.done)
         log = StepLog()
-        result = evaluate(self.student, self.held_out, self.settings.eval, log)
+        result = evaluate_held_out(self.student, self.held_out, self.settings.eval, log)
         with self.processes.stop.ignored():
             self.log_evaluation("eval", result, log)
             self.evaluated = self.done

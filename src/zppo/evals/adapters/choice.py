@@ -44,7 +44,7 @@ def checked_options(row: DatasetRow, field: str, options: Sequence[str]) -> tupl
     return bare_options(options)
 
 
-def ask(row: DatasetRow, text: str, images: int = 0) -> tuple[Message, ...]:
+def ask_about(row: DatasetRow, text: str, images: int = 0) -> tuple[Message, ...]:
     """One user's turn with so many images, at the text's own marks, in order, or, where it has none, all in front.
 
     A text without images may still say `<image>` (a question about HTML): that is no mark, and stays.
@@ -79,7 +79,7 @@ _ROLES = ("system", "user", "assistant")
 def hle(row: DatasetRow) -> tuple[Item, ...]:
     """Humanity's Last Exam, with its picture where a question has one; options are part of the question's text."""
     images = (row.image("image"),) if row.has("image") else ()
-    messages = ask(row, row.text("question"), len(images))
+    messages = ask_about(row, row.text("question"), len(images))
     facts = {name: row.maybe(name) for name in ("answer_type", "category", "raw_subject")}
     return (Item(row.text("id"), row.benchmark, messages, row.text("answer"), "judged", images, facts=facts),)
 
@@ -121,7 +121,7 @@ def choice_item(
 ) -> Item:
     """An item of the kind choice; the gold must be the letter of one of the options."""
     check_letter(row, gold, options)
-    messages = ask(row, with_options(question, options), len(images))
+    messages = ask_about(row, with_options(question, options), len(images))
     return Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts or {})
 
 
@@ -168,7 +168,7 @@ def visual_puzzles(row: DatasetRow) -> tuple[Item, ...]:
     facts = {"category": row.maybe("category")}
     if options:
         return (choice_item(row, identity, question, options, gold, (image,), facts),)
-    messages = ask(row, f"{question}\nThe options A, B, C and D are shown in the image.", 1)
+    messages = ask_about(row, f"{question}\nThe options A, B, C and D are shown in the image.", 1)
     return (Item(identity, row.benchmark, messages, gold, "choice", (image,), options=tuple("ABCD"), facts=facts),)
 
 
@@ -186,7 +186,7 @@ def mmmu_pro(row: DatasetRow) -> tuple[Item, ...]:
         text = f"{IMAGE}\nAnswer the question that is shown in the image."
         images = (row.image("image"),)
     check_letter(row, gold, options)
-    messages = ask(row, text, len(images))
+    messages = ask_about(row, text, len(images))
     return (Item(identity, row.benchmark, messages, gold, "choice", images, options=options, facts=facts),)
 
 
@@ -199,7 +199,7 @@ def babyvision(row: DatasetRow) -> tuple[Item, ...]:
     if kind == "choice":
         options = checked_options(row, "options", row.texts("options"))
         return (choice_item(row, identity, question, options, indexed_gold(row, "choiceAns", options), (image,), facts),)
-    return (Item(identity, row.benchmark, ask(row, question, 1), row.text("blankAns"), "text", (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask_about(row, question, 1), row.text("blankAns"), "text", (image,), facts=facts),)
 
 
 def mmlu(row: DatasetRow) -> tuple[Item, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from zppo.evals.adapters.choice import ask
+from zppo.evals.adapters.choice import ask_about
 from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Kind
 
@@ -17,13 +17,13 @@ _GRID = "counting grid"
 
 def infovqa(row: DatasetRow) -> tuple[Item, ...]:
     """InfographicVQA: several accepted answers; the test split has none."""
-    messages = ask(row, strip_directives(row.text("question")), 1)
+    messages = ask_about(row, strip_directives(row.text("question")), 1)
     return (Item(row.text("questionId"), row.benchmark, messages, row.texts("answers"), "anls", (row.image("image"),)),)
 
 
 def mmvet(row: DatasetRow) -> tuple[Item, ...]:
     """MM-Vet: the gold may join parts with <AND> and <OR>, which the prompt of its judge explains."""
-    messages = ask(row, strip_directives(row.text("question")), 1)
+    messages = ask_about(row, strip_directives(row.text("question")), 1)
     facts = {"capability": row.maybe("capability")}
     return (Item(row.text("question_id"), row.benchmark, messages, row.text("answer"), "graded", (row.image("image"),), facts=facts),)
 
@@ -35,7 +35,7 @@ def vlms_are_blind(row: DatasetRow) -> tuple[Item, ...]:
     text = strip_directives(row.text("prompt"))
     if kind == "grid":  # the directive names the numbers that are asked for
         text = re.sub(r"\s+and answer with numbers in curly brackets\b", "", text, flags=re.IGNORECASE)
-    messages = ask(row, text, 1)
+    messages = ask_about(row, text, 1)
     image, gold = row.image("image"), row.text("groundtruth")
     return (Item(f"blind-{row.number}", row.benchmark, messages, gold, kind, (image,), facts={"task": task}),)
 
@@ -64,7 +64,7 @@ def _ocrbench(row: DatasetRow, language: str) -> tuple[Item, ...]:
         facts["content"] = row.texts("content")
         if len(facts["boxes"]) != len(facts["content"]):
             row.fail("content", f"has {len(facts['content'])} texts for {len(facts['boxes'])} boxes")
-    messages = ask(row, strip_directives(row.text("question")), 1)
+    messages = ask_about(row, strip_directives(row.text("question")), 1)
     identity = row.maybe("id") or f"ocrbench-{row.number}"
     return (Item(identity, row.benchmark, messages, answers, "ocr", (row.image("image"),), facts=facts),)
 
@@ -122,7 +122,7 @@ def charxiv(row: DatasetRow) -> tuple[Item, ...]:
 
     def item(part: str, number: int, question: str, gold: str) -> Item:
         facts = {"part": "reasoning" if part == "r" else "descriptive", "question_type": number}
-        return Item(f"{identity}/{part}", row.benchmark, ask(row, question, 1), gold, "judged", (image,), facts=facts)
+        return Item(f"{identity}/{part}", row.benchmark, ask_about(row, question, 1), gold, "judged", (image,), facts=facts)
 
     items = [item("r", row.integer("reasoning_q_source"), row.text("reasoning_q"), row.text("reasoning_a"))]
     place = _subplot(row)

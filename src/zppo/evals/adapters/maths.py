@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from zppo.evals.adapters.choice import LETTERS, ask, checked_options, choice_item, with_options
+from zppo.evals.adapters.choice import LETTERS, ask_about, checked_options, choice_item, with_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Kind
 
@@ -16,21 +16,21 @@ def aime25(row: DatasetRow) -> tuple[Item, ...]:
     """AIME 2025, I and II: `question`, or `problem` in another owner's copy."""
     identity = row.maybe("id") or f"{row.config or 'aime25'}-{row.number}"
     text = strip_directives(row.text("question", "problem"))
-    return (Item(identity, row.benchmark, ask(row, text), row.text("answer"), "number"),)
+    return (Item(identity, row.benchmark, ask_about(row, text), row.text("answer"), "number"),)
 
 
 def aime26(row: DatasetRow) -> tuple[Item, ...]:
     """AIME 2026."""
     identity = row.maybe("problem_idx", "id") or f"aime26-{row.number}"
     text = strip_directives(row.text("problem", "question"))
-    return (Item(identity, row.benchmark, ask(row, text), row.text("answer"), "number"),)
+    return (Item(identity, row.benchmark, ask_about(row, text), row.text("answer"), "number"),)
 
 
 def imo_answerbench(row: DatasetRow) -> tuple[Item, ...]:
     """IMO-AnswerBench: the answers are numbers, formulas, sets, or a few words."""
     facts = {"category": row.maybe("Category"), "subcategory": row.maybe("Subcategory")}
     text = strip_directives(row.text("Problem"))
-    return (Item(row.text("Problem ID"), row.benchmark, ask(row, text), row.text("Short Answer"), "text", facts=facts),)
+    return (Item(row.text("Problem ID"), row.benchmark, ask_about(row, text), row.text("Short Answer"), "text", facts=facts),)
 
 
 def mathvista(row: DatasetRow) -> tuple[Item, ...]:
@@ -51,7 +51,7 @@ def mathvista(row: DatasetRow) -> tuple[Item, ...]:
     if facts["answer_type"] in ("integer", "float"):
         kind = "precision"
         facts["precision"] = str(0 if facts["answer_type"] == "integer" else row.integer("precision"))
-    return (Item(identity, row.benchmark, ask(row, question, 1), row.text("answer"), kind, (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask_about(row, question, 1), row.text("answer"), kind, (image,), facts=facts),)
 
 
 def mathvision(row: DatasetRow) -> tuple[Item, ...]:
@@ -62,7 +62,7 @@ def mathvision(row: DatasetRow) -> tuple[Item, ...]:
     if row.has("options"):
         options = checked_options(row, "options", row.texts("options"))
         return (choice_item(row, identity, _one_mark(question), options, gold, (image,), facts),)
-    return (Item(identity, row.benchmark, ask(row, _one_mark(question), 1), gold, "text", (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask_about(row, _one_mark(question), 1), gold, "text", (image,), facts=facts),)
 
 
 def _one_mark(text: str) -> str:
@@ -87,7 +87,7 @@ def mathverse(row: DatasetRow) -> tuple[Item, ...]:
         options = options or tuple("ABCD")
         gold = gold.strip("() .")
         text = with_options(text, options) if options != tuple("ABCD") else text
-    return (Item(identity, row.benchmark, ask(row, text, 1), gold, kind, (image,), options=options, facts=facts),)
+    return (Item(identity, row.benchmark, ask_about(row, text, 1), gold, kind, (image,), options=options, facts=facts),)
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
@@ -113,13 +113,13 @@ def dynamath(row: DatasetRow) -> tuple[Item, ...]:
     identity = f"{seed}/{variant}"
     if kind == "multiple choice":
         head, options = split_options(question)
-        messages = ask(row, with_options(head, options) if options else question, 1)
+        messages = ask_about(row, with_options(head, options) if options else question, 1)
         options = options or tuple("ABCDEFGH")
         return (Item(identity, row.benchmark, messages, gold.strip("() ."), "choice", (image,), options=options, facts=facts),)
     number: Kind = "precision" if kind == "float" else "text"
     if kind == "float":
         facts["tolerance"] = "0.001"
-    return (Item(identity, row.benchmark, ask(row, question, 1), gold, number, (image,), facts=facts),)
+    return (Item(identity, row.benchmark, ask_about(row, question, 1), gold, number, (image,), facts=facts),)
 
 
 def wemath(row: DatasetRow) -> tuple[Item, ...]:

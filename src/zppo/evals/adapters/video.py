@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zppo.core.types import Message
-from zppo.evals.adapters.choice import LETTERS, ask, check_letter, checked_options, with_options
+from zppo.evals.adapters.choice import LETTERS, ask_about, check_letter, checked_options, with_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Kind
 
@@ -47,7 +47,11 @@ def mmvu(row: DatasetRow) -> tuple[Item, ...]:
     question = strip_directives(row.text("question"))
     where = "" if row.has("frames") else _HUB_FILE.sub("", row.text("video_path", "video"))
     if row.one_of("question_type", ("multiple-choice", "open-ended")) == "open-ended":
-        return (_video_item(row, row.text("id"), ask(row, question), row.text("answer"), "judged", "video_path", facts=facts, where=where),)
+        return (
+            _video_item(
+                row, row.text("id"), ask_about(row, question), row.text("answer"), "judged", "video_path", facts=facts, where=where
+            ),
+        )
     choices = row.value("choices")
     if not isinstance(choices, Mapping):
         row.fail("choices", "is no object of letters and texts")
@@ -56,7 +60,7 @@ def mmvu(row: DatasetRow) -> tuple[Item, ...]:
     text = with_options(question, options)
     return (
         _video_item(
-            row, row.text("id"), ask(row, text), row.text("answer"), "choice", "video_path", options=options, facts=facts, where=where
+            row, row.text("id"), ask_about(row, text), row.text("answer"), "choice", "video_path", options=options, facts=facts, where=where
         ),
     )
 
@@ -80,7 +84,7 @@ def mvbench(row: DatasetRow) -> tuple[Item, ...]:
     identity = f"{row.config or 'mvbench'}-{row.number}"
     return (
         _video_item(
-            row, identity, ask(row, text), gold, "choice", "video", options=options, facts={"task": row.config}, clip=clip, rate=rate
+            row, identity, ask_about(row, text), gold, "choice", "video", options=options, facts={"task": row.config}, clip=clip, rate=rate
         ),
     )
 
@@ -102,7 +106,9 @@ def _videomme(row: DatasetRow, before: str) -> Item:
     text = before + with_options(strip_directives(row.text("question")), options)
     where = "" if row.has("frames") else f"{row.text('videoID')}.mp4"
     gold = row.text("answer")
-    return _video_item(row, row.text("question_id"), ask(row, text), gold, "choice", "videoID", options=options, facts=facts, where=where)
+    return _video_item(
+        row, row.text("question_id"), ask_about(row, text), gold, "choice", "videoID", options=options, facts=facts, where=where
+    )
 
 
 def subtitle_text(srt: str) -> str:
@@ -120,7 +126,7 @@ def videommmu(row: DatasetRow) -> tuple[Item, ...]:
     question, gold = strip_directives(row.text("question")), row.text("answer")
     name = f"{row.config}/{identity}" if row.config else identity
     if not row.has("options"):
-        return (_video_item(row, name, ask(row, question), gold, "text", "id", facts=facts, where=where),)
+        return (_video_item(row, name, ask_about(row, question), gold, "text", "id", facts=facts, where=where),)
     options = checked_options(row, "options", row.texts("options"))
     text = with_options(question, options)
-    return (_video_item(row, name, ask(row, text), gold, "choice", "id", options=options, facts=facts, where=where),)
+    return (_video_item(row, name, ask_about(row, text), gold, "choice", "id", options=options, facts=facts, where=where),)
