@@ -60,8 +60,11 @@ class RequestError(Exception):
         return JSONResponse({"error": error}, self.status, self.headers)
 
 
-def answer_error(_: Request, error: Exception) -> JSONResponse:
-    """A `RequestError` as it was meant; anything else is a defect of the server, which says no more than its kind."""
+async def answer_error(_: Request, error: Exception) -> JSONResponse:
+    """A `RequestError` as it was meant; anything else is a defect of the server, which says no more than its kind.
+
+    A coroutine, since Starlette runs a plain function in a thread, and a server that ends at once would cancel what waits for that.
+    """
     if not isinstance(error, RequestError):
         error = RequestError(500, f"the server failed on this request ({type(error).__name__}); its log says where", "defect")
     return error.response()
