@@ -81,7 +81,7 @@ def _sees_only_whole(name: str | Path, revision: str | None) -> bool:
 def _config(name: str | Path, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
-    except Exception:  # whoever loads the model says what is wrong
+    except Exception:  # loading the model says what is wrong
         return None
 
 

@@ -45,7 +45,7 @@ def limit_worker(memory_limit: int) -> None:
 
 
 def _limit_processor(seconds: float) -> None:
-    """Let the kernel kill this process once it has used `seconds` more: it ends even if whoever should kill it is gone."""
+    """Let the kernel kill this process once it has used `seconds` more: it ends even if the process that should kill it is gone."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     soft = math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]

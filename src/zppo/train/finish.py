@@ -184,7 +184,7 @@ def finish(settings: Settings, run: Path, parts: Assembled, console: Console, *,
     if not processes.main:
         return
     before = _evaluation_at_start(run)
-    with processes.stop.ignored():  # it is finished, whoever asks it to stop now
+    with processes.stop.ignored():  # it is finished: a signal changes nothing now
         write_model_card(folder, run.name, settings, before=before, after=after, totals=trainer.totals)
         finish_final(run, folder)
     closing_table(console, run, settings, before=before, after=after, totals=trainer.totals)
