@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zppo.grading import Grader
+from zppo.grading import Grader, units
 from zppo.grading.equality import compare, undecided
 
 DATA = Path(__file__).parent / "data"
@@ -71,6 +71,41 @@ def test_traps(grader: Grader, gold: str, answer: str) -> None:
 
 def test_scientific_notation_is_a_number(grader: Grader) -> None:
     assert grader.equal("300000", "3e5")
+
+
+@given(
+    st.integers(2, 4000), st.sampled_from([r"\frac{{1}}{{3^{{{0}}}}}", r"1-\frac{{1}}{{{0}!}}", r"10^{{{0}}}+1", r"\sqrt{{10^{{{0}}}+2}}"])
+)
+@settings(max_examples=15, deadline=None)
+def test_exact_numbers_that_no_float_tells_apart(grader: Grader, size: int, form: str) -> None:
+    size = min(size, 300) if "!" in form else size
+    assert not grader.equal(form.format(size), form.format(size + 1))
+    assert grader.equal(form.format(size), form.format(size) + "+0")
+
+
+def test_every_unit_is_known_to_pint_or_has_a_worth_of_its_own_or_none() -> None:
+    names = set(units._SHORT.values()) | set(units._LONG.values())
+    without = {name for name in names if units._worth(((name, 1),)) is None}
+    assert without == names & units._NOT_CONVERTED
+    assert units.ratio((("kilometer", 1), ("hour", -1)), (("meter", 1), ("second", -1))) == Fraction(5, 18)
+
+
+@pytest.mark.parametrize("text", ["9" * 50, "m^99999999", "m" * 61, "kilo" * 10, "eval(1)", "m**9**9", "/".join("m" * 30)])
+def test_only_units_of_the_tables_reach_pint(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "_registry", lambda: pytest.fail("pint was asked"))
+    assert units.canonical_unit(text) in (None, (("meter", -28),))
+
+
+def test_a_rounded_gold_equals_what_rounds_to_it_by_choice() -> None:
+    digits = {r"\frac{\pi}{3}": "1.0471975511965977", "x": None}.get
+    assert compare("1.05", r"\frac{\pi}{3}", undecided, digits) is True
+    assert compare("1.04", r"\frac{\pi}{3}", undecided, digits) is False
+    assert compare("1.05", "x", undecided, digits) is False
+    assert compare("1.05", r"\frac{\pi}{3}", undecided) is None  # a worker has to say
+    assert compare("0.33", r"\frac13", undecided) is True
+    assert compare("0.33", r"\frac13", undecided, rounded_golds=False) is False
+    assert compare("1", r"\frac{9}{10}", undecided) is False  # an integer is no rounding
+    assert compare("0.33", "0.333", undecided) is False
 
 
 def test_two_boxes_are_not_a_set(grader: Grader) -> None:

@@ -39,7 +39,7 @@ class Verdict:
 _log = logging.getLogger(__name__)
 
 DEADLINE = 3.0  # seconds for one answer
-MEMORY_LIMIT = 1 << 30  # bytes of address space for a worker; math-verify itself needs about a fifth of it
+MEMORY_LIMIT = 1 << 30  # bytes of address space for a worker; sympy itself needs about a fifth of it
 _REMEMBERED = 16384  # pairs whose outcome is kept: the rollouts of a group repeat answers, and hostile ones cost a deadline each
 
 Item = tuple[str, str] | tuple[str, str, bool]

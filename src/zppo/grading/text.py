@@ -1,22 +1,28 @@
-"""The answer of a completion as text: found, brought into one spelling, and read where it is in words (method.md section 7).
+"""The answer of a completion as text: found, and brought into one spelling (method.md section 7).
 
 The answer is the last balanced box after the thinking. One spelling stands for what Unicode, LaTeX commands, text wrappers and white space
-can write in many ways. Answers in words are yes and no, choice letters and prose. Everything here is bounded: linear regular expressions on
-at most `MAX_ANSWER` characters, and nothing is evaluated. Standard library only.
+can write in many ways. Everything here is bounded: linear regular expressions on at most `MAX_ANSWER` characters, and nothing is evaluated.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
+
+from zppo.grading.units import spelled_unit
 
 _THINK_OPEN = "<think>"
 _THINK_CLOSE = "</think>"
 # A run of backslashes with a box or a brace behind it, or a brace. Runs are taken whole (possessive), so that a million
 # backslashes, like ten thousand unclosed boxes, cost one pass over the text.
-_TOKEN = re.compile(r"(?P<run>\\++)(?:(?P<box>boxed\s*+\{)|(?P<behind>[{}]?))|(?P<brace>[{}])")
-_WHOLE_BOX = re.compile(r"\\++boxed\s*+\{(.*)\}", re.DOTALL)
+_TOKEN = re.compile(
+    r"(?P<run>\\++)(?:(?P<box>(?:boxed|fbox)\s*+\{)|(?P<bare>boxed\s++(?P<word>[^\s${}\\]++))|(?P<behind>[{}]?))|(?P<brace>[{}])"
+)
+_WHOLE_BOX = re.compile(r"\\++(?:boxed|fbox)\s*+\{(.*)\}", re.DOTALL)
+_BARE_BOX = re.compile(r"^\\++boxed\s++(?=[^\s{}\\]++$)")
 _UNWRAPPED = 8  # boxes around one answer that are taken off; more is an attack, and each costs a pass
 
 
@@ -38,12 +44,18 @@ def final_part(text: str, think_open: bool = False) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    """Content of the last balanced `\\boxed{...}`, the outer one of two nested ones; None without a box. Linear time."""
+    """Content of the last balanced `\\boxed{...}`, `\\fbox{...}` or `\\boxed 7`, of nested ones the outer; None without. Linear time."""
     opened: list[int | None] = []  # for every open brace: where a box's content starts, None for an ordinary brace
+    boxes = 0  # of those, how many are of boxes
     span: tuple[int, int] | None = None
     for token in _TOKEN.finditer(text):
         if token["box"]:
             opened.append(token.end())
+            boxes += 1
+            continue
+        if token["bare"]:  # \boxed 7
+            if not boxes:
+                span = token.span("word")
             continue
         escaped = token["run"] is not None and len(token["run"]) % 2 == 1
         brace = "" if escaped else token["brace"] or token["behind"]
@@ -52,6 +64,7 @@ def last_box(text: str) -> str | None:
         elif brace == "}" and opened:
             start = opened.pop()
             if start is not None:
+                boxes -= 1
                 span = (start, token.start())
     return None if span is None else text[span[0] : span[1]]
 
@@ -101,6 +114,17 @@ _SYMBOLS = {
 }  # fmt: skip
 _SYMBOL_TABLE = str.maketrans(_SYMBOLS)
 
+_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]")
+_UPRIGHT = r"\\(?:text|mathrm|textrm|mbox|hbox|textnormal|operatorname|mathit|textit|mathbf|textbf)\*?\s*"
+_SPACE = r"(?:\s|\\[,;:! ]|~)*"
+_UNIT = re.compile(
+    rf"(?:(?<=[\d)}}\].])(?<!\\circ\}})|(?<=[a-zA-Z])(?={_SPACE}{_UPRIGHT}\{{\s*\w\w))({_SPACE}){_UPRIGHT}\{{((?:[^{{}}]|\{{[^{{}}]*\}}){{1,40}})\}}"
+    r"(?=\s*(?:$|[\^/,.;)}\]$*]|\\cdot|\\text|\\math|\\[\])]))"
+)
+_UNIT_FRACTION = re.compile(
+    rf"\\[dt]?frac\s*\{{\s*{_UPRIGHT}\{{([^{{}}]*)\}}((?:\^\{{?\d\}}?)?)\s*\}}\s*\{{\s*{_UPRIGHT}\{{([^{{}}]*)\}}((?:\^\{{?\d\}}?)?)\s*\}}"
+)
+_SIUNITX = re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|operatorname"
     r"|mbox|hbox|emph|underline)\*?\s*\{([^{}]*)\}"
@@ -111,14 +135,22 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", 
 _LABEL = re.compile(
     r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+|^(?:the )?(?:final )?answer\s*[:=]\s*|^(?:答案|答)(?:是|为|:)\s*", re.IGNORECASE
 )
-_FUNCTION = r"(?:arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)"
+_FUNCTION = r"(?:cis|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)"
 
 # Applied in order. Each maps spellings of one thing to one spelling.
-_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+_REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
-        (r"(?<=\d)(?:\\[,;:! ]|\{,\}|\u202f|\u00a0)(?=\d{3}(?!\d))", ","),  # thousands: 1\,000 and 1{,}000
+        (r"(?<=\d)(?:,?\s*\\[,;:! ]\s*|\{,\}|\u202f|\u00a0)(?=\d{3}(?!\d))", ","),  # thousands: 1\,000, 1{,}000 and 1,\! 000
         (r"\\!", ""),
+        (r"\\(?:textcolor|colorbox)\s*(?:\[\w*\])?\s*\{[^{}]*\}\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[^{}]*\}", " "),
+        (r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|[lL]arge|LARGE|[hH]uge|bf|rm|it|sf|tt|mathstrut)(?![a-zA-Z])", " "),
+        (r"\\[hv](?:space\*?|phantom)\s*\{[^{}]*\}|\\phantom\s*\{[^{}]*\}", " "),
+        (r"\\begin\s*\{array\}\s*(?:\[\w*\])?\s*\{[lcr| ]*\}|\\begin\s*\{(?:small|B)?matrix\}", r"\\begin{pmatrix}"),
+        (r"\\end\s*\{(?:array|(?:small|B)?matrix)\}", r"\\end{pmatrix}"),
+        (r"\\[lr]?vert(?![a-zA-Z])", "|"),
+        (r"\\colon(?![a-zA-Z])", ":"),
         (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text|script)style(?![a-zA-Z])|\\limits(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -153,7 +185,11 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![\w)}])\+(?=\\infty)", ""),
         (r"^\\\{\s*\\\}$", r"\\emptyset "),
         (r"^(?:all |the )*real numbers$", r"\\mathbb{R}"),
+        (r"^[(\[]\s*(\\begin\{[pb]matrix\}(?:(?!\\begin).)*\\end\{[pb]matrix\})\s*[)\]]$", r"\1"),
         (r"\s+", " "),
+        (r"(?<=[A-Za-z)]) ([.:]) ", r"\1 "),
+        (r"^(\d+(?:\.\d+)?) (?:is )?to (\d+(?:\.\d+)?)(?: (?:is )?to (\d+(?:\.\d+)?))?$", lambda m: ":".join(filter(None, m.groups()))),
+        (r"^(?:negative|minus) (?=[\d\\.])", "-"),
         (r" ?([=<>+*/^_{}()\[\]|;]) ?", r"\1"),
         (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
         (r"(?<=[\d)}]) (?=\\[a-zA-Z])", ""),
@@ -164,6 +200,7 @@ _JOINED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])")
 _JOINED_BY_SPACE = re.compile(r"(?<![\d.,] )(?<![\d.,/])(?<!\d)([1-9]\d{0,2}(?: \d{3})+)(?![\d,/ ])")
 _COMMA = re.compile(r" ?, ?")
 _SOFT_END = re.compile(r"(?<![.])[.,;:?\s]+$")
+_QUANTITY = re.compile(r"[-+]?[\d.]+ ?[a-zA-Zμ]{2,4}$")  # MeV is not meV
 _PLAIN_ENGLISH = re.compile(r"[^\W\d_]{3,}")
 
 
@@ -229,13 +266,25 @@ def _closes_at_end(text: str) -> bool:
     return False
 
 
+def _spell_units(text: str) -> str:
+    """`text` with units in upright type as words: `2x\\text{ m}` says that m is no variable, which `2xm` does not."""
+
+    def spelled(match: re.Match[str]) -> str:
+        word = spelled_unit(match[2])
+        return match[0] if word is None else " " + word
+
+    text = _SIUNITX.sub(lambda m: m[1] + r"\text{ " + m[2].replace("\\per", "/").replace("\\", " ").replace("/ ", "/") + "}", text)
+    return _UNIT.sub(spelled, _UNIT_FRACTION.sub(r"\\text{\1\2/\3\4}", text))
+
+
 def _unwrap(text: str) -> str:
     """`text` without what stands around the whole of it: math delimiters, quotes, bold marks, braces, text commands."""
     for _ in range(MAX_DEPTH):
         before = text
         text = text.strip()
-        if text.startswith(r"\boxed{") and _closes_at_end(text[6:]):
-            text = text[7:-1]
+        if (box := _WHOLE_BOX.fullmatch(text)) and _closes_at_end(text[text.index("{") :]):
+            text = box[1]
+        text = _BARE_BOX.sub("", text)
         for left, right in _DELIMITERS:
             inner = text[len(left) : len(text) - len(right)]
             if not (text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right)):
@@ -276,7 +325,7 @@ def clean(answer: str) -> str:
     Unicode symbols become LaTeX, LaTeX synonyms become one command, text wrappers, delimiters, spaces without meaning, an
     "answer:" label, thousands separators and a closing full stop go. Case stays: `text_key` folds it where that is safe.
     """
-    text = _line_breaks(_plain_characters(answer))
+    text = _spell_units(_line_breaks(_plain_characters(_INVISIBLE.sub("", answer))))
     text = _drop_dollars(_unwrap(text))
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
@@ -293,69 +342,7 @@ def clean(answer: str) -> str:
 def text_key(cleaned: str) -> str:
     """What two texts are compared by: lower case, without articles, quotes and hyphens; case stays in formulas."""
     cleaned = re.sub(r"(?<=[a-zA-Z])_\{(\w+)\}", r"\1", cleaned)
-    if not (_PLAIN_ENGLISH.search(cleaned) or (len(cleaned) == 1 and cleaned.isalpha())):
+    if not (_PLAIN_ENGLISH.search(cleaned) or (len(cleaned) == 1 and cleaned.isalpha())) or _QUANTITY.match(cleaned):
         return cleaned
     text = re.sub(r"(?<![\\\w])(?:the|a|an) (?=\w)", "", cleaned.lower())
     return " ".join(re.sub(r"[\"']|(?<=[a-z])-(?=[a-z])", " ", text).split()).rstrip("!")
-
-
-_YES_NO = {
-    "yes": "yes", "no": "no", "true": "true", "false": "false", "correct": "true", "incorrect": "false",
-    "是": "yes", "是的": "yes", "否": "no", "不是": "no", "对": "true", "错": "false", "正确": "true", "错误": "false",
-}  # fmt: skip
-_CONTRADICTIONS: dict[str, set[str]] = {"yes": {"not"}, "no": set(), "true": {"not"}, "false": set()}
-_LETTER = re.compile(r"(?:(?:option|choice|选项?)\s*)?(?:\(([A-Za-z])\)|([A-Za-z]))[.):]?", re.IGNORECASE)
-_LETTER_WITH_TEXT = re.compile(r"(?:(?:option|choice)\s*)?(?:\(([A-J])\)[.:,]?|([A-J])(?:[.):](?!\d)|\)))\s*(\S.*)", re.DOTALL)
-_ANOTHER_LETTER = re.compile(r"(?<![A-Za-z])(?:\([A-J]\)|[A-J](?=[.):,;]|$)|[A-J]\b(?= (?:and|or)\b))")
-_LETTERS = re.compile(r"[A-J](?:(?:,| and |,and | & |、|)[A-J])+")
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
-_WORD = re.compile(r"[^\W\d_]{2,}")
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_TWO_LETTER_WORDS = frozenset("is or if no to of in on at it we he be by an as do go so up us my me am ok hi oh ie eg vs".split())
-_VARIABLE_RUNS = (frozenset("xyz"), frozenset("abc"), frozenset("pqr"), frozenset("uvw"), frozenset("mn"))
-
-
-def yes_no(text: str) -> str | None:
-    """The verdict in an answer: "yes", "no", "true" or "false", where the answer is one or starts with one and a comma."""
-    first, separator, rest = text.lower().partition(",")
-    if not separator:
-        first, separator, rest = text.lower().partition(". ")
-    verdict = _YES_NO.get(first.strip(" .!"))
-    if verdict is None or (rest and not rest.strip()[:1].isalpha()):
-        return None
-    doubt = _CONTRADICTIONS[verdict] | {"yes", "no", "true", "false"}
-    return None if doubt & set(re.findall(r"[a-z]+", rest)) else verdict
-
-
-def choice(text: str) -> tuple[frozenset[str], str]:
-    """The choice letters of an answer (upper case, empty if it is none) and the text that stands next to a single one."""
-    if match := _LETTER.fullmatch(text):
-        return frozenset((match[1] or match[2]).upper()), ""
-    if match := _LETTER_WITH_TEXT.fullmatch(text):
-        if _ANOTHER_LETTER.search(match[3]):
-            return frozenset(), ""
-        return frozenset(match[1] or match[2]), match[3].strip()
-    if _LETTERS.fullmatch(text):
-        letters = re.findall(r"[A-J]", text)
-        return (frozenset(letters), "") if len(set(letters)) == len(letters) else (frozenset(), "")
-    return frozenset(), ""
-
-
-@lru_cache(maxsize=8192)
-def is_prose(text: str) -> bool:
-    """Whether a cleaned answer contains words: nothing that algebra should see, nor guess a number in."""
-    if _CJK.search(text):
-        return True
-    for run in _WORD.findall(_COMMAND.sub(" ", text)):
-        letters = set(run)
-        if len(run) == 2 and run.lower() not in _TWO_LETTER_WORDS:
-            continue  # a product of two variables
-        if len(run) > 3 or not any(letters <= variables for variables in _VARIABLE_RUNS):
-            return True
-    return False
-
-
-def only_choice(text: str) -> bool:
-    """Whether an answer can only be read as a choice: an upper-case letter from A to J, alone, with text, or several."""
-    letters, rest = choice(text)
-    return bool(rest) or len(letters) > 1 or bool(re.fullmatch(r"\(?[A-J]\)?[.):]?", text))

@@ -1,4 +1,4 @@
-"""What runs in a worker process: algebra with math-verify. Imports the standard library, math-verify and the typed rules only.
+"""What runs in a worker process: algebra with latex2sympy and sympy. Imports no other part of the package than the typed rules.
 
 A worker may be killed at any moment, by the pool when it overruns its deadline or by the kernel when it overruns its limits.
 """
@@ -13,25 +13,25 @@ import resource
 import signal
 from typing import Any
 
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
+import sympy
+from latex2sympy2_extended import latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
 from zppo.grading.equality import compare
+from zppo.grading.units import ratio
 
-# Only a whole box is read: math-verify's search for numbers in plain text would find a 5 in "5 is wrong", and evaluates.
-_BOX = (
-    LatexExtractionConfig(
-        try_extract_without_anchor=False,
-        boxed_match_priority=0,
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
-        ),
-    ),
-)
-_RELATIVE_ERROR = 1e-6
+_CONVERSION = ConversionConfig(
+    interpret_as_mixed_fractions=False, lowercase_symbols=False
+)  # mixed numbers are rewritten before; R is not r
 _E_NOTATION = re.compile(r"(?<=\d)[eE]([-+]?\d+)")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)°")
+_MIXED = re.compile(r"(?<![\d.}_^\w])(\d+)\\frac\{(\d+)\}\{(\d+)\}")
+_SIDE_BY_SIDE = re.compile(r"(?<=[\d)])(?=\()|(?<=\\pi)(?=\()|(?<=\))(?=\d|\\frac)")  # a product; its grammar adds two integers
+_BINOMIAL = re.compile(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=[\d(])")
+_PRIME = re.compile(r"([a-zA-Z])('+)")
+_BASED = re.compile(r"\d\)?_\{?\d")
+_WORDS_FOR_CONSTANTS = ((re.compile(r"\\cis(?![a-zA-Z]) ?(\([^()]*\)|\d+°?|\\frac\{[^{}]*\}\{[^{}]*\})"), r"(\\cos \1+i\\sin \1)"),)
 
 
 def limit_worker(memory_limit: int) -> None:
@@ -53,37 +53,117 @@ def _limit_processor(seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
+def _mixed(match: re.Match[str]) -> str:
+    """`2\\frac{1}{2}` is a mixed number where the fraction is a proper one, else a product."""
+    whole, above, below = match.groups()
+    return rf"({whole}+\frac{{{above}}}{{{below}}})" if int(above) < int(below) else rf"{whole}\cdot\frac{{{above}}}{{{below}}}"
+
+
 def _parsed(text: str) -> Any:
-    """The sympy object that a cleaned answer means, or None."""
+    """The exact sympy object that a cleaned answer means, decimals as fractions; None where it cannot be read."""
     text = _E_NOTATION.sub(r"\\cdot 10^{\1}", text.replace(r"\cr", r"\\"))
+    for pattern, new in _WORDS_FOR_CONSTANTS:
+        text = pattern.sub(new, text)
     if _TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
-    text = text.replace("°", "")
-    found = parse("\\boxed{" + text + "}", _BOX, fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0] if found else None
-
-
-def _close(gold: Any, answer: Any) -> bool:
-    """Whether two numbers agree relative to their size: math-verify rounds to six places, and 2e-8 is not 1e-8."""
+    text = _MIXED.sub(_mixed, text.replace("°", ""))
+    text = _BINOMIAL.sub(r"\1\\cdot ", _SIDE_BY_SIDE.sub(r"\\cdot ", text))
+    text = _PRIME.sub(lambda match: rf"{match[1]}_{{prime{len(match[2])}}}", text)
     try:
-        first, second = complex(gold), complex(answer)
-    except (TypeError, ValueError, OverflowError, AttributeError):
-        return True  # no numbers: what algebra said stands
-    return abs(first - second) <= _RELATIVE_ERROR * max(abs(first), abs(second))
+        found = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=_CONVERSION)
+    except Exception:  # whatever its grammar or sympy say of a text that a model wrote
+        return None
+    if not isinstance(found, sympy.Basic):
+        return found
+    return found.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in found.atoms(sympy.Float)})
+
+
+def _with_imaginary_unit(gold: Any, answer: Any) -> tuple[Any, Any]:
+    """Both with `i` as the imaginary unit, unless a `j` beside it says that it is a vector or an index."""
+    names = {symbol.name for side in (gold, answer) for symbol in side.free_symbols}
+    if "i" not in names or "j" in names:
+        return gold, answer
+    unit = {symbol: sympy.I for side in (gold, answer) for symbol in side.free_symbols if symbol.name == "i"}
+    return gold.xreplace(unit), answer.xreplace(unit)
+
+
+def _exactly_equal(gold: Any, answer: Any) -> bool:
+    """Whether two expressions without decimals are equal, by proof: no float ever says so."""
+    gold, answer = (sympy.sympify(side.doit()) for side in _with_imaginary_unit(gold, answer))
+    said = gold.equals(answer)
+    if said is None:
+        said = sympy.simplify(gold - answer) == 0
+    return bool(said)
+
+
+def _same_relation(gold: Any, answer: Any) -> bool:
+    """Whether two equations or inequalities say the same: their sides differ by a constant factor, by a positive one in inequalities."""
+    if isinstance(gold, sympy.Eq | sympy.Ne) or isinstance(answer, sympy.Eq | sympy.Ne):
+        if type(gold) is not type(answer):
+            return False
+        first, second = gold.lhs - gold.rhs, answer.lhs - answer.rhs
+    else:
+        if isinstance(gold, sympy.Lt | sympy.Gt) != isinstance(answer, sympy.Lt | sympy.Gt):
+            return False
+        first, second = gold.lts - gold.gts, answer.lts - answer.gts
+    first, second = _with_imaginary_unit(first, second)
+    if _exactly_equal(first, second):
+        return True
+    ratio = sympy.cancel(sympy.simplify(first / second)) if second != 0 else sympy.nan
+    if not (ratio.is_number and ratio.is_finite and ratio != 0):
+        return False
+    return isinstance(gold, sympy.Eq | sympy.Ne) or bool(ratio > 0)
+
+
+def _same_set(gold: Any, answer: Any) -> bool:
+    """Whether two sets are equal; where that needs more than their ends and items, sympy's own form of them decides."""
+    if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
+        ends = gold.left_open == answer.left_open and gold.right_open == answer.right_open
+        return bool(ends) and _exactly_equal(gold.start, answer.start) and _exactly_equal(gold.end, answer.end)
+    if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
+        left = list(answer.args)
+        for item in gold.args:
+            match = next((other for other in left if _equal(item, other)), None)
+            if match is None:
+                return False
+            left.remove(match)
+        return not left
+    return bool(gold == answer or sympy.simplify(gold) == sympy.simplify(answer))
+
+
+def _equal(gold: Any, answer: Any) -> bool:
+    """Whether two objects of sympy are of one kind and equal."""
+    for kind, same in ((sympy.Expr, _exactly_equal), (sympy.core.relational.Relational, _same_relation), (sympy.Set, _same_set)):
+        if isinstance(gold, kind) or isinstance(answer, kind):
+            return isinstance(gold, kind) and isinstance(answer, kind) and same(gold, answer)
+    if isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase):
+        return gold.shape == answer.shape and all(map(_equal, gold, answer))
+    return bool(gold == answer)
 
 
 def algebra(gold: str, answer: str) -> bool:
-    """Whether two formulas in LaTeX are equal, by math-verify with the gold in a box. Never None, may take for ever."""
+    """Whether two formulas in LaTeX are equal. Never None, may take for ever."""
+    if _BASED.search(gold) or _BASED.search(answer):
+        return False  # figures in some base are compared as figures, before
     first, second = _parsed(gold), _parsed(answer)
-    if first is None or second is None or verify(first, second, timeout_seconds=None) is not True:
-        return False
-    return _close(first, second)
+    return first is not None and second is not None and _equal(first, second)
 
 
-algebra("x+1", "1+x")  # workers are forked from a server that imported this: none of them starts with cold parser tables
+def value(text: str) -> str | None:
+    """A constant ("\\frac{\\pi}{3}") as a decimal of 40 digits; None for anything else. May take for ever."""
+    found = None if _BASED.search(text) else _parsed(text)
+    if not isinstance(found, sympy.Expr) or found.free_symbols:
+        return None
+    number = sympy.N(found.doit(), 40)
+    return str(number) if number.is_Float or number.is_Integer else None
 
 
-def compare_in_worker(gold: str, answer: str, deadline: float) -> bool:
+# Workers are forked from a server that imported this: none of them starts with cold parser tables or units.
+algebra("x+1", "1+x")
+ratio((("kilometer", 1),), (("meter", 1),))
+
+
+def compare_in_worker(gold: str, answer: str, deadline: float, rounded_golds: bool = True) -> bool:
     """`zppo.grading.equality.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
     _limit_processor(deadline)
-    return compare(gold, answer, algebra) is True
+    return compare(gold, answer, algebra, value, rounded_golds) is True

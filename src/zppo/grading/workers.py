@@ -69,7 +69,7 @@ class _Host:
             self.close()
             raise ZPPOError(
                 f"the grading worker did not start with {sys.executable!r}: {self._last_words()}. "
-                "Check that math-verify and pebble import in this environment and that memory is left."
+                "Check that latex2sympy2_extended and pebble import in this environment and that memory is left."
             )
 
     def _last_words(self) -> str:
@@ -217,7 +217,7 @@ class WorkerPool:
 
 
 def _start_worker(memory_limit: int) -> None:
-    from zppo.grading.worker import limit_worker  # imported by the workers only: the host does not load math-verify
+    from zppo.grading.worker import limit_worker  # imported by the workers only: the host does not load sympy
 
     limit_worker(memory_limit)
 

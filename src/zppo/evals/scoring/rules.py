@@ -12,8 +12,9 @@ from zppo.evals.adapters.choice import LETTERS
 from zppo.evals.item import Item, Kind
 from zppo.evals.scoring.text_scores import anls
 from zppo.grading.numbers import Number, parse_number
-from zppo.grading.text import MAX_ANSWER, choice, clean, extract_boxed, final_part, nested_too_deep, normalise, printed, yes_no
+from zppo.grading.text import MAX_ANSWER, clean, extract_boxed, final_part, nested_too_deep, normalise, printed
 from zppo.grading.units import split_unit
+from zppo.grading.words import choice, yes_no
 
 Equal = Callable[[str, str], bool]
 """Whether an answer, the second, is a gold in another spelling at most: `Grader.equal`."""
