@@ -4,7 +4,7 @@ Four changes: a digit, a sign, a variable, a part that is left out (a term, an i
 only where the small reader below, which shares nothing with the graders, reads both texts and finds them apart: expressions are evaluated
 with 1,200 digits at three points (a difference of 10^-600 is seen, 1^5 against 1^7 is not kept), items of tuples are compared one by one,
 those of sets as sets, equations up to a factor. What it cannot read (labels, sentences, repeating decimals) is not changed. What may mean
-the same is never changed: an index, the name of the one unknown, the letter that counts solutions (`k\\pi`), a unit as a whole.
+the same is never changed: an index, the name of the one unknown, a unit as a whole, and all of a family of solutions (`k\\pi`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SCIENTIFIC = re.compile(r"\d[eE][+-]?\d")
 MONTH = r"jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 CLOCK = re.compile(rf"(?i)[^\\]*\d{{1,2}}:\d\d\b.*m\.?\}}?|(?:\\text\{{)?(?:{MONTH})[a-z.]* \d[\d, ]*\}}?")
 TAIL = re.compile(r"(?:,?\s*\\q?quad|,)?\s*(?:\\text\{\s*,?)?\s*(?:for all|for every|where|for \$?x|[a-z]\s*\\in|\([a-z] \\g).*$")
+FAMILY = re.compile(r"\\pi.*(?<![a-z\\])[kn](?![a-z])|(?<![a-z\\])[kn](?![a-z]).*\\pi|integer|\\mathbb\{?[NZ]")
 HIDDEN = re.compile(
     r"\\begin\{\w+\}(?:\{[lrc]+\})?|\\end\{\w+\}|\\(?:text|mathrm|mathbb|operatorname)\{[^{}]*\}|\\[a-zA-Z]+|_\{[^{}]*\}|_\w"
 )
@@ -341,6 +342,8 @@ def same(a: Any, b: Any) -> bool:
     if not isinstance(a, Form) or not isinstance(b, Form):
         if isinstance(a, str | int) or isinstance(b, str | int):
             return bool(a == b)
+        if mpmath.isinf(a) or mpmath.isinf(b):
+            return bool(a == b)
         return bool(a == b or abs(a - b) <= APART * max(abs(a), abs(b)))
     if a.kind == b.kind == "set":
         return all(any(same(x, y) for y in q) for p, q in ((a.parts, b.parts), (b.parts, a.parts)) for x in p)
@@ -389,6 +392,8 @@ def signs(text: str) -> Iterator[str]:
     for i in free(text):
         before = text[:i].rstrip()
         opening = not before or before[-1] in "([=,<>" or before.endswith(r"\{") or before.endswith(r"\left")
+        if text.startswith(r"\infty", i + 1):
+            continue  # an interval that ends where it begins
         if text[i] in "+-":
             yield text[:i] + ("" if opening else "+-"[text[i] == "+"]) + text[i + 1 :]
         elif opening and text[i].isalnum() and not (before and before[-1] == "," and THOUSANDS.search(text)):
@@ -406,7 +411,7 @@ def variables(text: str) -> Iterator[str]:
         UNITS.fullmatch(text)
         or CLOCK.fullmatch(text)
         or re.search(r"[A-Za-z]{3,}", HIDDEN.sub("", text))
-        or re.search(r"\\pi.*[kn]|[kn].*\\pi|\\text|\\math", text)
+        or re.search(r"\\text|\\math|^-?[\d.,]+\s+[A-Za-z]{1,3}$|[ }][A-Za-z]{2}$", text)
     ):
         return
     places = [i for i in free(text) if text[i].isalpha() and text[i].isascii() and text[i] not in "eid" and "(" not in text[i + 1 : i + 2]]
@@ -429,7 +434,7 @@ def parts(text: str) -> Iterator[str]:
         if len(re.findall(r"[A-E]", text)) > 1:
             yield text.rstrip(")")[:-1].rstrip(", ")
         return
-    if CLOCK.fullmatch(text) or re.search(r"\\text|\\math|[A-Za-z]{3,}|[ }][ck]?m$", HIDDEN.sub("", text)):
+    if CLOCK.fullmatch(text) or re.search(r"\\text|\\math|[A-Za-z]{3,}|^-?[\d.,]+\s+[A-Za-z]{1,3}$|[ }][A-Za-z]{2}$", HIDDEN.sub("", text)):
         return
     yield from _without_item(text)
     places = set(free(text))
@@ -466,6 +471,8 @@ def mutations(golds: Iterable[str], seed: int = 0) -> list[tuple[str, str, str]]
     """What was changed, the gold, the changed one: of each gold and kind at most one, drawn by gold and seed."""
     found = []
     for gold in sorted(set(golds)):
+        if FAMILY.search(gold):
+            continue
         tail = TAIL.search(gold)
         head, rest = (gold[: tail.start()], tail[0]) if tail else (gold, "")
         for kind, change in KINDS.items():

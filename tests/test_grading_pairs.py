@@ -72,6 +72,7 @@ def test_what_may_be_the_same_is_no_mutation(gold: str, other: str) -> None:
         ("\\frac{1}{2^{2021}}", "\\frac{1}{2^{2022}}"),
         ("1-\\frac{1}{20!}", "1-\\frac{1}{21!}"),
         ("(1,2)", "(2,1)"),
+        ("(a,\\infty)", "(-\\infty,a)"),
         ("\\{1,2\\}", "\\{1\\}"),
         ("\\pi r^2 h", "\\pi r^2"),
         ("52_8", "52_7"),
@@ -88,16 +89,17 @@ def test_other_values_are_apart(gold: str, other: str) -> None:
 
 
 def test_mutations_hang_on_gold_and_seed_alone() -> None:
-    golds = ["4m+3", "(1, 2)", "\\frac{\\pi}{4}+k\\pi, k\\in\\mathbb{Z}"]
+    golds = ["4m+3", "(1, 2)", "3n+1 \\text{ for all } n", "\\frac{\\pi}{4}+k\\pi, k\\in\\mathbb{Z}"]
     changed = mutations(golds)
     assert changed == mutations([*reversed(golds), golds[0]]) and mutations(golds[:1]) == [row for row in changed if row[1] == golds[0]]
     assert changed != mutations(golds, seed=1)
     assert {kind for kind, _, _ in changed} == set(KINDS)
-    assert all(other.endswith(", k\\in\\mathbb{Z}") for _, gold, other in changed if gold == golds[2])
+    assert all(other.endswith(" \\text{ for all } n") for _, gold, other in changed if gold == golds[2])
+    assert golds[3] not in {gold for _, gold, _ in changed}  # with another sign it is the same family of solutions
 
 
 def test_what_the_one_unknown_is_called_is_no_mutation() -> None:
-    assert {kind for kind, _, _ in mutations(["x=5", "x>5", "x=5, y=3", "k\\pi"])} == {"digit", "sign", "part"}
+    assert {kind for kind, _, _ in mutations(["x=5", "x>5", "x=5, y=3", "k\\pi", "5 mol"])} == {"digit", "sign", "part"}
     assert {other for kind, _, other in mutations(["y=2x"]) if kind == "variable"} <= {f"y=2{name}" for name in "zabnmptqr"}
 
 
