@@ -1,4 +1,4 @@
-"""All rows, or those that are named, each in a process of its own; then the tables of docs/performance.md.
+"""All rows, or those that are named, each in a process of its own; then the tables of docs/performance.md and docs/grading.md.
 
     python -m benchmarks [--quick] [--threads N] [NAME ...]
 
@@ -24,6 +24,7 @@ ROWS = (
     "decode_step",
     "teacher_tokens",
     "bookkeeping",
+    "grading",
     "images",
     "profile_step",
 )

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/performance.md anew from benchmarks/results/*.json: `python -m benchmarks.tables`.
+"""Writes the tables of docs/performance.md and docs/grading.md anew from benchmarks/results/*.json: `python -m benchmarks.tables`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is there is replaced by what `table` of the module
-`benchmarks.NAME` makes of its result. Everything else in the file is left alone.
+`benchmarks.NAME` makes of its result. Everything else in the files is left alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "grading.md"))
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -62,9 +62,9 @@ def span(ratio: Mapping[str, float]) -> str:
 
 
 def main() -> int:
-    """Rewrites the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(rendered(page, RESULTS), encoding="utf-8")
+    """Rewrites the pages."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
     return 0
 
 
