@@ -43,6 +43,7 @@ _INFINITE = {r"\infty": "+", r"+\infty": "+", r"-\infty": "-"}
 _PERCENT: Unit = (("percent", 1),)
 _ANGLES = {(("degree", 1),), (("radian", 1),)}
 _DECIMAL = re.compile(r"\d\.|\.\d")
+_NAME = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 _LETTER_NAME = re.compile(r"(?P<name>\\?[a-zA-Z]+(?:_\{\w+\})?(?:\^\{-1\})?)\((?P<variable>[a-zA-Z])\)")
 _TOKEN = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _REPEATED_SIGN = re.compile(r"[°%]\s*[°%]")
@@ -268,6 +269,9 @@ def _ratios(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool | No
             return False
         if gold.items == answer.items:
             return True
+        terms = (*gold.items, *answer.items)
+        if any(_NAME.search(term) or ((number := parse_number(term)) and number.value == 0) for term in terms):
+            return _ordered(gold.items, answer.items, rules)  # times and names are not proportional
         pairs = zip(gold.items[1:], answer.items[1:], strict=True)
         first = gold.items[0], answer.items[0]
         return _all(compare_cleaned(rf"({first[0]})\cdot({a})", rf"({first[1]})\cdot({g})", rules) for g, a in pairs)

@@ -75,6 +75,8 @@ def _parsed(text: str) -> Any:
         return None
     if not isinstance(found, sympy.Basic):
         return found
+    # dy/dx of a y that no x is in is a name, and not 0
+    found = found.xreplace({d: sympy.Symbol(str(d)) for d in found.atoms(sympy.Derivative) if not d.expr.free_symbols & set(d.variables)})
     return found.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in found.atoms(sympy.Float)})
 
 
