@@ -265,8 +265,8 @@ def _fits(rest: str, tail: str, attached: bool, loose: bool) -> bool:
     runs = _LETTERS.findall(tail)
     if tail[0] in _SIGNS or all(len(run) > 2 or not run.isascii() for run in runs):
         return True
-    if len(runs) == 1 and len(runs[0]) == 1:
-        return _FIGURES.fullmatch(rest) is not None and (loose or (runs[0] != "t" and (not attached or runs[0] in _ATTACHED)))
+    if len(runs) == 1 and len(runs[0]) == 1 and not loose:
+        return _FIGURES.fullmatch(rest) is not None and runs[0] != "t" and (not attached or runs[0] in _ATTACHED)
     return _one_number(rest)
 
 
@@ -277,7 +277,7 @@ def split_unit(text: str, trusted: bool = False, loose: bool = False) -> tuple[s
     Args:
         text: what `zppo.grading.text.clean` returned.
         trusted: whether this is a gold: words behind its number are what it counts; an answer's could be anything.
-        loose: whether single letters right behind figures count too: for a side whose other side has a unit.
+        loose: whether single letters count as other abbreviations do: for a side whose other side has such a unit.
     """
     prefix = _PREFIX.match(text)
     if prefix:
