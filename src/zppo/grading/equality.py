@@ -49,9 +49,6 @@ _TOKEN = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _REPEATED_SIGN = re.compile(r"[°%]\s*[°%]")
 
 
-_TYPES = Rules(lambda gold, answer: None)
-
-
 def _all(decisions: Iterable[bool | None]) -> bool | None:
     """Three-valued conjunction; stops at the first False."""
     result: bool | None = True
@@ -106,8 +103,9 @@ def _unordered(golds: Sequence[str], answers: Sequence[str], rules: Rules) -> bo
     rest, left = list(dict.fromkeys(opened(tuple(golds)))), list(dict.fromkeys(opened(tuple(answers))))
     if len(rest) != len(left):
         return False
+    types = Rules(undecided, None, rules.rounded_golds)
     for gold in tuple(rest):  # what the types pair off needs no algebra
-        match = next((a for a in left if compare_cleaned(gold, a, _TYPES) is True), None)
+        match = next((a for a in left if compare_cleaned(gold, a, types) is True), None)
         if match is not None:
             rest.remove(gold)
             left.remove(match)
