@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 
+from same_run import assert_same_run
+from zppo.cli import main
 from zppo.config.settings import Settings
-from zppo.core.types import Golds, Message, Question
+from zppo.core.types import Golds, Group, Message, Prompt, Question, Rollout
+from zppo.engines.base import Sampling
 from zppo.grading import Grader, same_words
+from zppo.grading import grader as grader_module
 from zppo.grading.golds import bare_items
 from zppo.grading.grader import TimeOuts
+from zppo.grading.text import extract_boxed
+from zppo.prompts import PromptBook
+from zppo.report.read_run import scan_file
 from zppo.rollout.grading import Scorer, rule_grading
+from zppo.rollout.reformulated import _listed
 from zppo.rollout.student import Answered
 from zppo.step_log import StepLog
+from zppo.teacher.compression import Source, accept
+from zppo.teacher.hints import accept_hint
+from zppo.teacher.interface import TeacherReply, TeacherSampling
+from zppo.teacher.judge import Case, Judge
+from zppo.train.health_checks import wrong_example
+from zppo.train.run import resume
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +255,169 @@ def test_groups_of_a_step_have_time_of_their_own_and_it_is_counted(monkeypatch: 
         assert not score([Answered(question, HONEST[1], False, "plain")], log)[0].correct
         assert log.own == {"graded_answers": 5, "grading_untried": 2}
         assert score([Answered(question, HONEST[1], False, "plain")], StepLog(2))[0].correct  # another step
+
+
+# --- all the way ----------------------------------------------------------------------------------------------------
+
+QUESTION = Question("q", (Message("user", "Where?"),), Golds("any", ("Paris", "the city on the Seine")))
+
+
+def with_gold(how: Any, *answers: str) -> Question:
+    return replace(QUESTION, gold=Golds(how, answers))
+
+
+def test_the_judge_is_told_all_right_answers() -> None:
+    requests: list[Any] = []
+
+    class Model:
+        def complete(self, asked: Sequence[Any], how: Any, log: Any = None) -> list[Any]:
+            requests.extend(asked)
+            return [TeacherReply(('{"verdict": "wrong"}',))] * len(asked)
+
+    judge = Judge(Model(), PromptBook(), TeacherSampling(Sampling()), lambda text: text)  # type: ignore[arg-type]
+    cases = [QUESTION, with_gold("set", "red", "blue"), with_gold("ordered", "red", "blue")]
+    judge.decide([Case(question, "a") for question in cases], StepLog(1))
+    shown = [r.messages[0].content.partition("<reference>\n")[2].partition("\n</reference>")[0] for r in requests]
+    assert shown == [
+        "any one of these: Paris; the city on the Seine",
+        "all of these, in any order: red; blue",
+        "all of these, in this order: red; blue",
+    ]
+
+
+def test_the_words_of_any_right_answer_spare_the_judge_a_call() -> None:
+    judged = [replace(QUESTION, grading="judge"), replace(with_gold("set", "red", "blue"), grading="judge")]
+    model: Any = type("Nobody", (), {"complete": lambda *_: pytest.fail("the judge is asked")})()
+    judge = Judge(model, PromptBook(), TeacherSampling(Sampling()), lambda text: text)
+    scorer = Scorer(lambda *_: [], judge)  # type: ignore[arg-type]
+    for question, answer in zip(judged, ("the city on the seine", "blue, red"), strict=True):
+        assert scorer([Answered(question, f"\\boxed{{{answer}}}", False)], StepLog(1))[0].correct
+
+
+def test_an_ncq_lists_no_right_answer() -> None:
+    """A reward function, or a judge, may call wrong what has a right answer's words."""
+
+    def listed(question: Question, *answers: str | None) -> tuple[str, ...]:
+        return _listed([Source("text", answer) for answer in answers], question)
+
+    assert listed(QUESTION, "Lyon", "paris", "The city on the Seine", None, "lyon", "Paris or Lyon") == ("Lyon", "Paris or Lyon")
+    assert listed(with_gold("set", "1", "2"), "2, 1", "1", "1, 3") == ("1", "1, 3")
+    assert listed(with_gold("ordered", "1", "2"), "2, 1", "1, 2") == ("2, 1",)
+
+
+def test_a_hint_gives_no_right_answer_away_and_a_summary_keeps_the_one_that_was_given() -> None:
+    assert accept_hint("<hint>Think of the city on the Seine.</hint>", *QUESTION.golds) is None
+    assert accept_hint("<hint>Think of France.</hint>", *QUESTION.golds) == "Think of France."
+    cap = str
+    assert accept("<summary>\\boxed{the City on the Seine}</summary>", "the city on the Seine", cap) is not None
+    assert accept("<summary>\\boxed{Paris}</summary>", "the city on the Seine", cap) is None  # right as well, and another answer
+
+
+def test_a_reward_function_gets_what_the_row_holds(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def reward(completion, question):\n    return completion in question.golds and question.gold.how == 'any'\n", encoding="utf-8"
+    )
+    data = {
+        "student": {"model": "s"},
+        "data": {"train": "none.jsonl"},
+        "method": "grpo",
+        "grading": {"reward": f"{tmp_path / 'own.py'}:reward"},
+    }
+    with rule_grading(Settings.model_validate(data)) as rule:
+        assert [v.correct for v in rule([Answered(QUESTION, text, False) for text in ("Paris", "Lyon")])] == [True, False]
+
+
+@pytest.fixture
+def listed_recipe(recipe: Path, tmp_path: Path) -> Path:
+    """The shared recipe on questions with several right answers."""
+    AcceleratorState._reset_state(True)
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    hows = ("any", "set", "ordered")
+    rows = [
+        {"prompt": f"What is {i} plus 1?", "answer": [str(i + 1), f"{i} + one"], "answer_list": hows[i % 3], "id": f"q{i}"}
+        for i in range(20)
+    ]
+    (tmp_path / "several.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data["data"] |= {"train": "several.jsonl", "eval": "several.jsonl"}
+    for section in ("student", "teacher"):
+        data[section]["model"] = str(recipe.parent / section)
+    reward = (recipe.parent / "reward.py").read_text(encoding="utf-8") + "\ndef several(completion, question):\n"
+    (tmp_path / "reward.py").write_text(reward + "    assert len(question.golds) == 2\n    return reward(completion, question)\n")
+    data["grading"]["reward"] = f"{tmp_path / 'reward.py'}:several"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_on_several_right_answers_and_its_resumed_twin(listed_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(listed_recipe), f"--output={run}", "--train.steps=4", "--train.checkpoint_every=2"]) == 0
+    rows = [row for path in sorted((run / "rollouts").iterdir()) for row in pq.read_table(path).to_pylist()]
+    for row in rows:
+        i = int(row["question_id"][1:])
+        assert row["golds"] == [str(i + 1), f"{i} + one"] and row["answer_list"] == ("any", "set", "ordered")[i % 3]
+        assert row["gold"].endswith(f": {i + 1}; {i} + one")
+    state = json.loads((run / "checkpoints" / "step-000004" / "state.json").read_text(encoding="utf-8"))
+    held = [Question.from_dict(entry[0]) for entry in state["buffer"]["entries"]]
+    assert held and all(isinstance(question.gold, Golds) for question in held)
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    shutil.rmtree(again / "checkpoints" / "step-000004")
+    (again / "final" / "README.md").unlink()
+    AcceleratorState._reset_state(True)
+    resume(again)
+    assert_same_run(run, again)
+    # Files of an earlier version lack the columns.
+    path = sorted((run / "rollouts").iterdir())[0]
+    before = scan_file(path)
+    pq.write_table(pq.read_table(path).drop_columns(["golds", "answer_list"]), path)
+    assert [line.question_id for line in scan_file(path).groups] == [line.question_id for line in before.groups]
+
+
+@pytest.mark.slow
+def test_a_run_whose_golds_cannot_match_says_so_before_and_after(
+    listed_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"What is {i} plus 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(20)]
+    (tmp_path / "several.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    # A random model boxes nothing: everything that it writes counts as 5.
+    monkeypatch.setattr(grader_module, "extract_boxed", lambda text, think_open: "5")
+    options = [
+        "--grading.reward=null",
+        "--method=grpo",
+        "--data.limit=1",
+        "--train.steps=4",
+        "--eval.every=0",
+        f"--output={tmp_path / 'run'}",
+    ]
+    options += ["--train.checkpoint_every=0"]
+    told = "several.jsonl, row 1, column 'answer': the right answer '0 + 1 = 1\\n#### 1' holds the mark '####'"
+    mend = "take what follows it with data.answer_after: '####'"
+    for more in (["--dry-run"], []):
+        assert main(["train", str(listed_recipe), *options, *more]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count(told) == 2 and said.count(mend) == 2  # questions to train on, and held-out ones
+        if not more:
+            assert said.count("not one answer has been right") == 1 and "step 3: not one answer has been right in 3 steps" in said
+            assert "Right answer '0 + 1 = 1\\n#### 1' | answer '5' (question 'several.jsonl:1')" in said
+    (tmp_path / "several.jsonl").write_text(json.dumps({"prompt": "4 plus 1?", "answer": "So\n#### 5"}), encoding="utf-8")
+    AcceleratorState._reset_state(True)
+    options[-2] = f"--output={tmp_path / 'mended'}"
+    assert main(["train", str(listed_recipe), *options, "--data.answer_after=####"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "####" not in said and "not one answer" not in said
+    final = [json.loads(line) for line in (tmp_path / "mended" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][-1]
+    assert final["accuracy"] == 1.0
+
+
+def test_the_example_is_of_a_wrong_rollout_with_an_answer() -> None:
+    def rollout(text: str, correct: bool, graded: bool = True) -> Rollout:
+        nothing = torch.zeros(0)
+        return Rollout(nothing, nothing, text, extract_boxed(text), correct, float(correct), graded=graded)
+
+    prompt = Prompt("plain", QUESTION, QUESTION.messages, ())
+    first = Group(prompt, (rollout("\\boxed{Paris}", True), rollout("no", False), rollout("\\boxed{Rome}", False, graded=False)))
+    assert wrong_example([first]) == ""
+    second = Group(prompt, (rollout("\\boxed{" + "Lyon" * 100 + "}", False),))
+    said = wrong_example([first, second])
+    assert said.startswith("Right answer 'any one of these: Paris; the city on the Seine' | answer 'LyonLyon") and len(said) < 250
