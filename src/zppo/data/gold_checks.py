@@ -23,7 +23,7 @@ _MENDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "tag": ("holds the tag {found!r}", "take what stands in it with data.answer_after: {found!r}"),
         "thought": ("holds '</think>'", "take what follows it with data.answer_after: '</think>'"),
         "lines": ("has several lines", f"take the answer alone with data.answer_after and a text that stands before it, or {_JUDGE}"),
-        "words": (f"has more than {MOST_WORDS} words", f"keep the answer alone, or {_JUDGE}"),
+        "words": (f"has more than {MOST_WORDS} words", f"keep the answer alone (data.answer_after), or {_JUDGE}"),
     }
 )
 

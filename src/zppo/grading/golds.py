@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Sequence
 
-from zppo.core.types import Gold
+from zppo.core.types import Gold, Golds
 from zppo.grading.equality import MAX_ITEMS, AnswerKind, parse_answer
 from zppo.grading.text import MAX_ANSWER, choice, clean, nested_too_deep, normalise
 
@@ -15,14 +15,17 @@ Quick = Callable[[str, str], str | None]
 """The outcome for a right answer and an answer, None where that takes a worker."""
 
 _LISTS = ("()", "[]")
+_WITHOUT_COMMAS = re.compile(r"\s*;\s*(?:and\b\s*)?|\s+and\s+")
 
 
-def answer_items(answer: str, ordered: bool) -> tuple[str, ...]:
+def answer_items(answer: str, gold: Golds) -> tuple[str, ...]:
     """What an answer lists, as cleaned text: `1, 2`, `1 and 2`, `AC`; `\\{1, 2\\}` where no order is asked for, `(1, 2)` and `[1, 2]`
-    where one is. Any other answer is one item."""
+    where one is. Any other answer is one item; where right answers have commas themselves (`May 5, 2020`), commas part nothing."""
     if len(answer) > MAX_ANSWER or nested_too_deep(answer):
         return (answer,)
-    text = clean(answer)
+    if any(len(bare_items(g)) > 1 for g in gold.answers):
+        return tuple(map(clean, _WITHOUT_COMMAS.split(answer.strip())))
+    ordered, text = gold.how == "ordered", clean(answer)
     if len(choice(text)[0]) > 1:
         return tuple(re.findall("[A-J]", text))
     parsed = parse_answer(text) if text else None
@@ -46,9 +49,7 @@ def same_words(gold: Gold, answer: str) -> bool:
         return normalise(answer) == normalise(gold)
     if gold.how == "any":
         return normalise(answer) in map(normalise, gold.answers)
-    wanted, given = (
-        [normalise(item) for item in items] for items in (map(clean, gold.answers), answer_items(answer, gold.how == "ordered"))
-    )
+    wanted, given = ([normalise(item) for item in items] for items in (map(clean, gold.answers), answer_items(answer, gold)))
     return wanted == given if gold.how == "ordered" else set(wanted) == set(given)
 
 
@@ -61,7 +62,7 @@ def judge_answer(gold: Gold, answer: str, quick: Quick) -> Generator[Pair, str, 
         return quick(gold, answer) or (yield gold, answer)
     if gold.how == "any":
         return (yield from _any_of(gold.answers, answer, quick))
-    items = answer_items(answer, gold.how == "ordered")
+    items = answer_items(answer, gold)
     if max(len(items), len(gold.answers)) > MAX_ITEMS:
         return "equal" if same_words(gold, answer) else "different"
     return (yield from (_in_order if gold.how == "ordered" else _in_any_order)(gold.answers, items, quick))

@@ -157,11 +157,13 @@ class Grader:
         each = _IN_A_GROUP if room > 0 else 1
         wave, given_up, asked = list[_Row](), list[_Row](), dict[Hashable, int]()
         for row in waiting:
+            if len(wave) >= room > 0:
+                break
             group = row[0]
             left = each - spent.by_group.get(group, 0)
             if left <= 0:
                 given_up.append(row)
-            elif asked.get(group, 0) < left and not len(wave) >= room > 0:
+            elif asked.get(group, 0) < left:
                 asked[group] = asked.get(group, 0) + 1
                 wave.append(row)
         return wave, given_up
