@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,15 @@ def test_what_is_tried_does_not_depend_on_the_calls() -> None:
     assert all(reasons == found[0] for reasons in found) and found[0].count("equal") == 6
 
 
+def test_a_repeated_hostile_answer_counts_once_in_whatever_calls() -> None:
+    items = [(text, GOLD) for text in (*hostile(2) * 5, HONEST[0], *hostile(2) * 3, *hostile(3), HONEST[1], *hostile(2), HONEST[0])]
+    for size in (1, 3, len(items)):
+        grader, pool = counted()
+        spent = TimeOuts()
+        reasons = [v.reason for at in range(0, len(items), size) for v in grader.grade_many(items[at : at + size], spent=spent)]
+        assert [i for i, reason in enumerate(reasons) if reason == "equal"] == [5, 12] and spent.total == 2 and len(pool.asked) == 3
+
+
 def test_nor_on_what_is_remembered() -> None:
     """A resumed run remembers nothing of earlier steps."""
     texts = [(text, GOLD) for text in (*hostile(2, 3), HONEST[0], *hostile(4))]
@@ -225,7 +235,7 @@ def test_hostile_answers_of_many_groups_soon_get_little_time(workers: int) -> No
     full = sum(count for count, part in pool.calls if part == 1.0)
     assert full == 8 * workers and len(pool.asked) - full <= 100
     # An honest answer of yet another group is still tried, and what had little time is not remembered.
-    spent = TimeOuts({"others": 8 * workers})
+    spent = TimeOuts(by_group=Counter(others=8 * workers))
     assert grader.grade_many([(HONEST[0], "x^2+999")], spent=spent)[0].correct
     asked = len(pool.asked)
     grader.grade_many([(items[-3][0], items[-3][1])])

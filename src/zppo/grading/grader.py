@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -58,17 +58,25 @@ class TimeOuts:
     steps; and, as long as the step has few time-outs, not on how the answers come in calls.
 
     Attributes:
-        by_group: how many, by group.
+        asked: (group, pair) -> outcome, of what was asked about.
+        by_group: time-outs by group.
         untried: answers that were wrong at once, because their group had taken too long already.
     """
 
-    by_group: dict[Hashable, int] = field(default_factory=dict)
+    asked: dict[tuple[Hashable, Pair], str] = field(default_factory=dict)
+    by_group: Counter[Hashable] = field(default_factory=Counter)
     untried: int = 0
 
     @property
     def total(self) -> int:
-        """How many, of all groups."""
-        return sum(self.by_group.values())
+        """Time-outs of all groups."""
+        return self.by_group.total()
+
+    def note(self, group: Hashable, pair: Pair, outcome: str) -> None:
+        """Take note of an outcome; what was asked about already counts once."""
+        if (group, pair) not in self.asked:
+            self.asked[group, pair] = outcome
+            self.by_group[group] += outcome == "timeout"
 
 
 class _Open(NamedTuple):
@@ -124,6 +132,8 @@ class Grader:
 
         def go_on(row: _Row, grading: Generator[Pair, str, str], outcome: str | None) -> None:
             step = _sent(grading, outcome, row)
+            while not isinstance(step, str) and (row[0], step) in spent.asked:
+                step = _sent(grading, spent.asked[row[0], step], row)
             if isinstance(step, str):
                 decided[row] = step
                 waiting.pop(row, None)
@@ -140,7 +150,7 @@ class Grader:
                 del waiting[row]
             spent.untried += len(given_up)
             for row, outcome in zip(wave, self._ask([waiting[row].pair for row in wave], little), strict=True):
-                spent.by_group[row[0]] = spent.by_group.get(row[0], 0) + (outcome == "timeout")
+                spent.note(row[0], waiting[row].pair, outcome)
                 go_on(row, waiting[row].grading, outcome)
         outcomes = [decided[row] for row in rows]
         with self._lock:
@@ -160,7 +170,7 @@ class Grader:
             if len(wave) >= room > 0:
                 break
             group = row[0]
-            left = each - spent.by_group.get(group, 0)
+            left = each - spent.by_group[group]
             if left <= 0:
                 given_up.append(row)
             elif asked.get(group, 0) < left:
