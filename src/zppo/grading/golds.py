@@ -42,7 +42,7 @@ def bare_items(gold: str) -> tuple[str, ...]:
     return parsed.items if parsed is not None and parsed.kind is AnswerKind.LIST else (gold,)
 
 
-def same_words(gold: Gold, answer: str) -> bool:
+def has_gold_words(gold: Gold, answer: str) -> bool:
     """Whether an answer has the right answer's very words after method.md section 9's normalisation; of several, any one's, or all of
     them, as `Golds.how` says."""
     if isinstance(gold, str):
@@ -64,7 +64,7 @@ def judge_answer(gold: Gold, answer: str, quick: Quick) -> Generator[Pair, str, 
         return (yield from _any_of(gold.answers, answer, quick))
     items = answer_items(answer, gold)
     if max(len(items), len(gold.answers)) > MAX_ITEMS:
-        return "equal" if same_words(gold, answer) else "different"
+        return "equal" if has_gold_words(gold, answer) else "different"
     return (yield from (_in_order if gold.how == "ordered" else _in_any_order)(gold.answers, items, quick))
 
 

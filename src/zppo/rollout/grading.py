@@ -10,7 +10,7 @@ from zppo.config.model_settings import FrozenModelSettings
 from zppo.config.settings import Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
-from zppo.grading import Grader, extract_boxed, same_words
+from zppo.grading import Grader, extract_boxed, has_gold_words
 from zppo.grading.grader import TimeOuts, Verdict
 from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
@@ -152,7 +152,7 @@ def make_scorer(
 def _without_judge(answered: Answered) -> Verdict:
     """What can be said of a completion of a judge question without asking."""
     answer = extract_boxed(answered.completion, answered.think_open)
-    correct = answer is not None and same_words(answered.question.gold, answer)
+    correct = answer is not None and has_gold_words(answered.question.gold, answer)
     return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
 
 

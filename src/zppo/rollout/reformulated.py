@@ -11,7 +11,7 @@ from zppo.core.reformulate import RESPONSES, Material, Need, Reformulation, dist
 from zppo.core.select import next_wave
 from zppo.core.types import Draft, Group, Prompt, Question
 from zppo.errors import SettingsError, TemplateError
-from zppo.grading import normalise, same_words
+from zppo.grading import has_gold_words, normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.student import PromptRenderer
 from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, TeacherSampler
@@ -117,7 +117,7 @@ def _wrong(group: Group) -> tuple[Source, ...]:
 
 def _listed(wrong: Sequence[Source], question: Question) -> tuple[str, ...]:
     """The answers that NCQ lists."""
-    answers = [s.answer for s in wrong if s.answer is not None and not same_words(question.gold, s.answer)]
+    answers = [s.answer for s in wrong if s.answer is not None and not has_gold_words(question.gold, s.answer)]
     return distinct_answers([(answer, normalise(answer)) for answer in answers], normalise(str(question.gold)))
 
 
