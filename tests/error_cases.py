@@ -278,9 +278,14 @@ def _(w: World) -> None:
     w.questions({"prompt": "a", "answer": True})
 
 
-@case("several answers")
+@case("several answers, and not what they mean")
 def _(w: World) -> None:
     w.questions({"prompt": "a", "answer": ["1", "2"]})
+
+
+@case("a meaning of several answers that does not exist")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": ["1", "2"], "answer_list": "all"})
 
 
 @case("no answer after the mark")

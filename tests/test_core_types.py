@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo.core.types import PLAIN, Group, ImageRef, Message, Prompt, Question, Rollout
+from zppo.core.types import PLAIN, Golds, Group, ImageRef, Message, Prompt, Question, Rollout
 
 texts = st.text(max_size=12)
 questions = st.builds(
     Question,
     id=texts,
     messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts), max_size=3).map(tuple),
-    gold=texts,
+    gold=texts | st.builds(Golds, st.sampled_from(["any", "set", "ordered"]), st.lists(texts, min_size=2, max_size=3).map(tuple)),
     images=st.lists(st.builds(ImageRef, texts, texts), max_size=2).map(tuple),
     level=texts,
 )

@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zppo.config.settings import ColumnSettings
-from zppo.core.types import Message, Question
+from zppo.core.types import Golds, Message, Question
 from zppo.data import load
+from zppo.data.gold_checks import unmatchable
 from zppo.data.load import drop_long, load_questions
+from zppo.data.local_files import SourceSettings
 from zppo.data.order import batch_ids, effective_batch, steps_per_epochs
 from zppo.errors import DataError
 
 COLUMNS = ColumnSettings()
+GOOD = {"prompt": "p", "answer": "1"}
 
 
 def write(folder: Path, *rows: Any, name: str = "q.jsonl") -> Path:
@@ -95,6 +98,153 @@ def test_parquet_rows_are_numbered_across_batches(tmp_path: Path) -> None:
     assert load_questions(str(tmp_path / "q.parquet"), COLUMNS, limit=2500)[-1].id == "q.parquet:2500"
 
 
+def gold_of(folder: Path, row: dict[str, Any], how: Any = None, after: str | None = None) -> Any:
+    path = write(folder, {"prompt": "p", **row})
+    return load_questions(str(path), COLUMNS, reading=SourceSettings(answer_list=how, answer_after=after))[0].gold
+
+
+@pytest.mark.parametrize(
+    ("answer", "how", "gold"),
+    [
+        (["a", 2, 0.5], "any", Golds("any", ("a", "2", "0.5"))),
+        (["b", "a"], "set", Golds("set", ("b", "a"))),
+        (["b", "a", "b"], "ordered", Golds("ordered", ("b", "a", "b"))),
+        (["b", " a ", "b"], "any", Golds("any", ("b", "a"))),  # what comes twice is one answer, unless there is an order
+        (["b", "b"], "set", "b"),
+        (["b"], "ordered", "b"),
+        (["b"], None, "b"),
+        ("a, b", "any", "a, b"),  # a text is one answer
+        ("a, b", "set", "a, b"),
+        ("68, 27, 20", "ordered", Golds("ordered", ("68", "27", "20"))),  # but a bare list is one, where its order counts
+        ("1,234", "ordered", "1,234"),
+        ("(1, 2]", "ordered", "(1, 2]"),
+        ({"ground_truth": ["x", "y"]}, "any", Golds("any", ("x", "y"))),
+    ],
+)
+def test_several_right_answers(tmp_path: Path, answer: Any, how: Any, gold: Any) -> None:
+    assert gold_of(tmp_path, {"answer": answer}, how) == gold
+    if how:
+        assert gold_of(tmp_path, {"answer": answer, "answer_list": f" {how}"}, "any") == gold  # a row's own word wins
+
+
+def test_several_right_answers_of_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["p", "q"], "answer": [["1", "2"], ["3"]]}), tmp_path / "q.parquet")
+    questions = load_questions(str(tmp_path / "q.parquet"), COLUMNS, reading=SourceSettings(answer_list="any"))
+    assert [q.gold for q in questions] == [Golds("any", ("1", "2")), "3"]
+    assert [q.golds for q in questions] == [("1", "2"), ("3",)]
+
+
+@pytest.mark.parametrize(
+    ("after", "answer", "gold"),
+    [
+        ("####", "5 #### 6\n#### 42", "42"),
+        ("\\boxed", "Thus \\boxed{1}, so $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+        ("boxed", "\\boxed{\\boxed{5}}", "\\boxed{5}"),
+        ("<answer>", "<think>3</think> <answer>1</answer><answer> 42 </answer> done", "42"),
+        ("<answer>", "so <answer>42", "42"),
+        ("</think>", "<think>3</think> 42", "42"),
+        ("Answer:", "Answer: 1\nAnswer: <b>", "<b>"),
+    ],
+)
+def test_the_part_of_an_answer_that_is_the_gold(tmp_path: Path, after: str, answer: str, gold: str) -> None:
+    assert gold_of(tmp_path, {"answer": answer}, after=after) == gold
+    assert gold_of(tmp_path, {"answer": [answer, answer.replace("42", "43")]}, "any", after) in (gold, Golds("any", (gold, "43")))
+
+
+@pytest.mark.parametrize(
+    ("after", "answer"), [("\\boxed", "42"), ("\\boxed", "\\boxed{ }"), ("<answer>", "42</answer>"), ("<answer>", "<answer></answer>")]
+)
+def test_answers_without_that_part_are_errors(tmp_path: Path, after: str, answer: str) -> None:
+    with pytest.raises(DataError, match=r"row 1, column 'answer': (holds no|nothing follows).*mend the row or data.answer_after"):
+        gold_of(tmp_path, {"answer": answer}, after=after)
+
+
+# --- right answers that cannot match ---------------------------------------------------------------------------------
+
+UNMATCHABLE = {
+    "#### 42": ("mark", "data.answer_after: '####'"),
+    "She sold 48/2 = 24.\nSo 72 in all.\n#### 72": ("mark", "data.answer_after: '####'"),
+    "So the answer is \\boxed{42}.": ("box", "data.answer_after: '\\boxed'"),
+    "$x=2$, thus \\boxed{4}": ("box", "data.answer_after: '\\boxed'"),
+    "<answer>42</answer>": ("tag", "data.answer_after: '<answer>'"),
+    "<think>6*7</think>\n<answer>42</answer>": ("tag", "data.answer_after: '<answer>'"),
+    "<Final_Answer> 42 </Final_Answer>": ("tag", "data.answer_after: '<Final_Answer>'"),
+    "<think>6*7</think> 42": ("thought", "data.answer_after: '</think>'"),
+    "x = 2\ny = 3": ("lines", "data.answer_after"),
+    "Because ice is less dense than liquid water": ("words", "`grading` that says judge"),
+    "\\text{the length of the hypotenuse of that triangle}": ("words", "`grading` that says judge"),
+    "水の沸点は摂氏百度であることが知られている": ("words", "`grading` that says judge"),
+}
+MATCHABLE = [
+    *("42", "\\boxed{42}", "The answer is 42", "Answer: 42", "1,234", "5 km per hour", "$\\frac{1}{2}$", "x<y", "a#b", "#5", "北京市"),
+    *("B. The sum of all the forces that act upon the body", "Yes, since water expands when it freezes", "(C)", "no real solutions"),
+    *("red, green, blue, yellow, black, white, orange", "Paris, the capital of France", "United States of America", "H<sub>2</sub>O"),
+    "\\begin{pmatrix}1 & 2 \\\\\n3 & 4\\end{pmatrix}",
+    "sin x + cos y + tan z + log w + exp v + sqrt u",
+    "\\sin{\\alpha} + \\cos{\\beta} + \\tan{\\gamma} + \\operatorname{lcm}(a,b) + \\text{const}",
+    "ab + cd + ef + gh + ij + kl + mn",
+]
+
+
+@pytest.mark.parametrize("gold", UNMATCHABLE)
+def test_right_answers_that_cannot_match_are_told(gold: str, tmp_path: Path) -> None:
+    kind, mend = UNMATCHABLE[gold]
+    assert unmatchable(gold)[0] == kind
+    said: list[str] = []
+    path = write(tmp_path, GOOD, {"prompt": "p", "answer": gold, "id": "x"}, {"prompt": "q", "answer": "7"})
+    load_questions(str(path), COLUMNS, warn=said.append)
+    (text,) = said
+    assert text.startswith(f"warning: {path}, row 2, column 'answer': the right answer ")
+    assert gold[:20] in text.replace("\\n", "\n").replace("\\\\", "\\") and mend in text
+
+
+@pytest.mark.parametrize("gold", MATCHABLE)
+def test_right_answers_that_can_match_are_let_be(gold: str) -> None:
+    assert unmatchable(gold) == ("", "")
+
+
+def test_the_mend_that_is_told_mends(tmp_path: Path) -> None:
+    for gold, (_, mend) in UNMATCHABLE.items():
+        if "answer_after: '" in mend:
+            said: list[str] = []
+            path = write(tmp_path, {"prompt": "p", "answer": gold})
+            reading = SourceSettings(answer_after=mend.partition("'")[2][:-1])
+            (question,) = load_questions(str(path), COLUMNS, reading=reading, warn=said.append)
+            assert not said and str(question.gold) in ("42", "72", "4")
+
+
+def test_of_each_kind_the_first_is_named_and_the_others_counted(tmp_path: Path) -> None:
+    said: list[str] = []
+    golds = [f"#### {n}" for n in range(1000)] + [f"Thus \\boxed{{{n}}}" for n in range(1000)] + ["5"] * 10
+    path = write(tmp_path, *({"prompt": "p", "answer": gold} for gold in golds))
+    load_questions(str(path), COLUMNS, warn=said.append)
+    assert len(said) == 2
+    assert "row 1," in said[0] and "'#### 0'" in said[0] and "(1,000 of 2,010 are like it)" in said[0]
+    assert "row 1001," in said[1] and "boxed{0}" in said[1]
+
+
+def test_a_long_right_answer_is_shown_from_both_ends(tmp_path: Path) -> None:
+    said: list[str] = []
+    load_questions(str(write(tmp_path, {"prompt": "p", "answer": "She has " + "x" * 5000 + " #### 42"})), COLUMNS, warn=said.append)
+    assert "'She has xxx" in said[0] and "#### 42'" in said[0] and len(said[0]) < 500
+
+
+def test_golds_that_no_rule_compares_are_not_doubted(tmp_path: Path) -> None:
+    said: list[str] = []
+    load_questions(str(write(tmp_path, {"prompt": "p", "answer": "#### 5", "grading": "judge"})), COLUMNS, warn=said.append)
+    assert not said
+    path = write(tmp_path, {"prompt": "p", "answer": ["5", "Thus \\boxed{6}"], "answer_list": "any"})
+    load_questions(str(path), COLUMNS, warn=said.append)
+    assert len(said) == 1 and "Thus" in said[0]
+
+
+@pytest.mark.slow
+@given(st.text(alphabet="#<>/answer \\boxed{}\n,;5é水", max_size=60))
+def test_doubts_about_any_text_are_no_faults(gold: str) -> None:
+    kind, _ = unmatchable(gold)
+    assert kind in ("", "mark", "box", "tag", "thought", "lines", "words")
+
+
 def test_decimal_answers_of_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["p"], "answer": [Decimal("1.50")]}), tmp_path / "q.parquet")
     assert load_questions(str(tmp_path / "q.parquet"), COLUMNS)[0].gold == "1.50"
@@ -111,8 +261,6 @@ def test_images_are_references(tmp_path: Path) -> None:
 
 
 # --- what does not --------------------------------------------------------------------------------------------------
-
-GOOD = {"prompt": "p", "answer": "1"}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +279,18 @@ GOOD = {"prompt": "p", "answer": "1"}
         ({"prompt": "p", "answer": None}, "row 2, column 'answer': is null"),
         ({"prompt": "p", "answer": " "}, "row 2, column 'answer': is empty"),
         ({"prompt": "p", "answer": True}, "row 2, column 'answer': is true; an answer is a text or a number"),
-        ({"prompt": "p", "answer": ["1", "2"]}, "row 2, column 'answer': is a list; a question has exactly one right answer"),
+        ({"prompt": "p", "answer": ["1", "2"]}, "row 2, column 'answer': is a list of 2; say with data.answer_list whether any one"),
+        (
+            {"prompt": "p", "answer": ["1", "2"], "answer_list": "all"},
+            "row 2, column 'answer_list': is str 'all'; write any or set or ordered",
+        ),
+        ({"prompt": "p", "answer": "1", "answer_list": ["a"]}, "or name another column with data.columns.answer_list"),
+        (
+            {"prompt": "p", "answer": ["1", None], "answer_list": "any"},
+            "column 'answer': answer 2 of the list: is null; an answer is a text",
+        ),
+        ({"prompt": "p", "answer": [["1"], "2"], "answer_list": "set"}, "column 'answer': answer 1 of the list: is a list"),
+        ({"prompt": "p", "answer": ["1", " "], "answer_list": "set"}, "column 'answer': answer 2 of the list: is empty"),
         ({"prompt": "p", "answer": []}, "row 2, column 'answer': is an empty list"),
         ({"prompt": "p", "answer": {"a": 1}}, "is an object; name the value in it with data.columns.answer (answer.a)"),
         ({"prompt": ["p"], "answer": "1"}, "row 2, column 'prompt': is a list; a list of {role, content} is named with"),

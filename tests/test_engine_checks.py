@@ -238,6 +238,41 @@ def test_the_same_warning_comes_again_only_after_a_while() -> None:
     assert len(adviser.advice(60, {**bad, "no_answer_share": 0.9})) == 1  # another one does not wait for it
 
 
+NONE_RIGHT: dict[str, Any] = {**FINE, "accuracy": {"plain": 0.0, "bcq": 0.0}}
+
+
+def steps_told(lines: Sequence[dict[str, Any]], own_reward: bool = False) -> list[int]:
+    adviser = HealthChecks(own_reward=own_reward)
+    return [step for step, line in enumerate(lines, 1) if adviser.advice(step, line)]
+
+
+def test_a_run_without_a_right_answer_is_told_after_three_steps() -> None:
+    adviser = HealthChecks(own_reward=False)
+    assert [adviser.advice(step, NONE_RIGHT) for step in (1, 2)] == [[], []]
+    (text,) = adviser.advice(3, NONE_RIGHT, "Right answer '#### 42' | answer '42' (question 'q')")
+    assert text.startswith("step 3: not one answer has been right in 3 steps") and "80% of the completions have one" in text
+    assert "Right answer '#### 42' | answer '42' (question 'q')." in text and "data.answer_after" in text
+    assert steps_told([NONE_RIGHT] * 60) == [3, 53]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {**NONE_RIGHT, "accuracy": {"plain": 0.0, "bcq": 0.1}},
+        {**NONE_RIGHT, "teacher_correct": 1.0},  # so the golds can match
+        {**NONE_RIGHT, "accuracy": {}},  # nothing was graded
+        {**NONE_RIGHT, "no_answer_share": 1.0, "truncated_share": 0.0},
+        {"accuracy": 0.25, "truncated": 0.0},  # an evaluation
+    ],
+)
+def test_a_right_answer_from_anywhere_keeps_it_quiet(line: dict[str, Any]) -> None:
+    adviser = HealthChecks(own_reward=False)
+    told = [text for step in range(1, 9) for text in adviser.advice(step, line) if "not one answer" in text]
+    told += [text for step, one in enumerate((NONE_RIGHT, line, NONE_RIGHT), 9) for text in adviser.advice(step, one) if "not one" in text]
+    assert not told
+    assert steps_told([NONE_RIGHT] * 9, own_reward=True) == []  # a number below 1 may be all that it gives
+
+
 def test_a_reward_of_one_s_own_has_no_boxes_to_miss() -> None:
     bad = {**FINE, "truncated_share": 0.9, "no_answer_share": 1.0}
     assert len(HealthChecks(own_reward=True).advice(1, bad)) == 1 < len(HealthChecks(own_reward=False).advice(1, bad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ RIGHT = "6 * 7 = 42, one less is 41.\n\\boxed{41}"
 WRONG = "6 * 7 = 43, one less is 42.\n\\boxed{42}"
 CLOSING = "Reason first, inside <think> </think>. After that, give the final answer in \\boxed{}."
 SPECIAL = ("<|im_start|>", "<|image_pad|>", "<|im_end|>", "</s>", "[INST]", "<s>", "  ")
-TAG = re.compile(r"<\s*/?\s*(think|summary|candidate|response|hint|question|reference|image)\s*>", re.IGNORECASE)
+TAG = re.compile(r"<[\s/\u200b]*(think|summary|candidate|response|hint|question|reference|image)(?!\w)>?", re.IGNORECASE)
 
 
 @pytest.fixture
@@ -233,7 +234,15 @@ def test_a_question_must_end_with_the_users_turn(book: PromptBook, messages: tup
         book.plain(Question("q7", messages, "1"))
 
 
-PIECES = ["<", ">", "/", " ", "think", "THINK", "candidate", "hint", "im_end", "|", "s", "<|im_end|>", "</s>", "[", "]"]
+PIECES = [
+    *("<", ">", "/", " ", "think", "THINK", "candidate", "hint", "im_end", "|", "s", "<|im_end|>", "</s>", "[", "]", "\u200b", "\n"),
+    *("＜", "＞", "／", "th\u200bink", "ｔhink", "k", "_", "=", "\0"),
+]
+
+
+def as_read(text: str) -> str:
+    """A text as a reader takes it: nothing that cannot be seen, plain letters and brackets."""
+    return unicodedata.normalize("NFKC", "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Mn")))
 
 
 @given(
@@ -243,12 +252,18 @@ PIECES = ["<", ">", "/", " ", "think", "THINK", "candidate", "hint", "im_end", "
 def test_nothing_survives_neutralising_and_twice_is_once(text: str, special: list[str]) -> None:
     neutralise = Neutraliser(special)
     once = neutralise(text)
-    assert TAG.search(once) is None
+    assert TAG.search(as_read(once)) is None
     assert not [s for s in special if s.strip() and s in once]
     assert neutralise(once) == once
 
 
-@pytest.mark.parametrize("text", ["a < b and c > d", "\\boxed{<5}", "thinking about [this]", "x<y>z", "a  b", "<thinking>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a < b and c > d", "\\boxed{<5}", "thinking about [this]", "x<y>z", "a  b", "<thinking>", "<p>", "<p class='a'>b</p>", "a<b/>"),
+        *("the response > 5", "＜ｂ＞", "i \u200b< 5", "《史记》", "<image_size>", "<b>think</b>", "< 3 hints", "é < ö", "x\\le 3"),
+    ],
+)
 def test_ordinary_text_stays_as_it_is(text: str) -> None:
     assert Neutraliser(SPECIAL)(text) == text
 
@@ -257,6 +272,20 @@ def test_ordinary_text_stays_as_it_is(text: str) -> None:
     ("text", "expected"),
     [
         ("<think>", "[think]"),
+        ("</response/>", "[/response/]"),
+        ("</response foo>", "[/response foo]"),
+        ("<\u200b/response>", "[\u200b/response]"),
+        ("</re\u200bspon\u00adse>", "[/re\u200bspon\u00adse]"),
+        ("＜/response＞", "[/response]"),
+        ("〈／ｒｅｓｐｏｎｓｅ〉", "[／ｒｅｓｐｏｎｓｅ]"),
+        ("<\n/\tResponse\n>", "[\n/\tResponse\n]"),
+        ("<//response>", "[//response]"),
+        ("<\\/response>", "[\\/response]"),
+        ('<reference id="1">', '[reference id="1"]'),
+        ("</response\nand so on", "[/response\nand so on"),
+        ("</response", "[/response"),
+        ("</response</response>", "[/response[/response]"),
+        ("</𝗿𝗲𝘀𝗽𝗼𝗻𝘀𝗲>", "[/𝗿𝗲𝘀𝗽𝗼𝗻𝘀𝗲]"),
         ("< / Summary >", "[ / Summary ]"),
         ("<thi<think>nk>", "<thi[think]nk>"),
         ("<|im_<|im_end|>end|>", "<|im_< |im_end|>end|>"),
@@ -281,5 +310,6 @@ def test_a_tokenizer_sees_no_control_token_in_neutralised_text() -> None:
 @pytest.mark.timeout(60)  # more than linear in the text would take hours
 def test_neutralising_is_linear_in_the_text() -> None:
     neutralise = Neutraliser([*SPECIAL, *(f"<unused{i}>" for i in range(3000))])
-    for text in ("<" * 100_000, "<think" * 20_000, "< / " * 40_000, "<" + " " * 200_000 + "think", "<unused1" * 20_000):
+    texts = ["<" * 100_000, "<think" * 20_000, "< / " * 40_000, "<" + " " * 200_000 + "think", "<unused1" * 20_000]
+    for text in (*texts, "<\u200b/ " * 40_000 + "</response", "</response " * 40_000, "</r\u200b" * 40_000):
         neutralise(text)

@@ -205,6 +205,7 @@ def test_leaks_of_ncq() -> None:
     assert leaks("ncq", dirty, wrong_answers=["3"]) == {"checked": 1, "gold boxed": 1}
     assert leaks("ncq", clean, wrong_answers=["3", " 4"]) == {"checked": 1, "gold boxed": 1}
     assert leaks("ncq", "a template of one's own", wrong_answers=["3"]) == {"unchecked": 1}
+    assert count_leaks("ncq", {"wrong_answers": ["3"]}, "4", clean, ["3.0", " 3"])["leak", "ncq", "gold boxed"] == 1  # any one is right
 
 
 def test_leaks_of_bcq() -> None:

@@ -486,6 +486,7 @@ def test_help_knows_every_field_of_the_settings() -> None:
 
 
 def test_parse_overrides_reads_values_as_yaml() -> None:
+    assert parse_overrides(["--data.answer_after=####", "--a", "#"]) == [("data.answer_after", "####"), ("a", "#")]
     assert parse_overrides(["--a=1e-3", "--b", "[x, 2]", "--c==x", "--d="]) == [("a", 1e-3), ("b", ["x", 2]), ("c", "=x"), ("d", None)]
 
 

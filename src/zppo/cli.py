@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -321,9 +322,11 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.planning.dry_run import check_files, make_plan, memory_rows, render_plan
         from zppo.planning.memory import within
         from zppo.rollout.data import count_judged, load_data
+        from zppo.runs.display import warn
 
+        console = Console(quiet=bool(rank_of()))
         check_files(settings)
-        train, held_out = load_data(settings)
+        train, held_out = load_data(settings, partial(warn, console))
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
@@ -334,7 +337,7 @@ def _train(options: argparse.Namespace) -> None:
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         memory = memory_rows(within(settings, asked), images=images)
-        Console(quiet=bool(rank_of())).print(render_plan(settings, plan, options.recipe, folder, memory))
+        console.print(render_plan(settings, plan, options.recipe, folder, memory))
         return
     start(settings, name)
 

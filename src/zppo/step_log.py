@@ -20,6 +20,7 @@ class StepLog:
         seconds: by part of the step.
         warnings: what a person should know, by subject; of this process.
         errors: why the teacher, or the judge, could not serve a request (the last such reason).
+        example: a right answer and a wrong one that was given, beside each other; "" where there is none.
         fault: why the run has to stop after this step; "" where it goes on.
         metrics: the line of metrics.jsonl, once the step is finished.
     """
@@ -30,6 +31,7 @@ class StepLog:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    example: str = ""
     fault: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     _known: dict[str, dict[Any, Any]] = field(default_factory=dict)

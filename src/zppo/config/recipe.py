@@ -85,7 +85,8 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
                 raise SettingsError(f"{name} has no value; write {name}=VALUE{near}")
             text = following
         try:
-            result.append((name[2:], parse_yaml(text)))
+            # A comment is no value: `--data.answer_after=####` means the marks.
+            result.append((name[2:], text if text.startswith("#") else parse_yaml(text)))
         except ValueError as error:
             raise SettingsError(f"the value of {name} is no YAML: {text!r} ({error}); put it in quotes") from error
     return result

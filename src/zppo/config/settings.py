@@ -20,6 +20,7 @@ from zppo.config.model_settings import (
     TeacherSettings,
 )
 from zppo.core.reformulate import REFORMULATIONS
+from zppo.core.types import AnswerList
 from zppo.data.local_files import SourceSettings
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
@@ -71,6 +72,7 @@ class ColumnSettings(Section):
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
     grading: str = Field("grading", description="rule or judge: who grades the question; rows without the column go by rule")
+    answer_list: str = Field("answer_list", description="any, set or ordered, for one row; rows without the column go by data.answer_list")
 
 
 class ImageSettings(Section):
@@ -108,7 +110,13 @@ class DataSettings(Section):
     answer_after: str | None = Field(
         None,
         min_length=1,
-        description="the right answer is what follows the last occurrence of this in the answer column: '####' for GSM8K",
+        description="the right answer is what follows the last occurrence of this in the answer column: '####' for GSM8K; '<answer>' ends "
+        "at '</answer>'; '\\boxed' is what the last box holds",
+    )
+    answer_list: AnswerList | None = Field(
+        None,
+        description="what a list of right answers means: any one of them is right, all are wanted in any order (set), or in their order "
+        "(ordered); needed where the answer column holds lists",
     )
     max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
     limit: int | None = Field(None, ge=1, description="use the first N training questions only")
@@ -141,6 +149,7 @@ class DataSettings(Section):
             revision=self.revision,
             streaming=self.streaming,
             answer_after=self.answer_after,
+            answer_list=self.answer_list,
             image_cache=self.images.folder.expanduser() if self.images.folder else None,
         )
 

@@ -28,6 +28,25 @@ IMAGE = "<image>"
 """Marks the place of the next image in the text of a conversation that has images; in one without images it is ordinary text [zppo]."""
 
 
+AnswerList = Literal["any", "set", "ordered"]
+"""How several right answers belong together: any one of them is right, all are wanted in any order, or all in their order."""
+
+
+class Golds(NamedTuple):
+    """Several right answers of one question."""
+
+    how: AnswerList
+    answers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One text that names all of them and how they belong together, for the judge, logs and people."""
+        words = {"any": "any one of these", "set": "all of these, in any order", "ordered": "all of these, in this order"}
+        return f"{words[self.how]}: {'; '.join(self.answers)}"
+
+
+Gold = str | Golds
+
+
 class ImageRef(NamedTuple):
     """An image by reference, never its pixels: where it is, and the SHA-256 of its bytes (hex)."""
 
@@ -49,7 +68,7 @@ class Question:
     Attributes:
         id: unique in its data set; keys every random draw that concerns the question.
         messages: the conversation that asks it; the last turn is a user's.
-        gold: the right answer.
+        gold: the right answer, or several.
         images: its images, in the order in which they stand in the conversation: at its `IMAGE` markers, or, where it has none, at the
             start of the last user turn (`core.parts`).
         level: a label by which held-out accuracy is broken down (difficulty, source); "" for none.
@@ -58,17 +77,22 @@ class Question:
 
     id: str
     messages: tuple[Message, ...]
-    gold: str
+    gold: Gold
     images: tuple[ImageRef, ...] = ()
     level: str = ""
     grading: Grading = RULE
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """Every right answer by itself."""
+        return (self.gold,) if isinstance(self.gold, str) else self.gold.answers
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` undoes it."""
         return {
             "id": self.id,
             "messages": [list(m) for m in self.messages],
-            "gold": self.gold,
+            "gold": self.gold if isinstance(self.gold, str) else {self.gold.how: list(self.gold.answers)},
             "images": [list(i) for i in self.images],
             "level": self.level,
             "grading": self.grading,
@@ -77,10 +101,11 @@ class Question:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Question:
         """The question that `to_dict` wrote."""
+        gold = data["gold"]
         return cls(
             id=data["id"],
             messages=tuple(Message(*m) for m in data["messages"]),
-            gold=data["gold"],
+            gold=gold if isinstance(gold, str) else next(Golds(how, tuple(answers)) for how, answers in gold.items()),
             images=tuple(ImageRef(*i) for i in data["images"]),
             level=data["level"],
             grading=data.get("grading", RULE),  # checkpoints from before there was a judge lack it

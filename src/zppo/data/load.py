@@ -9,6 +9,7 @@ from pathlib import Path
 from zppo.core.types import Question
 from zppo.data import hub
 from zppo.data import reasoning_gym as gym
+from zppo.data.gold_checks import GoldChecks
 from zppo.data.hub import folder_rows
 from zppo.data.local_files import Place, Rows, SourceSettings, file_rows
 from zppo.data.rows import USUAL_IMAGES, Columns, RowImages, has_column, not_looked_at, question_from_row, unused_images
@@ -16,13 +17,19 @@ from zppo.errors import DataError
 from zppo.names import QUESTIONS, load_object, scheme_of
 
 
-def load_questions(source: str, columns: Columns, limit: int | None = None, reading: SourceSettings | None = None) -> list[Question]:
+def load_questions(
+    source: str,
+    columns: Columns,
+    limit: int | None = None,
+    reading: SourceSettings | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> list[Question]:
     """Questions of a source, in its order, the first `limit` of them; no more rows than that are read.
 
     A source is a file (JSON lines, JSON, CSV, parquet), a folder (of such files, or what `save_to_disk` of `datasets` wrote),
     `hub:owner/name`, `reasoning_gym:<task>`, or one of `names.QUESTIONS`. They are held in memory: which questions a step trains on is a
     function of (seed, step) over all of them (`data.order`). A row without an id is named `<file name>:<row>`. Images become references
-    (`data.rows`).
+    (`data.rows`). `warn` is told of right answers that the rules could never find in a box (`data.gold_checks`).
 
     Raises:
         DataError: source missing, empty, unreadable or of an unknown kind; a row that is no question; an image that cannot be used;
@@ -40,17 +47,19 @@ def load_questions(source: str, columns: Columns, limit: int | None = None, read
         else:
             path = Path(source).expanduser()
             rows = folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
-        questions = _from_rows(source, rows, columns, limit, reading)
+        questions = _from_rows(source, rows, columns, limit, reading, warn)
     if not questions:
         raise DataError(f"{source}: holds no questions; it needs at least one")
     return questions
 
 
-def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, reading: SourceSettings) -> list[Question]:
-    questions, seen = [], dict[str, Place]()
+def _from_rows(
+    source: str, rows: Rows, columns: Columns, limit: int | None, reading: SourceSettings, warn: Callable[[str], None] | None
+) -> list[Question]:
+    questions, seen, golds = [], dict[str, Place](), GoldChecks()
     pictures, named, unused = RowImages(reading.image_cache), not columns.images, ""
     for place, data in islice(rows, limit):
-        question = question_from_row(data, columns, place, reading.answer_after, pictures)
+        question = question_from_row(data, columns, place, reading.answer_after, pictures, reading.answer_list)
         if question.id in seen:
             first = seen[question.id]
             both = f"{first.source}, rows {first.row} and {place.row}" if first.source == place.source else f"{first} and {place}"
@@ -60,10 +69,14 @@ def _from_rows(source: str, rows: Rows, columns: Columns, limit: int | None, rea
             )
         seen[question.id] = place
         questions.append(question)
+        if warn is not None:
+            golds.look(question, place, columns.answer)
         named = named or has_column(data, columns.images)
         unused = unused or unused_images(data, columns)
     if questions and not named and not any(question.images for question in questions):
         _check_blind(source, columns, unused, reading)
+    if warn is not None:
+        golds.tell(warn)
     return questions
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from zppo.core.types import AnswerList
 from zppo.errors import DataError
 
 
@@ -42,7 +43,8 @@ class SourceSettings:
         held_out: the questions are for evaluation; generated ones then differ from those of training.
         config, split, revision: of a set of the hub, or of a folder laid out like one.
         streaming: rows of a hub set come one by one, without a copy on the disk.
-        answer_after: the right answer is what follows the last occurrence of this text in the answer column.
+        answer_after: the right answer is what follows the last occurrence of this text in the answer column; see `data.rows.part_after`.
+        answer_list: what a list of right answers means; None where none is expected.
         image_cache: where images without a file of their own are kept; None for the user's cache folder.
     """
 
@@ -52,6 +54,7 @@ class SourceSettings:
     revision: str | None = None
     streaming: bool = False
     answer_after: str | None = None
+    answer_list: AnswerList | None = None
     image_cache: Path | None = None
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -17,9 +18,11 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from zppo.core.parts import message_parts
-from zppo.core.types import IMAGE, RULE, Grading, ImageRef, Message, Question
+from zppo.core.types import IMAGE, RULE, AnswerList, Gold, Golds, Grading, ImageRef, Message, Question
 from zppo.data.local_files import Place
 from zppo.errors import DataError, one_line
+from zppo.grading.golds import bare_items
+from zppo.grading.text import last_box
 from zppo.images.store import cache_folder, check_whole, data_of, decode, keep, reference, rgb
 
 
@@ -256,6 +259,7 @@ def _a(value: object) -> str:
 
 
 _GRADINGS: tuple[str, ...] = get_args(Grading)
+_ANSWER_LISTS: tuple[str, ...] = get_args(AnswerList)
 _NEAREST_SHOWN = 8
 USUAL_IMAGES = "images"
 """The images column where a recipe names none."""
@@ -283,17 +287,30 @@ class Columns(Protocol):
     def level(self) -> str: ...
     @property
     def grading(self) -> str: ...
+    @property
+    def answer_list(self) -> str: ...
 
 
 def column_names(columns: Columns) -> tuple[str, ...]:
     """Every column that is looked for."""
-    return columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
+    own = columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
+    return (*own, columns.answer_list)
 
 
 def question_from_row(
-    data: object, columns: Columns, place: Place, answer_after: str | None = None, pictures: RowImages | None = None
+    data: object,
+    columns: Columns,
+    place: Place,
+    answer_after: str | None = None,
+    pictures: RowImages | None = None,
+    answer_list: AnswerList | None = None,
 ) -> Question:
-    """The question in a row; with `answer_after`, the gold is what follows its last occurrence. `pictures` refers to its images.
+    """The question in a row.
+
+    Args:
+        answer_after: the gold is what follows its last occurrence (`part_after`).
+        pictures: refers to its images.
+        answer_list: what several right answers mean, where the row does not say it itself.
 
     Raises:
         DataError: the row is no question, or an image of it cannot be used; the message names source, row and column.
@@ -309,14 +326,16 @@ def question_from_row(
         column = columns.prompt
         if turns is None:
             turns = Turns((Message("user", _prompt(data, columns)),), [])
+        column = columns.answer_list
+        how = _one_of(_value(data, column), _ANSWER_LISTS, "answer_list") or answer_list
         column = columns.answer
-        gold = _answer(data, column, answer_after, turns.answer)
+        gold = _gold(_answer_value(data, column, turns.answer), column, answer_after, how)
         column = columns.id
         identity = _label(_value(data, column)) or f"{place.name}:{place.row}"
         column = columns.level
         level = _label(_value(data, column))
         column = columns.grading
-        grading = _grading(_value(data, column))
+        grading = _one_of(_value(data, column), _GRADINGS, "grading") or RULE
         column = columns.images
         images = _images(_value(data, column) if column else None, turns, place, pictures or RowImages())
     except RowError as fault:
@@ -373,8 +392,8 @@ def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
     return text_of(value)
 
 
-def _answer(data: Mapping[str, Any], column: str, after: str | None, last_turn: str | None) -> str:
-    """The gold: a text, a number, a list of one of them, or an object that holds it under `ground_truth`.
+def _answer_value(data: Mapping[str, Any], column: str, last_turn: str | None) -> Any:
+    """What stands in the answer column, or under `ground_truth` of the object there.
 
     Without such a column it is the last turn of a LLaVA conversation.
     """
@@ -382,24 +401,63 @@ def _answer(data: Mapping[str, Any], column: str, after: str | None, last_turn: 
     value = last_turn if value is None else value
     if isinstance(value, Mapping) and _GOLD_KEY in value:
         value = value[_GOLD_KEY]
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
     if value is None:
         why = "is null" if column in data else f"missing; {_found(data)}. Name it with data.columns.answer"
         raise RowError(f"{why} (every question needs a right answer)")
+    return value
+
+
+def _gold(value: Any, column: str, after: str | None, how: AnswerList | None) -> Gold:
+    """The right answer, or several; a list of one is that one. A text that is a bare list has an order where `how` is "ordered"."""
+    if not isinstance(value, list):
+        gold = _one_gold(value, column, after)
+        items = bare_items(gold) if how == "ordered" else ()
+        return Golds("ordered", items) if len(items) > 1 else gold
+    if not value:
+        raise RowError("is an empty list; a question needs a right answer")
+    if len(value) > 1 and how is None:
+        raise RowError(
+            f"is a list of {len(value)}; say with data.answer_list whether any one of them is right (any), or all are wanted, in any order "
+            "(set) or in theirs (ordered)"
+        )
+    golds = []
+    for number, item in enumerate(value, 1):
+        try:
+            golds.append(_one_gold(item, column, after))
+        except RowError as fault:
+            raise RowError(f"answer {number} of the list: {fault}") from None
+    distinct = tuple(golds if how == "ordered" else dict.fromkeys(golds))
+    return Golds(how, distinct) if how is not None and len(distinct) > 1 else distinct[0]
+
+
+def _one_gold(value: Any, column: str, after: str | None) -> str:
+    """A right answer: a text or a number."""
     if isinstance(value, Mapping):
         inside = ", ".join(f"{column}.{key}" for key in list(value)[:_NEAREST_SHOWN])
         raise RowError(f"is an object; name the value in it with data.columns.answer ({inside or 'it is empty'})")
-    if isinstance(value, list):
-        raise RowError(f"is {a(value)}; a question has exactly one right answer, so give one text or number")
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise RowError(f"is {a(value)}; an answer is a text or a number")
     gold = _number(value) if not isinstance(value, str) else text_of(value).strip()
-    return gold if after is None else _tail(gold, after)
+    return gold if after is None else part_after(gold, after)
 
 
-def _tail(gold: str, after: str) -> str:
-    _, mark, tail = gold.rpartition(after)
+_BOXED = (r"\boxed", "boxed", r"\boxed{", "boxed{")
+_OPENING_TAG = re.compile(r"<(\w[\w-]*)>")
+
+
+def part_after(gold: str, after: str) -> str:
+    """What follows the last occurrence of a text in an answer. RowError where there is nothing.
+
+    Behind an opening tag (`<answer>`) it ends where the tag is closed; `\\boxed` stands for what the last box holds.
+    """
+    if after in _BOXED:
+        box = last_box(gold)
+        mark, tail = box is not None, box or ""
+    else:
+        head, _, tail = gold.rpartition(after)
+        mark = after in gold
+        if tag := _OPENING_TAG.fullmatch(after):
+            tail = tail.partition(f"</{tag[1]}>")[0]
     if not mark or not tail.strip():
         shown = a(gold if len(gold) <= 30 else f"...{gold[-27:]}")
         why = f"nothing follows {after!r} in it" if mark else f"holds no {after!r}"
@@ -439,14 +497,14 @@ def _label(value: object) -> str:
     return text_of(value, empty=True).strip() if isinstance(value, str) else _number(value)
 
 
-def _grading(value: object) -> Grading:
-    """Who grades the question; the rules where the column is missing, null or blank."""
-    name = value.strip() if isinstance(value, str) else value
-    if name is None or name == "":
-        return RULE
-    if name not in _GRADINGS:
-        raise RowError(f"is {a(value)}; write {' or '.join(_GRADINGS)}, or name another column with data.columns.grading")
-    return cast(Grading, name)
+def _one_of(value: object, known: tuple[str, ...], column: str) -> Any:
+    """A word of a column that takes a few; None where the column is missing, null or blank."""
+    word = value.strip() if isinstance(value, str) else value
+    if word is None or word == "":
+        return None
+    if word not in known:
+        raise RowError(f"is {a(value)}; write {' or '.join(known)}, or name another column with data.columns.{column}")
+    return word
 
 
 def _number(value: int | float | Decimal) -> str:

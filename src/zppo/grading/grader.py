@@ -5,14 +5,16 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from zppo.core.types import Gold
 from zppo.errors import SettingsError
 from zppo.grading.equality import compare, undecided
+from zppo.grading.golds import Pair, judge_answer
 from zppo.grading.text import extract_boxed
 from zppo.grading.workers import WorkerPool
 
@@ -41,8 +43,50 @@ _log = logging.getLogger(__name__)
 DEADLINE = 3.0  # seconds for one answer
 MEMORY_LIMIT = 1 << 30  # bytes of address space for a worker; sympy itself needs about a fifth of it
 _REMEMBERED = 16384  # pairs whose outcome is kept: the rollouts of a group repeat answers, and hostile ones cost a deadline each
+_IN_A_GROUP = 2  # time-outs of one group after which its other answers are not tried
+_IN_A_STEP = 8  # time-outs per worker after which answers get little time, and a group one time-out
+_LITTLE = 0.2  # of the deadline
 
-Item = tuple[str, str] | tuple[str, str, bool]
+Item = tuple[str, Gold] | tuple[str, Gold, bool]
+
+
+@dataclass(slots=True)
+class TimeOuts:
+    """The time-outs of one step: what bounds the time that hostile answers can take, without a clock [zppo].
+
+    What is tried depends on the answers of the step, their order and which of them time out, not on what is remembered from earlier
+    steps; and, as long as the step has few time-outs, not on how the answers come in calls.
+
+    Attributes:
+        asked: (group, pair) -> outcome, of what was asked about.
+        by_group: time-outs by group.
+        untried: answers that were wrong at once, because their group had taken too long already.
+    """
+
+    asked: dict[tuple[Hashable, Pair], str] = field(default_factory=dict)
+    by_group: Counter[Hashable] = field(default_factory=Counter)
+    untried: int = 0
+
+    @property
+    def total(self) -> int:
+        """Time-outs of all groups."""
+        return self.by_group.total()
+
+    def note(self, group: Hashable, pair: Pair, outcome: str) -> None:
+        """Take note of an outcome; what was asked about already counts once."""
+        if (group, pair) not in self.asked:
+            self.asked[group, pair] = outcome
+            self.by_group[group] += outcome == "timeout"
+
+
+class _Open(NamedTuple):
+    """An answer that waits for a worker: where its grading stands, and the pair that is asked about."""
+
+    grading: Generator[Pair, str, str]
+    pair: Pair
+
+
+_Row = tuple[Hashable, Gold, str]  # group, right answer, answer
 
 
 class Grader:
@@ -63,6 +107,7 @@ class Grader:
                 raise SettingsError(f"grading {name} is {value!r}, but must be above 0: give a positive number")
         self._settings = (deadline, workers, memory_limit)
         self._pool = WorkerPool(*self._settings)
+        self._in_a_step = _IN_A_STEP * workers
         self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._lock = threading.Lock()
         self.timeouts = 0  # answers so far that were wrong because they took too long; a repeated one counts each time
@@ -80,35 +125,74 @@ class Grader:
         """End the workers. Used again, the grader starts new ones."""
         self._pool.close()
 
-    def _outcomes(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """For each (gold, answer): "equal", "different", "timeout" or "error"."""
-        decided: dict[tuple[str, str], str] = {}
-        for pair in dict.fromkeys(pairs):
-            try:
-                verdict = compare(*pair, undecided)
-            except Exception:  # a fault of ours in one answer must not end a run of days: that answer is wrong, and said
-                _log.exception("grading failed on gold %.200r and answer %.200r: please report it", *pair)
-                decided[pair] = "error"
-                continue
-            if verdict is not None:
-                decided[pair] = "equal" if verdict else "different"
-        with self._lock:
-            for pair in dict.fromkeys(pairs):
-                if pair not in decided and pair in self._known:
-                    self._known.move_to_end(pair)
-                    decided[pair] = self._known[pair]
-        hard = [pair for pair in dict.fromkeys(pairs) if pair not in decided]
-        if hard:
-            fresh = dict(zip(hard, self._pool.compare(hard), strict=True))
-            decided |= fresh
-            with self._lock:
-                self._known.update(fresh)
-                while len(self._known) > _REMEMBERED:
-                    self._known.popitem(last=False)
-        outcomes = [decided[pair] for pair in pairs]
+    def _outcomes(self, rows: Sequence[_Row], spent: TimeOuts) -> list[str]:
+        """For each row: "equal", "different", "timeout" or "error"."""
+        decided: dict[_Row, str] = {}
+        waiting: dict[_Row, _Open] = {}
+
+        def go_on(row: _Row, grading: Generator[Pair, str, str], outcome: str | None) -> None:
+            step = _sent(grading, outcome, row)
+            while not isinstance(step, str) and (row[0], step) in spent.asked:
+                step = _sent(grading, spent.asked[row[0], step], row)
+            if isinstance(step, str):
+                decided[row] = step
+                waiting.pop(row, None)
+            else:
+                waiting[row] = _Open(grading, step)
+
+        for row in dict.fromkeys(rows):
+            go_on(row, judge_answer(row[1], row[2], _typed), None)
+        while waiting:
+            little = spent.total >= self._in_a_step
+            wave, given_up = self._next_wave(waiting, spent)
+            for row in given_up:
+                decided[row] = "timeout"
+                del waiting[row]
+            spent.untried += len(given_up)
+            for row, outcome in zip(wave, self._ask([waiting[row].pair for row in wave], little), strict=True):
+                spent.note(row[0], waiting[row].pair, outcome)
+                go_on(row, waiting[row].grading, outcome)
+        outcomes = [decided[row] for row in rows]
         with self._lock:
             self.timeouts += outcomes.count("timeout")
         return outcomes
+
+    def _next_wave(self, waiting: Mapping[_Row, _Open], spent: TimeOuts) -> tuple[list[_Row], list[_Row]]:
+        """The rows that are asked about at the same time, and those that are not tried.
+
+        An answer is tried if fewer than `_IN_A_GROUP` of those of its group before it timed out. So at most as many of a group are asked
+        about at once as may still time out, and of all of them as many as the step may have.
+        """
+        room = self._in_a_step - spent.total
+        each = _IN_A_GROUP if room > 0 else 1
+        wave, given_up, asked = list[_Row](), list[_Row](), dict[Hashable, int]()
+        for row in waiting:
+            if len(wave) >= room > 0:
+                break
+            group = row[0]
+            left = each - spent.by_group[group]
+            if left <= 0:
+                given_up.append(row)
+            elif asked.get(group, 0) < left:
+                asked[group] = asked.get(group, 0) + 1
+                wave.append(row)
+        return wave, given_up
+
+    def _ask(self, pairs: Sequence[Pair], little: bool) -> list[str]:
+        """Outcomes of pairs, by the workers or from memory; `little`: in a part of the deadline."""
+        with self._lock:
+            found = {pair: self._known[pair] for pair in pairs if pair in self._known}
+            for pair in found:
+                self._known.move_to_end(pair)
+        if fresh := [pair for pair in dict.fromkeys(pairs) if pair not in found]:
+            outcomes = self._pool.compare(fresh, _LITTLE) if little else self._pool.compare(fresh)
+            found |= zip(fresh, outcomes, strict=True)
+            with self._lock:
+                # What little time was not enough for may be decided in another step.
+                self._known.update((pair, found[pair]) for pair in fresh if not little or found[pair] != "timeout")
+                while len(self._known) > _REMEMBERED:
+                    self._known.popitem(last=False)
+        return [found[pair] for pair in pairs]
 
     def equal(self, gold: str, answer: str) -> bool:
         """Whether `answer` is `gold` in another spelling at most (method.md section 7). Never raises over what they hold.
@@ -116,31 +200,54 @@ class Grader:
         Raises:
             ZPPOError: workers are needed and cannot be started.
         """
-        return self._outcomes([(gold, answer)]) == ["equal"]
+        return self._outcomes([("", gold, answer)], TimeOuts()) == ["equal"]
 
-    def grade(self, completion: str, gold: str, think_open: bool = False) -> Verdict:
+    def grade(self, completion: str, gold: Gold, think_open: bool = False) -> Verdict:
         """Verdict on one completion; see `grade_many`."""
         return self.grade_many([(completion, gold, think_open)])[0]
 
-    def grade_many(self, items: Iterable[Item]) -> list[Verdict]:
+    def grade_many(self, items: Iterable[Item], groups: Sequence[Hashable] | None = None, spent: TimeOuts | None = None) -> list[Verdict]:
         """Verdicts on completions, spread over the workers.
 
         Args:
-            items: (completion, gold) or (completion, gold, think_open).
+            items: (completion, gold) or (completion, gold, think_open); a gold is a text, or several (`Golds`).
+            groups: for each item the group whose time-outs count together; None: items with the same gold are one.
+            spent: the time-outs of this step so far, which are counted on; None: the call is a step of its own.
 
         Returns:
             One verdict an item, in order; reward 1.0 or 0.0. Reasons: "equal", "different", "no answer", "timeout" (the
-            answer took longer than the deadline), "error" (its worker died, or the rules failed on it: see the log).
+            answer took longer than the deadline, or was not tried because others of its group had), "error" (its worker died, or the
+            rules failed on it: see the log).
 
         Raises:
             ZPPOError: workers are needed and cannot be started.
         """
-        rows = [(item[1], extract_boxed(item[0], item[2] if len(item) > 2 else False)) for item in items]
-        outcomes = iter(self._outcomes([(gold, answer) for gold, answer in rows if answer is not None]))
-        reasons = ["no answer" if answer is None else next(outcomes) for _, answer in rows]
+        items = list(items)
+        answers = [extract_boxed(item[0], item[2] if len(item) > 2 else False) for item in items]
+        golds = [item[1] for item in items]
+        rows = [(group, gold, answer) for group, gold, answer in zip(groups or golds, golds, answers, strict=True) if answer is not None]
+        outcomes = iter(self._outcomes(rows, spent if spent is not None else TimeOuts()))
+        reasons = ["no answer" if answer is None else next(outcomes) for answer in answers]
         return [
-            Verdict(reason == "equal", answer, reason, float(reason == "equal")) for (_, answer), reason in zip(rows, reasons, strict=True)
+            Verdict(reason == "equal", answer, reason, float(reason == "equal")) for answer, reason in zip(answers, reasons, strict=True)
         ]
+
+
+def _typed(gold: str, answer: str) -> str | None:
+    """The outcome for one right answer and one answer where the types decide it, None where algebra is needed."""
+    verdict = compare(gold, answer, undecided)
+    return None if verdict is None else "equal" if verdict else "different"
+
+
+def _sent(grading: Generator[Pair, str, str], outcome: str | None, row: _Row) -> Pair | str:
+    """The next pair that the grading of a row asks about, or its outcome."""
+    try:
+        return next(grading) if outcome is None else grading.send(outcome)
+    except StopIteration as end:
+        return str(end.value)
+    except Exception:  # a fault of ours in one answer must not end a run of days: that answer is wrong, and said
+        _log.exception("grading failed on gold %.200r and answer %.200r: please report it", *row[1:])
+        return "error"
 
 
 _shared: Grader | None = None

@@ -182,8 +182,12 @@ class WorkerPool:
                     self._drop(host)
                     return "timeout"
 
-    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    def compare(self, pairs: Sequence[tuple[str, str]], part: float = 1.0) -> list[str]:
         """For each (gold, answer), in order: "equal", "different", "timeout", or "error" where the worker died.
+
+        Args:
+            pairs: what is compared.
+            part: of the deadline that each may take.
 
         Raises:
             ZPPOError: workers cannot be started at all.
@@ -193,7 +197,8 @@ class WorkerPool:
         for _ in range(_STARTS):
             began = time.monotonic()
             host = self._host()
-            timeout = max(min(_LEAST_TIME, self._deadline), self._deadline - (time.monotonic() - began))
+            deadline = part * self._deadline
+            timeout = max(min(_LEAST_TIME, deadline), deadline - (time.monotonic() - began))
             asked: list[tuple[int, Future[str]]] = []
             try:
                 for index in left:

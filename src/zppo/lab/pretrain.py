@@ -238,7 +238,7 @@ class Probe:
         prompts = [(prompt or self.book.plain)(q) for q in questions]
         texts = self.texts(prompts, samples, temperature, seed, [q.images for q in questions])
         for question, written in zip(questions, texts, strict=True):
-            right[question.level] += [same(extract_boxed(text), question.gold) for text in written]
+            right[question.level] += [same(extract_boxed(text), str(question.gold)) for text in written]
         return {level: sum(marks) / len(marks) for level, marks in right.items()}
 
     def fidelity(self, respond: Callable[[Random], Response], count: int = 400, seed: int = 0) -> float:

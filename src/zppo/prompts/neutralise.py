@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from itertools import chain
 
@@ -19,19 +20,54 @@ IMAGE_TEXTS = (
 _SEPARATORS = (" ", "·", "_", "~", "^")
 _BRACKETS = ("[]", "()", "{}", "«»")
 
+_UNSEEN = "\0"  # stands for any character that shows nothing
+_UNSEEN_KINDS = frozenset({"Cc", "Cf", "Mn", "Me"})  # controls, formats (zero-width ones), marks that only change the letter before them
+_UNSEEN_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # fillers, and braille without a dot
+_LOOK_ALIKES = {
+    "<": "\u02c2\u1438\u2039\u2329\u276e\u2770\u27e8\u3008\u300a\ufe64\uff1c",
+    ">": "\u02c3\u1433\u203a\u232a\u276f\u2771\u27e9\u3009\u300b\ufe65\uff1e",
+    "/": "\\\u2044\u2215\u2571\u29f8\uff0f\uff3c",
+}
+
+
+class _Plain(dict[int, str]):
+    """What a character is taken for, one for one (`str.translate`): `<`, `>` and `/` for what looks like them, letters for their
+    full-width and mathematical forms, a space for white space, `_UNSEEN` for what cannot be seen."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        plain = unicodedata.normalize("NFKC", char)
+        if char.isspace():
+            plain = " "
+        elif unicodedata.category(char) in _UNSEEN_KINDS or char in _UNSEEN_LETTERS:
+            plain = _UNSEEN
+        elif len(plain) != 1:
+            plain = char
+        plain = next((known for known, alike in _LOOK_ALIKES.items() if char in alike), plain)
+        self[code] = plain
+        return plain
+
+
+_PLAIN = _Plain()
+_IN_A_WORD = re.compile(r"\w")
+
 
 class Neutraliser:
-    """Breaks whatever a tokenizer or a template could take for structure; every other text stays as it is.
+    """Breaks whatever a tokenizer, a template or a reader could take for structure; every other text stays as it is.
 
-    Tags (opening, closing, any case, with inner white space) get other brackets: `<think>` becomes `[think]`. In every
-    special text a separator follows the first character: `<|im_end|>` becomes `< |im_end|>`. Right and wrong text is
-    treated alike: the result depends on the text alone. One application suffices, whatever the text nests, and a second
-    one changes nothing:
+    A tag is `<`, slashes or none, and the name of a tag as a word of its own, with white space and what cannot be seen (zero-width
+    characters, controls) wherever one likes, the letters in any case; what stands behind the name (attributes, a slash) and whether a
+    `>` ends it makes no difference. What only looks like `<`, `>`, `/` or a letter (full-width and mathematical forms, angle brackets of
+    other scripts) counts as well. Its two brackets are replaced: `<think>` becomes `[think]`, `</ response foo>` `[/ response foo]`. In
+    every special text a separator follows the first character: `<|im_end|>` becomes `< |im_end|>`. Right and wrong text is treated alike:
+    the result depends on the text alone. One application suffices, whatever the text nests, and a second one changes nothing:
 
-    - a tag left in the output would hold none of the new brackets, so it stood in the input, where all were changed;
+    - a tag left in the output would begin with a `<` that stood in the input, before the same name, and there it was replaced: no bracket
+      that is put in is part of a tag's beginning or of a word;
     - the separator is a character that no special text holds, so a special text left in the output would have stood in
       one piece in the input, and there it would have been split;
-    - a separator cannot complete a tag: white space between the parts of a tag does not decide what is a tag.
+    - a separator cannot complete a tag: between the parts of a tag white space changes nothing, and a name that a separator would end
+      (a special text begins with the name's last letter) counts as ended.
 
     Time is linear in the text for a given set of special texts.
     """
@@ -47,9 +83,11 @@ class Neutraliser:
         texts = {text for text in special_texts if text.strip()}
         held = set("".join(texts))
         single = {text for text in texts if len(text) == 1}
+        # A bracket that is put in must not complete a special text that begins with a letter: its separator could then end a name.
+        taken = single.union(*(text for text in texts if _PLAIN[ord(text[0])].isalnum()))
         self._separator = next(c for c in chain(_SEPARATORS, map(chr, range(0x2190, 0x10FFFF))) if c not in held)
-        self._brackets = next(pair for pair in _BRACKETS if not single & set(pair))
-        self._tag = re.compile(rf"<(\s*+(?:/\s*+)?(?:{'|'.join(map(re.escape, tags))})\s*+)>", re.IGNORECASE)
+        self._brackets = next(pair for pair in chain(_BRACKETS, _more_brackets()) if not taken & set(pair))
+        self._tag = _beginning(tags)
         self._single = _any_of(single)
         self._texts = frozenset(texts - single)
         self._lengths: dict[str, set[int]] = {}
@@ -59,19 +97,45 @@ class Neutraliser:
 
     def __call__(self, text: str) -> str:
         """The harmless form of `text`."""
-        opening, closing = self._brackets[0], self._brackets[1]
         if self._single is not None:
             text = self._single.sub(self._separator, text)
-        text = self._tag.sub(lambda match: opening + match[1] + closing, text)
+        if self._tag is not None:
+            text = self._without_tags(text, self._tag)
         if self._starts is None:
             return text
         return self._starts.sub(lambda match: self._split(match, text), text)
 
+    def _without_tags(self, text: str, tag: re.Pattern[str]) -> str:
+        plain = text.translate(_PLAIN)
+        parts, at = [], 0
+        for match in tag.finditer(plain):
+            end = match.end("name")
+            if _IN_A_WORD.match(plain, end) and not self._begins_special(text, end - 1):
+                continue  # <thinking>
+            parts += [text[at : match.start()], self._brackets[0]]
+            at = match.start() + 1
+            if match["end"]:
+                parts += [text[at : match.end() - 1], self._brackets[1]]
+                at = match.end()
+        return "".join([*parts, text[at:]]) if parts else text
+
+    def _begins_special(self, text: str, at: int) -> bool:
+        return any(text[at : at + length] in self._texts for length in self._lengths.get(text[at], ()))
+
     def _split(self, match: re.Match[str], text: str) -> str:
         """The character at which a special text may begin, followed by the separator if one does."""
-        at, first = match.start(), match[0]
-        found = any(text[at : at + length] in self._texts for length in self._lengths[first])
-        return first + self._separator if found else first
+        return match[0] + self._separator if self._begins_special(text, match.start()) else match[0]
+
+
+def _beginning(tags: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern for tags in plain characters, up to the next `<` or the `>` that ends them; None if there are no names."""
+    longest_first = sorted(tags, key=len, reverse=True)  # of two names that begin alike
+    names = "|".join(f"{_UNSEEN}*+".join(map(re.escape, name)) for name in longest_first)
+    return re.compile(rf"<[ {_UNSEEN}/]*+(?P<name>{names})[^<>]*+(?P<end>>)?", re.IGNORECASE) if names else None
+
+
+def _more_brackets() -> Iterable[str]:
+    return (chr(code) + chr(code + 1) for code in range(0x2190, 0x10FFFE, 2))
 
 
 def _any_of(characters: Iterable[str]) -> re.Pattern[str] | None:

@@ -102,11 +102,11 @@ def _count_position(counts: Counts, correct_at: int, found: Sequence[str]) -> No
             counts["position", name] += value
 
 
-def count_leaks(kind: str, audit: Mapping[str, Any], gold: str, prompt: str) -> Counts:
+def count_leaks(kind: str, audit: Mapping[str, Any], gold: str, prompt: str, others: Sequence[str] = ()) -> Counts:
     """What the words of one BCQ or NCQ prompt give away [zppo].
 
     Candidates are read from the `<candidate>` blocks of the prompt; a prompt in which they cannot be found (a template of one's own with
-    other tags) counts as "unchecked".
+    other tags) counts as "unchecked". `others` are right like the gold, where any one of several is.
 
     - ncq "gold boxed": a candidate or the list boxes the gold, though all of it is said to be wrong.
     - bcq "gold in wrong": the wrong candidate boxes the gold.
@@ -116,14 +116,14 @@ def count_leaks(kind: str, audit: Mapping[str, Any], gold: str, prompt: str) -> 
     """
     counts: Counts = Counter()
     blocks = _CANDIDATE.findall(prompt)
-    gold = normal(gold)
+    right_answers = set(map(normal, (gold, *others)))
     if kind == NCQ and "wrong_answers" in audit:
         if not blocks:
             counts["leak", NCQ, "unchecked"] += 1
             return counts
         shown = {normal(a) for a in audit["wrong_answers"]}.union(*map(boxes, blocks))
         counts["leak", NCQ, "checked"] += 1
-        counts["leak", NCQ, "gold boxed"] += gold in shown
+        counts["leak", NCQ, "gold boxed"] += not right_answers.isdisjoint(shown)
     elif kind == BCQ and "correct_at" in audit:
         if len(blocks) != 2:
             counts["leak", BCQ, "unchecked"] += 1
@@ -135,7 +135,7 @@ def count_leaks(kind: str, audit: Mapping[str, Any], gold: str, prompt: str) -> 
             for a, b in ((audit["positive_answer"], right_boxes), (audit["negative_answer"], wrong_boxes))
         )
         counts["leak", BCQ, "checked"] += 1
-        counts["leak", BCQ, "gold in wrong"] += gold in wrong_boxes
+        counts["leak", BCQ, "gold in wrong"] += not right_answers.isdisjoint(wrong_boxes)
         counts["leak", BCQ, "answer changed"] += changed
         counts["leak", BCQ, "one box"] += bool(right_boxes) != bool(wrong_boxes)
         counts["leak", BCQ, "right longer"] += len(right) > len(wrong)

@@ -117,6 +117,7 @@ _PER_ROLLOUT = (
     "rollout", "answer", "correct", "graded", "advantage", "completion_tokens", "truncated", "entropy",
 )  # fmt: skip
 _PER_GROUP = ("step", "kind", "question_id", "question", "level", "gold", "replayed", "entry_accuracy", "audit", "prompt")
+_LATER = ("golds", "answer_list")  # older files lack these columns
 # The same text stands in all rows of a group: read as a dictionary, it is decoded once.
 _DICTIONARIES = ["kind", "question_id", "question", "level", "gold", "audit", "prompt"]
 
@@ -189,7 +190,8 @@ def scan_file(path: Path) -> StepScan:
         CheckpointError: it is no such file, or damaged.
     """
     try:
-        table = pq.read_table(path, columns=[*_PER_GROUP, *_PER_ROLLOUT], read_dictionary=_DICTIONARIES, partitioning=None)
+        later = [name for name in _LATER if name in pq.read_schema(path).names]
+        table = pq.read_table(path, columns=[*_PER_GROUP, *later, *_PER_ROLLOUT], read_dictionary=_DICTIONARIES, partitioning=None)
         missing = {*_PER_GROUP, *_PER_ROLLOUT} - set(table.column_names)
         if missing:
             raise CheckpointError(f"{path} has no column {', '.join(sorted(missing))}: it was written by another version of zppo")
@@ -214,7 +216,8 @@ def _scan(table: pa.Table, step: int) -> StepScan:
     if not len(starts):
         return result
     answers = table["answer"].to_pylist()
-    firsts = table.select(_PER_GROUP).take(pa.array(starts)).to_pylist()
+    per_group = [name for name in (*_PER_GROUP, *_LATER) if name in table.column_names]
+    firsts = table.select(per_group).take(pa.array(starts)).to_pylist()
     ends = [*starts[1:], table.num_rows]
     numbers["no_answer"] = np.asarray(table["answer"].is_null())
     _sum_kinds(result, numbers, np.array([first["kind"] for first in firsts]), starts)
@@ -230,11 +233,18 @@ def _scan(table: pa.Table, step: int) -> StepScan:
             rollouts = [(answers[r], bool(numbers["correct"][r])) for r in rows if numbers["graded"][r]]
             counts, classes = count_group(first["kind"], audit, unseen.get(first["question_id"]), rollouts)
             result.counts.update(counts)
-            result.counts.update(count_leaks(first["kind"], audit, first["gold"], first["prompt"]))
+            gold, *others = _right_answers(first)
+            result.counts.update(count_leaks(first["kind"], audit, gold, first["prompt"], others))
         shown = {name: first[name] for name in GroupLine._fields if name in first}
         line = GroupLine(**shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""})
         result.groups.append(line)
     return result
+
+
+def _right_answers(row: Mapping[str, Any]) -> list[str]:
+    """The answers any one of which is right; where all of several are wanted, they stand in one box."""
+    golds = row.get("golds") or [row["gold"]]  # older files have one
+    return golds if row.get("answer_list") in (None, "any") else [", ".join(golds)]
 
 
 def _numbers(column: pa.ChunkedArray) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from zppo.config.settings import Settings
 from zppo.core.types import JUDGE, Question
@@ -10,11 +10,12 @@ from zppo.data.load import load_questions
 from zppo.errors import SettingsError
 
 
-def load_data(settings: Settings) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions of a recipe. Raises DataError."""
+def load_data(settings: Settings, warn: Callable[[str], None] | None = None) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions of a recipe; `warn` is told of right answers that cannot match. Raises DataError."""
     data = settings.data
-    train = load_questions(data.train, data.columns, data.limit, data.reading())
-    held_out = load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True)) if data.eval else []
+    warn = None if settings.grading.reward else warn  # it may know what the rules do not
+    train = load_questions(data.train, data.columns, data.limit, data.reading(), warn)
+    held_out = load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True), warn) if data.eval else []
     return train, held_out
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from zppo.config.model_settings import FrozenModelSettings
 from zppo.config.settings import Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
-from zppo.grading import Grader, extract_boxed, normalise
-from zppo.grading.grader import Verdict
+from zppo.grading import Grader, extract_boxed, has_gold_words
+from zppo.grading.grader import TimeOuts, Verdict
 from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
@@ -23,8 +24,11 @@ from zppo.teacher.judge import Case, Judge, readable
 
 _FEW = 8  # replies on which nothing is concluded yet
 
-Rule = Callable[[Sequence[Answered]], list[Verdict]]
-"""Grades completions without a judge, in their order."""
+
+class Rule(Protocol):
+    """Grades completions without a judge, in their order; `log` is of the step that they belong to."""
+
+    def __call__(self, answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]: ...
 
 
 @contextmanager
@@ -32,12 +36,19 @@ def rule_grading(settings: Settings) -> Iterator[Rule]:
     """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers."""
     if settings.grading.reward:
         reward = load_reward(settings.grading.reward)
-        yield lambda answered: [reward(a.completion, a.question, a.think_open) for a in answered]
+        yield lambda answered, log=None: [reward(a.completion, a.question, a.think_open) for a in answered]
         return
     with Grader(deadline=settings.grading.deadline, workers=settings.grading.workers) as grader:
 
-        def grade(answered: Sequence[Answered]) -> list[Verdict]:
-            return grader.grade_many([(a.completion, a.question.gold, a.think_open) for a in answered])
+        def grade(answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
+            log = log or StepLog()
+            spent = log.known("grading").setdefault("time-outs", TimeOuts())
+            untried = spent.untried
+            items = [(a.completion, a.question.gold, a.think_open) for a in answered]
+            verdicts = grader.grade_many(items, [(a.kind, a.question.id) for a in answered], spent)
+            if spent.untried > untried:
+                log.add_own(grading_untried=spent.untried - untried)
+            return verdicts
 
         yield grade
 
@@ -61,8 +72,9 @@ class Scorer:
     def __call__(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         """Verdicts in the order of the completions; one call of the judge's model for all of them.
 
-        Counts `graded_answers` (by rule), and with a judge its own counts and `judge_spared`: completions of judge questions that took no
-        call of their own, since they had the gold's words, came twice, or were empty.
+        Counts `graded_answers` (by rule), `grading_untried` where there are any (answers that were wrong at once, see `TimeOuts`), and with
+        a judge its own counts and `judge_spared`: completions of judge questions that took no call of their own, since they had the gold's
+        words, came twice, or were empty.
         """
         if self.judge is None:
             return self._by_rule(answered, log)
@@ -73,7 +85,7 @@ class Scorer:
     def _by_rule(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         log.add_own(graded_answers=len(answered))
         with log.time("grading"):  # a part of sampling and teacher
-            return self.rule(answered)
+            return self.rule(answered, log)
 
     def _by_judge(self, judge: Judge, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         verdicts = [_without_judge(a) for a in answered]
@@ -140,7 +152,7 @@ def make_scorer(
 def _without_judge(answered: Answered) -> Verdict:
     """What can be said of a completion of a judge question without asking."""
     answer = extract_boxed(answered.completion, answered.think_open)
-    correct = answer is not None and normalise(answer) == normalise(answered.question.gold)
+    correct = answer is not None and has_gold_words(answered.question.gold, answer)
     return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
 
 

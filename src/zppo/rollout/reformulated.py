@@ -9,9 +9,9 @@ from zppo.config.settings import Settings
 from zppo.core.draws import keyed_random
 from zppo.core.reformulate import RESPONSES, Material, Need, Reformulation, distinct_answers, scrambled
 from zppo.core.select import next_wave
-from zppo.core.types import Draft, Group, Prompt
+from zppo.core.types import Draft, Group, Prompt, Question
 from zppo.errors import SettingsError, TemplateError
-from zppo.grading import normalise
+from zppo.grading import has_gold_words, normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.student import PromptRenderer
 from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, TeacherSampler
@@ -65,7 +65,7 @@ class CandidateMaker:
                 question=g.question,
                 pair=p.pair,
                 wrong=p.wrong,
-                wrong_answers=_listed(sources, g.question.gold),
+                wrong_answers=_listed(sources, g.question),
                 hint=hint,
                 response_ids=self._response(g, pools, log.step),
                 prefix_fraction=self.prefix_fraction,
@@ -115,10 +115,10 @@ def _wrong(group: Group) -> tuple[Source, ...]:
     return tuple(Source(r.text, r.answer, i) for i, r in enumerate(group.rollouts) if r.graded and not r.correct)
 
 
-def _listed(wrong: Sequence[Source], gold: str) -> tuple[str, ...]:
+def _listed(wrong: Sequence[Source], question: Question) -> tuple[str, ...]:
     """The answers that NCQ lists."""
-    answers = [(s.answer, "" if s.answer is None else normalise(s.answer)) for s in wrong]
-    return distinct_answers(answers, normalise(gold))
+    answers = [s.answer for s in wrong if s.answer is not None and not has_gold_words(question.gold, s.answer)]
+    return distinct_answers([(answer, normalise(answer)) for answer in answers], normalise(str(question.gold)))
 
 
 @dataclass(frozen=True, slots=True)

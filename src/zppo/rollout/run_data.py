@@ -51,17 +51,18 @@ class RunData:
     image_inputs: ImageInputs | None
 
 
-def read_data(settings: Settings, *, sharded: bool = False) -> RunData:
+def read_data(settings: Settings, *, sharded: bool = False, warn: Callable[[str], None] | None = None) -> RunData:
     """The questions of a recipe, and how its models are to see.
 
     Args:
         sharded: whether the student's weights lie in shards over several processes.
+        warn: is told of right answers that cannot match.
 
     Raises:
         DataError: see `load_questions`; or a question has images and the student reads none.
         SettingsError: images cannot be trained on with these settings.
     """
-    train, held_out = load_data(settings)
+    train, held_out = load_data(settings, warn)
     first = first_with_images(settings, train, held_out)
     if first is None:
         return RunData(train, held_out, None)

@@ -22,11 +22,15 @@ from zppo.step_log import StepLog
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A completion that waits for its verdict."""
+    """A completion that waits for its verdict.
+
+    `kind` is that of its prompt: completions of one kind about one question are a group, whose answers share the time for grading.
+    """
 
     question: Question
     completion: str
     think_open: bool
+    kind: str = ""
 
 
 Score = Callable[[Sequence[Answered], StepLog], list[Verdict]]
@@ -148,7 +152,8 @@ class StudentSampler:
         """Rollouts of completions: decoded after the forced tokens of their prompt, with a verdict."""
         decode = self.renderer.chat.decode
         texts = [decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
-        answered = [Answered(prompts[i].question, text, prompts[i].think_open) for (i, _, _), text in zip(ended, texts, strict=True)]
+        asked = [prompts[i] for i, _, _ in ended]
+        answered = [Answered(p.question, text, p.think_open, p.kind) for p, text in zip(asked, texts, strict=True)]
         verdicts = self.score(answered, log)
         return [
             Rollout(

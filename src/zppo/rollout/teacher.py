@@ -93,7 +93,7 @@ class TeacherSampler:
         ]
         replies = teacher.complete(requests, how, log)
         answered = [
-            (index, Answered(question, text, reply.think_open))
+            (index, Answered(question, text, reply.think_open, "teacher"))
             for question, reply in zip(questions, replies, strict=True)
             for index, text in zip(indices, reply.texts, strict=True)
             if text is not None

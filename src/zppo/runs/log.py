@@ -35,7 +35,9 @@ ROLLOUT_SCHEMA = pa.schema(
         ("rollout", pa.int16()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
-        ("gold", pa.string()),
+        ("gold", pa.string()),  # of several right answers one text that names them
+        ("golds", pa.list_(pa.string())),  # each right answer by itself; older files lack the column, and the next
+        ("answer_list", pa.string()),  # any, set or ordered; null: there is one
         ("grading", pa.string()),  # rule or judge
         ("answer", pa.string()),
         ("correct", pa.bool_()),
@@ -121,7 +123,9 @@ class RunLog:
                 "rollout": index,
                 "prompt": text,
                 "completion": rollout.text,
-                "gold": group.question.gold,
+                "gold": str(group.question.gold),
+                "golds": list(group.question.golds),
+                "answer_list": None if isinstance(group.question.gold, str) else group.question.gold.how,
                 "grading": group.question.grading,
                 "answer": rollout.answer,
                 "correct": rollout.correct,

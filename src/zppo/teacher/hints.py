@@ -28,11 +28,11 @@ HINT_COUNTS = ("hint_asked", "hint_failed", "hint_unreachable", "hint_completion
 """What a step counts: responses sent, hints refused, requests without a reply, tokens."""
 
 
-def accept_hint(reply: str, gold: str) -> str | None:
+def accept_hint(reply: str, *golds: str) -> str | None:
     """The hint in a reply, or None where it may not be shown.
 
-    The last complete `<hint>` block after the last `</think>` counts. It is refused where it is empty, has a box, or holds the gold
-    as a word of its own, both normalised [zppo].
+    The last complete `<hint>` block after the last `</think>` counts. It is refused where it is empty, has a box, or holds a gold
+    as a word of its own, both normalised [zppo]; of several right answers each one.
     """
     text = reply.rsplit("</think>", 1)[-1]
     end = text.rfind("</hint>")
@@ -40,7 +40,7 @@ def accept_hint(reply: str, gold: str) -> str | None:
     if start < 0:
         return None
     hint = text[start + len("<hint>") : end].strip()
-    revealed = re.search(rf"(?<!\w){re.escape(normalise(gold))}(?!\w)", normalise(hint))
+    revealed = any(re.search(rf"(?<!\w){re.escape(normalise(gold))}(?!\w)", normalise(hint)) for gold in golds)
     return None if not hint or "\\boxed" in hint or revealed else hint
 
 
@@ -70,7 +70,7 @@ def make_hints(
         for i, reply in zip(still, teacher.complete(calls, how, log), strict=True):
             text = reply.texts[0]
             unfinished = text is not None and reply.think_open and "</think>" not in text
-            hints[i] = None if text is None or unfinished else accept_hint(text, requests[i].question.gold)
+            hints[i] = None if text is None or unfinished else accept_hint(text, *requests[i].question.golds)
             log.note_error("teacher", reply.error)
             log.add(
                 hint_asked=1,

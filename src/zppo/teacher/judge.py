@@ -116,7 +116,7 @@ class Judge:
     def _request(self, case: Case) -> TeacherRequest:
         """The draw is keyed by the case, so that equal ones are judged alike in every step."""
         asked = "\n\n".join(m.content for m in case.question.messages if m.role != "system")
-        messages = self._book.judge(asked, case.question.gold, self._cap(case.response))
+        messages = self._book.judge(asked, str(case.question.gold), self._cap(case.response))
         return TeacherRequest(messages, (draw_key(self._seed, "judge", case.question.id, case.response),))
 
     def _outcome(self, reply: TeacherReply, log: StepLog) -> Outcome:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from zppo.core.types import Group
 
 EVERY = 50
 """Steps after which the same warning may come again."""
@@ -80,6 +82,12 @@ WATCHES = (
 """What is watched; the limits are this project's [zppo]: far above what healthy runs show after their first steps."""
 
 
+STEPS_WITHOUT_RIGHT = 3
+"""Steps at the start of a run, or after a resume, in which nothing was right before that is said."""
+
+_SHOWN = 100  # characters
+
+
 class HealthChecks:
     """Warns of what a step's metrics show, each thing once in `EVERY` steps.
 
@@ -90,14 +98,50 @@ class HealthChecks:
     def __init__(self, *, own_reward: bool) -> None:
         self._watches = [w for w in WATCHES if w.own_reward or not own_reward]
         self._said: dict[str, int] = {}
+        self._some_right = own_reward  # which may be a number that never says right
+        self._all_wrong = 0  # steps
 
-    def advice(self, step: int, metrics: Metrics) -> list[str]:
-        """Warnings that are due about the metrics of this step, or of an evaluation after it."""
+    def advice(self, step: int, metrics: Metrics, example: str = "") -> list[str]:
+        """Warnings that are due about the metrics of this step, or of an evaluation after it; `example` as `wrong_example` makes it."""
         due = []
         for watch in self._watches:
             value = watch.value(metrics)
-            if value is None or value <= watch.limit or step - self._said.get(watch.name, step - EVERY) < EVERY:
-                continue
-            self._said[watch.name] = step
-            due.append(f"step {step}: {watch.text.format(value=value)}")
+            if value is not None and value > watch.limit and self._due(watch.name, step):
+                due.append(f"step {step}: {watch.text.format(value=value)}")
+        if self._nothing_right(metrics) and self._due("nothing right", step):
+            due.append(
+                f"step {step}: not one answer has been right in {self._all_wrong} steps, of the student's or a teacher's, though "
+                f"{1 - (metrics.get('no_answer_share') or 0.0):.0%} of the completions have one. {example or 'See some in the report'}. "
+                "Where they mean the same, the right answers stand in a form that the rules do not match: data.answer_after takes them out "
+                "of a solution, a judge grades what has no one spelling (docs/data.md)"
+            )
         return due
+
+    def _due(self, name: str, step: int) -> bool:
+        """Whether a warning is not too soon; it counts as said."""
+        if step - self._said.get(name, step - EVERY) < EVERY:
+            return False
+        self._said[name] = step
+        return True
+
+    def _nothing_right(self, metrics: Metrics) -> bool:
+        """Whether every answer has been wrong for `STEPS_WITHOUT_RIGHT` steps: of people's runs the sign that no gold can match."""
+        accuracy = metrics.get("accuracy")
+        if isinstance(accuracy, Mapping) and accuracy:  # a step's, with something graded; an evaluation's is a number
+            self._some_right |= any(accuracy.values()) or bool(metrics.get("teacher_correct"))
+            self._all_wrong += (metrics.get("no_answer_share") or 0.0) < 1
+            return not self._some_right and self._all_wrong >= STEPS_WITHOUT_RIGHT
+        self._some_right |= bool(accuracy)
+        return False
+
+
+def wrong_example(groups: Sequence[Group]) -> str:
+    """The right answer and the answer of the first rollout that has one and is wrong, beside each other; "" where there is none."""
+    for group in groups:
+        for rollout in group.graded:
+            if not rollout.correct and rollout.answer is not None:
+                gold, answer = (
+                    repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...") for text in (str(group.question.gold), rollout.answer)
+                )
+                return f"Right answer {gold} | answer {answer} (question {group.question.id!r})"
+    return ""

@@ -177,7 +177,7 @@ class TrainingLoop:
         self._show_warnings(log)
         if error := log.errors.get("teacher"):
             self.progress.warning(f"step {log.step}: the teacher could not serve every request: {error}")
-        self._advise(log.metrics)
+        self._advise(log.metrics, log.example)
         self.progress.step(log.step, log.metrics, self.trainer.totals)
 
     def _show_warnings(self, log: StepLog) -> None:
@@ -187,8 +187,8 @@ class TrainingLoop:
             self.progress.warning(f"{when}: {text}")
         log.warnings.clear()
 
-    def _advise(self, metrics: Mapping[str, Any]) -> None:
-        for text in self.health.advice(self.trainer.done, metrics):
+    def _advise(self, metrics: Mapping[str, Any], example: str = "") -> None:
+        for text in self.health.advice(self.trainer.done, metrics, example):
             self.progress.warning(text)
 
     def _save(self, state: Mapping[str, Any], mid_step: MidStep | None = None, *, together: bool = True, later: bool = False) -> None:
@@ -301,7 +301,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         trackers.check()
         start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
         # Everything is loaded and checked before the run folder is made, or changed.
-        data = read_data(settings, sharded=weights.sharded)
+        data = read_data(settings, sharded=weights.sharded, warn=partial(warn, console))
         with (
             rule_grading(settings) as rule,
             load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,

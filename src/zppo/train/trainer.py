@@ -20,6 +20,7 @@ from zppo.rollout.student import StudentSampler
 from zppo.runs.log import RunLog
 from zppo.step_log import StepLog
 from zppo.train.engine_checks import EngineCheck
+from zppo.train.health_checks import wrong_example
 from zppo.train.learner import Learner, PartialUpdate, UpdateResult, UpdateStopped
 from zppo.train.mid_step import MidStep, StepRollouts
 
@@ -272,6 +273,7 @@ class Trainer:
         }
         self.totals.add(log.metrics, changes)
         self.run_log.metrics(log.step, "step", log.metrics)
+        log.example = wrong_example([*rollouts.plain, *rollouts.reformulated])
         if updated.fault:
             log.fault = updated.fault
 

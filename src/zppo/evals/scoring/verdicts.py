@@ -29,8 +29,9 @@ from zppo.evals.results import TOO_LONG, SampleResult
 from zppo.evals.scoring.rules import score
 from zppo.grading.grader import Grader
 from zppo.grading.text import extract_boxed, final_part
-from zppo.prompts import PromptBook
+from zppo.prompts import Neutraliser, PromptBook
 from zppo.prompts.book import JUDGE
+from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.teacher.http import OPENAI_HOST
 from zppo.teacher.interface import TeacherRequest, TeacherSampling
 from zppo.teacher.judge import readable, strict_object
@@ -150,8 +151,11 @@ _SLOTS = ("question", "gold", "response", "criterion")
 _MOST = 20_000  # characters of a response that a judge reads, its end; more is no answer
 
 
-def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text) -> PromptBook:
-    """The prompt book with the judges' templates, each replaceable by the path of a file.
+_NEUTRALISE = Neutraliser(IMAGE_TEXTS)  # the tokens of a judge on a server are not known
+
+
+def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = _NEUTRALISE) -> PromptBook:
+    """The prompt book with the judges' templates, each replaceable by the path of a file. What a model wrote is neutralised.
 
     A template may use `question`, `gold`, `response` and `criterion` (the last: MultiChallenge's target question); the shared one,
     `judge`, has its own variables (`zppo.prompts.book`).
