@@ -476,6 +476,12 @@ def _(w: World) -> None:
     w.config(model_type="vit", architectures=["ViTModel"])
 
 
+@case("an architecture whose code comes with the checkpoint")
+def _(w: World) -> None:
+    w.config(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
+    (w.student / "own.py").write_text("raise SystemExit('the code ran')")
+
+
 @case("no weights")
 def _(w: World) -> None:
     (w.student / "model.safetensors").unlink()

@@ -15,7 +15,7 @@ from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.core.types import Question
 from zppo.errors import CheckpointError
-from zppo.names import model_folder
+from zppo.names import load_part, model_folder
 
 MOST_NAMED = 8
 _SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -64,7 +64,7 @@ def check_student(state: Mapping[str, Any], student: ModelSettings, where: Path)
         CheckpointError: it is another one.
     """
     try:
-        config = AutoConfig.from_pretrained(model_folder(student.model), revision=student.revision)
+        config = load_part(AutoConfig, model_folder(student.model), revision=student.revision)
     except (OSError, ValueError, KeyError):
         return  # the student's own files are not needed to go on, only its tokenizer, which says itself what it lacks
     origin = state.get("origin")
