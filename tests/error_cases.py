@@ -727,6 +727,12 @@ def _(w: World) -> None:
     w.set("teacher.rollout", {"top_k": 5})
 
 
+@case("a server that sends requests on to another origin")
+def _(w: World) -> None:
+    open_server().control({"kind": "status", "status": 307, "headers": {"Location": "https://elsewhere.example/v1?key=a"}})
+    at(w, open_server().url)
+
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -16,7 +17,8 @@ import pytest
 from fault_server import Server
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
-from zppo.teacher.http import FAULTS, Scrubber, Service, backoff, retry_after
+from zppo.errors import EvaluationError
+from zppo.teacher.http import FAULTS, RedirectError, Scrubber, Service, backoff, retry_after
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.remote import RemoteTeacher, seed_of
 
@@ -407,6 +409,44 @@ def other() -> Iterator[Server]:
     server = Server()
     yield server
     server.kill()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_to_another_origin_is_not_followed(server: Server, other: Server, make: Any, status: int) -> None:
+    other.control()
+    server.control(always={"kind": "status", "status": status, "headers": {"Location": f"{other.url}/chat/completions?key=a"}})
+    reply = make(server).complete([ask("a secret question")], HOW)[0]
+    assert reply.texts == (None,) and other.log == []
+    assert f"{server.url}/chat/completions sends requests on to {other.url}/chat/completions, and zppo follows" in reply.error
+    assert make(server, other).complete([ask()], HOW)[0].texts == (words("hello"),)  # the other one was named too
+
+
+def test_a_redirect_within_the_origin_is_followed(server: Server, make: Any) -> None:
+    server.control({"kind": "status", "status": 307, "headers": {"Location": "/v1/chat/completions"}})
+    assert make(server).complete([ask()], HOW)[0].texts == (words("hello"),)
+    assert len(server.log) == 2
+
+
+def test_an_evaluation_follows_to_no_other_origin_either(server: Server, other: Server) -> None:
+    """Nor does the client of inspect-ai, where the redirects begin later."""
+    from inspect_ai.model import GenerateConfig
+
+    from zppo.evals.endpoint import find_model
+    from zppo.evals.task import ServedAPI
+
+    other.control()
+    server.control(always={"kind": "status", "status": 307, "headers": {"Location": f"{other.url}/chat/completions"}})
+    with pytest.raises(EvaluationError, match=f"{server.url}.*sends requests on to {other.url}.*if that is where it lives"):
+        find_model(server.url, "", None, "judge")
+
+    async def ask_later() -> None:
+        api = ServedAPI("tiny", server.url, "", GenerateConfig())
+        async with api.http_client as client:
+            await client.post(f"{server.url}/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "x"}]})
+
+    with pytest.raises(RedirectError, match=other.url):
+        asyncio.run(ask_later())
+    assert other.log == []
 
 
 def test_two_addresses_share_the_load_and_one_stands_in_for_the_other(server: Server, other: Server, make: Any) -> None:

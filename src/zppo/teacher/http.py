@@ -45,6 +45,10 @@ class OversizedError(Exception):
     """A reply is longer than anything that was asked for."""
 
 
+class RedirectError(Exception):
+    """A server sends a request on to another origin."""
+
+
 @dataclass(eq=False)
 class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
     """Why one attempt gave no reply.
@@ -57,6 +61,7 @@ class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
         wait: seconds that the server asked for.
         status: of HTTP, None where there was no answer.
         oversized: the reply was too long.
+        moved: it sends requests on to another origin.
     """
 
     reason: str
@@ -66,6 +71,7 @@ class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
     wait: float = 0.0
     status: int | None = None
     oversized: bool = False
+    moved: bool = False
 
     def __str__(self) -> str:
         return self.reason
@@ -149,6 +155,28 @@ async def _bound(response: Any) -> None:
     response.stream = _Bounded(response.stream, _limit.get())
 
 
+async def within_origin(response: Any) -> None:
+    """A hook that runs before a redirect is followed: prompts, images and the key go to the origin that a person has named, nowhere else.
+
+    Raises:
+        RedirectError: the redirect leaves it; the message names both.
+    """
+    if response.has_redirect_location:
+        here = response.request.url
+        there = here.join(response.headers["location"])
+        if _origin(there) != _origin(here):
+            raise RedirectError(f"{_shown(here)} sends requests on to {_shown(there)}, and zppo follows to no other origin")
+
+
+def _origin(url: Any) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _shown(url: Any) -> str:
+    """Scheme, host, port and path: what else a server puts there is no business of a message."""
+    return str(url.copy_with(username=None, password=None, query=None, fragment=None))
+
+
 class Wire:
     """The client of one address. Its methods raise nothing but `Trouble` (and cancellation)."""
 
@@ -171,7 +199,7 @@ class Wire:
             timeout=openai.Timeout(deadline, connect=min(CONNECT_SECONDS, deadline)),
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"response": [_bound]},
+                event_hooks={"response": [_bound, within_origin]},
                 limits=httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections),
             ),
         )
@@ -231,6 +259,8 @@ class Wire:
         if isinstance(error, OversizedError) or isinstance(cause, OversizedError):
             reason = f"{self.url}: the reply is compressed or longer than {limit:,} bytes"
             return Trouble(reason, again=False, oversized=True)
+        if moved := next((e for e in (error, cause) if isinstance(e, RedirectError)), None):
+            return Trouble(f"{self.url}: {self._scrub.words(moved)}", again=False, elsewhere=True, moved=True)
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         if isinstance(error, openai.APIConnectionError):
