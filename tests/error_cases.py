@@ -729,7 +729,7 @@ def _(w: World) -> None:
 
 @case("a server that sends requests on to another origin")
 def _(w: World) -> None:
-    open_server().control({"kind": "status", "status": 307, "headers": {"Location": "https://elsewhere.example/v1?key=a"}})
+    open_server().control(always={"kind": "status", "status": 307, "headers": {"Location": "https://elsewhere.example/v1?key=a"}})
     at(w, open_server().url)
 
 

@@ -100,6 +100,8 @@ def _refused(error: BaseException | None) -> tuple[int, str] | None:
 
 RECIPE = "recipe.yaml"
 """The resolved recipe, in the run folder."""
+LOCK = "lock.json"
+"""Which process trains into the run folder."""
 
 
 def check_output(run: Path) -> None:
@@ -108,16 +110,21 @@ def check_output(run: Path) -> None:
     Raises:
         SettingsError: it holds a run already, or something else; it is a file, or below one; it cannot be written.
     """
-    if (run / RECIPE).exists():
-        raise SettingsError(f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=...")
+    check_unclaimed(run)
     above = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
     if not above.is_dir():
         raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
     if not os.access(above, os.W_OK | os.X_OK):
         raise SettingsError(f"{run} cannot be written: {above} is read-only for you; choose another one with --output=...")
-    partial_recipe = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
-    if run.exists() and (not run.is_dir() or any(path.name != partial_recipe for path in run.iterdir())):
+    left = (f"{RECIPE}{PARTIAL}", LOCK)  # by a run that was killed before it had a recipe
+    if run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
+
+
+def check_unclaimed(run: Path) -> None:
+    """SettingsError where the folder holds a run already."""
+    if (run / RECIPE).exists():
+        raise SettingsError(f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=...")
 
 
 MANIFEST = "manifest.json"

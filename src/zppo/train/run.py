@@ -8,12 +8,14 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
@@ -22,7 +24,7 @@ from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import read_launch
-from zppo.distributed.parallel import make_accelerator, make_weights
+from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError
 from zppo.images.store import read_bytes
 from zppo.rollout.frozen_models import load_frozen_models
@@ -30,7 +32,8 @@ from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
 from zppo.runs.display import Progress, warn
-from zppo.runs.files import RECIPE, check_output, write_whole, writing
+from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
+from zppo.runs.lock import locked
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
 from zppo.step_log import StepLog
@@ -287,48 +290,18 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     try:
-        # Processes first: only the first of them prints, writes, and decides where to start.
-        launch = read_launch()
-        accelerator = make_accelerator(settings, launch)
-        weights = make_weights(settings, accelerator, launch, stop)
-        processes = weights.processes
-        run = processes.gather(run)[0]  # its name has the time in it
-        settings = settings.model_copy(update={"output": run})
-        if not processes.main:
-            console = Console(quiet=True, force_terminal=False)
-        names = settings.train.trackers if processes.main else ()
-        trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
-        trackers.check()
-        start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
-        # Everything is loaded and checked before the run folder is made, or changed.
-        data = read_data(settings, sharded=weights.sharded)
-        with (
-            rule_grading(settings) as rule,
-            load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,
-            tracking(trackers),
-        ):
-            folder = start.folder if start else None
-            parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, console)
-            loop = TrainingLoop(settings, parts, console)
-            if start:
-                start.load(loop, parts.origin, console)
-            # From here on the folder is a run that can be resumed.
-            with stop.shield():
-                _open(settings, run, loop, trackers, console, resumed=resumed)
-                if processes.size > 1:
-                    console.print(f"{processes.size} processes, {weights.kind}")
-            console.print("accuracies of rollouts are running means over about ten steps", style="dim")
-            with processes.uninterrupted():
-                try:
-                    loop.run()
-                    if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
-                        loop.save_last_step(together=True)
-                        loop.trainer.boundary = None
-                    finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
-                except BaseException as error:
-                    rescue(run, loop, error, console)  # before anything else is closed: there may be little time
-                    raise
-        processes.wait()
+        with ExitStack() as held:
+            # Processes first: only the first of them prints, writes, and decides where to start.
+            launch = read_launch()
+            accelerator = make_accelerator(settings, launch)
+            weights = make_weights(settings, accelerator, launch, stop)
+            run = weights.processes.gather(run)[0]  # its name has the time in it
+            settings = settings.model_copy(update={"output": run})
+            if not weights.processes.main:
+                console = Console(quiet=True, force_terminal=False)
+            elif resumed:
+                held.enter_context(locked(run, partial(warn, console)))
+            _go(settings, run, console, accelerator, weights, held, resumed=resumed)
         accelerator.end_training()
         return run
     except StorageError as error:
@@ -340,7 +313,49 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         raise
 
 
-def _open(settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers, console: Console, *, resumed: bool) -> None:
+def _go(
+    settings: Settings, run: Path, console: Console, accelerator: Accelerator, weights: ReplicatedWeights, held: ExitStack, *, resumed: bool
+) -> None:
+    """The run from its data to its end; a new one takes the lock of its folder into `held` when it makes it."""
+    processes = weights.processes
+    names = settings.train.trackers if processes.main else ()
+    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
+    trackers.check()
+    start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
+    # Everything is loaded and checked before the run folder is made, or changed.
+    data = read_data(settings, sharded=weights.sharded)
+    with (
+        rule_grading(settings) as rule,
+        load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,
+        tracking(trackers),
+    ):
+        folder = start.folder if start else None
+        parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, console)
+        loop = TrainingLoop(settings, parts, console)
+        if start:
+            start.load(loop, parts.origin, console)
+        # From here on the folder is a run that can be resumed.
+        with processes.stop.shield():
+            _open(settings, run, loop, trackers, console, held, resumed=resumed)
+            if processes.size > 1:
+                console.print(f"{processes.size} processes, {weights.kind}")
+        console.print("accuracies of rollouts are running means over about ten steps", style="dim")
+        with processes.uninterrupted():
+            try:
+                loop.run()
+                if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
+                    loop.save_last_step(together=True)
+                    loop.trainer.boundary = None
+                finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+            except BaseException as error:
+                rescue(run, loop, error, console)  # before anything else is closed: there may be little time
+                raise
+    processes.wait()
+
+
+def _open(
+    settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers, console: Console, held: ExitStack, *, resumed: bool
+) -> None:
     """Make the run folder, or take back what was written after the checkpoint."""
     trainer = loop.trainer
     if resumed:
@@ -354,6 +369,8 @@ def _open(settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers,
         if trainer.processes.main:
             with writing(run):
                 run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run, partial(warn, console)))
+            check_unclaimed(run)  # another one may have begun there while the models were loaded
             write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
         trainer.run_log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
