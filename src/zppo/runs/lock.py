@@ -1,7 +1,8 @@
-"""One process trains into a run folder at a time: who does stands in `lock.json`, and the system's own lock on that file says whether it lives.
+"""One process trains into a run folder at a time.
 
-A record lock of POSIX goes with its process, however that ends, and a forked helper does not inherit it. File systems of several machines may
-not pass it on; so the holder also touches the file again and again, and what was written by another machine is watched before it counts as left.
+Who does stands in `lock.json`, and the system's own lock on that file says whether it lives. A record lock of POSIX goes with its process,
+however that ends, and a forked helper does not inherit it. File systems of several machines may not pass it on; so the holder also touches
+the file again and again, and what another machine has written is watched before it counts as left.
 """
 
 from __future__ import annotations
