@@ -100,6 +100,8 @@ def _refused(error: BaseException | None) -> tuple[int, str] | None:
 
 RECIPE = "recipe.yaml"
 """The resolved recipe, in the run folder."""
+WORDS = "words"
+"""The user's own templates, in the run folder."""
 LOCK = "lock.json"
 """Which process trains into the run folder."""
 
@@ -116,7 +118,7 @@ def check_output(run: Path) -> None:
         raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
     if not os.access(above, os.W_OK | os.X_OK):
         raise SettingsError(f"{run} cannot be written: {above} is read-only for you; choose another one with --output=...")
-    left = (f"{RECIPE}{PARTIAL}", LOCK)  # by a run that was killed before it had a recipe
+    left = (f"{RECIPE}{PARTIAL}", WORDS, LOCK)  # by a run that was killed before it had a recipe
     if run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
 

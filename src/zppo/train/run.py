@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,8 @@ from zppo.train.finish import FINAL, finish
 from zppo.train.health_checks import HealthChecks
 from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, as_placed
-from zppo.train.provenance import changes_since, check_student
+from zppo.train.provenance import changes_since, check_student, keep_words
+from zppo.train.trainer import total_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,10 +280,19 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
         raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
-    if (run / FINAL / "README.md").exists():
+    if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
         return run
     return _run(settings, run, console, stop or Stop(), resumed=True)
+
+
+def _has_more_steps(settings: Settings, run: Path) -> bool:
+    """Whether the recipe of a finished run asks for more steps than its newest checkpoint has; it is trained on from there."""
+    for folder in reversed(checkpoint.existing(run)):
+        with suppress(CheckpointError, KeyError, TypeError, ValueError):  # the one before is used then
+            state = checkpoint.load_state(folder)
+            return total_steps(settings, int(state["origin"]["questions"]["count"])) > state["step"]
+    return False
 
 
 def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed: bool) -> Path:
@@ -371,7 +381,7 @@ def _open(
                 run.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run, partial(warn, console)))
             check_unclaimed(run)  # another one may have begun there while the models were loaded
-            write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
+            write_whole(run / RECIPE, dump_recipe(keep_words(settings, run)))  # before all else: what has a recipe can be resumed
         trainer.run_log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
     if trackers.names:
