@@ -137,7 +137,7 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert f"`zppo resume {run.folder}` starts over" in run.said and not run.checkpoints()
     assert run.go(at=SAMPLE, nth=3, do="int") == 130  # the reformulated prompts of step 1
     assert run.said.endswith(f"`zppo resume {run.folder}` starts over") and not run.checkpoints()
-    assert run.go(at=UPDATE, nth=3, do="term") == 143
+    assert run.go(at=UPDATE, nth=3, do="hup") == 129
     assert run.checkpoints() == ["step-000000+3"]
     assert run.said.endswith(f"`zppo resume {run.folder}`") and "step-000000+3" in run.said
     assert run.go(at=UPDATE, nth=3, do="int") == 130  # the last update of step 1 and two of step 2
@@ -310,6 +310,54 @@ def test_changes_since_the_checkpoint_are_said_or_refused(
     status, said = resume(*edits, ("learning_rate: 0.001", "learning_rate: 0.002"))
     assert status == 0 and "train.learning_rate was 0.001, is 0.002" in said
     assert "training questions" in said and "20 then, 19 now" in said
+
+
+@slow
+@pytest.mark.parametrize("loss", ["deaf", "full-stdout"])
+def test_a_run_that_nobody_can_read_goes_on(run: Run, whole: Path, loss: str) -> None:
+    """`| head`, a tee that died, a full disk behind its output: it goes on without a display and ends with its result."""
+    assert run.go(at=UPDATE, nth=2, do=loss) == 0, run.said
+    assert "nothing can be shown any more" in run.said and "Traceback" not in run.said
+    assert_same_run(whole, run.folder)
+
+
+@slow
+def test_an_error_in_the_display_costs_the_display_alone(
+    run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise KeyError("width")
+
+    for name in ("step", "evaluation"):
+        monkeypatch.setattr(f"zppo.runs.display.Progress.{name}", fail)
+    AcceleratorState._reset_state(True)
+    assert main([str(a) for a in run.start]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("could not be shown (KeyError: 'width'); the run goes on") == 1
+    assert_same_run(whole, run.folder)
+
+
+@slow
+def test_an_error_in_a_steps_report_costs_that_report_alone(
+    run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 3 is learnt from when its report fails, and step 2 was the last checkpoint: step 3 is saved, and 4 comes next."""
+    from zppo.train import trainer
+
+    right = trainer.step_metrics
+
+    def fail(rollouts: Any, updated: Any, log: StepLog, threshold: float) -> dict[str, Any]:
+        if log.step == 3:
+            raise ZeroDivisionError("a report")
+        return right(rollouts, updated, log, threshold)
+
+    monkeypatch.setattr(trainer, "step_metrics", fail)
+    AcceleratorState._reset_state(True)
+    assert main([str(a) for a in run.start]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err and run.checkpoints()[-1] == "step-000003"
+    assert run.go() == 0 and "resumed after step 3 of 5" in run.said
+    ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run.folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @slow
@@ -721,6 +769,14 @@ def test_signals_are_caught_in_the_main_thread_and_given_back() -> None:
             os.kill(os.getpid(), signal.SIGINT)  # and pass on a terminal's Ctrl-C
             assert stop.wanted and stop.signum == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with catch_signals(Stop()), pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGHUP)
+    before_hup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    stop = Stop()
+    with catch_signals(stop):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.wanted
+    signal.signal(signal.SIGHUP, before_hup)
     with catch_signals(Stop()):
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)

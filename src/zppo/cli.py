@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user or a full disk, 130 when
-    interrupted, 143 when asked to end by SIGTERM.
+    interrupted, 143 when asked to end by SIGTERM, 129 by SIGHUP.
     """
     status = _main(list(sys.argv[1:] if argv is None else argv))
     if _rank():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -120,6 +120,7 @@ class TrainingLoop:
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
+        self._unshown = False  # that something could not be shown has been said
         self._saved: tuple[int, int | None] | None = None  # steps and updates of the next one that are in that checkpoint
 
     def run(self) -> None:
@@ -160,7 +161,8 @@ class TrainingLoop:
         except UpdateStopped as stopped:
             with self.stop.ignored():
                 if stopped.mid_step and self._saved != (trainer.done, stopped.partial.done):
-                    self._show_warnings(stopped.mid_step.log)
+                    with self._harmless():
+                        self._show_warnings(stopped.mid_step.log)
                     self._save(trainer.state_dict(), stopped.mid_step)
             raise stopped.cause or Interrupted(self.stop.signum or signal.SIGTERM) from None
 
@@ -172,17 +174,32 @@ class TrainingLoop:
             return
         trainer.student.renderer.chat.forget_images()
         result, log = trainer.evaluate()
-        with self.stop.shield():
+        with self.stop.shield(), self._harmless():
             self.progress.evaluation(trainer.done, result)
             self._show_warnings(log)
             self._advise(asdict(result))
 
     def _show(self, log: StepLog) -> None:
-        self._show_warnings(log)
-        if error := log.errors.get("teacher"):
-            self.progress.warning(f"step {log.step}: the teacher could not serve every request: {error}")
-        self._advise(log.metrics)
-        self.progress.step(log.step, log.metrics, self.trainer.totals)
+        with self._harmless():
+            self._show_warnings(log)
+            if error := log.errors.get("teacher"):
+                self.progress.warning(f"step {log.step}: the teacher could not serve every request: {error}")
+            self._advise(log.metrics)
+        with self._harmless():
+            self.progress.step(log.step, log.metrics, self.trainer.totals)
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """An error while something is shown is said once; the run is worth more than its display."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if not self._unshown:
+                self._unshown = True
+                with suppress(Exception, SystemExit):
+                    self.progress.warning(
+                        f"what step {self.trainer.done} did could not be shown ({type(error).__name__}: {error}); the run goes on"
+                    )
 
     def _show_warnings(self, log: StepLog) -> None:
         """What a person should know about the grading of a step or an evaluation."""
@@ -291,7 +308,7 @@ def _has_more_steps(settings: Settings, run: Path) -> bool:
     for folder in reversed(checkpoint.existing(run)):
         with suppress(CheckpointError, KeyError, TypeError, ValueError):  # the one before is used then
             state = checkpoint.load_state(folder)
-            return total_steps(settings, int(state["origin"]["questions"]["count"])) > state["step"]
+            return total_steps(settings, int(state["origin"]["questions"]["count"])) > int(state["step"])
     return False
 
 

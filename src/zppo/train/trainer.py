@@ -143,8 +143,9 @@ class Trainer:
             self._check_same(log.step, [*rollouts.plain, *rollouts.reformulated])
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
             changes = self._update_buffer(rollouts.plain, log.step)  # line 19
-            self._record(rollouts, updated, changes, log)
             self.done = log.step
+            self.boundary = self.snapshot()  # the weights are those of this step, whatever becomes of its report
+            self._record(rollouts, updated, changes, log)
             self.boundary = self.snapshot()
         return log
 
