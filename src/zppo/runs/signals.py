@@ -82,8 +82,8 @@ class Stop:
 def catch_signals(stop: Stop) -> Iterator[None]:
     """SIGTERM, SIGHUP and Ctrl-C become requests to `stop`; a second Ctrl-C ends the process at once, with exit status 130.
 
-    SIGHUP stays ignored where it was (`nohup`).
-        Only in the main thread; elsewhere nothing is caught. The handlers that were there before come back at the end.
+    SIGHUP stays ignored where it was (`nohup`). Only in the main thread; elsewhere nothing is caught. The handlers that were there before
+    come back at the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
