@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -121,6 +122,25 @@ def _(w: World) -> None:
 @case("the recipe is a folder")
 def _(w: World) -> None:
     w.command = ["train", str(w.folder)]
+
+
+@case("the recipe is a pipe")
+def _(w: World) -> None:
+    os.mkfifo(w.folder / "pipe")
+    w.command = ["train", str(w.folder / "pipe")]
+
+
+@case("the recipe stands for more than it says")
+def _(w: World) -> None:
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    w.write("recipe.yaml", "\n".join(["a0: &a0 [x]", *lines]))
+
+
+@case("the recipe names code, and none is wanted")
+def _(w: World) -> None:
+    w.write("reward.py", "raise SystemExit('the code ran')\n")
+    w.set("grading.reward", "reward.py:score")
+    w.more = ["--no-code"]
 
 
 @case("the recipe is no YAML")

@@ -132,9 +132,13 @@ def start(settings: Settings, name: str, console: Console | None = None) -> Trai
         return TrainedRun(run(settings, name, console, stop))
 
 
-def resume(folder: str | os.PathLike[str], *, console: Console | None = None) -> TrainedRun:
+def resume(folder: str | os.PathLike[str], *, console: Console | None = None, code: bool = True) -> TrainedRun:
     """Continue a run after its newest checkpoint, as `zppo resume` does; a finished one stays as it is, unless its
     recipe asks for more steps.
+
+    Args:
+        console: as of `train`.
+        code: whether the code that the folder's recipe names (a reward function, reformulations) may be imported; False: it is an error.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint of it can be used.
@@ -146,7 +150,7 @@ def resume(folder: str | os.PathLike[str], *, console: Console | None = None) ->
 
     stop = Stop()
     with catch_signals(stop), steady_output():
-        return TrainedRun(run(Path(folder), console, stop))
+        return TrainedRun(run(Path(folder), console, stop, code=code))
 
 
 def evaluate(

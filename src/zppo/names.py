@@ -6,9 +6,11 @@ such a name is met.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import re
+import stat
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -76,6 +78,14 @@ def load_part(kind: Any, name: str | Path, **more: Any) -> Any:
             f"model {str(name)!r} brings code of its own (`auto_map` in its files), which zppo does not run: name a checkpoint whose "
             "architecture transformers has itself, or convert it to one"
         ) from error
+
+
+def readable(path: Path) -> Path:
+    """The path. OSError where a pipe or a device lies there, which may never end or keep whoever opens it waiting."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
+    return path
 
 
 def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:

@@ -172,10 +172,7 @@ def _names_words(key: str) -> bool:
 
 def _code_files(settings: Settings) -> dict[str, Path]:
     """Python files of the user's that the recipe names."""
-    named = {"grading.reward": settings.grading.reward or ""} | {
-        f"the reformulation {kind}": kind for kind in settings.method.resolve().reformulations
-    }
-    files = {key: Path(spec.rpartition(":")[0]) for key, spec in named.items()}
+    files = {key: Path(spec.rpartition(":")[0]) for key, spec in settings.own_code.items()}
     return {key: path for key, path in files.items() if path.suffix == ".py"}
 
 
