@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from zppo import __version__
 from zppo.api import resume, start
-from zppo.errors import Interrupted, SettingsError, ZPPOError
+from zppo.errors import Interrupted, SettingsError, ZPPOError, used_up
 from zppo.images.store import PixelLimits
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _PORT = 8765  # of `zppo report --watch`
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user or a full disk, 130 when
+    Returns the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user, a full disk or memory, 130 when
     interrupted, 143 when asked to end by SIGTERM, 129 by SIGHUP.
     """
     status = _main(list(sys.argv[1:] if argv is None else argv))
@@ -60,7 +60,10 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if words := used_up(error):
+            _print_error(words)
+            return USER_ERROR
         print(_rank(), end="", file=sys.stderr)
         traceback.print_exc()
         return CRASH

@@ -178,6 +178,8 @@ def parquet(path: Path) -> Numbered:
                 for values in batch.to_pylist():
                     number += 1
                     yield number, values
+    except pa.ArrowMemoryError:
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}, after row {number}: cannot be read as parquet ({error}); write the file again, or give it the ending of its kind"

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from zppo.errors import ModelError, one_line
+from zppo.errors import MemoryLimitError, ModelError, one_line, used_up
 from zppo.names import load_part
 
 _MEND = (
@@ -40,6 +40,7 @@ def load_network(
 
     Raises:
         ModelError: it cannot be loaded, or weights are missing or of another size than its configuration says.
+        MemoryLimitError: this machine has no room for it.
     """
     if attention:
         more["attn_implementation"] = attention
@@ -54,6 +55,8 @@ def load_network(
             "copy or download it again"
         ) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        if words := used_up(error):
+            raise MemoryLimitError(f"model {str(name)!r}: {words}") from error
         raise ModelError(f"model {str(name)!r} cannot be loaded: {one_line(error)}; {_MEND}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):

@@ -176,7 +176,7 @@ def read_table(path: str | Path) -> Table:
     """
     table: Table = {}
     try:
-        with open(readable(path), encoding="utf-8-sig", newline="") as file:
+        with open(readable(Path(path)), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="", restval=None, strict=True)
             _check_header(path, reader.fieldnames)
             for record in reader:
