@@ -531,6 +531,16 @@ def test_a_checkpoint_never_runs_code(kept: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_manifest_needs_no_threads(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    folder = kept / "checkpoints" / "step-000004"
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert make_manifest(folder) == (folder / MANIFEST).read_text(encoding="utf-8")
+    assert checkpoint.newest_good(kept) == (folder, {})
+
+
 def test_an_optimizer_of_other_shapes_is_refused(kept: Path) -> None:
     model = torch.nn.ParameterList(
         torch.nn.Parameter(torch.ones(3))

@@ -9,15 +9,18 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zppo.errors import SettingsError, StorageError
+from zppo.errors import SettingsError, StorageError, used_up
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 PARTIAL = ".partial"
 """Suffix of what is being written; a killed run may leave it, and it is never read."""
@@ -154,8 +157,7 @@ class Manifest(BaseModel):
 def make_manifest(folder: Path) -> str:
     """The manifest of all files in a folder, as JSON."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    with ThreadPoolExecutor(THREADS) as pool:
-        facts = dict(zip((p.relative_to(folder).as_posix() for p in paths), pool.map(_facts, paths), strict=True))
+    facts = dict(zip((p.relative_to(folder).as_posix() for p in paths), _side_by_side(_facts, paths), strict=True))
     return Manifest(files=facts).model_dump_json(indent=1)
 
 
@@ -177,9 +179,20 @@ def fault(folder: Path, needed: Iterable[str]) -> str | None:
     for name in needed:
         if name not in manifest.files:
             return f"{MANIFEST} does not name {name}"
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: _file_fault(folder, *item), manifest.files.items())
-        return next((f for f in found if f is not None), None)
+    found = _side_by_side(lambda item: _file_fault(folder, *item), manifest.files.items())
+    return next((f for f in found if f is not None), None)
+
+
+def _side_by_side(work: Callable[[Given], Result], items: Iterable[Given]) -> list[Result]:
+    """In threads; one after the other where none can be started: a run that ends for want of them is saved all the same."""
+    waiting = list(items)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(work, waiting))
+    except RuntimeError as error:
+        if not used_up(error):
+            raise
+    return [work(item) for item in waiting]
 
 
 def _facts(path: Path) -> FileFacts:

@@ -25,7 +25,7 @@ from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
-from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError
+from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
@@ -254,7 +254,7 @@ def rescue(run: Path, loop: TrainingLoop, error: BaseException, console: Console
     except Exception as failed:
         if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
             raise failed from error
-        say(f"the run after step {loop.trainer.done} could not be saved: {failed}")
+        say(f"the run after step {loop.trainer.done} could not be saved: {one_line(failed)}")
     if not isinstance(error, KeyboardInterrupt):
         say(resume_hint(run))
 

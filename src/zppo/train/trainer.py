@@ -191,6 +191,7 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after a checkpoint."""
         self.buffer.load_state_dict(state["buffer"])
+        self.buffer.seed = self.settings.seed  # the recipe may have been edited
         removed = "teacher_unused_tokens"  # checkpoints of earlier versions have it
         self.totals = Totals(**{name: value for name, value in state["totals"].items() if name != removed})
         self.learner.load_state_dict(state["learner"])
