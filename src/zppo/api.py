@@ -144,13 +144,19 @@ def resume(folder: str | os.PathLike[str], *, console: Console | None = None, co
         CheckpointError: the folder holds no run, or no checkpoint of it can be used.
         Interrupted: as in `train`.
     """
+    from zppo.config.recipe import load_recipe, refuse_code
     from zppo.runs.display import steady_output
+    from zppo.runs.files import RECIPE
     from zppo.runs.signals import Stop, catch_signals
+
+    recipe = Path(folder) / RECIPE
+    if not code and recipe.exists():
+        refuse_code(load_recipe(recipe), recipe)
     from zppo.train.run import resume as run
 
     stop = Stop()
     with catch_signals(stop), steady_output():
-        return TrainedRun(run(Path(folder), console, stop, code=code))
+        return TrainedRun(run(Path(folder), console, stop))
 
 
 def evaluate(

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        usage="zppo train RECIPE [--dry-run] [--no-code] [--key=value ...]",
+        usage="zppo train RECIPE [--dry-run] [--key=value ...] [--no-code]",
         help="train a student by a recipe",
         description="Train a student by a recipe. Any setting can be given as --key=value and wins over the recipe.",
         allow_abbrev=False,

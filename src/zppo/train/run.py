@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from zppo.config.recipe import dump_recipe, load_recipe, refuse_code
+from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import read_launch
@@ -283,11 +283,11 @@ def train(settings: Settings, recipe_name: str, console: Console | None = None, 
     return _run(settings.model_copy(update={"output": run}), run, console or Console(), stop or Stop(), resumed=False)
 
 
-def resume(run: Path, console: Console | None = None, stop: Stop | None = None, *, code: bool = True) -> Path:
+def resume(run: Path, console: Console | None = None, stop: Stop | None = None) -> Path:
     """Continue a run after its newest checkpoint that is whole; returns the run folder.
 
     What was written after the checkpoint is taken back and done again; on a CPU with an in-process teacher with the same result.
-    Damaged newer checkpoints are named and set aside. Without `code` a recipe that names code of its own is an error.
+    Damaged newer checkpoints are named and set aside.
 
     Raises:
         CheckpointError: the folder holds no run, no checkpoint of it is whole, or it belongs to another recipe.
@@ -297,8 +297,6 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None, 
         raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
-    if not code:
-        refuse_code(settings, run / RECIPE)
     if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
         return run
