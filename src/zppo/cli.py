@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zppo import __version__
-from zppo.api import resume, start
+from zppo.api import fit_output, resume, start
 from zppo.errors import Interrupted, SettingsError, ZPPOError
 from zppo.images.store import PixelLimits
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    fit_output()
     try:
         overrides: list[str] = []
         if arguments[:1] == ["train"]:
@@ -359,7 +360,7 @@ def _methods(options: argparse.Namespace) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("method", "replayed", "asked again with", "what enters the gradient", "advantage", "in the paper"):
-        table.add_column(column, no_wrap=column == "method")
+        table.add_column(column, no_wrap=column == "method", overflow="fold")
     for row in METHODS.values():
         asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
         table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, row.advantages, Text(row.paper))
