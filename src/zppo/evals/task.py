@@ -41,7 +41,7 @@ from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import ToolInfo
-from openai import DefaultAsyncHttpxClient
+from openai import DEFAULT_CONNECTION_LIMITS, DefaultAsyncHttpxClient
 
 from zppo.errors import EvaluationError, one_line
 from zppo.evals.benchmark import Benchmark
@@ -52,6 +52,7 @@ from zppo.evals.options import Decoding, digest_of
 from zppo.evals.results import TOO_LONG, By, SampleResult
 from zppo.evals.scoring.verdicts import Decider
 from zppo.teacher.http import SHORTEST_SECRET, sound
+from zppo.teacher.proxy import proxy_to, transport_to
 
 PROVIDER = "zppo"
 RAW = "raw"  # metadata of a message: the text as the server sent it
@@ -78,7 +79,9 @@ class ServedAPI(OpenAICompatibleAPI):
             client_timeout=ATTEMPT,
             stream=False,
             max_retries=0,  # of the client's own: inspect-ai retries, and says so
-            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_hiding(api_key)]}),
+            http_client=DefaultAsyncHttpxClient(
+                event_hooks={"response": [_hiding(api_key)]}, transport=transport_to(proxy_to(base_url), DEFAULT_CONNECTION_LIMITS)
+            ),
         )
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:

@@ -28,6 +28,8 @@ try:  # the HTTP client that the openai package stands on
 except ImportError:  # its older versions
     import httpx  # type: ignore[no-redef]
 
+from zppo.teacher.proxy import proxy_to, transport_to
+
 OPENAI_HOST = "api.openai.com"
 REPLY_BYTES = 1 << 16  # of a reply, whatever was asked for; tokens come on top
 REASON_CHARACTERS = 300
@@ -160,8 +162,13 @@ class Wire:
             key: sent as bearer; "" sends "EMPTY", which servers that want none ignore.
             deadline: seconds for one whole call.
             connections: most at once.
+
+        Raises:
+            SettingsError: the environment names a proxy that cannot be used.
         """
         self.url = url
+        proxy = proxy_to(url)
+        self._way = f" (through {proxy}; {proxy.around})" if proxy else ""
         self._scrub = Scrubber(key)
         self._deadline = deadline
         self._client = openai.AsyncOpenAI(
@@ -172,7 +179,7 @@ class Wire:
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultAsyncHttpxClient(
                 event_hooks={"response": [_bound]},
-                limits=httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections),
+                transport=transport_to(proxy, httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections)),
             ),
         )
 
@@ -192,14 +199,18 @@ class Wire:
             deadline: seconds, where not the wire's own.
         """
         extra = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        content = await self._call(
-            lambda: self._client.chat.completions.with_raw_response.create(
-                model=body["model"], messages=body["messages"], extra_body=extra
-            ),
-            limit,
-            deadline,
-        )
-        return self._read(content)
+        try:
+            content = await self._call(
+                lambda: self._client.chat.completions.with_raw_response.create(
+                    model=body["model"], messages=body["messages"], extra_body=extra
+                ),
+                limit,
+                deadline,
+            )
+            return self._read(content)
+        except Trouble as trouble:
+            trouble.reason += self._way  # it may be the proxy that speaks
+            raise
 
     async def models(self, limit: int = 1 << 20, deadline: float = 10.0) -> list[str]:
         """Names of the models that are served; empty where the server does not say."""
