@@ -95,6 +95,7 @@ class World:
         return ["train", str(path), *self.more]
 
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
 Break = Callable[[World], None]
 CASES: dict[str, Break] = {}
 
@@ -392,6 +393,12 @@ def _(w: World) -> None:
     w.set("data.train", "train.parquet")
 
 
+@case("a pointer of git-lfs in place of a data file")
+def _(w: World) -> None:
+    w.write("train.parquet", LFS_POINTER)
+    w.set("data.train", "train.parquet")
+
+
 @case("a folder without data files")
 def _(w: World) -> None:
     (w.folder / "empty").mkdir()
@@ -485,6 +492,11 @@ def _(w: World) -> None:
 def _(w: World) -> None:
     path = w.student / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+@case("a pointer of git-lfs in place of the weights")
+def _(w: World) -> None:
+    (w.student / "model.safetensors").write_text(LFS_POINTER)
 
 
 @case("weights that are no safetensors")
@@ -692,6 +704,18 @@ def _(w: World) -> None:
 @case("nobody answers at the address")
 def _(w: World) -> None:
     at(w, "http://127.0.0.1:9/v1")
+
+
+@case("a SOCKS proxy without its package")
+def _(w: World) -> None:
+    w.env = {"ALL_PROXY": "socks5://proxy.example:1080"}
+    at(w, "http://teacher.example/v1")
+
+
+@case("a proxy of another kind")
+def _(w: World) -> None:
+    w.env = {"HTTP_PROXY": "ftp://proxy.example"}
+    at(w, "http://teacher.example/v1")
 
 
 @case("no key where one is needed")

@@ -17,6 +17,10 @@ from typing import Any
 
 from zppo.errors import ModelError, ZPPOError
 
+POINTER = "is a git-lfs pointer, which only stands for the file: run `git lfs pull` in the folder that was cloned"
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")  # the second one is its old name
+_POINTER_BYTES = 1024  # a pointer is smaller
+
 MODELS = {"lab": "zppo.lab.questions:bundled_model"}
 """Scheme -> a function from the whole name to the checkpoint's folder."""
 QUESTIONS = {"lab": "zppo.lab.questions:bundled_questions"}
@@ -48,6 +52,40 @@ def checkpoint_folder(name: str) -> str:
     final = Path(name) / _FINAL
     run = (final / "config.json").is_file() and not (final.parent / "config.json").is_file()
     return str(final) if run else name
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins like this is a pointer of git-lfs: `git clone` without git-lfs leaves them in place of large files."""
+    return start.startswith(_POINTERS)
+
+
+def check_file(path: Path, error: type[ZPPOError]) -> None:
+    """Refuses a file that is a pointer of git-lfs; one that cannot be read is left to who reads it."""
+    try:
+        if not path.is_file() or path.stat().st_size >= _POINTER_BYTES:
+            return
+        start = path.read_bytes()
+    except OSError:
+        return
+    if is_pointer(start):
+        raise error(f"{path} {POINTER}")
+
+
+def check_checkpoint(name: str | Path) -> None:
+    """Refuses a checkpoint's folder with pointers of git-lfs among the files that are loaded; a name on the hub passes.
+
+    Raises:
+        ModelError: it names the first of them.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    # Some hold the same weights or the same tokenizer once more, in an older form that nobody reads.
+    kinds = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "adapter_model*.safetensors"]
+    kinds += [] if any(folder.glob("*.safetensors")) else ["*.bin"]
+    kinds += [] if (folder / "tokenizer.json").exists() else ["*.model"]
+    for path in sorted(path for kind in kinds for path in folder.glob(kind)):
+        check_file(path, ModelError)
 
 
 def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
@@ -82,6 +120,7 @@ def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
 def _module_of_file(path: Path, spec: str, what: str, error: type[ZPPOError]) -> ModuleType:
     if not path.is_file():
         raise error(f"{what} {spec!r}: there is no file {str(path)!r}. Give a path from where you run, or an import path.")
+    check_file(path, error)
     name = f"zppo_user_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -21,7 +21,7 @@ from zppo.config.help import known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.names import scheme_of
+from zppo.names import check_file, scheme_of
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
@@ -155,6 +155,7 @@ def _yaml() -> YAML:
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise SettingsError(f"{path} is a folder, not a recipe; name a YAML file in it")
+    check_file(path, SettingsError)
     try:
         data = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

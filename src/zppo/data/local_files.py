@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zppo.errors import DataError
+from zppo.names import check_file
 
 
 class Place(NamedTuple):
@@ -81,6 +82,7 @@ def file_rows(path: Path, name: str | None = None) -> Rows:
         )
     if not path.exists():
         raise DataError(f"{path}: there is no such file (working directory {Path.cwd()}); check data.train and data.eval")
+    check_file(path, DataError)
     return ((Place(str(path), name or path.name, number, path.parent), value) for number, value in reader(path))
 
 

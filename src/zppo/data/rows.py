@@ -140,6 +140,8 @@ FULLY_CHECKED = 256
 
 _KEYS = ("bytes", "path", "image", "url", "image_url")
 _SHOWN = 60
+_LONGEST_NAME = 255  # bytes of a file's name; base64 of an image is longer
+_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AK")  # how PNG, JPEG, GIF, WebP, BMP and TIFF begin in it
 
 
 class RowImages:
@@ -192,10 +194,21 @@ class RowImages:
             )
         if scheme == "data":
             return self._kept(data_of(item))
-        return self._file(unquote(urlsplit(item).path) if item.startswith("file://") else item, folder)
+        if item.startswith(_BASE64) and len(item) > _LONGEST_NAME:
+            return self._kept(data_of(f"data:;base64,{item}"))
+        return self._file(item, folder)
 
     def _file(self, name: str, folder: Path) -> ImageRef:
-        path = (folder / Path(name).expanduser()).absolute()
+        try:
+            given = Path(unquote(urlsplit(name).path) if name.startswith("file://") else name).expanduser()
+            path = (folder / given).absolute()
+            if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in path.parts):
+                raise ValueError
+        except (ValueError, RuntimeError):  # no address; nobody's home folder
+            raise DataError(
+                f"the image {_short(name)!r} ({len(name):,} characters) is no path of a file; write a path, or data:image/png;base64,... "
+                "for the image itself"
+            ) from None
         if path not in self._known:
             try:
                 ref, data = reference(path)
@@ -233,7 +246,7 @@ def _inner(item: Mapping[object, object]) -> object:
     found = next((item[key] for key in _KEYS if item.get(key) is not None), None)
     if found is None:
         raise DataError(f"holds an object without an image; expected one of the keys {', '.join(_KEYS)}")
-    if isinstance(found, str) and item.get("bytes") is found:
+    if isinstance(found, str) and item.get("bytes") is found and not found.startswith("data:"):
         return f"data:;base64,{found}"  # JSON has no bytes
     return found
 

@@ -14,6 +14,7 @@ from zppo.core.types import ImageRef, Message
 from zppo.errors import DataError, ModelError, one_line
 from zppo.images.processor import ImageProcessor, PixelCache
 from zppo.images.store import PixelLimits
+from zppo.names import check_checkpoint
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _CONTROL = re.compile(r"[<\[{|]\S*[>\]}|]")  # how control tokens look: <tool_call>, [INST], <|im_end|>
@@ -81,6 +82,7 @@ class Chat:
         Raises:
             ModelError: there is none, or it cannot be read.
         """
+        check_checkpoint(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **kwargs)
         except Exception as error:  # many kinds, by what is missing or broken

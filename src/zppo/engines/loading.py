@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from zppo.errors import ModelError, one_line
+from zppo.names import check_checkpoint
 
 _MEND = (
     "name a folder that `save_pretrained` wrote, or a model on the hub that AutoModelForCausalLM loads (the first time "
@@ -40,6 +41,7 @@ def load_network(
     Raises:
         ModelError: it cannot be loaded, or weights are missing or of another size than its configuration says.
     """
+    check_checkpoint(name)
     if attention:
         more["attn_implementation"] = attention
     kind = AutoModelForImageTextToText if images or _sees_only_whole(name, revision) else AutoModelForCausalLM

@@ -24,7 +24,7 @@ from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.lora import ADAPTER_CONFIG, Adapters, add_adapters
-from zppo.names import model_folder
+from zppo.names import check_file, model_folder
 from zppo.runs import checkpoint
 
 
@@ -32,6 +32,7 @@ def read_template(settings: ModelSettings) -> str | None:
     """The recipe's own chat template, None for the tokenizer's. SettingsError where the file cannot be read."""
     if settings.template is None:
         return None
+    check_file(settings.template, SettingsError)
     try:
         return settings.template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

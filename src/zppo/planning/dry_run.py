@@ -18,7 +18,7 @@ from zppo.core.reformulate import RESPONSES
 from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError
-from zppo.names import model_folder
+from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.prompts.book import PromptBook
 from zppo.runs.files import check_output
@@ -235,6 +235,7 @@ def check_files(settings: Settings) -> None:
                 f"{name}.model: {model.model} is no transformers checkpoint (no config.json in it); "
                 "name a folder that has one, or a model of the hub as owner/name"
             )
+        check_checkpoint(folder)
     if settings.grading.reward:
         _check_reward(settings.grading.reward)
     if settings.output is not None:

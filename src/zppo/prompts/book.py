@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zppo.core.types import PLAIN, Draft, Message, Question
 from zppo.errors import DataError, TemplateError
+from zppo.names import check_file
 
 CLOSING = "closing"
 COMPRESSION = "compression"
@@ -203,6 +204,7 @@ def _bundled() -> dict[str, Path]:
 
 
 def _read(name: str, path: Path) -> str:
+    check_file(path, TemplateError)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
