@@ -16,9 +16,10 @@ import pytest
 from fault_server import Server
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
-from zppo.teacher.http import FAULTS, Scrubber, Service, backoff, retry_after
+from zppo.teacher.http import FAULTS, Service, backoff, retry_after
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.remote import RemoteTeacher, seed_of
+from zppo.teacher.reply import Scrubber
 
 pytestmark = pytest.mark.slow
 

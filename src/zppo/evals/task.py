@@ -51,8 +51,8 @@ from zppo.evals.media import ChatTurn, media_key
 from zppo.evals.options import Decoding, digest_of
 from zppo.evals.results import TOO_LONG, By, SampleResult
 from zppo.evals.scoring.verdicts import Decider
-from zppo.teacher.http import SHORTEST_SECRET, sound
 from zppo.teacher.proxy import proxy_to, transport_to
+from zppo.teacher.reply import SHORTEST_SECRET, sound, split_content
 
 PROVIDER = "zppo"
 RAW = "raw"  # metadata of a message: the text as the server sent it
@@ -102,6 +102,10 @@ class ServedAPI(OpenAICompatibleAPI):
 
     def chat_choices_from_completion(self, completion: Any, tools: list[ToolInfo]) -> list[ChatCompletionChoice]:
         """The choices, each with the text as it was sent: thoughts are moved elsewhere, and the rules want to see them."""
+        for sent in completion.choices:  # inspect-ai knows a text alone
+            if isinstance(sent.message.content, list):
+                sent.message.content, thoughts = split_content(sent.message.content)
+                sent.message.reasoning_content = getattr(sent.message, "reasoning_content", None) or thoughts or None
         choices = super().chat_choices_from_completion(completion, tools)
         for choice, sent in zip(choices, completion.choices, strict=True):
             choice.message.metadata = {RAW: _raw_of(sent.message)}
