@@ -6,6 +6,7 @@ To add a row: a function with `@case("what is wrong")`, the same words in the ta
 from __future__ import annotations
 
 import atexit
+import gzip
 import json
 import shutil
 import struct
@@ -385,6 +386,24 @@ def _(w: World) -> None:
 def _(w: World) -> None:
     w.write("train.csv", "prompt;answer\n1 or 2?;2\n")
     w.set("data.train", "train.csv")
+
+
+@case("a JSON file of another shape")
+def _(w: World) -> None:
+    w.write("train.json", '{"q1": {"prompt": "a", "answer": 1}, "q2": {"prompt": "b", "answer": 2}}')
+    w.set("data.train", "train.json")
+
+
+@case("a file of another kind than its name says")
+def _(w: World) -> None:
+    w.write("train.csv", b"PK\x03\x04")
+    w.set("data.train", "train.csv")
+
+
+@case("a packed file that is cut off")
+def _(w: World) -> None:
+    w.write("train.jsonl.gz", gzip.compress(b'{"prompt": "a", "answer": 1}\n' * 9)[:-9])
+    w.set("data.train", "train.jsonl.gz")
 
 
 @case("a file that is no parquet")
