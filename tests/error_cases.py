@@ -220,6 +220,12 @@ def _(w: World) -> None:
     w.set("grading.reward", "reward.py:score")
 
 
+@case("a reward function in the form of another trainer")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(completions, answer, **columns):\n    return [1.0]\n")
+    w.set("grading.reward", "reward.py:score")
+
+
 @case("a reward function's file lacks the function")
 def _(w: World) -> None:
     w.write("reward.py", "def other(completion, question): return True\n")

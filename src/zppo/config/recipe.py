@@ -85,10 +85,29 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
                 raise SettingsError(f"{name} has no value; write {name}=VALUE{near}")
             text = following
         try:
-            result.append((name[2:], parse_yaml(text)))
+            result.append((name[2:], _value_of(text)))
         except ValueError as error:
             raise SettingsError(f"the value of {name} is no YAML: {text!r} ({error}); put it in quotes") from error
     return result
+
+
+def _value_of(text: str) -> Any:
+    """What an override says: YAML without comments, for who types ` #` on a command line means it. Raises ValueError."""
+    if "#" not in text:
+        return parse_yaml(text)
+    # To YAML a comment begins at a # behind white space; no text holds this character, and it is a letter to YAML.
+    return _with_hashes(parse_yaml(re.sub(r"(?<![^ \t])#", _HASH, text)))
+
+
+_HASH = "\ue123"
+
+
+def _with_hashes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_with_hashes(key): _with_hashes(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_hashes(inner) for inner in value]
+    return value.replace(_HASH, "#") if isinstance(value, str) else value
 
 
 def dump_recipe(settings: Settings) -> str:

@@ -6,7 +6,7 @@ What the texts say follows method.md sections 3, 4 and 7; the wording is ours.
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zppo.core.types import PLAIN, Draft, Message, Question
-from zppo.errors import DataError, TemplateError
+from zppo.errors import DataError, SettingsError, TemplateError
 from zppo.names import check_file
 
 CLOSING = "closing"
@@ -38,6 +38,16 @@ VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """The bundled templates and the variables that each of them may use."""
 
+_INVENTED: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("bcq", {"candidates": ["one", "two"]}),
+    ("ncq", {"candidates": ["one"], "answers": []}),
+    ("ncq", {"candidates": ["one", "two", "one"], "answers": ["1", "2"]}),
+    (COMPRESSION, {"response": "one", "has_answer": True}),
+    (COMPRESSION, {"response": "one", "has_answer": False}),
+    (JUDGE, {"question": "why?", "gold": "so", "completion": "so"}),
+    ("hint", {"hint": "look"}),
+    (HINTING, {"question": "why?", "response": "so"}),
+)
 _NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE, HINTING})
 _BETWEEN = "\n\n"
 
@@ -81,6 +91,21 @@ class PromptBook:
         for name in self._paths:
             self._check(name)
         self._closing = self._fill(CLOSING, {})
+
+    def try_out(self) -> None:
+        """Fills every bundled template's place once with invented values, the smallest and larger ones.
+
+        Raises:
+            TemplateError: one cannot be filled.
+        """
+        for name, values in _INVENTED:
+            self._fill(name, values)
+
+    def check_kinds(self, kinds: Iterable[str]) -> None:
+        """Whether prompts of these kinds have a template. SettingsError where one has none."""
+        for kind in kinds:
+            if kind not in self._paths:
+                raise SettingsError(f"the method asks again with {kind!r}, which has no template: add prompts.{kind} to the recipe")
 
     def names(self) -> tuple[str, ...]:
         """All templates, sorted by name."""
