@@ -73,7 +73,23 @@ def load_model(
             "run is merged), and name the folder that the merged model is in"
         )
     model.eval()
+    note_untied(model)
     return model
+
+
+def note_untied(model: PreTrainedModel) -> None:
+    """Says in a model's configuration that its two embedding matrices are two, where they are.
+
+    `transformers` leaves matrices that differ in a checkpoint untied, whatever config.json says; a reader that believes a copy of that
+    config.json (vLLM, older versions) would tie them, and show another model.
+    """
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    first, last = (getattr(end, "weight", None) for end in ends)
+    if first is None or last is None or first is last:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 @dataclass(frozen=True, slots=True)
