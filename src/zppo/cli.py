@@ -236,10 +236,9 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--max-queue", type=int, default=1024, help="requests that may wait; more get 429 (default: 1024)")
     serve.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default: 8)")
     serve.add_argument("--max-images", type=int, default=16, help="images of a request; 0 loads the model for text alone (default: 16)")
-    serve.add_argument(
-        "--min-pixels", type=int, default=PixelLimits().min_pixels, help="smaller images are enlarged (default: %(default)s)"
-    )
-    serve.add_argument("--max-pixels", type=int, default=PixelLimits().max_pixels, help="larger ones are reduced (default: %(default)s)")
+    usual, small = PixelLimits(), "or the checkpoint's own where it was made for less"
+    serve.add_argument("--min-pixels", type=int, help=f"smaller images are enlarged (default: {usual.min_pixels}, {small})")
+    serve.add_argument("--max-pixels", type=int, help=f"larger ones are reduced (default: {usual.max_pixels}, {small})")
     serve.set_defaults(run=_serve)
 
 
