@@ -29,6 +29,7 @@ from zppo.prompts.book import PromptBook
 from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
+_MUCH = 0.1  # of what is usable, for models that could be elsewhere
 _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does not fit
 
 Rows = list[tuple[str, str]]
@@ -125,11 +126,25 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) 
     for changes in _changes(settings, memory):
         if lighter := fitting(changes):
             keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
-            return (f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})", lighter)
+            says = f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})"
+            if "lora" in changes:
+                says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
+            return says + _elsewhere(settings, memory, machine), lighter
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
         "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
         memory,
+    )
+
+
+def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
+    """What the frozen models of this process take, where it is much, and how to have it back; "" where it is not."""
+    if memory.others <= _MUCH * machine.usable:
+        return ""
+    teacher = f"{settings.teacher.model!r}" if settings.teacher is not None else "the judge"
+    return (
+        f"; teachers and judge take {_size(memory.others)} of that: a smaller one than {teacher} takes less, and one on a server "
+        "(teacher.base_urls) nothing"
     )
 
 
