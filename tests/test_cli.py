@@ -374,3 +374,44 @@ def test_a_hash_on_the_command_line_is_part_of_the_value(value: str, expected: A
 def test_a_hash_reaches_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "train", str(make_recipe(tmp_path)), "--dry-run", "--data.train=no such #1.jsonl")
     assert status == 2 and "no such #1.jsonl: there is no such file" in err
+
+
+@pytest.mark.parametrize(
+    ("needs", "status"),
+    [
+        ('frozenset({"wrong"})', 0),
+        ('{"pair", "hint"}', 0),
+        ("frozenset()", 0),
+        ('frozenset({"worng"})', 2),
+        ('"wrong"', 2),
+        ('["wrong"]', 2),
+        ("None", 2),
+        ("frozenset({1})", 2),
+    ],
+)
+def test_the_needs_of_a_reformulation_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], needs: str, status: int) -> None:
+    (tmp_path / "warn.py").write_text(REFORMULATION.replace('frozenset({"wrong"})', needs), encoding="utf-8")
+    (tmp_path / "warn.jinja").write_text("Well.", encoding="utf-8")
+    spec = f"{tmp_path / 'warn.py'}:Warn"
+    recipe = make_recipe(tmp_path, method={"name": "zppo", "reformulations": [spec]}, prompts={"warn": "warn.jinja"})
+    found, _, err = run(capsys, "train", str(recipe), "--dry-run")
+    assert found == status, err
+    if status:
+        assert "what can be prepared is hint, pair, prefix, wrong" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("like", "needs"), [("ncq", '{"wrong"}'), ("bcq", '{"pair"}'), ("hint", '{"hint"}'), ("prefix", '{"prefix"}')])
+def test_a_reformulation_of_ones_own_is_planned_and_checked_like_a_bundled_one(tmp_path: Path, like: str, needs: str) -> None:
+    """What the plan, the cost and the start-up check say follows from what it needs, not from its name."""
+    from zppo.planning.flops import MOST, planned
+    from zppo.rollout.frozen_models import _uses
+
+    (tmp_path / "warn.py").write_text(REFORMULATION.replace('frozenset({"wrong"})', needs), encoding="utf-8")
+    own, bundled = (
+        settings_of(method={"name": "zppo", "reformulations": [kind]}, rollout={"batch_size": 8})
+        for kind in (f"{tmp_path}/warn.py:Warn", like)
+    )
+    assert make_plan(own, 100) == make_plan(bundled, 100)
+    assert planned(own, 100, MOST).literal == planned(bundled, 100, MOST).literal
+    uses = [_uses(s.teacher, s.method.resolve(), first=True) for s in (own, bundled) if s.teacher is not None]
+    assert uses[0] == uses[1] and ("compression" in uses[0]) == (like in ("bcq", "ncq"))

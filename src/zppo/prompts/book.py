@@ -6,6 +6,7 @@ What the texts say follows method.md sections 3, 4 and 7; the wording is ours.
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from zppo.core.types import PLAIN, Draft, Message, Question
 from zppo.errors import DataError, SettingsError, TemplateError
 from zppo.names import check_file
+from zppo.prompts.neutralise import TAGS, Neutraliser
 
 CLOSING = "closing"
 COMPRESSION = "compression"
@@ -48,6 +50,7 @@ _INVENTED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("hint", {"hint": "look"}),
     (HINTING, {"question": "why?", "response": "so"}),
 )
+_TAG = re.compile(r"</?\s*([A-Za-z][\w.:-]*)((?:\s[^<>]*?)?)/?>")  # in a template: name, attributes
 _NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE, HINTING})
 _BETWEEN = "\n\n"
 
@@ -68,7 +71,8 @@ class PromptBook:
         Args:
             overrides: name -> path of a file that replaces the bundled template of that name; a new name adds the
                 template of a reformulation of one's own, called like its `Draft.kind`. `~` is expanded.
-            neutralise: makes model text harmless (`Neutraliser` with the special texts of student and teacher).
+            neutralise: makes model text harmless (`Neutraliser` with the special texts of student and teacher); it breaks the tags too
+                that stand in the overrides.
 
         Raises:
             TemplateError: a file is missing or not UTF-8 text, has a syntax error, or uses a variable that its prompt
@@ -90,6 +94,10 @@ class PromptBook:
         )
         for name in self._paths:
             self._check(name)
+        written = [tag for name in overrides or {} for tag in _TAG.findall(_read(name, self._paths[name]))]
+        own = {name for name, attributes in written if attributes.strip() or name.lower() not in TAGS}
+        if own and isinstance(neutralise, Neutraliser):
+            self._neutralise = neutralise.with_tags(sorted(own))
         self._closing = self._fill(CLOSING, {})
 
     def try_out(self) -> None:

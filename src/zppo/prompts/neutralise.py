@@ -36,26 +36,35 @@ class Neutraliser:
     Time is linear in the text for a given set of special texts.
     """
 
-    def __init__(self, special_texts: Iterable[str] = (), tags: Iterable[str] = TAGS) -> None:
+    def __init__(self, special_texts: Iterable[str] = (), tags: Iterable[str] = TAGS, own_tags: Iterable[str] = ()) -> None:
         """Takes what is to be broken.
 
         Args:
             special_texts: what the tokenizers of student and teacher treat as one control token; white space alone is
                 ignored (it carries no structure, and breaking it would change ordinary text).
             tags: names of the tags to break.
+            own_tags: more of them, of a user's templates, which may have attributes.
         """
+        self._given = tuple(special_texts), tuple(tags)
+        special_texts, tags = self._given
+        own = "|".join(map(re.escape, own_tags))
+        own = rf"|(?:{own})(?:\s[^<>]*+)?" if own else ""
         texts = {text for text in special_texts if text.strip()}
         held = set("".join(texts))
         single = {text for text in texts if len(text) == 1}
         self._separator = next(c for c in chain(_SEPARATORS, map(chr, range(0x2190, 0x10FFFF))) if c not in held)
         self._brackets = next(pair for pair in _BRACKETS if not single & set(pair))
-        self._tag = re.compile(rf"<(\s*+(?:/\s*+)?(?:{'|'.join(map(re.escape, tags))})\s*+)>", re.IGNORECASE)
+        self._tag = re.compile(rf"<(\s*+(?:/\s*+)?(?:{'|'.join(map(re.escape, tags))}{own})\s*+)>", re.IGNORECASE)
         self._single = _any_of(single)
         self._texts = frozenset(texts - single)
         self._lengths: dict[str, set[int]] = {}
         for text in self._texts:
             self._lengths.setdefault(text[0], set()).add(len(text))
         self._starts = _any_of(self._lengths)
+
+    def with_tags(self, own_tags: Iterable[str]) -> Neutraliser:
+        """One that breaks these tags too."""
+        return Neutraliser(*self._given, own_tags=own_tags)
 
     def __call__(self, text: str) -> str:
         """The harmless form of `text`."""
