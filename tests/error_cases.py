@@ -6,6 +6,7 @@ To add a row: a function with `@case("what is wrong")`, the same words in the ta
 from __future__ import annotations
 
 import atexit
+import gzip
 import json
 import os
 import shutil
@@ -96,6 +97,7 @@ class World:
         return ["train", str(path), *self.more]
 
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
 Break = Callable[[World], None]
 CASES: dict[str, Break] = {}
 
@@ -235,6 +237,12 @@ def _(w: World) -> None:
 @case("a reward function cannot be imported")
 def _(w: World) -> None:
     w.write("reward.py", "raise RuntimeError('not ready')\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function in the form of another trainer")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(completions, answer, **columns):\n    return [1.0]\n")
     w.set("grading.reward", "reward.py:score")
 
 
@@ -411,9 +419,33 @@ def _(w: World) -> None:
     w.set("data.train", "train.csv")
 
 
+@case("a JSON file of another shape")
+def _(w: World) -> None:
+    w.write("train.json", '{"q1": {"prompt": "a", "answer": 1}, "q2": {"prompt": "b", "answer": 2}}')
+    w.set("data.train", "train.json")
+
+
+@case("a file of another kind than its name says")
+def _(w: World) -> None:
+    w.write("train.csv", b"PK\x03\x04")
+    w.set("data.train", "train.csv")
+
+
+@case("a packed file that is cut off")
+def _(w: World) -> None:
+    w.write("train.jsonl.gz", gzip.compress(b'{"prompt": "a", "answer": 1}\n' * 9)[:-9])
+    w.set("data.train", "train.jsonl.gz")
+
+
 @case("a file that is no parquet")
 def _(w: World) -> None:
     w.write("train.parquet", "prompt,answer")
+    w.set("data.train", "train.parquet")
+
+
+@case("a pointer of git-lfs in place of a data file")
+def _(w: World) -> None:
+    w.write("train.parquet", LFS_POINTER)
     w.set("data.train", "train.parquet")
 
 
@@ -516,6 +548,11 @@ def _(w: World) -> None:
 def _(w: World) -> None:
     path = w.student / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+@case("a pointer of git-lfs in place of the weights")
+def _(w: World) -> None:
+    (w.student / "model.safetensors").write_text(LFS_POINTER)
 
 
 @case("weights that are no safetensors")
@@ -723,6 +760,18 @@ def _(w: World) -> None:
 @case("nobody answers at the address")
 def _(w: World) -> None:
     at(w, "http://127.0.0.1:9/v1")
+
+
+@case("a SOCKS proxy without its package")
+def _(w: World) -> None:
+    w.env = {"ALL_PROXY": "socks5://proxy.example:1080"}
+    at(w, "http://teacher.example/v1")
+
+
+@case("a proxy of another kind")
+def _(w: World) -> None:
+    w.env = {"HTTP_PROXY": "ftp://proxy.example"}
+    at(w, "http://teacher.example/v1")
 
 
 @case("no key where one is needed")

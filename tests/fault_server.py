@@ -5,9 +5,10 @@ Bare asyncio, so that it can do what no framework lets one do. POST /control set
     {"faults": [...], "always": {...}}     faults are used up one per chat request, then `always` (null: none) applies
 
 A fault is {"kind": ..., "when": TEXT}, of requests that hold the text (empty: all), or
-{"image": true}, of requests with images. Kinds: status (with status, headers, body), hang,
-trickle (a byte each `pause` seconds), malformed, html, gzip, drop (closes without a reply), short (`choices` of them), text (`content`,
-`finish`), big (`bytes`), flood (a reply without end), bomb (a deeply nested one), reply (this very `reply`), slow (`seconds`, then
+{"image": true}, of requests with images. Kinds: status (with status, headers, body, and more fields of the `error`), hang,
+trickle (a byte each `pause` seconds), malformed, html, gzip (of a `reply`, or of too much), drop (closes without a reply),
+short (`choices` of them), text (`content`, `finish`), big (`bytes`), flood (a reply without end),
+bomb (a deeply nested one), reply (this very `reply`), slow (`seconds`, then
 well-behaved), suffix (well-behaved, but for a `suffix`). GET /log gives what was asked, POST /control with {"reset": true} forgets it.
 
 `Server` is the handle for tests: it starts, kills and restarts the process and talks to /control.
@@ -93,7 +94,7 @@ class Faulty:
         if kind == "slow":
             await asyncio.sleep(fault["seconds"])
         if kind == "status":
-            said = {"error": {"message": fault.get("body", "no")}}
+            said = {"error": {"message": fault.get("body", "no"), **fault.get("error", {})}}
             return await self.send(writer, fault["status"], said, fault.get("headers", {}))
         if kind == "hang":
             await asyncio.sleep(3600)
@@ -117,7 +118,9 @@ class Faulty:
         if kind == "html":
             return await self.send(writer, 200, "<html>\x1b[31m Welcome to nginx! </html>", {"Content-Type": "text/html"})
         if kind == "gzip":
-            return await self.send(writer, 200, gzip.compress(b" " * 10_000_000), {"Content-Encoding": "gzip"})
+            packed = gzip.compress(fault["reply"].encode() if "reply" in fault else b" " * 10_000_000)
+            packed = fault["instead"].encode() if "instead" in fault else packed[: fault.get("cut")]
+            return await self.send(writer, 200, packed, {"Content-Encoding": fault.get("encoding", "gzip")})
         if kind == "bomb":
             return await self.send(writer, 200, '{"choices": ' + "[" * 60_000)
         if kind == "reply":

@@ -293,3 +293,125 @@ def test_bounds_hold_for_any_sizes(questions: int, batch: int, method: str, rho:
     if plan.lazy and plan.literal:
         assert plan.lazy.rollouts <= plan.literal.rollouts
         assert plan.lazy.compressions <= plan.literal.compressions
+
+
+# --- what the dry run finds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("closing", "{{ 1 / 0 }}"),
+        ("bcq", "{{ candidates[2].text }}"),
+        ("bcq", "{{ candidates | no_such_filter }}"),
+        ("ncq", "{{ answers[0].strip() }}"),
+        ("ncq", "{% for c in candidates %}{{ c.words }}{% endfor %}"),
+        ("compression", "{{ response }}{% if not has_answer %}{{ response.shorten() }}{% endif %}"),
+        ("judge", "{{ question }} {{ gold + 1 }} {{ completion }}"),
+        ("hint", "{{ hint.text.lower() }}"),
+        ("hinting", "{{ question }} {{ response | int / 0 }}"),
+    ],
+)
+def test_a_template_that_cannot_be_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str) -> None:
+    (tmp_path / "mine.jinja").write_text(f"Well:\n{text}\n", encoding="utf-8")
+    status, _, err = run(capsys, "train", str(make_recipe(tmp_path, prompts={name: "mine.jinja"})), "--dry-run")
+    assert status == 2
+    assert "mine.jinja, line 2: the template" in err or "cannot be parsed" in err
+
+
+REFORMULATION = """
+from zppo.core.types import Draft
+
+class Warn:
+    kind = "warn"
+    needs = frozenset({"wrong"})
+
+    def draft(self, material, rng):
+        return Draft(self.kind, material.question, {"count": len(material.wrong)}) if material.wrong else None
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "said"),
+    [
+        ("{{ count }} were wrong.", 0, ""),
+        ("{{ counts }} were wrong.", 2, "warn.jinja, line 1: the template 'warn' cannot be filled: 'counts' is undefined"),
+        (None, 2, "the method asks again with 'warn', which has no template: add prompts.warn to the recipe"),
+    ],
+)
+def test_the_template_of_a_reformulation_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, status: int, said: str
+) -> None:
+    (tmp_path / "warn.py").write_text(REFORMULATION, encoding="utf-8")
+    (tmp_path / "warn.jinja").write_text(text or "", encoding="utf-8")
+    prompts = {} if text is None else {"warn": "warn.jinja"}
+    recipe = make_recipe(tmp_path, method={"name": "zppo", "reformulations": [f"{tmp_path / 'warn.py'}:Warn"]}, prompts=prompts)
+    found, _, err = run(capsys, "train", str(recipe), "--dry-run")
+    assert found == status and said in err
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a #1", "a #1"),
+        ("#1", "#1"),
+        ("a#1", "a#1"),
+        ("a #1 # 2", "a #1 # 2"),
+        ("'a #1'", "a #1"),
+        ('"a #1 \\\\#"', "a #1 \\#"),
+        ("[a #1, 'b #2']", ["a #1", "b #2"]),
+        ("{a: b #1, '#k': 2}", {"a": "b #1", "#k": 2}),
+        ("3", 3),
+        ("####", "####"),
+    ],
+)
+def test_a_hash_on_the_command_line_is_part_of_the_value(value: str, expected: Any) -> None:
+    from zppo.config.recipe import parse_overrides
+
+    assert parse_overrides([f"--a.b={value}", "--c", value]) == [("a.b", expected), ("c", expected)]
+
+
+def test_a_hash_reaches_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "train", str(make_recipe(tmp_path)), "--dry-run", "--data.train=no such #1.jsonl")
+    assert status == 2 and "no such #1.jsonl: there is no such file" in err
+
+
+@pytest.mark.parametrize(
+    ("needs", "status"),
+    [
+        ('frozenset({"wrong"})', 0),
+        ('{"pair", "hint"}', 0),
+        ("frozenset()", 0),
+        ('frozenset({"worng"})', 2),
+        ('"wrong"', 2),
+        ('["wrong"]', 2),
+        ("None", 2),
+        ("frozenset({1})", 2),
+    ],
+)
+def test_the_needs_of_a_reformulation_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], needs: str, status: int) -> None:
+    (tmp_path / "warn.py").write_text(REFORMULATION.replace('frozenset({"wrong"})', needs), encoding="utf-8")
+    (tmp_path / "warn.jinja").write_text("Well.", encoding="utf-8")
+    spec = f"{tmp_path / 'warn.py'}:Warn"
+    recipe = make_recipe(tmp_path, method={"name": "zppo", "reformulations": [spec]}, prompts={"warn": "warn.jinja"})
+    found, _, err = run(capsys, "train", str(recipe), "--dry-run")
+    assert found == status, err
+    if status:
+        assert "what can be prepared is hint, pair, prefix, wrong" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("like", "needs"), [("ncq", '{"wrong"}'), ("bcq", '{"pair"}'), ("hint", '{"hint"}'), ("prefix", '{"prefix"}')])
+def test_a_reformulation_of_ones_own_is_planned_and_checked_like_a_bundled_one(tmp_path: Path, like: str, needs: str) -> None:
+    """What the plan, the cost and the start-up check say follows from what it needs, not from its name."""
+    from zppo.planning.flops import MOST, planned
+    from zppo.rollout.frozen_models import _uses
+
+    (tmp_path / "warn.py").write_text(REFORMULATION.replace('frozenset({"wrong"})', needs), encoding="utf-8")
+    own, bundled = (
+        settings_of(method={"name": "zppo", "reformulations": [kind]}, rollout={"batch_size": 8})
+        for kind in (f"{tmp_path}/warn.py:Warn", like)
+    )
+    assert make_plan(own, 100) == make_plan(bundled, 100)
+    assert planned(own, 100, MOST).literal == planned(bundled, 100, MOST).literal
+    uses = [_uses(s.teacher, s.method.resolve(), first=True) for s in (own, bundled) if s.teacher is not None]
+    assert uses[0] == uses[1] and ("compression" in uses[0]) == (like in ("bcq", "ncq"))

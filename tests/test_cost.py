@@ -430,3 +430,22 @@ def test_the_table_of_the_docs_is_what_plans_say(scale: str) -> None:
 
 def test_scales() -> None:
     assert [nearest_scale(n) for n in (0.85e9, 2.2e9, 4.5e9, 9e9, 3e5, 27e9)] == ["0.8B", "2B", "4B", "9B", None, None]
+
+
+def test_a_teacher_of_unknown_size_leaves_the_students_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*more: str) -> str:
+        recipe = {"student": {"model": "m-2B"}, "teacher": {"model": "gpt-large"}, "data": {"train": "none.jsonl"}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        assert main(["cost", str(tmp_path / "r.yaml"), "--questions=1000", *more]) == 0
+        return capsys.readouterr().out
+
+    def flops(text: str, part: str) -> list[str]:
+        return next(line for line in text.splitlines() if line.startswith(part)).split()[-3:-1]
+
+    unknown, known = printed(), printed("--teacher-params=27B")
+    for part in ("student sampling", "forward and backward"):
+        assert flops(unknown, part) == flops(known, part) and "?" not in flops(unknown, part)
+    assert flops(unknown, "teacher rollouts") == ["?", "?"] != flops(known, "teacher rollouts")
+    assert float(flops(unknown, "total")[0]) < float(flops(known, "total")[0])
+    assert "The number of parameters of the teacher 'gpt-large' is not known" in unknown and "--teacher-params" in unknown
+    assert "not known" not in known

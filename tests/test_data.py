@@ -302,7 +302,7 @@ def test_images_are_references(tmp_path: Path) -> None:
         ({"messages": [{"role": ["user"], "content": "p"}], "answer": "1"}, "turn 1 has the role ['user']"),
         ({"messages": [{"role": "user", "content": ""}], "answer": "1"}, "turn 1, content: is empty"),
         ({"messages": [{"role": "user"}], "answer": "1"}, "turn 1, content: is null; expected text"),
-        ({"messages": [{"role": "user", "content": "p", "tool_calls": []}], "answer": "1"}, "turn 1 has the key 'tool_calls'"),
+        ({"messages": [{"role": "user", "content": "p", "tool_calls": [{}]}], "answer": "1"}, "turn 1 has the key 'tool_calls'"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"}, "a part of the kind 'video' is not supported"),
         (
             {"messages": [{"role": "user", "content": "p"}, {"role": "system", "content": "s"}], "answer": "1"},

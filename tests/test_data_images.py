@@ -367,3 +367,27 @@ def test_a_file_that_many_questions_share_is_read_once(tmp_path: Path, monkeypat
     real = data_images.reference
     monkeypatch.setattr(data_images, "reference", lambda p: (read.append(p), real(p))[1])
     assert len({q.images for q in load(path)}) == 1 and len(read) == 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_base64_without_a_head(tmp_path: Path, kind: str) -> None:
+    data = noise((64, 64), kind=kind)
+    text = base64.b64encode(data).decode()
+    broken = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    rows = [{"images": given} for given in (text, [text], broken, {"bytes": text}, {"url": text})]
+    questions = load(lines(tmp_path, *rows))
+    assert {read_bytes(q.images[0]) for q in questions} == {data}
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["A" * 60_000, base64.b64encode(b"no image" * 5000).decode(), "x" * 300, "~nobody-of-that-name/a.png", "file://[/a.png", "a\0b"],
+)
+def test_a_text_that_is_no_path_is_said_in_one_line(tmp_path: Path, given: str) -> None:
+    text = said(tmp_path, {"images": given})
+    assert "row 1, column 'images': the image " in text and len(text) < 600
+
+
+def test_base64_that_is_cut(tmp_path: Path) -> None:
+    text = said(tmp_path, {"images": base64.b64encode(noise((64, 64))).decode()[:-7]})
+    assert "row 1, column 'images': the image " in text and "write data:image/png;base64" in text and len(text) < 600

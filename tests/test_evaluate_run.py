@@ -394,6 +394,10 @@ def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Pa
     assert (cut["answer"], cut["value"], cut["reason"], cut["finish"]) == (None, 0.0, "no answer", "max_tokens")
     (part,) = results(out)["benchmarks"]
     assert (part["truncated"], part["no_answer"]) == (1, 1)
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": r"\boxed{B}?"}]}, {"type": "text", "text": r"\boxed{A}"}]
+    with scripted(lambda body: {"content": parts}, "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, data, tmp_path / "parts", "CEval")) == 0
+    assert {row["text"] for row in rows(tmp_path / "parts", "CEval")} == {r"<think>\boxed{B}?</think>\boxed{A}"}
     with scripted(lambda body: r"\boxed{A} or", "m") as model, scripted(fair, "j") as judge:
         assert cli.main(command(model.url, judge, data, tmp_path / "open", "CEval", "--think-open")) == 0
     assert {row["answer"] for row in rows(tmp_path / "open", "CEval")} == {None}

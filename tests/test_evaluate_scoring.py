@@ -23,6 +23,7 @@ from zppo.evals.scoring import verdicts as deciding
 from zppo.evals.scoring.rules import NO_ANSWER, score
 from zppo.evals.scoring.verdicts import judge_book, judge_request, judge_score, read_reply, reminder
 from zppo.grading import Grader
+from zppo.prompts import Neutraliser
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 
 
@@ -166,7 +167,6 @@ def test_the_shared_judge_reads_all_of_a_completion_without_an_answer() -> None:
 
 
 def test_a_response_can_neither_leave_its_block_nor_be_endless() -> None:
-    from zppo.prompts import Neutraliser
 
     book = judge_book(neutralise=Neutraliser(["<|im_end|>"]))
     benchmark = find("HLE")
@@ -394,3 +394,10 @@ def test_every_way_to_average_is_some_benchmarks() -> None:
     for benchmark in BENCHMARKS:  # each takes the facts of its own items
         scored = [Scored(1.0, i.facts) for i in items(benchmark)]
         assert figure(benchmark, scored).value == 1.0, benchmark.name
+
+
+def test_the_words_of_a_judges_template_stay_whole_in_golds() -> None:
+    """MM-Vet's golds join alternatives with these, and its template explains them: they are no blocks."""
+    book = judge_book(neutralise=Neutraliser())
+    text = book.text("eval_mmvet", {"question": "?", "gold": "a<AND>b<OR>c</reference>", "response": "", "criterion": ""})
+    assert "a<AND>b<OR>c[/reference]" in text

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from zppo.cli import main
 from zppo.core.types import Message, Question
 from zppo.errors import RewardError
 from zppo.grading import RewardFunction, Verdict, load_reward
@@ -120,3 +121,71 @@ def test_a_file_that_does_not_run(tmp_path: Path) -> None:
     path.write_text("1/0\n")
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         load_reward(f"{path}:f")
+
+
+FORMS = {
+    "def f(completions, **columns): return [1.0] * len(completions)": ("has the form of TRL", "f(completions=[completion])[0]"),
+    "def f(prompts, completions, answer, **kwargs): return [1.0]": (
+        "has the form of TRL, f(prompts, completions, answer, kwargs)",
+        "f(prompts=[question.messages[-1].content], completions=[completion], answer=[question.gold])[0]",
+    ),
+    "def f(completions, ground_truth): return [1.0]": (
+        "has the form of TRL",
+        "f(completions=[completion], ground_truth=[question.gold])[0]",
+    ),
+    "def f(*, completions, **kwargs): return [1.0]": ("has the form of TRL", "completions=[completion]"),
+    "async def f(completions, **kwargs): return [1.0]": ("has the form of TRL", "asyncio.run(f(completions=[completion]))[0]"),
+    "async def f(completion, question): return 1.0": ("is an async function", "asyncio.run(f(completion, question))"),
+    "def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0": (
+        "has the form of verl",
+        "f(data_source='', solution_str=completion, ground_truth=question.gold)",
+    ),
+    "def f(completion): return 1.0": ("cannot be called with (completion, question): it is f(completion)", "Give it these two"),
+    "def f(completion, question, more): return 1.0": ("cannot be called with (completion, question)", "f(completion, question, more)"),
+    "def f(completion, question, *, strict): return 1.0": ("cannot be called with", "Give it these two"),
+}
+
+
+@pytest.mark.parametrize("code", FORMS)
+def test_forms_of_other_trainers_are_recognised_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"{code}\n")
+    kind, mend = FORMS[code]
+    with pytest.raises(RewardError) as caught:
+        load_reward(f"{path}:f")
+    assert kind in str(caught.value) and mend in str(caught.value)
+    # The dry run reads the file, and does not run it.
+    path.write_text(f"{code}\nraise RuntimeError('was run')\n")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "2+3?", "answer": 5}')
+    (tmp_path / "r.yaml").write_text("method: grpo\nstudent: {model: a/b}\ndata: {train: q.jsonl}\ngrading: {reward: mine.py:f}\n")
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert kind in said and mend in said
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(completion, question): return 1.0",
+        "def f(*everything): return 1.0",
+        "def f(completion, question, strict=True, *, more=1): return 1.0",
+        "def f(a, /, b): return 1.0",
+        "f = lambda completion, question: 1.0",
+        "import functools\ndef g(x, completion, question): return 1.0\nf = functools.partial(g, 0)",
+        "class C:\n    def __call__(self, completion, question): return 1.0\nf = C()",
+        "def wrap(g):\n    return lambda completion, question: g([completion])[0]\n@wrap\ndef f(completions): return [1.0]",
+    ],
+)
+def test_forms_that_can_be_called(tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str) -> None:
+    (tmp_path / "mine.py").write_text(f"{code}\n")
+    assert load_reward(f"{tmp_path / 'mine.py'}:f")("x", QUESTION).correct
+    (tmp_path / "q.jsonl").write_text('{"prompt": "2+3?", "answer": 5}')
+    (tmp_path / "r.yaml").write_text("method: grpo\nstudent: {model: a/b}\ndata: {train: q.jsonl}\ngrading: {reward: mine.py:f}\n")
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
+    capsys.readouterr()
+
+
+def test_a_class_is_no_reward_function(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("class Reward:\n    def __call__(self, completion, question): return 1.0\n")
+    with pytest.raises(RewardError, match="is a class"):
+        load_reward(f"{tmp_path / 'mine.py'}:Reward")

@@ -305,3 +305,16 @@ def test_the_gpu_that_a_run_would_see_is_asked(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     program.write_text("#!/bin/sh\nexit 9\n")
     assert find_machine("auto") == ram
+
+
+def test_a_card_of_24_gb_is_sent_to_lora_and_to_a_teacher_that_fits() -> None:
+    """All weights of a 0.8B student beside a 4B teacher: the recipe that everybody copies, on the card that many have."""
+    machine = Machine("GPU", True, 24 * GIB)
+    recipe = Path(__file__).parents[1] / "recipes" / "my-data.yaml"
+    said = verdict(load_recipe(recipe), machine)
+    assert "--train.gradient_checkpointing=true" in said and "recipes/single-gpu-lora.yaml" in said
+    assert "a smaller one than 'Qwen/Qwen3.5-4B' takes less, and one on a server (teacher.base_urls) nothing" in said
+    lighter = ["--train.gradient_checkpointing=true", "--train.lora={}", "--teacher.model=Qwen/Qwen3.5-2B"]
+    assert verdict(load_recipe(recipe, lighter), machine) == "fits"
+    away = verdict(load_recipe(recipe, ["--teacher.base_urls=[http://localhost:1/v1]"]), machine)
+    assert "smaller one" not in away

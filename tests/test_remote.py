@@ -18,9 +18,10 @@ from fault_server import Server
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
 from zppo.errors import EvaluationError
-from zppo.teacher.http import FAULTS, RedirectError, Scrubber, Service, backoff, retry_after
+from zppo.teacher.http import FAULTS, RedirectError, Service, backoff, retry_after
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.remote import PING, RemoteTeacher, seed_of
+from zppo.teacher.reply import Scrubber
 
 pytestmark = pytest.mark.slow
 

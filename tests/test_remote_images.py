@@ -21,9 +21,9 @@ from zppo.engines.base import Sampling
 from zppo.errors import DataError, TeacherError
 from zppo.images.store import PixelLimits, keep, request_url
 from zppo.teacher import remote as sending
-from zppo.teacher.http import Scrubber
 from zppo.teacher.interface import TeacherRequest, TeacherSampling
 from zppo.teacher.remote import RemoteTeacher
+from zppo.teacher.reply import Scrubber
 from zppo.teacher.startup_check import PING_IMAGE, Names
 
 HOW = TeacherSampling(Sampling(max_new_tokens=16))

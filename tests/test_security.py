@@ -99,7 +99,7 @@ def test_pipes_and_devices_are_no_files(recipe: Path, tmp_path: Path, capsys: py
     for path in (pipe, Path("/dev/zero")):
         assert cli.main(["train", str(path)]) == 2
         assert "it is a pipe or a device, no file" in " ".join(capsys.readouterr().err.split())
-    for ending in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+    for ending in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.bz2", ".csv.zst"):
         os.mkfifo(data := tmp_path / f"data{ending}")
         with pytest.raises(DataError, match="pipe or a device, no file"):
             load_questions(str(data), ColumnSettings())

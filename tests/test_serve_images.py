@@ -289,3 +289,11 @@ def test_a_served_model_is_a_teacher_that_sees(loaded: ServedModel, tmp_path: Pa
             server.should_exit = True
             thread.join(60)
             served.batcher.close(30)
+
+
+def test_the_pictures_of_a_request_are_bounded_in_sum(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MOST_PIXELS_IN_ALL", 1000)
+    assert texts(ask(client, messages=[turn(noise((20, 20)), noise((20, 20), seed=1))]))
+    error = ask(client, 400, messages=[turn(*(noise((20, 20), seed=i) for i in range(3)))])["error"]
+    assert error["code"] == "invalid_image"
+    assert "the image 3 of the conversation has 20 x 20 pixels, with those before it more than 1,000 in all" in error["message"]

@@ -84,8 +84,11 @@ def test_the_openai_client_speaks_with_a_lab_teacher() -> None:
             ai.chat.completions.create(**hello, temperature=5)
         assert (refused.value.param, refused.value.code) == ("temperature", "invalid_value")
         assert "temperature is 5" in str(refused.value)
-        with pytest.raises(openai.BadRequestError, match="completions are sent whole"):
-            ai.chat.completions.create(**hello, stream=True)
+        whole = ai.chat.completions.create(**hello, seed=3, max_tokens=9).choices[0].message.content
+        with ai.chat.completions.create(**hello, seed=3, max_tokens=9, stream=True, stream_options={"include_usage": True}) as stream:
+            chunks = list(stream)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+        assert chunks[-1].usage is not None and chunks[-2].choices[0].finish_reason in ("stop", "length")
         with pytest.raises(openai.NotFoundError, match="this server has 'teacher'"):
             ai.chat.completions.create(**hello | {"model": "other"})
         with pytest.raises(openai.AuthenticationError):
@@ -223,3 +226,49 @@ def test_every_option_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_key_is_no_argument() -> None:
     assert "key" not in vars(cli._parser().parse_args(["serve", "tiny"]))
+
+
+def test_a_small_model_that_sees_has_its_own_limits(monkeypatch: pytest.MonkeyPatch, served: Callable[..., tuple[Any, str]]) -> None:
+    loaded: list[Any] = []
+    load = run.load
+    monkeypatch.setattr(run, "load", lambda *a, **kw: (loaded.append(kw["images"]), load(*a, **kw))[1])
+    assert served("lab:vision/teacher", "--port", "0")[0].pictures.text_only == ""
+    for given in (["--max-pixels", "1024"], ["--min-pixels", "300"], ["--max-pixels", "100"], ["--min-pixels", "4000"]):
+        served("lab:vision/teacher", "--port", "0", *given)
+    sizes = [(256, 48 * 48), (256, 1024), (300, 48 * 48), (100, 100), (4000, 4000)]
+    assert loaded == [PixelLimits(*size) for size in sizes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_end_in_time_is_answered(tmp_path: Path, stream: bool) -> None:
+    """The grace of 30 seconds made a second: a batch that takes minutes, one that waits, and a body that is not whole."""
+    path = make_tiny(tmp_path, max_position_embeddings=100_000)
+    code = "import sys, zppo.serve.command as c; c._GRACE = 1; from zppo.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", str(path), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        url = process.stdout.readline().strip()
+        hello = {"model": str(path), "messages": [{"role": "user", "content": "1"}], "n": 4, "presence_penalty": -2, "stream": stream}
+        with ThreadPoolExecutor(4) as pool, openai.DefaultHttpxClient(timeout=100) as http:
+            asked = [pool.submit(http.post, f"{url}/chat/completions", json=hello | {"max_tokens": most}) for most in (90_000, 90_001)]
+            wait_for(lambda: b'"waiting":1,"decoding":1' in http.get(url.removesuffix("v1") + "health").content)
+            host, port = url.split("/")[2].split(":")
+            with socket.create_connection((host, int(port))) as half:
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+                half.sendall(head.encode())
+                process.send_signal(signal.SIGTERM)
+                answers = [future.result(60) for future in asked]
+                if stream:
+                    assert [a.status_code for a in answers] == [200, 200]
+                    assert all('"code": "stopping"' in a.text and a.text.endswith("data: [DONE]\n\n") for a in answers)
+                else:
+                    assert [a.status_code for a in answers] == [503, 503] and answers[0].json()["error"]["code"] == "stopping"
+                half.settimeout(60)
+                half.sendall(b" " * 10)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Traceback" not in err, err
+    finally:
+        process.kill()
+        process.communicate()

@@ -277,3 +277,22 @@ def test_the_recipe_to_copy_runs_with_any_student_and_teacher(recipe: Path, tmp_
     run = train(RECIPES / "my-data.yaml", tmp_path / "mine", *models, *limits, "--train.steps=2")
     assert [r["event"] for r in records(run)] == ["eval", "step", "step", "final"]
     assert (run / "final" / "tokenizer.json").exists()
+
+
+def test_matrices_that_are_two_are_called_so_in_final(recipe: Path, tmp_path: Path) -> None:
+    """A checkpoint may say that its embeddings are tied and hold two matrices that differ; what it leaves says what is there."""
+    student = shutil.copytree(recipe.parent / "student", tmp_path / "student")
+    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    (student / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    overrides = (f"--student.model={student}", "--train.steps=1", "--method=grpo", "--data.eval=", "--train.checkpoint_every=1")
+    run = train(recipe, tmp_path / "run", *overrides)
+    for folder in (run / "final", run / "checkpoints" / "step-000001" / "model"):
+        assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
+        weights = load_file(folder / "model.safetensors")
+        assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(loaded.lm_head.weight, weights["lm_head.weight"].to(loaded.lm_head.weight.dtype))
+    tied = make_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    kept = train(recipe, tmp_path / "kept", f"--student.model={tied}", *overrides[1:]) / "final"
+    assert json.loads((kept / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(kept / "model.safetensors")

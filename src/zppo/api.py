@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from zppo.config.settings import Settings
 
 _OPTIONAL_PATHS = ("output", "data", "clips")  # of `evaluate`
+_NARROWEST = 60  # columns; in a narrower table no word has room
 
 Accuracies = dict[str, float | None]
 """By name; None where no completion has a verdict."""
@@ -124,6 +126,7 @@ def start(settings: Settings, name: str, console: Console | None = None) -> Trai
     from zppo.runs.display import steady_output
     from zppo.runs.signals import Stop, catch_signals
 
+    fit_output()
     check_files(settings)
     from zppo.train.run import train as run
 
@@ -154,6 +157,7 @@ def resume(folder: str | os.PathLike[str], *, console: Console | None = None, co
         refuse_code(load_recipe(recipe), recipe)
     from zppo.train.run import resume as run
 
+    fit_output()
     stop = Stop()
     with catch_signals(stop), steady_output():
         return TrainedRun(run(Path(folder), console, stop))
@@ -187,6 +191,7 @@ def evaluate(
     from zppo.evals.registry import judge_prompts as read_prompts
     from zppo.evals.results import default_output
 
+    fit_output()
     options |= {name: Path(options[name]) for name in _OPTIONAL_PATHS if options.get(name) is not None}
     prompts = read_prompts([f"{name}={path}" for name, path in (judge_prompts or {}).items()])
     asked = EvalOptions(os.fspath(model), suite, judge, judge_prompts=prompts, **options)
@@ -198,6 +203,19 @@ def evaluate(
         with ThreadPoolExecutor(1) as pool:
             pool.submit(run, asked, console).result()
     return Evaluated(asked.output or default_output(asked))
+
+
+def fit_output() -> None:
+    """Makes printing safe: what the terminal's encoding does not have becomes an escape (`\\u2192`), and COLUMNS has a usable value."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    for name, least in (("COLUMNS", _NARROWEST), ("LINES", 1)):
+        given = os.environ.get(name, "").strip()
+        if not (given.isascii() and given.isdecimal() and int(given)):  # 0 is what some programs set where there is no terminal
+            os.environ.pop(name, None)
+        elif int(given) < least:
+            os.environ[name] = str(least)
 
 
 def _share(value: float | None) -> str:

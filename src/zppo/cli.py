@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zppo import __version__
-from zppo.api import resume, start
+from zppo.api import fit_output, resume, start
 from zppo.errors import Interrupted, SettingsError, ZPPOError, used_up
 from zppo.images.store import PixelLimits
 
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    fit_output()
     try:
         overrides: list[str] = []
         if arguments[:1] == ["train"]:
@@ -242,10 +243,9 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--max-queue", type=int, default=1024, help="requests that may wait; more get 429 (default: 1024)")
     serve.add_argument("--max-body", type=int, default=8, metavar="MIB", help="size of a request (default: 8)")
     serve.add_argument("--max-images", type=int, default=16, help="images of a request; 0 loads the model for text alone (default: 16)")
-    serve.add_argument(
-        "--min-pixels", type=int, default=PixelLimits().min_pixels, help="smaller images are enlarged (default: %(default)s)"
-    )
-    serve.add_argument("--max-pixels", type=int, default=PixelLimits().max_pixels, help="larger ones are reduced (default: %(default)s)")
+    usual, small = PixelLimits(), "or the checkpoint's own where it was made for less"
+    serve.add_argument("--min-pixels", type=int, help=f"smaller images are enlarged (default: {usual.min_pixels}, {small})")
+    serve.add_argument("--max-pixels", type=int, help=f"larger ones are reduced (default: {usual.max_pixels}, {small})")
     serve.set_defaults(run=_serve)
 
 
@@ -370,7 +370,7 @@ def _methods(options: argparse.Namespace) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("method", "replayed", "asked again with", "what enters the gradient", "advantage", "in the paper"):
-        table.add_column(column, no_wrap=column == "method")
+        table.add_column(column, no_wrap=column == "method", overflow="fold")
     for row in METHODS.values():
         asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
         table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, row.advantages, Text(row.paper))

@@ -8,7 +8,14 @@ class ZPPOError(Exception):
 
 
 def one_line(error: BaseException, most: int = 400) -> str:
-    """What a library said, in one line of at most so many characters, without the full stop."""
+    """What a library said, in one line of at most so many characters, without the full stop.
+
+    Where a package is missing for the proxy of this machine, that is said: what the library makes of it sounds like a wrong name.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, ImportError) and "SOCKS" in str(cause)):
+        cause = cause.__cause__ or cause.__context__
+    error = cause or error
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= most else f"{text[: most - 3]}...").rstrip(".")
 

@@ -19,6 +19,10 @@ from typing import Any
 
 from zppo.errors import ModelError, ZPPOError
 
+POINTER = "is a git-lfs pointer, which only stands for the file: run `git lfs pull` in the folder that was cloned"
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")  # the second one is its old name
+_POINTER_BYTES = 1024  # a pointer is smaller
+
 MODELS = {"lab": "zppo.lab.questions:bundled_model"}
 """Scheme -> a function from the whole name to the checkpoint's folder."""
 QUESTIONS = {"lab": "zppo.lab.questions:bundled_questions"}
@@ -57,15 +61,18 @@ def load_part(kind: Any, name: str | Path, **more: Any) -> Any:
     """`kind.from_pretrained(name, ...)`: everything that is read of a checkpoint by `transformers` comes through here [zppo].
 
     A checkpoint is data: code that its files name (`auto_map`, a `custom_generate` folder) is never run and nobody is asked whether it
-    should be. Where `transformers` knows the architecture itself, what is named there is passed over.
+    should be. Where `transformers` knows the architecture itself, what is named there is passed over. A folder is looked through for
+    pointers of git-lfs first.
 
     Args:
         kind: a class with `from_pretrained`: an auto class, a processor.
         more: its other arguments.
 
     Raises:
-        ModelError: the checkpoint cannot be loaded without its code. Whatever else goes wrong is the caller's to put into words.
+        ModelError: the checkpoint cannot be loaded without its code, or has a pointer in place of a file. Whatever else goes wrong is
+            the caller's to put into words.
     """
+    check_checkpoint(name)
     from transformers import dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # parts of parts are not told of the refusal; with 0 they do not ask either
@@ -86,6 +93,40 @@ def readable(path: Path) -> Path:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
     return path
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins like this is a pointer of git-lfs: `git clone` without git-lfs leaves them in place of large files."""
+    return start.startswith(_POINTERS)
+
+
+def check_file(path: Path, error: type[ZPPOError]) -> None:
+    """Refuses a file that is a pointer of git-lfs; one that cannot be read is left to who reads it."""
+    try:
+        if not path.is_file() or path.stat().st_size >= _POINTER_BYTES:
+            return
+        start = path.read_bytes()
+    except OSError:
+        return
+    if is_pointer(start):
+        raise error(f"{path} {POINTER}")
+
+
+def check_checkpoint(name: str | Path) -> None:
+    """Refuses a checkpoint's folder with pointers of git-lfs among the files that are loaded; a name on the hub passes.
+
+    Raises:
+        ModelError: it names the first of them.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    # Some hold the same weights or the same tokenizer once more, in an older form that nobody reads.
+    kinds = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "adapter_model*.safetensors"]
+    kinds += [] if any(folder.glob("*.safetensors")) else ["*.bin"]
+    kinds += [] if (folder / "tokenizer.json").exists() else ["*.model"]
+    for path in sorted(path for kind in kinds for path in folder.glob(kind)):
+        check_file(path, ModelError)
 
 
 def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
@@ -120,6 +161,7 @@ def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
 def _module_of_file(path: Path, spec: str, what: str, error: type[ZPPOError]) -> ModuleType:
     if not path.is_file():
         raise error(f"{what} {spec!r}: there is no file {str(path)!r}. Give a path from where you run, or an import path.")
+    check_file(path, error)
     name = f"zppo_user_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

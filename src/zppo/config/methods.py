@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from zppo.core.reformulate import REFORMULATIONS, Need, Reformulation
 from zppo.errors import SettingsError
@@ -106,6 +107,14 @@ def load_reformulation(kind: str) -> Reformulation:
             f"reformulation {kind!r} has no {', '.join(missing)}: a reformulation is a class with `kind`, `needs` and `draft` "
             "(zppo.core.reformulate.Reformulation)"
         )
+    known = frozenset(get_args(Need))
+    if not isinstance(made.needs, Set) or not made.needs <= known:
+        raise SettingsError(
+            f"reformulation {kind!r} needs {made.needs!r}, and what can be prepared is {', '.join(sorted(known))}: write them as a set "
+            'of these, such as frozenset({"wrong"})'
+        )
+    if not isinstance(made.kind, str) or not made.kind.isidentifier():
+        raise SettingsError(f"reformulation {kind!r} has the kind {made.kind!r}; a kind is one word, the name of its template")
     reformulation: Reformulation = made
     return reformulation
 

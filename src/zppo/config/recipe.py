@@ -21,7 +21,7 @@ from zppo.config.help import known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.names import readable, scheme_of
+from zppo.names import check_file, readable, scheme_of
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
@@ -96,11 +96,29 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
                 raise SettingsError(f"{name} has no value; write {name}=VALUE{near}")
             text = following
         try:
-            # A comment is no value: `--data.answer_after=####` means the marks.
-            result.append((name[2:], text if text.startswith("#") else parse_yaml(text)))
+            result.append((name[2:], _value_of(text)))
         except ValueError as error:
             raise SettingsError(f"the value of {name} is no YAML: {text!r} ({error}); put it in quotes") from error
     return result
+
+
+def _value_of(text: str) -> Any:
+    """What an override says: YAML without comments, for who types ` #` on a command line means it. Raises ValueError."""
+    if "#" not in text:
+        return parse_yaml(text)
+    # To YAML a comment begins at a # behind white space; no text holds this character, and it is a letter to YAML.
+    return _with_hashes(parse_yaml(re.sub(r"(?<![^ \t])#", _HASH, text)))
+
+
+_HASH = "\ue123"
+
+
+def _with_hashes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_with_hashes(key): _with_hashes(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_hashes(inner) for inner in value]
+    return value.replace(_HASH, "#") if isinstance(value, str) else value
 
 
 def dump_recipe(settings: Settings) -> str:
@@ -181,6 +199,7 @@ def _yaml() -> YAML:
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise SettingsError(f"{path} is a folder, not a recipe; name a YAML file in it")
+    check_file(path, SettingsError)
     try:
         data = parse_yaml(readable(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows
+from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows, kind_of
 from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
 
@@ -223,7 +223,7 @@ def folder_rows(folder: Path, reading: SourceSettings, columns: Columns) -> Rows
 
 def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path]]:
     """Files by split, in the order of their names."""
-    known = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not p.name.startswith("."))
+    known = sorted(p for p in folder.rglob("*") if kind_of(p) in READERS and not p.name.startswith("."))
     if not known:
         raise DataError(f"{folder}: is a folder without data files ({', '.join(READERS)}) in it; name another, or a file")
     # Heavy, and only folders need it.
@@ -238,7 +238,7 @@ def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path
     splits = {
         str(split): files
         for split, paths in found.items()  # of a folder of images: the images too, and its metadata.jsonl
-        if (files := [folder / os.path.relpath(p, top) for p in paths if Path(p).suffix.lower() in READERS])
+        if (files := [folder / os.path.relpath(p, top) for p in paths if kind_of(Path(p)) in READERS])
     }
     left_out = set(known).difference(*splits.values())
     if left_out and reading.config is None:

@@ -5,6 +5,7 @@ Conversations, as data sets write them, become messages; images, in whatever for
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -60,7 +61,9 @@ def a(value: object) -> str:
 
 
 _ROLES: tuple[str, ...] = get_args(get_type_hints(Message)["role"])
+_OTHER_ROLES = {"developer": "system"}
 _LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_MOST_TEXT = 1 << 24  # characters of a cell that is parsed
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes")
 
 
@@ -79,13 +82,16 @@ class Turns(NamedTuple):
 
 
 def turns_of(value: object) -> Turns:
-    """A conversation: a list of {role, content}, or of {from, value} as LLaVA writes it. RowError where it is none."""
+    """A conversation: a list of {role, content}, or of {from, value} as LLaVA writes it; also as JSON text. RowError where it is none."""
+    value = parsed(value)
     if not isinstance(value, list) or not value:
         raise RowError(f"is {a(value)}; expected a list of {{role, content}} with at least one turn")
     images: list[object] = []
     llava = all(isinstance(turn, Mapping) and turn.get("role") is None and "from" in turn for turn in value)
     turns = [_from_llava(turn, number) for number, turn in enumerate(value, 1)] if llava else value
-    messages = tuple(_message(turn, number, images) for number, turn in enumerate(turns, 1))
+    messages = tuple(
+        _message(turn, n, images) for n, turn in enumerate(turns, 1) if not (n == 1 and len(turns) > 1 and _is_empty_system(turn))
+    )
     answer = None
     if llava and len(messages) > 1 and messages[-1].role == "assistant":
         *rest, last = messages
@@ -106,10 +112,12 @@ def _from_llava(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
 def _message(turn: object, number: int, images: list[object]) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(f"turn {number} is {a(turn)}; expected {{role, content}}")
-    extra = [key for key, value in turn.items() if key not in ("role", "content") and value is not None]
+    # What a chat API adds without a meaning here; a tool call would have one.
+    extra = [key for key, value in turn.items() if key not in ("role", "content", "name") and value not in (None, "", [], {})]
     if extra:
         raise RowError(f"turn {number} has the key {extra[0]!r}; only role and content are supported")
     role = turn.get("role")
+    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in _ROLES:
         raise RowError(f"turn {number} has the role {role!r}; expected one of {', '.join(_ROLES)}")
     if role == "system" and number > 1:
@@ -118,6 +126,28 @@ def _message(turn: object, number: int, images: list[object]) -> Message:
         return Message(cast(Any, role), _content(turn.get("content"), images))
     except RowError as fault:
         raise RowError(f"turn {number}, content: {fault}") from None
+
+
+def _is_empty_system(turn: object) -> bool:
+    """A system turn without a text, which exports of chats begin with, says nothing."""
+    if not isinstance(turn, Mapping) or turn.get("role") not in ("system", "developer"):
+        return False
+    content = turn.get("content")
+    return content is None or content == [] or (isinstance(content, str) and not content.strip())
+
+
+def parsed(value: object) -> object:
+    """What a text holds that is a list or an object in JSON, or in Python's form as pandas writes it into tables; else the value itself."""
+    if not isinstance(value, str) or len(value) > _MOST_TEXT or not value.strip().startswith(("[", "{")):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found: object = read(value.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list | dict):
+            return found
+    return value
 
 
 def _content(value: object, images: list[object]) -> str:
@@ -143,6 +173,8 @@ FULLY_CHECKED = 256
 
 _KEYS = ("bytes", "path", "image", "url", "image_url")
 _SHOWN = 60
+_LONGEST_NAME = 255  # bytes of a file's name; base64 of an image is longer
+_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AK")  # how PNG, JPEG, GIF, WebP, BMP and TIFF begin in it
 
 
 class RowImages:
@@ -195,10 +227,21 @@ class RowImages:
             )
         if scheme == "data":
             return self._kept(data_of(item))
-        return self._file(unquote(urlsplit(item).path) if item.startswith("file://") else item, folder)
+        if item.startswith(_BASE64) and len(item) > _LONGEST_NAME:
+            return self._kept(data_of(f"data:;base64,{item}"))
+        return self._file(item, folder)
 
     def _file(self, name: str, folder: Path) -> ImageRef:
-        path = (folder / Path(name).expanduser()).absolute()
+        try:
+            given = Path(unquote(urlsplit(name).path) if name.startswith("file://") else name).expanduser()
+            path = (folder / given).absolute()
+            if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in path.parts):
+                raise ValueError
+        except (ValueError, RuntimeError):  # no address; nobody's home folder
+            raise DataError(
+                f"the image {_short(name)!r} ({len(name):,} characters) is no path of a file; write a path, or data:image/png;base64,... "
+                "for the image itself"
+            ) from None
         if path not in self._known:
             try:
                 ref, data = reference(path)
@@ -236,7 +279,7 @@ def _inner(item: Mapping[object, object]) -> object:
     found = next((item[key] for key in _KEYS if item.get(key) is not None), None)
     if found is None:
         raise DataError(f"holds an object without an image; expected one of the keys {', '.join(_KEYS)}")
-    if isinstance(found, str) and item.get("bytes") is found:
+    if isinstance(found, str) and item.get("bytes") is found and not found.startswith("data:"):
         return f"data:;base64,{found}"  # JSON has no bytes
     return found
 
@@ -261,6 +304,7 @@ def _a(value: object) -> str:
 _GRADINGS: tuple[str, ...] = get_args(Grading)
 _ANSWER_LISTS: tuple[str, ...] = get_args(AnswerList)
 _NEAREST_SHOWN = 8
+USUAL_MESSAGES, USUAL_PROMPT = "messages", "prompt"
 USUAL_IMAGES = "images"
 """The images column where a recipe names none."""
 SINGULAR = "image"
@@ -317,12 +361,18 @@ def question_from_row(
         StorageError: the cache of images cannot be written.
     """
     if not isinstance(data, Mapping):
-        raise DataError(f"{place}: is {a(data)}; every row must be an object with columns")
+        shape = " of turns" if isinstance(data, list) and data and all(isinstance(turn, Mapping) for turn in data) else ""
+        raise DataError(
+            f"{place}: is {a(data)}{shape}; every row must be an object with columns"
+            + (f', such as {{"{columns.messages}": [...], "{columns.answer}": ...}}' if shape else "")
+        )
     column = ""
     try:
         column = columns.messages
         given = _value(data, column)
-        turns = None if given is None or given == "" else turns_of(given)
+        named = columns.messages == USUAL_MESSAGES and columns.prompt != USUAL_PROMPT  # a recipe that names one means it
+        passed_over = given in (None, "") or (named and _value(data, columns.prompt) not in (None, ""))
+        turns = None if passed_over else turns_of(given)
         column = columns.prompt
         if turns is None:
             turns = Turns((Message("user", _prompt(data, columns)),), [])
@@ -376,12 +426,18 @@ def _value(data: Mapping[str, Any], column: str) -> Any:
         return data[column]
     value: Any = data
     for part in column.split("."):
+        value = parsed(value)
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
 def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
     value = _value(data, columns.prompt)
+    if value is None and {"role", "content"} <= set(data):
+        raise RowError(
+            f'missing: the row is one turn of a conversation; write all turns of one into a row, {{"{columns.messages}": [...], '
+            f'"{columns.answer}": ...}}'
+        )
     if value is None:
         raise RowError(
             f"missing, and so is {columns.messages!r}; {_found(data)}. "
@@ -399,6 +455,8 @@ def _answer_value(data: Mapping[str, Any], column: str, last_turn: str | None) -
     """
     value = _value(data, column)
     value = last_turn if value is None else value
+    if isinstance(inner := parsed(value), Mapping) and _GOLD_KEY in inner:
+        value = inner
     if isinstance(value, Mapping) and _GOLD_KEY in value:
         value = value[_GOLD_KEY]
     if value is None:

@@ -15,6 +15,7 @@ from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.adapters.row import PICTURES, DatasetRow
 from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Media
+from zppo.names import check_file
 
 
 def dataset_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
@@ -206,6 +207,7 @@ def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[
     if path is None:
         names = ", ".join(f"{benchmark.name}{ending}" for ending in _ENDINGS)
         raise UnavailableError(f"{benchmark.name}: {data} has none of {names}; put the rows there, or leave the benchmark out")
+    check_file(path, DataError)
     folder = clips if benchmark.family == "video" else data
 
     def rows() -> Iterator[DatasetRow]:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from zppo.errors import EvaluationError, SettingsError
 from zppo.evals.results import opened
-from zppo.teacher.http import REPLY_BYTES, Trouble, Wire
+from zppo.teacher.http import PAYMENT, REPLY_BYTES, Trouble, Wire
 
 _PATIENCE = 60.0  # seconds for the first answer
 
@@ -96,6 +96,8 @@ async def _find(url: str, key: str, name: str | None, what: Literal["model", "ju
                 mend = f"name the environment variable that holds its key with {key_flag}"
             elif trouble.moved:
                 mend = "if that is where it lives, write that address"
+            elif trouble.status == PAYMENT:
+                mend = "its account has no credit left: top it up, or name another server"
             elif trouble.status is None:
                 mend = "start the server, or correct the address"
             else:

@@ -16,6 +16,7 @@ from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.item import Item, Media, conversation
 from zppo.evals.options import LIMITS
 from zppo.images.store import keep, reference, request_url
+from zppo.names import check_file
 from zppo.prompts import PromptBook
 
 MOST_VIDEO = 1 << 28  # bytes of a clip that is sent whole
@@ -99,6 +100,7 @@ def _ref(media: Media, store: Path) -> ImageRef:
 
 
 def _video_url(path: Path) -> str:
+    check_file(path, DataError)
     try:
         data = path.read_bytes() if path.stat().st_size <= MOST_VIDEO else b""
     except OSError as error:
@@ -122,6 +124,7 @@ def check_decoder() -> None:
 def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: Path) -> list[ImageRef]:
     """Frames of a clip, the middles of equal stretches of time. DataError where it cannot be decoded."""
     check_decoder()
+    check_file(path, DataError)
     import av
 
     wanted: list[bytes] = []

@@ -41,7 +41,7 @@ from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import ToolInfo
-from openai import DefaultAsyncHttpxClient
+from openai import DEFAULT_CONNECTION_LIMITS, DefaultAsyncHttpxClient
 
 from zppo.errors import EvaluationError, one_line
 from zppo.evals.benchmark import Benchmark
@@ -51,7 +51,9 @@ from zppo.evals.media import ChatTurn, media_key
 from zppo.evals.options import Decoding, digest_of
 from zppo.evals.results import TOO_LONG, By, SampleResult
 from zppo.evals.scoring.verdicts import Decider
-from zppo.teacher.http import SHORTEST_SECRET, sound, within_origin
+from zppo.teacher.http import within_origin
+from zppo.teacher.proxy import proxy_to, transport_to
+from zppo.teacher.reply import SHORTEST_SECRET, sound, split_content
 
 PROVIDER = "zppo"
 RAW = "raw"  # metadata of a message: the text as the server sent it
@@ -78,7 +80,10 @@ class ServedAPI(OpenAICompatibleAPI):
             client_timeout=ATTEMPT,
             stream=False,
             max_retries=0,  # of the client's own: inspect-ai retries, and says so
-            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [within_origin, _hiding(api_key)]}),
+            http_client=DefaultAsyncHttpxClient(
+                event_hooks={"response": [within_origin, _hiding(api_key)]},
+                transport=transport_to(proxy_to(base_url), DEFAULT_CONNECTION_LIMITS),
+            ),
         )
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:
@@ -99,6 +104,10 @@ class ServedAPI(OpenAICompatibleAPI):
 
     def chat_choices_from_completion(self, completion: Any, tools: list[ToolInfo]) -> list[ChatCompletionChoice]:
         """The choices, each with the text as it was sent: thoughts are moved elsewhere, and the rules want to see them."""
+        for sent in completion.choices:  # inspect-ai knows a text alone
+            if isinstance(sent.message.content, list):
+                sent.message.content, thoughts = split_content(sent.message.content)
+                sent.message.reasoning_content = getattr(sent.message, "reasoning_content", None) or thoughts or None
         choices = super().chat_choices_from_completion(completion, tools)
         for choice, sent in zip(choices, completion.choices, strict=True):
             choice.message.metadata = {RAW: _raw_of(sent.message)}

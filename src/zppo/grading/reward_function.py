@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zppo.errors import RewardError
@@ -109,4 +110,58 @@ def load_reward(spec: str) -> RewardFunction:
     Raises:
         RewardError: the form, the module or the function is wrong; the message says which.
     """
-    return RewardFunction(load_object(spec, "reward function", RewardError), spec)
+    function = load_object(spec, "reward function", RewardError)
+    if inspect.isclass(function):
+        raise RewardError(f"reward function {spec!r} is a class: name a function, a method, or an object that can be called")
+    coroutine = any(inspect.iscoroutinefunction(f) for f in (function, getattr(function, "__call__", None)))  # noqa: B004 - not whether
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a compiled function
+        return RewardFunction(function, spec)
+    try:
+        signature.bind("", None)
+        fits = True
+    except TypeError:
+        fits = False
+    check_form(spec, list(signature.parameters), fits, coroutine)
+    return RewardFunction(function, spec)
+
+
+def check_form(spec: str, parameters: Sequence[str], fits: bool, coroutine: bool) -> None:
+    """Refuses functions that are made for another trainer, with how to bring them here.
+
+    Args:
+        spec: as in a recipe.
+        parameters: their names.
+        fits: two positional arguments can be given.
+        coroutine: it is an `async def`.
+
+    Raises:
+        RewardError: it cannot be called with (completion, question).
+    """
+    what, name = f"reward function {spec!r}", spec.rpartition(":")[2].rpartition(".")[2]
+    call, wait = f"{name}({', '.join(parameters)})", ("asyncio.run(", ")") if coroutine else ("", "")
+    mend = ""
+    if "completions" in parameters:  # TRL's: lists of all completions, and of the columns of their rows
+        columns = "".join(f", {n}=[question.gold]" for n in parameters if n in _GOLDS)
+        prompts = "prompts=[question.messages[-1].content], " if "prompts" in parameters else ""
+        what += f" has the form of TRL, {call}"
+        mend = f"{wait[0]}{name}({prompts}completions=[completion]{columns}){wait[1]}[0]"
+    elif {"solution_str", "ground_truth"} <= set(parameters):  # verl's
+        what += f" has the form of verl, {call}"
+        source = "data_source='', " if "data_source" in parameters else ""
+        mend = f"{wait[0]}{name}({source}solution_str=completion, ground_truth=question.gold){wait[1]}"
+    elif coroutine:
+        what += " is an async function"
+        mend = f"asyncio.run({name}(completion, question))"
+    elif not fits:
+        raise RewardError(f"{what} cannot be called with (completion, question): it is {call}. Give it these two arguments")
+    if mend:
+        raise RewardError(
+            f"{what}; here a function takes one completion and its question, and returns (correct, reward) or a number. Name one that "
+            f"calls it: def {'reward' if name == 'score' else 'score'}(completion, question): return {mend}"
+        )
+
+
+_GOLDS = ("answer", "answers", "gold", "gold_answer", "ground_truth", "label", "solution", "target")
+"""How columns with the right answer are called."""

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from zppo.core.types import ImageRef
 from zppo.errors import DataError, StorageError, one_line
+from zppo.names import POINTER, is_pointer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded; others of PIL's start programs of their own, or are rarely used."""
@@ -108,7 +109,7 @@ def data_of(url: str) -> bytes:
         return base64.b64decode("".join(body.split()), validate=True)
     except (ValueError, binascii.Error) as error:
         raise DataError(
-            f"the image {url[:_SHOWN]!r} is no data: URL that can be read ({error}); write data:image/png;base64,..."
+            f"the image {url[:_SHOWN]!r}... is no data: URL that can be read ({error}); write data:image/png;base64,..."
         ) from error
 
 
@@ -220,6 +221,8 @@ def _read(path: Path) -> bytes:
 def _opened(data: bytes, name: str) -> ImageFile.ImageFile:
     if not data:
         raise DataError(f"the image {name} is empty (0 bytes); replace it, or leave it out")
+    if is_pointer(data):
+        raise DataError(f"the image {name} {POINTER}")
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:

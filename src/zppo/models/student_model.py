@@ -24,7 +24,7 @@ from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.lora import ADAPTER_CONFIG, Adapters, add_adapters
-from zppo.names import model_folder, readable
+from zppo.names import check_file, model_folder, readable
 from zppo.runs import checkpoint
 
 
@@ -32,6 +32,7 @@ def read_template(settings: ModelSettings) -> str | None:
     """The recipe's own chat template, None for the tokenizer's. SettingsError where the file cannot be read."""
     if settings.template is None:
         return None
+    check_file(settings.template, SettingsError)
     try:
         return readable(settings.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -72,7 +73,23 @@ def load_model(
             "run is merged), and name the folder that the merged model is in"
         )
     model.eval()
+    note_untied(model)
     return model
+
+
+def note_untied(model: PreTrainedModel) -> None:
+    """Says in a model's configuration that its two embedding matrices are two, where they are.
+
+    `transformers` leaves matrices that differ in a checkpoint untied, whatever config.json says; a reader that believes a copy of that
+    config.json (vLLM, older versions) would tie them, and show another model.
+    """
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    first, last = (getattr(end, "weight", None) for end in ends)
+    if first is None or last is None or first is last:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 @dataclass(frozen=True, slots=True)

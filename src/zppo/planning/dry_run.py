@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +14,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from zppo.config.methods import load_reformulation
 from zppo.config.model_settings import FrozenModelSettings, ModelSettings, TeacherSettings
 from zppo.config.settings import LoraSettings, Settings
-from zppo.core.reformulate import RESPONSES
+from zppo.core.reformulate import RESPONSES, Candidate, Material
 from zppo.core.select import share_of
+from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError
-from zppo.names import model_folder
+from zppo.grading.reward_function import check_form
+from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.prompts.book import PromptBook
 from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
+_MUCH = 0.1  # of what is usable, for models that could be elsewhere
 _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does not fit
 
 Rows = list[tuple[str, str]]
@@ -120,11 +126,25 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) 
     for changes in _changes(settings, memory):
         if lighter := fitting(changes):
             keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
-            return (f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})", lighter)
+            says = f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})"
+            if "lora" in changes:
+                says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
+            return says + _elsewhere(settings, memory, machine), lighter
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
         "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
         memory,
+    )
+
+
+def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
+    """What the frozen models of this process take, where it is much, and how to have it back; "" where it is not."""
+    if memory.others <= _MUCH * machine.usable:
+        return ""
+    teacher = f"{settings.teacher.model!r}" if settings.teacher is not None else "the judge"
+    return (
+        f"; teachers and judge take {_size(memory.others)} of that: a smaller one than {teacher} takes less, and one on a server "
+        "(teacher.base_urls) nothing"
     )
 
 
@@ -220,7 +240,9 @@ def check_files(settings: Settings) -> None:
     Raises:
         TemplateError, ModelError, RewardError, SettingsError.
     """
-    PromptBook(settings.prompts)
+    book = PromptBook(settings.prompts)
+    book.try_out()
+    _try_reformulations(settings.method.resolve().reformulations, book)
     teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
     frozen: list[tuple[str, FrozenModelSettings]] = [("teacher", teacher) for teacher in teachers]
     frozen += [("judge", settings.judge)] if settings.judge else []
@@ -235,10 +257,32 @@ def check_files(settings: Settings) -> None:
                 f"{name}.model: {model.model} is no transformers checkpoint (no config.json in it); "
                 "name a folder that has one, or a model of the hub as owner/name"
             )
+        check_checkpoint(folder)
     if settings.grading.reward:
         _check_reward(settings.grading.reward)
     if settings.output is not None:
         check_output(settings.output)
+
+
+def _try_reformulations(kinds: Sequence[str], book: PromptBook) -> None:
+    """Fills the templates of a method's reformulations with what these make of an invented question.
+
+    Raises:
+        SettingsError: one has no template.
+        TemplateError: one cannot be filled.
+    """
+    made = [load_reformulation(kind) for kind in kinds]
+    book.check_kinds(r.kind for r in made if not getattr(r, "shows_question_alone", False))
+    question = Question("invented", (Message("user", "2 plus 3?"),), "5")
+    right, *wrong = (Candidate(f"It is \\boxed{{{answer}}}.", answer, i) for i, answer in enumerate("564"))
+    material = Material(question, (right, wrong[0]), tuple(wrong), ("6", "4"), "Count.", tuple(range(20)))
+    for reformulation in made:
+        try:
+            draft = reformulation.draft(material, random.Random(0))
+        except Exception:  # one of the user's own may count on more than what is invented here
+            continue
+        if isinstance(draft, Draft):
+            book.render(draft)
 
 
 def _is_path(model: str) -> bool:
@@ -430,5 +474,23 @@ def _check_reward(name: str) -> None:
     if module.endswith(".py"):
         if not Path(module).is_file():
             raise RewardError(f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function")
+        _check_written_reward(Path(module), function)
     elif importlib.util.find_spec(module.partition(".")[0]) is None:
         raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")
+
+
+def _check_written_reward(path: Path, name: str) -> None:
+    """Whether the function in a file has a form that can be called, as far as its text says; the rest is left to its import."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # importing it says what is wrong
+        return
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name and not node.decorator_list:
+            given = [*node.args.posonlyargs, *node.args.args]
+            rest = [argument for argument in (node.args.vararg, *node.args.kwonlyargs, node.args.kwarg) if argument is not None]
+            names = [argument.arg for argument in (*given, *rest)]
+            required = len(given) - len(node.args.defaults)
+            needed = [a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if default is None]
+            fits = not needed and required <= 2 and (len(given) >= 2 or node.args.vararg is not None)
+            check_form(f"{path}:{name}", names, fits, isinstance(node, ast.AsyncFunctionDef))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.errors import ModelError, SettingsError
-from zppo.names import load_part, model_folder
+from zppo.names import check_file, load_part, model_folder
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -199,6 +199,7 @@ def _from_table(name: str) -> DecoderShape | None:
 
 
 def _from_config(file: Path) -> DecoderShape | None:
+    check_file(file, ModelError)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         return _read(config)
@@ -294,6 +295,7 @@ def vision_shape_of(name: str) -> VisionTowerShape | None:
     if file is None:
         last = name.rpartition("/")[2]
         return _read_vision({"vision_config": {}, "text_config": {}}) if last.startswith("Qwen3.5") else None
+    check_file(Path(file), ModelError)
     try:
         return _read_vision(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -401,6 +403,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if not index.is_file():
         return [folder / _SINGLE] if (folder / _SINGLE).is_file() else []
+    check_file(index, ModelError)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -410,6 +413,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _elements(file: Path, keep: Callable[[str], bool]) -> int:
     """Elements of the tensors that count in a safetensors file: 8 bytes of length (little endian), then a JSON header of that length."""
+    check_file(file, ModelError)
     try:
         with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))

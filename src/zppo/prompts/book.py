@@ -6,7 +6,8 @@ What the texts say follows method.md sections 3, 4 and 7; the wording is ours.
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,8 +18,9 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zppo.core.types import PLAIN, Draft, Message, Question
-from zppo.errors import DataError, TemplateError
-from zppo.names import readable
+from zppo.errors import DataError, SettingsError, TemplateError
+from zppo.names import check_file, readable
+from zppo.prompts.neutralise import TAGS, Neutraliser
 
 CLOSING = "closing"
 COMPRESSION = "compression"
@@ -38,6 +40,17 @@ VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """The bundled templates and the variables that each of them may use."""
 
+_INVENTED: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("bcq", {"candidates": ["one", "two"]}),
+    ("ncq", {"candidates": ["one"], "answers": []}),
+    ("ncq", {"candidates": ["one", "two", "one"], "answers": ["1", "2"]}),
+    (COMPRESSION, {"response": "one", "has_answer": True}),
+    (COMPRESSION, {"response": "one", "has_answer": False}),
+    (JUDGE, {"question": "why?", "gold": "so", "completion": "so"}),
+    ("hint", {"hint": "look"}),
+    (HINTING, {"question": "why?", "response": "so"}),
+)
+_TAG = re.compile(r"</?\s*([A-Za-z][\w.:-]*)(?:\s[^<>]*?)?/?>")  # in a template
 _NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE, HINTING})
 _BETWEEN = "\n\n"
 
@@ -58,7 +71,8 @@ class PromptBook:
         Args:
             overrides: name -> path of a file that replaces the bundled template of that name; a new name adds the
                 template of a reformulation of one's own, called like its `Draft.kind`. `~` is expanded.
-            neutralise: makes model text harmless (`Neutraliser` with the special texts of student and teacher).
+            neutralise: makes model text harmless (`Neutraliser` with the special texts of student and teacher); it breaks the tags too
+                that stand in the overrides.
 
         Raises:
             TemplateError: a file is missing or not UTF-8 text, has a syntax error, or uses a variable that its prompt
@@ -80,7 +94,26 @@ class PromptBook:
         )
         for name in self._paths:
             self._check(name)
+        written = [tag for name in overrides or {} for tag in _TAG.findall(_read(name, self._paths[name]))]
+        own = {tag for tag in written if tag.lower() not in TAGS}
+        if own and isinstance(neutralise, Neutraliser):
+            self._neutralise = neutralise.with_tags(sorted(own))
         self._closing = self._fill(CLOSING, {})
+
+    def try_out(self) -> None:
+        """Fills every bundled template's place once with invented values, the smallest and larger ones.
+
+        Raises:
+            TemplateError: one cannot be filled.
+        """
+        for name, values in _INVENTED:
+            self._fill(name, values)
+
+    def check_kinds(self, kinds: Iterable[str]) -> None:
+        """Whether prompts of these kinds have a template. SettingsError where one has none."""
+        for kind in kinds:
+            if kind not in self._paths:
+                raise SettingsError(f"the method asks again with {kind!r}, which has no template: add prompts.{kind} to the recipe")
 
     def names(self) -> tuple[str, ...]:
         """All templates, sorted by name."""
@@ -204,6 +237,7 @@ def _bundled() -> dict[str, Path]:
 
 
 def _read(name: str, path: Path) -> str:
+    check_file(path, TemplateError)
     try:
         return readable(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -80,20 +80,28 @@ class Neutraliser:
                 ignored (it carries no structure, and breaking it would change ordinary text).
             tags: names of the tags to break.
         """
+        self._given = tuple(special_texts), tuple(tags)
+        special_texts, tags = self._given
         texts = {text for text in special_texts if text.strip()}
-        held = set("".join(texts))
+        held = set("".join((*texts, *tags)))
         single = {text for text in texts if len(text) == 1}
         # A bracket that is put in must not complete a special text that begins with a letter: its separator could then end a name.
         taken = single.union(*(text for text in texts if _PLAIN[ord(text[0])].isalnum()))
         self._separator = next(c for c in chain(_SEPARATORS, map(chr, range(0x2190, 0x10FFFF))) if c not in held)
         self._brackets = next(pair for pair in chain(_BRACKETS, _more_brackets()) if not taken & set(pair))
-        self._tag = _beginning(tags)
+        names = [_name(tag) for tag in tags]
+        self._tag, self._names = _beginning(names), [re.compile(name, re.IGNORECASE) for name in names]
         self._single = _any_of(single)
         self._texts = frozenset(texts - single)
         self._lengths: dict[str, set[int]] = {}
         for text in self._texts:
             self._lengths.setdefault(text[0], set()).add(len(text))
         self._starts = _any_of(self._lengths)
+
+    def with_tags(self, own_tags: Iterable[str]) -> Neutraliser:
+        """One that breaks these tags too, of a user's templates: a letter, and then letters, digits, `_`, `.`, `:` and `-`."""
+        special_texts, tags = self._given
+        return Neutraliser(special_texts, (*tags, *own_tags))
 
     def __call__(self, text: str) -> str:
         """The harmless form of `text`."""
@@ -109,8 +117,8 @@ class Neutraliser:
         plain = text.translate(_PLAIN)
         parts, at = [], 0
         for match in tag.finditer(plain):
-            end = match.end("name")
-            if _IN_A_WORD.match(plain, end) and not self._begins_special(text, end - 1):
+            names = (name.match(plain, match.start("name")) for name in self._names)
+            if not any(name and self._ends(name.end(), plain, text) for name in names):
                 continue  # <thinking>
             parts += [text[at : match.start()], self._brackets[0]]
             at = match.start() + 1
@@ -118,6 +126,10 @@ class Neutraliser:
                 parts += [text[at : match.end() - 1], self._brackets[1]]
                 at = match.end()
         return "".join([*parts, text[at:]]) if parts else text
+
+    def _ends(self, at: int, plain: str, text: str) -> bool:
+        """Whether a name that ends here is a word, or a separator would make it one."""
+        return not _IN_A_WORD.match(plain, at) or self._begins_special(text, at - 1)
 
     def _begins_special(self, text: str, at: int) -> bool:
         return any(text[at : at + length] in self._texts for length in self._lengths.get(text[at], ()))
@@ -127,11 +139,15 @@ class Neutraliser:
         return match[0] + self._separator if self._begins_special(text, match.start()) else match[0]
 
 
-def _beginning(tags: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern for tags in plain characters, up to the next `<` or the `>` that ends them; None if there are no names."""
-    longest_first = sorted(tags, key=len, reverse=True)  # of two names that begin alike
-    names = "|".join(f"{_UNSEEN}*+".join(map(re.escape, name)) for name in longest_first)
-    return re.compile(rf"<[ {_UNSEEN}/]*+(?P<name>{names})[^<>]*+(?P<end>>)?", re.IGNORECASE) if names else None
+def _name(tag: str) -> str:
+    """A pattern for the name of a tag in plain characters."""
+    return f"{_UNSEEN}*+".join(map(re.escape, tag.translate(_PLAIN).replace(_UNSEEN, "")))
+
+
+def _beginning(names: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern for what may be a tag, up to the next `<` or the `>` that ends it; None without names. Its name begins at `name`."""
+    either = "|".join(names)
+    return re.compile(rf"<[ {_UNSEEN}/]*+(?P<name>(?={either}))[^<>]*+(?P<end>>)?", re.IGNORECASE) if either else None
 
 
 def _more_brackets() -> Iterable[str]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
-from zppo.errors import SettingsError
+from zppo.errors import ModelError, SettingsError
 from zppo.planning.flops import MOST, SCALES, UPDATES, Assumptions, Cost, as_run, counted, nearest_scale, paper_costs, planned
 from zppo.planning.model_shapes import Size, size_of
 from zppo.rollout.data import count_judged, load_data
@@ -27,6 +27,9 @@ PART_NAMES = {
     "scoring": "teacher scoring",
     "judge": "judge",
 }
+
+_WHO = {"teacher": "teacher", "compression": "teacher", "scoring": "teacher", "judge": "judge"}
+"""Whose parameters a part's FLOPs are of, where not the student's."""
 
 
 def cost_command(
@@ -46,7 +49,7 @@ def cost_command(
         questions: training questions, instead of reading the data.
 
     Raises:
-        ZPPOError: the target is neither, its recipe, data or log cannot be read, or the size of a model is not known.
+        ZPPOError: the target is neither, its recipe, data or log cannot be read, or the size of the student is not known.
     """
     console = console or Console()
     if target.is_dir():
@@ -64,7 +67,7 @@ def cost_command(
     else:
         settings, cost = _of_recipe(target, overrides, assumed, questions)
         what, how = f"planned cost of {target}, {cost.steps:,} steps", "as planned"
-    sizes = _sizes(settings, given or {}, target, judged=cost.saved.judge > 0)
+    sizes, unknown = _sizes(settings, given or {}, target, judged=cost.saved.judge > 0)
     console.print(_table(what, cost, sizes, how))
     console.print(
         "\nLiteral: Algorithm 1 to the letter, every prompt read for every rollout, log-probs and gradients of every row, the teacher "
@@ -72,7 +75,7 @@ def cost_command(
         soft_wrap=True,
         style="dim",
     )
-    for note in (_models(settings, sizes), *cost.notes, *_papers_figure(settings, sizes["student"])):
+    for note in (_models(settings, sizes), *unknown, *cost.notes, *_papers_figure(settings, sizes["student"])):
         console.print(Text(note), soft_wrap=True)
 
 
@@ -109,18 +112,31 @@ def _of_recipe(path: Path, overrides: Sequence[str], assumed: Assumptions, quest
     return settings, planned(settings, questions, assumed, judged=judged)
 
 
-def _sizes(settings: Settings, given: Mapping[str, float], target: Path, *, judged: bool) -> dict[str, Size]:
-    """N of the student and, where they work, of teacher and judge. A run whose student's folder is gone has its size in final/."""
+def _sizes(settings: Settings, given: Mapping[str, float], target: Path, *, judged: bool) -> tuple[dict[str, Size], list[str]]:
+    """N of the student and, where they work, of teacher and judge; and of which of these two it is not known, in words.
+
+    A run whose student's folder is gone has its size in final/. The name of a teacher at an API seldom says how large it is: the
+    student's part is counted all the same.
+    """
     name = settings.student.model
     trained = target / FINAL
     if "student" not in given and Path(name).is_absolute() and not Path(name).is_dir() and trained.is_dir():
         name = str(trained)
     sizes = {"student": size_of(name, given.get("student"))}
+    others: list[tuple[str, str, str]] = []
     if settings.teacher is not None and settings.method.resolve().needs_teacher:
-        sizes["teacher"] = size_of(settings.teacher.model, given.get("teacher"))
+        others.append(("teacher", settings.teacher.model, "teacher"))
     if judged and settings.judging is not None:
-        sizes["judge"] = size_of(settings.judging[0].model, given.get("judge" if settings.judge else "teacher"))
-    return sizes
+        others.append(("judge", settings.judging[0].model, "judge" if settings.judge else "teacher"))
+    unknown = []
+    for part, model, option in others:
+        try:
+            sizes[part] = size_of(model, given.get(option))
+        except ModelError:
+            unknown.append(
+                f"The number of parameters of the {part} {model!r} is not known: its FLOPs are in no sum; give it with --{option}-params."
+            )
+    return sizes, unknown
 
 
 def _table(title: str, cost: Cost, sizes: Mapping[str, Size], saved_name: str) -> Table:
@@ -139,7 +155,10 @@ def _table(title: str, cost: Cost, sizes: Mapping[str, Size], saved_name: str) -
         table.add_column(name, footer=footer, justify="right" if index else "left", no_wrap=not index)
     for part, name in PART_NAMES.items():
         tokens = (_short(getattr(work, part)) for work in (cost.literal, cost.saved))
-        table.add_row(name, *tokens, _short(literal[part]), _short(saved[part]), _less(literal[part], saved[part]))
+        if _WHO.get(part, "student") not in sizes and getattr(cost.literal, part):
+            table.add_row(name, *tokens, "?", "?", "?")
+        else:
+            table.add_row(name, *tokens, _short(literal[part]), _short(saved[part]), _less(literal[part], saved[part]))
     return table
 
 

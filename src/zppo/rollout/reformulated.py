@@ -10,7 +10,7 @@ from zppo.core.draws import keyed_random
 from zppo.core.reformulate import RESPONSES, Material, Need, Reformulation, distinct_answers, scrambled
 from zppo.core.select import next_wave
 from zppo.core.types import Draft, Group, Prompt, Question
-from zppo.errors import SettingsError, TemplateError
+from zppo.errors import TemplateError
 from zppo.grading import has_gold_words, normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.student import PromptRenderer
@@ -260,9 +260,7 @@ def make_reformulator(
 
 
 def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
-    for r in reformulations:
-        if r.kind not in book.names() and not getattr(r, "shows_question_alone", False):
-            raise SettingsError(f"the method asks again with {r.kind!r}, which has no template: add prompts.{r.kind} to the recipe")
+    book.check_kinds(r.kind for r in reformulations if not getattr(r, "shows_question_alone", False))
     known = [*VARIABLES, *(r.kind for r in reformulations)]
     for name in book.names():
         if name not in known:

@@ -105,6 +105,7 @@ class Progress:
         self._began: tuple[float, int] | None = None
         self._last_line = float("-inf")
         self._means: dict[str, float] = {}
+        self._steps: dict[str, int] = {}  # behind each mean
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -133,8 +134,10 @@ class Progress:
         if self._began is None:
             self._began = (now - metrics["seconds"]["step"], step - 1)
         for kind, value in metrics["accuracy"].items():
-            before = self._means.get(kind, value)
-            self._means[kind] = before + 0.1 * (value - before) if kind in self._means else value
+            count = self._steps[kind] = self._steps.get(kind, 0) + 1
+            before = self._means.get(kind, 0.0)
+            # Weights that fall by a tenth a step, over their sum: the first step alone does not set where the mean begins.
+            self._means[kind] = before + 0.1 / (1 - 0.9**count) * (value - before)
         per_step = (now - self._began[0]) / (step - self._began[1])
         left = _clock((self.steps - step) * per_step)
         facts = self._facts(metrics, totals)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import ipaddress
+import json
 import logging
 import os
 import socket
@@ -32,6 +34,7 @@ from zppo.serve.server import ChatServer, make_app
 
 _LOG = logging.getLogger("zppo.serve")
 _GRACE = 30  # seconds that running requests get at the end
+_LAST_WORDS = 10  # seconds in which those that did not end are answered
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CACHE = 1 << 28  # bytes of preprocessed pictures that are kept for requests that show them again
 
@@ -55,14 +58,15 @@ def serve(options: argparse.Namespace) -> None:
                 f"--host {options.host} lets other machines in, and the server has no key: name the environment variable that holds one "
                 "with --key-env (or a file with --key-file), or let everybody in with --no-key"
             )
+        checkpoint = checkpoint_of(options.model)
         loaded = load(
-            checkpoint_of(options.model),
+            checkpoint,
             revision=options.revision,
             device=options.device,
             dtype=options.dtype,
             max_rows=options.max_rows,
             max_tokens=options.max_batch_tokens,
-            images=PixelLimits(options.min_pixels, options.max_pixels) if options.max_images else None,
+            images=_pixel_limits(options, checkpoint) if options.max_images else None,
         )
         folder = stack.enter_context(TemporaryDirectory(prefix="zppo-serve-"))
         batcher = Batcher(loaded.engine, max_rows=options.max_rows, max_tokens=options.max_batch_tokens, max_queue=options.max_queue)
@@ -152,8 +156,23 @@ def _check_limits(options: argparse.Namespace) -> None:
             raise SettingsError(f"{flag} is {value}: it must be 1 or more")
     if options.max_images < 0:
         raise SettingsError(f"--max-images is {options.max_images}: it must be 0 or more")
-    if options.min_pixels > options.max_pixels:
+    if options.min_pixels and options.max_pixels and options.min_pixels > options.max_pixels:
         raise SettingsError(f"--min-pixels is {options.min_pixels}, more than --max-pixels, {options.max_pixels}: exchange them")
+
+
+def _pixel_limits(options: argparse.Namespace, checkpoint: str) -> PixelLimits:
+    """What the options say; else the usual limits, or the checkpoint's own where its pictures are smaller (the lab's are)."""
+    limits = PixelLimits()
+    try:
+        size = json.loads((Path(checkpoint) / "preprocessor_config.json").read_text(encoding="utf-8"))["size"]
+        own = PixelLimits(size["shortest_edge"], size["longest_edge"])  # so the Qwen family calls the least and the most pixels
+        if 0 < own.min_pixels <= own.max_pixels < limits.min_pixels:
+            limits = own
+    except (OSError, ValueError, KeyError, TypeError):  # on the hub, or of another family
+        pass
+    given = PixelLimits(options.min_pixels or limits.min_pixels, options.max_pixels or limits.max_pixels)
+    # One that is given moves the other where they would cross.
+    return PixelLimits(min(given), given.max_pixels) if options.max_pixels else PixelLimits(given.min_pixels, max(given))
 
 
 class _Server(uvicorn.Server):
@@ -169,7 +188,7 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 lifespan="off",
                 ws="none",
-                timeout_graceful_shutdown=_GRACE,
+                timeout_graceful_shutdown=_GRACE + _LAST_WORDS,
             )
         )
         self._batcher, self._url, self._what = service.batcher, url, what
@@ -182,6 +201,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if count := sum(self._batcher.load):
             print(f"finishing {count} requests (once more ends at once)", file=sys.stderr, flush=True)
+        # What has not ended by then is answered with 503; uvicorn would cancel it, and the client would see a broken connection.
+        asyncio.get_running_loop().call_later(_GRACE, self._batcher.stop)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

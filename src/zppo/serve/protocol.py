@@ -71,6 +71,7 @@ async def answer_error(_: Request, error: Exception) -> JSONResponse:
 
 
 MOST_PIXELS = 1 << 25  # of an image: 100 MB when decoded
+MOST_PIXELS_IN_ALL = 1 << 26  # of a request
 DECODERS = 2  # at once
 _LONGEST = 300  # characters of what is wrong with an image
 
@@ -129,10 +130,12 @@ class RequestImages:
         def release() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
-        refs = []
+        refs, left = [], MOST_PIXELS_IN_ALL
         try:
             for number, url in enumerate(urls, 1):
-                refs.append(_take(url, f"{number} of the conversation", folder))
+                ref, pixels = _take(url, f"{number} of the conversation", folder, left)
+                refs.append(ref)
+                left -= pixels
         except DataError as error:
             release()
             raise RequestError(400, one_line(error, _LONGEST), "invalid_image", param="messages") from None
@@ -142,13 +145,19 @@ class RequestImages:
         return Taken(tuple(refs), release)
 
 
-def _take(url: str, name: str, folder: Path) -> ImageRef:
+def _take(url: str, name: str, folder: Path, left: int) -> tuple[ImageRef, int]:
+    """An image and its pixels, of which `left` may still come. DataError where it cannot be used."""
     data = data_of(url)
     header = header_of(data, name)
     if header.width * header.height > MOST_PIXELS:
         raise DataError(f"the image {name} has {header.width:,} x {header.height:,} pixels; send one of at most {MOST_PIXELS:,} pixels")
+    if header.width * header.height > left:
+        raise DataError(
+            f"the image {name} has {header.width:,} x {header.height:,} pixels, with those before it more than {MOST_PIXELS_IN_ALL:,} in "
+            "all; send fewer, or smaller ones"
+        )
     decode(data, name)
-    return keep(data, folder)
+    return keep(data, folder), header.width * header.height
 
 
 _CHATS = 16  # kept; clients choose the template arguments
@@ -266,7 +275,9 @@ class _Strict(BaseModel):
 class RequestMessage(_Strict):
     """One message. The descriptions of fields, here and below, are what an error says to be allowed."""
 
-    role: Literal["system", "user", "assistant"] = Field(description="system, user or assistant")
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(lambda role: "system" if role == "developer" else role)] = (
+        Field(description="system, user or assistant")
+    )
     content: Annotated[Content, BeforeValidator(_read_content)] = Field(
         description='a text, or a list of parts {"type": "text", "text": "..."} and, in turns of the user, '
         '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
@@ -277,6 +288,12 @@ class RequestMessage(_Strict):
         if self.content.images and self.role != "user":
             raise ValueError(f"images stand in turns of the user, not of the {self.role}")
         return self
+
+
+class StreamOptions(_Strict):
+    """What a stream says beside the completions."""
+
+    include_usage: bool = Field(False, description="true or false: the tokens, at the end of a stream")
 
 
 class Body(_Strict):
@@ -301,10 +318,16 @@ class Body(_Strict):
     )
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: int = Field(0, ge=0, le=0, description="0: only the log-prob of the drawn token itself is kept")
-    stream: Literal[False] = Field(False, description="false: completions are sent whole")
+    stream: bool = Field(False, description="true or false")
+    stream_options: StreamOptions | None = Field(None, description='{"include_usage": true or false}, of a stream')
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description='an object of arguments for the chat template, e.g. {"enable_thinking": false}'
     )
+
+    @property
+    def usage_in_stream(self) -> bool:
+        """Whether a stream ends with the tokens that it took."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def limit(self) -> int | None:
@@ -333,7 +356,7 @@ class Body(_Strict):
         )
 
 
-_ALLOWED = {name: field.description for model in (Body, RequestMessage) for name, field in model.model_fields.items()}
+_ALLOWED = {name: field.description for model in (Body, RequestMessage, StreamOptions) for name, field in model.model_fields.items()}
 
 
 def read_body(raw: bytes) -> Body:
@@ -346,6 +369,7 @@ def read_body(raw: bytes) -> Body:
     if not isinstance(given, dict):
         raise RequestError(400, f"the body is {_show(given)}; send a JSON object with model and messages", "invalid_json")
     known = {name: value for name, value in given.items() if value is not None or name not in Body.model_fields}
+    known = {name: value for name, value in known.items() if not _is_neutral(name, value)}
     try:
         body = Body.model_validate(known)
     except ValidationError as error:
@@ -366,6 +390,48 @@ def read_body(raw: bytes) -> Body:
             param="max_tokens",
         )
     return body
+
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "include_reasoning": (True, False),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "priority": (0,),
+    "prompt_logprobs": (0, False),
+    "response_format": ({"type": "text"}, "text"),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+}
+"""Fields of the protocol, and of vLLM's, without a counterpart here -> the values with which they ask for nothing; null is one of each."""
+_LABELS = ("prompt_cache_key", "safety_identifier", "user")  # any text: who asks changes nothing
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a field that this server does not have asks for nothing. RequestError (400) where it asks for something."""
+    if name in _LABELS and isinstance(value, str | None):
+        return True
+    if name not in _NEUTRAL:
+        return False
+    if value is None or any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name]):
+        return True
+    allowed = " or ".join(json.dumps(neutral) for neutral in _NEUTRAL[name])
+    raise RequestError(400, f"{name} is {_show(value)}, which this server cannot do; it takes {allowed}", "unknown_field", param=name)
 
 
 def _read_json(raw: bytes) -> Any:

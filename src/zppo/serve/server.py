@@ -8,7 +8,9 @@ import hmac
 import logging
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -22,11 +24,13 @@ from zppo.core.types import ImageRef
 from zppo.engines.base import Completion, SampleRequest
 from zppo.errors import DataError, ModelError, one_line
 from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
+from zppo.serve.events import EventStream, events_begun
 from zppo.serve.protocol import Body, LockedChat, RequestError, RequestImages, answer, answer_error, read_body, shorten
 
 _LOG = logging.getLogger("zppo.serve")
 _LONGEST = 500  # characters of another part's message
 _NO_CONTEXT = 4096  # new tokens where neither request nor model sets a limit
+_DRAINED, _DRAIN_SECONDS = 1 << 28, 10.0  # bytes and seconds of a refused body that are read
 _OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -55,8 +59,20 @@ class ChatServer:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        self._admit(request)
-        body = read_body(await self._read(request))
+        try:
+            return await self._chat(request)
+        except asyncio.CancelledError:
+            if not self.batcher.closed:
+                raise
+            raise _stopping(StoppedError("the server is stopping")) from None
+
+    async def _chat(self, request: Request) -> Response:
+        try:
+            self._admit(request)
+            body = read_body(await self._read(request))
+        except RequestError:
+            await _drain(request)
+            raise
         if body.model != self.model:
             raise RequestError(
                 404, f"there is no model {shorten(body.model)!r} here; this server has {self.model!r}", "model_not_found", param="model"
@@ -70,17 +86,24 @@ class ChatServer:
             taken.release()
             raise
         job.future.add_done_callback(lambda _: taken.release())  # the engine reads them until then
+        answered = self._answered(request, job, body, len(prompt))
+        if body.stream:
+            return EventStream(answered, lambda: events_begun(self.model, body.n), body.usage_in_stream)
+        whole = await answered
+        return Response(status_code=499) if whole is None else JSONResponse(whole)  # a client that is gone reads nothing
+
+    async def _answered(self, request: Request, job: Job, body: Body, prompt_tokens: int) -> dict[str, Any] | None:
+        """The body of the answer; None where the client is gone. Raises a `RequestError` where there is none."""
         try:
             completions = await _completed(self.batcher, job, request)
         except StoppedError as error:
             raise _stopping(error) from None
         except DecodingError as error:
-            _LOG.warning("a request of %d tokens could not be decoded: %s", len(prompt), error)
+            _LOG.warning("a request of %d tokens could not be decoded: %s", prompt_tokens, error)
             raise RequestError(500, f"this request could not be decoded: {one_line(error, _LONGEST)}", "decoding_failed") from None
         if completions is None:
-            return Response(status_code=499)  # the client is gone; so no one reads this
-
-        return await anyio.to_thread.run_sync(lambda: JSONResponse(answer(self.words, self.model, len(prompt), completions, body)))
+            return None
+        return await anyio.to_thread.run_sync(lambda: answer(self.words, self.model, prompt_tokens, completions, body))
 
     def _submit(self, body: Body, prompt: tuple[int, ...], images: tuple[ImageRef, ...]) -> Job:
         """Queues a request. Raises a `RequestError` where it cannot be."""
@@ -167,20 +190,34 @@ def _stopping(error: StoppedError) -> RequestError:
     return RequestError(503, f"{error}; try again later", "stopping", headers={"Retry-After": "5"})
 
 
+async def _drain(request: Request) -> None:
+    """Reads on after a refusal: a client that is still sending sees the answer only then, and else a broken connection."""
+    left = _DRAINED
+    with suppress(TimeoutError, ClientDisconnect, RuntimeError):  # the last: it was read to its end
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for chunk in request.stream():
+                left -= len(chunk)
+                if left < 0:
+                    return
+
+
 _STARTED = int(time.time())
 
 
 async def _completed(batcher: Batcher, job: Job, request: Request) -> list[Completion] | None:
-    """The completions of a job; None where the client went away first, or the server ends at once, and then the job is given up."""
+    """The completions of a job; None where the client went away first, and then the job is given up.
+
+    StoppedError where the server ends before it.
+    """
     done = asyncio.wrap_future(job.future)
     gone = asyncio.ensure_future(request.receive())  # the body is read: what comes is the end of the connection
     try:
         await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
         return await done if done.done() else None
-    except asyncio.CancelledError:  # a second signal: the loop ends before the answer that says so
+    except asyncio.CancelledError:  # told twice to end: the loop goes before the batch does
         if not batcher.closed:
             raise
-        return None
+        raise StoppedError("the server is stopping") from None
     finally:
         gone.cancel()
         if not done.done():

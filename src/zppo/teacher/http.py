@@ -12,8 +12,8 @@ import asyncio
 import json
 import math
 import random
-import re
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,16 +28,18 @@ try:  # the HTTP client that the openai package stands on
 except ImportError:  # its older versions
     import httpx  # type: ignore[no-redef]
 
+from zppo.teacher.proxy import proxy_to, transport_to
+from zppo.teacher.reply import Answer, Choice, Scrubber, split_content
+
 OPENAI_HOST = "api.openai.com"
 REPLY_BYTES = 1 << 16  # of a reply, whatever was asked for; tokens come on top
-REASON_CHARACTERS = 300
 CONNECT_SECONDS = 10.0
-BUSY = frozenset({408, 409, 425, 429, 503})
-ELSEWHERE = frozenset({401, 403, 404})
-SHORTEST_SECRET = 8  # characters; a shorter key could be a word of an honest completion
+BUSY = frozenset({408, 409, 425, 429, 503, 529})
+PAYMENT = 402
+ELSEWHERE = frozenset({401, PAYMENT, 403, 404})
 
-_BASE64 = re.compile(r"(data:[\w/+.;=-]{1,60}?base64,)?([A-Za-z0-9+/]{60,}={0,2})")
-
+_NO_CREDIT = {"insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_not_active", "payment_required"}
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _limit: ContextVar[int] = ContextVar("_limit")  # bytes of a reply, set by the task that asks
 
 
@@ -47,6 +49,10 @@ class OversizedError(Exception):
 
 class RedirectError(Exception):
     """A server sends a request on to another origin."""
+
+
+class CompressedError(Exception):
+    """A reply is compressed in a way that is not read; the message names it."""
 
 
 @dataclass(eq=False)
@@ -77,68 +83,17 @@ class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
         return self.reason
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One completion; `text` is None where there is none, `why` says why, `again` whether asking again may help."""
-
-    text: str | None
-    why: str = ""
-    again: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A reply: its choices, and the tokens that the server says it took."""
-
-    choices: tuple[Choice, ...]
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class Scrubber:
-    """Takes the key out of texts, and makes a server's words fit to print."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key
-
-    def __repr__(self) -> str:
-        return "Scrubber()"
-
-    def words(self, value: object, limit: int = REASON_CHARACTERS) -> str:
-        """One line of at most `limit` characters without control characters, without the key and without images."""
-        text = str(value)
-        if self._key:  # before any cut, which could leave a piece of it
-            text = text.replace(self._key, "[key]")
-        text = _BASE64.sub(_without_data, text)[: 100 * limit]  # a refused request comes back in some errors, images and all
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return text if len(text) <= limit else f"{text[:limit]}..."
-
-    def completion(self, text: str) -> str:
-        """A completion that can be written to any file: no lone surrogates, and no key if the server echoes it."""
-        text = sound(text)
-        return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
-
-
-def _without_data(found: re.Match[str]) -> str:
-    """`[data]` for what is encoded data; a long word that merely could be some stays."""
-    head, body = found.groups()
-    mixed = head or (not body.isupper() and not body.islower() and any(c.isdigit() for c in body))
-    return "[data]" if mixed else found[0]
-
-
-def sound(text: str) -> str:
-    """The text with lone surrogates, which no UTF-8 file takes, replaced by question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 class _Bounded(httpx.AsyncByteStream):
-    """A reply's body that stops at a limit of bytes."""
+    """A reply's body that stops at a limit of bytes, unpacked ones where it is packed."""
 
-    def __init__(self, stream: Any, limit: int) -> None:
+    def __init__(self, stream: Any, limit: int, packed: bool) -> None:
         self._stream, self._left = stream, limit
+        self._unpack = zlib.decompressobj(_GZIP_OR_ZLIB) if packed else None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for part in self._stream:
+            if self._unpack is not None:
+                part = self._unpack.decompress(part, self._left + 1)
             self._left -= len(part)
             if self._left < 0:
                 raise OversizedError
@@ -149,10 +104,14 @@ class _Bounded(httpx.AsyncByteStream):
 
 
 async def _bound(response: Any) -> None:
-    """Runs before the body of any reply is read, that of an error too. A compressed body could unpack to anything: none was asked for."""
-    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise OversizedError
-    response.stream = _Bounded(response.stream, _limit.get())
+    """Runs before the body of any reply is read, that of an error too. None was asked for that is compressed; some proxies do so anyway."""
+    encoding = response.headers.get("content-encoding", "").lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        raise CompressedError(encoding)
+    packed = encoding not in ("", "identity")
+    if packed:
+        del response.headers["content-encoding"]  # it is unpacked here, where the limit is known
+    response.stream = _Bounded(response.stream, _limit.get(), packed)
 
 
 async def within_origin(response: Any) -> None:
@@ -188,8 +147,13 @@ class Wire:
             key: sent as bearer; "" sends "EMPTY", which servers that want none ignore.
             deadline: seconds for one whole call.
             connections: most at once.
+
+        Raises:
+            SettingsError: the environment names a proxy that cannot be used.
         """
         self.url = url
+        proxy = proxy_to(url)
+        self._way = f" (through {proxy}; {proxy.around})" if proxy else ""
         self._scrub = Scrubber(key)
         self._deadline = deadline
         self._client = openai.AsyncOpenAI(
@@ -200,7 +164,7 @@ class Wire:
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultAsyncHttpxClient(
                 event_hooks={"response": [_bound, within_origin]},
-                limits=httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections),
+                transport=transport_to(proxy, httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections)),
             ),
         )
 
@@ -220,14 +184,18 @@ class Wire:
             deadline: seconds, where not the wire's own.
         """
         extra = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        content = await self._call(
-            lambda: self._client.chat.completions.with_raw_response.create(
-                model=body["model"], messages=body["messages"], extra_body=extra
-            ),
-            limit,
-            deadline,
-        )
-        return self._read(content)
+        try:
+            content = await self._call(
+                lambda: self._client.chat.completions.with_raw_response.create(
+                    model=body["model"], messages=body["messages"], extra_body=extra
+                ),
+                limit,
+                deadline,
+            )
+            return self._read(content)
+        except Trouble as trouble:
+            trouble.reason += self._way  # it may be the proxy that speaks
+            raise
 
     async def models(self, limit: int = 1 << 20, deadline: float = 10.0) -> list[str]:
         """Names of the models that are served; empty where the server does not say."""
@@ -257,10 +225,15 @@ class Wire:
     def _trouble(self, error: Exception, limit: int) -> Trouble:
         cause = error.__cause__
         if isinstance(error, OversizedError) or isinstance(cause, OversizedError):
-            reason = f"{self.url}: the reply is compressed or longer than {limit:,} bytes"
-            return Trouble(reason, again=False, oversized=True)
+            return Trouble(f"{self.url}: the reply is longer than {limit:,} bytes", again=False, oversized=True)
         if moved := next((e for e in (error, cause) if isinstance(e, RedirectError)), None):
             return Trouble(f"{self.url}: {self._scrub.words(moved)}", again=False, elsewhere=True, moved=True)
+        if packed := next((e for e in (error, cause) if isinstance(e, CompressedError)), None):
+            return Trouble(
+                f"{self.url}: the reply is compressed ({self._scrub.words(packed, 40)}), and was asked for as it is; turn compression off "
+                "in the server, or in the proxy before it",
+                again=False,
+            )
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         if isinstance(error, openai.APIConnectionError):
@@ -269,23 +242,30 @@ class Wire:
         return Trouble(f"{self.url}: {type(error).__name__}: {self._scrub.words(error)}", fault=True)
 
     def _refusal(self, error: openai.APIStatusError) -> Trouble:
-        status = error.status_code
-        body = error.body
-        said = (body.get("message") or body.get("detail") or body) if isinstance(body, dict) else body
-        reason = f"{self.url}: status {status}: {self._scrub.words(said or '(no reason given)')}"
+        return self._error(error.status_code, error.body, error.response.headers)
+
+    def _error(self, status: int, body: object, headers: Mapping[str, str], within: str = "") -> Trouble:
+        """What an error in a reply says; `within` names the reply where its own status was another one."""
+        given = body if isinstance(body, dict) else {}
+        said = given.get("message") or given.get("detail") or body
+        reason = f"{self.url}: {within or f'status {status}'}: {self._scrub.words(said or '(no reason given)')}"
+        if _NO_CREDIT & {given.get(name) for name in ("code", "type") if isinstance(given.get(name), str)}:
+            status = PAYMENT  # OpenAI calls it 429, and it does not pass
         busy = status in BUSY
         return Trouble(
             reason,
             again=busy or status >= 500,
             elsewhere=status in ELSEWHERE,
             fault=status == 500,
-            wait=retry_after(error.response.headers) if busy or status >= 500 else 0.0,
+            wait=retry_after(headers) if busy or status >= 500 else 0.0,
             status=status,
         )
 
     def _read(self, content: bytes) -> Answer:
         try:
             reply = json.loads(content)
+            if isinstance(reply, dict) and not reply.get("choices") and (reply.get("error") or reply.get("object") == "error"):
+                raise self._error_within(reply.get("error") or reply)
             choices = reply["choices"]
             if not isinstance(choices, list):
                 raise TypeError
@@ -295,27 +275,50 @@ class Wire:
         usage = reply.get("usage")
         return Answer(tuple(self._choice(choice) for choice in choices), _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
+    def _error_within(self, error: object) -> Trouble:
+        """An error in a reply whose status is 200, as gateways send those of the servers behind them."""
+        code = error.get("code") if isinstance(error, dict) else None
+        code = int(code) if isinstance(code, int | str) and str(code) in _STATUSES else 500
+        return self._error(code, error, {}, f"an error in a reply of status 200 (code {code})")
+
     def _choice(self, choice: object) -> Choice:
         """The text of a choice. Nothing but `content` is read: thoughts in a field of their own are no part of the answer.
 
         An empty text is a completion only where the model stopped by itself. Where the token limit or a filter ended it, there is
         none, and asking again would give none; without a reason to end, the choice is broken and may be asked for again [zppo].
         """
-        message = choice.get("message") if isinstance(choice, dict) else None
-        content = message.get("content") if isinstance(message, dict) else None
-        ended = choice.get("finish_reason") if isinstance(choice, dict) else None
-        if isinstance(content, str) and content:
+        choice = choice if isinstance(choice, dict) else {}
+        message = choice.get("message")
+        ended = choice.get("finish_reason")
+        content, apart = split_content(message.get("content")) if isinstance(message, dict) else (None, "")
+        if content and (content.strip() or ended != "stop"):
             return Choice(self._scrub.completion(content))
-        if ended == "stop" and isinstance(message, dict) and content in ("", None):
-            return Choice("")
+        thoughts = bool(apart) or (isinstance(message, dict) and any(isinstance(t := message.get(n), str) and t for n in _THOUGHTS))
+        if error := choice.get("error"):
+            return Choice(None, str(self._error_within(error)), True)
+        if isinstance(message, dict) and (refusal := message.get("refusal")):
+            return Choice(
+                None, f"{self.url}: the model refuses: {self._scrub.words(refusal, 100)!r}; change the prompt, or take another model"
+            )
+        if ended == "stop" and isinstance(message, dict) and content is not None:
+            why = (
+                f"{self.url}: a reply has thoughts and no text. Where most have: start the server with the --reasoning-parser of its model "
+                "or without one, or turn thinking off in template_args"
+            )
+            return Choice(self._scrub.completion(content), why if thoughts else "", thoughts=thoughts)
         if ended == "length":
             return Choice(
                 None,
                 f"{self.url}: the token limit was used up before any text came (thinking?): raise max_new_tokens of this use, "
                 "or turn thinking off in its template_args",
+                thoughts=thoughts,
             )
         known = ended in ("content_filter", "tool_calls")
         return Choice(None, f"{self.url}: a choice without text (finish_reason {self._scrub.words(ended, 40)})", not known)
+
+
+_STATUSES = frozenset(map(str, range(400, 600)))
+_THOUGHTS = ("reasoning_content", "reasoning")  # the fields of a message that servers put them into
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

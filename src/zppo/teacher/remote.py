@@ -24,8 +24,9 @@ from zppo.errors import ZPPOError
 from zppo.images.store import PixelLimits, request_url
 from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.step_log import StepLog
-from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Answer, Choice, Servers, Trouble, Wire, backoff, sound
+from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Servers, Trouble, Wire, backoff
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
+from zppo.teacher.reply import Answer, Choice, sound
 from zppo.teacher.startup_check import PING_IMAGE, Names, check_images, check_servers
 
 ENCODERS = 4  # images decoded at once, of up to 200 MB each
@@ -174,10 +175,15 @@ class RemoteTeacher:
         found = self.run(check_servers(wires, bodies, use, self._names, self._key_given, whole))
         self.one_by_one = self.one_by_one or not found.several
         for reason in found.unreachable:
-            url = reason.partition(": ")[0]
-            if url not in self._told:
-                self._told.add(url)
-                self._warn(f"{self._names.section}.base_urls: {reason}; the run starts without this address")
+            self._say_once(f"{reason}; the run starts without this address", reason.partition(": ")[0])
+        for note in found.notes:
+            self._say_once(note)
+
+    def _say_once(self, text: str, subject: str = "") -> None:
+        """A warning about the servers; about a `subject` the first one alone."""
+        if (subject or text) not in self._told:
+            self._told.add(subject or text)
+            self._warn(f"{self._names.section}.base_urls: {text}")
 
     def check_images(self, how: TeacherSampling, count: int, use: str = "") -> None:
         """Sends every address a small completion about `count` small images, the most that a question of the run has.
@@ -326,6 +332,8 @@ class RemoteTeacher:
         missing = []
         for place, choice in zip(places, choices if n == len(places) else choices * len(places), strict=True):
             got.texts[place] = choice.text
+            if choice.text is not None and choice.why:
+                self._say_once(choice.why)
             if choice.text is None:
                 got.errors.append(choice.why)
                 missing += [place] if choice.again else []

@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zppo.errors import TeacherError
-from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Trouble, Wire, backoff
+from zppo.teacher.http import OPENAI_HOST, PAYMENT, REPLY_BYTES, Trouble, Wire, backoff
+from zppo.teacher.reply import Choice
 
 CHECK_SECONDS = 60.0  # for one small completion
 LIMIT_SECONDS = 3.0  # in which a server refuses a token limit, if it does
@@ -35,10 +36,17 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a check found: addresses that cannot be reached now and why, and whether all others give several choices at once."""
+    """What a check found.
+
+    Attributes:
+        unreachable: addresses that cannot be reached now, and why.
+        several: all others give several choices at once.
+        notes: what a person should know about the replies.
+    """
 
     unreachable: tuple[str, ...]
     several: bool
+    notes: tuple[str, ...] = ()
 
 
 def read_key(key_env: str, base_urls: Sequence[str], section: str = "teacher") -> str:
@@ -79,18 +87,36 @@ async def check_servers(
         TeacherError: no address can be reached, or one refuses key, model or fields. The message names value, cause and mend.
     """
     results = await asyncio.gather(*(_check_one(wire, bodies, whole) for wire in wires))
-    for wire, (trouble, _) in zip(wires, results, strict=True):
+    for wire, (trouble, _, _) in zip(wires, results, strict=True):
         if trouble is not None and not trouble.again:
             raise await _refusal(wire, trouble, str(bodies[0]["model"]), use, names, key_given)
-    unreachable = tuple(trouble.reason for trouble, _ in results if trouble is not None)
+    unreachable = tuple(trouble.reason for trouble, _, _ in results if trouble is not None)
     if len(unreachable) == len(wires):
         model = bodies[0]["model"]
+        if all(trouble is not None and trouble.status is not None for trouble, _, _ in results):
+            raise TeacherError(
+                f"{names.section}.base_urls: the model {model!r} is not served: {'; '.join(unreachable)}. The server is there, and busy "
+                "or out of order: start again when it serves, or correct the address"
+            )
         server = "zppo" if str(model).startswith("lab:") else "vllm"  # only zppo knows the bundled models
         raise TeacherError(
             f"{names.section}.base_urls: the model {model!r} cannot be reached: {'; '.join(unreachable)}. Start its server "
             f"(`{server} serve {model}` serves http://HOST:8000/v1), or correct the address"
         )
-    return Found(unreachable, all(several for _, several in results))
+    notes = tuple(note for _, _, choices in results for note in _notes(choices, bodies[0], names.of(use)))
+    return Found(unreachable, all(several for _, several, _ in results), notes)
+
+
+def _notes(choices: Sequence[Choice], body: Mapping[str, Any], use: str) -> list[str]:
+    """What the replies to the small completions say about a server that answers."""
+    off = (body.get("chat_template_kwargs") or {}).get("enable_thinking") is False
+    notes = [choice.why for choice in choices if choice.why and (choice.text is not None or not choice.thoughts)]
+    if off and any(choice.thoughts and choice.text is None for choice in choices):
+        notes.append(
+            f"{body['model']!r} thinks although enable_thinking: false was sent, and thoughts count against {use}.max_new_tokens: raise it "
+            f"or turn thinking off as this server wants it, with {use}.extra_body"
+        )
+    return list(dict.fromkeys(notes))
 
 
 async def check_images(wires: Sequence[Wire], body: Mapping[str, Any], count: int, use: str, names: Names) -> None:
@@ -108,28 +134,30 @@ async def check_images(wires: Sequence[Wire], body: Mapping[str, Any], count: in
             )
 
 
-async def _check_one(wire: Wire, bodies: Sequence[Mapping[str, Any]], whole: Mapping[str, Any] | None) -> tuple[Trouble | None, bool]:
-    """What went wrong at one address, and whether it gives several choices."""
-    trouble, _ = await _ping(wire, bodies[0])
+async def _check_one(
+    wire: Wire, bodies: Sequence[Mapping[str, Any]], whole: Mapping[str, Any] | None
+) -> tuple[Trouble | None, bool, Sequence[Choice]]:
+    """What went wrong at one address, whether it gives several choices, and what it replied to the first of them."""
+    trouble, first = await _ping(wire, bodies[0])
     if trouble is None and whole is not None:
         trouble = await _limit_refused(wire, whole)
     if trouble is not None or len(bodies) == 1:
-        return trouble, True
+        return trouble, True, first
     trouble, choices = await _ping(wire, bodies[1])
-    return trouble if trouble is not None and trouble.again else None, choices >= bodies[1]["n"]
+    return trouble if trouble is not None and trouble.again else None, len(choices) >= bodies[1]["n"], first
 
 
-async def _ping(wire: Wire, body: Mapping[str, Any]) -> tuple[Trouble | None, int]:
-    """What went wrong with a small completion, and how many choices came. A server that is busy is asked again, for some seconds."""
+async def _ping(wire: Wire, body: Mapping[str, Any]) -> tuple[Trouble | None, Sequence[Choice]]:
+    """What went wrong with a small completion, and the choices that came. A server that is busy is asked again, for some seconds."""
     for attempt in range(1, PATIENCE + 1):
         try:
             answer = await wire.chat(body, REPLY_BYTES, CHECK_SECONDS)
         except Trouble as trouble:
             if not trouble.again or trouble.status is None or attempt == PATIENCE:
-                return trouble, 0
+                return trouble, ()
             await asyncio.sleep(max(backoff(attempt), min(trouble.wait, 10.0)))
         else:
-            return None, len(answer.choices)
+            return None, answer.choices
     raise AssertionError("the last attempt returns")
 
 
@@ -155,6 +183,13 @@ async def _refusal(wire: Wire, trouble: Trouble, model: str, use: str, names: Na
             f"{names.section}.key_env: the environment variable {variable} {state} ({trouble.reason}). Put a valid key into it, or "
             f"name another one in {names.section}.key_env"
         )
+    if trouble.status == PAYMENT:
+        return TeacherError(
+            f"{names.section}.key_env: the account of the key in {names.key_env or '(none)'} has no credit left ({trouble.reason}). Top it "
+            "up, or name another server"
+        )
+    if trouble.status is None:
+        return TeacherError(f"{names.section}.base_urls: {trouble.reason}")
     served = await wire.models()
     if trouble.status == 404 or (served and model not in served):
         known = f"it serves {', '.join(served[:10])}" if served else "it does not say which models it serves"

@@ -165,7 +165,8 @@ def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Ca
     """
     folder = Path(str(importlib.resources.files("zppo.evals"))) / "prompts"
     names = [name for name in get_args(Judge) if name != JUDGE]
-    book = PromptBook({name: folder / f"{name}.jinja" for name in names} | dict(overrides or {}), neutralise)
+    # No more tags than the usual ones are broken: `<AND>` and `<OR>` of MM-Vet's words stand in its golds.
+    book = PromptBook({name: folder / f"{name}.jinja" for name in names} | dict(overrides or {}), lambda text: neutralise(text))
     for name in names:  # a mistake shows now, not after the model was asked everything
         book.text(name, dict.fromkeys(_SLOTS, ""))
     return book

@@ -1,0 +1,199 @@
+"""Replies as servers send them: contents in parts, thoughts alone, refusals, errors in a reply, empty accounts, packed bodies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fault_server import Server
+from test_remote import HOW, ask, hurry, make, take_service, words  # noqa: F401 - fixtures
+from test_remote_check import USES, checked, refused
+from zppo.engines.base import Sampling
+from zppo.errors import EvaluationError
+from zppo.evals.endpoint import find_model
+from zppo.teacher.interface import TeacherSampling
+from zppo.teacher.reply import split_content
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(shared: Server) -> Server:
+    shared.control()
+    return shared
+
+
+def replied(finish: str | None = "stop", choice: dict[str, Any] | None = None, **message: Any) -> dict[str, Any]:
+    """A fault: a reply with this message."""
+    choices = [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish, **(choice or {})}]
+    return {"kind": "reply", "reply": json.dumps({"choices": choices})}
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([text("a "), text("b")], "a b"),
+        ([{"type": "thinking", "thinking": [text("hm")]}, text("b")], "b"),
+        ([{"type": "thinking", "thinking": "hm", "closed": True}, text("b")], "b"),
+        ([{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "b"}], "b"),
+        ([text("b"), {"type": "reference", "reference_ids": [1]}, {"type": "image_url", "image_url": "x"}], "b"),
+        ([text("half a \ud83d")], "half a ?"),
+    ],
+)
+def test_a_content_in_parts_is_its_texts(server: Server, make: Any, content: Any, expected: str) -> None:  # noqa: F811
+    server.control(replied(content=content))
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert (reply.texts, reply.error, len(server.log)) == ((expected,), "", 1)
+
+
+@pytest.mark.parametrize("content", [["a", "list"], [7], [{"text": "no type"}], [{"type": ["text"]}], {"type": "text"}, 7, True])
+def test_a_content_of_another_shape_is_asked_for_again(server: Server, make: Any, content: Any) -> None:  # noqa: F811
+    server.control(replied(content=content))
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert (reply.texts, len(server.log)) == ((words("x"),), 2)
+
+
+def test_odd_parts_break_nothing() -> None:
+    assert split_content([{"type": "thinking"}, {"type": "thinking", "thinking": {"a": 1}}, {"type": "text"}, text("b")]) == ("b", "")
+    assert split_content(None) == ("", "") and split_content(5) == (None, "")
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("content", [None, "", "\n\n", [{"type": "thinking", "thinking": "all of it"}]])
+def test_thoughts_alone_are_said_once(server: Server, make: Any, field: str, content: Any) -> None:  # noqa: F811
+    warnings: list[str] = []
+    teacher = make(server, warn=warnings.append)
+    server.control(*[replied(content=content, **{field: "the whole answer"})] * 3)
+    for _ in range(3):
+        (reply,) = teacher.complete([ask("x")], HOW)
+        assert (reply.texts[0] or "").strip() == "" and reply.texts[0] is not None  # the model ended by itself, so it is wrong
+    (warning,) = warnings
+    assert "a reply has thoughts and no text" in warning and "--reasoning-parser" in warning
+
+
+def test_the_start_says_that_there_are_thoughts_alone(server: Server) -> None:
+    server.control(always=replied(content=None, reasoning_content="ok"))
+    (warning,), _ = checked(server.url, key="")
+    assert "a reply has thoughts and no text" in warning
+
+
+def test_the_start_says_that_thinking_cannot_be_turned_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.control(always=replied("length", content=None, reasoning_content="Let me think"))
+    (warning,), _ = checked(server.url, key="")  # of the two uses, one asked for it
+    assert "'tiny' thinks although enable_thinking: false was sent" in warning and "teacher.compression.extra_body" in warning
+    monkeypatch.setitem(USES, "compression", (TeacherSampling(Sampling(max_new_tokens=8)), 1))
+    assert checked(server.url, key="")[0] == []
+
+
+def test_a_refusal_is_no_completion(server: Server, make: Any) -> None:  # noqa: F811
+    server.control(always=replied(content=None, refusal="I can't help with that."))
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert reply.texts == (None,) and len(server.log) == 1
+    assert 'the model refuses: "I can\'t help with that."' in reply.error
+    (warning,), _ = checked(server.url, key="")
+    assert "the model refuses" in warning
+
+
+@pytest.mark.parametrize(
+    "error", [{}, {"error": {"code": "insufficient_quota"}, "status": 429}, {"error": {"type": "insufficient_quota"}, "status": 429}]
+)
+def test_an_empty_account_is_said_and_not_waited_for(server: Server, make: Any, error: dict[str, Any]) -> None:  # noqa: F811
+    server.control(always={"kind": "status", "status": 402, "body": "Insufficient Balance", **error})
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert reply.texts == (None,) and "Insufficient Balance" in reply.error and len(server.log) == 1
+    said = refused(server.url, key="")
+    assert "teacher.key_env: the account of the key in SOME_KEY has no credit left" in said and "Top it up" in said
+    with pytest.raises(EvaluationError, match="no credit left: top it up"):
+        find_model(server.url, "", None, "judge")
+
+
+def test_an_empty_account_passes_requests_on(server: Server, make: Any) -> None:  # noqa: F811
+    other = Server()
+    try:
+        server.control(always={"kind": "status", "status": 402})
+        (reply,) = make(server, other).complete([ask("x")], HOW)
+        assert reply.texts == (words("x"),)
+    finally:
+        other.kill()
+
+
+def test_an_overloaded_server_is_waited_for_and_said(server: Server, make: Any) -> None:  # noqa: F811
+    overloaded = {"kind": "status", "status": 529, "body": "Overloaded"}
+    server.control(*[overloaded] * 3)
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert (reply.texts, len(server.log)) == ((words("x"),), 4)
+    server.control(always=overloaded)
+    said = refused(server.url, key="")
+    assert "is not served" in said and "status 529: Overloaded" in said and "busy or out of order" in said and "Start its" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "requests", "said"),
+    [
+        ({"message": "Provider returned error", "code": 502}, 2, "code 502): Provider returned error"),
+        ({"message": "Rate limit exceeded", "code": "429"}, 2, "code 429): Rate limit exceeded"),
+        ({"message": "no"}, 2, "code 500): no"),
+        ("it broke", 2, "it broke"),
+        ({"message": "bad field", "code": 400}, 1, "code 400): bad field"),
+        ({"message": "pay", "code": 402}, 1, "code 402): pay"),
+        ({"code": [1], "type": {"a": 1}}, 2, "{'code': [1]"),
+    ],
+)
+def test_an_error_within_a_reply_is_one(server: Server, make: Any, error: Any, requests: int, said: str) -> None:  # noqa: F811
+    fault = {"kind": "reply", "reply": json.dumps({"error": error})}
+    server.control(fault)
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert len(server.log) == requests
+    assert reply.texts == ((words("x") if requests > 1 else None),)
+    server.control(always=fault)
+    assert "an error in a reply of status 200 (" in refused(server.url, key="")
+    with pytest.raises(EvaluationError) as caught:
+        find_model(server.url, "", None, "model")
+    assert said in str(caught.value)
+
+
+def test_other_errors_within_a_reply(server: Server, make: Any) -> None:  # noqa: F811
+    choice = replied(None, {"error": {"message": "upstream died", "code": 502}}, content="")
+    server.control(choice, {"kind": "reply", "reply": json.dumps({"object": "error", "message": "old form", "code": 40303})})
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert (reply.texts, len(server.log)) == ((words("x"),), 3)
+    server.control(*[choice] * 3)
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert reply.texts == (None,) and "upstream died" in reply.error
+
+
+def test_packed_replies_are_read_within_the_limit(server: Server, make: Any) -> None:  # noqa: F811
+    packed = replied(content="packed") | {"kind": "gzip"}
+    teacher = make(server)
+    server.control(packed)
+    (reply,) = teacher.complete([ask("x")], HOW)
+    assert reply.texts == ("packed",)
+    for encoding in ("br", "zstd", "gzip, br"):
+        server.control({"kind": "gzip", "encoding": encoding})
+        (reply,) = teacher.complete([ask("x")], HOW)
+        assert reply.texts == (None,) and f"the reply is compressed ({encoding})" in reply.error and "turn compression off" in reply.error
+    assert take_service(teacher).oversized == 0
+    server.control(always={"kind": "gzip", "encoding": "br"})
+    said = refused(server.url, key="")
+    assert "teacher.base_urls: " in said and "turn compression off in the server, or in the proxy before it" in said
+
+
+@pytest.mark.parametrize("fault", [{"instead": "no gzip"}, {"instead": ""}, {"reply": '{"choices": [{}]}', "cut": 12}])
+def test_what_says_that_it_is_packed_and_is_not(server: Server, make: Any, fault: dict[str, Any]) -> None:  # noqa: F811
+    server.control({"kind": "gzip", **fault})
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert (reply.texts, len(server.log)) == ((words("x"),), 2)
