@@ -71,16 +71,18 @@ def test_samples_of_a_question_are_one_value_in_the_standard_error() -> None:
 
 
 def test_open_rows_are_counted_and_never_wrong() -> None:
-    rows = [
-        row("a", 1, 1.0),
-        row("b", 1, None, finish="stop"),
-        row("c", 1, None),
-        row("d", 1, 0.0, reason="no answer", finish="max_tokens"),
-    ]
+    rows = [row("a", 1, 1.0), row("b", 1, None, finish="stop"), row("c", 1, None), row("d", 1, 0.0, boxless=True, finish="max_tokens")]
     part = summary(find("AIME25"), rows, 6)
     assert (part["value"], part["rows"], part["open"], part["judge_errors"]) == (0.5, 2, 4, 1)
     assert (part["no_answer"], part["truncated"]) == (1, 1)
     assert summary(find("AIME25"), [], 3)["value"] is None
+
+
+def test_both_figures_are_kept_with_the_judge_and_strictly_by_box() -> None:
+    """Of a question whose two samples the judge finds right one has no box."""
+    rows = [row("a", 1, 1.0, boxless=True), row("a", 2, 1.0), row("b", 1, 0.0, boxless=True), row("b", 2, 0.0)]
+    part = summary(find("MMLU"), rows, 4)
+    assert (part["value"], part["by_box"], part["by_box_error"], part["no_answer"]) == (0.5, 0.25, 0.25, 2)
 
 
 def test_rows_left_out_are_neither_wrong_nor_open() -> None:
@@ -98,14 +100,19 @@ def test_rows_left_out_are_neither_wrong_nor_open() -> None:
 
 def test_a_familys_mean_and_error_are_over_benchmarks_with_a_figure() -> None:
     parts = [
-        {"name": "A", "family": "vlm", "value": 0.2, "error": 0.03},
-        {"name": "B", "family": "vlm", "value": 0.4, "error": 0.04},
-        {"name": "C", "family": "vlm", "value": None, "error": None},
-        {"name": "D", "family": "llm", "value": 0.7, "error": None},
+        {"name": "A", "family": "vlm", "value": 0.2, "by_box": 0.1, "error": 0.03},
+        {"name": "B", "family": "vlm", "value": 0.4, "by_box": 0.3, "error": 0.04},
+        {"name": "C", "family": "vlm", "value": None, "by_box": None, "error": None},
+        {"name": "D", "family": "llm", "value": 0.7, "by_box": 0.7, "error": None},
     ]
     result = families(parts)
-    assert result["vlm"] == {"value": pytest.approx(0.3), "error": pytest.approx(0.025), "benchmarks": ["A", "B"]}
-    assert result["llm"] == {"value": 0.7, "error": None, "benchmarks": ["D"]}
+    assert result["vlm"] == {
+        "value": pytest.approx(0.3),
+        "by_box": pytest.approx(0.2),
+        "error": pytest.approx(0.025),
+        "benchmarks": ["A", "B"],
+    }
+    assert result["llm"] == {"value": 0.7, "by_box": 0.7, "error": None, "benchmarks": ["D"]}
 
 
 # --- questions as they are sent -----------------------------------------------------------------------------------------------
@@ -292,7 +299,7 @@ def test_the_closing_table_says_what_was_decided_by_whom_and_what_was_skipped(tm
     console = Console(record=True, width=150, force_terminal=False)
     print_results(console, EvalFolder(tmp_path).read() or {})
     text = shown(console)
-    assert "AI2D 50.0 16.7 10 10 0 0 0 0" in text and "mean of 2 llm 30.0" in text and "skipped HLE: it is gated" in text
+    assert "AI2D 50.0 16.7 50.0 10 10 0 0 0 0" in text and "mean of 2 llm 30.0" in text and "skipped HLE: it is gated" in text
     assert text.startswith("m, judged by j benchmark score")
 
 

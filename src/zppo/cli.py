@@ -268,6 +268,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=int, default=16, metavar="N", help="pictures of a clip (default: 16)")
     parser.add_argument("--think-open", action="store_true", help="the chat template behind the URL ends inside an open think block")
+    parser.add_argument(
+        "--strict", action="store_true", help="rows with a malformed verdict or a broken clip stay open (default: they count as 0)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="what would be asked and what it would cost; asks nothing")
     parser.add_argument("--resamples", type=int, default=10_000, help="of compare (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of compare's resamples (default: 0)")

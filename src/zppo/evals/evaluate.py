@@ -77,7 +77,7 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     weights = fingerprint(place)
     # A finished evaluation is only shown again: its server is not started, its judge not needed.
     known = folder.read()
-    if known is not None and all(finished(known, each.name, options.limit, options.samples) for each in chosen):
+    if known is not None and all(finished(known, each.name, options.limit, options.samples, options.strict) for each in chosen):
         begin(folder, "", "", _settings_now(options, known, label, weights, judge_key))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
@@ -92,13 +92,21 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
         own = settings_of(options, label, judge, "file" if as_file else "frames", weights)
         state = begin(folder, label, options.model, own)  # refuses rows that were made under other settings
         folder.write(state)
-        decider = Decider(judge_url, judge, judge_key, options.judge_prompts, concurrency=options.concurrency, think_open=think_open)
+        decider = Decider(
+            judge_url,
+            judge,
+            judge_key,
+            options.judge_prompts,
+            concurrency=options.concurrency,
+            think_open=think_open,
+            strict=options.strict,
+        )
         stack.callback(decider.close)
         session = Session(options, folder, console, server, found.name, as_file, decider)
         for benchmark in chosen:
             state = _one(session, benchmark, state)
             folder.write(state)
-    _close(state, chosen, folder, console)
+    _close(state, chosen, options, folder, console)
 
 
 def _check(options: EvalOptions) -> None:
@@ -163,7 +171,7 @@ def _checkpoint(model: str) -> Path:
 def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[str, Any]:
     """The state with one more benchmark."""
     options, folder, console = session.options, session.folder, session.console
-    if finished(state, benchmark.name, options.limit, options.samples):
+    if finished(state, benchmark.name, options.limit, options.samples, options.strict):
         return state
     try:
         loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.inside("media"), limit=options.limit)
@@ -220,7 +228,16 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
         turns = partial(chat_turns, book=PromptBook(), store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
         health = Health()
         work = TaskContext(
-            benchmark, items, turns, session.decider, answers, judgements, health, CapacityLimiter(options.concurrency + 4), take
+            benchmark,
+            items,
+            turns,
+            session.decider,
+            answers,
+            judgements,
+            health,
+            CapacityLimiter(options.concurrency + 4),
+            take,
+            options.strict,
         )
         model = served_model(session.server.url, session.name, session.server.key, options.decoding, options.concurrency)
         log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.inside("logs"))
@@ -234,7 +251,7 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
     return rows
 
 
-def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], folder: EvalFolder, console: Console) -> None:
+def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], options: EvalOptions, folder: EvalFolder, console: Console) -> None:
     """The closing table; EvaluationError where something is left to do."""
     print_results(console, state)
     say(console, f"written to {folder.result}; transcripts: inspect view --log-dir {folder.inside('logs')}")
@@ -243,7 +260,8 @@ def _close(state: Mapping[str, Any], chosen: tuple[Benchmark, ...], folder: Eval
     if left:
         counts = ", ".join(f"{name} {count:,}" for name, count in left.items())
         raise EvaluationError(
-            f"rows are open, since a server failed or a clip cannot be read ({counts}): {folder.inside('rows')} says why. Mend it; "
+            f"rows are open, since a server failed{' or a clip or verdict cannot be read' * options.strict} ({counts}): "
+            f"{folder.inside('rows')} says why. Mend it; "
             "the same command asks for these rows alone"
         )
     if not any(each["name"] in names for each in state["benchmarks"]):

@@ -57,6 +57,7 @@ class EvalOptions:
     video: VideoMode = "auto"
     frames: int = FRAMES
     think_open: bool = False
+    strict: bool = False
     dry_run: bool = False
 
     @property

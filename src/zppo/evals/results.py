@@ -198,6 +198,9 @@ By = Literal["rule", "judge", "open", "left out"]
 TRUNCATED = "max_tokens"
 TOO_LONG = "model_length"
 """What inspect-ai calls it where the server refuses a conversation that is too long for the model's context."""
+BROKEN = "broken_media"
+"""A question that is not asked, since its clip or a picture of it cannot be decoded."""
+MALFORMED = "the judge's reply is malformed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +212,12 @@ class SampleResult:
         by: who decided; open: not decided yet, because model or judge failed. A repeated call asks again;
             left out: it has pictures, and the model takes none.
         value: 0 to 1; None while open, or where it is left out.
+        boxless: strictly by box it is 0: there is no box that can be read, whatever the judge found in the text.
         text: what the model wrote, thoughts included.
         answer: what was extracted.
         reason: what the rules said, in a word or two.
         reply: the judge's, "" where it was not asked.
-        error: why the row is open or left out.
+        error: why the row is open, left out, or 0 without having been asked or judged.
         finish: why the model stopped.
         tokens_in, tokens_out: of the model, as its server counts.
         judge_tokens: of the judge, in and out.
@@ -225,6 +229,7 @@ class SampleResult:
     epoch: int
     by: By
     value: float | None = None
+    boxless: bool = False
     text: str = ""
     answer: str | None = None
     reason: str = ""
@@ -238,13 +243,20 @@ class SampleResult:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def scored(rows: Iterable[SampleResult]) -> list[Scored]:
-    """Decided rows by question: samples of one question are no new questions, their mean is one value (so errors are clustered)."""
+_MOST_NAMED = 20  # rows of a kind that eval.json names
+
+
+def scored(rows: Iterable[SampleResult], *, by_box: bool = False) -> list[Scored]:
+    """Decided rows by question: samples of one question are no new questions, their mean is one value (so errors are clustered).
+
+    Args:
+        by_box: the values strictly by box.
+    """
     by_id: dict[str, list[SampleResult]] = {}
     for row in rows:
         if row.value is not None:
             by_id.setdefault(row.id, []).append(row)
-    return [Scored(fmean(r.value or 0.0 for r in group), group[0].facts) for group in by_id.values()]
+    return [Scored(fmean(0.0 if by_box and row.boxless else row.value or 0.0 for row in group), group[0].facts) for group in by_id.values()]
 
 
 def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -> dict[str, Any]:
@@ -253,8 +265,10 @@ def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -
     Args:
         expected: rows that there should be, samples counted; those that are missing are open.
     """
-    result = figure(benchmark, scored(rows))
+    result, by_box = figure(benchmark, scored(rows)), figure(benchmark, scored(rows, by_box=True))
     decided = [row for row in rows if row.by not in ("open", "left out")]
+    malformed = [row for row in decided if row.error == MALFORMED]
+    broken = [row for row in decided if row.finish == BROKEN]
     left_out = [row for row in rows if row.by == "left out"]
     return {
         "name": benchmark.name,
@@ -263,15 +277,22 @@ def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -
         "aggregate": benchmark.aggregate,
         "value": _number(result.value),
         "error": _number(result.error),
+        "by_box": _number(by_box.value),
+        "by_box_error": _number(by_box.error),
         "units": result.n,
         "beside": {name: _number(value) for name, value in result.beside.items()},
         "expected": expected,
         "rows": len(decided),
         "by_rule": sum(row.by == "rule" for row in decided),
         "by_judge": sum(row.by == "judge" for row in decided),
-        "no_answer": sum(row.answer is None and row.reason == "no answer" and row.finish != TOO_LONG for row in decided),
+        "no_answer": sum(row.boxless and row.finish not in (TOO_LONG, BROKEN) for row in decided),
         "truncated": sum(row.finish == TRUNCATED for row in decided),
         "too_long": sum(row.finish == TOO_LONG for row in decided),
+        "malformed": len(malformed),
+        "malformed_rows": _named(malformed),
+        "broken": len(broken),
+        "broken_rows": _named(broken),
+        "why_broken": broken[0].error if broken else "",
         "left_out": len(left_out),
         "why_left_out": left_out[0].error if left_out else "",
         "open": expected - len(decided) - len(left_out),
@@ -281,6 +302,11 @@ def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -
         "judge_tokens_in": sum(row.judge_tokens[0] for row in rows),
         "judge_tokens_out": sum(row.judge_tokens[1] for row in rows),
     }
+
+
+def _named(rows: Sequence[SampleResult]) -> list[str]:
+    """Ids of the first questions among the rows."""
+    return sorted({row.id for row in rows})[:_MOST_NAMED]
 
 
 def families(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -293,6 +319,7 @@ def families(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
         errors = [math.nan if each["error"] is None else float(each["error"]) for each in have]
         result[name] = {
             "value": fmean(float(each["value"]) for each in have),
+            "by_box": fmean(float(each["by_box"]) for each in have),
             "error": _number(math.sqrt(math.fsum(e * e for e in errors)) / len(errors)),
             "benchmarks": [each["name"] for each in have],
         }
@@ -432,9 +459,10 @@ def with_skipped(state: Mapping[str, Any], name: str, family: str, why: str) -> 
     return {**state, "skipped": [*skipped, {"name": name, "family": family, "why": why}]}
 
 
-def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int) -> bool:
-    """Whether an earlier call has decided every row that this one would."""
+def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int, strict: bool = False) -> bool:
+    """Whether an earlier call has decided every row that this one would; `strict`: for what was malformed or broken too."""
     for each in state["benchmarks"]:
         if each["name"] == name:
-            return not each["open"] and each["limit"] == limit and each["samples"] == samples
+            left = each["open"] or (strict and (each["malformed"] or each["broken"]))
+            return not left and each["limit"] == limit and each["samples"] == samples
     return False

@@ -43,13 +43,13 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import ToolInfo
 from openai import DefaultAsyncHttpxClient
 
-from zppo.errors import EvaluationError, one_line
+from zppo.errors import DataError, EvaluationError, UnavailableError, one_line
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.media import ChatTurn, media_key
+from zppo.evals.media import ChatTurn, media_key, media_there
 from zppo.evals.options import Decoding, digest_of
-from zppo.evals.results import TOO_LONG, By, SampleResult
+from zppo.evals.results import BROKEN, TOO_LONG, By, SampleResult
 from zppo.evals.scoring.verdicts import Decider
 from zppo.teacher.http import SHORTEST_SECRET, sound
 
@@ -252,6 +252,7 @@ class TaskContext:
     Attributes:
         turns: the conversation of a question with its media.
         answers, judgements: journals of replies.
+        strict: a question whose clip or picture cannot be decoded stays open; else it is 0.
         take: is given every row as it is decided or fails.
     """
 
@@ -264,6 +265,7 @@ class TaskContext:
     health: Health
     threads: CapacityLimiter
     take: Take
+    strict: bool = False
 
 
 def run_task(work: TaskContext, model: Model, *, samples: int, concurrency: int, logs: Path) -> EvalLog:
@@ -332,7 +334,7 @@ def ask(work: TaskContext) -> Solver:
                 by: By = "left out" if isinstance(error, LeftOutError) else "open"
                 work.take(SampleResult(item.id, state.epoch, by, error=said, gold=item.golds, facts=item.facts))
                 raise EvaluationError(said) from None
-            if known["finish"] != TOO_LONG:  # another server of the model may have a longer context
+            if known["finish"] not in (TOO_LONG, BROKEN):  # a longer context or another clip may come
                 await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
         else:
             state.output = ModelOutput.from_content(str(state.model), known["text"], stop_reason=known["finish"])
@@ -350,7 +352,15 @@ async def _asked(work: TaskContext, item: Item, state: TaskState, generate: Gene
         raise LeftOutError(work.health.blind)
     if work.health.down:
         raise EvaluationError(f"not asked, since {work.health.failures} requests before it failed ({work.health.last})")
-    state.messages = chat_messages(await to_thread.run_sync(work.turns, item, limiter=work.threads))
+    try:
+        turns = await to_thread.run_sync(work.turns, item, limiter=work.threads)
+    except UnavailableError:
+        raise
+    except DataError as error:
+        if work.strict or not media_there(item):
+            raise
+        return {"text": "", "finish": BROKEN, "tokens_in": 0, "tokens_out": 0, "error": why(error)}
+    state.messages = chat_messages(turns)
     try:
         output = (await generate(state)).output
     except Exception as error:

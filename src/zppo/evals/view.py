@@ -79,14 +79,15 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     say(console, f"{state['label']}, judged by {state['settings']['judge']}", "bold")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("benchmark")
-    for name in ("score", "±", "rows", "rule", "judge", "no answer", "cut", "open"):
+    for name in ("score", "±", "by box", "rows", "rule", "judge", "no box", "cut", "open"):
         table.add_column(name, justify="right")
     for each in state["benchmarks"]:
         counts = (each[name] for name in ("rows", "by_rule", "by_judge", "no_answer", "truncated", "open"))
-        table.add_row(Text(each["name"]), points(each["value"]), points(each["error"]), *(f"{count:,}" for count in counts))
+        shown = (points(each[name]) for name in ("value", "error", "by_box"))
+        table.add_row(Text(each["name"]), *shown, *(f"{count:,}" for count in counts))
     for name, family in state["families"].items():
         of = f"mean of {len(family['benchmarks'])} {name}"
-        table.add_row(Text(of, style="bold"), points(family["value"]), points(family["error"]))
+        table.add_row(Text(of, style="bold"), *(points(family[name]) for name in ("value", "error", "by_box")))
     console.print(table)
     for each in state["benchmarks"]:
         if parts := each["beside"]:
@@ -104,6 +105,16 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
         if count := each.get("left_out", 0):
             of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
             warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
+        if count := each.get("malformed", 0):
+            warnings.append(
+                f"{count:,} of {each['rows']:,} rows are 0 since the judge's verdict was malformed, and again after a reminder: "
+                f"{_names(each['malformed_rows'])}; --strict judges them again"
+            )
+        if count := each.get("broken", 0):
+            warnings.append(
+                f"{count:,} of {each['rows']:,} rows are 0 since a clip or picture cannot be decoded: {_names(each['broken_rows'])} "
+                f"({each['why_broken']}); --strict keeps them open"
+            )
         if count := each.get("too_long", 0):
             warnings.append(
                 f"{count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
@@ -114,10 +125,15 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     errors = sum(each["judge_errors"] for each in state["benchmarks"])
     say(
         console,
-        "score: percent; ±: standard error, samples of one question counted as one; rule, judge: who decided; cut: stopped by the token "
-        f"limit; open: not decided yet, {errors:,} of them since the judge failed",
+        "score: percent; ±: standard error, samples of one question counted as one; by box: 0 for a reply without a box that can be read "
+        "(no box), which a judge may find right; rule, judge: who decided; cut: stopped by the token limit; open: not decided yet, "
+        f"{errors:,} of them since the judge failed",
         "dim",
     )
+
+
+def _names(ids: Sequence[str], most: int = 5) -> str:
+    return ", ".join(ids[:most]) + ", ..." * (len(ids) > most)
 
 
 def points(value: float | None) -> str:
