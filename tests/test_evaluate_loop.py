@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from eval_server import Reply, command, fair, results, right, rows, said, scripted, write_clip
+from conftest import make_tiny
+from eval_server import Reply, Scripted, command, fair, results, right, rows, said, scripted, write_clip
 from evaluate_data import write_data
 from zppo import cli
+from zppo.config.recipe import dump_yaml
+from zppo.evals.endpoint import Server
+from zppo.evals.options import EvalOptions, with_words_of_run
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +125,143 @@ def test_a_clip_that_cannot_be_decoded_counts_0_is_named_and_closes_the_benchmar
             write_clip(path)
         assert cli.main(arguments) == 0
         assert (only(out)["broken"], only(out)["open"]) == (0, 0)
+
+
+# --- the judge and the words ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_no_judge_is_asked_for_where_rules_decide_all(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder takes a judge when a benchmark with one comes; with another judge after that it is refused."""
+    with scripted(lambda body: r"\boxed{70}", "m") as model, scripted(fair, "j") as judge, scripted(fair, "k") as other:
+        alone = ["eval", model.url, "--suite", "AIME25,AIME26", "--data", str(data), "--output", str(tmp_path)]
+        assert cli.main(alone) == 0 and cli.main([*alone, "--judge", "http://127.0.0.1:1/v1"]) == 0
+        assert results(tmp_path)["settings"]["judge"] is None and "m, no judge" in capsys.readouterr().out
+        assert cli.main(["eval", model.url, "--suite", "AIME25,IMO-AB", "--data", str(data), "--output", str(tmp_path)]) == 2
+        assert "rules cannot decide (IMO-AB)" in " ".join(capsys.readouterr().err.split())
+        assert cli.main(command(model.url, judge, data, tmp_path, "AIME25,IMO-AB")) == 0
+        assert results(tmp_path)["settings"]["judge"] == "j" and judge.requests
+        assert cli.main(alone) == 0
+        assert cli.main(command(model.url, other, data, tmp_path, "IMO-AB")) == 2
+        assert "judge = 'j', and now it is 'k'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run with a closing instruction and template arguments of its own."""
+    (tmp_path / "closing.jinja").write_text("Answer in \\boxed{}, like a pirate.")
+    recipe = {
+        "student": {"model": "lab:unreachable/student", "template_args": {"enable_thinking": False}},
+        "teacher": {"model": "lab:unreachable/teacher"},
+        "data": {"train": "lab:unreachable/train"},
+        "prompts": {"closing": str(tmp_path / "closing.jinja")},
+    }
+    folder = tmp_path / "run"
+    make_tiny(folder / "final", vocab_size=512, max_position_embeddings=4096)
+    (folder / "recipe.yaml").write_text(dump_yaml(recipe))
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '<think>' if enable_thinking else 'so: ' }}"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder / "final")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("below", ["", "final"])
+def test_a_run_is_asked_in_the_words_that_it_was_trained_with(
+    below: str, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its closing instruction and the arguments of its chat template; others are refused in the same folder."""
+    out = tmp_path / "out"
+    with scripted(right, "evaluated") as model, scripted(fair, "j") as judge:
+        standing_in(monkeypatch, model)
+        arguments = command(str(run / below), judge, data, out, "CEval")
+        assert cli.main(arguments) == 0
+        for body in model.requests:
+            assert said(body).endswith("Answer in \\boxed{}, like a pirate.")
+            assert body["chat_template_kwargs"] == {"enable_thinking": False}
+        settings = results(out)["settings"]
+        assert settings["closing"] == "Answer in \\boxed{}, like a pirate." and settings["think_open"] is False
+        assert cli.main([*arguments, "--template-args", "{enable_thinking: true}"]) == 2
+        assert "template_args = {'enable_thinking': False}" in capsys.readouterr().err
+        (tmp_path / "mine.jinja").write_text("Only \\boxed{}.")
+        mine = ["--closing", str(tmp_path / "mine.jinja"), "--template-args", "{enable_thinking: true}"]
+        assert cli.main([*arguments, *mine[:2]]) == 2
+        assert "was made with closing = " in capsys.readouterr().err
+        assert cli.main([*command(str(run / below), judge, data, tmp_path / "other", "CEval"), *mine]) == 0
+        assert said(model.requests[-1]).endswith("Only \\boxed{}.")
+        assert results(tmp_path / "other")["settings"]["think_open"] is True  # with these arguments the template opens the block
+        (tmp_path / "closing.jinja").unlink()
+        assert cli.main(arguments) == 2
+        assert "closing.jinja, which is gone: name its file with --closing" in " ".join(capsys.readouterr().err.split())
+
+
+def test_whose_words_a_checkpoint_is_asked_in(run: Path, tmp_path: Path) -> None:
+    """Those of the run that it lies in; a recipe that happens to lie about says nothing."""
+
+    def words(place: Path, **given: Any) -> tuple[str | None, Any]:
+        found = with_words_of_run(EvalOptions("m", "paper", **given), place)
+        return found.closing.name if found.closing else None, found.template_args
+
+    trained = ("closing.jinja", {"enable_thinking": False})
+    assert words(run / "final") == words(run / "checkpoints" / "step-000010" / "model") == trained
+    assert words(run / "final", template_args={}) == ("closing.jinja", {})
+    assert words(run / "models" / "other") == words(tmp_path / "final") == (None, {})
+
+
+def standing_in(monkeypatch: pytest.MonkeyPatch, model: Scripted) -> None:
+    """Checkpoints are served by this server."""
+
+    @contextmanager
+    def served(*arguments: Any, **options: Any) -> Iterator[Server]:
+        yield Server(model.url, "", "zppo")
+
+    monkeypatch.setattr("zppo.evals.evaluate.served", served)
+
+
+@pytest.mark.slow
+def test_a_urls_words_come_from_flags(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("Only \\boxed{}.")
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        flags = ["--closing", str(tmp_path / "mine.jinja"), "--template-args", "{enable_thinking: true}"]
+        assert cli.main(command(model.url, judge, data, tmp_path / "out", "CEval", *flags)) == 0
+        assert {said(body).rpartition("\n")[2] for body in model.requests} == {"Only \\boxed{}."}
+        assert all(body["chat_template_kwargs"] == {"enable_thinking": True} for body in model.requests)
+
+
+@pytest.mark.slow
+def test_a_server_whose_prompts_open_a_think_block_is_noticed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By replies that close what they did not open; a reply that was cut in its thoughts then names no answer, in benchmarks before too."""
+
+    cut_off = {"程序法"}
+
+    def thinks(body: dict[str, Any]) -> Reply:
+        if any(words in said(body) for words in cut_off):
+            return {"content": r"Perhaps \boxed{C}, or \boxed{A}? Let me see", "finish": "length"}
+        return r"Every cat is one. </think> \boxed{A}"
+
+    with scripted(thinks, "m") as model, scripted(lambda body: '{"verdict": "wrong"}', "j") as judge:
+        arguments = command(model.url, judge, data, tmp_path, "CEval", "--concurrency", "1")
+        assert cli.main(arguments) == 0
+        assert len(model.requests) == 2 and "prompts open a think block: 1 of 1" in " ".join(capsys.readouterr().out.split())
+        cut, whole = rows(tmp_path, "CEval")
+        assert (cut["answer"], cut["boxless"], cut["by"]) == (None, True, "judge") and whole["answer"] == "A"
+        assert results(tmp_path)["settings"]["think_open"] is True
+        assert cli.main(arguments) == 0  # the same command goes on with what it found
+        # The second benchmark shows it, and the first one is decided anew.
+        cut_off.add("猫")
+        arguments = command(model.url, judge, data, tmp_path / "two", "CEval,GPQA-D", "--concurrency", "1")
+        assert cli.main(arguments) == 0 and len(model.requests) == 6
+        assert [row["answer"] for row in rows(tmp_path / "two", "CEval")] == [None, None]
+        assert [each["by_judge"] for each in results(tmp_path / "two")["benchmarks"]] == [2, 0]
+
+
+@pytest.mark.slow
+def test_a_stray_tag_is_no_open_think_block(data: Path, tmp_path: Path) -> None:
+    """One of ten replies closes a block that it did not open; replies with thoughts apart, or a whole block, are none of these."""
+    odd = iter(["so </think> \\boxed{A}", {"content": "\\boxed{A}", "reasoning_content": "hm"}, "<think>hm</think> \\boxed{A}"])
+    with scripted(lambda body: next(odd, r"\boxed{A}"), "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, data, tmp_path, "CharXiv", "--concurrency", "1")) == 0
+        assert len(model.requests) == 10
+    assert results(tmp_path)["settings"]["think_open"] is False
+    assert {row["answer"] for row in rows(tmp_path, "CharXiv")} == {"A"}

@@ -175,6 +175,8 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
     own = settings_of(options(), "m", "j", "frames")
     folder.write(begin(folder, "m", "m", own))
     assert begin(folder, "m", "m", own)["settings"]["model"] == "m"
+    closing = tmp_path / "closing.jinja"
+    closing.write_text("Say it in one word.")
     template = tmp_path / "judge.jinja"
     template.write_text("{{ question }}")
     others = [
@@ -185,6 +187,8 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
         settings_of(options(max_tokens=7), "m", "j", "frames"),
         settings_of(options(frames=7), "m", "j", "frames"),
         settings_of(options(think_open=True), "m", "j", "frames"),
+        settings_of(options(closing=closing), "m", "j", "frames"),
+        settings_of(options(template_args={"enable_thinking": True}), "m", "j", "frames"),
         settings_of(options(data=tmp_path), "m", "j", "frames"),
         settings_of(options(clips=tmp_path), "m", "j", "frames"),
         settings_of(options(judge_prompts={"eval_hle": template}), "m", "j", "frames"),

@@ -509,6 +509,9 @@ def test_data_that_cannot_be_had_or_read_is_skipped_and_said(
 MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
     "an unknown benchmark": (lambda m, j, f: [m, "--suite", "MMLUX", "--judge", j], "'MMLUX'"),
     "no judge": (lambda m, j, f: [m], "--judge URL"),
+    "no closing instruction": (lambda m, j, f: [m, "--judge", j, "--closing", str(f / "none")], "--closing: there is no file"),
+    "arguments that are none": (lambda m, j, f: [m, "--judge", j, "--template-args", "thinking"], "'thinking' is no mapping"),
+    "arguments that are no YAML": (lambda m, j, f: [m, "--judge", j, "--template-args", "{"], "is no YAML"),
     "a model that is nowhere": (lambda m, j, f: [str(f / "none"), "--judge", j], "is no folder"),
     "a folder without a model": (lambda m, j, f: [str(f), "--judge", j], "is no checkpoint"),
     "a wrong address": (lambda m, j, f: ["http://127.0.0.1:1/v1", "--judge", j], "the model cannot"),

@@ -248,7 +248,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files")
     parser.add_argument("--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, or names, with commas (default: paper)")
-    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server for rows that rules cannot decide")
+    parser.add_argument(
+        "--judge", metavar="URL", help="OpenAI-compatible server for rows that rules cannot decide; not asked where rules decide all"
+    )
     parser.add_argument("--judge-model", metavar="NAME", help="its name there (default: the only one that it serves)")
     parser.add_argument("--judge-key-env", metavar="VARIABLE", help="environment variable that holds the judge's key")
     parser.add_argument(
@@ -267,7 +269,13 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--video", choices=("auto", "file", "frames"), default="auto", help="clips whole, or as pictures (default: whole to a vLLM of ours)"
     )
     parser.add_argument("--frames", type=int, default=16, metavar="N", help="pictures of a clip (default: 16)")
-    parser.add_argument("--think-open", action="store_true", help="the chat template behind the URL ends inside an open think block")
+    parser.add_argument("--closing", type=Path, metavar="FILE", help="closing instruction (default: that of the run, else the project's)")
+    parser.add_argument(
+        "--template-args", metavar="YAML", help="of the chat template, e.g. '{enable_thinking: true}' (default: the run's, else none)"
+    )
+    parser.add_argument(
+        "--think-open", action="store_true", help="the chat template behind the URL ends inside an open think block (replies show it too)"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="rows with a malformed verdict or a broken clip stay open (default: they count as 0)"
     )
@@ -407,12 +415,13 @@ def _eval(options: argparse.Namespace) -> None:
         compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
         return
     from zppo.evals.evaluate import evaluate_benchmarks
-    from zppo.evals.options import EvalOptions
+    from zppo.evals.options import EvalOptions, read_template_args
     from zppo.evals.registry import judge_prompts
 
     if options.files:
         raise SettingsError(f"zppo eval takes one model; {', '.join(map(str, options.files))} too many")
     given = {field.name: getattr(options, field.name) for field in fields(EvalOptions) if field.name != "judge_prompts"}
+    given["template_args"] = None if options.template_args is None else read_template_args(options.template_args)
     evaluate_benchmarks(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)))
 
 

@@ -113,6 +113,28 @@ def check_context(context: int | None, max_tokens: int) -> None:
         )
 
 
+@dataclass
+class Thoughts:
+    """Whether a server's prompts end inside an open think block, as its replies tell: they close one that they never opened.
+
+    Replies that were cut say nothing. One stray tag is no evidence: half of the others must have it.
+    """
+
+    whole: int = 0
+    closing: int = 0
+
+    def note(self, text: str, finish: str) -> None:
+        """A reply and why it ended."""
+        if finish == "stop":
+            before, tag, _ = text.partition("</think>")
+            self.whole += 1
+            self.closing += bool(tag) and "<think>" not in before
+
+    @property
+    def opened(self) -> bool:
+        return self.closing > 0 and 2 * self.closing >= self.whole
+
+
 READY = 1800.0  # seconds: large models load and compile slowly
 GRACE = 40.0  # seconds between the request to end and the end
 KEY = "ZPPO_EVAL_SERVER_KEY"

@@ -18,17 +18,26 @@ from zppo.core.types import Message
 from zppo.errors import DataError, EvaluationError, SettingsError, UnavailableError
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.benchmark_rows import LoadedBenchmark, load_items
-from zppo.evals.endpoint import NAME, EndpointModel, Server, check_context, find_model, has_vllm, is_url, read_model_key, served
+from zppo.evals.endpoint import NAME, EndpointModel, Server, Thoughts, check_context, find_model, has_vllm, is_url, read_model_key, served
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.media import chat_turns, check_decoder
-from zppo.evals.options import EvalOptions, fingerprint, settings_of
+from zppo.evals.options import EvalOptions, fingerprint, settings_of, with_words_of_run
 from zppo.evals.registry import BENCHMARKS, suite
-from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, finished, summary, with_benchmark, with_skipped
+from zppo.evals.results import (
+    EvalFolder,
+    SampleResult,
+    begin,
+    default_output,
+    finished,
+    summary,
+    with_benchmark,
+    with_skipped,
+    with_think_open,
+)
 from zppo.evals.scoring.verdicts import Decider, judge_book
 from zppo.evals.view import ProgressDisplay, estimate_benchmark, print_estimates, print_results, say
 from zppo.names import checkpoint_folder
-from zppo.prompts import PromptBook
 
 _IMAGES = 64  # of a request to a server of ours, besides the frames of a clip
 
@@ -44,6 +53,7 @@ class Session:
     name: str
     as_file: bool
     decider: Decider
+    thoughts: Thoughts
 
 
 def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) -> None:
@@ -63,11 +73,15 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     missing = [name for name in ("inspect_ai", "rapidfuzz") if importlib.util.find_spec(name) is None]
     if missing:
         raise EvaluationError(f"zppo eval needs {' and '.join(missing)}, not installed here: pip install 'zppo[eval]'")
-    judge_url = options.judge
-    if judge_url is None:
-        raise SettingsError("there is no judge for rows that rules cannot decide: name its server with --judge URL (`zppo serve` is one)")
+    judged = [benchmark.name for benchmark in chosen if benchmark.judged]
+    if judged and options.judge is None:
+        raise SettingsError(
+            f"there is no judge for rows that rules cannot decide ({', '.join(judged[:5])}{', ...' * (len(judged) > 5)}): name its server "
+            "with --judge URL (`zppo serve` is one)"
+        )
     # What can be wrong with the call is looked for before a server is started or a question is asked.
     place = None if is_url(options.model) else _checkpoint(options.model)
+    options = with_words_of_run(options, place)
     judge_book(options.judge_prompts)
     judge_key = read_model_key(options.judge_key_env, "--judge-key-env")
     key = read_model_key(options.key_env, "--key-env")
@@ -77,12 +91,14 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     weights = fingerprint(place)
     # A finished evaluation is only shown again: its server is not started, its judge not needed.
     known = folder.read()
+    if known is not None:
+        options = replace(options, think_open=options.think_open or bool(known["settings"].get("think_open")))  # found out by then
     if known is not None and all(finished(known, each.name, options.limit, options.samples, options.strict) for each in chosen):
-        begin(folder, "", "", _settings_now(options, known, label, weights, judge_key))
+        begin(folder, "", "", _settings_now(options, known, label, weights, judge_key if judged else None))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
         return
-    judge = find_model(judge_url, judge_key, options.judge_model, "judge").name
+    judge = find_model(str(options.judge), judge_key, options.judge_model, "judge").name if judged else None
     with ExitStack() as stack:
         stack.enter_context(folder.alone())
         server, found, think_open = _serve(options, key, folder, target, stack, console)
@@ -92,21 +108,47 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
         own = settings_of(options, label, judge, "file" if as_file else "frames", weights)
         state = begin(folder, label, options.model, own)  # refuses rows that were made under other settings
         folder.write(state)
-        decider = Decider(
-            judge_url,
-            judge,
-            judge_key,
-            options.judge_prompts,
-            concurrency=options.concurrency,
-            think_open=think_open,
-            strict=options.strict,
-        )
+        decider = _decider(options, judge, judge_key)
         stack.callback(decider.close)
-        session = Session(options, folder, console, server, found.name, as_file, decider)
-        for benchmark in chosen:
-            state = _one(session, benchmark, state)
-            folder.write(state)
+        session = Session(options, folder, console, server, found.name, as_file, decider, Thoughts())
+        state = _all(session, chosen, state)
     _close(state, chosen, options, folder, console)
+
+
+def _decider(options: EvalOptions, judge: str | None, key: str) -> Decider:
+    return Decider(
+        [str(options.judge)] if judge else [],
+        judge or "",
+        key,
+        options.judge_prompts,
+        concurrency=options.concurrency,
+        think_open=options.think_open,
+        strict=options.strict,
+    )
+
+
+def _all(session: Session, chosen: tuple[Benchmark, ...], state: dict[str, Any]) -> dict[str, Any]:
+    """The state with all benchmarks, written down after each.
+
+    Where replies of an address show that its prompts open a think block, all is decided anew; nothing is asked for that again.
+    """
+    for benchmark in chosen:
+        state = _one(session, benchmark, state)
+        thoughts = session.thoughts
+        noticed = session.server.kind == "other" and not session.decider.think_open and thoughts.opened
+        if noticed:
+            session.decider.think_open = True
+            say(
+                session.console,
+                f"the server's prompts open a think block: {thoughts.closing:,} of {thoughts.whole:,} whole replies close one that "
+                "they did not open; a reply that closes none has no answer, and what was decided before this was known is decided anew",
+                "yellow",
+            )
+            state = with_think_open(state)
+        session.folder.write(state)
+        if noticed:
+            return _all(session, chosen, state)
+    return state
 
 
 def _check(options: EvalOptions) -> None:
@@ -117,26 +159,28 @@ def _check(options: EvalOptions) -> None:
     for flag, path in (("--data", options.data), ("--clips", options.clips)):
         if path is not None and not path.is_dir():
             raise SettingsError(f"{flag}: there is no folder {path}")
+    if options.closing is not None and not options.closing.is_file():
+        raise SettingsError(f"--closing: there is no file {options.closing}")
     for name, path in options.judge_prompts.items():
         if not path.is_file():
             raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")
 
 
-def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, weights: str | None, judge_key: str) -> dict[str, Any]:
+def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, weights: str | None, judge_key: str | None) -> dict[str, Any]:
     """The settings under which this call would go on with a finished evaluation, whose server of the checkpoint is not started any more.
 
     Args:
         model: the checkpoint, or what the server says that it serves now.
+        judge_key: None where no judge is needed.
     """
-    old, judge = known["settings"], options.judge_model or ""
-    if not any(each["by_judge"] for each in known["benchmarks"]):
+    old, judge = known["settings"], options.judge_model
+    if judge_key is None or not any(each["by_judge"] for each in known["benchmarks"]):
         judge = old["judge"]  # said nothing
     elif not judge:
         judge = find_model(str(options.judge), judge_key, None, "judge").name
-    # What a checkpoint's template and the kind of its server decide follows from the weights and from nothing that this call says.
-    think_open = options.think_open or (weights is not None and old["think_open"])
+    # What the kind of its server decides follows from the weights and from nothing that this call says.
     video = old["video"] if options.video == "auto" else options.video
-    return settings_of(replace(options, think_open=think_open), model, judge, video, weights)
+    return settings_of(options, model, judge, video, weights)
 
 
 def _serve(
@@ -148,7 +192,7 @@ def _serve(
     # Loads transformers, which nothing else here needs.
     from zppo.engines.chat import Chat
 
-    chat = Chat.load(str(target))
+    chat = Chat.load(str(target), options.template_args)
     open_ = options.think_open or chat.think_open(chat.encode((Message("user", "Hello."),)))
     log = folder.inside("server.log")
     kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
@@ -225,7 +269,7 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
                 watch.take(row)
 
-        turns = partial(chat_turns, book=PromptBook(), store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
+        turns = partial(chat_turns, book=options.book, store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
         health = Health()
         work = TaskContext(
             benchmark,
@@ -237,9 +281,12 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
             health,
             CapacityLimiter(options.concurrency + 4),
             take,
+            session.thoughts,
             options.strict,
         )
-        model = served_model(session.server.url, session.name, session.server.key, options.decoding, options.concurrency)
+        model = served_model(
+            session.server.url, session.name, session.server.key, options.decoding, options.concurrency, options.template_args or {}
+        )
         log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.inside("logs"))
     half.replace(path)
     if log.status == "cancelled":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from zppo.config.recipe import load_recipe, parse_yaml
+from zppo.errors import SettingsError
 from zppo.images.store import PixelLimits
 from zppo.prompts.book import CLOSING, PromptBook
 
@@ -56,6 +58,8 @@ class EvalOptions:
     max_tokens: int = Decoding().max_tokens
     video: VideoMode = "auto"
     frames: int = FRAMES
+    closing: Path | None = None
+    template_args: Mapping[str, Any] | None = None
     think_open: bool = False
     strict: bool = False
     dry_run: bool = False
@@ -64,6 +68,49 @@ class EvalOptions:
     def decoding(self) -> Decoding:
         """The protocol's decoding under the given token limit."""
         return Decoding(max_tokens=self.max_tokens)
+
+    @property
+    def book(self) -> PromptBook:
+        """The prompts, with the closing instruction of this evaluation. TemplateError where its file is none."""
+        return PromptBook({CLOSING: self.closing} if self.closing else {})
+
+
+def read_template_args(text: str) -> dict[str, Any]:
+    """`--template-args` as a mapping. SettingsError where the text is none."""
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise SettingsError(f"--template-args {text!r} is no YAML ({error}); write for example '{{enable_thinking: true}}'") from error
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise SettingsError(f"--template-args {text!r} is no mapping; write for example '{{enable_thinking: true}}'")
+    return value
+
+
+def with_words_of_run(options: EvalOptions, checkpoint: Path | None) -> EvalOptions:
+    """The options with closing instruction and template arguments of the run that made the checkpoint, where they name none themselves.
+
+    A run's checkpoints are its final/ and what lies in its checkpoints/.
+
+    Raises:
+        SettingsError: the run's recipe cannot be read, or its closing instruction is gone.
+    """
+    run = _run_of(checkpoint) if checkpoint else None
+    if run is None or (options.closing is not None and options.template_args is not None):
+        return replace(options, template_args=options.template_args or {})
+    settings = load_recipe(run / "recipe.yaml")
+    closing = options.closing or settings.prompts.get(CLOSING)
+    if closing is not None and not closing.is_file():
+        raise SettingsError(f"{run} was trained with the closing instruction {closing}, which is gone: name its file with --closing")
+    args = settings.student.template_args if options.template_args is None else options.template_args
+    return replace(options, closing=closing, template_args=args)
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to."""
+    place = checkpoint.absolute()
+    names = [folder.name for folder in (place, *place.parents)][:3]
+    run = place.parent if names[0] == "final" else place.parents[names.index("checkpoints")] if "checkpoints" in names else None
+    return run if run is not None and (run / "recipe.yaml").is_file() else None
 
 
 def fingerprint(checkpoint: Path | None) -> str | None:
@@ -84,12 +131,12 @@ def fingerprint(checkpoint: Path | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def settings_of(options: EvalOptions, model: str, judge: str, video: str, weights: str | None = None) -> dict[str, Any]:
+def settings_of(options: EvalOptions, model: str, judge: str | None, video: str, weights: str | None = None) -> dict[str, Any]:
     """What the rows of one folder have in common: rows under other settings must not be mixed with them.
 
     Args:
         model: the checkpoint, or the name that a server gives to it.
-        judge: its name.
+        judge: its name; None where none is asked.
         video: file or frames.
         weights: of `fingerprint`.
     """
@@ -97,7 +144,8 @@ def settings_of(options: EvalOptions, model: str, judge: str, video: str, weight
     return {
         "model": model,
         "weights": weights,
-        "closing": PromptBook().text(CLOSING, {}),
+        "closing": options.book.text(CLOSING, {}),
+        "template_args": dict(options.template_args or {}),
         "judge": judge,
         "decoding": asdict(options.decoding),
         "pixels": list(LIMITS),

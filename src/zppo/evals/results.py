@@ -436,6 +436,10 @@ def begin(folder: EvalFolder, label: str, source: str, settings: Mapping[str, An
             "skipped": [],
             "families": {},
         }
+    if state["settings"].get("judge") is None:  # nothing was judged yet
+        state["settings"]["judge"] = settings["judge"]
+    if settings["judge"] is None:  # nothing will be
+        settings = {**settings, "judge": state["settings"]["judge"]}
     for name, value in settings.items():
         if state["settings"].get(name) != json.loads(json.dumps(value)):
             raise SettingsError(
@@ -453,6 +457,12 @@ def with_benchmark(state: Mapping[str, Any], part: Mapping[str, Any], order: lis
     return {**state, "benchmarks": parts, "skipped": skipped, "families": families(parts)}
 
 
+def with_think_open(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state once it is known that the model's prompts open a think block: what was decided before is to be decided anew."""
+    parts = [{**each, "stale": True} for each in state["benchmarks"]]
+    return {**state, "settings": {**state["settings"], "think_open": True}, "benchmarks": parts}
+
+
 def with_skipped(state: Mapping[str, Any], name: str, family: str, why: str) -> dict[str, Any]:
     """The state with a benchmark whose data cannot be had; what an earlier call made of it stays."""
     skipped = [each for each in state["skipped"] if each["name"] != name]
@@ -463,6 +473,6 @@ def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: in
     """Whether an earlier call has decided every row that this one would; `strict`: for what was malformed or broken too."""
     for each in state["benchmarks"]:
         if each["name"] == name:
-            left = each["open"] or (strict and (each["malformed"] or each["broken"]))
+            left = each["open"] or each.get("stale") or (strict and (each.get("malformed") or each.get("broken")))
             return not left and each["limit"] == limit and each["samples"] == samples
     return False

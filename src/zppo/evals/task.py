@@ -45,6 +45,7 @@ from openai import DefaultAsyncHttpxClient
 
 from zppo.errors import DataError, EvaluationError, UnavailableError, one_line
 from zppo.evals.benchmark import Benchmark
+from zppo.evals.endpoint import Thoughts
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.media import ChatTurn, media_key, media_there
@@ -117,12 +118,15 @@ def _hiding(key: str) -> Callable[[Any], Awaitable[None]]:
     return hide
 
 
-def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency: int) -> Model:
+def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency: int, template_args: Mapping[str, Any]) -> Model:
     """The model of a server under the protocol's decoding.
 
-    top_k, min_p and repetition_penalty go as fields of the body: inspect-ai's own top_k is never sent on this path.
+    top_k, min_p and repetition_penalty go as fields of the body: inspect-ai's own top_k is never sent on this path. So do arguments of the
+    chat template, where there are some: not every server knows the field.
     """
-    extra = {"top_k": decoding.top_k, "min_p": decoding.min_p, "repetition_penalty": decoding.repetition_penalty}
+    extra: dict[str, Any] = {"top_k": decoding.top_k, "min_p": decoding.min_p, "repetition_penalty": decoding.repetition_penalty}
+    if template_args:
+        extra["chat_template_kwargs"] = dict(template_args)
     config = GenerateConfig(
         temperature=decoding.temperature,
         top_p=decoding.top_p,
@@ -252,6 +256,7 @@ class TaskContext:
     Attributes:
         turns: the conversation of a question with its media.
         answers, judgements: journals of replies.
+        thoughts: is shown every reply.
         strict: a question whose clip or picture cannot be decoded stays open; else it is 0.
         take: is given every row as it is decided or fails.
     """
@@ -265,6 +270,7 @@ class TaskContext:
     health: Health
     threads: CapacityLimiter
     take: Take
+    thoughts: Thoughts = field(default_factory=Thoughts)
     strict: bool = False
 
 
@@ -339,6 +345,7 @@ def ask(work: TaskContext) -> Solver:
         else:
             state.output = ModelOutput.from_content(str(state.model), known["text"], stop_reason=known["finish"])
             state.messages.append(state.output.message)
+        work.thoughts.note(str(known["text"]), str(known["finish"]))
         state.metadata["reply"] = known
         return state
 

@@ -76,7 +76,8 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 def print_results(console: Console, state: Mapping[str, Any]) -> None:
     """The closing table: whose it is, benchmarks, families, and what was skipped."""
-    say(console, f"{state['label']}, judged by {state['settings']['judge']}", "bold")
+    judge = state["settings"]["judge"]
+    say(console, state["label"] + (f", judged by {judge}" if judge else ", no judge"), "bold")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("benchmark")
     for name in ("score", "±", "by box", "rows", "rule", "judge", "no box", "cut", "open"):

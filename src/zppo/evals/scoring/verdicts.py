@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from zppo.core.draws import draw_key
 from zppo.core.types import IMAGE, Message
 from zppo.engines.base import Sampling
+from zppo.errors import EvaluationError
 from zppo.evals.benchmark import Benchmark, Judge
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
@@ -206,13 +207,17 @@ _NOT_ASKED = {TOO_LONG: "too long for the model's context", BROKEN: "its clip or
 class Decider:
     """Decides rows. Threads may share it; it ends its workers and connections with its block.
 
+    Attributes:
+        think_open: whether the model's prompts end inside an open think block; may be found out while it is at work.
+
     Args:
+        urls: addresses of the judge; none where rules decide every row.
         strict: rows with a malformed verdict stay open, and are judged anew by the next call; else they are 0 (method.md section 10).
     """
 
     def __init__(
         self,
-        url: str,
+        urls: Sequence[str],
         model: str,
         key: str,
         prompts: Mapping[str, Path],
@@ -223,19 +228,20 @@ class Decider:
         strict: bool = False,
     ) -> None:
         self._grader = Grader(workers=workers)
-        self._judge = RemoteTeacher(model, [url], key=key, concurrency=concurrency, retry_for=DOWN)
+        self._judge = RemoteTeacher(model, urls, key=key, concurrency=concurrency, retry_for=DOWN) if urls else None
         # Thoughts come with their tags, and a judge's template must not take them for its own.
         self._book = judge_book(prompts, Neutraliser(IMAGE_TEXTS))
-        self._think_open, self._strict = think_open, strict
+        self.think_open, self._strict = think_open, strict
         # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.
-        official = urlsplit(url).hostname == OPENAI_HOST
+        official = any(urlsplit(url).hostname == OPENAI_HOST for url in urls)
         self._template_args: dict[str, Any] = {} if official else {"enable_thinking": False}
         self._given = frozenset(prompts)
 
     def close(self) -> None:
         """Ends workers and connections."""
         self._grader.close()
-        self._judge.close()
+        if self._judge is not None:
+            self._judge.close()
 
     def decide(self, benchmark: Benchmark, item: Item, epoch: int, reply: Mapping[str, Any], journal: Journal) -> SampleResult:
         """The row of one reply of the model.
@@ -248,7 +254,7 @@ class Decider:
             SettingsError: a metric of OCRBench v2 lacks its packages.
         """
         text = str(reply["text"])
-        ruled = score(item, text, self._grader.equal, self._think_open)
+        ruled = score(item, text, self._grader.equal, self.think_open)
         unresolved = ruled.value is None and benchmark.judged
         value = None if unresolved else ruled.value or 0.0
         row = SampleResult(
@@ -270,9 +276,11 @@ class Decider:
         return self._judged(benchmark, item, row, journal) if unresolved else row
 
     def _judged(self, benchmark: Benchmark, item: Item, row: SampleResult, journal: Journal) -> SampleResult:
-        messages = judge_request(benchmark, item, row.text, self._book, self._think_open)
+        messages = judge_request(benchmark, item, row.text, self._book, self.think_open)
         key = digest_of([benchmark.name, item.id, row.epoch, messages])
-        known = journal.get(key)
+        known, judge = journal.get(key), self._judge
+        if judge is None:
+            raise EvaluationError(f"{benchmark.name}: a row is to be judged, and there is no judge; name its server with --judge URL")
         if known and known["value"] is None and self._strict:
             known = None
         tokens = LONG_JUDGE_TOKENS if benchmark.judge in self._given else JUDGE_TOKENS
@@ -281,7 +289,7 @@ class Decider:
         said = error = ""
         for turn in range(0 if known else TURNS):
             request = TeacherRequest(messages, (draw_key(turn, "judge", item.id, row.text),))
-            answer = self._judge.complete([request], how)[0]
+            answer = judge.complete([request], how)[0]
             spent_in, spent_out = spent_in + answer.prompt_tokens, spent_out + answer.completion_tokens
             text = answer.texts[0]
             if text is None:
