@@ -265,3 +265,39 @@ def test_a_stray_tag_is_no_open_think_block(data: Path, tmp_path: Path) -> None:
         assert len(model.requests) == 10
     assert results(tmp_path)["settings"]["think_open"] is False
     assert {row["answer"] for row in rows(tmp_path, "CharXiv")} == {"A"}
+
+
+# --- how much is asked --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_benchmarks_are_sampled_as_often_as_is_said_of_each(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first problem's answer is 70: the model gives it in one of four samples, and 71 in three; the second's always."""
+    tries = iter(range(100))
+
+    def guesses(body: dict[str, Any]) -> Reply:
+        if "prime" in said(body):
+            return r"\boxed{25}"
+        return r"\boxed{70}" if "integer bases" in said(body) and next(tries) == 0 else r"\boxed{71}"
+
+    with scripted(guesses, "m") as model, scripted(fair, "j") as judge:
+        arguments = command(model.url, judge, data, tmp_path, "AIME25,AIME26,CEval", "--samples", "AIME25=4,CEval=1,2")
+        assert cli.main(arguments) == 0
+        assert len(model.requests) == 2 * (4 + 2 + 1)
+        assert cli.main(arguments) == 0 and len(model.requests) == 14
+    parts = {each["name"]: each for each in results(tmp_path)["benchmarks"]}
+    assert {name: part["samples"] for name, part in parts.items()} == {"AIME25": 4, "AIME26": 2, "CEval": 1}
+    at_k = parts["AIME25"]["at_k"]
+    assert (at_k["k"], at_k["avg"], at_k["pass"], at_k["maj"]) == (4, 0.625, 1.0, 0.5) and parts["AIME25"]["value"] == 0.625
+    assert at_k["avg_error"] == parts["AIME25"]["error"] == pytest.approx(0.375)
+    assert parts["CEval"]["at_k"] is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "score ± by box k pass@k maj@k rows" in printed and "AIME25 62.5 37.5 62.5 4 100.0 50.0 8 8 0" in printed
+
+
+@pytest.mark.slow
+def test_a_larger_limit_asks_for_what_is_new_alone(data: Path, tmp_path: Path) -> None:
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        for limit, asked in (("1", 1), ("4", 4), ("4", 4), ("1000", 10)):
+            assert cli.main(command(model.url, judge, data, tmp_path, "CharXiv", "--limit", limit)) == 0
+            assert len(model.requests) == asked

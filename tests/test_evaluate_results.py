@@ -24,7 +24,18 @@ from zppo.evals.journal import Journal
 from zppo.evals.media import chat_turns, media_key, spread
 from zppo.evals.options import EvalOptions, fingerprint, settings_of
 from zppo.evals.registry import BENCHMARKS, find, judge_prompts
-from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, families, finished, summary, with_benchmark, with_skipped
+from zppo.evals.results import (
+    EvalFolder,
+    SampleResult,
+    begin,
+    default_output,
+    families,
+    finished,
+    several_samples,
+    summary,
+    with_benchmark,
+    with_skipped,
+)
 from zppo.evals.view import ProgressDisplay, print_results
 from zppo.prompts import PromptBook
 from zppo.report.summary import Reader
@@ -83,6 +94,23 @@ def test_both_figures_are_kept_with_the_judge_and_strictly_by_box() -> None:
     rows = [row("a", 1, 1.0, boxless=True), row("a", 2, 1.0), row("b", 1, 0.0, boxless=True), row("b", 2, 0.0)]
     part = summary(find("MMLU"), rows, 4)
     assert (part["value"], part["by_box"], part["by_box_error"], part["no_answer"]) == (0.5, 0.25, 0.25, 2)
+
+
+def test_several_samples_come_to_avg_pass_and_maj() -> None:
+    """Question a: 2 of 5 right, and each wrong answer alone; b: the wrong 7 has most votes; c: a tie; d: no answer at all."""
+    answers: dict[str, list[tuple[float, str | None]]] = {
+        "a": [(1, "0.5"), (1, "1/2"), (0, "3"), (0, "4"), (0, "5")],
+        "b": [(1, "2"), (0, "7"), (0, "\\text{7}"), (0, "8"), (1, "2.0")],
+        "c": [(1, "2"), (1, None), (0, "9"), (0, "9 "), (0, None)],
+        "d": [(0, None)] * 5,
+    }
+    rows = [row(id, n, float(value), answer=answer) for id, group in answers.items() for n, (value, answer) in enumerate(group, 1)]
+    at_k = summary(find("MMLU"), rows, 20, 5)["at_k"]
+    assert (at_k["k"], at_k["avg"], at_k["pass"], at_k["maj"]) == (5, pytest.approx(6 / 20), 0.75, (1 + 0.5 + 0.5 + 0) / 4)
+    assert at_k["avg_error"] == pytest.approx(0.1) and at_k["pass_error"] == pytest.approx(0.25)
+    assert summary(find("MMLU"), rows, 20)["at_k"] is None
+    assert several_samples(find("MM-Vet"), rows)["maj"] is None and several_samples(find("MM-Vet"), rows)["pass"] == 0.75
+    assert several_samples(find("MMLU"), [])["avg"] is None
 
 
 def test_rows_left_out_are_neither_wrong_nor_open() -> None:
@@ -430,6 +458,7 @@ def test_an_estimate_grows_with_what_is_asked() -> None:
     plain = estimate.estimate_benchmark(aime, options())
     assert (plain.rows, plain.tokens_out) == (30, 30 * estimate.ANSWER_TOKENS)
     assert estimate.estimate_benchmark(aime, options(samples=4)).tokens_out == 4 * plain.tokens_out
+    assert estimate.estimate_benchmark(aime, options(samples={"aime25": 8, "MMLU": 2, "": 4})).tokens_out == 8 * plain.tokens_out
     assert estimate.estimate_benchmark(aime, options(limit=5)).rows == 5
     assert estimate.estimate_benchmark(aime, options(max_tokens=10)).tokens_out == 300
     assert estimate.estimate_benchmark(find("VMME"), options(frames=4)).images == 4 * 2700

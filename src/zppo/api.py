@@ -163,7 +163,8 @@ def evaluate(
         judge: URL of a server for rows that rules cannot decide; needed where the suite has such.
         judge_prompts: a judge's own words, by its name or its benchmark's.
         console: as of `train`.
-        options: the others of `zppo eval --help`, dashes written as underscores: limit, samples, output, data, concurrency, ...
+        options: the others of `zppo eval --help`, dashes written as underscores: limit, samples (a number, or numbers by
+            benchmark), output, data, concurrency, ...
 
     Raises:
         SettingsError: an option is wrong, or the folder holds another evaluation.

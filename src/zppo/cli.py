@@ -258,8 +258,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", dest="name", help="the model's name at its URL (default: the only one that it serves)")
     parser.add_argument("--key-env", metavar="VARIABLE", help="environment variable that holds the key of the model's URL")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most so many questions of each benchmark")
-    parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="at most so many questions of each benchmark, spread over its configurations and tasks"
+    )
+    parser.add_argument(
+        "--samples", default="1", metavar="K", help="answers to each question; of some benchmarks AIME25=32,MMLU=4 (default: 1)"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's folder, or runs/eval-MODEL")
     parser.add_argument("--data", type=Path, metavar="DIR", help="rows as <benchmark>.jsonl, .parquet or .json, instead of the hub")
     parser.add_argument("--clips", type=Path, metavar="DIR", help="unpacked clips of video benchmarks (default: DIR of --data)")
@@ -415,12 +419,13 @@ def _eval(options: argparse.Namespace) -> None:
         compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
         return
     from zppo.evals.evaluate import evaluate_benchmarks
-    from zppo.evals.options import EvalOptions, read_template_args
+    from zppo.evals.options import EvalOptions, read_samples, read_template_args
     from zppo.evals.registry import judge_prompts
 
     if options.files:
         raise SettingsError(f"zppo eval takes one model; {', '.join(map(str, options.files))} too many")
     given = {field.name: getattr(options, field.name) for field in fields(EvalOptions) if field.name != "judge_prompts"}
+    given["samples"] = read_samples(options.samples)
     given["template_args"] = None if options.template_args is None else read_template_args(options.template_args)
     evaluate_benchmarks(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)))
 

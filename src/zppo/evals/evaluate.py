@@ -23,7 +23,7 @@ from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.media import chat_turns, check_decoder
 from zppo.evals.options import EvalOptions, fingerprint, settings_of, with_words_of_run
-from zppo.evals.registry import BENCHMARKS, suite
+from zppo.evals.registry import BENCHMARKS, find, suite
 from zppo.evals.results import (
     EvalFolder,
     SampleResult,
@@ -66,7 +66,7 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     """
     console = console or Console()
     chosen = suite(options.suite)
-    _check(options)
+    _check(options, chosen)
     if options.dry_run:
         print_estimates(console, [estimate_benchmark(benchmark, options) for benchmark in chosen], options)
         return
@@ -93,7 +93,9 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     known = folder.read()
     if known is not None:
         options = replace(options, think_open=options.think_open or bool(known["settings"].get("think_open")))  # found out by then
-    if known is not None and all(finished(known, each.name, options.limit, options.samples, options.strict) for each in chosen):
+    if known is not None and all(
+        finished(known, each.name, options.limit, options.samples_of(each.name), options.strict) for each in chosen
+    ):
         begin(folder, "", "", _settings_now(options, known, label, weights, judge_key if judged else None))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
@@ -151,8 +153,14 @@ def _all(session: Session, chosen: tuple[Benchmark, ...], state: dict[str, Any])
     return state
 
 
-def _check(options: EvalOptions) -> None:
-    for name in ("samples", "concurrency", "frames", "max_tokens", "limit"):
+def _check(options: EvalOptions, chosen: tuple[Benchmark, ...]) -> None:
+    given = {"": options.samples} if isinstance(options.samples, int) else options.samples
+    for name, samples in given.items():
+        if samples < 1:
+            raise SettingsError(f"--samples is {f'{name}={samples}' if name else samples}: it must be 1 or more")
+        if name and name.lower() not in {benchmark.name.lower() for benchmark in chosen}:
+            find(name)  # one that is not asked this time is no mistake
+    for name in ("concurrency", "frames", "max_tokens", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise SettingsError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
@@ -212,11 +220,16 @@ def _checkpoint(model: str) -> Path:
     raise SettingsError(f"{str(folder)!r} {what}; name a checkpoint folder, a finished run, or the URL of a server (http://HOST:8000/v1)")
 
 
+def _finished(state: Mapping[str, Any], benchmark: Benchmark, options: EvalOptions) -> bool:
+    return finished(state, benchmark.name, options.limit, options.samples_of(benchmark.name), options.strict)
+
+
 def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[str, Any]:
     """The state with one more benchmark."""
     options, folder, console = session.options, session.folder, session.console
-    if finished(state, benchmark.name, options.limit, options.samples, options.strict):
+    if _finished(state, benchmark, options):
         return state
+    samples = options.samples_of(benchmark.name)
     try:
         loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.inside("media"), limit=options.limit)
         _check_packages(session, benchmark, loaded)
@@ -224,8 +237,8 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
         say(console, f"skipped {error}", "yellow")
         return with_skipped(state, benchmark.name, benchmark.family, str(error))
     rows = _rows(session, benchmark, loaded)
-    part = summary(benchmark, rows, len(loaded.items) * options.samples)
-    part |= {"limit": options.limit, "samples": options.samples, "origin": loaded.origin, "revision": loaded.revision}
+    part = summary(benchmark, rows, len(loaded.items) * samples, samples)
+    part |= {"limit": options.limit, "samples": samples, "origin": loaded.origin, "revision": loaded.revision}
     part |= {"unreadable": len(loaded.unreadable), "unreadable_first": next(iter(loaded.unreadable), "")}
     return with_benchmark(state, part, [each.name for each in BENCHMARKS])
 
@@ -251,6 +264,7 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
 
     options, folder = session.options, session.folder
     items: dict[str, Item] = {item.id: item for item in loaded.items}
+    samples = options.samples_of(benchmark.name)
     path = folder.inside("rows", f"{benchmark.name}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
@@ -261,7 +275,7 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
         stack.callback(answers.close)
         stack.callback(judgements.close)
         out = stack.enter_context(open(half, "w", encoding="ascii"))
-        watch = stack.enter_context(ProgressDisplay(session.console, benchmark.name, len(items) * options.samples))
+        watch = stack.enter_context(ProgressDisplay(session.console, benchmark.name, len(items) * samples))
 
         def take(row: SampleResult) -> None:
             with lock:
@@ -287,7 +301,7 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
         model = served_model(
             session.server.url, session.name, session.server.key, options.decoding, options.concurrency, options.template_args or {}
         )
-        log = run_task(work, model, samples=options.samples, concurrency=options.concurrency, logs=folder.inside("logs"))
+        log = run_task(work, model, samples=samples, concurrency=options.concurrency, logs=folder.inside("logs"))
     half.replace(path)
     if log.status == "cancelled":
         raise KeyboardInterrupt

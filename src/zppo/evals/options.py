@@ -50,7 +50,7 @@ class EvalOptions:
     judge_key_env: str | None = None
     judge_prompts: Mapping[str, Path] = field(default_factory=dict)
     limit: int | None = None
-    samples: int = 1
+    samples: int | Mapping[str, int] = 1
     output: Path | None = None
     data: Path | None = None
     clips: Path | None = None
@@ -69,10 +69,27 @@ class EvalOptions:
         """The protocol's decoding under the given token limit."""
         return Decoding(max_tokens=self.max_tokens)
 
+    def samples_of(self, benchmark: str) -> int:
+        """Answers to each question of a benchmark."""
+        given = {"": self.samples} if isinstance(self.samples, int) else {name.lower(): k for name, k in self.samples.items()}
+        return given.get(benchmark.lower(), given.get("", 1))
+
     @property
     def book(self) -> PromptBook:
         """The prompts, with the closing instruction of this evaluation. TemplateError where its file is none."""
         return PromptBook({CLOSING: self.closing} if self.closing else {})
+
+
+def read_samples(text: str) -> int | dict[str, int]:
+    """`--samples`: a number, or NAME=NUMBER for some benchmarks, with commas, and a number alone for the others. SettingsError else."""
+    given: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        try:
+            given[name.strip()] = int(number)
+        except ValueError:
+            raise SettingsError(f"--samples {text!r}: {part!r} holds no number; write 4, or AIME25=32,MMLU=1") from None
+    return given[""] if given.keys() == {""} else given
 
 
 def read_template_args(text: str) -> dict[str, Any]:

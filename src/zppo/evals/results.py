@@ -20,6 +20,7 @@ from zppo import __version__
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals.benchmark import Aggregate, Benchmark
 from zppo.evals.options import RESULT, EvalOptions
+from zppo.grading.text import normalise
 
 
 class Scored(NamedTuple):
@@ -259,11 +260,50 @@ def scored(rows: Iterable[SampleResult], *, by_box: bool = False) -> list[Scored
     return [Scored(fmean(0.0 if by_box and row.boxless else row.value or 0.0 for row in group), group[0].facts) for group in by_id.values()]
 
 
-def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -> dict[str, Any]:
+def several_samples(benchmark: Benchmark, rows: Iterable[SampleResult]) -> dict[str, float | None]:
+    """What several answers to each question come to, as the benchmark's own figure does, with standard errors over questions.
+
+    - avg: their mean (avg@k); it is the benchmark's figure.
+    - pass: the best of them (pass@k).
+    - maj: the answer that most of them give (maj@k). Right answers are all one, since all are the gold; wrong ones are alike by their text.
+      Answers with equally many votes share, and a question without any answer is 0. None where whole responses are graded.
+    """
+    by_id: dict[str, list[SampleResult]] = {}
+    for row in rows:
+        if row.value is not None:
+            by_id.setdefault(row.id, []).append(row)
+    ways: dict[str, Callable[[list[SampleResult]], float]] = {
+        "avg": lambda group: fmean(row.value or 0.0 for row in group),
+        "pass": lambda group: max(row.value or 0.0 for row in group),
+        "maj": _voted,
+    }
+    result: dict[str, float | None] = {}
+    for name, way in ways.items():
+        found = figure(benchmark, [Scored(way(group), group[0].facts) for group in by_id.values()])
+        voted = name != "maj" or benchmark.judge not in _GRADED
+        result |= {name: _number(found.value) if voted else None, f"{name}_error": _number(found.error) if voted else None}
+    return result
+
+
+_GRADED = ("eval_mmvet", "eval_multichallenge")  # judges of whole responses, which give no answer to vote for
+
+
+def _voted(group: list[SampleResult]) -> float:
+    votes: dict[str, list[float]] = {}
+    for row in group:
+        right = row.value == 1.0
+        if right or row.answer is not None:
+            votes.setdefault("right" if right else f"wrong {normalise(row.answer or '')}", []).append(row.value or 0.0)
+    most = max(map(len, votes.values()), default=0)
+    return fmean(fmean(values) for values in votes.values() if len(values) == most) if votes else 0.0
+
+
+def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int, samples: int = 1) -> dict[str, Any]:
     """The benchmark's part of eval.json: figure, error, counts. Shares are from 0 to 1; null where there is no number.
 
     Args:
         expected: rows that there should be, samples counted; those that are missing are open.
+        samples: of each question.
     """
     result, by_box = figure(benchmark, scored(rows)), figure(benchmark, scored(rows, by_box=True))
     decided = [row for row in rows if row.by not in ("open", "left out")]
@@ -279,6 +319,7 @@ def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -
         "error": _number(result.error),
         "by_box": _number(by_box.value),
         "by_box_error": _number(by_box.error),
+        "at_k": {"k": samples, **several_samples(benchmark, rows)} if samples > 1 else None,
         "units": result.n,
         "beside": {name: _number(value) for name, value in result.beside.items()},
         "expected": expected,

@@ -80,12 +80,16 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     say(console, state["label"] + (f", judged by {judge}" if judge else ", no judge"), "bold")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("benchmark")
-    for name in ("score", "±", "by box", "rows", "rule", "judge", "no box", "cut", "open"):
+    often = any(each.get("at_k") for each in state["benchmarks"])
+    at_k = ("k", "pass@k", "maj@k") if often else ()
+    for name in ("score", "±", "by box", *at_k, "rows", "rule", "judge", "no box", "cut", "open"):
         table.add_column(name, justify="right")
     for each in state["benchmarks"]:
         counts = (each[name] for name in ("rows", "by_rule", "by_judge", "no_answer", "truncated", "open"))
         shown = (points(each[name]) for name in ("value", "error", "by_box"))
-        table.add_row(Text(each["name"]), *shown, *(f"{count:,}" for count in counts))
+        several = each.get("at_k")
+        sampled = (str(each["samples"]), *(points(several[name]) for name in ("pass", "maj"))) if several else ("1", "", "")
+        table.add_row(Text(each["name"]), *shown, *sampled[: len(at_k)], *(f"{count:,}" for count in counts))
     for name, family in state["families"].items():
         of = f"mean of {len(family['benchmarks'])} {name}"
         table.add_row(Text(of, style="bold"), *(points(family[name]) for name in ("value", "error", "by_box")))
@@ -123,6 +127,13 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
             )
         for warning in warnings:
             say(console, f"{each['name']}: {warning}", "yellow")
+    if often:
+        say(
+            console,
+            "k: answers to each question; score is then avg@k, their mean; pass@k: one of them is right; maj@k: the one that most of them "
+            "give is right",
+            "dim",
+        )
     errors = sum(each["judge_errors"] for each in state["benchmarks"])
     say(
         console,
@@ -196,7 +207,8 @@ def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
         rows, note = 5_000, f"{note}; rows not counted, 5,000 taken".removeprefix("; ")
     if items is None and options.limit is not None:
         rows = min(rows, options.limit)
-    asked = rows * options.samples
+    samples = options.samples_of(benchmark.name)
+    asked = rows * samples
     if items is not None:
         pictures = sum(len(i.images) + (min(options.frames, len(i.frames)) if i.frames else options.frames * bool(i.video)) for i in items)
         text = sum(len(i.asked) for i in items) // 4 + 60 * len(items)
@@ -207,8 +219,8 @@ def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
     return Estimate(
         benchmark,
         rows,
-        pictures * options.samples,
-        (text + pictures * (FRAME_TOKENS if benchmark.family == "video" else IMAGE_TOKENS)) * options.samples,
+        pictures * samples,
+        (text + pictures * (FRAME_TOKENS if benchmark.family == "video" else IMAGE_TOKENS)) * samples,
         asked * min(ANSWER_TOKENS, options.max_tokens),
         int(asked * share * JUDGE_TOKENS),
         note,
@@ -228,6 +240,7 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
         table.add_row(e.benchmark.name, rows, *numbers, f"{e.hours:.2f}")
         if e.note:
             notes.setdefault(e.note, []).append(e.benchmark.name)
+    often = " or ".join(map(str, sorted({options.samples_of(e.benchmark.name) for e in estimates})))
     totals = [sum(getattr(e, name) for e in estimates) for name in ("images", "tokens_in", "tokens_out", "judge_tokens")]
     whole = f"{sum(e.rows or 0 for e in estimates):,}"
     hours = f"{sum(e.hours for e in estimates):.1f}"
@@ -237,7 +250,7 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
         say(console, f"{', '.join(names)}: {note}", "yellow")
     say(
         console,
-        f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, {options.samples} a question; "
+        f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, {often} a question; "
         f"pictures of {IMAGE_TOKENS} tokens, {options.frames} of {FRAME_TOKENS} for a clip; the shared judge asked about "
         f"{JUDGED_SHARE:.0%} of rows, a benchmark's own about all, {JUDGE_TOKENS} tokens each; {ANSWER_SPEED:,} answer and "
         f"{PROMPT_SPEED:,} prompt tokens a second, which one GPU of 80 GB may do with a model of 2B under vLLM (not measured). "
