@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -214,7 +216,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch, model: Scripted) -> None:
 
     @contextmanager
     def served(*arguments: Any, **options: Any) -> Iterator[Server]:
-        yield Server(model.url, "", "zppo")
+        yield Server((model.url,), "", "zppo")
 
     monkeypatch.setattr("zppo.evals.evaluate.served", served)
 
@@ -301,3 +303,110 @@ def test_a_larger_limit_asks_for_what_is_new_alone(data: Path, tmp_path: Path) -
         for limit, asked in (("1", 1), ("4", 4), ("4", 4), ("1000", 10)):
             assert cli.main(command(model.url, judge, data, tmp_path, "CharXiv", "--limit", limit)) == 0
             assert len(model.requests) == asked
+
+
+# --- servers ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_work_is_spread_over_addresses_and_one_that_fails_is_left_for_the_others(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of four addresses one is not there, and one starts to fail after its first answer."""
+    asked = threading.Event(), threading.Event()
+
+    def together(which: int) -> Callable[[dict[str, Any]], Reply]:
+        def reply(body: dict[str, Any]) -> Reply:
+            asked[which].set()
+            asked[1 - which].wait(60)  # none of them has answered before each was asked
+            return right(body)
+
+        return reply
+
+    with scripted(together(0), "m") as one, scripted(together(1), "m") as two, scripted(fair, "j") as judge:
+        one.context, two.context = 90_000, 20_000
+        urls = f"{one.url}, {two.url},http://127.0.0.1:1/v1"
+        assert cli.main(command(urls, f"{judge.url},http://127.0.0.1:1/v1", data, tmp_path / "out", "CharXiv")) == 0
+        assert len(one.requests) + len(two.requests) == 10 and one.requests and two.requests
+        assert "127.0.0.1:1/v1" in (printed := capsys.readouterr().out) and printed.count("it goes on without this address") == 2
+        two.context = 1000
+        assert cli.main(command(urls, judge, data, tmp_path / "short", "CharXiv")) == 2  # the shortest context counts
+    out = tmp_path / "failing"
+    with scripted(right, "m") as one, scripted(lambda body: 500, "m") as two, scripted(fair, "j") as judge:
+        assert cli.main(command(f"{two.url},{one.url}", judge, data, out, "CharXiv,CEval")) == 0
+        assert len(one.requests) == 12 and 0 < len(two.requests) <= 12
+    assert [each["open"] for each in results(out)["benchmarks"]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_an_address_is_given_up_after_failures_in_a_row(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zppo.evals import task
+
+    monkeypatch.setattr(task, "DOWN_AFTER", 2)
+    with scripted(right, "m") as one, scripted(lambda body: 503, "m") as two, scripted(fair, "j") as judge:
+        urls = f"{two.url},{one.url}"
+        assert cli.main(command(urls, judge, data, tmp_path, "CharXiv", "--concurrency", "1")) == 0
+        assert (len(two.requests), len(one.requests)) == (2, 10)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"{two.url} did not answer any more (Error code: 503" in printed and "the others took its share" in printed
+
+
+STAND_IN = """
+import json, sys, http.server
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send({"data": [{"id": "evaluated", "max_model_len": 20000, "argv": sys.argv[1:]}]})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        words = " ".join(sys.argv[1:]) + " frames " + str(str(body["messages"]).count("data:image"))
+        message = {"role": "assistant", "content": words + r" \\\\boxed{A}"}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        self.send({"id": "1", "object": "chat.completion", "created": 1, "model": "evaluated", "choices": [choice]})
+    def send(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def log_message(self, *more):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(arguments["--port"])), Answer).serve_forever()
+"""
+
+
+@pytest.mark.slow
+def test_vllms_arguments_reach_the_one_that_is_started_and_clips_are_frames_there_too(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A package of that name, whose server repeats how it was called."""
+    package = tmp_path / "stand-in" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(STAND_IN.replace("\\\\\\\\", "\\\\"))
+    monkeypatch.setenv("PYTHONPATH", f"{package.parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("zppo.evals.evaluate.has_vllm", lambda: True)
+    monkeypatch.setattr("zppo.evals.endpoint.has_vllm", lambda: True)
+    out = tmp_path / "out"
+    with scripted(fair, "j") as judge:
+        arguments = command(str(run), judge, data, out, "VMME")
+        mine = ["--vllm.max-model-len=20000", "--vllm.tensor-parallel-size=2", "--vllm.enforce-eager", "--vllm.quantization=fp8"]
+        assert cli.main([*arguments, *mine]) == 0
+        texts = [row["text"] for row in rows(out, "VMME")]
+        wanted = "--max-model-len=20000 --tensor-parallel-size=2 --enforce-eager --quantization=fp8"
+        assert len(texts) == 2 and all(wanted in text and " --port " in text for text in texts)
+        assert sorted(text.partition("frames ")[2].split()[0] for text in texts) == ["16", "3"]
+        assert "clips as 16 pictures" in capsys.readouterr().out
+        assert results(out)["settings"]["vllm"] == {"quantization": "fp8"} and results(out)["settings"]["video"] == "frames"
+        assert cli.main([*arguments, "--vllm.quantization=fp8"]) == 0  # how the machine is used may change
+        assert cli.main(arguments) == 2
+        assert "was made with vllm = {'quantization': 'fp8'}" in " ".join(capsys.readouterr().err.split())
+        assert cli.main([*arguments, *mine, "--video", "file", "--output", str(tmp_path / "whole")]) == 0
+        assert "clips whole" in capsys.readouterr().out
+    monkeypatch.setattr("zppo.evals.evaluate.has_vllm", lambda: False)
+    assert cli.main([*arguments, "--vllm.enforce-eager"]) == 2
+    assert "--vllm.enforce-eager is for the vLLM that zppo starts for a folder, and vLLM is not installed" in capsys.readouterr().err

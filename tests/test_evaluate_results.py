@@ -214,6 +214,7 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
         settings_of(options(), "m", "j", "frames", "weights"),
         settings_of(options(max_tokens=7), "m", "j", "frames"),
         settings_of(options(frames=7), "m", "j", "frames"),
+        settings_of(options(vllm={"quantization": "fp8"}), "m", "j", "frames"),
         settings_of(options(think_open=True), "m", "j", "frames"),
         settings_of(options(closing=closing), "m", "j", "frames"),
         settings_of(options(template_args={"enable_thinking": True}), "m", "j", "frames"),
@@ -221,6 +222,7 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
         settings_of(options(clips=tmp_path), "m", "j", "frames"),
         settings_of(options(judge_prompts={"eval_hle": template}), "m", "j", "frames"),
     ]
+    assert begin(folder, "m", "m", settings_of(options(vllm={"tensor_parallel_size": 2}), "m", "j", "frames"))
     for other in others:
         with pytest.raises(SettingsError, match="name another folder with --output"):
             begin(folder, "m", "m", other)

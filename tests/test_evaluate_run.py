@@ -456,7 +456,7 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from zppo.evals import endpoint as child
-child.command_of = lambda folder, port, vllm, images: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
+child.command_of = lambda folder, port, *more: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
 with child.served(Path("."), Path(sys.argv[2] + ".log"), images=1, vllm=False) as server:
     assert server.key not in repr(server)
     print("ready", flush=True)
@@ -519,6 +519,9 @@ MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
     "an address without http": (lambda m, j, f: [m, "--judge", "localhost:1"], "is no URL"),
     "a model that is not served": (lambda m, j, f: [m, "--judge", j, "--model", "huge"], "'huge'; it serves m"),
     "a key that is not set": (lambda m, j, f: [m, "--judge", j, "--key-env", "NOT_SET"], "NOT_SET is not set"),
+    "addresses of two models": (lambda m, j, f: [f"{m},{j}", "--judge", j], "serve different models"),
+    "vLLM for a URL": (lambda m, j, f: [m, "--judge", j, "--vllm.max-model-len=9"], "is served already"),
+    "vLLM's address": (lambda m, j, f: [str(f), "--judge", j, "--vllm.port=9"], "--vllm.port is given by zppo itself"),
     "no samples": (lambda m, j, f: [m, "--judge", j, "--samples", "0"], "--samples is 0"),
     "no samples of one": (lambda m, j, f: [m, "--judge", j, "--samples", "4,AIME25=0"], "--samples is AIME25=0"),
     "samples of what is nowhere": (lambda m, j, f: [m, "--judge", j, "--samples", "AIME24=2"], "'AIME24'"),

@@ -24,6 +24,7 @@ OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 _TRAIN_FLAGS = ("-h", "--help", "--dry-run")
 _FIGURES = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg"), "none": ()}
+_VLLM = "--vllm."
 _PORT = 8765  # of `zppo report --watch`
 
 
@@ -47,8 +48,11 @@ def _main(arguments: list[str]) -> int:
         overrides: list[str] = []
         if arguments[:1] == ["train"]:
             arguments, overrides = split_overrides(arguments)
+        vllm: dict[str, str] = {}
+        if arguments[:1] == ["eval"]:
+            arguments, vllm = split_vllm(arguments)
         options = _parser().parse_args(arguments)
-        options.overrides = overrides
+        options.overrides, options.vllm = overrides, vllm
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
     except ZPPOError as error:
@@ -64,6 +68,12 @@ def _main(arguments: list[str]) -> int:
         traceback.print_exc()
         return CRASH
     return OK
+
+
+def split_vllm(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(what argparse reads, arguments of vLLM: `--vllm.NAME=VALUE`, and `--vllm.NAME` with the value "")."""
+    given = [token.removeprefix(_VLLM).partition("=") for token in arguments if token.startswith(_VLLM)]
+    return [token for token in arguments if not token.startswith(_VLLM)], {name: value for name, _, value in given}
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -145,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
             usage="zppo eval MODEL --suite NAMES --judge URL [options]\n       zppo eval compare A.json B.json [--resamples N] [--seed N]",
             help="evaluate a model on benchmarks, or compare two evaluations",
             description="Evaluate a model on up to 31 benchmarks under one protocol. The same command goes on where it stopped.",
+            epilog="--vllm.NAME=VALUE goes to the vLLM that is started for a folder: --vllm.max-model-len=32768 "
+            "--vllm.tensor-parallel-size=2; --vllm.NAME where it has no value.",
         )
     )
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
@@ -244,12 +256,12 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a checkpoint folder, a finished run, lab:<world>/<student|teacher>, or the URL of a server"
+        "model", metavar="MODEL", help="a checkpoint folder, a finished run, lab:<world>/<student|teacher>, or URLs of servers, with commas"
     )
     parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files")
     parser.add_argument("--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, or names, with commas (default: paper)")
     parser.add_argument(
-        "--judge", metavar="URL", help="OpenAI-compatible server for rows that rules cannot decide; not asked where rules decide all"
+        "--judge", metavar="URLS", help="OpenAI-compatible servers for rows that rules cannot decide; not asked where rules decide all"
     )
     parser.add_argument("--judge-model", metavar="NAME", help="its name there (default: the only one that it serves)")
     parser.add_argument("--judge-key-env", metavar="VARIABLE", help="environment variable that holds the judge's key")
@@ -270,7 +282,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="requests at a time (default: 32)")
     parser.add_argument("--max-tokens", type=int, default=12_288, metavar="N", help="of an answer (default: 12288, the protocol's)")
     parser.add_argument(
-        "--video", choices=("auto", "file", "frames"), default="auto", help="clips whole, or as pictures (default: whole to a vLLM of ours)"
+        "--video", choices=("frames", "file"), default="frames", help="clips as pictures (default), or whole to a server that takes them"
     )
     parser.add_argument("--frames", type=int, default=16, metavar="N", help="pictures of a clip (default: 16)")
     parser.add_argument("--closing", type=Path, metavar="FILE", help="closing instruction (default: that of the run, else the project's)")

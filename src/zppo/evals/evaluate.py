@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,11 +18,23 @@ from zppo.core.types import Message
 from zppo.errors import DataError, EvaluationError, SettingsError, UnavailableError
 from zppo.evals.benchmark import Benchmark
 from zppo.evals.benchmark_rows import LoadedBenchmark, load_items
-from zppo.evals.endpoint import NAME, EndpointModel, Server, Thoughts, check_context, find_model, has_vllm, is_url, read_model_key, served
+from zppo.evals.endpoint import (
+    NAME,
+    EndpointModel,
+    Server,
+    Thoughts,
+    check_context,
+    find_model,
+    find_models,
+    has_vllm,
+    is_url,
+    read_model_key,
+    served,
+)
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.media import chat_turns, check_decoder
-from zppo.evals.options import EvalOptions, fingerprint, settings_of, with_words_of_run
+from zppo.evals.options import OURS, EvalOptions, fingerprint, settings_of, with_words_of_run
 from zppo.evals.registry import BENCHMARKS, find, suite
 from zppo.evals.results import (
     EvalFolder,
@@ -39,6 +51,8 @@ from zppo.evals.scoring.verdicts import Decider, judge_book
 from zppo.evals.view import ProgressDisplay, estimate_benchmark, print_estimates, print_results, say
 from zppo.names import checkpoint_folder
 
+Addresses = tuple[EndpointModel, tuple[str, ...]]
+"""A model and where it is served."""
 _IMAGES = 64  # of a request to a server of ours, besides the frames of a clip
 
 
@@ -51,7 +65,6 @@ class Session:
     console: Console
     server: Server
     name: str
-    as_file: bool
     decider: Decider
     thoughts: Thoughts
 
@@ -86,8 +99,9 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     judge_key = read_model_key(options.judge_key_env, "--judge-key-env")
     key = read_model_key(options.key_env, "--key-env")
     folder = EvalFolder(options.output or default_output(options))
-    target = place or find_model(options.model, key, options.name, "model")
-    label = target.name if isinstance(target, EndpointModel) else str(target.absolute())
+    tell = partial(say, console, style="yellow")
+    target: Path | Addresses = place or find_models(options.model, key, options.name, "model", tell)
+    label = str(target.absolute()) if isinstance(target, Path) else target[0].name
     weights = fingerprint(place)
     # A finished evaluation is only shown again: its server is not started, its judge not needed.
     known = folder.read()
@@ -96,36 +110,29 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     if known is not None and all(
         finished(known, each.name, options.limit, options.samples_of(each.name), options.strict) for each in chosen
     ):
-        begin(folder, "", "", _settings_now(options, known, label, weights, judge_key if judged else None))
+        begin(folder, "", "", _settings_now(options, known, label, weights, judge_key if judged else None, tell))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
         return
-    judge = find_model(str(options.judge), judge_key, options.judge_model, "judge").name if judged else None
+    judge, judges = find_models(str(options.judge), judge_key, options.judge_model, "judge", tell) if judged else (None, ())
     with ExitStack() as stack:
         stack.enter_context(folder.alone())
         server, found, think_open = _serve(options, key, folder, target, stack, console)
         check_context(found.context, options.max_tokens)
-        as_file = options.video == "file" or (options.video == "auto" and server.kind == "vllm")
         options = replace(options, think_open=think_open)
-        own = settings_of(options, label, judge, "file" if as_file else "frames", weights)
+        own = settings_of(options, label, judge.name if judge else None, options.video, weights)
         state = begin(folder, label, options.model, own)  # refuses rows that were made under other settings
         folder.write(state)
-        decider = _decider(options, judge, judge_key)
+        decider = _decider(options, judges, judge.name if judge else "", judge_key)
         stack.callback(decider.close)
-        session = Session(options, folder, console, server, found.name, as_file, decider, Thoughts())
+        session = Session(options, folder, console, server, found.name, decider, Thoughts())
         state = _all(session, chosen, state)
     _close(state, chosen, options, folder, console)
 
 
-def _decider(options: EvalOptions, judge: str | None, key: str) -> Decider:
+def _decider(options: EvalOptions, urls: Sequence[str], judge: str, key: str) -> Decider:
     return Decider(
-        [str(options.judge)] if judge else [],
-        judge or "",
-        key,
-        options.judge_prompts,
-        concurrency=options.concurrency,
-        think_open=options.think_open,
-        strict=options.strict,
+        urls, judge, key, options.judge_prompts, concurrency=options.concurrency, think_open=options.think_open, strict=options.strict
     )
 
 
@@ -167,6 +174,13 @@ def _check(options: EvalOptions, chosen: tuple[Benchmark, ...]) -> None:
     for flag, path in (("--data", options.data), ("--clips", options.clips)):
         if path is not None and not path.is_dir():
             raise SettingsError(f"{flag}: there is no folder {path}")
+    if taken := [name for name in options.vllm_named if name in OURS]:
+        raise SettingsError(f"--vllm.{taken[0]} is given by zppo itself: leave it out")
+    if options.vllm and not options.dry_run and (is_url(options.model) or not has_vllm()):
+        why = f"{options.model} is served already" if is_url(options.model) else "vLLM is not installed here"
+        raise SettingsError(
+            f"--vllm.{next(iter(options.vllm_named))} is for the vLLM that zppo starts for a folder, and {why}: leave it out"
+        )
     if options.closing is not None and not options.closing.is_file():
         raise SettingsError(f"--closing: there is no file {options.closing}")
     for name, path in options.judge_prompts.items():
@@ -174,29 +188,29 @@ def _check(options: EvalOptions, chosen: tuple[Benchmark, ...]) -> None:
             raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")
 
 
-def _settings_now(options: EvalOptions, known: Mapping[str, Any], model: str, weights: str | None, judge_key: str | None) -> dict[str, Any]:
+def _settings_now(
+    options: EvalOptions, known: Mapping[str, Any], model: str, weights: str | None, judge_key: str | None, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """The settings under which this call would go on with a finished evaluation, whose server of the checkpoint is not started any more.
 
     Args:
         model: the checkpoint, or what the server says that it serves now.
         judge_key: None where no judge is needed.
     """
-    old, judge = known["settings"], options.judge_model
+    judge = options.judge_model
     if judge_key is None or not any(each["by_judge"] for each in known["benchmarks"]):
-        judge = old["judge"]  # said nothing
+        judge = known["settings"]["judge"]  # said nothing
     elif not judge:
-        judge = find_model(str(options.judge), judge_key, None, "judge").name
-    # What the kind of its server decides follows from the weights and from nothing that this call says.
-    video = old["video"] if options.video == "auto" else options.video
-    return settings_of(options, model, judge, video, weights)
+        judge = find_models(str(options.judge), judge_key, None, "judge", tell)[0].name
+    return settings_of(options, model, judge, options.video, weights)
 
 
 def _serve(
-    options: EvalOptions, key: str, folder: EvalFolder, target: EndpointModel | Path, stack: ExitStack, console: Console
+    options: EvalOptions, key: str, folder: EvalFolder, target: Addresses | Path, stack: ExitStack, console: Console
 ) -> tuple[Server, EndpointModel, bool]:
     """(the server, the model there, whether its prompts end inside an open think block)."""
-    if isinstance(target, EndpointModel):
-        return Server(options.model, key, "other"), target, options.think_open
+    if not isinstance(target, Path):
+        return Server(target[1], key, "other"), target[0], options.think_open
     # Loads transformers, which nothing else here needs.
     from zppo.engines.chat import Chat
 
@@ -205,8 +219,8 @@ def _serve(
     log = folder.inside("server.log")
     kind = "vLLM" if has_vllm() else "zppo serve (vLLM is not installed)"
     say(console, f"starting {kind} for {target}; its log is {folder.inside('server.log')}")
-    server = stack.enter_context(served(target, log, images=_IMAGES + options.frames))
-    return server, find_model(server.url, server.key, NAME, "model"), open_
+    server = stack.enter_context(served(target, log, images=_IMAGES + options.frames, arguments=options.vllm_arguments))
+    return server, find_model(server.urls[0], server.key, NAME, "model"), open_
 
 
 def _checkpoint(model: str) -> Path:
@@ -245,7 +259,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
 
 def _check_packages(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> None:
     """UnavailableError where a package is missing that this benchmark alone needs."""
-    if any(item.video is not None and not (session.as_file and item.clip is None) for item in loaded.items):
+    if any(item.video is not None and not ((session.options.video == "file") and item.clip is None) for item in loaded.items):
         try:
             check_decoder()
         except UnavailableError as error:
@@ -260,7 +274,7 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
     # inspect-ai is an extra.
     from anyio import CapacityLimiter
 
-    from zppo.evals.task import Health, TaskContext, run_task, served_model
+    from zppo.evals.task import Health, Route, TaskContext, run_task, served_model
 
     options, folder = session.options, session.folder
     items: dict[str, Item] = {item.id: item for item in loaded.items}
@@ -283,30 +297,28 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
                 watch.take(row)
 
-        turns = partial(chat_turns, book=options.book, store=folder.inside("media"), as_file=session.as_file, frames=options.frames)
-        health = Health()
+        turns = partial(
+            chat_turns, book=options.book, store=folder.inside("media"), as_file=(session.options.video == "file"), frames=options.frames
+        )
+        words = (session.name, session.server.key, options.decoding, options.concurrency, options.template_args or {})
+        health = Health([Route(served_model(url, *words)) for url in session.server.urls])
+        threads = CapacityLimiter(options.concurrency + 4)
         work = TaskContext(
-            benchmark,
-            items,
-            turns,
-            session.decider,
-            answers,
-            judgements,
-            health,
-            CapacityLimiter(options.concurrency + 4),
-            take,
-            session.thoughts,
-            options.strict,
+            benchmark, items, turns, session.decider, answers, judgements, health, threads, take, session.thoughts, options.strict
         )
-        model = served_model(
-            session.server.url, session.name, session.server.key, options.decoding, options.concurrency, options.template_args or {}
-        )
-        log = run_task(work, model, samples=samples, concurrency=options.concurrency, logs=folder.inside("logs"))
+        log = run_task(work, samples=samples, concurrency=options.concurrency, logs=folder.inside("logs"))
     half.replace(path)
     if log.status == "cancelled":
         raise KeyboardInterrupt
     if log.status == "error":
         raise EvaluationError(f"{benchmark.name}: inspect-ai could not run it ({log.error.message if log.error else 'no reason given'})")
+    gone = [url for url, route in zip(session.server.urls, health.routes, strict=True) if route.down]
+    if gone and not health.down:
+        say(
+            session.console,
+            f"{benchmark.name}: {', '.join(gone)} did not answer any more ({health.last}); the others took its share",
+            "yellow",
+        )
     if health.down:
         say(session.console, f"{benchmark.name}: the model's server does not answer any more ({health.last})", "yellow")
     return rows

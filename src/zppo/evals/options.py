@@ -14,7 +14,7 @@ from zppo.errors import SettingsError
 from zppo.images.store import PixelLimits
 from zppo.prompts.book import CLOSING, PromptBook
 
-VideoMode = Literal["auto", "file", "frames"]
+VideoMode = Literal["frames", "file"]
 FRAMES = 16
 JUDGE_TOKENS, LONG_JUDGE_TOKENS = 512, 4096
 """Of a judge's reply; the second where its words were given by path: official ones often ask for reasons before the verdict."""
@@ -22,6 +22,15 @@ LIMITS = PixelLimits()
 RESULT = "eval.json"
 _OF_MODELS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py"))
 """Endings of files that make up a checkpoint."""
+
+
+OURS = frozenset(("model", "host", "port", "served-model-name", "api-key", "uds"))
+"""Arguments of vLLM that are ours to give."""
+_OF_THE_MACHINE = frozenset(
+    "tensor-parallel-size pipeline-parallel-size data-parallel-size distributed-executor-backend gpu-memory-utilization max-num-seqs "
+    "max-num-batched-tokens max-model-len enforce-eager cpu-offload-gb swap-space load-format disable-log-requests".split()
+)
+"""Those that say how a machine is used, not what is answered: they may change from call to call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +65,13 @@ class EvalOptions:
     clips: Path | None = None
     concurrency: int = 32
     max_tokens: int = Decoding().max_tokens
-    video: VideoMode = "auto"
+    video: VideoMode = "frames"
     frames: int = FRAMES
     closing: Path | None = None
     template_args: Mapping[str, Any] | None = None
     think_open: bool = False
     strict: bool = False
+    vllm: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
 
     @property
@@ -73,6 +83,16 @@ class EvalOptions:
         """Answers to each question of a benchmark."""
         given = {"": self.samples} if isinstance(self.samples, int) else {name.lower(): k for name, k in self.samples.items()}
         return given.get(benchmark.lower(), given.get("", 1))
+
+    @property
+    def vllm_named(self) -> dict[str, str]:
+        """Arguments of vLLM by their names there; "" for one without a value."""
+        return {name.replace("_", "-"): "" if value in (None, True) else str(value) for name, value in self.vllm.items()}
+
+    @property
+    def vllm_arguments(self) -> list[str]:
+        """The same as vLLM's command line has them."""
+        return [f"--{name}={value}" if value else f"--{name}" for name, value in self.vllm_named.items()]
 
     @property
     def book(self) -> PromptBook:
@@ -170,6 +190,7 @@ def settings_of(options: EvalOptions, model: str, judge: str | None, video: str,
         "frames": options.frames,
         "think_open": options.think_open,
         "judge_prompts": prompts,
+        "vllm": {name: value for name, value in options.vllm_named.items() if name not in _OF_THE_MACHINE},
         "data": str(options.data.absolute()) if options.data else None,
         "clips": str(options.clips.absolute()) if options.clips else None,
     }

@@ -450,7 +450,7 @@ def default_output(options: EvalOptions) -> Path:
     folder = Path(options.model)
     if (folder / "recipe.yaml").is_file():
         return folder
-    name = options.name or options.model
+    name = options.name or options.model.partition(",")[0]
     words = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.split("://")[-1]).strip("-.")
     return Path("runs") / f"eval-{words[-80:] or 'model'}"
 

@@ -77,7 +77,10 @@ def say(console: Console, text: str, style: str = "") -> None:
 def print_results(console: Console, state: Mapping[str, Any]) -> None:
     """The closing table: whose it is, benchmarks, families, and what was skipped."""
     judge = state["settings"]["judge"]
-    say(console, state["label"] + (f", judged by {judge}" if judge else ", no judge"), "bold")
+    title = state["label"] + (f", judged by {judge}" if judge else ", no judge")
+    if any(each["family"] == "video" for each in state["benchmarks"]):
+        title += ", clips whole" if state["settings"]["video"] == "file" else f", clips as {state['settings']['frames']} pictures"
+    say(console, title, "bold")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("benchmark")
     often = any(each.get("at_k") for each in state["benchmarks"])
