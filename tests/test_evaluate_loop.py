@@ -17,7 +17,10 @@ from eval_server import Reply, Scripted, command, fair, results, right, rows, sa
 from evaluate_data import write_data
 from zppo import cli
 from zppo.config.recipe import dump_yaml
+from zppo.core.types import Message
 from zppo.evals.endpoint import Server
+from zppo.evals.item import Item
+from zppo.evals.media import media_there
 from zppo.evals.options import EvalOptions, with_words_of_run
 
 
@@ -106,14 +109,15 @@ def test_a_malformed_verdict_counts_0_is_named_and_closes_the_benchmark(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("video", ["frames", "file"])
 def test_a_clip_that_cannot_be_decoded_counts_0_is_named_and_closes_the_benchmark(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    video: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The made-up clips are no clips; a clip that is gone is brought back, and stays open."""
+    """The made-up clips are no clips; with others in their places they are asked about."""
     (tmp_path / "data").mkdir()
     folder, out = write_data(tmp_path / "data"), tmp_path / "out"
     with scripted(right, "m") as model, scripted(fair, "j") as judge:
-        arguments = command(model.url, judge, folder, out, "VMME", "--video", "frames")
+        arguments = command(model.url, judge, folder, out, "VMME", "--video", video)
         assert cli.main(arguments) == 0
         part = only(out)
         broken = [row["id"] for row in rows(out, "VMME") if row["finish"] == "broken_media"]
@@ -127,6 +131,21 @@ def test_a_clip_that_cannot_be_decoded_counts_0_is_named_and_closes_the_benchmar
             write_clip(path)
         assert cli.main(arguments) == 0
         assert (only(out)["broken"], only(out)["open"]) == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_picture_that_cannot_be_decoded_counts_0_and_one_that_is_gone_stays_open(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    folder, out = write_data(tmp_path / "data"), tmp_path / "out"
+    (folder / "images" / "red.png").write_bytes(b"no picture")
+    with scripted(right, "m") as model, scripted(fair, "j") as judge:
+        assert cli.main(command(model.url, judge, folder, out, "AI2D")) == 0
+    part = only(out)
+    assert (part["broken"], part["open"], part["rows"]) == (1, 0, 2) and "red.png" in part["why_broken"]
+    item = Item("1", "AI2D", (Message("user", "<image>?"),), "A", "choice", images=(folder / "images" / "red.png",))
+    assert media_there(item)
+    (folder / "images" / "red.png").unlink()
+    assert not media_there(item)
 
 
 # --- the judge and the words ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from eval_server import write_clip
 from evaluate_data import write_data
 from report_runs import invented_run
 from zppo import cli
@@ -157,12 +159,15 @@ def test_frames_come_before_the_text_evenly_spaced_and_images_at_their_marks(tmp
     (turn,) = chat_turns(pictured, PromptBook(), store=tmp_path, as_file=False, frames=2)
     assert [part.kind for part in turn.parts] == ["text", "image", "text"]
     assert turn.parts[1].value.startswith("data:image/png;base64,")
-    (tmp_path / "clip.mp4").write_bytes(b"whole")
+    write_clip(tmp_path / "clip.mp4")
     video = Item("3", "VMME", (Message("user", "Where?"),), "A", "text", video=tmp_path / "clip.mp4")
     (turn,) = chat_turns(video, PromptBook(), store=tmp_path, as_file=True, frames=2)
-    assert turn.parts[0].value == "data:video/mp4;base64,d2hvbGU="
-    with pytest.raises(DataError, match="cannot be decoded"):
-        chat_turns(video, PromptBook(), store=tmp_path, as_file=False, frames=2)
+    whole = base64.b64encode((tmp_path / "clip.mp4").read_bytes()).decode()
+    assert turn.parts[0].value == f"data:video/mp4;base64,{whole}"
+    (tmp_path / "clip.mp4").write_bytes(b"no clip")
+    for as_file in (True, False):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            chat_turns(video, PromptBook(), store=tmp_path, as_file=as_file, frames=2)
 
 
 def test_another_picture_under_the_same_name_is_another_question(tmp_path: Path) -> None:
@@ -178,7 +183,6 @@ def test_another_picture_under_the_same_name_is_another_question(tmp_path: Path)
 
 
 def test_pictures_are_sent_within_the_protocols_limits(tmp_path: Path) -> None:
-    import base64
     import io
 
     from PIL import Image

@@ -152,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(
         commands.add_parser(
             "eval",
-            usage="zppo eval MODEL --suite NAMES --judge URL [options]\n       zppo eval compare A.json B.json [--resamples N] [--seed N]",
+            usage="zppo eval MODEL --suite NAMES [--judge URL] [options]\n       "
+            "zppo eval compare A.json B.json [--resamples N] [--seed N]",
             help="evaluate a model on benchmarks, or compare two evaluations",
             description="Evaluate a model on up to 31 benchmarks under one protocol. The same command goes on where it stopped.",
             epilog="--vllm.NAME=VALUE goes to the vLLM that is started for a folder: --vllm.max-model-len=32768 "

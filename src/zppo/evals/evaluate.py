@@ -50,6 +50,7 @@ from zppo.evals.results import (
 from zppo.evals.scoring.verdicts import Decider, judge_book
 from zppo.evals.view import ProgressDisplay, estimate_benchmark, print_estimates, print_results, say
 from zppo.names import checkpoint_folder
+from zppo.prompts import PromptBook
 
 Addresses = tuple[EndpointModel, tuple[str, ...]]
 """A model and where it is served."""
@@ -65,6 +66,7 @@ class Session:
     console: Console
     server: Server
     name: str
+    book: PromptBook
     decider: Decider
     thoughts: Thoughts
 
@@ -83,18 +85,11 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     if options.dry_run:
         print_estimates(console, [estimate_benchmark(benchmark, options) for benchmark in chosen], options)
         return
-    missing = [name for name in ("inspect_ai", "rapidfuzz") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EvaluationError(f"zppo eval needs {' and '.join(missing)}, not installed here: pip install 'zppo[eval]'")
-    judged = [benchmark.name for benchmark in chosen if benchmark.judged]
-    if judged and options.judge is None:
-        raise SettingsError(
-            f"there is no judge for rows that rules cannot decide ({', '.join(judged[:5])}{', ...' * (len(judged) > 5)}): name its server "
-            "with --judge URL (`zppo serve` is one)"
-        )
+    judged = _check_needs(options, chosen)
     # What can be wrong with the call is looked for before a server is started or a question is asked.
     place = None if is_url(options.model) else _checkpoint(options.model)
     options = with_words_of_run(options, place)
+    book = options.book
     judge_book(options.judge_prompts)
     judge_key = read_model_key(options.judge_key_env, "--judge-key-env")
     key = read_model_key(options.key_env, "--key-env")
@@ -107,9 +102,7 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     known = folder.read()
     if known is not None:
         options = replace(options, think_open=options.think_open or bool(known["settings"].get("think_open")))  # found out by then
-    if known is not None and all(
-        finished(known, each.name, options.limit, options.samples_of(each.name), options.strict) for each in chosen
-    ):
+    if known is not None and all(_finished(known, each, options) for each in chosen):
         begin(folder, "", "", _settings_now(options, known, label, weights, judge_key if judged else None, tell))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
@@ -125,7 +118,7 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
         folder.write(state)
         decider = _decider(options, judges, judge.name if judge else "", judge_key)
         stack.callback(decider.close)
-        session = Session(options, folder, console, server, found.name, decider, Thoughts())
+        session = Session(options, folder, console, server, found.name, book, decider, Thoughts())
         state = _all(session, chosen, state)
     _close(state, chosen, options, folder, console)
 
@@ -186,6 +179,20 @@ def _check(options: EvalOptions, chosen: tuple[Benchmark, ...]) -> None:
     for name, path in options.judge_prompts.items():
         if not path.is_file():
             raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")
+
+
+def _check_needs(options: EvalOptions, chosen: tuple[Benchmark, ...]) -> bool:
+    """Whether a judge is needed. SettingsError where it is and none is named, EvaluationError where a package is missing."""
+    missing = [name for name in ("inspect_ai", "rapidfuzz") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EvaluationError(f"zppo eval needs {' and '.join(missing)}, not installed here: pip install 'zppo[eval]'")
+    judged = [benchmark.name for benchmark in chosen if benchmark.judged]
+    if judged and options.judge is None:
+        raise SettingsError(
+            f"there is no judge for rows that rules cannot decide ({', '.join(judged[:5])}{', ...' * (len(judged) > 5)}): name its server "
+            "with --judge URL (`zppo serve` is one)"
+        )
+    return bool(judged)
 
 
 def _settings_now(

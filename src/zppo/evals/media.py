@@ -114,6 +114,7 @@ def _video_url(path: Path) -> str:
         if path.stat().st_size:
             raise UnavailableError(f"the clip {path} has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames")
         raise DataError(f"the clip {path} is empty; replace it")
+    _check_decodes(path)
     return f"data:video/{_KINDS.get(path.suffix.lower(), 'mp4')};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -126,6 +127,19 @@ def check_decoder() -> None:
             "its clips must be taken apart into frames, and the package av is missing: pip install 'zppo[eval]', or let a server that "
             "takes videos do it (--video file)"
         ) from None
+
+
+def _check_decodes(path: Path) -> None:
+    """DataError where the clip has no first frame: a server would refuse it. Without the package that decodes, nothing is checked."""
+    try:
+        import av
+    except ImportError:
+        return
+    try:
+        with av.open(str(path)) as container:
+            next(container.decode(container.streams.video[0]))
+    except Exception as error:  # decoders fail in many ways
+        raise DataError(f"the clip {path} cannot be decoded ({one_line(error)}); replace it") from error
 
 
 def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: Path) -> list[ImageRef]:

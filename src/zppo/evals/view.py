@@ -106,29 +106,7 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
     for each in state["benchmarks"]:
-        warnings = []
-        if count := each.get("unreadable", 0):
-            what = "1 row is" if count == 1 else f"{count:,} rows are"
-            warnings.append(f"{what} no part of it, since unreadable; the first: {each['unreadable_first']}")
-        if count := each.get("left_out", 0):
-            of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
-            warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
-        if count := each.get("malformed", 0):
-            warnings.append(
-                f"{count:,} of {each['rows']:,} rows are 0 since the judge's verdict was malformed, and again after a reminder: "
-                f"{_names(each['malformed_rows'])}; --strict judges them again"
-            )
-        if count := each.get("broken", 0):
-            warnings.append(
-                f"{count:,} of {each['rows']:,} rows are 0 since a clip or picture cannot be decoded: {_names(each['broken_rows'])} "
-                f"({each['why_broken']}); --strict keeps them open"
-            )
-        if count := each.get("too_long", 0):
-            warnings.append(
-                f"{count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
-                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)"
-            )
-        for warning in warnings:
+        for warning in _warnings(each):
             say(console, f"{each['name']}: {warning}", "yellow")
     if often:
         say(
@@ -145,6 +123,33 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
         f"{errors:,} of them since the judge failed",
         "dim",
     )
+
+
+def _warnings(each: Mapping[str, Any]) -> list[str]:
+    """What must be known beside a benchmark's figure: rows that are no part of it, or 0 for a reason of their own."""
+    warnings = []
+    if count := each.get("unreadable", 0):
+        what = "1 row is" if count == 1 else f"{count:,} rows are"
+        warnings.append(f"{what} no part of it, since unreadable; the first: {each['unreadable_first']}")
+    if count := each.get("left_out", 0):
+        of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
+        warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
+    if count := each.get("malformed", 0):
+        warnings.append(
+            f"{count:,} of {each['rows']:,} rows are 0 since the judge's verdict was malformed, and again after a reminder: "
+            f"{_names(each['malformed_rows'])}; --strict judges them again"
+        )
+    if count := each.get("broken", 0):
+        warnings.append(
+            f"{count:,} of {each['rows']:,} rows are 0 since a clip or picture cannot be decoded: {_names(each['broken_rows'])} "
+            f"({each['why_broken']}); --strict keeps them open"
+        )
+    if count := each.get("too_long", 0):
+        warnings.append(
+            f"{count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
+            "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)"
+        )
+    return warnings
 
 
 def _names(ids: Sequence[str], most: int = 5) -> str:
