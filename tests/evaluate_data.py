@@ -96,7 +96,7 @@ def with_table(text: str) -> str:
         where += "".join(f", else {copy.id}" for copy in each.also)
         where += ", gated" if each.gated else ""
         where += f", {each.licence}" if each.licence else ""
-        judge = "shared" if each.judge == "judge" else each.judge.removeprefix("eval_")
+        judge = "none" if not each.judged else "shared" if each.judge == "judge" else each.judge.removeprefix("eval_")
         count = f"{each.rows:,}" if each.rows else "?"
         lines.append(f"| {each.name} | {each.title} | {where} | {count} | {judge} | {each.differs} | {each.unverified} |")
     return text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines) + "\n"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import datasets
 import huggingface_hub
 import pytest
 
-from evaluate_data import items, write_data
+from evaluate_data import ROWS, items, write_data
 from zppo.errors import DataError, UnavailableError
-from zppo.evals.benchmark_rows import limited, load_items, unique
+from zppo.evals.benchmark_rows import Outline, draw_items, load_items, unique
 from zppo.evals.item import Item
 from zppo.evals.registry import BENCHMARKS, find
 
@@ -150,16 +152,60 @@ def test_many_rows_that_cannot_be_read_stop_a_benchmark_and_few_are_left_out(fol
 
 
 def test_a_limit_keeps_groups_whole(folder: Path) -> None:
-    """DynaMath: both variants of a seed question or none; else the first items."""
-    assert [item.id for item in load_items(find("DynaM"), folder, limit=3).items] == ["1/1", "1/2"]
+    """DynaMath: both variants of a seed question or none."""
+    (one, two) = (item.id for item in load_items(find("DynaM"), folder, limit=3).items)
+    assert one.partition("/")[0] == two.partition("/")[0] and one != two
     assert len(load_items(find("WeMath"), folder, limit=1).items) == 3  # one group at least
-    assert [item.id for item in load_items(find("CharXiv"), folder, limit=2).items] == ["2004.10956/r", "2004.10956/d1"]
-    assert limited((), 3) == ()
+    assert draw_items([], 3, "MMLU") == frozenset()
+
+
+def test_a_limit_is_spread_over_configurations_and_tasks(tmp_path: Path) -> None:
+    """MMLU's rows stand subject by subject: five of them are one of each of five subjects, and the same whatever the order is."""
+    (template, *_) = (json.loads(line) for line in (ROWS / "MMLU.jsonl").read_text().splitlines())
+    subjects = [f"subject_{number}" for number in range(8)]
+    lines = [json.dumps({**template, "subject": s, "question": f"{s}, question {n:02}?"}) for s in subjects for n in range(20)]
+    (tmp_path / "MMLU.jsonl").write_text("\n".join(lines))
+
+    def drawn(limit: int) -> list[str]:
+        loaded = load_items(find("MMLU"), tmp_path, limit=limit).items
+        return [item.messages[0].content.partition("?")[0] for item in loaded]
+
+    assert len({text.partition(",")[0] for text in drawn(5)}) == 5
+    per_subject = Counter(text.partition(",")[0] for text in drawn(20))
+    assert len(drawn(20)) == 20 and set(per_subject.values()) == {2, 3} and len(per_subject) == 8
+    assert set(drawn(5)) < set(drawn(20)) and {text[-2:] for text in drawn(20)} != {"00", "01", "02"}
+    assert sorted(drawn(20)) == drawn(20)  # asked in the order of the data
+    assert len(drawn(1000)) == 160
+
+
+def test_a_draw_hangs_on_names_alone() -> None:
+    """Not on the order of the rows; a large part does not drive out a small one."""
+    outlines = [Outline(f"a{n}", f"a{n}", "a") for n in range(100)] + [Outline(f"b{n}", f"b{n}", "b") for n in range(3)]
+    taken = draw_items(outlines, 10, "X")
+    assert taken == draw_items(outlines[::-1], 10, "X") != draw_items(outlines, 10, "Y")
+    assert sum(name.startswith("b") for name in taken) == 3 and len(taken) == 10
+
+
+@pytest.mark.parametrize("name", ["CharXiv", "MMMUPro", "CEval", "MultiCh"])
+def test_every_kind_of_part_is_drawn_from(name: str, folder: Path) -> None:
+    """Reasoning and descriptive questions, configurations, subjects, axes: two items are of two parts."""
+    loaded = load_items(find(name), folder, limit=2).items
+    parts = [item.facts.get("part") or item.facts.get("config") or item.facts.get("subject") or item.facts.get("axis") for item in loaded]
+    assert len(set(parts)) == 2
+
+
+def test_pictures_of_what_is_not_drawn_are_not_kept(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (ROWS / "AI2D.jsonl").read_text().splitlines()]
+    pictures = [base64.b64encode((folder / "images" / f"{name}.png").read_bytes()).decode() for name in ("red", "blue")]
+    lines = [json.dumps({**row, "image": picture}) for row, picture in zip(rows, pictures, strict=True)]
+    (tmp_path / "AI2D.jsonl").write_text("\n".join(lines))
+    (item,) = load_items(find("AI2D"), tmp_path, store=tmp_path / "store", limit=1).items
+    assert list((tmp_path / "store").iterdir()) == list(item.images)
 
 
 def test_ids_that_stand_twice_are_told_apart() -> None:
-    item = items(find("MMLU"))[0]
-    assert [i.id for i in unique([item, item, item])] == [item.id, f"{item.id}~2", f"{item.id}~3"]
+    item, counts = items(find("MMLU"))[0], Counter[str]()
+    assert [unique(item, counts).id for _ in range(3)] == [item.id, f"{item.id}~2", f"{item.id}~3"]
 
 
 # The hub, without a network: `load_dataset` gives what it is told to.

@@ -105,23 +105,23 @@ def test_a_text_that_two_options_have_decides_nothing(grader: Grader) -> None:
     assert score(same, "\\boxed{half}", grader.equal).value is None
 
 
-NEEDS_A_BOX = ("choice", "number", "text", "precision", "grid", "anls")
+METRICS, WHOLE = ("anls", "ocr"), ("ocr", "graded", "criterion")
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("completion", ["", "  \n", "<think>", "<think>It is \\boxed{A}", "done</think>  "])
-def test_nothing_behind_the_thinking_is_no_answer(kind: Kind, completion: str, grader: Grader) -> None:
+def test_nothing_behind_the_thinking_is_a_judges_if_there_are_thoughts(kind: Kind, completion: str, grader: Grader) -> None:
+    """And 0 where the text is empty or a metric's; strictly by box it is 0."""
     found = score(item(kind, "A", {"task": "text recognition en"}), completion, grader.equal)
-    assert (found.value, found.answer, found.reason) == (0.0, None, NO_ANSWER)
+    value = 0.0 if kind in METRICS or not completion.strip() else None
+    assert (found.value, found.answer, found.reason, found.boxless) == (value, None, NO_ANSWER, True)
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
-def test_without_a_box_only_whole_responses_are_scored(kind: Kind, grader: Grader) -> None:
+def test_without_a_box_a_judge_decides_unless_the_whole_response_is_scored_by_rule(kind: Kind, grader: Grader) -> None:
     found = score(item(kind, "A", {"task": "text recognition en"}), "<think>hm</think>It is A.", grader.equal)
-    if kind in NEEDS_A_BOX:
-        assert (found.value, found.reason) == (0.0, NO_ANSWER)
-    else:
-        assert found.value == (1.0 if kind == "ocr" else None)
+    assert found.value == {"anls": 0.0, "ocr": 1.0}.get(kind)
+    assert found.boxless == (kind not in WHOLE) and found.answer is None
 
 
 def test_thoughts_of_an_opened_prompt_end_at_their_tag(grader: Grader) -> None:
@@ -163,6 +163,17 @@ def test_the_shared_judge_reads_all_of_a_completion_without_an_answer() -> None:
     assert "it is rabbit" in message.content
     (message,) = judge_request(benchmark, items(benchmark)[0], "x" * 50_000 + " the end", judge_book())
     assert "the end" in message.content and len(message.content) < 23_000
+
+
+@pytest.mark.parametrize("name", ["HLE", "CharXiv", "MMVU", "MM-Vet", "MultiCh"])
+def test_a_judge_of_its_own_sees_the_thoughts_where_nothing_else_answers(name: str) -> None:
+    """Without a box all of the reply; what MM-Vet and MultiChallenge grade is a response without a box, and its thoughts are not shown."""
+    benchmark = find(name)
+    asked = items(benchmark)[0]
+    (message,) = judge_request(benchmark, asked, "<think>it must be the rabbit", judge_book())
+    assert "it must be the rabbit" in message.content
+    (message,) = judge_request(benchmark, asked, "<think>it must be the rabbit</think>That one.", judge_book())
+    assert "That one." in message.content and ("the rabbit" in message.content) == (asked.kind in ("judged", "choice"))
 
 
 def test_a_response_can_neither_leave_its_block_nor_be_endless() -> None:

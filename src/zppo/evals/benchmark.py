@@ -45,6 +45,7 @@ class Benchmark:
         adapter: rows to items.
         differs: how its official protocol differs from the shared one, a sentence.
         judge: whose words ask about rows that the rules leave open.
+        judged: whether a judge is asked about them; without, they are 0 (method.md section 10: deterministic benchmarks need none).
         aggregate: from scores of rows to the benchmark's figure.
         rows: questions in all, None where they were not counted.
         licence: of the data, as its card names it; None: look there.
@@ -60,6 +61,7 @@ class Benchmark:
     adapter: Adapter
     differs: str
     judge: Judge = "judge"
+    judged: bool = True
     aggregate: Aggregate = "mean"
     rows: int | None = None
     licence: str | None = None

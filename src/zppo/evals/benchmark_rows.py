@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from zppo.core.draws import draw_key
 from zppo.data.local_files import READERS
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.adapters.row import PICTURES, DatasetRow
@@ -84,6 +87,11 @@ def _commit(source: HubDataset) -> str:
 _ENDINGS = (".jsonl", ".parquet", ".json")
 _CONFIG, _SPLIT = "_config", "_split"
 _GROUPS = ("seed", "problem")
+# What of an item's facts says its task, the first that it has.
+_TASKS = (
+    "axis", "part", "task", "task_type", "version", "type", "category", "subject", "domain", "discipline", "relation", "capability",
+    "answer_type",
+)  # fmt: skip
 _SUBTITLES = "VMMES"
 _CUT = "segment"  # how folders end whose clips are parts
 _UNREADABLE = 0.01  # of the rows: so many may be left out since they cannot be read, rounded up
@@ -109,7 +117,7 @@ class LoadedBenchmark:
 def load_items(
     benchmark: Benchmark, data: Path | None = None, *, clips: Path | None = None, store: Path | None = None, limit: int | None = None
 ) -> LoadedBenchmark:
-    """All items of a benchmark, or the first `limit`.
+    """All items of a benchmark, or `limit` of them, spread over its configurations and tasks by `draw_items`.
 
     Args:
         benchmark: a row of the registry.
@@ -118,65 +126,100 @@ def load_items(
         clips: where the clips of video benchmarks are, unpacked; the hub has them as archives. With `data` that folder by default.
             Subtitles are in `subtitle/<videoID>.srt` below it.
         store: a folder for pictures that come as bytes; items then hold their paths, and the pictures no memory.
-        limit: at most so many; of DynaMath and We-Math whole groups of questions, since they are scored together.
+        limit: at most so many; of DynaMath and We-Math whole groups of questions, since they are scored together, and one at least.
 
     Raises:
         UnavailableError: the data cannot be had: said and skipped, never scored 0.
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
-    if data is None:
-        rows, origin, revision = dataset_rows(benchmark, clips)
-    else:
-        rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
-    adapt = partial(_adapted, benchmark)
+    wanted = None if limit is None else _drawn(_rows(benchmark, data, clips)[0], benchmark, limit)
+    rows, origin, revision = _rows(benchmark, data, clips)
     found: list[Item] = []
     seen = 0
     unreadable: list[str] = []
-    # Questions that are scored together can only be cut to `limit` when all of them are known.
-    whole = limit is None or benchmark.aggregate in ("worst case", "wemath")
+    counts: Counter[str] = Counter()
     for row in rows:
         seen += 1
         try:
-            items = tuple(_placed(item, benchmark, row.folder, store) for item in adapt(row))
+            items = [unique(item, counts) for item in _adapted(benchmark, row)]
+            found += [_placed(item, benchmark, row.folder, store) for item in items if wanted is None or item.id in wanted]
         except UnavailableError:
             raise
         except DataError as error:
             unreadable.append(str(error))
-            continue
-        found += items
-        if not whole and len(found) >= (limit or 0):
-            break
     if len(unreadable) > math.ceil(seen * _UNREADABLE) or (unreadable and not found):
         raise DataError(f"{unreadable[0]} ({len(unreadable):,} of {seen:,} rows cannot be read)")
-    items = limited(unique(found), limit)
-    if not items:
+    if not found:
         raise UnavailableError(f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data")
-    return LoadedBenchmark(items, origin, revision, tuple(unreadable))
+    return LoadedBenchmark(tuple(found), origin, revision, tuple(unreadable))
 
 
-def unique(items: Iterable[Item]) -> tuple[Item, ...]:
-    """The items with `~2`, `~3`, ... behind an id that was there before."""
-    seen: dict[str, int] = {}
-    result = []
-    for item in items:
-        seen[item.id] = seen.get(item.id, 0) + 1
-        result.append(item if seen[item.id] == 1 else replace(item, id=f"{item.id}~{seen[item.id]}"))
-    return tuple(result)
+def _rows(benchmark: Benchmark, data: Path | None, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
+    """The rows with their origin and its commit."""
+    if data is None:
+        return dataset_rows(benchmark, clips)
+    return *_file_rows(benchmark, data, clips or data), ""
 
 
-def limited(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:
-    """The first items, at most `limit`; items that are scored together come whole, one group at least."""
-    if limit is None or len(items) <= limit:
-        return items
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(next((str(item.facts[name]) for name in _GROUPS if name in item.facts), item.id), []).append(item)
-    taken: list[Item] = []
-    for group in groups.values():
-        if taken and len(taken) + len(group) > limit:
+def unique(item: Item, counts: Counter[str]) -> Item:
+    """The item with `~2`, `~3`, ... behind an id that was there before, as `counts` has it."""
+    counts[item.id] += 1
+    return item if counts[item.id] == 1 else replace(item, id=f"{item.id}~{counts[item.id]}")
+
+
+class Outline(NamedTuple):
+    """What is known of an item when a part of the benchmark is drawn.
+
+    Attributes:
+        group: items of one group are scored together.
+        part: configuration and task, over which a draw is spread.
+    """
+
+    id: str
+    group: str
+    part: str
+
+
+def _drawn(rows: Iterable[DatasetRow], benchmark: Benchmark, limit: int) -> frozenset[str]:
+    """Ids of `draw_items`. Pictures are not kept: the rows are read again for the drawn ones."""
+    counts: Counter[str] = Counter()
+    outlines = []
+    for row in rows:
+        try:
+            items = [unique(item, counts) for item in _adapted(benchmark, row)]
+        except UnavailableError:
+            raise
+        except DataError:  # it is said when the rows are read again
+            continue
+        for item in items:
+            group = next((f"{name} {item.facts[name]}" for name in _GROUPS if name in item.facts), item.id)
+            task = next((str(item.facts[name]) for name in _TASKS if item.facts.get(name)), "")
+            outlines.append(Outline(item.id, group, f"{row.config}/{task}"))
+    return draw_items(outlines, limit, benchmark.name)
+
+
+def draw_items(outlines: Sequence[Outline], limit: int, key: str) -> frozenset[str]:
+    """Ids of at most `limit` items, spread over the parts as evenly as it goes; whole groups, one at least.
+
+    Parts and the groups in each come in an order that is drawn, keyed by their names; parts take turns. So a draw does not hang on the
+    order of the rows, and holds every smaller one.
+
+    Args:
+        key: of the draw, the benchmark's name.
+    """
+    groups: dict[str, list[Outline]] = {}
+    for outline in outlines:
+        groups.setdefault(outline.group, []).append(outline)
+    parts: dict[str, list[str]] = {}
+    for name in sorted(groups, key=lambda group: draw_key("limit", key, "group", group)):
+        parts.setdefault(groups[name][0].part, []).append(name)
+    order = sorted(parts, key=lambda part: draw_key("limit", key, "part", part))
+    taken: list[str] = []
+    for name in (name for turn in zip_longest(*(parts[part] for part in order)) for name in turn if name is not None):
+        if taken and len(taken) + len(groups[name]) > limit:
             break
-        taken += group
-    return tuple(taken)
+        taken += [outline.id for outline in groups[name]]
+    return frozenset(taken)
 
 
 def _adapted(benchmark: Benchmark, row: DatasetRow) -> tuple[Item, ...]:

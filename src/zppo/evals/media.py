@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def chat_turns(item: Item, book: PromptBook, *, store: Path, as_file: bool, fram
 
     Raises:
         DataError: a picture or a clip cannot be read.
-        UnavailableError: frames of a clip are wanted, and the package that decodes it is missing.
+        UnavailableError: frames of a clip are wanted, and the package that decodes it is missing; or it is too large to be sent whole.
     """
     refs = tuple(_ref(media, store) for media in item.images)
     turns = [
@@ -85,6 +86,12 @@ def media_key(item: Item) -> list[Any]:
     return [pictures, clip, item.clip]
 
 
+def media_there(item: Item) -> bool:
+    """Whether every file of a question can be read; what is in it is another matter."""
+    files = [media for media in (*item.images, *item.frames, item.video) if isinstance(media, Path)]
+    return all(path.is_file() and os.access(path, os.R_OK) for path in files)
+
+
 def _digest(media: Media) -> str:
     """SHA-256, "" for a file that cannot be read: who wants to send it will say so."""
     try:
@@ -104,7 +111,10 @@ def _video_url(path: Path) -> str:
     except OSError as error:
         raise DataError(f"the clip {path} cannot be read ({error.strerror or error}): put it back") from error
     if not data:
-        raise DataError(f"the clip {path} is empty or has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames")
+        if path.stat().st_size:
+            raise UnavailableError(f"the clip {path} has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames")
+        raise DataError(f"the clip {path} is empty; replace it")
+    _check_decodes(path)
     return f"data:video/{_KINDS.get(path.suffix.lower(), 'mp4')};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -117,6 +127,19 @@ def check_decoder() -> None:
             "its clips must be taken apart into frames, and the package av is missing: pip install 'zppo[eval]', or let a server that "
             "takes videos do it (--video file)"
         ) from None
+
+
+def _check_decodes(path: Path) -> None:
+    """DataError where the clip has no first frame: a server would refuse it. Without the package that decodes, nothing is checked."""
+    try:
+        import av
+    except ImportError:
+        return
+    try:
+        with av.open(str(path)) as container:
+            next(container.decode(container.streams.video[0]))
+    except Exception as error:  # decoders fail in many ways
+        raise DataError(f"the clip {path} cannot be decoded ({one_line(error)}); replace it") from error
 
 
 def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: Path) -> list[ImageRef]:

@@ -50,7 +50,7 @@ VISION = (
         "InfoVQA", "InfographicVQA, validation", "vlm",
         HubDataset("lmms-lab/DocVQA", ("validation",), ("InfographicVQA",)), documents.infovqa,
         differs="The whole reply, asked for as a word or a phrase, is compared; here the boxed answer is.",
-        rows=2801, also=(HubDataset("lmms-lab-encoder/DocVQA", ("validation",), ("InfographicVQA",)),),
+        judged=False, rows=2801, also=(HubDataset("lmms-lab-encoder/DocVQA", ("validation",), ("InfographicVQA",)),),
         unverified="whether the paper uses the validation split or sends the test split in",
     ),
     Benchmark(
@@ -86,13 +86,13 @@ VISION = (
     Benchmark(
         "OCREN", "OCRBench v2, English", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_en,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities", rows=7400,
+        aggregate="abilities", judged=False, rows=7400,
         unverified="rows a language are from its paper",
     ),
     Benchmark(
         "OCRZH", "OCRBench v2, Chinese", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_zh,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities", rows=2600,
+        aggregate="abilities", judged=False, rows=2600,
         unverified="rows a language are from its paper",
     ),
     Benchmark(
@@ -142,13 +142,14 @@ LANGUAGE = (
     Benchmark(
         "AIME25", "AIME 2025, I and II", "llm", HubDataset("opencompass/AIME2025", ("test",), ("AIME2025-I", "AIME2025-II")), maths.aime25,
         differs="A contest has no protocol for models; harnesses differ in how often they sample each of the 30 problems.",
-        rows=30, licence="mit", also=(HubDataset("math-ai/aime25", ("test",), revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),),
+        judged=False, rows=30, licence="mit",
+        also=(HubDataset("math-ai/aime25", ("test",), revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),),
         unverified="configurations and licence of opencompass/AIME2025 are from memory",
     ),
     Benchmark(
         "AIME26", "AIME 2026", "llm", HubDataset("MathArena/aime_2026", ("train",)), maths.aime26,
         differs="MathArena samples each problem four times and reports the mean.",
-        rows=30, also=(HubDataset("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
+        judged=False, rows=30, also=(HubDataset("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
         unverified="split and fields (problem_idx, problem, answer) are those of the owner's other contests",
     ),
     Benchmark(

@@ -277,9 +277,9 @@ def evaluation_table(evaluation: EvaluationResults) -> Table:
     left_out = ", ".join(f"{name} {each.left_out:,}" for name, each in evaluation.results.items() if each.left_out)
     if left_out:
         skipped += f" Rows left out, since they have pictures and the model takes none: {left_out}."
+    judge = evaluation.protocol.get("judge") or "rules alone"
     caption = (
-        f"By zppo eval, judged by {evaluation.protocol.get('judge')}; ± is a standard error, samples of one question counted as one. Not "
-        f"leaderboard figures.{skipped}"
+        f"By zppo eval, judged by {judge}; ± is a standard error, samples of one question counted as one. Not leaderboard figures.{skipped}"
     )
     columns = ("benchmark", "family", "score", "±", "rows", "open")
     return Table("benchmarks-table", SECTION, "Benchmarks after training", columns, tuple(rows), caption)

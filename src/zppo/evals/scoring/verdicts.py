@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,12 +21,13 @@ from urllib.parse import urlsplit
 from zppo.core.draws import draw_key
 from zppo.core.types import IMAGE, Message
 from zppo.engines.base import Sampling
+from zppo.errors import EvaluationError
 from zppo.evals.benchmark import Benchmark, Judge
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.options import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
-from zppo.evals.results import TOO_LONG, SampleResult
-from zppo.evals.scoring.rules import score
+from zppo.evals.results import BROKEN, MALFORMED, TOO_LONG, SampleResult
+from zppo.evals.scoring.rules import SCORED_WHOLE, score
 from zppo.grading.grader import Grader
 from zppo.grading.text import extract_boxed, final_part
 from zppo.prompts import Neutraliser, PromptBook
@@ -174,15 +175,16 @@ def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Ca
 def judge_request(benchmark: Benchmark, item: Item, completion: str, book: PromptBook, think_open: bool = False) -> tuple[Message, ...]:
     """The request to judge one completion.
 
-    A benchmark's own judge reads what follows the thinking; the shared one reads all of a completion without a boxed answer
+    A judge reads what follows the thinking; of a completion without an answer that can be read all, thoughts included
     (`zppo.teacher.judge.readable`). At most the last 20,000 characters of it.
     """
     gold = " or ".join(item.golds)
     asked = (item.asked.replace(IMAGE, "") if item.images else item.asked).strip()
+    # What is scored whole is an answer without a box too.
+    whole = (final_part(completion, think_open) or "").strip() or None if item.kind in SCORED_WHOLE else None
+    response = readable(completion, extract_boxed(completion, think_open) or whole, think_open)[-_MOST:]
     if benchmark.judge == JUDGE:
-        response = readable(completion, extract_boxed(completion, think_open), think_open)
-        return book.judge(asked, gold, response[-_MOST:])
-    response = (final_part(completion, think_open) or "").strip()[-_MOST:]
+        return book.judge(asked, gold, response)
     values = {"question": asked, "gold": gold, "response": response, "criterion": str(item.facts.get("criterion", ""))}
     return (Message("user", book.text(benchmark.judge, values)),)
 
@@ -198,69 +200,99 @@ def judge_score(benchmark: Benchmark, item: Item, reply: str, think_open: bool =
     return value
 
 
-TURNS = 2  # replies of a judge that are read before a row stays open
+TURNS = 2  # replies of a judge that are read before its verdict is malformed
 DOWN = 120.0  # seconds for which a judge is asked again
 
 
+_NOT_ASKED = {TOO_LONG: "too long for the model's context", BROKEN: "its clip or picture cannot be decoded"}
+
+
 class Decider:
-    """Decides rows. Threads may share it; it ends its workers and connections with its block."""
+    """Decides rows. Threads may share it; it ends its workers and connections with its block.
+
+    Attributes:
+        think_open: whether the model's prompts end inside an open think block; may be found out while it is at work.
+
+    Args:
+        urls: addresses of the judge; none where rules decide every row.
+        strict: rows with a malformed verdict stay open, and are judged anew by the next call; else they are 0 (method.md section 10).
+    """
 
     def __init__(
-        self, url: str, model: str, key: str, prompts: Mapping[str, Path], *, concurrency: int, workers: int = 2, think_open: bool = False
+        self,
+        urls: Sequence[str],
+        model: str,
+        key: str,
+        prompts: Mapping[str, Path],
+        *,
+        concurrency: int,
+        workers: int = 2,
+        think_open: bool = False,
+        strict: bool = False,
     ) -> None:
         self._grader = Grader(workers=workers)
-        self._judge = RemoteTeacher(model, [url], key=key, concurrency=concurrency, retry_for=DOWN)
-        self._book = judge_book(prompts)
-        self._think_open = think_open
+        self._judge = RemoteTeacher(model, urls, key=key, concurrency=concurrency, retry_for=DOWN) if urls else None
+        # Thoughts come with their tags, and a judge's template must not take them for its own.
+        self._book = judge_book(prompts, Neutraliser(IMAGE_TEXTS))
+        self.think_open, self._strict = think_open, strict
         # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.
-        official = urlsplit(url).hostname == OPENAI_HOST
+        official = any(urlsplit(url).hostname == OPENAI_HOST for url in urls)
         self._template_args: dict[str, Any] = {} if official else {"enable_thinking": False}
         self._given = frozenset(prompts)
 
     def close(self) -> None:
         """Ends workers and connections."""
         self._grader.close()
-        self._judge.close()
+        if self._judge is not None:
+            self._judge.close()
 
     def decide(self, benchmark: Benchmark, item: Item, epoch: int, reply: Mapping[str, Any], journal: Journal) -> SampleResult:
         """The row of one reply of the model.
 
         Args:
-            reply: as `zppo.evals.task` keeps it: text, finish, tokens_in, tokens_out.
+            reply: as `zppo.evals.task` keeps it: text, finish, tokens_in, tokens_out; error where its media are broken.
             journal: of the judge's replies; what stands there is not asked again.
 
         Raises:
             SettingsError: a metric of OCRBench v2 lacks its packages.
         """
         text = str(reply["text"])
-        ruled = score(item, text, self._grader.equal, self._think_open)
+        ruled = score(item, text, self._grader.equal, self.think_open)
+        unresolved = ruled.value is None and benchmark.judged
+        value = None if unresolved else ruled.value or 0.0
         row = SampleResult(
             id=item.id,
             epoch=epoch,
             by="rule",
-            value=ruled.value,
+            value=value,
+            boxless=ruled.boxless,
             text=text,
             answer=ruled.answer,
-            reason="too long for the model's context" if reply["finish"] == TOO_LONG else ruled.reason,
+            reason=_NOT_ASKED.get(str(reply["finish"]), ruled.reason),
+            error=str(reply.get("error", "")),
             finish=str(reply["finish"]),
             tokens_in=int(reply["tokens_in"]),
             tokens_out=int(reply["tokens_out"]),
             gold=item.golds,
             facts=item.facts,
         )
-        return row if ruled.value is not None else self._judged(benchmark, item, row, journal)
+        return self._judged(benchmark, item, row, journal) if unresolved else row
 
     def _judged(self, benchmark: Benchmark, item: Item, row: SampleResult, journal: Journal) -> SampleResult:
-        messages = judge_request(benchmark, item, row.text, self._book, self._think_open)
+        messages = judge_request(benchmark, item, row.text, self._book, self.think_open)
         key = digest_of([benchmark.name, item.id, row.epoch, messages])
-        known = journal.get(key)
+        known, judge = journal.get(key), self._judge
+        if judge is None:
+            raise EvaluationError(f"{benchmark.name}: a row is to be judged, and there is no judge; name its server with --judge URL")
+        if known and known["value"] is None and self._strict:
+            known = None
         tokens = LONG_JUDGE_TOKENS if benchmark.judge in self._given else JUDGE_TOKENS
         how = TeacherSampling(Sampling(temperature=0.0, max_new_tokens=tokens), self._template_args)
         spent_in = spent_out = 0
         said = error = ""
         for turn in range(0 if known else TURNS):
             request = TeacherRequest(messages, (draw_key(turn, "judge", item.id, row.text),))
-            answer = self._judge.complete([request], how)[0]
+            answer = judge.complete([request], how)[0]
             spent_in, spent_out = spent_in + answer.prompt_tokens, spent_out + answer.completion_tokens
             text = answer.texts[0]
             if text is None:
@@ -271,9 +303,14 @@ class Decider:
                 known = {"reply": text, "value": value, "tokens_in": spent_in, "tokens_out": spent_out}
                 journal.add(key, known)
                 break
-            error = "the judge's reply is malformed"
             messages = (*messages, *reminder(benchmark.judge, text))
-        if known is None:
+        else:
+            if known is None:
+                error = MALFORMED
+                known = {"reply": said, "value": None, "tokens_in": spent_in, "tokens_out": spent_out}
+                journal.add(key, known)
+        if known is None or (known["value"] is None and self._strict):
             return replace(row, by="open", value=None, reply=said, error=error, judge_tokens=(spent_in, spent_out))
         spent = (int(known["tokens_in"]), int(known["tokens_out"]))
-        return replace(row, by="judge", value=float(known["value"]), reply=str(known["reply"]), judge_tokens=spent)
+        row = replace(row, by="judge", reply=str(known["reply"]), judge_tokens=spent)
+        return replace(row, value=0.0, error=MALFORMED) if known["value"] is None else replace(row, value=float(known["value"]))
