@@ -120,6 +120,15 @@ def test_a_conversation_is_kept_and_only_its_end_gets_the_instruction() -> None:
     assert turns[:2] == item.messages[:2] and turns[2].content.startswith("How is the weather?\n\n")
 
 
+def test_a_conversation_is_read_in_both_shapes_of_a_sequence() -> None:
+    """`datasets` gives a sequence of {role, content} as one object of two lists."""
+    row = rows(find("MultiCh"))[0]
+    columns = row.data["conversation"]
+    turns = [{"role": role, "content": content} for role, content in zip(columns["role"], columns["content"], strict=True)]
+    (item,) = find("MultiCh").adapter(DatasetRow("MultiCh", 1, {**row.data, "conversation": turns}))
+    assert item == find("MultiCh").adapter(row)[0] and len(item.messages) == 3
+
+
 COUNT = "Give the number of the following statements that are true: (1) x, (2) y."
 GRID = "<image1>\nSelect the letter from the given grid that completes the pattern."
 
@@ -243,6 +252,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("MMMUPro", {"image_2": None}, "field 'image_2': missing"),
     ("WeMath", {"option": "three or six"}, "no options A, B, ... can be made out"),
     ("MultiCh", {"conversation": [{"role": "user"}]}, "holds a turn"),
+    ("MultiCh", {"conversation": {"role": ["user"], "content": []}}, "an object of lists of one length, is expected"),
+    ("MultiCh", {"conversation": {"role": [], "content": []}}, "holds nothing"),
     ("MultiCh", {"pass_criteria": "MAYBE"}, "YES or NO is expected"),
     ("MultiCh", {"conversation": [{"role": "assistant", "content": "hi"}]}, "ends with a turn of the assistant"),
     ("MVBench", {"answer": "Slept."}, "is none of the candidates"),

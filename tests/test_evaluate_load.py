@@ -256,6 +256,18 @@ def test_a_copy_is_read_where_the_set_itself_cannot_be_had(hub: Any, monkeypatch
         load_items(aime)
 
 
+def test_a_copy_is_read_where_the_rows_of_the_set_cannot_be(hub: Any) -> None:
+    """A set may change its form; the first one's trouble is said where no copy helps."""
+    turns = [{"role": "user", "content": "Hi"}]
+    row = {"QUESTION_ID": "1", "AXIS": "a", "CONVERSATION": turns, "TARGET_QUESTION": "?", "PASS_CRITERIA": "YES"}
+    made = hub({(None, "test"): [{"question_id": "1", "axis": "a", "turns": "Hi"}] * 3, (None, "train"): [row]})
+    loaded = load_items(find("MultiCh"))
+    assert (loaded.origin, [item.id for item in loaded.items]) == ("nmayorga7/multichallenge", ["1"])
+    del made.parts[None, "train"]
+    with pytest.raises(DataError, match=r"MultiCh, row 1, field 'conversation': missing.*\(3 of 3 rows cannot be read\)"):
+        load_items(find("MultiCh"))
+
+
 def test_the_clips_of_mvbench_are_those_of_its_branch_of_clips(hub: Any, folder: Path) -> None:
     row = {"video": "ZS9XR.mp4", "question": "?", "candidates": ["a", "b"], "answer": "a"}
     made = hub({(task, "train"): [row] for task in find("MVBench").source.configs})

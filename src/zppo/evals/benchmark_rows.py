@@ -17,30 +17,14 @@ from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Media
 
 
-def dataset_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
-    """The rows of the benchmark's set, or of the first copy of it that can be loaded, with owner/name and commit.
-
-    Raises:
-        UnavailableError: none can be had; it says why the first one cannot.
-    """
-    if benchmark.family == "video" and clips is None:
-        raise UnavailableError(
-            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{benchmark.source.id}; unpack them and name "
-            "their folder"
-        )
-    errors: list[UnavailableError] = []
-    for source in (benchmark.source, *benchmark.also):
-        try:
-            parts = [(config, split, _part(benchmark, source, config, split))
-                     for config in source.configs for split in source.splits]  # fmt: skip
-        except UnavailableError as error:
-            errors.append(error)
-        else:
-            records = ((config, split, record) for config, split, part in parts for record in part)
-            rows = (DatasetRow(benchmark.name, number, record, config, split, clips or Path(), trusted=True)
-                    for number, (config, split, record) in enumerate(records, 1))  # fmt: skip
-            return rows, source.id, _commit(source)
-    raise errors[0]
+def source_rows(benchmark: Benchmark, source: HubDataset, clips: Path) -> Iterator[DatasetRow]:
+    """The rows of one set of the hub. UnavailableError where a part of it cannot be had: nothing of it is mixed with a copy."""
+    parts = [(config, split, _part(benchmark, source, config, split)) for config in source.configs for split in source.splits]
+    records = ((config, split, record) for config, split, part in parts for record in part)
+    return (
+        DatasetRow(benchmark.name, number, record, config, split, clips, trusted=True)
+        for number, (config, split, record) in enumerate(records, 1)
+    )
 
 
 def _part(benchmark: Benchmark, source: HubDataset, config: str, split: str) -> Iterable[Mapping[str, Any]]:
@@ -67,7 +51,8 @@ def _why(benchmark: Benchmark, source: HubDataset, config: str, split: str, erro
     what = f"{source.id}, {f'configuration {config}, ' if config else ''}split {split}, cannot be loaded ({one_line(error)})"
     if benchmark.gated:
         return f"{what}; it is gated: accept its terms at {page}, then run `hf auth login`"
-    copies = f", nor can {' or '.join(copy.id for copy in benchmark.also)}" if benchmark.also else ""
+    others = [f"{copy.id} (split {copy.splits[0]})" if copy.id == source.id else copy.id for copy in benchmark.also if copy != source]
+    copies = f", nor can {' or '.join(others)}" if others else ""
     return f"{what}{copies}; see {page}, check the network, or bring the rows in a folder"
 
 
@@ -124,10 +109,26 @@ def load_items(
         UnavailableError: the data cannot be had: said and skipped, never scored 0.
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
-    if data is None:
-        rows, origin, revision = dataset_rows(benchmark, clips)
-    else:
-        rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
+    if data is not None:
+        return _loaded(benchmark, *_file_rows(benchmark, data, clips or data), "", store, limit)
+    if benchmark.family == "video" and clips is None:
+        raise UnavailableError(
+            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{benchmark.source.id}; unpack them and name "
+            "their folder"
+        )
+    errors: list[DataError] = []
+    for source in (benchmark.source, *benchmark.also):  # a copy where the set cannot be had, or its rows cannot be read
+        try:
+            rows = source_rows(benchmark, source, clips or Path())
+            return _loaded(benchmark, rows, source.id, _commit(source), store, limit)
+        except DataError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _loaded(
+    benchmark: Benchmark, rows: Iterator[DatasetRow], origin: str, revision: str, store: Path | None, limit: int | None
+) -> LoadedBenchmark:
     adapt = partial(_adapted, benchmark)
     found: list[Item] = []
     seen = 0

@@ -85,8 +85,11 @@ def hle(row: DatasetRow) -> tuple[Item, ...]:
 
 
 def multichallenge(row: DatasetRow) -> tuple[Item, ...]:
-    """MultiChallenge: the conversation so far; the judge answers the target question, and the gold is what it should say."""
-    turns = tuple(_turn(row, turn) for turn in row.items("conversation", "CONVERSATION"))
+    """MultiChallenge: the conversation so far; the judge answers the target question, and the gold is what it should say.
+
+    A sequence of {role, content}, which `datasets` gives as one object of two lists: both shapes are read.
+    """
+    turns = tuple(_turn(row, turn) for turn in row.records("conversation", "CONVERSATION"))
     if turns[-1].role != "user":
         row.fail("conversation", f"ends with a turn of the {turns[-1].role}; the user's is expected")
     gold = row.text("pass_criteria", "PASS_CRITERIA").strip(". ").lower()

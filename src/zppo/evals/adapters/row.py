@@ -107,6 +107,18 @@ class DatasetRow:
             self.fail(fields[0], f"is {_a(self.value(*fields))}; a list is expected")
         return list(value)
 
+    def records(self, *fields: str) -> list[Any]:
+        """A list of objects, or an object of lists of one length, as `datasets` gives a sequence of objects."""
+        value = self.value(*fields)
+        if not isinstance(value, Mapping):
+            return self.items(*fields)
+        columns = list(value.values())
+        if not columns or not all(isinstance(column, list | tuple) and len(column) == len(columns[0]) for column in columns):
+            self.fail(fields[0], "is an object; a list of objects, or an object of lists of one length, is expected")
+        if not columns[0]:
+            self.fail(fields[0], "holds nothing")
+        return [dict(zip(value, each, strict=True)) for each in zip(*columns, strict=True)]
+
     def texts(self, *fields: str) -> tuple[str, ...]:
         """A list of texts (or numbers), none blank."""
         inner = [DatasetRow(self.benchmark, self.number, {fields[0]: value}) for value in self.items(*fields)]
