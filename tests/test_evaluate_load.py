@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
 import pytest
+from PIL import Image
 
 from evaluate_data import items, write_data
+from zppo.core.types import Message
 from zppo.errors import DataError, UnavailableError
 from zppo.evals.benchmark_rows import limited, load_items, unique
 from zppo.evals.item import Item
+from zppo.evals.media import ContentPart, chat_turns
 from zppo.evals.registry import BENCHMARKS, find
+from zppo.prompts import PromptBook
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +167,33 @@ def test_a_limit_keeps_groups_whole(folder: Path) -> None:
 def test_ids_that_stand_twice_are_told_apart() -> None:
     item = items(find("MMLU"))[0]
     assert [i.id for i in unique([item, item, item])] == [item.id, f"{item.id}~2", f"{item.id}~3"]
+
+
+def test_the_last_frame_of_a_clip_is_shown_and_the_picture_of_a_question_after_the_frames(tmp_path: Path) -> None:
+    """Video-MMMU asks about a picture, and about a quiz that only the end of a clip shows; the file says that it lasts longer."""
+    import av
+
+    def grey(part: ContentPart) -> int:
+        shown = Image.open(io.BytesIO(base64.b64decode(part.value.partition(",")[2]))).convert("L")
+        return int(shown.getpixel((shown.width // 2, shown.height // 2)))  # type: ignore[arg-type]
+
+    with av.open(str(tmp_path / "clip.mp4"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for number in range(20):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 64), (255 if number == 19 else 8 * number,) * 3))
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "own.png")
+    item = Item(
+        "1", "VMMMU", (Message("user", "See <image> here."),), "A", "text", video=tmp_path / "clip.mp4", images=(tmp_path / "own.png",)
+    )
+    (turn,) = chat_turns(item, PromptBook(), store=tmp_path, as_file=False, frames=4)
+    assert [part.kind for part in turn.parts] == ["image"] * 4 + ["text", "image", "text"]
+    shades = [grey(part) for part in turn.parts[:4]]
+    assert shades == sorted(shades) and shades[0] < 16 and shades[2] < 150 and shades[3] > 240
+    (turn,) = chat_turns(replace(item, clip=(0.0, 1.0)), PromptBook(), store=tmp_path, as_file=True, frames=2)
+    assert [grey(part) < 120 for part in turn.parts[:2]] == [True, True]  # a part does not reach the clip's end
 
 
 # The hub, without a network: `load_dataset` gives what it is told to.

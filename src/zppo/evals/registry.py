@@ -236,9 +236,10 @@ VIDEO = (
     Benchmark(
         "VMMMU", "Video-MMMU", "video",
         HubDataset("lmms-lab/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")), video.videommmu,
-        differs="An answer that cannot be read is drawn at random, and the adaptation track has a prompt of its own.",
+        differs="An answer that cannot be read is drawn at random, the adaptation track has a prompt of its own, and its picture is the "
+        "clip's last frame alone.",
         rows=900, also=(HubDataset("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
-        unverified="whether the picture of an adaptation question, which ends its clip in the copies, is in the frames that are drawn",
+        unverified="whether the paper shows the picture of an adaptation question beside the frames, as here, or only as the clip's last",
     ),
 )  # fmt: skip
 

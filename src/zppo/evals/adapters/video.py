@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from zppo.core.types import Message
+from zppo.core.types import IMAGE, Message
 from zppo.evals.adapters.choice import LETTERS, ask_about, check_letter, checked_options, with_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
-from zppo.evals.item import Item, Kind
+from zppo.evals.item import Item, Kind, Media
 
 _HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
 _TVQA, _TVQA_RATE = ("episodic_reasoning", 3.0)  # the task of MVBench whose clips are folders of pictures, and how many a second
+_PICTURE = re.compile(r"<image[ _]?\d+>", re.IGNORECASE)
 _NO_SUBTITLES = "This video has no subtitles."
 
 
@@ -31,14 +32,14 @@ def _video_item(
     clip: tuple[float, float] | None = None,
     rate: float | None = None,
     where: str = "",
+    images: tuple[Media, ...] = (),
 ) -> Item:
     """An item about the clip that is named in one of the fields, or by `where`."""
     frames, video = ((), row.path(fields[0], where)) if where and not row.has("frames") else row.video(*fields)
     if kind == "choice":
         check_letter(row, gold, options)
-    return Item(
-        identity, row.benchmark, messages, gold, kind, frames=frames, video=video, clip=clip, rate=rate, options=options, facts=facts or {}
-    )
+    media = {"images": images, "frames": frames, "video": video, "clip": clip, "rate": rate}
+    return Item(identity, row.benchmark, messages, gold, kind, options=options, facts=facts or {}, **media)
 
 
 def mmvu(row: DatasetRow) -> tuple[Item, ...]:
@@ -119,14 +120,25 @@ def subtitle_text(srt: str) -> str:
 
 
 def videommmu(row: DatasetRow) -> tuple[Item, ...]:
-    """Video-MMMU: three configurations; those of the kind open want a number or a few words."""
+    """Video-MMMU: three configurations; those of the kind open want a number or a few words.
+
+    A question of Adaptation is about a picture of its own, which is shown at its mark; copies of the set have it in the clip's last frame.
+    """
     identity = row.text("id")
     facts = {"track": row.config, "subject": "_".join(identity.split("_")[1:-1])}
     where = "" if row.has("frames") else f"{identity}.mp4"
-    question, gold = strip_directives(row.text("question")), row.text("answer")
+    text, gold = strip_directives(row.text("question")), row.text("answer")
+    options = checked_options(row, "options", row.texts("options")) if row.has("options") else ()
+    images = (row.image("image"),) if row.has("image") else ()
+    text = _with_picture(with_options(text, options) if options else text, bool(images))
     name = f"{row.config}/{identity}" if row.config else identity
-    if not row.has("options"):
-        return (_video_item(row, name, ask_about(row, question), gold, "text", "id", facts=facts, where=where),)
-    options = checked_options(row, "options", row.texts("options"))
-    text = with_options(question, options)
-    return (_video_item(row, name, ask_about(row, text), gold, "choice", "id", options=options, facts=facts, where=where),)
+    kind: Kind = "choice" if options else "text"
+    messages = ask_about(row, text, len(images))
+    return (_video_item(row, name, messages, gold, kind, "id", options=options, facts=facts, where=where, images=images),)
+
+
+def _with_picture(text: str, given: bool) -> str:
+    """The text with its one picture at the first mark `<image 1>`; later marks, or all where there is none, are words."""
+    marks = iter([IMAGE] if given else [])
+    words = "(the image above)" if given else "(the image at the end of the video)"
+    return _PICTURE.sub(lambda _: next(marks, words), text)
