@@ -93,7 +93,8 @@ def with_table(text: str) -> str:
         splits = source.splits[0] if len(source.splits) == 1 else f"{len(source.splits)} splits"
         where += f", {', '.join(part for part in (parts, splits) if part)}"
         where += f", at `{source.revision[:8]}`" if source.revision else ""
-        where += "".join(f", else {copy.id}" for copy in each.also)
+        others = [f"split {copy.splits[0]}" if copy.id == source.id else copy.id for copy in each.also]
+        where += "".join(f", else {other}" for other in others)
         where += ", gated" if each.gated else ""
         where += f", {each.licence}" if each.licence else ""
         judge = "shared" if each.judge == "judge" else each.judge.removeprefix("eval_")

@@ -15,7 +15,7 @@ from evaluate_data import DOCS, GOLDEN, golden, items, rows, with_table, write_d
 from zppo.core.types import IMAGE
 from zppo.errors import DataError, SettingsError
 from zppo.evals.adapters.choice import LETTERS, ask_about, bare_options, numbered_images, with_options
-from zppo.evals.adapters.maths import split_options
+from zppo.evals.adapters.maths import listed_options, option_letters, split_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.adapters.video import subtitle_text
 from zppo.evals.benchmark import Benchmark
@@ -74,7 +74,7 @@ def test_items_are_whole(benchmark: Benchmark) -> None:
         assert bool(item.frames) + (item.video is not None) == (benchmark.family == "video")
         assert benchmark.family != "vlm" or item.images
         if item.kind == "choice":
-            assert item.gold in LETTERS[: len(item.options)]
+            assert set(item.golds[0].split(", ")) <= set(LETTERS[: len(item.options)])
 
 
 @pytest.mark.parametrize(("kind", "names"), KINDS.items(), ids=KINDS)
@@ -145,6 +145,9 @@ GRID = "<image1>\nSelect the letter from the given grid that completes the patte
         ("Hint: Please answer the question and provide the final value, e.g., 1, 2.5, at the end.\nHow many?", "How many?"),
         ("Do not generate any intermediate reasoning process. Who is it?", "Who is it?"),
         ("Which?\nThe best answer is:", "Which?"),
+        ("Find x. According to the question shown in the image, please directly answer the question, e.g., 1, 2.5.", "Find x."),
+        ("Find x. Based on the problem in the figure, please first conduct reasoning, and then answer the question at the end.", "Find x."),
+        ("According to the question shown in the image, who won?",) * 2,
         ("求面积。请一步一步推理。", "求面积。"),
         ("Which?\nSelect the letter of the correct answer from the given choices.", "Which?"),
         ("Which? Provide the option letter from the following options (A, B, C or D) directly.", "Which?"),
@@ -221,6 +224,47 @@ def test_options_are_written_one_way() -> None:
 )
 def test_options_inside_a_text_are_found(text: str, head: str, options: tuple[str, ...]) -> None:
     assert split_options(text) == (head, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "letters", "options"),
+    [
+        ("A. ①; B．②; C．③; D. No correct answer", "ABCD", ("①", "②", "③", "No correct answer")),
+        ("A. ①; ③;B. ②; ③;C. ④", "ABC", ("①; ③", "②; ③", "④")),
+        ("A. 45° B. 60° ;C. 120°; D. none", "ABCD", ("45°", "60°", "120°", "none")),
+        ("A. North to ;C.  ;B. West to ;C.  ;C. West to B ;D. none", "ABCD", ("North to C.", "West to C.", "West to B", "none")),
+        ("A. Around ;O.;B. Around ;P.;C. No.; F. none", "ABCF", ("Around O.", "Around P.", "No.", "none")),
+        ("B. 1; A. 2", "", ()), ("A. 1", "", ()), ("three or six", "", ()),
+    ],
+)  # fmt: skip
+def test_a_list_of_options_is_read_as_real_ones_are_written(text: str, letters: str, options: tuple[str, ...]) -> None:
+    """We-Math: full-width stops, a missing `;`, a `;` inside a text, a letter left out."""
+    assert listed_options(text) == (letters, options)
+
+
+def test_a_letter_that_was_left_out_moves_the_right_answer() -> None:
+    row = rows(find("WeMath"))[0]
+    (item,) = find("WeMath").adapter(DatasetRow("WeMath", 1, {**row.data, "option": "A. 3; B. 6; F. none", "answer": "F"}))
+    assert (item.gold, item.options) == ("C", ("3", "6", "none")) and item.messages[0].content.endswith("\nC. none")
+    (item,) = find("WeMath").adapter(DatasetRow("WeMath", 1, {**row.data, "option": "A. ①; B．②", "answer": "B．②"}))
+    assert item.gold == "B"
+
+
+@pytest.mark.parametrize(
+    ("gold", "letters"),
+    [("B", "B"), ("(C)", "C"), ("C\nD", "C, D"), ("A and C", "A, C"), ("A, (B)", "A, B"), ("False", "B"), ("090^\\circ T", "A"), ("7", "7"),
+     ("AB", "AB"), ("", "")],
+)  # fmt: skip
+def test_a_right_answer_may_be_several_letters_or_the_text_of_an_option(gold: str, letters: str) -> None:
+    """MathVerse: six of its multi-choice problems."""
+    assert option_letters(gold, ("090^\\circ T", "False", "True", "x")) == letters
+
+
+def test_the_version_in_the_picture_is_asked_without_words_and_judged_with_them() -> None:
+    only = [item for item in items(find("MVerse")) if item.facts["version"] == "Vision Only"]
+    assert {asked(item).strip() for item in only} == {f"{IMAGE}\nAnswer the question that is shown in the image."}
+    assert [item.facts["shown"].split()[0] for item in only] == ["As", "True", "Find"]
+    assert only[1].options == ("False", "True") and only[1].gold == "A"
 
 
 def test_subtitles_are_what_is_said() -> None:

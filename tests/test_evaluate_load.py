@@ -302,6 +302,16 @@ def test_a_copy_is_read_where_the_rows_of_the_set_cannot_be(hub: Any) -> None:
         load_items(find("MultiCh"))
 
 
+def test_another_split_of_a_set_is_tried_like_a_copy(hub: Any) -> None:
+    """VisualPuzzles: `train` in loaders, `test` on a newer card."""
+    made = hub({(None, "test"): [{"question": "?", "options": None, "answer": "A", "image": b"png"}]})
+    assert load_items(find("VisP")).origin == "neulab/VisualPuzzles"
+    assert [(name, split) for name, _, split, _ in made.asked] == [("neulab/VisualPuzzles", "train"), ("neulab/VisualPuzzles", "test")]
+    made.parts = {}
+    with pytest.raises(UnavailableError, match=r"split train, cannot be loaded .*, nor can neulab/VisualPuzzles \(split test\); see"):
+        load_items(find("VisP"))
+
+
 def test_the_clips_of_mvbench_are_those_of_its_branch_of_clips(hub: Any, folder: Path) -> None:
     row = {"video": "ZS9XR.mp4", "question": "?", "candidates": ["a", "b"], "answer": "a"}
     made = hub({(task, "train"): [row] for task in find("MVBench").source.configs})

@@ -54,6 +54,16 @@ UNCLEAR = None
         ("text", "Yes", {}, "no", 0.0), ("text", "Yes", {}, "perhaps", UNCLEAR), ("text", "k", {}, "K", 1.0), ("text", "k", {}, "l", 0.0),
         ("text", "5\\sqrt{2}", {}, "\\sqrt{50}", 1.0), ("text", "5\\sqrt{2}", {}, "7.07", UNCLEAR),
         ("text", "5 cm", {}, "5 m", UNCLEAR), ("text", "$x=2$ and $x=-2$", {}, "x = -2, 2", 1.0),
+        # Several letters where several are asked for, in any order.
+        ("choice", "A, C", {}, "C, A", 1.0), ("choice", "A, C", {}, "AC", 1.0), ("choice", "A, C", {}, "A and C", 1.0),
+        ("choice", "A, C", {}, "A", 0.0), ("choice", "A, C", {}, "A, B, C", 0.0), ("choice", "A, C", {}, "4", 0.0),
+        # An order that the question fixes (DynaMath) is part of the answer; where it may fix one (BabyVision), a judge sees.
+        ("text", "69, 51, 59", {"order": "fixed"}, "69,51,59", 1.0), ("text", "69, 51, 59", {"order": "fixed"}, "(69, 51, 59)", 1.0),
+        ("text", "69, 51, 59", {"order": "fixed"}, "59, 69, 51", 0.0), ("text", "69, 51, 59", {"order": "unsure"}, "51, 59, 69", UNCLEAR),
+        ("text", "69, 51, 59", {}, "59, 69, 51", 1.0), ("text", "69, 51, 59", {"order": "fixed"}, "69, 51, 58", UNCLEAR),
+        ("text", "[3, 2, 3]", {"order": "fixed"}, "3, 2, 3", 1.0),
+        ("text", "(1.000, 0.000)", {"order": "fixed"}, "(1, 0)", 1.0), ("text", "BS", {"order": "fixed"}, "SB", 0.0),
+        ("text", "BS", {"order": "fixed"}, "\\text{BS}", 1.0), ("text", "y = 4", {"order": "fixed"}, "4", 1.0),
         # MathVista's decimals, DynaMath's margin.
         ("precision", "1.2", {"precision": "1"}, "1.24", 1.0), ("precision", "1.2", {"precision": "1"}, "1.26", 0.0),
         ("precision", "7", {"precision": "0"}, "7.0", 1.0), ("precision", "7", {"precision": "0"}, "7.4", 0.0),

@@ -98,7 +98,7 @@ VISION = (
     Benchmark(
         "VisP", "VisualPuzzles", "vlm", HubDataset("neulab/VisualPuzzles", ("train",)), choice.visual_puzzles,
         differs="The answer is asked for on the last line, as `Answer: letter`.",
-        rows=1168,
+        rows=1168, also=(HubDataset("neulab/VisualPuzzles", ("test",)),),
     ),
     Benchmark(
         "VBlind", "VLMs-are-Blind", "vlm", HubDataset("XAI/vlmsareblind", ("valid",)), documents.vlms_are_blind,

@@ -16,7 +16,7 @@ from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Media
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*")
+_LABEL = re.compile(r"^\s*(?:[(（]([A-Z])[)）]|([A-Z])[.．、):：）])\s*")
 _MARK = re.compile(r"<image(?:[ _]?\d+)?>", re.IGNORECASE)
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>", re.IGNORECASE)
 
@@ -202,6 +202,7 @@ def babyvision(row: DatasetRow) -> tuple[Item, ...]:
     if kind == "choice":
         options = checked_options(row, "options", row.texts("options"))
         return (choice_item(row, identity, question, options, indexed_gold(row, "choiceAns", options), (image,), facts),)
+    facts["order"] = "unsure"  # some blanks are a sequence, some a set: the question says which
     return (Item(identity, row.benchmark, ask_about(row, question, 1), row.text("blankAns"), "text", (image,), facts=facts),)
 
 

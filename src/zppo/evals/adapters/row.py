@@ -204,6 +204,8 @@ def written_value(text: str) -> object:
 # Each pattern covers a whole sentence in the words of one or several benchmarks, and nothing of a question: "Answer the question using
 # a single word" is one, "Select the best title" is none.
 _PLEASE = r"(?:please )?(?:directly )?"
+# MathVerse's version in which the question stands in the picture alone: what follows is its directive.
+_SHOWN = r"(?:(?:according to|based on) the (?:question|problem)(?: (?:shown|given))? in the (?:image|figure|picture),? )?"
 # "the letter of the correct option" is a form, "the number of cats" and "the word that fills the gap" are questions.
 _OF_THE_OPTION = r"(?! (?:of|that|which|whose)\b(?! (?:the |your )?(?:correct |right |best |chosen )?(?:answer|option|choice)\b))"
 _FORM = (
@@ -234,8 +236,8 @@ _DIRECTIVES = tuple(
         r"(?:please )?(?:put|give|write|place|state|return|report|present|provide|enclose)" + _BOXED,
         r"think about the question and give your final answer" + _REST,
         r"(?:hint: )?please answer the question(?: requiring [^.!?\n]{0,100})? and provide [^\n]{0,300}?at the end[.!]?",
-        rf"please first conduct reasoning,? and then answer the question{_REST}",
-        rf"please directly answer the question{_REST}",
+        rf"{_SHOWN}please first conduct reasoning,? and then answer the question{_REST}",
+        rf"{_SHOWN}please directly answer the question{_REST}",
         r"(?:the )?last line of your response should[^\n]*",
         rf"select the best answer to the following multiple[- ]choice question{_REST}",
         r"(?:the )?(?:best|correct) answer is:?(?=\s*$)",

@@ -175,6 +175,8 @@ def judge_request(benchmark: Benchmark, item: Item, completion: str, book: Promp
     """
     gold = " or ".join(item.golds)
     asked = (item.asked.replace(IMAGE, "") if item.images else item.asked).strip()
+    if "shown" in item.facts:  # the question stands in the picture, which a judge does not see
+        asked = str(item.facts["shown"])
     if benchmark.judge == JUDGE:
         response = readable(completion, extract_boxed(completion, think_open), think_open)
         return book.judge(asked, gold, response[-_MOST:])
