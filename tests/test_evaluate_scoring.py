@@ -391,6 +391,17 @@ def test_abilities_and_axes_are_averaged_before_rows() -> None:
     assert found.beside == {"a": 1.0, "b": 0.0, "all rows": 0.75}
 
 
+def test_vlms_are_blind_is_the_mean_of_its_eight_tasks() -> None:
+    """As published: 3,600 of its rows are line plots. The two kinds of grids are one task, circles and pentagons are two."""
+    found = items(find("VBlind"))
+    assert len(found) == 9 and len({item.facts["axis"] for item in found}) == 8
+    rows = [Scored(float(item.facts["axis"] == "Counting Grid"), item.facts) for item in found]
+    rows += [Scored(1.0, item.facts) for item in found if item.facts["task"].startswith("Line")] * 99
+    whole = figure(find("VBlind"), rows)
+    assert (whole.value, whole.n) == (pytest.approx((1 + 0.99) / 8), 8)
+    assert whole.beside["Counting Grid"] == 1 and whole.beside["all rows"] == pytest.approx(101 / 108) and len(whole.beside) == 9
+
+
 def test_every_way_to_average_is_some_benchmarks() -> None:
     assert {b.aggregate for b in BENCHMARKS} == set(get_args(Aggregate))
     for benchmark in BENCHMARKS:  # each takes the facts of its own items

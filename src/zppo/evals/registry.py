@@ -102,9 +102,9 @@ VISION = (
     ),
     Benchmark(
         "VBlind", "VLMs-are-Blind", "vlm", HubDataset("XAI/vlmsareblind", ("valid",)), documents.vlms_are_blind,
-        differs="Answers are asked for in curly brackets, and the figure is the mean of its seven tasks; here it is that of all rows.",
-        rows=8016, licence="mit",
-        unverified="licence and number of rows from memory; how the paper averages the tasks",
+        differs="Answers are asked for in curly brackets and matched exactly.",
+        aggregate="axes", rows=8016, licence="mit",
+        unverified="whether the paper averages over its eight tasks, as here and in lmms-eval, or over rows",
     ),
     Benchmark(
         "WeMath", "We-Math, testmini", "vlm", HubDataset("We-Math/We-Math", ("testmini",)), maths.wemath,

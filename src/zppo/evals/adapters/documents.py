@@ -29,15 +29,15 @@ def mmvet(row: DatasetRow) -> tuple[Item, ...]:
 
 
 def vlms_are_blind(row: DatasetRow) -> tuple[Item, ...]:
-    """VLMs-are-Blind: numbers, a letter, yes or no; grids have two numbers, rows first."""
+    """VLMs-are-Blind: numbers, a letter, yes or no; grids have two numbers, rows first. The figure is the mean over its eight tasks."""
     task = row.text("task")
     kind = _BLIND_KINDS.get(task.lower(), "grid" if task.lower().startswith(_GRID) else "number")
-    text = strip_directives(row.text("prompt"))
-    if kind == "grid":  # the directive names the numbers that are asked for
-        text = re.sub(r"\s+and answer with numbers in curly brackets\b", "", text, flags=re.IGNORECASE)
+    # A directive inside the sentence that asks, which another sentence illustrates.
+    text = re.sub(r",?\s+and answer with [^.?!\n]{0,60} in curly brackets\b", "", strip_directives(row.text("prompt")), flags=re.IGNORECASE)
     messages = ask_about(row, text, 1)
     image, gold = row.image("image"), row.text("groundtruth")
-    return (Item(f"blind-{row.number}", row.benchmark, messages, gold, kind, (image,), facts={"task": task}),)
+    facts = {"task": task, "axis": task.partition(" - ")[0] if kind == "grid" else task}
+    return (Item(f"blind-{row.number}", row.benchmark, messages, gold, kind, (image,), facts=facts),)
 
 
 def ocrbench_en(row: DatasetRow) -> tuple[Item, ...]:

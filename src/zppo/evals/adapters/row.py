@@ -230,6 +230,7 @@ _DIRECTIVES = tuple(
         rf"{_PLEASE}(?:provide|give|output|select|choose) {_FORM} (?:letter )?(?:of|from) {_LIST}{_NO_MORE}",
         rf"{_PLEASE}answer (?:the|this) (?:question|task)(?: below)?(?: using| with| in| directly| based){_REST}",
         rf"answer this question using the text in the image directly{_REST}",
+        rf"{_PLEASE}(?:answer|respond|provide|give|put|write|state|enclose)[^.!?\n]{{0,80}} in curly (?:brackets|braces){_REST}",
         r"for example, rows=\{\d+\} columns=\{\d+\}[.!]?",
         r"(?:let['’]s |please )?(?:think|reason|work|solve)(?: (?:the|this) problem)?(?: about (?:it|this))?,? step[- ]by[- ]step" + _REST,
         r"(?:please )?(?:carefully )?solve (?:the|this) (?:problem|question)" + _BOXED,
