@@ -32,7 +32,7 @@ KINDS = {
     "ocr": ["OCREN", "OCRZH"],
     "graded": ["MM-Vet"],
     "criterion": ["MultiCh"],
-    "judged": ["CharXiv", "HLE"],
+    "judged": ["CharXiv", "HLE", "MMVU"],
 }
 # What says how to reason or how to write an answer down; no question of the made-up rows needs any of it.
 DIRECTIVE = re.compile(
@@ -127,6 +127,22 @@ def test_a_conversation_is_read_in_both_shapes_of_a_sequence() -> None:
     turns = [{"role": role, "content": content} for role, content in zip(columns["role"], columns["content"], strict=True)]
     (item,) = find("MultiCh").adapter(DatasetRow("MultiCh", 1, {**row.data, "conversation": turns}))
     assert item == find("MultiCh").adapter(row)[0] and len(item.messages) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "gold", "asked_for"),
+    [
+        (4, "9.17", "The answer is a number with 2 decimals."), (4, "0.5", "The answer is a number with 1 decimal."),
+        (4, "12", "The answer is a whole number."), (3, "9.17", ""), (1, "94", ""),
+        (None, "9.17", "The answer is a number with 2 decimals."), (None, "ours", ""),
+    ],
+)  # fmt: skip
+def test_charxiv_names_the_decimals_that_its_judge_expects(kind: int | None, gold: str, asked_for: str) -> None:
+    """Of numbers that are worked out; one that stands in the chart is asked for as it stands."""
+    row = rows(find("CharXiv"))[1]
+    change = {"reasoning_a_type": kind, "reasoning_a": gold}
+    item = find("CharXiv").adapter(DatasetRow("CharXiv", 1, {**row.data, **change}))[0]
+    assert item.messages[0].content == f"{IMAGE}\n{row.data['reasoning_q']}" + (f"\n{asked_for}" if asked_for else "")
 
 
 COUNT = "Give the number of the following statements that are true: (1) x, (2) y."
@@ -292,6 +308,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("AI2D", {"question": {"a": 1}}, "field 'question': is an object; a text is expected"),
     ("BabyV", {"ansType": "essay"}, "one of choice, blank is expected"),
     ("CharXiv", {"descriptive_q2": 20}, "field 'descriptive_q2': is 20; one of the questions 1 to 19"),
+    ("CharXiv", {"reasoning_a_type": 5}, "field 'reasoning_a_type': is 5; 1 to 4 is expected"),
+    ("MMVU", {"answer": "F"}, "the letter of one of the 5 options"),
     ("DynaM", {"_split": "", "id": "3"}, "field 'variant': missing"),
     ("MVista", {"question_type": "multi_choice", "choices": ["1", "2"]}, "is none of the choices"),
     ("MVista", {"precision": "one"}, "field 'precision': is 'one'; a whole number"),

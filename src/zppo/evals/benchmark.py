@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from zppo.evals.adapters.row import Adapter
@@ -13,6 +15,11 @@ Aggregate = Literal["mean", "worst case", "wemath", "abilities", "axes"]
 
 Judge = Literal["judge", "eval_charxiv", "eval_hle", "eval_mmvet", "eval_mmvu", "eval_multichallenge"]
 """Whose words ask the judge: `judge` is the shared one, of training too; the others follow a benchmark's own protocol."""
+
+MODES: Mapping[Judge, tuple[str, ...]] = MappingProxyType(
+    {"eval_charxiv": ("eval_charxiv_reasoning", "eval_charxiv_descriptive"), "eval_mmvu": ("eval_mmvu_choice", "eval_mmvu_open")}
+)
+"""Templates of judges that ask in several modes; a judge that is not named has one, of its own name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import get_args
 
 from zppo.errors import SettingsError
 from zppo.evals.adapters import choice, documents, maths, video
-from zppo.evals.benchmark import Benchmark, Family, HubDataset, Judge
+from zppo.evals.benchmark import MODES, Benchmark, Family, HubDataset, Judge
 
 _OCRBENCH_DIFFERS = (
     "The whole reply is scored, here the boxed answer or, without a box, what follows the thinking; text spotting is matched without "
@@ -29,7 +29,8 @@ VISION = (
     ),
     Benchmark(
         "CharXiv", "CharXiv, validation", "vlm", HubDataset("princeton-nlp/CharXiv", ("validation",)), documents.charxiv,
-        differs="The 19 questions about what is drawn have other, fixed words; a named model judges many answers at a time.",
+        differs="The 19 questions about what is drawn have other, fixed words, all say how to write the answer, and a named model judges "
+        "five at a time.",
         judge="eval_charxiv", rows=5000, licence="cc-by-sa-4.0",
         unverified="whether the paper asks the 1,000 reasoning questions, the 4,000 descriptive ones, or all: all are averaged here",
     ),
@@ -80,7 +81,7 @@ VISION = (
     ),
     Benchmark(
         "MM-Vet", "MM-Vet", "vlm", HubDataset("lmms-lab/MMVet", ("test",)), documents.mmvet,
-        differs="GPT-4 grades with worked examples, five times over.",
+        differs="GPT-4 grades with other worked examples, five times over.",
         judge="eval_mmvet", rows=218, also=(HubDataset("lmms-lab-encoder/MMVet", ("test",)),),
     ),
     Benchmark(
@@ -164,7 +165,7 @@ LANGUAGE = (
     Benchmark(
         "HLE", "Humanity's Last Exam", "llm",
         HubDataset("cais/hle", ("test",), revision="5a81a4c7271a2a2a312b9a690f0c2fde837e4c29"), choice.hle,
-        differs="A system prompt asks for explanation, answer and confidence; a named model judges; a calibration error is reported too.",
+        differs="A system prompt asks for explanation, answer and confidence, a named model judges, and a calibration error is reported too.",
         judge="eval_hle", rows=2500, licence="mit", gated=True,
         unverified="whether the paper keeps the questions with a picture; they are kept here",
     ),
@@ -211,7 +212,7 @@ _MVBENCH_TASKS = tuple(
 VIDEO = (
     Benchmark(
         "MMVU", "MMVU, validation", "video", HubDataset("yale-nlp/MMVU", ("validation",)), video.mmvu,
-        differs="A named model extracts and judges every answer; here letters are compared, and only open answers are judged.",
+        differs="A named model extracts and judges every answer, thoughts included.",
         judge="eval_mmvu", rows=1000, licence="cc-by-sa-4.0", also=(HubDataset("lmms-eval/MMVU", ("validation",)),),
         unverified="field of the clip in yale-nlp/MMVU (video; video_path in the copy); licence from memory",
     ),
@@ -287,13 +288,12 @@ def suite(names: str | Iterable[str]) -> tuple[Benchmark, ...]:
 
 def judge_prompts(given: Iterable[str]) -> dict[str, Path]:
     """JUDGE=PATH of the command line; a benchmark's name stands for its judge. SettingsError where one is neither."""
-    judges = {**{b.name.lower(): b.judge for b in BENCHMARKS if b.judge != "judge"}, **{name: name for name in get_args(Judge)}}
+    names: tuple[str, ...] = (*get_args(Judge), *(mode for modes in MODES.values() for mode in modes))
+    judges = {**{b.name.lower(): str(b.judge) for b in BENCHMARKS if b.judge != "judge"}, **{name: name for name in names}}
     result = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or not path or name.lower() not in judges:
-            raise SettingsError(
-                f"--judge-prompt {text!r}: write JUDGE=PATH, with one of {', '.join(get_args(Judge))}, or its benchmark's name"
-            )
-        result[str(judges[name.lower()])] = Path(path)
+            raise SettingsError(f"--judge-prompt {text!r}: write JUDGE=PATH, with one of {', '.join(names)}, or its benchmark's name")
+        result[judges[name.lower()]] = Path(path)
     return result

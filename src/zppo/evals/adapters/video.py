@@ -43,27 +43,34 @@ def _video_item(
 
 
 def mmvu(row: DatasetRow) -> tuple[Item, ...]:
-    """MMVU: options under the letters of an object, or an open answer; the clip may be named by its address on the hub."""
-    facts = {"discipline": row.text("id").rpartition("_")[0] or row.text("id")}
+    """MMVU: options under the letters of an object, or an open answer; the clip may be named by its address on the hub.
+
+    Its own judge compares both kinds of answers.
+    """
+    facts = {"discipline": _discipline(row)}
     question = strip_directives(row.text("question"))
     where = "" if row.has("frames") else _HUB_FILE.sub("", row.text("video_path", "video"))
-    if row.one_of("question_type", ("multiple-choice", "open-ended")) == "open-ended":
-        return (
-            _video_item(
-                row, row.text("id"), ask_about(row, question), row.text("answer"), "judged", "video_path", facts=facts, where=where
-            ),
-        )
-    choices = row.value("choices")
-    if not isinstance(choices, Mapping):
-        row.fail("choices", "is no object of letters and texts")
-    texts = [DatasetRow(row.benchmark, row.number, choices).text(letter) for letter in LETTERS if choices.get(letter) not in (None, "")]
-    options = checked_options(row, "choices", texts)
-    text = with_options(question, options)
+    options: tuple[str, ...] = ()
+    if row.one_of("question_type", ("multiple-choice", "open-ended")) == "multiple-choice":
+        choices = row.value("choices")
+        if not isinstance(choices, Mapping):
+            row.fail("choices", "is no object of letters and texts")
+        texts = [DatasetRow(row.benchmark, row.number, choices).text(letter) for letter in LETTERS if choices.get(letter) not in (None, "")]
+        options = checked_options(row, "choices", texts)
+        question = with_options(question, options)
+        check_letter(row, row.text("answer"), options)
+    messages = ask_about(row, question)
     return (
-        _video_item(
-            row, row.text("id"), ask_about(row, text), row.text("answer"), "choice", "video_path", options=options, facts=facts, where=where
-        ),
+        _video_item(row, row.text("id"), messages, row.text("answer"), "judged", "video_path", options=options, facts=facts, where=where),
     )
+
+
+def _discipline(row: DatasetRow) -> str:
+    """What a question is about: its `metadata` says so, or the folder of its clip."""
+    metadata = row.data.get("metadata")
+    subject = metadata.get("subject") if isinstance(metadata, Mapping) else None
+    named = re.search(r"videos/([^/]+)/[^/]+$", str(row.data.get("video_path") or row.data.get("video") or ""))
+    return str(subject or (named[1].replace("_", " ") if named else ""))[:80]
 
 
 def mvbench(row: DatasetRow) -> tuple[Item, ...]:
