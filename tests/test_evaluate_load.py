@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from evaluate_data import items, write_data
 from zppo.core.types import Message
 from zppo.errors import DataError, UnavailableError
 from zppo.evals.benchmark_rows import limited, load_items, unique
+from zppo.evals.clips.places import MVBENCH
 from zppo.evals.item import Item
 from zppo.evals.media import ContentPart, chat_turns
 from zppo.evals.registry import BENCHMARKS, find
@@ -83,9 +85,10 @@ def test_without_any_subtitles_the_benchmark_with_them_is_unavailable(empty: boo
 
 def test_clips_are_found_wherever_they_were_unpacked(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "clips").symlink_to(folder / "clips")
-    (tmp_path / "star" / "ZS9XR.mp4").mkdir(parents=True)  # a clip that comes as a folder of pictures
-    for number in range(60):
-        (tmp_path / "star" / "ZS9XR.mp4" / f"{number + 1:05d}.png").write_bytes(b"png")
+    for place in ("star/Charades_v1_480", "video/tvqa/frames_fps3_hq"):  # clips that come as folders of pictures
+        (tmp_path / place / "ZS9XR.mp4").mkdir(parents=True)
+        for number in range(60):
+            (tmp_path / place / "ZS9XR.mp4" / f"{number + 1:05d}.png").write_bytes(b"png")
     rows = [json.loads(line) for line in (folder / "MVBench.jsonl").read_text().splitlines()]
 
     def first(**fields: Any) -> Item:
@@ -104,6 +107,75 @@ def test_clips_are_found_wherever_they_were_unpacked(folder: Path, tmp_path: Pat
     assert first(**part).frames == (tmp_path / "clips" / "0.png", tmp_path / "clips" / "1.png", tmp_path / "clips" / "2.png")
     (reason,) = load_items(find("MVBench"), tmp_path).unreadable
     assert "(5.0 to 8.0 s) that is a folder of pictures; say how many a second in the field fps" in reason
+
+
+@pytest.mark.parametrize("task", find("MVBench").source.configs)
+def test_each_task_of_mvbench_has_its_folder(task: str, tmp_path: Path) -> None:
+    """Clips of several tasks have one name; one of another task is never shown, wherever the folder was unpacked."""
+    row = {"_config": task, "video": "video_10009.mp4", "question": "?", "candidates": ["a", "b"], "answer": "a"}
+    (tmp_path / "MVBench.jsonl").write_text(json.dumps(row))
+    for place in {each[0] for each in MVBENCH.values()} - set(MVBENCH[task]):
+        (tmp_path / "data" / place).mkdir(parents=True)
+        (tmp_path / "data" / place / "video_10009.mp4").write_bytes(place.encode())
+    with pytest.raises(
+        UnavailableError, match=r"MVBench: .*video_10009\.mp4 does not exist, nor is .* below .* in .*\(1 of 1 questions lack"
+    ):
+        load_items(find("MVBench"), tmp_path)
+    for place in reversed((*MVBENCH[task], task)):  # the set's branch of plain files wins
+        (tmp_path / "more" / place).mkdir(parents=True)
+        (tmp_path / "more" / place / "video_10009.mp4").write_bytes(b"mine")
+        assert load_items(find("MVBench"), tmp_path).items[0].video == tmp_path / "more" / place / "video_10009.mp4"
+
+
+def test_ntu_clips_that_were_fetched_by_hand_are_found(tmp_path: Path) -> None:
+    """Their owner has them as .avi; the set's own copies are .mp4."""
+    row = {"_config": "fine_grained_pose", "video": "S001_rgb.mp4", "question": "?", "candidates": ["a", "b"], "answer": "a"}
+    (tmp_path / "MVBench.jsonl").write_text(json.dumps(row))
+    (tmp_path / "nturgbd_convert").mkdir()
+    (tmp_path / "nturgbd_convert" / "S001_rgb.avi").write_bytes(b"clip")
+    assert load_items(find("MVBench"), tmp_path).items[0].video == tmp_path / "nturgbd_convert" / "S001_rgb.avi"
+
+
+def test_a_clip_of_another_folder_is_not_shown_for_its_name(tmp_path: Path) -> None:
+    """MMVU numbers the clips of each discipline from 0."""
+    url = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos/Art/0.mp4"
+    row = {"id": "validation_0", "video": url, "question": "?", "question_type": "open-ended", "answer": "x"}
+    (tmp_path / "MMVU.jsonl").write_text(json.dumps(row))
+    (tmp_path / "videos" / "Biology").mkdir(parents=True)
+    (tmp_path / "videos" / "Biology" / "0.mp4").write_bytes(b"clip")
+    with pytest.raises(
+        UnavailableError, match=r"MMVU: .*nor is there a file of its name below .* in videos/Art or Art;.*zppo eval fetch MMVU"
+    ):
+        load_items(find("MMVU"), tmp_path)
+    (tmp_path / "part" / "Art").mkdir(parents=True)
+    (tmp_path / "part" / "Art" / "0.mp4").write_bytes(b"clip")
+    assert load_items(find("MMVU"), tmp_path).items[0].video == tmp_path / "part" / "Art" / "0.mp4"
+
+
+def test_a_missing_clip_and_one_of_two_names_are_rows_that_are_left_out_up_to_a_share(tmp_path: Path) -> None:
+    """199 of 200 there is no reason to skip a benchmark. More than a tenth, rounded up, is."""
+    row = {"_config": "Perception", "question": "?", "options": ["a", "b"], "answer": "A", "question_type": "multiple-choice"}
+    ids = [f"validation_Art_{number}" for number in range(1, 201)]
+    (tmp_path / "VMMMU.jsonl").write_text("".join(json.dumps({**row, "id": name}) + "\n" for name in ids))
+    (tmp_path / "Art").mkdir()
+    for name in ids[1:]:
+        (tmp_path / "Art" / f"{name}.mp4").write_bytes(b"clip")
+    loaded = load_items(find("VMMMU"), tmp_path)
+    assert len(loaded.items) == 199 and not loaded.unreadable
+    (why,) = loaded.missing
+    assert re.match(
+        r"VMMMU: .*Art/validation_Art_1\.mp4 does not exist, nor is there a file of its name below .*zppo eval fetch VMMMU", why
+    )
+    for copy in ("a", "b"):
+        (tmp_path / copy).mkdir()
+        (tmp_path / copy / f"{ids[0]}.mp4").write_bytes(b"clip")
+    assert "2 files below" in load_items(find("VMMMU"), tmp_path).missing[0]
+    for name in ids[1:20]:
+        (tmp_path / "Art" / f"{name}.mp4").unlink()
+    assert len(load_items(find("VMMMU"), tmp_path).missing) == 20
+    (tmp_path / "Art" / f"{ids[20]}.mp4").unlink()
+    with pytest.raises(UnavailableError, match=r"^VMMMU: .*\(21 of 200 questions lack their clip or picture\)$"):
+        load_items(find("VMMMU"), tmp_path)
 
 
 def test_parts_that_are_cut_already_are_shown_whole(folder: Path, tmp_path: Path) -> None:
@@ -320,7 +392,7 @@ def test_the_clips_of_mvbench_are_those_of_its_branch_of_clips(hub: Any, folder:
 
 
 def test_clips_of_the_hub_must_be_unpacked_by_hand() -> None:
-    with pytest.raises(UnavailableError, match="MVBench: its clips are archives at https://huggingface.co/datasets/OpenGVLab/MVBench"):
+    with pytest.raises(UnavailableError, match=r"MVBench: its clips are .*datasets/OpenGVLab/MVBench; .* zppo eval fetch MVBench"):
         load_items(find("MVBench"))
 
 

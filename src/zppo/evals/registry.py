@@ -165,7 +165,7 @@ LANGUAGE = (
     Benchmark(
         "HLE", "Humanity's Last Exam", "llm",
         HubDataset("cais/hle", ("test",), revision="5a81a4c7271a2a2a312b9a690f0c2fde837e4c29"), choice.hle,
-        differs="A system prompt asks for explanation, answer and confidence, a named model judges, and a calibration error is reported too.",
+        differs="A system prompt asks for explanation, answer and confidence, a named model judges, and a calibration error is reported.",
         judge="eval_hle", rows=2500, licence="mit", gated=True,
         unverified="whether the paper keeps the questions with a picture; they are kept here",
     ),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from zppo.core.types import IMAGE, Message
 from zppo.evals.adapters.choice import LETTERS, ask_about, check_letter, checked_options, with_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
+from zppo.evals.clips.places import MVBENCH, VIDEOMMMU
 from zppo.evals.item import Item, Kind, Media
 
 _HUB_FILE = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/resolve/[^/]+/")
@@ -32,14 +34,28 @@ def _video_item(
     clip: tuple[float, float] | None = None,
     rate: float | None = None,
     where: str = "",
+    places: tuple[str, ...] = (),
     images: tuple[Media, ...] = (),
 ) -> Item:
     """An item about the clip that is named in one of the fields, or by `where`."""
     frames, video = ((), row.path(fields[0], where)) if where and not row.has("frames") else row.video(*fields)
     if kind == "choice":
         check_letter(row, gold, options)
-    media = {"images": images, "frames": frames, "video": video, "clip": clip, "rate": rate}
-    return Item(identity, row.benchmark, messages, gold, kind, options=options, facts=facts or {}, **media)
+    return Item(
+        identity,
+        row.benchmark,
+        messages,
+        gold,
+        kind,
+        images=images,
+        frames=frames,
+        video=video,
+        places=places if video else (),
+        clip=clip,
+        rate=rate,
+        options=options,
+        facts=facts or {},
+    )
 
 
 def mmvu(row: DatasetRow) -> tuple[Item, ...]:
@@ -59,9 +75,11 @@ def mmvu(row: DatasetRow) -> tuple[Item, ...]:
         options = checked_options(row, "choices", texts)
         question = with_options(question, options)
         check_letter(row, row.text("answer"), options)
-    messages = ask_about(row, question)
+    messages, gold = ask_about(row, question), row.text("answer")
+    folder = Path(where).parent.name  # 0.mp4 is the name of a clip in each of them
+    places = (f"videos/{folder}", folder) if folder else ()
     return (
-        _video_item(row, row.text("id"), messages, row.text("answer"), "judged", "video_path", options=options, facts=facts, where=where),
+        _video_item(row, row.text("id"), messages, gold, "judged", "video_path", options=options, facts=facts, where=where, places=places),
     )
 
 
@@ -89,11 +107,10 @@ def mvbench(row: DatasetRow) -> tuple[Item, ...]:
             row.fail("end", f"is {clip[1]}, which is not behind start ({clip[0]})")
     rate = row.seconds("fps") if row.has("fps") else _TVQA_RATE if row.config == _TVQA else None
     text = with_options(strip_directives(row.text("question")), options)
-    identity = f"{row.config or 'mvbench'}-{row.number}"
+    identity, messages, facts = f"{row.config or 'mvbench'}-{row.number}", ask_about(row, text), {"task": row.config}
+    places = (*MVBENCH[row.config], row.config) if row.config in MVBENCH else ()
     return (
-        _video_item(
-            row, identity, ask_about(row, text), gold, "choice", "video", options=options, facts={"task": row.config}, clip=clip, rate=rate
-        ),
+        _video_item(row, identity, messages, gold, "choice", "video", options=options, facts=facts, clip=clip, rate=rate, places=places),
     )
 
 
@@ -133,7 +150,8 @@ def videommmu(row: DatasetRow) -> tuple[Item, ...]:
     """
     identity = row.text("id")
     facts = {"track": row.config, "subject": "_".join(identity.split("_")[1:-1])}
-    where = "" if row.has("frames") else f"{identity}.mp4"
+    field = VIDEOMMMU.get(facts["subject"], "")
+    where = "" if row.has("frames") else f"{field}/{identity}.mp4".strip("/")
     text, gold = strip_directives(row.text("question")), row.text("answer")
     options = checked_options(row, "options", row.texts("options")) if row.has("options") else ()
     images = (row.image("image"),) if row.has("image") else ()
