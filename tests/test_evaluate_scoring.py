@@ -22,7 +22,7 @@ from zppo.evals.registry import BENCHMARKS, find
 from zppo.evals.results import Scored, figure, mastery
 from zppo.evals.scoring import verdicts as deciding
 from zppo.evals.scoring.rules import NO_ANSWER, score
-from zppo.evals.scoring.verdicts import judge_book, judge_request, judge_score, read_reply, reminder, templates
+from zppo.evals.scoring.verdicts import judge_book, judge_request, judge_score, judge_templates, read_reply, reminder
 from zppo.grading import Grader
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 
@@ -360,13 +360,13 @@ def test_a_reminder_states_the_form_that_the_judges_words_state(judge: Judge) ->
     book = judge_book()
     slots = dict.fromkeys(("question", "gold", "response", "criterion", "kind", "rubric"), "") | {"options": []}
     last = reminder(judge, "<think>endless")
-    for name in templates(judge):
+    for name in judge_templates(judge):
         asked = book.judge("", "", "")[-1].content if judge == "judge" else book.text(name, slots)
         assert last[0] == Message("assistant", "...") and last[1].content.partition(". ")[2] in asked
 
 
 def test_every_judge_has_its_words() -> None:
-    assert {name for judge in get_args(Judge) for name in templates(judge)} <= set(judge_book().names())
+    assert {name for judge in get_args(Judge) for name in judge_templates(judge)} <= set(judge_book().names())
 
 
 # Items.

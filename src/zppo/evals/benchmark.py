@@ -41,6 +41,25 @@ class HubDataset:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipFiles:
+    """The clips of a benchmark in its set, which `zppo eval fetch` brings.
+
+    Attributes:
+        patterns: which files, archives or plain ones.
+        without: patterns of files that may not be brought without asking their owner.
+        size: how much it is, in words.
+        terms: under which the set gives them, in words.
+        by_hand: what must be fetched from elsewhere, where, and where to put it; "" for nothing.
+    """
+
+    patterns: tuple[str, ...]
+    size: str
+    terms: str
+    without: tuple[str, ...] = ()
+    by_hand: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """One benchmark.
 
@@ -58,6 +77,7 @@ class Benchmark:
         gated: its terms must be accepted on the hub, and a log-in is needed.
         also: copies of the same data at other owners, which are loaded, in this order, where the source cannot be.
         unverified: what is not certain about this row; "" where nothing is known to be.
+        clips: what `zppo eval fetch` brings; None where the rows hold all there is.
     """
 
     name: str
@@ -73,3 +93,4 @@ class Benchmark:
     gated: bool = False
     also: tuple[HubDataset, ...] = ()
     unverified: str = ""
+    clips: ClipFiles | None = None

@@ -8,7 +8,7 @@ from typing import get_args
 
 from zppo.errors import SettingsError
 from zppo.evals.adapters import choice, documents, maths, video
-from zppo.evals.benchmark import MODES, Benchmark, Family, HubDataset, Judge
+from zppo.evals.benchmark import MODES, Benchmark, ClipFiles, Family, HubDataset, Judge
 
 _OCRBENCH_DIFFERS = (
     "The whole reply is scored, here the boxed answer or, without a box, what follows the thinking; text spotting is matched without "
@@ -209,29 +209,42 @@ _MVBENCH_TASKS = tuple(
     object_existence object_interaction object_shuffle scene_transition state_change unexpected_action""".split()
 )
 
+_VIDEO_MME = ClipFiles(
+    ("videos_chunked_*.zip", "subtitle.zip"), "about 100 GB in 20 archives, and subtitles",
+    "for academic research; clips belong to their makers",
+)  # fmt: skip
+
 VIDEO = (
     Benchmark(
         "MMVU", "MMVU, validation", "video", HubDataset("yale-nlp/MMVU", ("validation",)), video.mmvu,
         differs="A named model extracts and judges every answer, thoughts included.",
         judge="eval_mmvu", rows=1000, licence="cc-by-sa-4.0", also=(HubDataset("lmms-eval/MMVU", ("validation",)),),
-        unverified="field of the clip in yale-nlp/MMVU (video; video_path in the copy); licence from memory",
+        unverified="licence from memory",
+        clips=ClipFiles(("videos/*",), "about 1 GB of plain files", "cc-by-sa-4.0 as far as known; clips belong to their makers"),
     ),
     Benchmark(
         "MVBench", "MVBench, 20 tasks", "video", HubDataset("OpenGVLab/MVBench", ("train",), _MVBENCH_TASKS, "video"), video.mvbench,
         differs="A system prompt describes how to watch, the answer is begun for the model, and 8 or 16 frames are shown.",
         rows=4000, licence="mit",
-        unverified="whether start and end on the branch `video`, some of whose clips are cut already, are those of whole clips; "
-        "NTU clips must be fetched from their owner",
+        unverified="whether start and end on the branch `video`, some of whose clips are cut already, are those of whole clips",
+        clips=ClipFiles(
+            ("*.mp4", "*.avi", "*.webm", "*.mkv", "*.jpg", "*.png"), "plain files, well over 10 GB",
+            "mit for the questions, its terms must be accepted, and clips belong to their makers",
+            without=("nturgbd*",),
+            by_hand="the 200 clips of fine_grained_pose are NTU RGB+D's, whose owner gives them to those who ask: "
+            "https://rose1.ntu.edu.sg/dataset/actionRecognition/ (video/MVBench_videos_ntu.txt of the set lists them); put them into "
+            "nturgbd_convert/ of the folder, as .avi or .mp4. Without them their questions are left out and counted",
+        ),
     ),
     Benchmark(
         "VMME", "Video-MME without subtitles", "video", HubDataset("lmms-lab/Video-MME", ("test",)), video.videomme,
         differs="The number of frames is each model's own, and only a letter is asked for.",
-        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),),
+        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),), clips=_VIDEO_MME,
     ),
     Benchmark(
         "VMMES", "Video-MME with subtitles", "video", HubDataset("lmms-lab/Video-MME", ("test",)), video.videomme_subtitles,
         differs="Subtitles of the shown frames only, where a model has few; here all of them, as text before the question.",
-        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),),
+        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),), clips=_VIDEO_MME,
         unverified="how many subtitles the paper shows",
     ),
     Benchmark(
@@ -240,6 +253,10 @@ VIDEO = (
         differs="An answer that cannot be read is drawn at random, the adaptation track has a prompt of its own, and its picture is the "
         "clip's last frame alone.",
         rows=900, also=(HubDataset("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
+        clips=ClipFiles(
+            tuple(f"{field}.zip" for field in ("Art", "Business", "Engineering", "Humanities", "Medicine", "Science")),
+            "about 13 GB in 6 archives", "its terms must be accepted, and clips belong to their makers",
+        ),
         unverified="whether the paper shows the picture of an adaptation question beside the frames, as here, or only as the clip's last",
     ),
 )  # fmt: skip

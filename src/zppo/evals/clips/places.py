@@ -75,8 +75,8 @@ def find_file(path: Path, folder: Path, places: Sequence[str] = ()) -> Path:
             return exact
     same = _below(folder, path.name) if folder != Path() else []
     if places:
-        same = same or [found for ending in sorted(CLIPS) for found in _below(folder, path.with_suffix(ending).name)]
-        fits = (_in_place(same, place) for place in places)
+        others = [found for ending in sorted(CLIPS) for found in _below(folder, path.with_suffix(ending).name)] if path.suffix else []
+        fits = (_in_place(some, place) for place in places for some in (same, others))
         same = next((fit for fit in fits if fit), [])
         if not same and path.exists():
             return path

@@ -185,7 +185,7 @@ def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Ca
     given = dict(overrides or {})
     paths: dict[str, str | Path] = {}
     for judge in get_args(Judge):
-        for name in templates(judge):
+        for name in judge_templates(judge):
             path = given.get(name, given.get(judge))
             if name != JUDGE or path is not None:
                 paths[name] = folder / f"{name}.jinja" if path is None else path
@@ -196,7 +196,7 @@ def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Ca
     return book
 
 
-def templates(judge: Judge) -> tuple[str, ...]:
+def judge_templates(judge: Judge) -> tuple[str, ...]:
     """Names of a judge's templates, one for each mode."""
     return MODES.get(judge, (judge,))
 
@@ -323,7 +323,7 @@ class Decider:
         messages = judge_request(benchmark, item, row.text, self._book, self._think_open)
         key = digest_of([benchmark.name, item.id, row.epoch, messages])
         known = journal.get(key)
-        tokens = LONG_JUDGE_TOKENS if self._given & {benchmark.judge, *templates(benchmark.judge)} else JUDGE_TOKENS
+        tokens = LONG_JUDGE_TOKENS if self._given & {benchmark.judge, *judge_templates(benchmark.judge)} else JUDGE_TOKENS
         how = TeacherSampling(Sampling(temperature=0.0, max_new_tokens=tokens), self._template_args)
         spent_in = spent_out = 0
         said = error = ""
