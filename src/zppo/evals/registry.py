@@ -24,8 +24,7 @@ VISION = (
     Benchmark(
         "BabyV", "BabyVision", "vlm", HubDataset("UnipatAI/BabyVision", ("train",)), choice.babyvision,
         differs="A judge compares every answer, letters too.",
-        rows=388,
-        unverified="name of the column with a row's own id; number of rows from memory",
+        rows=388, licence="mit",
     ),
     Benchmark(
         "CharXiv", "CharXiv, validation", "vlm", HubDataset("princeton-nlp/CharXiv", ("validation",)), documents.charxiv,
@@ -38,9 +37,8 @@ VISION = (
         "DynaM", "DynaMath, 501 questions in 10 variants", "vlm",
         HubDataset("DynaMath/DynaMath_Sample", tuple(f"sample_variant{i}" for i in range(1, 11))), maths.dynamath,
         differs="The answer is asked for in JSON with three decimals, and average and worst case are both reported.",
-        aggregate="worst case", rows=5010, also=(HubDataset("kcz358/DynaMath", ("test",)),),
-        unverified="which of the two figures the paper shows: worst case is taken here, the average is reported beside it; "
-        "the columns id and answer_type are from memory",
+        aggregate="worst case", rows=5010, licence="apache-2.0", also=(HubDataset("kcz358/DynaMath", ("test",)),),
+        unverified="which of the two figures the paper shows: worst case is taken here, the average is reported beside it",
     ),
     Benchmark(
         "EmbSp", "EmbSpatial-Bench", "vlm", HubDataset("FlagEval/EmbSpatial-Bench", ("test",)), choice.embspatial,
@@ -87,14 +85,14 @@ VISION = (
     Benchmark(
         "OCREN", "OCRBench v2, English", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_en,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities", rows=7400,
-        unverified="rows a language are from its paper",
+        aggregate="abilities", rows=7400, licence="mit",
+        unverified="how the 10,000 rows share out over the two languages is from its paper",
     ),
     Benchmark(
         "OCRZH", "OCRBench v2, Chinese", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_zh,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities", rows=2600,
-        unverified="rows a language are from its paper",
+        aggregate="abilities", rows=2600, licence="mit",
+        unverified="how the 10,000 rows share out over the two languages is from its paper",
     ),
     Benchmark(
         "VisP", "VisualPuzzles", "vlm", HubDataset("neulab/VisualPuzzles", ("train",)), choice.visual_puzzles,
@@ -144,13 +142,12 @@ LANGUAGE = (
         "AIME25", "AIME 2025, I and II", "llm", HubDataset("opencompass/AIME2025", ("test",), ("AIME2025-I", "AIME2025-II")), maths.aime25,
         differs="A contest has no protocol for models; harnesses differ in how often they sample each of the 30 problems.",
         rows=30, licence="mit", also=(HubDataset("math-ai/aime25", ("test",), revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),),
-        unverified="configurations and licence of opencompass/AIME2025 are from memory",
     ),
     Benchmark(
         "AIME26", "AIME 2026", "llm", HubDataset("MathArena/aime_2026", ("train",)), maths.aime26,
         differs="MathArena samples each problem four times and reports the mean.",
-        rows=30, also=(HubDataset("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
-        unverified="split and fields (problem_idx, problem, answer) are those of the owner's other contests",
+        rows=30, licence="cc-by-nc-sa-4.0",
+        also=(HubDataset("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
     ),
     Benchmark(
         "CEval", "C-Eval, validation, 52 subjects", "llm", HubDataset("ceval/ceval-exam", ("val",), _CEVAL_SUBJECTS), choice.ceval,

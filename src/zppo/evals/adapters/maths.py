@@ -10,7 +10,7 @@ from zppo.evals.item import Item, Kind
 from zppo.grading.text import normalise
 
 _VARIANT = re.compile(r"variant_?(\d{1,2})$")
-_OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.．、):：）]|(?:^|[;；\s])[(（]([A-H])[)）])\s*")
+_OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.．、):：）]|(?:^|[;；:：\s])[(（]([A-H])[)）])\s*")
 
 
 def aime25(row: DatasetRow) -> tuple[Item, ...]:
