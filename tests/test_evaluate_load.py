@@ -384,10 +384,15 @@ def test_another_split_of_a_set_is_tried_like_a_copy(hub: Any) -> None:
         load_items(find("VisP"))
 
 
-def test_the_clips_of_mvbench_are_those_of_its_branch_of_clips(hub: Any, folder: Path) -> None:
+def test_the_clips_of_mvbench_are_those_of_its_branch_of_clips(hub: Any, tmp_path: Path) -> None:
     row = {"video": "ZS9XR.mp4", "question": "?", "candidates": ["a", "b"], "answer": "a"}
     made = hub({(task, "train"): [row] for task in find("MVBench").source.configs})
-    assert len(load_items(find("MVBench"), clips=folder).items) == 20
+    for task in find("MVBench").source.configs:
+        (tmp_path / MVBENCH[task][0]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / MVBENCH[task][0] / "ZS9XR.mp4").write_bytes(b"clip")
+    assert [item.video for item in load_items(find("MVBench"), clips=tmp_path).items] == [
+        tmp_path / MVBENCH[task][0] / "ZS9XR.mp4" for task in find("MVBench").source.configs
+    ]
     assert {revision for *_, revision in made.asked} == {"video"}
 
 
