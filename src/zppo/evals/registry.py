@@ -222,7 +222,7 @@ VIDEO = (
     Benchmark(
         "MVBench", "MVBench, 20 tasks", "video", HubDataset("OpenGVLab/MVBench", ("train",), _MVBENCH_TASKS, "video"), video.mvbench,
         differs="A system prompt describes how to watch, the answer is begun for the model, and 8 or 16 frames are shown.",
-        rows=4000, licence="mit",
+        rows=4000, licence="mit", gated=True,
         unverified="whether start and end on the branch `video`, some of whose clips are cut already, are those of whole clips",
         clips=ClipFiles(
             ("*.mp4", "*.avi", "*.webm", "*.mkv", "*.jpg", "*.png"), "plain files, well over 10 GB",
@@ -249,7 +249,7 @@ VIDEO = (
         HubDataset("lmms-lab/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")), video.videommmu,
         differs="An answer that cannot be read is drawn at random, the adaptation track has a prompt of its own, and its picture is the "
         "clip's last frame alone.",
-        rows=900, also=(HubDataset("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
+        rows=900, gated=True, also=(HubDataset("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
         clips=ClipFiles(
             tuple(f"{field}.zip" for field in ("Art", "Business", "Engineering", "Humanities", "Medicine", "Science")),
             "about 13 GB in 6 archives", "its terms must be accepted, and clips belong to their makers",
