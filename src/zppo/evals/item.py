@@ -19,7 +19,7 @@ Kind = Literal[
 ]  # fmt: skip
 """What kind of answer is expected, and so who scores it.
 
-- choice: the letter of one of `Item.options`.
+- choice: the letter of one of `Item.options`; letters with commas between where several are asked for.
 - number, text: a short answer; the project's own rules, then the shared judge.
 - precision: a number, right to the decimals in `facts["precision"]` (MathVista).
 - grid: the numbers of the gold in their order, whatever stands between them (VLMs-are-Blind).
