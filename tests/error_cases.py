@@ -851,6 +851,11 @@ def _(w: World) -> None:
     w.command = ["eval", str(w.folder / "none"), "--judge", "http://127.0.0.1:9/v1", "--output", str(w.output)]
 
 
+@case("clips of no benchmark")
+def _(w: World) -> None:
+    w.command = ["eval", "fetch", "--clips", str(w.output)]
+
+
 @case("a comparison of one evaluation")
 def _(w: World) -> None:
     w.command = ["eval", "compare", "a.json"]

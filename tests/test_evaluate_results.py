@@ -150,7 +150,7 @@ def test_a_familys_mean_and_error_are_over_benchmarks_with_a_figure() -> None:
 
 def test_frames_come_before_the_text_evenly_spaced_and_images_at_their_marks(tmp_path: Path) -> None:
     write_data(tmp_path)
-    assert spread(range(10), 3) == [1, 5, 8] and spread(range(2), 16) == [0, 1] and spread([], 4) == []
+    assert spread(range(10), 3) == [0, 4, 9] and spread(range(2), 16) == [0, 1] and spread([], 4) == [] and spread(range(3), 1) == [1]
     frames = tuple(tmp_path / "clips" / f"{i}.png" for i in range(3))
     item = Item("1", "VMME", (Message("user", "Where?"),), "A", "text", frames=frames)
     (turn,) = chat_turns(item, PromptBook(), store=tmp_path, as_file=False, frames=2)

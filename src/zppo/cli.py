@@ -154,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "eval",
             usage="zppo eval MODEL --suite NAMES [--judge URL] [options]\n       "
-            "zppo eval compare A.json B.json [--resamples N] [--seed N]",
-            help="evaluate a model on benchmarks, or compare two evaluations",
+            "zppo eval compare A.json B.json [--resamples N] [--seed N]\n       zppo eval fetch NAME ... [--clips DIR]",
+            help="evaluate a model on benchmarks, compare two evaluations, or bring the clips of video benchmarks",
             description="Evaluate a model on up to 31 benchmarks under one protocol. The same command goes on where it stopped.",
             epilog="--vllm.NAME=VALUE goes to the vLLM that is started for a folder: --vllm.max-model-len=32768 "
             "--vllm.tensor-parallel-size=2; --vllm.NAME where it has no value.",
@@ -260,7 +260,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder, a finished run, lab:<world>/<student|teacher>, or URLs of servers, with commas"
     )
-    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files")
+    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files; of fetch: benchmarks")
     parser.add_argument("--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, or names, with commas (default: paper)")
     parser.add_argument(
         "--judge", metavar="URLS", help="OpenAI-compatible servers for rows that rules cannot decide; not asked where rules decide all"
@@ -280,7 +280,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run's folder, or runs/eval-MODEL")
     parser.add_argument("--data", type=Path, metavar="DIR", help="rows as <benchmark>.jsonl, .parquet or .json, instead of the hub")
-    parser.add_argument("--clips", type=Path, metavar="DIR", help="unpacked clips of video benchmarks (default: DIR of --data)")
+    parser.add_argument(
+        "--clips", type=Path, metavar="DIR", help="unpacked clips of video benchmarks (default: DIR of --data; of fetch: clips)"
+    )
     parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="requests at a time (default: 32)")
     parser.add_argument("--max-tokens", type=int, default=12_288, metavar="N", help="of an answer (default: 12288, the protocol's)")
     parser.add_argument(
@@ -433,6 +435,11 @@ def _eval(options: argparse.Namespace) -> None:
         from zppo.report.tables import compare_evaluations
 
         compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
+        return
+    if options.model == "fetch":
+        from zppo.evals.clips.fetch import FOLDER, fetch_clips
+
+        fetch_clips([str(name) for name in options.files], options.clips or FOLDER)
         return
     from zppo.evals.evaluate import evaluate_benchmarks
     from zppo.evals.options import EvalOptions, read_samples, read_template_args

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from zppo.evals.adapters.row import Adapter
@@ -13,6 +15,11 @@ Aggregate = Literal["mean", "worst case", "wemath", "abilities", "axes"]
 
 Judge = Literal["judge", "eval_charxiv", "eval_hle", "eval_mmvet", "eval_mmvu", "eval_multichallenge"]
 """Whose words ask the judge: `judge` is the shared one, of training too; the others follow a benchmark's own protocol."""
+
+MODES: Mapping[Judge, tuple[str, ...]] = MappingProxyType(
+    {"eval_charxiv": ("eval_charxiv_reasoning", "eval_charxiv_descriptive"), "eval_mmvu": ("eval_mmvu_choice", "eval_mmvu_open")}
+)
+"""Templates of judges that ask in several modes; a judge that is not named has one, of its own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,25 @@ class HubDataset:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipFiles:
+    """The clips of a benchmark in its set, which `zppo eval fetch` brings.
+
+    Attributes:
+        patterns: which files, archives or plain ones.
+        without: patterns of files that may not be brought without asking their owner.
+        size: how much it is, in words.
+        terms: under which the set gives them, in words.
+        by_hand: what must be fetched from elsewhere, where, and where to put it; "" for nothing.
+    """
+
+    patterns: tuple[str, ...]
+    size: str
+    terms: str
+    without: tuple[str, ...] = ()
+    by_hand: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """One benchmark.
 
@@ -52,6 +78,7 @@ class Benchmark:
         gated: its terms must be accepted on the hub, and a log-in is needed.
         also: copies of the same data at other owners, which are loaded, in this order, where the source cannot be.
         unverified: what is not certain about this row; "" where nothing is known to be.
+        clips: what `zppo eval fetch` brings; None where the rows hold all there is.
     """
 
     name: str
@@ -68,3 +95,4 @@ class Benchmark:
     gated: bool = False
     also: tuple[HubDataset, ...] = ()
     unverified: str = ""
+    clips: ClipFiles | None = None

@@ -17,33 +17,18 @@ from zppo.data.local_files import READERS
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.adapters.row import PICTURES, DatasetRow
 from zppo.evals.benchmark import Benchmark, HubDataset
+from zppo.evals.clips.places import find_file, look_again
 from zppo.evals.item import Item, Media
 
 
-def dataset_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
-    """The rows of the benchmark's set, or of the first copy of it that can be loaded, with owner/name and commit.
-
-    Raises:
-        UnavailableError: none can be had; it says why the first one cannot.
-    """
-    if benchmark.family == "video" and clips is None:
-        raise UnavailableError(
-            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{benchmark.source.id}; unpack them and name "
-            "their folder"
-        )
-    errors: list[UnavailableError] = []
-    for source in (benchmark.source, *benchmark.also):
-        try:
-            parts = [(config, split, _part(benchmark, source, config, split))
-                     for config in source.configs for split in source.splits]  # fmt: skip
-        except UnavailableError as error:
-            errors.append(error)
-        else:
-            records = ((config, split, record) for config, split, part in parts for record in part)
-            rows = (DatasetRow(benchmark.name, number, record, config, split, clips or Path(), trusted=True)
-                    for number, (config, split, record) in enumerate(records, 1))  # fmt: skip
-            return rows, source.id, _commit(source)
-    raise errors[0]
+def source_rows(benchmark: Benchmark, source: HubDataset, clips: Path) -> Iterator[DatasetRow]:
+    """The rows of one set of the hub. UnavailableError where a part of it cannot be had: nothing of it is mixed with a copy."""
+    parts = [(config, split, _part(benchmark, source, config, split)) for config in source.configs for split in source.splits]
+    records = ((config, split, record) for config, split, part in parts for record in part)
+    return (
+        DatasetRow(benchmark.name, number, record, config, split, clips, trusted=True)
+        for number, (config, split, record) in enumerate(records, 1)
+    )
 
 
 def _part(benchmark: Benchmark, source: HubDataset, config: str, split: str) -> Iterable[Mapping[str, Any]]:
@@ -70,7 +55,8 @@ def _why(benchmark: Benchmark, source: HubDataset, config: str, split: str, erro
     what = f"{source.id}, {f'configuration {config}, ' if config else ''}split {split}, cannot be loaded ({one_line(error)})"
     if benchmark.gated:
         return f"{what}; it is gated: accept its terms at {page}, then run `hf auth login`"
-    copies = f", nor can {' or '.join(copy.id for copy in benchmark.also)}" if benchmark.also else ""
+    others = [f"{copy.id} (split {copy.splits[0]})" if copy.id == source.id else copy.id for copy in benchmark.also if copy != source]
+    copies = f", nor can {' or '.join(others)}" if others else ""
     return f"{what}{copies}; see {page}, check the network, or bring the rows in a folder"
 
 
@@ -95,6 +81,7 @@ _TASKS = (
 _SUBTITLES = "VMMES"
 _CUT = "segment"  # how folders end whose clips are parts
 _UNREADABLE = 0.01  # of the rows: so many may be left out since they cannot be read, rounded up
+_MISSING = 0.1  # of the questions: so many since their clips or pictures are not there, rounded up; MVBench's NTU clips are 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +93,14 @@ class LoadedBenchmark:
         origin: a file, or owner/name of a set on the hub.
         revision: the commit of that set; "" for a file, or where the hub did not say.
         unreadable: what is wrong with each record that cannot be read; these are left out.
+        missing: the same for questions whose clip or picture is not there, or is one of several of its name.
     """
 
     items: tuple[Item, ...]
     origin: str
     revision: str
     unreadable: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def load_items(
@@ -129,36 +118,65 @@ def load_items(
         limit: at most so many; of DynaMath and We-Math whole groups of questions, since they are scored together, and one at least.
 
     Raises:
-        UnavailableError: the data cannot be had: said and skipped, never scored 0.
+        UnavailableError: the data cannot be had: said and skipped, never scored 0. So are more than one question in ten, rounded up, whose
+            clip or picture is missing.
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
-    wanted = None if limit is None else _drawn(_rows(benchmark, data, clips)[0], benchmark, limit)
-    rows, origin, revision = _rows(benchmark, data, clips)
+    if data is not None:
+        return _loaded(benchmark, lambda: _file_rows(benchmark, data, clips or data), "", store, limit)
+    if benchmark.family == "video" and clips is None:
+        raise UnavailableError(
+            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{benchmark.source.id}; bring and unpack them "
+            f"with zppo eval fetch {benchmark.name}, and name their folder with --clips"
+        )
+    errors: list[DataError] = []
+    for source in (benchmark.source, *benchmark.also):  # a copy where the set cannot be had, or its rows cannot be read
+        try:
+            return _loaded(benchmark, partial(_source, benchmark, source, clips or Path()), _commit(source), store, limit)
+        except DataError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _source(benchmark: Benchmark, source: HubDataset, clips: Path) -> tuple[Iterator[DatasetRow], str]:
+    return source_rows(benchmark, source, clips), source.id
+
+
+def _loaded(
+    benchmark: Benchmark, read: Callable[[], tuple[Iterator[DatasetRow], str]], revision: str, store: Path | None, limit: int | None
+) -> LoadedBenchmark:
+    """All items of what `read` gives, which is rows and their origin, or `limit` of them: then it is read twice."""
+    look_again()
+    wanted = None if limit is None else _drawn(read()[0], benchmark, limit)
+    rows, origin = read()
     found: list[Item] = []
-    seen = 0
+    seen = asked = 0
     unreadable: list[str] = []
+    missing: list[str] = []
     counts: Counter[str] = Counter()
     for row in rows:
         seen += 1
         try:
             items = [unique(item, counts) for item in _adapted(benchmark, row)]
-            found += [_placed(item, benchmark, row.folder, store) for item in items if wanted is None or item.id in wanted]
+            for item in items:
+                if wanted is not None and item.id not in wanted:
+                    continue
+                asked += 1
+                try:
+                    found.append(_placed(item, row.folder, store))
+                except UnavailableError as error:
+                    missing.append(str(error))
         except UnavailableError:
             raise
         except DataError as error:
             unreadable.append(str(error))
-    if len(unreadable) > math.ceil(seen * _UNREADABLE) or (unreadable and not found):
+    if len(unreadable) > math.ceil(seen * _UNREADABLE) or (unreadable and not found and not missing):
         raise DataError(f"{unreadable[0]} ({len(unreadable):,} of {seen:,} rows cannot be read)")
+    if len(missing) > math.ceil(asked * _MISSING) or (missing and not found):
+        raise UnavailableError(f"{missing[0]} ({len(missing):,} of {asked:,} questions lack their clip or picture)")
     if not found:
         raise UnavailableError(f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data")
-    return LoadedBenchmark(tuple(found), origin, revision, tuple(unreadable))
-
-
-def _rows(benchmark: Benchmark, data: Path | None, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
-    """The rows with their origin and its commit."""
-    if data is None:
-        return dataset_rows(benchmark, clips)
-    return *_file_rows(benchmark, data, clips or data), ""
+    return LoadedBenchmark(tuple(found), origin, revision, tuple(unreadable), tuple(missing))
 
 
 def unique(item: Item, counts: Counter[str]) -> Item:
@@ -261,21 +279,30 @@ def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[
     return rows(), str(path)
 
 
-def _placed(item: Item, benchmark: Benchmark, folder: Path, store: Path | None) -> Item:
+def _placed(item: Item, folder: Path, store: Path | None) -> Item:
     """The item with media that are there: bytes in files, clips where they are, a folder of frames as frames."""
-    keep: Callable[[Media], Media] = partial(_kept, benchmark=benchmark, folder=folder, store=store)
+    keep: Callable[[Media], Media] = partial(_kept, item=item, folder=folder, store=store)
     images, frames = tuple(map(keep, item.images)), tuple(map(keep, item.frames))
     if item.video is None:
         return replace(item, images=images, frames=frames)
-    video = _found(item.video, benchmark, folder)
+    video = _found(item.video, item, folder)
     if video.is_dir():
         frames = tuple(sorted(path for path in video.iterdir() if path.suffix.lower() in PICTURES))
         if not frames:
-            raise UnavailableError(f"{benchmark.name}: {video} holds no pictures; unpack the clips again")
+            raise UnavailableError(f"{item.benchmark}: {video} holds no pictures; unpack the clips again")
         return replace(item, images=images, frames=_part_of(item, frames), video=None)
     # The parts of MVBench's branch `video` are cut already.
     clip = None if video.parent.name.endswith(_CUT) else item.clip
     return replace(item, images=images, frames=frames, video=video, clip=clip)
+
+
+def _found(path: Path, item: Item, folder: Path) -> Path:
+    clip = path == item.video
+    try:
+        return find_file(path, folder, item.places if clip else ())
+    except UnavailableError as error:
+        how = f" (zppo eval fetch {item.benchmark})" if clip else ""
+        raise UnavailableError(f"{item.benchmark}: {error}; unpack the pictures and clips of the set there{how}") from None
 
 
 def _part_of(item: Item, frames: tuple[Media, ...]) -> tuple[Media, ...]:
@@ -291,9 +318,9 @@ def _part_of(item: Item, frames: tuple[Media, ...]) -> tuple[Media, ...]:
     return frames[first : last + 1] or frames[-1:]
 
 
-def _kept(media: Media, *, benchmark: Benchmark, folder: Path, store: Path | None) -> Media:
+def _kept(media: Media, *, item: Item, folder: Path, store: Path | None) -> Media:
     if isinstance(media, Path):
-        return _found(media, benchmark, folder)
+        return _found(media, item, folder)
     if store is None:
         return media
     path = store / f"{hashlib.sha256(media).hexdigest()}.img"
@@ -303,23 +330,3 @@ def _kept(media: Media, *, benchmark: Benchmark, folder: Path, store: Path | Non
         half.write_bytes(media)
         half.replace(path)
     return path
-
-
-def _found(path: Path, benchmark: Benchmark, folder: Path) -> Path:
-    """The path, or the only one of its name below the folder: archives differ in how they are unpacked."""
-    if path.exists():
-        return path
-    same = _by_name(folder).get(path.name, []) if folder != Path() else []
-    if len(same) != 1:
-        why = f"{len(same)} files below {folder} have its name" if same else f"nor is there a file of its name below {folder}"
-        raise UnavailableError(f"{benchmark.name}: {path} does not exist, {why}; unpack the pictures and clips of the set there")
-    return same[0]
-
-
-@lru_cache(maxsize=4)
-def _by_name(folder: Path) -> Mapping[str, list[Path]]:
-    """Everything below a folder by its name, looked through once: there may be thousands of clips."""
-    names: dict[str, list[Path]] = {}
-    for path in folder.rglob("*"):
-        names.setdefault(path.name, []).append(path)
-    return names

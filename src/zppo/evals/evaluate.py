@@ -261,6 +261,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     part = summary(benchmark, rows, len(loaded.items) * samples, samples)
     part |= {"limit": options.limit, "samples": samples, "origin": loaded.origin, "revision": loaded.revision}
     part |= {"unreadable": len(loaded.unreadable), "unreadable_first": next(iter(loaded.unreadable), "")}
+    part |= {"missing": len(loaded.missing), "missing_first": next(iter(loaded.missing), "")}
     return with_benchmark(state, part, [each.name for each in BENCHMARKS])
 
 

@@ -48,7 +48,7 @@ def chat_turns(item: Item, book: PromptBook, *, store: Path, as_file: bool, fram
     Args:
         store: where pictures are kept that came without a file, and the frames of clips.
         as_file: a clip goes whole to a server that takes videos; a part of a clip always goes as frames.
-        frames: most frames of a video that are sent, evenly spaced.
+        frames: most frames of a video that are sent, evenly spaced from the first to the last.
 
     Raises:
         DataError: a picture or a clip cannot be read.
@@ -74,9 +74,11 @@ def chat_turns(item: Item, book: PromptBook, *, store: Path, as_file: bool, fram
 
 
 def spread(values: Sequence[_T], most: int) -> list[_T]:
-    """At most so many of the values, the middles of equal stretches, in order."""
+    """At most so many of the values, evenly spaced from the first to the last, in order; the middle one where one is wanted."""
     count = min(most, len(values))
-    return [values[(2 * i + 1) * len(values) // (2 * count)] for i in range(count)]
+    if count == 1:
+        return [values[len(values) // 2]]
+    return [values[i * (len(values) - 1) // (count - 1)] for i in range(count)]
 
 
 def media_key(item: Item) -> list[Any]:
@@ -143,7 +145,10 @@ def _check_decodes(path: Path) -> None:
 
 
 def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: Path) -> list[ImageRef]:
-    """Frames of a clip, the middles of equal stretches of time. DataError where it cannot be decoded."""
+    """Frames of a clip, evenly spaced in time, its first and its last among them. DataError where it cannot be decoded.
+
+    Quizzes at the end of a clip (Video-MMMU) stand in its last frame alone; files often say that they last longer than their last frame.
+    """
     check_decoder()
     import av
 
@@ -153,22 +158,28 @@ def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: P
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-            start, end = clip or (0.0, length or (container.duration or 0) / 1e6)
-            times = [start + (2 * i + 1) * (end - start) / (2 * frames) for i in range(frames)]
+            times = _times(*(clip or (0.0, length or (container.duration or 0) / 1e6)), frames)
+            taken: Any = None
             for frame in container.decode(stream):
                 last, now = frame, frame.time
                 if now is not None and now >= times[0]:
                     times = [time for time in times if time > now]
                     wanted.append(_picture(frame))
+                    taken = frame
                 if not times:
                     break
-            if not wanted and last is not None:  # shorter than it says
+            if last is not None and last is not taken:  # the clip ends before the time of its last frame
                 wanted.append(_picture(last))
     except Exception as error:  # decoders fail in many ways
         raise DataError(f"the clip {path} cannot be decoded ({one_line(error)}); replace it") from error
     if not wanted:
         raise DataError(f"the clip {path} has no frames; replace it")
     return [keep(data, store) for data in wanted]
+
+
+def _times(start: float, end: float, count: int) -> list[float]:
+    """So many moments, evenly spaced from start to end; the middle where one is wanted."""
+    return [start + (end - start) * i / (count - 1) for i in range(count)] if count > 1 else [(start + end) / 2]
 
 
 def _picture(frame: Any) -> bytes:

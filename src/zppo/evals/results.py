@@ -130,7 +130,7 @@ def _abilities(rows: Sequence[Scored]) -> Figure:
 
 
 def _axes(rows: Sequence[Scored]) -> Figure:
-    """MultiChallenge: the mean of its four axes; the mean over conversations is reported too."""
+    """MultiChallenge, VLMs-are-Blind: the mean of its four axes, of its eight tasks; the mean over all rows is reported too."""
     groups = _groups(rows, "axis")
     means = {name: _mean(values) for name, values in groups.items()}
     # Independent means: the error of their average.

@@ -131,6 +131,9 @@ def _warnings(each: Mapping[str, Any]) -> list[str]:
     if count := each.get("unreadable", 0):
         what = "1 row is" if count == 1 else f"{count:,} rows are"
         warnings.append(f"{what} no part of it, since unreadable; the first: {each['unreadable_first']}")
+    if count := each.get("missing", 0):
+        what = "1 question is" if count == 1 else f"{count:,} questions are"
+        warnings.append(f"{what} no part of it, since a clip or picture is missing; the first: {each['missing_first']}")
     if count := each.get("left_out", 0):
         of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
         warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
@@ -201,12 +204,10 @@ def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
     if options.data is not None:
         try:
             loaded = load_items(benchmark, options.data, clips=options.clips, limit=options.limit)
-            items, bad = loaded.items, loaded.unreadable
-            note = (
-                f"{len(bad):,} {'row' if len(bad) == 1 else 'rows'} unreadable: {bad[0][:100].removeprefix(f'{benchmark.name}, ')}"
-                if bad
-                else ""
-            )
+            items, bad = loaded.items, loaded.unreadable or loaded.missing
+            what = "unreadable" if loaded.unreadable else "without their clip"
+            first = bad[0][:100].removeprefix(f"{benchmark.name}, ").removeprefix(f"{benchmark.name}: ") if bad else ""
+            note = f"{len(bad):,} {'row' if len(bad) == 1 else 'rows'} {what}: {first}" if bad else ""
         except DataError as error:  # it would be skipped
             note = one_line(error, 100).removeprefix(f"{benchmark.name}: ")
             return Estimate(benchmark, None, 0, 0, 0, 0, note)

@@ -82,31 +82,42 @@ def _choice(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
     A letter that none of the options has may be the text of one ("I", "N"), and is read so first.
     """
     cleaned = _cleaned(answer)
-    gold = item.golds[0]
+    gold = set(re.findall(r"[A-Z]", item.golds[0]))  # several where the question asks for several
     if cleaned is None:
         return None, "unclear"
     letters, _ = choice(cleaned)
     if letters and letters <= set(LETTERS[: len(item.options)]):
-        return _decided(letters == {gold}, "letter")
+        return _decided(letters == gold, "letter")
     same = [i for i, option in enumerate(item.options) if normalise(option) == normalise(answer)]
     if not same:
         same = [i for i, option in enumerate(item.options) if equal(option, answer)]
     if len(same) == 1:
-        return _decided(LETTERS[same[0]] == gold, "option")
+        return _decided({LETTERS[same[0]]} == gold, "option")
     if letters and not same:
-        return _decided(letters == {gold}, "letter")
+        return _decided(letters == gold, "letter")
     return None, "unclear"
 
 
 def _short(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
     """The project's rules; where they say no, that is final only for two plain numbers, two verdicts or two letters."""
     if any(equal(gold, answer) for gold in item.golds):
-        return 1.0, "equal"
+        if not item.facts.get("order") or any(_in_order(gold, answer, equal) for gold in item.golds):
+            return 1.0, "equal"
+        return (0.0 if item.facts["order"] == "fixed" else None), "order"
     cleaned = _cleaned(answer)
     golds = [_cleaned(gold) for gold in item.golds]
     if cleaned is not None and all(gold is not None and _same_type(gold, cleaned) for gold in golds):
         return 0.0, "different"
     return None, "unclear"
+
+
+def _in_order(gold: str, answer: str, equal: Equal) -> bool:
+    """Whether equal answers that name several things, `2, 1` or the edge `BS`, name them in one order: the rules take lists for sets."""
+    if "," in gold:
+        first, second = (re.sub(r"^[\s$]*\\?[(\[{]|\\?[)\]}][\s$.]*$", "", text) for text in (gold, answer))
+        return equal(f"({first})", f"({second})")
+    run = re.fullmatch(r"[A-Z]{2,}", gold.strip())
+    return run is None or run[0] in re.sub(r"[^A-Za-z]", "", clean(answer))
 
 
 def _same_type(gold: str, answer: str) -> bool:

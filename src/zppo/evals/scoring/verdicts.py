@@ -15,14 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from zppo.core.draws import draw_key
 from zppo.core.types import IMAGE, Message
 from zppo.engines.base import Sampling
 from zppo.errors import EvaluationError
-from zppo.evals.benchmark import Benchmark, Judge
+from zppo.evals.adapters.documents import DESCRIPTIVE_RUBRICS, REASONING_RUBRICS
+from zppo.evals.benchmark import MODES, Benchmark, Judge
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
 from zppo.evals.options import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
@@ -57,14 +58,16 @@ class Form:
         own: key and values of our own form, which has no other key; no values: a number from 0 to 1.
         fields: names, any of which the official form gives its value: in a JSON object among others, or as a line `name: value`.
         words: what the official values come to; none: a number from 0 to 1.
-        bare: whether the official value may also be the last line, without a name.
+        bare: official values that may also be the last line, without a name; True: any number from 0 to 1.
+        last: values that may also be the last word of the reply, in these very letters.
         example: our own form, as a reminder shows it.
     """
 
     own: tuple[str, Mapping[str, float]] = ("verdict", MappingProxyType({"correct": 1.0, "wrong": 0.0}))
     fields: tuple[str, ...] = ()
     words: Mapping[str, float] = field(default_factory=dict)
-    bare: bool = False
+    bare: Mapping[str, float] | Literal[True] = field(default_factory=dict)
+    last: Mapping[str, float] = field(default_factory=dict)
     example: str = f"either {_VERDICT}"
 
 
@@ -72,11 +75,12 @@ FORMS: Mapping[Judge, Form] = MappingProxyType(
     {
         "judge": Form(),
         "eval_hle": Form(fields=("correct",), words=_YES | _TRUE),
-        "eval_charxiv": Form(fields=("score",), words=_ONE),
-        "eval_mmvu": Form(fields=("correctness", "correct"), words=_RIGHT | _TRUE | _YES | _ONE),
+        "eval_charxiv": Form(fields=("score", "score_T1"), words=_ONE, bare=_ONE),
+        "eval_mmvu": Form(fields=("correctness", "correct"), words=_RIGHT | _TRUE | _YES | _ONE, bare=_ONE),
         "eval_mmvet": Form(("score", {}), ("correctness",), bare=True, example='such as {"score": 0.7}'),
         "eval_multichallenge": Form(
-            ("verdict", _YES), ("verdict", "answer"), _YES, bare=True, example='either {"verdict": "yes"} or {"verdict": "no"}'
+            ("verdict", _YES), ("verdict", "answer"), _YES, _YES, {"YES": 1.0, "NO": 0.0},
+            example='either {"verdict": "yes"} or {"verdict": "no"}',
         ),
     }
 )  # fmt: skip
@@ -134,10 +138,13 @@ def _official(form: Form, text: str) -> float | None:
     lines = [line for line in text.splitlines() if line.strip()]
     name = re.compile(rf"[^\w:]*(?:final )?(?:{'|'.join(form.fields)})[^\w:]*:(.*)", re.IGNORECASE)
     said = [match[1] for line in lines if (match := name.fullmatch(line))]
-    bare = [line for line in lines if _value(form, line) is not None] if form.bare else []
-    if not said and (not bare or bare[-1] is not lines[-1]):
+    bare = [line for line in lines if _bare(form, line) is not None]
+    values = {_value(form, each) for each in said} | {_bare(form, each) for each in bare}
+    ending = _ending(form, lines[-1]) if lines else None
+    if ending is not None:
+        values.add(ending)
+    elif not said and (not bare or bare[-1] is not lines[-1]):
         return None
-    values = {_value(form, each) for each in (*said, *bare)}
     return values.pop() if len(values) == 1 else None
 
 
@@ -148,8 +155,23 @@ def _value(form: Form, text: str) -> float | None:
     return float(word) if _GRADE.fullmatch(word) else None
 
 
-_SLOTS = ("question", "gold", "response", "criterion")
+def _bare(form: Form, line: str) -> float | None:
+    """The value of a line that is nothing but one."""
+    return _value(form, line) if form.bare is True else form.bare.get(line.strip(_EDGE).lower())
+
+
+def _ending(form: Form, line: str) -> float | None:
+    """The value that the last line's last word is; None where the line names several."""
+    found = [word for word in re.findall(r"\w+", line) if word in form.last]
+    return form.last[found[0]] if len(set(found)) == 1 and line.strip(_EDGE + "!").endswith(found[0]) else None
+
+
 _MOST = 20_000  # characters of a response that a judge reads, its end; more is no answer
+_WHOLE = 100_000  # of one that is read with its thoughts
+_THOUGHTS_TOO: frozenset[Judge] = frozenset(("eval_hle",))
+_RUBRICS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"eval_charxiv_reasoning": REASONING_RUBRICS, "eval_charxiv_descriptive": tuple(dict.fromkeys(DESCRIPTIVE_RUBRICS.values()))}
+)
 
 
 _NEUTRALISE = Neutraliser(IMAGE_TEXTS)  # the tokens of a judge on a server are not known
@@ -158,35 +180,86 @@ _NEUTRALISE = Neutraliser(IMAGE_TEXTS)  # the tokens of a judge on a server are 
 def judge_book(overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = _NEUTRALISE) -> PromptBook:
     """The prompt book with the judges' templates, each replaceable by the path of a file. What a model wrote is neutralised.
 
-    A template may use `question`, `gold`, `response` and `criterion` (the last: MultiChallenge's target question); the shared one,
-    `judge`, has its own variables (`zppo.prompts.book`).
+    A judge with several modes has a template for each (`MODES`); a file for the judge itself stands for all of them. A template may use
+    what `judge_slots` has; the shared one, `judge`, has its own variables (`zppo.prompts.book`).
 
     Raises:
         TemplateError: a file cannot be read, or uses another variable.
     """
     folder = Path(str(importlib.resources.files("zppo.evals"))) / "prompts"
-    names = [name for name in get_args(Judge) if name != JUDGE]
-    book = PromptBook({name: folder / f"{name}.jinja" for name in names} | dict(overrides or {}), neutralise)
-    for name in names:  # a mistake shows now, not after the model was asked everything
-        book.text(name, dict.fromkeys(_SLOTS, ""))
+    given = dict(overrides or {})
+    paths: dict[str, str | Path] = {}
+    for judge in get_args(Judge):
+        for name in judge_templates(judge):
+            path = given.get(name, given.get(judge))
+            if name != JUDGE or path is not None:
+                paths[name] = folder / f"{name}.jinja" if path is None else path
+    book = PromptBook(paths, neutralise)
+    for name in paths.keys() - {JUDGE}:  # a mistake shows now, not after the model was asked everything
+        for rubric in _RUBRICS.get(name, ("",)):
+            book.text(name, dict.fromkeys(_TEXTS, "") | {"rubric": rubric, "options": ["", ""], "number": 1})
     return book
+
+
+def judge_templates(judge: Judge) -> tuple[str, ...]:
+    """Names of a judge's templates, one for each mode."""
+    return MODES.get(judge, (judge,))
+
+
+def template_of(judge: Judge, item: Item) -> str:
+    """The template that asks a judge about an item: CharXiv by the part, MMVU by whether there are options."""
+    if judge == "eval_charxiv":
+        return f"{judge}_{item.facts['part']}"
+    if judge == "eval_mmvu":
+        return f"{judge}_{'choice' if item.options else 'open'}"
+    return judge
+
+
+_TEXTS = ("question", "gold", "response", "criterion", "kind", "category", "rubric")
+
+
+def judge_slots(item: Item, asked: str, response: str) -> dict[str, Any]:
+    """What the template of a benchmark's own judge may use.
+
+    question, gold, response; criterion: MultiChallenge's target question; kind: of question, as the set calls it (CharXiv: reasoning or
+    descriptive; HLE: exactMatch or multipleChoice; else multiple-choice or open-ended); category: of HLE, MMVU's discipline, MM-Vet's
+    capabilities, MultiChallenge's axis; rubric: CharXiv's, by name; options: their texts; number: of CharXiv's question, 1 to 19, or of
+    the kind of its answer, 1 to 4; 0 elsewhere.
+    """
+    facts = item.facts
+    kind = facts.get("part") or facts.get("answer_type") or ("multiple-choice" if item.options else "open-ended")
+    category = next((str(facts[name]) for name in ("category", "discipline", "capability", "axis") if facts.get(name)), "")
+    return {
+        "question": asked,
+        "gold": " or ".join(item.golds).replace("<AND>", " <AND> ").replace("<OR>", " <OR> ").replace("  ", " "),
+        "response": response,
+        "criterion": str(facts.get("criterion", "")),
+        "kind": str(kind),
+        "category": category,
+        "rubric": str(facts.get("rubric", "")),
+        "options": list(item.options),
+        "number": int(facts.get("question_type", 0)),
+    }
 
 
 def judge_request(benchmark: Benchmark, item: Item, completion: str, book: PromptBook, think_open: bool = False) -> tuple[Message, ...]:
     """The request to judge one completion.
 
     A judge reads what follows the thinking; of a completion without an answer that can be read all, thoughts included
-    (`zppo.teacher.judge.readable`). At most the last 20,000 characters of it.
+    (`zppo.teacher.judge.readable`), at most its last 20,000 characters. HLE's reads the whole response with its thoughts, at most 100,000.
     """
     gold = " or ".join(item.golds)
     asked = (item.asked.replace(IMAGE, "") if item.images else item.asked).strip()
+    if "shown" in item.facts:  # the question stands in the picture, which a judge does not see
+        asked = str(item.facts["shown"])
     # What is scored whole is an answer without a box too.
     whole = (final_part(completion, think_open) or "").strip() or None if item.kind in SCORED_WHOLE else None
     response = readable(completion, extract_boxed(completion, think_open) or whole, think_open)[-_MOST:]
     if benchmark.judge == JUDGE:
         return book.judge(asked, gold, response)
-    values = {"question": asked, "gold": gold, "response": response, "criterion": str(item.facts.get("criterion", ""))}
-    return (Message("user", book.text(benchmark.judge, values)),)
+    if benchmark.judge in _THOUGHTS_TOO:
+        response = completion.strip()[-_WHOLE:]
+    return (Message("user", book.text(template_of(benchmark.judge, item), judge_slots(item, asked, response))),)
 
 
 def judge_score(benchmark: Benchmark, item: Item, reply: str, think_open: bool = False) -> float | None:
@@ -286,7 +359,7 @@ class Decider:
             raise EvaluationError(f"{benchmark.name}: a row is to be judged, and there is no judge; name its server with --judge URL")
         if known and known["value"] is None and self._strict:
             known = None
-        tokens = LONG_JUDGE_TOKENS if benchmark.judge in self._given else JUDGE_TOKENS
+        tokens = LONG_JUDGE_TOKENS if self._given & {benchmark.judge, *judge_templates(benchmark.judge)} else JUDGE_TOKENS
         how = TeacherSampling(Sampling(temperature=0.0, max_new_tokens=tokens), self._template_args)
         spent_in = spent_out = 0
         said = error = ""
