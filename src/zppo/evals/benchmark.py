@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from zppo.evals.adapters.row import Adapter
+from zppo.evals.adapters.row import Adapter, DatasetRow
 
-Family = Literal["vlm", "llm", "video"]
+Family = Literal["vlm", "llm", "video", "own"]
+"""The paper's three, and benchmarks of the user's own."""
 Aggregate = Literal["mean", "worst case", "wemath", "abilities", "axes"]
 """How the scores of a benchmark's rows become its figure; see `zppo.evals.results`."""
 
@@ -51,6 +53,9 @@ class Benchmark:
         gated: its terms must be accepted on the hub, and a log-in is needed.
         also: copies of the same data at other owners, which are loaded, in this order, where the source cannot be.
         unverified: what is not certain about this row; "" where nothing is known to be.
+        reader: of a benchmark of the user's own (`zppo.evals.adapters.own`): its rows, where they are on this machine.
+        definition: of such a benchmark: a digest of what it is made from, so that another one under its name is noticed.
+        code: of such a benchmark: the user's Python that it runs, "" for none.
     """
 
     name: str
@@ -66,3 +71,6 @@ class Benchmark:
     gated: bool = False
     also: tuple[HubDataset, ...] = ()
     unverified: str = ""
+    reader: Callable[[], Iterator[DatasetRow]] | None = None
+    definition: str = ""
+    code: str = ""

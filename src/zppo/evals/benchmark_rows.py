@@ -124,7 +124,9 @@ def load_items(
         UnavailableError: the data cannot be had: said and skipped, never scored 0.
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
-    if data is None:
+    if benchmark.reader is not None:
+        rows, origin, revision = benchmark.reader(), benchmark.source.id, ""
+    elif data is None:
         rows, origin, revision = dataset_rows(benchmark, clips)
     else:
         rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""

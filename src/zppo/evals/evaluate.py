@@ -56,6 +56,9 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     """
     console = console or Console()
     chosen = suite(options.suite)
+    for benchmark in chosen:
+        if benchmark.code:
+            say(console, f"{benchmark.name} runs code of your own: {benchmark.code}", "yellow")
     _check(options)
     if options.dry_run:
         print_estimates(console, [estimate_benchmark(benchmark, options) for benchmark in chosen], options)
@@ -77,7 +80,7 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     weights = fingerprint(place)
     # A finished evaluation is only shown again: its server is not started, its judge not needed.
     known = folder.read()
-    if known is not None and all(finished(known, each.name, options.limit, options.samples) for each in chosen):
+    if known is not None and all(finished(known, each.name, options.limit, options.samples, each.definition) for each in chosen):
         begin(folder, "", "", _settings_now(options, known, label, weights, judge_key))
         say(console, f"{folder.result}: every row is decided, nothing is asked")
         print_results(console, known)
@@ -163,7 +166,7 @@ def _checkpoint(model: str) -> Path:
 def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[str, Any]:
     """The state with one more benchmark."""
     options, folder, console = session.options, session.folder, session.console
-    if finished(state, benchmark.name, options.limit, options.samples):
+    if finished(state, benchmark.name, options.limit, options.samples, benchmark.definition):
         return state
     try:
         loaded = load_items(benchmark, options.data, clips=options.clips, store=folder.inside("media"), limit=options.limit)
@@ -173,6 +176,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
         return with_skipped(state, benchmark.name, benchmark.family, str(error))
     rows = _rows(session, benchmark, loaded)
     part = summary(benchmark, rows, len(loaded.items) * options.samples)
+    part |= {"definition": benchmark.definition} if benchmark.definition else {}
     part |= {"limit": options.limit, "samples": options.samples, "origin": loaded.origin, "revision": loaded.revision}
     part |= {"unreadable": len(loaded.unreadable), "unreadable_first": next(iter(loaded.unreadable), "")}
     return with_benchmark(state, part, [each.name for each in BENCHMARKS])

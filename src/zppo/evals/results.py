@@ -432,9 +432,9 @@ def with_skipped(state: Mapping[str, Any], name: str, family: str, why: str) -> 
     return {**state, "skipped": [*skipped, {"name": name, "family": family, "why": why}]}
 
 
-def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int) -> bool:
-    """Whether an earlier call has decided every row that this one would."""
+def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int, definition: str = "") -> bool:
+    """Whether an earlier call has decided every row that this one would; `definition` as `Benchmark` has it."""
     for each in state["benchmarks"]:
         if each["name"] == name:
-            return not each["open"] and each["limit"] == limit and each["samples"] == samples
+            return each.get("definition", "") == definition and not each["open"] and each["limit"] == limit and each["samples"] == samples
     return False
