@@ -247,7 +247,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a checkpoint folder, a finished run, lab:<world>/<student|teacher>, or the URL of a server"
     )
     parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files")
-    parser.add_argument("--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, names, or my-bench.yaml, with commas (default: paper)")
+    parser.add_argument(
+        "--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, names, or my-bench.yaml, with commas (default: paper)"
+    )
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server for rows that rules cannot decide")
     parser.add_argument("--judge-model", metavar="NAME", help="its name there (default: the only one that it serves)")
     parser.add_argument("--judge-key-env", metavar="VARIABLE", help="environment variable that holds the judge's key")

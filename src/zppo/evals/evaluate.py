@@ -21,7 +21,7 @@ from zppo.evals.benchmark_rows import LoadedBenchmark, load_items
 from zppo.evals.endpoint import NAME, EndpointModel, Server, check_context, find_model, has_vllm, is_url, read_model_key, served
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.media import chat_turns, check_decoder
+from zppo.evals.media import chat_turns, check_decoder, media_names
 from zppo.evals.options import EvalOptions, fingerprint, settings_of
 from zppo.evals.registry import BENCHMARKS, suite
 from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, finished, summary, with_benchmark, with_skipped
@@ -217,7 +217,8 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
 
         def take(row: SampleResult) -> None:
             with lock:
-                out.write(json.dumps(asdict(row), default=str) + "\n")
+                named = {"media": media_names(items[row.id], folder.path)}
+                out.write(json.dumps(asdict(row) | named, default=str) + "\n")
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
                 watch.take(row)
 
