@@ -852,6 +852,11 @@ def _(w: World) -> None:
     w.command = ["eval", str(w.folder / "none"), "--judge", "http://127.0.0.1:9/v1", "--output", str(w.output)]
 
 
+@case("a table of what is no evaluation")
+def _(w: World) -> None:
+    w.command = ["eval", "table", str(w.student)]
+
+
 @case("a comparison of one evaluation")
 def _(w: World) -> None:
     w.command = ["eval", "compare", "a.json"]

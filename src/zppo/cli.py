@@ -142,8 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(
         commands.add_parser(
             "eval",
-            usage="zppo eval MODEL --suite NAMES --judge URL [options]\n       zppo eval compare A.json B.json [--resamples N] [--seed N]",
-            help="evaluate a model on benchmarks, or compare two evaluations",
+            usage="zppo eval MODEL --suite NAMES --judge URL [options]\n       zppo eval compare A.json B.json [--resamples N] [--seed N]\n"
+            "       zppo eval table [NAME=]RESULT ... [--markdown|--csv|--html] [--paper] [--minuend METHOD] [--output FILE]",
+            help="evaluate a model on benchmarks, compare two evaluations, or make the tables of many",
             description="Evaluate a model on up to 31 benchmarks under one protocol. The same command goes on where it stopped.",
         )
     )
@@ -246,7 +247,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder, a finished run, lab:<world>/<student|teacher>, or the URL of a server"
     )
-    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files")
+    parser.add_argument("files", metavar="FILE", nargs="*", help="of compare: two eval.json files; of table: any number of results")
     parser.add_argument(
         "--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, names, or my-bench.yaml, with commas (default: paper)"
     )
@@ -271,8 +272,15 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=16, metavar="N", help="pictures of a clip (default: 16)")
     parser.add_argument("--think-open", action="store_true", help="the chat template behind the URL ends inside an open think block")
     parser.add_argument("--dry-run", action="store_true", help="what would be asked and what it would cost; asks nothing")
-    parser.add_argument("--resamples", type=int, default=10_000, help="of compare (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of compare's resamples (default: 0)")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of compare and table (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of these resamples (default: 0)")
+    table = parser.add_argument_group("of table")
+    form = table.add_mutually_exclusive_group()
+    form.add_argument("--markdown", dest="form", action="store_const", const="markdown", default="text", help="print Markdown")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print a table that zppo bootstrap reads")
+    form.add_argument("--html", dest="form", action="store_const", const="html", help="write a page (default: eval-table.html)")
+    table.add_argument("--paper", action="store_true", help="the paper's figures below those of students of the same size")
+    table.add_argument("--minuend", metavar="METHOD", help="whose differences to the others are shown (default: ZPPO)")
     parser.set_defaults(run=_eval)
 
 
@@ -403,7 +411,15 @@ def _eval(options: argparse.Namespace) -> None:
     if options.model == "compare":
         from zppo.report.tables import compare_evaluations
 
-        compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
+        compare_evaluations(list(map(Path, options.files)), resamples=options.resamples, seed=options.seed)
+        return
+    if options.model == "table":
+        from zppo.report.paper_tables import table_command
+
+        table_command(
+            options.files, form=options.form, paper=options.paper, minuend=options.minuend, resamples=options.resamples,
+            seed=options.seed, out=options.output,
+        )  # fmt: skip
         return
     from zppo.evals.evaluate import evaluate_benchmarks
     from zppo.evals.options import EvalOptions
