@@ -22,8 +22,8 @@ from zppo.evals.registry import BENCHMARKS, find
 from zppo.evals.results import EvalFolder, SampleResult, begin, summary, with_benchmark
 from zppo.report.bootstrap import cluster_bootstrap, read_table
 from zppo.report.compare import compare_runs
-from zppo.report.paper_tables import Heading, Strong, paper_rows_of, rows_of, table_command, tables_of_rows
-from zppo.report.tables import Table
+from zppo.report.paper_tables import paper_rows_of, rows_of, table_command, tables_of_rows
+from zppo.report.tables import Heading, Strong, Table
 
 PAPER = Path(__file__).parents[1] / "src/zppo/report/data"
 METHODS = {"GRPO": "grpo", "GRPO†": "grpo-replay", "Off-Distill†": "off-distill-replay", "On-Distill†": "on-distill-replay", "ZPPO": "zppo"}

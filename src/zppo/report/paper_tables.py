@@ -30,7 +30,7 @@ from zppo.evals.registry import BENCHMARKS
 from zppo.planning.model_shapes import nominal_size, size_of
 from zppo.report.bootstrap import RESAMPLES, Interval, bootstrap_pairs, read_table
 from zppo.report.read_run import RECIPE, arm_names, flat_recipe, read_recipe
-from zppo.report.tables import SECTION, EvaluationResults, Table, read_evaluation, unlike
+from zppo.report.tables import SECTION, EvaluationResults, Heading, Strong, Table, read_evaluation, unlike
 
 FAMILIES = {
     "vlm": "Vision-language benchmarks",
@@ -42,14 +42,6 @@ OURS = METHODS["zppo"].paper.partition(",")[0]
 BEST = "best other"
 _PAPER = "the paper's figures, arXiv 2606.18216"
 _GAP = 2  # columns between the columns of a table in a terminal
-
-
-class Strong(str):
-    """A text that stands out where it is shown."""
-
-
-class Heading(str):
-    """The first text of a row that is the heading of those below it."""
 
 
 @dataclass(frozen=True, slots=True)

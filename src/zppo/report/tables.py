@@ -27,6 +27,14 @@ from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
 from zppo.report.read_run import Run
 
 
+class Strong(str):
+    """A text of a table that stands out where it is shown."""
+
+
+class Heading(str):
+    """The first text of a row that is the heading of those below it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table of texts.
@@ -45,8 +53,8 @@ class Table:
     caption: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready, with the places of what stands out in each row."""
+        return asdict(self) | {"strong": [[i for i, text in enumerate(row) if isinstance(text, Strong)] for row in self.rows]}
 
 
 def percent(value: float | None) -> str:
