@@ -15,14 +15,19 @@ from PIL import Image
 from eval_server import scripted
 from test_evaluate_run import write_clip
 from zppo import cli
+from zppo.evals.media import small_picture
+from zppo.images.store import as_url
 
 pytestmark = pytest.mark.slow
 
 
 def sizes(message: Any) -> list[tuple[int, int]]:
     """Of the pictures of a message in a log."""
-    urls = [part.image for part in message.content if part.type == "image"]
-    return [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in urls]
+    return [sizes_of(part.image) for part in message.content if part.type == "image"]
+
+
+def sizes_of(url: str) -> tuple[int, int]:
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
 
 
 def logged(out: Path) -> list[Any]:
@@ -61,6 +66,19 @@ def test_a_transcript_shows_a_small_picture_and_the_model_gets_the_whole_one(tmp
     assert log.stat().st_size < len(whole[0]) / 2
     (line, _) = (out / "eval/rows/mine.jsonl").read_text().splitlines()
     assert json.loads(line)["media"] == [str(tmp_path / "mine" / "large.png")] * 2
+
+
+def test_a_picture_that_is_small_or_broken_is_shown_as_it_is() -> None:
+    out = io.BytesIO()
+    Image.new("RGBA", (700, 300), (9, 9, 9, 128)).save(out, "PNG")
+    whole = out.getvalue()
+    cut = as_url(whole[: len(whole) // 2], "image/png")
+    assert small_picture(cut, 512) == cut
+    assert small_picture(as_url(whole, "image/png"), 512) == as_url(whole, "image/png")  # one colour: shorter than any JPEG
+    noise = io.BytesIO()
+    Image.effect_noise((700, 300), 90).save(noise, "PNG")
+    shown = small_picture(as_url(noise.getvalue(), "image/png"), 512)
+    assert shown.startswith("data:image/jpeg;base64,") and sizes_of(shown) == (512, 219)
 
 
 @pytest.mark.parametrize("video", ["frames", "file"])

@@ -81,13 +81,19 @@ def spread(values: Sequence[_T], most: int) -> list[_T]:
 
 
 def small_picture(url: str, side: int) -> str:
-    """A picture for a transcript, as a `data:` URL: a JPEG whose longer side is at most so many pixels, or `url` where that is shorter."""
-    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
-        picture.draft("RGB", (side, side))
-        small = rgb(picture)
-        small.thumbnail((side, side))
+    """A picture for a transcript, as a `data:` URL: a JPEG whose longer side is at most so many pixels.
+
+    `url` itself where that is shorter, or where the picture is broken, which its server may well not mind.
+    """
     out = io.BytesIO()
-    small.save(out, "JPEG", quality=80)
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+            picture.draft("RGB", (side, side))
+            small = rgb(picture)
+            small.thumbnail((side, side))
+        small.save(out, "JPEG", quality=80)
+    except Exception:  # decoders fail in many ways
+        return url
     shown = as_url(out.getvalue(), "image/jpeg")
     return shown if len(shown) < len(url) else url
 
