@@ -22,7 +22,8 @@ from zppo.evals.registry import BENCHMARKS, find
 from zppo.evals.results import EvalFolder, SampleResult, begin, summary, with_benchmark
 from zppo.report.bootstrap import cluster_bootstrap, read_table
 from zppo.report.compare import compare_runs
-from zppo.report.paper_tables import paper_rows_of, rows_of, table_command, tables_of_rows
+from zppo.report.paper_tables import paper_rows_of, rows_of, tables_of_rows
+from zppo.report.table_views import table_command
 from zppo.report.tables import Heading, Strong, Table
 
 PAPER = Path(__file__).parents[1] / "src/zppo/report/data"
@@ -227,6 +228,14 @@ def test_the_table_fits_the_terminal_and_figures_stand_below_figures(runs: list[
     points = [[i for i, c in enumerate(text[18:]) if c == "." and text[18:][i - 1].isdigit() and "±" not in text[18:][max(0, i - 3) : i]]
               for text in block]  # fmt: skip
     assert len(points[0]) >= 3 and all(p == points[0] for p in points)
+
+
+def test_names_from_files_do_not_speak_to_the_terminal(tmp_path: Path) -> None:
+    folder = result(tmp_path / "a", {"AI2D": 50.0}, label="\x1b]0;owned\x07[bold]m[/bold]")
+    console = Console(record=True, width=100)
+    table_command([str(folder)], console=console)
+    text = console.export_text()
+    assert "[bold]m[/bold]" in text and not {"\x1b", "\x07"} & set(text)
 
 
 def test_markdown_csv_and_the_page(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -414,7 +414,7 @@ def _eval(options: argparse.Namespace) -> None:
         compare_evaluations(list(map(Path, options.files)), resamples=options.resamples, seed=options.seed)
         return
     if options.model == "table":
-        from zppo.report.paper_tables import table_command
+        from zppo.report.table_views import table_command
 
         table_command(
             options.files, form=options.form, paper=options.paper, minuend=options.minuend, resamples=options.resamples,

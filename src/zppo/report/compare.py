@@ -23,9 +23,10 @@ from zppo.report.audits import ZoneStory, zone_story
 from zppo.report.bootstrap import mean_interval
 from zppo.report.charts import CYCLE, ChartSpec, Series, kind_name, numbers
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
-from zppo.report.paper_tables import method_row, print_wide, tables_of_rows
+from zppo.report.paper_tables import method_row, tables_of_rows
 from zppo.report.read_run import Run, arm_names, differing, flat_recipe, open_run
 from zppo.report.summary import duration
+from zppo.report.table_views import print_wide
 from zppo.report.tables import EVAL, SECTION, EvaluationResults, Table, percent, read_evaluation, unlike
 
 RESULTS = "Results"

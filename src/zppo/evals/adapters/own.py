@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -178,7 +179,7 @@ def _source(path: Path, source: str) -> tuple[Path | None, str]:
 
 def _rows(own: _Own, path: Path) -> Iterator[DatasetRow]:
     """The rows of a file or folder."""
-    with _Translated():
+    with _own_words():
         for place, value in _places(own, path):
             if not isinstance(value, Mapping):
                 raise DataError(f"{place}: is no object with columns")
@@ -194,25 +195,23 @@ def _places(own: _Own, path: Path) -> Rows:
     return folder_rows(path, SourceSettings(config=settings.config, split=settings.split), settings.columns, keep)
 
 
-class _Translated:
+@contextmanager
+def _own_words() -> Iterator[None]:
     """A block whose DataErrors speak of this file's keys instead of a recipe's."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DataError):
-            text = str(error)
-            for theirs, ours in _OTHER_WORDS:
-                text = text.replace(theirs, ours)
-            raise type(error)(text) from error
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        for theirs, ours in _OTHER_WORDS:
+            text = text.replace(theirs, ours)
+        raise type(error)(text) from error
 
 
 def _item(own: _Own, pictures: RowImages, row: DatasetRow) -> tuple[Item, ...]:
     """The item of a row, by its columns."""
     settings, columns = own.settings, own.settings.columns
     source = str(own.rows or f"{settings.source}, split {row.split}")
-    with _Translated():
+    with _own_words():
         place = Place(source, row.split or row.config or own.name, row.number, row.folder)
         question = question_from_row(row.data, columns, place, settings.answer_after, pictures)
         if columns.images and not question.images and (unused := unused_images(row.data, columns)):
