@@ -238,3 +238,14 @@ def test_two_benchmarks_of_one_name_and_a_missing_file_are_refused(tmp_path: Pat
     assert [each.name for each in suite(f"{one},AIME25,{one}")] == ["AIME25", "my-bench"]
     with pytest.raises(SettingsError, match=r"there is no file .*none\.yaml"):
         suite(str(tmp_path / "none.yaml"))
+
+
+def test_the_examples_of_the_docs_are_true(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = text[text.index("### A benchmark of your own") :]
+    row = {"prompt": "Which?", "answer": "B", "options": ["x", "y"], "level": "easy"}
+    (item,) = items(bench(tmp_path, section.partition("```yaml\n")[2].partition("```")[0], [row]))
+    assert (item.gold, item.kind, item.facts) == ("B", "choice", {"part": "easy"})
+    (tmp_path / "docs_sums.py").write_text(section.partition("```python\n")[2].partition("```")[0])
+    found = items(f"{tmp_path / 'docs_sums.py'}:sums")
+    assert len(found) == 100 and (found[7].gold, found[7].benchmark) == ("14", "sums")
