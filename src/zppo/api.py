@@ -159,7 +159,7 @@ def evaluate(
 
     Args:
         model: a checkpoint folder, a finished run, `lab:<world>/<student|teacher>`, or the URL of a server.
-        suite: paper, vlm, llm, video, or names of benchmarks, with commas.
+        suite: paper, vlm, llm, video, names of benchmarks, or the YAML file of one's own, with commas.
         judge: URL of a server for rows that rules cannot decide; needed where the suite has such.
         judge_prompts: a judge's own words, by its name or its benchmark's.
         console: as of `train`.

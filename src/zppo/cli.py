@@ -154,8 +154,10 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "eval",
             usage="zppo eval MODEL --suite NAMES [--judge URL] [options]\n       "
-            "zppo eval compare A.json B.json [--resamples N] [--seed N]\n       zppo eval fetch NAME ... [--clips DIR]",
-            help="evaluate a model on benchmarks, compare two evaluations, or bring the clips of video benchmarks",
+            "zppo eval compare A.json B.json [--resamples N] [--seed N]\n"
+            "       zppo eval table [NAME=]RESULT ... [--markdown|--csv|--html] [--paper] [--minuend METHOD] [--output FILE]\n"
+            "       zppo eval fetch NAME ... [--clips DIR]",
+            help="evaluate a model on benchmarks, compare two evaluations, make the tables of many, or bring the clips of benchmarks",
             description="Evaluate a model on up to 31 benchmarks under one protocol. The same command goes on where it stopped.",
             epilog="--vllm.NAME=VALUE goes to the vLLM that is started for a folder: --vllm.max-model-len=32768 "
             "--vllm.tensor-parallel-size=2; --vllm.NAME where it has no value.",
@@ -260,8 +262,15 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder, a finished run, lab:<world>/<student|teacher>, or URLs of servers, with commas"
     )
-    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="of compare: two eval.json files; of fetch: benchmarks")
-    parser.add_argument("--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, or names, with commas (default: paper)")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="*",
+        help="of compare: two eval.json files; of table: any number of results; of fetch: names of benchmarks",
+    )
+    parser.add_argument(
+        "--suite", metavar="NAMES", default="paper", help="paper, vlm, llm, video, names, or my-bench.yaml, with commas (default: paper)"
+    )
     parser.add_argument(
         "--judge", metavar="URLS", help="OpenAI-compatible servers for rows that rules cannot decide; not asked where rules decide all"
     )
@@ -300,8 +309,15 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="rows with a malformed verdict or a broken clip stay open (default: they count as 0)"
     )
     parser.add_argument("--dry-run", action="store_true", help="what would be asked and what it would cost; asks nothing")
-    parser.add_argument("--resamples", type=int, default=10_000, help="of compare (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of compare's resamples (default: 0)")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of compare and table (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of these resamples (default: 0)")
+    table = parser.add_argument_group("of table")
+    form = table.add_mutually_exclusive_group()
+    form.add_argument("--markdown", dest="form", action="store_const", const="markdown", default="text", help="print Markdown")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print a table that zppo bootstrap reads")
+    form.add_argument("--html", dest="form", action="store_const", const="html", help="write a page (default: eval-table.html)")
+    table.add_argument("--paper", action="store_true", help="the paper's figures below those of students of the same size")
+    table.add_argument("--minuend", metavar="METHOD", help="whose differences to the others are shown (default: ZPPO)")
     parser.set_defaults(run=_eval)
 
 
@@ -434,7 +450,15 @@ def _eval(options: argparse.Namespace) -> None:
     if options.model == "compare":
         from zppo.report.tables import compare_evaluations
 
-        compare_evaluations(options.files, resamples=options.resamples, seed=options.seed)
+        compare_evaluations(list(map(Path, options.files)), resamples=options.resamples, seed=options.seed)
+        return
+    if options.model == "table":
+        from zppo.report.table_views import table_command
+
+        table_command(
+            options.files, form=options.form, paper=options.paper, minuend=options.minuend, resamples=options.resamples,
+            seed=options.seed, out=options.output,
+        )  # fmt: skip
         return
     if options.model == "fetch":
         from zppo.evals.clips.fetch import FOLDER, fetch_clips

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from zppo.evals.adapters.row import Adapter
+from zppo.evals.adapters.row import Adapter, DatasetRow
 
-Family = Literal["vlm", "llm", "video"]
+Family = Literal["vlm", "llm", "video", "own"]
+"""The paper's three, and benchmarks of the user's own."""
 Aggregate = Literal["mean", "worst case", "wemath", "abilities", "axes"]
 """How the scores of a benchmark's rows become its figure; see `zppo.evals.results`."""
 
@@ -79,6 +80,9 @@ class Benchmark:
         also: copies of the same data at other owners, which are loaded, in this order, where the source cannot be.
         unverified: what is not certain about this row; "" where nothing is known to be.
         clips: what `zppo eval fetch` brings; None where the rows hold all there is.
+        reader: of a benchmark of the user's own (`zppo.evals.adapters.own`): its rows, where they are on this machine.
+        definition: of such a benchmark: a digest of what it is made from, so that another one under its name is noticed.
+        code: of such a benchmark: the user's Python that it runs, "" for none.
     """
 
     name: str
@@ -96,3 +100,6 @@ class Benchmark:
     also: tuple[HubDataset, ...] = ()
     unverified: str = ""
     clips: ClipFiles | None = None
+    reader: Callable[[], Iterator[DatasetRow]] | None = None
+    definition: str = ""
+    code: str = ""

@@ -122,6 +122,9 @@ def load_items(
             clip or picture is missing.
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
+    if benchmark.reader is not None:
+        reader = benchmark.reader
+        return _loaded(benchmark, lambda: (reader(), benchmark.source.id), "", store, limit)
     if data is not None:
         return _loaded(benchmark, lambda: _file_rows(benchmark, data, clips or data), "", store, limit)
     if benchmark.family == "video" and clips is None:

@@ -33,7 +33,7 @@ from zppo.evals.endpoint import (
 )
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.media import chat_turns, check_decoder
+from zppo.evals.media import chat_turns, check_decoder, media_names
 from zppo.evals.options import OURS, EvalOptions, fingerprint, settings_of, with_words_of_run
 from zppo.evals.registry import BENCHMARKS, find, suite
 from zppo.evals.results import (
@@ -81,6 +81,9 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
     """
     console = console or Console()
     chosen = suite(options.suite)
+    for benchmark in chosen:
+        if benchmark.code:
+            say(console, f"{benchmark.name} runs code of your own: {benchmark.code}", "yellow")
     _check(options, chosen)
     if options.dry_run:
         print_estimates(console, [estimate_benchmark(benchmark, options) for benchmark in chosen], options)
@@ -242,7 +245,7 @@ def _checkpoint(model: str) -> Path:
 
 
 def _finished(state: Mapping[str, Any], benchmark: Benchmark, options: EvalOptions) -> bool:
-    return finished(state, benchmark.name, options.limit, options.samples_of(benchmark.name), options.strict)
+    return finished(state, benchmark.name, options.limit, options.samples_of(benchmark.name), options.strict, benchmark.definition)
 
 
 def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +263,7 @@ def _one(session: Session, benchmark: Benchmark, state: dict[str, Any]) -> dict[
     rows = _rows(session, benchmark, loaded)
     part = summary(benchmark, rows, len(loaded.items) * samples, samples)
     part |= {"limit": options.limit, "samples": samples, "origin": loaded.origin, "revision": loaded.revision}
+    part |= {"definition": benchmark.definition} if benchmark.definition else {}
     part |= {"unreadable": len(loaded.unreadable), "unreadable_first": next(iter(loaded.unreadable), "")}
     part |= {"missing": len(loaded.missing), "missing_first": next(iter(loaded.missing), "")}
     return with_benchmark(state, part, [each.name for each in BENCHMARKS])
@@ -301,7 +305,8 @@ def _rows(session: Session, benchmark: Benchmark, loaded: LoadedBenchmark) -> li
 
         def take(row: SampleResult) -> None:
             with lock:
-                out.write(json.dumps(asdict(row), default=str) + "\n")
+                named = {"media": media_names(items[row.id], folder.path)}
+                out.write(json.dumps(asdict(row) | named, default=str) + "\n")
                 rows.append(replace(row, text="", reply=""))  # whole answers of a large benchmark do not fit in memory
                 watch.take(row)
 

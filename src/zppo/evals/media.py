@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from PIL import Image
+
 from zppo.core.parts import message_parts
 from zppo.core.types import ImageRef
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.item import Item, Media, conversation
 from zppo.evals.options import LIMITS
-from zppo.images.store import keep, reference, request_url
+from zppo.images.store import as_url, keep, reference, request_url, rgb
 from zppo.prompts import PromptBook
 
 MOST_VIDEO = 1 << 28  # bytes of a clip that is sent whole
@@ -79,6 +81,33 @@ def spread(values: Sequence[_T], most: int) -> list[_T]:
     if count == 1:
         return [values[len(values) // 2]]
     return [values[i * (len(values) - 1) // (count - 1)] for i in range(count)]
+
+
+def small_picture(url: str, side: int) -> str:
+    """A picture for a transcript, as a `data:` URL: a JPEG whose longer side is at most so many pixels.
+
+    `url` itself where that is shorter, or where the picture is broken, which its server may well not mind.
+    """
+    out = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+            picture.draft("RGB", (side, side))
+            small = rgb(picture)
+            small.thumbnail((side, side))
+        small.save(out, "JPEG", quality=80)
+    except Exception:  # decoders fail in many ways
+        return url
+    shown = as_url(out.getvalue(), "image/jpeg")
+    return shown if len(shown) < len(url) else url
+
+
+def media_names(item: Item, folder: Path) -> list[str]:
+    """The files of a question's pictures, frames and clip, those below `folder` relative to it; bytes by their digest."""
+    names = [media if isinstance(media, Path) else hashlib.sha256(media).hexdigest() for media in (*item.images, *item.frames)]
+    files = [*names, *([item.video] if item.video else [])]
+    return [
+        each if isinstance(each, str) else (each.relative_to(folder) if each.is_relative_to(folder) else each).as_posix() for each in files
+    ]
 
 
 def media_key(item: Item) -> list[Any]:

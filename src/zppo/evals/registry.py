@@ -8,6 +8,7 @@ from typing import get_args
 
 from zppo.errors import SettingsError
 from zppo.evals.adapters import choice, documents, maths, video
+from zppo.evals.adapters.own import is_own, own_benchmark
 from zppo.evals.benchmark import MODES, Benchmark, ClipFiles, Family, HubDataset, Judge
 
 _OCRBENCH_DIFFERS = (
@@ -273,32 +274,40 @@ def find(name: str) -> Benchmark:
     if name.lower() not in known:
         raise SettingsError(
             f"there is no benchmark {name!r}; known: {', '.join(b.name for b in known.values())}, "
-            f"and the suites {', '.join((PAPER, *FAMILIES))}"
+            f"and the suites {', '.join((PAPER, *FAMILIES))}; one of your own is a YAML file (my-bench.yaml)"
         )
     return known[name.lower()]
 
 
 def suite(names: str | Iterable[str]) -> tuple[Benchmark, ...]:
-    """The benchmarks of a suite, each once, in the registry's order.
+    """The benchmarks of a suite, each once, in the registry's order, then those of the user's own.
 
     Args:
-        names: names of benchmarks, a family (`vlm`, `llm`, `video`) or `paper` for all; a text may join several with commas.
+        names: names of benchmarks, a family (`vlm`, `llm`, `video`), `paper` for all, or a benchmark of one's own
+            (`zppo.evals.adapters.own`); a text may join several with commas.
 
     Raises:
-        SettingsError: a name that is none of these, or no name at all.
+        SettingsError: a name that is none of these, two benchmarks of one name, or no name at all.
+        DataError: what a benchmark of one's own says of its rows.
     """
     parts = names.split(",") if isinstance(names, str) else list(names)
     chosen: set[str] = set()
-    for part in (part.strip() for part in parts):
+    own: dict[str, Benchmark] = {}
+    for part in dict.fromkeys(part.strip() for part in parts):
         if part.lower() == PAPER:
             chosen |= {benchmark.name for benchmark in BENCHMARKS}
         elif part.lower() in FAMILIES:
             chosen |= {benchmark.name for benchmark in BENCHMARKS if benchmark.family == part.lower()}
+        elif is_own(part):
+            made = own_benchmark(part)
+            if made.name.lower() in (PAPER, *FAMILIES, *own, *(benchmark.name.lower() for benchmark in BENCHMARKS)):
+                raise SettingsError(f"{part}: another benchmark or suite is called {made.name!r}; give it another name")
+            own[made.name.lower()] = made
         elif part:
             chosen.add(find(part).name)
-    if not chosen:
+    if not chosen and not own:
         raise SettingsError(f"no benchmark is named; give names, {', '.join(FAMILIES)} or {PAPER}")
-    return tuple(benchmark for benchmark in BENCHMARKS if benchmark.name in chosen)
+    return (*(benchmark for benchmark in BENCHMARKS if benchmark.name in chosen), *own.values())
 
 
 def judge_prompts(given: Iterable[str]) -> dict[str, Path]:

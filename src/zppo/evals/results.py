@@ -510,10 +510,16 @@ def with_skipped(state: Mapping[str, Any], name: str, family: str, why: str) -> 
     return {**state, "skipped": [*skipped, {"name": name, "family": family, "why": why}]}
 
 
-def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int, strict: bool = False) -> bool:
-    """Whether an earlier call has decided every row that this one would; `strict`: for what was malformed or broken too."""
+def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int, strict: bool = False, definition: str = "") -> bool:
+    """Whether an earlier call has decided every row that this one would.
+
+    Args:
+        strict: what was malformed or broken is not decided.
+        definition: as `Benchmark` has it.
+    """
     for each in state["benchmarks"]:
         if each["name"] == name:
             left = each["open"] or each.get("stale") or (strict and (each.get("malformed") or each.get("broken")))
-            return not left and each["limit"] == limit and each["samples"] == samples
+            same = each["limit"] == limit and each["samples"] == samples and each.get("definition", "") == definition
+            return same and not left
     return False

@@ -6,6 +6,7 @@ The model is an OpenAI-compatible server that is sent every sampling setting, an
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -29,7 +30,6 @@ from inspect_ai.model import (
     ContentImage,
     ContentReasoning,
     ContentText,
-    ContentVideo,
     GenerateConfig,
     Model,
     ModelOutput,
@@ -48,7 +48,7 @@ from zppo.evals.benchmark import Benchmark
 from zppo.evals.endpoint import Thoughts
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.media import ChatTurn, media_key, media_there
+from zppo.evals.media import ChatTurn, media_key, media_there, small_picture
 from zppo.evals.options import Decoding, digest_of
 from zppo.evals.results import BROKEN, TOO_LONG, By, SampleResult
 from zppo.evals.scoring.verdicts import Decider
@@ -84,8 +84,10 @@ class ServedAPI(OpenAICompatibleAPI):
         )
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:
-        """inspect-ai refuses videos on this path: they go through it as images, and come out as what they are."""
-        messages: list[Any] = await super().messages_to_openai([_hidden(m) for m in input])
+        """Messages hold small pictures, for the transcript: what is sent are those that they stand for. inspect-ai refuses videos on
+        this path: they go through it as images, and come out as what they are.
+        """
+        messages: list[Any] = await super().messages_to_openai([_whole(m) for m in input])
         return [m | {"content": [_part(p) for p in m["content"]]} if isinstance(m.get("content"), list) else m for m in messages]
 
     def service_model_name(self) -> str:
@@ -140,8 +142,24 @@ def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency:
     return get_model(f"{PROVIDER}/{name}", config=config, base_url=url, api_key=key or "EMPTY", memoize=False)
 
 
-def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
-    """A conversation in inspect-ai's types."""
+_SIDE, _SIDE_OF_MANY, _MANY = 512, 256, 4  # pixels of a picture in a transcript, and where a conversation has more than so many
+_SENT: dict[str, str] = {}  # pictures and clips of the requests under way, by the names that their messages hold
+_NAMES = itertools.count()
+
+
+def chat_messages(turns: Sequence[ChatTurn]) -> tuple[list[ChatMessage], dict[str, str]]:
+    """A conversation in inspect-ai's types, as transcripts keep it: with small pictures; and the whole ones by the names in the messages.
+
+    Whole ones would make the transcripts of a benchmark tens of gigabytes [zppo].
+    """
+    sent: dict[str, str] = {}
+    side = _SIDE if sum(part.kind == "image" for turn in turns for part in turn.parts) <= _MANY else _SIDE_OF_MANY
+
+    def named(value: str) -> str:
+        name = f"{PROVIDER}-{next(_NAMES)}"
+        sent[name] = value
+        return name
+
     kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
     messages: list[ChatMessage] = []
     for turn in turns:
@@ -150,13 +168,14 @@ def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
             if part.kind == "text":
                 parts.append(ContentText(text=sound(part.value)))
             elif part.kind == "image":
-                parts.append(ContentImage(image=part.value))
+                parts.append(ContentImage(image=small_picture(part.value, side), internal=named(part.value)))
             else:
-                parts.append(ContentVideo(video=part.value, format="mp4"))
+                megabytes = len(part.value) * 3 / 4 / 1e6
+                parts.append(ContentText(text=f"[the whole clip, {megabytes:.1f} MB]", internal=named(part.value)))
         texts = [p.text for p in parts if isinstance(p, ContentText)]
-        content: Any = texts[0] if len(texts) == len(parts) == 1 else parts
+        content: Any = texts[0] if len(texts) == len(parts) == 1 and not sent else parts
         messages.append(kinds[turn.role](content=content))
-    return messages
+    return messages, sent
 
 
 def why(error: BaseException) -> str:
@@ -206,11 +225,18 @@ def _joined(thoughts: str, text: str) -> str:
     return f"<think>{thoughts}</think>{text}" if text.strip() else f"<think>{thoughts}"
 
 
-def _hidden(message: ChatMessage) -> ChatMessage:
-    if isinstance(message.content, str) or not any(isinstance(p, ContentVideo) for p in message.content):
+def _whole(message: ChatMessage) -> ChatMessage:
+    """The message with what is to be sent in place of what the transcript shows of it."""
+    if isinstance(message.content, str):
         return message
-    parts = [ContentImage(image=f"data:image/png;base64,{_VIDEO}{p.video}") if isinstance(p, ContentVideo) else p for p in message.content]
-    return message.model_copy(update={"content": parts})
+    return message.model_copy(update={"content": [_sent(part) for part in message.content]})
+
+
+def _sent(part: Content) -> Content:
+    value = _SENT.get(part.internal) if isinstance(part.internal, str) else None
+    if value is None:
+        return part
+    return ContentImage(image=value if isinstance(part, ContentImage) else f"data:image/png;base64,{_VIDEO}{value}")
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
@@ -319,7 +345,7 @@ def run_task(work: TaskContext, *, samples: int, concurrency: int, logs: Path) -
         display="none",
         log_dir=str(logs),
         log_format="eval",
-        log_images=False,
+        log_images=True,  # small ones: `chat_messages`
         log_realtime=False,
         log_level="error",
         log_header_only=True,
@@ -357,6 +383,7 @@ def ask(work: TaskContext) -> Solver:
             if known["finish"] not in (TOO_LONG, BROKEN):  # a longer context or another clip may come
                 await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
         else:
+            state.messages = await to_thread.run_sync(_again, work, item, state.messages, limiter=work.threads)
             state.output = ModelOutput.from_content(str(state.model), known["text"], stop_reason=known["finish"])
             state.messages.append(state.output.message)
         work.thoughts.note(str(known["text"]), str(known["finish"]))
@@ -364,6 +391,16 @@ def ask(work: TaskContext) -> Solver:
         return state
 
     return solve
+
+
+def _again(work: TaskContext, item: Item, plain: list[ChatMessage]) -> list[ChatMessage]:
+    """The conversation of a question that was answered before. Clips are not taken apart for it, and pictures may be gone."""
+    if item.video is not None or not (item.images or item.frames):
+        return plain
+    try:
+        return chat_messages(work.turns(item))[0]
+    except DataError:
+        return plain
 
 
 async def _asked(work: TaskContext, item: Item, state: TaskState) -> dict[str, Any]:
@@ -381,7 +418,8 @@ async def _asked(work: TaskContext, item: Item, state: TaskState) -> dict[str, A
         if work.strict or not media_there(item):
             raise
         return {"text": "", "finish": BROKEN, "tokens_in": 0, "tokens_out": 0, "error": why(error)}
-    state.messages = chat_messages(turns)
+    state.messages, sent = await to_thread.run_sync(chat_messages, turns, limiter=work.threads)
+    _SENT.update(sent)
     try:
         state.output = output = await _answered(work.health, state.messages)
     except Exception as error:
@@ -391,6 +429,9 @@ async def _asked(work: TaskContext, item: Item, state: TaskState) -> dict[str, A
             work.health.blind = why(error)
             raise LeftOutError(why(error)) from None
         raise
+    finally:
+        for name in sent:
+            del _SENT[name]
     state.messages.append(output.message)
     usage, finish = output.usage, output.stop_reason
     return {

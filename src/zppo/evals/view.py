@@ -164,7 +164,7 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-TEXT_TOKENS: Mapping[Family, int] = MappingProxyType({"vlm": 250, "llm": 350, "video": 250})
+TEXT_TOKENS: Mapping[Family, int] = MappingProxyType({"vlm": 250, "llm": 350, "video": 250, "own": 350})
 IMAGE_TOKENS = 800
 """Of a picture: the protocol's limits are 256 and 1,280 tokens of 32 x 32 pixels."""
 FRAME_TOKENS = 300
@@ -198,10 +198,10 @@ class Estimate:
 
 
 def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
-    """The estimate of one benchmark: its rows counted where `--data` has them, else as the registry has it."""
+    """The estimate of one benchmark: its rows counted where they are on this machine, else as the registry has it."""
     note = "gated: accept its terms and log in" if benchmark.gated else ""
     items: Sequence[Item] | None = None
-    if options.data is not None:
+    if options.data is not None or benchmark.reader is not None:
         try:
             loaded = load_items(benchmark, options.data, clips=options.clips, limit=options.limit)
             items, bad = loaded.items, loaded.unreadable or loaded.missing
@@ -222,7 +222,7 @@ def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
         pictures = sum(len(i.images) + (min(options.frames, len(i.frames)) if i.frames else options.frames * bool(i.video)) for i in items)
         text = sum(len(i.asked) for i in items) // 4 + 60 * len(items)
     else:
-        pictures = rows * {"vlm": 1, "llm": 0, "video": options.frames}[benchmark.family]
+        pictures = rows * {"vlm": 1, "llm": 0, "video": options.frames, "own": 0}[benchmark.family]
         text = rows * (TEXT_TOKENS[benchmark.family] + (_SUBTITLES if benchmark.name == "VMMES" else 0))
     share = JUDGED_SHARE if benchmark.judge == "judge" else 1.0
     return Estimate(
