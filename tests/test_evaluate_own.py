@@ -106,6 +106,62 @@ def test_every_kind_of_answer(tmp_path: Path, kind: str, gold: str, answer: str,
     assert (row["id"], row["by"], row["value"]) == ("q", by, value)
 
 
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [("kind: choice", False), ("kind: number", False), ("kind: maths", False), ("kind: text", True), ("kind: judge", True),
+     ("kind: number\njudged: true", True), ("kind: text\njudged: false", False), ("adapter: adapter.py:adapt", True),
+     ("adapter: adapter.py:adapt\njudged: false", False)],
+)  # fmt: skip
+def test_a_judge_is_asked_for_only_where_rules_do_not_decide_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, needed: bool
+) -> None:
+    (tmp_path / "adapter.py").write_text(ADAPTER)
+    row = {"prompt": "Well?", "answer": "2", "options": ["1", "2"], "n": 1, "text": "Well?", "right": "2"}
+    path = bench(tmp_path, f"source: rows.jsonl\n{text}\n", [row])
+    with scripted(lambda body: "I do not know.", "m") as model:
+        code = cli.main(["eval", model.url, "--suite", str(path), "--output", str(tmp_path / "out")])
+    if needed:
+        assert code == 2 and "no judge for rows that rules cannot decide (my-bench)" in capsys.readouterr().err
+    else:
+        assert code == 0
+        (part,) = json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"]
+        assert (part["value"], part["rows"], part["by_judge"], part["open"]) == (0.0, 1, 0, 0)
+
+
+def test_python_alone_says_by_its_items_whether_it_needs_a_judge(tmp_path: Path) -> None:
+    (tmp_path / "kinds.py").write_text(
+        ADAPTER + ADAPTER[ADAPTER.index("def sums") :].replace("sums", "words").replace('"number"', '"text"')
+    )
+    assert [suite(f"{tmp_path / 'kinds.py'}:{name}")[0].judged for name in ("sums", "words")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "reply", "value"),
+    [
+        ("kind: text\nanswer_list: any", {"answer": ["Paris", "Lutetia"]}, "Lutetia", 1.0),
+        ("kind: number\nanswer_list: set", {"answer": [1, 2]}, "2, 1", 1.0),
+        ("kind: number\nanswer_list: set", {"answer": [1, 2]}, "2", 0.0),
+        ("kind: number\nanswer_list: ordered", {"answer": [1, 2]}, "1, 2", 1.0),
+        ("kind: number\nanswer_list: ordered", {"answer": [1, 2]}, "2, 1", 0.0),
+        ("kind: number\nanswer_list: set", {"answer": [1, 2], "answer_list": "any"}, "2", 1.0),
+        ("kind: choice\nanswer_list: set", {"answer": ["z", "A"], "options": ["x", "y", "z"]}, "A, C", 1.0),
+        ("kind: choice\nanswer_list: set", {"answer": [0, 2], "options": ["x", "y", "z"]}, "AC", 1.0),
+        ("kind: choice\nanswer_list: set", {"answer": [0, 2], "options": ["x", "y", "z"]}, "A", 0.0),
+        ("kind: judge\nanswer_list: set", {"answer": ["a", "b"]}, "b and a", 1.0),
+    ],
+)  # fmt: skip
+def test_several_right_answers_are_those_of_training_data(tmp_path: Path, text: str, row: dict[str, Any], reply: str, value: float) -> None:
+    path = bench(tmp_path, f"source: rows.jsonl\nname: one\n{text}\n", [{"prompt": "Well?", **row}])
+
+    def judge(body: dict[str, Any]) -> Reply:
+        return '{"verdict": "%s"}' % ("correct" if "all of these, in any order: a; b" in said(body) else "wrong")
+
+    with scripted(lambda body: rf"\boxed{{{reply}}}", "m") as model, scripted(judge, "j") as server:
+        assert evaluate(model, server, str(path), tmp_path / "out") == 0
+    (row,) = map(json.loads, (tmp_path / "out/eval/rows/one.jsonl").read_text().splitlines())
+    assert row["value"] == value
+
+
 def test_options_in_columns_of_their_own_and_conversations(tmp_path: Path) -> None:
     columns = "columns: {messages: chat, options: [a, b, c]}"
     chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Which?"}]
@@ -219,6 +275,15 @@ def test_a_dry_run_counts_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture
         ("source: rows.jsonl\nkind: choice", [{"prompt": "?", "answer": 1, "options": [1, 2]}], "'1' may mean A and B; write the letter"),
         ("source: rows.jsonl\nkind: text", [{"prompt": "?", "answer": 1, "image": "a.png"}], "'image' seems to hold images.*columns"),
         ("source: rows.jsonl\nkind: text", [{"prompt": "?", "answer": 1, "images": ["no.png"]}], "no.png"),
+        ("source: rows.jsonl\nkind: text", [{"prompt": "?", "answer": [1, 2]}], "is a list of 2; say with answer_list whether any one"),
+        ("source: rows.jsonl\nkind: text\nanswer_list: set", [{"prompt": "?", "answer": ["1, 2", "3"]}], "'1, 2', one of .*kind: judge"),
+        ("source: rows.jsonl\nkind: number", [{"prompt": "?", "answer": 1, "grading": "judge"}], "asks for a judge, .* write judged: true"),
+        ("source: rows.jsonl\nkind: judge\njudged: false", None, "kind judge is judged: leave judged out"),
+        (
+            "source: rows.jsonl\nkind: choice\nanswer_list: any",
+            [{"prompt": "?", "answer": ["A", "B"], "options": ["x", "y"]}],
+            "several options that are right as 'any'",
+        ),
         ("source: rows.jsonl\nadapter: adapter.py:broken", None, "row 1: adapter .*:broken failed with ZeroDivisionError"),
         ("source: rows.jsonl\nadapter: adapter.py:gone", None, "has no 'gone'. Check the spelling"),
         ("source: rows.jsonl\nadapter: nowhere.at_all:f", None, "importing 'nowhere.at_all' failed"),

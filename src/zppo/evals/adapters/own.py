@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from zppo.config.model_settings import Section
 from zppo.config.recipe import parse_yaml
 from zppo.config.settings import ColumnSettings
-from zppo.core.types import IMAGE, JUDGE, Question
+from zppo.core.types import IMAGE, JUDGE, AnswerList, Golds, Question
 from zppo.data.hub import folder_rows
 from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows
 from zppo.data.rows import RowImages, not_looked_at, question_from_row, unused_images
@@ -31,6 +31,7 @@ from zppo.evals.adapters.choice import LETTERS, checked_options, with_options
 from zppo.evals.adapters.row import DatasetRow, written_value
 from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Kind
+from zppo.grading.golds import bare_items
 from zppo.grading.text import normalise
 from zppo.names import load_object
 
@@ -39,6 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 _HUB = re.compile(r"(?:hub:)?([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)", re.ASCII)
 _LOOKED_AT = 20  # rows that are tried before a server is started
 _KINDS: Mapping[str, Kind] = {"choice": "choice", "number": "number", "maths": "number", "text": "text", "judge": "judged"}
+_RULED: frozenset[Kind] = frozenset(("choice", "number", "precision", "grid", "anls", "ocr"))  # no judge, if it is not asked for
 # What messages about training data call things, and what they are called here.
 _OTHER_WORDS = (("data.train and data.eval", "source"), ("data.columns.", "columns."), ("data.", ""))
 
@@ -61,13 +63,22 @@ class OwnSettings(Section):
     revision: str | None = Field(None, description="commit or branch of a set on the hub")
     columns: OwnColumns = Field(OwnColumns(), description="names of the columns")
     answer_after: str | None = Field(None, description="the right answer is what follows the last occurrence of this text")
+    answer_list: AnswerList | None = Field(None, description="what a list of right answers means: any, set or ordered")
     adapter: str | None = Field(None, description="package.module:function or file.py:function, from a row to its items")
+    judged: bool | None = Field(None, description="whether a judge is asked where rules cannot decide; by default not of choice and number")
 
     @model_validator(mode="after")
     def _how(self) -> OwnSettings:
         if (self.kind is None) == (self.adapter is None):
             raise ValueError(f"give either kind ({', '.join(_KINDS)}) or adapter (package.module:function)")
+        if self.kind == "judge" and self.judged is False:
+            raise ValueError("kind judge is judged: leave judged out, or choose another kind")
         return self
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether a judge is asked where rules cannot decide."""
+        return self.judged if self.judged is not None else self.kind is None or _KINDS[self.kind] not in _RULED
 
 
 def is_own(name: str) -> bool:
@@ -134,7 +145,7 @@ def _from_file(path: Path) -> Benchmark:
         parts.append(written)
     return Benchmark(
         own.name, settings.title or own.name, "own", source, adapter, differs="", definition=_digest(parts), code=code,
-        reader=partial(_rows, own, local) if local else None,
+        judged=settings.asks_judge, reader=partial(_rows, own, local) if local else None,
     )  # fmt: skip
 
 
@@ -213,23 +224,43 @@ def _item(own: _Own, pictures: RowImages, row: DatasetRow) -> tuple[Item, ...]:
     source = str(own.rows or f"{settings.source}, split {row.split}")
     with _own_words():
         place = Place(source, row.split or row.config or own.name, row.number, row.folder)
-        question = question_from_row(row.data, columns, place, settings.answer_after, pictures)
+        question = question_from_row(row.data, columns, place, settings.answer_after, pictures, settings.answer_list)
         if columns.images and not question.images and (unused := unused_images(row.data, columns)):
             raise DataError(not_looked_at(source, unused, columns))
+    if question.grading == JUDGE and not settings.asks_judge:
+        raise DataError(f"{place}, column {columns.grading!r}: asks for a judge, and rules decide all; write judged: true")
     kind: Kind = "judged" if question.grading == JUDGE else _KINDS[settings.kind or "text"]
-    messages, gold, options = list(question.messages), question.gold, tuple[str, ...]()
-    if kind == "choice":
+    messages, options = list(question.messages), tuple[str, ...]()
+    facts: dict[str, Any] = {"part": question.level} if question.level else {}
+    gold: str | tuple[str, ...]
+    if kind != "choice":
+        gold = _gold(row, columns.answer, question, kind)
+        if isinstance(question.gold, Golds) and question.gold.how == "ordered":
+            facts["order"] = "fixed"
+    else:
         options, gold = _choice(columns, row, question)
         messages[-1] = messages[-1]._replace(content=with_options(messages[-1].content, options))
     images = tuple(Path(ref.uri) for ref in question.images)
     if images and not any(IMAGE in message.content for message in messages):
         messages[-1] = messages[-1]._replace(content="\n".join([IMAGE] * len(images) + [messages[-1].content]))
-    facts = {"part": question.level} if question.level else {}
     return (Item(question.id, own.name, tuple(messages), gold, kind, images, options=options, facts=facts),)
 
 
+def _gold(row: DatasetRow, column: str, question: Question, kind: Kind) -> str | tuple[str, ...]:
+    """The right answer or all that are accepted; several that are all wanted as one list, which the rules compare item by item."""
+    gold = question.gold
+    if isinstance(gold, str) or gold.how == "any":
+        return gold if isinstance(gold, str) else gold.answers
+    if kind == "judged":
+        return str(gold)
+    for each in gold.answers:
+        if len(bare_items(each)) > 1:
+            row.fail(column, f"{each[:60]!r}, one of several right answers, is a list itself; rules cannot tell them apart (kind: judge)")
+    return ", ".join(gold.answers)
+
+
 def _choice(columns: OwnColumns, row: DatasetRow, question: Question) -> tuple[tuple[str, ...], str]:
-    """(options, letter of the right one)."""
+    """(options, letter of the right one; several with commas where all of them are asked for)."""
     labels: list[Any] = []
     names = (columns.options,) if isinstance(columns.options, str) else columns.options
     if not any(row.has(name) for name in names):
@@ -243,10 +274,18 @@ def _choice(columns: OwnColumns, row: DatasetRow, question: Question) -> tuple[t
     else:
         column, value = names[0], [row.data[name] for name in names if row.has(name) and row.data[name] != ""]
     options = checked_options(row, column, DatasetRow(row.benchmark, row.number, {column: value}).texts(column))
-    return options, LETTERS[_right(row, columns.answer, question.gold, options, [str(label) for label in labels])]
+    names_of = [str(label) for label in labels]
+    raw = row.data.get(columns.answer)
+    if isinstance(question.gold, str):
+        return options, LETTERS[_right(row, columns.answer, question.gold, options, names_of, raw)]
+    if question.gold.how != "set":
+        row.fail(columns.answer, f"several options that are right as {question.gold.how!r}; of kind choice only all of them (set) can be")
+    counted = isinstance(raw, list) and all(isinstance(each, int) for each in raw)
+    found = {_right(row, columns.answer, g, options, names_of, int(g) if counted else None) for g in question.gold.answers}
+    return options, ", ".join(LETTERS[i] for i in sorted(found))
 
 
-def _right(row: DatasetRow, column: str, gold: str, options: tuple[str, ...], labels: list[str]) -> int:
+def _right(row: DatasetRow, column: str, gold: str, options: tuple[str, ...], labels: list[str], raw: object) -> int:
     """Which option is right: a label, a letter, an option's own text, or a number that counts from 0."""
     if gold in labels:
         return labels.index(gold)
@@ -254,7 +293,6 @@ def _right(row: DatasetRow, column: str, gold: str, options: tuple[str, ...], la
     if len(letter) == 1 and letter in LETTERS[: len(options)]:
         return LETTERS.index(letter)
     same = [i for i, option in enumerate(options) if normalise(option) == normalise(gold)]
-    raw = row.data.get(column)
     place = raw if isinstance(raw, int) and not isinstance(raw, bool) and 0 <= raw < len(options) else None
     found = {*same} | ({place} if place is not None else set())
     if not found and len(letter) == 1 and letter.upper() in LETTERS[: len(options)]:
@@ -303,12 +341,15 @@ def _from_object(spec: str) -> Benchmark:
         raise SettingsError(f"benchmark {spec!r} gave {type(made).__name__}; a Benchmark or items (zppo.evals.item.Item) are expected")
     name = spec.rpartition(":")[2].rpartition(".")[2]
     items = tuple(made)
+    judged = not all(isinstance(item, Item) and item.kind in _RULED for item in items)
 
     def rows() -> Iterator[DatasetRow]:
         return (DatasetRow(name, number, {"item": item}) for number, item in enumerate(items, 1))
 
     adapter = partial(_by_function, spec, lambda row: row.data["item"])
-    return Benchmark(name, name, "own", HubDataset(spec, ()), adapter, differs="", reader=rows, code=code, definition=_digest([written]))
+    return Benchmark(
+        name, name, "own", HubDataset(spec, ()), adapter, differs="", judged=judged, reader=rows, code=code, definition=_digest([written])
+    )
 
 
 def _beside(path: Path, spec: str) -> str:
