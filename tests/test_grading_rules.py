@@ -188,7 +188,7 @@ def test_fuzz_whole_way(grader: Grader, answer: str) -> None:
 
 
 def test_a_fault_of_the_rules_costs_one_answer_and_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(gold: str, answer: str, algebra: object) -> bool:
+    def broken(gold: str, answer: str, *how: object, **settings: object) -> bool:
         raise ValueError("a rule")
 
     monkeypatch.setattr("zppo.grading.grader.compare", broken)

@@ -246,8 +246,8 @@ def test_a_host_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pickle_and_settings() -> None:
-    copy = pickle.loads(pickle.dumps(Grader(deadline=2.0, workers=3, memory_limit=1 << 29)))
-    assert copy._settings == (2.0, 3, 1 << 29)
+    copy = pickle.loads(pickle.dumps(Grader(deadline=2.0, workers=3, memory_limit=1 << 29, rounded_golds=False)))
+    assert copy._settings == (2.0, 3, 1 << 29, False)
     for bad in ({"deadline": 0}, {"workers": -1}, {"memory_limit": 0}):
         with pytest.raises(SettingsError, match=next(iter(bad))):
             Grader(**bad)  # type: ignore[arg-type]

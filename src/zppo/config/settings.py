@@ -335,6 +335,7 @@ class GradingSettings(Section):
     reward: str | None = Field(None, description="a reward function of yours, package.module:function or file.py:function")
     deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
     workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
+    rounded_golds: bool = Field(True, description="a right answer that is a rounded decimal equals the exact answer: 0.33 is 1/3")
 
 
 class Settings(Section):

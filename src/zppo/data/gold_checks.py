@@ -9,7 +9,8 @@ from types import MappingProxyType
 from zppo.core.types import RULE, Question
 from zppo.data.local_files import Place
 from zppo.grading.equality import compare, undecided
-from zppo.grading.text import choice, clean, last_box, yes_no
+from zppo.grading.text import clean, last_box
+from zppo.grading.words import choice, yes_no
 
 MOST_WORDS = 5
 """Words of one part of an answer (between commas) from which on it is a sentence, of which people write as many as there are people."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from zppo.grading.dates import same_moment
-from zppo.grading.numbers import Number, figures_equal, is_huge, is_rounding, numbers_equal, parse_number, percent_equal
+from zppo.grading.numbers import ROUNDED_PLACES, figures_equal, is_huge, is_rounding, numbers_equal, parse_number, percent_equal
 from zppo.grading.structure import IDENTIFIER, AnswerKind, ParsedAnswer, labelled, opened, parse_answer, without_tail
 from zppo.grading.text import MAX_ANSWER, clean, nested_too_deep, text_key
 from zppo.grading.units import Unit, ratio, split_unit
@@ -44,6 +44,8 @@ _PERCENT: Unit = (("percent", 1),)
 _ANGLES = {(("degree", 1),), (("radian", 1),)}
 _DECIMAL = re.compile(r"\d\.|\.\d")
 _NAME = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
+_UNKNOWNS = re.compile(r"(?=.*[a-zA-Z].*[-+*a-zA-Z])(?:[a-zA-Z](?:_\{\w+\})?|[-+*]| ?\\cdot ?| ?\\times ?)+")
+_ARITHMETIC = re.compile(r"(?:[-+*/().\d ]|\\cdot ?|\\times ?|\\frac|[{}])+")
 _LETTER_NAME = re.compile(r"(?P<name>\\?[a-zA-Z]+(?:_\{\w+\})?(?:\^\{-1\})?)\((?P<variable>[a-zA-Z])\)")
 _TOKEN = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _REPEATED_SIGN = re.compile(r"[°%]\s*[°%]")
@@ -73,23 +75,65 @@ def _scalars(gold: str, answer: str, rules: Rules) -> bool | None:
         return moment
     if says_nothing(gold) or says_nothing(answer):
         return says_nothing(gold) and says_nothing(answer)
+    if _approximated(gold) or _approximated(answer):
+        return _approximation(gold, answer, rules)
     if is_prose(gold) or is_prose(answer) or is_huge(gold) or is_huge(answer):
         return False
     simple = [text for text, number in ((gold, first), (answer, second)) if number or _SYMBOL.fullmatch(text)]
     if len(simple) == 2 or r"\boxed" in gold or r"\boxed" in answer:
         return False  # two different names, a name and a number
+    if _mismatched(answer):
+        return False
     equal = rules.algebra(gold, answer)
-    return equal or _rounded(first, answer, equal, rules)
+    return equal or _rounded(gold, answer, equal, rules)
 
 
-def _rounded(gold: Number | None, answer: str, equal: bool | None, rules: Rules) -> bool | None:
-    """Whether a gold that is a rounded decimal is what an exact answer rounds to [zppo]; `equal` where that is not the question."""
-    if gold is None or not gold.places or gold.value == 0 or not rules.rounded_golds or _DECIMAL.search(answer):
+_APPROX = re.compile(r"\\approx(?![a-zA-Z]) ?")
+
+
+def _approximated(text: str) -> bool:
+    return _APPROX.search(text) is not None
+
+
+def _approximation(gold: str, answer: str, rules: Rules) -> bool | None:
+    """`\\sqrt{5} \\approx 2.24`: what stands before has to be equal, and what stands behind a rounding of it."""
+    first, second = _APPROX.split(gold)[0].strip(), [part.strip() for part in _APPROX.split(answer)]
+    if IDENTIFIER.fullmatch(second[0]) and len(second) == 2:
+        return compare_cleaned(first, second[1], rules)
+    figure = parse_number(second[-1])
+    behind = _rounded(second[1], second[0], None, rules) if len(second) == 2 and figure else len(second) == 1
+    if figure and (exact := parse_number(second[0])):
+        behind = is_rounding(exact.value, figure)
+    return _all([compare_cleaned(first, second[0], rules), behind])
+
+
+def _mismatched(text: str) -> bool:
+    """Whether a bracket is closed by one of another kind, as in `(9+1]`."""
+    opened: list[str] = []
+    for char in text.replace(r"\{", "").replace(r"\}", ""):
+        if char in "([{":
+            opened.append(char)
+        elif char in ")]}" and (not opened or opened.pop() + char not in ("()", "[]", "{}")):
+            return True
+    return bool(opened)
+
+
+def _rounded(gold: str, answer: str, equal: bool | None, rules: Rules) -> bool | None:
+    """Whether one side is a decimal and the other the exact number that it stands for [zppo]; `equal` where that is not the question.
+
+    A gold that is a rounded decimal may be what an exact answer rounds to; a decimal answer to an exact gold needs `ROUNDED_PLACES`.
+    """
+    first, second = parse_number(gold), parse_number(answer)
+    if rules.rounded_golds and first and first.places and first.value != 0 and not _DECIMAL.search(answer):
+        exact, decimal = answer, first
+    elif second and second.places and second.places >= ROUNDED_PLACES and second.value != 0 and not _DECIMAL.search(gold):
+        exact, decimal = gold, second
+    else:
         return equal
     if rules.value is None:
         return None
-    value = rules.value(answer)
-    return value is not None and is_rounding(Fraction(value), gold)
+    value = rules.value(exact)
+    return value is not None and is_rounding(Fraction(value), decimal)
 
 
 def _ordered(golds: Sequence[str], answers: Sequence[str], rules: Rules) -> bool | None:
@@ -139,6 +183,20 @@ def _interval(parsed: ParsedAnswer) -> tuple[str, str, str, str, str] | None:
     return (numbers[0], numbers[1], opening, closing, name) if names[0] == 1 else None
 
 
+def _both_ends(parsed: ParsedAnswer) -> ParsedAnswer | None:
+    """`x > -2 and x < 1` as the chain -2 < x < 1; None where the two leave no room for x, or are no two such relations."""
+    parts = [_interval(parse_answer(item)) for item in parsed.items]
+    if len(parts) != 2 or None in parts:
+        return None
+    lower, upper = sorted((part for part in parts if part), key=lambda part: part[0] == r"-\infty")
+    ends = parse_number(lower[0]), parse_number(upper[1])
+    room = ends[0] and ends[1] and ends[0].value < ends[1].value
+    if not room or lower[1] != r"\infty" or upper[0] != r"-\infty" or lower[4] != upper[4]:
+        return None
+    marks = ("<=" if lower[2] == "[" else "<", "<=" if upper[3] == "]" else "<")
+    return ParsedAnswer(AnswerKind.CHAIN, parsed.text, (lower[0], lower[4], upper[1]), marks)
+
+
 def _intervals(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool | None:
     """Two intervals, at least one of them a chain of relations; chains that are no intervals are left to algebra."""
     first, second = _interval(gold), _interval(answer)
@@ -157,11 +215,12 @@ def _intervals(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool |
 
 
 def _is_name(text: str) -> bool:
-    """Whether a side of an equation is what gets the value: an identifier, or a tuple of them."""
+    """Whether a side of an equation is what gets the value: an identifier, or a tuple of different ones."""
     if IDENTIFIER.fullmatch(text):
         return True
     parsed = parse_answer(text)
-    return parsed.kind is AnswerKind.BRACKET and all(IDENTIFIER.fullmatch(item) for item in parsed.items)
+    names = parsed.kind is AnswerKind.BRACKET and all(IDENTIFIER.fullmatch(item) for item in parsed.items)
+    return names and len(set(parsed.items)) == len(parsed.items)
 
 
 def _value_of_equation(parsed: ParsedAnswer, other: str, gold_first: bool, rules: Rules) -> bool | None:
@@ -169,6 +228,8 @@ def _value_of_equation(parsed: ParsedAnswer, other: str, gold_first: bool, rules
     sides = parsed.items[1:] if _is_name(parsed.items[0]) else parsed.items
     if sides == parsed.items and _is_name(parsed.items[-1]) and len(sides) == 2:
         sides = parsed.items[:1]  # 3 = x
+    if sides == parsed.items and not gold_first and _UNKNOWNS.fullmatch(sides[0]) and all(map(_ARITHMETIC.fullmatch, sides[1:])):
+        sides = parsed.items[1:]  # m + n = 256 + 37 = 293
     if any(parse_answer(side).kind is not AnswerKind.SCALAR for side in sides[1:]):
         return False
     pair = (sides[-1], other) if gold_first else (other, sides[-1])
@@ -236,11 +297,15 @@ def _values(parsed: ParsedAnswer) -> tuple[str, ...]:
 
 def _lists(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool | None:
     """Lists, sets, tuples and closed lists against one another."""
+    if _solutions(gold) or _solutions(answer):
+        return _same_solutions(gold, answer, rules)
     golds, answers = _assignments(gold), _assignments(answer)
+    for bracket in (gold, answer):
+        if bracket.kind is AnswerKind.BRACKET and bracket.marks not in _PAIRED and not {gold.kind} == {answer.kind} == {AnswerKind.BRACKET}:
+            return False  # (2, 1] is no point
     if golds is not None and answers is not None:
-        if golds.keys() == answers.keys():
-            return _all(compare_cleaned(golds[name], answers[name], rules) for name in golds)
-    elif golds is not None and answer.kind is AnswerKind.BRACKET:
+        return golds.keys() == answers.keys() and _all(compare_cleaned(golds[name], answers[name], rules) for name in golds)
+    if golds is not None and answer.kind is AnswerKind.BRACKET:
         return _ordered([golds[name] for name in sorted(golds)], answer.items, rules)
     elif golds is not None and len({name[0] for name in golds}) > 1:
         return answer.kind is AnswerKind.LIST and _ordered(list(golds.values()), answer.items, rules)
@@ -258,6 +323,37 @@ def _lists(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool | Non
         brackets = (gold if gold.kind is AnswerKind.BRACKET else answer).marks
         return (brackets == ("(", ")") or (brackets == ("[", "]") and len(first) > 2)) and _ordered(first, second, rules)
     return False
+
+
+def _solutions(parsed: ParsedAnswer) -> list[dict[str, str]] | None:
+    """`x=1, y=2; x=2, y=1` as two solutions; None where no name comes twice, or each solution is of one name."""
+    if parsed.kind is not AnswerKind.LIST:
+        return None
+    found: list[dict[str, str]] = [{}]
+    for item in parsed.items:
+        part = parse_answer(item)
+        if part.kind is not AnswerKind.EQUATION or len(part.items) != 2 or not IDENTIFIER.fullmatch(part.items[0]):
+            return None
+        if part.items[0] in found[-1]:
+            found.append({})
+        found[-1][part.items[0]] = part.items[1]
+    return found if len(found) > 1 and len(found[0]) > 1 else None
+
+
+def _same_solutions(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool | None:
+    """Solutions of several unknowns, in any order; a side without names lists them as tuples, in the order of the other's names."""
+    golds, answers = _solutions(gold) or [], _solutions(answer) or []
+    names = tuple((golds or answers)[0])
+    if any(set(solution) != set(names) for solution in (*golds, *answers)):
+        return False
+
+    def tuples(solutions: list[dict[str, str]], parsed: ParsedAnswer) -> tuple[str, ...]:
+        return tuple("(" + ",".join(one[name] for name in names) + ")" for one in solutions) or parsed.items
+
+    return _unordered(tuples(golds, gold), tuples(answers, answer), rules)
+
+
+_PAIRED = (("(", ")"), ("[", "]"))
 
 
 def _ratios(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool | None:
@@ -284,14 +380,31 @@ _LISTS = frozenset({AnswerKind.LIST, AnswerKind.SET, AnswerKind.BRACKET})
 _INTERVALS = frozenset({AnswerKind.CHAIN, AnswerKind.BRACKET})
 
 
+def _variables(parsed: ParsedAnswer) -> set[str]:
+    """The one-letter variables that an answer gives values or ranges to: x of `x=2, 4`, of `x \\in [0, 1]` and of `x < 1 or x > 2`."""
+    if parsed.name:
+        return {parsed.name}
+    if parsed.kind is AnswerKind.CHAIN and (interval := _interval(parsed)):
+        return {interval[4]} - {""}
+    if parsed.kind is AnswerKind.EQUATION and len(parsed.items) == 2 and re.fullmatch("[a-zA-Z]", parsed.items[0]):
+        return {parsed.items[0]}
+    if parsed.kind in (AnswerKind.LIST, AnswerKind.UNION):
+        return {name for item in parsed.items for name in _variables(parse_answer(item))}
+    return set()
+
+
 def _structured(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool | None:
     """Two answers, at least one of them with structure."""
     kinds = {gold.kind, answer.kind}
     if len(gold.items) > MAX_ITEMS or len(answer.items) > MAX_ITEMS:
         return gold.text == answer.text
+    named = _variables(gold), _variables(answer)
+    if kinds == {AnswerKind.EQUATION}:
+        return _equations(gold, answer, rules)
+    mixed = answer.kind is AnswerKind.LIST and len(named[1]) > 1 and any(parse_answer(i).kind is AnswerKind.CHAIN for i in answer.items)
+    if (mixed and not named[0]) or (named[0] and named[1] and named[0] != named[1]):
+        return False  # what one says of x the other says of y
     if AnswerKind.EQUATION in kinds:
-        if kinds == {AnswerKind.EQUATION}:
-            return _equations(gold, answer, rules)
         if AnswerKind.LIST in kinds and any(side.kind is AnswerKind.EQUATION and _assignments(side) for side in (gold, answer)):
             return _lists(gold, answer, rules)  # (x,y)=(1,2) against x=1, y=2
         if kinds & {AnswerKind.CHAIN, AnswerKind.MATRIX}:
@@ -299,6 +412,8 @@ def _structured(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool 
         if gold.kind is AnswerKind.EQUATION:
             return _value_of_equation(gold, answer.text, True, rules)
         return _value_of_equation(answer, gold.text, False, rules)
+    if kinds == {AnswerKind.LIST, AnswerKind.BRACKET} and (both := _both_ends(gold if gold.kind is AnswerKind.LIST else answer)):
+        return _intervals(*((both, answer) if gold.kind is AnswerKind.LIST else (gold, both)), rules)
     if kinds <= _LISTS:
         return _lists(gold, answer, rules)
     if AnswerKind.RATIO in kinds:
@@ -315,6 +430,8 @@ def _structured(gold: ParsedAnswer, answer: ParsedAnswer, rules: Rules) -> bool 
         return False
     if kinds <= _INTERVALS and not (is_prose(gold.text) or is_prose(answer.text)):
         return _intervals(gold, answer, rules)
+    if kinds & _INTERVALS and AnswerKind.LIST in kinds and (both := _both_ends(gold if gold.kind is AnswerKind.LIST else answer)):
+        return _intervals(*((both, answer) if gold.kind is AnswerKind.LIST else (gold, both)), rules)
     if AnswerKind.UNION in kinds and kinds <= {AnswerKind.UNION, AnswerKind.LIST}:
         return _unordered(gold.items, answer.items, rules)
     if kinds <= {AnswerKind.MATRIX, AnswerKind.SCALAR} and not (

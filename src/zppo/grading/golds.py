@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Generator, Sequence
 
 from zppo.core.types import Gold, Golds
-from zppo.grading.equality import MAX_ITEMS, AnswerKind, parse_answer
-from zppo.grading.text import MAX_ANSWER, choice, clean, nested_too_deep, normalise
+from zppo.grading.equality import MAX_ITEMS
+from zppo.grading.structure import AnswerKind, parse_answer
+from zppo.grading.text import MAX_ANSWER, clean, nested_too_deep, normalise
+from zppo.grading.words import choice
 
 Pair = tuple[str, str]
 """One right answer, and an answer."""

@@ -96,16 +96,17 @@ class Grader:
         deadline: seconds that one answer may take; one that takes longer is wrong, with the reason "timeout".
         workers: worker processes for answers that need algebra; they start when the first such answer comes.
         memory_limit: address space of a worker, bytes.
+        rounded_golds: whether a gold that is a rounded decimal equals the exact answer that rounds to it [zppo].
 
     Raises:
         SettingsError: a value that is not positive.
     """
 
-    def __init__(self, deadline: float = DEADLINE, workers: int = 1, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(self, deadline: float = DEADLINE, workers: int = 1, memory_limit: int = MEMORY_LIMIT, rounded_golds: bool = True) -> None:
         for name, value in (("deadline", deadline), ("workers", workers), ("memory_limit", memory_limit)):
             if not value > 0:
                 raise SettingsError(f"grading {name} is {value!r}, but must be above 0: give a positive number")
-        self._settings = (deadline, workers, memory_limit)
+        self._settings = (deadline, workers, memory_limit, rounded_golds)
         self._pool = WorkerPool(*self._settings)
         self._in_a_step = _IN_A_STEP * workers
         self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
@@ -141,7 +142,7 @@ class Grader:
                 waiting[row] = _Open(grading, step)
 
         for row in dict.fromkeys(rows):
-            go_on(row, judge_answer(row[1], row[2], _typed), None)
+            go_on(row, judge_answer(row[1], row[2], self._typed), None)
         while waiting:
             little = spent.total >= self._in_a_step
             wave, given_up = self._next_wave(waiting, spent)
@@ -156,6 +157,11 @@ class Grader:
         with self._lock:
             self.timeouts += outcomes.count("timeout")
         return outcomes
+
+    def _typed(self, gold: str, answer: str) -> str | None:
+        """The outcome for one right answer and one answer where the types decide it, None where algebra is needed."""
+        verdict = compare(gold, answer, undecided, rounded_golds=self._settings[3])
+        return None if verdict is None else "equal" if verdict else "different"
 
     def _next_wave(self, waiting: Mapping[_Row, _Open], spent: TimeOuts) -> tuple[list[_Row], list[_Row]]:
         """The rows that are asked about at the same time, and those that are not tried.
@@ -231,12 +237,6 @@ class Grader:
         return [
             Verdict(reason == "equal", answer, reason, float(reason == "equal")) for answer, reason in zip(answers, reasons, strict=True)
         ]
-
-
-def _typed(gold: str, answer: str) -> str | None:
-    """The outcome for one right answer and one answer where the types decide it, None where algebra is needed."""
-    verdict = compare(gold, answer, undecided)
-    return None if verdict is None else "equal" if verdict else "different"
 
 
 def _sent(grading: Generator[Pair, str, str], outcome: str | None, row: _Row) -> Pair | str:

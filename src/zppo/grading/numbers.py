@@ -9,7 +9,8 @@ from functools import lru_cache
 
 _MAX_DIGITS = 300
 _MAX_EXPONENT = 300
-_ROUNDED_PLACES = 6  # a decimal with at least so many places may stand for a fraction that no decimal can write
+ROUNDED_PLACES = 6
+"""A decimal with at least so many places may stand for a number that no decimal can write."""
 
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"[-+]? ?{_DECIMAL}"
@@ -229,13 +230,14 @@ def numbers_equal(gold: Number, answer: Number, rounded_golds: bool = True) -> b
     if rounded_golds and gold.places and answer.places is None and is_rounding(answer.value, gold):
         return answer.value.denominator > 1 and gold.value != 0
     if _needs_rounding(gold):
-        return _is_rounding_of(gold.value, answer, _ROUNDED_PLACES)
-    return _needs_rounding(answer) and _is_rounding_of(answer.value, gold, _ROUNDED_PLACES)
+        return _is_rounding_of(gold.value, answer, ROUNDED_PLACES)
+    return _needs_rounding(answer) and _is_rounding_of(answer.value, gold, ROUNDED_PLACES)
 
 
 def percent_equal(percent: Number, other: Number, gold_first: bool, rounded_golds: bool = True) -> bool:
     """Whether `percent` % is `other`, read as the same figure or as the number that it means: 50% is 50 and 0.5."""
-    meant = Number(percent.value / 100, percent.places + 2 if percent.places else None)
+    whole_gold = gold_first and not percent.places  # a gold of 33% is no rounding
+    meant = Number(percent.value / 100, None if percent.places is None or whole_gold else percent.places + 2)
     return any(
         numbers_equal(*((figure, other) if gold_first else (other, figure)), rounded_golds=rounded_golds) for figure in (percent, meant)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
@@ -33,25 +33,29 @@ class ParsedAnswer:
         text: the cleaned answer.
         items: its parts as cleaned text.
         marks: BRACKET: the two brackets; CHAIN: the relations, ascending ("<", "<="); MATRIX: the number of rows.
+        name: the variable of `x \\in ...`, "" without one.
     """
 
     kind: AnswerKind
     text: str
     items: tuple[str, ...]
     marks: tuple[str, ...] = ()
+    name: str = ""
 
 
+_QUANTITY = r"(?:[A-Z]{1,4}|[A-Za-z])(?:_\{\w+\})?'*"  # a length, an area: AB, S_{ABC}
 IDENTIFIER = re.compile(
     r"(?:\\?[a-zA-Z]|\\[a-zA-Z]+)'*(?:_\{[^{}]*\}|_\w)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?(?:\^\{-1\}(?:\([a-zA-Z]\))?)?"
     r"|[A-Za-z]{2,}(?: [A-Za-z]{2,}){0,4}|m?(?:∠|\\angle) ?[A-Z]{1,3}|\\frac\{d[a-z]\}\{d[a-z]\}"
     r"|\|(?:[A-Z]{1,3}|[a-z]|\\(?:vec|overrightarrow|overline|mathbf)\{\w+\})\||\[[A-Z]{3,}\]"
     r"|\\(?:vec|overline|overrightarrow|widehat|hat|bar)\{\w+\}"
     r"|\\(?:sin|cos|tan|cot|sec|csc) ?(?:\\?[a-zA-Z]+|\([^()=]*\))"
-    r"|(?:Pr?|E|Var|n|N)\([A-Za-z](?: ?(?:\||\\cap|\\cup|\\mid|,|=|>|<|\\ge|\\le) ?\w+)?\)"
+    r"|(?:Pr?|E|Var|n|N)\([A-Za-z]\w*(?: ?(?:\||\\cap|\\cup|\\mid|,|=|>|<|\\ge|\\le) ?\w+)?\)"
+    rf"|{_QUANTITY}(?::{_QUANTITY})+|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}|{_QUANTITY}/{_QUANTITY}"
 )
 """What an answer may give a value to: a variable, a function of one, a length, an angle, a probability, a few words."""
 _MATRIX = re.compile(r"\\begin\{([pbB]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
-_MEMBER = re.compile(r"^[a-zA-Z] ?\\in(?![a-zA-Z]) ?")
+_MEMBER = re.compile(r"^(?P<name>[a-zA-Z]) ?\\in(?![a-zA-Z]) ?")
 _BUILDER = re.compile(r"^\\\{ ?[a-zA-Z] ?(?:\\in ?\\mathbb\{R\})? ?(?:\\mid|\\vert|\||:)(.*)\\\}$")
 _LABEL = re.compile(r"\(?(?P<mark>[a-z]|[ivx]{1,4}|\d)\)(?P<rest>.+)|(?P<name>[A-Za-z][A-Za-z0-9 ]{0,20}): ?(?P<value>.+)")
 _MEMBERSHIP = r"\\in ?\\?(?:mathbb\{?)?[ZNRQC]\}?(?:\^[+*]|_\{?[+>0]+\}?)?"
@@ -117,7 +121,7 @@ def _bracketed(text: str) -> ParsedAnswer | None:
     for opening, closing in ((r"\{", r"\}"), ("{", "}")):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
-            if _stays_open(text[:-1]) and (opening == r"\{" or "," in inner):
+            if _stays_open(text[:-1]) and inner.strip(",; ") and (opening == r"\{" or "," in inner):
                 return ParsedAnswer(AnswerKind.SET, text, tuple(i for i in split_top(inner, _COMMAS) if i))
     if text[:1] in _CLOSING and text[-1] in _CLOSING[text[0]] and _stays_open(text[:-1]):
         items = split_top(text[1:-1], _COMMAS)
@@ -137,6 +141,28 @@ def _stays_open(text: str) -> bool:
         if depth == 0 and not (index == 0 and char == "\\"):
             return False
     return True
+
+
+_ABSOLUTE = re.compile(r"\|(?P<name>[a-zA-Z])\|(?P<relation><|>|\\le ?|\\ge ?)(?P<bound>[^<>=|]+)")
+_UNEQUAL = re.compile(r"(?P<name>[a-zA-Z]) ?\\ne ?(?P<value>[^<>=,]+)")
+_EXCEPT = re.compile(r"(?:all |the )*real(?: number)?s?,? (?:except|excluding|other than|but)(?: for)? (?:[a-zA-Z]=)?(?P<value>[^<>=,]+)")
+_WITHOUT = re.compile(r"\\mathbb\{R\} ?(?:\\setminus|\\backslash|-) ?\\?\{(?P<value>[^{},]+)\\?\}")
+
+
+def by_condition(text: str) -> str:
+    """A condition on one variable as the relations that it stands for: `|x| > 2` as `x<-2,x>2`, `x \\ne 2` as `x<2,x>2`."""
+    if match := _ABSOLUTE.fullmatch(text):
+        name, bound, relation = match["name"], match["bound"], match["relation"].strip()
+        below = {"<": "<", ">": "<", r"\le": r"\le ", r"\ge": r"\le "}[relation]
+        if relation in ("<", r"\le"):
+            return f"-({bound}){below}{name}{below}{bound}"
+        above = ">" if relation == ">" else r"\ge "
+        return f"{name}{below}-({bound}),{name}{above}{bound}"
+    if match := _UNEQUAL.fullmatch(text):
+        return rf"(-\infty,{match['value']})\cup({match['value']},\infty)"
+    if match := _EXCEPT.fullmatch(text) or _WITHOUT.fullmatch(text):
+        return rf"(-\infty,{match['value']})\cup({match['value']},\infty)"
+    return text
 
 
 def _matrix(text: str) -> ParsedAnswer | None:
@@ -210,20 +236,29 @@ def _plus_minus(text: str) -> ParsedAnswer | None:
 @lru_cache(maxsize=8192)
 def parse_answer(text: str) -> ParsedAnswer:
     """Take a cleaned answer apart; what fits nothing else is a scalar."""
+    member = _MEMBER.match(text)
+    parsed = _parsed(by_condition(text) if member is None else text[member.end() :])
+    return replace(parsed, name=member["name"]) if member else parsed
+
+
+def _parsed(text: str) -> ParsedAnswer:
     if parse_number(text):  # "one hundred and five" is no list
         return ParsedAnswer(AnswerKind.SCALAR, text, (text,))
     if parts := _labelled_parts(text):
         return ParsedAnswer(AnswerKind.LIST, text, parts)
-    text = _POINT.sub("", _MEMBER.sub("", text))
+    text = _POINT.sub("", text)
     builder = _BUILDER.match(text)
     if builder:
-        text = _MEMBER.sub("", builder[1].strip())
+        text = by_condition(_MEMBER.sub("", builder[1].strip()))
     if text == r"\mathbb{R}":
         return ParsedAnswer(AnswerKind.BRACKET, text, (r"-\infty", r"\infty"), ("(", ")"))
     if parsed := _matrix(text) or _bracketed(text):
         return parsed
     union = split_top(text, _CUPS)
     if len(union) > 1:
+        sets = [_bracketed(part) for part in union]
+        if all(part and part.kind is AnswerKind.SET for part in sets):
+            return ParsedAnswer(AnswerKind.SET, text, tuple(item for part in sets if part for item in part.items))
         return ParsedAnswer(AnswerKind.UNION, text, tuple(union))
     items = _items(text)
     if len(items) > 1:

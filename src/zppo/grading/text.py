@@ -127,7 +127,7 @@ _UNIT_FRACTION = re.compile(
 _SIUNITX = re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|operatorname"
-    r"|mbox|hbox|emph|underline)\*?\s*\{([^{}]*)\}"
+    r"|mbox|hbox|emph|underline|vec|overrightarrow)\*?\s*\{([^{}]*)\}"
 )
 _ESCAPED = re.compile(r"\\([%$#&_{} ])")
 _TEXT_ONLY = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -135,7 +135,8 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", 
 _LABEL = re.compile(
     r"^(?:the )?(?:final )?answer(?: is)?\s*[:=]?\s+|^(?:the )?(?:final )?answer\s*[:=]\s*|^(?:答案|答)(?:是|为|:)\s*", re.IGNORECASE
 )
-_FUNCTION = r"(?:cis|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)"
+_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega"
+_FUNCTION = r"(?:cis|arcsinh|arccosh|arctanh|arcsin|arccos|arctan|gcd|lcm|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)"
 
 # Applied in order. Each maps spellings of one thing to one spelling.
 _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
@@ -151,6 +152,21 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"\\end\s*\{(?:array|(?:small|B)?matrix)\}", r"\\end{pmatrix}"),
         (r"\\[lr]?vert(?![a-zA-Z])", "|"),
         (r"\\colon(?![a-zA-Z])", ":"),
+        (r"\\(?:l|c|d)?dots[cbmio]?(?![a-zA-Z])", r"\\ldots "),
+        (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
+        (r"\\(?:land|wedge)(?![a-zA-Z])", " and "),
+        (r"\\(?:[bp]?mod)(?![a-zA-Z])", r"\\mod "),
+        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"∛", r"\\sqrt[3] "),
+        (r"\\log\s*_\s*(\d)(?=\d)", r"\\log_{\1} "),
+        (r"(?<![\\a-zA-Z])Abs\(([^()]*)\)", r"|\1|"),
+        (r"(?<![\\a-zA-Z])a(sin|cos|tan)(?=h?\()", r"arc\1"),
+        (r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log)(?=[a-gi-z](?![a-zA-Z]))", r"\\\1 "),
+        (rf"(?<![\\a-zA-Z])({_GREEK})(?![a-zA-Z])", r"\\\1 "),
+        (r"^([^{}]*)\\choose([^{}]*)$", r"\\binom{\1}{\2}"),
+        (r"\\log\s+_", r"\\log_"),
+        (r"(?<![\\a-zA-Z])i(sin|cos)(?=\s*[(\\\d])", r"i\\\1 "),
+        (r"(?<![\w}/.])(\d+)/(\d+) (?=[a-zA-Z\\](?![a-zA-Z]{2}))", r"\\frac{\1}{\2} "),
         (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text|script)style(?![a-zA-Z])|\\limits(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -170,18 +186,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
-        (r"\\(sqrt|frac)\s+(?=[\d{a-zA-Z\\])", r"\\\1 "),
-        (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*(?=\{)", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\1{\2}"),
         (r"\^\s*([-+]?\d+)", r"^{\1}"),
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
         (r"\^\s*([a-zA-Z])", r"^{\1}"),
         (r"_\s*(\d+|[a-zA-Z])", r"_{\1}"),
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
         (r"(?<![\\a-zA-Z])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
-        (rf"(?<![\\a-zA-Z])({_FUNCTION})(?![a-zA-Z])(?=\s*[\^_({{\\\d]|\s+[a-zA-Z](?![a-zA-Z]))", r"\\\1 "),
+        (rf"(?<![\\a-zA-Z])({_FUNCTION})(?![a-zA-Z])(?=\s*[\^_({{\\\d]|\s+(?:{_FUNCTION}|[a-zA-Z])(?![a-zA-Z]))", r"\\\1 "),
         (r"(?<![\w)}])\+(?=\\infty)", ""),
         (r"^\\\{\s*\\\}$", r"\\emptyset "),
         (r"^(?:all |the )*real numbers$", r"\\mathbb{R}"),
@@ -189,6 +200,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"\s+", " "),
         (r"(?<=[A-Za-z)]) ([.:]) ", r"\1 "),
         (r"^(\d+(?:\.\d+)?) (?:is )?to (\d+(?:\.\d+)?)(?: (?:is )?to (\d+(?:\.\d+)?))?$", lambda m: ":".join(filter(None, m.groups()))),
+        (r"(?<=\d) ?\(([a-zA-Z]{3,})\)\.?$", r" \1"),
         (r"^(?:negative|minus) (?=[\d\\.])", "-"),
         (r" ?([=<>+*/^_{}()\[\]|;]) ?", r"\1"),
         (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
@@ -277,6 +289,46 @@ def _spell_units(text: str) -> str:
     return _UNIT.sub(spelled, _UNIT_FRACTION.sub(r"\\text{\1\2/\3\4}", text))
 
 
+_ARGUMENTS = {"sqrt": 1, "frac": 2, "binom": 2}
+_WITH_ARGUMENTS = re.compile(r"\\(sqrt|frac|binom)(?![a-zA-Z])")
+_ROOT = re.compile(r"\s*\[[^\[\]]*\]")
+_ARGUMENT = re.compile(r"\s*(?:(?P<open>\{)|(?P<token>\\(?!sqrt|frac|binom)[a-zA-Z]+|[\da-zA-Z]))")
+
+
+def _braced(text: str) -> str:
+    """`text` with every argument of a fraction, root or binomial in braces; LaTeX does without where it is one token: `\\frac\\pi2`."""
+    parts, position = [], 0
+    while command := _WITH_ARGUMENTS.search(text, position):
+        parts.append(text[position : command.end()])
+        position = command.end()
+        if command[1] == "sqrt" and (root := _ROOT.match(text, position)):
+            parts.append(root[0].strip())
+            position = root.end()
+        for _ in range(_ARGUMENTS[command[1]]):
+            argument = _ARGUMENT.match(text, position)
+            if argument is None:
+                break
+            inner, end = argument["token"], argument.end()
+            if argument["open"]:
+                end = _closing(text, end)
+                if end < 0:
+                    break
+                inner, end = _braced(text[argument.end() : end]), end + 1
+            parts.append("{" + inner + "}")
+            position = end
+    return "".join(parts) + text[position:]
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace is closed that was opened before `start`; -1 where it is not."""
+    depth = 1
+    for index in range(start, len(text)):
+        depth += (text[index] == "{") - (text[index] == "}")
+        if depth == 0:
+            return index
+    return -1
+
+
 def _unwrap(text: str) -> str:
     """`text` without what stands around the whole of it: math delimiters, quotes, bold marks, braces, text commands."""
     for _ in range(MAX_DEPTH):
@@ -310,8 +362,8 @@ def _join_thousands(text: str) -> str:
     """`text` without thousands separators, except in bracketed lists: 1,234.5 -> 1234.5, (1,234) stays."""
 
     def joined(match: re.Match[str]) -> str:
-        before = text[: match.start()]
-        inside = sum(map(before.count, "([{")) > sum(map(before.count, ")]}"))
+        before = text[: match.start()].replace(r"\{", "(").replace(r"\}", ")")
+        inside = sum(map(before.count, "([")) > sum(map(before.count, ")]")) or text.startswith("{")
         return match[0] if inside else match[0].replace(",", "").replace(" ", "")
 
     text = _JOINED_THOUSANDS.sub(joined, text)
@@ -329,12 +381,14 @@ def clean(answer: str) -> str:
     text = _drop_dollars(_unwrap(text))
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    text = _LABEL.sub("", _unwrap(text))
+    text = _braced(_LABEL.sub("", _unwrap(text)))
+    if r"\pm" not in text:
+        text = re.sub(r"\\mp(?![a-zA-Z])", r"\\pm", text)  # alone it is the same two values
     text = re.sub(r"^(?:=|\\approx|:)\s*", "", text.strip())
     if not text.endswith(".."):
         text = _SOFT_END.sub("", text)
     text = _COMMA.sub(",", _join_thousands(text)).strip()
-    while len(text) > 2 and text[0] == "(" and _closes_at_end(text) and not re.search(r"[,;]", text):
+    while len(text) > 2 and text[0] + text[-1] == "()" and _closes_at_end(text) and not re.search(r"[,;]", text):
         text = text[1:-1].strip()
     return text
 

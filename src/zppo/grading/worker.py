@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 
 from zppo.grading.equality import compare
 from zppo.grading.units import ratio
@@ -67,6 +68,8 @@ def _parsed(text: str) -> Any:
     if _TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
     text = _MIXED.sub(_mixed, text.replace("°", ""))
+    if r"\sqrt[" not in text:
+        text = text.replace("[", "(").replace("]", ")")
     text = _BINOMIAL.sub(r"\1\\cdot ", _SIDE_BY_SIDE.sub(r"\\cdot ", text))
     text = _PRIME.sub(lambda match: rf"{match[1]}_{{prime{len(match[2])}}}", text)
     try:
@@ -95,7 +98,29 @@ def _exactly_equal(gold: Any, answer: Any) -> bool:
     said = gold.equals(answer)
     if said is None:
         said = sympy.simplify(gold - answer) == 0
-    return bool(said)
+    if said or not (gold.free_symbols and gold.free_symbols == answer.free_symbols):
+        return bool(said)
+    if gold.has(HyperbolicFunction) or answer.has(HyperbolicFunction):
+        return bool(sympy.simplify((gold - answer).rewrite(sympy.exp)) == 0)
+    roots = any(not power.exp.is_integer for side in (gold, answer) for power in side.atoms(sympy.Pow))
+    return roots and _equal_where_real(gold, answer)
+
+
+def _equal_where_real(gold: Any, answer: Any) -> bool:
+    """Whether two expressions with roots are equal for positive variables, and for no sign of one are both real and different.
+
+    \\sqrt{v/g} is \\sqrt{v}/\\sqrt{g} to whoever asks for a speed; \\sqrt{x^2} is not x.
+    """
+    symbols = sorted(gold.free_symbols, key=str)
+    positive = {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in symbols}
+    if not gold.xreplace(positive).equals(answer.xreplace(positive)):
+        return False
+    for negative in symbols:
+        at = {symbol: sympy.Rational(-7 if symbol == negative else 11 + index, 5) for index, symbol in enumerate(symbols)}
+        values = [sympy.N(side.subs(at), 30) for side in (gold, answer)]
+        if all(value.is_real for value in values) and abs(values[0] - values[1]) > 1e-12 * abs(values[0]):
+            return False
+    return True
 
 
 def _same_relation(gold: Any, answer: Any) -> bool:
@@ -165,7 +190,7 @@ algebra("x+1", "1+x")
 ratio((("kilometer", 1),), (("meter", 1),))
 
 
-def compare_in_worker(gold: str, answer: str, deadline: float, rounded_golds: bool = True) -> bool:
+def compare_in_worker(gold: str, answer: str, rounded_golds: bool, deadline: float) -> bool:
     """`zppo.grading.equality.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
     _limit_processor(deadline)
     return compare(gold, answer, algebra, value, rounded_golds) is True

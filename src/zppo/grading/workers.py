@@ -3,7 +3,7 @@
 The caller's side starts a host, asks it over pipes, gives up in time and starts another one; it is safe in threads and after a fork. Why a
 process between caller and workers: workers must not inherit what the caller has loaded (torch, a CUDA context), must not run the caller's
 main script again, must start from any thread and from daemonic processes, and must end with their caller. The host reads JSON lines,
-`{"id", "gold", "answer", "timeout"}`, and writes JSON lines, `{"ready": true}` once, then `{"id", "outcome"}`.
+`{"id", "gold", "answer", "rounded_golds", "timeout"}`, and writes JSON lines, `{"ready": true}` once, then `{"id", "outcome"}`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _Host:
             future.set_exception(_HostEndedError())
         self._ready.set()
 
-    def ask(self, gold: str, answer: str, timeout: float) -> Future[str]:
+    def ask(self, gold: str, answer: str, rounded_golds: bool, timeout: float) -> Future[str]:
         """Send one question; the future holds "equal", "different", "timeout" or "error"."""
         future: Future[str] = Future()
         with self._lock:
@@ -112,7 +112,7 @@ class _Host:
             if not self._open:
                 self.heard = time.monotonic()
             self._open[self._count] = future
-            request = {"id": self._count, "gold": gold, "answer": answer, "timeout": timeout}
+            request = {"id": self._count, "gold": gold, "answer": answer, "rounded_golds": rounded_golds, "timeout": timeout}
             assert self._process.stdin is not None
             try:
                 self._process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
@@ -145,10 +145,12 @@ class WorkerPool:
         deadline: seconds that one answer may take.
         workers: processes.
         memory_limit: address space of each, bytes.
+        rounded_golds: see `zppo.grading.equality.compare`.
     """
 
-    def __init__(self, deadline: float, workers: int, memory_limit: int) -> None:
+    def __init__(self, deadline: float, workers: int, memory_limit: int, rounded_golds: bool = True) -> None:
         self._deadline = deadline
+        self._rounded_golds = rounded_golds
         self._workers = workers
         self._memory_limit = memory_limit
         self._current: _Host | None = None
@@ -202,7 +204,7 @@ class WorkerPool:
             asked: list[tuple[int, Future[str]]] = []
             try:
                 for index in left:
-                    asked.append((index, host.ask(*pairs[index], timeout)))
+                    asked.append((index, host.ask(*pairs[index], self._rounded_golds, timeout)))
             except _HostEndedError:
                 self._drop(host)  # else the next round could meet the same host, whose end its listener has yet to see
             for index, future in asked:
@@ -227,10 +229,10 @@ def _start_worker(memory_limit: int) -> None:
     limit_worker(memory_limit)
 
 
-def _compare(gold: str, answer: str, deadline: float) -> bool:
+def _compare(gold: str, answer: str, rounded_golds: bool, deadline: float) -> bool:
     from zppo.grading.worker import compare_in_worker
 
-    return compare_in_worker(gold, answer, deadline)
+    return compare_in_worker(gold, answer, rounded_golds, deadline)
 
 
 def _context() -> Any:
@@ -281,7 +283,7 @@ def run_host(workers: int, memory_limit: int) -> None:
 
     for line in requests:
         request = json.loads(line)
-        arguments = (request["gold"], request["answer"], request["timeout"])
+        arguments = (request["gold"], request["answer"], request["rounded_golds"], request["timeout"])
         try:
             future = pool.schedule(_compare, arguments, timeout=request["timeout"])
         except RuntimeError:

@@ -38,7 +38,7 @@ def rule_grading(settings: Settings) -> Iterator[Rule]:
         reward = load_reward(settings.grading.reward)
         yield lambda answered, log=None: [reward(a.completion, a.question, a.think_open) for a in answered]
         return
-    with Grader(deadline=settings.grading.deadline, workers=settings.grading.workers) as grader:
+    with Grader(settings.grading.deadline, settings.grading.workers, rounded_golds=settings.grading.rounded_golds) as grader:
 
         def grade(answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
             log = log or StepLog()
