@@ -305,8 +305,7 @@ class Decider:
     ) -> None:
         self._grader = Grader(workers=workers)
         self._judge = RemoteTeacher(model, urls, key=key, concurrency=concurrency, retry_for=DOWN) if urls else None
-        # Thoughts come with their tags, and a judge's template must not take them for its own.
-        self._book = judge_book(prompts, Neutraliser(IMAGE_TEXTS))
+        self._book = judge_book(prompts)
         self.think_open, self._strict = think_open, strict
         # Its few tokens are for the verdict: a judge that can think shall not. OpenAI's own address does not know the field.
         official = any(urlsplit(url).hostname == OPENAI_HOST for url in urls)
