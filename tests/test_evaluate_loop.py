@@ -22,6 +22,7 @@ from zppo.evals.endpoint import Server
 from zppo.evals.item import Item
 from zppo.evals.media import media_there
 from zppo.evals.options import EvalOptions, with_words_of_run
+from zppo.names import model_folder
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,28 @@ def test_whose_words_a_checkpoint_is_asked_in(run: Path, tmp_path: Path) -> None
     assert words(run / "final") == words(run / "checkpoints" / "step-000010" / "model") == trained
     assert words(run / "final", template_args={}) == ("closing.jinja", {})
     assert words(run / "models" / "other") == words(tmp_path / "final") == (None, {})
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_the_middle_of_a_run_is_evaluated_with_the_runs_tokenizer(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is weights alone; with LoRA adapters alone, and then it says so."""
+    step, out = run / "checkpoints" / "step-000010", tmp_path / "out"
+    (step / "model").mkdir(parents=True)
+    for path in Path(model_folder("lab:unreachable/student")).iterdir():
+        if path.name in ("config.json", "model.safetensors"):
+            (step / "model" / path.name).write_bytes(path.read_bytes())
+    command = ["eval", str(step), "--suite", "AIME25", "--data", str(data), "--output", str(out), "--max-tokens", "4"]
+    assert cli.main(command) == 0, capsys.readouterr()
+    state = results(out)
+    assert state["label"] == str(step / "model") and state["benchmarks"][0]["tokens_out"] > 0
+    assert state["settings"]["closing"] == "Answer in \\boxed{}, like a pirate."
+    assert {path.name for path in (step / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert cli.main(command) == 0 and "nothing is asked" in capsys.readouterr().out
+    (step / "model" / "config.json").rename(step / "model" / "adapter_config.json")
+    assert cli.main([*command[:-4], "--output", str(tmp_path / "other")]) == 2
+    assert "holds adapters alone; final/ of its run has them" in " ".join(capsys.readouterr().err.split())
 
 
 def standing_in(monkeypatch: pytest.MonkeyPatch, model: Scripted) -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +25,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from zppo.config.recipe import load_recipe
 from zppo.errors import EvaluationError, SettingsError
+from zppo.evals.options import run_of
 from zppo.evals.results import opened
+from zppo.images.store import PixelLimits
+from zppo.runs.files import writing
 from zppo.teacher.http import REPLY_BYTES, Trouble, Wire
 
 _PATIENCE = 60.0  # seconds for the first answer
@@ -215,6 +220,35 @@ def _sees(folder: Path) -> bool:
         return "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):  # the server says what is wrong with it
         return False
+
+
+def whole_checkpoint(place: Path, into: Path) -> Path:
+    """The folder of a checkpoint that can be served: its own, or of one in a run's checkpoints/, which is weights alone, a new one.
+
+    Args:
+        into: the new one: links to the weights, and tokenizer, chat template and image processor that the run trains with.
+
+    Raises:
+        ModelError, SettingsError: these cannot be loaded.
+        StorageError: the folder cannot be written.
+    """
+    run = run_of(place)
+    if run is None or (place / "tokenizer_config.json").is_file():
+        return place
+    # Loads transformers, which no server needs here.
+    from zppo.models.student_model import load_chat
+
+    chat = load_chat(load_recipe(run / "recipe.yaml").student, PixelLimits() if _sees(place) else None)
+    with writing(into):
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True)
+        for path in place.absolute().iterdir():
+            (into / path.name).symlink_to(path)
+        chat.tokenizer.chat_template = chat.template
+        chat.tokenizer.save_pretrained(into)
+        for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
+            (into / name).write_bytes(content)
+    return into
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from zppo.evals.endpoint import (
     is_url,
     read_model_key,
     served,
+    whole_checkpoint,
 )
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
@@ -224,6 +225,7 @@ def _serve(
     # Loads transformers, which nothing else here needs.
     from zppo.engines.chat import Chat
 
+    target = whole_checkpoint(target, folder.inside("model"))
     chat = Chat.load(str(target), options.template_args)
     open_ = options.think_open or chat.think_open(chat.encode((Message("user", "Hello."),)))
     log = folder.inside("server.log")
@@ -234,10 +236,19 @@ def _serve(
 
 
 def _checkpoint(model: str) -> Path:
-    """The checkpoint of that name: a folder, or final/ of a finished run. SettingsError where there is none."""
+    """The checkpoint of that name: a folder, final/ of a finished run, or model/ of one that it goes on from.
+
+    Raises:
+        SettingsError: there is none, or it holds adapters alone.
+    """
     folder = Path(checkpoint_folder(model))
-    if (folder / "config.json").is_file():
-        return folder
+    for place in (folder, folder / "model"):
+        if (place / "config.json").is_file():
+            return place
+        if (place / "adapter_config.json").is_file():
+            raise SettingsError(
+                f"{str(place)!r} holds adapters alone; final/ of its run has them in the weights, so let it finish, or merge them"
+            )
     what = "is a run without final/, the student that it leaves at its end" if (folder / "recipe.yaml").is_file() else "is no checkpoint"
     if not folder.is_dir():
         what = "is no folder"

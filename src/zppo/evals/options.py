@@ -131,7 +131,7 @@ def with_words_of_run(options: EvalOptions, checkpoint: Path | None) -> EvalOpti
     Raises:
         SettingsError: the run's recipe cannot be read, or its closing instruction is gone.
     """
-    run = _run_of(checkpoint) if checkpoint else None
+    run = run_of(checkpoint) if checkpoint else None
     if run is None or (options.closing is not None and options.template_args is not None):
         return replace(options, template_args=options.template_args or {})
     settings = load_recipe(run / "recipe.yaml")
@@ -142,8 +142,8 @@ def with_words_of_run(options: EvalOptions, checkpoint: Path | None) -> EvalOpti
     return replace(options, closing=closing, template_args=args)
 
 
-def _run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint belongs to."""
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None where it belongs to none."""
     place = checkpoint.absolute()
     names = [folder.name for folder in (place, *place.parents)][:3]
     run = place.parent if names[0] == "final" else place.parents[names.index("checkpoints")] if "checkpoints" in names else None
