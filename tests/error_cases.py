@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -121,6 +122,25 @@ def _(w: World) -> None:
 @case("the recipe is a folder")
 def _(w: World) -> None:
     w.command = ["train", str(w.folder)]
+
+
+@case("the recipe is a pipe")
+def _(w: World) -> None:
+    os.mkfifo(w.folder / "pipe")
+    w.command = ["train", str(w.folder / "pipe")]
+
+
+@case("the recipe stands for more than it says")
+def _(w: World) -> None:
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    w.write("recipe.yaml", "\n".join(["a0: &a0 [x]", *lines]))
+
+
+@case("the recipe names code, and none is wanted")
+def _(w: World) -> None:
+    w.write("reward.py", "raise SystemExit('the code ran')\n")
+    w.set("grading.reward", "reward.py:score")
+    w.more = ["--no-code"]
 
 
 @case("the recipe is no YAML")
@@ -481,6 +501,12 @@ def _(w: World) -> None:
     w.config(model_type="vit", architectures=["ViTModel"])
 
 
+@case("an architecture whose code comes with the checkpoint")
+def _(w: World) -> None:
+    w.config(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
+    (w.student / "own.py").write_text("raise SystemExit('the code ran')")
+
+
 @case("no weights")
 def _(w: World) -> None:
     (w.student / "model.safetensors").unlink()
@@ -724,6 +750,12 @@ def _(w: World) -> None:
     open_server().control({"kind": "status", "status": 422, "body": "unknown field top_k"})
     at(w, open_server().url)
     w.set("teacher.rollout", {"top_k": 5})
+
+
+@case("a server that sends requests on to another origin")
+def _(w: World) -> None:
+    open_server().control(always={"kind": "status", "status": 307, "headers": {"Location": "https://elsewhere.example/v1?key=a"}})
+    at(w, open_server().url)
 
 
 # --- several processes ----------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from error_cases import CASES, World
@@ -82,3 +84,30 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(recipe: Path) -
     settings = load_recipe(recipe, ["--student.model=models/qwen/none"])
     with pytest.raises(ModelError, match="models/qwen/none is no transformers checkpoint"):
         check_files(settings)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            pyarrow.ArrowMemoryError("malloc of size 64 failed"),
+            "this machine's memory ran out (ArrowMemoryError: malloc of size 64 failed)",
+        ),
+        (MemoryError(), "this machine's memory ran out (MemoryError: MemoryError)"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine's memory ran out (OSError: [Errno 12] Cannot allocate memory)"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "this machine's memory ran out"),
+        (RuntimeError("can't start new thread"), "no thread or process can be started any more (can't start new thread)"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no thread or process can be started any more"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_machine_that_is_used_up_is_said(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("zppo.cli._methods", fail)
+    assert cli.main(["methods"]) == 2
+    message = capsys.readouterr().err
+    assert said in " ".join(message.split()) and "Traceback" not in message

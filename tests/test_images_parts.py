@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from conftest import make_tiny
 from seeing import KINDS, make_seeing
 from zppo.config.settings import TrainSettings, VisionSettings
 from zppo.engines.loading import load_network
 from zppo.errors import SettingsError
-from zppo.models.vision_parts import freeze_parts, parts_of
+from zppo.models.student_model import load_model
+from zppo.models.vision_parts import freeze_parts, parameter_groups, parts_of
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +55,16 @@ def test_a_setting_for_a_part_that_is_not_there_is_refused(name: str, tiny_qwen3
         freeze_parts(model, train, images=True)
     freeze_parts(model, train, images=False)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_equal_rates_have_groups_too(tmp_path: Path) -> None:
+    """A resumed run may edit the rate of a part; a model that reads text alone has one group."""
+    model = load_model(make_seeing(tmp_path / "seeing"), dtype=torch.float32, images=True)
+    train = TrainSettings(learning_rate=1.0, vision=VisionSettings(tower_rate=0.5))
+    groups: Any = parameter_groups(model, train)
+    assert [group["lr"] for group in groups] == [1.0, 1.0, 0.5]
+    equal: Any = parameter_groups(model, TrainSettings(learning_rate=1.0))
+    assert [group["lr"] for group in equal] == [1.0] * 3
+    assert [[id(p) for p in group["params"]] for group in equal] == [[id(p) for p in group["params"]] for group in groups]
+    blind = load_model(make_tiny(tmp_path / "blind"), dtype=torch.float32)
+    assert all(isinstance(p, torch.nn.Parameter) for p in parameter_groups(blind, TrainSettings()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -16,9 +17,10 @@ import pytest
 from fault_server import Server
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
-from zppo.teacher.http import FAULTS, Scrubber, Service, backoff, retry_after
+from zppo.errors import EvaluationError
+from zppo.teacher.http import FAULTS, RedirectError, Scrubber, Service, backoff, retry_after
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.teacher.remote import RemoteTeacher, seed_of
+from zppo.teacher.remote import PING, RemoteTeacher, seed_of
 
 pytestmark = pytest.mark.slow
 
@@ -366,6 +368,18 @@ def test_a_request_that_breaks_the_server_is_given_up_when_others_are_served(ser
     assert sum(request["messages"][0]["content"] == "poison" for request in server.log) == FAULTS
 
 
+def until_up(teacher: RemoteTeacher, seconds: float = 60.0) -> None:
+    """Until a ping in the background has found it."""
+    end = time.monotonic() + seconds
+    while teacher.servers._failing_since is not None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def pings(server: Server) -> int:
+    return sum(request["messages"][-1]["content"] == PING[0].content for request in server.log)
+
+
 def test_a_dead_teacher_costs_its_patience_once_and_is_used_again_when_it_is_back(server: Server, make: Any) -> None:
     teacher = make(server, retry_for=1.0)
     server.kill()
@@ -378,6 +392,56 @@ def test_a_dead_teacher_costs_its_patience_once_and_is_used_again_when_it_is_bac
     assert take_service(teacher).given_up == 600
     server.start()
     assert right(teacher.complete(many(20), HOW))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "hangs": {"kind": "hang"},
+    "trickles": {"kind": "trickle", "pause": 0.2},
+    "503": {"kind": "status", "status": 503, "headers": {"Retry-After": "3600"}},
+    "429": {"kind": "status", "status": 429, "headers": {"Retry-After": "3600"}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_that_is_down_is_not_asked_by_every_call(server: Server, make: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was found down: the next call looks whether it is back, others neither ask nor wait."""
+    monkeypatch.setattr("zppo.teacher.http.LOOK_SECONDS", 0.1)
+    teacher = make(server, retry_for=1.0, deadline=0.6)
+    server.control(always=WAYS[way])
+    assert all(r.texts == (None, None) and r.error for r in teacher.complete(many(100), HOW))
+    service, asked = replace(teacher.servers.service), len(server.log)
+    for _ in range(20):  # calls of later steps
+        assert all("unreachable for" in r.error for r in teacher.complete(many(5), HOW))
+    assert teacher.servers.service == replace(service, given_up=service.given_up + 100)  # no request, no second of waiting
+    assert len(server.log) - asked == pings(server) == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [{"kind": "status", "status": 503}, {"kind": "status", "status": 500}, {"kind": "html"}, {"kind": "drop"}]
+)
+def test_one_that_is_down_is_looked_for_in_the_background(server: Server, make: Any, fault: dict[str, Any]) -> None:
+    teacher = make(server, retry_for=0.5, deadline=0.4)
+    server.control(always=fault)
+    teacher.complete(many(10), HOW)
+    before = len(server.log)
+    assert teacher.complete(many(3), HOW)[0].error and len(server.log) - before == pings(server) >= 1
+    server.control()
+    if fault["kind"] != "drop":  # a connection that fails at once is looked for by the next call
+        until_up(teacher)
+        assert pings(server) == len(server.log) >= 1
+    assert right(teacher.complete(many(20), HOW))
+
+
+def test_one_that_answers_pings_alone_soon_rests_again(server: Server, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zppo.teacher.http.PROBATION_SECONDS", 0.0)
+    teacher = make(server, retry_for=1.0)
+    server.control(always={"kind": "status", "status": 503, "when": "question"})
+    teacher.complete(many(4), HOW)
+    assert take_service(teacher).retries > 0
+    assert all(r.texts == (None, None) for r in teacher.complete(many(4), HOW)) and pings(server) == 1
+    assert take_service(teacher).retries == 0
+    server.control()
+    assert right(teacher.complete(many(4), HOW)) and not teacher.servers._probation
 
 
 def test_an_interruption_ends_the_call(server: Server, make: Any) -> None:
@@ -407,6 +471,44 @@ def other() -> Iterator[Server]:
     server = Server()
     yield server
     server.kill()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_to_another_origin_is_not_followed(server: Server, other: Server, make: Any, status: int) -> None:
+    other.control()
+    server.control(always={"kind": "status", "status": status, "headers": {"Location": f"{other.url}/chat/completions?key=a"}})
+    reply = make(server).complete([ask("a secret question")], HOW)[0]
+    assert reply.texts == (None,) and other.log == []
+    assert f"{server.url}/chat/completions sends requests on to {other.url}/chat/completions, and zppo follows" in reply.error
+    assert make(server, other).complete([ask()], HOW)[0].texts == (words("hello"),)  # the other one was named too
+
+
+def test_a_redirect_within_the_origin_is_followed(server: Server, make: Any) -> None:
+    server.control({"kind": "status", "status": 307, "headers": {"Location": "/v1/chat/completions"}})
+    assert make(server).complete([ask()], HOW)[0].texts == (words("hello"),)
+    assert len(server.log) == 2
+
+
+def test_an_evaluation_follows_to_no_other_origin_either(server: Server, other: Server) -> None:
+    """Nor does the client of inspect-ai, where the redirects begin later."""
+    from inspect_ai.model import GenerateConfig
+
+    from zppo.evals.endpoint import find_model
+    from zppo.evals.task import ServedAPI
+
+    other.control()
+    server.control(always={"kind": "status", "status": 307, "headers": {"Location": f"{other.url}/chat/completions"}})
+    with pytest.raises(EvaluationError, match=f"{server.url}.*sends requests on to {other.url}.*if that is where it lives"):
+        find_model(server.url, "", None, "judge")
+
+    async def ask_later() -> None:
+        api = ServedAPI("tiny", server.url, "", GenerateConfig())
+        async with api.http_client as client:
+            await client.post(f"{server.url}/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "x"}]})
+
+    with pytest.raises(RedirectError, match=other.url):
+        asyncio.run(ask_later())
+    assert other.log == []
 
 
 def test_two_addresses_share_the_load_and_one_stands_in_for_the_other(server: Server, other: Server, make: Any) -> None:

@@ -107,6 +107,15 @@ def test_an_address_without_its_path(server: Server) -> None:
     assert "404" in said and "mostly /v1" in said
 
 
+def test_an_address_that_sends_requests_on_elsewhere(server: Server) -> None:
+    server.control(always={"kind": "status", "status": 308, "headers": {"Location": "https://elsewhere.example/v1/chat/completions"}})
+    said = refused(server.url)
+    assert (
+        said.startswith("teacher.base_urls: ") and f"{server.url}/chat/completions sends requests on to https://elsewhere.example" in said
+    )
+    assert said.endswith("If that is where it lives, write that address into teacher.base_urls")
+
+
 def test_an_address_that_nobody_answers_at() -> None:
     url = closed_port()
     said = refused(url)

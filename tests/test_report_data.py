@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from pictures import noise
 from report_runs import change_rows, files_of, invented_run, rows_of
+from zppo import cli
 from zppo.core.types import Draft, Group, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
 from zppo.grading import normalise
@@ -531,6 +533,27 @@ def test_damaged_rollout_files_are_said(folder: Path, tmp_path: Path) -> None:
     pq.write_table(pq.read_table(files_of(folder)[0]).drop_columns(["gold"]), path)
     with pytest.raises(CheckpointError, match="gold"):
         scan_file(path)
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone"])
+def test_a_damaged_rollout_file_is_left_out_and_said(folder: Path, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    whole = Reader(run).read()
+    asked = next(line for line in whole.lines.values() if len({visit.step for visit in line.visits}) > 1)
+    path = run / "rollouts" / f"step-{asked.visits[0].step:06d}.parquet"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "flipped": data[:-6] + b"\xff\xff" + data[-4:], "gone": b"x"}[harm])
+    if harm == "gone":
+        path.unlink()
+    summary = Reader(run).read()
+    missing = 0 if harm == "gone" else 1
+    assert list(summary.left_out) == [path] * missing
+    assert len(summary.lines[asked.id].visits) == sum(visit.step != asked.visits[0].step for visit in asked.visits)
+    assert cli.main(["report", str(run), "--figures", "none"]) == 0
+    assert cli.main(["inspect", str(run), asked.id]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"left out: {path} cannot be read") == 2 * missing
+    assert asked.id in question_ids(open_run(run)) and (run / "report.html").is_file()
 
 
 def test_question_lines_of_a_run_without_a_buffer(tmp_path: Path) -> None:

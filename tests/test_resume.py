@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
-from conftest import make_tiny
+from conftest import CHAT_TEMPLATE, make_tiny
 from same_run import assert_same_run, records
 from victims import FILES, Victims
 from zppo.cli import main
@@ -136,7 +137,7 @@ def test_a_signal_saves_the_state_that_it_finds(run: Run, whole: Path) -> None:
     assert f"`zppo resume {run.folder}` starts over" in run.said and not run.checkpoints()
     assert run.go(at=SAMPLE, nth=3, do="int") == 130  # the reformulated prompts of step 1
     assert run.said.endswith(f"`zppo resume {run.folder}` starts over") and not run.checkpoints()
-    assert run.go(at=UPDATE, nth=3, do="term") == 143
+    assert run.go(at=UPDATE, nth=3, do="hup") == 129
     assert run.checkpoints() == ["step-000000+3"]
     assert run.said.endswith(f"`zppo resume {run.folder}`") and "step-000000+3" in run.said
     assert run.go(at=UPDATE, nth=3, do="int") == 130  # the last update of step 1 and two of step 2
@@ -312,6 +313,116 @@ def test_changes_since_the_checkpoint_are_said_or_refused(
 
 
 @slow
+@pytest.mark.parametrize("loss", ["deaf", "full-stdout"])
+def test_a_run_that_nobody_can_read_goes_on(run: Run, whole: Path, loss: str) -> None:
+    """`| head`, a tee that died, a full disk behind its output: it goes on without a display and ends with its result."""
+    assert run.go(at=UPDATE, nth=2, do=loss) == 0, run.said
+    assert "nothing can be shown any more" in run.said and "Traceback" not in run.said
+    assert_same_run(whole, run.folder)
+
+
+@slow
+def test_an_error_in_the_display_costs_the_display_alone(
+    run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise KeyError("width")
+
+    for name in ("step", "evaluation"):
+        monkeypatch.setattr(f"zppo.runs.display.Progress.{name}", fail)
+    AcceleratorState._reset_state(True)
+    assert main([str(a) for a in run.start]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("could not be shown (KeyError: 'width'); the run goes on") == 1
+    assert_same_run(whole, run.folder)
+
+
+@slow
+def test_an_error_in_a_steps_report_costs_that_report_alone(
+    run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 3 is learnt from when its report fails, and step 2 was the last checkpoint: step 3 is saved, and 4 comes next."""
+    from zppo.train import trainer
+
+    right = trainer.step_metrics
+
+    def fail(rollouts: Any, updated: Any, log: StepLog, threshold: float) -> dict[str, Any]:
+        if log.step == 3:
+            raise ZeroDivisionError("a report")
+        return right(rollouts, updated, log, threshold)
+
+    monkeypatch.setattr(trainer, "step_metrics", fail)
+    AcceleratorState._reset_state(True)
+    assert main([str(a) for a in run.start]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err and run.checkpoints()[-1] == "step-000003"
+    assert run.go() == 0 and "resumed after step 3 of 5" in run.said
+    ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run.folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@slow
+def test_an_edited_optimizer_acts(whole: Path, tmp_path: Path) -> None:
+    """A resume with other settings takes the steps that an optimizer made by them takes, on the moments of the checkpoint."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    edits = {"learning_rate: 0.001": "learning_rate: 0.5", "weight_decay: 0.1": "weight_decay: 0.0", "adam_eps: 1.0e-08": "adam_eps: 0.1"}
+    edit_recipe(run, edits | {"steps: 5": "steps: 6", "- 0.9\n": "- 0.7\n"})
+    AcceleratorState._reset_state(True)
+    assert main(["resume", str(run)]) == 0
+    (group,) = torch.load(run / "checkpoints" / "step-000006" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.7, 0.999), 0.1, 0.0)
+    before, after = (load_file(r / "final" / "model.safetensors") for r in (whole, run))
+    assert max(float((after[name] - before[name]).abs().max()) for name in after) > 0.05
+
+
+@slow
+def test_a_finished_run_with_more_steps_trains_on(run: Run, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And comes to the end that it would have had with these steps from the start."""
+    assert run.victims.run(*run.start, "--train.steps=2", run=run.folder) == 0, run.said
+    assert run.go() == 0 and "is finished already" in run.said
+    edit_recipe(run.folder, {"steps: 2": "steps: 5"})
+    assert run.go(at=UPDATE, nth=3, do="term") == 143 and run.checkpoints()[-1] == "step-000002+3"
+    assert "train.steps was 2, is 5" in run.said
+    assert run.go() == 0, run.said
+    assert_same_run(whole, run.folder)
+    assert run.go() == 0 and "is finished already" in run.said
+
+
+class Unsaved:
+    """A model of no interest."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+def edit_recipe(run: Path, edits: dict[str, str]) -> None:
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    for old, new in edits.items():
+        assert old in text, text
+        text = text.replace(old, new)
+    (run / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def test_one_group_of_moments_is_dealt_out_to_the_groups_of_today(tmp_path: Path) -> None:
+    """A checkpoint of a vision-language student from before its parts had groups: the parameters stand in another order now."""
+    layers = torch.nn.ModuleList(torch.nn.Linear(n, 1) for n in (2, 3, 4))
+    trained = list(layers.parameters())
+    one = torch.optim.AdamW(trained, lr=1.0)
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    one.step()
+    folder = checkpoint.save(tmp_path, 1, Unsaved(), one, {}, keep=1)
+    several = torch.optim.AdamW(
+        [{"params": [*layers[2].parameters()], "lr": 0.5}, {"params": [*layers[0].parameters(), *layers[1].parameters()]}]
+    )
+    checkpoint.load_optimizer(folder, several, trained)
+    assert [group["lr"] for group in several.param_groups] == [0.5, 1e-3]
+    assert all(torch.equal(one.state[p][name], several.state[p][name]) for p in trained for name in ("exp_avg", "exp_avg_sq", "step"))
+    fewer = torch.optim.AdamW([{"params": [trained[0]]}, {"params": [trained[1]]}])
+    with pytest.raises(CheckpointError, match="does not fit the student.*over 6 weights, and 2 are trained"):
+        checkpoint.load_optimizer(folder, fewer, trained[:2])
+
+
+@slow
 def test_an_error_before_the_updates_costs_no_finished_step(run: Run, recipe: Path, whole: Path, tmp_path: Path) -> None:
     """A reward function of the user's that breaks in step 4: the three steps before it are saved."""
     function = tmp_path / "reward.py"
@@ -418,6 +529,16 @@ def test_a_checkpoint_never_runs_code(kept: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="cannot be used"):
             checkpoint.load_optimizer(folder, optimizer)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_manifest_needs_no_threads(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    folder = kept / "checkpoints" / "step-000004"
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert make_manifest(folder) == (folder / MANIFEST).read_text(encoding="utf-8")
+    assert checkpoint.newest_good(kept) == (folder, {})
 
 
 def test_an_optimizer_of_other_shapes_is_refused(kept: Path) -> None:
@@ -559,9 +680,31 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
     assert changes_since(then, origin("--output=elsewhere"), where, mid_step=True) == []
     (note,) = changes_since(then, origin("--train.minibatches=2"), where, mid_step=False)
     assert note == "train.minibatches was 4, is 2"
-    for override in ("--train.minibatches=2", "--seed=3", "--advantage.scope=all", "--loss.mask_truncated=true"):
+    ours = (
+        "--rollout.temperature=0.5",
+        "--rollout.top_p=0.5",
+        "--zone.threshold=0.25",
+        "--loss.clip_low=0.1",
+        "--train.old_logprobs=forward",
+    )
+    for override in ("--train.minibatches=2", "--seed=3", "--advantage.scope=all", "--loss.mask_truncated=true", *ours):
         with pytest.raises(CheckpointError, match="stopped between two updates"):
             changes_since(then, origin(override), where, mid_step=True)
+    assert changes_since(then, origin("--train.learning_rate=1"), where, mid_step=True) == ["train.learning_rate was 0.001, is 1.0"]
+    # A method is all that it resolves to, not its name.
+    for override, said in (
+        ("--method.control=placebo", "'zppo' with control 'none', and the recipe says 'zppo' with 'placebo'"),
+        ("--method.replay=false", "'zppo' with replay True, and the recipe says 'zppo' with False"),
+        ("--method.reformulations=[bcq]", r"reformulations \['bcq', 'ncq'\], and the recipe says 'zppo' with \['bcq'\]"),
+        ("--method.name=grpo", "'zppo', and the recipe says 'grpo': put the method back"),
+    ):
+        for earlier in (then, then | {"method": "zppo"}):  # earlier versions wrote the name alone
+            with pytest.raises(CheckpointError, match=f"was made by the method .*{said}"):
+                changes_since(earlier, origin(override), where, mid_step=False)
+    assert changes_since(then, origin("--method.replay=true"), where, mid_step=False) == ["method.replay was None, is True"]  # as it was
+    versions = then | {"versions": then["versions"] | {"torch": "1.0", "gone": "2.0"}}
+    notes = changes_since(versions, origin(), where, mid_step=False)
+    assert sorted(notes) == ["gone was 2.0, is None", f"torch was 1.0, is {then['versions']['torch']}"]
     (note,) = changes_since(then, origin(gold="2"), where, mid_step=True)
     assert note.startswith("the training questions ")
     (note,) = changes_since(then, origin(processes=2), where, mid_step=False)
@@ -575,6 +718,37 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
     flip(teacher / "model.safetensors")
     (note,) = changes_since(then, origin(), where, mid_step=True)
     assert note.startswith("the files of the teacher 1 ")
+
+
+@slow
+def test_the_users_own_words_are_kept_with_the_run(run: Run, recipe: Path, tmp_path: Path) -> None:
+    """Templates that are edited or gone between start and resume change nothing; edited copies, code and folders are said."""
+    words = {
+        "prompts.closing": tmp_path / "mine.jinja",
+        "student.template": tmp_path / "chat.jinja",
+        "teacher.template": tmp_path / "chat.jinja",
+    }
+    words["prompts.closing"].write_bytes(b"Answer in a box.\r\n")
+    words["student.template"].write_text(CHAT_TEMPLATE + "{# mine #}", encoding="utf-8")
+    reward = Path(shutil.copy(recipe.parent / "reward.py", tmp_path / "reward.py"))
+    own = [f"--{key}={path}" for key, path in words.items()] + [f"--grading.reward={reward}:reward"]
+    assert run.victims.run(*run.start, *own, run=run.folder, at=UPDATE, nth=10, do="term") == 143, run.said
+    for path in {*words.values()}:
+        path.unlink()
+    kept = run.folder / "words"
+    assert {p.name for p in kept.iterdir()} == {f"{key}.jinja" for key in words}
+    assert (kept / "prompts.closing.jinja").read_bytes() == b"Answer in a box.\r\n"
+    assert run.go(at=UPDATE, nth=3, do="term") == 143 and "since the checkpoint" not in run.said, run.said
+    moved = run.folder.rename(run.folder.with_name("moved"))
+    run.folder = moved
+    with open(kept.parent.with_name("moved") / "words" / "prompts.closing.jinja", "a", encoding="utf-8") as file:
+        file.write("Be brief.")
+    reward.write_text(reward.read_text(encoding="utf-8") + "# edited\n", encoding="utf-8")
+    assert run.go() == 0, run.said
+    said = "the words of prompts.closing are not the same as before; the code of grading.reward is not the same as before."
+    assert f"since the checkpoint: {said}" in run.said
+    prompts = pq.read_table(moved / "rollouts" / "step-000005.parquet")["prompt"].to_pylist()
+    assert all("Answer in a box." in prompt and "Be brief." in prompt for prompt in prompts)
 
 
 def test_a_wish_to_stop_waits_for_the_end_of_a_shield() -> None:
@@ -605,6 +779,14 @@ def test_signals_are_caught_in_the_main_thread_and_given_back() -> None:
             os.kill(os.getpid(), signal.SIGINT)  # and pass on a terminal's Ctrl-C
             assert stop.wanted and stop.signum == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with catch_signals(Stop()), pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGHUP)
+    before_hup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    stop = Stop()
+    with catch_signals(stop):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.wanted
+    signal.signal(signal.SIGHUP, before_hup)
     with catch_signals(Stop()):
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -187,6 +187,21 @@ def test_truncated_rollouts_can_be_masked(tiny_qwen3_dir: Path) -> None:
     assert needed[0] - needed[1] == len(groups[0].prompt.ids) + len(groups[0].rollouts[0].ids)
 
 
+def test_ungraded_rollouts_are_as_if_they_had_not_been_sampled(tiny_qwen3_dir: Path) -> None:
+    """The judge could not be reached for some: loss and weights are those of a step without them, a minibatch of them alone included."""
+    groups = make_groups(load(tiny_qwen3_dir), REWARDS)
+    missing = [replace(g, rollouts=(*g.rollouts[:-1], replace(g.rollouts[-1], graded=False))) for g in groups]
+    without = [replace(g, rollouts=g.rollouts[:-1]) for g in groups]
+    lost = replace(groups[0], rollouts=tuple(replace(r, graded=False) for r in groups[0].rollouts))
+    models, metrics = [], []
+    for kept in (missing, without):
+        models.append(load(tiny_qwen3_dir))
+        metrics.append(update(make_policy_gradient(models[-1]), kept, step_advantages(kept, "nontrivial"), step=1))
+    assert metrics[0]["loss"] == metrics[1]["loss"] != 0 and metrics[0]["grad_norm"] == metrics[1]["grad_norm"]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert update(make_policy_gradient(load(tiny_qwen3_dir)), [lost], step_advantages([lost], "nontrivial"), step=1)["loss"] == 0
+
+
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_small_updates_are_not_rounded_away(tiny_qwen3_dir: Path, precision: str) -> None:
     """method.md section 6: 10 updates at 1e-6 move more than 99% of the weights, since these are fp32 whatever the autocast is."""

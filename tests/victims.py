@@ -58,7 +58,8 @@ class Victims:
         Args:
             run: the run folder.
             at: module:function whose nth call does it, before anything else; or FILES.
-            do: kill, term, int (signals to itself), int-twice, or full: from then on no file grows beyond 100 bytes.
+            do: kill, term, hup, int (signals to itself), int-twice, deaf or full-stdout (its output goes
+                nowhere from then on), or full: from then on no file grows beyond 100 bytes.
             seconds: kill it from outside after this time; 0: never.
             teacher: module:function in the place of the teacher's `complete`.
             processes: that many ranks, which find one another as if torchrun had started them; no launcher ends them.
@@ -107,6 +108,8 @@ def befall(what: str) -> None:
         os.kill(me, signal.SIGKILL)
     elif what == "term":
         os.kill(me, signal.SIGTERM)
+    elif what == "hup":
+        os.kill(me, signal.SIGHUP)
     elif what == "int":
         os.kill(me, signal.SIGINT)
     elif what == "int-twice":
@@ -114,6 +117,12 @@ def befall(what: str) -> None:
         stop.REPEAT_SECONDS = -1.0  # type: ignore[attr-defined]
         os.kill(me, signal.SIGINT)
         os.kill(me, signal.SIGINT)
+    elif what == "deaf":  # whoever read what it prints has gone
+        out_of, into = os.pipe()
+        os.close(out_of)
+        os.dup2(into, 1)
+    elif what == "full-stdout":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     elif what == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 

@@ -121,28 +121,41 @@ def train(recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console
 def start(settings: Settings, name: str, console: Console | None = None) -> TrainedRun:
     """Train by settings; the run folder is named after `name` where `output` names none. Files are looked at before torch is loaded."""
     from zppo.planning.dry_run import check_files
+    from zppo.runs.display import steady_output
     from zppo.runs.signals import Stop, catch_signals
 
     check_files(settings)
     from zppo.train.run import train as run
 
     stop = Stop()
-    with catch_signals(stop):
+    with catch_signals(stop), steady_output():
         return TrainedRun(run(settings, name, console, stop))
 
 
-def resume(folder: str | os.PathLike[str], *, console: Console | None = None) -> TrainedRun:
-    """Continue a run after its newest checkpoint, as `zppo resume` does; one that is finished stays as it is.
+def resume(folder: str | os.PathLike[str], *, console: Console | None = None, code: bool = True) -> TrainedRun:
+    """Continue a run after its newest checkpoint, as `zppo resume` does; a finished one stays as it is, unless its
+    recipe asks for more steps.
+
+    Args:
+        console: as of `train`.
+        code: whether the code that the folder's recipe names (a reward function, reformulations) may be imported; False: it is an error.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint of it can be used.
         Interrupted: as in `train`.
     """
+    from zppo.config.recipe import load_recipe, refuse_code
+    from zppo.runs.display import steady_output
+    from zppo.runs.files import RECIPE
     from zppo.runs.signals import Stop, catch_signals
+
+    recipe = Path(folder) / RECIPE
+    if not code and recipe.exists():
+        refuse_code(load_recipe(recipe), recipe)
     from zppo.train.run import resume as run
 
     stop = Stop()
-    with catch_signals(stop):
+    with catch_signals(stop), steady_output():
         return TrainedRun(run(Path(folder), console, stop))
 
 

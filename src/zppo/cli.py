@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from zppo import __version__
 from zppo.api import resume, start
-from zppo.errors import Interrupted, SettingsError, ZPPOError
+from zppo.errors import Interrupted, SettingsError, ZPPOError, used_up
 from zppo.images.store import PixelLimits
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
-_TRAIN_FLAGS = ("-h", "--help", "--dry-run")
+_TRAIN_FLAGS = ("-h", "--help", "--dry-run", "--no-code")
+_NO_CODE = "end with an error where the recipe names code of its own (grading.reward, reformulations); see SECURITY.md"
 _FIGURES = {"png": ("png",), "svg": ("svg",), "both": ("png", "svg"), "none": ()}
 _VLLM = "--vllm."
 _PORT = 8765  # of `zppo report --watch`
@@ -32,8 +33,8 @@ _PORT = 8765  # of `zppo report --watch`
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user or a full disk, 130 when
-    interrupted, 143 when asked to end by SIGTERM.
+    Returns the exit status: 0, 1 for a defect (with traceback), 2 for a mistake of the user, a full disk or memory, 130 when
+    interrupted, 143 when asked to end by SIGTERM, 129 by SIGHUP.
     """
     status = _main(list(sys.argv[1:] if argv is None else argv))
     if _rank():
@@ -64,7 +65,10 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if words := used_up(error):
+            _print_error(words)
+            return USER_ERROR
         print(_rank(), end="", file=sys.stderr)
         traceback.print_exc()
         return CRASH
@@ -113,19 +117,21 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        usage="zppo train RECIPE [--dry-run] [--key=value ...]",
+        usage="zppo train RECIPE [--dry-run] [--key=value ...] [--no-code]",
         help="train a student by a recipe",
         description="Train a student by a recipe. Any setting can be given as --key=value and wins over the recipe.",
         allow_abbrev=False,
     )
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; recipes/my-data.yaml is one to copy")
     train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
+    train.add_argument("--no-code", action="store_true", help=_NO_CODE)
     train.set_defaults(run=_train)
     train.more = _settings_help
 
     again = commands.add_parser("resume", help="continue a run after its newest checkpoint")
     again.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
-    again.set_defaults(run=lambda options: resume(options.folder))
+    again.add_argument("--no-code", action="store_true", help=_NO_CODE)
+    again.set_defaults(run=lambda options: resume(options.folder, code=not options.no_code))
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
     _add_bootstrap(commands.add_parser("bootstrap", help="how sure the differences between methods over benchmarks are"))
@@ -355,11 +361,13 @@ def _settings_help() -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from zppo.config.recipe import load_recipe
+    from zppo.config.recipe import load_recipe, refuse_code
 
     if options.recipe is None:
         raise SettingsError("zppo train needs a recipe: zppo train RECIPE [--key=value ...]; recipes/my-data.yaml is one to copy")
     settings = load_recipe(options.recipe, options.overrides)
+    if options.no_code:
+        refuse_code(settings, options.recipe)
     name = Path(options.recipe).stem
     if options.dry_run:
         from rich.console import Console

@@ -1,5 +1,7 @@
 """One hierarchy of errors. Every message names the value, the cause and the mend."""
 
+import errno
+
 
 class ZPPOError(Exception):
     """Base of every error that zppo raises on purpose; the command line prints it without a traceback and exits with 2."""
@@ -9,6 +11,22 @@ def one_line(error: BaseException, most: int = 400) -> str:
     """What a library said, in one line of at most so many characters, without the full stop."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= most else f"{text[: most - 3]}...").rstrip(".")
+
+
+def used_up(error: BaseException) -> str:
+    """Words for an error of this machine, whose memory, threads or processes are used up; "" for any other one."""
+    text = one_line(error, 200)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or "DefaultCPUAllocator" in text:
+        return (
+            f"this machine's memory ran out ({type(error).__name__}: {text}): end other programs, read fewer questions (data.limit), take "
+            "a smaller model, or a machine with more"
+        )
+    if "can't start new thread" in text or isinstance(error, BlockingIOError):
+        return (
+            f"no thread or process can be started any more ({text}): their limit (`ulimit -u`, pids.max of a container) or the memory is "
+            "used up; raise it, end other programs, or lower grading.workers and train.threads"
+        )
+    return ""
 
 
 class SettingsError(ZPPOError, ValueError):

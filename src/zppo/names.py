@@ -1,4 +1,4 @@
-"""What the names in recipes and commands stand for: `lab:<world>/<what>`, run folders, objects by import path.
+"""What the names in recipes and commands stand for: `lab:<world>/<what>`, run folders, objects by import path; what is in a checkpoint.
 
 Every room may ask, so nothing heavy and nothing above is imported here: what stands behind a scheme is an import path, followed when
 such a name is met.
@@ -6,9 +6,11 @@ such a name is met.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import re
+import stat
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +26,7 @@ QUESTIONS = {"lab": "zppo.lab.questions:bundled_questions"}
 
 _SCHEME = re.compile(r"([a-z][a-z0-9_]+):(?!//)")
 _FINAL = "final"  # of a run folder
+_WANTS_CODE = re.compile(r"trust_remote_code|custom code|remote code")
 
 
 def scheme_of(name: str) -> str:
@@ -48,6 +51,41 @@ def checkpoint_folder(name: str) -> str:
     final = Path(name) / _FINAL
     run = (final / "config.json").is_file() and not (final.parent / "config.json").is_file()
     return str(final) if run else name
+
+
+def load_part(kind: Any, name: str | Path, **more: Any) -> Any:
+    """`kind.from_pretrained(name, ...)`: everything that is read of a checkpoint by `transformers` comes through here [zppo].
+
+    A checkpoint is data: code that its files name (`auto_map`, a `custom_generate` folder) is never run and nobody is asked whether it
+    should be. Where `transformers` knows the architecture itself, what is named there is passed over.
+
+    Args:
+        kind: a class with `from_pretrained`: an auto class, a processor.
+        more: its other arguments.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded without its code. Whatever else goes wrong is the caller's to put into words.
+    """
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # parts of parts are not told of the refusal; with 0 they do not ask either
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **more)
+    except ValueError as error:
+        if not _WANTS_CODE.search(str(error)):
+            raise
+        raise ModelError(
+            f"model {str(name)!r} brings code of its own (`auto_map` in its files), which zppo does not run: name a checkpoint whose "
+            "architecture transformers has itself, or convert it to one"
+        ) from error
+
+
+def readable(path: Path) -> Path:
+    """The path. OSError where a pipe or a device lies there, which may never end or keep whoever opens it waiting."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
+    return path
 
 
 def load_object(spec: str, what: str, error: type[ZPPOError], *, call: bool = True) -> Any:

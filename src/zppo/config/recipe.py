@@ -21,11 +21,12 @@ from zppo.config.help import known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.names import scheme_of
+from zppo.names import readable, scheme_of
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
 _SHORTHAND = "method"
+MOST_VALUES = 100_000  # of a recipe, which has hundreds
 # What pydantic puts behind the key of a value that may be of several types.
 _UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]|tuple\[.*\]")
 
@@ -70,6 +71,16 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Settings, overrides: Se
     return _validate(data, source, dict.fromkeys((key for key, _ in given), said), problems)
 
 
+def refuse_code(settings: Settings, source: str | Path) -> None:
+    """SettingsError where a recipe names code of its own, which a run would import."""
+    if settings.own_code:
+        named = ", ".join(f"{key}: {spec}" for key, spec in settings.own_code.items())
+        raise SettingsError(
+            f"{source} names code of its own ({named}), and --no-code imports none: read that code and leave --no-code out, or take the "
+            "setting out of the recipe"
+        )
+
+
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """(dotted key, value) of each override, in order. Raises SettingsError for one that has no value or whose value is no YAML."""
     result = []
@@ -100,13 +111,27 @@ def dump_recipe(settings: Settings) -> str:
 def parse_yaml(text: str) -> Any:
     """The value that the text means by YAML 1.2; dates are text. Raises ValueError, also for a key that stands twice."""
     try:
+        if (root := _yaml().compose(text)) is not None and _size(root, {}) > MOST_VALUES:
+            raise ValueError(f"it stands for more than {MOST_VALUES:,} values, most of them by aliases (*name)")
         return _yaml().load(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         raise ValueError(f"{where}{error.problem}") from error
     except (YAMLError, LookupError) as error:  # LookupError: `!!bool x`, `!!int ''`
         raise ValueError(str(error)) from error
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a node stands for, with those that aliases repeat: a few lines can stand for billions."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # for one that holds itself
+        value = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def dump_yaml(data: Any) -> str:
@@ -157,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise SettingsError(f"{path} is a folder, not a recipe; name a YAML file in it")
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        data = parse_yaml(readable(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise SettingsError(
             f"there is no recipe {path} (working directory {Path.cwd()}); recipes/my-data.yaml of the project is one to copy"

@@ -376,6 +376,16 @@ class Settings(Section):
         return self.advantage.scope or self.method.resolve().advantage
 
     @property
+    def own_code(self) -> dict[str, str]:
+        """Code that is no part of this project and that a run of the recipe imports, by the setting that names it."""
+        models = {"student": self.student, "teacher": self.teacher, "judge": self.judge}
+        models |= {f"more_teachers.{i}": teacher for i, teacher in enumerate(self.more_teachers)}
+        kernels = {f"{name}.attention": model.attention for name, model in models.items() if model and "/" in (model.attention or "")}
+        own = {f"method.reformulations.{i}": kind for i, kind in enumerate(self.method.resolve().reformulations) if ":" in kind}
+        named = {"grading.reward": self.grading.reward, **own, **kernels}
+        return {key: spec for key, spec in named.items() if spec}
+
+    @property
     def judging(self) -> tuple[FrozenModelSettings, JudgeUse] | None:
         """Which model judges and how; None where there is neither a judge nor a teacher."""
         if self.judge is not None:

@@ -172,12 +172,12 @@ class Sample:
 
 
 def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_truncated: bool) -> list[list[Sample]]:
-    """Samples per group."""
+    """Samples per group; an ungraded rollout stands in no statistics, and so not in the loss's denominator either [zppo]."""
     values = iter(advantages.tolist())
 
     def sample(group: Group, rollout: Rollout) -> Sample:
         row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()), group.prompt.images)
-        return Sample(row, rollout.logprobs, next(values), not (mask_truncated and rollout.truncated))
+        return Sample(row, rollout.logprobs, next(values), rollout.graded and not (mask_truncated and rollout.truncated))
 
     return [[sample(group, rollout) for rollout in group.rollouts] for group in groups]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from zppo.core.types import AnswerList
 from zppo.errors import DataError
+from zppo.names import readable
 
 
 class Place(NamedTuple):
@@ -84,6 +85,10 @@ def file_rows(path: Path, name: str | None = None) -> Rows:
         )
     if not path.exists():
         raise DataError(f"{path}: there is no such file (working directory {Path.cwd()}); check data.train and data.eval")
+    try:
+        readable(path)
+    except OSError as error:
+        raise DataError(_unreadable(path, error)) from error
     return ((Place(str(path), name or path.name, number, path.parent), value) for number, value in reader(path))
 
 
@@ -176,6 +181,8 @@ def parquet(path: Path) -> Numbered:
                 for values in batch.to_pylist():
                     number += 1
                     yield number, values
+    except pa.ArrowMemoryError:
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}, after row {number}: cannot be read as parquet ({error}); write the file again, or give it the ending of its kind"

@@ -14,6 +14,7 @@ from zppo.core.types import ImageRef, Message
 from zppo.errors import DataError, ModelError, one_line
 from zppo.images.processor import ImageProcessor, PixelCache
 from zppo.images.store import PixelLimits
+from zppo.names import load_part
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _CONTROL = re.compile(r"[<\[{|]\S*[>\]}|]")  # how control tokens look: <tool_call>, [INST], <|im_end|>
@@ -82,12 +83,15 @@ class Chat:
             ModelError: there is none, or it cannot be read.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **kwargs)
+            tokenizer = load_part(AutoTokenizer, name, revision=revision, **kwargs)
+        except ModelError:
+            raise
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
                 f"cannot load the tokenizer of {name!r}: {one_line(error)}; name a folder of a checkpoint with a tokenizer, or a model on "
                 "the hub (the first time that needs a network)"
             ) from error
+        tokenizer.init_kwargs.pop("auto_map", None)  # names code that was not run; what is saved from here does without
         if not tokenizer("0 a")["input_ids"]:  # what `transformers` makes of a checkpoint that has none
             raise ModelError(
                 f"{name!r} has no tokenizer: there is no tokenizer.json in it, or an empty one; copy the tokenizer's files of the "

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from zppo.errors import ModelError, one_line
+from zppo.errors import MemoryLimitError, ModelError, one_line, used_up
+from zppo.names import load_part
 
 _MEND = (
     "name a folder that `save_pretrained` wrote, or a model on the hub that AutoModelForCausalLM loads (the first time "
@@ -39,20 +40,23 @@ def load_network(
 
     Raises:
         ModelError: it cannot be loaded, or weights are missing or of another size than its configuration says.
+        MemoryLimitError: this machine has no room for it.
     """
     if attention:
         more["attn_implementation"] = attention
     kind = AutoModelForImageTextToText if images or _sees_only_whole(name, revision) else AutoModelForCausalLM
     try:
-        loaded: Any = kind.from_pretrained(
-            name, dtype=dtype, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **more
-        )
+        loaded: Any = load_part(kind, name, dtype=dtype, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **more)
+    except ModelError:
+        raise
     except SafetensorError as error:
         raise ModelError(
             f"model {str(name)!r}: its weights cannot be read ({one_line(error)}): the file is damaged or was not copied whole; "
             "copy or download it again"
         ) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        if words := used_up(error):
+            raise MemoryLimitError(f"model {str(name)!r}: {words}") from error
         raise ModelError(f"model {str(name)!r} cannot be loaded: {one_line(error)}; {_MEND}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -65,6 +69,8 @@ def load_network(
             f"model {str(name)!r}: {len(odd)} of its weights have other sizes than config.json says ({_some(odd)}); "
             "the two do not belong together: copy both from one place"
         )
+    for config in (model.config, model.config.get_text_config()):
+        vars(config).pop("auto_map", None)  # names code that was not run; what is saved from here does without
     return cast(PreTrainedModel, model)
 
 
@@ -80,7 +86,7 @@ def _sees_only_whole(name: str | Path, revision: str | None) -> bool:
 
 def _config(name: str | Path, revision: str | None) -> Any:
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return load_part(AutoConfig, name, revision=revision)
     except Exception:  # loading the model says what is wrong
         return None
 

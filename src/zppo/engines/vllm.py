@@ -241,6 +241,8 @@ def open_vllm(
             server_timeout=SERVER_WAIT,
             **options,
         )
+        if server:
+            generation.vllm_client.session.max_redirects = 0  # prompts go where the recipe says, nowhere else
         found = _server_settings(generation) if server else {}
     except Exception as error:  # vLLM, NCCL, HTTP and CUDA all have errors of their own
         mend = (

@@ -128,6 +128,8 @@ async def _find(url: str, key: str, name: str | None, what: Literal["model", "ju
         except Trouble as trouble:
             if trouble.status in (401, 403):
                 mend = f"name the environment variable that holds its key with {key_flag}"
+            elif trouble.moved:
+                mend = "if that is where it lives, write that address"
             elif trouble.status is None:
                 mend = "start the server, or correct the address"
             else:

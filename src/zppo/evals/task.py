@@ -52,7 +52,7 @@ from zppo.evals.media import ChatTurn, media_key, media_there, small_picture
 from zppo.evals.options import Decoding, digest_of
 from zppo.evals.results import BROKEN, TOO_LONG, By, SampleResult
 from zppo.evals.scoring.verdicts import Decider
-from zppo.teacher.http import SHORTEST_SECRET, sound
+from zppo.teacher.http import SHORTEST_SECRET, sound, within_origin
 
 PROVIDER = "zppo"
 RAW = "raw"  # metadata of a message: the text as the server sent it
@@ -80,7 +80,7 @@ class ServedAPI(OpenAICompatibleAPI):
             client_timeout=ATTEMPT,
             stream=False,
             max_retries=0,  # of the client's own: inspect-ai retries, and says so
-            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_hiding(api_key)]}),
+            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [within_origin, _hiding(api_key)]}),
         )
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:

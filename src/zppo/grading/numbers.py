@@ -113,18 +113,18 @@ def _in_words(text: str) -> Fraction | None:
             return None if positive is None or positive < 0 else -positive
     if not text.isascii():
         below, joint, above = text.partition("分之")
-        values = [_chinese(part) for part in ((above, below) if joint else (text,))]
-        return (
-            None if None in values else _quotient(Fraction(values[0] or 0), Fraction(values[1] or 0)) if joint else Fraction(values[0] or 0)
-        )
+        first, second = _chinese(above if joint else text), _chinese(below) if joint else 1
+        return None if first is None or second is None else _quotient(Fraction(first), Fraction(second))
     words = text.replace("-", " ").split()
+    if words[:1] == ["a"] and words[1:2] in (["hundred"], ["thousand"], ["million"]):
+        words[0] = "one"
     if len(words) > 1 and (part := _PARTS.get(words[-1]) or _PARTS.get(words[-1].removesuffix("s"))):
         count = 1 if words[:-1] in (["a"], ["one"]) else _english(words[:-1])
         if count is not None and (count == 1) is not words[-1].endswith("s"):
             return Fraction(count, part)
         whole, joint, rest = text.replace("-", " ").partition(" and ")
-        first, second = _english(whole.split()), _in_words(rest) if joint else None
-        return first + second if first is not None and second is not None and second < 1 else None
+        number, broken = _english(whole.split()), _in_words(rest) if joint else None
+        return number + broken if number is not None and broken is not None and broken < 1 else None
     value = _english(words)
     return None if value is None else Fraction(value)
 

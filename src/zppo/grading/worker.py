@@ -21,9 +21,8 @@ from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 from zppo.grading.equality import compare
 from zppo.grading.units import ratio
 
-_CONVERSION = ConversionConfig(
-    interpret_as_mixed_fractions=False, lowercase_symbols=False
-)  # mixed numbers are rewritten before; R is not r
+# Mixed numbers are rewritten before; R is not r.
+_CONVERSION = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
 _E_NOTATION = re.compile(r"(?<=\d)[eE]([-+]?\d+)")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)°")
@@ -32,7 +31,7 @@ _SIDE_BY_SIDE = re.compile(r"(?<=[\d)])(?=\()|(?<=\\pi)(?=\()|(?<=\))(?=\d|\\fra
 _BINOMIAL = re.compile(r"(\\binom\{[^{}]*\}\{[^{}]*\})(?=[\d(])")
 _PRIME = re.compile(r"([a-zA-Z])('+)")
 _BASED = re.compile(r"\d\)?_\{?\d")
-_WORDS_FOR_CONSTANTS = ((re.compile(r"\\cis(?![a-zA-Z]) ?(\([^()]*\)|\d+°?|\\frac\{[^{}]*\}\{[^{}]*\})"), r"(\\cos \1+i\\sin \1)"),)
+_CIS = re.compile(r"\\cis(?![a-zA-Z]) ?(\([^()]*\)|\d+°?|\\frac\{[^{}]*\}\{[^{}]*\})")
 
 
 def limit_worker(memory_limit: int) -> None:
@@ -63,8 +62,7 @@ def _mixed(match: re.Match[str]) -> str:
 def _parsed(text: str) -> Any:
     """The exact sympy object that a cleaned answer means, decimals as fractions; None where it cannot be read."""
     text = _E_NOTATION.sub(r"\\cdot 10^{\1}", text.replace(r"\cr", r"\\"))
-    for pattern, new in _WORDS_FOR_CONSTANTS:
-        text = pattern.sub(new, text)
+    text = _CIS.sub(r"(\\cos \1+i\\sin \1)", text)
     if _TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
     text = _MIXED.sub(_mixed, text.replace("°", ""))

@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from zppo.core.types import ImageRef
 from zppo.errors import ModelError, one_line
 from zppo.images.store import PixelLimits, fit, fitted_size, open_image, shown_size
+from zppo.names import load_part
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +160,8 @@ class ImageProcessor:
             ModelError: it has no image processor, or one that cannot be used.
         """
         try:
-            config = AutoConfig.from_pretrained(name, revision=revision)
-            images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+            config = load_part(AutoConfig, name, revision=revision)
+            images = load_part(AutoImageProcessor, name, revision=revision, backend="pil")
             kind: Any = PROCESSOR_MAPPING[type(config)]
             options, _ = kind.get_processor_dict(name, revision=revision)
             others = dict.fromkeys(kind.get_attributes()) | {"image_processor": images, "tokenizer": tokenizer}
@@ -168,6 +169,8 @@ class ImageProcessor:
             unchecked: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: type(value)})
             processor = unchecked(**_fitting(kind, options), **others)
             return cls(processor, limits, cache, _read_files(name, revision))
+        except ModelError:
+            raise
         except Exception as error:  # many kinds, by what is missing or broken
             raise ModelError(
                 f"model {str(name)!r} cannot be shown images: {one_line(error)}; name a vision-language checkpoint with its "

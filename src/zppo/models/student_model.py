@@ -24,7 +24,7 @@ from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.lora import ADAPTER_CONFIG, Adapters, add_adapters
-from zppo.names import model_folder
+from zppo.names import model_folder, readable
 from zppo.runs import checkpoint
 
 
@@ -33,7 +33,7 @@ def read_template(settings: ModelSettings) -> str | None:
     if settings.template is None:
         return None
     try:
-        return settings.template.read_text(encoding="utf-8")
+        return readable(settings.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"template {settings.template} cannot be read: {error}. Name a text file that holds a chat template") from error
 

@@ -79,12 +79,15 @@ def _check_settings(model: PreTrainedModel, train: TrainSettings, found: Collect
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainSettings) -> list[torch.nn.Parameter] | list[dict[str, Any]]:
-    """What the optimizer is made over: the trained parameters, in groups with learning rates of their own where these differ."""
+    """What the optimizer is made over: the trained parameters, in a group for each part with its own learning rate.
+
+    Equal rates have groups too, so that a resumed run may edit them.
+    """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rates = {"language": 1.0, "projector": train.vision.projector_rate, "tower": train.vision.tower_rate}
-    if set(rates.values()) == {1.0}:
-        return [p for _, p in trained]
     parts = parts_of(cast(PreTrainedModel, model))
+    if len({parts[name] for name, _ in trained}) == 1 and set(rates.values()) == {1.0}:
+        return [p for _, p in trained]
     groups = {part: [p for name, p in trained if parts[name] == part] for part in PARTS}
     return [{"params": params, "lr": train.learning_rate * rates[part]} for part, params in groups.items() if params]
 

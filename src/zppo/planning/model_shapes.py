@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.errors import ModelError, SettingsError
-from zppo.names import model_folder
+from zppo.names import load_part, model_folder
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -427,7 +427,9 @@ def _built(folder: Path) -> int:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+            model = AutoModelForCausalLM.from_config(load_part(AutoConfig, folder, local_files_only=True), trust_remote_code=False)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"{folder}: its config.json makes no model ({error}); give the number with --student-params or --teacher-params"

@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zppo.core.types import PLAIN, Draft, Message, Question
 from zppo.errors import DataError, TemplateError
+from zppo.names import readable
 
 CLOSING = "closing"
 COMPRESSION = "compression"
@@ -204,7 +205,7 @@ def _bundled() -> dict[str, Path]:
 
 def _read(name: str, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return readable(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(
             f"The template {name!r} cannot be read from {path}: {error}. Give the path of a UTF-8 text file, or leave the override out."

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table as View
 
 from zppo.errors import DataError, SettingsError
+from zppo.names import readable
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is within 2%.
 _T95 = (
@@ -175,7 +176,7 @@ def read_table(path: str | Path) -> Table:
     """
     table: Table = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(readable(Path(path)), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="", restval=None, strict=True)
             _check_header(path, reader.fieldnames)
             for record in reader:

@@ -64,6 +64,8 @@ def report_command(
     summary, target = reader.read(), out or folder
     write_page(console, report_page(summary), target / PAGE, summary.charts, target / FIGURES, suffixes)
     console.print(Text(summary.outcome), soft_wrap=True)
+    for problem in summary.left_out.values():
+        console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
 
 
 def write_page(console: Console, text: str, path: Path, charts: Sequence[ChartSpec], figures: Path, suffixes: Sequence[str]) -> None:

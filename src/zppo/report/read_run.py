@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from zppo.config.methods import METHODS
 from zppo.config.recipe import parse_yaml
 from zppo.core.types import BCQ, PLAIN
-from zppo.errors import CheckpointError
+from zppo.errors import CheckpointError, one_line
 from zppo.report.audits import Counts, count_group, count_leaks
 from zppo.runs.log import BUFFER, METRICS, ROLLOUTS, read_lines
 
@@ -225,11 +226,19 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
+class RolloutFileError(CheckpointError):
+    """A rollout file is cut or damaged: what is read of a run leaves it out and says so."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        super().__init__(f"{path} cannot be read ({one_line(error, 200)}). `zppo resume` writes the steps after the last checkpoint anew")
+
+
 def scan_file(path: Path) -> StepScan:
     """Read one rollouts/step-NNNNNN.parquet.
 
     Raises:
-        CheckpointError: it is no such file, or damaged.
+        RolloutFileError: it is damaged.
+        CheckpointError: another version wrote it.
     """
     try:
         later = [name for name in _LATER if name in pq.read_schema(path).names]
@@ -238,16 +247,19 @@ def scan_file(path: Path) -> StepScan:
         if missing:
             raise CheckpointError(f"{path} has no column {', '.join(sorted(missing))}: it was written by another version of zppo")
         return _scan(table, step_of(path))
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). `zppo resume` writes the steps after the last checkpoint anew") from error
+    except pa.ArrowMemoryError:
+        raise
+    except (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RolloutFileError(path, error) from error
 
 
 def question_ids(run: Run) -> list[str]:
-    """The ids of all questions that a run asked, in order of first appearance."""
+    """The ids of all questions that a run asked, in order of first appearance; damaged files are left out."""
     found: dict[str, None] = {}
     for path in run.rollout_files:
-        column = pq.read_table(path, columns=["question_id"], partitioning=None)["question_id"]
-        found.update(dict.fromkeys(column.unique().to_pylist()))
+        with suppress(OSError, pa.ArrowException):
+            column = pq.read_table(path, columns=["question_id"], partitioning=None)["question_id"]
+            found.update(dict.fromkeys(column.unique().to_pylist()))
     return list(found)
 
 

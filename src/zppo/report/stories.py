@@ -30,7 +30,7 @@ from zppo.errors import CheckpointError, DataError
 from zppo.images.store import as_url, open_file, open_image
 from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, match
 from zppo.report.charts import kind_name
-from zppo.report.read_run import Run, StepScan, open_run, question_ids, step_of
+from zppo.report.read_run import RolloutFileError, Run, StepScan, open_run, question_ids, step_of
 from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS
 
 SIDES = (640, 320, 160)
@@ -218,7 +218,7 @@ Story = dict[str, Any]
 _ROLLOUT = ("completion", "answer", "correct", "graded", "reason", "reward", "advantage", "completion_tokens", "truncated", "entropy")
 
 
-def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Story]:
+def load_stories(run: Run, wanted: Mapping[str, Iterable[int]], left_out: dict[Path, str] | None = None) -> dict[str, Story]:
     """The stories of some questions, by id; each file that may hold one of them is read once.
 
     A story has: id, level, gold, question, images (paths), image_sha256, events (of the buffer), prompts (distinct texts) and groups, each
@@ -227,8 +227,7 @@ def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Sto
     Args:
         wanted: question id -> the steps in which it may have been asked.
 
-    Raises:
-        CheckpointError: a rollout file cannot be read.
+    Damaged rollout files are left out, and named in `left_out`.
     """
     by_step: dict[int, list[str]] = {}
     for question_id, steps in wanted.items():
@@ -247,10 +246,15 @@ def load_stories(run: Run, wanted: Mapping[str, Iterable[int]]) -> dict[str, Sto
     for step in sorted(by_step):
         path = run.folder / ROLLOUTS / f"step-{step:06d}.parquet"
         try:
-            for row in _rows(path, by_step[step]):
-                _add(stories[row["question_id"]], row)
-        except (OSError, pa.ArrowException) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). Was the run taken back to a checkpoint? Then try again") from error
+            rows = list(_rows(path, by_step[step]))  # all of them, or none of a file that is cut
+        except pa.ArrowMemoryError:
+            raise
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            if left_out is not None:
+                left_out[path] = str(RolloutFileError(path, error))
+            continue
+        for row in rows:
+            _add(stories[row["question_id"]], row)
     for story in stories.values():
         _match(story)
     return stories
@@ -358,7 +362,10 @@ def inspect_command(
         CheckpointError: the folder holds no run, or the run never asked this question.
     """
     run = open_run(folder)
-    story = load_stories(run, {question_id: map(step_of, run.rollout_files)})[question_id]
+    console, left_out = console or Console(), dict[Path, str]()
+    story = load_stories(run, {question_id: map(step_of, run.rollout_files)}, left_out)[question_id]
+    for problem in left_out.values():
+        console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
     if not story["groups"]:
         known = question_ids(run)
         near = nearest(question_id, known)
@@ -366,7 +373,7 @@ def inspect_command(
             f"similar ones: {', '.join(near)}" if near else f"it asked {len(known):,} questions, such as {', '.join(known[:1]) or 'none'}"
         )
         raise CheckpointError(f"{folder} never asked a question {question_id!r}; {hint}")
-    print_story(story, console or Console(), step=step, kind=kind, full=full)
+    print_story(story, console, step=step, kind=kind, full=full)
 
 
 def print_story(story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zppo.config.methods import METHODS
@@ -14,7 +14,7 @@ from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
 from zppo.report.audits import Counts, ZoneStory, zone_story
 from zppo.report.charts import ChartSpec, charts_of
-from zppo.report.read_run import RECIPE, Run, StepScan, open_run, scan_file
+from zppo.report.read_run import RECIPE, RolloutFileError, Run, StepScan, open_run, scan_file
 from zppo.report.stories import QuestionLine, question_lines
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
 from zppo.runs.log import METRICS
@@ -29,6 +29,7 @@ class Summary:
         head: what was run and what it took, label -> text, in the order of the page.
         charts, tables: what its sections show.
         lines: one per question.
+        left_out: rollout files that are cut or damaged, and why; nothing of them is in the rest.
     """
 
     run: Run
@@ -37,6 +38,7 @@ class Summary:
     charts: list[ChartSpec]
     tables: list[Table]
     lines: dict[str, QuestionLine]
+    left_out: dict[Path, str] = field(default_factory=dict)
 
 
 class Reader:
@@ -59,10 +61,11 @@ class Reader:
         """The run as it is now.
 
         Raises:
-            CheckpointError: the folder holds no run, or a file of it is damaged.
+            CheckpointError: the folder holds no run, or one of another version.
         """
         run = open_run(self.folder)
-        scans = self._scan(run)
+        left_out: dict[Path, str] = {}
+        scans = self._scan(run, left_out)
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
@@ -70,18 +73,22 @@ class Reader:
         return Summary(
             run=run,
             outcome=outcome(run, zone),
-            head=_head(run),
+            head=_head(run) | ({"left out, damaged": ", ".join(path.name for path in left_out)} if left_out else {}),
             charts=charts_of(run, scans, counts, zone),
             tables=[*tables_of(run, counts, zone), *_benchmarks(self.folder)],
             lines=question_lines(run, scans),
+            left_out=left_out,
         )
 
-    def _scan(self, run: Run) -> list[StepScan]:
+    def _scan(self, run: Run, left_out: dict[Path, str]) -> list[StepScan]:
         scans = {}
         for path in run.rollout_files:
             stamp = _stamp(path)
             known = self._scans.get(path)
-            scans[path] = known if known and known[0] == stamp else (stamp, scan_file(path))
+            try:
+                scans[path] = known if known and known[0] == stamp else (stamp, scan_file(path))
+            except RolloutFileError as error:
+                left_out[path] = str(error)
         self._scans = scans
         return [scan for _, scan in scans.values()]
 

@@ -1,1 +1,1 @@
-"""The run folder: files, checkpoints, logs, trackers, display, signals."""
+"""The run folder: files, lock, checkpoints, logs, trackers, display, signals."""

@@ -6,7 +6,8 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,8 +170,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(unusable(path, error)) from error
 
 
-def load_optimizer(checkpoint: Path, optimizer: TakesState) -> None:
-    """Give the optimizer its state back.
+def load_optimizer(checkpoint: Path, optimizer: TakesState, trained: Sequence[torch.nn.Parameter] = ()) -> None:
+    """Give the optimizer its moments back. Learning rates and all else of its groups stay the recipe's, which may have been edited.
+
+    Args:
+        trained: the trained parameters in the order of the model, as a checkpoint with one group for all of them has them; empty: as
+            the optimizer has them.
 
     Raises:
         CheckpointError: the file is no state of an optimizer, or of one over other weights.
@@ -180,11 +185,13 @@ def load_optimizer(checkpoint: Path, optimizer: TakesState) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(unusable(path, error)) from error
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(_in_groups(state, optimizer, trained))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_foreign(path, str(error))) from error
-    for group in optimizer.param_groups:
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
         for parameter in group["params"]:
             moments = optimizer.state.get(parameter, {})
             for name in ("exp_avg", "exp_avg_sq"):
@@ -192,6 +199,22 @@ def load_optimizer(checkpoint: Path, optimizer: TakesState) -> None:
                     raise CheckpointError(
                         _foreign(path, f"a moment of shape {tuple(moments[name].shape)} for weights of {tuple(parameter.shape)}")
                     )
+
+
+def _in_groups(state: dict[str, Any], optimizer: TakesState, trained: Sequence[torch.nn.Parameter]) -> dict[str, Any]:
+    """A state whose parameters stand in one group, as they stand in the optimizer's groups."""
+    groups = optimizer.param_groups
+    if len(state["param_groups"]) != 1 or len(groups) == 1:
+        return state
+    (saved,) = state["param_groups"]
+    parameters = [p for group in groups for p in group["params"]]
+    place = {id(p): saved["params"][i] for i, p in enumerate(trained or parameters)}
+    if len(saved["params"]) != len(parameters):
+        raise ValueError(f"it is over {len(saved['params'])} weights, and {len(parameters)} are trained")
+    moments = {i: state["state"][place[id(p)]] for i, p in enumerate(parameters) if place[id(p)] in state["state"]}
+    ends = list(accumulate(len(group["params"]) for group in groups))
+    numbered = [list(range(end - len(group["params"]), end)) for group, end in zip(groups, ends, strict=True)]
+    return {"state": moments, "param_groups": [{**saved, "params": numbers} for numbers in numbered]}
 
 
 def unusable(path: Path, error: Exception) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,68 @@ if TYPE_CHECKING:
 def warn(console: Console, text: str) -> None:
     """Something that a person should know, in yellow; above the display where there is one."""
     console.print(Text(text, style="yellow"), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def steady_output() -> Iterator[None]:
+    """Inside, a standard stream that cannot be written any more costs the display alone: what is behind it goes nowhere from then on.
+
+    The reader of a pipe has gone (`| head`, a `tee` that died), the terminal was closed, the disk of a log file is full. Streams that are
+    no files (notebooks) stay as they are.
+    """
+    with suppress(OSError):
+        while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that was closed at the start would be a file of the run
+            pass
+        os.close(handle)
+    before = sys.stdout, sys.stderr
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        stream = getattr(sys, name)
+        with suppress(OSError, AttributeError, ValueError):
+            if stream.fileno() == number:
+                setattr(sys, name, _Steady(stream))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Steady):
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Steady:
+    """A standard stream whose writes do not fail."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._harmless():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with self._harmless():
+            self._stream.flush()
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            number = self._stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)  # for what other libraries write there, and for what is still in its buffer
+            os.close(nowhere)
+            if number == 1:
+                with suppress(OSError):
+                    os.write(2, f"nothing can be shown any more ({error}): the run goes on without a display\n".encode())
 
 
 class Progress:

@@ -9,15 +9,18 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zppo.errors import SettingsError, StorageError
+from zppo.errors import SettingsError, StorageError, used_up
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 PARTIAL = ".partial"
 """Suffix of what is being written; a killed run may leave it, and it is never read."""
@@ -100,6 +103,10 @@ def _refused(error: BaseException | None) -> tuple[int, str] | None:
 
 RECIPE = "recipe.yaml"
 """The resolved recipe, in the run folder."""
+WORDS = "words"
+"""The user's own templates, in the run folder."""
+LOCK = "lock.json"
+"""Which process trains into the run folder."""
 
 
 def check_output(run: Path) -> None:
@@ -108,16 +115,21 @@ def check_output(run: Path) -> None:
     Raises:
         SettingsError: it holds a run already, or something else; it is a file, or below one; it cannot be written.
     """
-    if (run / RECIPE).exists():
-        raise SettingsError(f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=...")
+    check_unclaimed(run)
     above = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
     if not above.is_dir():
         raise SettingsError(f"{run} cannot be a run folder: {above} is a file; choose another one with --output=...")
     if not os.access(above, os.W_OK | os.X_OK):
         raise SettingsError(f"{run} cannot be written: {above} is read-only for you; choose another one with --output=...")
-    partial_recipe = f"{RECIPE}{PARTIAL}"  # of a run that was killed before it had a recipe
-    if run.exists() and (not run.is_dir() or any(path.name != partial_recipe for path in run.iterdir())):
+    left = (f"{RECIPE}{PARTIAL}", WORDS, LOCK)  # by a run that was killed before it had a recipe
+    if run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
         raise SettingsError(f"{run} is not empty: choose a folder of its own for the run with --output=...")
+
+
+def check_unclaimed(run: Path) -> None:
+    """SettingsError where the folder holds a run already."""
+    if (run / RECIPE).exists():
+        raise SettingsError(f"{run} holds a run already: continue it with `zppo resume {run}`, or choose another folder with --output=...")
 
 
 MANIFEST = "manifest.json"
@@ -145,8 +157,7 @@ class Manifest(BaseModel):
 def make_manifest(folder: Path) -> str:
     """The manifest of all files in a folder, as JSON."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    with ThreadPoolExecutor(THREADS) as pool:
-        facts = dict(zip((p.relative_to(folder).as_posix() for p in paths), pool.map(_facts, paths), strict=True))
+    facts = dict(zip((p.relative_to(folder).as_posix() for p in paths), _side_by_side(_facts, paths), strict=True))
     return Manifest(files=facts).model_dump_json(indent=1)
 
 
@@ -168,9 +179,20 @@ def fault(folder: Path, needed: Iterable[str]) -> str | None:
     for name in needed:
         if name not in manifest.files:
             return f"{MANIFEST} does not name {name}"
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: _file_fault(folder, *item), manifest.files.items())
-        return next((f for f in found if f is not None), None)
+    found = _side_by_side(lambda item: _file_fault(folder, *item), manifest.files.items())
+    return next((f for f in found if f is not None), None)
+
+
+def _side_by_side(work: Callable[[Given], Result], items: Iterable[Given]) -> list[Result]:
+    """In threads; one after the other where none can be started: a run that ends for want of them is saved all the same."""
+    waiting = list(items)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(work, waiting))
+    except RuntimeError as error:
+        if not used_up(error):
+            raise
+    return [work(item) for item in waiting]
 
 
 def _facts(path: Path) -> FileFacts:

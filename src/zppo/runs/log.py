@@ -207,7 +207,7 @@ class SilentLog(RunLog):
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl or buffer.jsonl; empty where the file does not exist."""
-    return [record for _, record in _lines(path)] if path.exists() else []
+    return [record for _, record in _lines(path)] if path.is_file() else []
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: SIGTERM and Ctrl-C are granted where nothing is lost."""
+"""Stopping a run from outside: SIGTERM, SIGHUP and Ctrl-C are granted where nothing is lost."""
 
 from __future__ import annotations
 
@@ -80,9 +80,10 @@ class Stop:
 
 @contextmanager
 def catch_signals(stop: Stop) -> Iterator[None]:
-    """SIGTERM and Ctrl-C become requests to `stop`; a second Ctrl-C ends the process at once, with exit status 130.
+    """SIGTERM, SIGHUP and Ctrl-C become requests to `stop`; a second Ctrl-C ends the process at once, with exit status 130.
 
-    Only in the main thread; elsewhere nothing is caught. The handlers that were there before come back at the end.
+    SIGHUP stays ignored where it was (`nohup`). Only in the main thread; elsewhere nothing is caught. The handlers that were there before
+    come back at the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -103,7 +104,10 @@ def catch_signals(stop: Stop) -> Iterator[None]:
             _say(f"\n{signal.Signals(signum).name}: stopping as soon as nothing is lost by it{again}\n")
             stop.check()  # not for a repeated one: it would end what saves the run
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    caught = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, handle) for signum in caught}
     try:
         yield
     finally:

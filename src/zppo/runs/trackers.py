@@ -80,10 +80,9 @@ class Trackers:
 
     def log(self, step: int, event: str, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl: its numbers under flattened names, those of evaluations behind `eval/` and `final/`."""
-        numbers = dict(flatten(values, "" if event == "step" else f"{event}/"))
         for name, tracker in list(self._live.items()):
             try:
-                tracker.log(numbers, step=step)
+                tracker.log(dict(flatten(values, "" if event == "step" else f"{event}/")), step=step)
                 self._failures[name] = 0
             except (Exception, SystemExit) as error:
                 self._failures[name] = count = self._failures.get(name, 0) + 1

@@ -45,6 +45,10 @@ class OversizedError(Exception):
     """A reply is longer than anything that was asked for."""
 
 
+class RedirectError(Exception):
+    """A server sends a request on to another origin."""
+
+
 @dataclass(eq=False)
 class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
     """Why one attempt gave no reply.
@@ -57,6 +61,7 @@ class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
         wait: seconds that the server asked for.
         status: of HTTP, None where there was no answer.
         oversized: the reply was too long.
+        moved: it sends requests on to another origin.
     """
 
     reason: str
@@ -66,6 +71,7 @@ class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
     wait: float = 0.0
     status: int | None = None
     oversized: bool = False
+    moved: bool = False
 
     def __str__(self) -> str:
         return self.reason
@@ -149,6 +155,28 @@ async def _bound(response: Any) -> None:
     response.stream = _Bounded(response.stream, _limit.get())
 
 
+async def within_origin(response: Any) -> None:
+    """A hook that runs before a redirect is followed: prompts, images and the key go to the origin that a person has named, nowhere else.
+
+    Raises:
+        RedirectError: the redirect leaves it; the message names both.
+    """
+    if response.has_redirect_location:
+        here = response.request.url
+        there = here.join(response.headers["location"])
+        if _origin(there) != _origin(here):
+            raise RedirectError(f"{_shown(here)} sends requests on to {_shown(there)}, and zppo follows to no other origin")
+
+
+def _origin(url: Any) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _shown(url: Any) -> str:
+    """Scheme, host, port and path: what else a server puts there is no business of a message."""
+    return str(url.copy_with(username=None, password=None, query=None, fragment=None))
+
+
 class Wire:
     """The client of one address. Its methods raise nothing but `Trouble` (and cancellation)."""
 
@@ -171,7 +199,7 @@ class Wire:
             timeout=openai.Timeout(deadline, connect=min(CONNECT_SECONDS, deadline)),
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"response": [_bound]},
+                event_hooks={"response": [_bound, within_origin]},
                 limits=httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections),
             ),
         )
@@ -231,6 +259,8 @@ class Wire:
         if isinstance(error, OversizedError) or isinstance(cause, OversizedError):
             reason = f"{self.url}: the reply is compressed or longer than {limit:,} bytes"
             return Trouble(reason, again=False, oversized=True)
+        if moved := next((e for e in (error, cause) if isinstance(e, RedirectError)), None):
+            return Trouble(f"{self.url}: {self._scrub.words(moved)}", again=False, elsewhere=True, moved=True)
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         if isinstance(error, openai.APIConnectionError):
@@ -315,6 +345,8 @@ LONGEST_WAIT = 30.0
 LONGEST_REST = 300.0
 FAULTS = 6  # faulty answers to one request, while others are served, after which it is given up
 PING_SECONDS = 30.0
+LOOK_SECONDS = 1.0  # that a call waits for a ping, where the teacher is down
+PROBATION_SECONDS = 10.0  # of failures, after which one that was down and answers pings alone counts as down again
 SILENCE_SECONDS = 10.0  # without any success, after which it is said that requests are tried again
 
 
@@ -396,8 +428,8 @@ class Servers:
     """Sends requests to the best address and tries again while that may help.
 
     The teacher counts as down when nothing has succeeded for `retry_for` seconds of trying. Requests that wait their turn are given up
-    then, so that a dead teacher costs a step that time once, not once per request; afterwards it is pinged before anything is sent.
-    Used from one event loop.
+    then, so that a dead teacher costs a step that time once, not once per request. From then on it rests until a ping succeeds: pings go
+    out in the background, with rests between them, and only the call that begins to look waits, a second at most. Used from one event loop.
     """
 
     def __init__(self, wires: Sequence[Wire], retry_for: float, tell: Callable[[str], None] = lambda text: None) -> None:
@@ -408,6 +440,8 @@ class Servers:
         self._served = time.monotonic()  # the last success
         self._failing_since: float | None = None  # no success since then
         self._reason = ""  # of the last failure
+        self._looking: asyncio.Task[None] | None = None  # whether it is back
+        self._probation = False  # it was down, and has answered nothing but pings since
         self._waiting = 0
         self._waiting_since = 0.0
 
@@ -442,16 +476,47 @@ class Servers:
         raise list(refused.values())[-1]
 
     async def still_down(self, body: Mapping[str, Any], limit: int) -> str:
-        """Why the teacher is down; "" where it is not. One that was down is asked whether it is back, with `body`."""
+        """Why the teacher is down; "" where it is not. While it is, it is pinged with `body`."""
         if self._left(time.monotonic()) > 0:
             return ""
-        started = time.monotonic()
-        pings = (a.wire.chat(body, limit, PING_SECONDS) for a in self.addresses)
-        results = await asyncio.gather(*pings, return_exceptions=True)
-        for address, result in zip(self.addresses, results, strict=True):
-            if not isinstance(result, Trouble) or not result.again:
-                self._succeeded(address, started)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._until_back(body, limit))
+            await asyncio.wait({self._looking}, timeout=LOOK_SECONDS)
         return self._down_words() if self._failing_since is not None else ""
+
+    async def _until_back(self, body: Mapping[str, Any], limit: int) -> None:
+        """Pings all addresses until one is there; the rests between grow, and last at least as long as a ping takes to fail.
+
+        Where nothing is there that could answer, and that shows at once, a ping costs nothing: the next call looks again.
+        """
+        times = 0
+        while self._failing_since is not None:
+            started, troubles, times = time.monotonic(), list[Trouble](), times + 1
+            pings = [asyncio.create_task(self._ping(address, body, limit)) for address in self.addresses]
+            for ping in asyncio.as_completed(pings):
+                trouble = await ping
+                if trouble is None:
+                    for other in pings:
+                        other.cancel()
+                    return
+                troubles.append(trouble)
+            took = time.monotonic() - started
+            if took < LOOK_SECONDS and all(trouble.status is None and not trouble.fault for trouble in troubles):
+                return
+            asked = min(trouble.wait for trouble in troubles)
+            await asyncio.sleep(max(backoff(times), min(max(took, asked), LONGEST_REST)))
+
+    async def _ping(self, address: Address, body: Mapping[str, Any], limit: int) -> Trouble | None:
+        """Why an address is not back."""
+        started = time.monotonic()
+        try:
+            await address.wire.chat(body, limit, PING_SECONDS)
+        except Trouble as trouble:
+            if trouble.again:
+                return trouble
+        self._succeeded(address, started)
+        self._probation = True
+        return None
 
     async def wait(self, seconds: float) -> None:
         """Sleeps, and counts it."""
@@ -506,14 +571,15 @@ class Servers:
 
     def _succeeded(self, address: Address, started: float) -> None:
         address.served(started)
-        self._served, self._failing_since = time.monotonic(), None
+        self._served, self._failing_since, self._probation = time.monotonic(), None, False
         if self._told:
             self._told = False
             self._tell(f"{address.wire.url} replies again")
 
     def _left(self, now: float) -> float:
         """Seconds until the teacher counts as down."""
-        return self._retry_for - (now - self._failing_since) if self._failing_since is not None else float("inf")
+        patience = min(self._retry_for, PROBATION_SECONDS) if self._probation else self._retry_for
+        return patience - (now - self._failing_since) if self._failing_since is not None else float("inf")
 
     def _raise_if_down(self) -> None:
         if self._left(time.monotonic()) <= 0:

@@ -144,6 +144,10 @@ async def _limit_refused(wire: Wire, whole: Mapping[str, Any]) -> Trouble | None
 
 async def _refusal(wire: Wire, trouble: Trouble, model: str, use: str, names: Names, key_given: bool) -> TeacherError:
     """What to change."""
+    if trouble.moved:
+        return TeacherError(
+            f"{names.section}.base_urls: {trouble.reason}. If that is where it lives, write that address into {names.section}.base_urls"
+        )
     if trouble.status in (401, 403):
         variable = names.key_env or "(none)"
         state = "holds a key that it refuses" if key_given else "is not set"

@@ -168,7 +168,7 @@ def make_learner(
     prepared = weights.prepare(model, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
     if start:
-        checkpoint.load_optimizer(start, weights.state_of(optimizer))
+        checkpoint.load_optimizer(start, weights.state_of(optimizer), [p for p in prepared.parameters() if p.requires_grad])
     forward = replace(make_forward(settings, model, chat), model=prepared)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)

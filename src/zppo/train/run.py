@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
@@ -22,15 +24,16 @@ from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import read_launch
-from zppo.distributed.parallel import make_accelerator, make_weights
-from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError
+from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
+from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
 from zppo.runs.display import Progress, warn
-from zppo.runs.files import RECIPE, check_output, write_whole, writing
+from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
+from zppo.runs.lock import locked
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
 from zppo.step_log import StepLog
@@ -39,7 +42,8 @@ from zppo.train.finish import FINAL, finish
 from zppo.train.health_checks import HealthChecks
 from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, as_placed
-from zppo.train.provenance import changes_since, check_student
+from zppo.train.provenance import changes_since, check_student, keep_words
+from zppo.train.trainer import total_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ class TrainingLoop:
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
+        self._unshown = False  # that something could not be shown has been said
         self._saved: tuple[int, int | None] | None = None  # steps and updates of the next one that are in that checkpoint
 
     def run(self) -> None:
@@ -156,7 +161,8 @@ class TrainingLoop:
         except UpdateStopped as stopped:
             with self.stop.ignored():
                 if stopped.mid_step and self._saved != (trainer.done, stopped.partial.done):
-                    self._show_warnings(stopped.mid_step.log)
+                    with self._harmless():
+                        self._show_warnings(stopped.mid_step.log)
                     self._save(trainer.state_dict(), stopped.mid_step)
             raise stopped.cause or Interrupted(self.stop.signum or signal.SIGTERM) from None
 
@@ -168,17 +174,32 @@ class TrainingLoop:
             return
         trainer.student.renderer.chat.forget_images()
         result, log = trainer.evaluate()
-        with self.stop.shield():
+        with self.stop.shield(), self._harmless():
             self.progress.evaluation(trainer.done, result)
             self._show_warnings(log)
             self._advise(asdict(result))
 
     def _show(self, log: StepLog) -> None:
-        self._show_warnings(log)
-        if error := log.errors.get("teacher"):
-            self.progress.warning(f"step {log.step}: the teacher could not serve every request: {error}")
-        self._advise(log.metrics, log.example)
-        self.progress.step(log.step, log.metrics, self.trainer.totals)
+        with self._harmless():
+            self._show_warnings(log)
+            if error := log.errors.get("teacher"):
+                self.progress.warning(f"step {log.step}: the teacher could not serve every request: {error}")
+            self._advise(log.metrics, log.example)
+        with self._harmless():
+            self.progress.step(log.step, log.metrics, self.trainer.totals)
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """An error while something is shown is said once; the run is worth more than its display."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if not self._unshown:
+                self._unshown = True
+                with suppress(Exception, SystemExit):
+                    self.progress.warning(
+                        f"what step {self.trainer.done} did could not be shown ({type(error).__name__}: {error}); the run goes on"
+                    )
 
     def _show_warnings(self, log: StepLog) -> None:
         """What a person should know about the grading of a step or an evaluation."""
@@ -233,7 +254,7 @@ def rescue(run: Path, loop: TrainingLoop, error: BaseException, console: Console
     except Exception as failed:
         if isinstance(error, KeyboardInterrupt) and isinstance(failed, StorageError):
             raise failed from error
-        say(f"the run after step {loop.trainer.done} could not be saved: {failed}")
+        say(f"the run after step {loop.trainer.done} could not be saved: {one_line(failed)}")
     if not isinstance(error, KeyboardInterrupt):
         say(resume_hint(run))
 
@@ -276,10 +297,19 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
         raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
-    if (run / FINAL / "README.md").exists():
+    if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
         return run
     return _run(settings, run, console, stop or Stop(), resumed=True)
+
+
+def _has_more_steps(settings: Settings, run: Path) -> bool:
+    """Whether the recipe of a finished run asks for more steps than its newest checkpoint has; it is trained on from there."""
+    for folder in reversed(checkpoint.existing(run)):
+        with suppress(CheckpointError, KeyError, TypeError, ValueError):  # the one before is used then
+            state = checkpoint.load_state(folder)
+            return total_steps(settings, int(state["origin"]["questions"]["count"])) > int(state["step"])
+    return False
 
 
 def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed: bool) -> Path:
@@ -287,48 +317,18 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     try:
-        # Processes first: only the first of them prints, writes, and decides where to start.
-        launch = read_launch()
-        accelerator = make_accelerator(settings, launch)
-        weights = make_weights(settings, accelerator, launch, stop)
-        processes = weights.processes
-        run = processes.gather(run)[0]  # its name has the time in it
-        settings = settings.model_copy(update={"output": run})
-        if not processes.main:
-            console = Console(quiet=True, force_terminal=False)
-        names = settings.train.trackers if processes.main else ()
-        trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
-        trackers.check()
-        start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
-        # Everything is loaded and checked before the run folder is made, or changed.
-        data = read_data(settings, sharded=weights.sharded, warn=partial(warn, console))
-        with (
-            rule_grading(settings) as rule,
-            load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,
-            tracking(trackers),
-        ):
-            folder = start.folder if start else None
-            parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, console)
-            loop = TrainingLoop(settings, parts, console)
-            if start:
-                start.load(loop, parts.origin, console)
-            # From here on the folder is a run that can be resumed.
-            with stop.shield():
-                _open(settings, run, loop, trackers, console, resumed=resumed)
-                if processes.size > 1:
-                    console.print(f"{processes.size} processes, {weights.kind}")
-            console.print("accuracies of rollouts are running means over about ten steps", style="dim")
-            with processes.uninterrupted():
-                try:
-                    loop.run()
-                    if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
-                        loop.save_last_step(together=True)
-                        loop.trainer.boundary = None
-                    finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
-                except BaseException as error:
-                    rescue(run, loop, error, console)  # before anything else is closed: there may be little time
-                    raise
-        processes.wait()
+        with ExitStack() as held:
+            # Processes first: only the first of them prints, writes, and decides where to start.
+            launch = read_launch()
+            accelerator = make_accelerator(settings, launch)
+            weights = make_weights(settings, accelerator, launch, stop)
+            run = weights.processes.gather(run)[0]  # its name has the time in it
+            settings = settings.model_copy(update={"output": run})
+            if not weights.processes.main:
+                console = Console(quiet=True, force_terminal=False)
+            elif resumed:
+                held.enter_context(locked(run, partial(warn, console)))
+            _go(settings, run, console, accelerator, weights, held, resumed=resumed)
         accelerator.end_training()
         return run
     except StorageError as error:
@@ -340,7 +340,49 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         raise
 
 
-def _open(settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers, console: Console, *, resumed: bool) -> None:
+def _go(
+    settings: Settings, run: Path, console: Console, accelerator: Accelerator, weights: ReplicatedWeights, held: ExitStack, *, resumed: bool
+) -> None:
+    """The run from its data to its end; a new one takes the lock of its folder into `held` when it makes it."""
+    processes = weights.processes
+    names = settings.train.trackers if processes.main else ()
+    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
+    trackers.check()
+    start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
+    # Everything is loaded and checked before the run folder is made, or changed.
+    data = read_data(settings, sharded=weights.sharded, warn=partial(warn, console))
+    with (
+        rule_grading(settings) as rule,
+        load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,
+        tracking(trackers),
+    ):
+        folder = start.folder if start else None
+        parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, console)
+        loop = TrainingLoop(settings, parts, console)
+        if start:
+            start.load(loop, parts.origin, console)
+        # From here on the folder is a run that can be resumed.
+        with processes.stop.shield():
+            _open(settings, run, loop, trackers, console, held, resumed=resumed)
+            if processes.size > 1:
+                console.print(f"{processes.size} processes, {weights.kind}")
+        console.print("accuracies of rollouts are running means over about ten steps", style="dim")
+        with processes.uninterrupted():
+            try:
+                loop.run()
+                if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
+                    loop.save_last_step(together=True)
+                    loop.trainer.boundary = None
+                finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+            except BaseException as error:
+                rescue(run, loop, error, console)  # before anything else is closed: there may be little time
+                raise
+    processes.wait()
+
+
+def _open(
+    settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers, console: Console, held: ExitStack, *, resumed: bool
+) -> None:
     """Make the run folder, or take back what was written after the checkpoint."""
     trainer = loop.trainer
     if resumed:
@@ -354,7 +396,9 @@ def _open(settings: Settings, run: Path, loop: TrainingLoop, trackers: Trackers,
         if trainer.processes.main:
             with writing(run):
                 run.mkdir(parents=True, exist_ok=True)
-            write_whole(run / RECIPE, dump_recipe(settings))  # before all else: what has a recipe can be resumed
+            held.enter_context(locked(run, partial(warn, console)))
+            check_unclaimed(run)  # another one may have begun there while the models were loaded
+            write_whole(run / RECIPE, dump_recipe(keep_words(settings, run)))  # before all else: what has a recipe can be resumed
         trainer.run_log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
     if trackers.names:

@@ -144,8 +144,9 @@ class Trainer:
             self._check_same(log.step, [*rollouts.plain, *rollouts.reformulated])
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
             changes = self._update_buffer(rollouts.plain, log.step)  # line 19
-            self._record(rollouts, updated, changes, log)
             self.done = log.step
+            self.boundary = self.snapshot()  # the weights are those of this step, whatever becomes of its report
+            self._record(rollouts, updated, changes, log)
             self.boundary = self.snapshot()
         return log
 
@@ -191,6 +192,7 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after a checkpoint."""
         self.buffer.load_state_dict(state["buffer"])
+        self.buffer.seed = self.settings.seed  # the recipe may have been edited
         removed = "teacher_unused_tokens"  # checkpoints of earlier versions have it
         self.totals = Totals(**{name: value for name, value in state["totals"].items() if name != removed})
         self.learner.load_state_dict(state["learner"])
