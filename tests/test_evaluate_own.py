@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,22 @@ def test_python_alone_may_be_a_benchmark(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SettingsError, match="'my_sums' has no 'gone'"):
         suite("my_sums:gone")
     sys.modules.pop("my_sums", None)
+
+
+def test_no_code_imports_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{ADAPTER}")
+    path = bench(tmp_path, "source: rows.jsonl\nadapter: adapter.py:adapt\n")
+    for suite_of in (str(path), f"{tmp_path / 'adapter.py'}:sums"):
+        assert cli.main(["eval", "m", "--suite", suite_of, "--dry-run", "--no-code"]) == 2
+        assert "and --no-code imports none" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "ran").exists()
+    harmless = bench(tmp_path, "source: rows.jsonl\nkind: number\n", name="harmless")
+    assert cli.main(["eval", "m", "--suite", str(harmless), "--dry-run", "--no-code"]) == 0
+
+
+def test_a_pipe_is_no_benchmark(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(SettingsError, match="it is a pipe or a device"):
+        suite(str(tmp_path / "pipe.yaml"))
 
 
 def test_a_dry_run_counts_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,6 +315,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="rows with a malformed verdict or a broken clip stay open (default: they count as 0)"
     )
     parser.add_argument("--dry-run", action="store_true", help="what would be asked and what it would cost; asks nothing")
+    parser.add_argument(
+        "--no-code", dest="code", action="store_false", help="end with an error where a benchmark of one's own is or names Python"
+    )
     parser.add_argument("--resamples", type=int, default=10_000, help="of compare and table (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of these resamples (default: 0)")
     table = parser.add_argument_group("of table")

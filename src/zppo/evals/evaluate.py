@@ -81,7 +81,7 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
         ZPPOError: what reading data, loading a checkpoint or writing says.
     """
     console = console or Console()
-    chosen = suite(options.suite)
+    chosen = suite(options.suite, options.code)
     for benchmark in chosen:
         if benchmark.code:
             say(console, f"{benchmark.name} runs code of your own: {benchmark.code}", "yellow")

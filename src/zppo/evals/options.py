@@ -72,6 +72,7 @@ class EvalOptions:
     think_open: bool = False
     strict: bool = False
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    code: bool = True
     dry_run: bool = False
 
     @property

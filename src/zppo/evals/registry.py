@@ -279,15 +279,16 @@ def find(name: str) -> Benchmark:
     return known[name.lower()]
 
 
-def suite(names: str | Iterable[str]) -> tuple[Benchmark, ...]:
+def suite(names: str | Iterable[str], code: bool = True) -> tuple[Benchmark, ...]:
     """The benchmarks of a suite, each once, in the registry's order, then those of the user's own.
 
     Args:
         names: names of benchmarks, a family (`vlm`, `llm`, `video`), `paper` for all, or a benchmark of one's own
             (`zppo.evals.adapters.own`); a text may join several with commas.
+        code: Python of the user's own may be imported.
 
     Raises:
-        SettingsError: a name that is none of these, two benchmarks of one name, or no name at all.
+        SettingsError: a name that is none of these, two benchmarks of one name, code where none is wanted, or no name at all.
         DataError: what a benchmark of one's own says of its rows.
     """
     parts = names.split(",") if isinstance(names, str) else list(names)
@@ -299,7 +300,7 @@ def suite(names: str | Iterable[str]) -> tuple[Benchmark, ...]:
         elif part.lower() in FAMILIES:
             chosen |= {benchmark.name for benchmark in BENCHMARKS if benchmark.family == part.lower()}
         elif is_own(part):
-            made = own_benchmark(part)
+            made = own_benchmark(part, code)
             if made.name.lower() in (PAPER, *FAMILIES, *own, *(benchmark.name.lower() for benchmark in BENCHMARKS)):
                 raise SettingsError(f"{part}: another benchmark or suite is called {made.name!r}; give it another name")
             own[made.name.lower()] = made

@@ -33,7 +33,7 @@ from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Kind
 from zppo.grading.golds import bare_items
 from zppo.grading.text import normalise
-from zppo.names import load_object
+from zppo.names import load_object, readable
 
 YAML_ENDINGS = (".yaml", ".yml")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
@@ -86,18 +86,19 @@ def is_own(name: str) -> bool:
     return name.lower().endswith(YAML_ENDINGS) or ":" in name
 
 
-def own_benchmark(name: str) -> Benchmark:
+def own_benchmark(name: str, code: bool = True) -> Benchmark:
     """The benchmark of a YAML file or of an import path. Its first rows are looked at, where they are on this machine.
 
     Args:
         name: `my-bench.yaml`; `package.module:object` or `file.py:object`, a `Benchmark` or a function without arguments that gives one, or
             that gives items.
+        code: Python of the user's own may be imported.
 
     Raises:
-        SettingsError: the file is missing or wrong, or the object is none of these.
+        SettingsError: the file is missing or wrong, the object is none of these, or there is code and none is wanted.
         DataError: there are no rows, or the first ones are no questions.
     """
-    benchmark = _from_file(Path(name).expanduser()) if name.lower().endswith(YAML_ENDINGS) else _from_object(name)
+    benchmark = _from_file(Path(name).expanduser(), code) if name.lower().endswith(YAML_ENDINGS) else _from_object(name, code)
     if not _NAME.fullmatch(benchmark.name):
         raise SettingsError(f"{name}: the name {benchmark.name!r} is none that files can have; write letters, digits, -, _ and . alone")
     if benchmark.reader is not None:
@@ -130,7 +131,7 @@ class _Own:
     rows: Path | None
 
 
-def _from_file(path: Path) -> Benchmark:
+def _from_file(path: Path, code_too: bool) -> Benchmark:
     text, settings = _read(path)
     local, hub = _source(path, settings.source)
     own = _Own(settings, settings.name or path.stem, local)
@@ -140,6 +141,7 @@ def _from_file(path: Path) -> Benchmark:
         adapter = partial(_item, own, RowImages())
     else:
         spec = _beside(path, settings.adapter)
+        _check_code(path, spec, code_too)
         adapter = partial(_by_function, spec, load_object(spec, "adapter", SettingsError))
         code, written = _code(spec)
         parts.append(written)
@@ -151,7 +153,7 @@ def _from_file(path: Path) -> Benchmark:
 
 def _read(path: Path) -> tuple[str, OwnSettings]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = readable(path).read_text(encoding="utf-8-sig")
         data = parse_yaml(text)
     except FileNotFoundError as error:
         raise SettingsError(f"--suite: there is no file {path} (working directory {Path.cwd()}); name the YAML of a benchmark") from error
@@ -323,7 +325,13 @@ def _by_function(spec: str, function: Callable[[DatasetRow], object], row: Datas
     return tuple(replace(item, benchmark=row.benchmark) for item in items)
 
 
-def _from_object(spec: str) -> Benchmark:
+def _check_code(source: str | Path, spec: str, code_too: bool) -> None:
+    if not code_too:
+        raise SettingsError(f"{source} is or names code ({spec}), and --no-code imports none: read it and leave --no-code out")
+
+
+def _from_object(spec: str, code_too: bool) -> Benchmark:
+    _check_code(spec, spec, code_too)
     found = load_object(spec, "benchmark", SettingsError, call=False)
     code, written = _code(spec)
     made = found
