@@ -917,6 +917,12 @@ def _(w: World) -> None:
     w.command = ["eval", str(w.student), "--suite", "MMLUX"]
 
 
+@case("a benchmark of one's own that does not say what it asks")
+def _(w: World) -> None:
+    (w.folder / "my-bench.yaml").write_text("source: rows.jsonl\n")
+    w.command = ["eval", str(w.student), "--suite", f"AIME25,{w.folder / 'my-bench.yaml'}"]
+
+
 @case("an evaluation without a judge")
 def _(w: World) -> None:
     w.command = ["eval", str(w.student)]
@@ -930,6 +936,16 @@ def _(w: World) -> None:
 @case("an evaluation of no checkpoint")
 def _(w: World) -> None:
     w.command = ["eval", str(w.folder / "none"), "--judge", "http://127.0.0.1:9/v1", "--output", str(w.output)]
+
+
+@case("clips of no benchmark")
+def _(w: World) -> None:
+    w.command = ["eval", "fetch", "--clips", str(w.output)]
+
+
+@case("a table of what is no evaluation")
+def _(w: World) -> None:
+    w.command = ["eval", "table", str(w.student)]
 
 
 @case("a comparison of one evaluation")

@@ -1,4 +1,4 @@
-"""A scripted OpenAI-compatible server in a thread: it keeps every request, and answers what a function says."""
+"""A scripted OpenAI-compatible server in a thread: it keeps every request, and answers what a function says; calls of `zppo eval`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Reply = str | dict[str, Any] | int
@@ -99,3 +100,47 @@ def scripted(reply: Callable[[dict[str, Any]], Reply], model: str = "scripted", 
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def right(body: dict[str, Any]) -> Reply:
+    """A model that thinks, then answers A."""
+    return r"<think>hm</think> \boxed{A}"
+
+
+def fair(body: dict[str, Any]) -> Reply:
+    """A judge that says in every protocol's form that it is right."""
+    asked = said(body)
+    if '"score"' in asked:
+        return '{"score": 0.5}'
+    return '{"verdict": "yes"}' if '"yes"' in asked else '{"verdict": "correct"}'
+
+
+def write_clip(path: Path) -> None:
+    """A second of grey that brightens."""
+    import av
+    import numpy
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(numpy.full((48, 64, 3), number * 4, numpy.uint8), format="rgb24")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def command(model: str, judge: Scripted | str, data: Path, out: Path, suite: str, *more: str) -> list[str]:
+    address = judge if isinstance(judge, str) else judge.url
+    arguments = ["eval", model, "--suite", suite, "--judge", address, "--data", str(data), "--output", str(out)]
+    return [*arguments, "--concurrency", "4", *more]
+
+
+def results(out: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((out / "eval.json").read_text())
+    return state
+
+
+def rows(out: Path, benchmark: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "eval" / "rows" / f"{benchmark}.jsonl").read_text().splitlines()]

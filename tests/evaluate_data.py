@@ -26,7 +26,7 @@ GOLDEN = ROWS / "golden"
 DOCS = Path(__file__).parents[1] / "docs" / "evaluation.md"
 MARK = "<!-- made by `python tests/evaluate_data.py` -->"
 _COLOURS = {"red": (40, 40), "green": (48, 40), "blue": (40, 56), "wide": (120, 40)}
-_CLIPS = ("videos/Art/0.mp4", "ZS9XR.mp4", "fFjv93ACGo8.mp4")
+_CLIPS = ("videos/Art/0.mp4", "star/Charades_v1_480/ZS9XR.mp4", "data/fFjv93ACGo8.mp4")  # where the sets have them
 
 
 def write_data(folder: Path) -> Path:
@@ -93,10 +93,11 @@ def with_table(text: str) -> str:
         splits = source.splits[0] if len(source.splits) == 1 else f"{len(source.splits)} splits"
         where += f", {', '.join(part for part in (parts, splits) if part)}"
         where += f", at `{source.revision[:8]}`" if source.revision else ""
-        where += "".join(f", else {copy.id}" for copy in each.also)
+        others = [f"split {copy.splits[0]}" if copy.id == source.id else copy.id for copy in each.also]
+        where += "".join(f", else {other}" for other in others)
         where += ", gated" if each.gated else ""
         where += f", {each.licence}" if each.licence else ""
-        judge = "shared" if each.judge == "judge" else each.judge.removeprefix("eval_")
+        judge = "none" if not each.judged else "shared" if each.judge == "judge" else each.judge.removeprefix("eval_")
         count = f"{each.rows:,}" if each.rows else "?"
         lines.append(f"| {each.name} | {each.title} | {where} | {count} | {judge} | {each.differs} | {each.unverified} |")
     return text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines) + "\n"

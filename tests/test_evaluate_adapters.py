@@ -15,7 +15,7 @@ from evaluate_data import DOCS, GOLDEN, golden, items, rows, with_table, write_d
 from zppo.core.types import IMAGE
 from zppo.errors import DataError, SettingsError
 from zppo.evals.adapters.choice import LETTERS, ask_about, bare_options, numbered_images, with_options
-from zppo.evals.adapters.maths import split_options
+from zppo.evals.adapters.maths import listed_options, option_letters, split_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.adapters.video import subtitle_text
 from zppo.evals.benchmark import Benchmark
@@ -32,7 +32,7 @@ KINDS = {
     "ocr": ["OCREN", "OCRZH"],
     "graded": ["MM-Vet"],
     "criterion": ["MultiCh"],
-    "judged": ["CharXiv", "HLE"],
+    "judged": ["CharXiv", "HLE", "MMVU"],
 }
 # What says how to reason or how to write an answer down; no question of the made-up rows needs any of it.
 DIRECTIVE = re.compile(
@@ -74,7 +74,7 @@ def test_items_are_whole(benchmark: Benchmark) -> None:
         assert bool(item.frames) + (item.video is not None) == (benchmark.family == "video")
         assert benchmark.family != "vlm" or item.images
         if item.kind == "choice":
-            assert item.gold in LETTERS[: len(item.options)]
+            assert set(item.golds[0].split(", ")) <= set(LETTERS[: len(item.options)])
 
 
 @pytest.mark.parametrize(("kind", "names"), KINDS.items(), ids=KINDS)
@@ -120,6 +120,31 @@ def test_a_conversation_is_kept_and_only_its_end_gets_the_instruction() -> None:
     assert turns[:2] == item.messages[:2] and turns[2].content.startswith("How is the weather?\n\n")
 
 
+def test_a_conversation_is_read_in_both_shapes_of_a_sequence() -> None:
+    """`datasets` gives a sequence of {role, content} as one object of two lists."""
+    row = rows(find("MultiCh"))[0]
+    columns = row.data["conversation"]
+    turns = [{"role": role, "content": content} for role, content in zip(columns["role"], columns["content"], strict=True)]
+    (item,) = find("MultiCh").adapter(DatasetRow("MultiCh", 1, {**row.data, "conversation": turns}))
+    assert item == find("MultiCh").adapter(row)[0] and len(item.messages) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "gold", "asked_for"),
+    [
+        (4, "9.17", "The answer is a number with 2 decimals."), (4, "0.5", "The answer is a number with 1 decimal."),
+        (4, "12", "The answer is a whole number."), (3, "9.17", ""), (1, "94", ""),
+        (None, "9.17", "The answer is a number with 2 decimals."), (None, "ours", ""),
+    ],
+)  # fmt: skip
+def test_charxiv_names_the_decimals_that_its_judge_expects(kind: int | None, gold: str, asked_for: str) -> None:
+    """Of numbers that are worked out; one that stands in the chart is asked for as it stands."""
+    row = rows(find("CharXiv"))[1]
+    change = {"reasoning_a_type": kind, "reasoning_a": gold}
+    item = find("CharXiv").adapter(DatasetRow("CharXiv", 1, {**row.data, **change}))[0]
+    assert item.messages[0].content == f"{IMAGE}\n{row.data['reasoning_q']}" + (f"\n{asked_for}" if asked_for else "")
+
+
 COUNT = "Give the number of the following statements that are true: (1) x, (2) y."
 GRID = "<image1>\nSelect the letter from the given grid that completes the pattern."
 
@@ -131,11 +156,17 @@ GRID = "<image1>\nSelect the letter from the given grid that completes the patte
         ("How? Please answer the question directly with a single word or phrase.", "How?"),
         ("Touching? Answer with Yes/No.", "Touching?"),
         ("How many? Answer with a number in curly brackets, e.g., {5}.", "How many?"),
+        ("Count total squares. Answer with only the number in numerical format in curly brackets e.g. {3}.", "Count total squares."),
+        ("How many paths go from B to D? Answer with a number in curly brackets e.g. {3}", "How many paths go from B to D?"),
+        ("Which letter is it? Please provide your answer in curly brackets, e.g. {a}", "Which letter is it?"),
         ("Find x. Put your final answer within \\boxed{}.", "Find x."),
         ("Find x.\nLet's think step by step.", "Find x."),
         ("Hint: Please answer the question and provide the final value, e.g., 1, 2.5, at the end.\nHow many?", "How many?"),
         ("Do not generate any intermediate reasoning process. Who is it?", "Who is it?"),
         ("Which?\nThe best answer is:", "Which?"),
+        ("Find x. According to the question shown in the image, please directly answer the question, e.g., 1, 2.5.", "Find x."),
+        ("Find x. Based on the problem in the figure, please first conduct reasoning, and then answer the question at the end.", "Find x."),
+        ("According to the question shown in the image, who won?",) * 2,
         ("求面积。请一步一步推理。", "求面积。"),
         ("Which?\nSelect the letter of the correct answer from the given choices.", "Which?"),
         ("Which? Provide the option letter from the following options (A, B, C or D) directly.", "Which?"),
@@ -206,12 +237,54 @@ def test_options_are_written_one_way() -> None:
         ("Which?\nChoices:\nA:60\nB:70", "Which?", ("60", "70")),
         ("A. 3; B. 6; C. No correct answer", "", ("3", "6", "No correct answer")),
         ("Is it? choice: (A) Yes (B) No", "Is it?", ("Yes", "No")),
+        ("Which? choice:(A) A (B) the same", "Which?", ("A", "the same")),
         ("Plan A: go. Plan B: stay.", "Plan A: go. Plan B: stay.", ()),
         ("Which?\nA: 1\nC: 2", "Which?\nA: 1\nC: 2", ()),
     ],
 )
 def test_options_inside_a_text_are_found(text: str, head: str, options: tuple[str, ...]) -> None:
     assert split_options(text) == (head, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "letters", "options"),
+    [
+        ("A. ①; B．②; C．③; D. No correct answer", "ABCD", ("①", "②", "③", "No correct answer")),
+        ("A. ①; ③;B. ②; ③;C. ④", "ABC", ("①; ③", "②; ③", "④")),
+        ("A. 45° B. 60° ;C. 120°; D. none", "ABCD", ("45°", "60°", "120°", "none")),
+        ("A. North to ;C.  ;B. West to ;C.  ;C. West to B ;D. none", "ABCD", ("North to C.", "West to C.", "West to B", "none")),
+        ("A. Around ;O.;B. Around ;P.;C. No.; F. none", "ABCF", ("Around O.", "Around P.", "No.", "none")),
+        ("B. 1; A. 2", "", ()), ("A. 1", "", ()), ("three or six", "", ()),
+    ],
+)  # fmt: skip
+def test_a_list_of_options_is_read_as_real_ones_are_written(text: str, letters: str, options: tuple[str, ...]) -> None:
+    """We-Math: full-width stops, a missing `;`, a `;` inside a text, a letter left out."""
+    assert listed_options(text) == (letters, options)
+
+
+def test_a_letter_that_was_left_out_moves_the_right_answer() -> None:
+    row = rows(find("WeMath"))[0]
+    (item,) = find("WeMath").adapter(DatasetRow("WeMath", 1, {**row.data, "option": "A. 3; B. 6; F. none", "answer": "F"}))
+    assert (item.gold, item.options) == ("C", ("3", "6", "none")) and item.messages[0].content.endswith("\nC. none")
+    (item,) = find("WeMath").adapter(DatasetRow("WeMath", 1, {**row.data, "option": "A. ①; B．②", "answer": "B．②"}))
+    assert item.gold == "B"
+
+
+@pytest.mark.parametrize(
+    ("gold", "letters"),
+    [("B", "B"), ("(C)", "C"), ("C\nD", "C, D"), ("A and C", "A, C"), ("A, (B)", "A, B"), ("False", "B"), ("090^\\circ T", "A"), ("7", "7"),
+     ("AB", "AB"), ("", "")],
+)  # fmt: skip
+def test_a_right_answer_may_be_several_letters_or_the_text_of_an_option(gold: str, letters: str) -> None:
+    """MathVerse: six of its multi-choice problems."""
+    assert option_letters(gold, ("090^\\circ T", "False", "True", "x")) == letters
+
+
+def test_the_version_in_the_picture_is_asked_without_words_and_judged_with_them() -> None:
+    only = [item for item in items(find("MVerse")) if item.facts["version"] == "Vision Only"]
+    assert {asked(item).strip() for item in only} == {f"{IMAGE}\nAnswer the question that is shown in the image."}
+    assert [item.facts["shown"].split()[0] for item in only] == ["As", "True", "Find"]
+    assert only[1].options == ("False", "True") and only[1].gold == "A"
 
 
 def test_subtitles_are_what_is_said() -> None:
@@ -236,6 +309,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("AI2D", {"question": {"a": 1}}, "field 'question': is an object; a text is expected"),
     ("BabyV", {"ansType": "essay"}, "one of choice, blank is expected"),
     ("CharXiv", {"descriptive_q2": 20}, "field 'descriptive_q2': is 20; one of the questions 1 to 19"),
+    ("CharXiv", {"reasoning_a_type": 5}, "field 'reasoning_a_type': is 5; 1 to 4 is expected"),
+    ("MMVU", {"answer": "F"}, "the letter of one of the 5 options"),
     ("DynaM", {"_split": "", "id": "3"}, "field 'variant': missing"),
     ("MVista", {"question_type": "multi_choice", "choices": ["1", "2"]}, "is none of the choices"),
     ("MVista", {"precision": "one"}, "field 'precision': is 'one'; a whole number"),
@@ -243,6 +318,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("MMMUPro", {"image_2": None}, "field 'image_2': missing"),
     ("WeMath", {"option": "three or six"}, "no options A, B, ... can be made out"),
     ("MultiCh", {"conversation": [{"role": "user"}]}, "holds a turn"),
+    ("MultiCh", {"conversation": {"role": ["user"], "content": []}}, "an object of lists of one length, is expected"),
+    ("MultiCh", {"conversation": {"role": [], "content": []}}, "holds nothing"),
     ("MultiCh", {"pass_criteria": "MAYBE"}, "YES or NO is expected"),
     ("MultiCh", {"conversation": [{"role": "assistant", "content": "hi"}]}, "ends with a turn of the assistant"),
     ("MVBench", {"answer": "Slept."}, "is none of the candidates"),
@@ -309,6 +386,18 @@ def test_a_row_of_the_registry_says_what_it_knows(benchmark: Benchmark) -> None:
     for record in fixture:
         assert record.get("_config", benchmark.source.configs[0]) in benchmark.source.configs
         assert record.get("_split", benchmark.source.splits[0]) in benchmark.source.splits
+
+
+def test_what_cards_have_settled_is_no_open_question() -> None:
+    """Numbers of questions and licences as the cards of the sets have them; every other doubt stands with its row."""
+    settled = {
+        "DynaM": (501 * 10, "apache-2.0"), "AIME25": (30, "mit"), "AIME26": (30, "cc-by-nc-sa-4.0"), "BabyV": (388, "mit"),
+        "VBlind": (8016, "mit"), "MMVU": (1000, "cc-by-sa-4.0"), "OCREN": (7400, "mit"), "OCRZH": (2600, "mit"),
+    }  # fmt: skip
+    assert {name: (find(name).rows, find(name).licence) for name in settled} == settled
+    assert not any(find(name).unverified for name in ("AIME25", "AIME26", "BabyV"))
+    assert not any("column" in b.unverified or "field" in b.unverified for b in BENCHMARKS if b.name != "IMO-AB")
+    assert [s.splits[0] for s in (find("VisP").source, *find("VisP").also)] == ["train", "test"]
 
 
 def test_five_benchmarks_have_a_judge_of_their_own() -> None:

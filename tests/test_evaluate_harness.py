@@ -27,7 +27,7 @@ TEXT_OF_AN_OPTION = "the text of an option is as good as its letter"
 LETTER = "a letter counts in any case, alone or before its text"
 JUDGED = "what cannot be read goes to the judge"
 DRAWN = "the harness draws a letter at random where it finds none"
-SPELLING = "another spelling of the gold: a fraction, a unit, a percent sign, a word for a number"
+SPELLING = "another spelling of the gold: a fraction, a unit, a percent sign, a word for a number, what is equal to it"
 EXACT = "no rounding that the question does not ask for"
 SEVERAL = "several letters are no choice of one"
 THRESHOLD = "a similarity of exactly 0.5 is not above the threshold"
@@ -48,8 +48,8 @@ DIFFERENT: dict[tuple[str, str, str], tuple[float | None, str]] = {
     ("choice, MVBench", "B", "a rabbit"): (1.0, TEXT_OF_AN_OPTION),
     ("choice, MVBench", "B", "A or B"): (None, JUDGED),
     ("choice, MVBench", "B", "none of them"): (None, JUDGED),
-    ("number", "25", "m+n=25"): (None, JUDGED),
-    ("number", "70", "seventy"): (None, JUDGED),
+    ("number", "25", "m+n=25"): (1.0, SPELLING),
+    ("number", "70", "seventy"): (1.0, SPELLING),
     ("number", "70", "70 or 80"): (None, JUDGED),
     ("number", "12", "12\\%"): (1.0, SPELLING),
     ("number", "7", "\\frac{14}{2}"): (1.0, SPELLING),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from eval_server import write_clip
 from evaluate_data import write_data
 from report_runs import invented_run
 from zppo import cli
@@ -24,7 +26,18 @@ from zppo.evals.journal import Journal
 from zppo.evals.media import chat_turns, media_key, spread
 from zppo.evals.options import EvalOptions, fingerprint, settings_of
 from zppo.evals.registry import BENCHMARKS, find, judge_prompts
-from zppo.evals.results import EvalFolder, SampleResult, begin, default_output, families, finished, summary, with_benchmark, with_skipped
+from zppo.evals.results import (
+    EvalFolder,
+    SampleResult,
+    begin,
+    default_output,
+    families,
+    finished,
+    several_samples,
+    summary,
+    with_benchmark,
+    with_skipped,
+)
 from zppo.evals.view import ProgressDisplay, print_results
 from zppo.prompts import PromptBook
 from zppo.report.summary import Reader
@@ -71,16 +84,35 @@ def test_samples_of_a_question_are_one_value_in_the_standard_error() -> None:
 
 
 def test_open_rows_are_counted_and_never_wrong() -> None:
-    rows = [
-        row("a", 1, 1.0),
-        row("b", 1, None, finish="stop"),
-        row("c", 1, None),
-        row("d", 1, 0.0, reason="no answer", finish="max_tokens"),
-    ]
+    rows = [row("a", 1, 1.0), row("b", 1, None, finish="stop"), row("c", 1, None), row("d", 1, 0.0, boxless=True, finish="max_tokens")]
     part = summary(find("AIME25"), rows, 6)
     assert (part["value"], part["rows"], part["open"], part["judge_errors"]) == (0.5, 2, 4, 1)
     assert (part["no_answer"], part["truncated"]) == (1, 1)
     assert summary(find("AIME25"), [], 3)["value"] is None
+
+
+def test_both_figures_are_kept_with_the_judge_and_strictly_by_box() -> None:
+    """Of a question whose two samples the judge finds right one has no box."""
+    rows = [row("a", 1, 1.0, boxless=True), row("a", 2, 1.0), row("b", 1, 0.0, boxless=True), row("b", 2, 0.0)]
+    part = summary(find("MMLU"), rows, 4)
+    assert (part["value"], part["by_box"], part["by_box_error"], part["no_answer"]) == (0.5, 0.25, 0.25, 2)
+
+
+def test_several_samples_come_to_avg_pass_and_maj() -> None:
+    """Question a: 2 of 5 right, and each wrong answer alone; b: the wrong 7 has most votes; c: a tie; d: no answer at all."""
+    answers: dict[str, list[tuple[float, str | None]]] = {
+        "a": [(1, "0.5"), (1, "1/2"), (0, "3"), (0, "4"), (0, "5")],
+        "b": [(1, "2"), (0, "7"), (0, "\\text{7}"), (0, "8"), (1, "2.0")],
+        "c": [(1, "2"), (1, None), (0, "9"), (0, "9 "), (0, None)],
+        "d": [(0, None)] * 5,
+    }
+    rows = [row(id, n, float(value), answer=answer) for id, group in answers.items() for n, (value, answer) in enumerate(group, 1)]
+    at_k = summary(find("MMLU"), rows, 20, 5)["at_k"]
+    assert (at_k["k"], at_k["avg"], at_k["pass"], at_k["maj"]) == (5, pytest.approx(6 / 20), 0.75, (1 + 0.5 + 0.5 + 0) / 4)
+    assert at_k["avg_error"] == pytest.approx(0.1) and at_k["pass_error"] == pytest.approx(0.25)
+    assert summary(find("MMLU"), rows, 20)["at_k"] is None
+    assert several_samples(find("MM-Vet"), rows)["maj"] is None and several_samples(find("MM-Vet"), rows)["pass"] == 0.75
+    assert several_samples(find("MMLU"), [])["avg"] is None
 
 
 def test_rows_left_out_are_neither_wrong_nor_open() -> None:
@@ -98,14 +130,19 @@ def test_rows_left_out_are_neither_wrong_nor_open() -> None:
 
 def test_a_familys_mean_and_error_are_over_benchmarks_with_a_figure() -> None:
     parts = [
-        {"name": "A", "family": "vlm", "value": 0.2, "error": 0.03},
-        {"name": "B", "family": "vlm", "value": 0.4, "error": 0.04},
-        {"name": "C", "family": "vlm", "value": None, "error": None},
-        {"name": "D", "family": "llm", "value": 0.7, "error": None},
+        {"name": "A", "family": "vlm", "value": 0.2, "by_box": 0.1, "error": 0.03},
+        {"name": "B", "family": "vlm", "value": 0.4, "by_box": 0.3, "error": 0.04},
+        {"name": "C", "family": "vlm", "value": None, "by_box": None, "error": None},
+        {"name": "D", "family": "llm", "value": 0.7, "by_box": 0.7, "error": None},
     ]
     result = families(parts)
-    assert result["vlm"] == {"value": pytest.approx(0.3), "error": pytest.approx(0.025), "benchmarks": ["A", "B"]}
-    assert result["llm"] == {"value": 0.7, "error": None, "benchmarks": ["D"]}
+    assert result["vlm"] == {
+        "value": pytest.approx(0.3),
+        "by_box": pytest.approx(0.2),
+        "error": pytest.approx(0.025),
+        "benchmarks": ["A", "B"],
+    }
+    assert result["llm"] == {"value": 0.7, "by_box": 0.7, "error": None, "benchmarks": ["D"]}
 
 
 # --- questions as they are sent -----------------------------------------------------------------------------------------------
@@ -113,7 +150,7 @@ def test_a_familys_mean_and_error_are_over_benchmarks_with_a_figure() -> None:
 
 def test_frames_come_before_the_text_evenly_spaced_and_images_at_their_marks(tmp_path: Path) -> None:
     write_data(tmp_path)
-    assert spread(range(10), 3) == [1, 5, 8] and spread(range(2), 16) == [0, 1] and spread([], 4) == []
+    assert spread(range(10), 3) == [0, 4, 9] and spread(range(2), 16) == [0, 1] and spread([], 4) == [] and spread(range(3), 1) == [1]
     frames = tuple(tmp_path / "clips" / f"{i}.png" for i in range(3))
     item = Item("1", "VMME", (Message("user", "Where?"),), "A", "text", frames=frames)
     (turn,) = chat_turns(item, PromptBook(), store=tmp_path, as_file=False, frames=2)
@@ -122,12 +159,15 @@ def test_frames_come_before_the_text_evenly_spaced_and_images_at_their_marks(tmp
     (turn,) = chat_turns(pictured, PromptBook(), store=tmp_path, as_file=False, frames=2)
     assert [part.kind for part in turn.parts] == ["text", "image", "text"]
     assert turn.parts[1].value.startswith("data:image/png;base64,")
-    (tmp_path / "clip.mp4").write_bytes(b"whole")
+    write_clip(tmp_path / "clip.mp4")
     video = Item("3", "VMME", (Message("user", "Where?"),), "A", "text", video=tmp_path / "clip.mp4")
     (turn,) = chat_turns(video, PromptBook(), store=tmp_path, as_file=True, frames=2)
-    assert turn.parts[0].value == "data:video/mp4;base64,d2hvbGU="
-    with pytest.raises(DataError, match="cannot be decoded"):
-        chat_turns(video, PromptBook(), store=tmp_path, as_file=False, frames=2)
+    whole = base64.b64encode((tmp_path / "clip.mp4").read_bytes()).decode()
+    assert turn.parts[0].value == f"data:video/mp4;base64,{whole}"
+    (tmp_path / "clip.mp4").write_bytes(b"no clip")
+    for as_file in (True, False):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            chat_turns(video, PromptBook(), store=tmp_path, as_file=as_file, frames=2)
 
 
 def test_another_picture_under_the_same_name_is_another_question(tmp_path: Path) -> None:
@@ -143,7 +183,6 @@ def test_another_picture_under_the_same_name_is_another_question(tmp_path: Path)
 
 
 def test_pictures_are_sent_within_the_protocols_limits(tmp_path: Path) -> None:
-    import base64
     import io
 
     from PIL import Image
@@ -168,6 +207,8 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
     own = settings_of(options(), "m", "j", "frames")
     folder.write(begin(folder, "m", "m", own))
     assert begin(folder, "m", "m", own)["settings"]["model"] == "m"
+    closing = tmp_path / "closing.jinja"
+    closing.write_text("Say it in one word.")
     template = tmp_path / "judge.jinja"
     template.write_text("{{ question }}")
     others = [
@@ -177,11 +218,15 @@ def test_a_folder_takes_rows_of_one_protocol_alone(tmp_path: Path) -> None:
         settings_of(options(), "m", "j", "frames", "weights"),
         settings_of(options(max_tokens=7), "m", "j", "frames"),
         settings_of(options(frames=7), "m", "j", "frames"),
+        settings_of(options(vllm={"quantization": "fp8"}), "m", "j", "frames"),
         settings_of(options(think_open=True), "m", "j", "frames"),
+        settings_of(options(closing=closing), "m", "j", "frames"),
+        settings_of(options(template_args={"enable_thinking": True}), "m", "j", "frames"),
         settings_of(options(data=tmp_path), "m", "j", "frames"),
         settings_of(options(clips=tmp_path), "m", "j", "frames"),
         settings_of(options(judge_prompts={"eval_hle": template}), "m", "j", "frames"),
     ]
+    assert begin(folder, "m", "m", settings_of(options(vllm={"tensor_parallel_size": 2}), "m", "j", "frames"))
     for other in others:
         with pytest.raises(SettingsError, match="name another folder with --output"):
             begin(folder, "m", "m", other)
@@ -292,7 +337,7 @@ def test_the_closing_table_says_what_was_decided_by_whom_and_what_was_skipped(tm
     console = Console(record=True, width=150, force_terminal=False)
     print_results(console, EvalFolder(tmp_path).read() or {})
     text = shown(console)
-    assert "AI2D 50.0 16.7 10 10 0 0 0 0" in text and "mean of 2 llm 30.0" in text and "skipped HLE: it is gated" in text
+    assert "AI2D 50.0 16.7 50.0 10 10 0 0 0 0" in text and "mean of 2 llm 30.0" in text and "skipped HLE: it is gated" in text
     assert text.startswith("m, judged by j benchmark score")
 
 
@@ -419,6 +464,7 @@ def test_an_estimate_grows_with_what_is_asked() -> None:
     plain = estimate.estimate_benchmark(aime, options())
     assert (plain.rows, plain.tokens_out) == (30, 30 * estimate.ANSWER_TOKENS)
     assert estimate.estimate_benchmark(aime, options(samples=4)).tokens_out == 4 * plain.tokens_out
+    assert estimate.estimate_benchmark(aime, options(samples={"aime25": 8, "MMLU": 2, "": 4})).tokens_out == 8 * plain.tokens_out
     assert estimate.estimate_benchmark(aime, options(limit=5)).rows == 5
     assert estimate.estimate_benchmark(aime, options(max_tokens=10)).tokens_out == 300
     assert estimate.estimate_benchmark(find("VMME"), options(frames=4)).images == 4 * 2700

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zppo
 from conftest import make_tiny
-from eval_server import Reply, Scripted, said, scripted
+from eval_server import Reply, command, fair, results, right, rows, said, scripted, write_clip
 from evaluate_data import write_data
 from seeing import make_seeing
 from serving import listening, wait_for
@@ -44,19 +44,6 @@ def other_loggers_keep_their_level() -> Iterator[None]:
     assert logging.getLogger().level == level
 
 
-def right(body: dict[str, Any]) -> Reply:
-    """A model that thinks, then answers A."""
-    return r"<think>hm</think> \boxed{A}"
-
-
-def fair(body: dict[str, Any]) -> Reply:
-    """A judge that says in every protocol's form that it is right."""
-    asked = said(body)
-    if '"score"' in asked:
-        return '{"score": 0.5}'
-    return '{"verdict": "yes"}' if '"yes"' in asked else '{"verdict": "correct"}'
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of all benchmarks, and clips that can be decoded."""
@@ -64,37 +51,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in folder.rglob("*.mp4"):
         write_clip(path)
     return folder
-
-
-def write_clip(path: Path) -> None:
-    """A second of grey that brightens."""
-    import av
-    import numpy
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(60):
-            frame = av.VideoFrame.from_ndarray(numpy.full((48, 64, 3), number * 4, numpy.uint8), format="rgb24")
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-
-
-def command(model: str, judge: Scripted | str, data: Path, out: Path, suite: str, *more: str) -> list[str]:
-    address = judge if isinstance(judge, str) else judge.url
-    arguments = ["eval", model, "--suite", suite, "--judge", address, "--data", str(data), "--output", str(out)]
-    return [*arguments, "--concurrency", "4", *more]
-
-
-def results(out: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((out / "eval.json").read_text())
-    return state
-
-
-def rows(out: Path, benchmark: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "eval" / "rows" / f"{benchmark}.jsonl").read_text().splitlines()]
 
 
 # --- what is sent and kept ----------------------------------------------------------------------------------------------
@@ -109,7 +65,7 @@ def test_every_setting_of_the_protocol_is_sent_and_nothing_is_asked_twice(
     out = tmp_path / "out"
     with scripted(right, "m", KEY) as model, scripted(fair, "j", JUDGE_KEY) as judge:
         keys = ["--key-env", "MODEL_KEY", "--judge-key-env", "JUDGE_KEY", "--samples", "2"]
-        arguments = command(model.url, judge, data, out, "AIME25,CEval", *keys)
+        arguments = command(model.url, judge, data, out, "IMO-AB,CEval", *keys)
         assert cli.main(arguments) == 0, capsys.readouterr()
         asked = [*model.requests]
         assert len(asked) == 8 and len(judge.requests) == 4  # 2 + 2 questions, 2 samples; letters need no judge
@@ -133,7 +89,7 @@ def test_every_setting_of_the_protocol_is_sent_and_nothing_is_asked_twice(
         assert cli.main(again) == 0
         assert (len(model.requests), len(judge.requests)) == (8, 4)
         # A longer suite asks for what is new alone.
-        again[3] = "AIME25,CEval,GPQA-D"
+        again[3] = "IMO-AB,CEval,GPQA-D"
         assert cli.main(again) == 0
         assert len(model.requests) == 12
         # More samples: the old ones count.
@@ -141,16 +97,16 @@ def test_every_setting_of_the_protocol_is_sent_and_nothing_is_asked_twice(
         assert cli.main(again) == 0
         assert len(model.requests) == 18
     state = results(out)
-    aime = next(each for each in state["benchmarks"] if each["name"] == "AIME25")
-    assert (aime["value"], aime["rows"], aime["units"], aime["by_judge"], aime["tokens_out"]) == (1.0, 6, 2, 6, 18)
+    imo = next(each for each in state["benchmarks"] if each["name"] == "IMO-AB")
+    assert (imo["value"], imo["rows"], imo["units"], imo["by_judge"], imo["tokens_out"]) == (1.0, 6, 2, 6, 18)
     assert state["settings"]["decoding"] == {**wanted}
-    row = rows(out, "AIME25")[0]
+    row = rows(out, "IMO-AB")[0]
     assert row["text"] == r"<think>hm</think> \boxed{A}" and row["answer"] == "A" and row["by"] == "judge"
     assert row["reply"] == '{"verdict": "correct"}' and row["finish"] == "stop" and row["epoch"] in (1, 2, 3)
     assert not keys_in(out)
     printed = capsys.readouterr()
     assert KEY not in printed.out + printed.err and JUDGE_KEY not in printed.out + printed.err
-    assert "mean of 3 llm" in printed.out and "AIME25" in printed.out
+    assert "mean of 3 llm" in printed.out and "IMO-AB" in printed.out
 
 
 def keys_in(out: Path) -> list[str]:
@@ -177,21 +133,21 @@ def test_a_failing_judge_leaves_rows_open_and_only_the_judging_is_repeated(
     monkeypatch.setattr(deciding, "DOWN", 0.2)
     out = tmp_path / "out"
     with scripted(right, "m") as model, scripted(lambda body: "it is right", "j") as judge:
-        arguments = command(model.url, judge, data, out, "AIME25,CEval")
+        arguments = command(model.url, judge, data, out, "IMO-AB,CEval", "--strict")
         assert cli.main(arguments) == 2
-        assert "AIME25 2" in capsys.readouterr().err
-        aime, ceval = results(out)["benchmarks"]
-        assert (aime["value"], aime["rows"], aime["open"], aime["judge_errors"]) == (None, 0, 2, 2)
+        assert "IMO-AB 2" in capsys.readouterr().err
+        ceval, imo = results(out)["benchmarks"]
+        assert (imo["value"], imo["rows"], imo["open"], imo["judge_errors"]) == (None, 0, 2, 2)
         assert ceval["open"] == 0 and results(out)["families"]["llm"]["benchmarks"] == ["CEval"]
-        assert {row["error"] for row in rows(out, "AIME25")} == {"the judge's reply is malformed"}
+        assert {row["error"] for row in rows(out, "IMO-AB")} == {"the judge's reply is malformed"}
         judge.reply = lambda body: 503
         assert cli.main(arguments) == 2
-        assert "did not answer" in rows(out, "AIME25")[0]["error"]
+        assert "did not answer" in rows(out, "IMO-AB")[0]["error"]
         before = len(judge.requests)
         judge.reply = fair
         assert cli.main(arguments) == 0
         assert (len(model.requests), len(judge.requests) - before) == (4, 2)
-        assert results(out)["benchmarks"][0]["value"] == 1.0
+        assert results(out)["benchmarks"][1]["value"] == 1.0
 
 
 @pytest.mark.slow
@@ -300,7 +256,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(data: Path, tmp_path: Path
         return right(body)
 
     with scripted(slow, "m") as model, scripted(fair, "j") as judge:
-        arguments = command(model.url, judge, data, out, "CharXiv,AIME25", "--concurrency", "1")
+        arguments = command(model.url, judge, data, out, "CharXiv,IMO-AB", "--concurrency", "1")
         process = subprocess.Popen([sys.executable, "-m", "zppo", *arguments], stdout=subprocess.DEVNULL, env={**os.environ})
         try:
             assert reached.wait(200)
@@ -354,16 +310,16 @@ def test_a_finished_evaluation_is_shown_only_where_model_judge_and_options_are_t
     out = tmp_path / "out"
     with scripted(right, "m") as model, scripted(fair, "j") as judge, scripted(fair, "k") as other:
         place = EvalFolder(out)
-        options = EvalOptions(model.url, "AIME25", data=data)
+        options = EvalOptions(model.url, "IMO-AB", data=data)
         state = begin(place, "m", model.url, settings_of(options, "m", "j", "frames"))
         by_judge = [SampleResult("1", 1, "judge", 1.0)]
-        part = summary(find("AIME25"), by_judge, 1) | {"limit": None, "samples": 1, "origin": "", "revision": ""}
-        place.write(with_benchmark(state, part, ["AIME25"]))
-        arguments = command(model.url, judge, data, out, "AIME25")
+        part = summary(find("IMO-AB"), by_judge, 1) | {"limit": None, "samples": 1, "origin": "", "revision": ""}
+        place.write(with_benchmark(state, part, ["IMO-AB"]))
+        arguments = command(model.url, judge, data, out, "IMO-AB")
         assert cli.main(arguments) == 0 and "m, judged by j" in capsys.readouterr().out
         assert cli.main([*arguments, "--video", "file", "--judge-model", "j"]) == 2
         assert "video = " in capsys.readouterr().err
-        assert cli.main(command(model.url, other, data, out, "AIME25")) == 2
+        assert cli.main(command(model.url, other, data, out, "IMO-AB")) == 2
         assert "judge = 'j', and now it is 'k'" in capsys.readouterr().err
         model.model = "n"
         assert cli.main(arguments) == 2
@@ -391,7 +347,7 @@ def test_thoughts_are_found_wherever_a_server_puts_them(data: Path, tmp_path: Pa
         assert cli.main(command(model.url, judge, data, out, "CEval", "--concurrency", "1")) == 0
     split, cut = rows(out, "CEval")
     assert (split["answer"], split["text"]) == ("A", r"<think>\boxed{B}?</think>\boxed{A}")
-    assert (cut["answer"], cut["value"], cut["reason"], cut["finish"]) == (None, 0.0, "no answer", "max_tokens")
+    assert (cut["answer"], cut["by"], cut["reason"], cut["finish"]) == (None, "judge", "no answer", "max_tokens")
     (part,) = results(out)["benchmarks"]
     assert (part["truncated"], part["no_answer"]) == (1, 1)
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": r"\boxed{B}?"}]}, {"type": "text", "text": r"\boxed{A}"}]
@@ -504,7 +460,7 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from zppo.evals import endpoint as child
-child.command_of = lambda folder, port, vllm, images: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
+child.command_of = lambda folder, port, *more: [sys.executable, "-c", sys.argv[1], sys.argv[2], str(port)]
 with child.served(Path("."), Path(sys.argv[2] + ".log"), images=1, vllm=False) as server:
     assert server.key not in repr(server)
     print("ready", flush=True)
@@ -557,6 +513,9 @@ def test_data_that_cannot_be_had_or_read_is_skipped_and_said(
 MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
     "an unknown benchmark": (lambda m, j, f: [m, "--suite", "MMLUX", "--judge", j], "'MMLUX'"),
     "no judge": (lambda m, j, f: [m], "--judge URL"),
+    "no closing instruction": (lambda m, j, f: [m, "--judge", j, "--closing", str(f / "none")], "--closing: there is no file"),
+    "arguments that are none": (lambda m, j, f: [m, "--judge", j, "--template-args", "thinking"], "'thinking' is no mapping"),
+    "arguments that are no YAML": (lambda m, j, f: [m, "--judge", j, "--template-args", "{"], "is no YAML"),
     "a model that is nowhere": (lambda m, j, f: [str(f / "none"), "--judge", j], "is no folder"),
     "a folder without a model": (lambda m, j, f: [str(f), "--judge", j], "is no checkpoint"),
     "a wrong address": (lambda m, j, f: ["http://127.0.0.1:1/v1", "--judge", j], "the model cannot"),
@@ -564,7 +523,13 @@ MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
     "an address without http": (lambda m, j, f: [m, "--judge", "localhost:1"], "is no URL"),
     "a model that is not served": (lambda m, j, f: [m, "--judge", j, "--model", "huge"], "'huge'; it serves m"),
     "a key that is not set": (lambda m, j, f: [m, "--judge", j, "--key-env", "NOT_SET"], "NOT_SET is not set"),
+    "addresses of two models": (lambda m, j, f: [f"{m},{j}", "--judge", j], "serve different models"),
+    "vLLM for a URL": (lambda m, j, f: [m, "--judge", j, "--vllm.max-model-len=9"], "is served already"),
+    "vLLM's address": (lambda m, j, f: [str(f), "--judge", j, "--vllm.port=9"], "--vllm.port is given by zppo itself"),
     "no samples": (lambda m, j, f: [m, "--judge", j, "--samples", "0"], "--samples is 0"),
+    "no samples of one": (lambda m, j, f: [m, "--judge", j, "--samples", "4,AIME25=0"], "--samples is AIME25=0"),
+    "samples of what is nowhere": (lambda m, j, f: [m, "--judge", j, "--samples", "AIME24=2"], "'AIME24'"),
+    "samples that are no number": (lambda m, j, f: [m, "--judge", j, "--samples", "AIME25"], "'AIME25' holds no number"),
     "no data folder": (lambda m, j, f: [m, "--judge", j, "--data", str(f / "none")], "--data: "),
     "a judge without a name": (lambda m, j, f: [m, "--judge", j, "--judge-prompt", "x"], "write JUDGE=PATH"),
     "a prompt that is nowhere": (lambda m, j, f: [m, "--judge", j, "--judge-prompt", "HLE=no.jinja"], "no.jinja"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from zppo.config.settings import Settings
 
-_OPTIONAL_PATHS = ("output", "data", "clips")  # of `evaluate`
+_OPTIONAL_PATHS = ("output", "data", "clips", "closing")  # of `evaluate`
 _NARROWEST = 60  # columns; in a narrower table no word has room
 
 Accuracies = dict[str, float | None]
@@ -176,11 +176,12 @@ def evaluate(
 
     Args:
         model: a checkpoint folder, a finished run, `lab:<world>/<student|teacher>`, or the URL of a server.
-        suite: paper, vlm, llm, video, or names of benchmarks, with commas.
-        judge: URL of a server for rows that rules cannot decide.
+        suite: paper, vlm, llm, video, names of benchmarks, or the YAML file of one's own, with commas.
+        judge: URL of a server for rows that rules cannot decide; needed where the suite has such.
         judge_prompts: a judge's own words, by its name or its benchmark's.
         console: as of `train`.
-        options: the others of `zppo eval --help`, dashes written as underscores: limit, samples, output, data, concurrency, ...
+        options: the others of `zppo eval --help`, dashes written as underscores: limit, samples (a number, or numbers by
+            benchmark), output, data, concurrency, ...
 
     Raises:
         SettingsError: an option is wrong, or the folder holds another evaluation.

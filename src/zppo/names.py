@@ -129,13 +129,14 @@ def check_checkpoint(name: str | Path) -> None:
         check_file(path, ModelError)
 
 
-def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
+def load_object(spec: str, what: str, error: type[ZPPOError], *, call: bool = True) -> Any:
     """What an import path names.
 
     Args:
         spec: "package.module:name" or "path/to/file.py:name"; the name may be an attribute ("Class.method").
         what: what messages call it, e.g. "reward function".
         error: raised where form, module or name is wrong; the message says which.
+        call: it must be something that can be called.
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
@@ -153,7 +154,7 @@ def load_object(spec: str, what: str, error: type[ZPPOError]) -> Any:
         if not hasattr(target, part):
             raise error(f"{what} {spec!r}: {place!r} has no {name!r}. Check the spelling.")
         target = getattr(target, part)
-    if not callable(target):
+    if call and not callable(target):
         raise error(f"{what} {spec!r} is a {type(target).__name__}, which cannot be called. Name a function or a class.")
     return target
 

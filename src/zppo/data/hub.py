@@ -20,19 +20,23 @@ from zppo.errors import DataError, one_line
 _SHOWN = 20
 
 
-def set_rows(loaded: Any, source: str, name: str, columns: Columns, folder: Path) -> Rows:
+def set_rows(loaded: Any, source: str, name: str, columns: Columns, folder: Path, more: Sequence[str] | None = ()) -> Rows:
     """(place, values by column) of a `Dataset` or `IterableDataset`, of the columns that are asked for alone.
 
     Images come as bytes or paths: decoding them here would be for nothing.
+
+    Args:
+        more: other columns that are wanted; None for all, whatever `columns` says.
 
     Raises:
         DataError: a column is missing; while iterating, that the set cannot be read further.
     """
     have = loaded.column_names  # None where a stream does not say
-    if have is not None:
+    if have is not None and more is not None:
         check_columns(source, have, columns)
         _check_images(source, loaded.features or {}, columns)
-        loaded = loaded.select_columns([column for column in have if column in _roots(columns)])
+        wanted = _roots(columns).union(*(_names(column) for column in more))
+        loaded = loaded.select_columns([column for column in have if column in wanted])
     return _rows(_undecoded(loaded), source, name, folder)
 
 
@@ -199,8 +203,8 @@ def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
 _SAVED = ("dataset_dict.json", "state.json")
 
 
-def folder_rows(folder: Path, reading: SourceSettings, columns: Columns) -> Rows:
-    """Rows of a folder's split.
+def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
+    """Rows of a folder's split; `more` as in `set_rows`.
 
     Which files belong to which split is what `datasets` says: by their names (`train.jsonl`, `test/a.parquet`), or by the `configs` in
     the folder's README.md. Files whose names hold no split belong to every one. The files themselves are read as single ones are, so
@@ -210,7 +214,7 @@ def folder_rows(folder: Path, reading: SourceSettings, columns: Columns) -> Rows
         DataError: no data files in it, or not the configuration or the split that is asked for.
     """
     if any((folder / name).is_file() for name in _SAVED):
-        return _saved(folder, reading, columns)
+        return _saved(folder, reading, columns, more)
     splits = _splits(folder, reading)
     files = splits.get(reading.split)
     if files is None:
@@ -251,7 +255,7 @@ def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path
     return splits
 
 
-def _saved(folder: Path, reading: SourceSettings, columns: Columns) -> Rows:
+def _saved(folder: Path, reading: SourceSettings, columns: Columns, more: Sequence[str] | None) -> Rows:
     import datasets
 
     try:
@@ -264,4 +268,4 @@ def _saved(folder: Path, reading: SourceSettings, columns: Columns) -> Rows:
                 f"{folder}: has no split {reading.split!r} (it has {', '.join(loaded)}); name one of these with {reading.split_setting}"
             )
         loaded = loaded[reading.split]
-    return set_rows(loaded, str(folder), folder.name, columns, folder)
+    return set_rows(loaded, str(folder), folder.name, columns, folder, more)

@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from zppo.core.draws import draw_key
 from zppo.data.local_files import READERS
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.adapters.row import PICTURES, DatasetRow
 from zppo.evals.benchmark import Benchmark, HubDataset
+from zppo.evals.clips.places import find_file, look_again
 from zppo.evals.item import Item, Media
 from zppo.names import check_file
 
 
-def dataset_rows(benchmark: Benchmark, clips: Path | None) -> tuple[Iterator[DatasetRow], str, str]:
-    """The rows of the benchmark's set, or of the first copy of it that can be loaded, with owner/name and commit.
-
-    Raises:
-        UnavailableError: none can be had; it says why the first one cannot.
-    """
-    if benchmark.family == "video" and clips is None:
-        raise UnavailableError(
-            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{benchmark.source.id}; unpack them and name "
-            "their folder"
-        )
-    errors: list[UnavailableError] = []
-    for source in (benchmark.source, *benchmark.also):
-        try:
-            parts = [(config, split, _part(benchmark, source, config, split))
-                     for config in source.configs for split in source.splits]  # fmt: skip
-        except UnavailableError as error:
-            errors.append(error)
-        else:
-            records = ((config, split, record) for config, split, part in parts for record in part)
-            rows = (DatasetRow(benchmark.name, number, record, config, split, clips or Path(), trusted=True)
-                    for number, (config, split, record) in enumerate(records, 1))  # fmt: skip
-            return rows, source.id, _commit(source)
-    raise errors[0]
+def source_rows(benchmark: Benchmark, source: HubDataset, clips: Path) -> Iterator[DatasetRow]:
+    """The rows of one set of the hub. UnavailableError where a part of it cannot be had: nothing of it is mixed with a copy."""
+    parts = [(config, split, _part(benchmark, source, config, split)) for config in source.configs for split in source.splits]
+    records = ((config, split, record) for config, split, part in parts for record in part)
+    return (
+        DatasetRow(benchmark.name, number, record, config, split, clips, trusted=True)
+        for number, (config, split, record) in enumerate(records, 1)
+    )
 
 
 def _part(benchmark: Benchmark, source: HubDataset, config: str, split: str) -> Iterable[Mapping[str, Any]]:
@@ -68,7 +56,8 @@ def _why(benchmark: Benchmark, source: HubDataset, config: str, split: str, erro
     what = f"{source.id}, {f'configuration {config}, ' if config else ''}split {split}, cannot be loaded ({one_line(error)})"
     if benchmark.gated:
         return f"{what}; it is gated: accept its terms at {page}, then run `hf auth login`"
-    copies = f", nor can {' or '.join(copy.id for copy in benchmark.also)}" if benchmark.also else ""
+    others = [f"{copy.id} (split {copy.splits[0]})" if copy.id == source.id else copy.id for copy in benchmark.also if copy != source]
+    copies = f", nor can {' or '.join(others)}" if others else ""
     return f"{what}{copies}; see {page}, check the network, or bring the rows in a folder"
 
 
@@ -85,9 +74,15 @@ def _commit(source: HubDataset) -> str:
 _ENDINGS = (".jsonl", ".parquet", ".json")
 _CONFIG, _SPLIT = "_config", "_split"
 _GROUPS = ("seed", "problem")
+# What of an item's facts says its task, the first that it has.
+_TASKS = (
+    "axis", "part", "task", "task_type", "version", "type", "category", "subject", "domain", "discipline", "relation", "capability",
+    "answer_type",
+)  # fmt: skip
 _SUBTITLES = "VMMES"
 _CUT = "segment"  # how folders end whose clips are parts
 _UNREADABLE = 0.01  # of the rows: so many may be left out since they cannot be read, rounded up
+_MISSING = 0.1  # of the questions: so many since their clips or pictures are not there, rounded up; MVBench's NTU clips are 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +94,20 @@ class LoadedBenchmark:
         origin: a file, or owner/name of a set on the hub.
         revision: the commit of that set; "" for a file, or where the hub did not say.
         unreadable: what is wrong with each record that cannot be read; these are left out.
+        missing: the same for questions whose clip or picture is not there, or is one of several of its name.
     """
 
     items: tuple[Item, ...]
     origin: str
     revision: str
     unreadable: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def load_items(
     benchmark: Benchmark, data: Path | None = None, *, clips: Path | None = None, store: Path | None = None, limit: int | None = None
 ) -> LoadedBenchmark:
-    """All items of a benchmark, or the first `limit`.
+    """All items of a benchmark, or `limit` of them, spread over its configurations and tasks by `draw_items`.
 
     Args:
         benchmark: a row of the registry.
@@ -119,65 +116,132 @@ def load_items(
         clips: where the clips of video benchmarks are, unpacked; the hub has them as archives. With `data` that folder by default.
             Subtitles are in `subtitle/<videoID>.srt` below it.
         store: a folder for pictures that come as bytes; items then hold their paths, and the pictures no memory.
-        limit: at most so many; of DynaMath and We-Math whole groups of questions, since they are scored together.
+        limit: at most so many; of DynaMath and We-Math whole groups of questions, since they are scored together, and one at least.
 
     Raises:
-        UnavailableError: the data cannot be had: said and skipped, never scored 0.
+        UnavailableError: the data cannot be had: said and skipped, never scored 0. So are more than one question in ten, rounded up, whose
+            clip or picture is missing.
         DataError: more than one row in a hundred, rounded up, cannot be read; the message names benchmark, row and field of the first.
     """
-    if data is None:
-        rows, origin, revision = dataset_rows(benchmark, clips)
-    else:
-        rows, origin, revision = *_file_rows(benchmark, data, clips or data), ""
-    adapt = partial(_adapted, benchmark)
+    if benchmark.reader is not None:
+        reader = benchmark.reader
+        return _loaded(benchmark, lambda: (reader(), benchmark.source.id), "", store, limit)
+    if data is not None:
+        return _loaded(benchmark, lambda: _file_rows(benchmark, data, clips or data), "", store, limit)
+    if benchmark.family == "video" and clips is None:
+        raise UnavailableError(
+            f"{benchmark.name}: its clips are archives at https://huggingface.co/datasets/{benchmark.source.id}; bring and unpack them "
+            f"with zppo eval fetch {benchmark.name}, and name their folder with --clips"
+        )
+    errors: list[DataError] = []
+    for source in (benchmark.source, *benchmark.also):  # a copy where the set cannot be had, or its rows cannot be read
+        try:
+            return _loaded(benchmark, partial(_source, benchmark, source, clips or Path()), _commit(source), store, limit)
+        except DataError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _source(benchmark: Benchmark, source: HubDataset, clips: Path) -> tuple[Iterator[DatasetRow], str]:
+    return source_rows(benchmark, source, clips), source.id
+
+
+def _loaded(
+    benchmark: Benchmark, read: Callable[[], tuple[Iterator[DatasetRow], str]], revision: str, store: Path | None, limit: int | None
+) -> LoadedBenchmark:
+    """All items of what `read` gives, which is rows and their origin, or `limit` of them: then it is read twice."""
+    look_again()
+    wanted = None if limit is None else _drawn(read()[0], benchmark, limit)
+    rows, origin = read()
     found: list[Item] = []
-    seen = 0
+    seen = asked = 0
     unreadable: list[str] = []
-    # Questions that are scored together can only be cut to `limit` when all of them are known.
-    whole = limit is None or benchmark.aggregate in ("worst case", "wemath")
+    missing: list[str] = []
+    counts: Counter[str] = Counter()
     for row in rows:
         seen += 1
         try:
-            items = tuple(_placed(item, benchmark, row.folder, store) for item in adapt(row))
+            items = [unique(item, counts) for item in _adapted(benchmark, row)]
+            for item in items:
+                if wanted is not None and item.id not in wanted:
+                    continue
+                asked += 1
+                try:
+                    found.append(_placed(item, row.folder, store))
+                except UnavailableError as error:
+                    missing.append(str(error))
         except UnavailableError:
             raise
         except DataError as error:
             unreadable.append(str(error))
-            continue
-        found += items
-        if not whole and len(found) >= (limit or 0):
-            break
-    if len(unreadable) > math.ceil(seen * _UNREADABLE) or (unreadable and not found):
+    if len(unreadable) > math.ceil(seen * _UNREADABLE) or (unreadable and not found and not missing):
         raise DataError(f"{unreadable[0]} ({len(unreadable):,} of {seen:,} rows cannot be read)")
-    items = limited(unique(found), limit)
-    if not items:
+    if len(missing) > math.ceil(asked * _MISSING) or (missing and not found):
+        raise UnavailableError(f"{missing[0]} ({len(missing):,} of {asked:,} questions lack their clip or picture)")
+    if not found:
         raise UnavailableError(f"{benchmark.name}: {origin} holds no question of the benchmark; check that it is the right data")
-    return LoadedBenchmark(items, origin, revision, tuple(unreadable))
+    return LoadedBenchmark(tuple(found), origin, revision, tuple(unreadable), tuple(missing))
 
 
-def unique(items: Iterable[Item]) -> tuple[Item, ...]:
-    """The items with `~2`, `~3`, ... behind an id that was there before."""
-    seen: dict[str, int] = {}
-    result = []
-    for item in items:
-        seen[item.id] = seen.get(item.id, 0) + 1
-        result.append(item if seen[item.id] == 1 else replace(item, id=f"{item.id}~{seen[item.id]}"))
-    return tuple(result)
+def unique(item: Item, counts: Counter[str]) -> Item:
+    """The item with `~2`, `~3`, ... behind an id that was there before, as `counts` has it."""
+    counts[item.id] += 1
+    return item if counts[item.id] == 1 else replace(item, id=f"{item.id}~{counts[item.id]}")
 
 
-def limited(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:
-    """The first items, at most `limit`; items that are scored together come whole, one group at least."""
-    if limit is None or len(items) <= limit:
-        return items
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(next((str(item.facts[name]) for name in _GROUPS if name in item.facts), item.id), []).append(item)
-    taken: list[Item] = []
-    for group in groups.values():
-        if taken and len(taken) + len(group) > limit:
+class Outline(NamedTuple):
+    """What is known of an item when a part of the benchmark is drawn.
+
+    Attributes:
+        group: items of one group are scored together.
+        part: configuration and task, over which a draw is spread.
+    """
+
+    id: str
+    group: str
+    part: str
+
+
+def _drawn(rows: Iterable[DatasetRow], benchmark: Benchmark, limit: int) -> frozenset[str]:
+    """Ids of `draw_items`. Pictures are not kept: the rows are read again for the drawn ones."""
+    counts: Counter[str] = Counter()
+    outlines = []
+    for row in rows:
+        try:
+            items = [unique(item, counts) for item in _adapted(benchmark, row)]
+        except UnavailableError:
+            raise
+        except DataError:  # it is said when the rows are read again
+            continue
+        for item in items:
+            group = next((f"{name} {item.facts[name]}" for name in _GROUPS if name in item.facts), item.id)
+            task = next((str(item.facts[name]) for name in _TASKS if item.facts.get(name)), "")
+            outlines.append(Outline(item.id, group, f"{row.config}/{task}"))
+    return draw_items(outlines, limit, benchmark.name)
+
+
+def draw_items(outlines: Sequence[Outline], limit: int, key: str) -> frozenset[str]:
+    """Ids of at most `limit` items, spread over the parts as evenly as it goes; whole groups, one at least.
+
+    Parts and the groups in each come in an order that is drawn, keyed by their names; parts take turns. So a draw does not hang on the
+    order of the rows, and holds every smaller one.
+
+    Args:
+        key: of the draw, the benchmark's name.
+    """
+    groups: dict[str, list[Outline]] = {}
+    for outline in outlines:
+        groups.setdefault(outline.group, []).append(outline)
+    parts: dict[str, list[str]] = {}
+    for name in sorted(groups, key=lambda group: draw_key("limit", key, "group", group)):
+        parts.setdefault(groups[name][0].part, []).append(name)
+    order = sorted(parts, key=lambda part: draw_key("limit", key, "part", part))
+    taken: list[str] = []
+    for name in (name for turn in zip_longest(*(parts[part] for part in order)) for name in turn if name is not None):
+        if taken and len(taken) + len(groups[name]) > limit:
             break
-        taken += group
-    return tuple(taken)
+        taken += [outline.id for outline in groups[name]]
+    return frozenset(taken)
 
 
 def _adapted(benchmark: Benchmark, row: DatasetRow) -> tuple[Item, ...]:
@@ -220,21 +284,30 @@ def _file_rows(benchmark: Benchmark, data: Path, clips: Path) -> tuple[Iterator[
     return rows(), str(path)
 
 
-def _placed(item: Item, benchmark: Benchmark, folder: Path, store: Path | None) -> Item:
+def _placed(item: Item, folder: Path, store: Path | None) -> Item:
     """The item with media that are there: bytes in files, clips where they are, a folder of frames as frames."""
-    keep: Callable[[Media], Media] = partial(_kept, benchmark=benchmark, folder=folder, store=store)
+    keep: Callable[[Media], Media] = partial(_kept, item=item, folder=folder, store=store)
     images, frames = tuple(map(keep, item.images)), tuple(map(keep, item.frames))
     if item.video is None:
         return replace(item, images=images, frames=frames)
-    video = _found(item.video, benchmark, folder)
+    video = _found(item.video, item, folder)
     if video.is_dir():
         frames = tuple(sorted(path for path in video.iterdir() if path.suffix.lower() in PICTURES))
         if not frames:
-            raise UnavailableError(f"{benchmark.name}: {video} holds no pictures; unpack the clips again")
+            raise UnavailableError(f"{item.benchmark}: {video} holds no pictures; unpack the clips again")
         return replace(item, images=images, frames=_part_of(item, frames), video=None)
     # The parts of MVBench's branch `video` are cut already.
     clip = None if video.parent.name.endswith(_CUT) else item.clip
     return replace(item, images=images, frames=frames, video=video, clip=clip)
+
+
+def _found(path: Path, item: Item, folder: Path) -> Path:
+    clip = path == item.video
+    try:
+        return find_file(path, folder, item.places if clip else ())
+    except UnavailableError as error:
+        how = f" (zppo eval fetch {item.benchmark})" if clip else ""
+        raise UnavailableError(f"{item.benchmark}: {error}; unpack the pictures and clips of the set there{how}") from None
 
 
 def _part_of(item: Item, frames: tuple[Media, ...]) -> tuple[Media, ...]:
@@ -250,9 +323,9 @@ def _part_of(item: Item, frames: tuple[Media, ...]) -> tuple[Media, ...]:
     return frames[first : last + 1] or frames[-1:]
 
 
-def _kept(media: Media, *, benchmark: Benchmark, folder: Path, store: Path | None) -> Media:
+def _kept(media: Media, *, item: Item, folder: Path, store: Path | None) -> Media:
     if isinstance(media, Path):
-        return _found(media, benchmark, folder)
+        return _found(media, item, folder)
     if store is None:
         return media
     path = store / f"{hashlib.sha256(media).hexdigest()}.img"
@@ -262,23 +335,3 @@ def _kept(media: Media, *, benchmark: Benchmark, folder: Path, store: Path | Non
         half.write_bytes(media)
         half.replace(path)
     return path
-
-
-def _found(path: Path, benchmark: Benchmark, folder: Path) -> Path:
-    """The path, or the only one of its name below the folder: archives differ in how they are unpacked."""
-    if path.exists():
-        return path
-    same = _by_name(folder).get(path.name, []) if folder != Path() else []
-    if len(same) != 1:
-        why = f"{len(same)} files below {folder} have its name" if same else f"nor is there a file of its name below {folder}"
-        raise UnavailableError(f"{benchmark.name}: {path} does not exist, {why}; unpack the pictures and clips of the set there")
-    return same[0]
-
-
-@lru_cache(maxsize=4)
-def _by_name(folder: Path) -> Mapping[str, list[Path]]:
-    """Everything below a folder by its name, looked through once: there may be thousands of clips."""
-    names: dict[str, list[Path]] = {}
-    for path in folder.rglob("*"):
-        names.setdefault(path.name, []).append(path)
-    return names

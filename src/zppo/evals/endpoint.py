@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,15 +18,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from zppo.config.recipe import load_recipe
 from zppo.errors import EvaluationError, SettingsError
+from zppo.evals.options import run_of
 from zppo.evals.results import opened
+from zppo.images.store import PixelLimits
+from zppo.runs.files import writing
 from zppo.teacher.http import PAYMENT, REPLY_BYTES, Trouble, Wire
 
 _PATIENCE = 60.0  # seconds for the first answer
@@ -77,6 +82,35 @@ def find_model(url: str, key: str, name: str | None, what: Literal["model", "jud
     return asyncio.run(_find(url, key, name, what))
 
 
+def find_models(
+    text: str, key: str, name: str | None, what: Literal["model", "judge"], tell: Callable[[str], None]
+) -> tuple[EndpointModel, tuple[str, ...]]:
+    """The model of one or several addresses, with commas, and those of them that answer; its context is the smallest of theirs.
+
+    Args:
+        tell: takes which of them cannot be asked while another can.
+
+    Raises:
+        SettingsError, EvaluationError: as `find_model`, the second where none can be asked; or they serve different models.
+    """
+    found: dict[str, EndpointModel] = {}
+    failed: list[EvaluationError] = []
+    for url in (part.strip() for part in text.split(",")):
+        try:
+            found[url] = find_model(url, key, name, what)
+        except EvaluationError as error:
+            failed.append(error)
+    if not found:
+        raise failed[0]
+    if len({model.name for model in found.values()}) > 1:
+        served = ", ".join(f"{url}: {model.name}" for url, model in found.items())
+        raise SettingsError(f"the {what}'s addresses serve different models ({served}); name addresses of one model")
+    for failure in failed:
+        tell(f"{failure}; it goes on without this address")
+    contexts = [model.context for model in found.values() if model.context is not None]
+    return EndpointModel(next(iter(found.values())).name, min(contexts, default=None)), tuple(found)
+
+
 async def _find(url: str, key: str, name: str | None, what: Literal["model", "judge"]) -> EndpointModel:
     name_flag, key_flag = ("--model", "--key-env") if what == "model" else ("--judge-model", "--judge-key-env")
     wire = Wire(url, key, _PATIENCE, 1)
@@ -117,6 +151,28 @@ def check_context(context: int | None, max_tokens: int) -> None:
         )
 
 
+@dataclass
+class Thoughts:
+    """Whether a server's prompts end inside an open think block, as its replies tell: they close one that they never opened.
+
+    Replies that were cut say nothing. One stray tag is no evidence: half of the others must have it.
+    """
+
+    whole: int = 0
+    closing: int = 0
+
+    def note(self, text: str, finish: str) -> None:
+        """A reply and why it ended."""
+        if finish == "stop":
+            before, tag, _ = text.partition("</think>")
+            self.whole += 1
+            self.closing += bool(tag) and "<think>" not in before
+
+    @property
+    def opened(self) -> bool:
+        return self.closing > 0 and 2 * self.closing >= self.whole
+
+
 READY = 1800.0  # seconds: large models load and compile slowly
 GRACE = 40.0  # seconds between the request to end and the end
 KEY = "ZPPO_EVAL_SERVER_KEY"
@@ -137,9 +193,9 @@ if os.getppid() == parent:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that can be asked; its key is in no printed form of it."""
+    """A server that can be asked, at one address or several; its key is in no printed form of it."""
 
-    url: str
+    urls: tuple[str, ...]
     key: str = field(repr=False)
     kind: str
 
@@ -149,13 +205,14 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def command_of(folder: Path, port: int, vllm: bool, images: int) -> list[str]:
-    """How the server is started; keys come through the environment alone."""
+def command_of(folder: Path, port: int, vllm: bool, images: int, arguments: Sequence[str] = ()) -> list[str]:
+    """How the server is started; keys come through the environment alone. `arguments` are vLLM's, and win over ours."""
     if vllm:
         serve = ["vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", NAME]
         serve += ["--generation-config", "vllm"]
         if _sees(folder):  # refused for models that read text only
             serve += ["--limit-mm-per-prompt", f'{{"image": {images}, "video": 1}}']
+        serve += arguments
     else:
         serve = ["zppo", "serve", str(folder), "--name", NAME, "--key-env", KEY]
         serve += ["--max-images", str(images), "--max-body", "256"]
@@ -169,14 +226,46 @@ def _sees(folder: Path) -> bool:
         return False
 
 
+def whole_checkpoint(place: Path, into: Path) -> Path:
+    """The folder of a checkpoint that can be served: its own, or of one in a run's checkpoints/, which is weights alone, a new one.
+
+    Args:
+        into: the new one: links to the weights, and tokenizer, chat template and image processor that the run trains with.
+
+    Raises:
+        ModelError, SettingsError: these cannot be loaded.
+        StorageError: the folder cannot be written.
+    """
+    run = run_of(place)
+    if run is None or (place / "tokenizer_config.json").is_file():
+        return place
+    # Loads transformers, which no server needs here.
+    from zppo.models.student_model import load_chat
+
+    chat = load_chat(load_recipe(run / "recipe.yaml").student, PixelLimits() if _sees(place) else None)
+    with writing(into):
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True)
+        for path in place.absolute().iterdir():
+            (into / path.name).symlink_to(path)
+        chat.tokenizer.chat_template = chat.template
+        chat.tokenizer.save_pretrained(into)
+        for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
+            (into / name).write_bytes(content)
+    return into
+
+
 @contextmanager
-def served(folder: Path, log: Path, *, images: int, deadline: float = READY, vllm: bool | None = None) -> Iterator[Server]:
+def served(
+    folder: Path, log: Path, *, images: int, deadline: float = READY, vllm: bool | None = None, arguments: Sequence[str] = ()
+) -> Iterator[Server]:
     """A server of a checkpoint for the time of the block, by vLLM where it is installed, else by `zppo serve`.
 
     Args:
         log: takes what the server says.
         images: most images of a request.
         deadline: seconds until it must answer.
+        arguments: of vLLM.
 
     Raises:
         EvaluationError: it ended or did not answer in time; the message repeats the end of its log.
@@ -184,7 +273,7 @@ def served(folder: Path, log: Path, *, images: int, deadline: float = READY, vll
     vllm = has_vllm() if vllm is None else vllm
     port, key = _free_port(), secrets.token_urlsafe(24)
     environment = os.environ | {KEY: key} | ({"VLLM_API_KEY": key} if vllm else {})
-    command = [sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *command_of(folder, port, vllm, images)]
+    command = [sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *command_of(folder, port, vllm, images, arguments)]
     with opened(log, "wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -192,7 +281,7 @@ def served(folder: Path, log: Path, *, images: int, deadline: float = READY, vll
     try:
         url = f"http://127.0.0.1:{port}"
         _await_ready(process, f"{url}/health", log, deadline)
-        yield Server(f"{url}/v1", key, "vllm" if vllm else "zppo")
+        yield Server((f"{url}/v1",), key, "vllm" if vllm else "zppo")
     finally:
         _end(process)
 

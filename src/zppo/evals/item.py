@@ -19,13 +19,13 @@ Kind = Literal[
 ]  # fmt: skip
 """What kind of answer is expected, and so who scores it.
 
-- choice: the letter of one of `Item.options`.
+- choice: the letter of one of `Item.options`; letters with commas between where several are asked for.
 - number, text: a short answer; the project's own rules, then the shared judge.
 - precision: a number, right to the decimals in `facts["precision"]` (MathVista).
 - grid: the numbers of the gold in their order, whatever stands between them (VLMs-are-Blind).
 - anls: a text of a document, by edit distance to the best of several golds (InfographicVQA).
 - ocr: the metric that `facts["task"]` asks for (OCRBench v2).
-- judged: the benchmark's own judge says correct or wrong (CharXiv, HLE, MMVU).
+- judged: the benchmark's own judge says correct or wrong (CharXiv, HLE, MMVU, options or none).
 - graded: the benchmark's own judge gives 0 to 1 (MM-Vet).
 - criterion: the judge answers a yes/no question about the response (MultiChallenge).
 """
@@ -45,6 +45,7 @@ class Item:
         images: its images, in the order of their marks.
         frames: of a video that comes as pictures, in time order; shown before the text.
         video: of a video that comes as a file; shown before the text. At most one of `frames` and `video` is given.
+        places: folders in which the set has `video`, where its name alone does not say which clip it is.
         clip: (start, end) in seconds where only a part of `video` belongs to the question.
         rate: pictures a second of a `video` that is a folder of pictures; None where it is not known.
         options: texts of the options, A first, where there are some.
@@ -62,6 +63,7 @@ class Item:
     images: tuple[Media, ...] = ()
     frames: tuple[Media, ...] = ()
     video: Path | None = None
+    places: tuple[str, ...] = ()
     clip: tuple[float, float] | None = None
     rate: float | None = None
     options: tuple[str, ...] = ()

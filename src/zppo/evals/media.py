@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from PIL import Image
 
 from zppo.core.parts import message_parts
 from zppo.core.types import ImageRef
 from zppo.errors import DataError, UnavailableError, one_line
 from zppo.evals.item import Item, Media, conversation
 from zppo.evals.options import LIMITS
-from zppo.images.store import keep, reference, request_url
+from zppo.images.store import as_url, keep, reference, request_url, rgb
 from zppo.names import check_file
 from zppo.prompts import PromptBook
 
@@ -48,11 +51,11 @@ def chat_turns(item: Item, book: PromptBook, *, store: Path, as_file: bool, fram
     Args:
         store: where pictures are kept that came without a file, and the frames of clips.
         as_file: a clip goes whole to a server that takes videos; a part of a clip always goes as frames.
-        frames: most frames of a video that are sent, evenly spaced.
+        frames: most frames of a video that are sent, evenly spaced from the first to the last.
 
     Raises:
         DataError: a picture or a clip cannot be read.
-        UnavailableError: frames of a clip are wanted, and the package that decodes it is missing.
+        UnavailableError: frames of a clip are wanted, and the package that decodes it is missing; or it is too large to be sent whole.
     """
     refs = tuple(_ref(media, store) for media in item.images)
     turns = [
@@ -74,9 +77,38 @@ def chat_turns(item: Item, book: PromptBook, *, store: Path, as_file: bool, fram
 
 
 def spread(values: Sequence[_T], most: int) -> list[_T]:
-    """At most so many of the values, the middles of equal stretches, in order."""
+    """At most so many of the values, evenly spaced from the first to the last, in order; the middle one where one is wanted."""
     count = min(most, len(values))
-    return [values[(2 * i + 1) * len(values) // (2 * count)] for i in range(count)]
+    if count == 1:
+        return [values[len(values) // 2]]
+    return [values[i * (len(values) - 1) // (count - 1)] for i in range(count)]
+
+
+def small_picture(url: str, side: int) -> str:
+    """A picture for a transcript, as a `data:` URL: a JPEG whose longer side is at most so many pixels.
+
+    `url` itself where that is shorter, or where the picture is broken, which its server may well not mind.
+    """
+    out = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+            picture.draft("RGB", (side, side))
+            small = rgb(picture)
+            small.thumbnail((side, side))
+        small.save(out, "JPEG", quality=80)
+    except Exception:  # decoders fail in many ways
+        return url
+    shown = as_url(out.getvalue(), "image/jpeg")
+    return shown if len(shown) < len(url) else url
+
+
+def media_names(item: Item, folder: Path) -> list[str]:
+    """The files of a question's pictures, frames and clip, those below `folder` relative to it; bytes by their digest."""
+    names = [media if isinstance(media, Path) else hashlib.sha256(media).hexdigest() for media in (*item.images, *item.frames)]
+    files = [*names, *([item.video] if item.video else [])]
+    return [
+        each if isinstance(each, str) else (each.relative_to(folder) if each.is_relative_to(folder) else each).as_posix() for each in files
+    ]
 
 
 def media_key(item: Item) -> list[Any]:
@@ -84,6 +116,12 @@ def media_key(item: Item) -> list[Any]:
     pictures = [_digest(media) for media in (*item.images, *item.frames)]
     clip = [item.video.name, item.video.stat().st_size if item.video.is_file() else 0] if item.video else []
     return [pictures, clip, item.clip]
+
+
+def media_there(item: Item) -> bool:
+    """Whether every file of a question can be read; what is in it is another matter."""
+    files = [media for media in (*item.images, *item.frames, item.video) if isinstance(media, Path)]
+    return all(path.is_file() and os.access(path, os.R_OK) for path in files)
 
 
 def _digest(media: Media) -> str:
@@ -106,7 +144,10 @@ def _video_url(path: Path) -> str:
     except OSError as error:
         raise DataError(f"the clip {path} cannot be read ({error.strerror or error}): put it back") from error
     if not data:
-        raise DataError(f"the clip {path} is empty or has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames")
+        if path.stat().st_size:
+            raise UnavailableError(f"the clip {path} has more than {MOST_VIDEO >> 20} MiB; send frames with --video frames")
+        raise DataError(f"the clip {path} is empty; replace it")
+    _check_decodes(path)
     return f"data:video/{_KINDS.get(path.suffix.lower(), 'mp4')};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -121,8 +162,24 @@ def check_decoder() -> None:
         ) from None
 
 
+def _check_decodes(path: Path) -> None:
+    """DataError where the clip has no first frame: a server would refuse it. Without the package that decodes, nothing is checked."""
+    try:
+        import av
+    except ImportError:
+        return
+    try:
+        with av.open(str(path)) as container:
+            next(container.decode(container.streams.video[0]))
+    except Exception as error:  # decoders fail in many ways
+        raise DataError(f"the clip {path} cannot be decoded ({one_line(error)}); replace it") from error
+
+
 def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: Path) -> list[ImageRef]:
-    """Frames of a clip, the middles of equal stretches of time. DataError where it cannot be decoded."""
+    """Frames of a clip, evenly spaced in time, its first and its last among them. DataError where it cannot be decoded.
+
+    Quizzes at the end of a clip (Video-MMMU) stand in its last frame alone; files often say that they last longer than their last frame.
+    """
     check_decoder()
     check_file(path, DataError)
     import av
@@ -133,22 +190,28 @@ def _decoded(path: Path, clip: tuple[float, float] | None, frames: int, store: P
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-            start, end = clip or (0.0, length or (container.duration or 0) / 1e6)
-            times = [start + (2 * i + 1) * (end - start) / (2 * frames) for i in range(frames)]
+            times = _times(*(clip or (0.0, length or (container.duration or 0) / 1e6)), frames)
+            taken: Any = None
             for frame in container.decode(stream):
                 last, now = frame, frame.time
                 if now is not None and now >= times[0]:
                     times = [time for time in times if time > now]
                     wanted.append(_picture(frame))
+                    taken = frame
                 if not times:
                     break
-            if not wanted and last is not None:  # shorter than it says
+            if last is not None and last is not taken:  # the clip ends before the time of its last frame
                 wanted.append(_picture(last))
     except Exception as error:  # decoders fail in many ways
         raise DataError(f"the clip {path} cannot be decoded ({one_line(error)}); replace it") from error
     if not wanted:
         raise DataError(f"the clip {path} has no frames; replace it")
     return [keep(data, store) for data in wanted]
+
+
+def _times(start: float, end: float, count: int) -> list[float]:
+    """So many moments, evenly spaced from start to end; the middle where one is wanted."""
+    return [start + (end - start) * i / (count - 1) for i in range(count)] if count > 1 else [(start + end) / 2]
 
 
 def _picture(frame: Any) -> bytes:

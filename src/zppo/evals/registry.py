@@ -8,7 +8,8 @@ from typing import get_args
 
 from zppo.errors import SettingsError
 from zppo.evals.adapters import choice, documents, maths, video
-from zppo.evals.benchmark import Benchmark, Family, HubDataset, Judge
+from zppo.evals.adapters.own import is_own, own_benchmark
+from zppo.evals.benchmark import MODES, Benchmark, ClipFiles, Family, HubDataset, Judge
 
 _OCRBENCH_DIFFERS = (
     "The whole reply is scored, here the boxed answer or, without a box, what follows the thinking; text spotting is matched without "
@@ -24,12 +25,12 @@ VISION = (
     Benchmark(
         "BabyV", "BabyVision", "vlm", HubDataset("UnipatAI/BabyVision", ("train",)), choice.babyvision,
         differs="A judge compares every answer, letters too.",
-        rows=388,
-        unverified="name of the column with a row's own id; number of rows from memory",
+        rows=388, licence="mit",
     ),
     Benchmark(
         "CharXiv", "CharXiv, validation", "vlm", HubDataset("princeton-nlp/CharXiv", ("validation",)), documents.charxiv,
-        differs="The 19 questions about what is drawn have other, fixed words; a named model judges many answers at a time.",
+        differs="The 19 questions about what is drawn have other, fixed words, all say how to write the answer, and a named model judges "
+        "five at a time.",
         judge="eval_charxiv", rows=5000, licence="cc-by-sa-4.0",
         unverified="whether the paper asks the 1,000 reasoning questions, the 4,000 descriptive ones, or all: all are averaged here",
     ),
@@ -37,9 +38,8 @@ VISION = (
         "DynaM", "DynaMath, 501 questions in 10 variants", "vlm",
         HubDataset("DynaMath/DynaMath_Sample", tuple(f"sample_variant{i}" for i in range(1, 11))), maths.dynamath,
         differs="The answer is asked for in JSON with three decimals, and average and worst case are both reported.",
-        aggregate="worst case", rows=5010, also=(HubDataset("kcz358/DynaMath", ("test",)),),
-        unverified="which of the two figures the paper shows: worst case is taken here, the average is reported beside it; "
-        "the columns id and answer_type are from memory",
+        aggregate="worst case", rows=5010, licence="apache-2.0", also=(HubDataset("kcz358/DynaMath", ("test",)),),
+        unverified="which of the two figures the paper shows: worst case is taken here, the average is reported beside it",
     ),
     Benchmark(
         "EmbSp", "EmbSpatial-Bench", "vlm", HubDataset("FlagEval/EmbSpatial-Bench", ("test",)), choice.embspatial,
@@ -50,7 +50,7 @@ VISION = (
         "InfoVQA", "InfographicVQA, validation", "vlm",
         HubDataset("lmms-lab/DocVQA", ("validation",), ("InfographicVQA",)), documents.infovqa,
         differs="The whole reply, asked for as a word or a phrase, is compared; here the boxed answer is.",
-        rows=2801, also=(HubDataset("lmms-lab-encoder/DocVQA", ("validation",), ("InfographicVQA",)),),
+        judged=False, rows=2801, also=(HubDataset("lmms-lab-encoder/DocVQA", ("validation",), ("InfographicVQA",)),),
         unverified="whether the paper uses the validation split or sends the test split in",
     ),
     Benchmark(
@@ -80,31 +80,31 @@ VISION = (
     ),
     Benchmark(
         "MM-Vet", "MM-Vet", "vlm", HubDataset("lmms-lab/MMVet", ("test",)), documents.mmvet,
-        differs="GPT-4 grades with worked examples, five times over.",
+        differs="GPT-4 grades with other worked examples, five times over.",
         judge="eval_mmvet", rows=218, also=(HubDataset("lmms-lab-encoder/MMVet", ("test",)),),
     ),
     Benchmark(
         "OCREN", "OCRBench v2, English", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_en,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities", rows=7400,
-        unverified="rows a language are from its paper",
+        aggregate="abilities", judged=False, rows=7400, licence="mit",
+        unverified="how the 10,000 rows share out over the two languages is from its paper",
     ),
     Benchmark(
         "OCRZH", "OCRBench v2, Chinese", "vlm", HubDataset("ling99/OCRBench_v2", ("test",)), documents.ocrbench_zh,
         differs=_OCRBENCH_DIFFERS,
-        aggregate="abilities", rows=2600,
-        unverified="rows a language are from its paper",
+        aggregate="abilities", judged=False, rows=2600, licence="mit",
+        unverified="how the 10,000 rows share out over the two languages is from its paper",
     ),
     Benchmark(
         "VisP", "VisualPuzzles", "vlm", HubDataset("neulab/VisualPuzzles", ("train",)), choice.visual_puzzles,
         differs="The answer is asked for on the last line, as `Answer: letter`.",
-        rows=1168,
+        rows=1168, also=(HubDataset("neulab/VisualPuzzles", ("test",)),),
     ),
     Benchmark(
         "VBlind", "VLMs-are-Blind", "vlm", HubDataset("XAI/vlmsareblind", ("valid",)), documents.vlms_are_blind,
-        differs="Answers are asked for in curly brackets, and the figure is the mean of its seven tasks; here it is that of all rows.",
-        rows=8016, licence="mit",
-        unverified="licence and number of rows from memory; how the paper averages the tasks",
+        differs="Answers are asked for in curly brackets and matched exactly.",
+        aggregate="axes", rows=8016, licence="mit",
+        unverified="whether the paper averages over its eight tasks, as here and in lmms-eval, or over rows",
     ),
     Benchmark(
         "WeMath", "We-Math, testmini", "vlm", HubDataset("We-Math/We-Math", ("testmini",)), maths.wemath,
@@ -142,14 +142,14 @@ LANGUAGE = (
     Benchmark(
         "AIME25", "AIME 2025, I and II", "llm", HubDataset("opencompass/AIME2025", ("test",), ("AIME2025-I", "AIME2025-II")), maths.aime25,
         differs="A contest has no protocol for models; harnesses differ in how often they sample each of the 30 problems.",
-        rows=30, licence="mit", also=(HubDataset("math-ai/aime25", ("test",), revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),),
-        unverified="configurations and licence of opencompass/AIME2025 are from memory",
+        judged=False, rows=30, licence="mit",
+        also=(HubDataset("math-ai/aime25", ("test",), revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"),),
     ),
     Benchmark(
         "AIME26", "AIME 2026", "llm", HubDataset("MathArena/aime_2026", ("train",)), maths.aime26,
         differs="MathArena samples each problem four times and reports the mean.",
-        rows=30, also=(HubDataset("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
-        unverified="split and fields (problem_idx, problem, answer) are those of the owner's other contests",
+        judged=False, rows=30, licence="cc-by-nc-sa-4.0",
+        also=(HubDataset("math-ai/aime26", ("test",), revision="79037aebdb6580008fb960d17cb21fd3099083e3"),),
     ),
     Benchmark(
         "CEval", "C-Eval, validation, 52 subjects", "llm", HubDataset("ceval/ceval-exam", ("val",), _CEVAL_SUBJECTS), choice.ceval,
@@ -164,7 +164,7 @@ LANGUAGE = (
     Benchmark(
         "HLE", "Humanity's Last Exam", "llm",
         HubDataset("cais/hle", ("test",), revision="5a81a4c7271a2a2a312b9a690f0c2fde837e4c29"), choice.hle,
-        differs="A system prompt asks for explanation, answer and confidence; a named model judges; a calibration error is reported too.",
+        differs="A system prompt asks for explanation, answer and confidence, a named model judges, and a calibration error is reported.",
         judge="eval_hle", rows=2500, licence="mit", gated=True,
         unverified="whether the paper keeps the questions with a picture; they are kept here",
     ),
@@ -208,37 +208,55 @@ _MVBENCH_TASKS = tuple(
     object_existence object_interaction object_shuffle scene_transition state_change unexpected_action""".split()
 )
 
+_VIDEO_MME = ClipFiles(
+    ("videos_chunked_*.zip", "subtitle.zip"), "about 100 GB in 20 archives, and subtitles",
+    "for academic research; clips belong to their makers",
+)  # fmt: skip
+
 VIDEO = (
     Benchmark(
         "MMVU", "MMVU, validation", "video", HubDataset("yale-nlp/MMVU", ("validation",)), video.mmvu,
-        differs="A named model extracts and judges every answer; here letters are compared, and only open answers are judged.",
+        differs="A named model extracts and judges every answer, thoughts included.",
         judge="eval_mmvu", rows=1000, licence="cc-by-sa-4.0", also=(HubDataset("lmms-eval/MMVU", ("validation",)),),
-        unverified="field of the clip in yale-nlp/MMVU (video; video_path in the copy); licence from memory",
+        unverified="licence from memory",
+        clips=ClipFiles(("videos/*",), "about 1 GB of plain files", "cc-by-sa-4.0 as far as known; clips belong to their makers"),
     ),
     Benchmark(
         "MVBench", "MVBench, 20 tasks", "video", HubDataset("OpenGVLab/MVBench", ("train",), _MVBENCH_TASKS, "video"), video.mvbench,
         differs="A system prompt describes how to watch, the answer is begun for the model, and 8 or 16 frames are shown.",
-        rows=4000, licence="mit",
-        unverified="whether start and end on the branch `video`, some of whose clips are cut already, are those of whole clips; "
-        "NTU clips must be fetched from their owner",
+        rows=4000, licence="mit", gated=True,
+        unverified="whether start and end on the branch `video`, some of whose clips are cut already, are those of whole clips",
+        clips=ClipFiles(
+            ("*.mp4", "*.avi", "*.webm", "*.mkv", "*.jpg", "*.png"), "plain files, well over 10 GB",
+            "mit for the questions, its terms must be accepted, and clips belong to their makers",
+            without=("nturgbd*",),
+            by_hand="the 200 clips of fine_grained_pose are NTU RGB+D's, whose owner gives them to those who ask: "
+            "https://rose1.ntu.edu.sg/dataset/actionRecognition/ (video/MVBench_videos_ntu.txt of the set lists them); put them into "
+            "nturgbd_convert/ of the folder, as .avi or .mp4. Without them their questions are left out and counted",
+        ),
     ),
     Benchmark(
         "VMME", "Video-MME without subtitles", "video", HubDataset("lmms-lab/Video-MME", ("test",)), video.videomme,
         differs="The number of frames is each model's own, and only a letter is asked for.",
-        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),),
+        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),), clips=_VIDEO_MME,
     ),
     Benchmark(
         "VMMES", "Video-MME with subtitles", "video", HubDataset("lmms-lab/Video-MME", ("test",)), video.videomme_subtitles,
         differs="Subtitles of the shown frames only, where a model has few; here all of them, as text before the question.",
-        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),),
+        rows=2700, also=(HubDataset("lmms-eval/Video-MME", ("test",)),), clips=_VIDEO_MME,
         unverified="how many subtitles the paper shows",
     ),
     Benchmark(
         "VMMMU", "Video-MMMU", "video",
         HubDataset("lmms-lab/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")), video.videommmu,
-        differs="An answer that cannot be read is drawn at random, and the adaptation track has a prompt of its own.",
-        rows=900, also=(HubDataset("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
-        unverified="whether the picture of an adaptation question, which ends its clip in the copies, is in the frames that are drawn",
+        differs="An answer that cannot be read is drawn at random, the adaptation track has a prompt of its own, and its picture is the "
+        "clip's last frame alone.",
+        rows=900, gated=True, also=(HubDataset("lmms-eval/VideoMMMU", ("test",), ("Perception", "Comprehension", "Adaptation")),),
+        clips=ClipFiles(
+            tuple(f"{field}.zip" for field in ("Art", "Business", "Engineering", "Humanities", "Medicine", "Science")),
+            "about 13 GB in 6 archives", "its terms must be accepted, and clips belong to their makers",
+        ),
+        unverified="whether the paper shows the picture of an adaptation question beside the frames, as here, or only as the clip's last",
     ),
 )  # fmt: skip
 
@@ -256,43 +274,51 @@ def find(name: str) -> Benchmark:
     if name.lower() not in known:
         raise SettingsError(
             f"there is no benchmark {name!r}; known: {', '.join(b.name for b in known.values())}, "
-            f"and the suites {', '.join((PAPER, *FAMILIES))}"
+            f"and the suites {', '.join((PAPER, *FAMILIES))}; one of your own is a YAML file (my-bench.yaml)"
         )
     return known[name.lower()]
 
 
-def suite(names: str | Iterable[str]) -> tuple[Benchmark, ...]:
-    """The benchmarks of a suite, each once, in the registry's order.
+def suite(names: str | Iterable[str], code: bool = True) -> tuple[Benchmark, ...]:
+    """The benchmarks of a suite, each once, in the registry's order, then those of the user's own.
 
     Args:
-        names: names of benchmarks, a family (`vlm`, `llm`, `video`) or `paper` for all; a text may join several with commas.
+        names: names of benchmarks, a family (`vlm`, `llm`, `video`), `paper` for all, or a benchmark of one's own
+            (`zppo.evals.adapters.own`); a text may join several with commas.
+        code: Python of the user's own may be imported.
 
     Raises:
-        SettingsError: a name that is none of these, or no name at all.
+        SettingsError: a name that is none of these, two benchmarks of one name, code where none is wanted, or no name at all.
+        DataError: what a benchmark of one's own says of its rows.
     """
     parts = names.split(",") if isinstance(names, str) else list(names)
     chosen: set[str] = set()
-    for part in (part.strip() for part in parts):
+    own: dict[str, Benchmark] = {}
+    for part in dict.fromkeys(part.strip() for part in parts):
         if part.lower() == PAPER:
             chosen |= {benchmark.name for benchmark in BENCHMARKS}
         elif part.lower() in FAMILIES:
             chosen |= {benchmark.name for benchmark in BENCHMARKS if benchmark.family == part.lower()}
+        elif is_own(part):
+            made = own_benchmark(part, code)
+            if made.name.lower() in (PAPER, *FAMILIES, *own, *(benchmark.name.lower() for benchmark in BENCHMARKS)):
+                raise SettingsError(f"{part}: another benchmark or suite is called {made.name!r}; give it another name")
+            own[made.name.lower()] = made
         elif part:
             chosen.add(find(part).name)
-    if not chosen:
+    if not chosen and not own:
         raise SettingsError(f"no benchmark is named; give names, {', '.join(FAMILIES)} or {PAPER}")
-    return tuple(benchmark for benchmark in BENCHMARKS if benchmark.name in chosen)
+    return (*(benchmark for benchmark in BENCHMARKS if benchmark.name in chosen), *own.values())
 
 
 def judge_prompts(given: Iterable[str]) -> dict[str, Path]:
     """JUDGE=PATH of the command line; a benchmark's name stands for its judge. SettingsError where one is neither."""
-    judges = {**{b.name.lower(): b.judge for b in BENCHMARKS if b.judge != "judge"}, **{name: name for name in get_args(Judge)}}
+    names: tuple[str, ...] = (*get_args(Judge), *(mode for modes in MODES.values() for mode in modes))
+    judges = {**{b.name.lower(): str(b.judge) for b in BENCHMARKS if b.judge != "judge"}, **{name: name for name in names}}
     result = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or not path or name.lower() not in judges:
-            raise SettingsError(
-                f"--judge-prompt {text!r}: write JUDGE=PATH, with one of {', '.join(get_args(Judge))}, or its benchmark's name"
-            )
-        result[str(judges[name.lower()])] = Path(path)
+            raise SettingsError(f"--judge-prompt {text!r}: write JUDGE=PATH, with one of {', '.join(names)}, or its benchmark's name")
+        result[judges[name.lower()]] = Path(path)
     return result

@@ -20,6 +20,7 @@ from zppo import __version__
 from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals.benchmark import Aggregate, Benchmark
 from zppo.evals.options import RESULT, EvalOptions
+from zppo.grading.text import normalise
 
 
 class Scored(NamedTuple):
@@ -129,7 +130,7 @@ def _abilities(rows: Sequence[Scored]) -> Figure:
 
 
 def _axes(rows: Sequence[Scored]) -> Figure:
-    """MultiChallenge: the mean of its four axes; the mean over conversations is reported too."""
+    """MultiChallenge, VLMs-are-Blind: the mean of its four axes, of its eight tasks; the mean over all rows is reported too."""
     groups = _groups(rows, "axis")
     means = {name: _mean(values) for name, values in groups.items()}
     # Independent means: the error of their average.
@@ -198,6 +199,9 @@ By = Literal["rule", "judge", "open", "left out"]
 TRUNCATED = "max_tokens"
 TOO_LONG = "model_length"
 """What inspect-ai calls it where the server refuses a conversation that is too long for the model's context."""
+BROKEN = "broken_media"
+"""A question that is not asked, since its clip or a picture of it cannot be decoded."""
+MALFORMED = "the judge's reply is malformed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +213,12 @@ class SampleResult:
         by: who decided; open: not decided yet, because model or judge failed. A repeated call asks again;
             left out: it has pictures, and the model takes none.
         value: 0 to 1; None while open, or where it is left out.
+        boxless: strictly by box it is 0: there is no box that can be read, whatever the judge found in the text.
         text: what the model wrote, thoughts included.
         answer: what was extracted.
         reason: what the rules said, in a word or two.
         reply: the judge's, "" where it was not asked.
-        error: why the row is open or left out.
+        error: why the row is open, left out, or 0 without having been asked or judged.
         finish: why the model stopped.
         tokens_in, tokens_out: of the model, as its server counts.
         judge_tokens: of the judge, in and out.
@@ -225,6 +230,7 @@ class SampleResult:
     epoch: int
     by: By
     value: float | None = None
+    boxless: bool = False
     text: str = ""
     answer: str | None = None
     reason: str = ""
@@ -238,23 +244,71 @@ class SampleResult:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def scored(rows: Iterable[SampleResult]) -> list[Scored]:
-    """Decided rows by question: samples of one question are no new questions, their mean is one value (so errors are clustered)."""
+_MOST_NAMED = 20  # rows of a kind that eval.json names
+
+
+def scored(rows: Iterable[SampleResult], *, by_box: bool = False) -> list[Scored]:
+    """Decided rows by question: samples of one question are no new questions, their mean is one value (so errors are clustered).
+
+    Args:
+        by_box: the values strictly by box.
+    """
     by_id: dict[str, list[SampleResult]] = {}
     for row in rows:
         if row.value is not None:
             by_id.setdefault(row.id, []).append(row)
-    return [Scored(fmean(r.value or 0.0 for r in group), group[0].facts) for group in by_id.values()]
+    return [Scored(fmean(0.0 if by_box and row.boxless else row.value or 0.0 for row in group), group[0].facts) for group in by_id.values()]
 
 
-def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -> dict[str, Any]:
+def several_samples(benchmark: Benchmark, rows: Iterable[SampleResult]) -> dict[str, float | None]:
+    """What several answers to each question come to, as the benchmark's own figure does, with standard errors over questions.
+
+    - avg: their mean (avg@k); it is the benchmark's figure.
+    - pass: the best of them (pass@k).
+    - maj: the answer that most of them give (maj@k). Right answers are all one, since all are the gold; wrong ones are alike by their text.
+      Answers with equally many votes share, and a question without any answer is 0. None where whole responses are graded.
+    """
+    by_id: dict[str, list[SampleResult]] = {}
+    for row in rows:
+        if row.value is not None:
+            by_id.setdefault(row.id, []).append(row)
+    ways: dict[str, Callable[[list[SampleResult]], float]] = {
+        "avg": lambda group: fmean(row.value or 0.0 for row in group),
+        "pass": lambda group: max(row.value or 0.0 for row in group),
+        "maj": _voted,
+    }
+    result: dict[str, float | None] = {}
+    for name, way in ways.items():
+        found = figure(benchmark, [Scored(way(group), group[0].facts) for group in by_id.values()])
+        voted = name != "maj" or benchmark.judge not in _GRADED
+        result |= {name: _number(found.value) if voted else None, f"{name}_error": _number(found.error) if voted else None}
+    return result
+
+
+_GRADED = ("eval_mmvet", "eval_multichallenge")  # judges of whole responses, which give no answer to vote for
+
+
+def _voted(group: list[SampleResult]) -> float:
+    votes: dict[str, list[float]] = {}
+    for row in group:
+        right = row.value == 1.0
+        if right or row.answer is not None:
+            votes.setdefault("right" if right else f"wrong {normalise(row.answer or '')}", []).append(row.value or 0.0)
+    most = max(map(len, votes.values()), default=0)
+    return fmean(fmean(values) for values in votes.values() if len(values) == most) if votes else 0.0
+
+
+def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int, samples: int = 1) -> dict[str, Any]:
     """The benchmark's part of eval.json: figure, error, counts. Shares are from 0 to 1; null where there is no number.
 
     Args:
         expected: rows that there should be, samples counted; those that are missing are open.
+        samples: of each question.
     """
-    result = figure(benchmark, scored(rows))
+    result, by_box = figure(benchmark, scored(rows)), figure(benchmark, scored(rows, by_box=True))
     decided = [row for row in rows if row.by not in ("open", "left out")]
+    malformed = [row for row in decided if row.error == MALFORMED]
+    broken = [row for row in decided if row.finish == BROKEN]
     left_out = [row for row in rows if row.by == "left out"]
     return {
         "name": benchmark.name,
@@ -263,15 +317,23 @@ def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -
         "aggregate": benchmark.aggregate,
         "value": _number(result.value),
         "error": _number(result.error),
+        "by_box": _number(by_box.value),
+        "by_box_error": _number(by_box.error),
+        "at_k": {"k": samples, **several_samples(benchmark, rows)} if samples > 1 else None,
         "units": result.n,
         "beside": {name: _number(value) for name, value in result.beside.items()},
         "expected": expected,
         "rows": len(decided),
         "by_rule": sum(row.by == "rule" for row in decided),
         "by_judge": sum(row.by == "judge" for row in decided),
-        "no_answer": sum(row.answer is None and row.reason == "no answer" and row.finish != TOO_LONG for row in decided),
+        "no_answer": sum(row.boxless and row.finish not in (TOO_LONG, BROKEN) for row in decided),
         "truncated": sum(row.finish == TRUNCATED for row in decided),
         "too_long": sum(row.finish == TOO_LONG for row in decided),
+        "malformed": len(malformed),
+        "malformed_rows": _named(malformed),
+        "broken": len(broken),
+        "broken_rows": _named(broken),
+        "why_broken": broken[0].error if broken else "",
         "left_out": len(left_out),
         "why_left_out": left_out[0].error if left_out else "",
         "open": expected - len(decided) - len(left_out),
@@ -281,6 +343,11 @@ def summary(benchmark: Benchmark, rows: Sequence[SampleResult], expected: int) -
         "judge_tokens_in": sum(row.judge_tokens[0] for row in rows),
         "judge_tokens_out": sum(row.judge_tokens[1] for row in rows),
     }
+
+
+def _named(rows: Sequence[SampleResult]) -> list[str]:
+    """Ids of the first questions among the rows."""
+    return sorted({row.id for row in rows})[:_MOST_NAMED]
 
 
 def families(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -293,6 +360,7 @@ def families(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
         errors = [math.nan if each["error"] is None else float(each["error"]) for each in have]
         result[name] = {
             "value": fmean(float(each["value"]) for each in have),
+            "by_box": fmean(float(each["by_box"]) for each in have),
             "error": _number(math.sqrt(math.fsum(e * e for e in errors)) / len(errors)),
             "benchmarks": [each["name"] for each in have],
         }
@@ -382,7 +450,7 @@ def default_output(options: EvalOptions) -> Path:
     folder = Path(options.model)
     if (folder / "recipe.yaml").is_file():
         return folder
-    name = options.name or options.model
+    name = options.name or options.model.partition(",")[0]
     words = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.split("://")[-1]).strip("-.")
     return Path("runs") / f"eval-{words[-80:] or 'model'}"
 
@@ -409,6 +477,10 @@ def begin(folder: EvalFolder, label: str, source: str, settings: Mapping[str, An
             "skipped": [],
             "families": {},
         }
+    if state["settings"].get("judge") is None:  # nothing was judged yet
+        state["settings"]["judge"] = settings["judge"]
+    if settings["judge"] is None:  # nothing will be
+        settings = {**settings, "judge": state["settings"]["judge"]}
     for name, value in settings.items():
         if state["settings"].get(name) != json.loads(json.dumps(value)):
             raise SettingsError(
@@ -426,15 +498,28 @@ def with_benchmark(state: Mapping[str, Any], part: Mapping[str, Any], order: lis
     return {**state, "benchmarks": parts, "skipped": skipped, "families": families(parts)}
 
 
+def with_think_open(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state once it is known that the model's prompts open a think block: what was decided before is to be decided anew."""
+    parts = [{**each, "stale": True} for each in state["benchmarks"]]
+    return {**state, "settings": {**state["settings"], "think_open": True}, "benchmarks": parts}
+
+
 def with_skipped(state: Mapping[str, Any], name: str, family: str, why: str) -> dict[str, Any]:
     """The state with a benchmark whose data cannot be had; what an earlier call made of it stays."""
     skipped = [each for each in state["skipped"] if each["name"] != name]
     return {**state, "skipped": [*skipped, {"name": name, "family": family, "why": why}]}
 
 
-def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int) -> bool:
-    """Whether an earlier call has decided every row that this one would."""
+def finished(state: Mapping[str, Any], name: str, limit: int | None, samples: int, strict: bool = False, definition: str = "") -> bool:
+    """Whether an earlier call has decided every row that this one would.
+
+    Args:
+        strict: what was malformed or broken is not decided.
+        definition: as `Benchmark` has it.
+    """
     for each in state["benchmarks"]:
         if each["name"] == name:
-            return not each["open"] and each["limit"] == limit and each["samples"] == samples
+            left = each["open"] or each.get("stale") or (strict and (each.get("malformed") or each.get("broken")))
+            same = each["limit"] == limit and each["samples"] == samples and each.get("definition", "") == definition
+            return same and not left
     return False

@@ -6,9 +6,9 @@ The model is an OpenAI-compatible server that is sent every sampling setting, an
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
-import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,7 +30,6 @@ from inspect_ai.model import (
     ContentImage,
     ContentReasoning,
     ContentText,
-    ContentVideo,
     GenerateConfig,
     Model,
     ModelOutput,
@@ -42,14 +41,16 @@ from inspect_ai.scorer import Score, Scorer, Target, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import ToolInfo
 from openai import DEFAULT_CONNECTION_LIMITS, DefaultAsyncHttpxClient
+from tenacity import RetryError
 
-from zppo.errors import EvaluationError, one_line
+from zppo.errors import DataError, EvaluationError, UnavailableError, one_line
 from zppo.evals.benchmark import Benchmark
+from zppo.evals.endpoint import Thoughts
 from zppo.evals.item import Item
 from zppo.evals.journal import Journal
-from zppo.evals.media import ChatTurn, media_key
+from zppo.evals.media import ChatTurn, media_key, media_there, small_picture
 from zppo.evals.options import Decoding, digest_of
-from zppo.evals.results import TOO_LONG, By, SampleResult
+from zppo.evals.results import BROKEN, TOO_LONG, By, SampleResult
 from zppo.evals.scoring.verdicts import Decider
 from zppo.teacher.http import within_origin
 from zppo.teacher.proxy import proxy_to, transport_to
@@ -59,6 +60,7 @@ PROVIDER = "zppo"
 RAW = "raw"  # metadata of a message: the text as the server sent it
 ATTEMPT = 3600.0  # seconds for one whole reply: 12,288 tokens of a busy server take their time
 RETRIES = 4
+BUSY = 429
 _VIDEO = "zppo-video:"
 _BLIND = re.compile(
     r"not a multi-?modal model|at most 0 image|images? (input )?(is|are) not supported|not support (images?|vision|multi-?modal)", re.I
@@ -87,8 +89,10 @@ class ServedAPI(OpenAICompatibleAPI):
         )
 
     async def messages_to_openai(self, input: list[ChatMessage]) -> list[Any]:
-        """inspect-ai refuses videos on this path: they go through it as images, and come out as what they are."""
-        messages: list[Any] = await super().messages_to_openai([_hidden(m) for m in input])
+        """Messages hold small pictures, for the transcript: what is sent are those that they stand for. inspect-ai refuses videos on
+        this path: they go through it as images, and come out as what they are.
+        """
+        messages: list[Any] = await super().messages_to_openai([_whole(m) for m in input])
         return [m | {"content": [_part(p) for p in m["content"]]} if isinstance(m.get("content"), list) else m for m in messages]
 
     def service_model_name(self) -> str:
@@ -126,12 +130,15 @@ def _hiding(key: str) -> Callable[[Any], Awaitable[None]]:
     return hide
 
 
-def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency: int) -> Model:
+def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency: int, template_args: Mapping[str, Any]) -> Model:
     """The model of a server under the protocol's decoding.
 
-    top_k, min_p and repetition_penalty go as fields of the body: inspect-ai's own top_k is never sent on this path.
+    top_k, min_p and repetition_penalty go as fields of the body: inspect-ai's own top_k is never sent on this path. So do arguments of the
+    chat template, where there are some: not every server knows the field.
     """
-    extra = {"top_k": decoding.top_k, "min_p": decoding.min_p, "repetition_penalty": decoding.repetition_penalty}
+    extra: dict[str, Any] = {"top_k": decoding.top_k, "min_p": decoding.min_p, "repetition_penalty": decoding.repetition_penalty}
+    if template_args:
+        extra["chat_template_kwargs"] = dict(template_args)
     config = GenerateConfig(
         temperature=decoding.temperature,
         top_p=decoding.top_p,
@@ -144,8 +151,24 @@ def served_model(url: str, name: str, key: str, decoding: Decoding, concurrency:
     return get_model(f"{PROVIDER}/{name}", config=config, base_url=url, api_key=key or "EMPTY", memoize=False)
 
 
-def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
-    """A conversation in inspect-ai's types."""
+_SIDE, _SIDE_OF_MANY, _MANY = 512, 256, 4  # pixels of a picture in a transcript, and where a conversation has more than so many
+_SENT: dict[str, str] = {}  # pictures and clips of the requests under way, by the names that their messages hold
+_NAMES = itertools.count()
+
+
+def chat_messages(turns: Sequence[ChatTurn]) -> tuple[list[ChatMessage], dict[str, str]]:
+    """A conversation in inspect-ai's types, as transcripts keep it: with small pictures; and the whole ones by the names in the messages.
+
+    Whole ones would make the transcripts of a benchmark tens of gigabytes [zppo].
+    """
+    sent: dict[str, str] = {}
+    side = _SIDE if sum(part.kind == "image" for turn in turns for part in turn.parts) <= _MANY else _SIDE_OF_MANY
+
+    def named(value: str) -> str:
+        name = f"{PROVIDER}-{next(_NAMES)}"
+        sent[name] = value
+        return name
+
     kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
     messages: list[ChatMessage] = []
     for turn in turns:
@@ -154,13 +177,14 @@ def chat_messages(turns: Sequence[ChatTurn]) -> list[ChatMessage]:
             if part.kind == "text":
                 parts.append(ContentText(text=sound(part.value)))
             elif part.kind == "image":
-                parts.append(ContentImage(image=part.value))
+                parts.append(ContentImage(image=small_picture(part.value, side), internal=named(part.value)))
             else:
-                parts.append(ContentVideo(video=part.value, format="mp4"))
+                megabytes = len(part.value) * 3 / 4 / 1e6
+                parts.append(ContentText(text=f"[the whole clip, {megabytes:.1f} MB]", internal=named(part.value)))
         texts = [p.text for p in parts if isinstance(p, ContentText)]
-        content: Any = texts[0] if len(texts) == len(parts) == 1 else parts
+        content: Any = texts[0] if len(texts) == len(parts) == 1 and not sent else parts
         messages.append(kinds[turn.role](content=content))
-    return messages
+    return messages, sent
 
 
 def why(error: BaseException) -> str:
@@ -210,11 +234,18 @@ def _joined(thoughts: str, text: str) -> str:
     return f"<think>{thoughts}</think>{text}" if text.strip() else f"<think>{thoughts}"
 
 
-def _hidden(message: ChatMessage) -> ChatMessage:
-    if isinstance(message.content, str) or not any(isinstance(p, ContentVideo) for p in message.content):
+def _whole(message: ChatMessage) -> ChatMessage:
+    """The message with what is to be sent in place of what the transcript shows of it."""
+    if isinstance(message.content, str):
         return message
-    parts = [ContentImage(image=f"data:image/png;base64,{_VIDEO}{p.video}") if isinstance(p, ContentVideo) else p for p in message.content]
-    return message.model_copy(update={"content": parts})
+    return message.model_copy(update={"content": [_sent(part) for part in message.content]})
+
+
+def _sent(part: Content) -> Content:
+    value = _SENT.get(part.internal) if isinstance(part.internal, str) else None
+    if value is None:
+        return part
+    return ContentImage(image=value if isinstance(part, ContentImage) else f"data:image/png;base64,{_VIDEO}{value}")
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
@@ -232,22 +263,35 @@ Take = Callable[[SampleResult], None]
 
 
 @dataclass
-class Health:
-    """Whether the model's server still answers, and why it takes no pictures, "" where it does."""
+class Route:
+    """One address of the model.
 
+    Attributes:
+        under_way: requests that it has not answered yet.
+        failures: in a row.
+    """
+
+    model: Model
+    under_way: int = 0
     failures: int = 0
-    blind: str = ""
-    last: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def down(self) -> bool:
         return self.failures >= DOWN_AFTER
 
-    def note(self, error: str = "") -> None:
-        """An answer, or why there was none."""
-        with self.lock:
-            self.failures, self.last = (self.failures + 1, error) if error else (0, "")
+
+@dataclass
+class Health:
+    """The addresses of the model, why it takes no pictures, "" where it does, and the last failure."""
+
+    routes: Sequence[Route]
+    blind: str = ""
+    last: str = ""
+
+    @property
+    def down(self) -> bool:
+        """Whether none of them answers any more."""
+        return all(route.down for route in self.routes)
 
 
 class LeftOutError(EvaluationError):
@@ -261,6 +305,8 @@ class TaskContext:
     Attributes:
         turns: the conversation of a question with its media.
         answers, judgements: journals of replies.
+        thoughts: is shown every reply.
+        strict: a question whose clip or picture cannot be decoded stays open; else it is 0.
         take: is given every row as it is decided or fails.
     """
 
@@ -273,9 +319,11 @@ class TaskContext:
     health: Health
     threads: CapacityLimiter
     take: Take
+    thoughts: Thoughts = field(default_factory=Thoughts)
+    strict: bool = False
 
 
-def run_task(work: TaskContext, model: Model, *, samples: int, concurrency: int, logs: Path) -> EvalLog:
+def run_task(work: TaskContext, *, samples: int, concurrency: int, logs: Path) -> EvalLog:
     """Asks and decides every row of a benchmark that the journals do not hold; the transcripts go to a log that `inspect view` opens.
 
     Args:
@@ -302,11 +350,11 @@ def run_task(work: TaskContext, model: Model, *, samples: int, concurrency: int,
     level = logging.getLogger().level
     log = inspect_eval(
         task,
-        model=model,
+        model=work.health.routes[0].model,
         display="none",
         log_dir=str(logs),
         log_format="eval",
-        log_images=False,
+        log_images=True,  # small ones: `chat_messages`
         log_realtime=False,
         log_level="error",
         log_header_only=True,
@@ -335,45 +383,65 @@ def ask(work: TaskContext) -> Solver:
         known = await to_thread.run_sync(work.answers.get, key, limiter=work.threads)
         if known is None:
             try:
-                known = await _asked(work, item, state, generate)
+                known = await _asked(work, item, state)
             except Exception as error:
                 said = why(error)
                 by: By = "left out" if isinstance(error, LeftOutError) else "open"
                 work.take(SampleResult(item.id, state.epoch, by, error=said, gold=item.golds, facts=item.facts))
                 raise EvaluationError(said) from None
-            if known["finish"] != TOO_LONG:  # another server of the model may have a longer context
+            if known["finish"] not in (TOO_LONG, BROKEN):  # a longer context or another clip may come
                 await to_thread.run_sync(work.answers.add, key, known, limiter=work.threads)
         else:
+            state.messages = await to_thread.run_sync(_again, work, item, state.messages, limiter=work.threads)
             state.output = ModelOutput.from_content(str(state.model), known["text"], stop_reason=known["finish"])
             state.messages.append(state.output.message)
+        work.thoughts.note(str(known["text"]), str(known["finish"]))
         state.metadata["reply"] = known
         return state
 
     return solve
 
 
-async def _asked(work: TaskContext, item: Item, state: TaskState, generate: Generate) -> dict[str, Any]:
+def _again(work: TaskContext, item: Item, plain: list[ChatMessage]) -> list[ChatMessage]:
+    """The conversation of a question that was answered before. Clips are not taken apart for it, and pictures may be gone."""
+    if item.video is not None or not (item.images or item.frames):
+        return plain
+    try:
+        return chat_messages(work.turns(item))[0]
+    except DataError:
+        return plain
+
+
+async def _asked(work: TaskContext, item: Item, state: TaskState) -> dict[str, Any]:
     """What the model says. Raises whatever is wrong with the question's media or the server; LeftOutError where it takes no pictures."""
     pictured = bool(item.images or item.frames or item.video)
     if pictured and work.health.blind:
         raise LeftOutError(work.health.blind)
     if work.health.down:
-        raise EvaluationError(f"not asked, since {work.health.failures} requests before it failed ({work.health.last})")
-    state.messages = chat_messages(await to_thread.run_sync(work.turns, item, limiter=work.threads))
+        raise EvaluationError(f"not asked, since {DOWN_AFTER} requests before it failed ({work.health.last})")
     try:
-        output = (await generate(state)).output
+        turns = await to_thread.run_sync(work.turns, item, limiter=work.threads)
+    except UnavailableError:
+        raise
+    except DataError as error:
+        if work.strict or not media_there(item):
+            raise
+        return {"text": "", "finish": BROKEN, "tokens_in": 0, "tokens_out": 0, "error": why(error)}
+    state.messages, sent = await to_thread.run_sync(chat_messages, turns, limiter=work.threads)
+    _SENT.update(sent)
+    try:
+        state.output = output = await _answered(work.health, state.messages)
     except Exception as error:
         if too_long(error):
-            work.health.note()
             return {"text": "", "finish": TOO_LONG, "tokens_in": 0, "tokens_out": 0}
         if pictured and blind(error):
-            work.health.note()
             work.health.blind = why(error)
             raise LeftOutError(why(error)) from None
-        if not refused(error):
-            work.health.note(why(error))
         raise
-    work.health.note()
+    finally:
+        for name in sent:
+            del _SENT[name]
+    state.messages.append(output.message)
     usage, finish = output.usage, output.stop_reason
     return {
         # What a server says about a conversation that is too long for it is no answer of the model.
@@ -382,6 +450,40 @@ async def _asked(work: TaskContext, item: Item, state: TaskState, generate: Gene
         "tokens_in": usage.input_tokens if usage else 0,
         "tokens_out": usage.output_tokens if usage else 0,
     }
+
+
+def _last_attempt(error: Exception) -> BaseException:
+    """What the last attempt raised, where retries were given up."""
+    return (error.last_attempt.exception() or error) if isinstance(error, RetryError) else error
+
+
+async def _answered(health: Health, messages: list[ChatMessage]) -> ModelOutput:
+    """What the least busy address says. One that fails is left for the others, and for good after eight failures in a row.
+
+    Where others are left a failure is not waited for. Raises what the last one that was asked has raised.
+    """
+    left = [route for route in health.routes if not route.down]
+    while True:
+        route = min(left, key=lambda route: route.under_way)
+        left.remove(route)
+        route.under_way += 1
+        try:
+            output = await route.model.generate(messages, config=GenerateConfig(max_retries=0 if left else RETRIES))
+        except Exception as raised:
+            error = _last_attempt(raised)
+            if refused(error):
+                route.failures = 0  # it is there, and dislikes this request
+                raise error from error.__cause__
+            health.last = why(error)
+            route.failures += getattr(error, "status_code", None) != BUSY
+            left = [other for other in left if not other.down]
+            if not left:
+                raise error from error.__cause__
+        else:
+            route.failures = 0
+            return output
+        finally:
+            route.under_way -= 1
 
 
 @scorer(metrics=[mean()])

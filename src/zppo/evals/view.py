@@ -76,17 +76,26 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 def print_results(console: Console, state: Mapping[str, Any]) -> None:
     """The closing table: whose it is, benchmarks, families, and what was skipped."""
-    say(console, f"{state['label']}, judged by {state['settings']['judge']}", "bold")
+    judge = state["settings"]["judge"]
+    title = state["label"] + (f", judged by {judge}" if judge else ", no judge")
+    if any(each["family"] == "video" for each in state["benchmarks"]):
+        title += ", clips whole" if state["settings"]["video"] == "file" else f", clips as {state['settings']['frames']} pictures"
+    say(console, title, "bold")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("benchmark")
-    for name in ("score", "±", "rows", "rule", "judge", "no answer", "cut", "open"):
+    often = any(each.get("at_k") for each in state["benchmarks"])
+    at_k = ("k", "pass@k", "maj@k") if often else ()
+    for name in ("score", "±", "by box", *at_k, "rows", "rule", "judge", "no box", "cut", "open"):
         table.add_column(name, justify="right")
     for each in state["benchmarks"]:
         counts = (each[name] for name in ("rows", "by_rule", "by_judge", "no_answer", "truncated", "open"))
-        table.add_row(Text(each["name"]), points(each["value"]), points(each["error"]), *(f"{count:,}" for count in counts))
+        shown = (points(each[name]) for name in ("value", "error", "by_box"))
+        several = each.get("at_k")
+        sampled = (str(each["samples"]), *(points(several[name]) for name in ("pass", "maj"))) if several else ("1", "", "")
+        table.add_row(Text(each["name"]), *shown, *sampled[: len(at_k)], *(f"{count:,}" for count in counts))
     for name, family in state["families"].items():
         of = f"mean of {len(family['benchmarks'])} {name}"
-        table.add_row(Text(of, style="bold"), points(family["value"]), points(family["error"]))
+        table.add_row(Text(of, style="bold"), *(points(family[name]) for name in ("value", "error", "by_box")))
     console.print(table)
     for each in state["benchmarks"]:
         if parts := each["beside"]:
@@ -97,27 +106,57 @@ def print_results(console: Console, state: Mapping[str, Any]) -> None:
     for each in state["skipped"]:
         say(console, f"skipped {each['why']}", "yellow")
     for each in state["benchmarks"]:
-        warnings = []
-        if count := each.get("unreadable", 0):
-            what = "1 row is" if count == 1 else f"{count:,} rows are"
-            warnings.append(f"{what} no part of it, since unreadable; the first: {each['unreadable_first']}")
-        if count := each.get("left_out", 0):
-            of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
-            warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
-        if count := each.get("too_long", 0):
-            warnings.append(
-                f"{count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
-                "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)"
-            )
-        for warning in warnings:
+        for warning in _warnings(each):
             say(console, f"{each['name']}: {warning}", "yellow")
+    if often:
+        say(
+            console,
+            "k: answers to each question; score is then avg@k, their mean; pass@k: one of them is right; maj@k: the one that most of them "
+            "give is right",
+            "dim",
+        )
     errors = sum(each["judge_errors"] for each in state["benchmarks"])
     say(
         console,
-        "score: percent; ±: standard error, samples of one question counted as one; rule, judge: who decided; cut: stopped by the token "
-        f"limit; open: not decided yet, {errors:,} of them since the judge failed",
+        "score: percent; ±: standard error, samples of one question counted as one; by box: 0 for a reply without a box that can be read "
+        "(no box), which a judge may find right; rule, judge: who decided; cut: stopped by the token limit; open: not decided yet, "
+        f"{errors:,} of them since the judge failed",
         "dim",
     )
+
+
+def _warnings(each: Mapping[str, Any]) -> list[str]:
+    """What must be known beside a benchmark's figure: rows that are no part of it, or 0 for a reason of their own."""
+    warnings = []
+    if count := each.get("unreadable", 0):
+        what = "1 row is" if count == 1 else f"{count:,} rows are"
+        warnings.append(f"{what} no part of it, since unreadable; the first: {each['unreadable_first']}")
+    if count := each.get("missing", 0):
+        what = "1 question is" if count == 1 else f"{count:,} questions are"
+        warnings.append(f"{what} no part of it, since a clip or picture is missing; the first: {each['missing_first']}")
+    if count := each.get("left_out", 0):
+        of = f"{count:,} of {each['expected']:,} rows are left out of its figure"
+        warnings.append(f"{of}, since they have pictures and the model takes none ({each['why_left_out']})")
+    if count := each.get("malformed", 0):
+        warnings.append(
+            f"{count:,} of {each['rows']:,} rows are 0 since the judge's verdict was malformed, and again after a reminder: "
+            f"{_names(each['malformed_rows'])}; --strict judges them again"
+        )
+    if count := each.get("broken", 0):
+        warnings.append(
+            f"{count:,} of {each['rows']:,} rows are 0 since a clip or picture cannot be decoded: {_names(each['broken_rows'])} "
+            f"({each['why_broken']}); --strict keeps them open"
+        )
+    if count := each.get("too_long", 0):
+        warnings.append(
+            f"{count:,} of {each['rows']:,} rows are 0 since their question, with the room for the answer, is too long "
+            "for the model's context: serve it with a longer one, or lower --max-tokens (and name another --output)"
+        )
+    return warnings
+
+
+def _names(ids: Sequence[str], most: int = 5) -> str:
+    return ", ".join(ids[:most]) + ", ..." * (len(ids) > most)
 
 
 def points(value: float | None) -> str:
@@ -125,7 +164,7 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-TEXT_TOKENS: Mapping[Family, int] = MappingProxyType({"vlm": 250, "llm": 350, "video": 250})
+TEXT_TOKENS: Mapping[Family, int] = MappingProxyType({"vlm": 250, "llm": 350, "video": 250, "own": 350})
 IMAGE_TOKENS = 800
 """Of a picture: the protocol's limits are 256 and 1,280 tokens of 32 x 32 pixels."""
 FRAME_TOKENS = 300
@@ -159,18 +198,16 @@ class Estimate:
 
 
 def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
-    """The estimate of one benchmark: its rows counted where `--data` has them, else as the registry has it."""
+    """The estimate of one benchmark: its rows counted where they are on this machine, else as the registry has it."""
     note = "gated: accept its terms and log in" if benchmark.gated else ""
     items: Sequence[Item] | None = None
-    if options.data is not None:
+    if options.data is not None or benchmark.reader is not None:
         try:
             loaded = load_items(benchmark, options.data, clips=options.clips, limit=options.limit)
-            items, bad = loaded.items, loaded.unreadable
-            note = (
-                f"{len(bad):,} {'row' if len(bad) == 1 else 'rows'} unreadable: {bad[0][:100].removeprefix(f'{benchmark.name}, ')}"
-                if bad
-                else ""
-            )
+            items, bad = loaded.items, loaded.unreadable or loaded.missing
+            what = "unreadable" if loaded.unreadable else "without their clip"
+            first = bad[0][:100].removeprefix(f"{benchmark.name}, ").removeprefix(f"{benchmark.name}: ") if bad else ""
+            note = f"{len(bad):,} {'row' if len(bad) == 1 else 'rows'} {what}: {first}" if bad else ""
         except DataError as error:  # it would be skipped
             note = one_line(error, 100).removeprefix(f"{benchmark.name}: ")
             return Estimate(benchmark, None, 0, 0, 0, 0, note)
@@ -179,19 +216,20 @@ def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
         rows, note = 5_000, f"{note}; rows not counted, 5,000 taken".removeprefix("; ")
     if items is None and options.limit is not None:
         rows = min(rows, options.limit)
-    asked = rows * options.samples
+    samples = options.samples_of(benchmark.name)
+    asked = rows * samples
     if items is not None:
         pictures = sum(len(i.images) + (min(options.frames, len(i.frames)) if i.frames else options.frames * bool(i.video)) for i in items)
         text = sum(len(i.asked) for i in items) // 4 + 60 * len(items)
     else:
-        pictures = rows * {"vlm": 1, "llm": 0, "video": options.frames}[benchmark.family]
+        pictures = rows * {"vlm": 1, "llm": 0, "video": options.frames, "own": 0}[benchmark.family]
         text = rows * (TEXT_TOKENS[benchmark.family] + (_SUBTITLES if benchmark.name == "VMMES" else 0))
     share = JUDGED_SHARE if benchmark.judge == "judge" else 1.0
     return Estimate(
         benchmark,
         rows,
-        pictures * options.samples,
-        (text + pictures * (FRAME_TOKENS if benchmark.family == "video" else IMAGE_TOKENS)) * options.samples,
+        pictures * samples,
+        (text + pictures * (FRAME_TOKENS if benchmark.family == "video" else IMAGE_TOKENS)) * samples,
         asked * min(ANSWER_TOKENS, options.max_tokens),
         int(asked * share * JUDGE_TOKENS),
         note,
@@ -211,6 +249,7 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
         table.add_row(e.benchmark.name, rows, *numbers, f"{e.hours:.2f}")
         if e.note:
             notes.setdefault(e.note, []).append(e.benchmark.name)
+    often = " or ".join(map(str, sorted({options.samples_of(e.benchmark.name) for e in estimates})))
     totals = [sum(getattr(e, name) for e in estimates) for name in ("images", "tokens_in", "tokens_out", "judge_tokens")]
     whole = f"{sum(e.rows or 0 for e in estimates):,}"
     hours = f"{sum(e.hours for e in estimates):.1f}"
@@ -220,7 +259,7 @@ def print_estimates(console: Console, estimates: Sequence[Estimate], options: Ev
         say(console, f"{', '.join(names)}: {note}", "yellow")
     say(
         console,
-        f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, {options.samples} a question; "
+        f"M: millions of tokens. Assumed: answers of {min(ANSWER_TOKENS, options.max_tokens):,} tokens, {often} a question; "
         f"pictures of {IMAGE_TOKENS} tokens, {options.frames} of {FRAME_TOKENS} for a clip; the shared judge asked about "
         f"{JUDGED_SHARE:.0%} of rows, a benchmark's own about all, {JUDGE_TOKENS} tokens each; {ANSWER_SPEED:,} answer and "
         f"{PROMPT_SPEED:,} prompt tokens a second, which one GPU of 80 GB may do with a model of 2B under vLLM (not measured). "

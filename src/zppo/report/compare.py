@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from zppo.report.audits import ZoneStory, zone_story
 from zppo.report.bootstrap import mean_interval
 from zppo.report.charts import CYCLE, ChartSpec, Series, kind_name, numbers
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
-from zppo.report.read_run import Run, open_run
+from zppo.report.paper_tables import method_row, tables_of_rows
+from zppo.report.read_run import Run, arm_names, differing, flat_recipe, open_run
 from zppo.report.summary import duration
-from zppo.report.tables import Table, percent
+from zppo.report.table_views import print_wide
+from zppo.report.tables import EVAL, SECTION, EvaluationResults, Table, percent, read_evaluation, unlike
 
 RESULTS = "Results"
-_NOT_ARMS = ("seed", "output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,10 @@ def compare_command(
     console = console or Console()
     comparison = compare_runs(folders)
     for table in comparison.tables:
+        if table.section == SECTION:  # as many columns as there are benchmarks
+            print_wide(console, table)
+            console.print()
+            continue
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
         for index, name in enumerate(table.columns):
             shown.add_column(Text(name), justify="right" if index else "left")
@@ -93,7 +98,7 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
         raise SettingsError(f"zppo compare needs at least two different run folders, and was given {named}")
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
-    tables = [_summary(arms, results), _paired(arms, results), _runs(arms, results), _differences(arms)]
+    tables = [_summary(arms, results), _paired(arms, results), _runs(arms, results), *_evaluations(arms), _differences(arms)]
     return RunComparison(tuple(arms), _outcome(arms, results), [table for table in tables if table.rows])
 
 
@@ -101,9 +106,9 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
     """Runs by recipe, in order of first appearance. Equal recipes with equal seeds cannot be one arm: each is one by its folder's name."""
     recipes: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        recipes.setdefault(tuple(sorted(_flat(run).items())), []).append(run)
+        recipes.setdefault(tuple(sorted(flat_recipe(run.recipe).items())), []).append(run)
     groups: list[tuple[str, list[Run]]] = []
-    names = _names([dict(key) for key in recipes])
+    names = arm_names([dict(key) for key in recipes])
     for name, members in zip(names, recipes.values(), strict=True):
         seeds = [_seed(run) for run in members]
         if len(set(seeds)) == len(seeds):
@@ -119,34 +124,6 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 
 def _seed(run: Run) -> int:
     return int(run.setting("seed", 0))
-
-
-def _flat(run: Run) -> dict[str, str]:
-    """Every setting that makes an arm, dotted."""
-
-    def walk(value: Any, prefix: str) -> list[tuple[str, str]]:
-        if isinstance(value, Mapping) and value:
-            return [item for key, inner in value.items() for item in walk(inner, f"{prefix}.{key}" if prefix else str(key))]
-        return [(prefix, str(value))]
-
-    return {key: value for key, value in walk(run.recipe, "") if key not in _NOT_ARMS}
-
-
-def _differing(recipes: Sequence[Mapping[str, str]]) -> list[str]:
-    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
-    return [key for key in keys if len({recipe.get(key) for recipe in recipes}) > 1]
-
-
-def _names(recipes: Sequence[Mapping[str, str]]) -> list[str]:
-    """The method, and what differs between arms of one method."""
-    names = []
-    for recipe in recipes:
-        method = recipe.get("method.name", "?")
-        alike = [other for other in recipes if other.get("method.name") == recipe.get("method.name")]
-        keys = _differing(alike)
-        shown = [f"{key.rpartition('.')[2]}={recipe.get(key, '-')[-40:]}" for key in keys[:3]] + ["..."] * (len(keys) > 3)
-        names.append(" ".join([method, *shown]))
-    return names
 
 
 def results_of(run: Run) -> dict[str, float | None]:
@@ -165,7 +142,35 @@ def results_of(run: Run) -> dict[str, float | None]:
         **({f"held-out, {level}": value for level, value in last["by_level"].items()} if last else {}),
         "plain rollouts, last tenth": statistics.fmean(plain) if plain else None,
         **shares,
+        **_benchmark_means(run),
     }
+
+
+def _benchmark_means(run: Run) -> dict[str, float | None]:
+    """The means of the families of benchmarks, where the run's folder holds an evaluation (`zppo eval`)."""
+    if not (run.folder / EVAL).is_file():
+        return {}
+    families: dict[str, list[float]] = {}
+    for result in read_evaluation(run.folder).results.values():
+        families.setdefault(result.family, []).append(result.value)
+    return {f"benchmarks, mean of {len(values)} {family}": statistics.fmean(values) for family, values in families.items()}
+
+
+def _evaluations(arms: Sequence[Arm]) -> list[Table]:
+    """The tables of `zppo eval table`, a row for each arm of which runs hold evaluations; differences are ZPPO's, else the first one's."""
+    rows, found = [], list[EvaluationResults]()
+    for arm in arms:
+        evaluated = [read_evaluation(run.folder) for run in arm.runs.values() if (run.folder / EVAL).is_file()]
+        if evaluated:
+            rows.append(method_row("", arm.name, arm.name, evaluated))
+            found += evaluated
+    if not rows:
+        return []
+    minuend = next((row.name for row in rows if row.name.split(" ")[0] == "zppo"), rows[0].name)
+    tables, notes = tables_of_rows(rows, minuend=minuend)
+    notes += unlike(found, list(dict.fromkeys(name for each in found for name in each.results)))
+    told = " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
+    return [*tables[:-1], replace(tables[-1], caption=f"{tables[-1].caption} {told}".strip())]
 
 
 def story_of(run: Run) -> ZoneStory:
@@ -237,8 +242,8 @@ def _runs(arms: Sequence[Arm], results: Results) -> Table:
 
 
 def _differences(arms: Sequence[Arm]) -> Table:
-    recipes = [_flat(next(iter(arm.runs.values()))) for arm in arms]
-    rows = tuple((key, *(recipe.get(key, "–") for recipe in recipes)) for key in _differing(recipes))
+    recipes = [flat_recipe(next(iter(arm.runs.values())).recipe) for arm in arms]
+    rows = tuple((key, *(recipe.get(key, "–") for recipe in recipes)) for key in differing(recipes))
     return Table("recipes", RESULTS, "Settings that differ", ("setting", *(arm.name for arm in arms)), rows)
 
 

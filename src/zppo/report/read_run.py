@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +88,40 @@ class Run:
         return default if value is None else value
 
 
-def open_run(folder: Path) -> Run:
-    """The run in a folder.
+_NOT_ARMS = ("seed", "output")  # what runs of one arm may differ in
+
+
+def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting that makes an arm, dotted: not the seed, nor the place of the run."""
+
+    def walk(value: Any, prefix: str) -> list[tuple[str, str]]:
+        if isinstance(value, Mapping) and value:
+            return [item for key, inner in value.items() for item in walk(inner, f"{prefix}.{key}" if prefix else str(key))]
+        return [(prefix, str(value))]
+
+    return {key: value for key, value in walk(recipe, "") if key not in _NOT_ARMS}
+
+
+def differing(recipes: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys of flat recipes whose values are not the same in all of them."""
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    return [key for key in keys if len({recipe.get(key) for recipe in recipes}) > 1]
+
+
+def arm_names(recipes: Sequence[Mapping[str, str]]) -> list[str]:
+    """Of flat recipes: the method, and what differs between arms of one method."""
+    names = []
+    for recipe in recipes:
+        method = recipe.get("method.name", "?")
+        alike = [other for other in recipes if other.get("method.name") == recipe.get("method.name")]
+        keys = differing(alike)
+        shown = [f"{key.rpartition('.')[2]}={recipe.get(key, '-')[-40:]}" for key in keys[:3]] + ["..."] * (len(keys) > 3)
+        names.append(" ".join([method, *shown]))
+    return names
+
+
+def read_recipe(folder: Path) -> Mapping[str, Any]:
+    """The settings of the run in a folder.
 
     Raises:
         CheckpointError: the folder holds no run, or its recipe cannot be read.
@@ -104,6 +136,16 @@ def open_run(folder: Path) -> Run:
         raise CheckpointError(f"{path} cannot be read ({error}). Restore it from the recipe that the run was started with") from error
     if not isinstance(recipe, Mapping):
         raise CheckpointError(f"{path} holds no settings. Restore it from the recipe that the run was started with")
+    return recipe
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        CheckpointError: the folder holds no run, or its recipe cannot be read.
+    """
+    recipe = read_recipe(folder)
     lines = read_lines(folder / METRICS)
     return Run(
         folder=folder,

@@ -27,6 +27,14 @@ from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
 from zppo.report.read_run import Run
 
 
+class Strong(str):
+    """A text of a table that stands out where it is shown."""
+
+
+class Heading(str):
+    """The first text of a row that is the heading of those below it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table of texts.
@@ -45,8 +53,8 @@ class Table:
     caption: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready, with the places of what stands out in each row."""
+        return asdict(self) | {"strong": [[i for i, text in enumerate(row) if isinstance(text, Strong)] for row in self.rows]}
 
 
 def percent(value: float | None) -> str:
@@ -277,9 +285,9 @@ def evaluation_table(evaluation: EvaluationResults) -> Table:
     left_out = ", ".join(f"{name} {each.left_out:,}" for name, each in evaluation.results.items() if each.left_out)
     if left_out:
         skipped += f" Rows left out, since they have pictures and the model takes none: {left_out}."
+    judge = evaluation.protocol.get("judge") or "rules alone"
     caption = (
-        f"By zppo eval, judged by {evaluation.protocol.get('judge')}; ± is a standard error, samples of one question counted as one. Not "
-        f"leaderboard figures.{skipped}"
+        f"By zppo eval, judged by {judge}; ± is a standard error, samples of one question counted as one. Not leaderboard figures.{skipped}"
     )
     columns = ("benchmark", "family", "score", "±", "rows", "open")
     return Table("benchmarks-table", SECTION, "Benchmarks after training", columns, tuple(rows), caption)
@@ -307,16 +315,25 @@ def as_accuracies(evaluations: Sequence[EvaluationResults]) -> tuple[Accuracies,
     table: Accuracies = {}
     for name in shared:
         results = [evaluation.results[name] for evaluation in evaluations]
-        if len({each.settings for each in results}) > 1:
-            notes.append(f"{name}: not the same questions or samples on both sides")
-        if any(each.open for each in results):
-            notes.append(f"{name}: rows are open, and its figure is that of the others")
         for method, each in zip(names, results, strict=True):
             table.setdefault((_NO_SCALE, each.family), {}).setdefault(method, {})[name] = 100 * each.value
+    return table, notes + unlike(evaluations, shared)
+
+
+def unlike(evaluations: Sequence[EvaluationResults], names: Sequence[str]) -> list[str]:
+    """What must be known where figures of these benchmarks stand beside one another, though they were not made alike."""
+    notes = []
+    for name in names:
+        results = [evaluation.results[name] for evaluation in evaluations if name in evaluation.results]
+        if len({each.settings for each in results}) > 1:
+            notes.append(f"{name}: not the same questions or samples everywhere")
+        if any(each.open for each in results):
+            notes.append(f"{name}: rows are open, and its figure is that of the others")
     for key in sorted({key for evaluation in evaluations for key in evaluation.protocol}):
-        if len({json.dumps(e.protocol.get(key), sort_keys=True) for e in evaluations}) > 1 and key not in ("data", "clips"):
-            notes.append(f"the evaluations differ in {key}: {' and '.join(str(e.protocol.get(key)) for e in evaluations)}")
-    return table, notes
+        said = {json.dumps(e.protocol.get(key), sort_keys=True): str(e.protocol.get(key)) for e in evaluations}
+        if len(said) > 1 and key not in ("data", "clips"):
+            notes.append(f"the evaluations differ in {key}: {' and '.join(said.values())}")
+    return notes
 
 
 def compare_evaluations(

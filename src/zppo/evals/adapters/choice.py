@@ -16,7 +16,7 @@ from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Media
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*")
+_LABEL = re.compile(r"^\s*(?:[(（]([A-Z])[)）]|([A-Z])[.．、):：）])\s*")
 _MARK = re.compile(r"<image(?:[ _]?\d+)?>", re.IGNORECASE)
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>", re.IGNORECASE)
 
@@ -85,8 +85,11 @@ def hle(row: DatasetRow) -> tuple[Item, ...]:
 
 
 def multichallenge(row: DatasetRow) -> tuple[Item, ...]:
-    """MultiChallenge: the conversation so far; the judge answers the target question, and the gold is what it should say."""
-    turns = tuple(_turn(row, turn) for turn in row.items("conversation", "CONVERSATION"))
+    """MultiChallenge: the conversation so far; the judge answers the target question, and the gold is what it should say.
+
+    A sequence of {role, content}, which `datasets` gives as one object of two lists: both shapes are read.
+    """
+    turns = tuple(_turn(row, turn) for turn in row.records("conversation", "CONVERSATION"))
     if turns[-1].role != "user":
         row.fail("conversation", f"ends with a turn of the {turns[-1].role}; the user's is expected")
     gold = row.text("pass_criteria", "PASS_CRITERIA").strip(". ").lower()
@@ -199,6 +202,7 @@ def babyvision(row: DatasetRow) -> tuple[Item, ...]:
     if kind == "choice":
         options = checked_options(row, "options", row.texts("options"))
         return (choice_item(row, identity, question, options, indexed_gold(row, "choiceAns", options), (image,), facts),)
+    facts["order"] = "unsure"  # some blanks are a sequence, some a set: the question says which
     return (Item(identity, row.benchmark, ask_about(row, question, 1), row.text("blankAns"), "text", (image,), facts=facts),)
 
 

@@ -29,15 +29,15 @@ def mmvet(row: DatasetRow) -> tuple[Item, ...]:
 
 
 def vlms_are_blind(row: DatasetRow) -> tuple[Item, ...]:
-    """VLMs-are-Blind: numbers, a letter, yes or no; grids have two numbers, rows first."""
+    """VLMs-are-Blind: numbers, a letter, yes or no; grids have two numbers, rows first. The figure is the mean over its eight tasks."""
     task = row.text("task")
     kind = _BLIND_KINDS.get(task.lower(), "grid" if task.lower().startswith(_GRID) else "number")
-    text = strip_directives(row.text("prompt"))
-    if kind == "grid":  # the directive names the numbers that are asked for
-        text = re.sub(r"\s+and answer with numbers in curly brackets\b", "", text, flags=re.IGNORECASE)
+    # A directive inside the sentence that asks, which another sentence illustrates.
+    text = re.sub(r",?\s+and answer with [^.?!\n]{0,60} in curly brackets\b", "", strip_directives(row.text("prompt")), flags=re.IGNORECASE)
     messages = ask_about(row, text, 1)
     image, gold = row.image("image"), row.text("groundtruth")
-    return (Item(f"blind-{row.number}", row.benchmark, messages, gold, kind, (image,), facts={"task": task}),)
+    facts = {"task": task, "axis": task.partition(" - ")[0] if kind == "grid" else task}
+    return (Item(f"blind-{row.number}", row.benchmark, messages, gold, kind, (image,), facts=facts),)
 
 
 def ocrbench_en(row: DatasetRow) -> tuple[Item, ...]:
@@ -116,23 +116,58 @@ _DRAWN: Mapping[int, str] = MappingProxyType(
 _WHOLE_FIGURE = 18  # the question about the layout is about the whole figure
 
 
+REASONING_RUBRICS = ("text-in-chart", "text-in-general", "number-in-chart", "number-in-general")
+"""How an answer to a question about reasoning is compared, by its `reasoning_a_type`, 1 to 4."""
+DESCRIPTIVE_RUBRICS: Mapping[int, str] = MappingProxyType(
+    {1: "title", **dict.fromkeys(range(2, 8), "ocr"), **dict.fromkeys((8, 9, 10, 12, 14, 15, 17, 19), "quant"), 11: "bool", 13: "enum",
+     16: "trend", 18: "layout"}
+)  # fmt: skip
+"""The same for the questions about what is drawn, by their numbers."""
+
+
 def charxiv(row: DatasetRow) -> tuple[Item, ...]:
-    """CharXiv: one question to reason about and four about what is drawn, for each chart."""
+    """CharXiv: one question to reason about and four about what is drawn, for each chart.
+
+    A number that is worked out is asked for with the decimals that its judge expects, those of the gold.
+    """
     identity, image = row.maybe("original_id") or f"charxiv-{row.number}", row.image("image")
 
-    def item(part: str, number: int, question: str, gold: str) -> Item:
-        facts = {"part": "reasoning" if part == "r" else "descriptive", "question_type": number}
+    def item(part: str, number: int, rubric: str, question: str, gold: str) -> Item:
+        facts = {"part": "reasoning" if part == "r" else "descriptive", "question_type": number, "rubric": rubric}
         return Item(f"{identity}/{part}", row.benchmark, ask_about(row, question, 1), gold, "judged", (image,), facts=facts)
 
-    items = [item("r", row.integer("reasoning_q_source"), row.text("reasoning_q"), row.text("reasoning_a"))]
+    gold = row.text("reasoning_a")
+    number = _answer_type(row, gold)
+    decimals = f"\n{_with_decimals(gold)}" if number == 4 else ""
+    items = [item("r", number, REASONING_RUBRICS[number - 1], row.text("reasoning_q") + decimals, gold)]
     place = _subplot(row)
     for slot in (1, 2, 3, 4):
         number = row.integer(f"descriptive_q{slot}")
         if number not in _DRAWN:
             row.fail(f"descriptive_q{slot}", f"is {number}; one of the questions 1 to {len(_DRAWN)} is expected")
         question = _DRAWN[number] if number >= _WHOLE_FIGURE else f"{place}{_DRAWN[number]}"
-        items.append(item(f"d{slot}", number, question, row.text(f"descriptive_a{slot}")))
+        items.append(item(f"d{slot}", number, DESCRIPTIVE_RUBRICS[number], question, row.text(f"descriptive_a{slot}")))
     return tuple(items)
+
+
+def _answer_type(row: DatasetRow, gold: str) -> int:
+    """1 to 4; where a copy of the set lacks the column, a number is taken for one that is worked out, and a text for one that is not."""
+    if not row.has("reasoning_a_type"):
+        return 4 if _plain_number(gold) else 2
+    number = row.integer("reasoning_a_type")
+    if not 1 <= number <= len(REASONING_RUBRICS):
+        row.fail("reasoning_a_type", f"is {number}; 1 to {len(REASONING_RUBRICS)} is expected")
+    return number
+
+
+def _plain_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d[\d,]*(?:\.\d+)?%?", text, re.ASCII) is not None
+
+
+def _with_decimals(gold: str) -> str:
+    """How exact the answer shall be, in words."""
+    decimals = len(gold.rstrip("%").partition(".")[2])
+    return f"The answer is a number with {decimals} decimal{'s' if decimals > 1 else ''}." if decimals else "The answer is a whole number."
 
 
 def _subplot(row: DatasetRow) -> str:

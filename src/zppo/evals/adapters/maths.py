@@ -7,9 +7,10 @@ import re
 from zppo.evals.adapters.choice import LETTERS, ask_about, checked_options, choice_item, with_options
 from zppo.evals.adapters.row import DatasetRow, strip_directives
 from zppo.evals.item import Item, Kind
+from zppo.grading.text import normalise
 
 _VARIANT = re.compile(r"variant_?(\d{1,2})$")
-_OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.、):：]|(?:^|[;；\s])\(([A-H])\))\s*")
+_OPTION = re.compile(r"(?:(?:^|[;；]|\n)\s*([A-H])[.．、):：）]|(?:^|[;；:：\s])[(（]([A-H])[)）])\s*")
 
 
 def aime25(row: DatasetRow) -> tuple[Item, ...]:
@@ -60,7 +61,7 @@ def mathvision(row: DatasetRow) -> tuple[Item, ...]:
     facts = {"subject": row.maybe("subject"), "level": row.maybe("level")}
     question, gold = strip_directives(row.text("question")), row.text("answer")
     if row.has("options"):
-        options = checked_options(row, "options", row.texts("options"))
+        options = _drawn_options(checked_options(row, "options", row.texts("options")))
         return (choice_item(row, identity, _one_mark(question), options, gold, (image,), facts),)
     return (Item(identity, row.benchmark, ask_about(row, _one_mark(question), 1), gold, "text", (image,), facts=facts),)
 
@@ -70,24 +71,51 @@ def _one_mark(text: str) -> str:
     return re.sub(r"[ \t]*<image\d*>[ \t]*", " ", text).strip()
 
 
+def _drawn_options(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Options that are pictures, `<image2>` to `<image6>`: all of a row's pictures are in one, in which they have their letters."""
+    if all(re.fullmatch(r"<image\d*>", option) for option in options):
+        return tuple(LETTERS[: len(options)])
+    return tuple(re.sub(r"<image(\d*)>", r"(picture \1)", option).replace("(picture )", "(the picture)") for option in options)
+
+
 def mathverse(row: DatasetRow) -> tuple[Item, ...]:
     """MathVerse testmini: `query_wo` without its directive; it, unlike `question`, has the words of every version.
 
-    The version whose question stands in the picture alone has a `query_wo` that is nothing but directives.
+    The version whose question stands in the picture alone has a `query_wo` that is nothing but directives; a judge is then shown
+    `question_for_eval`, and the options are those of it.
     """
     identity, image = row.text("sample_index"), row.image("image")
     facts = {"version": row.text("problem_version"), "problem_index": row.maybe("problem_index")}
     gold = row.text("answer")
     text = strip_directives(row.text("query_wo").removeprefix("Question:").strip(), may_be_empty=True)
-    text = re.sub(r"^Question:\s*", "", text) or "Answer the question that is shown in the image."
-    kind: Kind = "text"
-    options: tuple[str, ...] = ()
-    if row.one_of("question_type", ("multi-choice", "free-form")) == "multi-choice":
-        kind, (text, options) = "choice", split_options(text)
-        options = options or tuple("ABCD")
-        gold = gold.strip("() .")
-        text = with_options(text, options) if options != tuple("ABCD") else text
-    return (Item(identity, row.benchmark, ask_about(row, text, 1), gold, kind, (image,), options=options, facts=facts),)
+    text, judged = re.sub(r"^Question:\s*", "", text), row.maybe("question_for_eval")
+    if not text:
+        text = "Answer the question that is shown in the image."
+        facts |= {"shown": judged} if judged else {}
+    if row.one_of("question_type", ("multi-choice", "free-form")) == "free-form":
+        return (Item(identity, row.benchmark, ask_about(row, text, 1), gold, "text", (image,), facts=facts),)
+    text, options = split_options(text)
+    text = with_options(text, options) if options else text
+    options = options or split_options(judged)[1]
+    gold = option_letters(gold, options)
+    kind: Kind = "choice" if _LETTERS_ALONE.fullmatch(gold) else "text"
+    messages = ask_about(row, text, 1)
+    return (Item(identity, row.benchmark, messages, gold, kind, (image,), options=options or tuple("ABCD"), facts=facts),)
+
+
+_LETTERS_ALONE = re.compile(r"[A-Z](?:, [A-Z])*")
+
+
+def option_letters(gold: str, options: tuple[str, ...]) -> str:
+    """A right answer that is a letter in brackets, several letters (`C`, a line break, `D`) or the text of an option as letters: `C, D`.
+
+    What is none of these is given back as it is.
+    """
+    letters = re.findall(r"[A-Z]", gold)
+    if letters and re.fullmatch(r"\(?[A-Z]\)?\.?(?:(?:\s*[,;&]\s*|\s+|\s+and\s+)\(?[A-Z]\)?\.?)*", gold.strip()):
+        return ", ".join(letters)
+    same = [letter for letter, option in zip(LETTERS, options, strict=False) if normalise(option) == normalise(gold)]
+    return same[0] if len(same) == 1 else gold
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
@@ -119,18 +147,48 @@ def dynamath(row: DatasetRow) -> tuple[Item, ...]:
     number: Kind = "precision" if kind == "float" else "text"
     if kind == "float":
         facts["tolerance"] = "0.001"
+    else:
+        facts["order"] = "fixed"
     return (Item(identity, row.benchmark, ask_about(row, question, 1), gold, number, (image,), facts=facts),)
 
 
 def wemath(row: DatasetRow) -> tuple[Item, ...]:
     """We-Math testmini: `option` is one text, `A. 1; B. 2; ...`; `key` says which step of which problem a row is."""
     problem, key = row.text("ID"), row.text("key")
-    _, options = split_options(row.text("option"))
+    letters, options = listed_options(row.text("option"))
+    gold = option_letters(_LISTED_START.sub("\\1", row.text("answer")), options)
     if not options:
         row.fail("option", "no options A, B, ... can be made out in it")
     facts = {"problem": problem, "key": key, "concept": str(row.data.get("knowledge concept") or "")[:200]}
     question = strip_directives(row.text("question"))
     number = row.maybe("question number") or str(row.number)
-    return (
-        choice_item(row, f"{problem}/{key}/{number}", question, options, row.text("answer"), (row.image("image_path", "image"),), facts),
-    )
+    gold = LETTERS[letters.index(gold)] if gold in letters else gold
+    identity = f"{problem}/{key}/{number}"
+    return (choice_item(row, identity, question, options, gold, (row.image("image_path", "image"),), facts),)
+
+
+_LISTED = re.compile(r"(?:^|[;；\n])\s*([A-H])[.．、:：]\s*(?=[^;；\s])")  # nothing behind it: the end of a text that was cut at `;`
+_LISTED_LOOSELY = re.compile(r"(?:^|[;；\s])\s*([A-H])[.．、:：]\s*(?=[^;；\s])")
+_CUT = re.compile(r"[;；](?=[A-Z]\.[ ;；\n]*$)")
+_LISTED_START = re.compile(r"^\s*([A-H])[.．、:：].*", re.DOTALL)
+
+
+def listed_options(text: str) -> tuple[str, tuple[str, ...]]:
+    """(letters, texts) of a list `A. 1; B．2; F. none` that is nothing but options; empty where they do not stand in alphabetical order.
+
+    Real lists have full-width stops, lack a `;`, leave a letter out, or have a `;` inside a text whose last word is a letter
+    (`to point ;C.; B. ...`), which starts no option.
+    """
+    for pattern in (_LISTED, _LISTED_LOOSELY):
+        marks = list(pattern.finditer(text))
+        letters = "".join(mark[1] for mark in marks)
+        whole = LETTERS.startswith(letters) or pattern is _LISTED_LOOSELY
+        if (
+            len(marks) >= 2
+            and letters[0] == "A"
+            and whole
+            and all(first < second for first, second in zip(letters, letters[1:], strict=False))
+        ):
+            ends = [*(mark.start() for mark in marks[1:]), len(text)]
+            return letters, tuple(_CUT.sub("", text[mark.end() : end]).strip(" ;；\n") for mark, end in zip(marks, ends, strict=True))
+    return "", ()

@@ -107,6 +107,18 @@ class DatasetRow:
             self.fail(fields[0], f"is {_a(self.value(*fields))}; a list is expected")
         return list(value)
 
+    def records(self, *fields: str) -> list[Any]:
+        """A list of objects, or an object of lists of one length, as `datasets` gives a sequence of objects."""
+        value = self.value(*fields)
+        if not isinstance(value, Mapping):
+            return self.items(*fields)
+        columns = list(value.values())
+        if not columns or not all(isinstance(column, list | tuple) and len(column) == len(columns[0]) for column in columns):
+            self.fail(fields[0], "is an object; a list of objects, or an object of lists of one length, is expected")
+        if not columns[0]:
+            self.fail(fields[0], "holds nothing")
+        return [dict(zip(value, each, strict=True)) for each in zip(*columns, strict=True)]
+
     def texts(self, *fields: str) -> tuple[str, ...]:
         """A list of texts (or numbers), none blank."""
         inner = [DatasetRow(self.benchmark, self.number, {fields[0]: value}) for value in self.items(*fields)]
@@ -192,6 +204,8 @@ def written_value(text: str) -> object:
 # Each pattern covers a whole sentence in the words of one or several benchmarks, and nothing of a question: "Answer the question using
 # a single word" is one, "Select the best title" is none.
 _PLEASE = r"(?:please )?(?:directly )?"
+# MathVerse's version in which the question stands in the picture alone: what follows is its directive.
+_SHOWN = r"(?:(?:according to|based on) the (?:question|problem)(?: (?:shown|given))? in the (?:image|figure|picture),? )?"
 # "the letter of the correct option" is a form, "the number of cats" and "the word that fills the gap" are questions.
 _OF_THE_OPTION = r"(?! (?:of|that|which|whose)\b(?! (?:the |your )?(?:correct |right |best |chosen )?(?:answer|option|choice)\b))"
 _FORM = (
@@ -216,14 +230,15 @@ _DIRECTIVES = tuple(
         rf"{_PLEASE}(?:provide|give|output|select|choose) {_FORM} (?:letter )?(?:of|from) {_LIST}{_NO_MORE}",
         rf"{_PLEASE}answer (?:the|this) (?:question|task)(?: below)?(?: using| with| in| directly| based){_REST}",
         rf"answer this question using the text in the image directly{_REST}",
+        rf"{_PLEASE}(?:answer|respond|provide|give|put|write|state|enclose)[^.!?\n]{{0,80}} in curly (?:brackets|braces){_REST}",
         r"for example, rows=\{\d+\} columns=\{\d+\}[.!]?",
         r"(?:let['’]s |please )?(?:think|reason|work|solve)(?: (?:the|this) problem)?(?: about (?:it|this))?,? step[- ]by[- ]step" + _REST,
         r"(?:please )?(?:carefully )?solve (?:the|this) (?:problem|question)" + _BOXED,
         r"(?:please )?(?:put|give|write|place|state|return|report|present|provide|enclose)" + _BOXED,
         r"think about the question and give your final answer" + _REST,
         r"(?:hint: )?please answer the question(?: requiring [^.!?\n]{0,100})? and provide [^\n]{0,300}?at the end[.!]?",
-        rf"please first conduct reasoning,? and then answer the question{_REST}",
-        rf"please directly answer the question{_REST}",
+        rf"{_SHOWN}please first conduct reasoning,? and then answer the question{_REST}",
+        rf"{_SHOWN}please directly answer the question{_REST}",
         r"(?:the )?last line of your response should[^\n]*",
         rf"select the best answer to the following multiple[- ]choice question{_REST}",
         r"(?:the )?(?:best|correct) answer is:?(?=\s*$)",

@@ -31,11 +31,14 @@ class Score:
         value: 0 to 1; None where a judge must decide.
         answer: what was extracted, None where there is none.
         reason: how it came about, a short word or two for the log.
+        boxless: whether the row is 0 strictly by box: there is no box that can be read behind the thinking, or the thinking never ends. Of
+            kinds whose whole response is scored (ocr, graded, criterion) only where nothing follows the thinking.
     """
 
     value: float | None
     answer: str | None
     reason: str
+    boxless: bool = False
 
 
 Rule = Callable[[Item, str, Equal], tuple[float | None, str]]
@@ -45,8 +48,8 @@ Rule = Callable[[Item, str, Equal], tuple[float | None, str]]
 def score(item: Item, completion: str, equal: Equal, think_open: bool = False) -> Score:
     """The rules' score of a completion.
 
-    Without a boxed answer behind the thinking the score is 0, except where a whole response is scored: by OCRBench v2's metrics, or by a
-    benchmark's own judge. Thinking that never ends leaves nothing to score: 0 as well.
+    Without a boxed answer behind the thinking rules decide nothing, except where a whole response is scored: a judge may find the answer
+    in the text, thoughts included (method.md section 10). A completion without any text is 0, and so is what a metric scores.
 
     Args:
         item: the question.
@@ -54,15 +57,17 @@ def score(item: Item, completion: str, equal: Equal, think_open: bool = False) -
         equal: `zppo.grading.Grader.equal`.
         think_open: whether the prompt already ended inside an opened think block, and the completion still holds its thoughts.
     """
-    part = final_part(completion, think_open)
-    if part is None or not part.strip():
-        return Score(0.0, None, NO_ANSWER)
+    part = (final_part(completion, think_open) or "").strip()
+    lacking = None if completion.strip() and item.kind not in _METRICS else 0.0
+    if not part:
+        return Score(lacking, None, NO_ANSWER, True)
     answer = extract_boxed(completion, think_open)
+    boxless = answer is None and item.kind not in SCORED_WHOLE
     if item.kind in _WHOLE_RESPONSE:
-        value, reason = _WHOLE_RESPONSE[item.kind](item, part.strip() if answer is None else answer, equal)
-        return Score(value, answer, reason)
+        value, reason = _WHOLE_RESPONSE[item.kind](item, part if answer is None else answer, equal)
+        return Score(value, answer, reason, boxless)
     if answer is None:
-        return Score(0.0, None, NO_ANSWER)
+        return Score(lacking, None, NO_ANSWER, boxless)
     value, reason = _RULES[item.kind](item, answer, equal)
     return Score(value, answer, reason)
 
@@ -77,31 +82,42 @@ def _choice(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
     A letter that none of the options has may be the text of one ("I", "N"), and is read so first.
     """
     cleaned = _cleaned(answer)
-    gold = item.golds[0]
+    gold = set(re.findall(r"[A-Z]", item.golds[0]))  # several where the question asks for several
     if cleaned is None:
         return None, "unclear"
     letters, _ = choice(cleaned)
     if letters and letters <= set(LETTERS[: len(item.options)]):
-        return _decided(letters == {gold}, "letter")
+        return _decided(letters == gold, "letter")
     same = [i for i, option in enumerate(item.options) if normalise(option) == normalise(answer)]
     if not same:
         same = [i for i, option in enumerate(item.options) if equal(option, answer)]
     if len(same) == 1:
-        return _decided(LETTERS[same[0]] == gold, "option")
+        return _decided({LETTERS[same[0]]} == gold, "option")
     if letters and not same:
-        return _decided(letters == {gold}, "letter")
+        return _decided(letters == gold, "letter")
     return None, "unclear"
 
 
 def _short(item: Item, answer: str, equal: Equal) -> tuple[float | None, str]:
     """The project's rules; where they say no, that is final only for two plain numbers, two verdicts or two letters."""
     if any(equal(gold, answer) for gold in item.golds):
-        return 1.0, "equal"
+        if not item.facts.get("order") or any(_in_order(gold, answer, equal) for gold in item.golds):
+            return 1.0, "equal"
+        return (0.0 if item.facts["order"] == "fixed" else None), "order"
     cleaned = _cleaned(answer)
     golds = [_cleaned(gold) for gold in item.golds]
     if cleaned is not None and all(gold is not None and _same_type(gold, cleaned) for gold in golds):
         return 0.0, "different"
     return None, "unclear"
+
+
+def _in_order(gold: str, answer: str, equal: Equal) -> bool:
+    """Whether equal answers that name several things, `2, 1` or the edge `BS`, name them in one order: the rules take lists for sets."""
+    if "," in gold:
+        first, second = (re.sub(r"^[\s$]*\\?[(\[{]|\\?[)\]}][\s$.]*$", "", text) for text in (gold, answer))
+        return equal(f"({first})", f"({second})")
+    run = re.fullmatch(r"[A-Z]{2,}", gold.strip())
+    return run is None or run[0] in re.sub(r"[^A-Za-z]", "", clean(answer))
 
 
 def _same_type(gold: str, answer: str) -> bool:
@@ -186,4 +202,7 @@ def _number(text: str) -> Number | None:
 _RULES: Mapping[Kind, Rule] = MappingProxyType(
     {"choice": _choice, "number": _short, "text": _short, "precision": _precision, "grid": _grid, "anls": _anls}
 )
+_METRICS: frozenset[Kind] = frozenset(("anls", "ocr"))
+SCORED_WHOLE: frozenset[Kind] = frozenset(("ocr", "graded", "criterion"))
+"""Kinds that need no box: all that follows the thinking is scored."""
 _WHOLE_RESPONSE: Mapping[Kind, Rule] = MappingProxyType({"ocr": _ocr, "judged": _judged, "graded": _always, "criterion": _always})

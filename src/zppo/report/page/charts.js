@@ -102,8 +102,9 @@ function chartCard(chart) {
 function tableCard(table) {
   const head = el("tr", {}, table.columns.map((name) => el("th", { scope: "col" }, name)));
   const mixed = table.rows.some((row) => row[0].includes("· paper"));
-  const rows = table.rows.map((row) => el("tr", { class: mixed && !row[0].includes("· paper") ? "ours" : null }, row.map((cell) => el("td", {}, cell))));
-  return el("section", { class: table.rows.length > 10 ? "card wide" : "card", id: table.id }, el("h3", {}, table.title), el("p", { class: "caption" }, table.caption),
+  const rows = table.rows.map((row, r) => el("tr", { class: mixed && !row[0].includes("· paper") ? "ours" : null }, row.map((cell, i) => el("td", { class: table.strong[r].includes(i) ? "best" : null }, cell))));
+  const wide = table.rows.length > 10 || table.columns.length > 6 || table.rows.some((row) => row.join("").length > 75);
+  return el("section", { class: wide ? "card wide" : "card", id: table.id }, el("h3", {}, table.title), el("p", { class: "caption" }, table.caption),
     el("div", { class: "table", tabindex: "0", role: "group", "aria-label": table.title }, el("table", {}, el("thead", {}, head), el("tbody", {}, rows))));
 }
 

@@ -1,0 +1,1 @@
+"""Clips of video benchmarks: brought, unpacked, found."""
