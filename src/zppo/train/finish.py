@@ -203,9 +203,9 @@ def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16:
         engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
     log = StepLog()
     student = replace(trainer.student, engine=engine, whole=nullcontext)
-    result = evaluate_held_out(student, trainer.held_out, settings.eval, log)
+    result, groups = evaluate_held_out(student, trainer.held_out, settings.eval, log)
     with trainer.processes.stop.shield():
-        trainer.log_evaluation("final", result, log)
+        trainer.log_evaluation("final", result, groups, log)
     return result
 
 

@@ -18,6 +18,7 @@ from zppo.rollout.reformulated import Reformulator
 from zppo.rollout.run_data import RunData
 from zppo.rollout.student import StudentSampler
 from zppo.runs.log import RunLog
+from zppo.runs.system import usage
 from zppo.step_log import StepLog
 from zppo.train.engine_checks import EngineCheck
 from zppo.train.learner import Learner, PartialUpdate, UpdateResult, UpdateStopped
@@ -152,17 +153,18 @@ class Trainer:
         """Accuracy on the held-out questions with the current weights."""
         self.engine_check.refresh(self.done)
         log = StepLog()
-        result = evaluate_held_out(self.student, self.held_out, self.settings.eval, log)
+        result, groups = evaluate_held_out(self.student, self.held_out, self.settings.eval, log)
         with self.processes.stop.ignored():
-            self.log_evaluation("eval", result, log)
+            self.log_evaluation("eval", result, groups, log)
             self.evaluated = self.done
             self.boundary = self.snapshot()
         return result, log
 
-    def log_evaluation(self, event: str, result: Evaluation, log: StepLog) -> None:
-        """A line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
+    def log_evaluation(self, event: str, result: Evaluation, groups: Sequence[Group], log: StepLog) -> None:
+        """Its completions and a line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
         self.processes.gather_log(log)
         log.metrics = asdict(result) | {name: n for name, n in log.counts.items() if name != "graded_answers"}
+        self.run_log.held_out(self.done, event, groups, show=self.student.renderer.chat.show_short)
         self.run_log.metrics(self.done, event, log.metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,6 +271,7 @@ class Trainer:
             "admitted": len(changes.admitted),
             "graduated": len(changes.graduated),
             "evicted": len(changes.evicted),
+            "system": usage(),
         }
         self.totals.add(log.metrics, changes)
         self.run_log.metrics(log.step, "step", log.metrics)
