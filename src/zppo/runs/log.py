@@ -115,6 +115,8 @@ class RunLog:
 
     def held_out(self, step: int, event: str, groups: Sequence[Group], *, show: Callable[[tuple[int, ...]], str]) -> None:
         """held_out/<event>-NNNNNN.parquet, laid out as `rollouts`, with every completion of an evaluation; it has no advantages."""
+        with writing(self.folder / HELD_OUT):
+            (self.folder / HELD_OUT).mkdir(exist_ok=True)
         self._write_rows(self.folder / HELD_OUT / f"{event}-{step:06d}.parquet", _rows(step, groups, show, frozenset(), {}))
 
     def _write_rows(self, target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -122,7 +124,6 @@ class RunLog:
         partial = target.with_suffix(PARTIAL)
         table = pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
         with writing(target):
-            target.parent.mkdir(exist_ok=True)
             try:
                 pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
                 partial.rename(target)
