@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +126,8 @@ def start(settings: Settings, name: str, console: Console | None = None) -> Trai
     from zppo.runs.signals import Stop, catch_signals
 
     check_files(settings)
-    from zppo.train.run import train as run
+    with _loading(console):
+        from zppo.train.run import train as run
 
     stop = Stop()
     with catch_signals(stop):
@@ -139,11 +142,25 @@ def resume(folder: str | os.PathLike[str], *, console: Console | None = None) ->
         Interrupted: as in `train`.
     """
     from zppo.runs.signals import Stop, catch_signals
-    from zppo.train.run import resume as run
+
+    with _loading(console):
+        from zppo.train.run import resume as run
 
     stop = Stop()
     with catch_signals(stop):
         return TrainedRun(run(Path(folder), console, stop))
+
+
+@contextmanager
+def _loading(console: Console | None) -> Iterator[None]:
+    """Says that torch is being loaded, which takes seconds; the first of several processes says it."""
+    from rich.console import Console as Terminal
+
+    from zppo.distributed.launcher import rank_of
+    from zppo.runs.display import busy
+
+    with nullcontext() if "torch" in sys.modules or rank_of() else busy(console or Terminal(), "loading torch and transformers"):
+        yield
 
 
 def evaluate(

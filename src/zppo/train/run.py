@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -108,10 +109,12 @@ class TrainingLoop:
         folder: of the checkpoint that was last written or loaded.
     """
 
-    def __init__(self, settings: Settings, parts: Assembled, console: Console) -> None:
+    def __init__(self, settings: Settings, parts: Assembled, progress: Progress) -> None:
         self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
         kinds = ("plain", *(r.kind for r in self.trainer.reformulator.reformulations))
-        self.progress = Progress(console, self.trainer.steps, kinds, replay=self.trainer.method.replay)
+        self.progress = progress
+        progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
+        self.trainer.watch = progress.part
         self.health = HealthChecks(own_reward=settings.grading.reward is not None)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
@@ -125,24 +128,24 @@ class TrainingLoop:
             Interrupted: the run was asked to stop. Between two updates the step is saved as far as it is; elsewhere see `save_last_step`.
         """
         trainer, every = self.trainer, self.settings.train.checkpoint_every
-        with self.progress:
-            if self.mid_step is None:
-                trainer.boundary = trainer.snapshot()
-                self._evaluate_if_due()
-            while trainer.done < trainer.steps:
-                self.checkpointer.check()
-                log = self._step()
-                with self.stop.shield():
-                    self._show(log)
-                    if log.fault:
-                        self._save(trainer.state_dict())  # all processes are here, so that sharded weights can be saved too
-                        raise ZPPOError(log.fault)
-                self._evaluate_if_due()
-                if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
-                    with self.stop.shield():
-                        self._save(trainer.state_dict(), later=True)
+        if self.mid_step is None:
+            trainer.boundary = trainer.snapshot()
+            self._evaluate_if_due()
+        while trainer.done < trainer.steps:
+            self.checkpointer.check()
+            self.progress.at_step(trainer.done + 1)
+            log = self._step()
             with self.stop.shield():
-                self.checkpointer.wait()
+                self._show(log)
+                if log.fault:
+                    self._save(trainer.state_dict())  # all processes are here, so that sharded weights can be saved too
+                    raise ZPPOError(log.fault)
+            self._evaluate_if_due()
+            if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
+                with self.stop.shield():
+                    self._save(trainer.state_dict(), later=True)
+        with self.stop.shield():
+            self.checkpointer.wait()
 
     def _step(self) -> StepLog:
         """The next step; one that was stopped between two updates goes on there, and one that is stopped there is saved."""
@@ -151,6 +154,7 @@ class TrainingLoop:
         trainer.student.renderer.chat.forget_images()
         try:
             if mid_step is not None:
+                mid_step.log.watch = trainer.watch
                 return trainer.update(mid_step.rollouts, mid_step.log, mid_step.partial)
             return trainer.step(trainer.done + 1)
         except UpdateStopped as stopped:
@@ -167,6 +171,7 @@ class TrainingLoop:
         if not (due and trainer.evaluated < trainer.done and trainer.held_out):
             return
         trainer.student.renderer.chat.forget_images()
+        self.progress.doing(f"evaluating on {len(trainer.held_out):,} held-out questions")
         result, log = trainer.evaluate()
         with self.stop.shield():
             self.progress.evaluation(trainer.done, result)
@@ -301,15 +306,14 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         trackers.check()
         start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
         # Everything is loaded and checked before the run folder is made, or changed.
-        data = read_data(settings, sharded=weights.sharded)
-        with (
-            rule_grading(settings) as rule,
-            load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,
-            tracking(trackers),
-        ):
+        with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
+            progress.doing(f"reading the questions of {settings.data.train}")
+            data = read_data(settings, sharded=weights.sharded)
+            frozen_models = stack.enter_context(load_frozen_models(settings, accelerator, progress, data.image_inputs))
+            stack.enter_context(tracking(trackers))
             folder = start.folder if start else None
-            parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, console)
-            loop = TrainingLoop(settings, parts, console)
+            parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, progress)
+            loop = TrainingLoop(settings, parts, progress)
             if start:
                 start.load(loop, parts.origin, console)
             # From here on the folder is a run that can be resumed.
@@ -324,7 +328,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
                     if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
                         loop.save_last_step(together=True)
                         loop.trainer.boundary = None
-                    finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+                    finish(settings, run, parts, progress, bf16=accelerator.mixed_precision == "bf16")
                 except BaseException as error:
                     rescue(run, loop, error, console)  # before anything else is closed: there may be little time
                     raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,6 +93,7 @@ class Trainer:
         buffer: the prompt replay buffer.
         evaluated: the step of the last evaluation, -1 before the first.
         totals: sums over the run.
+        watch: told what a step or an evaluation is at (`StepLog.watch`).
         boundary: what a rescue needs of the last step boundary, see `snapshot`; None where the weights are between two steps.
     """
 
@@ -114,6 +115,7 @@ class Trainer:
         self.steps = total_steps(settings, len(self.questions))
         self.done, self.evaluated = 0, -1
         self.totals = Totals()
+        self.watch: Callable[[str, int, int], None] | None = None
         self.boundary: dict[str, Any] | None = None
 
     def step(self, step: int) -> StepLog:
@@ -125,7 +127,7 @@ class Trainer:
         Raises:
             UpdateStopped: the update was left half-way; `update` goes on from its `mid_step`.
         """
-        log = StepLog(step)
+        log = StepLog(step, watch=self.watch)
         self._sync_engine(log)  # the engine samples from the weights of the last step
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)  # line 2
@@ -152,7 +154,7 @@ class Trainer:
     def evaluate(self) -> tuple[Evaluation, StepLog]:
         """Accuracy on the held-out questions with the current weights."""
         self.engine_check.refresh(self.done)
-        log = StepLog()
+        log = StepLog(watch=self.watch)
         result, groups = evaluate_held_out(self.student, self.held_out, self.settings.eval, log)
         with self.processes.stop.ignored():
             self.log_evaluation("eval", result, groups, log)
