@@ -170,6 +170,11 @@ class Replaying:
             made.append([Completion(torch.tensor(ids), lp[: len(ids)].clone(), False, 0.0) for ids, lp in rows])
         return made
 
+    def stream(self, requests: Sequence[Any], sampling: Any) -> Iterator[Any]:
+        """The same, one by one."""
+        for i, row in enumerate(self.sample(requests, sampling)):
+            yield from ((i, j, completion) for j, completion in enumerate(row))
+
 
 class Seen:
     """What the learner was given: which rollouts, of what length, with a gradient or not."""
