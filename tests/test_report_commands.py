@@ -178,5 +178,8 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     chart = next(chart for chart in summary.charts if chart.id == "accuracy")
     assert list(chart.series[0].y) == pytest.approx(logged)
     run(capsys, "report", out, "--figures", "none")
-    assert set(summary.lines) == {f"questions.jsonl:{i + 1}" for i in range(12)}
-    assert "What is 0 plus 0?" in run(capsys, "inspect", out, "questions.jsonl:1")
+    held_out = {f"held-out=questions.jsonl:{i + 1}" for i in range(4)}
+    assert set(summary.lines) == {f"questions.jsonl:{i + 1}" for i in range(12)} | held_out
+    assert all(summary.lines[key].steps == [0, 1, 2, 3] and len(summary.lines[key].visits) == 4 for key in held_out)
+    story = run(capsys, "inspect", out, "questions.jsonl:1")
+    assert "What is 0 plus 0?" in story and "evaluation at step 2: plain" in story and "evaluation of final/: plain" in story

@@ -360,7 +360,7 @@ def test_question_lines_tell_what_happened(summary: summary_module.Summary, rows
 
 @pytest.mark.parametrize(("plain", "stuck"), [([0, 0], True), ([2, 1, 2], True), ([0, 1, 0], False), ([0], False), ([5, 5], False)])
 def test_never_improved(plain: list[int], stuck: bool) -> None:
-    line = QuestionLine("q", "", "", "", [Visit(i, "plain", c, 8) for i, c in enumerate(plain)])
+    line = QuestionLine("q", "", "", "", [Visit(i, "plain", c, 8, 8, float(c), 80) for i, c in enumerate(plain)])
     assert line.never_improved(0.5) == stuck
 
 

@@ -373,10 +373,14 @@ def _bootstrap(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if options.watch:
+        from zppo.report.watch import watch_run
+
+        watch_run(options.folder, options.port)
+        return
     from zppo.report.page import report_command
 
-    suffixes = _FIGURES[options.figures]
-    report_command(options.folder, out=options.out, suffixes=suffixes, port=options.port if options.watch else None)
+    report_command(options.folder, out=options.out, suffixes=_FIGURES[options.figures])
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from rich.text import Text
 from zppo.errors import SettingsError
 from zppo.report.audits import ZoneStory, zone_story
 from zppo.report.bootstrap import mean_interval
-from zppo.report.charts import CYCLE, ChartSpec, Series, kind_name, numbers
+from zppo.report.charts import ChartSpec, Series, kind_name, line_style, numbers
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
 from zppo.report.read_run import Run, open_run
 from zppo.report.summary import duration
@@ -298,16 +298,17 @@ def comparison_charts(arms: Sequence[Arm]) -> list[ChartSpec]:
 def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: Any) -> ChartSpec:
     series = []
     for index, arm in enumerate(arms):
-        curves = [curve(run) for run in arm.runs.values()]
-        steps = sorted(set.intersection(*(set(c) for c in curves)))
+        # A run that has only just begun, or has nothing of the kind, does not take the others' curve away.
+        curves = [found for run in arm.runs.values() if (found := curve(run))]
+        steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
         columns = [[v for c in curves if (v := c[step]) is not None and not math.isnan(v)] for step in steps]
         several = len(curves) > 1
         series.append(Series(
-            arm.name, steps, numbers(statistics.fmean(c) if c else None for c in columns), CYCLE[index % len(CYCLE)],
+            arm.name, steps, numbers(statistics.fmean(c) if c else None for c in columns),
             hover=[f"{len(c)} runs" for c in columns] if several else (),
             low=numbers(min(c, default=None) for c in columns) if several else (),
             high=numbers(max(c, default=None) for c in columns) if several else (),
-            dash=index >= len(CYCLE),
+            **line_style(index),
         ))  # fmt: skip
     caption = "Means over seeds; the band spans them." if any(len(arm.runs) > 1 for arm in arms) else ""
     return ChartSpec(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
@@ -315,8 +316,14 @@ def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: An
 
 def comparison_page(comparison: RunComparison, charts: Sequence[ChartSpec]) -> str:
     """The page of a comparison, self-contained."""
+    return page(comparison_payload(comparison, charts), [])
+
+
+def comparison_payload(comparison: RunComparison, charts: Sequence[ChartSpec] | None = None) -> dict[str, Any]:
+    """What the page of a comparison shows."""
+    charts = comparison_charts(comparison.arms) if charts is None else charts
     count = sum(len(arm.runs) for arm in comparison.arms)
-    payload = {
+    return {
         "title": f"{count} runs compared",
         "outcome": comparison.outcome,
         "head": [(arm.name, ", ".join(run.name for run in arm.runs.values())) for arm in comparison.arms],
@@ -324,4 +331,3 @@ def comparison_page(comparison: RunComparison, charts: Sequence[ChartSpec]) -> s
         "index": None,
         "footer": FOOTER,
     }
-    return page(payload, [])

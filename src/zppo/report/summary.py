@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
 from zppo.report.audits import Counts, ZoneStory, zone_story
 from zppo.report.charts import ChartSpec, charts_of
-from zppo.report.read_run import RECIPE, Run, StepScan, open_run, scan_file
-from zppo.report.stories import QuestionLine, question_lines
+from zppo.report.read_run import FINAL, RECIPE, Run, StepScan, open_run, scan_file
+from zppo.report.stories import QuestionLine, held_out_lines, question_lines
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
-from zppo.runs.log import METRICS
+from zppo.runs.log import HELD_OUT, METRICS, ROLLOUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Summary:
         outcome: what came out, in one sentence.
         head: what was run and what it took, label -> text, in the order of the page.
         charts, tables: what its sections show.
-        lines: one per question.
+        lines: one per question, by key; training first, then held-out ones.
     """
 
     run: Run
@@ -52,8 +53,9 @@ class Reader:
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """Changes whenever a file of the run does; cheap."""
-        run_files = [*self.folder.glob("*.jsonl"), *self.folder.glob(EVAL), *(self.folder / "rollouts").glob("step-*.parquet")]
-        return tuple((path.name, *_stamp(path)) for path in sorted(run_files))
+        run_files = [*self.folder.glob("*.jsonl"), *self.folder.glob(EVAL), *(self.folder / FINAL).glob("README.md")]
+        completions = [path for name in (ROLLOUTS, HELD_OUT) for path in (self.folder / name).glob("*-*.parquet")]
+        return tuple((path.name, *_stamp(path)) for path in sorted([*run_files, *completions]))
 
     def read(self) -> Summary:
         """The run as it is now.
@@ -62,7 +64,9 @@ class Reader:
             CheckpointError: the folder holds no run, or a file of it is damaged.
         """
         run = open_run(self.folder)
-        scans = self._scan(run)
+        training, held_out = run.rollout_files, run.held_out_files
+        every = self._scan([*training, *held_out])
+        scans, evaluations = [every[path] for path in training], [every[path] for path in held_out]
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
@@ -73,17 +77,17 @@ class Reader:
             head=_head(run),
             charts=charts_of(run, scans, counts, zone),
             tables=[*tables_of(run, counts, zone), *_benchmarks(self.folder)],
-            lines=question_lines(run, scans),
+            lines=question_lines(run, scans) | held_out_lines(evaluations),
         )
 
-    def _scan(self, run: Run) -> list[StepScan]:
+    def _scan(self, paths: Sequence[Path]) -> dict[Path, StepScan]:
         scans = {}
-        for path in run.rollout_files:
+        for path in paths:
             stamp = _stamp(path)
             known = self._scans.get(path)
             scans[path] = known if known and known[0] == stamp else (stamp, scan_file(path))
         self._scans = scans
-        return [scan for _, scan in scans.values()]
+        return {path: scan for path, (_, scan) in scans.items()}
 
 
 def _benchmarks(folder: Path) -> list[Table]:
