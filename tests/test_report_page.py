@@ -499,6 +499,17 @@ def click(browser: Browser, selector: str) -> None:
         browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
 
 
+def drag(browser: Browser, selector: str) -> None:
+    """A box in the middle of something, drawn with the mouse."""
+    browser.eval(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+    box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+    x, y, width, height = browser.eval(f"[{box}.left, {box}.top, {box}.width, {box}.height]")
+    for kind, share in (("mouseMoved", 0.3), ("mousePressed", 0.3), ("mouseMoved", 0.5), ("mouseMoved", 0.7), ("mouseReleased", 0.7)):
+        place = {"x": x + share * width, "y": y + share * height}
+        browser.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **place)
+    browser.eval("new Promise((done) => setTimeout(done, 300))")
+
+
 def test_an_update_keeps_zoom_legend_choices_filters_and_the_open_story(browser: Browser, address: tuple[str, Path]) -> None:
     url, run = address
     browser.open(url)
@@ -509,7 +520,9 @@ def test_an_update_keeps_zoom_legend_choices_filters_and_the_open_story(browser:
     browser.until("document.querySelector('#story .completion').childNodes.length")
     set_field(browser, "filter-level", "easy")
     shown = shown_ids(browser)
-    browser.eval("Plotly.relayout(report.plots.get('loss').node, {'xaxis.range': [1.5, 2.5], 'yaxis.range': [-1, 1]}).then(() => 0)")
+    drag(browser, "#chart-loss .nsewdrag")
+    zoomed = browser.eval(ranges := "['xaxis', 'yaxis'].map((a) => report.plots.get('loss').node.layout[a].range)")
+    assert 1 < zoomed[0][0] < zoomed[0][1] < 3
     click(browser, "#chart-accuracy .legend .traces:nth-child(2) .legendtoggle")
     browser.until("report.plots.get('accuracy').node.calcdata.filter((d) => d[0].trace.visible === 'legendonly').length === 1", 10)
     visits = browser.eval("document.querySelectorAll('#story .visit').length")
@@ -518,7 +531,7 @@ def test_an_update_keeps_zoom_legend_choices_filters_and_the_open_story(browser:
     one_more_step(run, 4, **unreachable)
     browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
     browser.until(f"document.querySelectorAll('#story .visit').length === {visits + 1}")
-    assert browser.eval("report.plots.get('loss').node.layout.xaxis.range") == [1.5, 2.5]
+    assert browser.eval(ranges) == zoomed
     visible = "report.plots.get('accuracy').node.data.map((t) => [t.name, t.visible ?? true])"
     assert browser.eval(visible) == [["plain", True], ["BCQ", "legendonly"], ["NCQ", True]]
     assert browser.eval(
