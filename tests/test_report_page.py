@@ -391,6 +391,32 @@ def test_it_fits_a_phone(browser: Browser, folder: Path, dark: bool) -> None:
     assert (background == "rgb(255, 255, 255)") != dark
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_no_chart_is_cut_on_paper(browser: Browser, folder: Path, dark: bool) -> None:
+    """A4 with the page's margins is 703 CSS pixels wide; what prints is what the browser lays out for that width."""
+    browser.size(1280, 900, dark=dark)
+    browser.open((folder / "report.html").as_uri())
+    browser.eval(
+        "addEventListener('beforeprint', () => { window.sizes = [...report.plots.values()].map((p) => p.node._fullLayout.width); })"
+    )
+    size = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
+    assert browser.call("Page.printToPDF", **size)["data"]
+    widths = browser.eval("window.sizes")
+    assert len(widths) == browser.eval("report.plots.size") and max(widths) <= 703 and sorted(set(widths))[0] <= 703 / 2
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    browser.size(703, 900)
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    browser.eval("dispatchEvent(new Event('beforeprint'))")
+    cut = "[...document.querySelectorAll('.card')].filter((c) => [...c.querySelectorAll('.main-svg, table')].some((s) => "
+    cut += "s.getBoundingClientRect().right > c.getBoundingClientRect().right + 1)).map((c) => c.id)"
+    assert browser.eval(cut) == []
+    assert browser.eval("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.eval("report.plots.get('loss').node._fullLayout.font.color") == "#1b2230"
+    browser.call("Emulation.setEmulatedMedia", media="", features=[])
+    browser.eval("dispatchEvent(new Event('afterprint'))")
+    browser.size(1280, 900)
+
+
 def test_stories_stay_within_their_limits_and_that_is_said(folder: Path) -> None:
     summary = Reader(folder).read()
     few = report_page(summary, most_stories=5)

@@ -123,9 +123,14 @@ def _print_tables(comparison: RunComparison, console: Console) -> None:
     for table in comparison.tables:
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
         for index, name in enumerate(table.columns):
-            shown.add_column(Text(name), justify="right" if index else "left")
+            shown.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+        above = ""
         for row in table.rows:
-            shown.add_row(*map(Text, row))
+            pair, colon, quantity = row[0].partition(": ") if table.id == "paired" else ("", "", "")
+            if colon and pair != above:
+                shown.add_row(Text(pair))  # said once for all of its quantities
+                above = pair
+            shown.add_row(Text(f"  {quantity}" if colon else row[0]), *map(Text, row[1:]))
         console.print(shown)
         console.print(Text(table.caption, style="dim"), soft_wrap=True)
         console.print()

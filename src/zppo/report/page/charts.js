@@ -86,7 +86,13 @@ function draw(chart, node) {
   const paper = report.printing, width = paper ? PRINTED[chart.kind === "hbar" ? "wide" : "narrow"] : undefined;
   const tall = paper && chart.kind !== "hbar" ? 225 : height(chart);
   node.style.minHeight = `${tall}px`;
-  Plotly.react(node, traces(chart), { ...layout(chart), height: tall, width, autosize: !paper }, config);
+  const show = () => Plotly.react(node, traces(chart), { ...layout(chart), height: tall, width, autosize: !paper }, config);
+  try {
+    show();
+  } catch { /* plotly was still at its last drawing of this chart: it begins anew, and the rest of the page goes on */
+    Plotly.purge(node);
+    show();
+  }
   report.plots.set(chart.id, { chart, node, drawn: true });
 }
 
