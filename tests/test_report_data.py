@@ -538,3 +538,27 @@ def test_question_lines_of_a_run_without_a_buffer(tmp_path: Path) -> None:
     assert {line.fate for line in lines.values()} == {"never hard"} and not run.replays
     charts = {chart.id for chart in Reader(run.folder).read().charts}
     assert "occupancy" not in charts and "match-bcq" not in charts and "accuracy" in charts
+
+
+def test_a_part_has_one_colour_on_every_chart_and_no_other_part_has_it(tmp_path: Path) -> None:
+    """Two kinds of one's own beside the known ones; parts of a step that no version knew."""
+    run = invented_run(tmp_path / "run", steps=3)
+    names = {"bcq": "mine", "ncq": "package.module:Yours"}
+    for path in files_of(run):
+        change_rows(path, lambda row: {**row, "kind": names.get(row["kind"], row["kind"]), "audit": "{}"})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "step":
+            line["composition"] = {names.get(name, name): share for name, share in line["composition"].items()}
+            line["seconds"] |= {"engine": 1.0, "grading": 2.0, "polishing": 3.0, "waxing": 4.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    charts = {chart.id: chart for chart in Reader(run).read().charts}
+    of_kind = {s.name: s.colour for s in charts["accuracy"].series}
+    parts = {s.name: s.colour for s in charts["composition"].series}
+    assert set(of_kind) == {"plain", "mine", "package.module:Yours"} and "mine" in parts
+    for chart in charts.values():
+        if chart.kind != "hbar":
+            assert len({s.colour for s in chart.series}) == len(chart.series), chart.id
+        assert all(s.colour == of_kind[s.name] for s in chart.series if s.name in of_kind), chart.id
+    seconds = {s.name for s in charts["seconds"].series}
+    assert {"polishing", "waxing", "engine"} <= seconds and "grading" not in seconds  # it lies in sampling already

@@ -215,9 +215,9 @@ def scan_file(path: Path) -> StepScan:
 
 
 def question_ids(run: Run) -> list[str]:
-    """The ids of all questions that a run asked, in order of first appearance."""
+    """The ids of all questions that a run asked, in training or in evaluations, in order of first appearance."""
     found: dict[str, None] = {}
-    for path in run.rollout_files:
+    for path in (*run.rollout_files, *run.held_out_files):
         column = pq.read_table(path, columns=["question_id"], partitioning=None)["question_id"]
         found.update(dict.fromkeys(column.unique().to_pylist()))
     return list(found)
