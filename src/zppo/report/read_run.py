@@ -22,9 +22,9 @@ from zppo.config.recipe import parse_yaml
 from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError, one_line
 from zppo.report.audits import Counts, count_group, count_leaks
-from zppo.runs.log import BUFFER, METRICS, ROLLOUTS, read_lines
+from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
 
-RECIPE = "recipe.yaml"
+RECIPE, FINAL = "recipe.yaml", "final"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,23 @@ class Run:
     def finished(self) -> bool:
         """Whether every planned step is done; a run by epochs is finished when its student lies in final/."""
         planned = self.setting("train.steps")
-        return (self.folder / "final" / "README.md").exists() or (planned is not None and self.last_step >= planned)
+        return self.complete or (planned is not None and self.last_step >= planned)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the trained student lies in final/, which is the last thing that happens."""
+        return (self.folder / FINAL / "README.md").exists()
 
     @property
     def rollout_files(self) -> list[Path]:
         """rollouts/*.parquet by step."""
         return sorted((self.folder / ROLLOUTS).glob("step-*.parquet"))
+
+    @property
+    def held_out_files(self) -> list[Path]:
+        """held_out/*.parquet by step, that of final/ last; none in runs of older versions."""
+        names = sorted((self.folder / HELD_OUT).glob("eval-*.parquet")), sorted((self.folder / HELD_OUT).glob("final-*.parquet"))
+        return [*names[0], *names[1]]
 
     @property
     def group_size(self) -> int:
@@ -115,7 +126,7 @@ def open_run(folder: Path) -> Run:
 
 
 _PER_ROLLOUT = (
-    "rollout", "answer", "correct", "graded", "advantage", "completion_tokens", "truncated", "entropy",
+    "rollout", "answer", "correct", "graded", "reward", "advantage", "completion_tokens", "truncated", "entropy",
 )  # fmt: skip
 _PER_GROUP = ("step", "kind", "question_id", "question", "level", "gold", "replayed", "entry_accuracy", "audit", "prompt")
 _LATER = ("golds", "answer_list")  # older files lack these columns
@@ -145,6 +156,8 @@ class GroupLine(NamedTuple):
     Attributes:
         correct, graded, size: how many rollouts are correct, have a verdict, are there.
         entry_accuracy: plain accuracy at admission, None where the question is not in the buffer.
+        reward, tokens: sums over its rollouts.
+        answers: how many of them have an answer.
         classes: audit classes among its rollouts.
     """
 
@@ -159,6 +172,9 @@ class GroupLine(NamedTuple):
     correct: int
     graded: int
     size: int
+    reward: float
+    tokens: int
+    answers: int
     classes: frozenset[str]
 
 
@@ -180,19 +196,23 @@ class StepScan:
 
 
 def step_of(path: Path) -> int:
-    """The step of a rollout file, by its name."""
-    return int(path.stem.removeprefix("step-"))
+    """The step of a file of rollouts, by its name."""
+    return int(path.stem.rpartition("-")[2])
+
+
+DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError)
+"""What reading a cut or damaged file of rollouts raises; memory that has run out (pa.ArrowMemoryError) is among them and is no damage."""
 
 
 class RolloutFileError(CheckpointError):
-    """A rollout file is cut or damaged: what is read of a run leaves it out and says so."""
+    """A file of rollouts or of held-out completions is cut or damaged: what is read of a run leaves it out and says so."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         super().__init__(f"{path} cannot be read ({one_line(error, 200)}). `zppo resume` writes the steps after the last checkpoint anew")
 
 
 def scan_file(path: Path) -> StepScan:
-    """Read one rollouts/step-NNNNNN.parquet.
+    """Read one file of rollouts/ or of held_out/.
 
     Raises:
         RolloutFileError: it is damaged.
@@ -207,15 +227,15 @@ def scan_file(path: Path) -> StepScan:
         return _scan(table, step_of(path))
     except pa.ArrowMemoryError:
         raise
-    except (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DAMAGE as error:
         raise RolloutFileError(path, error) from error
 
 
 def question_ids(run: Run) -> list[str]:
-    """The ids of all questions that a run asked, in order of first appearance; damaged files are left out."""
+    """The ids of all questions that a run asked, in training or evaluations, in order of first appearance; damaged files are left out."""
     found: dict[str, None] = {}
-    for path in run.rollout_files:
-        with suppress(OSError, pa.ArrowException):
+    for path in (*run.rollout_files, *run.held_out_files):
+        with suppress(*DAMAGE):
             column = pq.read_table(path, columns=["question_id"], partitioning=None)["question_id"]
             found.update(dict.fromkeys(column.unique().to_pylist()))
     return list(found)
@@ -238,6 +258,9 @@ def _scan(table: pa.Table, step: int) -> StepScan:
     unseen = {f["question_id"]: a.get("positive_answer") for f, a in zip(firsts, audits, strict=True) if f["kind"] == BCQ}
     correct = np.add.reduceat((numbers["correct"] & numbers["graded"]).astype(np.int64), starts)
     graded = np.add.reduceat(numbers["graded"].astype(np.int64), starts)
+    reward = np.add.reduceat(np.nan_to_num(numbers["reward"].astype(np.float64)), starts)
+    tokens = np.add.reduceat(numbers["completion_tokens"].astype(np.int64), starts)
+    answered = np.add.reduceat((~numbers["no_answer"]).astype(np.int64), starts)
     for i, (first, audit) in enumerate(zip(firsts, audits, strict=True)):
         rows = range(starts[i], ends[i])
         classes: list[str] = []
@@ -248,7 +271,16 @@ def _scan(table: pa.Table, step: int) -> StepScan:
             gold, *others = _right_answers(first)
             result.counts.update(count_leaks(first["kind"], audit, gold, first["prompt"], others))
         shown = {name: first[name] for name in GroupLine._fields if name in first}
-        line = GroupLine(**shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""})
+        line = GroupLine(
+            **shown,
+            correct=int(correct[i]),
+            graded=int(graded[i]),
+            size=len(rows),
+            answers=int(answered[i]),
+            reward=float(reward[i]),
+            tokens=int(tokens[i]),
+            classes=frozenset(classes) - {""},
+        )
         result.groups.append(line)
     return result
 
