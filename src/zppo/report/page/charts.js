@@ -168,7 +168,7 @@ function forPaper(printing) {
   for (const plot of report.plots.values()) {
     if (!printing && !plot.drawn) continue;
     draw(plot.chart, plot.node);
-    if (!printing) Plotly.relayout(plot.node, { autosize: true }); /* the legend's rows are counted anew */
+    if (!printing) setTimeout(() => draw(plot.chart, plot.node), 50); /* the legend's rows are counted in the width before: once more */
   }
 }
 addEventListener("beforeprint", () => forPaper(true));
