@@ -122,6 +122,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
     from zppo.distributed.parallel import make_accelerator, make_weights
     from zppo.rollout.frozen_models import FrozenModels
     from zppo.rollout.run_data import read_data
+    from zppo.runs.display import Progress
     from zppo.runs.signals import Stop
     from zppo.train.assemble import assemble
 
@@ -130,13 +131,13 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
         settings, stop, launch = settings_of(own, Path(name)), Stop(), read_launch()
         accelerator = make_accelerator(settings, launch)
         weights = make_weights(settings, accelerator, launch, stop)
-        console = Console(quiet=True, force_terminal=False)
-        frozen_models = FrozenModels(settings, accelerator, console)
+        progress = Progress(Console(quiet=True, force_terminal=False))
+        frozen_models = FrozenModels(settings, accelerator, progress)
         if own.method != "grpo":
             frozen_models.teachers.append(script)  # type: ignore[arg-type]
             frozen_models.settings_of.append(settings.teacher)
         run = Path(name) / "run"
-        parts = assemble(settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, console)
+        parts = assemble(settings, read_data(settings), run, None, script.score, frozen_models, accelerator, weights, progress)
         run.mkdir()
         parts.trainer.run_log.open()
         yield parts
@@ -168,6 +169,11 @@ class Replaying:
             rows = zip(group, logprobs, strict=True)
             made.append([Completion(torch.tensor(ids), lp[: len(ids)].clone(), False, 0.0) for ids, lp in rows])
         return made
+
+    def stream(self, requests: Sequence[Any], sampling: Any) -> Iterator[Any]:
+        """The same, one by one."""
+        for i, row in enumerate(self.sample(requests, sampling)):
+            yield from ((i, j, completion) for j, completion in enumerate(row))
 
 
 class Seen:

@@ -42,6 +42,15 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [row for path in files_of(run) for row in pq.read_table(path).to_pylist()]
 
 
+def evaluated(run: Path) -> Path:
+    """An evaluation's completions beside a run: the plain ones of its first step, under the same ids."""
+    (run / "held_out").mkdir()
+    target = run / "held_out" / "eval-000000.parquet"
+    rows = [row for row in pq.read_table(files_of(run)[0]).to_pylist() if row["kind"] == "plain"]
+    pq.write_table(pa.Table.from_pylist([{**row, "step": 0, "advantage": None} for row in rows], schema=ROLLOUT_SCHEMA), target)
+    return run
+
+
 def change_rows(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], **options: Any) -> None:
     """Write a rollout file anew with every row changed."""
     rows = [change(row) for row in pq.read_table(path).to_pylist()]

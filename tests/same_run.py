@@ -11,24 +11,25 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")
+TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds", "system")
 
 
 def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Lines of a log without its time fields."""
+    """Lines of a log without what differs from run to run: times, and what the machine was like."""
     lines = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in line.items() if k not in TIME_FIELDS} for line in lines]
 
 
 def assert_same_run(one: Path, other: Path, aside: Sequence[str] = ()) -> None:
-    """Bit for bit: metrics, buffer events, rollouts, weights, the newest checkpoint; times and fields named in `aside` left out."""
+    """Bit for bit: metrics, buffer events, completions, weights, the newest checkpoint; times and fields named in `aside` left out."""
     kept = [[{k: v for k, v in line.items() if k not in aside} for line in records(run)] for run in (one, other)]
     assert kept[0] == kept[1]
     assert records(one, "buffer.jsonl") == records(other, "buffer.jsonl")
-    names = sorted(p.name for p in (one / "rollouts").iterdir())
-    assert names == sorted(p.name for p in (other / "rollouts").iterdir())
-    for name in names:
-        assert pq.read_table(one / "rollouts" / name).equals(pq.read_table(other / "rollouts" / name))
+    for folder in ("rollouts", "held_out"):
+        names = sorted(p.name for p in (one / folder).glob("*"))
+        assert names == sorted(p.name for p in (other / folder).glob("*"))
+        for name in names:
+            assert pq.read_table(one / folder / name).equals(pq.read_table(other / folder / name))
     newest = sorted((one / "checkpoints").iterdir())[-1].name
     for weights in ("final", f"checkpoints/{newest}/model"):
         ours, theirs = (load_file(run / weights / "model.safetensors") for run in (one, other))

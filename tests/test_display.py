@@ -1,19 +1,107 @@
-"""What a run shows while it goes on."""
+"""What a run shows in the terminal, from its first second to its last evaluation."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from zppo.runs.display import Progress
+import zppo
+from zppo.runs.display import Progress, busy
+from zppo.step_log import StepLog
+
+METRICS = {"accuracy": {"plain": 0.25, "bcq": 0.5}, "buffer": 7, "tokens_per_second": 1000.0, "seconds": {"step": 2.0}}
+TOTALS = SimpleNamespace(graduated={"0%": 1}, admitted={"0%": 4}, evicted={})
+
+
+def shown(progress: Progress, width: int = 80) -> str:
+    """What a terminal of that width would show now."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+    console.print(progress._render())
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def on_terminal() -> Progress:
+    return Progress(Console(file=io.StringIO(), width=80, force_terminal=True, _environ={"TERM": "xterm"}))
+
+
+def test_the_table_stays_while_the_last_evaluation_goes_on() -> None:
+    with on_terminal() as progress:
+        progress.plan(20, ("plain", "bcq"), replay=True)
+        progress.doing("loading the student s")
+        assert "loading the student s" in shown(progress)
+        progress.at_step(1)
+        log = StepLog(1, watch=progress.part)
+        with log.time("sampling"):
+            log.tell("sampling", 12, 384)
+            assert "step 1: sampling 12 of 384" in shown(progress)
+        with log.time("grading"):  # a part of sampling: nobody needs to know
+            assert "step 1: sampling 12 of 384" in shown(progress)
+        progress.step(1, METRICS, TOTALS)
+        progress.doing("evaluating final/ on 9 held-out questions")
+        text = shown(progress)
+    assert "step 1/20" in text and "graduated" in text and "evaluating final/ on 9 held-out questions" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_without_a_terminal_there_are_lines_and_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("zppo.runs.display.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Progress(Console(file=out, width=80, force_terminal=False)) as progress:
+        progress.doing("loading the teacher t")
+        progress.at_step(1)
+        for count in range(1, 1001):
+            now[0] += 0.125
+            progress.part("sampling", count, 1000)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "loading the teacher t ..."
+    assert [line.split("  ")[0] for line in lines[1:]] == [f"step 1: sampling {n} of 1,000" for n in (240, 480, 720, 960)]
+
+
+def test_nothing_is_shown_to_a_quiet_console() -> None:
+    out = io.StringIO()
+    console = Console(file=out, quiet=True, force_terminal=False)
+    with busy(console, "loading"), Progress(console) as progress:
+        progress.doing("loading")
+    assert out.getvalue() == ""
+
+
+def test_a_piped_run_says_what_it_is_at_and_the_table_is_there_in_its_last_evaluation(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zppo.train import finish
+
+    seen: list[str] = []
+    evaluate = finish.evaluate_held_out
+
+    def look(student: Any, questions: Any, settings: Any, log: StepLog) -> Any:
+        assert log.watch is not None
+        seen.append(shown(log.watch.__self__.progress))  # type: ignore[attr-defined]
+        return evaluate(student, questions, settings, log)
+
+    monkeypatch.setattr(finish, "evaluate_held_out", look)
+    AcceleratorState._reset_state(True)
+    out = io.StringIO()
+    zppo.train(recipe, console=Console(file=out, width=80, force_terminal=False), output=tmp_path / "run", train__steps=1)
+    lines = out.getvalue().splitlines()
+    begun = [line for line in lines if line.endswith(" ...")]
+    wanted = ("reading the questions", "loading the teacher", "reading the prompts", "loading the student", "checking the sampler",
+              "evaluating on", "writing", "evaluating final/")  # fmt: skip
+    places = [next(i for i, line in enumerate(begun) if line.startswith(text)) for text in wanted]
+    assert places == sorted(places)
+    assert len(seen) == 1 and "evaluating final/" in seen[0]
 
 
 def test_running_means_begin_unbiased() -> None:
     """The mean after n steps weighs them by 0.9 ** age over the sum of these weights: no step counts more because it came first."""
-    progress = Progress(Console(file=io.StringIO()), 100, ("plain",), replay=False)
+    progress = Progress(Console(file=io.StringIO()))
+    progress.plan(100, ("plain",), replay=False)
     values = [0.0, 1.0, 0.5, 0.25, 1.0] * 4
     for step, value in enumerate(values, 1):
         progress.step(step, {"seconds": {"step": 1.0}, "accuracy": {"plain": value}, "tokens_per_second": 1.0}, SimpleNamespace())

@@ -44,6 +44,7 @@ METRICS_OF_ONE_PROCESS = (
     "seconds",
     "tokens_per_second",
     "teacher_wait_seconds",
+    "system",
     "train_tokens_computed",  # padding depends on who computes what
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conftest import make_tiny
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
+from zppo.config.settings import Settings
 from zppo.core.types import Prompt, Question
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
@@ -207,6 +209,9 @@ FINE: dict[str, Any] = {
         ({"truncated_share": 0.4}, "40% of the completions were cut off at rollout.max_new_tokens"),
         ({"truncated": 0.5}, "50% of the held-out completions were cut off at eval.max_new_tokens"),
         ({"no_answer_share": 0.75}, r"75% of the completions have no \boxed{} answer"),
+        ({"no_answer_share": 0.6, "truncated_share": 0.3}, "most of them because they were cut off. Raise rollout.max_new_tokens"),
+        ({"no_answer_share": 1.0}, "does not know the form"),
+        ({"no_answer_share": 0.97, "truncated": 0.0}, "97% of the held-out completions have no"),
         ({"grading_timeout_share": 0.034}, "grading gave up on 3.4% of the answers"),
         ({"graded_answers": 10, "seconds": {"step": 10.0, "grading": 4.0}}, "400 seconds per 1,000 answers"),
     ],
@@ -214,7 +219,21 @@ FINE: dict[str, Any] = {
 def test_each_watch_warns_with_advice(change: dict[str, Any], said: str) -> None:
     (text,) = HealthChecks(own_reward=False).advice(3, {**FINE, **change})
     assert text.startswith("step 3: ") and said in text
-    assert any(word in text for word in ("Raise", "Look at"))
+    assert any(word in text for word in ("Raise", "Look at", "Say it"))
+
+
+def test_advice_for_a_student_that_never_boxes_names_what_helps() -> None:
+    (text,) = HealthChecks(own_reward=False).advice(3, {**FINE, "no_answer_share": 1.0})
+    for way in ("prompts.closing", "messages", "student.template", "grading.reward"):
+        assert way in text
+    assert "max_new_tokens" not in text  # nothing was cut off
+
+
+def test_advice_about_missing_answers_names_settings_that_exist() -> None:
+    for metrics in ({"no_answer_share": 1.0}, {"no_answer_share": 0.7}, {"no_answer_share": 0.7, "truncated": 0.5}):
+        for text in HealthChecks(own_reward=False).advice(1, metrics):
+            for section, name in re.findall(r"\b(rollout|eval|grading|student|train)\.([a-z_]+)", text):
+                assert name in Settings.model_fields[section].annotation.model_fields, (section, name)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from zppo.evals.registry import BENCHMARKS, find
 from zppo.evals.results import EvalFolder, SampleResult, begin, summary, with_benchmark
 from zppo.report.bootstrap import cluster_bootstrap, read_table
 from zppo.report.compare import compare_runs
-from zppo.report.paper_tables import paper_rows_of, rows_of, tables_of_rows
-from zppo.report.table_views import table_command
+from zppo.report.evaluations.paper_tables import paper_rows_of, rows_of, tables_of_rows
+from zppo.report.evaluations.table_views import table_command
 from zppo.report.tables import Heading, Strong, Table
 
 PAPER = Path(__file__).parents[1] / "src/zppo/report/data"

@@ -27,7 +27,7 @@ from zppo.models.student_model import load_model, load_student
 from zppo.runs.checkpoint import weights_folder
 
 LORA = "--train.lora={rank: 4, alpha: 8}"
-TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")
+TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds", "system")
 
 
 @pytest.fixture(autouse=True)

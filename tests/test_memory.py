@@ -46,7 +46,7 @@ from zppo.train.policy_gradient import make_budget
 
 pytestmark = pytest.mark.slow
 
-TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds")
+TIME_FIELDS = ("seconds", "tokens_per_second", "teacher_wait_seconds", "system")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 

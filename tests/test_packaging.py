@@ -51,6 +51,15 @@ def test_the_constraints_for_vllm_admit_what_the_project_admits() -> None:
     assert wanted["vllm"]["trl"].specifier == wanted["dev"]["trl"].specifier
 
 
+def test_other_people_s_scripts_are_packed_and_named() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]["zppo"]
+    package = Path(zppo.__file__).parent
+    packed = {path for pattern in data for path in package.glob(pattern)}
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    found = sorted((package / "report" / "page" / "vendor").iterdir())
+    assert found and set(found) <= packed and all(path.name in notice for path in found)
+
+
 @pytest.mark.slow
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     """CUDA_VISIBLE_DEVICES empty: none, wherever this runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 from conftest import make_tiny
 from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.cli import main
-from zppo.report.compare import arms_of, compare_runs
+from zppo.config.help import known_keys
+from zppo.report.compare import NOT_ARMS, arms_of, compare_runs, comparison_charts
 from zppo.report.page import write_figures
 from zppo.report.read_run import open_run
 from zppo.report.summary import Reader
@@ -112,8 +114,53 @@ def test_runs_that_differ_in_the_seed_alone_are_one_arm(tmp_path: Path) -> None:
     )
     arms = arms_of([open_run(folder) for folder in folders])
     assert [(arm.name, list(arm.runs)) for arm in arms] == [
-        ("zppo buffer_capacity=24", [0, 1]), ("grpo", [0]), ("zppo buffer_capacity=50", [0, 1]),
+        ("zppo zone.buffer_capacity=24", [0, 1]), ("grpo", [0]), ("zppo zone.buffer_capacity=50", [0, 1]),
     ]  # fmt: skip
+
+
+def test_what_changes_nothing_that_is_learned_makes_no_arm(tmp_path: Path) -> None:
+    assert set(NOT_ARMS) <= set(known_keys())
+    folders = runs_of(tmp_path, {"seed": 0}, {"seed": 1}, {"seed": 2})
+    recipe = yaml.safe_load((folders[1] / "recipe.yaml").read_text())
+    recipe["train"] |= {"checkpoint_every": 7, "trackers": ["tensorboard"], "tokens_per_microbatch": 100}
+    recipe["eval"]["every"] = 3
+    (folders[1] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert [(arm.name, list(arm.runs)) for arm in arms_of([open_run(folder) for folder in folders])] == [("zppo", [0, 1, 2])]
+    recipe["train"]["learning_rate"] = 0.5
+    (folders[1] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    names = [arm.name for arm in arms_of([open_run(folder) for folder in folders])]
+    assert len(names) == 2 and names[1] == "zppo train.learning_rate=0.5"
+
+
+def test_a_recipe_of_an_older_version_is_no_arm_of_its_own(tmp_path: Path) -> None:
+    folders = runs_of(tmp_path, {"seed": 0}, {"seed": 1})
+    recipe = yaml.safe_load((folders[1] / "recipe.yaml").read_text())
+    del recipe["zone"]["ties"]  # as if it had not been there yet
+    (folders[1] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert len(arms_of([open_run(folder) for folder in folders])) == 1
+
+
+def test_numbers_of_a_comparison_as_csv_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = runs_of(tmp_path, {"seed": 0}, {"seed": 0, "method": "grpo"}, {"seed": 1, "method": "grpo"})
+    assert main(["compare", *map(str, folders), "--csv", "-"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    accuracy = {row["run"]: float(row["value"]) for row in rows if row["quantity"] == "held-out accuracy"}
+    assert accuracy == {folder.name: pytest.approx(held_out(folder)) for folder in folders}
+    assert {(row["arm"], row["seed"]) for row in rows} == {("zppo", "0"), ("grpo", "0"), ("grpo", "1")}
+    text = run(capsys, "compare", *folders, "--json", tmp_path / "c.json")
+    assert "What the runs came to" in text
+    told = json.loads((tmp_path / "c.json").read_text())
+    assert [arm["name"] for arm in told["arms"]] == ["zppo", "grpo"] and told["arms"][0]["settings"] == {"method.name": "zppo"}
+    pair = next(p for p in told["pairs"] if p["quantity"] == "held-out accuracy")
+    assert pair["difference"] == pytest.approx(held_out(folders[0]) - held_out(folders[1])) and pair["low"] is None and pair["seeds"] == 1
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in run(capsys, "compare", *folders, "--json", tmp_path / "file" / "c.json", status=2)
+
+
+def test_curves_differ_without_their_colours(tmp_path: Path) -> None:
+    folders = [invented_run(tmp_path / f"{i}", steps=2, capacity=20 + i) for i in range(5)]
+    chart = next(c for c in comparison_charts(compare_runs(folders).arms) if c.id == "accuracy-plain")
+    assert len({(s.dash, s.marker) for s in chart.series}) == len({s.dash for s in chart.series}) == 5
 
 
 def test_equal_recipes_and_seeds_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -178,5 +225,8 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     chart = next(chart for chart in summary.charts if chart.id == "accuracy")
     assert list(chart.series[0].y) == pytest.approx(logged)
     run(capsys, "report", out, "--figures", "none")
-    assert set(summary.lines) == {f"questions.jsonl:{i + 1}" for i in range(12)}
-    assert "What is 0 plus 0?" in run(capsys, "inspect", out, "questions.jsonl:1")
+    held_out = {f"held-out=questions.jsonl:{i + 1}" for i in range(4)}
+    assert set(summary.lines) == {f"questions.jsonl:{i + 1}" for i in range(12)} | held_out
+    assert all(summary.lines[key].steps == [0, 1, 2, 3] and len(summary.lines[key].visits) == 4 for key in held_out)
+    story = run(capsys, "inspect", out, "questions.jsonl:1")
+    assert "What is 0 plus 0?" in story and "evaluation at step 2: plain" in story and "evaluation of final/: plain" in story

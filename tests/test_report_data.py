@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pictures import noise
-from report_runs import change_rows, files_of, invented_run, rows_of
+from report_runs import change_rows, evaluated, files_of, invented_run, rows_of
 from zppo import cli
 from zppo.core.types import Draft, Group, Message, Prompt, Question, Rollout
 from zppo.errors import CheckpointError
@@ -44,6 +44,7 @@ from zppo.report.audits import (
     zone_story,
 )
 from zppo.report.charts import ChartSpec, Series, ramp
+from zppo.report.page import report_page
 from zppo.report.read_run import open_run, question_ids, scan_file
 from zppo.report.stories import (
     SIDES,
@@ -59,6 +60,7 @@ from zppo.report.stories import (
     with_images,
 )
 from zppo.report.summary import Reader, duration
+from zppo.report.watch import search_completions
 from zppo.runs.log import RunLog
 
 
@@ -363,7 +365,7 @@ def test_question_lines_tell_what_happened(summary: summary_module.Summary, rows
 
 @pytest.mark.parametrize(("plain", "stuck"), [([0, 0], True), ([2, 1, 2], True), ([0, 1, 0], False), ([0], False), ([5, 5], False)])
 def test_never_improved(plain: list[int], stuck: bool) -> None:
-    line = QuestionLine("q", "", "", "", [Visit(i, "plain", c, 8) for i, c in enumerate(plain)])
+    line = QuestionLine("q", "", "", "", [Visit(i, "plain", c, 8, 8, float(c), 80) for i, c in enumerate(plain)])
     assert line.never_improved(0.5) == stuck
 
 
@@ -535,16 +537,20 @@ def test_damaged_rollout_files_are_said(folder: Path, tmp_path: Path) -> None:
         scan_file(path)
 
 
+def damage(path: Path, harm: str) -> None:
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "flipped": data[:-6] + b"\xff\xff" + data[-4:], "gone": b"x"}[harm])
+    if harm == "gone":
+        path.unlink()
+
+
 @pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone"])
 def test_a_damaged_rollout_file_is_left_out_and_said(folder: Path, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(folder, tmp_path / "run"))
     whole = Reader(run).read()
     asked = next(line for line in whole.lines.values() if len({visit.step for visit in line.visits}) > 1)
     path = run / "rollouts" / f"step-{asked.visits[0].step:06d}.parquet"
-    data = path.read_bytes()
-    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "flipped": data[:-6] + b"\xff\xff" + data[-4:], "gone": b"x"}[harm])
-    if harm == "gone":
-        path.unlink()
+    damage(path, harm)
     summary = Reader(run).read()
     missing = 0 if harm == "gone" else 1
     assert list(summary.left_out) == [path] * missing
@@ -556,9 +562,74 @@ def test_a_damaged_rollout_file_is_left_out_and_said(folder: Path, tmp_path: Pat
     assert asked.id in question_ids(open_run(run)) and (run / "report.html").is_file()
 
 
+@pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone"])
+def test_a_damaged_file_of_held_out_completions_is_left_out_and_said(
+    folder: Path, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = evaluated(Path(shutil.copytree(folder, tmp_path / "run")))
+    path = run / "held_out" / "eval-000000.parquet"
+    later = Path(shutil.copy(path, path.with_name("eval-000001.parquet")))
+    change_rows(later, lambda row: {**row, "step": 1})
+    [asked, *_] = (line for line in Reader(run).read().lines.values() if line.held_out)
+    damage(path, harm)
+    missing = 0 if harm == "gone" else 1
+    summary = Reader(run).read()
+    assert list(summary.left_out) == [path] * missing and summary.lines[asked.key].steps == [1]
+    assert cli.main(["report", str(run), "--figures", "none"]) == 0
+    assert cli.main(["inspect", str(run), asked.id]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"left out: {path} cannot be read") == 2 * missing
+    assert "evaluation at step 1" in said and "evaluation at step 0" not in said
+    assert asked.key in search_completions(open_run(run), [], (-1e9, 1e9), (0, 1e9))["fits"]
+    damage(later, "cut")
+    assert asked.id in question_ids(open_run(run)) and not any(line.held_out for line in Reader(run).read().lines.values())
+
+
+def test_a_file_whose_completions_alone_are_damaged_is_said(folder: Path, tmp_path: Path) -> None:
+    """They are most of its bytes. What is counted does not need them; the stories lack them, and search does."""
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    path = files_of(run)[0]
+    with pq.ParquetFile(path) as file:
+        columns = file.metadata.row_group(0)
+        [column] = [c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "completion"]
+    data = bytearray(path.read_bytes())
+    start = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    summary = Reader(run).read()
+    assert not summary.left_out and any(1 in line.steps for line in summary.lines.values())
+    assert report_page(summary).count('id="story-') and list(summary.left_out) == [path]
+    asked = next(line for line in summary.lines.values() if line.steps == [1])
+    assert asked.key not in search_completions(summary.run, ["the"], (-1e9, 1e9), (0, 1e9))["found"]
+
+
 def test_question_lines_of_a_run_without_a_buffer(tmp_path: Path) -> None:
     run = open_run(invented_run(tmp_path / "run", steps=2, method="grpo"))
     lines = question_lines(run, map(scan_file, files_of(run.folder)))
     assert {line.fate for line in lines.values()} == {"never hard"} and not run.replays
     charts = {chart.id for chart in Reader(run.folder).read().charts}
     assert "occupancy" not in charts and "match-bcq" not in charts and "accuracy" in charts
+
+
+def test_a_part_has_one_colour_on_every_chart_and_no_other_part_has_it(tmp_path: Path) -> None:
+    """Two kinds of one's own beside the known ones; parts of a step that no version knew."""
+    run = invented_run(tmp_path / "run", steps=3)
+    names = {"bcq": "mine", "ncq": "package.module:Yours"}
+    for path in files_of(run):
+        change_rows(path, lambda row: {**row, "kind": names.get(row["kind"], row["kind"]), "audit": "{}"})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "step":
+            line["composition"] = {names.get(name, name): share for name, share in line["composition"].items()}
+            line["seconds"] |= {"engine": 1.0, "grading": 2.0, "polishing": 3.0, "waxing": 4.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    charts = {chart.id: chart for chart in Reader(run).read().charts}
+    of_kind = {s.name: s.colour for s in charts["accuracy"].series}
+    parts = {s.name: s.colour for s in charts["composition"].series}
+    assert set(of_kind) == {"plain", "mine", "package.module:Yours"} and "mine" in parts
+    for chart in charts.values():
+        if chart.kind != "hbar":
+            assert len({s.colour for s in chart.series}) == len(chart.series), chart.id
+        assert all(s.colour == of_kind[s.name] for s in chart.series if s.name in of_kind), chart.id
+    seconds = {s.name for s in charts["seconds"].series}
+    assert {"polishing", "waxing", "engine"} <= seconds and "grading" not in seconds  # it lies in sampling already

@@ -7,17 +7,21 @@ import threading
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from chromium import Browser
-from report_runs import change_rows, files_of, invented_run, rows_of
+from report_runs import change_rows, evaluated, files_of, invented_run, rows_of
+from zppo.grading.text import final_part
 from zppo.report.compare import compare_command
-from zppo.report.page import make_server, report_command, report_page, script_json
+from zppo.report.page import report_command, report_page, script_json
+from zppo.report.read_run import open_run
 from zppo.report.summary import Reader
+from zppo.report.watch import WatchedComparison, WatchedRun, make_server, search_completions
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +78,12 @@ def browser(shared_browser: Browser) -> Iterator[Browser]:
     assert shared_browser.errors == []
 
 
+def open_all(page: Browser) -> None:
+    """Open every answer; what is drawn is drawn then."""
+    page.eval("document.querySelectorAll('#story details:not(.thoughts)').forEach((d) => { d.open = true; })")
+    page.until("[...document.querySelectorAll('#story .completion')].every((n) => n.childNodes.length)")
+
+
 @pytest.fixture
 def page(browser: Browser, folder: Path) -> Browser:
     browser.open((folder / "report.html").as_uri())
@@ -104,7 +114,7 @@ def test_the_page_loads_alone_and_without_errors(page: Browser, folder: Path) ->
 
 
 def draw_all(page: Browser) -> None:
-    page.eval("dispatchEvent(new Event('beforeprint'))")
+    page.eval("dispatchEvent(new Event('beforeprint')); dispatchEvent(new Event('afterprint'))")
     page.until("[...report.plots.values()].every((p) => p.drawn && p.node.querySelector('.main-svg'))")
 
 
@@ -129,13 +139,95 @@ def test_every_chart_is_drawn_and_has_a_hover(page: Browser) -> None:
 def test_model_text_stays_text(page: Browser) -> None:
     page.eval(f"openStory({json.dumps(ATTACKED)})")
     page.until("document.querySelector('#story h3')")
-    page.eval("toggleAll()")
-    for selector in ("#story .question", "#story .rollout pre", "#story .prompt pre", "#story .answer"):
-        assert HOSTILE in page.eval(f"document.querySelector({json.dumps(selector)}).textContent"), selector
-    assert page.eval("document.querySelectorAll('#story script, #story img, #story b').length") == 0
+    for selectors in (("#story .rollout .read", "#story .question"), ("#story .rollout pre", "#story .prompt pre", "#story .question")):
+        open_all(page)
+        for selector in (*selectors, "#story .answer"):
+            assert HOSTILE in page.eval(f"document.querySelector({json.dumps(selector)}).textContent"), selector
+        assert page.eval("document.querySelectorAll('#story script, #story img, #story b').length") == 0
+        page.eval("toggleWritten()")
     draw_all(page)  # a level's name stands in a legend
     assert page.eval("report.plots.get('held-out').node.querySelector('.legend').textContent").count("<script>") == 1
     assert page.eval("typeof window.hacked") == "undefined"
+
+
+ATTACKS = [
+    "[click](javascript:window.hacked=1) <javascript:window.hacked=1> ![x](https://example.org/x.png) [x]: https://example.org",
+    "$\\href{javascript:window.hacked=1}{x}$ $\\url{javascript:window.hacked=1}$ $\\includegraphics{https://example.org/x.png}$",
+    "$\\htmlStyle{position:fixed}{x} \\htmlClass{a}{x} \\htmlData{onclick=1}{x} \\htmlId{title}{x}$",
+    "$\\text{</span><img src=x onerror=window.hacked=1><script>window.hacked=1</script>}$",
+    "```js\n<img src=x onerror=window.hacked=1>\n```\n`<b>x</b>` \n\n| a |\n|---|\n| <img src=x onerror=window.hacked=1> |",
+    "$$\\def\\a{\\a\\a}\\a$$ $\\rule{99999em}{99999em}$ $" + "{" * 3000 + "}" * 3000 + "$",
+    "<think><img src=x onerror=window.hacked=1></think><svg onload=window.hacked=1>",
+    "\\boxed{</math><img src=x onerror=window.hacked=1>}", "> " * 3000 + "deep", "- " * 3000 + "deep",
+    "*" * 5000 + "a", "[" * 5000, "$" * 5001,
+    "\\begin{a}" * 3000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
+def test_drawn_model_text_never_becomes_markup(page: Browser, attack: str) -> None:
+    """Markdown and formulas: no element beyond those of prose, tables, code and MathML, no address, no handler, no style but KaTeX's."""
+    page.eval(f"document.getElementById('story').replaceChildren(...completionNodes({json.dumps(attack)}, 'right', false))")
+    page.eval("document.querySelectorAll('#story details').forEach((d) => { d.open = true; })")
+    page.eval("new Promise((done) => setTimeout(done, 100))")
+    tags = set(page.eval("[...document.querySelectorAll('#story *')].map((n) => n.tagName.toLowerCase())"))
+    prose = "div span p br ul ol li blockquote em strong code pre table thead tbody tr th td hr details summary".split()
+    mathml = "math semantics annotation mrow mi mo mn mtext mspace mstyle mpadded mfrac msup msub msqrt menclose mtable mtr mtd".split()
+    assert tags <= {*prose, *mathml}
+    names = "[...document.querySelectorAll('#story *')].flatMap((n) => [...n.attributes].map((a) => a.name))"
+    assert not {name for name in page.eval(names) if name.startswith("on") or name in ("href", "src", "id", "action", "xlink:href")}
+    assert page.eval("typeof window.hacked") == "undefined"
+    assert {url for url in page.requests if not url.startswith(("data:", "blob:", "file:"))} == set()
+
+
+DRAWN = r"""<think>
+First $x^2$.
+</think>
+## Result
+Costs of $5 and $7, a product 2*3*4, **bold**, `code $x$`.
+
+$$
+\int_0^1 x^2 \, dx
+= \frac{1}{3}
+$$
+
+1. over \(\mathbb{R}\)
+2. and \[ y = 2 \]
+
+| n | value |
+|---|---|
+| 1 | $\sqrt{2}$ |
+
+A broken one: $\frac{1}{$. First \boxed{4}, then \boxed{\frac{1}{3}}."""
+
+
+def test_formulas_and_markdown_are_drawn_thoughts_folded_and_the_answer_is_marked(page: Browser) -> None:
+    draw = f"document.getElementById('story').replaceChildren(...completionNodes({json.dumps(DRAWN)}, 'wrong', %s))"
+    page.eval(draw % "false")
+    assert page.eval("document.querySelector('#story .thoughts').open") is False
+    shown = page.eval("document.querySelector('#story > .read').innerText")
+    assert "$5 and $7, a product 2*3*4, bold, code $x$" in shown and "A broken one: $\\frac{1}{$." in shown and "ℝ" in shown
+    assert page.eval("document.querySelectorAll('#story > .read math').length") == 6
+    assert page.eval("document.querySelectorAll('#story > .read math[display=block]').length") == 2
+    assert page.eval("document.querySelectorAll('#story .read ol > li').length") == 2
+    assert page.eval("document.querySelector('#story .read td math') !== null && document.querySelector('#story .read strong') !== null")
+    marked = page.eval(
+        "[...document.querySelectorAll('#story .final')].map((n) => n.className + n.querySelector('annotation').textContent)"
+    )
+    assert marked == ["math boxed final wrong\\boxed{\\frac{1}{3}}"]
+    page.eval("document.querySelector('#story .thoughts').open = true")
+    page.until("document.querySelector('#story .thoughts math')")
+    page.eval("document.getElementById('story').replaceChildren(writtenNode('a \\\\boxed{1} b \\\\boxed{{2}} c', 'right', false))")
+    assert page.eval("document.querySelector('#story mark.right').textContent") == "\\boxed{{2}}"
+
+
+@pytest.mark.parametrize(("text", "think_open", "parts"), [
+    ("answer", False, [None, "answer", ""]), ("a</think>b", True, ["a", "b", ""]), ("<think>a</think>b", False, ["a", "b", ""]),
+    ("on and on", True, ["on and on", None, ""]), ("x <think>on", False, ["on", None, "x "]),
+])  # fmt: skip
+def test_thoughts_are_told_from_the_rest_as_grading_does(page: Browser, text: str, think_open: bool, parts: list[str | None]) -> None:
+    assert page.eval(f"parted({json.dumps(text)}, {json.dumps(think_open)})") == parts
+    assert final_part(text, think_open) == parts[1]
 
 
 def test_nothing_runs_but_the_page_s_own_scripts(page: Browser) -> None:
@@ -179,7 +271,9 @@ def test_a_story_shows_prompts_answers_and_verdicts(page: Browser, folder: Path)
         own[row["question_id"]].append(row)
     rows = next(r for r in own.values() if {"bcq", "ncq"} <= {row["kind"] for row in r})
     page.eval(f"openStory({json.dumps(rows[0]['question_id'])})")
-    page.until(f"document.querySelector('#story h3').textContent === {json.dumps(rows[0]['question_id'])}")
+    page.until(f"document.querySelector('#story h3').firstChild.textContent === {json.dumps(rows[0]['question_id'])}")
+    page.eval("toggleWritten()")
+    open_all(page)
     assert page.eval("[...document.querySelectorAll('#story .rollout pre')].map((p) => p.textContent)") == [
         row["completion"] for row in rows
     ]
@@ -193,6 +287,58 @@ def test_a_story_shows_prompts_answers_and_verdicts(page: Browser, folder: Path)
     assert f"candidate {bcq['correct_at'] + 1} is right ({bcq['positive_answer']})" in text
     marks = page.eval("[...document.querySelectorAll('#story mark.right')].map((m) => m.textContent)")
     assert all(f"\\boxed{{{bcq['positive_answer']}}}" in mark for mark in marks) and marks
+
+
+def test_search_reaches_completions_and_filters_by_reward_and_length(page: Browser, folder: Path) -> None:
+    rows = rows_of(folder)
+
+    def expect(fields: dict[str, str], wanted: Callable[[dict[str, Any]], bool]) -> None:
+        for field, value in fields.items():
+            set_field(page, field, value)
+        ids = {row["question_id"] for row in rows if wanted(row)}
+        assert ids and set(shown_ids(page)) == ids and len(ids) < len({row["question_id"] for row in rows})
+        found = search_completions(
+            open_run(folder),
+            fields.get("search", "").lower().split(),
+            (float(fields.get("reward-from", "-inf")), float(fields.get("reward-to", "inf"))),
+            (float(fields.get("tokens-from", "-inf")), float(fields.get("tokens-to", "inf"))),
+        )
+        assert set(found["found" if "search" in fields else "fits"]) == ids  # what --watch asks its server gives the same
+        page.eval("resetFilters()")
+
+    word = next(row for row in rows if row["answer"] and not row["correct"] and row["question_id"] != ATTACKED)["completion"].split()[-1]
+    expect({"search": word.upper()}, lambda row: word.lower() in row["completion"].lower())
+    lengths = sorted(row["completion_tokens"] for row in rows)
+    longest = lengths[-3]
+    expect({"tokens-from": str(longest)}, lambda row: row["completion_tokens"] >= longest)
+    expect(
+        {"reward-to": "0", "tokens-from": str(lengths[-40])}, lambda row: row["reward"] <= 0 and row["completion_tokens"] >= lengths[-40]
+    )
+
+
+def test_the_list_can_be_sorted(page: Browser) -> None:
+    for order, value in (("accuracy, lowest first", "q.acc[q.acc.length - 1] ?? 2"), ("reward, lowest first", "q.reward")):
+        set_field(page, "order", order)
+        values = page.eval(f"browser.shown.map((q) => {value})")
+        assert values == sorted(values) and len(set(values)) > 1
+    set_field(page, "order", "longest answers first")
+    values = page.eval("browser.shown.map((q) => q.tokens)")
+    assert values == sorted(values, reverse=True)
+    page.eval("resetFilters()")
+    assert shown_ids(page) == page.eval("report.data.index.map((q) => q.id)")
+
+
+def test_every_question_has_an_address(page: Browser, folder: Path) -> None:
+    page.eval(f"openStory({json.dumps(PICTURED)})")
+    page.until(f"document.querySelector('#story h3').firstChild.textContent === {json.dumps(PICTURED)}")
+    link = page.eval("document.querySelector('#story .link').href")
+    assert page.eval("location.href") == link
+    page.call("Page.navigate", url="about:blank")
+    page.until("location.href === 'about:blank'")
+    page.open(link)
+    page.until(f"document.querySelector('#story h3')?.firstChild.textContent === {json.dumps(PICTURED)}")
+    page.eval("location.hash = '#q=' + encodeURIComponent('nobody </p> knows')")
+    page.until("document.getElementById('story').textContent.includes('nobody </p> knows')")
 
 
 def test_images_of_a_question_are_shown(page: Browser) -> None:
@@ -223,9 +369,9 @@ def test_the_keyboard_does_it_all(page: Browser) -> None:
     page.until(f"browser.open === {json.dumps(second)}")
     page.key("k")
     page.until(f"browser.open === {json.dumps(first)}")
-    page.until(f"document.querySelector('#story h3').textContent === {json.dumps(first)}")
+    page.until(f"document.querySelector('#story h3').firstChild.textContent === {json.dumps(first)}")
     page.key("e")
-    assert page.eval("[...document.querySelectorAll('#story details')].every((d) => d.open)")
+    assert page.eval("[...document.querySelectorAll('#story details:not(.thoughts)')].every((d) => d.open)")
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -235,10 +381,40 @@ def test_it_fits_a_phone(browser: Browser, folder: Path, dark: bool) -> None:
     draw_all(browser)
     browser.eval(f"openStory({json.dumps(ATTACKED)})")
     browser.until("document.querySelector('#story h3')")
-    browser.eval("toggleAll()")
+    open_all(browser)
     assert browser.eval("document.documentElement.scrollWidth") <= 360
+    links = browser.eval("[...document.querySelectorAll('#nav a')].map((a) => a.getBoundingClientRect()).map((r) => [r.left, r.right])")
+    assert len(links) >= 5 and all(left >= 0 and right <= 360 for left, right in links)  # wrapped, none out of sight
     background = browser.eval("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") != dark
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_no_chart_is_cut_on_paper(browser: Browser, folder: Path, dark: bool) -> None:
+    """A4 with the page's margins is 703 CSS pixels wide; what prints is what the browser lays out for that width."""
+    browser.size(1280, 900, dark=dark)
+    browser.open((folder / "report.html").as_uri())
+    browser.eval(
+        "addEventListener('beforeprint', () => { window.sizes = [...report.plots.values()].map((p) => p.node._fullLayout.width); })"
+    )
+    size = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
+    assert browser.call("Page.printToPDF", **size)["data"]
+    widths = browser.eval("window.sizes")
+    assert len(widths) == browser.eval("report.plots.size") and max(widths) <= 703 and sorted(set(widths))[0] <= 703 / 2
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    browser.size(703, 900)
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    browser.eval("dispatchEvent(new Event('beforeprint'))")
+    cut = "[...document.querySelectorAll('.card')].filter((c) => [...c.querySelectorAll('.main-svg, table')].some((s) => "
+    cut += "s.getBoundingClientRect().right > c.getBoundingClientRect().right + 1)).map((c) => c.id)"
+    assert browser.eval(cut) == []
+    assert browser.eval("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.eval("report.plots.get('loss').node._fullLayout.font.color") == "#1b2230"
+    browser.call("Emulation.setEmulatedMedia", media="", features=[])
+    browser.size(1280, 900)
+    browser.eval("dispatchEvent(new Event('afterprint'))")
+    over = "(() => { const n = report.plots.get('held-out').node, bottom = n.querySelector('.legend').getBoundingClientRect().bottom;"
+    browser.until(f"{over} return bottom <= n.querySelector('.nsewdrag').getBoundingClientRect().top; }})()", 10)  # as before printing
 
 
 def test_stories_stay_within_their_limits_and_that_is_said(folder: Path) -> None:
@@ -256,6 +432,31 @@ def test_script_json_cannot_end_its_element() -> None:
     assert "<" not in text and json.loads(text) == {"a": "</script><!--", "b": "?"}
 
 
+def test_held_out_completions_can_be_browsed(browser: Browser, tmp_path: Path) -> None:
+    run = evaluated(invented_run(tmp_path / "run", steps=3))
+    rows = pq.read_table(run / "held_out" / "eval-000000.parquet").to_pylist()
+    report_command(run, out=None, suffixes=())
+    browser.open((run / "report.html").as_uri())
+    every = browser.eval("report.data.index.length")
+    set_field(browser, "filter-kind", "held-out")
+    assert set(shown_ids(browser)) == {row["question_id"] for row in rows} and len(shown_ids(browser)) < every
+    set_field(browser, "filter-class", "held-out:wrong")
+    wrong = {row["question_id"] for row in rows} - {row["question_id"] for row in rows if row["correct"]}
+    answered = {row["question_id"] for row in rows if row["answer"] is not None}
+    assert wrong & answered and set(shown_ids(browser)) == wrong & answered
+    key = browser.eval("browser.shown[0].key")
+    assert key == f"held-out={shown_ids(browser)[0]}"
+    browser.eval(f"openStory({json.dumps(key)})")
+    browser.until("document.querySelector('#story h4')?.textContent === 'evaluation at step 0'")
+    assert "never trained on" in browser.eval("document.getElementById('story').textContent")
+    browser.eval("toggleWritten()")
+    open_all(browser)
+    own = [row["completion"] for row in rows if f"held-out={row['question_id']}" == key]
+    assert browser.eval("[...document.querySelectorAll('#story .rollout pre')].map((p) => p.textContent)") == own
+    browser.eval(f"openStory({json.dumps(key.removeprefix('held-out='))})")  # the training question of the same id
+    browser.until("document.querySelector('#story h4')?.textContent.startsWith('step ')")
+
+
 # Watching
 
 
@@ -263,7 +464,7 @@ def test_script_json_cannot_end_its_element() -> None:
 def address(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A run of three steps that is being watched."""
     run = invented_run(tmp_path / "run", steps=3)
-    with make_server(Reader(run), 0) as server:
+    with make_server(WatchedRun(Reader(run)), 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/", run
@@ -277,7 +478,7 @@ def test_watching_shows_every_question_and_every_new_step(browser: Browser, addr
     assert {request for request in browser.requests if not request.startswith(("data:", url))} == set()
     known = set(shown_ids(browser))
     assert known == {row["question_id"] for row in rows_of(run)}
-    browser.until("document.querySelector('#story .rollout pre')")  # read from the parquet files
+    browser.until("document.querySelector('#story .rollout')")  # read from the parquet files
     draw_all(browser)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     step = {**json.loads(next(line for line in lines if '"step": 3' in line and '"loss"' in line)), "step": 4}
@@ -290,8 +491,93 @@ def test_watching_shows_every_question_and_every_new_step(browser: Browser, addr
     browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
     assert known < set(shown_ids(browser))
     browser.eval(f"openStory({json.dumps('new ' + ATTACKED)})")
-    browser.until(f"document.querySelector('#story h3').textContent === {json.dumps('new ' + ATTACKED)}")
+    browser.until(f"document.querySelector('#story h3').firstChild.textContent === {json.dumps('new ' + ATTACKED)}")
     assert browser.eval("document.querySelectorAll('#story .rollout').length") >= 8
+
+
+def one_more_step(run: Path, step: int, **changes: Any) -> None:
+    """The run goes on: the rows of step 1 again, as a later step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["event"] == "step")
+    new = run / "new.parquet"
+    new.write_bytes(files_of(run)[0].read_bytes())
+    change_rows(new, lambda row: {**row, "step": step})
+    new.rename(run / "rollouts" / f"step-{step:06d}.parquet")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**first, "step": step, **changes}) + "\n")
+
+
+def click(browser: Browser, selector: str) -> None:
+    """A person's click, by the mouse."""
+    browser.eval(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+    box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+    x, y = browser.eval(f"[{box}.left + {box}.width / 2, {box}.top + {box}.height / 2]")
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+
+def drag(browser: Browser, selector: str) -> None:
+    """A box in the middle of something, drawn with the mouse."""
+    browser.eval(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+    box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+    x, y, width, height = browser.eval(f"[{box}.left, {box}.top, {box}.width, {box}.height]")
+    for kind, share in (("mouseMoved", 0.3), ("mousePressed", 0.3), ("mouseMoved", 0.5), ("mouseMoved", 0.7), ("mouseReleased", 0.7)):
+        place = {"x": x + share * width, "y": y + share * height}
+        browser.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **place)
+    browser.eval("new Promise((done) => setTimeout(done, 300))")
+
+
+def test_an_update_keeps_zoom_legend_choices_filters_and_the_open_story(browser: Browser, address: tuple[str, Path]) -> None:
+    url, run = address
+    browser.open(url)
+    draw_all(browser)
+    browser.eval(f"openStory({json.dumps(ATTACKED)})")
+    browser.until(f"document.querySelector('#story h3')?.firstChild.textContent === {json.dumps(ATTACKED)}")
+    browser.eval("document.querySelector('#story .rollout').open = true")
+    browser.until("document.querySelector('#story .completion').childNodes.length")
+    set_field(browser, "filter-level", "easy")
+    shown = shown_ids(browser)
+    drag(browser, "#chart-loss .nsewdrag")
+    zoomed = browser.eval(ranges := "['xaxis', 'yaxis'].map((a) => report.plots.get('loss').node.layout[a].range)")
+    assert 1 < zoomed[0][0] < zoomed[0][1] < 3
+    click(browser, "#chart-accuracy .legend .traces:nth-child(2) .legendtoggle")
+    browser.until("report.plots.get('accuracy').node.calcdata.filter((d) => d[0].trace.visible === 'legendonly').length === 1", 10)
+    visits = browser.eval("document.querySelectorAll('#story .visit').length")
+
+    unreachable = {"teacher_unreachable": 3.0}  # a chart that was not there before
+    one_more_step(run, 4, **unreachable)
+    browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
+    browser.until(f"document.querySelectorAll('#story .visit').length === {visits + 1}")
+    assert browser.eval(ranges) == zoomed
+    visible = "report.plots.get('accuracy').node.data.map((t) => [t.name, t.visible ?? true])"
+    assert browser.eval(visible) == [["plain", True], ["BCQ", "legendonly"], ["NCQ", True]]
+    assert browser.eval(
+        "document.querySelector('#story .rollout').open && document.querySelector('#story .completion').childNodes.length > 0"
+    )
+    assert browser.eval("browser.open") == ATTACKED and field_value(browser, "filter-level") == "easy"
+    assert set(shown) <= set(shown_ids(browser))
+    assert browser.eval("report.plots.has('teacher-missing') && [...document.querySelectorAll('.plot')].every((n) => n.isConnected)")
+
+
+def field_value(page: Browser, field: str) -> str:
+    return str(page.eval(f"document.getElementById({json.dumps(field)}).value"))
+
+
+def test_watching_says_how_far_the_run_is_and_searches_completions(browser: Browser, address: tuple[str, Path]) -> None:
+    url, run = address
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("steps: 3", "steps: 30"))
+    browser.open(url)
+    wanted = r"^live · step 3 of 30 · 6 min a step · about 2 h 38 min left · last news \d+ s ago$"
+    browser.until(f"/{wanted}/.test(document.getElementById('live').textContent)", 15)
+    made = browser.eval("document.getElementById('made').textContent")
+    one_more_step(run, 4)
+    browser.until("document.getElementById('live').textContent.startsWith('live · step 4 of 30')", 30)
+    assert browser.eval("document.getElementById('made').textContent") > made
+    row = next(row for row in rows_of(run) if row["kind"] == "ncq" and row["answer"])
+    word = row["completion"].split()[-1]
+    set_field(browser, "search", word)
+    browser.until("!document.getElementById('shown').textContent.includes('looking')", 20)
+    assert set(shown_ids(browser)) == {r["question_id"] for r in rows_of(run) if word.lower() in r["completion"].lower()}
 
 
 def get(url: str, host: str | None = None) -> tuple[int, str]:
@@ -306,15 +592,41 @@ def get(url: str, host: str | None = None) -> tuple[int, str]:
 def test_the_server_answers_its_own_pages_only(address: tuple[str, Path]) -> None:
     url, run = address
     assert get(url + "stamp")[0] == 200 and get(url + "data")[0] == 200
-    assert get(url, host="evil.example")[0] == 403
-    assert get(url + "recipe.yaml")[0] == 404 and get(url + "story?id=../recipe.yaml")[0] == 404
-    assert get(url + "story?id=invented.jsonl:1")[0] == 200
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.nip.io:8765", "x@evil.example", "[::1]evil"):
+        assert get(url, host=host)[0] in (400, 403), host
+    for host in ("localhost:9999", "127.0.0.1:1", "localhost", "[::1]:8765"):  # the other end of a tunnel
+        assert get(url + "stamp", host=host)[0] == 200, host
+    assert get(url + "recipe.yaml")[0] == 404 and get(url + "story?key=../recipe.yaml")[0] == 404
+    assert get(url + "story?key=invented.jsonl:1")[0] == 200
     (run / "rollouts" / "step-000009.parquet").write_bytes(b"torn")
     status, text = get(url + "data")
     assert status == 200 and '["left out, damaged","step-000009.parquet"]' in text
 
 
 # Comparing
+
+
+def test_several_live_runs_on_one_page(browser: Browser, tmp_path: Path) -> None:
+    runs = [invented_run(tmp_path / name, method=name, steps=3) for name in ("zppo", "grpo")]
+    just_begun = tmp_path / "just-begun"
+    just_begun.mkdir()
+    (just_begun / "recipe.yaml").write_text((runs[0] / "recipe.yaml").read_text().replace("seed: 0", "seed: 5"))
+    with make_server(WatchedComparison([*runs, just_begun]), 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            browser.open(f"http://127.0.0.1:{server.server_port}/")
+            draw_all(browser)
+            names = browser.eval("report.plots.get('accuracy-plain').chart.series.map((s) => [s.name, s.x.length])")
+            assert names == [["zppo", 3], ["grpo", 3]]
+            assert "just-begun" in browser.eval("document.body.textContent")
+            one_more_step(runs[1], 4)
+            browser.until("report.plots.get('accuracy-plain').node.data.some((t) => t.x.length === 4)", 30)
+            at = browser.eval("document.getElementById('live').textContent")
+            assert "grpo step 4 of 3" in at and "just-begun step 0 of 3" in at
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_the_page_of_a_comparison(browser: Browser, tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_an_error_in_the_display_costs_the_display_alone(
     def fail(*args: object) -> None:
         raise KeyError("width")
 
-    for name in ("step", "evaluation"):
+    for name in ("step", "evaluation", "at_step", "part"):
         monkeypatch.setattr(f"zppo.runs.display.Progress.{name}", fail)
     AcceleratorState._reset_state(True)
     assert main([str(a) for a in run.start]) == 0

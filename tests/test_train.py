@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,37 @@ def test_every_rollout_is_in_the_parquet_files(finished: Path) -> None:
         assert share == pytest.approx(record["positive_advantage_share"])
 
 
+def test_every_completion_of_an_evaluation_is_kept(finished: Path) -> None:
+    evaluations = {(r["event"], r["step"]): r for r in records(finished) if r["event"] != "step"}
+    names = {f"{event}-{step:06d}.parquet": record for (event, step), record in evaluations.items()}
+    assert {path.name for path in (finished / "held_out").iterdir()} == set(names)
+    for name, record in names.items():
+        rows = pq.read_table(finished / "held_out" / name).to_pylist()
+        assert len(rows) == record["count"] and {row["step"] for row in rows} == {record["step"]}
+        assert sum(row["correct"] for row in rows) / len(rows) == pytest.approx(record["accuracy"])
+        assert sum(row["answer"] is None for row in rows) / len(rows) == pytest.approx(record["no_answer_share"])
+        assert all(row["completion"] is not None and row["prompt"] and row["advantage"] is None for row in rows)
+
+
+def undocumented(run: Path) -> set[str]:
+    """Keys of metrics.jsonl that docs/runs.md does not name."""
+    text = (Path(__file__).parents[1] / "docs" / "runs.md").read_text(encoding="utf-8")
+    section = text.partition("## What metrics.jsonl counts")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w<>*]+)`", section)) | {"step", "event"}
+    patterns = [re.sub(r"<\w+>|\*", r"[\\w-]+", name) for name in named]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    keys = {key for line in lines for key in line}
+    return {key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)}
+
+
+def test_what_the_machine_was_like_is_in_the_log(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if line["event"] == "step":
+            assert 0.05 < line["system"]["memory_gib"] < 1000 and line["system"]["memory_free_gib"] > 0
+            assert torch.cuda.is_available() or not any(name.startswith("gpu") for name in line["system"])
+
+
 def test_the_buffer_log_tells_the_buffer_s_story(finished: Path) -> None:
     held: dict[str, float] = {}
     for event in records(finished, "buffer.jsonl"):
@@ -133,6 +165,7 @@ def test_every_method_trains(recipe: Path, tmp_path: Path, method: str, capsys: 
     row = METHODS[method]
     run = train(recipe, tmp_path / method, f"--method={method}", "--train.steps=2", "--data.eval=null")
     steps = records(run)
+    assert undocumented(run) == set()
     kinds = {kind for r in steps for kind in r["accuracy"]} - {"plain"}
     wanted = {f"placebo-{kind}" if row.control == "placebo" else kind for kind in row.reformulations}
     assert kinds <= wanted and (kinds == wanted or method in ("hint", "zppo-scrambled"))  # a random teacher writes no hint

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,11 +129,13 @@ def start(settings: Settings, name: str, console: Console | None = None) -> Trai
 
     fit_output()
     check_files(settings)
-    from zppo.train.run import train as run
+    with steady_output():
+        with _loading(console):
+            from zppo.train.run import train as run
 
-    stop = Stop()
-    with catch_signals(stop), steady_output():
-        return TrainedRun(run(settings, name, console, stop))
+        stop = Stop()
+        with catch_signals(stop):
+            return TrainedRun(run(settings, name, console, stop))
 
 
 def resume(folder: str | os.PathLike[str], *, console: Console | None = None, code: bool = True) -> TrainedRun:
@@ -155,12 +158,26 @@ def resume(folder: str | os.PathLike[str], *, console: Console | None = None, co
     recipe = Path(folder) / RECIPE
     if not code and recipe.exists():
         refuse_code(load_recipe(recipe), recipe)
-    from zppo.train.run import resume as run
-
     fit_output()
-    stop = Stop()
-    with catch_signals(stop), steady_output():
-        return TrainedRun(run(Path(folder), console, stop))
+    with steady_output():
+        with _loading(console):
+            from zppo.train.run import resume as run
+
+        stop = Stop()
+        with catch_signals(stop):
+            return TrainedRun(run(Path(folder), console, stop))
+
+
+@contextmanager
+def _loading(console: Console | None) -> Iterator[None]:
+    """Says that torch is being loaded, which takes seconds; the first of several processes says it."""
+    from rich.console import Console as Terminal
+
+    from zppo.distributed.launcher import rank_of
+    from zppo.runs.display import busy
+
+    with nullcontext() if "torch" in sys.modules or rank_of() else busy(console or Terminal(), "loading torch and transformers"):
+        yield
 
 
 def evaluate(

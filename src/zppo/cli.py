@@ -211,8 +211,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
     report.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: the run folder)")
     _add_figures(report)
-    report.add_argument("--watch", action="store_true", help="serve the page on this machine while the run goes on")
-    report.add_argument("--port", type=int, default=_PORT, help=f"of --watch; 0 takes a free one (default: {_PORT})")
+    _add_watch(report)
     report.set_defaults(run=_report)
 
 
@@ -220,7 +219,10 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="run folders")
     compare.add_argument("--html", action="store_true", help="write a page with curves on shared axes, and its figures")
     compare.add_argument("--out", metavar="FILE", type=Path, help="of --html (default: compare.html)")
+    compare.add_argument("--csv", metavar="FILE", type=Path, help="a line per run and quantity; - is stdout, without the tables")
+    compare.add_argument("--json", metavar="FILE", type=Path, help="arms, settings that differ, results, pairs; - as for --csv")
     _add_figures(compare)
+    _add_watch(compare)
     compare.set_defaults(run=_compare)
 
 
@@ -231,6 +233,11 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("--kind", help="only this kind of prompt: plain, bcq, ncq")
     inspect.add_argument("--full", action="store_true", help="show long texts whole")
     inspect.set_defaults(run=_inspect)
+
+
+def _add_watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--watch", action="store_true", help="serve the page on this machine, and follow what is written")
+    parser.add_argument("--port", type=int, default=_PORT, help=f"of --watch; 0 takes a free one (default: {_PORT})")
 
 
 def _add_figures(parser: argparse.ArgumentParser) -> None:
@@ -433,16 +440,26 @@ def _bootstrap(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if options.watch:
+        from zppo.report.watch import watch_run
+
+        watch_run(options.folder, options.port)
+        return
     from zppo.report.page import report_command
 
-    suffixes = _FIGURES[options.figures]
-    report_command(options.folder, out=options.out, suffixes=suffixes, port=options.port if options.watch else None)
+    report_command(options.folder, out=options.out, suffixes=_FIGURES[options.figures])
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if options.watch:
+        from zppo.report.watch import watch_comparison
+
+        watch_comparison(options.folders, options.port)
+        return
     from zppo.report.compare import compare_command
 
-    compare_command(options.folders, html=options.html, out=options.out, suffixes=_FIGURES[options.figures])
+    given = {"csv": options.csv, "json": options.json}
+    compare_command(options.folders, html=options.html, out=options.out, suffixes=_FIGURES[options.figures], **given)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -464,7 +481,7 @@ def _eval(options: argparse.Namespace) -> None:
         compare_evaluations(list(map(Path, options.files)), resamples=options.resamples, seed=options.seed)
         return
     if options.model == "table":
-        from zppo.report.table_views import table_command
+        from zppo.report.evaluations.table_views import table_command
 
         table_command(
             options.files, form=options.form, paper=options.paper, minuend=options.minuend, resamples=options.resamples,

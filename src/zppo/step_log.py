@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ class StepLog:
         example: a right answer and a wrong one that was given, beside each other; "" where there is none.
         fault: why the run has to stop after this step; "" where it goes on.
         metrics: the line of metrics.jsonl, once the step is finished.
+        watch: told what the step is at: a part, how much of it is done, of how much (0 where nobody counts).
     """
 
     step: int = 0
@@ -34,6 +35,7 @@ class StepLog:
     example: str = ""
     fault: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    watch: Callable[[str, int, int], None] | None = None
     _known: dict[str, dict[Any, Any]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
 
@@ -51,10 +53,16 @@ class StepLog:
     def time(self, part: str) -> Iterator[None]:
         """Count what happens inside towards a part of the step."""
         began = time.perf_counter()
+        self.tell(part)
         try:
             yield
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+    def tell(self, part: str, done: int = 0, total: int = 0) -> None:
+        """Tell `watch` what the step is at."""
+        if self.watch is not None:
+            self.watch(part, done, total)
 
     def elapsed(self) -> dict[str, float]:
         """Seconds by part, and of the whole step up to now."""

@@ -20,7 +20,13 @@ from zppo.report.read_run import KindSums, Run, StepScan
 # Okabe and Ito's colours, which differ for every kind of colour blindness.
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
-KIND_COLOURS = {"plain": BLUE, "bcq": RED, "ncq": GREEN}
+# One colour per part of a batch on every chart; other kinds of prompts take the spare ones, which are Tol's.
+KIND_COLOURS = {"plain": BLUE, "bcq": RED, "ncq": GREEN, "hint": PURPLE, "prefix": ORANGE}
+_BATCH_COLOURS = {"easy": SKY, "hard": BLUE, "ungraded": GREY}
+_TIME_COLOURS = {"sampling": BLUE, "teacher": ORANGE, "update": GREEN, "engine": SKY, "other": GREY}
+SPARE = ("#882255", "#44AA99", "#999933", "#332288", "#DDCC77", "#AA4499")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 # Anchors of the ramp for entry bins, ordered from dark to light, as cividis is.
 _RAMP = ((0, 48, 111), (79, 89, 108), (124, 123, 120), (173, 160, 112), (230, 199, 74))
 
@@ -41,7 +47,7 @@ class Series:
         colour: CSS hex.
         hover: a text per point, shown with x and y.
         low, high: bounds of a band around y.
-        dash: drawn dashed.
+        dash, marker: plotly's names of how its line is broken and of its points, which tell it from others without its colour.
     """
 
     name: str
@@ -51,7 +57,8 @@ class Series:
     hover: Sequence[str] = ()
     low: Sequence[float | None] = ()
     high: Sequence[float | None] = ()
-    dash: bool = False
+    dash: str = "solid"
+    marker: str = "circle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +137,14 @@ DYNAMICS, ZONE, AUDITS = "Dynamics", "The zone", "Audits"
 
 
 def kind_colours(kinds: Iterable[str]) -> dict[str, str]:
-    """A colour per kind of prompt: plain, BCQ and NCQ have theirs on every chart, any other kind takes the next that is left."""
-    spare = cycle([c for c in CYCLE if c not in KIND_COLOURS.values()])
+    """A colour per kind of prompt, the same on every chart of a run: known kinds have theirs, any other takes the next that is left."""
+    spare = cycle(SPARE)
     return {kind: KIND_COLOURS.get(kind) or next(spare) for kind in kinds}
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, dashes and points of the line at this place in a chart: lines differ without their colours too."""
+    return {"colour": CYCLE[index % len(CYCLE)], "dash": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def kind_name(kind: str) -> str:
@@ -142,7 +154,10 @@ def kind_name(kind: str) -> str:
 
 def charts_of(run: Run, scans: Sequence[StepScan], counts: Counts, zone: ZoneStory | None) -> list[ChartSpec]:
     """Every chart that has something to show, in the order of the page."""
-    charts = [*_outcome(run), *_by_kind(scans), *_by_step(run), *_zone(zone), *_audits(counts)]
+    shown = (kind for scan in scans for kind in scan.kinds)
+    composed = (name for line in run.steps for name in line["composition"] if name not in _BATCH_COLOURS)
+    colours = kind_colours(dict.fromkeys([*shown, *composed]))
+    charts = [*_outcome(run), *_by_kind(scans, colours), *_by_step(run, colours), *_zone(zone), *_audits(counts)]
     return [chart for chart in charts if not chart.empty]
 
 
@@ -153,20 +168,16 @@ def _outcome(run: Run) -> list[ChartSpec]:
     seen = [*evaluations, *finals]
     levels = list(dict.fromkeys(level for e in seen for level in e["by_level"]))
     x = [e["step"] for e in seen]
-    series = [
-        Series(level, x, numbers(e["by_level"].get(level) for e in seen), CYCLE[i % len(CYCLE)], dash=i >= len(CYCLE))
-        for i, level in enumerate(levels)
-    ]
+    series = [Series(level, x, numbers(e["by_level"].get(level) for e in seen), **line_style(i)) for i, level in enumerate(levels)]
     series.append(Series("all", x, numbers(e["accuracy"] for e in seen), "#333333" if levels else BLUE))
     caption = "Plain prompts on held-out questions." + (" The last point is a fresh evaluation of final/." if finals else "")
     options: dict[str, Any] = {"percent": True, "smooth": False, "unit_range": True}
     return [ChartSpec("held-out", DYNAMICS, "Held-out accuracy", tuple(series), caption=caption, **options)]
 
 
-def _by_kind(scans: Sequence[StepScan]) -> list[ChartSpec]:
+def _by_kind(scans: Sequence[StepScan], colours: Mapping[str, str]) -> list[ChartSpec]:
     """What the rollout files say, per kind of prompt."""
     kinds = list(dict.fromkeys(kind for scan in scans for kind in scan.kinds))
-    colours = kind_colours(kinds)
 
     def series(value: Any) -> tuple[Series, ...]:
         result = []
@@ -199,7 +210,7 @@ def _by_kind(scans: Sequence[StepScan]) -> list[ChartSpec]:
     ]  # fmt: skip
 
 
-def _by_step(run: Run) -> list[ChartSpec]:
+def _by_step(run: Run, colours: Mapping[str, str]) -> list[ChartSpec]:
     """What metrics.jsonl says about each step."""
     x = [line["step"] for line in run.steps]
 
@@ -237,8 +248,8 @@ def _by_step(run: Run) -> list[ChartSpec]:
         ChartSpec("clip", DYNAMICS, "Clipped tokens", (
             one("below", "clip_low_share", BLUE), one("above", "clip_high_share", RED), one("dual clip", "clip_dual_share", PURPLE)),
             percent=True, caption="Share of trained tokens whose ratio left the clip range."),
-        ChartSpec("composition", DYNAMICS, "Composition of the batch", _parts(run.steps, "composition", {
-            "easy": SKY, "hard": BLUE, "bcq": RED, "ncq": GREEN, "ungraded": GREY}), "area", percent=True, unit_range=True,
+        ChartSpec("composition", DYNAMICS, "Composition of the batch", _parts(
+            run.steps, "composition", {**_BATCH_COLOURS, **colours}), "area", percent=True, unit_range=True,
             caption="Shares of the step's groups: easy and hard questions asked plainly, and questions asked again."),
         *([ChartSpec("teacher", DYNAMICS, "Teacher health", teacher, percent=True, unit_range=True,
                  caption="How often the teacher was right, and how often its summaries could not be used.")] if asked else []),
@@ -247,22 +258,45 @@ def _by_step(run: Run) -> list[ChartSpec]:
             percent=True, unit_range=True, caption="Of the completions that the judge was asked about; no verdict counts as wrong.")]
           if judged else []),
         *([missing] if any(v for s in missing.series for v in s.y) else []),
-        ChartSpec("seconds", DYNAMICS, "Time of a step", _parts(run.steps, "seconds", {
-            "sampling": BLUE, "teacher": ORANGE, "update": GREEN, "other": GREY}), "area", y_title="seconds",
-            caption="Where the wall clock of a step goes."),
+        ChartSpec("seconds", DYNAMICS, "Time of a step", _parts(
+            run.steps, "seconds", _TIME_COLOURS, without=("step", "grading")), "area", y_title="seconds",
+            caption="Where the wall clock of a step goes; grading is a part of sampling and of the teacher's time."),
+        *_system(run, x),
         *([ChartSpec("waited", DYNAMICS, "Waiting for the teacher", (one("waited", "teacher_wait_seconds", ORANGE),), y_title="seconds",
                  caption="Seconds of each step in which it could do nothing but wait for the teacher's replies.")]
           if any(line.get("teacher_wait_seconds") for line in run.steps) else []),
     ]  # fmt: skip
 
 
-def _parts(lines: Sequence[Mapping[str, Any]], key: str, colours: Mapping[str, str]) -> tuple[Series, ...]:
+def _system(run: Run, x: Sequence[int]) -> list[ChartSpec]:
+    """Memory of the machine and its GPU, and the GPU's load; runs of older versions say nothing of it."""
+
+    def series(names: Mapping[str, tuple[str, str]]) -> tuple[Series, ...]:
+        found = {key: numbers(line.get("system", {}).get(key) for line in run.steps) for key in names}
+        return tuple(
+            Series(*(names[key][0], x, values, names[key][1])) for key, values in found.items() if any(v is not None for v in values)
+        )
+
+    memory = {
+        "memory_gib": ("run", BLUE),
+        "gpu_memory_gib": ("GPU, all that is taken", RED),
+        "gpu_torch_peak_gib": ("GPU, torch's peak", ORANGE),
+    }
+    return [
+        ChartSpec("memory", DYNAMICS, "Memory", series(memory), y_title="GiB", smooth=False,
+              caption="Of the run's processes, and of the GPU where there is one, at the end of each step."),
+        ChartSpec("gpu-load", DYNAMICS, "GPU load", series({"gpu_utilisation": ("computing", GREEN)}), percent=True, unit_range=True,
+              caption="Share of the last second before the end of each step in which the GPU computed."),
+    ]  # fmt: skip
+
+
+def _parts(lines: Sequence[Mapping[str, Any]], key: str, colours: Mapping[str, str], without: Sequence[str] = ()) -> tuple[Series, ...]:
     """Series of a metric that is a mapping; its known parts first, in the order of `colours`, parts that are always 0 left out."""
     found = dict.fromkeys(name for line in lines for name, value in line[key].items() if value)
-    names = [*(n for n in colours if n in found), *(n for n in found if n not in colours and n != "step")]
+    names = [*(n for n in colours if n in found), *(n for n in found if n not in colours and n not in without)]
     x = [line["step"] for line in lines]
-    spare = dict(zip(names, cycle(CYCLE), strict=False))
-    return tuple(Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n, spare[n])) for n in names)
+    spare = dict(zip((n for n in names if n not in colours), cycle(SPARE), strict=False))
+    return tuple(Series(kind_name(n), x, numbers(line[key].get(n, 0.0) for line in lines), colours.get(n) or spare[n]) for n in names)
 
 
 def _zone(zone: ZoneStory | None) -> list[ChartSpec]:

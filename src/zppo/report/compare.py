@@ -1,14 +1,17 @@
 """`zppo compare`: tables of several runs, paired over seeds where there are seeds, and a page with curves on shared axes.
 
-Runs whose recipes differ in nothing but the seed (and the place of the run) are one *arm*.
+Runs whose recipes differ in nothing that changes what is learned, but for the seed, are one *arm*.
 """
 
 from __future__ import annotations
 
+import csv as csv_module
+import io
+import json as json_module
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,13 +23,13 @@ from rich.text import Text
 
 from zppo.errors import SettingsError
 from zppo.report.audits import ZoneStory, zone_story
-from zppo.report.bootstrap import mean_interval
-from zppo.report.charts import CYCLE, ChartSpec, Series, kind_name, numbers
+from zppo.report.bootstrap import Mean, mean_interval
+from zppo.report.charts import ChartSpec, Series, kind_name, line_style, numbers
+from zppo.report.evaluations.paper_tables import method_row, tables_of_rows
+from zppo.report.evaluations.table_views import print_wide
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
-from zppo.report.paper_tables import method_row, tables_of_rows
 from zppo.report.read_run import Run, arm_names, differing, flat_recipe, open_run
 from zppo.report.summary import duration
-from zppo.report.table_views import print_wide
 from zppo.report.tables import EVAL, SECTION, EvaluationResults, Table, percent, read_evaluation, unlike
 
 RESULTS = "Results"
@@ -45,29 +48,65 @@ class Arm:
     runs: Mapping[int, Run]
 
 
+Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]
+"""By arm, by seed, by quantity; None is not known."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """What a comparison shows: its arms, the outcome in one sentence, tables."""
+    """What a comparison shows: its arms, what each of their runs came to, the outcome in one sentence, tables."""
 
     arms: tuple[Arm, ...]
+    results: Results
     outcome: str
     tables: list[Table]
 
 
 def compare_command(
-    folders: Sequence[Path], *, html: bool, out: Path | None, suffixes: Sequence[str], console: Console | None = None
+    folders: Sequence[Path],
+    *,
+    html: bool,
+    out: Path | None,
+    suffixes: Sequence[str],
+    csv: Path | None = None,
+    json: Path | None = None,
+    console: Console | None = None,
 ) -> None:
-    """Print the tables of a comparison of runs, and write its page where `html`.
+    """Print the tables of a comparison of runs, and write its page where `html`, its numbers where `csv` and `json` say.
 
     Args:
         out: where the page goes; None is ./compare.html.
         suffixes: of png and svg, the wanted formats of the figures next to the page.
+        csv: a line per run and quantity; "-" is stdout, and the tables are not printed then.
+        json: the same with the settings that differ and the pairs; "-" as for csv.
 
     Raises:
-        ZPPOError: a folder holds no run, or fewer than two were named.
+        ZPPOError: a folder holds no run, fewer than two were named, or a file cannot be written.
     """
     console = console or Console()
     comparison = compare_runs(folders)
+    for path, text in ((csv, comparison_csv), (json, comparison_json)):
+        if path is not None:
+            _write(path, text(comparison), console)
+    if Path("-") not in (csv, json):
+        _print_tables(comparison, console)
+    if html:
+        target, charts = out or Path("compare.html"), comparison_charts(comparison.arms)
+        write_page(console, comparison_page(comparison, charts), target, charts, target.parent / f"{target.stem}-{FIGURES}", suffixes)
+
+
+def _write(path: Path, text: str, console: Console) -> None:
+    if str(path) == "-":
+        console.file.write(text)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written ({error.strerror}): name another file") from error
+
+
+def _print_tables(comparison: RunComparison, console: Console) -> None:
     for table in comparison.tables:
         if table.section == SECTION:  # as many columns as there are benchmarks
             print_wide(console, table)
@@ -75,15 +114,62 @@ def compare_command(
             continue
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
         for index, name in enumerate(table.columns):
-            shown.add_column(Text(name), justify="right" if index else "left")
+            shown.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+        above = ""
         for row in table.rows:
-            shown.add_row(*map(Text, row))
+            pair, colon, quantity = row[0].partition(": ") if table.id == "paired" else ("", "", "")
+            if colon and pair != above:
+                shown.add_row(Text(pair))  # said once for all of its quantities
+                above = pair
+            shown.add_row(Text(f"  {quantity}" if colon else row[0]), *map(Text, row[1:]))
         console.print(shown)
         console.print(Text(table.caption, style="dim"), soft_wrap=True)
         console.print()
-    if html:
-        target, charts = out or Path("compare.html"), comparison_charts(comparison.arms)
-        write_page(console, comparison_page(comparison, charts), target, charts, target.parent / f"{target.stem}-{FIGURES}", suffixes)
+
+
+def comparison_csv(comparison: RunComparison) -> str:
+    """A line per run and quantity, shares from 0 to 1; a quantity that is not known has none."""
+    out = io.StringIO()
+    writer = csv_module.writer(out, lineterminator="\n")
+    writer.writerow(("run", "arm", "seed", "steps", "quantity", "value"))
+    for arm in comparison.arms:
+        for seed, run in arm.runs.items():
+            for quantity, value in comparison.results[arm.name][seed].items():
+                if value is not None:
+                    writer.writerow((run.name, arm.name, seed, run.last_step, quantity, value))
+    return out.getvalue()
+
+
+def comparison_json(comparison: RunComparison) -> str:
+    """Arms with their settings that differ and their runs' results, and the pairs; null is not known."""
+    flats = {arm.name: flat_recipe(next(iter(arm.runs.values())).recipe) for arm in comparison.arms}
+    differ = differing(list(flats.values()))
+    arms = [
+        {
+            "name": arm.name,
+            "settings": {key: flats[arm.name].get(key) for key in differ},
+            "runs": [
+                {"run": str(run.folder), "seed": seed, "steps": run.last_step, "results": comparison.results[arm.name][seed]}
+                for seed, run in arm.runs.items()
+            ],
+        }
+        for arm in comparison.arms
+    ]
+    pairs = [
+        {"minuend": one, "subtrahend": other, "quantity": quantity, "difference": mean.value, "low": mean.low, "high": mean.high,
+         "wins": wins, "seeds": mean.n}
+        for one, other, quantity, mean, wins in _pairs(comparison.arms, comparison.results)
+    ]  # fmt: skip
+    whole = {"outcome": comparison.outcome, "arms": arms, "pairs": pairs}
+    return json_module.dumps(_without_nan(whole), ensure_ascii=False, indent=1) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, list) else value
 
 
 def compare_runs(folders: Sequence[Path]) -> RunComparison:
@@ -99,7 +185,7 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
     tables = [_summary(arms, results), _paired(arms, results), _runs(arms, results), *_evaluations(arms), _differences(arms)]
-    return RunComparison(tuple(arms), _outcome(arms, results), [table for table in tables if table.rows])
+    return RunComparison(tuple(arms), results, _outcome(arms, results), [table for table in tables if table.rows])
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
@@ -177,9 +263,6 @@ def story_of(run: Run) -> ZoneStory:
     return zone_story(run.buffer, run.group_size, run.threshold, run.last_step)
 
 
-Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]
-
-
 def _quantities(results: Results) -> list[str]:
     return list(dict.fromkeys(name for arm in results.values() for run in arm.values() for name in run))
 
@@ -215,19 +298,23 @@ def _summary(arms: Sequence[Arm], results: Results) -> Table:
 
 def _paired(arms: Sequence[Arm], results: Results) -> Table:
     """Differences between arms seed by seed."""
-    pairs = list(combinations(arms, 2)) if len(arms) <= 4 else [(arms[0], other) for other in arms[1:]]
     rows = []
+    for first, second, quantity, mean, wins in _pairs(arms, results):
+        interval = "–" if math.isnan(mean.low) else f"{100 * mean.low:+.1f} to {100 * mean.high:+.1f}"
+        rows.append((f"{first} minus {second}: {quantity}", f"{100 * mean.value:+.1f}", interval, f"{wins} of {mean.n}"))
+    caption = "In points, over the seeds that both arms have; Student's t over seeds; wins are seeds with a difference above 0."
+    return Table("paired", RESULTS, "Paired over seeds", ("", "difference", "95% interval", "wins"), tuple(rows), caption)
+
+
+def _pairs(arms: Sequence[Arm], results: Results) -> Iterator[tuple[str, str, str, Mean, int]]:
+    """(minuend, subtrahend, quantity, mean difference over the seeds that both have, seeds won), where there is such a seed."""
+    pairs = list(combinations(arms, 2)) if len(arms) <= 4 else [(arms[0], other) for other in arms[1:]]
     for first, second in pairs:
         for quantity in _quantities(results):
             one, other = _known(results, first.name, quantity), _known(results, second.name, quantity)
-            differences = [100 * (one[seed] - other[seed]) for seed in one if seed in other]
+            differences = [one[seed] - other[seed] for seed in one if seed in other]
             if differences:
-                mean = mean_interval(differences)
-                interval = "–" if math.isnan(mean.low) else f"{mean.low:+.1f} to {mean.high:+.1f}"
-                wins = f"{sum(d > 0 for d in differences)} of {mean.n}"
-                rows.append((f"{first.name} minus {second.name}: {quantity}", f"{mean.value:+.1f}", interval, wins))
-    caption = "In points, over the seeds that both arms have; Student's t over seeds; wins are seeds with a difference above 0."
-    return Table("paired", RESULTS, "Paired over seeds", ("", "difference", "95% interval", "wins"), tuple(rows), caption)
+                yield first.name, second.name, quantity, mean_interval(differences), sum(d > 0 for d in differences)
 
 
 def _runs(arms: Sequence[Arm], results: Results) -> Table:
@@ -244,7 +331,8 @@ def _runs(arms: Sequence[Arm], results: Results) -> Table:
 def _differences(arms: Sequence[Arm]) -> Table:
     recipes = [flat_recipe(next(iter(arm.runs.values())).recipe) for arm in arms]
     rows = tuple((key, *(recipe.get(key, "–") for recipe in recipes)) for key in differing(recipes))
-    return Table("recipes", RESULTS, "Settings that differ", ("setting", *(arm.name for arm in arms)), rows)
+    caption = "Seeds, and settings that change nothing of what is learned (checkpoints, memory, addresses, ...), are left out."
+    return Table("recipes", RESULTS, "Settings that differ", ("setting", *(arm.name for arm in arms)), rows, caption)
 
 
 def _outcome(arms: Sequence[Arm], results: Results) -> str:
@@ -303,16 +391,17 @@ def comparison_charts(arms: Sequence[Arm]) -> list[ChartSpec]:
 def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: Any) -> ChartSpec:
     series = []
     for index, arm in enumerate(arms):
-        curves = [curve(run) for run in arm.runs.values()]
-        steps = sorted(set.intersection(*(set(c) for c in curves)))
+        # A run that has only just begun, or has nothing of the kind, does not take the others' curve away.
+        curves = [found for run in arm.runs.values() if (found := curve(run))]
+        steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
         columns = [[v for c in curves if (v := c[step]) is not None and not math.isnan(v)] for step in steps]
         several = len(curves) > 1
         series.append(Series(
-            arm.name, steps, numbers(statistics.fmean(c) if c else None for c in columns), CYCLE[index % len(CYCLE)],
+            arm.name, steps, numbers(statistics.fmean(c) if c else None for c in columns),
             hover=[f"{len(c)} runs" for c in columns] if several else (),
             low=numbers(min(c, default=None) for c in columns) if several else (),
             high=numbers(max(c, default=None) for c in columns) if several else (),
-            dash=index >= len(CYCLE),
+            **line_style(index),
         ))  # fmt: skip
     caption = "Means over seeds; the band spans them." if any(len(arm.runs) > 1 for arm in arms) else ""
     return ChartSpec(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
@@ -320,8 +409,14 @@ def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: An
 
 def comparison_page(comparison: RunComparison, charts: Sequence[ChartSpec]) -> str:
     """The page of a comparison, self-contained."""
+    return page(comparison_payload(comparison, charts), [])
+
+
+def comparison_payload(comparison: RunComparison, charts: Sequence[ChartSpec] | None = None) -> dict[str, Any]:
+    """What the page of a comparison shows."""
+    charts = comparison_charts(comparison.arms) if charts is None else charts
     count = sum(len(arm.runs) for arm in comparison.arms)
-    payload = {
+    return {
         "title": f"{count} runs compared",
         "outcome": comparison.outcome,
         "head": [(arm.name, ", ".join(run.name for run in arm.runs.values())) for arm in comparison.arms],
@@ -329,4 +424,3 @@ def comparison_page(comparison: RunComparison, charts: Sequence[ChartSpec]) -> s
         "index": None,
         "footer": FOOTER,
     }
-    return page(payload, [])

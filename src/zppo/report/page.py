@@ -1,4 +1,4 @@
-"""`zppo report`: the page of a run, one HTML file that loads nothing, its charts as figures, and the page served while a run goes on.
+"""`zppo report`: the page of a run, one HTML file that loads nothing, and its charts as figures.
 
 Figures are drawn with matplotlib from the same data as the page's charts, which plotly draws.
 """
@@ -6,19 +6,14 @@ Figures are drawn with matplotlib from the same data as the page's charts, which
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
 
 import jinja2
 from markupsafe import Markup
@@ -26,10 +21,10 @@ from rich.console import Console
 from rich.text import Text
 
 from zppo import __version__
-from zppo.errors import CheckpointError, SettingsError
+from zppo.errors import SettingsError
 from zppo.report.charts import ChartSpec
 from zppo.report.read_run import RECIPE
-from zppo.report.stories import load_stories, stratified, to_index, trimmed, with_images
+from zppo.report.stories import load_lines, stratified, to_index, trimmed, with_images
 from zppo.report.summary import Reader, Summary
 from zppo.report.tables import Table
 
@@ -41,27 +36,18 @@ INK, DIM, GRID = "#1b2230", "#5c6675", "#e6e9ee"
 PAGE, FIGURES = "report.html", "figures"
 
 
-def report_command(
-    folder: Path, *, out: Path | None, suffixes: Sequence[str], port: int | None = None, console: Console | None = None
-) -> None:
-    """Write report.html and figures/ of a run, or serve the page while the run goes on.
+def report_command(folder: Path, *, out: Path | None, suffixes: Sequence[str], console: Console | None = None) -> None:
+    """Write report.html and figures/ of a run.
 
     Args:
         out: the folder to write to; None is the run folder.
         suffixes: of png and svg, the wanted formats of the figures.
-        port: serve on loopback at this port instead of writing.
 
     Raises:
-        ZPPOError: the folder holds no run, or the place cannot be written or served.
+        ZPPOError: the folder holds no run, or the place cannot be written.
     """
     console = console or Console()
-    reader = Reader(folder)
-    if port is not None:
-        serve_report(
-            reader, port, lambda address: console.print(f"{address}  shows {folder}; Ctrl-C ends it", highlight=False, soft_wrap=True)
-        )
-        return
-    summary, target = reader.read(), out or folder
+    summary, target = Reader(folder).read(), out or folder
     write_page(console, report_page(summary), target / PAGE, summary.charts, target / FIGURES, suffixes)
     console.print(Text(summary.outcome), soft_wrap=True)
     for problem in summary.left_out.values():
@@ -129,15 +115,20 @@ def _values(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if v is None else v for v in values]
 
 
+# What plotly calls them, and matplotlib.
+_DASHES = {"solid": "-", "dash": (0, (6, 2.5)), "dot": (0, (1.2, 1.8)), "dashdot": (0, (6, 2, 1.2, 2)), "longdash": (0, (11, 3))}
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "x", "cross": "P", "star": "*"}
+
+
 def _lines(axes: Axes, chart: ChartSpec) -> None:
     for series in chart.series:
         smooth = chart.smoothed(series)
-        style: dict[str, Any] = {"color": series.colour, "linestyle": "--" if series.dash else "-"}
+        style: dict[str, Any] = {"color": series.colour, "linestyle": _DASHES[series.dash]}
         if series.low:
             axes.fill_between(series.x, _values(series.low), _values(series.high), color=series.colour, alpha=0.15, linewidth=0)
-        marker = "o" if len(series.x) < 30 else None
-        faint = {"alpha": 0.35, "linewidth": 0.7} if smooth else {"label": series.name, "linewidth": 1.6}
-        axes.plot(series.x, _values(series.y), marker=marker, markersize=3, **style, **faint)
+        marker = _MARKERS[series.marker] if len(series.x) < 30 else None
+        faint: dict[str, Any] = {"alpha": 0.35, "linewidth": 0.7, "linestyle": "-"} if smooth else {"label": series.name, "linewidth": 1.6}
+        axes.plot(series.x, _values(series.y), marker=marker, markersize=3.5, **{**style, **faint})
         if smooth:
             axes.plot(series.x, _values(smooth), label=series.name, linewidth=1.8, **style)
 
@@ -197,41 +188,36 @@ def _dress(axes: Axes, chart: ChartSpec) -> None:
 MOST_STORIES = 300
 MOST_BYTES = 25_000_000
 FOOTER = (
-    "Made by zppo from the files of the run. Charts: plotly.js, MIT licence. Rows of the paper: arXiv 2606.18216. "
-    "In the charts drag to zoom, double-click to go back."
+    "Made by zppo from the files of the run. Charts: plotly.js, formulas: KaTeX, markdown: markdown-it, all under the MIT licence. "
+    "Rows of the paper: arXiv 2606.18216. In the charts drag to zoom, double-click to go back."
 )
 
 
 def report_page(summary: Summary, *, most_stories: int = MOST_STORIES, most_bytes: int = MOST_BYTES) -> str:
     """The page of a run as a file, with at most so many stories, and at most so many bytes in all as far as stories decide it."""
     chosen = stratified(summary.lines.values(), most_stories)
-    left = most_bytes - len(page(_payload(summary, [], ""), []).encode()) - 1000 * len(chosen)
+    left = most_bytes - len(page(run_payload(summary, [], ""), []).encode()) - 1000 * len(chosen)
     share = max(20_000, 4 * left // max(1, len(chosen)))  # one long story may take four times its share
-    loaded = load_stories(summary.run, {line.id: line.steps for line in chosen})
-    index, stories = [], []
+    loaded = load_lines(summary.run, chosen, summary.left_out)  # a file may be damaged in its completions alone
+    held: dict[str, str] = {}
     for line in chosen:
-        text = script_json(trimmed(with_images(loaded[line.id], share // 2), share))
+        text = script_json(trimmed(with_images(loaded[line.key], share // 2), share))
         if (size := len(text.encode())) > left:
             continue
         left -= size
-        index.append(to_index(line, summary.run))
-        stories.append(text)
+        held[line.key] = text
+    index = [to_index(line, summary.run) for key, line in summary.lines.items() if key in held]
+    stories = [held[line["key"]] for line in index]
     note = (
         f"This file holds {len(stories):,} of the run's {len(summary.lines):,} questions, spread over kinds of prompts, entry bins and "
-        f"audit classes (at most {most_stories:,}, and {most_bytes / 1e6:,.0f} MB in all). zppo report RUN --watch shows every question, "
-        "zppo inspect RUN QUESTION_ID one of them in the terminal."
+        f"audit classes, held-out ones among them (at most {most_stories:,}, and {most_bytes / 1e6:,.0f} MB in all). zppo report RUN "
+        "--watch shows every question, zppo inspect RUN QUESTION_ID one of them in the terminal."
     )
-    return page(_payload(summary, index, note), stories)
+    return page(run_payload(summary, index, note), stories)
 
 
-def watch_payload(summary: Summary, stamp: str) -> dict[str, Any]:
-    """What the page of a run that goes on asks its server for: everything but the stories, and every question."""
-    note = f"All {len(summary.lines):,} questions that were asked so far; stories are read from the rollout files."
-    index = [to_index(line, summary.run) for line in summary.lines.values()]
-    return {**_payload(summary, index, note), "stamp": stamp, "finished": summary.run.finished}
-
-
-def _payload(summary: Summary, index: Sequence[Mapping[str, Any]], note: str) -> dict[str, Any]:
+def run_payload(summary: Summary, index: Sequence[Mapping[str, Any]], note: str) -> dict[str, Any]:
+    """What the page of a run shows: its head, tables, charts, and the questions of `index`, with a note about these."""
     return {
         "title": summary.run.name,
         "outcome": summary.outcome,
@@ -263,6 +249,10 @@ def script_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c").encode("utf-8", "replace").decode()
 
 
+VENDORED = ("katex.min.js", "markdown-it.min.js")
+"""Other people's scripts, in page/vendor/; NOTICE names them."""
+
+
 def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") -> str:
     """The page.
 
@@ -274,7 +264,10 @@ def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") ->
     from plotly.offline import get_plotlyjs
 
     folder = files("zppo.report") / "page"
-    scripts = [(folder / name).read_text(encoding="utf-8") for name in ("charts.js", "stories.js", "start.js")]
+    own = [(folder / name).read_text(encoding="utf-8") for name in ("charts.js", "texts.js", "stories.js", "start.js")]
+    # Only a page with completions draws formulas and markdown. No text of theirs may end or open a script element.
+    others = [(folder / "vendor" / name).read_text(encoding="utf-8") for name in VENDORED] if data["index"] is not None else []
+    scripts = [*(text.replace("<!--", "\\x3c!--").replace("</script", "\\x3c/script") for text in others), *own]
     plotly = get_plotlyjs()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
@@ -295,95 +288,3 @@ def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") ->
 def _hash(script: str) -> str:
     """A script as a content security policy names it: nothing else runs on the page."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-LOOPBACK = "127.0.0.1"
-
-
-class LiveReport:
-    """What the server answers; reads the run anew when a file of it has changed."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._lock = threading.Lock()
-        self._known: tuple[str, Summary] | None = None
-
-    def stamp(self) -> str:
-        """A text that changes with the run's files."""
-        return format(hash(self._reader.stamp()) & (1 << 63) - 1, "x")
-
-    def summary(self) -> tuple[str, Summary]:
-        """(stamp, the run as it is now)."""
-        with self._lock:
-            stamp = self.stamp()
-            if self._known is None or self._known[0] != stamp:
-                self._known = stamp, self._reader.read()
-            return self._known
-
-    def answer(self, target: str) -> tuple[HTTPStatus, str, str]:
-        """(status, content type, text) for a path with its query."""
-        parts = urlsplit(target)
-        if parts.path == "/stamp":
-            return HTTPStatus.OK, "text/plain", self.stamp()
-        stamp, summary = self.summary()
-        if parts.path == "/":
-            return HTTPStatus.OK, "text/html", page(watch_payload(summary, stamp), [], "watch")
-        if parts.path == "/data":
-            return HTTPStatus.OK, "application/json", script_json(watch_payload(summary, stamp))
-        if parts.path == "/story":
-            wanted = parse_qs(parts.query).get("id", [""])[0]
-            line = summary.lines.get(wanted)
-            if line is None:
-                return HTTPStatus.NOT_FOUND, "text/plain", f"there is no question {wanted!r}"
-            story = with_images(load_stories(summary.run, {line.id: line.steps})[line.id])
-            return HTTPStatus.OK, "application/json", json.dumps(story)
-        return HTTPStatus.NOT_FOUND, "text/plain", f"there is nothing at {parts.path}"
-
-
-def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
-    """A server on loopback; port 0 takes a free one. It answers GET from pages of its own only.
-
-    Raises:
-        SettingsError: the port is taken or not allowed.
-    """
-    watch = LiveReport(reader)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            # A page of another site could point a name of its own at this address and read the run.
-            own = {f"{name}:{server.server_port}" for name in (LOOPBACK, "localhost")}
-            if self.headers.get("Host") not in own:
-                self._send(HTTPStatus.FORBIDDEN, "text/plain", "only for pages of this machine")
-                return
-            try:
-                self._send(*watch.answer(self.path))
-            except (CheckpointError, OSError, ValueError) as error:  # a resumed run takes files back while they are read
-                self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", str(error))
-
-        def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
-            body = text.encode("utf-8", "replace")
-            self.send_response(status)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("X-Content-Type-Options", "nosniff")
-            with contextlib.suppress(ConnectionError):  # the page was closed meanwhile
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Quiet: a page asks every few seconds."""
-
-    try:
-        server = ThreadingHTTPServer((LOOPBACK, port), Handler)
-    except (OSError, OverflowError) as error:
-        raise SettingsError(f"port {port} of {LOOPBACK} cannot be used ({error}): choose another one with --port") from error
-    return server
-
-
-def serve_report(reader: Reader, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until interrupted; `announce` is called with the address."""
-    reader.read()  # what is wrong with the folder is said now
-    with make_server(reader, port) as server:
-        announce(f"http://{LOOPBACK}:{server.server_port}/")
-        server.serve_forever()

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zppo.config.methods import METHODS
-from zppo.config.recipe import parse_yaml
+from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.core.types import BCQ, PLAIN
-from zppo.errors import CheckpointError, one_line
+from zppo.errors import CheckpointError, ZPPOError, one_line
 from zppo.report.audits import Counts, count_group, count_leaks
-from zppo.runs.log import BUFFER, METRICS, ROLLOUTS, read_lines
+from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
 
-RECIPE = "recipe.yaml"
+RECIPE, FINAL = "recipe.yaml", "final"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,23 @@ class Run:
     def finished(self) -> bool:
         """Whether every planned step is done; a run by epochs is finished when its student lies in final/."""
         planned = self.setting("train.steps")
-        return (self.folder / "final" / "README.md").exists() or (planned is not None and self.last_step >= planned)
+        return self.complete or (planned is not None and self.last_step >= planned)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the trained student lies in final/, which is the last thing that happens."""
+        return (self.folder / FINAL / "README.md").exists()
 
     @property
     def rollout_files(self) -> list[Path]:
         """rollouts/*.parquet by step."""
         return sorted((self.folder / ROLLOUTS).glob("step-*.parquet"))
+
+    @property
+    def held_out_files(self) -> list[Path]:
+        """held_out/*.parquet by step, that of final/ last; none in runs of older versions."""
+        names = sorted((self.folder / HELD_OUT).glob("eval-*.parquet")), sorted((self.folder / HELD_OUT).glob("final-*.parquet"))
+        return [*names[0], *names[1]]
 
     @property
     def group_size(self) -> int:
@@ -88,18 +99,43 @@ class Run:
         return default if value is None else value
 
 
-_NOT_ARMS = ("seed", "output")  # what runs of one arm may differ in
+NOT_ARMS = (
+    *("seed", "output", "eval.every", "rollout.max_rows", "grading.workers", "data.images.folder", "data.images.cache_gib"),
+    *(f"train.{name}" for name in (
+        "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "trackers", "tracker_project", "threads", "collective_timeout",
+        "check_engine_every", "engine_tolerance", "tokens_per_microbatch", "share_prompts", "gradient_checkpointing", "sharding",
+    )),
+    *(f"{model}.{name}" for model in ("teacher", "judge") for name in (
+        "base_urls", "key_env", "concurrency", "deadline", "retry_for", "device",
+    )),
+    *(f"rollout.vllm.{name}" for name in ("mode", "base_url", "group_port", "gpu_memory_utilization", "enable_sleep_mode")),
+    "teacher.ask",
+)  # fmt: skip
+"""Settings that change nothing of what is learned, but for rounding: how often something is looked at or saved, where something runs, how
+much of it at once. And the seed, over which arms are means."""
 
 
 def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting that makes an arm, dotted: not the seed, nor the place of the run."""
+    """Every setting that makes an arm, dotted; with today's defaults where the recipe is of an older version, as far as it can be read."""
+    with suppress(ZPPOError):
+        recipe = _filled(recipe, load_recipe(recipe).model_dump(mode="json"))
 
     def walk(value: Any, prefix: str) -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             return [item for key, inner in value.items() for item in walk(inner, f"{prefix}.{key}" if prefix else str(key))]
         return [(prefix, str(value))]
 
-    return {key: value for key, value in walk(recipe, "") if key not in _NOT_ARMS}
+    return {key: value for key, value in walk(recipe, "") if key not in NOT_ARMS}
+
+
+def _filled(recipe: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What stands in a recipe, as it is written there; what it lacks as `whole` has it."""
+
+    def value(name: str) -> Any:
+        own = recipe.get(name, whole[name])
+        return _filled(own, whole[name]) if isinstance(own, Mapping) and isinstance(whole[name], Mapping) else own
+
+    return {name: value(name) for name in whole}
 
 
 def differing(recipes: Sequence[Mapping[str, str]]) -> list[str]:
@@ -109,13 +145,13 @@ def differing(recipes: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def arm_names(recipes: Sequence[Mapping[str, str]]) -> list[str]:
-    """Of flat recipes: the method, and what differs between arms of one method."""
+    """Of flat recipes: the method, and what differs between arms of one method, under its full name."""
     names = []
     for recipe in recipes:
         method = recipe.get("method.name", "?")
         alike = [other for other in recipes if other.get("method.name") == recipe.get("method.name")]
         keys = differing(alike)
-        shown = [f"{key.rpartition('.')[2]}={recipe.get(key, '-')[-40:]}" for key in keys[:3]] + ["..."] * (len(keys) > 3)
+        shown = [f"{key}={recipe.get(key, '-')[-40:]}" for key in keys[:3]] + ["..."] * (len(keys) > 3)
         names.append(" ".join([method, *shown]))
     return names
 
@@ -157,7 +193,7 @@ def open_run(folder: Path) -> Run:
 
 
 _PER_ROLLOUT = (
-    "rollout", "answer", "correct", "graded", "advantage", "completion_tokens", "truncated", "entropy",
+    "rollout", "answer", "correct", "graded", "reward", "advantage", "completion_tokens", "truncated", "entropy",
 )  # fmt: skip
 _PER_GROUP = ("step", "kind", "question_id", "question", "level", "gold", "replayed", "entry_accuracy", "audit", "prompt")
 _LATER = ("golds", "answer_list")  # older files lack these columns
@@ -187,6 +223,8 @@ class GroupLine(NamedTuple):
     Attributes:
         correct, graded, size: how many rollouts are correct, have a verdict, are there.
         entry_accuracy: plain accuracy at admission, None where the question is not in the buffer.
+        reward, tokens: sums over its rollouts.
+        answers: how many of them have an answer.
         classes: audit classes among its rollouts.
     """
 
@@ -201,6 +239,9 @@ class GroupLine(NamedTuple):
     correct: int
     graded: int
     size: int
+    reward: float
+    tokens: int
+    answers: int
     classes: frozenset[str]
 
 
@@ -222,19 +263,23 @@ class StepScan:
 
 
 def step_of(path: Path) -> int:
-    """The step of a rollout file, by its name."""
-    return int(path.stem.removeprefix("step-"))
+    """The step of a file of rollouts, by its name."""
+    return int(path.stem.rpartition("-")[2])
+
+
+DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError)
+"""What reading a cut or damaged file of rollouts raises; memory that has run out (pa.ArrowMemoryError) is among them and is no damage."""
 
 
 class RolloutFileError(CheckpointError):
-    """A rollout file is cut or damaged: what is read of a run leaves it out and says so."""
+    """A file of rollouts or of held-out completions is cut or damaged: what is read of a run leaves it out and says so."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         super().__init__(f"{path} cannot be read ({one_line(error, 200)}). `zppo resume` writes the steps after the last checkpoint anew")
 
 
 def scan_file(path: Path) -> StepScan:
-    """Read one rollouts/step-NNNNNN.parquet.
+    """Read one file of rollouts/ or of held_out/.
 
     Raises:
         RolloutFileError: it is damaged.
@@ -249,15 +294,15 @@ def scan_file(path: Path) -> StepScan:
         return _scan(table, step_of(path))
     except pa.ArrowMemoryError:
         raise
-    except (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DAMAGE as error:
         raise RolloutFileError(path, error) from error
 
 
 def question_ids(run: Run) -> list[str]:
-    """The ids of all questions that a run asked, in order of first appearance; damaged files are left out."""
+    """The ids of all questions that a run asked, in training or evaluations, in order of first appearance; damaged files are left out."""
     found: dict[str, None] = {}
-    for path in run.rollout_files:
-        with suppress(OSError, pa.ArrowException):
+    for path in (*run.rollout_files, *run.held_out_files):
+        with suppress(*DAMAGE):
             column = pq.read_table(path, columns=["question_id"], partitioning=None)["question_id"]
             found.update(dict.fromkeys(column.unique().to_pylist()))
     return list(found)
@@ -280,6 +325,9 @@ def _scan(table: pa.Table, step: int) -> StepScan:
     unseen = {f["question_id"]: a.get("positive_answer") for f, a in zip(firsts, audits, strict=True) if f["kind"] == BCQ}
     correct = np.add.reduceat((numbers["correct"] & numbers["graded"]).astype(np.int64), starts)
     graded = np.add.reduceat(numbers["graded"].astype(np.int64), starts)
+    reward = np.add.reduceat(np.nan_to_num(numbers["reward"].astype(np.float64)), starts)
+    tokens = np.add.reduceat(numbers["completion_tokens"].astype(np.int64), starts)
+    answered = np.add.reduceat((~numbers["no_answer"]).astype(np.int64), starts)
     for i, (first, audit) in enumerate(zip(firsts, audits, strict=True)):
         rows = range(starts[i], ends[i])
         classes: list[str] = []
@@ -290,7 +338,16 @@ def _scan(table: pa.Table, step: int) -> StepScan:
             gold, *others = _right_answers(first)
             result.counts.update(count_leaks(first["kind"], audit, gold, first["prompt"], others))
         shown = {name: first[name] for name in GroupLine._fields if name in first}
-        line = GroupLine(**shown, correct=int(correct[i]), graded=int(graded[i]), size=len(rows), classes=frozenset(classes) - {""})
+        line = GroupLine(
+            **shown,
+            correct=int(correct[i]),
+            graded=int(graded[i]),
+            size=len(rows),
+            answers=int(answered[i]),
+            reward=float(reward[i]),
+            tokens=int(tokens[i]),
+            classes=frozenset(classes) - {""},
+        )
         result.groups.append(line)
     return result
 

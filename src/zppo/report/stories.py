@@ -30,7 +30,7 @@ from zppo.errors import CheckpointError, DataError
 from zppo.images.store import as_url, open_file, open_image
 from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, match
 from zppo.report.charts import kind_name
-from zppo.report.read_run import RolloutFileError, Run, StepScan, open_run, question_ids, step_of
+from zppo.report.read_run import DAMAGE, GroupLine, RolloutFileError, Run, StepScan, open_run, question_ids, step_of
 from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS
 
 SIDES = (640, 320, 160)
@@ -89,6 +89,8 @@ def _smallest(picture: Image.Image) -> tuple[bytes, str]:
 EXCERPT = 160
 """Characters of a question's text in its line."""
 
+HELD_OUT_KIND, HELD_OUT_KEY = "held-out", "held-out="
+
 GRADUATED, EVICTED, WAITING, NEVER_HARD = "graduated", "evicted", "waiting", "never hard"
 """Fates: what the last of a question's buffer events was. `NEVER_HARD` stands for no event at all."""
 
@@ -100,6 +102,9 @@ class Visit(NamedTuple):
     kind: str
     correct: int
     graded: int
+    size: int
+    reward: float
+    tokens: int
 
 
 @dataclass(slots=True)
@@ -111,7 +116,8 @@ class QuestionLine:
         visits: its groups of all kinds, in order.
         fate: see above.
         entry_bin: index of the bin at its last admission, None where it never was in the buffer.
-        classes: audit classes among its BCQ and NCQ rollouts.
+        classes: audit classes among its BCQ and NCQ rollouts; of a held-out question what its last evaluation was.
+        held_out: it was asked in evaluations alone; an id may stand for one such question and for one of training.
     """
 
     id: str
@@ -122,10 +128,18 @@ class QuestionLine:
     fate: str = NEVER_HARD
     entry_bin: int | None = None
     classes: set[str] = field(default_factory=set)
+    held_out: bool = False
+
+    @property
+    def key(self) -> str:
+        """By what it is found on a page."""
+        return f"{HELD_OUT_KEY}{self.id}" if self.held_out else self.id
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of prompts that it was asked with, in order of first appearance."""
+        if self.held_out:
+            return (HELD_OUT_KIND,)
         return tuple(dict.fromkeys(visit.kind for visit in self.visits))
 
     @property
@@ -153,7 +167,7 @@ def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLin
             if line is None:
                 text = " ".join(group.question[: 4 * EXCERPT].split())[:EXCERPT]
                 line = lines[group.question_id] = QuestionLine(group.question_id, text, group.level, group.gold)
-            line.visits.append(Visit(group.step, group.kind, group.correct, group.graded))
+            line.visits.append(_visit(group))
             line.classes |= group.classes
     bins = bin_count(run.group_size, run.threshold)
     for event in run.buffer:
@@ -161,6 +175,24 @@ def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLin
         if line is not None:
             line.fate = WAITING if event["event"] == "admitted" else event["event"]
             line.entry_bin = bin_of(event["entry_accuracy"], run.group_size, bins)
+    return lines
+
+
+def _visit(group: GroupLine) -> Visit:
+    return Visit(group.step, group.kind, group.correct, group.graded, group.size, group.reward, group.tokens)
+
+
+def held_out_lines(scans: Iterable[StepScan]) -> dict[str, QuestionLine]:
+    """All questions of the evaluations, by key, in order of first appearance."""
+    lines: dict[str, QuestionLine] = {}
+    for scan in scans:
+        for group in scan.groups:
+            text = " ".join(group.question[: 4 * EXCERPT].split())[:EXCERPT]
+            line = QuestionLine(group.question_id, text, group.level, group.gold, fate=HELD_OUT_KIND, held_out=True)
+            line = lines.setdefault(line.key, line)
+            line.visits.append(_visit(group))
+            outcome = "right" if group.correct else "wrong" if group.answers else "none"
+            line.classes = {f"{HELD_OUT_KIND}:{outcome}"} if group.graded else set()
     return lines
 
 
@@ -176,14 +208,14 @@ def stratified(lines: Iterable[QuestionLine], most: int) -> list[QuestionLine]:
         kinds = "+".join(sorted(line.kinds))
         for name in line.classes or {""}:
             strata.setdefault((kinds, str(line.entry_bin), name), []).append(line)
-    queues = [iter(sorted(strata[key], key=lambda q: (draw_key("story", q.id), q.id))) for key in sorted(strata)]
+    queues = [iter(sorted(strata[key], key=lambda q: (draw_key("story", q.key), q.key))) for key in sorted(strata)]
     chosen: dict[str, QuestionLine] = {}
     while queues and len(chosen) < most:
         alive = []
         for queue in queues:
-            found = next((q for q in queue if q.id not in chosen), None)
+            found = next((q for q in queue if q.key not in chosen), None)
             if found is not None and len(chosen) < most:
-                chosen[found.id] = found
+                chosen[found.key] = found
                 alive.append(queue)
         queues = alive
     return list(chosen.values())
@@ -191,17 +223,22 @@ def stratified(lines: Iterable[QuestionLine], most: int) -> list[QuestionLine]:
 
 def to_index(line: QuestionLine, run: Run) -> dict[str, Any]:
     """A question's line as the page reads it; short keys, because a long run has many."""
+    size = sum(visit.size for visit in line.visits)
     return {
+        "key": line.key,
         "id": line.id,
         "text": line.text,
         "level": line.level,
         "gold": line.gold[:EXCERPT],
         "kinds": line.kinds,
         "steps": line.steps,
+        "visits": len(line.visits),
         "acc": [round(a, 4) for a in line.accuracies],
+        "reward": _short(sum(visit.reward for visit in line.visits) / size),
+        "tokens": round(sum(visit.tokens for visit in line.visits) / size),
         "fate": line.fate,
         "bin": None if line.entry_bin is None else bin_name(line.entry_bin, run.group_size),
-        "stuck": line.never_improved(run.threshold),
+        "stuck": not line.held_out and line.never_improved(run.threshold),
         "classes": sorted(line.classes),
     }
 
@@ -218,16 +255,20 @@ Story = dict[str, Any]
 _ROLLOUT = ("completion", "answer", "correct", "graded", "reason", "reward", "advantage", "completion_tokens", "truncated", "entropy")
 
 
-def load_stories(run: Run, wanted: Mapping[str, Iterable[int]], left_out: dict[Path, str] | None = None) -> dict[str, Story]:
+def load_stories(
+    run: Run, wanted: Mapping[str, Iterable[int]], left_out: dict[Path, str] | None = None, *, held_out: bool = False
+) -> dict[str, Story]:
     """The stories of some questions, by id; each file that may hold one of them is read once.
 
     A story has: id, level, gold, question, images (paths), image_sha256, events (of the buffer), prompts (distinct texts) and groups, each
-    with step, kind, replayed, prompt (index), audit, prompt_tokens and rollouts. A question that was not asked has no groups.
+    with step, kind, replayed, prompt (index), audit, prompt_tokens and rollouts; those of evaluations have event, eval or final. A
+    question that was not asked has no groups.
 
     Args:
         wanted: question id -> the steps in which it may have been asked.
+        held_out: tell of evaluations instead of training.
 
-    Damaged rollout files are left out, and named in `left_out`.
+    Damaged files are left out, and named in `left_out`.
     """
     by_step: dict[int, list[str]] = {}
     for question_id, steps in wanted.items():
@@ -240,21 +281,21 @@ def load_stories(run: Run, wanted: Mapping[str, Iterable[int]], left_out: dict[P
         }
         for question_id in wanted
     }
-    for event in run.buffer:
+    for event in () if held_out else run.buffer:
         if event["id"] in stories:
             stories[event["id"]]["events"].append({k: v for k, v in event.items() if k != "id"})
-    for step in sorted(by_step):
-        path = run.folder / ROLLOUTS / f"step-{step:06d}.parquet"
+    training = [run.folder / ROLLOUTS / f"step-{step:06d}.parquet" for step in sorted(by_step)]
+    for path in [p for p in run.held_out_files if step_of(p) in by_step] if held_out else training:
         try:
-            rows = list(_rows(path, by_step[step]))  # all of them, or none of a file that is cut
+            rows = list(_rows(path, by_step[step_of(path)]))  # all of them, or none of a file that is cut
         except pa.ArrowMemoryError:
             raise
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        except DAMAGE as error:
             if left_out is not None:
                 left_out[path] = str(RolloutFileError(path, error))
             continue
         for row in rows:
-            _add(stories[row["question_id"]], row)
+            _add(stories[row["question_id"]], row, path.stem.partition("-")[0])
     for story in stories.values():
         _match(story)
     return stories
@@ -270,8 +311,21 @@ def _rows(path: Path, ids: list[str]) -> Iterable[Mapping[str, Any]]:
                 yield from file.read_row_group(index, columns=ROLLOUT_SCHEMA.names).filter(here).to_pylist()
 
 
-def _add(story: Story, row: Mapping[str, Any]) -> None:
-    """One row of a rollout file."""
+def load_lines(run: Run, lines: Iterable[QuestionLine], left_out: dict[Path, str] | None = None) -> dict[str, Story]:
+    """The stories of questions of both kinds, by key; the kind stands in them as held_out. `left_out` as of `load_stories`."""
+    asked: dict[bool, dict[str, QuestionLine]] = {False: {}, True: {}}
+    for line in lines:
+        asked[line.held_out][line.id] = line
+    found: dict[str, Story] = {}
+    for held_out, own in asked.items():
+        if own:
+            stories = load_stories(run, {line.id: line.steps for line in own.values()}, left_out, held_out=held_out)
+            found |= {own[id].key: {**story, "held_out": held_out} for id, story in stories.items()}
+    return found
+
+
+def _add(story: Story, row: Mapping[str, Any], event: str) -> None:
+    """One row of a rollout file; `event` is step, eval or final."""
     if row["rollout"] == 0:
         story.update({name: row[name] for name in ("question", "images", "level", "gold")})
         story["image_sha256"] = row.get("image_sha256") or []  # older files have none
@@ -279,7 +333,7 @@ def _add(story: Story, row: Mapping[str, Any]) -> None:
             story["prompts"].append(row["prompt"])
         group = {name: row[name] for name in ("step", "kind", "replayed", "prompt_tokens")}
         prompt = story["prompts"].index(row["prompt"])
-        story["groups"].append({**group, "prompt": prompt, "audit": json.loads(row["audit"]), "rollouts": []})
+        story["groups"].append({**group, "event": event, "prompt": prompt, "audit": json.loads(row["audit"]), "rollouts": []})
     story["groups"][-1]["rollouts"].append({name: _short(row[name]) for name in _ROLLOUT})
 
 
@@ -364,16 +418,19 @@ def inspect_command(
     run = open_run(folder)
     console, left_out = console or Console(), dict[Path, str]()
     story = load_stories(run, {question_id: map(step_of, run.rollout_files)}, left_out)[question_id]
+    held_out = load_stories(run, {question_id: map(step_of, run.held_out_files)}, left_out, held_out=True)[question_id]
     for problem in left_out.values():
         console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
-    if not story["groups"]:
+    if not story["groups"] and not held_out["groups"]:
         known = question_ids(run)
         near = nearest(question_id, known)
         hint = (
             f"similar ones: {', '.join(near)}" if near else f"it asked {len(known):,} questions, such as {', '.join(known[:1]) or 'none'}"
         )
         raise CheckpointError(f"{folder} never asked a question {question_id!r}; {hint}")
-    print_story(story, console, step=step, kind=kind, full=full)
+    for told in (story, held_out):
+        if told["groups"]:
+            print_story(told, console, step=step, kind=kind, full=full)
 
 
 def print_story(story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False) -> None:
@@ -410,11 +467,10 @@ def print_story(story: Story, console: Console, *, step: int | None = None, kind
 def _print_group(console: Console, group: Mapping[str, Any], prompt: str | None, limit: int) -> None:
     rollouts = group["rollouts"]
     right, graded = sum(r["correct"] and r["graded"] for r in rollouts), sum(r["graded"] for r in rollouts)
+    when = {"eval": f"evaluation at step {group['step']}", "final": "evaluation of final/"}.get(group["event"], f"step {group['step']}")
     replayed = ", replayed" if group["replayed"] else ""
     console.print()
-    console.print(
-        Rule(Text(f"step {group['step']}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"), align="left", style="dim")
-    )
+    console.print(Rule(Text(f"{when}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"), align="left", style="dim"))
     audit = group["audit"]
     if "correct_at" in audit:
         words = f"candidate {audit['correct_at'] + 1} is right ({audit['positive_answer']}), the other wrong ({audit['negative_answer']})"
@@ -438,7 +494,8 @@ def _verdict(number: int, rollout: Mapping[str, Any], kind: str) -> Text:
         words, style = "not graded", "bold yellow"
     which = _MATCH_WORDS.get(kind, {}).get(rollout.get("class", "::").split(":")[2])
     answer = "no answer" if rollout["answer"] is None else f"answer {harmless(rollout['answer'])}"
-    facts = [answer, harmless(rollout["reason"]), which, f"reward {rollout['reward']:g}", f"advantage {rollout['advantage']:.3g}",
+    facts = [answer, harmless(rollout["reason"]), which, f"reward {rollout['reward']:g}",
+             None if rollout["advantage"] is None else f"advantage {rollout['advantage']:.3g}",
              f"{rollout['completion_tokens']} tokens", "cut by the token limit" if rollout["truncated"] else None]  # fmt: skip
     text = Text(f"{number} ", style="dim").append(words, style=style)
     return text.append(": " + ", ".join(dict.fromkeys(f for f in facts if f)), style="not bold default")

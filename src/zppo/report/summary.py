@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
 from zppo.report.audits import Counts, ZoneStory, zone_story
 from zppo.report.charts import ChartSpec, charts_of
-from zppo.report.read_run import RECIPE, RolloutFileError, Run, StepScan, open_run, scan_file
-from zppo.report.stories import QuestionLine, question_lines
+from zppo.report.read_run import FINAL, RECIPE, RolloutFileError, Run, StepScan, open_run, scan_file
+from zppo.report.stories import QuestionLine, held_out_lines, question_lines
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
-from zppo.runs.log import METRICS
+from zppo.runs.log import HELD_OUT, METRICS, ROLLOUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,9 @@ class Summary:
         outcome: what came out, in one sentence.
         head: what was run and what it took, label -> text, in the order of the page.
         charts, tables: what its sections show.
-        lines: one per question.
-        left_out: rollout files that are cut or damaged, and why; nothing of them is in the rest.
+        lines: one per question, by key; training first, then held-out ones.
+        left_out: files of rollouts and of held-out completions that are cut or damaged, and why. Nothing of them is in the rest;
+            where the completions alone are, which only stories need, the stories lack them.
     """
 
     run: Run
@@ -54,8 +56,9 @@ class Reader:
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """Changes whenever a file of the run does; cheap."""
-        run_files = [*self.folder.glob("*.jsonl"), *self.folder.glob(EVAL), *(self.folder / "rollouts").glob("step-*.parquet")]
-        return tuple((path.name, *_stamp(path)) for path in sorted(run_files))
+        run_files = [*self.folder.glob("*.jsonl"), *self.folder.glob(EVAL), *(self.folder / FINAL).glob("README.md")]
+        completions = [path for name in (ROLLOUTS, HELD_OUT) for path in (self.folder / name).glob("*-*.parquet")]
+        return tuple((path.name, *_stamp(path)) for path in sorted([*run_files, *completions]))
 
     def read(self) -> Summary:
         """The run as it is now.
@@ -65,7 +68,9 @@ class Reader:
         """
         run = open_run(self.folder)
         left_out: dict[Path, str] = {}
-        scans = self._scan(run, left_out)
+        training, held_out = run.rollout_files, run.held_out_files
+        every = self._scan([*training, *held_out], left_out)
+        scans, evaluations = ([every[path] for path in paths if path in every] for paths in (training, held_out))
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
@@ -76,13 +81,13 @@ class Reader:
             head=_head(run) | ({"left out, damaged": ", ".join(path.name for path in left_out)} if left_out else {}),
             charts=charts_of(run, scans, counts, zone),
             tables=[*tables_of(run, counts, zone), *_benchmarks(self.folder)],
-            lines=question_lines(run, scans),
+            lines=question_lines(run, scans) | held_out_lines(evaluations),
             left_out=left_out,
         )
 
-    def _scan(self, run: Run, left_out: dict[Path, str]) -> list[StepScan]:
+    def _scan(self, paths: Sequence[Path], left_out: dict[Path, str]) -> dict[Path, StepScan]:
         scans = {}
-        for path in run.rollout_files:
+        for path in paths:
             stamp = _stamp(path)
             known = self._scans.get(path)
             try:
@@ -90,7 +95,7 @@ class Reader:
             except RolloutFileError as error:
                 left_out[path] = str(error)
         self._scans = scans
-        return [scan for _, scan in scans.values()]
+        return {path: scan for path, (_, scan) in scans.items()}
 
 
 def _benchmarks(folder: Path) -> list[Table]:

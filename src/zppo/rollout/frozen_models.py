@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 
 from zppo.config.methods import Method
 from zppo.config.model_settings import FrozenModelSettings, TeacherSettings
@@ -17,7 +16,7 @@ from zppo.images.store import PixelLimits
 from zppo.models.student_model import read_template
 from zppo.names import model_folder
 from zppo.rollout.run_data import ImageInputs
-from zppo.runs.display import warn
+from zppo.runs.display import Progress, warn
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import Names, read_key
@@ -33,10 +32,10 @@ class FrozenModels:
         settings_of: the section of the recipe of each of them.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, console: Console, image_inputs: ImageInputs | None = None) -> None:
+    def __init__(self, settings: Settings, accelerator: Accelerator, progress: Progress, image_inputs: ImageInputs | None = None) -> None:
         self.teachers: list[FrozenTeacher] = []
         self.settings_of: list[TeacherSettings] = []
-        self._settings, self._accelerator, self._console, self._image_inputs = settings, accelerator, console, image_inputs
+        self._settings, self._accelerator, self._progress, self._image_inputs = settings, accelerator, progress, image_inputs
         self._remote: list[RemoteTeacher] = []
 
     def load(self, own: FrozenModelSettings, section: str) -> FrozenTeacher:
@@ -46,7 +45,9 @@ class FrozenModels:
             TeacherError: it cannot be loaded, or there is no key for its address.
         """
         if not own.base_urls:
+            self._progress.doing(f"loading the {section} {own.model}")
             return _load_frozen(self._settings, own, self._accelerator, self._image_inputs)
+        self._progress.doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
         images = self._settings.data.images
         teacher = RemoteTeacher(
             own.model,
@@ -57,7 +58,7 @@ class FrozenModels:
             retry_for=own.retry_for,
             names=Names(section, own.key_env),
             limits=PixelLimits(images.min_pixels, images.max_pixels),
-            warn=lambda text: warn(self._console, f"warning: {text}"),
+            warn=lambda text: warn(self._progress.console, f"warning: {text}"),
         )
         self._remote.append(teacher)
         return teacher
@@ -80,7 +81,7 @@ class FrozenModels:
 
 @contextmanager
 def load_frozen_models(
-    settings: Settings, accelerator: Accelerator, console: Console, image_inputs: ImageInputs | None = None
+    settings: Settings, accelerator: Accelerator, progress: Progress, image_inputs: ImageInputs | None = None
 ) -> Iterator[FrozenModels]:
     """The frozen models for the length of a run; the teachers that the method needs are loaded and checked.
 
@@ -94,7 +95,7 @@ def load_frozen_models(
     method = settings.method.resolve()
     named = [("teacher", settings.teacher), *((f"more_teachers.{i}", t) for i, t in enumerate(settings.more_teachers))]
     with ExitStack() as stack:
-        frozen_models = FrozenModels(settings, accelerator, console, image_inputs)
+        frozen_models = FrozenModels(settings, accelerator, progress, image_inputs)
         stack.callback(frozen_models.close)
         for section, own in named if method.needs_teacher else ():
             if own is not None:

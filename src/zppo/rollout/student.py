@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -114,18 +114,23 @@ class StudentSampler:
         ]
         done: dict[tuple[int, int], Rollout] = {}
 
+        def tick(ended: Iterable[Ended]) -> Iterator[Ended]:
+            total = len(requests) * self.group_size
+            for count, each in enumerate(ended, 1):
+                log.tell("sampling", count, total)
+                yield each
+
         def grade(ended: Sequence[Ended]) -> None:
             for (i, j, _), rollout in zip(ended, self._graded(prompts, ended, log), strict=True):
                 done[i, j] = rollout
 
         if self.grades_while_sampling:
-            self._sample_and_grade(requests, grade)
+            self._sample_and_grade(tick(self.engine.stream(requests, self.sampling)), grade)
         else:
-            sampled = self.engine.sample(requests, self.sampling)
-            grade([(i, j, completion) for i, row in enumerate(sampled) for j, completion in enumerate(row)])
+            grade(sorted(tick(self.engine.stream(requests, self.sampling)), key=lambda each: each[:2]))
         return [tuple(done[i, j] for j in range(self.group_size)) for i in range(len(prompts))]
 
-    def _sample_and_grade(self, requests: Sequence[SampleRequest], grade: Callable[[Sequence[Ended]], None]) -> None:
+    def _sample_and_grade(self, stream: Iterator[Ended], grade: Callable[[Sequence[Ended]], None]) -> None:
         """Has rollouts graded in a thread as they end, while the engine samples the others."""
         waiting: SimpleQueue[Ended] = SimpleQueue()
         jobs: deque[Future[None]] = deque()
@@ -137,7 +142,7 @@ class StudentSampler:
 
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grading")
         try:
-            for ended in self.engine.stream(requests, self.sampling):
+            for ended in stream:
                 while jobs and jobs[0].done():
                     jobs.popleft().result()  # an error in grading ends the sampling
                 waiting.put(ended)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -87,25 +88,50 @@ class _Steady:
                     os.write(2, f"nothing can be shown any more ({error}): the run goes on without a display\n".encode())
 
 
+@contextmanager
+def busy(console: Console, text: str) -> Iterator[None]:
+    """Says what goes on inside: beside a spinner that goes away, or as a plain line where there is no terminal."""
+    if console.is_terminal:
+        with console.status(Text(text, style="dim")):
+            yield
+    else:
+        console.print(f"{text} ...", highlight=False, soft_wrap=True)
+        yield
+
+
+_PARTS = {
+    "engine": "giving the sampler the weights",
+    "sampling": "sampling",
+    "teacher": "asking the teacher",
+    "update": "updating the weights",
+    "other": "writing",
+}
+"""Parts of a step in words."""
+
+
 class Progress:
-    """Shows steps and evaluations as they happen.
+    """Shows what a run does from its first second to its last evaluation: what it is at, and a table of its steps.
 
     Args:
-        console: where to; a console that is no terminal gets a plain line every few seconds.
-        steps: steps of the whole run.
-        kinds: kinds of prompts whose accuracy is shown, plain first.
-        replay: whether there is a buffer to show.
+        console: where to; a console that is no terminal gets a plain line for each thing that is begun, and one every few seconds.
     """
 
     PLAIN_LINE_SECONDS = 2.0
+    STILL_SECONDS = 30.0
+    """Seconds after which something long says in a plain line how far it is."""
 
-    def __init__(self, console: Console, steps: int, kinds: tuple[str, ...], *, replay: bool) -> None:
-        self.console, self.steps, self.kinds, self.replay = console, steps, kinds, replay
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+    def __init__(self, console: Console) -> None:
+        self.console, self.steps, self.replay = console, 0, False
+        self.kinds: tuple[str, ...] = ("plain",)
         self._began: tuple[float, int] | None = None
         self._last_line = float("-inf")
         self._means: dict[str, float] = {}
         self._steps: dict[str, int] = {}  # behind each mean
+        self._table: RenderableType | None = None
+        self._at, self._detail, self._since = "", "", time.monotonic()
+        self._spinner = Spinner("dots", style="dim")
+        live = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True) if live else None
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -113,8 +139,56 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Take the display away."""
         if self._live:
             self._live.stop()
+
+    def plan(self, steps: int, kinds: tuple[str, ...], *, replay: bool) -> None:
+        """What the table will show.
+
+        Args:
+            steps: steps of the whole run.
+            kinds: kinds of prompts whose accuracy is shown, plain first.
+            replay: whether there is a buffer to show.
+        """
+        self.steps, self.kinds, self.replay = steps, kinds, replay
+
+    def doing(self, text: str) -> None:
+        """Something begins, and what was before has ended."""
+        self._begin(text)
+        if not self._live:
+            self.console.print(Text(f"{text} ..."), highlight=False, soft_wrap=True)
+
+    def at_step(self, step: int) -> None:
+        """A step begins; it has no plain line of its own."""
+        self._begin(f"step {step}")
+
+    def _begin(self, text: str) -> None:
+        self._at, self._detail, self._since = text, "", time.monotonic()
+
+    def part(self, name: str, done: int = 0, total: int = 0) -> None:
+        """A part of a step or an evaluation begins, or has come so far. `StepLog` calls it, in any thread."""
+        if name not in _PARTS:
+            return
+        self._detail = _PARTS[name] + (f" {done:,} of {total:,}" if total else "")
+        now = time.monotonic()
+        if not self._live and now - max(self._since, self._last_line) >= self.STILL_SECONDS:
+            self._last_line = now
+            self.console.print(self._activity(), highlight=False, soft_wrap=True)
+
+    def _activity(self) -> Text:
+        detail = f": {self._detail}" if self._detail else ""
+        return Text(f"{self._at}{detail}  {_clock(time.monotonic() - self._since)}", style="dim")
+
+    def _render(self) -> RenderableType:
+        parts = [self._table] if self._table is not None else []
+        if self._at:
+            self._spinner.update(text=self._activity())
+            parts.append(self._spinner)
+        return Group(*parts)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """A held-out result."""
@@ -142,7 +216,7 @@ class Progress:
         left = _clock((self.steps - step) * per_step)
         facts = self._facts(metrics, totals)
         if self._live:
-            self._live.update(self._panel(step, left, facts))
+            self._table = self._panel(step, left, facts)
         elif now - self._last_line >= self.PLAIN_LINE_SECONDS or step == self.steps:
             self._last_line = now
             line = "  ".join(f"{name} {value}" for name, value in facts)

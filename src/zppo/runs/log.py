@@ -1,4 +1,4 @@
-"""The run folder's growing files: metrics.jsonl, buffer.jsonl, rollouts/*.parquet."""
+"""The run folder's growing files: metrics.jsonl, buffer.jsonl, rollouts/*.parquet, held_out/*.parquet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from zppo.runs.files import PARTIAL, sync, write_whole, writing
 METRICS = "metrics.jsonl"
 BUFFER = "buffer.jsonl"
 ROLLOUTS = "rollouts"
-_STEP = re.compile(r"step-(\d+)\.(parquet|partial)")
+HELD_OUT = "held_out"
+_STEP = re.compile(r"(step|eval|final)-(\d+)\.(parquet|partial)")
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -109,41 +110,19 @@ class RunLog:
     ) -> None:
         """rollouts/step-NNNNNN.parquet with one row per rollout of every kind; `show` turns prompt ids into text."""
         values = iter(advantages)
-        rows = [
-            {
-                "step": step,
-                "kind": group.kind,
-                "question_id": group.question.id,
-                "question": group.question.messages[-1].content,
-                "images": [image.uri for image in group.question.images],
-                "image_sha256": [image.sha256 for image in group.question.images],
-                "level": group.question.level,
-                "replayed": group.question.id in replayed,
-                "entry_accuracy": entry_accuracy.get(group.question.id),
-                "rollout": index,
-                "prompt": text,
-                "completion": rollout.text,
-                "gold": str(group.question.gold),
-                "golds": list(group.question.golds),
-                "answer_list": None if isinstance(group.question.gold, str) else group.question.gold.how,
-                "grading": group.question.grading,
-                "answer": rollout.answer,
-                "correct": rollout.correct,
-                "graded": rollout.graded,
-                "reason": rollout.reason,
-                "reward": rollout.reward,
-                "advantage": next(values),
-                "prompt_tokens": len(group.prompt.ids) + len(group.prompt.forced_ids),
-                "completion_tokens": len(rollout.ids),
-                "truncated": rollout.truncated,
-                "entropy": rollout.entropy,
-                "audit": audit,
-            }
-            for group in groups
-            for text, audit in [(show(group.prompt.ids + group.prompt.forced_ids), json.dumps(dict(group.prompt.audit)))]
-            for index, rollout in enumerate(group.rollouts)
-        ]
-        target = self.folder / ROLLOUTS / f"step-{step:06d}.parquet"
+        rows = _rows(step, groups, show, replayed, entry_accuracy)
+        for row in rows:
+            row["advantage"] = next(values)
+        self._write_rows(self.folder / ROLLOUTS / f"step-{step:06d}.parquet", rows)
+
+    def held_out(self, step: int, event: str, groups: Sequence[Group], *, show: Callable[[tuple[int, ...]], str]) -> None:
+        """held_out/<event>-NNNNNN.parquet, laid out as `rollouts`, with every completion of an evaluation; it has no advantages."""
+        with writing(self.folder / HELD_OUT):
+            (self.folder / HELD_OUT).mkdir(exist_ok=True)
+        self._write_rows(self.folder / HELD_OUT / f"{event}-{step:06d}.parquet", _rows(step, groups, show, frozenset(), {}))
+
+    def _write_rows(self, target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A parquet file, whole or not at all."""
         partial = target.with_suffix(PARTIAL)
         table = pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
         with writing(target):
@@ -169,11 +148,12 @@ class RunLog:
                 kept = [line for line, record in _lines(path) if record["step"] <= last.get(record["event"], step)]
                 write_whole(path, "".join(kept))
         self.open()
-        with writing(self.folder / ROLLOUTS):
-            for path in (self.folder / ROLLOUTS).iterdir():
-                match = _STEP.fullmatch(path.name)
-                if match and (int(match[1]) > step or match[2] == "partial"):
-                    path.unlink()
+        for folder in (self.folder / ROLLOUTS, self.folder / HELD_OUT):
+            with writing(folder):
+                for path in folder.iterdir() if folder.exists() else ():
+                    match = _STEP.fullmatch(path.name)
+                    if match and (int(match[2]) > last.get(match[1], step) or match[3] == "partial"):
+                        path.unlink()
 
     def sync(self) -> None:
         """Force what was written onto the disk: a checkpoint counts on it."""
@@ -201,8 +181,54 @@ class SilentLog(RunLog):
     def rollouts(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def held_out(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         pass
+
+
+def _rows(
+    step: int,
+    groups: Sequence[Group],
+    show: Callable[[tuple[int, ...]], str],
+    replayed: frozenset[str],
+    entry_accuracy: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """A row of ROLLOUT_SCHEMA per rollout, its advantage left open."""
+    return [
+        {
+            "step": step,
+            "kind": group.kind,
+            "question_id": group.question.id,
+            "question": group.question.messages[-1].content,
+            "images": [image.uri for image in group.question.images],
+            "image_sha256": [image.sha256 for image in group.question.images],
+            "level": group.question.level,
+            "replayed": group.question.id in replayed,
+            "entry_accuracy": entry_accuracy.get(group.question.id),
+            "rollout": index,
+            "prompt": text,
+            "completion": rollout.text,
+            "gold": str(group.question.gold),
+            "golds": list(group.question.golds),
+            "answer_list": None if isinstance(group.question.gold, str) else group.question.gold.how,
+            "grading": group.question.grading,
+            "answer": rollout.answer,
+            "correct": rollout.correct,
+            "graded": rollout.graded,
+            "reason": rollout.reason,
+            "reward": rollout.reward,
+            "prompt_tokens": len(group.prompt.ids) + len(group.prompt.forced_ids),
+            "completion_tokens": len(rollout.ids),
+            "truncated": rollout.truncated,
+            "entropy": rollout.entropy,
+            "audit": audit,
+        }
+        for group in groups
+        for text, audit in [(show(group.prompt.ids + group.prompt.forced_ids), json.dumps(dict(group.prompt.audit)))]
+        for index, rollout in enumerate(group.rollouts)
+    ]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub import snapshot_download
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from zppo.config.methods import Method, load_reformulation
@@ -45,7 +44,7 @@ from zppo.rollout.run_data import RunData, check_vocabulary, load_short
 from zppo.rollout.student import PromptRenderer, StudentSampler
 from zppo.rollout.teacher import ResponseTokens, SharedTeacher, TeacherSampler, make_teacher_sampler
 from zppo.runs import checkpoint
-from zppo.runs.display import warn
+from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
@@ -293,7 +292,7 @@ def assemble(
     frozen_models: FrozenModels,
     accelerator: Accelerator,
     weights: ReplicatedWeights,
-    console: Console,
+    progress: Progress,
 ) -> Assembled:
     """Loads models and templates, checks that they fit together, and builds the trainer.
 
@@ -317,6 +316,8 @@ def assemble(
     special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
     renderer = PromptRenderer(PromptBook(settings.prompts, Neutraliser(special)), chat)
     # Questions whose prompts are short enough, and who grades them.
+    progress.doing(f"reading the prompts of {len(data.train) + len(data.held_out):,} questions")
+    console = progress.console
     length = cache(lambda question: len(renderer.plain(question).ids))  # two checks ask for it
     questions, held_out = load_short(settings, data, renderer, length, console)
     frozen_models.check_images(max((len(question.images) for question in questions), default=0))
@@ -329,6 +330,7 @@ def assemble(
         lambda own: frozen_models.load(own, "judge" if settings.judge else "teacher"),
     )
     # The student; whatever does not fit it is found now, since an engine may take minutes to start.
+    progress.doing(f"loading the student {settings.student.model}")
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
@@ -344,6 +346,7 @@ def assemble(
     own = make_engine(settings, model, chat, autocast_type(accelerator), say)
     if chat.image_processor is not None:
         check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
+    progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler against the trainer")
     engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
     _check_context(settings, engine.context, questions, held_out, length)
     fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too

@@ -21,6 +21,7 @@ from zppo.engines.vllm import VLLMEngine
 from zppo.models.student_model import Student, load_model
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.runs.checkpoint import Savable
+from zppo.runs.display import Progress
 from zppo.runs.files import PARTIAL, sync, writing
 from zppo.runs.log import METRICS, read_lines
 from zppo.step_log import StepLog
@@ -132,6 +133,7 @@ def closing_table(
         "final/": "the trained student",
         "metrics.jsonl": "one line a step",
         "rollouts/": "every completion",
+        "held_out/": "every completion of the evaluations",
         "buffer.jsonl": "who came and went",
         "recipe.yaml": "the recipe, resolved",
     }
@@ -175,19 +177,23 @@ def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]
     return [*rows, ("all", f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")]
 
 
-def finish(settings: Settings, run: Path, parts: Assembled, console: Console, *, bf16: bool) -> None:
+def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, *, bf16: bool) -> None:
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
     trainer, processes = parts.trainer, parts.weights.processes
+    progress.doing(f"writing {run / FINAL}")
     saved = parts.weights.saved(parts.student)
     folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
+    if trainer.held_out:
+        progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")
     after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out else None
+    progress.end()
     if not processes.main:
         return
     before = _evaluation_at_start(run)
     with processes.stop.ignored():  # it is finished: a signal changes nothing now
         write_model_card(folder, run.name, settings, before=before, after=after, totals=trainer.totals)
         finish_final(run, folder)
-    closing_table(console, run, settings, before=before, after=after, totals=trainer.totals)
+    closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals)
 
 
 def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> Evaluation:
@@ -201,11 +207,11 @@ def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16:
         engine.sample_from(fresh)
     else:
         engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
-    log = StepLog()
+    log = StepLog(watch=trainer.watch)
     student = replace(trainer.student, engine=engine, whole=nullcontext)
-    result = evaluate_held_out(student, trainer.held_out, settings.eval, log)
+    result, groups = evaluate_held_out(student, trainer.held_out, settings.eval, log)
     with trainer.processes.stop.shield():
-        trainer.log_evaluation("final", result, log)
+        trainer.log_evaluation("final", result, groups, log)
     return result
 
 

@@ -19,16 +19,16 @@ class Watch:
     """A number that should not rise above a limit.
 
     Attributes:
-        value: the number of a step, None where it has none.
+        value: the number of a step or an evaluation, None where it has none.
         limit: no warning up to here.
-        text: the warning; `{value}` is the number.
+        text: the warning, or what makes one that fits the metrics; `{value}` in it is the number.
         own_reward: whether it means anything with a user's reward function, which may have no answers to find.
     """
 
     name: str
     value: Callable[[Metrics], float | None]
     limit: float
-    text: str
+    text: str | Callable[[Metrics], str]
     own_reward: bool = True
 
 
@@ -38,6 +38,34 @@ def _slow_grading(metrics: Metrics) -> float | None:
     if not answers or (seconds := metrics["seconds"].get("grading", 0.0)) < 0.2 * metrics["seconds"]["step"]:
         return None
     return float(1000 * seconds / answers)
+
+
+_NEVER = 0.95
+"""Share without an answer from which on a student does not know the form at all, rather than now and then."""
+
+
+def _no_answer(metrics: Metrics) -> str:
+    """What to do about completions without an answer depends on whether they were cut, and on whether any has one."""
+    evaluation = "truncated" in metrics
+    section, what = ("eval", "held-out completions") if evaluation else ("rollout", "completions")
+    cut = metrics.get("truncated" if evaluation else "truncated_share") or 0.0
+    missing = metrics["no_answer_share"]
+    head = f"{{value:.0%}} of the {what} have no \\boxed{{{{}}}} answer after their reasoning and count as wrong"
+    if cut >= 0.5 * missing:
+        return (
+            f"{head}, most of them because they were cut off. Raise {section}.max_new_tokens; where a thinking student does not come to "
+            "an end, student.template_args: {{enable_thinking: false}}"
+        )
+    if missing >= _NEVER:
+        return (
+            f"{head}: the student does not know the form. Say it in its own words with a template of yours for prompts.closing; show it "
+            "in few-shot turns of the data's column messages; start from an instruction-tuned checkpoint, or give a base model a "
+            "student.template; or, if its answers have another form, grade them with a function of yours (grading.reward)"
+        )
+    return (
+        f"{head}. Look at some in the report, sorted by accuracy: where the answer stands in another form, prompts.closing can ask for "
+        "the box more clearly, or grading.reward can read that form"
+    )
 
 
 WATCHES = (
@@ -55,15 +83,7 @@ WATCHES = (
         "{value:.0%} of the held-out completions were cut off at eval.max_new_tokens, and few of those have an answer: the accuracy says "
         "little. Raise the limit",
     ),
-    Watch(
-        "no answer",
-        lambda m: m.get("no_answer_share"),
-        0.5,
-        "{value:.0%} of the completions have no \\boxed{{}} answer after their reasoning and count as wrong. Look at some in the "
-        "report: a base model may need an instruction-tuned checkpoint or student.template, a thinking one a higher "
-        "rollout.max_new_tokens",
-        own_reward=False,
-    ),
+    Watch("no answer", lambda m: m.get("no_answer_share"), 0.5, _no_answer, own_reward=False),
     Watch(
         "grading time-outs",
         lambda m: m.get("grading_timeout_share"),
@@ -107,7 +127,8 @@ class HealthChecks:
         for watch in self._watches:
             value = watch.value(metrics)
             if value is not None and value > watch.limit and self._due(watch.name, step):
-                due.append(f"step {step}: {watch.text.format(value=value)}")
+                text = watch.text if isinstance(watch.text, str) else watch.text(metrics)
+                due.append(f"step {step}: {text.format(value=value)}")
         if self._nothing_right(metrics) and self._due("nothing right", step):
             due.append(
                 f"step {step}: not one answer has been right in {self._all_wrong} steps, of the student's or a teacher's, though "

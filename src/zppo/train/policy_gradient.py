@@ -124,6 +124,7 @@ class PolicyGradient:
             if self.processes.any(self.processes.stop.wanted):
                 raise UpdateStopped(self._partial(index, tally, samples, old))
             minibatch = [s for g in deals[index] for s in samples[g]]
+            log.tell("update", index + 1, len(deals))
             try:
                 loss, counts = self._gradients(minibatch, mine[index], samples, old, tally, first=index == 0)
                 if index == 0 and self._refuses(log, counts, samples, minibatch):

@@ -112,10 +112,12 @@ class TrainingLoop:
         folder: of the checkpoint that was last written or loaded.
     """
 
-    def __init__(self, settings: Settings, parts: Assembled, console: Console) -> None:
+    def __init__(self, settings: Settings, parts: Assembled, progress: Progress) -> None:
         self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
         kinds = ("plain", *(r.kind for r in self.trainer.reformulator.reformulations))
-        self.progress = Progress(console, self.trainer.steps, kinds, replay=self.trainer.method.replay)
+        self.progress = progress
+        progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
+        self.trainer.watch = self._watch
         self.health = HealthChecks(own_reward=settings.grading.reward is not None)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
@@ -130,24 +132,25 @@ class TrainingLoop:
             Interrupted: the run was asked to stop. Between two updates the step is saved as far as it is; elsewhere see `save_last_step`.
         """
         trainer, every = self.trainer, self.settings.train.checkpoint_every
-        with self.progress:
-            if self.mid_step is None:
-                trainer.boundary = trainer.snapshot()
-                self._evaluate_if_due()
-            while trainer.done < trainer.steps:
-                self.checkpointer.check()
-                log = self._step()
-                with self.stop.shield():
-                    self._show(log)
-                    if log.fault:
-                        self._save(trainer.state_dict())  # all processes are here, so that sharded weights can be saved too
-                        raise ZPPOError(log.fault)
-                self._evaluate_if_due()
-                if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
-                    with self.stop.shield():
-                        self._save(trainer.state_dict(), later=True)
+        if self.mid_step is None:
+            trainer.boundary = trainer.snapshot()
+            self._evaluate_if_due()
+        while trainer.done < trainer.steps:
+            self.checkpointer.check()
+            with self._harmless():
+                self.progress.at_step(trainer.done + 1)
+            log = self._step()
             with self.stop.shield():
-                self.checkpointer.wait()
+                self._show(log)
+                if log.fault:
+                    self._save(trainer.state_dict())  # all processes are here, so that sharded weights can be saved too
+                    raise ZPPOError(log.fault)
+            self._evaluate_if_due()
+            if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
+                with self.stop.shield():
+                    self._save(trainer.state_dict(), later=True)
+        with self.stop.shield():
+            self.checkpointer.wait()
 
     def _step(self) -> StepLog:
         """The next step; one that was stopped between two updates goes on there, and one that is stopped there is saved."""
@@ -156,6 +159,7 @@ class TrainingLoop:
         trainer.student.renderer.chat.forget_images()
         try:
             if mid_step is not None:
+                mid_step.log.watch = trainer.watch
                 return trainer.update(mid_step.rollouts, mid_step.log, mid_step.partial)
             return trainer.step(trainer.done + 1)
         except UpdateStopped as stopped:
@@ -173,6 +177,8 @@ class TrainingLoop:
         if not (due and trainer.evaluated < trainer.done and trainer.held_out):
             return
         trainer.student.renderer.chat.forget_images()
+        with self._harmless():
+            self.progress.doing(f"evaluating on {len(trainer.held_out):,} held-out questions")
         result, log = trainer.evaluate()
         with self.stop.shield(), self._harmless():
             self.progress.evaluation(trainer.done, result)
@@ -200,6 +206,10 @@ class TrainingLoop:
                     self.progress.warning(
                         f"what step {self.trainer.done} did could not be shown ({type(error).__name__}: {error}); the run goes on"
                     )
+
+    def _watch(self, part: str, done: int, total: int) -> None:
+        with self._harmless():
+            self.progress.part(part, done, total)
 
     def _show_warnings(self, log: StepLog) -> None:
         """What a person should know about the grading of a step or an evaluation."""
@@ -350,15 +360,14 @@ def _go(
     trackers.check()
     start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
     # Everything is loaded and checked before the run folder is made, or changed.
-    data = read_data(settings, sharded=weights.sharded, warn=partial(warn, console))
-    with (
-        rule_grading(settings) as rule,
-        load_frozen_models(settings, accelerator, console, data.image_inputs) as frozen_models,
-        tracking(trackers),
-    ):
+    with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
+        progress.doing(f"reading the questions of {settings.data.train}")
+        data = read_data(settings, sharded=weights.sharded, warn=progress.warning)
+        frozen_models = stack.enter_context(load_frozen_models(settings, accelerator, progress, data.image_inputs))
+        stack.enter_context(tracking(trackers))
         folder = start.folder if start else None
-        parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, console)
-        loop = TrainingLoop(settings, parts, console)
+        parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, progress)
+        loop = TrainingLoop(settings, parts, progress)
         if start:
             start.load(loop, parts.origin, console)
         # From here on the folder is a run that can be resumed.
@@ -373,7 +382,7 @@ def _go(
                 if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
                     loop.save_last_step(together=True)
                     loop.trainer.boundary = None
-                finish(settings, run, parts, console, bf16=accelerator.mixed_precision == "bf16")
+                finish(settings, run, parts, progress, bf16=accelerator.mixed_precision == "bf16")
             except BaseException as error:
                 rescue(run, loop, error, console)  # before anything else is closed: there may be little time
                 raise

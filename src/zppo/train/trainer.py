@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from zppo.rollout.reformulated import Reformulator
 from zppo.rollout.run_data import RunData
 from zppo.rollout.student import StudentSampler
 from zppo.runs.log import RunLog
+from zppo.runs.system import usage
 from zppo.step_log import StepLog
 from zppo.train.engine_checks import EngineCheck
 from zppo.train.health_checks import wrong_example
@@ -93,6 +94,7 @@ class Trainer:
         buffer: the prompt replay buffer.
         evaluated: the step of the last evaluation, -1 before the first.
         totals: sums over the run.
+        watch: told what a step or an evaluation is at (`StepLog.watch`).
         boundary: what a rescue needs of the last step boundary, see `snapshot`; None where the weights are between two steps.
     """
 
@@ -114,6 +116,7 @@ class Trainer:
         self.steps = total_steps(settings, len(self.questions))
         self.done, self.evaluated = 0, -1
         self.totals = Totals()
+        self.watch: Callable[[str, int, int], None] | None = None
         self.boundary: dict[str, Any] | None = None
 
     def step(self, step: int) -> StepLog:
@@ -125,7 +128,7 @@ class Trainer:
         Raises:
             UpdateStopped: the update was left half-way; `update` goes on from its `mid_step`.
         """
-        log = StepLog(step)
+        log = StepLog(step, watch=self.watch)
         self._sync_engine(log)  # the engine samples from the weights of the last step
         new = self._new_questions(step)
         replayed = self._replayed_questions(new)  # line 2
@@ -153,18 +156,19 @@ class Trainer:
     def evaluate(self) -> tuple[Evaluation, StepLog]:
         """Accuracy on the held-out questions with the current weights."""
         self.engine_check.refresh(self.done)
-        log = StepLog()
-        result = evaluate_held_out(self.student, self.held_out, self.settings.eval, log)
+        log = StepLog(watch=self.watch)
+        result, groups = evaluate_held_out(self.student, self.held_out, self.settings.eval, log)
         with self.processes.stop.ignored():
-            self.log_evaluation("eval", result, log)
+            self.log_evaluation("eval", result, groups, log)
             self.evaluated = self.done
             self.boundary = self.snapshot()
         return result, log
 
-    def log_evaluation(self, event: str, result: Evaluation, log: StepLog) -> None:
-        """A line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
+    def log_evaluation(self, event: str, result: Evaluation, groups: Sequence[Group], log: StepLog) -> None:
+        """Its completions and a line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
         self.processes.gather_log(log)
         log.metrics = asdict(result) | {name: n for name, n in log.counts.items() if name != "graded_answers"}
+        self.run_log.held_out(self.done, event, groups, show=self.student.renderer.chat.show_short)
         self.run_log.metrics(self.done, event, log.metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,6 +276,7 @@ class Trainer:
             "admitted": len(changes.admitted),
             "graduated": len(changes.graduated),
             "evicted": len(changes.evicted),
+            "system": usage(),
         }
         self.totals.add(log.metrics, changes)
         self.run_log.metrics(log.step, "step", log.metrics)

@@ -15,7 +15,8 @@ function el(tag, attributes = {}, ...children) {
 }
 
 const anchor = (name) => name.toLowerCase().replace(/[^a-z0-9]+/g, "-");
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const PAPER = { "--ink": "#1b2230", "--grid": "#e6e9ee", "--paper": "#ffffff", "--line": "#dde1e7" };
+const colour = (name) => (report.printing ? PAPER[name] : getComputedStyle(document.documentElement).getPropertyValue(name).trim());
 /* plotly reads names and hover texts as a kind of markup */
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const touch = matchMedia("(pointer: coarse)").matches;
@@ -27,15 +28,16 @@ function lineTraces(chart, s) {
   const hovertemplate = `%{y:${chart.percent ? ".1%" : ",.4~g"}}${tail}`;
   const color = s.colour === "#333333" ? colour("--ink") : s.colour;
   const traces = [];
+  /* the same trace has the same uid after an update: what a person hid stays hidden */
+  const band = { ...base, mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip", customdata: undefined };
   if (s.low.length) {
-    traces.push({ ...base, y: s.low, mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip", customdata: undefined });
-    traces.push({ ...base, y: s.high, mode: "lines", line: { width: 0 }, fill: "tonexty", fillcolor: color + "26", showlegend: false,
-      hoverinfo: "skip", customdata: undefined });
+    traces.push({ ...band, uid: `${s.name} low`, y: s.low });
+    traces.push({ ...band, uid: `${s.name} high`, y: s.high, fill: "tonexty", fillcolor: color + "26" });
   }
-  const smooth = s.mean.length > 0;
-  traces.push({ ...base, y: s.y, hovertemplate, mode: s.x.length < 30 ? "lines+markers" : "lines", opacity: smooth ? 0.35 : 1,
-    line: { color, width: smooth ? 1 : 2, dash: s.dash ? "dash" : "solid" }, marker: { size: 5 }, showlegend: !smooth });
-  if (smooth) traces.push({ ...base, y: s.mean, mode: "lines", line: { color, width: 2.2 }, hoverinfo: "skip", customdata: undefined });
+  const smooth = s.mean.length > 0, marker = { size: s.x.length < 12 ? 6 : 5, symbol: s.marker };
+  traces.push({ ...base, uid: `${s.name} values`, y: s.y, hovertemplate, mode: s.x.length < 30 ? "lines+markers" : "lines", opacity: smooth ? 0.35 : 1,
+    line: { color, width: smooth ? 1 : 2, dash: smooth ? "solid" : s.dash }, marker, showlegend: !smooth });
+  if (smooth) traces.push({ ...base, uid: `${s.name} mean`, y: s.mean, mode: "lines", line: { color, width: 2.2, dash: s.dash }, hoverinfo: "skip", customdata: undefined });
   return traces;
 }
 
@@ -44,11 +46,11 @@ function traces(chart) {
   return chart.series.flatMap((s) => {
     const tail = s.hover.length ? "  <span style='opacity:.7'>%{customdata}</span>" : "";
     const customdata = s.hover.map(plain), name = plain(s.name), x = s.x.map((v) => (typeof v === "string" ? plain(v) : v));
-    if (chart.kind === "area") return [{ name, x, y: s.y, customdata, stackgroup: "all", mode: "lines", line: { width: 0.6, color: s.colour },
+    if (chart.kind === "area") return [{ uid: s.name, name, x, y: s.y, customdata, stackgroup: "all", mode: "lines", line: { width: 0.6, color: s.colour },
       fillcolor: s.colour + "CC", hovertemplate: `%{y:${format}}${tail}` }];
-    if (chart.kind === "bar") return [{ name, type: "bar", x, y: s.y, customdata, marker: { color: s.colour },
+    if (chart.kind === "bar") return [{ uid: s.name, name, type: "bar", x, y: s.y, customdata, marker: { color: s.colour },
       hovertemplate: `%{y:${format}}${tail}` }];
-    if (chart.kind === "hbar") return [{ name, type: "bar", orientation: "h", x: s.y, y: x, customdata, marker: { color: s.colour },
+    if (chart.kind === "hbar") return [{ uid: s.name, name, type: "bar", orientation: "h", x: s.y, y: x, customdata, marker: { color: s.colour },
       hovertemplate: `%{x:${format}}${tail}` }];
     return lineTraces(chart, s);
   });
@@ -65,6 +67,7 @@ function layout(chart) {
   if (chart.kind === "bar" || flat) along.type = "category";
   if (flat) along.autorange = "reversed";
   return {
+    uirevision: chart.id, /* an update keeps zoom and legend choices */
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", color: ink, size: 12 },
     margin: { l: 8, r: flat ? 28 : 12, t: 8, b: 8 }, barmode: "stack", bargap: 0.25, hovermode: flat ? "y unified" : "x unified", dragmode: touch ? false : "zoom",
     hoverlabel: { bgcolor: colour("--paper"), bordercolor: colour("--line"), font: { color: ink, size: 12 } },
@@ -76,8 +79,20 @@ function layout(chart) {
 const config = { displayModeBar: false, responsive: true, doubleClick: "reset" };
 const height = (chart) => (chart.kind === "hbar" ? 110 + 26 * chart.series[0].x.length : 290);
 
+/* On paper a chart is as wide as its column there: nothing scrolls, and what is wider is cut off. */
+const PRINTED = { narrow: 330, wide: 680 };
+
 function draw(chart, node) {
-  Plotly.react(node, traces(chart), { ...layout(chart), height: height(chart) }, config);
+  const paper = report.printing, width = paper ? PRINTED[chart.kind === "hbar" ? "wide" : "narrow"] : undefined;
+  const tall = paper && chart.kind !== "hbar" ? 225 : height(chart);
+  node.style.minHeight = `${tall}px`;
+  const show = () => Plotly.react(node, traces(chart), { ...layout(chart), height: tall, width, autosize: !paper }, config);
+  try {
+    show();
+  } catch { /* plotly was still at its last drawing of this chart: it begins anew, and the rest of the page goes on */
+    Plotly.purge(node);
+    show();
+  }
   report.plots.set(chart.id, { chart, node, drawn: true });
 }
 
@@ -114,7 +129,7 @@ function drawHead(data) {
   document.getElementById("head").replaceChildren(...data.head.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 
-/* A chart that is there already gets its new numbers; a section that changed shape is built anew. */
+/* A chart that is there already gets its new numbers, where it is; a new one is put at its place. */
 function drawSections(data) {
   const main = document.getElementById("main");
   for (const section of data.sections) {
@@ -127,13 +142,15 @@ function drawSections(data) {
     const [, charts, tables] = node.children;
     tables.replaceChildren(...section.tables.map(tableCard));
     tables.hidden = !section.tables.length;
-    const known = [...charts.children].map((card) => card.id).join(), wanted = section.charts.map((chart) => `chart-${chart.id}`).join();
-    if (known !== wanted) charts.replaceChildren(...section.charts.map(chartCard));
-    else for (const chart of section.charts) {
+    const cards = section.charts.map((chart) => {
       const plot = report.plots.get(chart.id);
+      if (!plot) return chartCard(chart);
       plot.chart = chart;
       if (plot.drawn) draw(chart, plot.node);
-    }
+      return document.getElementById(`chart-${chart.id}`);
+    });
+    for (const card of [...charts.children]) if (!cards.includes(card)) { report.plots.delete(card.id.slice(6)); card.remove(); }
+    cards.forEach((card, i) => { if (charts.children[i] !== card) charts.insertBefore(card, charts.children[i] ?? null); });
   }
 }
 
@@ -146,5 +163,14 @@ function recolour() {
   for (const plot of report.plots.values()) if (plot.drawn) draw(plot.chart, plot.node);
 }
 dark.addEventListener("change", recolour);
-/* Paper has no scrolling: everything is drawn before a page is printed. */
-addEventListener("beforeprint", () => { for (const plot of report.plots.values()) if (!plot.drawn) draw(plot.chart, plot.node); });
+/* Paper has no scrolling: everything is drawn before a page is printed, in its widths and on white. */
+function forPaper(printing) {
+  report.printing = printing;
+  for (const plot of report.plots.values()) {
+    if (!printing && !plot.drawn) continue;
+    draw(plot.chart, plot.node);
+    if (!printing) setTimeout(() => draw(plot.chart, plot.node), 50); /* the legend's rows are counted in the width before: once more */
+  }
+}
+addEventListener("beforeprint", () => forPaper(true));
+addEventListener("afterprint", () => forPaper(false));

@@ -1,7 +1,7 @@
 "use strict";
 /* The browser of questions: filters, list, and one question's story. */
 
-const browser = { shown: [], limit: 100, open: null };
+const browser = { shown: [], limit: 100, open: null, story: null, written: false, asked: 0, texts: new Map() };
 const CLASS_WORDS = {
   "bcq:right:positive": "BCQ right, with the right candidate's answer", "bcq:right:negative": "BCQ right, with the wrong candidate's answer",
   "bcq:right:other": "BCQ right, with another spelling", "bcq:right:none": "BCQ right, without an answer",
@@ -11,6 +11,15 @@ const CLASS_WORDS = {
   "ncq:right:other": "NCQ right, no teacher's answer to compare", "ncq:right:none": "NCQ right, without an answer",
   "ncq:wrong:positive": "NCQ wrong, though the answer is the teacher's", "ncq:wrong:negative": "NCQ repeats a listed wrong answer",
   "ncq:wrong:other": "NCQ wrong, a new answer", "ncq:wrong:none": "NCQ wrong, without an answer",
+  "held-out:right": "held-out, right at the last evaluation", "held-out:wrong": "held-out, wrong at the last evaluation",
+  "held-out:none": "held-out, no answer at the last evaluation",
+};
+const last = (q) => q.acc[q.acc.length - 1];
+/* Order of the list: [value of a question, in what direction]; what has no value comes last. */
+const ORDERS = {
+  "accuracy, lowest first": [last, 1], "accuracy, highest first": [last, -1], "reward, lowest first": [(q) => q.reward, 1],
+  "reward, highest first": [(q) => q.reward, -1], "longest answers first": [(q) => q.tokens, -1], "shortest answers first": [(q) => q.tokens, 1],
+  "asked most often first": [(q) => q.steps.length, -1], "asked last first": [(q) => q.steps[q.steps.length - 1], -1],
 };
 const MATCH_WORDS = {
   bcq: { positive: "the right candidate's answer", negative: "the wrong candidate's answer", other: "neither candidate's answer", none: "" },
@@ -32,20 +41,29 @@ function select(name, label, list, words) {
   return el("label", {}, label, el("select", { id: `filter-${name}`, onchange: filter }, options(list, words)));
 }
 
+/* [name, values, their words, label] of the filters that choose a value. */
+function choices() {
+  return [
+    ["kind", values((q) => q.kinds), kindName, "asked as"], ["fate", values((q) => [q.fate]), undefined, "fate"], ["bin", values((q) => [q.bin]), undefined, "admitted at"],
+    ["level", values((q) => [q.level]), undefined, "level"], ["class", values((q) => q.classes), (c) => CLASS_WORDS[c] ?? c, "audit"],
+  ];
+}
+
 function buildBrowser() {
   const data = report.data;
-  const search = el("input", { id: "search", type: "search", placeholder: "question, id, right answer", oninput: filter, onkeydown: searchKey, autocomplete: "off" });
-  const step = (id, label) => el("label", { class: "step" }, label, el("input", { id, type: "number", min: 1, inputmode: "numeric", oninput: filter }));
-  const levels = values((q) => [q.level]);
+  const search = el("input", { id: "search", type: "search", placeholder: "question, id, answer, or what a completion says", oninput: filter, onkeydown: searchKey, autocomplete: "off" });
+  const from = (id, label, attributes) => el("label", { class: "step" }, label, el("input", { id, type: "number", oninput: filter, ...attributes }));
+  const pair = (id, label, attributes) => el("span", { class: "pair", role: "group", "aria-label": label }, from(`${id}from`, `${label} from`, attributes), from(`${id}to`, "to", attributes));
+  const whole = { min: 1, inputmode: "numeric" };
+  const chooser = Object.fromEntries(choices().map(([name, list, words, label]) => [name, select(name, label, list, words)]));
   const filters = el("div", { class: "filters" },
-    el("label", { class: "search" }, "search", search), select("kind", "asked as", values((q) => q.kinds), kindName),
-    select("fate", "fate", values((q) => [q.fate])), select("bin", "admitted at", values((q) => [q.bin])),
-    levels.length > 1 ? select("level", "level", levels) : null, select("class", "audit", values((q) => q.classes), (c) => CLASS_WORDS[c] ?? c),
-    step("from", "from step"), step("to", "to step"),
+    el("label", { class: "search" }, "search", search), chooser.kind, chooser.fate, chooser.bin, values((q) => [q.level]).length > 1 ? chooser.level : null, chooser.class,
+    pair("", "step", whole), pair("reward-", "reward", { step: "any" }), pair("tokens-", "tokens", whole),
+    el("label", {}, "order", el("select", { id: "order", onchange: filter }, el("option", { value: "" }, "as first asked"), Object.keys(ORDERS).map((value) => el("option", { value }, value)))),
     el("label", { class: "check" }, el("input", { id: "stuck", type: "checkbox", onchange: filter }), "never improved"),
     el("button", { type: "button", onclick: resetFilters }, "reset"));
   const keys = el("p", { class: "keys" }, el("kbd", {}, "/"), " search  ", el("kbd", {}, "j"), " ", el("kbd", {}, "k"), " next, previous question  ",
-    el("kbd", {}, "e"), " open or close all answers  ", el("kbd", {}, "Esc"), " leave the search");
+    el("kbd", {}, "e"), " open or close all answers  ", el("kbd", {}, "w"), " as written  ", el("kbd", {}, "Esc"), " leave the search");
   const section = el("section", { id: "questions" }, el("h2", {}, "Questions"), el("p", { class: "caption", id: "stories-note" }, data.note), filters,
     el("p", { class: "facts", id: "shown", role: "status" }),
     el("div", { class: "browser" }, el("div", { class: "list", id: "list" }), el("article", { class: "story", id: "story", tabindex: "-1" })), keys);
@@ -55,15 +73,77 @@ function buildBrowser() {
 
 const field = (id) => document.getElementById(id)?.value ?? "";
 
-function filter() {
+/* What a search asks of completions: words, and ranges of reward and length that the same completion must lie in. */
+function asked() {
   const words = field("search").toLowerCase().split(/\s+/).filter(Boolean);
+  const ends = ["reward-from", "reward-to", "tokens-from", "tokens-to"].map((id) => [id, field(id)]).filter(([, value]) => value !== "");
+  return { words, ends, any: words.length > 0 || ends.length > 0 };
+}
+
+/* The completions of a question that this page holds. */
+function textsOf(q) {
+  if (!browser.texts.has(q.key)) {
+    const story = JSON.parse(document.getElementById(`story-${report.data.index.indexOf(q)}`).textContent);
+    browser.texts.set(q.key, story.groups.flatMap((g) => g.rollouts.map((r) => ({ text: (r.completion ?? "").toLowerCase(), reward: r.reward, tokens: r.completion_tokens }))));
+  }
+  return browser.texts.get(q.key);
+}
+
+function searchHere({ words, ends }) {
+  const limit = Object.fromEntries(ends.map(([id, value]) => [id, Number(value)]));
+  const inside = (value, name) => value >= (limit[`${name}-from`] ?? -Infinity) && value <= (limit[`${name}-to`] ?? Infinity);
+  const fits = new Set(), found = new Set();
+  for (const q of report.data.index) {
+    const fitting = textsOf(q).filter((r) => inside(r.reward, "reward") && inside(r.tokens, "tokens"));
+    if (fitting.length) fits.add(q.key);
+    if (words.length && fitting.some((r) => words.every((word) => r.text.includes(word)))) found.add(q.key);
+  }
+  return { fits, found };
+}
+
+async function searchThere({ words, ends }) {
+  const query = new URLSearchParams([...words.map((word) => ["word", word]), ...ends]);
+  const answer = await fetch(`search?${query}`);
+  if (!answer.ok) throw new Error(await answer.text());
+  const { fits, found } = await answer.json();
+  return { fits: new Set(fits), found: new Set(found) };
+}
+
+/* The list follows at once; where completions lie with the server, again when it has looked. */
+function filter() {
+  const wanted = asked(), number = ++browser.asked;
+  browser.limit = 100;
+  if (!wanted.any || document.body.dataset.mode === "file") {
+    choose(wanted, wanted.any ? searchHere(wanted) : null);
+    return Promise.resolve();
+  }
+  choose(wanted, null);
+  const note = (text) => { document.getElementById("shown").textContent += text; };
+  note(" · looking into completions");
+  return new Promise((done) => setTimeout(done, 250)).then(async () => {
+    if (number !== browser.asked) return;
+    try {
+      const completions = await searchThere(wanted);
+      if (number === browser.asked) choose(wanted, completions);
+    } catch (error) {
+      if (number === browser.asked) { choose(wanted, null); note(` · completions could not be searched: ${error.message}`); }
+    }
+  });
+}
+
+function choose({ words, ends }, completions) {
   const [kind, fate, bin, level, cls] = ["kind", "fate", "bin", "level", "class"].map((name) => field(`filter-${name}`));
   const from = Number(field("from")) || 0, to = Number(field("to")) || Infinity, stuck = document.getElementById("stuck").checked;
   browser.shown = report.data.index.filter((q) => (!kind || q.kinds.includes(kind)) && (!fate || q.fate === fate) && (!bin || q.bin === bin)
     && (!level || q.level === level) && (!cls || q.classes.includes(cls)) && (!stuck || q.stuck)
     && q.steps.some((step) => step >= from && step <= to)
-    && words.every((word) => `${q.id} ${q.text} ${q.gold} ${q.level}`.toLowerCase().includes(word)));
-  browser.limit = 100;
+    && (!ends.length || !completions || completions.fits.has(q.key))
+    && (!words.length || completions?.found.has(q.key) || words.every((word) => `${q.id} ${q.text} ${q.gold} ${q.level}`.toLowerCase().includes(word))));
+  const order = ORDERS[field("order")];
+  if (order) {
+    const value = (q) => order[0](q) ?? null;
+    browser.shown.sort((a, b) => (value(a) === null) - (value(b) === null) || order[1] * (value(a) - value(b)));
+  }
   drawList();
 }
 
@@ -85,32 +165,86 @@ function drawList() {
   const list = document.getElementById("list"), { shown, limit } = browser;
   const total = report.data.index.length, everything = report.data.questions;
   document.getElementById("shown").textContent = `${count(shown.length)} of ${count(total)} questions` + (everything > total ? `, out of ${count(everything)} in the run` : "");
-  list.replaceChildren(...shown.slice(0, limit).map((q) => el("button", { class: "item", type: "button", "data-id": q.id, "aria-current": browser.open === q.id ? "true" : "false", onclick: () => openStory(q.id) },
+  list.replaceChildren(...shown.slice(0, limit).map((q) => el("button", { class: "item", type: "button", "data-key": q.key, "aria-current": browser.open === q.key ? "true" : "false", onclick: () => openStory(q.key) },
     el("span", { class: "id" }, el("span", {}, q.id), bars(q)), el("span", { class: "text" }, q.text),
     el("span", { class: "bar" }, el("span", { class: `tag ${q.fate}` }, q.fate), q.bin === null ? null : el("span", { class: "tag" }, `admitted at ${q.bin}`), q.level ? el("span", { class: "tag" }, q.level) : null))));
   if (shown.length > limit) list.append(el("button", { class: "more", type: "button", onclick: () => { browser.limit += 200; drawList(); } }, `show more (${count(shown.length - limit)} left)`));
 }
 
-async function loadStory(id) {
-  if (document.body.dataset.mode === "file") return JSON.parse(document.getElementById(`story-${report.data.index.findIndex((q) => q.id === id)}`).textContent);
-  const answer = await fetch(`story?id=${encodeURIComponent(id)}`);
+async function loadStory(key) {
+  if (document.body.dataset.mode === "file") {
+    const place = report.data.index.findIndex((q) => q.key === key);
+    if (place < 0) throw new Error(`this page does not hold the question ${key.replace(/^held-out=/, "")}; zppo inspect shows it, and zppo report --watch`);
+    return JSON.parse(document.getElementById(`story-${place}`).textContent);
+  }
+  const answer = await fetch(`story?key=${encodeURIComponent(key)}`);
   if (!answer.ok) throw new Error(`the story cannot be read: ${answer.status} ${await answer.text()}`);
   return answer.json();
 }
 
-async function openStory(id, scroll = true) {
-  browser.open = id;
-  for (const item of document.querySelectorAll(".item")) item.setAttribute("aria-current", item.dataset.id === id ? "true" : "false");
+/* Every question has an address: #q=<key>. */
+const address = (key) => `#q=${encodeURIComponent(key)}`;
+
+function openNamed() {
+  const named = /^#q=(.+)$/.exec(location.hash);
+  if (!named) return false;
+  let key;
+  try { key = decodeURIComponent(named[1]); } catch { return false; }
+  if (key !== browser.open) openStory(key, false).then(() => document.getElementById("story").scrollIntoView({ block: "start" }));
+  return true;
+}
+
+async function openStory(key, scroll = true) {
+  browser.open = key;
+  for (const item of document.querySelectorAll(".item")) item.setAttribute("aria-current", item.dataset.key === key ? "true" : "false");
+  if (scroll) history.replaceState(null, "", address(key));
   if (scroll) document.querySelector('.item[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
   const node = document.getElementById("story");
   try {
-    const story = await loadStory(id);
-    if (browser.open !== id) return;
+    const story = await loadStory(key);
+    if (browser.open !== key) return;
+    browser.story = story;
     node.replaceChildren(...storyNodes(story));
   } catch (error) {
-    node.replaceChildren(el("p", {}, String(error)));
+    if (browser.open !== key) return;
+    browser.story = null;
+    node.replaceChildren(el("p", {}, error.message));
   }
   if (scroll && matchMedia("(max-width: 800px)").matches) node.scrollIntoView({ block: "start" });
+}
+
+/* After an update: the list as it was filtered, and new visits of the open story behind those that are there. */
+async function updateBrowser() {
+  const list = document.getElementById("list"), { limit } = browser, top = list.scrollTop;
+  document.getElementById("stories-note").textContent = report.data.note;
+  for (const [name, list, words] of choices()) {
+    const node = document.getElementById(`filter-${name}`);
+    if (!node || node.options.length === list.length + 1) continue;
+    const value = node.value;
+    node.replaceChildren(...options(list, words));
+    node.value = value;
+  }
+  const done = filter();
+  browser.limit = limit;
+  drawList();
+  list.scrollTop = top;
+  await done;
+  const { open, story } = browser, line = report.data.index.find((q) => q.key === open);
+  if (!line || !story) return;
+  if (line.visits === story.groups.length) return;
+  const known = new Set(story.groups.map(visitOf)), news = await loadStory(open);
+  if (browser.open !== open) return;
+  browser.story = news;
+  document.querySelector("#story .events")?.replaceWith(eventsNode(news));
+  const fresh = [...new Set(news.groups.map(visitOf))].filter((visit) => !known.has(visit));
+  document.getElementById("story").append(...fresh.map((visit) => visitNode(news, visit)));
+}
+
+const visitOf = (group) => `${group.event} ${group.step}`;
+
+function eventsNode(story) {
+  const text = story.held_out ? ["held out: asked in evaluations, never trained on"] : story.events.length ? ["buffer: ", story.events.map(eventText).join(" · ")] : ["never in the buffer"];
+  return el("p", { class: "facts events" }, text);
 }
 
 function eventText(event) {
@@ -119,15 +253,15 @@ function eventText(event) {
 }
 
 function storyNodes(story) {
-  const steps = [...new Set(story.groups.map((g) => g.step))];
+  const visits = [...new Set(story.groups.map(visitOf))];
   const note = story.cut ? el("p", { class: "facts" }, `Long texts are cut on this page. zppo inspect shows them whole.`) : null;
   return [
     el("div", { class: "bar" }, el("button", { type: "button", class: "back", onclick: () => document.getElementById("questions").scrollIntoView() }, "back to the list"),
-      el("button", { type: "button", onclick: () => move(-1) }, "previous"), el("button", { type: "button", onclick: () => move(1) }, "next"), el("button", { type: "button", onclick: toggleAll }, "open or close all answers")),
-    el("h3", {}, story.id), questionNode(story),
+      el("button", { type: "button", onclick: () => move(-1) }, "previous"), el("button", { type: "button", onclick: () => move(1) }, "next"), el("button", { type: "button", onclick: toggleAll }, "open or close all answers"),
+      el("button", { type: "button", id: "written", "aria-pressed": String(browser.written), title: "as written, without formulas and markdown", onclick: toggleWritten }, "as written")),
+    el("h3", {}, story.id, " ", el("a", { class: "link", href: address(browser.open), title: "link to this question" }, "link")), questionNode(story),
     el("p", { class: "facts" }, "right answer ", el("span", { class: "answer" }, story.gold), story.level ? ` · level ${story.level}` : ""),
-    story.events.length ? el("p", { class: "facts" }, "buffer: ", story.events.map(eventText).join(" · ")) : el("p", { class: "facts" }, "never in the buffer"),
-    note, ...steps.map((step) => visitNode(story, step)),
+    eventsNode(story), note, ...visits.map((visit) => visitNode(story, visit)),
   ].filter(Boolean);
 }
 
@@ -136,14 +270,17 @@ function questionNode(story) {
   const images = story.images.map((image, i) => (image.data ? el("img", { src: image.data, alt: `image ${i + 1}: ${image.path}`, title: image.path })
     : el("span", { class: "missing" }, `image ${image.path} ${image.missing}`)));
   const texts = story.question.split("<image>");
-  if (!images.length) return el("div", { class: "question" }, story.question);
-  if (texts.length !== images.length + 1) return el("div", { class: "question" }, el("div", { class: "images" }, ...images), story.question);
-  return el("div", { class: "question" }, texts[0], ...images.flatMap((image, i) => [image, texts[i + 1]]));
+  const text = (part, inline) => (browser.written ? part : drawn(part, inline)), node = el("div", { class: browser.written ? "question" : "question read" });
+  if (!images.length) node.append(text(story.question));
+  else if (texts.length !== images.length + 1) node.append(el("div", { class: "images" }, ...images), text(story.question));
+  else node.append(text(texts[0], true), ...images.flatMap((image, i) => [image, text(texts[i + 1], true)]));
+  return node;
 }
 
-function visitNode(story, step) {
-  const groups = story.groups.filter((g) => g.step === step);
-  return el("section", { class: "visit" }, el("h4", {}, `step ${step}${groups[0].replayed ? ", replayed" : ""}`), groups.map((group) => groupNode(story, group)));
+function visitNode(story, visit) {
+  const groups = story.groups.filter((g) => visitOf(g) === visit), { event, step, replayed } = groups[0];
+  const when = event === "final" ? "evaluation of final/" : event === "eval" ? `evaluation at step ${step}` : `step ${step}`;
+  return el("section", { class: "visit" }, el("h4", {}, `${when}${replayed ? ", replayed" : ""}`), groups.map((group) => groupNode(story, group)));
 }
 
 function groupNode(story, group) {
@@ -152,7 +289,7 @@ function groupNode(story, group) {
     : "wrong_answers" in audit ? `listed as wrong: ${audit.wrong_answers.join(", ") || "none"}` : "";
   return el("div", { class: "group" }, el("p", {}, el("span", { class: "kind" }, kindName(group.kind)), ` ${right} of ${graded.length} right `, el("span", { class: "dim" }, facts)),
     el("details", { class: "prompt" }, el("summary", {}, `prompt as the student saw it (${count(group.prompt_tokens)} tokens)`), promptNode(story.prompts[group.prompt], audit)),
-    group.rollouts.map((rollout, i) => rolloutNode(rollout, i, group)));
+    group.rollouts.map((rollout, i) => rolloutNode(rollout, i, group, story.prompts[group.prompt])));
 }
 
 /* The prompt with its candidates marked; which one is right is known from the log alone. */
@@ -169,31 +306,48 @@ function promptNode(text, audit) {
   return pre;
 }
 
-function rolloutNode(r, i, group) {
+function rolloutNode(r, i, group, prompt) {
   const verdict = r.graded ? (r.correct ? "right" : "wrong") : "none";
   const which = (r.class ?? "").split(":")[2];
-  const facts = [r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}`, `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
-  return el("details", { class: "rollout" }, el("summary", {}, el("span", { class: "dim" }, String(i + 1)),
+  const facts = [r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}`, r.advantage === null ? null : `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
+  const body = el("div", { class: "completion" }), thinkOpen = prompt.lastIndexOf("<think>") > prompt.lastIndexOf("</think>");
+  const fill = () => {
+    if (r.completion === null) body.replaceChildren(el("p", { class: "facts" }, "left out of this page to keep it small; zppo inspect shows it"));
+    else if (browser.written) body.replaceChildren(writtenNode(r.completion, verdict, thinkOpen));
+    else body.replaceChildren(...completionNodes(r.completion, verdict, thinkOpen));
+  };
+  const node = el("details", { class: "rollout" }, el("summary", {}, el("span", { class: "dim" }, String(i + 1)),
     el("span", { class: `verdict ${verdict}` }, verdict === "none" ? "– not graded" : verdict === "right" ? "✓ right" : "✗ wrong"),
     el("span", { class: "answer" }, r.answer ?? "no answer"), el("span", { class: "dim" }, facts.filter(Boolean).join(" · "))),
-  el("pre", {}, r.completion ?? "left out of this page to keep it small; zppo inspect shows it"));
+  body);
+  /* drawn when it is opened: a story may have hundreds */
+  node.addEventListener("toggle", () => { if (node.open && !body.childNodes.length) fill(); });
+  node.redraw = () => (node.open ? fill() : body.replaceChildren());
+  return node;
+}
+
+function toggleWritten() {
+  browser.written = !browser.written;
+  document.getElementById("written").setAttribute("aria-pressed", String(browser.written));
+  document.querySelector("#story .question")?.replaceWith(questionNode(browser.story));
+  for (const node of document.querySelectorAll("#story .rollout")) node.redraw();
 }
 
 function move(by) {
-  const at = browser.shown.findIndex((q) => q.id === browser.open), next = browser.shown[Math.max(0, at < 0 ? 0 : at + by)];
+  const at = browser.shown.findIndex((q) => q.key === browser.open), next = browser.shown[Math.max(0, at < 0 ? 0 : at + by)];
   if (!next) return;
   if (browser.shown.indexOf(next) >= browser.limit) { browser.limit += 200; drawList(); }
-  openStory(next.id);
+  openStory(next.key);
 }
 
 function toggleAll() {
-  const nodes = [...document.querySelectorAll("#story details")], open = nodes.some((node) => !node.open);
+  const nodes = [...document.querySelectorAll("#story details:not(.thoughts)")], open = nodes.some((node) => !node.open);
   for (const node of nodes) node.open = open;
 }
 
 function searchKey(event) {
   if (event.key === "Escape") { event.target.value = ""; event.target.blur(); filter(); }
-  if (event.key === "Enter" && browser.shown.length) openStory(browser.shown[0].id);
+  if (event.key === "Enter" && browser.shown.length) openStory(browser.shown[0].key);
 }
 
 document.addEventListener("keydown", (event) => {
@@ -203,4 +357,5 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "j" || (inList && event.key === "ArrowDown")) { event.preventDefault(); move(1); }
   else if (event.key === "k" || (inList && event.key === "ArrowUp")) { event.preventDefault(); move(-1); }
   else if (event.key === "e") toggleAll();
+  else if (event.key === "w" && browser.story) toggleWritten();
 });

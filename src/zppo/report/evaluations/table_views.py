@@ -1,4 +1,4 @@
-"""`zppo eval table`: the tables of `zppo.report.paper_tables` in a terminal, as Markdown, as CSV, and as a page."""
+"""`zppo eval table`: the tables of `zppo.report.evaluations.paper_tables` in a terminal, as Markdown, as CSV, and as a page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.text import Text
 from zppo import __version__
 from zppo.errors import SettingsError
 from zppo.report.bootstrap import RESAMPLES
-from zppo.report.paper_tables import BEST, MethodRow, paper_rows_of, rows_of, tables_of_rows
+from zppo.report.evaluations.paper_tables import BEST, MethodRow, paper_rows_of, rows_of, tables_of_rows
 from zppo.report.tables import EvaluationResults, Heading, Strong, Table, unlike
 
 _GAP = 2  # columns between the columns of a table in a terminal

@@ -1,0 +1,1 @@
+"""Results of `zppo eval` side by side: `zppo eval table`."""
