@@ -181,7 +181,7 @@ def test_rows_are_named_by_recipe_label_and_what_differs(tmp_path: Path) -> None
     ]
     rows, _ = rows_of(folders)
     assert [(row.size, row.title) for row in rows] == [
-        ("2B", "ZPPO rho_aug=0.5"), ("2B", "ZPPO rho_aug=1.0 (2 seeds)"), ("2B", "zppo-placebo"), ("2B", "Base"), ("9B", "Tuned"),
+        ("2B", "ZPPO zone.rho_aug=0.5"), ("2B", "ZPPO zone.rho_aug=1.0 (2 seeds)"), ("2B", "zppo-placebo"), ("2B", "Base"), ("9B", "Tuned"),
         ("", "Tuned (2 seeds)"),
     ]  # fmt: skip
     same = [str(run(tmp_path / name, "grpo", "2B", figures)) for name in ("k", "l")]

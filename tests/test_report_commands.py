@@ -16,9 +16,9 @@ from conftest import make_tiny
 from report_runs import change_rows, files_of, invented_run, rows_of
 from zppo.cli import main
 from zppo.config.help import known_keys
-from zppo.report.compare import NOT_ARMS, arms_of, compare_runs, comparison_charts
+from zppo.report.compare import arms_of, compare_runs, comparison_charts
 from zppo.report.page import write_figures
-from zppo.report.read_run import open_run
+from zppo.report.read_run import NOT_ARMS, open_run
 from zppo.report.summary import Reader
 
 pytestmark = pytest.mark.slow
@@ -130,6 +130,19 @@ def test_what_changes_nothing_that_is_learned_makes_no_arm(tmp_path: Path) -> No
     (folders[1] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     names = [arm.name for arm in arms_of([open_run(folder) for folder in folders])]
     assert len(names) == 2 and names[1] == "zppo train.learning_rate=0.5"
+
+
+def test_words_of_ones_own_make_an_arm_though_they_have_one_name_in_every_run(tmp_path: Path) -> None:
+    folders = runs_of(tmp_path, {"seed": 0}, {"seed": 1}, {"seed": 2})
+    for folder, words in zip(folders, ("Box it.", "Box it.", "Think."), strict=True):
+        (folder / "words").mkdir()
+        (folder / "words" / "prompts.closing.jinja").write_text(words)
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["prompts"] = {"closing": "words/prompts.closing.jinja"}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arms = arms_of([open_run(folder) for folder in folders])
+    assert [list(arm.runs) for arm in arms] == [[0, 1], [2]]
+    assert all(arm.name.startswith("zppo prompts.closing=sha256:") for arm in arms) and arms[0].name != arms[1].name
 
 
 def test_a_recipe_of_an_older_version_is_no_arm_of_its_own(tmp_path: Path) -> None:

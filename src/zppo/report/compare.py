@@ -47,6 +47,11 @@ class Arm:
     name: str
     runs: Mapping[int, Run]
 
+    def settings(self) -> dict[str, str]:
+        """Those that all of its runs share, dotted."""
+        run = next(iter(self.runs.values()))
+        return flat_recipe(run.recipe, run.folder)
+
 
 Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """By arm, by seed, by quantity; None is not known."""
@@ -142,12 +147,12 @@ def comparison_csv(comparison: RunComparison) -> str:
 
 def comparison_json(comparison: RunComparison) -> str:
     """Arms with their settings that differ and their runs' results, and the pairs; null is not known."""
-    flats = {arm.name: flat_recipe(next(iter(arm.runs.values())).recipe) for arm in comparison.arms}
-    differ = differing(list(flats.values()))
+    flats = {arm.name: arm.settings() for arm in comparison.arms}
+    keys = differing(list(flats.values()))
     arms = [
         {
             "name": arm.name,
-            "settings": {key: flats[arm.name].get(key) for key in differ},
+            "settings": {key: flats[arm.name].get(key) for key in keys},
             "runs": [
                 {"run": str(run.folder), "seed": seed, "steps": run.last_step, "results": comparison.results[arm.name][seed]}
                 for seed, run in arm.runs.items()
@@ -192,7 +197,7 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
     """Runs by recipe, in order of first appearance. Equal recipes with equal seeds cannot be one arm: each is one by its folder's name."""
     recipes: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        recipes.setdefault(tuple(sorted(flat_recipe(run.recipe).items())), []).append(run)
+        recipes.setdefault(tuple(sorted(flat_recipe(run.recipe, run.folder).items())), []).append(run)
     groups: list[tuple[str, list[Run]]] = []
     names = arm_names([dict(key) for key in recipes])
     for name, members in zip(names, recipes.values(), strict=True):
@@ -329,7 +334,7 @@ def _runs(arms: Sequence[Arm], results: Results) -> Table:
 
 
 def _differences(arms: Sequence[Arm]) -> Table:
-    recipes = [flat_recipe(next(iter(arm.runs.values())).recipe) for arm in arms]
+    recipes = [arm.settings() for arm in arms]
     rows = tuple((key, *(recipe.get(key, "–") for recipe in recipes)) for key in differing(recipes))
     caption = "Seeds, and settings that change nothing of what is learned (checkpoints, memory, addresses, ...), are left out."
     return Table("recipes", RESULTS, "Settings that differ", ("setting", *(arm.name for arm in arms)), rows, caption)

@@ -5,6 +5,7 @@ One pass over the rollout files, file by file and without the completions: sums 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError, ZPPOError, one_line
 from zppo.report.audits import Counts, count_group, count_leaks
+from zppo.runs.files import WORDS
 from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
 
 RECIPE, FINAL = "recipe.yaml", "final"
@@ -115,8 +117,11 @@ NOT_ARMS = (
 much of it at once. And the seed, over which arms are means."""
 
 
-def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting that makes an arm, dotted; with today's defaults where the recipe is of an older version, as far as it can be read."""
+def flat_recipe(recipe: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Every setting that makes an arm, dotted; with today's defaults where the recipe is of an older version, as far as it can be read.
+
+    Texts that lie in the run's folder under one name in every run (templates) are told apart by their digests.
+    """
     with suppress(ZPPOError):
         recipe = _filled(recipe, load_recipe(recipe).model_dump(mode="json"))
 
@@ -125,7 +130,16 @@ def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, str]:
             return [item for key, inner in value.items() for item in walk(inner, f"{prefix}.{key}" if prefix else str(key))]
         return [(prefix, str(value))]
 
-    return {key: value for key, value in walk(recipe, "") if key not in NOT_ARMS}
+    return {key: value for key, value in walk(_with_words(recipe, folder), "") if key not in NOT_ARMS}
+
+
+def _with_words(value: Any, folder: Path) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_words(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_words(inner, folder) for inner in value]
+    kept = isinstance(value, str) and value.startswith(f"{WORDS}/") and (folder / value).is_file()
+    return f"sha256:{hashlib.sha256((folder / value).read_bytes()).hexdigest()[:8]}" if kept else value
 
 
 def _filled(recipe: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any]:

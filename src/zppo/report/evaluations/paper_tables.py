@@ -81,6 +81,7 @@ class _Given:
     size: str | None
     method: str | None
     recipe: Mapping[str, Any] | None
+    run: Path
 
 
 def rows_of(names: Sequence[str]) -> tuple[list[MethodRow], list[EvaluationResults]]:
@@ -102,7 +103,7 @@ def rows_of(names: Sequence[str]) -> tuple[list[MethodRow], list[EvaluationResul
     groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[_Given]] = {}
     for each in given:
         size, method = _size(each), each.method or _method(each, started)
-        recipe = () if each.method or each.recipe is None else tuple(sorted(flat_recipe(each.recipe).items()))
+        recipe = () if each.method or each.recipe is None else tuple(sorted(flat_recipe(each.recipe, each.run).items()))
         groups.setdefault((size, method, recipe), []).append(each)
     rows = []
     for (size, method, recipe), members in groups.items():
@@ -123,15 +124,9 @@ def _given(name: str) -> _Given:
         label, path = "", name
     size, colon, method = label.rpartition(":")
     evaluation = read_evaluation(Path(path).expanduser())
-    return _Given(evaluation, size if colon else None, method or None, _recipe(evaluation))
-
-
-def _recipe(evaluation: EvaluationResults) -> Mapping[str, Any] | None:
-    """The recipe of the run whose student was evaluated, None where it is no run's."""
-    for folder in (evaluation.path.parent, Path(evaluation.label).parent):
-        if (folder / RECIPE).is_file():
-            return read_recipe(folder)
-    return None
+    folders = (evaluation.path.parent, Path(evaluation.label).parent)
+    run = next((folder for folder in folders if (folder / RECIPE).is_file()), None)
+    return _Given(evaluation, size if colon else None, method or None, read_recipe(run) if run else None, run or folders[0])
 
 
 def _setting(recipe: Mapping[str, Any], section: str, key: str) -> str:
