@@ -51,7 +51,7 @@ function choices() {
 
 function buildBrowser() {
   const data = report.data;
-  const search = el("input", { id: "search", type: "search", placeholder: "question, id, answer, or what a completion says", oninput: filter, onkeydown: searchKey, autocomplete: "off" });
+  const search = el("input", { id: "search", type: "search", placeholder: "question, id, answer, completion", oninput: filter, onkeydown: searchKey, autocomplete: "off" });
   const from = (id, label, attributes) => el("label", { class: "step" }, label, el("input", { id, type: "number", oninput: filter, ...attributes }));
   const pair = (id, label, attributes) => el("span", { class: "pair", role: "group", "aria-label": label }, from(`${id}from`, `${label} from`, attributes), from(`${id}to`, "to", attributes));
   const whole = { min: 1, inputmode: "numeric" };
