@@ -124,3 +124,46 @@ class Browser:
     def screenshot(self, path: Path) -> None:
         """What the window shows, as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+
+def shown_ids(page: Browser) -> list[str]:
+    found: list[str] = page.eval("browser.shown.map((q) => q.id)")
+    return found
+
+
+def set_field(page: Browser, field: str, value: str) -> None:
+    """Choose or type a value, as a person would make the page hear of it."""
+    page.eval(
+        f"(() => {{ const node = document.getElementById({json.dumps(field)}); node.value = {json.dumps(value)};"
+        "node.dispatchEvent(new Event('input', {bubbles: true})); node.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
+
+
+def field_value(page: Browser, field: str) -> str:
+    return str(page.eval(f"document.getElementById({json.dumps(field)}).value"))
+
+
+def click(browser: Browser, selector: str) -> None:
+    """A person's click, by the mouse."""
+    browser.eval(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+    box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+    x, y = browser.eval(f"[{box}.left + {box}.width / 2, {box}.top + {box}.height / 2]")
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+
+def drag(browser: Browser, selector: str) -> None:
+    """A box in the middle of something, drawn with the mouse."""
+    browser.eval(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+    box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+    x, y, width, height = browser.eval(f"[{box}.left, {box}.top, {box}.width, {box}.height]")
+    for kind, share in (("mouseMoved", 0.3), ("mousePressed", 0.3), ("mouseMoved", 0.5), ("mouseMoved", 0.7), ("mouseReleased", 0.7)):
+        place = {"x": x + share * width, "y": y + share * height}
+        browser.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **place)
+    browser.eval("new Promise((done) => setTimeout(done, 300))")
+
+
+def draw_all(page: Browser) -> None:
+    """Draw every chart of a report, also those further down."""
+    page.eval("dispatchEvent(new Event('beforeprint')); dispatchEvent(new Event('afterprint'))")
+    page.until("[...report.plots.values()].every((p) => p.drawn && p.node.querySelector('.main-svg'))")

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from starlette.testclient import TestClient
     from transformers import PreTrainedTokenizerFast
 
+    from chromium import Browser
     from serving import Counting
     from victims import Victims
     from zppo.engines.chat import Chat
@@ -243,3 +244,23 @@ def client(engine: Counting, chat: Chat) -> Iterator[TestClient]:
 
     with connected(engine, chat) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def shared_browser() -> Iterator[Browser]:
+    from chromium import Browser
+
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(shared_browser: Browser) -> Iterator[Browser]:
+    """A window of a desktop's size; whatever a test does, nothing may fail in it."""
+    shared_browser.call("Page.navigate", url="about:blank")  # the page of the test before may still ask its server, which is gone
+    shared_browser.until("location.href === 'about:blank'")
+    shared_browser.errors.clear()
+    shared_browser.requests.clear()
+    shared_browser.size(1280, 900)
+    yield shared_browser
+    assert shared_browser.errors == []

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import threading
-import urllib.error
-import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from chromium import Browser
+from chromium import Browser, draw_all, set_field, shown_ids
 from report_runs import change_rows, evaluated, files_of, invented_run, rows_of
 from zppo.grading.text import final_part
-from zppo.report.compare import compare_command
 from zppo.report.page import report_command, report_page, script_json
 from zppo.report.read_run import open_run
 from zppo.report.summary import Reader
-from zppo.report.watch import WatchedComparison, WatchedRun, make_server, search_completions
+from zppo.report.watch import search_completions
 
 pytestmark = pytest.mark.slow
 
@@ -60,24 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture(scope="module")
-def shared_browser() -> Iterator[Browser]:
-    with Browser() as browser:
-        yield browser
-
-
-@pytest.fixture
-def browser(shared_browser: Browser) -> Iterator[Browser]:
-    """A window of a desktop's size; whatever a test does, nothing may fail in it."""
-    shared_browser.call("Page.navigate", url="about:blank")  # the page of the test before may still ask its server, which is gone
-    shared_browser.until("location.href === 'about:blank'")
-    shared_browser.errors.clear()
-    shared_browser.requests.clear()
-    shared_browser.size(1280, 900)
-    yield shared_browser
-    assert shared_browser.errors == []
-
-
 def open_all(page: Browser) -> None:
     """Open every answer; what is drawn is drawn then."""
     page.eval("document.querySelectorAll('#story details:not(.thoughts)').forEach((d) => { d.open = true; })")
@@ -90,19 +68,6 @@ def page(browser: Browser, folder: Path) -> Browser:
     return browser
 
 
-def shown_ids(page: Browser) -> list[str]:
-    found: list[str] = page.eval("browser.shown.map((q) => q.id)")
-    return found
-
-
-def set_field(page: Browser, field: str, value: str) -> None:
-    """Choose or type a value, as a person would make the page hear of it."""
-    page.eval(
-        f"(() => {{ const node = document.getElementById({json.dumps(field)}); node.value = {json.dumps(value)};"
-        "node.dispatchEvent(new Event('input', {bubbles: true})); node.dispatchEvent(new Event('change', {bubbles: true})); })()"
-    )
-
-
 def test_the_page_loads_alone_and_without_errors(page: Browser, folder: Path) -> None:
     address = (folder / "report.html").as_uri()
     assert {url for url in page.requests if not url.startswith(("data:", "blob:"))} == {address}
@@ -111,11 +76,6 @@ def test_the_page_loads_alone_and_without_errors(page: Browser, folder: Path) ->
         "Dynamics", "The zone", "Audits", "Questions", "Recipe",
     ]  # fmt: skip
     assert "zppo" in page.eval("document.getElementById('head').textContent")
-
-
-def draw_all(page: Browser) -> None:
-    page.eval("dispatchEvent(new Event('beforeprint')); dispatchEvent(new Event('afterprint'))")
-    page.until("[...report.plots.values()].every((p) => p.drawn && p.node.querySelector('.main-svg'))")
 
 
 def test_a_figure_s_numbers_equal_those_of_the_parquet_files(page: Browser, folder: Path) -> None:
@@ -455,192 +415,3 @@ def test_held_out_completions_can_be_browsed(browser: Browser, tmp_path: Path) -
     assert browser.eval("[...document.querySelectorAll('#story .rollout pre')].map((p) => p.textContent)") == own
     browser.eval(f"openStory({json.dumps(key.removeprefix('held-out='))})")  # the training question of the same id
     browser.until("document.querySelector('#story h4')?.textContent.startsWith('step ')")
-
-
-# Watching
-
-
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A run of three steps that is being watched."""
-    run = invented_run(tmp_path / "run", steps=3)
-    with make_server(WatchedRun(Reader(run)), 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/", run
-        server.shutdown()
-        thread.join()
-
-
-def test_watching_shows_every_question_and_every_new_step(browser: Browser, address: tuple[str, Path]) -> None:
-    url, run = address
-    browser.open(url)
-    assert {request for request in browser.requests if not request.startswith(("data:", url))} == set()
-    known = set(shown_ids(browser))
-    assert known == {row["question_id"] for row in rows_of(run)}
-    browser.until("document.querySelector('#story .rollout')")  # read from the parquet files
-    draw_all(browser)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    step = {**json.loads(next(line for line in lines if '"step": 3' in line and '"loss"' in line)), "step": 4}
-    new = run / "new.parquet"
-    new.write_bytes(files_of(run)[0].read_bytes())
-    change_rows(new, lambda row: {**row, "step": 4, "question_id": f"new {row['question_id']}"})
-    new.rename(run / "rollouts" / "step-000004.parquet")  # whole, as a run writes it
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(step) + "\n")
-    browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
-    assert known < set(shown_ids(browser))
-    browser.eval(f"openStory({json.dumps('new ' + ATTACKED)})")
-    browser.until(f"document.querySelector('#story h3').firstChild.textContent === {json.dumps('new ' + ATTACKED)}")
-    assert browser.eval("document.querySelectorAll('#story .rollout').length") >= 8
-
-
-def one_more_step(run: Path, step: int, **changes: Any) -> None:
-    """The run goes on: the rows of step 1 again, as a later step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if line["event"] == "step")
-    new = run / "new.parquet"
-    new.write_bytes(files_of(run)[0].read_bytes())
-    change_rows(new, lambda row: {**row, "step": step})
-    new.rename(run / "rollouts" / f"step-{step:06d}.parquet")
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({**first, "step": step, **changes}) + "\n")
-
-
-def click(browser: Browser, selector: str) -> None:
-    """A person's click, by the mouse."""
-    browser.eval(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-    box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-    x, y = browser.eval(f"[{box}.left + {box}.width / 2, {box}.top + {box}.height / 2]")
-    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
-
-
-def drag(browser: Browser, selector: str) -> None:
-    """A box in the middle of something, drawn with the mouse."""
-    browser.eval(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-    box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-    x, y, width, height = browser.eval(f"[{box}.left, {box}.top, {box}.width, {box}.height]")
-    for kind, share in (("mouseMoved", 0.3), ("mousePressed", 0.3), ("mouseMoved", 0.5), ("mouseMoved", 0.7), ("mouseReleased", 0.7)):
-        place = {"x": x + share * width, "y": y + share * height}
-        browser.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **place)
-    browser.eval("new Promise((done) => setTimeout(done, 300))")
-
-
-def test_an_update_keeps_zoom_legend_choices_filters_and_the_open_story(browser: Browser, address: tuple[str, Path]) -> None:
-    url, run = address
-    browser.open(url)
-    draw_all(browser)
-    browser.eval(f"openStory({json.dumps(ATTACKED)})")
-    browser.until(f"document.querySelector('#story h3')?.firstChild.textContent === {json.dumps(ATTACKED)}")
-    browser.eval("document.querySelector('#story .rollout').open = true")
-    browser.until("document.querySelector('#story .completion').childNodes.length")
-    set_field(browser, "filter-level", "easy")
-    shown = shown_ids(browser)
-    drag(browser, "#chart-loss .nsewdrag")
-    zoomed = browser.eval(ranges := "['xaxis', 'yaxis'].map((a) => report.plots.get('loss').node.layout[a].range)")
-    assert 1 < zoomed[0][0] < zoomed[0][1] < 3
-    click(browser, "#chart-accuracy .legend .traces:nth-child(2) .legendtoggle")
-    browser.until("report.plots.get('accuracy').node.calcdata.filter((d) => d[0].trace.visible === 'legendonly').length === 1", 10)
-    visits = browser.eval("document.querySelectorAll('#story .visit').length")
-
-    unreachable = {"teacher_unreachable": 3.0}  # a chart that was not there before
-    one_more_step(run, 4, **unreachable)
-    browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
-    browser.until(f"document.querySelectorAll('#story .visit').length === {visits + 1}")
-    assert browser.eval(ranges) == zoomed
-    visible = "report.plots.get('accuracy').node.data.map((t) => [t.name, t.visible ?? true])"
-    assert browser.eval(visible) == [["plain", True], ["BCQ", "legendonly"], ["NCQ", True]]
-    assert browser.eval(
-        "document.querySelector('#story .rollout').open && document.querySelector('#story .completion').childNodes.length > 0"
-    )
-    assert browser.eval("browser.open") == ATTACKED and field_value(browser, "filter-level") == "easy"
-    assert set(shown) <= set(shown_ids(browser))
-    assert browser.eval("report.plots.has('teacher-missing') && [...document.querySelectorAll('.plot')].every((n) => n.isConnected)")
-
-
-def field_value(page: Browser, field: str) -> str:
-    return str(page.eval(f"document.getElementById({json.dumps(field)}).value"))
-
-
-def test_watching_says_how_far_the_run_is_and_searches_completions(browser: Browser, address: tuple[str, Path]) -> None:
-    url, run = address
-    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("steps: 3", "steps: 30"))
-    browser.open(url)
-    wanted = r"^live · step 3 of 30 · 6 min a step · about 2 h 38 min left · last news \d+ s ago$"
-    browser.until(f"/{wanted}/.test(document.getElementById('live').textContent)", 15)
-    made = browser.eval("document.getElementById('made').textContent")
-    one_more_step(run, 4)
-    browser.until("document.getElementById('live').textContent.startsWith('live · step 4 of 30')", 30)
-    assert browser.eval("document.getElementById('made').textContent") > made
-    row = next(row for row in rows_of(run) if row["kind"] == "ncq" and row["answer"])
-    word = row["completion"].split()[-1]
-    set_field(browser, "search", word)
-    browser.until("!document.getElementById('shown').textContent.includes('looking')", 20)
-    assert set(shown_ids(browser)) == {r["question_id"] for r in rows_of(run) if word.lower() in r["completion"].lower()}
-
-
-def get(url: str, host: str | None = None) -> tuple[int, str]:
-    request = urllib.request.Request(url, headers={"Host": host} if host else {})
-    try:
-        with urllib.request.urlopen(request, timeout=20) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def test_the_server_answers_its_own_pages_only(address: tuple[str, Path]) -> None:
-    url, run = address
-    assert get(url + "stamp")[0] == 200 and get(url + "data")[0] == 200
-    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.nip.io:8765", "x@evil.example", "[::1]evil"):
-        assert get(url, host=host)[0] in (400, 403), host
-    for host in ("localhost:9999", "127.0.0.1:1", "localhost", "[::1]:8765"):  # the other end of a tunnel
-        assert get(url + "stamp", host=host)[0] == 200, host
-    assert get(url + "recipe.yaml")[0] == 404 and get(url + "story?key=../recipe.yaml")[0] == 404
-    assert get(url + "story?key=invented.jsonl:1")[0] == 200
-    (run / "rollouts" / "step-000009.parquet").write_bytes(b"torn")
-    status, text = get(url + "data")
-    assert status == 200 and '["left out, damaged","step-000009.parquet"]' in text
-
-
-# Comparing
-
-
-def test_several_live_runs_on_one_page(browser: Browser, tmp_path: Path) -> None:
-    runs = [invented_run(tmp_path / name, method=name, steps=3) for name in ("zppo", "grpo")]
-    just_begun = tmp_path / "just-begun"
-    just_begun.mkdir()
-    (just_begun / "recipe.yaml").write_text((runs[0] / "recipe.yaml").read_text().replace("seed: 0", "seed: 5"))
-    with make_server(WatchedComparison([*runs, just_begun]), 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            browser.open(f"http://127.0.0.1:{server.server_port}/")
-            draw_all(browser)
-            names = browser.eval("report.plots.get('accuracy-plain').chart.series.map((s) => [s.name, s.x.length])")
-            assert names == [["zppo", 3], ["grpo", 3]]
-            assert "just-begun" in browser.eval("document.body.textContent")
-            one_more_step(runs[1], 4)
-            browser.until("report.plots.get('accuracy-plain').node.data.some((t) => t.x.length === 4)", 30)
-            at = browser.eval("document.getElementById('live').textContent")
-            assert "grpo step 4 of 3" in at and "just-begun step 0 of 3" in at
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_the_page_of_a_comparison(browser: Browser, tmp_path: Path) -> None:
-    runs = [
-        invented_run(tmp_path / f"{method}-{seed}", seed=seed, steps=4, method=method) for method in ("zppo", "grpo") for seed in (0, 1)
-    ]
-    compare_command(runs, html=True, out=tmp_path / "compare.html", suffixes=())
-    browser.open((tmp_path / "compare.html").as_uri())
-    draw_all(browser)
-    drawn = browser.eval("report.plots.get('accuracy-plain').chart.series")
-    assert [series["name"] for series in drawn] == ["zppo", "grpo"]
-    metrics = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
-    values = [[m["accuracy"]["plain"] for m in lines if m["event"] == "step"] for lines in metrics]
-    assert drawn[0]["y"] == pytest.approx([(a + b) / 2 for a, b in zip(values[0], values[1], strict=True)], rel=1e-5)
-    assert drawn[0]["low"] == pytest.approx([min(p) for p in zip(values[0], values[1], strict=True)], rel=1e-5)
-    assert [s["name"] for s in browser.eval("report.plots.get('accuracy-bcq').chart.series")] == ["zppo"]
-    assert browser.eval("document.getElementById('questions')") is None
