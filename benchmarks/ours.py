@@ -80,7 +80,7 @@ class Script:
         self.trivial, self._calls = trivial, 0
         self._answers.clear()
 
-    def score(self, answered: Sequence[Any]) -> list[Any]:
+    def score(self, answered: Sequence[Any], log: Any = None) -> list[Any]:
         """A verdict per completion: plain groups come first in a step, then reformulated ones; of the teacher's 3 in 4 are right."""
         from zppo.grading.grader import Verdict
 

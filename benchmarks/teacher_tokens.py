@@ -27,7 +27,7 @@ STEP = 1
 class Claims(Script):
     """A teacher that claims its lengths. A question is as hard for it as chance will have it: on one in five it is never right in four."""
 
-    def score(self, answered: Sequence[Any]) -> list[Any]:
+    def score(self, answered: Sequence[Any], log: Any = None) -> list[Any]:
         """Of the teacher's responses alone: right with a chance that is the question's own, uniform in [0, 1]."""
         from zppo.core.draws import keyed_random
         from zppo.grading.grader import Verdict

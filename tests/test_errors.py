@@ -14,7 +14,7 @@ import pytest
 from error_cases import CASES, World
 from zppo import cli
 from zppo.config.recipe import load_recipe
-from zppo.errors import ModelError
+from zppo.errors import ModelError, one_line
 from zppo.planning.dry_run import check_files
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -111,3 +111,9 @@ def test_a_machine_that_is_used_up_is_said(
     assert cli.main(["methods"]) == 2
     message = capsys.readouterr().err
     assert said in " ".join(message.split()) and "Traceback" not in message
+
+
+def test_an_error_that_is_its_own_cause_is_said_and_does_not_hang() -> None:
+    first, second = ValueError("the first"), RuntimeError("the second")
+    first.__context__, second.__cause__ = second, first
+    assert one_line(first) == "the first" and one_line(second) == "the second"

@@ -111,4 +111,4 @@ def test_the_client_of_an_evaluation_has_the_same_way(server: Server, monkeypatc
     from zppo.evals.options import Decoding
 
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    assert served_model(server.url, "tiny", "", Decoding(), 1).name == "tiny"
+    assert served_model(server.url, "tiny", "", Decoding(), 1, {}).name == "tiny"

@@ -188,15 +188,15 @@ def test_a_run_whose_engine_begins_to_lie_falls_back_and_resumes_the_same(
     zppo: Callable[..., tuple[int, str]], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the fourth step on the engine is off by 0.01; a run that is resumed after step 4 does not have to find out again."""
-    real, calls = TransformersEngine.sample, [0]
+    real, calls = TransformersEngine.stream, [0]
 
-    def sample(self: TransformersEngine, requests: Any, sampling: Any) -> Any:
-        done = real(self, requests, sampling)
+    def stream(self: TransformersEngine, requests: Any, sampling: Any) -> Any:
         calls[0] += len(requests) > 1  # `EngineCheck`'s probe is one request
         wrong = 0.01 * (len(requests) > 1 and calls[0] > 6)  # two calls a step: plain and reformulated prompts
-        return [[replace(c, logprobs=c.logprobs - wrong) for c in group] for group in done]
+        for at, sample, completion in real(self, requests, sampling):
+            yield at, sample, replace(completion, logprobs=completion.logprobs - wrong)
 
-    monkeypatch.setattr(TransformersEngine, "sample", sample)
+    monkeypatch.setattr(TransformersEngine, "stream", stream)
     short = ["--data.eval=null", "--train.checkpoint_every=2", "--teacher.compression.enabled=false"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     status, said = zppo("train", recipe, *short, f"--output={whole}")

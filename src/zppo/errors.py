@@ -13,9 +13,13 @@ def one_line(error: BaseException, most: int = 400) -> str:
     Where a package is missing for the proxy of this machine, that is said: what the library makes of it sounds like a wrong name.
     """
     cause: BaseException | None = error
-    while cause is not None and not (isinstance(cause, ImportError) and "SOCKS" in str(cause)):
+    seen: set[int] = set()  # an error that is raised again out of what it caused is its own cause
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, ImportError) and "SOCKS" in str(cause):
+            error = cause
+            break
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
-    error = cause or error
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= most else f"{text[: most - 3]}...").rstrip(".")
 
