@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from zppo.config.recipe import load_recipe
 from zppo.config.settings import ColumnSettings
 from zppo.core.types import Golds, Message, Question
 from zppo.data import load
@@ -24,6 +25,7 @@ from zppo.data.load import drop_long, load_questions
 from zppo.data.local_files import SourceSettings
 from zppo.data.order import batch_ids, effective_batch, steps_per_epochs
 from zppo.errors import DataError
+from zppo.rollout.data import idle_parts
 
 COLUMNS = ColumnSettings()
 GOOD = {"prompt": "p", "answer": "1"}
@@ -426,3 +428,16 @@ def test_the_data_end_where_the_epochs_end() -> None:
         effective_batch(0, 4)
     with pytest.raises(ValueError, match="no step -1"):
         batch_ids(3, 1, 0, -1)
+
+
+def test_a_batch_or_a_data_set_too_small_for_replay_and_help_is_said() -> None:
+    def said(questions: int, *overrides: str) -> list[str]:
+        return idle_parts(load_recipe(Path(__file__).parents[1] / "recipes" / "lab.yaml", overrides), questions)
+
+    assert said(1000) == []
+    assert [text.split(":")[0] for text in said(1000, "--rollout.batch_size=3")] == [
+        "no question is ever replayed",
+        "no hard question is ever asked again with help, so the teacher is of no use",
+    ]
+    assert "each of the 20 is new in every step" in said(20)[0]
+    assert said(20, "--method=grpo") == said(1000, "--rollout.batch_size=3", "--zone.rho_replay=0", "--zone.rho_aug=0") == []

@@ -82,7 +82,7 @@ def test_a_piped_run_says_what_it_is_at_and_the_table_is_there_in_its_last_evalu
 
     def look(student: Any, questions: Any, settings: Any, log: StepLog) -> Any:
         assert log.watch is not None
-        seen.append(shown(log.watch.__self__.progress))  # type: ignore[attr-defined]
+        seen.append(shown(log.watch.__self__))  # type: ignore[attr-defined]
         return evaluate(student, questions, settings, log)
 
     monkeypatch.setattr(finish, "evaluate_held_out", look)

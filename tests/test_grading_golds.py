@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from same_run import assert_same_run
 from zppo.cli import main
 from zppo.config.settings import Settings
+from zppo.core.metrics import wrong_example
 from zppo.core.types import Golds, Group, Message, Prompt, Question, Rollout
 from zppo.engines.base import Sampling
 from zppo.grading import Grader, has_gold_words
@@ -39,7 +40,6 @@ from zppo.teacher.compression import Source, accept
 from zppo.teacher.hints import accept_hint
 from zppo.teacher.interface import TeacherReply, TeacherSampling
 from zppo.teacher.judge import Case, Judge
-from zppo.train.health_checks import wrong_example
 from zppo.train.run import resume
 
 

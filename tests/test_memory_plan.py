@@ -241,6 +241,8 @@ def test_lengths_follow_the_settings_and_the_questions(folder: Path) -> None:
     short = [Question("q", (Message("user", "é" * 10),), "1")]
     assert within(settings(folder, "--data.max_prompt_tokens=4096"), short).data.max_prompt_tokens == 320
     assert within(settings(folder), short).data.max_prompt_tokens == 64
+    assert within(settings(folder), short, 1).rollout.batch_size == 1
+    assert within(settings(folder), short, 10**6).rollout.batch_size == settings(folder).rollout.batch_size
     wide = estimated(folder, "--method=off-distill")
     assert wide.logits / wide.tokens > 4 * base.logits / base.tokens
 

@@ -400,7 +400,7 @@ def _train(options: argparse.Namespace) -> None:
         )
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
-        memory = memory_rows(within(settings, asked), images=images)
+        memory = memory_rows(within(settings, asked, len(train)), images=images)
         console.print(render_plan(settings, plan, options.recipe, folder, memory))
         return
     start(settings, name)

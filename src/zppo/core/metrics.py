@@ -10,6 +10,8 @@ import torch
 from zppo.core.select import is_hard
 from zppo.core.types import PLAIN, Group, Rollout
 
+_MOST_SHOWN = 100  # characters of an answer
+
 
 def mean(values: Iterable[float]) -> float | None:
     """Arithmetic mean, None where there is nothing to average; NaNs are left out."""
@@ -53,3 +55,16 @@ def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> di
         "grading_timeout_share": mean(float(r.reason == "timeout") for r in rollouts),
         "ungraded": float(sum(not r.graded for r in rollouts)),
     }
+
+
+def wrong_example(groups: Sequence[Group]) -> str:
+    """The right answer and the answer of the first rollout that has one and is wrong, beside each other; "" where there is none."""
+    for group in groups:
+        for rollout in group.graded:
+            if not rollout.correct and rollout.answer is not None:
+                gold, answer = (
+                    repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...")
+                    for text in (str(group.question.gold), rollout.answer)
+                )
+                return f"Right answer {gold} | answer {answer} (question {group.question.id!r})"
+    return ""

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from zppo.grading.dates import same_moment
 from zppo.grading.numbers import ROUNDED_PLACES, figures_equal, is_huge, is_rounding, numbers_equal, parse_number, percent_equal
 from zppo.grading.structure import IDENTIFIER, AnswerKind, ParsedAnswer, labelled, opened, parse_answer, without_tail
 from zppo.grading.text import MAX_ANSWER, clean, nested_too_deep, text_key
 from zppo.grading.units import Unit, ratio, split_unit
-from zppo.grading.words import choice, is_prose, only_choice, same_words, says_nothing, yes_no
+from zppo.grading.words import choice, is_prose, only_choice, same_moment, same_words, says_nothing, yes_no
 
 MAX_ITEMS = 32  # items of one list; longer ones are compared as strings only
 

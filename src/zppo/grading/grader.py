@@ -6,15 +6,15 @@ import atexit
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from zppo.core.types import Gold
 from zppo.errors import SettingsError
-from zppo.grading.equality import compare, undecided
-from zppo.grading.golds import Pair, judge_answer
+from zppo.grading.equality import MAX_ITEMS, compare, undecided
+from zppo.grading.golds import Pair, answer_items, has_gold_words
 from zppo.grading.text import extract_boxed
 from zppo.grading.workers import WorkerPool
 
@@ -142,7 +142,7 @@ class Grader:
                 waiting[row] = _Open(grading, step)
 
         for row in dict.fromkeys(rows):
-            go_on(row, judge_answer(row[1], row[2], self._typed), None)
+            go_on(row, _judge_answer(row[1], row[2], self._typed), None)
         while waiting:
             little = spent.total >= self._in_a_step
             wave, given_up = self._next_wave(waiting, spent)
@@ -237,6 +237,81 @@ class Grader:
         return [
             Verdict(reason == "equal", answer, reason, float(reason == "equal")) for answer, reason in zip(answers, reasons, strict=True)
         ]
+
+
+Quick = Callable[[str, str], str | None]
+"""The outcome for a right answer and an answer, None where that takes a worker."""
+
+
+def _judge_answer(gold: Gold, answer: str, quick: Quick) -> Generator[Pair, str, str]:
+    """The outcome of one answer: "equal", "different", "timeout" or "error".
+
+    Yields the pairs that take a worker, one after the other, and is sent the outcome of each. What `quick` can decide comes first.
+    """
+    if isinstance(gold, str):
+        return quick(gold, answer) or (yield gold, answer)
+    if gold.how == "any":
+        return (yield from _any_of(gold.answers, answer, quick))
+    items = answer_items(answer, gold)
+    if max(len(items), len(gold.answers)) > MAX_ITEMS:
+        return "equal" if has_gold_words(gold, answer) else "different"
+    return (yield from (_in_order if gold.how == "ordered" else _in_any_order)(gold.answers, items, quick))
+
+
+def _any_of(golds: Sequence[str], answer: str, quick: Quick) -> Generator[Pair, str, str]:
+    said = [quick(gold, answer) for gold in golds]
+    if "equal" in said:
+        return "equal"
+    outcomes = []
+    for gold, known in zip(golds, said, strict=True):
+        outcomes.append(known or (yield gold, answer))
+        if outcomes[-1] == "equal":
+            return "equal"
+    return _failed(outcomes)
+
+
+def _in_order(golds: Sequence[str], items: Sequence[str], quick: Quick) -> Generator[Pair, str, str]:
+    if len(golds) != len(items):
+        return "different"
+    pairs = list(zip(golds, items, strict=True))
+    said = [quick(*pair) for pair in pairs]
+    if "different" in said:
+        return "different"
+    for pair, known in zip(pairs, said, strict=True):
+        outcome = known or (yield pair)
+        if outcome != "equal":
+            return outcome
+    return "equal"
+
+
+def _in_any_order(golds: Sequence[str], items: Sequence[str], quick: Quick) -> Generator[Pair, str, str]:
+    """Whether each gold can be paired with an item of its own; what comes twice counts once."""
+    rest, left = list(dict.fromkeys(golds)), list(dict.fromkeys(items))
+    if len(rest) != len(left):
+        return "different"
+    said = {(gold, item): quick(gold, item) for gold in rest for item in left}
+    for gold in tuple(rest):
+        match = next((item for item in left if said[gold, item] == "equal"), None)
+        if match is not None:
+            rest.remove(gold)
+            left.remove(match)
+    if any(all(said[gold, item] == "different" for item in left) for gold in rest):
+        return "different"
+    for gold in rest:
+        outcomes = []
+        for item in left:
+            outcomes.append(said[gold, item] or (yield gold, item))
+            if outcomes[-1] == "equal":
+                left.remove(item)
+                break
+        else:
+            return _failed(outcomes)
+    return "equal"
+
+
+def _failed(outcomes: Sequence[str]) -> str:
+    """The outcome where none of these was "equal"."""
+    return next((word for word in ("timeout", "error") if word in outcomes), "different")
 
 
 def _sent(grading: Generator[Pair, str, str], outcome: str | None, row: _Row) -> Pair | str:

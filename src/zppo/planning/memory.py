@@ -211,14 +211,18 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     )
 
 
-def within(settings: Settings, questions: Iterable[Question]) -> Settings:
-    """The settings with a prompt limit that the questions can reach: a token has a byte at least, an image those of the largest."""
+def within(settings: Settings, questions: Iterable[Question], train: int | None = None) -> Settings:
+    """The settings with limits that the questions can reach: a step takes no more than `train` of them, where that is given, and a
+    token of a prompt has a byte at least, an image those of the largest."""
     asked = list(questions)
     vision_shape = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
     each = vision_shape.tokens(settings.data.images.max_pixels) if vision_shape else 0
     longest = max((sum(len(m.content.encode()) for m in q.messages) + each * len(q.images) for q in asked), default=0)
     limit = min(settings.data.max_prompt_tokens, longest + _WORDS)
-    return settings.model_copy(update={"data": settings.data.model_copy(update={"max_prompt_tokens": limit})})
+    batch = settings.rollout.batch_size if train is None else min(settings.rollout.batch_size, train)
+    rollout = settings.rollout.model_copy(update={"batch_size": batch})
+    data = settings.data.model_copy(update={"max_prompt_tokens": limit})
+    return settings.model_copy(update={"data": data, "rollout": rollout})
 
 
 def activations_per_token(shape: DecoderShape, *, bf16: bool, recomputed: bool) -> tuple[float, float]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from zppo.core.types import Group
 
 EVERY = 50
 """Steps after which the same warning may come again."""
@@ -105,8 +103,6 @@ WATCHES = (
 STEPS_WITHOUT_RIGHT = 3
 """Steps at the start of a run, or after a resume, in which nothing was right before that is said."""
 
-_SHOWN = 100  # characters
-
 
 class HealthChecks:
     """Warns of what a step's metrics show, each thing once in `EVERY` steps.
@@ -154,15 +150,3 @@ class HealthChecks:
             return not self._some_right and self._all_wrong >= STEPS_WITHOUT_RIGHT
         self._some_right |= bool(accuracy)
         return False
-
-
-def wrong_example(groups: Sequence[Group]) -> str:
-    """The right answer and the answer of the first rollout that has one and is wrong, beside each other; "" where there is none."""
-    for group in groups:
-        for rollout in group.graded:
-            if not rollout.correct and rollout.answer is not None:
-                gold, answer = (
-                    repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...") for text in (str(group.question.gold), rollout.answer)
-                )
-                return f"Right answer {gold} | answer {answer} (question {group.question.id!r})"
-    return ""

@@ -117,7 +117,7 @@ class TrainingLoop:
         kinds = ("plain", *(r.kind for r in self.trainer.reformulator.reformulations))
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
-        self.trainer.watch = self._watch
+        self.trainer.watch = self.progress.part
         self.health = HealthChecks(own_reward=settings.grading.reward is not None)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
@@ -206,10 +206,6 @@ class TrainingLoop:
                     self.progress.warning(
                         f"what step {self.trainer.done} did could not be shown ({type(error).__name__}: {error}); the run goes on"
                     )
-
-    def _watch(self, part: str, done: int, total: int) -> None:
-        with self._harmless():
-            self.progress.part(part, done, total)
 
     def _show_warnings(self, log: StepLog) -> None:
         """What a person should know about the grading of a step or an evaluation."""

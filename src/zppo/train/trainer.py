@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics
+from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics, wrong_example
 from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import hard_groups, share_of
 from zppo.core.types import Group, Prompt, Question
@@ -17,11 +17,9 @@ from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.rollout.reformulated import Reformulator
 from zppo.rollout.run_data import RunData
 from zppo.rollout.student import StudentSampler
-from zppo.runs.log import RunLog
-from zppo.runs.system import usage
+from zppo.runs.log import RunLog, usage
 from zppo.step_log import StepLog
 from zppo.train.engine_checks import EngineCheck
-from zppo.train.health_checks import wrong_example
 from zppo.train.learner import Learner, PartialUpdate, UpdateResult, UpdateStopped
 from zppo.train.mid_step import MidStep, StepRollouts
 
