@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most of what is installed never is.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
-LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.py update.py chat.py data.py settings.py engine_checks.py) \
+LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.py update.py chat.py data.py settings.py engine_checks.py grading_rules.py) \
 	tests/test_train.py::test_a_run_leaves_its_files
 
 # Where the environment forbids compiled modules, each process would compile torch again: ten seconds instead of three.

@@ -435,7 +435,7 @@ def test_a_batch_or_a_data_set_too_small_for_replay_and_help_is_said() -> None:
         return idle_parts(load_recipe(Path(__file__).parents[1] / "recipes" / "lab.yaml", overrides), questions)
 
     assert said(1000) == []
-    assert [text.split(":")[0] for text in said(1000, "--rollout.batch_size=3")] == [
+    assert [text.split(":")[0] for text in said(1000, "--rollout.batch_size=3", "--zone.rho_aug=0.25")] == [
         "no question is ever replayed",
         "no hard question is ever asked again with help, so the teacher is of no use",
     ]
