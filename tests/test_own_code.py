@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -147,6 +148,30 @@ def test_a_part_of_a_model_brings_none_either(tmp_path: Path, yes: Yes) -> None:
     with pytest.raises(ModelError):
         load_network(folder, dtype="auto", images=True)
     assert not (tmp_path / "ran").exists() and not yes.asked
+
+
+class Harmful:
+    """What a pickle would run where it is read as one."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_pickled_weights_run_nothing_and_are_said(tmp_path: Path, tiny_qwen3_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = Path(shutil.copytree(tiny_qwen3_dir, tmp_path / "student"))
+    for weights in student.glob("*.safetensors"):
+        weights.unlink()
+    (student / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful(tmp_path / "ran")}))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 plus 1?", "answer": 2}\n' * 4, encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("method: grpo\nstudent: {model: ./student}\ndata: {train: train.jsonl}\n", encoding="utf-8")
+    for command in (["serve", str(student), "--port", "0"], ["train", str(tmp_path / "recipe.yaml"), f"--output={tmp_path / 'run'}"]):
+        assert cli.main(command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "has pickled weights (*.bin)" in said and "weights_only" not in said
+    assert not (tmp_path / "ran").exists()
 
 
 def test_there_is_one_door() -> None:

@@ -119,3 +119,19 @@ def test_pipes_and_devices_are_no_files(recipe: Path, tmp_path: Path, capsys: py
     assert cli.main(["report", str(run)]) == 2
     os.mkfifo(run / "metrics.jsonl")
     assert read_lines(run / "metrics.jsonl") == []
+
+
+def test_a_pipe_in_a_run_folder_is_said(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Deep inside, and where a resumed run would open it before its first step."""
+    assert cli.main(["train", str(recipe), "--train.steps=1", "--train.checkpoint_every=1", f"--output={tmp_path / 'run'}"]) == 0
+    state = next((tmp_path / "run").glob("checkpoints/*/*.json"))
+    for path in (tmp_path / "run" / "metrics.jsonl", state):
+        kept = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        for command in ("resume", "report"):
+            capsys.readouterr()
+            assert cli.main([command, str(tmp_path / "run")]) == 2
+            assert f"{path.name} cannot be read: it is a pipe or a device" in " ".join(capsys.readouterr().err.split())
+        path.unlink()
+        path.write_bytes(kept)

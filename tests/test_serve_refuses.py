@@ -24,7 +24,7 @@ WRONG = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing"),
     ({"messages": [{"content": "hi"}]}, "messages[0].role", "messages[0].role is missing"),
     ({"messages": [QUESTION | {"role": "tool"}]}, "messages[0].role", '"tool"; it must be system, user or assistant'),
-    ({"messages": [QUESTION | {"name": "Jo"}]}, "messages[0].name", "it knows role, content"),
+    ({"messages": [QUESTION | {"weight": 1}]}, "messages[0].weight", "it knows role, content"),
     ({"messages": [QUESTION | {"content": None}]}, "messages[0].content", "messages[0].content is null"),
     (
         {"messages": [QUESTION | {"content": [{"type": "video", "video": "a"}]}]},
@@ -69,7 +69,7 @@ WRONG = [
     ({"tools": [{"type": "function"}]}, "tools", "it takes []"),
     ({"tool_choice": "required"}, "tool_choice", 'it takes "none" or "auto"'),
     ({"user": 5}, "user", "no field that this server knows"),
-    ({"unheard_of": None}, "unheard_of", "no field that this server knows"),
+    ({"unheard_of": 1}, "unheard_of", "no field that this server knows"),
     ({"x" * 500: "y" * 500}, "x" * 80 + "... (500 characters)", "(500 characters)"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize is no argument of a chat template"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "cannot render"),

@@ -105,6 +105,7 @@ def _head(host: str, length: int) -> bytes:
     [
         {"frequency_penalty": 0, "user": "me", "response_format": {"type": "text"}},
         {"frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"prediction": None, "a_field_of_tomorrow": None, "reasoning_effort": "none", "add_generation_prompt": True},
         {"frequency_penalty": None, "user": None, "response_format": None, "tools": None, "logit_bias": None, "service_tier": "auto"},
         {"store": False, "metadata": {}, "modalities": ["text"], "safety_identifier": "x", "prompt_cache_key": "y"},
         {"best_of": 1, "echo": False, "ignore_eos": False, "min_tokens": 0, "length_penalty": 1.0, "skip_special_tokens": True},

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.util
+import os
+import pickle
 import re
 import stat
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zppo.errors import ModelError, ZPPOError
+from zppo.errors import CheckpointError, ModelError, ZPPOError
 
 POINTER = "is a git-lfs pointer, which only stands for the file: run `git lfs pull` in the folder that was cloned"
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")  # the second one is its old name
@@ -78,6 +80,11 @@ def load_part(kind: Any, name: str | Path, **more: Any) -> Any:
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # parts of parts are not told of the refusal; with 0 they do not ask either
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **more)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"model {str(name)!r} has pickled weights (*.bin) that hold more than tensors, or are damaged; zppo runs nothing of them. "
+            "Convert the checkpoint to safetensors where you trust it, or name another one"
+        ) from error
     except ValueError as error:
         if not _WANTS_CODE.search(str(error)):
             raise
@@ -93,6 +100,23 @@ def readable(path: Path) -> Path:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
     return path
+
+
+def check_run_folder(run: Path) -> None:
+    """Refuses a run folder that holds a pipe or a device: whoever opens it may wait for ever.
+
+    Raises:
+        CheckpointError: it names the first of them.
+    """
+    for folder, _, names in os.walk(run):
+        for name in names:
+            path = Path(folder) / name
+            try:
+                readable(path)
+            except FileNotFoundError:
+                continue  # a broken link, or it went away
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}. Take it out of the run folder") from error
 
 
 def is_pointer(start: bytes) -> bool:

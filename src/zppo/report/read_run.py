@@ -22,6 +22,7 @@ from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError, ZPPOError, one_line
+from zppo.names import check_run_folder
 from zppo.report.audits import Counts, count_group, count_leaks
 from zppo.runs.files import WORDS
 from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
@@ -195,6 +196,7 @@ def open_run(folder: Path) -> Run:
     Raises:
         CheckpointError: the folder holds no run, or its recipe cannot be read.
     """
+    check_run_folder(folder)
     recipe = read_recipe(folder)
     lines = read_lines(folder / METRICS)
     return Run(

@@ -117,6 +117,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 def outcome(run: Run, zone: ZoneStory | None) -> str:
     """What came out, in one sentence."""
     if not run.steps:
+        if run.finished and run.evaluations:
+            return f"Held-out accuracy {percent(run.evaluations[-1]['accuracy'])}; no step was trained."
         return "No step is finished yet."
     parts = []
     first = next((e for e in run.evaluations if e["step"] == 0), None)

@@ -272,6 +272,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
+_SENT_BACK = ("refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content")
+
+
 class RequestMessage(_Strict):
     """One message. The descriptions of fields, here and below, are what an error says to be allowed."""
 
@@ -282,6 +285,16 @@ class RequestMessage(_Strict):
         description='a text, or a list of parts {"type": "text", "text": "..."} and, in turns of the user, '
         '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, given: Any) -> Any:
+        """Fields of an answer that is sent back, and names, say nothing that this server could heed."""
+        if not isinstance(given, dict):
+            return given
+        nothing = {name for name in _SENT_BACK if given.get(name) in (None, [], "")}
+        nothing |= {"name"} if isinstance(given.get("name"), str | None) else set()
+        return {name: value for name, value in given.items() if name not in nothing}
 
     @model_validator(mode="after")
     def _seen_by_the_user(self) -> RequestMessage:
@@ -294,6 +307,7 @@ class StreamOptions(_Strict):
     """What a stream says beside the completions."""
 
     include_usage: bool = Field(False, description="true or false: the tokens, at the end of a stream")
+    include_obfuscation: bool = Field(False, description="true or false: nothing is added either way")
 
 
 class Body(_Strict):
@@ -393,12 +407,14 @@ def read_body(raw: bytes) -> Body:
 
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
     "include_reasoning": (True, False),
     "length_penalty": (1,),
     "logit_bias": ({},),
@@ -408,6 +424,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "priority": (0,),
     "prompt_logprobs": (0, False),
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"}, "text"),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
@@ -426,9 +443,11 @@ def _is_neutral(name: str, value: Any) -> bool:
     """Whether a field that this server does not have asks for nothing. RequestError (400) where it asks for something."""
     if name in _LABELS and isinstance(value, str | None):
         return True
+    if value is None:
+        return name not in Body.model_fields  # null of a field that is not here asks for nothing
     if name not in _NEUTRAL:
         return False
-    if value is None or any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name]):
+    if any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name]):
         return True
     allowed = " or ".join(json.dumps(neutral) for neutral in _NEUTRAL[name])
     raise RequestError(400, f"{name} is {_show(value)}, which this server cannot do; it takes {allowed}", "unknown_field", param=name)
@@ -454,7 +473,8 @@ def _fault(loc: list[str | int], kind: str, value: Any, cause: str) -> str:
     """One wrong field in words."""
     path = _path(loc)
     if kind == "extra_forbidden":
-        fields = Body.model_fields if len(loc) == 1 else RequestMessage.model_fields
+        own = StreamOptions if loc[0] == "stream_options" else RequestMessage
+        fields = Body.model_fields if len(loc) == 1 else own.model_fields
         return f"{path} is no field that this server knows; it knows {', '.join(fields)}"
     allowed = _ALLOWED[next(part for part in reversed(loc) if isinstance(part, str) and part in _ALLOWED)]
     if kind == "missing":

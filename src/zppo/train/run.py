@@ -27,6 +27,7 @@ from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
+from zppo.names import check_run_folder
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
@@ -302,6 +303,7 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
     if not (run / RECIPE).exists():
         raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
+    check_run_folder(run)
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
     if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
