@@ -197,3 +197,24 @@ def test_what_says_that_it_is_packed_and_is_not(server: Server, make: Any, fault
     server.control({"kind": "gzip", **fault})
     (reply,) = make(server).complete([ask("x")], HOW)
     assert (reply.texts, len(server.log)) == ((words("x"),), 2)
+
+
+def test_a_refusal_among_the_parts_is_one_too(server: Server, make: Any) -> None:  # noqa: F811
+    server.control(always=replied(content=[{"type": "refusal", "refusal": "not this"}]))
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert reply.texts == (None,) and "the model refuses: 'not this'" in reply.error
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"id": "x", "text": "an answer of another API"}, "no chat completion"),
+        ({"detail": "quota exceeded"}, "quota exceeded"),
+        ({"message": "log in first"}, "log in first"),
+    ],
+)
+def test_a_reply_of_status_200_without_choices_is_none(server: Server, body: dict[str, Any], said: str) -> None:
+    """It shows at the start: the server is there, so that nobody is sent to start it."""
+    server.control(always={"kind": "reply", "reply": json.dumps(body)})
+    told = refused(server.url, key="")
+    assert said in told and "Start its server" not in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,8 @@ class StepLog:
     def tell(self, part: str, done: int = 0, total: int = 0) -> None:
         """Tell `watch` what the step is at."""
         if self.watch is not None:
-            self.watch(part, done, total)
+            with suppress(Exception):  # a step is worth more than what is shown of it
+                self.watch(part, done, total)
 
     def elapsed(self) -> dict[str, float]:
         """Seconds by part, and of the whole step up to now."""

@@ -177,8 +177,7 @@ class Progress:
         now = time.monotonic()
         if not self._live and now - max(self._since, self._last_line) >= self.STILL_SECONDS:
             self._last_line = now
-            with suppress(Exception):  # a step is worth more than its display
-                self.console.print(self._activity(), highlight=False, soft_wrap=True)
+            self.console.print(self._activity(), highlight=False, soft_wrap=True)
 
     def _activity(self) -> Text:
         detail = f": {self._detail}" if self._detail else ""

@@ -29,7 +29,7 @@ except ImportError:  # its older versions
     import httpx  # type: ignore[no-redef]
 
 from zppo.teacher.proxy import proxy_to, transport_to
-from zppo.teacher.reply import Answer, Choice, Scrubber, split_content
+from zppo.teacher.reply import Answer, Choice, Scrubber, refusal_within, split_content
 
 OPENAI_HOST = "api.openai.com"
 REPLY_BYTES = 1 << 16  # of a reply, whatever was asked for; tokens come on top
@@ -264,14 +264,16 @@ class Wire:
     def _read(self, content: bytes) -> Answer:
         try:
             reply = json.loads(content)
-            if isinstance(reply, dict) and not reply.get("choices") and (reply.get("error") or reply.get("object") == "error"):
-                raise self._error_within(reply.get("error") or reply)
+            if isinstance(reply, dict) and not reply.get("choices"):
+                named = reply.get("object") == "error" or ("choices" not in reply and reply.keys() & {"detail", "message"})
+                if reply.get("error") or named:
+                    raise self._error_within(reply.get("error") or reply)
             choices = reply["choices"]
             if not isinstance(choices, list):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             start = self._scrub.words(content.decode("utf-8", "replace"), 80)
-            raise Trouble(f"{self.url}: the reply is no chat completion: {start!r}", fault=True) from None
+            raise Trouble(f"{self.url}: the reply is no chat completion: {start!r}", fault=True, status=200) from None
         usage = reply.get("usage")
         return Answer(tuple(self._choice(choice) for choice in choices), _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
@@ -296,7 +298,7 @@ class Wire:
         thoughts = bool(apart) or (isinstance(message, dict) and any(isinstance(t := message.get(n), str) and t for n in _THOUGHTS))
         if error := choice.get("error"):
             return Choice(None, str(self._error_within(error)), True)
-        if isinstance(message, dict) and (refusal := message.get("refusal")):
+        if isinstance(message, dict) and (refusal := message.get("refusal") or refusal_within(message.get("content"))):
             return Choice(
                 None, f"{self.url}: the model refuses: {self._scrub.words(refusal, 100)!r}; change the prompt, or take another model"
             )

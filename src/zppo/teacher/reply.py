@@ -93,3 +93,9 @@ def _texts(parts: Sequence[Any]) -> str:
     """The text parts, joined; others (references, pictures) are passed over."""
     texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") in ("text", "output_text")]
     return "".join(text for text in texts if isinstance(text, str))
+
+
+def refusal_within(content: object) -> str:
+    """The refusal among the parts of a message's content; "" without one."""
+    parts = content if isinstance(content, list) else []
+    return next((str(p.get("refusal") or "(no reason given)") for p in parts if isinstance(p, dict) and p.get("type") == "refusal"), "")
