@@ -459,6 +459,11 @@ def test_a_dry_runs_table_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(line.endswith("gated: accept its terms and log in") and "HLE" in line for line in lines)
 
 
+def test_an_estimate_has_no_judge_where_rules_decide_all() -> None:
+    asked = {each.judged: estimate.estimate_benchmark(each, options()).judge_tokens > 0 for each in BENCHMARKS}
+    assert asked == {True: True, False: False}
+
+
 def test_an_estimate_grows_with_what_is_asked() -> None:
     aime = find("AIME25")
     plain = estimate.estimate_benchmark(aime, options())

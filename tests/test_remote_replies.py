@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from fault_server import Server
-from test_remote import HOW, ask, hurry, make, take_service, words  # noqa: F401 - fixtures
+from test_remote import HOW, ask, hurry, make, server, shared, take_service, words  # noqa: F401 - fixtures
 from test_remote_check import USES, checked, refused
 from zppo.engines.base import Sampling
 from zppo.errors import EvaluationError
@@ -18,19 +17,6 @@ from zppo.teacher.interface import TeacherSampling
 from zppo.teacher.reply import split_content
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def server(shared: Server) -> Server:
-    shared.control()
-    return shared
 
 
 def replied(finish: str | None = "stop", choice: dict[str, Any] | None = None, **message: Any) -> dict[str, Any]:
@@ -85,13 +71,13 @@ def test_thoughts_alone_are_said_once(server: Server, make: Any, field: str, con
     assert "a reply has thoughts and no text" in warning and "--reasoning-parser" in warning
 
 
-def test_the_start_says_that_there_are_thoughts_alone(server: Server) -> None:
+def test_the_start_says_that_there_are_thoughts_alone(server: Server) -> None:  # noqa: F811
     server.control(always=replied(content=None, reasoning_content="ok"))
     (warning,), _ = checked(server.url, key="")
     assert "a reply has thoughts and no text" in warning
 
 
-def test_the_start_says_that_thinking_cannot_be_turned_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_says_that_thinking_cannot_be_turned_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     server.control(always=replied("length", content=None, reasoning_content="Let me think"))
     (warning,), _ = checked(server.url, key="")  # of the two uses, one asked for it
     assert "'tiny' thinks although enable_thinking: false was sent" in warning and "teacher.compression.extra_body" in warning
@@ -213,7 +199,7 @@ def test_a_refusal_among_the_parts_is_one_too(server: Server, make: Any) -> None
         ({"message": "log in first"}, "log in first"),
     ],
 )
-def test_a_reply_of_status_200_without_choices_is_none(server: Server, body: dict[str, Any], said: str) -> None:
+def test_a_reply_of_status_200_without_choices_is_none(server: Server, body: dict[str, Any], said: str) -> None:  # noqa: F811
     """It shows at the start: the server is there, so that nobody is sent to start it."""
     server.control(always={"kind": "reply", "reply": json.dumps(body)})
     told = refused(server.url, key="")

@@ -224,7 +224,7 @@ def estimate_benchmark(benchmark: Benchmark, options: EvalOptions) -> Estimate:
     else:
         pictures = rows * {"vlm": 1, "llm": 0, "video": options.frames, "own": 0}[benchmark.family]
         text = rows * (TEXT_TOKENS[benchmark.family] + (_SUBTITLES if benchmark.name == "VMMES" else 0))
-    share = JUDGED_SHARE if benchmark.judge == "judge" else 1.0
+    share = 0.0 if not benchmark.judged else JUDGED_SHARE if benchmark.judge == "judge" else 1.0
     return Estimate(
         benchmark,
         rows,

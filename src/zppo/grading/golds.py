@@ -1,4 +1,4 @@
-"""Several right answers: any one of them, all of them, or all in their order, by comparisons of single ones. Standard library only."""
+"""Several right answers: any one of them, all of them, or all in their order, by comparisons of single ones."""
 
 from __future__ import annotations
 
