@@ -17,7 +17,7 @@ from rich.console import Console
 from same_run import assert_same_run
 from zppo.cli import main
 from zppo.errors import SettingsError
-from zppo.sweep import parse_seeds, parse_vary, plan_sweep, run_all, state_of, visible_cards
+from zppo.sweep import SweepRun, parse_seeds, parse_vary, plan_sweep, run_all, state_of, visible_cards
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FEW = ["--train.steps=2", "--eval.every=0", "--train.checkpoint_every=1"]
@@ -128,10 +128,13 @@ def test_each_run_has_its_card_and_its_share_of_the_cores(recipe: Path, tmp_path
     )
     runs = plan_sweep(recipe, ["train.minibatches=1,2,4"], None)
     told: list[str] = []
-    failed = run_all(
-        runs, tmp_path / "sweep", lambda run, place: told.append(run.name) or "done", jobs=2, launcher=[sys.executable, str(script)],
-        console=Console(quiet=True),
-    )  # fmt: skip
+
+    def finished(run: SweepRun, place: Path) -> str:
+        told.append(run.name)
+        return "done"
+
+    launcher = [sys.executable, str(script)]
+    failed = run_all(runs, tmp_path / "sweep", finished, jobs=2, launcher=launcher, console=Console(quiet=True))
     assert failed == 0 and sorted(told) == sorted(run.name for run in runs)
     given = [json.loads((tmp_path / "sweep" / run.name / "env").read_text()) for run in runs]
     assert {tuple(words) for words, _, _ in given} == {("zppo", "train")}
