@@ -48,6 +48,10 @@ def _main(arguments: list[str]) -> int:
         if arguments[:1] == ["eval"]:
             arguments, vllm = split_vllm(arguments)
         parser = _parser()
+        if "_ARGCOMPLETE" in os.environ:
+            from zppo.cli.completion import answer_shell
+
+            answer_shell(parser)
         options, unknown = parser.parse_known_args(arguments)
         if unknown and not getattr(options, "takes_settings", False):
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -72,7 +76,7 @@ def _main(arguments: list[str]) -> int:
     return OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = CommandParser(prog="zppo", description="RL post-training with the teacher in the prompt, never in the gradient.")
     parser.add_argument("--version", action="version", version=f"zppo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
