@@ -266,6 +266,9 @@ def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> d
         section[key] = _model(value, bases)
     for section, key, value in _texts(data, ("grading.reward",)):
         section[key] = _code(value, bases)
+    grading = data.get("grading")
+    if isinstance(grading, dict) and isinstance(rewards := grading.get("reward"), list):
+        grading["reward"] = [_code(reward, bases) if isinstance(reward, str) else reward for reward in rewards]
     teachers = data.get("more_teachers")
     if isinstance(teachers, list):
         further = [{"teacher": teacher} for teacher in teachers]

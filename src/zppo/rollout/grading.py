@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -12,11 +12,11 @@ from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
 from zppo.grading import Grader, extract_boxed, has_gold_words
 from zppo.grading.grader import TimeOuts, Verdict
-from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.data import count_judged
 from zppo.rollout.frozen_models import FrozenTeacher
+from zppo.rollout.rewards import Rewards, make_rewards
 from zppo.rollout.student import Answered
 from zppo.step_log import StepLog
 from zppo.teacher.compression import token_tail
@@ -33,10 +33,13 @@ class Rule(Protocol):
 
 @contextmanager
 def rule_grading(settings: Settings) -> Iterator[Rule]:
-    """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers."""
-    if settings.grading.reward:
-        reward = load_reward(settings.grading.reward)
-        yield lambda answered, log=None: [reward(a.completion, a.question, a.think_open) for a in answered]
+    """The recipe's grading for the length of a run, before any judge: reward functions of the user's, else the rules and their workers."""
+    if settings.grading.rewards:
+        rewards = make_rewards(settings.grading)
+        try:
+            yield rewards
+        finally:
+            rewards.close()
         return
     with Grader(settings.grading.deadline, settings.grading.workers, rounded_golds=settings.grading.rounded_golds) as grader:
 
@@ -120,10 +123,11 @@ class Scorer:
 def make_scorer(
     settings: Settings,
     rule: Rule,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     chat: Chat,
     teachers: Sequence[FrozenTeacher],
     load: Callable[[FrozenModelSettings], FrozenTeacher],
+    steps: int = 0,
 ) -> Scorer:
     """The score of a run; a judge is loaded where a question wants one, and only there.
 
@@ -132,11 +136,15 @@ def make_scorer(
         chat: the student's, whose tokens the judge's reading is capped in.
         teachers: those that the method has loaded; the first one judges where the recipe names no judge.
         load: loads the judge's model, or a teacher that nothing else needs.
+        steps: of the whole run.
 
     Raises:
         SettingsError: no model can judge.
+        RewardError: the questions lack a column that a reward function asks for.
         TeacherError, ModelError: the judge cannot be used.
     """
+    if isinstance(rule, Rewards):
+        rule.prepare(questions, steps, lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not count_judged(settings, questions):
         return Scorer(rule)
     assert settings.judging is not None

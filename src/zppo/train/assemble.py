@@ -54,7 +54,7 @@ from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCh
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
-from zppo.train.trainer import Trainer
+from zppo.train.trainer import Trainer, total_steps
 
 StudentEngine = TransformersEngine | VLLMEngine
 
@@ -328,6 +328,7 @@ def assemble(
         chat,
         teachers,
         lambda own: frozen_models.load(own, "judge" if settings.judge else "teacher"),
+        total_steps(settings, len(questions)),
     )
     # The student; whatever does not fit it is found now, since an engine may take minutes to start.
     progress.doing(f"loading the student {settings.student.model}")
