@@ -30,6 +30,7 @@ AT_ONCE = 64
 """So many calls of an async function wait at the same time; the deadline of the others has not begun."""
 
 _SLACK = 1.0  # seconds beyond its deadlines after which the event loop counts as blocked
+_BREATH = 0.1
 _LATE = object()
 METRIC, CALLS = "reward_metric:", "reward_metric_calls:"
 """How numbers that functions report by name (`log_metric`) are counted until the step is over, with how often each came."""
@@ -58,6 +59,7 @@ class Waiter:
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     def wait(self, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
         """What each gives: a value, the exception that it raised, or `_LATE`. A loop that one of them blocks is given up."""
@@ -74,14 +76,16 @@ class Waiter:
 
     def close(self) -> None:
         """End the loop; used again, a new one starts."""
-        if self._loop is not None:
+        if self._loop is not None and self._thread is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_SLACK)
             self._loop = None
 
     def _running(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="zppo-rewards", daemon=True).start()
+            self._thread = threading.Thread(target=_serve, args=(loop,), name="zppo-rewards", daemon=True)
+            self._thread.start()
         return self._loop
 
     async def _all(self, awaitables: Sequence[Awaitable[Any]], results: list[Any]) -> None:
@@ -105,6 +109,21 @@ class Waiter:
                     task.cancel()  # and nobody waits for it: it may not listen
 
         await asyncio.gather(*(one(place, awaitable) for place, awaitable in enumerate(awaitables)))
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs a loop until it is stopped, and closes it; what is late by then is cancelled, and waited for as long as a breath."""
+
+    async def end() -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest, timeout=_BREATH)
+
+    loop.run_forever()
+    loop.run_until_complete(end())
+    loop.close()
 
 
 class Rewards:
