@@ -76,7 +76,8 @@ def _train(options: argparse.Namespace) -> None:
 
     if options.recipe is None:
         raise SettingsError(
-            "zppo train needs a recipe: zppo train RECIPE [--key=value ...]; `zppo recipes` lists those that come with zppo, `zppo init NAME` copies one"
+            "zppo train needs a recipe: zppo train RECIPE [--key=value ...]; `zppo recipes` lists those that come with zppo, "
+            "`zppo init NAME` copies one"
         )
     settings = load_recipe(options.recipe, options.overrides)
     if options.no_code:
