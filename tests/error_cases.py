@@ -121,6 +121,22 @@ def _(w: World) -> None:
     w.command = ["train", str(w.folder / "none.yaml")]
 
 
+@case("a copy of a recipe that does not come with zppo")
+def _(w: World) -> None:
+    w.command = ["init", str(w.folder / "mine"), "--from", "qwen"]
+
+
+@case("a copy where a recipe lies already")
+def _(w: World) -> None:
+    w.write("recipe.yaml", "seed: 0\n")
+    w.command = ["init", str(w.folder / "recipe"), "--from", "lab"]
+
+
+@case("a template that the lab does not have")
+def _(w: World) -> None:
+    w.set("prompts", {"judge": "lab:judge"})
+
+
 @case("the recipe is a folder")
 def _(w: World) -> None:
     w.command = ["train", str(w.folder)]
