@@ -104,14 +104,14 @@ def test_a_defect_shows_its_traceback_and_an_interruption_does_not(
 
         return methods
 
-    monkeypatch.setattr(cli, "_methods", fail(KeyError("defect")))
+    monkeypatch.setattr(cli.train_commands, "_methods", fail(KeyError("defect")))
     status, _, err = run(capsys, "methods")
     assert status == 1
     assert "Traceback" in err and "defect" in err
-    monkeypatch.setattr(cli, "_methods", fail(KeyboardInterrupt()))
+    monkeypatch.setattr(cli.train_commands, "_methods", fail(KeyboardInterrupt()))
     status, _, err = run(capsys, "methods")
     assert (status, err) == (130, "interrupted\n")
-    monkeypatch.setattr(cli, "_methods", fail(SettingsError("a [bold]value[/bold]")))
+    monkeypatch.setattr(cli.train_commands, "_methods", fail(SettingsError("a [bold]value[/bold]")))
     status, _, err = run(capsys, "methods")
     assert (status, err) == (2, "Error: a [bold]value[/bold]\n")
 
