@@ -63,7 +63,9 @@ class ScriptedTeacher:
             return TeacherReply((self.hint,))
         if "<response>" in text:
             box = extract_boxed(text.rsplit("<response>", 1)[1])
-            return TeacherReply((f"<summary>short \\boxed{{{box}}}</summary>" if box else "<summary>short: nothing found</summary>",), completion_tokens=3)
+            return TeacherReply(
+                (f"<summary>short \\boxed{{{box}}}</summary>" if box else "<summary>short: nothing found</summary>",), completion_tokens=3
+            )
         name = text.split()[0]
         self.rollouts.append(name)
         right = self.solves.get(name, 0)
@@ -244,6 +246,8 @@ def test_a_hint_never_gives_the_answer_away() -> None:
         teacher = ScriptedTeacher({"hard": 4}, hint=reply)
         told = make_builder(teacher, method=METHODS["hint"]).build(plain, 2, step=1)
         assert told.prompts == [] and told.metrics["hint_failed"] == teacher.hinted == 1  # four equal responses: one try
+        leaked = reply in ("<hint>it is Gold.</hint>", "<hint>\\boxed{x}</hint>")
+        assert told.metrics["hint_leaked"] == leaked and ("hint_leaked of gold" in told.metrics) == leaked
 
 
 def test_a_prefix_forces_two_fifths_of_a_correct_response() -> None:

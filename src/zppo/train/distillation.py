@@ -33,8 +33,8 @@ class Weighted:
 class Distillation:
     """One optimizer step per rollout step on the per-token Jensen-Shannon divergence.
 
-    Off-policy (Alg. 2, l. 10): the mean over the tokens of a response, over the N_x correct responses of a question, over the questions that
-    have one. On-policy (Alg. 3, l. 6): the mean over all tokens of the student's rollouts, as in the surrogate's loss [zppo].
+    Off-policy (Alg. 2, l. 10): the mean over the tokens of a response, over the N_x correct responses of a question, over the questions
+    that have one. On-policy (Alg. 3, l. 6): the mean over all tokens of the student's rollouts, as in the surrogate's loss [zppo].
 
     Args:
         forward, teacher: the training forward of the student and the teacher's, which share a tokenizer.
