@@ -21,11 +21,11 @@ _COMMON = frozenset(
     "first for from get give given go good had has have he her here him his how i if in into is it its just know last least less let like "
     "look make many may me might more most much must my near need neither never next no none nor not now of off often on once one only or "
     "other our out over own part same see set several she should show side since so some such take than that the their them then there "
-    "these they thing think this those three through to together too try two under until up upon us use very was way we well were what when "
-    "where which while who why will with within without work would yes you your true false correct incorrect right wrong".split()
+    "these they thing think this those three through to together too try two under until up upon us use very was way we well were what "
+    "when where which while who why will with within without work would yes you your true false correct incorrect right wrong".split()
 )
 _OPTION = re.compile(
-    r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)[.:]?|([A-Z])[.):]?|([A-Z])[.):]\s+(\S.*)|\(([A-Z])\)[.:]?\s*(\S.*))",
+    r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)[.:]?|([A-Z])[.):]?|([A-Z])[.):]\s+(\S.*)|\(([A-Z])\)[.:]?\s+(\S.*))",
     re.IGNORECASE | re.DOTALL,
 )
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")

@@ -83,7 +83,7 @@ def make_hints(
 def hint_trial(question: Question, teacher: Teacher, book: PromptBook, how: TeacherSampling, seed: int) -> str:
     """Asks a teacher for a hint before a run, as often as a question may ask for one; why there is none, "" where one came [zppo].
 
-    A small model may never have seen such a request. Then no question is asked again, and a comparison would be one of a method with itself.
+    A small model may never have seen such a request. Then no question is asked again, and a comparison is one of a method with itself.
     """
     response = f"The answer is \\boxed{{{question.golds[0]}}}."
     keys = [draw_key(seed, question.id, "hint trial", turn) for turn in range(REDRAWS + 1)]
