@@ -207,6 +207,9 @@ class AdvantageSettings(Section):
         description="override: groups that the batch statistics are over, nontrivial or all; none: mean only; group: textbook GRPO; "
         "empty: the method's own estimator",
     )
+    statistics: Literal["step", "minibatch"] = Field(
+        "step", description="what mean and deviation of Eq. 3 are over: the whole rollout step, or each of its minibatches by itself"
+    )
 
 
 class LossSettings(Section):
@@ -344,6 +347,16 @@ class GradingSettings(Section):
     deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
     workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
     rounded_golds: bool = Field(True, description="a right answer that is a rounded decimal equals the exact answer: 0.33 is 1/3")
+    box: Literal["after-thoughts", "anywhere"] = Field(
+        "after-thoughts",
+        description="the answer is the last \\boxed{} after the thoughts; anywhere: of the whole response (the paper), so that one in "
+        "thoughts that were cut off counts too",
+    )
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether boxes in thoughts count."""
+        return self.box == "anywhere"
 
 
 class Settings(Section):

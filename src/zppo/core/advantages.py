@@ -76,12 +76,19 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, eps: float 
     return (centred / (deviation + eps)).where(centred != 0, 0.0).to(torch.float32)
 
 
-def step_advantages(groups: Sequence[Group], estimator: Estimator) -> torch.Tensor:
+def step_advantages(groups: Sequence[Group], estimator: Estimator, batches: Sequence[Sequence[int]] = ()) -> torch.Tensor:
     """Advantages of all rollouts of a step, in order of groups and rollouts, (N,) float32.
 
     Args:
         estimator: the scope of two-step advantages, or "group" for textbook GRPO; the row of a method names one.
+        batches: group indices, each group once: what the statistics of Eq. 3 are over, each batch by itself. Empty: the whole step.
     """
+    if batches:
+        parts: dict[int, torch.Tensor] = {}
+        for batch in batches:
+            lines = step_advantages([groups[g] for g in batch], estimator).split([len(groups[g].rollouts) for g in batch])
+            parts.update(zip(batch, lines, strict=True))
+        return torch.cat([parts[g] for g in range(len(groups))])
     rollouts = [r for group in groups for r in group.rollouts]
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
     ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts], dtype=torch.int64)

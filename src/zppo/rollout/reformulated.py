@@ -79,9 +79,8 @@ class CandidateMaker:
         requests = [
             PairRequest(
                 question_id=g.question.id,
-                # Beside a negative, which always has an answer, a positive without one would stand out [zppo].
-                positives=tuple(s for s in pools.get(g.question.id, ()) if s.answer is not None),
-                negatives=tuple(s for s in sources if s.answer is not None),
+                positives=_showable(pools.get(g.question.id, ())),
+                negatives=_showable(sources),
                 wrong=sources,
                 want_pair="pair" in self.needs,
                 want_wrong="wrong" in self.needs,
@@ -90,7 +89,7 @@ class CandidateMaker:
         ]
         prepared = self.compressor.prepare(requests, self.seed, log)
         log.add(
-            bcq_without_negative=sum(bool(r.want_pair and r.wrong and not r.negatives) for r in requests),
+            bcq_without_negative=sum(bool(r.want_pair and r.wrong and all(s.answer is None for s in r.negatives)) for r in requests),
             bcq_raw_pairs=sum(p.pair_raw for p in prepared),
             ncq_raw_candidates=sum(p.wrong_raw for p in prepared),
         )
@@ -113,6 +112,12 @@ class CandidateMaker:
 def _wrong(group: Group) -> tuple[Source, ...]:
     """W_x in rollout order."""
     return tuple(Source(r.text, r.answer, i) for i, r in enumerate(group.rollouts) if r.graded and not r.correct)
+
+
+def _showable(pool: Sequence[Source]) -> tuple[Source, ...]:
+    """What BCQ draws from: the completions that have an answer, beside which one without would stand out; where none has one, all of them,
+    as the paper draws: a student that does not box its answers yet shall not be left without help [zppo]."""
+    return tuple(s for s in pool if s.answer is not None) or tuple(pool)
 
 
 def _listed(wrong: Sequence[Source], question: Question) -> tuple[str, ...]:

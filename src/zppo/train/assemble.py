@@ -47,6 +47,7 @@ from zppo.runs import checkpoint
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
 from zppo.teacher.compression import Source
+from zppo.teacher.hints import hint_trial
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.distillation import Distillation
@@ -321,6 +322,7 @@ def assemble(
     length = cache(lambda question: len(renderer.plain(question).ids))  # two checks ask for it
     questions, held_out = load_short(settings, data, renderer, length, console)
     frozen_models.check_images(max((len(question.images) for question in questions), default=0))
+    _try_hints(settings, reformulations, questions, teachers, renderer.book, progress)
     scorer = make_scorer(
         settings,
         rule,
@@ -376,6 +378,30 @@ def assemble(
     )
     checkpointer = Checkpointer(settings.train, run, student, optimizer.optimizer, origin, weights)
     return Assembled(trainer, checkpointer, student, chat, origin, weights)
+
+
+def _try_hints(
+    settings: Settings,
+    reformulations: Sequence[Reformulation],
+    questions: Sequence[Question],
+    teachers: Sequence[FrozenTeacher],
+    book: PromptBook,
+    progress: Progress,
+) -> None:
+    """Warns where the method wants hints and its teacher writes none."""
+    if settings.teacher is None or not teachers or not any("hint" in r.needs for r in reformulations):
+        return
+    progress.doing("asking the teacher for a hint")
+    question = next((q for q in questions if not q.images), questions[0])
+    problem = hint_trial(question, teachers[0], book, settings.teacher.how(settings.teacher.hint), settings.seed)
+    if problem:
+        others = [r.kind for r in reformulations if "hint" not in r.needs]
+        rest = f"{', '.join(others)} alone" if others else "GRPO† (grpo-replay)" if settings.method.resolve().replay else "GRPO (grpo)"
+        warn(
+            progress.console,
+            f"the teacher {settings.teacher.model} writes no hints: {problem}. No question will be asked again with a hint, so that this "
+            f"run is {rest}: take an instruction-tuned teacher, or say it in its words with prompts.hinting",
+        )
 
 
 def _check_context(

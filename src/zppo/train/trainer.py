@@ -19,6 +19,7 @@ from zppo.rollout.run_data import RunData
 from zppo.rollout.student import StudentSampler
 from zppo.runs.log import RunLog, usage
 from zppo.step_log import StepLog
+from zppo.teacher.hints import BY_GOLD
 from zppo.train.engine_checks import EngineCheck
 from zppo.train.learner import Learner, PartialUpdate, UpdateResult, UpdateStopped
 from zppo.train.mid_step import MidStep, StepRollouts
@@ -54,6 +55,7 @@ class Totals:
     graduated: dict[str, int] = field(default_factory=dict)
     evicted: dict[str, int] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)  # what had to be done without, by the names of MISSED
+    hint_leaks: dict[str, int] = field(default_factory=dict)  # hints that gave the answer away, by right answer
 
     def add(self, metrics: Mapping[str, Any], changes: Changes) -> None:
         """Count one step: its metrics, and what its buffer update did."""
@@ -65,6 +67,8 @@ class Totals:
         self.seconds += metrics["seconds"]["step"]
         for name in MISSED:
             self.missed[name] = self.missed.get(name, 0) + int(metrics.get(name) or 0)
+        for gold, count in metrics.get("hint_leaked_by_gold", ()):
+            self.hint_leaks[gold] = self.hint_leaks.get(gold, 0) + count
         for counts, entries in ((self.admitted, changes.admitted), (self.graduated, changes.graduated), (self.evicted, changes.evicted)):
             for entry in entries:
                 counts[entry_bin(entry.accuracy)] = counts.get(entry_bin(entry.accuracy), 0) + 1
@@ -309,7 +313,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "replayed_questions": len(rollouts.replayed),
         "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
         **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
-        **log.counts,
+        **_by_gold(log.counts),
         "rollouts": sum(len(g.rollouts) for g in groups),
         "student_tokens": tokens,
         "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
@@ -317,3 +321,12 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }
+
+
+def _by_gold(counts: Mapping[str, float | None]) -> dict[str, Any]:
+    """The counts of a step, those of hints that gave a right answer away as one list of [right answer, hints], most first."""
+    named = {name: value for name, value in counts.items() if not name.startswith(BY_GOLD)}
+    if "hint_leaked" not in named:
+        return named
+    leaked = [(name.removeprefix(BY_GOLD), int(value or 0)) for name, value in counts.items() if name.startswith(BY_GOLD)]
+    return named | {"hint_leaked_by_gold": sorted(leaked, key=lambda pair: (-pair[1], pair[0]))}
