@@ -42,7 +42,7 @@ def server(shared: Server) -> Server:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo.teacher.http.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.02)
 
 
 def closed_port() -> str:

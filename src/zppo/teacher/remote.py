@@ -24,9 +24,10 @@ from zppo.errors import ZPPOError
 from zppo.images.store import PixelLimits, request_url
 from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.step_log import StepLog
-from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Servers, Trouble, Wire, backoff
+from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Trouble, Wire
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.reply import Answer, Choice, sound
+from zppo.teacher.servers import Servers, backoff
 from zppo.teacher.startup_check import PING_IMAGE, Names, check_images, check_servers
 
 ENCODERS = 4  # images decoded at once, of up to 200 MB each

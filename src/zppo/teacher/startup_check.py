@@ -10,8 +10,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zppo.errors import TeacherError
-from zppo.teacher.http import OPENAI_HOST, PAYMENT, REPLY_BYTES, Trouble, Wire, backoff
+from zppo.teacher.http import OPENAI_HOST, PAYMENT, REPLY_BYTES, Trouble, Wire
 from zppo.teacher.reply import Choice
+from zppo.teacher.servers import backoff
 
 CHECK_SECONDS = 60.0  # for one small completion
 LIMIT_SECONDS = 3.0  # in which a server refuses a token limit, if it does
