@@ -130,7 +130,7 @@ def test_a_host_that_does_not_exist() -> None:
 def test_a_page_that_is_no_model_server(server: Server) -> None:
     server.control(always={"kind": "html"})
     said = refused(server.url)
-    assert "no chat completion: '<html> [31m Welcome" in said and "\x1b" not in said
+    assert "no chat completion: a web page (the address may lack its path" in said and "'<html> [31m Welcome" in said and "\x1b" not in said
 
 
 def test_fields_that_a_server_refuses(server: Server) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -25,7 +25,7 @@ except ImportError:  # its older versions
     import httpx  # type: ignore[no-redef]
 
 from zppo.teacher.proxy import proxy_to, transport_to
-from zppo.teacher.reply import Answer, Choice, Scrubber, refusal_within, split_content
+from zppo.teacher.reply import Answer, Choice, Scrubber, error_within, is_hollow, refusal_within, split_content, what_came
 
 OPENAI_HOST = "api.openai.com"
 REPLY_BYTES = 1 << 16  # of a reply, whatever was asked for; tokens come on top
@@ -36,6 +36,8 @@ ELSEWHERE = frozenset({401, PAYMENT, 403, 404})
 
 _NO_CREDIT = {"insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_not_active", "payment_required"}
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x78\x01": "deflate", b"\x78\x5e": "deflate", b"\x78\x9c": "deflate", b"\x78\xda": "deflate"}
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _limit: ContextVar[int] = ContextVar("_limit")  # bytes of a reply, set by the task that asks
 
 
@@ -82,21 +84,53 @@ class Trouble(Exception):  # noqa: N818 - mostly weather, no error of anybody's
 class _Bounded(httpx.AsyncByteStream):
     """A reply's body that stops at a limit of bytes, unpacked ones where it is packed."""
 
-    def __init__(self, stream: Any, limit: int, packed: bool) -> None:
-        self._stream, self._left = stream, limit
-        self._unpack = zlib.decompressobj(_GZIP_OR_ZLIB) if packed else None
+    def __init__(self, stream: Any, limit: int, encoding: str) -> None:
+        self._stream, self._left, self._encoding = stream, limit, encoding
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for part in self._stream:
-            if self._unpack is not None:
-                part = self._unpack.decompress(part, self._left + 1)
+        unpack: Any = None
+        async for part in self._from_a_start():
+            if unpack is None:
+                unpack = _unpacker(part, self._encoding)
+            part = unpack(part, self._left + 1)
             self._left -= len(part)
             if self._left < 0:
                 raise OversizedError
             yield part
 
+    async def _from_a_start(self) -> AsyncIterator[bytes]:
+        """The parts, the first of which is long enough to tell what it is."""
+        start: bytes | None = b""
+        async for part in self._stream:
+            if start is not None:
+                start += part
+                if len(start) < len(_ZSTD):
+                    continue
+                part, start = start, None
+            yield part
+        if start:
+            yield start
+
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+def _unpacker(start: bytes, encoding: str) -> Callable[[bytes, int], bytes]:
+    """What unpacks a body that begins so, up to a length. The bytes tell it: some proxies pack and do not say so, or say so and do not.
+
+    JSON begins with none of these bytes.
+
+    Raises:
+        CompressedError: by something else.
+    """
+    if start.startswith(_ZSTD):
+        raise CompressedError("zstd")
+    found = _MAGIC.get(start[:2], "")
+    if not found and encoding == "deflate":
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress  # without its header, as some servers have it
+    if not found and (not encoding or start.lstrip()[:1] in (b"{", b"[", b"<")):
+        return lambda part, most: part
+    return zlib.decompressobj(_GZIP_OR_ZLIB).decompress
 
 
 async def _bound(response: Any) -> None:
@@ -104,10 +138,9 @@ async def _bound(response: Any) -> None:
     encoding = response.headers.get("content-encoding", "").lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         raise CompressedError(encoding)
-    packed = encoding not in ("", "identity")
-    if packed:
+    if encoding:
         del response.headers["content-encoding"]  # it is unpacked here, where the limit is known
-    response.stream = _Bounded(response.stream, _limit.get(), packed)
+    response.stream = _Bounded(response.stream, _limit.get(), encoding.replace("identity", ""))
 
 
 async def within_origin(response: Any) -> None:
@@ -230,6 +263,10 @@ class Wire:
                 "in the server, or in the proxy before it",
                 again=False,
             )
+        if isinstance(error, zlib.error) or isinstance(cause, zlib.error):
+            return Trouble(
+                f"{self.url}: the reply is packed and cannot be unpacked: {self._scrub.words(cause or error)}", fault=True, status=200
+            )
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         if isinstance(error, openai.APIConnectionError):
@@ -243,7 +280,7 @@ class Wire:
     def _error(self, status: int, body: object, headers: Mapping[str, str], within: str = "") -> Trouble:
         """What an error in a reply says; `within` names the reply where its own status was another one."""
         given = body if isinstance(body, dict) else {}
-        said = given.get("message") or given.get("detail") or body
+        said = error_within(given) or body
         reason = f"{self.url}: {within or f'status {status}'}: {self._scrub.words(said or '(no reason given)')}"
         if _NO_CREDIT & {given.get(name) for name in ("code", "type") if isinstance(given.get(name), str)}:
             status = PAYMENT  # OpenAI calls it 429, and it does not pass
@@ -260,17 +297,15 @@ class Wire:
     def _read(self, content: bytes) -> Answer:
         try:
             reply = json.loads(content)
-            if isinstance(reply, dict) and not reply.get("choices"):
-                named = reply.get("object") == "error" or ("choices" not in reply and reply.keys() & {"detail", "message"})
-                if reply.get("error") or named:
-                    raise self._error_within(reply.get("error") or reply)
-            choices = reply["choices"]
-            if not isinstance(choices, list):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            start = self._scrub.words(content.decode("utf-8", "replace"), 80)
-            raise Trouble(f"{self.url}: the reply is no chat completion: {start!r}", fault=True, status=200) from None
-        usage = reply.get("usage")
+        except (ValueError, RecursionError):
+            reply = None
+        choices = reply.get("choices") if isinstance(reply, dict) else None
+        if isinstance(reply, dict) and not choices and (error := reply.get("error") or (error_within(reply) and reply)):
+            raise self._error_within(error)
+        if not isinstance(choices, list) or all(is_hollow(choice) for choice in choices):
+            # Such a server is out of order: it is tried again as one that answers 500, and rests as one.
+            raise Trouble(f"{self.url}: {what_came(reply, content, self._scrub)}", fault=True, status=200)
+        usage = reply["usage"] if isinstance(reply, dict) and "usage" in reply else None
         return Answer(tuple(self._choice(choice) for choice in choices), _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
     def _error_within(self, error: object) -> Trouble:
@@ -311,10 +346,19 @@ class Wire:
                 "or turn thinking off in its template_args",
                 thoughts=thoughts,
             )
-        known = ended in ("content_filter", "tool_calls")
-        return Choice(None, f"{self.url}: a choice without text (finish_reason {self._scrub.words(ended, 40)})", not known)
+        known = _WITHOUT_TEXT.get(ended) if isinstance(ended, str) else None
+        why = known or f"a choice without text (finish_reason {self._scrub.words(ended, 40)})"
+        if isinstance(message, dict) and content is None:
+            why = (
+                f"the content of a choice is no text ({self._scrub.words(message.get('content'), 40)!r}): see what stands before the server"
+            )
+        return Choice(None, f"{self.url}: {why}", not known)
 
 
+_WITHOUT_TEXT = {
+    "content_filter": "a filter kept the text back (finish_reason content_filter): change the prompt or the filter, or take another model",
+    "tool_calls": "the model calls a tool and says nothing (finish_reason tool_calls), and was given none: start its server without tools",
+}
 _STATUSES = frozenset(map(str, range(400, 600)))
 _THOUGHTS = ("reasoning_content", "reasoning")  # the fields of a message that servers put them into
 
