@@ -17,7 +17,7 @@ from zppo.errors import SettingsError, TeacherError
 from zppo.planning.dry_run import check_files, make_plan, render_plan
 from zppo.teacher.interface import TeacherSampling
 from zppo.teacher.remote import RemoteTeacher
-from zppo.teacher.startup_check import Found, Names, read_key
+from zppo.teacher.startup_check import PATIENCE, Found, Names, read_key
 
 KEY = "sk-very-secret-0123456789"
 NAMES = Names("teacher", "SOME_KEY")
@@ -83,6 +83,12 @@ def test_a_good_server_is_asked_once_per_use_and_for_a_group(server: Server) -> 
 def test_a_server_that_gives_one_choice_only_is_found_out(server: Server, fault: dict[str, Any]) -> None:
     server.control({"kind": "ok"}, fault)
     assert checked(server.url)[1].one_by_one
+
+
+def test_a_server_that_breaks_on_several_choices_is_asked_for_one(server: Server) -> None:
+    server.control({"kind": "ok"}, *[{"kind": "short", "choices": 0}] * PATIENCE)
+    warnings, teacher = checked(server.url)
+    assert (warnings, teacher.one_by_one) == ([], True)
 
 
 def test_a_wrong_key(server: Server) -> None:

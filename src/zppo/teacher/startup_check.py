@@ -153,7 +153,8 @@ async def _check_one(
     if trouble is not None or len(bodies) == 1:
         return trouble, True, first
     trouble, choices = await _ping(wire, bodies[1])
-    return trouble if trouble is not None and trouble.again else None, len(choices) >= bodies[1]["n"], first
+    # One that answers a request for one choice and breaks on another for several is asked one by one.
+    return trouble if trouble is not None and trouble.again and not trouble.fault else None, len(choices) >= bodies[1]["n"], first
 
 
 async def _ping(wire: Wire, body: Mapping[str, Any]) -> tuple[Trouble | None, Sequence[Choice]]:
