@@ -349,7 +349,7 @@ def _(w: World) -> None:
 
 @case("a last turn that is not the user's")
 def _(w: World) -> None:
-    w.questions({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": 1})
+    w.questions({"messages": [{"role": "assistant", "content": "b"}], "answer": 1})
 
 
 @case("every prompt is too long")
@@ -429,10 +429,25 @@ def _(w: World) -> None:
     w.set("data.train", "train.csv")
 
 
-@case("a CSV that is separated by something else")
+@case("an answer that is none of the choices")
 def _(w: World) -> None:
-    w.write("train.csv", "prompt;answer\n1 or 2?;2\n")
-    w.set("data.train", "train.csv")
+    w.questions({"prompt": "Capital of France?", "choices": ["Rome", "Paris"], "answer": 2})
+
+
+@case("a row in the layout of another trainer")
+def _(w: World) -> None:
+    w.questions({"instruction": "Add.", "input": "1 and 1", "output": "2"})
+
+
+@case("a line that is a bare list")
+def _(w: World) -> None:
+    w.write("train.jsonl", '["1 and 1?", "2"]\n')
+
+
+@case("cut cells of the hub's viewer")
+def _(w: World) -> None:
+    w.write("train.json", '{"rows": [{"row_idx": 0, "row": {"prompt": "1 a"}, "truncated_cells": ["prompt"]}]}')
+    w.set("data.train", "train.json")
 
 
 @case("a JSON file of another shape")

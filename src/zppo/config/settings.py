@@ -21,6 +21,7 @@ from zppo.config.model_settings import (
 )
 from zppo.core.reformulate import REFORMULATIONS
 from zppo.core.types import AnswerList
+from zppo.data.layouts import USUAL_CHOICES
 from zppo.data.local_files import SourceSettings
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.rows import USUAL_IMAGES
@@ -73,6 +74,9 @@ class ColumnSettings(Section):
     level: str = Field("level", description="label by which held-out accuracy is broken down")
     grading: str = Field("grading", description="rule or judge: who grades the question; rows without the column go by rule")
     answer_list: str = Field("answer_list", description="any, set or ordered, for one row; rows without the column go by data.answer_list")
+    choices: str = Field(
+        USUAL_CHOICES, description="the choices of a question, shown with it; by default options, or A, B, C, ..., too; '' for none"
+    )
 
 
 class ImageSettings(Section):
