@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from zppo import __version__
 from zppo.api import fit_output
 from zppo.cli.command_parser import CommandParser
+from zppo.cli.data_commands import add_data
 from zppo.cli.eval_command import add_eval, split_vllm
 from zppo.cli.lab_commands import add_lab
 from zppo.cli.report_commands import add_report
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="zppo", description="RL post-training with the teacher in the prompt, never in the gradient.")
     parser.add_argument("--version", action="version", version=f"zppo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_train, add_report, add_serve, add_eval, add_lab):
+    for add in (add_train, add_data, add_report, add_serve, add_eval, add_lab):
         add(commands)
     return parser
 
