@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from zppo import __version__
 from zppo.api import fit_output
 from zppo.cli.command_parser import CommandParser
+from zppo.cli.data_commands import add_data
 from zppo.cli.eval_command import add_eval, split_vllm
 from zppo.cli.lab_commands import add_lab
 from zppo.cli.recipe_commands import add_recipes

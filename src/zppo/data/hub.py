@@ -205,6 +205,7 @@ def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
 
 
 _SAVED = ("dataset_dict.json", "state.json")
+_MANIFEST = "manifest.json"
 
 
 def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
@@ -232,6 +233,8 @@ def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: S
 def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path]]:
     """Files by split, in the order of their names."""
     known = sorted(p for p in folder.rglob("*") if kind_of(p) in READERS and not p.name.startswith("."))
+    about = folder / _MANIFEST  # of a corpus that `zppo data build` made: it counts rows, and has none
+    known = [p for p in known if p != about] or known
     if not known:
         raise DataError(f"{folder}: is a folder without data files ({', '.join(READERS)}) in it; name another, or a file")
     # Heavy, and only folders need it.
