@@ -356,7 +356,7 @@ def test_the_three_fates_equal_a_plain_recount(tmp_path: Path, shape: dict[str, 
     assert [s.name for s in chart.series] == list(FATES) and visited == list(range(1, most + 1))
     for series in chart.series:
         totals = [sum(fates[n, name] for name in FATES) for n in visited]
-        assert list(series.x) == [str(n) if n < 6 else "6 or more" for n in visited]
+        assert list(series.x) == [f"{n if n < 6 else '6+'} ({total})" for n, total in zip(visited, totals, strict=True)]
         assert list(series.y) == pytest.approx([fates[n, series.name] / t for n, t in zip(visited, totals, strict=True)])
         assert list(series.hover) == [f"{fates[n, series.name]} of {t}" for n, t in zip(visited, totals, strict=True)]
     waiting = [life for life in lives(summary.run, rows) if life["left"] is None and life["since"]]
@@ -390,7 +390,7 @@ def test_graduated_against_evicted_over_steps_and_as_a_number(summary: summary_m
             assert series.y[step - 1] == (pytest.approx(out[series.name] / sum(out.values())) if out else None)
     assert out["graduated"] and out["evicted"]
     assert {s.name: s.y[-1] for s in chart.series[2:]} == {
-        "graduated, paper 2B, ZPPO": pytest.approx(2627 / 9878), "graduated, paper 2B, GRPO†": pytest.approx(1440 / 10087),
+        "paper 2B, ZPPO": pytest.approx(2627 / 9878), "paper 2B, GRPO†": pytest.approx(1440 / 10087),
     }  # fmt: skip
     table = next(t for t in summary.tables if t.id == "zone-table")
     [ours] = [row for row in table.rows if row[0] == "all · this run"]
@@ -435,7 +435,7 @@ def test_what_could_be_asked_again_before_the_caps(folder: Path, tmp_path: Path)
 
     chart, table, caption = read()
     assert chart is not None and [s.y[0] for s in chart.series] == [None] * len(chart.series)
-    assert {s.name: s.y[2] for s in chart.series}["hard: BCQ and NCQ"] == steps[2]["eligibility"]["bcq"]
+    assert {s.name: s.y[2] for s in chart.series}["BCQ and NCQ"] == steps[2]["eligibility"]["bcq"]
     assert "1 steps are empty" in chart.caption and "teacher.ask: all" in chart.caption and "1 steps of an older version" in caption
     known = [line["eligibility"] for line in steps[1:]]
     assert table["hard, and NCQ can be made"][0] == f"{sum(1 - k['easy'] for k in known) / 2:.1%}"

@@ -237,10 +237,10 @@ def paper_rows() -> list[MatchRow]:
 
 
 def paper_buffer() -> dict[str, dict[str, float]]:
-    """The paper's numbers of the replay buffer (Figs. 4, 5b, 21, 23, 24): quantity -> value, by "paper <scale>, <method>"."""
+    """The paper's numbers of the replay buffer (Figs. 4, 5b, 21, 23, 24): quantity -> value, by "paper <scale>, <method>"; small first."""
     text = (files("zppo.report") / "data" / "paper_buffer.csv").read_text(encoding="utf-8")
     known: dict[str, dict[str, float]] = {}
-    for row in csv.DictReader(text.splitlines()):
+    for row in sorted(csv.DictReader(text.splitlines()), key=lambda row: float(row["scale"].removesuffix("B"))):
         known.setdefault(f"paper {row['scale']}, {row['method']}", {})[row["quantity"]] = float(row["value"])
     return known
 

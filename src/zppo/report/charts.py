@@ -27,13 +27,13 @@ _TIME_COLOURS = {"sampling": BLUE, "teacher": ORANGE, "update": GREEN, "engine":
 SPARE = ("#882255", "#44AA99", "#999933", "#332288", "#DDCC77", "#AA4499")
 INK = "#333333"
 """A line over all kinds; the page draws it in the colour of its text."""
-LIGHT_GREEN = "#8CD0B9"
+LIGHT_GREEN, LIGHT_GREY = "#8CD0B9", "#C5CAD3"
 _FATE_COLOURS = dict(zip(FATES, (GREY, LIGHT_GREEN, GREEN), strict=True))
 _ELIGIBLE = {
     "easy": ("easy", SKY),
-    "bcq": ("hard: BCQ and NCQ", RED),
-    "ncq": ("hard: NCQ alone", GREEN),
-    "unasked": ("hard: teacher not asked", BLUE),
+    "bcq": ("BCQ and NCQ", RED),
+    "ncq": ("NCQ alone", GREEN),
+    "unasked": ("teacher not asked", BLUE),
     "ungraded": ("ungraded", GREY),
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -396,8 +396,11 @@ def _left(zone: ZoneStory, x: Sequence[int]) -> ChartSpec:
         graduated, evicted = values["graduated in all"], values["evicted in all"]
         share = graduated / (graduated + evicted)
         hover = [f"{graduated:,.0f} of {graduated + evicted:,.0f}"] * 2
-        series.append(Series(f"graduated, {source}", [x[0], x[-1]], [share, share], colour, hover=hover, dash="dot"))
-    caption = "Shares of the entries that left the buffer up to each step (Figs. 5b and 23); dotted: the paper's, at the end of its runs."
+        series.append(Series(source, [x[0], x[-1]], [share, share], colour, hover=hover, dash="dot"))
+    caption = (
+        "Shares of the entries that left the buffer up to each step (Figs. 5b and 23); dotted: what graduated in the paper's runs by their "
+        "end."
+    )
     options: dict[str, Any] = {"percent": True, "smooth": False, "unit_range": True, "caption": caption}
     return ChartSpec("left", ZONE, "Graduated against evicted", tuple(series) if left[-1] else (), **options)
 
@@ -419,7 +422,7 @@ def graduate_shares(graduates: Mapping[str, Mapping[str, int]], section: str) ->
         bars[source] = {**known, rest: 1 - sum(share or 0.0 for share in known.values())}
     series = tuple(
         Series(bin, list(bars), numbers(parts.get(bin) for parts in bars.values()), colour)
-        for bin, colour in zip((*names, rest), (*ramp(len(names)), GREY), strict=True)
+        for bin, colour in zip((*names, rest), (*ramp(len(names)), LIGHT_GREY), strict=True)
     )
     caption = "Shares of the entries that graduated, by plain accuracy at admission."
     options: dict[str, Any] = {"x_title": "", "y_title": "share of graduates", "percent": True, "unit_range": True, "caption": caption}
@@ -435,12 +438,14 @@ def _paper_share(values: Mapping[str, float], bin: str) -> float | None:
 
 def _visits(zone: ZoneStory) -> ChartSpec:
     """The three fates by number of visits (Fig. 24); the many at the end are one bar."""
-    names = [str(visits) if visits < MOST_VISITS else f"{MOST_VISITS} or more" for visits in zone.fates]
+    names = [f"{n}{'+' if n == MOST_VISITS else ''} ({sum(parts):,})" for n, parts in zone.fates.items()]
     parts = dict(zip(FATES, zip(*zone.fates.values(), strict=True), strict=True)) if zone.fates else {}
     caption = "Entries by how often they were asked plainly since admission; those that are still in the buffer count."
     if zone.unvisited:
         caption += f" {zone.unvisited:,} were not asked again, and are in no bar."
-    return _bars("visits", "Fate by number of visits", names, parts, colours=_FATE_COLOURS, caption=caption, x_title="visits", normed=True)
+    return _bars(
+        "visits", "Fate by number of visits", names, parts, colours=_FATE_COLOURS, caption=caption, x_title="visits (entries)", normed=True
+    )
 
 
 def _waiting(zone: ZoneStory, colours: Sequence[str]) -> ChartSpec:

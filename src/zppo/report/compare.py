@@ -131,14 +131,16 @@ def _print_tables(comparison: RunComparison, console: Console) -> None:
             continue
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
         for index, name in enumerate(table.columns):
-            shown.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+            shown.add_column(Text(name), justify="right" if index else "left", overflow="fold", min_width=None if index else 14)
         above = ""
         for row in table.rows:
-            pair, colon, quantity = row[0].partition(": ") if table.id == "paired" else ("", "", "")
-            if colon and pair != above:
-                shown.add_row(Text(pair))  # said once for all of its quantities
-                above = pair
-            shown.add_row(Text(f"  {quantity}" if colon else row[0]), *map(Text, row[1:]))
+            whose, parted, quantity = row[0].partition(": ") if table.id == "paired" else ("", "", "")
+            if table.id == "fates":
+                quantity, parted, whose = row[0].partition(" · ")
+            if parted and whose != above:
+                shown.add_row(Text(whose))  # said once for all of its quantities
+                above = whose
+            shown.add_row(Text(f"  {quantity}" if parted else row[0]), *map(Text, row[1:]))
         console.print(shown)
         console.print(Text(table.caption, style="dim"), soft_wrap=True)
         console.print()
