@@ -319,7 +319,7 @@ class TrainSettings(Section):
 class EvalSettings(SamplingSettings):
     """Held-out evaluation with plain prompts (decoding defaults: method.md section 10)."""
 
-    temperature: float = Field(0.6, ge=0, description="0 is greedy")
+    temperature: float = Field(0.6, ge=0, description="0 is greedy; presence_penalty is off then, unless it is set")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus; 1 is off")
     top_k: int = Field(20, ge=0, description="0 is off")
     min_p: float = Field(0.0, ge=0, lt=1, description="0 is off")
@@ -327,6 +327,14 @@ class EvalSettings(SamplingSettings):
     repetition_penalty: float = Field(1.0, gt=0, description="1 is off")
     every: int = Field(50, ge=0, description="steps between evaluations; 0: before and after training only")
     samples: int = Field(1, ge=1, description="completions per question")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _greedy(cls, data: Any) -> Any:
+        """Temperature 0 is the likeliest token; the default presence penalty would choose another one, so it is off unless it is set."""
+        if isinstance(data, dict) and str(data.get("temperature")) in ("0", "0.0"):
+            data = {"presence_penalty": 0.0, **data}
+        return data
 
 
 class GradingSettings(Section):

@@ -21,6 +21,7 @@ from zppo.core.reformulate import RESPONSES, Candidate, Material
 from zppo.core.select import share_of
 from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
+from zppo.engines.base import Sampling
 from zppo.errors import ModelError, RewardError, TemplateError
 from zppo.grading.reward_function import check_form
 from zppo.names import check_checkpoint, model_folder
@@ -375,12 +376,25 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
             f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}" if settings.data.eval else "none",
         ),
         ("judge", _judge_row(settings, plan)),
-        ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each"),
+        ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each{_decoding(settings)}"),
         ("steps", f"{plan.steps:,} ({passes})"),
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
     ]
+
+
+def _decoding(settings: Settings) -> str:
+    """How held-out completions are drawn, what is off left out."""
+    if not settings.data.eval:
+        return ""
+    sampling = settings.eval.sampling()
+    on = [
+        f"{name.replace('_', ' ')} {getattr(sampling, name):g}"
+        for name in ("top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+        if getattr(sampling, name) != getattr(Sampling(), name) and not (sampling.temperature == 0 and name in ("top_p", "top_k", "min_p"))
+    ]
+    return ", ".join(["", "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}", *on])
 
 
 def _with_images(count: int) -> str:

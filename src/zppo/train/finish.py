@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -183,13 +183,16 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     progress.doing(f"writing {run / FINAL}")
     saved = parts.weights.saved(parts.student)
     folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
-    if trainer.held_out:
+    if trainer.held_out and trainer.done:
         progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")
-    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out else None
+    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out and trainer.done else None
     progress.end()
     if not processes.main:
         return
     before = _evaluation_at_start(run)
+    if before and not trainer.done:  # nothing was trained: these are the weights that were evaluated a moment ago
+        after = before
+        trainer.run_log.metrics(0, "final", asdict(before))
     with processes.stop.ignored():  # it is finished: a signal changes nothing now
         write_model_card(folder, run.name, settings, before=before, after=after, totals=trainer.totals)
         finish_final(run, folder)

@@ -35,6 +35,7 @@ from zppo.runs import checkpoint
 from zppo.runs.display import Progress, warn
 from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
 from zppo.runs.lock import locked
+from zppo.runs.log import METRICS, read_lines
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
 from zppo.step_log import StepLog
@@ -395,6 +396,9 @@ def _open(
     if resumed:
         step = trainer.done if loop.folder else -1
         trainer.run_log.rewind(step, trainer.evaluated)
+        for line in read_lines(run / METRICS):
+            if line["event"] == "step":
+                loop.health.remember(line)
         trackers.start(step)
         far = f" and {loop.mid_step.partial.done} updates of the next" if loop.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")
