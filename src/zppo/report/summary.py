@@ -13,7 +13,7 @@ from zppo.config.recipe import load_recipe
 from zppo.errors import ZPPOError
 from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
-from zppo.report.audits import Counts, ZoneStory, zone_story
+from zppo.report.audits import Counts, ZoneStory, run_rows, zone_story
 from zppo.report.charts import ChartSpec, charts_of
 from zppo.report.read_run import FINAL, RECIPE, RolloutFileError, Run, StepScan, open_run, scan_file
 from zppo.report.stories import QuestionLine, held_out_lines, question_lines
@@ -74,13 +74,15 @@ class Reader:
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
-        zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step) if run.replays and run.steps else None
+        matches = run_rows([scan.counts for scan in scans])
+        visits = [visit for scan in scans for visit in scan.visits]
+        zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step, visits) if run.replays and run.steps else None
         return Summary(
             run=run,
             outcome=outcome(run, zone),
             head=_head(run) | ({"left out, damaged": ", ".join(path.name for path in left_out)} if left_out else {}),
-            charts=charts_of(run, scans, counts, zone),
-            tables=[*tables_of(run, counts, zone), *_benchmarks(self.folder)],
+            charts=charts_of(run, scans, matches, zone),
+            tables=[*tables_of(run, counts, matches, zone), *_benchmarks(self.folder)],
             lines=question_lines(run, scans) | held_out_lines(evaluations),
             left_out=left_out,
         )

@@ -66,6 +66,7 @@ class CandidateMaker:
                 pair=p.pair,
                 wrong=p.wrong,
                 wrong_answers=_listed(sources, g.question),
+                teacher_answers=_distinct(pools.get(g.question.id)),
                 hint=hint,
                 response_ids=self._response(g, pools, log.step),
                 prefix_fraction=self.prefix_fraction,
@@ -124,6 +125,11 @@ def _listed(wrong: Sequence[Source], question: Question) -> tuple[str, ...]:
     """The answers that NCQ lists."""
     answers = [s.answer for s in wrong if s.answer is not None and not has_gold_words(question.gold, s.answer)]
     return distinct_answers([(answer, normalise(answer)) for answer in answers], normalise(str(question.gold)))
+
+
+def _distinct(pool: Sequence[Source] | None) -> tuple[str, ...] | None:
+    """The answers of the correct teacher responses to a question, None where the teacher was not asked about it."""
+    return None if pool is None else tuple(dict.fromkeys(source.answer for source in pool if source.answer is not None))
 
 
 @dataclass(frozen=True, slots=True)

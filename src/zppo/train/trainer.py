@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics, wrong_example
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, rollout_metrics, wrong_example
 from zppo.core.replay import Changes, PromptReplayBuffer
 from zppo.core.select import hard_groups, share_of
 from zppo.core.types import Group, Prompt, Question
@@ -309,6 +309,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
     return {
         "accuracy": accuracy_by_kind(groups),
         "composition": composition(groups, threshold),
+        "eligibility": eligibility(rollouts.plain, rollouts.responses, threshold),
         "new_questions": rollouts.new,
         "replayed_questions": len(rollouts.replayed),
         "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
