@@ -276,6 +276,53 @@ def _(w: World) -> None:
     w.set("data.train", "none.jsonl")
 
 
+@case("the corpus of the paper is not built")
+def _(w: World) -> None:
+    w.set("data.train", "data/zppo-77k")
+
+
+@case("a filter that cannot be read")
+def _(w: World) -> None:
+    w.set("data.filters", ["pass_rate = 0.5"])
+
+
+@case("a filter of a column that there is not")
+def _(w: World) -> None:
+    w.set("data.filters", ["pass_rate <= 0.5"])
+
+
+@case("a filter that compares what has no order")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "rate": "high"})
+    w.set("data.filters", ["rate <= 0.5"])
+
+
+@case("filters that no row passes")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "rate": 0.7}, {"prompt": "b", "answer": 1, "rate": None})
+    w.set("data.filters", ["rate <= 0.5"])
+
+
+@case("a source with a weight beside one without")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl", "weight": 1}, {"source": "lab:unreachable/train"}])
+
+
+@case("two sources with one name")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl", "name": "a"}, {"source": "lab:unreachable/train", "name": "a"}])
+
+
+@case("a list of no sources")
+def _(w: World) -> None:
+    w.set("data.train", [])
+
+
+@case("a source's revision, and no hub set")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl", "revision": "v1"}])
+
+
 @case("a file of a kind that is not read")
 def _(w: World) -> None:
     w.write("train.txt", "1+1?")

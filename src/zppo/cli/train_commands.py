@@ -94,7 +94,8 @@ def _train(options: argparse.Namespace) -> None:
 
         console = Console(quiet=bool(rank_of()))
         check_files(settings)
-        train, held_out = load_data(settings, partial(warn, console))
+        sources: list[str] = []
+        train, held_out = load_data(settings, partial(warn, console), sources.append)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
@@ -105,7 +106,7 @@ def _train(options: argparse.Namespace) -> None:
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         memory = memory_rows(within(settings, asked, len(train)), images=images)
-        console.print(render_plan(settings, plan, options.recipe, folder, memory))
+        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources))
         return
     start(settings, name)
 

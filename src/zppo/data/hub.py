@@ -138,8 +138,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _OPTIONS = ("config", "split", "revision")
 
 
-def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
-    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings.
+def hub_rows(rest: str, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
+    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings; `more`
+    as in `set_rows`.
 
     Raises:
         DataError: no such set, configuration, split or revision, one that needs a log-in, or no network; each with the mend.
@@ -157,7 +158,7 @@ def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
         loaded = datasets.load_dataset(name, reading.config, split=reading.split, revision=reading.revision, streaming=reading.streaming)
     except Exception as error:  # many kinds, by what is missing: see `_why`
         raise DataError(f"hub:{name}: {_why(name, reading, error)}") from error
-    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd())
+    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd(), more)
 
 
 def parse_hub(rest: str, reading: SourceSettings) -> tuple[str, SourceSettings]:

@@ -32,7 +32,7 @@ from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
-from zppo.runs.display import Progress, warn
+from zppo.runs.display import Progress, show, warn
 from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
 from zppo.runs.lock import locked
 from zppo.runs.log import METRICS, read_lines
@@ -360,8 +360,8 @@ def _go(
     start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
     # Everything is loaded and checked before the run folder is made, or changed.
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
-        progress.doing(f"reading the questions of {settings.data.train}")
-        data = read_data(settings, sharded=weights.sharded, warn=progress.warning)
+        progress.doing(f"reading the questions of {settings.data.train_name}")
+        data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
         frozen_models = stack.enter_context(load_frozen_models(settings, accelerator, progress, data.image_inputs))
         stack.enter_context(tracking(trackers))
         folder = start.folder if start else None
