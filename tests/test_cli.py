@@ -433,3 +433,15 @@ def test_a_shell_is_offered_commands_options_and_settings(line: str, offered: se
     asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
     subprocess.run([sys.executable, "-m", "zppo"], env={**os.environ, **asked}, check=True, capture_output=True)
     assert offered <= set((tmp_path / "out").read_text(encoding="utf-8").split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ([], "completions each, greedy"),
+        (["--eval.temperature=0.6"], "completions each, temperature 0.6, top p 0.95, top k 20, presence penalty 1.5"),
+    ],
+)
+def test_the_plan_says_how_held_out_completions_are_drawn(given: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(Path(__file__).parents[1] / "recipes" / "lab.yaml"), "--dry-run", *given]) == 0
+    assert shown in " ".join(capsys.readouterr().out.split())

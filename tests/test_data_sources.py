@@ -28,8 +28,8 @@ from zppo.engines.chat import Chat
 from zppo.errors import DataError, SettingsError
 from zppo.grading import Grader
 from zppo.prompts.book import PromptBook
-from zppo.rollout.data import load_data
-from zppo.rollout.run_data import in_both, unknown_tokens
+from zppo.rollout.data import in_both, load_data
+from zppo.rollout.run_data import unknown_tokens
 from zppo.rollout.student import PromptRenderer
 
 httpx: Any = datasets.load.httpx  # the client, under whichever name the hub's library has it

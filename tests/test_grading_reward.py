@@ -264,9 +264,10 @@ def test_what_a_function_of_trls_form_is_given() -> None:
         kwargs["log_metric"]("share", 0.25)
         return [0.5] * len(kwargs["completions"])
 
-    rewards = Rewards([RewardFunction(f, "m:f", "trl")], [1.0], 1.0)
+    rewards = Rewards([RewardFunction(f, "m:f", form="trl")], [1.0], 1.0)
     chat = Question("c", (Message("system", "s"), Message("user", "?")), "7", chat=True, extra={"task": "x", "solution": "so 7"})
-    rewards.prepare([QUESTION, chat], 10, lambda text: [len(text)])
+    rewards.prepare([QUESTION, chat], lambda text: [len(text)])
+    rewards.steps = 10
     log = StepLog(3)
     verdicts = rewards([Answered(QUESTION, "a", False, ids=(4, 5)), Answered(chat, "bcd", False), Answered(QUESTION, "e", False)], log)
     texts, chats = seen
@@ -285,7 +286,7 @@ def test_trls_own_functions_run_here() -> None:
 
     chat = Question("c", (Message("user", "?"),), "7", chat=True)
     functions = [
-        RewardFunction(f, f"trl:{i}", form_of(f, "f")) for i, f in enumerate((think_format_reward, get_soft_overlong_punishment(4, 2)))
+        RewardFunction(f, f"trl:{i}", form=form_of(f, "f")) for i, f in enumerate((think_format_reward, get_soft_overlong_punishment(4, 2)))
     ]
     rewards = Rewards(functions, [1.0, 0.5], 5.0)
     good, bad = rewards([Answered(chat, "<think>x</think>\n7", False, ids=(1, 2, 3)), Answered(chat, "7", False, ids=(1,) * 9)])
@@ -293,14 +294,14 @@ def test_trls_own_functions_run_here() -> None:
 
 
 def test_a_chat_function_on_texts_is_told_of_the_difference() -> None:
-    f = RewardFunction(lambda completions, **columns: [float(c[0]["content"]) for c in completions], "m:f", "trl")
+    f = RewardFunction(lambda completions, **columns: [float(c[0]["content"]) for c in completions], "m:f", form="trl")
     with pytest.raises(RewardError, match=r"TypeError.*It was given completions as texts, as the rows .* count on lists of messages"):
         Rewards([f], [1.0], 1.0)([Answered(QUESTION, "1", False)])
 
 
 @pytest.mark.parametrize("value", [None, 1.0, "1", {"reward": 1}, [1.0], [1.0] * 3, [1.0, "x"], [1.0, math.nan], torch.tensor(1.0)])
 def test_what_is_no_list_of_rewards_is_refused(value: object) -> None:
-    f = RewardFunction(lambda completions, **columns: value, "m:f", "trl")
+    f = RewardFunction(lambda completions, **columns: value, "m:f", form="trl")
     with pytest.raises(RewardError, match=r"m:f returned .*'q7'.*must return one number"):
         Rewards([f], [1.0], 1.0)([Answered(QUESTION, "1", False), Answered(QUESTION, "2", False)])
 
@@ -330,7 +331,7 @@ def test_a_function_that_does_not_apply_is_left_out() -> None:
     nothing = several(None, None)
     assert (nothing.graded, nothing.correct, nothing.reward, nothing.reason) == (False, False, 0.0, "reward does not apply")
     log = StepLog(1)
-    rewards = Rewards([RewardFunction(lambda completions, **c: [None, 1.0], "m:f", "trl")], [1.0], 1.0)
+    rewards = Rewards([RewardFunction(lambda completions, **c: [None, 1.0], "m:f", form="trl")], [1.0], 1.0)
     assert [v.graded for v in rewards([Answered(QUESTION, "", False)] * 2, log)] == [False, True]
     assert log.own["reward_without"] == 1 and "1 completions are ungraded" in log.warnings["rewards that do not apply"]
 

@@ -138,8 +138,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _OPTIONS = ("config", "split", "revision")
 
 
-def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
-    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings.
+def hub_rows(rest: str, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
+    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings; `more`
+    as in `set_rows`.
 
     Raises:
         DataError: no such set, configuration, split or revision, one that needs a log-in, or no network; each with the mend.
@@ -157,7 +158,7 @@ def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
         loaded = datasets.load_dataset(name, reading.config, split=reading.split, revision=reading.revision, streaming=reading.streaming)
     except Exception as error:  # many kinds, by what is missing: see `_why`
         raise DataError(f"hub:{name}: {_why(name, reading, error)}") from error
-    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd())
+    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd(), more)
 
 
 def parse_hub(rest: str, reading: SourceSettings) -> tuple[str, SourceSettings]:
@@ -205,6 +206,7 @@ def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
 
 
 _SAVED = ("dataset_dict.json", "state.json")
+_MANIFEST = "manifest.json"
 
 
 def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
@@ -232,6 +234,8 @@ def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: S
 def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path]]:
     """Files by split, in the order of their names."""
     known = sorted(p for p in folder.rglob("*") if kind_of(p) in READERS and not p.name.startswith("."))
+    about = folder / _MANIFEST  # of a corpus that `zppo data build` made: it counts rows, and has none
+    known = [p for p in known if p != about] or known
     if not known:
         raise DataError(f"{folder}: is a folder without data files ({', '.join(READERS)}) in it; name another, or a file")
     # Heavy, and only folders need it.

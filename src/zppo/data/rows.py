@@ -296,6 +296,20 @@ def has_column(data: object, column: str) -> bool:
     return isinstance(data, Mapping) and (column in data or column.partition(".")[0] in data)
 
 
+def column_value(data: Mapping[str, Any], column: str) -> Any:
+    """What stands in a column of a row, None for nothing; `a.b` is the value under b of the object in column a."""
+    return _value(data, column)
+
+
+def row_id(data: object, columns: Columns, place: Place) -> str:
+    """What the question of a row is called, also where the row is no question."""
+    try:
+        own = _label(_value(data, columns.id)) if isinstance(data, Mapping) else ""
+    except RowError:
+        own = ""
+    return own or f"{place.name}:{place.row}"
+
+
 def _is_image(value: object) -> bool:
     """As `datasets` writes images, or a list of them."""
     value = value[0] if isinstance(value, list) and value else value

@@ -83,12 +83,15 @@ class RewardFunction:
     Args:
         function: of one of the forms; see `Form`.
         name: what errors call it.
+        anywhere: whether boxes in thoughts count too (`extract_boxed`).
         form: how it is called.
         optional: it may return None, where it does not apply to a question.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str = "", form: Form = "zppo", *, optional: bool = False) -> None:
-        self._function, self.form, self.optional = function, form, optional or form == "trl"
+    def __init__(
+        self, function: Callable[..., Any], name: str = "", anywhere: bool = False, *, form: Form = "zppo", optional: bool = False
+    ) -> None:
+        self._function, self._anywhere, self.form, self.optional = function, anywhere, form, optional or form == "trl"
         self.name = name or getattr(function, "__qualname__", repr(function))
         self._parameters = _parameters(function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
@@ -102,7 +105,7 @@ class RewardFunction:
         batch = Batch([completion], [question], [think_open], [()])
         (call,) = self.calls(batch)
         (reward,) = self.rewards(call, batch)
-        answer = extract_boxed(completion, think_open)
+        answer = extract_boxed(completion, think_open, self._anywhere)
         if reward is None:
             return Verdict(correct=False, answer=answer, reason="reward does not apply", reward=0.0, graded=False)
         answer = answer if reward.answer is ... else reward.answer
@@ -283,13 +286,13 @@ def _flag(value: object) -> bool | None:
     return {0.0: False, 1.0: True}.get(number) if number is not None else None
 
 
-def load_reward(spec: str, *, optional: bool = False) -> RewardFunction:
+def load_reward(spec: str, anywhere: bool = False, *, optional: bool = False) -> RewardFunction:
     """The reward function that a recipe names.
 
     Args:
         spec: "package.module:function" or "path/to/file.py:function"; the function may be an attribute ("Class.method"), an object that
             can be called, or a class that gives one without arguments.
-        optional: see `RewardFunction`.
+        anywhere, optional: see `RewardFunction`.
 
     Raises:
         RewardError: the form, the module or the function is wrong; the message says which.
@@ -297,7 +300,7 @@ def load_reward(spec: str, *, optional: bool = False) -> RewardFunction:
     function = load_object(spec, "reward function", RewardError)
     if inspect.isclass(function):
         function = _made(function, spec)  # type: ignore[arg-type]  # classes can be hashed
-    return RewardFunction(function, spec, form_of(function, spec), optional=optional)
+    return RewardFunction(function, spec, anywhere, form=form_of(function, spec), optional=optional)
 
 
 @functools.cache  # a run looks at its functions before it loads anything, and one that holds a model is not made twice

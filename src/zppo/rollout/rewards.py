@@ -133,28 +133,33 @@ class Rewards:
         functions: the one that judges the answer first.
         weights: of each in the reward.
         deadline: seconds that one call of an async function may take; completions that it was about are then ungraded.
+        anywhere: whether boxes in thoughts count too (`extract_boxed`).
+
+    Attributes:
+        steps: of the whole run, which functions of TRL's form are told; 0 where it is not known.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float], deadline: float) -> None:
-        self.functions, self.weights = tuple(functions), tuple(weights)
+    steps = 0
+
+    def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float], deadline: float, anywhere: bool = False) -> None:
+        self.functions, self.weights, self.anywhere = tuple(functions), tuple(weights), anywhere
         self.names = unique_names([function.name for function in functions])
         self._waiter = Waiter(deadline)
-        self._state = TrainerState()
+        self._finished = 0
         self._encode: Callable[[str], Sequence[int]] = lambda text: ()
 
-    def prepare(self, questions: Iterable[Question], steps: int, encode: Callable[[str], Sequence[int]]) -> None:
+    def prepare(self, questions: Iterable[Question], encode: Callable[[str], Sequence[int]]) -> None:
         """What is known once models and questions are loaded.
 
         Args:
             questions: all that will be graded; those of a judge are not looked at.
-            steps: of the whole run.
             encode: the student's tokens of a text, for what a teacher wrote.
 
         Raises:
             RewardError: the questions lack a column that a function asks for.
         """
         self.check_columns(questions)
-        self._state, self._encode = TrainerState(0, steps), encode
+        self._encode = encode
 
     def check_columns(self, questions: Iterable[Question]) -> None:
         """Whether the questions bring what each function asks for by name. RewardError where they do not."""
@@ -176,7 +181,7 @@ class Rewards:
             return []
         log = log or StepLog()
         if log.step:  # an evaluation has none
-            self._state = TrainerState(log.step - 1, self._state.max_steps)
+            self._finished = log.step - 1
         batch = self._batch(answered, log)
         said, late, notes = self._ask(batch)
         verdicts = [self._verdict(a, [column[i] for column in said], i in late, notes[i]) for i, a in enumerate(answered)]
@@ -193,7 +198,7 @@ class Rewards:
             [a.question for a in answered],
             [a.think_open for a in answered],
             [a.ids or tuple(self._encode(a.completion)) for a in answered] if wants_ids else [],
-            self._state,
+            TrainerState(self._finished, self.steps),
             log_metric,
         )
 
@@ -219,7 +224,7 @@ class Rewards:
 
     def _verdict(self, answered: Answered, said: Sequence[Reward | None], late: bool, notes: Mapping[str, Any]) -> Verdict:
         applies = [reward for reward in said if reward is not None]
-        answer = extract_boxed(answered.completion, answered.think_open)
+        answer = extract_boxed(answered.completion, answered.think_open, self.anywhere)
         answer = next((reward.answer for reward in applies if reward.answer is not ...), answer)
         own = {name: reward.reward for name, reward in zip(self.names, said, strict=True) if reward is not None}
         if late or not applies:
@@ -270,4 +275,4 @@ def make_rewards(settings: GradingSettings) -> Rewards:
     """
     specs = settings.rewards
     functions = [load_reward(spec, optional=len(specs) > 1) for spec in specs]
-    return Rewards(functions, settings.reward_weights or (1.0,) * len(specs), settings.reward_deadline)
+    return Rewards(functions, settings.reward_weights or (1.0,) * len(specs), settings.reward_deadline, settings.anywhere)
