@@ -147,9 +147,8 @@ class RewardFunction:
         if self.form == "trl" and isinstance(error, TypeError | AttributeError | KeyError):
             kind, other = ("lists of messages", "texts") if question.chat else ("texts", "lists of messages, as chats are")
             hint = f" It was given completions as {kind}, as the rows have their questions; it may count on {other}."
-        return RewardError(
-            f"reward function {self.name} failed on question {question.id!r} with {type(error).__name__}: {error}.{hint} Mend it there."
-        )
+        said = type(error).__name__ + (f": {error}" if str(error) else "")
+        return RewardError(f"reward function {self.name} failed on question {question.id!r} with {said}.{hint} Mend it there.")
 
     def check_columns(self, questions: Iterable[Question]) -> None:
         """Whether the questions have what a function of TRL's form asks for by name.

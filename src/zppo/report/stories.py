@@ -341,7 +341,8 @@ def _add(story: Story, row: Mapping[str, Any], event: str) -> None:
 def _by_name(text: str | None, fewest: int) -> str | None:
     """What a user's reward functions gave or reported, in words; None where they are fewer."""
     values = json.loads(text) if text else {}
-    return ", ".join(f"{name} {_short(value)}" for name, value in values.items()) if len(values) >= fewest else None
+    shown = (f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in values.items())
+    return ", ".join(shown) if len(values) >= fewest else None
 
 
 def _short(value: Any) -> Any:
@@ -498,7 +499,8 @@ def _verdict(number: int, rollout: Mapping[str, Any], kind: str) -> Text:
     which = _MATCH_WORDS.get(kind, {}).get(rollout.get("class", "::").split(":")[2])
     answer = "no answer" if rollout["answer"] is None else f"answer {harmless(rollout['answer'])}"
     parts, notes = rollout.get("rewards"), rollout.get("notes")
-    facts = [answer, harmless(rollout["reason"]), which, f"reward {rollout['reward']:g}" + (f" ({harmless(parts)})" if parts else ""),
+    reason = "" if rollout["reason"] == "reward" else harmless(rollout["reason"])
+    facts = [answer, reason, which, f"reward {rollout['reward']:g}" + (f" ({harmless(parts)})" if parts else ""),
              harmless(notes) if notes else None,
              None if rollout["advantage"] is None else f"advantage {rollout['advantage']:.3g}",
              f"{rollout['completion_tokens']} tokens", "cut by the token limit" if rollout["truncated"] else None]  # fmt: skip

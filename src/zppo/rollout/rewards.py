@@ -145,7 +145,7 @@ class Rewards:
         self.functions, self.weights, self.anywhere = tuple(functions), tuple(weights), anywhere
         self.names = unique_names([function.name for function in functions])
         self._waiter = Waiter(deadline)
-        self._finished = 0
+        self._step = 0  # the newest one
         self._encode: Callable[[str], Sequence[int]] = lambda text: ()
 
     def prepare(self, questions: Iterable[Question], encode: Callable[[str], Sequence[int]]) -> None:
@@ -180,8 +180,7 @@ class Rewards:
         if not answered:
             return []
         log = log or StepLog()
-        if log.step:  # an evaluation has none
-            self._finished = log.step - 1
+        self._step = log.step or self._step
         batch = self._batch(answered, log)
         said, late, notes = self._ask(batch)
         verdicts = [self._verdict(a, [column[i] for column in said], i in late, notes[i]) for i, a in enumerate(answered)]
@@ -198,7 +197,7 @@ class Rewards:
             [a.question for a in answered],
             [a.think_open for a in answered],
             [a.ids or tuple(self._encode(a.completion)) for a in answered] if wants_ids else [],
-            TrainerState(self._finished, self.steps),
+            TrainerState(log.step - 1 if log.step else self._step, self.steps),  # an evaluation has no step
             log_metric,
         )
 
