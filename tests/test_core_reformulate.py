@@ -64,6 +64,15 @@ def test_ncq_shows_all_wrong_candidates_in_order_and_nothing_of_the_teacher() ->
     assert with_pair.audit == {"wrong_answers": ("3", "4")}
 
 
+def test_ncq_can_show_equal_candidates_once_with_their_number() -> None:
+    wrong = (WRONG, Candidate("4?", "4", 1), WRONG, Candidate(WRONG.text, None, 3))
+    material = Material(QUESTION, None, wrong, ("3", "4"), count_duplicates=True)
+    draft = NegativeCandidateQuestion().draft(material, random.Random(0))
+    assert draft is not None
+    assert draft.slots == {"answers": ("3", "4"), "candidates": (WRONG.text, "4?"), "counts": (3, 1)}
+    assert draft.audit == {"wrong_answers": ("3", "4")}
+
+
 def test_no_wrong_rollout_no_ncq_but_an_empty_list_of_answers_will_do() -> None:
     assert NegativeCandidateQuestion().draft(Material(QUESTION, (RIGHT, WRONG)), random.Random(0)) is None
     draft = NegativeCandidateQuestion().draft(Material(QUESTION, None, (Candidate("hm", None, 0),)), random.Random(0))
