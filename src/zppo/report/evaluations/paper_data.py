@@ -23,5 +23,4 @@ def paper_teacher_gains() -> dict[str, dict[str, float]]:
 
 
 def _rows(name: str) -> list[dict[str, str]]:
-    with (files("zppo.report") / "data" / name).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader((files("zppo.report") / "data" / name).read_text(encoding="utf-8").splitlines()))
