@@ -44,6 +44,7 @@ class Material:
         response_ids: one correct teacher response in the student's tokens; empty where there is none.
         prefix_fraction: how much of that response Prefix gives.
         count_duplicates: NCQ shows candidates of one text once, with their number.
+        teacher_answers: the distinct answers of all correct teacher responses, for the audit alone; None where the teacher was not asked.
     """
 
     question: Question
@@ -54,6 +55,7 @@ class Material:
     response_ids: tuple[int, ...] = ()
     prefix_fraction: float = 0.4
     count_duplicates: bool = False
+    teacher_answers: tuple[str, ...] | None = None
 
 
 class Reformulation(Protocol):
@@ -97,7 +99,8 @@ class NegativeCandidateQuestion:
     needs: frozenset[Need] = frozenset({"wrong"})
 
     def draft(self, material: Material, rng: random.Random) -> Draft | None:
-        """Slots `answers` (may be empty) and `candidates`, duplicates kept as in the paper; or once each, with their `counts` [zppo]."""
+        """Slots `answers` (may be empty) and `candidates`, duplicates kept as in the paper; or once each, with their `counts` [zppo]. What
+        the teacher answered stands in `audit` alone."""
         if not material.wrong:
             return None
         texts = tuple(c.text for c in material.wrong)
@@ -105,7 +108,10 @@ class NegativeCandidateQuestion:
         if material.count_duplicates:
             counts = Counter(texts)
             slots |= {"candidates": tuple(counts), "counts": tuple(counts.values())}
-        return Draft(self.kind, material.question, slots, audit={"wrong_answers": material.wrong_answers})
+        audit = {"wrong_answers": material.wrong_answers}
+        if material.teacher_answers is not None:
+            audit["teacher_answers"] = material.teacher_answers
+        return Draft(self.kind, material.question, slots, audit=audit)
 
 
 class HintQuestion:
