@@ -59,6 +59,7 @@ def test_other_people_s_scripts_are_packed_and_named() -> None:
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     found = sorted((package / "report" / "page" / "vendor").iterdir())
     assert found and set(found) <= packed and all(path.name in notice for path in found)
+    assert sum(path.stat().st_size for path in found) < 1_700_000  # every report holds them
 
 
 @pytest.mark.slow

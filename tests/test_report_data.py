@@ -738,3 +738,13 @@ def test_a_part_has_one_colour_on_every_chart_and_no_other_part_has_it(tmp_path:
         assert all(s.colour == of_kind[s.name] for s in chart.series if s.name in of_kind), chart.id
     seconds = {s.name for s in charts["seconds"].series}
     assert {"polishing", "waxing", "engine"} <= seconds and "grading" not in seconds  # it lies in sampling already
+
+
+def test_a_candidate_without_an_answer_is_followed_by_nobody() -> None:
+    """Its BCQ counts among the matches, and not in the position bias, where only one of the two could be followed."""
+    audit = {"correct_at": 0, "positive_answer": "4", "negative_answer": None}
+    counts, classes = count_group("bcq", audit, None, [("4", True), ("5", False), (None, False)])
+    assert classes == ["bcq:right:positive", "bcq:wrong:other", "bcq:wrong:none"]
+    assert not any(name[0] == "position" for name in counts)
+    whole, _ = count_group("bcq", audit | {"negative_answer": "5"}, None, [("4", True), ("5", False)])
+    assert whole["position", "prompts"] == 1 and whole["position", "n"] == 1

@@ -91,8 +91,9 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
 def _questions_of(cell: Cell, settings: Settings) -> list[str]:
     """On a lab world of text: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its
     questions."""
-    world = (cell.student if cell.student.startswith(SCHEME) else settings.data.train).removeprefix(SCHEME).partition("/")[0]
-    if not settings.data.train.startswith(SCHEME) or is_picture_world(world):
+    train = settings.data.train_name
+    world = (cell.student if cell.student.startswith(SCHEME) else train).removeprefix(SCHEME).partition("/")[0]
+    if not train.startswith(SCHEME) or is_picture_world(world):
         return []
     return [f"--data.train={SCHEME}{world}/seen", f"--data.eval={SCHEME}{world}/study"]
 

@@ -101,7 +101,8 @@ def count_group(
     found = [match(answer, positives, negatives) for answer, _ in rollouts]
     for (_, correct), which in zip(rollouts, found, strict=True):
         counts["match", kind, "right" if correct else "wrong", which] += 1
-    if kind == BCQ and set(map(normal, positives)).isdisjoint(map(normal, negatives)):
+    # Where a candidate has no answer, nobody can be seen to follow it.
+    if kind == BCQ and positives and negatives and set(map(normal, positives)).isdisjoint(map(normal, negatives)):
         _count_position(counts, int(audit["correct_at"]), found)
     return counts, [audit_class(kind, correct, which) for (_, correct), which in zip(rollouts, found, strict=True)]
 

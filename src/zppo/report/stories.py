@@ -466,7 +466,8 @@ def _print_group(console: Console, group: Mapping[str, Any], prompt: str | None,
     console.print(Rule(Text(f"{when}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"), align="left", style="dim"))
     audit = group["audit"]
     if "correct_at" in audit:
-        words = f"candidate {audit['correct_at'] + 1} is right ({audit['positive_answer']}), the other wrong ({audit['negative_answer']})"
+        right, wrong = ("no answer" if audit[f"{side}_answer"] is None else audit[f"{side}_answer"] for side in ("positive", "negative"))
+        words = f"candidate {audit['correct_at'] + 1} is right ({right}), the other wrong ({wrong})"
         _print(console, Text(harmless(words), style="dim"), 2)
     if "wrong_answers" in audit:
         _print(console, Text(harmless(f"listed as wrong: {', '.join(audit['wrong_answers']) or 'none'}"), style="dim"), 2)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe
@@ -154,7 +155,7 @@ def _head(run: Run) -> dict[str, str]:
         "method": f"{method} ({row.paper})" if row else method,
         "student": _model_name(student),
         "teacher": _model_name(str(teacher)) if teacher else "none",
-        "data": _model_name(str(run.setting("data.train", "?"))),
+        "data": _data_name(run.setting("data.train", "?")),
         "seed": str(run.setting("seed", 0)),
         "steps": f"{run.last_step:,}{of_planned}",
         "time": f"{duration(seconds)} of steps",
@@ -188,6 +189,12 @@ def _cost(run: Run, student: str, teacher: str | None) -> str:
 def _model_name(name: str) -> str:
     """A path by its last two parts; anything else as it is."""
     return "/".join(Path(name).parts[-2:]) if name.startswith("/") else name
+
+
+def _data_name(train: Any) -> str:
+    """data.train, which may be a list of sources."""
+    sources = [each.get("source") if isinstance(each, Mapping) else each for each in (train if isinstance(train, list) else [train])]
+    return ", ".join(_model_name(str(source)) for source in sources)
 
 
 def duration(seconds: float) -> str:

@@ -29,6 +29,7 @@ from zppo.train.assemble import Assembled, make_engine
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
 FINAL = "final"
+GOLDS = 10  # right answers that the closing table names
 ADAPTER = "adapter"  # in final/, where adapters were trained
 
 
@@ -128,6 +129,8 @@ def closing_table(
     missed = {name: count for name, count in totals.missed.items() if count}
     if missed:
         console.print("help that was missed: " + ", ".join(f"{n:,} {MISSED[name]}" for name, n in missed.items()))
+    if totals.hint_leaks:
+        console.print(_leaks(totals.hint_leaks), markup=False, highlight=False)
     console.print(f"\n{_work(totals)}", highlight=False)
     files: Mapping[str, str] = {
         "final/": "the trained student",
@@ -142,6 +145,14 @@ def closing_table(
             continue
         console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
     console.print(f"`zppo report {run}` makes a page of it", highlight=False, soft_wrap=True)
+
+
+def _leaks(leaks: Mapping[str, int]) -> str:
+    """Which right answers hints gave away: where one stands out, the check may have refused what gives nothing away."""
+    most = sorted(leaks.items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{gold!r} {count:,}" for gold, count in most[:GOLDS])
+    others = f", {len(most) - GOLDS:,} others {sum(n for _, n in most[GOLDS:]):,}" if len(most) > GOLDS else ""
+    return f"hints that gave the answer away, by right answer: {named}{others}"
 
 
 def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:
