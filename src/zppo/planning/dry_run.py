@@ -23,7 +23,7 @@ from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.errors import ModelError, RewardError, TemplateError
 from zppo.grading.reward_function import check_form
-from zppo.names import check_checkpoint, model_folder
+from zppo.names import check_checkpoint, check_file, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.prompts.book import PromptBook
 from zppo.runs.files import check_output
@@ -474,6 +474,7 @@ def _check_reward(name: str) -> None:
     if module.endswith(".py"):
         if not Path(module).is_file():
             raise RewardError(f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function")
+        check_file(Path(module), RewardError)
         _check_written_reward(Path(module), function)
     elif importlib.util.find_spec(module.partition(".")[0]) is None:
         raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")
