@@ -107,7 +107,7 @@ def test_a_machine_that_is_used_up_is_said(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("zppo.cli._methods", fail)
+    monkeypatch.setattr("zppo.cli.train_commands._methods", fail)
     assert cli.main(["methods"]) == 2
     message = capsys.readouterr().err
     assert said in " ".join(message.split()) and "Traceback" not in message

@@ -1,0 +1,138 @@
+"""`zppo train`, `zppo resume`, `zppo methods`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zppo.api import resume, start
+from zppo.errors import SettingsError
+
+if TYPE_CHECKING:
+    from zppo.cli.command_parser import Subcommands
+    from zppo.config.settings import Settings
+    from zppo.core.types import Question
+
+_TRAIN_FLAGS = ("-h", "--help", "--dry-run", "--no-code")
+_NO_CODE = "end with an error where the recipe names code of its own (grading.reward, reformulations); see SECURITY.md"
+
+
+def add_train(commands: Subcommands) -> None:
+    """`train`, `resume` and `methods`."""
+    train = commands.add_parser(
+        "train",
+        usage="zppo train RECIPE [--dry-run] [--key=value ...] [--no-code]",
+        help="train a student by a recipe",
+        description="Train a student by a recipe. Any setting can be given as --key=value and wins over the recipe.",
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a YAML file, or the name of one that comes with zppo: see `zppo recipes`"
+    )
+    train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
+    train.add_argument("--no-code", action="store_true", help=_NO_CODE)
+    train.set_defaults(run=_train)
+    train.more = _settings_help
+
+    again = commands.add_parser("resume", help="continue a run after its newest checkpoint")
+    again.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
+    again.add_argument("--no-code", action="store_true", help=_NO_CODE)
+    again.set_defaults(run=lambda options: resume(options.folder, code=not options.no_code))
+
+    commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what argparse reads, `--key=value` and `--key value` overrides), each in order."""
+    ours: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for token in rest:
+        if not token.startswith("--") or token in _TRAIN_FLAGS:
+            ours.append(token)
+            continue
+        overrides.append(token)
+        if "=" not in token:
+            value = next(rest, None)
+            if value in _TRAIN_FLAGS:
+                ours.append(value)
+            elif value is not None:
+                overrides.append(value)
+    return ours, overrides
+
+
+def _settings_help() -> str:
+    from zppo.config.help import help_text
+
+    return help_text()
+
+
+def _train(options: argparse.Namespace) -> None:
+    from zppo.config.bundled import find_recipe
+    from zppo.config.recipe import load_recipe, refuse_code
+
+    if options.recipe is None:
+        raise SettingsError(
+            "zppo train needs a recipe: zppo train RECIPE [--key=value ...]; `zppo recipes` lists those that come with zppo, "
+            "`zppo init NAME` copies one"
+        )
+    settings = load_recipe(options.recipe, options.overrides)
+    if options.no_code:
+        refuse_code(settings, options.recipe)
+    name = find_recipe(options.recipe).stem
+    if options.dry_run:
+        from rich.console import Console
+
+        from zppo.distributed.launcher import rank_of
+        from zppo.planning.dry_run import check_files, make_plan, memory_rows, render_plan
+        from zppo.planning.memory import within
+        from zppo.rollout.data import count_judged, load_data
+        from zppo.runs.display import warn
+
+        console = Console(quiet=bool(rank_of()))
+        check_files(settings)
+        sources: list[str] = []
+        train, held_out = load_data(settings, partial(warn, console), sources.append)
+        _check_images(settings, train, held_out)
+        folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
+        judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
+        seeing, eval_seeing = (sum(bool(q.images) for q in part) for part in (train, held_out))
+        plan = make_plan(
+            settings, len(train), len(held_out), judged=judged, eval_judged=eval_judged, seeing=seeing, eval_seeing=eval_seeing
+        )
+        asked = [*train, *held_out]
+        images = max((len(q.images) for q in asked), default=0)
+        memory = memory_rows(within(settings, asked, len(train)), images=images)
+        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources))
+        return
+    start(settings, name)
+
+
+def _check_images(settings: Settings, train: list[Question], held_out: list[Question]) -> None:
+    """Whether the student of a dry run can be shown the images of its questions, where its config.json is on this machine."""
+    from zppo.planning.model_shapes import config_file
+
+    if any(q.images for q in (*train, *held_out)) and config_file(settings.student.model) is not None:
+        from zppo.rollout.run_data import check_images, first_with_images  # it imports torch
+
+        if first := first_with_images(settings, train, held_out):
+            check_images(settings, *first, sharded=False)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from zppo.config.methods import METHODS
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("method", "replayed", "asked again with", "what enters the gradient", "advantage", "in the paper"):
+        table.add_column(column, no_wrap=column == "method", overflow="fold")
+    for row in METHODS.values():
+        asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
+        table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, row.advantages, Text(row.paper))
+    Console().print(table)

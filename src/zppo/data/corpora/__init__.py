@@ -1,0 +1,1 @@
+"""Corpora that are put together out of public sets (`zppo data build`)."""
