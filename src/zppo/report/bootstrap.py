@@ -313,4 +313,4 @@ def bootstrap_command(
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     if out is not None:
         write_comparisons(comparisons, out)
-        console.print(f"written to {out}", soft_wrap=True, highlight=False)
+        console.print(f"written to {Path(out).absolute()}", soft_wrap=True, highlight=False)
