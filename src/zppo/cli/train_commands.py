@@ -97,7 +97,7 @@ def _train(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from zppo.distributed.launcher import rank_of
-        from zppo.planning.dry_run import check_files, make_plan, memory_rows, render_plan
+        from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.memory import within
         from zppo.rollout.data import count_judged, load_data
         from zppo.runs.display import warn
@@ -106,6 +106,7 @@ def _train(options: argparse.Namespace) -> None:
         check_files(settings)
         sources: list[str] = []
         train, held_out = load_data(settings, partial(warn, console), sources.append)
+        check_student_context(settings)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)

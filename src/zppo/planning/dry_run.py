@@ -260,15 +260,18 @@ def check_files(settings: Settings) -> None:
                 "name a folder that has one, or a model of the hub as owner/name"
             )
         check_checkpoint(folder)
-    _check_context(settings)
     if settings.grading.reward:
         _check_reward(settings.grading.reward)
     if settings.output is not None:
         check_output(settings.output)
 
 
-def _check_context(settings: Settings) -> None:
-    """Whether any prompt at all fits the student beside its completions; a run counts the tokens of each when it starts. SettingsError."""
+def check_student_context(settings: Settings) -> None:
+    """Whether any prompt at all fits the student beside its completions; a run counts the tokens of each when it starts.
+
+    Raises:
+        SettingsError: none does.
+    """
     context = context_in(settings.student.model)
     for name, most in _limits(settings):
         if context is not None and most >= context:
