@@ -199,8 +199,19 @@ def test_pairs_are_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     half = 4.303 * spread / 3**0.5
     assert row[1:] == (f"{mean:+.1f}", f"{mean - half:+.1f} to {mean + half:+.1f}", "3 of 3")
     text = run(capsys, "compare", *folders, "--html", "--out", tmp_path / "c.html", "--figures", "svg")
-    assert "Paired over seeds" in text and "method.name zppo grpo" in text
+    assert "Paired over seeds" in text and "method.name zppo grpo" in text and f"{tmp_path / 'c.html'}" in text
     assert (tmp_path / "c.html").exists() and (tmp_path / "c-figures" / "accuracy-plain.svg").exists()
+
+
+def test_what_is_written_is_said_with_its_whole_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = runs_of(tmp_path, {"seed": 0, "steps": 2}, {"seed": 1, "steps": 2})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = run(capsys, "compare", *folders, "--html", "--figures", "none", "--csv", "a.csv", "--json", "b.json")
+    for name in ("compare.html", "a.csv", "b.json"):
+        assert str(tmp_path / "here" / name) in text
 
 
 def test_the_buffers_of_two_methods_side_by_side(tmp_path: Path) -> None:
