@@ -50,6 +50,8 @@ ROLLOUT_SCHEMA = pa.schema(
         ("graded", pa.bool_()),
         ("reason", pa.string()),
         ("reward", pa.float32()),
+        ("rewards", pa.string()),  # JSON: what each reward function gave, by name; null: there are none; older files lack it, and the next
+        ("reward_notes", pa.string()),  # JSON: what they reported about the completion
         ("advantage", pa.float32()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
@@ -224,6 +226,8 @@ def _rows(
             "graded": rollout.graded,
             "reason": rollout.reason,
             "reward": rollout.reward,
+            "rewards": _json(rollout.rewards),
+            "reward_notes": _json(rollout.notes),
             "prompt_tokens": len(group.prompt.ids) + len(group.prompt.forced_ids),
             "completion_tokens": len(rollout.ids),
             "truncated": rollout.truncated,
@@ -234,6 +238,10 @@ def _rows(
         for text, audit in [(show(group.prompt.ids + group.prompt.forced_ids), json.dumps(dict(group.prompt.audit)))]
         for index, rollout in enumerate(group.rollouts)
     ]
+
+
+def _json(values: Mapping[str, Any]) -> str | None:
+    return json.dumps(dict(values), ensure_ascii=False) if values else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
