@@ -41,7 +41,7 @@ ROWS_FILE = "train.parquet"
 PICTURES = "images"
 _SCRATCH = "download.partial"
 _PARTIAL = ".partial"
-_COMMIT_ROWS = 2000
+_COMMIT_ROWS = 500
 _WRITE_ROWS = 4096
 
 
@@ -261,11 +261,11 @@ class _Build:
 
     def finish(self, asked: dict[str, Any], sources: dict[str, SourceFacts]) -> CorpusManifest:
         """Writes what the draw has come to; whole or not at all, the manifest last."""
-        self._clean()
-        digest = _write_rows(self._state, self._out / ROWS_FILE)
-        manifest = manifest_of(self._mapping, self._state, asked, sources, digest)
+        manifest = manifest_of(self._mapping, self._state, asked, sources)
         if not manifest.rows:
             raise DataError(f"{self._out}: no row of the sources fits; {manifest.why_empty()}")
+        self._clean()
+        manifest = manifest.model_copy(update={"rows_sha256": _write_rows(self._state, self._out / ROWS_FILE)})
         write_text(self._out / "README.md", card(manifest, ROWS_FILE))
         write_text(self._out / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         return manifest

@@ -85,7 +85,7 @@ class CorpusManifest(_Record):
     judged: int
     ceiling: int
     paper: PaperCounts | None
-    rows_sha256: str
+    rows_sha256: str = ""
 
     @classmethod
     def read(cls, path: Path) -> CorpusManifest:
@@ -102,18 +102,13 @@ class CorpusManifest(_Record):
     def why_empty(self) -> str:
         """For a message: what became of the rows."""
         reasons = [f"{n:,} rows of {source}: {REASONS[reason]}" for source, of in self.dropped.items() for reason, n in of.items()]
-        names = ", ".join(repr(entry.name) for entry in self.unused[:_SHOWN_NAMES])
-        return "; ".join(reasons or ["they have none"]) + (f" (names: {names}). Mend the mapping (--mapping)" if names else "")
+        names = ", ".join(repr(entry.name) for entry in self.unused if entry.why == REASONS[UNLISTED])
+        mend = f"; unlisted are {names[:200]}" if names else ""
+        return "; ".join(reasons or ["they have none"]) + f"{mend}. Mend the mapping (--mapping)"
 
 
-def manifest_of(
-    mapping: CorpusMapping, state: DrawState, asked: dict[str, Any], sources: dict[str, SourceFacts], digest: str
-) -> CorpusManifest:
-    """The manifest of what a draw has come to.
-
-    Args:
-        digest: SHA-256 of the file of rows.
-    """
+def manifest_of(mapping: CorpusMapping, state: DrawState, asked: dict[str, Any], sources: dict[str, SourceFacts]) -> CorpusManifest:
+    """The manifest of what a draw has come to, without the digest of the file of rows."""
     counts, kept = state.counted(), state.drawn("subset")
     subsets = []
     for subset, source in mapping.owners.items():
@@ -139,7 +134,6 @@ def manifest_of(
         judged=state.drawn("grading").get(JUDGE, 0),
         ceiling=sum(facts.cap for facts in subsets),
         paper=mapping.paper,
-        rows_sha256=digest,
     )
 
 
