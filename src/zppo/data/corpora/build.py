@@ -102,7 +102,7 @@ def build_corpus(
         for name in mapping.sources:
             build.read(name)
         manifest = build.finish(asked, sources)
-    (out / STATE).unlink(missing_ok=True)
+    DrawState.remove(out)
     return manifest
 
 
@@ -135,7 +135,7 @@ def _finished(out: Path, asked: dict[str, Any]) -> CorpusManifest | None:
         raise DataError(f"{out}: holds a corpus that was built with another mapping or tokenizer; name another folder with --out")
     if not (out / ROWS_FILE).is_file():
         raise DataError(f"{out}: has a {MANIFEST} and no {ROWS_FILE}; remove the folder and build again")
-    (out / STATE).unlink(missing_ok=True)  # a build that was killed at its very end
+    DrawState.remove(out)  # of a build that was killed at its very end
     return manifest
 
 
