@@ -121,6 +121,22 @@ def _(w: World) -> None:
     w.command = ["train", str(w.folder / "none.yaml")]
 
 
+@case("a copy of a recipe that does not come with zppo")
+def _(w: World) -> None:
+    w.command = ["init", str(w.folder / "mine"), "--from", "qwen"]
+
+
+@case("a copy where a recipe lies already")
+def _(w: World) -> None:
+    w.write("recipe.yaml", "seed: 0\n")
+    w.command = ["init", str(w.folder / "recipe"), "--from", "lab"]
+
+
+@case("a template that the lab does not have")
+def _(w: World) -> None:
+    w.set("prompts", {"judge": "lab:judge"})
+
+
 @case("the recipe is a folder")
 def _(w: World) -> None:
     w.command = ["train", str(w.folder)]
@@ -260,6 +276,53 @@ def _(w: World) -> None:
     w.set("data.train", "none.jsonl")
 
 
+@case("the corpus of the paper is not built")
+def _(w: World) -> None:
+    w.set("data.train", "data/zppo-77k")
+
+
+@case("a filter that cannot be read")
+def _(w: World) -> None:
+    w.set("data.filters", ["pass_rate = 0.5"])
+
+
+@case("a filter of a column that there is not")
+def _(w: World) -> None:
+    w.set("data.filters", ["pass_rate <= 0.5"])
+
+
+@case("a filter that compares what has no order")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "rate": "high"})
+    w.set("data.filters", ["rate <= 0.5"])
+
+
+@case("filters that no row passes")
+def _(w: World) -> None:
+    w.questions({"prompt": "a", "answer": 1, "rate": 0.7}, {"prompt": "b", "answer": 1, "rate": None})
+    w.set("data.filters", ["rate <= 0.5"])
+
+
+@case("a source with a weight beside one without")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl", "weight": 1}, {"source": "lab:unreachable/train"}])
+
+
+@case("two sources with one name")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl", "name": "a"}, {"source": "lab:unreachable/train", "name": "a"}])
+
+
+@case("a list of no sources")
+def _(w: World) -> None:
+    w.set("data.train", [])
+
+
+@case("a source's revision, and no hub set")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl", "revision": "v1"}])
+
+
 @case("a file of a kind that is not read")
 def _(w: World) -> None:
     w.write("train.txt", "1+1?")
@@ -333,7 +396,7 @@ def _(w: World) -> None:
 
 @case("a last turn that is not the user's")
 def _(w: World) -> None:
-    w.questions({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": 1})
+    w.questions({"messages": [{"role": "assistant", "content": "b"}], "answer": 1})
 
 
 @case("every prompt is too long")
@@ -413,10 +476,25 @@ def _(w: World) -> None:
     w.set("data.train", "train.csv")
 
 
-@case("a CSV that is separated by something else")
+@case("an answer that is none of the choices")
 def _(w: World) -> None:
-    w.write("train.csv", "prompt;answer\n1 or 2?;2\n")
-    w.set("data.train", "train.csv")
+    w.questions({"prompt": "Capital of France?", "choices": ["Rome", "Paris"], "answer": 2})
+
+
+@case("a row in the layout of another trainer")
+def _(w: World) -> None:
+    w.questions({"instruction": "Add.", "input": "1 and 1", "output": "2"})
+
+
+@case("a line that is a bare list")
+def _(w: World) -> None:
+    w.write("train.jsonl", '["1 and 1?", "2"]\n')
+
+
+@case("cut cells of the hub's viewer")
+def _(w: World) -> None:
+    w.write("train.json", '{"rows": [{"row_idx": 0, "row": {"prompt": "1 a"}, "truncated_cells": ["prompt"]}]}')
+    w.set("data.train", "train.json")
 
 
 @case("a JSON file of another shape")

@@ -415,3 +415,33 @@ def test_a_reformulation_of_ones_own_is_planned_and_checked_like_a_bundled_one(t
     assert planned(own, 100, MOST).literal == planned(bundled, 100, MOST).literal
     uses = [_uses(s.teacher, s.method.resolve(), first=True) for s in (own, bundled) if s.teacher is not None]
     assert uses[0] == uses[1] and ("compression" in uses[0]) == (like in ("bcq", "ncq"))
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("zppo ", {"train", "resume", "sweep", "eval", "lab"}),
+        ("zppo train --train.le", {"--train.learning_rate"}),
+        ("zppo sweep --zone.rho", {"--zone.rho_replay", "--zone.rho_aug"}),
+        ("zppo report --figures ", {"png", "svg", "both", "none"}),
+        ("zppo lab ", {"build", "questions", "study"}),
+    ],
+)
+def test_a_shell_is_offered_commands_options_and_settings(line: str, offered: set[str], tmp_path: Path) -> None:
+    """As bash asks: the line in the environment, the answer in a file."""
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out")}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    subprocess.run([sys.executable, "-m", "zppo"], env={**os.environ, **asked}, check=True, capture_output=True)
+    assert offered <= set((tmp_path / "out").read_text(encoding="utf-8").split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ([], "completions each, greedy"),
+        (["--eval.temperature=0.6"], "completions each, temperature 0.6, top p 0.95, top k 20, presence penalty 1.5"),
+    ],
+)
+def test_the_plan_says_how_held_out_completions_are_drawn(given: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(Path(__file__).parents[1] / "recipes" / "lab.yaml"), "--dry-run", *given]) == 0
+    assert shown in " ".join(capsys.readouterr().out.split())

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zppo.errors import CheckpointError, ModelError, ZPPOError
+from zppo.errors import CheckpointError, ModelError, SettingsError, ZPPOError
 
 POINTER = "is a git-lfs pointer, which only stands for the file: run `git lfs pull` in the folder that was cloned"
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")  # the second one is its old name
@@ -29,6 +29,8 @@ MODELS = {"lab": "zppo.lab.questions:bundled_model"}
 """Scheme -> a function from the whole name to the checkpoint's folder."""
 QUESTIONS = {"lab": "zppo.lab.questions:bundled_questions"}
 """Scheme -> a function from the whole name to questions; `data.load` has the sources that it reads itself."""
+TEMPLATES = {"lab": "zppo.lab.questions:bundled_template"}
+"""Scheme -> a function from the whole name to a prompt template's file."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9_]+):(?!//)")
 _FINAL = "final"  # of a run folder
@@ -49,6 +51,12 @@ def model_folder(name: str) -> str:
     """
     path = MODELS.get(scheme_of(name))
     return str(load_object(path, "model", ModelError)(name)) if path else name
+
+
+def template_file(name: str) -> str:
+    """The file behind a scheme of `TEMPLATES`, any other path as it is. SettingsError where there is no such template."""
+    path = TEMPLATES.get(scheme_of(name))
+    return str(load_object(path, "template", SettingsError)(name)) if path else name
 
 
 def checkpoint_folder(name: str) -> str:

@@ -29,7 +29,9 @@ def add_train(commands: Subcommands) -> None:
         description="Train a student by a recipe. Any setting can be given as --key=value and wins over the recipe.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; recipes/my-data.yaml is one to copy")
+    train.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a YAML file, or the name of one that comes with zppo: see `zppo recipes`"
+    )
     train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
     train.add_argument("--no-code", action="store_true", help=_NO_CODE)
     train.set_defaults(run=_train)
@@ -69,14 +71,18 @@ def _settings_help() -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from zppo.config.bundled import find_recipe
     from zppo.config.recipe import load_recipe, refuse_code
 
     if options.recipe is None:
-        raise SettingsError("zppo train needs a recipe: zppo train RECIPE [--key=value ...]; recipes/my-data.yaml is one to copy")
+        raise SettingsError(
+            "zppo train needs a recipe: zppo train RECIPE [--key=value ...]; `zppo recipes` lists those that come with zppo, "
+            "`zppo init NAME` copies one"
+        )
     settings = load_recipe(options.recipe, options.overrides)
     if options.no_code:
         refuse_code(settings, options.recipe)
-    name = Path(options.recipe).stem
+    name = find_recipe(options.recipe).stem
     if options.dry_run:
         from rich.console import Console
 
@@ -88,7 +94,8 @@ def _train(options: argparse.Namespace) -> None:
 
         console = Console(quiet=bool(rank_of()))
         check_files(settings)
-        train, held_out = load_data(settings, partial(warn, console))
+        sources: list[str] = []
+        train, held_out = load_data(settings, partial(warn, console), sources.append)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
@@ -99,7 +106,7 @@ def _train(options: argparse.Namespace) -> None:
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         memory = memory_rows(within(settings, asked, len(train)), images=images)
-        console.print(render_plan(settings, plan, options.recipe, folder, memory))
+        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources))
         return
     start(settings, name)
 

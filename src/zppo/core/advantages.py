@@ -76,12 +76,19 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, eps: float 
     return (centred / (deviation + eps)).where(centred != 0, 0.0).to(torch.float32)
 
 
-def step_advantages(groups: Sequence[Group], estimator: Estimator) -> torch.Tensor:
+def step_advantages(groups: Sequence[Group], estimator: Estimator, batches: Sequence[Sequence[int]] = ()) -> torch.Tensor:
     """Advantages of all rollouts of a step, in order of groups and rollouts, (N,) float32.
 
     Args:
         estimator: the scope of two-step advantages, or "group" for textbook GRPO; the row of a method names one.
+        batches: group indices, each group once: what the statistics of Eq. 3 are over, each batch by itself. Empty: the whole step.
     """
+    if batches:
+        parts: dict[int, torch.Tensor] = {}
+        for batch in batches:
+            lines = step_advantages([groups[g] for g in batch], estimator).split([len(groups[g].rollouts) for g in batch])
+            parts.update(zip(batch, lines, strict=True))
+        return torch.cat([parts[g] for g in range(len(groups))])
     rollouts = [r for group in groups for r in group.rollouts]
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
     ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts], dtype=torch.int64)
@@ -89,3 +96,19 @@ def step_advantages(groups: Sequence[Group], estimator: Estimator) -> torch.Tens
     if estimator == "group":
         return group_advantages(rewards, ids, graded=graded)
     return two_step_advantages(rewards, ids, estimator, graded=graded)
+
+
+def trivial(group: Group) -> bool:
+    """Whether all graded rewards of a group are equal: it is all-right or all-wrong."""
+    return len({r.reward for r in group.graded}) <= 1
+
+
+def spread_advantages(groups: Sequence[Group], kept: Sequence[Group], advantages: torch.Tensor) -> torch.Tensor:
+    """Advantages of all rollouts, 0 for those of groups that left the batch.
+
+    Args:
+        kept: those of the groups that stayed, in their order.
+        advantages: of the rollouts of `kept`.
+    """
+    values, held = iter(advantages.tolist()), {id(g) for g in kept}
+    return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])

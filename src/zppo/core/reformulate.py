@@ -42,6 +42,7 @@ class Material:
         hint: a hint that the teacher made of one of its correct responses; None where there is none.
         response_ids: one correct teacher response in the student's tokens; empty where there is none.
         prefix_fraction: how much of that response Prefix gives.
+        teacher_answers: the distinct answers of all correct teacher responses, for the audit alone; None where the teacher was not asked.
     """
 
     question: Question
@@ -51,6 +52,7 @@ class Material:
     hint: str | None = None
     response_ids: tuple[int, ...] = ()
     prefix_fraction: float = 0.4
+    teacher_answers: tuple[str, ...] | None = None
 
 
 class Reformulation(Protocol):
@@ -94,11 +96,14 @@ class NegativeCandidateQuestion:
     needs: frozenset[Need] = frozenset({"wrong"})
 
     def draft(self, material: Material, rng: random.Random) -> Draft | None:
-        """Slots `answers` (may be empty) and `candidates`."""
+        """Slots `answers` (may be empty) and `candidates`; what the teacher answered stands in `audit` alone."""
         if not material.wrong:
             return None
         slots = {"answers": material.wrong_answers, "candidates": tuple(c.text for c in material.wrong)}
-        return Draft(self.kind, material.question, slots, audit={"wrong_answers": material.wrong_answers})
+        audit = {"wrong_answers": material.wrong_answers}
+        if material.teacher_answers is not None:
+            audit["teacher_answers"] = material.teacher_answers
+        return Draft(self.kind, material.question, slots, audit=audit)
 
 
 class HintQuestion:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from zppo.data.layouts import layout_hint
 from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows, kind_of
 from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
@@ -46,11 +47,14 @@ def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
     if not set(have) & {*_names(columns.prompt), *_names(columns.messages)}:
         raise DataError(
             f"{source}: has no column {columns.prompt!r} and none {columns.messages!r}; it has {listing}. "
-            "Name the one with the question in data.columns.prompt or data.columns.messages"
+            "Name the one with the question in data.columns.prompt or data.columns.messages."
+            + layout_hint(have, prompt=True, answer=not set(have) & set(_names(columns.answer)))
         )
-    if not set(have) & set(_names(columns.answer)):
+    chats = set(have) & {*_names(columns.messages), *_names(columns.prompt)}
+    if not set(have) & set(_names(columns.answer)) and chats <= {columns.prompt}:  # a conversation may end in the answer
         raise DataError(
-            f"{source}: has no column {columns.answer!r}; it has {listing}. Name the one with the answer in data.columns.answer"
+            f"{source}: has no column {columns.answer!r}; it has {listing}. Name the one with the answer in data.columns.answer."
+            + layout_hint(have, prompt=False, answer=True)
         )
 
 
@@ -134,8 +138,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _OPTIONS = ("config", "split", "revision")
 
 
-def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
-    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings.
+def hub_rows(rest: str, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
+    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings; `more`
+    as in `set_rows`.
 
     Raises:
         DataError: no such set, configuration, split or revision, one that needs a log-in, or no network; each with the mend.
@@ -153,7 +158,7 @@ def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
         loaded = datasets.load_dataset(name, reading.config, split=reading.split, revision=reading.revision, streaming=reading.streaming)
     except Exception as error:  # many kinds, by what is missing: see `_why`
         raise DataError(f"hub:{name}: {_why(name, reading, error)}") from error
-    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd())
+    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd(), more)
 
 
 def parse_hub(rest: str, reading: SourceSettings) -> tuple[str, SourceSettings]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,6 +103,9 @@ def check_end_tokens(eos_ids: Collection[int], banned_ids: Collection[int]) -> N
             "completions would never end; set the tokenizer's eos_token or the generation config's eos_token_id"
         )
 
+
+Watcher = Callable[[int, Callable[[], list[tuple[int, int]]]], Collection[int]]
+"""Told at each step of a batch: the step, from 0, and how to get the (row, token) that were drawn; gives the rows that end here."""
 
 Ended = tuple[int, int, Completion]
 """A completion that has ended: its request's place, its key's place, what was sampled."""

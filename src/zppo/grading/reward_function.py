@@ -25,10 +25,11 @@ class RewardFunction:
         function: returns `(correct, reward)`, a mapping with `correct`, `reward` or both (and `answer`, `reason`, if it
             likes), or a bare number; a bare number means correct = reward >= 1.
         name: what errors call it.
+        anywhere: whether boxes in thoughts count too (`extract_boxed`).
     """
 
-    def __init__(self, function: Callable[[str, Any], object], name: str = "") -> None:
-        self._function = function
+    def __init__(self, function: Callable[[str, Any], object], name: str = "", anywhere: bool = False) -> None:
+        self._function, self._anywhere = function, anywhere
         self.name = name or getattr(function, "__qualname__", repr(function))
 
     def __call__(self, completion: str, question: Question, think_open: bool = False) -> Verdict:
@@ -43,7 +44,7 @@ class RewardFunction:
             raise RewardError(
                 f"reward function {self.name} failed on question {question.id!r} with {type(error).__name__}: {error}. Mend it there."
             ) from error
-        answer: object = extract_boxed(completion, think_open)
+        answer: object = extract_boxed(completion, think_open, self._anywhere)
         reason: object = "reward"
         if isinstance(result, Mapping):
             answer, reason = result.get("answer", answer), result.get("reason", reason)
@@ -101,11 +102,12 @@ def _flag(value: object) -> bool | None:
     return {0.0: False, 1.0: True}.get(number) if number is not None else None
 
 
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(spec: str, anywhere: bool = False) -> RewardFunction:
     """The reward function that a recipe names.
 
     Args:
         spec: "package.module:function" or "path/to/file.py:function"; the function may be an attribute ("Class.method").
+        anywhere: see `RewardFunction`.
 
     Raises:
         RewardError: the form, the module or the function is wrong; the message says which.
@@ -117,14 +119,14 @@ def load_reward(spec: str) -> RewardFunction:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a compiled function
-        return RewardFunction(function, spec)
+        return RewardFunction(function, spec, anywhere)
     try:
         signature.bind("", None)
         fits = True
     except TypeError:
         fits = False
     check_form(spec, list(signature.parameters), fits, coroutine)
-    return RewardFunction(function, spec)
+    return RewardFunction(function, spec, anywhere)
 
 
 def check_form(spec: str, parameters: Sequence[str], fits: bool, coroutine: bool) -> None:

@@ -21,6 +21,7 @@ from zppo.core.reformulate import RESPONSES, Candidate, Material
 from zppo.core.select import share_of
 from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
+from zppo.engines.base import Sampling
 from zppo.errors import ModelError, RewardError, TemplateError
 from zppo.grading.reward_function import check_form
 from zppo.names import check_checkpoint, model_folder
@@ -350,9 +351,15 @@ def _judge_calls(settings: Settings, plain: int, reformulated: int, lazy: Teache
     return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
 
-def render_plan(settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = ()) -> Group:
-    """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`."""
+def render_plan(
+    settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = (), sources: Sequence[str] = ()
+) -> Group:
+    """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`,
+    `sources` what each source of the training questions gives, a line each."""
     parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
+    if sources:
+        named = [(name, gives) for name, _, gives in (line.partition(": ") for line in sources)]
+        parts += [_table("sources of the training questions", named), ""]
     parts += [_table("one step, at most", _step_rows(settings, plan)), ""]
     if plan.lazy is not None and plan.literal is not None:
         parts += [_teacher_table(settings, plan.lazy, plan.literal), ""]
@@ -369,18 +376,31 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}"),
         ("student", settings.student.model),
         ("teacher", "; ".join(_where(t) for t in teachers if t is not None) if method.needs_teacher else "not needed"),
-        ("training questions", f"{plan.questions:,} from {settings.data.train}{_with_images(plan.seeing)}"),
+        ("training questions", f"{plan.questions:,} from {settings.data.train_name}{_with_images(plan.seeing)}"),
         (
             "held-out questions",
             f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}" if settings.data.eval else "none",
         ),
         ("judge", _judge_row(settings, plan)),
-        ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each"),
+        ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each{_decoding(settings)}"),
         ("steps", f"{plan.steps:,} ({passes})"),
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
     ]
+
+
+def _decoding(settings: Settings) -> str:
+    """How held-out completions are drawn, what is off left out."""
+    if not settings.data.eval:
+        return ""
+    sampling = settings.eval.sampling()
+    on = [
+        f"{name.replace('_', ' ')} {getattr(sampling, name):g}"
+        for name in ("top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+        if getattr(sampling, name) != getattr(Sampling(), name) and not (sampling.temperature == 0 and name in ("top_p", "top_k", "min_p"))
+    ]
+    return ", ".join(["", "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}", *on])
 
 
 def _with_images(count: int) -> str:

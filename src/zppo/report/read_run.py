@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError, ZPPOError, one_line
 from zppo.names import check_run_folder
-from zppo.report.audits import Counts, count_group, count_leaks
+from zppo.report.audits import Counts, PlainVisit, count_group, count_leaks
 from zppo.runs.files import WORDS
 from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
 
@@ -260,6 +261,11 @@ class GroupLine(NamedTuple):
     answers: int
     classes: frozenset[str]
 
+    @property
+    def counts_for_buffer(self) -> bool:
+        """Whether it is a plain group of which at least half of the rollouts have a verdict."""
+        return self.kind == PLAIN and 2 * self.graded >= self.size > 0
+
 
 @dataclass(frozen=True, slots=True)
 class StepScan:
@@ -276,6 +282,11 @@ class StepScan:
     kinds: dict[str, KindSums] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counter)
     groups: list[GroupLine] = field(default_factory=list)
+
+    @property
+    def visits(self) -> list[PlainVisit]:
+        """Its plain groups that count for the buffer."""
+        return [PlainVisit(self.step, g.question_id, g.correct / g.graded) for g in self.groups if g.counts_for_buffer]
 
 
 def step_of(path: Path) -> int:
@@ -312,6 +323,34 @@ def scan_file(path: Path) -> StepScan:
         raise
     except DAMAGE as error:
         raise RolloutFileError(path, error) from error
+
+
+def visits_of(run: Run) -> list[PlainVisit]:
+    """Every plain group of a run that counts for the buffer, by step, without reading a text; damaged files are left out."""
+    found: list[PlainVisit] = []
+    for path in run.rollout_files:
+        with suppress(*DAMAGE):
+            status = path.stat()
+            found += _visits_in(path, status.st_mtime_ns, status.st_size)
+    return found
+
+
+@lru_cache(maxsize=20_000)
+def _visits_in(path: Path, mtime: int, size: int) -> tuple[PlainVisit, ...]:
+    """Of one file as it was at this time: whoever watches a run looks again and again."""
+    table = pq.read_table(path, columns=["question_id", "kind", "rollout", "correct", "graded"], partitioning=None)
+    rollout, correct, graded = (_numbers(table[name]) for name in ("rollout", "correct", "graded"))
+    starts = np.flatnonzero(rollout == 0)
+    if not len(starts):
+        return ()
+    firsts = table.select(["question_id", "kind"]).take(pa.array(starts)).to_pylist()
+    sizes = np.diff([*starts, table.num_rows])
+    verdicts, right = (np.add.reduceat(values.astype(np.int64), starts) for values in (graded, correct & graded))
+    return tuple(
+        PlainVisit(step_of(path), first["question_id"], int(right[i]) / int(verdicts[i]))
+        for i, first in enumerate(firsts)
+        if first["kind"] == PLAIN and 2 * verdicts[i] >= sizes[i]
+    )
 
 
 def question_ids(run: Run) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from zppo import __version__
+from zppo.config.help import known_keys
 from zppo.config.methods import Method
 from zppo.config.model_settings import ModelSettings
 from zppo.config.removed import Gone, without_removed
@@ -104,6 +105,7 @@ def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, 
     gone: list[Gone] = []
     before, after = dict(_flat(without_removed(then["recipe"], gone))), dict(_flat(now["recipe"]))
     before |= {setting.name: setting.value for setting in gone}
+    before = {key: _default(key) for key in after if key not in before} | before  # a setting that is newer than the checkpoint
     keys = [key for key in (after | before) if not ("words" in then and _names_words(key))]  # where they lie is no change: what they say is
     changed = {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
     bound = [key for key in changed if mid_step and key.startswith(_IN_A_STEP)]
@@ -164,6 +166,11 @@ def keep_words(settings: Settings, run: Path) -> Settings:
             section = section[int(part) if part.isdigit() else part]
         section[last] = str(kept)
     return Settings.model_validate(data)
+
+
+def _default(key: str) -> Any:
+    known = known_keys().get(key)
+    return _plain(known.default) if known is not None and not known.required else None
 
 
 def _names_words(key: str) -> bool:

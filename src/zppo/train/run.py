@@ -32,9 +32,10 @@ from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
-from zppo.runs.display import Progress, warn
+from zppo.runs.display import Progress, show, warn
 from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
 from zppo.runs.lock import locked
+from zppo.runs.log import METRICS, read_lines
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import Trackers, tracking
 from zppo.step_log import StepLog
@@ -115,7 +116,7 @@ class TrainingLoop:
 
     def __init__(self, settings: Settings, parts: Assembled, progress: Progress) -> None:
         self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
-        kinds = ("plain", *(r.kind for r in self.trainer.reformulator.reformulations))
+        kinds = ("plain", *(r.kind for r in self.trainer.parts.reformulator.reformulations))
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
@@ -359,9 +360,11 @@ def _go(
     start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
     # Everything is loaded and checked before the run folder is made, or changed.
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
-        progress.doing(f"reading the questions of {settings.data.train}")
-        data = read_data(settings, sharded=weights.sharded, warn=progress.warning)
-        frozen_models = stack.enter_context(load_frozen_models(settings, accelerator, progress, data.image_inputs))
+        progress.doing(f"reading the questions of {settings.data.train_name}")
+        data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
+        frozen_models = stack.enter_context(
+            load_frozen_models(settings, accelerator.device, data.image_inputs, doing=progress.doing, warn=progress.warning)
+        )
         stack.enter_context(tracking(trackers))
         folder = start.folder if start else None
         parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, progress)
@@ -395,6 +398,9 @@ def _open(
     if resumed:
         step = trainer.done if loop.folder else -1
         trainer.run_log.rewind(step, trainer.evaluated)
+        for line in read_lines(run / METRICS):
+            if line["event"] == "step":
+                loop.health.remember(line)
         trackers.start(step)
         far = f" and {loop.mid_step.partial.done} updates of the next" if loop.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")

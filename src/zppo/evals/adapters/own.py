@@ -49,6 +49,7 @@ class OwnColumns(ColumnSettings):
     """Which column holds what: as `data.columns` of a recipe, and where the options stand."""
 
     options: str | tuple[str, ...] = Field("options", description="of kind choice: a column with a list, or one column for each option")
+    choices: Literal[""] = Field("", description="not used: a benchmark names `options`")
 
 
 class OwnSettings(Section):

@@ -285,8 +285,9 @@ function visitNode(story, visit) {
 
 function groupNode(story, group) {
   const graded = group.rollouts.filter((r) => r.graded), right = graded.filter((r) => r.correct).length, audit = group.audit;
-  const facts = "correct_at" in audit ? `candidate ${audit.correct_at + 1} is right (${audit.positive_answer}), candidate ${2 - audit.correct_at} is wrong (${audit.negative_answer})`
-    : "wrong_answers" in audit ? `listed as wrong: ${audit.wrong_answers.join(", ") || "none"}` : "";
+  const facts = "correct_at" in audit ? `candidate ${audit.correct_at + 1} is right (${audit.positive_answer ?? "no answer"}), candidate ${2 - audit.correct_at} is wrong (${audit.negative_answer ?? "no answer"})`
+    : "wrong_answers" in audit ? `listed as wrong: ${audit.wrong_answers.join(", ") || "none"}`
+      + (audit.teacher_answers?.length ? `; the teacher's answers, not shown: ${audit.teacher_answers.join(", ")}` : "") : "";
   return el("div", { class: "group" }, el("p", {}, el("span", { class: "kind" }, kindName(group.kind)), ` ${right} of ${graded.length} right `, el("span", { class: "dim" }, facts)),
     el("details", { class: "prompt" }, el("summary", {}, `prompt as the student saw it (${count(group.prompt_tokens)} tokens)`), promptNode(story.prompts[group.prompt], audit)),
     group.rollouts.map((rollout, i) => rolloutNode(rollout, i, group, story.prompts[group.prompt])));
