@@ -244,7 +244,9 @@ def test_kinds_of_answers(tmp_path: Path) -> None:
         vero_row("vqav2", 5, kind="list_string_match", answer="plain"),
         vero_row("vqav2", 6, kind="number_list", answer="[2, 1, 3]"),
         vero_row("vqav2", 7, kind="multiple_choice", answer="B"),
-        vero_row("vqav2", 8, kind=None, answer="['not', 'read']"),
+        vero_row("vqav2", 8, kind=None, answer="['not', 'said']"),
+        vero_row("vqav2", 9, kind="string_match", answer="[1, 2]"),
+        vero_row("vqav2", 10, kind="string_match", answer="['one']"),
     ]
     manifest = build(tmp_path, rows)
     questions = {q.id: q for q in load_questions(str(tmp_path / "out"), ColumnSettings())}
@@ -258,9 +260,11 @@ def test_kinds_of_answers(tmp_path: Path) -> None:
         5: ("plain", "rule"),
         6: (Golds("ordered", ("2", "1", "3")), "rule"),
         7: ("B", "rule"),
-        8: ("['not', 'read']", "rule"),
+        9: ("[1, 2]", "rule"),
+        10: ("one", "rule"),
     }
     assert manifest.judged == 1
+    assert dropped(manifest, "vqav2") == {"unreadable": 1}, "a list without a kind: whether any of it is right, or all, is not said"
 
 
 def test_places_of_pictures(tmp_path: Path) -> None:
