@@ -168,9 +168,8 @@ def _shard(shelf: Shelf, path: str, source: CorpusSource) -> Shard:
     except DataError:
         raise
     except Exception as error:  # broken files fail in many ways
-        raise DataError(
-            f"{shelf.where}, {path}: cannot be read as parquet ({type(error).__name__}: {one_line(error)}); download it again"
-        ) from error
+        mend = "try again" if shelf.revision else "download it again"
+        raise DataError(f"{shelf.where}, {path}: cannot be read as parquet ({type(error).__name__}: {one_line(error)}); {mend}") from error
     columns = source.columns
     for name, wanted in needed(columns).items():
         if not any(_has(schema, column) for column in wanted):
