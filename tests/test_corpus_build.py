@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import datasets
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -319,6 +320,22 @@ def test_a_missing_column_is_said_before_a_row_is_read(tmp_path: Path) -> None:
     )
     said = refused(tmp_path, vero=vero, mmfinereason=mmfr)
     assert "has no column 'extra_info.question' (question)" in said
+
+
+def test_a_copy_may_be_one_file(tmp_path: Path) -> None:
+    vero, mmfr = both(tmp_path, each=1)
+    one = mmfr / "data" / "train-00000-of-00002.parquet"
+    manifest = build_corpus(MAPPING, tmp_path / "out", {"vero": vero, "mmfinereason": one})
+    assert manifest.sources["mmfinereason"].files == 1 and manifest.sources["mmfinereason"].rows == 11
+
+
+def test_datasets_reads_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its card: the pictures beside the rows make no set of pictures of it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    vero, mmfr = both(tmp_path, each=1)
+    build_corpus(MAPPING, tmp_path / "out", {"vero": vero, "mmfinereason": mmfr})
+    loaded = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    assert len(loaded) == 41 and set(loaded[0]) >= {"id", "prompt", "answer", "images", "level", "grading"}
 
 
 def test_columns_that_may_be_missing(tmp_path: Path) -> None:

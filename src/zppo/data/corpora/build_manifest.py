@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zppo.core.types import JUDGE
@@ -168,7 +169,7 @@ def print_manifest(manifest: CorpusManifest, console: Console) -> None:
 
     reasons = Table("what becomes of a row", title="Rows by reason", title_justify="left")
     for source in manifest.sources:
-        reasons.add_column(source, justify="right")
+        reasons.add_column(escape(source), justify="right")
     reasons.add_row("rows", *(f"{facts.rows:,}" for facts in manifest.sources.values()))
     for reason, what in REASONS.items():
         found = [of.get(reason, 0) for of in manifest.dropped.values()]
@@ -201,17 +202,17 @@ def _numbers(name: str, subsets: list[SubsetCounts]) -> list[str]:
         [facts.kept for facts in subsets],
         [facts.cap for facts in subsets],
     )
-    return [name, *(f"{sum(column):,}" for column in columns)]
+    return [escape(name), *(f"{sum(column):,}" for column in columns)]
 
 
 def _remarks(manifest: CorpusManifest) -> list[str]:
     said = []
-    if empty := manifest.empty():
-        said.append(f"[yellow]no source has a row of {', '.join(empty)}: look for their names among those below, and mend the mapping[/]")
+    if empty := escape(", ".join(manifest.empty())):
+        said.append(f"[yellow]no source has a row of {empty}: look for their names among those below, and mend the mapping[/]")
     if unlisted := [entry for entry in manifest.unused if entry.why == REASONS[UNLISTED]]:
         names = ", ".join(f"{entry.name or '(none)'} ({entry.rows:,})" for entry in unlisted[: _SHOWN_NAMES * 2])
         more = f" and more in {MANIFEST}" if len(unlisted) > _SHOWN_NAMES * 2 else ""
-        said.append(f"names of sub-sets that the mapping does not list: {names}{more}".replace("[", r"\["))
+        said.append(f"names of sub-sets that the mapping does not list: {escape(names)}{more}")
     if manifest.judged:
         said.append(f"{manifest.judged:,} of the rows want a judge (grading: judge); a run on them needs judge.model or teacher.model")
     if manifest.asked.get("tokenizer") is None:
