@@ -11,6 +11,7 @@ from typing import Any
 from zppo.core.types import Question
 from zppo.data import hub
 from zppo.data import reasoning_gym as gym
+from zppo.data.corpora import CORPORA
 from zppo.data.gold_checks import GoldChecks
 from zppo.data.hub import folder_rows
 from zppo.data.local_files import Place, Rows, SourceSettings, file_rows
@@ -20,9 +21,6 @@ from zppo.data.rows import USUAL_IMAGES, Columns, RowImages, has_column, not_loo
 from zppo.errors import DataError
 from zppo.images.store import shown_size
 from zppo.names import QUESTIONS, load_object, scheme_of
-
-CORPORA = ("zppo-77k",)
-"""Folders that `zppo data build` makes: where one is missing, that is said."""
 
 
 def load_questions(
@@ -88,7 +86,7 @@ def check_there(source: str) -> None:
     if scheme_of(source) or path.exists():
         return
     if path.name in CORPORA:
-        raise DataError(f"{source}: is not there yet; build it with `zppo data build {path.name} --out data/{path.name}` (docs/data.md)")
+        raise DataError(f"{source}: is not there yet; build it with `zppo data build {path.name} --out data/{path.name}` (docs/corpus.md)")
     file_rows(path)
 
 
