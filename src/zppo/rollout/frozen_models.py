@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -18,10 +19,11 @@ from zppo.names import model_folder
 from zppo.rollout.run_data import ImageInputs
 from zppo.runs.display import Progress, warn
 from zppo.teacher.local import LocalTeacher
-from zppo.teacher.remote import RemoteTeacher
-from zppo.teacher.startup_check import Names, read_key
 
-FrozenTeacher = LocalTeacher | RemoteTeacher
+if TYPE_CHECKING:
+    from zppo.teacher.remote import RemoteTeacher
+
+FrozenTeacher: TypeAlias = "LocalTeacher | RemoteTeacher"
 
 
 class FrozenModels:
@@ -47,6 +49,9 @@ class FrozenModels:
         if not own.base_urls:
             self._progress.doing(f"loading the {section} {own.model}")
             return _load_frozen(self._settings, own, self._accelerator, self._image_inputs)
+        from zppo.teacher.remote import RemoteTeacher  # the openai package comes with it, most of a second
+        from zppo.teacher.startup_check import Names, read_key
+
         self._progress.doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
         images = self._settings.data.images
         teacher = RemoteTeacher(
@@ -70,7 +75,7 @@ class FrozenModels:
             TeacherError: one refuses them.
         """
         for teacher, own in zip(self.teachers, self.settings_of, strict=True):
-            if count and isinstance(teacher, RemoteTeacher):
+            if count and not isinstance(teacher, LocalTeacher):
                 teacher.check_images(own.how(own.rollout), count, "rollout")
 
     def close(self) -> None:
