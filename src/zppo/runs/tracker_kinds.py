@@ -44,16 +44,14 @@ class TrackerKind:
         arguments: of its class in `accelerate.tracking`.
         table: gives it a table of a step: tracker, step, names of the columns, rows. None: it has no place for one.
         key: what it calls the run; asked where it alone can say.
-        close: ends the run; called in a thread, since an upload may never end.
-        forget: called afterwards, in the thread that opened it.
+        elsewhere: whether it can be closed in another thread than it was opened in, so that it need not be waited for.
         local: its files are in the run folder.
     """
 
     arguments: Callable[[Opening], dict[str, Any]]
     table: Callable[[Any, int, Sequence[str], Sequence[Row]], None] | None
     key: Callable[[Any], str] | None = None
-    close: Callable[[Any], None] = lambda tracker: tracker.finish()
-    forget: Callable[[Any], None] | None = None
+    elsewhere: bool = True
     local: bool = False
 
 
@@ -135,13 +133,6 @@ def _table_of_mlflow(tracker: Any, step: int, columns: Sequence[str], rows: Sequ
     mlflow.log_table({name: [row[i] for row in rows] for i, name in enumerate(columns)}, f"{TABLE}/step-{step:06d}.json")
 
 
-def _close_mlflow(tracker: Any) -> None:
-    """Which run is active is a matter of each thread to mlflow: `end_run` in another one does nothing."""
-    import mlflow
-
-    mlflow.MlflowClient().set_terminated(tracker.tracker.info.run_id)
-
-
 def _table_of_comet(tracker: Any, step: int, columns: Sequence[str], rows: Sequence[Row]) -> None:
     tracker.tracker.log_table(f"{TABLE}-step-{step:06d}.csv", tabular_data=[list(row) for row in rows], headers=list(columns))
 
@@ -155,13 +146,12 @@ def _texts_of_aim(tracker: Any, step: int, columns: Sequence[str], rows: Sequenc
 
 KINDS: Mapping[str, TrackerKind] = {
     "aim": TrackerKind(_aim, _texts_of_aim, key=lambda tracker: str(tracker.tracker.hash)),
-    "clearml": TrackerKind(_clearml, _table_of_accelerate, key=lambda tracker: str(tracker.tracker.id)),
+    "clearml": TrackerKind(_clearml, _table_of_accelerate, key=lambda tracker: str(tracker.tracker.id), elsewhere=False),
     "comet_ml": TrackerKind(_comet, _table_of_comet, key=lambda tracker: str(tracker.tracker.get_key())),
     "dvclive": TrackerKind(_dvclive, None, local=True),
-    "mlflow": TrackerKind(
-        _mlflow, _table_of_mlflow, lambda tracker: str(tracker.tracker.info.run_id), _close_mlflow, lambda tracker: tracker.finish()
-    ),
-    "swanlab": TrackerKind(_swanlab, _table_of_swanlab),
+    # mlflow knows an active run by its thread, swanlab sets signal handlers, clearml waits for a thread that is the closing one.
+    "mlflow": TrackerKind(_mlflow, _table_of_mlflow, key=lambda tracker: str(tracker.tracker.info.run_id), elsewhere=False),
+    "swanlab": TrackerKind(_swanlab, _table_of_swanlab, elsewhere=False),
     "tensorboard": TrackerKind(_tensorboard, _texts_of_tensorboard, local=True),
     "trackio": TrackerKind(_trackio, _table_of_trackio),
     "wandb": TrackerKind(_wandb, _table_of_accelerate),

@@ -123,16 +123,17 @@ class Trackers:
                     del live[name]
 
     def finish(self) -> None:
-        """Closes them; an upload that does not end is not waited for longer than FINISH_SECONDS."""
+        """Closes them; an upload that does not end is not waited for longer than FINISH_SECONDS, where a tracker can be left."""
         for name, tracker in self._live.items():
             errors: list[BaseException] = []
-            thread = threading.Thread(target=_close, args=(KINDS[name].close, tracker, errors), daemon=True)
-            thread.start()
-            thread.join(FINISH_SECONDS)
-            if thread.is_alive():
-                self.say(f"tracker {name} is still busy after {FINISH_SECONDS:g} s and is not waited for")
-            elif (forget := KINDS[name].forget) is not None and not errors:
-                _close(forget, tracker, errors)
+            if KINDS[name].elsewhere:
+                thread = threading.Thread(target=_finish, args=(tracker, errors), daemon=True)
+                thread.start()
+                thread.join(FINISH_SECONDS)
+                if thread.is_alive():
+                    self.say(f"tracker {name} is still busy after {FINISH_SECONDS:g} s and is not waited for")
+            else:
+                _finish(tracker, errors)
             for error in errors:
                 self.say(f"tracker {name} could not be closed: {_describe(error)}")
         self._live = {}
@@ -173,9 +174,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", float(value)
 
 
-def _close(close: Callable[[Any], None], tracker: Any, errors: list[BaseException]) -> None:
+def _finish(tracker: Any, errors: list[BaseException]) -> None:
     try:
-        close(tracker)
+        tracker.finish()
     except (Exception, SystemExit) as error:
         errors.append(error)
 
