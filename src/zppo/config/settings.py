@@ -31,6 +31,7 @@ from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 OVERRIDES = ("replay", "reformulations", "teacher_response", "control")
 
 
@@ -409,10 +410,13 @@ class TrainSettings(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="where the numbers of metrics.jsonl go too; files of TensorBoard and DVCLive: in the run folder"
     )
-    tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
+    tracker_project: str = Field("zppo", min_length=1, description="what trackers file the run under")
+    tracker_completions: int = Field(
+        2, ge=0, description="completions of each kind of prompt that trackers get of a step, as a table; 0: only numbers leave"
+    )
     sharding: Literal["none", "fsdp2"] = Field(
         "none", description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins"
     )

@@ -73,11 +73,13 @@ class RunLog:
 
     Attributes:
         listener: given every line of metrics.jsonl after it is written (trackers).
+        reader: given the rows of each step's rollouts after they are written (trackers).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listener: Callable[[int, str, Mapping[str, Any]], None] | None = None
+        self.reader: Callable[[int, Sequence[Mapping[str, Any]]], None] | None = None
         self._unsynced: set[Path] = set()
 
     def open(self) -> None:
@@ -121,6 +123,8 @@ class RunLog:
         for row in rows:
             row["advantage"] = next(values)
         self._write_rows(self.folder / ROLLOUTS / f"step-{step:06d}.parquet", rows)
+        if self.reader is not None:
+            self.reader(step, rows)
 
     def held_out(self, step: int, event: str, groups: Sequence[Group], *, show: Callable[[tuple[int, ...]], str]) -> None:
         """held_out/<event>-NNNNNN.parquet, laid out as `rollouts`, with every completion of an evaluation; it has no advantages."""
