@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from zppo.core.types import Question
 from zppo.data import hub
@@ -47,15 +48,16 @@ def load_questions(
         else:
             path = Path(source).expanduser()
             rows = folder_rows(path, reading, columns) if path.is_dir() else file_rows(path)
-        questions = _from_rows(source, rows, columns, limit, reading, warn)
+        questions = questions_of_rows(source, rows, columns, limit, reading, warn)
     if not questions:
         raise DataError(f"{source}: holds no questions; it needs at least one")
     return questions
 
 
-def _from_rows(
-    source: str, rows: Rows, columns: Columns, limit: int | None, reading: SourceSettings, warn: Callable[[str], None] | None
+def questions_of_rows(
+    source: str, rows: Rows, columns: Columns, limit: int | None, reading: SourceSettings, warn: Callable[[str], None] | None = None
 ) -> list[Question]:
+    """The questions of the first `limit` rows, however they were read; errors and warnings as of `load_questions`."""
     questions, seen, golds = [], dict[str, Place](), GoldChecks()
     pictures, named, unused = RowImages(reading.image_cache), not columns.images, ""
     for place, data in islice(rows, limit):
@@ -78,6 +80,20 @@ def _from_rows(
     if warn is not None:
         golds.tell(warn)
     return questions
+
+
+def listed_questions(rows: Iterable[Mapping[str, Any]], name: str, columns: Columns, reading: SourceSettings) -> list[Question]:
+    """The questions of rows that are in memory (a `datasets.Dataset`, a list); the prompt may be a list of turns, as TRL has it.
+
+    Args:
+        name: what messages call them; a row without an id is called `<name>:<row>`.
+
+    Raises:
+        DataError: as of `load_questions`.
+    """
+    read = ({**row, columns.messages: row[columns.prompt]} if isinstance(row.get(columns.prompt), list) else row for row in rows)
+    placed = ((Place(name, name, number, Path.cwd()), row) for number, row in enumerate(read, 1))
+    return questions_of_rows(name, placed, columns, None, reading)
 
 
 def _check_blind(source: str, columns: Columns, unused: str, reading: SourceSettings) -> None:
