@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -48,16 +48,14 @@ except ImportError as error:
     raise SettingsError(f"zppo.integrations.trl needs TRL ({error}): pip install 'zppo[trl]'") from error
 
 SECTIONS = ("method", "student", "teacher", "more_teachers", "judge", "data", "prompts", "zone", "advantage", "grading")
-ADMITTED = ("1.14", "1.17")  # from, up to below; as the extra `trl` says
+ADMITTED = ">=1.14,!=1.15.*,<1.17"  # as the extra `trl` says
 STATE = "zppo.json"  # what a checkpoint of TRL holds of ours
 _PROMPTS = ("prompt_ids", "prompt_mask")
 _COMPLETIONS = ("completion_ids", "completion_mask", "old_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio")
 _LOGGED = ("hard_questions", "teacher_rollouts", "teacher_correct", "teacher_unreachable", "compression_failed", "bcq_raw_pairs")
 
-if not Version(ADMITTED[0]) <= Version(trl.__version__) < Version(ADMITTED[1]):
-    raise SettingsError(
-        f"TRL {trl.__version__} is installed; from {ADMITTED[0]} to below {ADMITTED[1]} is admitted: pip install 'zppo[trl]'"
-    )
+if trl.__version__ not in SpecifierSet(ADMITTED):
+    raise SettingsError(f"TRL {trl.__version__} is installed, and {ADMITTED} is admitted: pip install 'zppo[trl]'")
 
 
 @dataclass
@@ -131,6 +129,8 @@ def settings_of(args: Any, student: str, teacher: str | None) -> Settings:
     own = dict(_leaves(args.recipe)) if isinstance(args.recipe, Mapping) else {}
     if unknown := [name for name in own if name.partition(".")[0] not in SECTIONS]:
         raise SettingsError(f"recipe holds {unknown[0]!r}, and may hold {', '.join(SECTIONS)}; fields of ZPPOConfig set the rest")
+    if teacher is None and any(name.startswith("teacher.") for name in own) and "teacher.model" not in own:
+        raise SettingsError("teacher_model is missing: name a checkpoint, or the teacher's name at teacher_base_url")
     base: dict[str, Any] = {"seed": args.seed, "data": {"train": "train_dataset"}}
     base["student"] = {"model": student, "template_args": args.chat_template_kwargs or {}}
     base["rollout"] = {"batch_size": args.generation_batch_size // args.num_generations, "group_size": args.num_generations}
