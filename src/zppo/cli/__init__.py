@@ -22,7 +22,7 @@ from zppo.cli.sweep_command import add_sweep
 from zppo.cli.train_commands import add_train, split_overrides
 from zppo.errors import Interrupted, ZPPOError, used_up
 
-COMMAND_GROUPS = (add_train, add_recipes, add_sweep, add_report, add_serve, add_eval, add_lab)
+COMMAND_GROUPS = (add_train, add_recipes, add_data, add_sweep, add_report, add_serve, add_eval, add_lab)
 """In the order of `zppo --help`."""
 
 OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
