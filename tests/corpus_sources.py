@@ -26,7 +26,14 @@ VERO_SCHEMA = pa.schema(
         (
             "extra_info",
             pa.struct(
-                [("index", pa.int64()), ("question", TEXT), ("answer", TEXT), ("reward_type", TEXT), ("tolerance", pa.float64()), ("split", TEXT)]
+                [
+                    ("index", pa.int64()),
+                    ("question", TEXT),
+                    ("answer", TEXT),
+                    ("reward_type", TEXT),
+                    ("tolerance", pa.float64()),
+                    ("split", TEXT),
+                ]
             ),
         ),
     ]

@@ -20,13 +20,12 @@ from zppo.grading import extract_boxed
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.rollout.reformulated import CandidateMaker, Reformulator
+from zppo.rollout.reformulated import CandidateMaker, Reformulator, make_reformulations
 from zppo.rollout.student import Answered, PromptRenderer
 from zppo.rollout.teacher import Pools, TeacherSampler
 from zppo.step_log import StepLog
 from zppo.teacher.compression import Compressor
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.train.assemble import make_reformulations
 
 
 class Words:

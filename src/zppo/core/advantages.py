@@ -96,3 +96,19 @@ def step_advantages(groups: Sequence[Group], estimator: Estimator, batches: Sequ
     if estimator == "group":
         return group_advantages(rewards, ids, graded=graded)
     return two_step_advantages(rewards, ids, estimator, graded=graded)
+
+
+def trivial(group: Group) -> bool:
+    """Whether all graded rewards of a group are equal: it is all-right or all-wrong."""
+    return len({r.reward for r in group.graded}) <= 1
+
+
+def spread_advantages(groups: Sequence[Group], kept: Sequence[Group], advantages: torch.Tensor) -> torch.Tensor:
+    """Advantages of all rollouts, 0 for those of groups that left the batch.
+
+    Args:
+        kept: those of the groups that stayed, in their order.
+        advantages: of the rollouts of `kept`.
+    """
+    values, held = iter(advantages.tolist()), {id(g) for g in kept}
+    return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])

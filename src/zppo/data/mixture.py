@@ -11,8 +11,9 @@ from typing import Any
 
 from zppo.core.draws import draw_key
 from zppo.core.types import RULE, Question
+from zppo.data.conversations import parsed
 from zppo.data.local_files import SourceSettings
-from zppo.data.rows import Columns, column_value, parsed
+from zppo.data.rows import Columns, column_value
 from zppo.errors import DataError
 from zppo.names import scheme_of
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from zppo.data.conversations import RowError, a
 from zppo.data.local_files import Place
-from zppo.data.rows import RowError, a, column_value, has_column
+from zppo.data.rows import column_value, has_column
 from zppo.errors import DataError
 
 DERIVED = ("prompt_length", "answer_length", "image_count", "image_width", "image_height", "held_out")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from accelerate import Accelerator
 
 from zppo.config.methods import Method
 from zppo.config.model_settings import FrozenModelSettings, TeacherSettings
@@ -16,7 +16,6 @@ from zppo.images.store import PixelLimits
 from zppo.models.student_model import read_template
 from zppo.names import model_folder
 from zppo.rollout.run_data import ImageInputs
-from zppo.runs.display import Progress, warn
 from zppo.teacher.local import LocalTeacher
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import Names, read_key
@@ -32,10 +31,18 @@ class FrozenModels:
         settings_of: the section of the recipe of each of them.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, progress: Progress, image_inputs: ImageInputs | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        image_inputs: ImageInputs | None = None,
+        *,
+        doing: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         self.teachers: list[FrozenTeacher] = []
         self.settings_of: list[TeacherSettings] = []
-        self._settings, self._accelerator, self._progress, self._image_inputs = settings, accelerator, progress, image_inputs
+        self._settings, self._device, self._image_inputs, self._doing, self._warn = settings, device, image_inputs, doing, warn
         self._remote: list[RemoteTeacher] = []
 
     def load(self, own: FrozenModelSettings, section: str) -> FrozenTeacher:
@@ -45,9 +52,9 @@ class FrozenModels:
             TeacherError: it cannot be loaded, or there is no key for its address.
         """
         if not own.base_urls:
-            self._progress.doing(f"loading the {section} {own.model}")
-            return _load_frozen(self._settings, own, self._accelerator, self._image_inputs)
-        self._progress.doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
+            self._doing(f"loading the {section} {own.model}")
+            return _load_frozen(self._settings, own, self._device, self._image_inputs)
+        self._doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
         images = self._settings.data.images
         teacher = RemoteTeacher(
             own.model,
@@ -58,7 +65,7 @@ class FrozenModels:
             retry_for=own.retry_for,
             names=Names(section, own.key_env),
             limits=PixelLimits(images.min_pixels, images.max_pixels),
-            warn=lambda text: warn(self._progress.console, f"warning: {text}"),
+            warn=lambda text: self._warn(f"warning: {text}"),
         )
         self._remote.append(teacher)
         return teacher
@@ -81,12 +88,19 @@ class FrozenModels:
 
 @contextmanager
 def load_frozen_models(
-    settings: Settings, accelerator: Accelerator, progress: Progress, image_inputs: ImageInputs | None = None
+    settings: Settings,
+    device: torch.device,
+    image_inputs: ImageInputs | None = None,
+    *,
+    doing: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Iterator[FrozenModels]:
     """The frozen models for the length of a run; the teachers that the method needs are loaded and checked.
 
     Args:
+        device: where those run that are in this process and name no device of their own.
         image_inputs: limits and cache of images, where the run has any.
+        doing, warn: told what begins, and what a person should know.
 
     Raises:
         TeacherError: a teacher cannot be loaded, or cannot be reached with this key, model and fields.
@@ -95,7 +109,7 @@ def load_frozen_models(
     method = settings.method.resolve()
     named = [("teacher", settings.teacher), *((f"more_teachers.{i}", t) for i, t in enumerate(settings.more_teachers))]
     with ExitStack() as stack:
-        frozen_models = FrozenModels(settings, accelerator, progress, image_inputs)
+        frozen_models = FrozenModels(settings, device, image_inputs, doing=doing, warn=warn)
         stack.callback(frozen_models.close)
         for section, own in named if method.needs_teacher else ():
             if own is not None:
@@ -121,9 +135,11 @@ def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
     return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.needs)]
 
 
-def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator, image_inputs: ImageInputs | None) -> LocalTeacher:
+def _load_frozen(
+    settings: Settings, own: FrozenModelSettings, student_device: torch.device, image_inputs: ImageInputs | None
+) -> LocalTeacher:
     """A model that is never trained, in this process: a teacher, or a judge."""
-    device = accelerator.device if own.device == "auto" else torch.device(own.device)
+    device = student_device if own.device == "auto" else torch.device(own.device)
     return LocalTeacher.load(
         model_folder(own.model),
         revision=own.revision,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from zppo.config.methods import Method, load_reformulation
 from zppo.config.settings import Settings
 from zppo.core.draws import keyed_random
-from zppo.core.reformulate import RESPONSES, Material, Need, Reformulation, distinct_answers, scrambled
+from zppo.core.reformulate import RESPONSES, Material, Need, Placebo, Reformulation, distinct_answers, scrambled
 from zppo.core.select import next_wave
-from zppo.core.types import Draft, Group, Prompt, Question
-from zppo.errors import TemplateError
+from zppo.core.types import PLAIN, Draft, Group, Prompt, Question
+from zppo.errors import SettingsError, TemplateError
 from zppo.grading import has_gold_words, normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.student import PromptRenderer
@@ -231,6 +232,19 @@ class Reformulator:
         fitting = [(draft, prompt) for draft, prompt in rendered if fits(prompt)]
         log.add(too_long=len(rendered) - len(fitting))
         return fitting
+
+
+def make_reformulations(method: Method) -> list[Reformulation]:
+    """The reformulations of a method, in building order.
+
+    Raises:
+        SettingsError: one of the user's own cannot be imported or is none; the message says why.
+    """
+    made = [load_reformulation(kind) for kind in method.reformulations]
+    kinds = [r.kind for r in made]
+    if len(set(kinds)) != len(kinds) or PLAIN in kinds:
+        raise SettingsError(f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'")
+    return [Placebo(r) for r in made] if method.control == "placebo" else made
 
 
 def make_reformulator(

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, TrainSettings
-from zppo.core.advantages import step_advantages
+from zppo.core.advantages import spread_advantages, step_advantages, trivial
 from zppo.core.draws import keyed_random
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import (
@@ -89,7 +89,7 @@ class PolicyGradient:
         if self.respond is not None:
             replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
             log.counts["teacher_responses_in_groups"] = float(replaced)
-        return UpdateResult(groups, _spread(groups, kept, advantages), self.optimizer.fault)
+        return UpdateResult(groups, spread_advantages(groups, kept, advantages), self.optimizer.fault)
 
     @property
     def trusts_sampler(self) -> bool:
@@ -320,17 +320,6 @@ class PolicyGradient:
         if rollout is None:
             return group
         return replace(group, rollouts=(*group.rollouts[:place], rollout, *group.rollouts[place + 1 :]))
-
-
-def trivial(group: Group) -> bool:
-    """Whether all graded rewards of a group are equal: it is all-right or all-wrong."""
-    return len({r.reward for r in group.graded}) <= 1
-
-
-def _spread(groups: Sequence[Group], kept: Sequence[Group], advantages: torch.Tensor) -> torch.Tensor:
-    """Advantages of all rollouts, 0 for those of groups that left."""
-    values, held = iter(advantages.tolist()), {id(g) for g in kept}
-    return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])
 
 
 def _needed(rows: Sequence[Sample], micro: MicroBatch) -> int:

@@ -116,7 +116,7 @@ class TrainingLoop:
 
     def __init__(self, settings: Settings, parts: Assembled, progress: Progress) -> None:
         self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
-        kinds = ("plain", *(r.kind for r in self.trainer.reformulator.reformulations))
+        kinds = ("plain", *(r.kind for r in self.trainer.parts.reformulator.reformulations))
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
@@ -362,7 +362,9 @@ def _go(
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
         progress.doing(f"reading the questions of {settings.data.train_name}")
         data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
-        frozen_models = stack.enter_context(load_frozen_models(settings, accelerator, progress, data.image_inputs))
+        frozen_models = stack.enter_context(
+            load_frozen_models(settings, accelerator.device, data.image_inputs, doing=progress.doing, warn=progress.warning)
+        )
         stack.enter_context(tracking(trackers))
         folder = start.folder if start else None
         parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, progress)

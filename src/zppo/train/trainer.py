@@ -8,14 +8,13 @@ from typing import Any
 
 from zppo.config.settings import Settings
 from zppo.core.metrics import accuracy_by_kind, composition, eligibility, rollout_metrics, wrong_example
-from zppo.core.replay import Changes, PromptReplayBuffer
-from zppo.core.select import hard_groups, share_of
+from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
 from zppo.errors import MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
-from zppo.rollout.reformulated import Reformulator
 from zppo.rollout.run_data import RunData
+from zppo.rollout.step_parts import Parts
 from zppo.rollout.student import StudentSampler
 from zppo.runs.log import RunLog, usage
 from zppo.step_log import StepLog
@@ -85,8 +84,8 @@ class Trainer:
     Args:
         settings: the recipe's.
         data: training and held-out questions.
+        parts: the pieces of a step: reformulation, buffer.
         student: samples the student's rollouts and grades them.
-        reformulator: asks hard questions again.
         learner: the policy gradient, or distillation.
         engine_check: brings the sampling engine up to the weights, and checks it.
         run_log: the files of the run folder.
@@ -104,17 +103,17 @@ class Trainer:
         self,
         settings: Settings,
         data: RunData,
+        parts: Parts,
         student: StudentSampler,
-        reformulator: Reformulator,
         learner: Learner,
         engine_check: EngineCheck,
         run_log: RunLog,
     ) -> None:
         self.settings, self.zone, self.method = settings, settings.zone, settings.method.resolve()
         self.questions, self.held_out = data.train, data.held_out
-        self.student, self.reformulator, self.learner = student, reformulator, learner
+        self.parts, self.student, self.learner = parts, student, learner
         self.engine_check, self.run_log, self.processes = engine_check, run_log, student.processes
-        self.buffer = PromptReplayBuffer(self.zone.buffer_capacity, self.zone.threshold, settings.seed)
+        self.buffer = parts.buffer
         self.steps = total_steps(settings, len(self.questions))
         self.done, self.evaluated = 0, -1
         self.totals = Totals()
@@ -133,13 +132,11 @@ class Trainer:
         log = StepLog(step, watch=self.watch)
         self._sync_engine(log)  # the engine samples from the weights of the last step
         new = self._new_questions(step)
-        replayed = self._replayed_questions(new)  # line 2
+        replayed = self.parts.replayed(new)  # line 2
         plain = self.student.rollout(self._plain_prompts([*new, *replayed]), log)  # line 2
-        hard = hard_groups(
-            plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step
-        )  # the hard set (line 4), sorted for line 6
+        hard = self.parts.hard(plain, step)  # the hard set (line 4), sorted for line 6
         # The teacher (line 4), pre-cap (6), BCQ and NCQ (8-10), post-cap (13-15).
-        again = self.reformulator.reformulate(hard, share_of(self.zone.rho_aug, len(new)), log)
+        again = self.parts.reformulate(hard, len(new), log)
         reformulated = self.student.rollout(again.prompts, log)  # line 16
         return self.update(StepRollouts(len(new), ids_of(replayed), plain, reformulated, again.responses), log)
 
@@ -148,7 +145,7 @@ class Trainer:
         with self.processes.stop.ignored():  # a signal waits here until nothing is lost by it
             self._check_same(log.step, [*rollouts.plain, *rollouts.reformulated])
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
-            changes = self._update_buffer(rollouts.plain, log.step)  # line 19
+            changes = self.parts.remember(rollouts.plain, log.step)  # line 19
             self.done = log.step
             self.boundary = self.snapshot()  # the weights are those of this step, whatever becomes of its report
             self._record(rollouts, updated, changes, log)
@@ -219,12 +216,6 @@ class Trainer:
         indices = batch_ids(len(self.questions), size, self.settings.seed, step - 1, epochs)
         return [self.questions[i] for i in indices]
 
-    def _replayed_questions(self, new: Sequence[Question]) -> list[Question]:
-        """X_replay: drawn from the buffer minus X_new, on top of it (Alg. 1, l. 2)."""
-        if not self.method.replay:
-            return []
-        return self.buffer.sample(share_of(self.zone.rho_replay, len(new)), ids_of(new))
-
     def _check_same(self, step: int, groups: Sequence[Group]) -> None:
         """That every process is about to learn the same; with one process there is nothing to check."""
         if self.processes.size > 1:
@@ -251,12 +242,6 @@ class Trainer:
         self.processes.gather_log(log)  # off-policy distillation asks the teacher in its update
         log.counts["graded_answers"] = graded  # as ever: without the responses that were graded there
         return updated
-
-    def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
-        """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 19)."""
-        if not self.method.replay:
-            return Changes()
-        return self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)
 
     def _record(self, rollouts: StepRollouts, updated: UpdateResult, changes: Changes, log: StepLog) -> None:
         """The step in the run folder: buffer.jsonl, rollouts/, a line of metrics.jsonl; and in the totals of the run."""

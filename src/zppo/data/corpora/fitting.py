@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from zppo.core.draws import draw_key
 from zppo.core.types import IMAGE, JUDGE, RULE
+from zppo.data.conversations import parsed
 from zppo.data.corpora.mapping import CorpusFilters, CorpusSource, Kind, Names
-from zppo.data.rows import parsed
 from zppo.errors import DataError
 from zppo.images.store import check_whole, header_of
 
