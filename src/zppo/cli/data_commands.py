@@ -40,8 +40,8 @@ def _add_measure(commands: Subcommands) -> None:
         "measure",
         usage="zppo data measure RECIPE [--n N] [--sample N] [--teacher] [--out FILE|DIR] [--key=value ...] [--no-code]",
         help="how often student and teacher are right on the questions of a recipe; the same command goes on after a stop",
-        description="Ask the student, and with --teacher the teacher, n times about every training question of a recipe, and write what came "
-        "out into the questions. Any setting can be given as --key=value and wins over the recipe.",
+        description="Ask the student, and with --teacher the teacher, n times about every training question of a recipe, and write what "
+        "came out into the questions. Any setting can be given as --key=value and wins over the recipe.",
         allow_abbrev=False,
     )
     measure.add_argument("recipe", metavar="RECIPE", help="as of zppo train")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from zppo.config.settings import Settings
 from zppo.core.types import Question, Rollout
+from zppo.errors import SettingsError
 from zppo.grading.grader import Verdict
+from zppo.names import readable
 from zppo.runs.files import writing
-from zppo.runs.log import read_lines
 from zppo.train.provenance import model_facts, word_files
 
 Who = Literal["student", "teacher"]
@@ -78,18 +80,15 @@ class AnswerFile:
         settings, n: what the answers hang on; what was answered under other settings is not found.
 
     Raises:
-        StorageError: the file cannot be written.
+        SettingsError: the file holds something else.
     """
+
+    _file: BinaryIO | None
 
     def __init__(self, path: Path, settings: Settings, n: int) -> None:
         self._how = {who: f"{n}:{_digest(facts)}" for who, facts in _facts(settings).items()}
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._known = {line["key"]: Answers(**line["answers"]) for line in read_lines(path)}
-            self._file = open(path, "ab")  # noqa: SIM115 - open for as long as the measurement
-            whole = path.read_bytes().rfind(b"\n") + 1
-            self._file.truncate(whole)
-        self._path = path
+        self._known = _read(path)
+        self._path, self._file = path, None
 
     def get(self, who: Who, question: Question) -> Answers | None:
         """What was answered, None where it was not asked yet."""
@@ -101,17 +100,35 @@ class AnswerFile:
             {"who": who, "question": question.id, "key": self._key(who, question), "answers": asdict(each)} for question, each in answers
         ]
         with writing(self._path):
+            if self._file is None:  # not before there is something to keep
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._path, "ab")  # noqa: SIM115 - open for as long as the measurement
+                self._file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
             self._file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
             self._file.flush()
         self._known |= {str(line["key"]): each for line, (_, each) in zip(lines, answers, strict=True)}
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _key(self, who: Who, question: Question) -> str:
         known = question.to_dict() | {"images": [image.sha256 for image in question.images]}
         return _digest([who, self._how[who], known])
+
+
+def _read(path: Path) -> dict[str, Answers]:
+    """Answers by key; a line that is damaged is left out, and asked about again."""
+    known: dict[str, Answers] = {}
+    lines = readable(path).read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            data = json.loads(line)
+            known[str(data["key"])] = Answers(**data["answers"])
+    if lines and not known:
+        raise SettingsError(f"{path} holds something else than answers of a measurement: name another place with --out")
+    return known
 
 
 def _facts(settings: Settings) -> dict[Who, Any]:

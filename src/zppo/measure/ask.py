@@ -10,25 +10,26 @@ from functools import cache, partial
 from types import TracebackType
 from typing import Self
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
 
-from zppo.config.model_settings import FrozenModelSettings
 from zppo.config.settings import Settings
 from zppo.core.draws import draw_key
 from zppo.core.types import Question
 from zppo.distributed.launcher import read_launch
-from zppo.distributed.parallel import make_accelerator, make_weights
+from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
+from zppo.engines.base import Engine
 from zppo.errors import LauncherError, SettingsError
 from zppo.measure.answers import AnswerFile, Answers, Who, of_rollouts, of_verdicts
 from zppo.models.student_model import load_chat, load_student
-from zppo.prompts.book import PromptBook
-from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher
 from zppo.rollout.grading import grades_while_sampling, make_scorer, rule_grading
 from zppo.rollout.run_data import RunData, check_vocabulary, load_short
+from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.student import Answered, PromptRenderer, Score, StudentSampler
-from zppo.runs.display import Progress as Doing
+from zppo.runs.display import Progress as Loading
 from zppo.runs.display import show, warn
 from zppo.runs.signals import Stop
 from zppo.step_log import StepLog
@@ -74,63 +75,68 @@ def ready_models(
     """
     with ExitStack() as stack:
         rule = stack.enter_context(rule_grading(settings))
-        doing = stack.enter_context(Doing(console))
+        progress = stack.enter_context(Loading(console))
         launch = read_launch()
+        if launch.processes > 1:
+            raise LauncherError("a measurement runs in one process: start it without a launcher; a vLLM server may have many GPUs")
         accelerator = make_accelerator(settings, launch)
-        if accelerator.num_processes > 1:
-            raise LauncherError(
-                "a measurement runs in one process: start it without torchrun or accelerate; a vLLM server may use many GPUs"
-            )
-        frozen = FrozenModels(settings, accelerator, doing, data.image_inputs)
-        stack.callback(frozen.close)
         inputs = data.image_inputs
+        say = partial(warn, console)
+        frozen = FrozenModels(settings, accelerator.device, inputs, doing=progress.doing, warn=say)
+        stack.callback(frozen.close)
         chat = load_chat(settings.student, inputs.limits, inputs.cache) if inputs else load_chat(settings.student)
-        book = PromptBook(settings.prompts, Neutraliser(set(chat.special_texts)))
-        renderer = PromptRenderer(book, chat)
-        doing.doing(f"reading the prompts of {len(data.train):,} questions")
-        length = cache(lambda question: len(renderer.plain(question).ids))
-        questions, _ = load_short(settings, data, renderer, length, console)
+        renderer = make_renderer(settings, chat)
+        progress.doing(f"reading the prompts of {len(data.train):,} questions")
+        questions, _ = load_short(settings, data, renderer, cache(lambda question: len(renderer.plain(question).ids)), console)
         who = wanted(questions)
-        if not who:  # all was answered before
-            doing.end()
-            yield Asking(questions, {}, {})
-            return
-        teachers: list[FrozenTeacher] = []
-        if "teacher" in who:
-            own = settings.teacher
-            assert own is not None
-            teachers.append(frozen.load(own, "teacher"))
-            teachers[0].check(own.how(own.rollout), "rollout", n)
-            frozen.teachers, frozen.settings_of = teachers, [own]
-            frozen.check_images(max((len(question.images) for question in questions), default=0))
-
-        def load(own: FrozenModelSettings) -> FrozenTeacher:
-            return frozen.load(own, "judge" if settings.judge else "teacher")
-
-        scorer = make_scorer(settings, rule, questions, chat, teachers, load)
         ask: dict[Who, Ask] = {}
+        own = settings.teacher
+        if "teacher" in who and own is not None:
+            frozen.teachers.append(frozen.load(own, "teacher"))
+            frozen.settings_of.append(own)
+            frozen.teachers[0].check(own.how(own.rollout), "rollout", n)
+            frozen.check_images(max((len(question.images) for question in questions), default=0))
+        if who:
+            score = make_scorer(
+                settings, rule, questions, chat, frozen.teachers, lambda own: frozen.load(own, "judge" if settings.judge else "teacher")
+            )
+        if frozen.teachers:
+            ask["teacher"] = partial(_ask_teacher, settings, frozen.teachers[0], renderer, score, n)
         if "student" in who:
-            doing.doing(f"loading the student {settings.student.model}")
+            progress.doing(f"loading the student {settings.student.model}")
             student = load_student(settings, None, bf16=autocast_type(accelerator) is not None, images=inputs is not None)
             check_vocabulary(student.model, renderer, questions)
-            doing.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler")
-            say = partial(warn, console)
+            progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler")
             weights = make_weights(settings, accelerator, launch, Stop())
-            model = student.model
-            weights.prepare(model, accelerator)
-            own_engine = make_engine(settings, model, chat, autocast_type(accelerator), say)
-            engine = own_engine if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
-            fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))
-            make_engine_check(settings, engine, make_forward(settings, model, chat), fixed, accelerator, weights).refresh(0)
-            sampling, background = settings.rollout.sampling(), grades_while_sampling(settings, scorer)
-            sampler = StudentSampler(engine, renderer, scorer, sampling, n, settings.seed, grades_while_sampling=background)
+            engine = _checked_engine(settings, student.model, renderer, questions, accelerator, weights, say)
+            background = grades_while_sampling(settings, score)
+            sampler = StudentSampler(
+                engine, renderer, score, settings.rollout.sampling(), n, settings.seed, grades_while_sampling=background
+            )
             ask["student"] = partial(_ask_student, sampler)
-        if teachers:
-            ask["teacher"] = partial(_ask_teacher, settings, teachers[0], renderer, scorer, n)
-        remote = settings.teacher is not None and bool(settings.teacher.base_urls)
-        concurrency = settings.teacher.concurrency if settings.teacher is not None and remote else 0
-        doing.end()
-        yield Asking(questions, ask, {"student": min(AT_ONCE, settings.rollout.batch_size), "teacher": max(AT_ONCE, 2 * concurrency)})
+        progress.end()
+        at_once = max(AT_ONCE, 2 * own.concurrency) if own is not None and own.base_urls else AT_ONCE
+        yield Asking(questions, ask, {"student": min(AT_ONCE, settings.rollout.batch_size), "teacher": at_once})
+
+
+def _checked_engine(
+    settings: Settings,
+    model: PreTrainedModel,
+    renderer: PromptRenderer,
+    questions: Sequence[Question],
+    accelerator: Accelerator,
+    weights: ReplicatedWeights,
+    say: Callable[[str], None],
+) -> Engine:
+    """What samples, with the student's weights, as in a run."""
+    weights.prepare(model, accelerator)
+    chat = renderer.chat
+    engine: Engine = make_engine(settings, model, chat, autocast_type(accelerator), say)
+    if settings.rollout.engine == "vllm":
+        engine = start_vllm(settings, model, chat, accelerator)
+    fixed = renderer.plain(next((question for question in questions if question.images), questions[0]))
+    make_engine_check(settings, engine, make_forward(settings, model, chat), fixed, accelerator, weights).refresh(0)
+    return engine
 
 
 def _ask_student(sampler: StudentSampler, questions: Sequence[Question], log: StepLog) -> list[Answers]:
@@ -178,14 +184,8 @@ class Bar:
         self._console, self._name, self._total = console, name, total
         self._began = self._said = time.monotonic()
         self._task = TaskID(0)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        clocks = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *clocks
         self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:

@@ -17,7 +17,7 @@ from zppo.core.types import Question
 from zppo.errors import DataError, SettingsError
 from zppo.measure.answers import AnswerFile, Who
 from zppo.measure.ask import Asking, ask_all, check_teacher, keyed_sample, ready_models
-from zppo.measure.verdict import Measured, judge_data, print_verdict, verdict_page
+from zppo.measure.verdict import Measured, judge_data, print_verdict, useful_filter, verdict_page
 from zppo.planning.dry_run import check_files
 from zppo.rollout.data import Loaded, load_mixture, tell_sources
 from zppo.rollout.run_data import seen_data
@@ -53,7 +53,7 @@ def places_of(out: Path, settings: Settings) -> Places:
     if out.suffix in FILES:
         if len(parts) > 1:
             raise SettingsError(
-                f"--out {out} is one file, and data.train has {len(parts)} sources with columns of their own: name a folder"
+                f"--out {out} is one file, and data.train has {len(parts)} sources, each with its columns: name a folder"
             )
         beside = out.with_suffix("")
         answers = beside.with_name(f"{beside.name}-answers.jsonl")
@@ -161,10 +161,10 @@ def _finish(
         if each:
             show(console, f"{path}  {len(each):,} rows with student_accuracy{' and teacher_accuracy' if verdict.teacher.count else ''}")
     show(console, f"{places.page}  the same as a page")
-    show(console, _next_words(settings, places))
+    show(console, _next_words(settings, places, useful_filter(verdict)))
 
 
-def _next_words(settings: Settings, places: Places) -> str:
+def _next_words(settings: Settings, places: Places, text: str) -> str:
     """How what was measured is used."""
     if len(places.data) > 1:
         return (
@@ -177,7 +177,7 @@ def _next_words(settings: Settings, places: Places) -> str:
         if on and given
     )
     how = f"--data.train={places.data[0]}" if given else f"source: {places.data[0]} in data.train"
-    return f"To train on what was measured: {how}{plain} --data.filters='0 < student_accuracy < 1'"
+    return f"To train on what was measured: {how}{plain} --data.filters='{text}'"
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

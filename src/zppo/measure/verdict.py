@@ -136,13 +136,15 @@ def _accuracy(answers: Answers | None) -> float:
 def _words(verdict: Verdict, settings: Settings) -> Iterable[str]:
     student, teacher = verdict.student, verdict.teacher
     yield (
-        f"The student gets {percent(student.accuracy)} of its answers right. {percent(student.never)} of the questions it never gets right in "
-        f"{verdict.n} answers, {percent(student.always)} always; {percent(verdict.hard)} are hard, below zone.threshold = {verdict.threshold:g}."
+        f"The student gets {percent(student.accuracy)} of its answers right. In {verdict.n} answers it never gets "
+        f"{percent(student.never)} of the questions right, and {percent(student.always)} always; {percent(verdict.hard)} are hard: below "
+        f"zone.threshold = {verdict.threshold:g}."
     )
     if teacher.count:
         yield (
-            f"The teacher gets {percent(teacher.accuracy)} of its answers right, and {percent(verdict.solved)} of the hard questions at least "
-            f"once in {verdict.n}: on these help can show a right answer. {percent(verdict.neither)} of the questions neither ever gets right."
+            f"The teacher gets {percent(teacher.accuracy)} of its answers right. Of the hard questions it gets "
+            f"{percent(verdict.solved)} right at least once in {verdict.n}: there is a right answer to show. On "
+            f"{percent(verdict.neither)} of the questions neither is ever right."
         )
     yield from _mends(verdict, settings)
     if student.count < FEW:
@@ -158,7 +160,7 @@ def _mends(verdict: Verdict, settings: Settings) -> Iterable[str]:
         mend = (
             f"most of these were cut off: raise rollout.max_new_tokens ({settings.rollout.max_new_tokens:,}), or take shorter tasks"
             if cut
-            else "it does not end as the closing instruction asks (prompts.closing): take one that follows instructions, or its chat template"
+            else "it does not end as the closing instruction asks: take one that follows it, or words that it knows (prompts.closing)"
         )
         yield f"In {percent(student.none)} of its answers nothing could be extracted from what the student wrote; {mend}."
     if (teacher.none or 0) >= SOME:
@@ -170,13 +172,18 @@ def _mends(verdict: Verdict, settings: Settings) -> Iterable[str]:
         yield "What is always right teaches nothing. Leave it out: data.filters: student_accuracy < 1"
     if (verdict.neither or 0) >= SOME / 2:
         yield (
-            "Where neither is ever right, the right answer may be wrong, or none that a rule can find: look at some of them. Leave them out: "
-            "data.filters: student_accuracy > 0 or teacher_accuracy > 0"
+            "Where neither is ever right, the right answer may be wrong, or one that no rule finds: look at some of them. Leave them "
+            "out: data.filters: student_accuracy > 0 or teacher_accuracy > 0"
         )
     if teacher.count and verdict.solved is not None and verdict.solved < SOME:
         yield "On hardly any hard question there would be a right answer to show: take a stronger teacher, or easier questions."
     elif teacher.count and (teacher.accuracy or 0) <= (student.accuracy or 0):
         yield "The teacher is no better than the student: take a stronger one, or a method without a teacher (grpo-replay)."
+
+
+def useful_filter(verdict: Verdict) -> str:
+    """The filter that leaves the questions from which something can be learnt, as far as it is known."""
+    return "student_accuracy < 1" + (" and (student_accuracy > 0 or teacher_accuracy > 0)" if verdict.teacher.count else "")
 
 
 def _last_word(verdict: Verdict) -> str:
@@ -237,7 +244,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     for number, (label, _) in enumerate(bins(verdict.n)):
         table.add_row(label, *(Text(text) for column in cells for text in column[number]))
     console.print(table)
-    for each in tables(verdict)[1:]:
+    for each in tables(verdict):
         console.print()
         console.print(_rich(each))
     console.print()
@@ -272,12 +279,12 @@ def tables(verdict: Verdict) -> list[Table]:
         )
         for name, found in whole
     )
-    columns = ("", "questions", "right", "never right", "always right", "no answer", "cut off", "tokens")
-    made = [Table("models", _SECTION, "Both models" if teacher else "The student", columns, rows, "Shares of answers, and of questions.")]
-    for id, title, key in (("sources", "By source", lambda each: each.source), ("levels", "By level", lambda each: each.level)):
+    columns = ("", "questions", "right", "never", "always", "no answer", "cut off", "tokens")
+    made = [Table("models", _SECTION, "Both models" if teacher else "The student", columns, rows, _CAPTION)]
+    for id, title in (("source", "By source"), ("level", "By level")):
         groups: dict[str, list[Measured]] = {}
         for each in verdict.questions:
-            groups.setdefault(key(each), []).append(each)
+            groups.setdefault(str(getattr(each, id)), []).append(each)
         if 1 < len(groups) <= _MOST_LEVELS:
             named = tuple(_group_row(name or "–", group, teacher) for name, group in groups.items())
             heads = ("", "questions", "student", "never", "always", *(("teacher", "neither") if teacher else ()))
@@ -294,6 +301,7 @@ def _group_row(name: str, group: Sequence[Measured], teacher: bool) -> tuple[str
 
 
 _SECTION = "Accuracies"
+_CAPTION = "Right, no answer and cut off are shares of the answers; never and always (right) of the questions."
 
 
 def charts(verdict: Verdict) -> list[ChartSpec]:
@@ -327,11 +335,13 @@ def charts(verdict: Verdict) -> list[ChartSpec]:
 
 def verdict_page(verdict: Verdict, title: str, head: Sequence[tuple[str, str]]) -> str:
     """A page that holds all it shows."""
+    models = ["what the student does", *(["what the teacher does"] if verdict.teacher.count else [])]
+    labels = [*models, *["to mend"] * len(verdict.words)]
     return page(
         {
             "title": title,
             "outcome": verdict.words[-1],
-            "head": [*head, *((f"{number}", words) for number, words in enumerate(verdict.words[:-1], 1))],
+            "head": [*head, *zip(labels, verdict.words[:-1], strict=False)],
             "sections": sections(tables(verdict), charts(verdict)),
             "index": None,
             "footer": "Made by zppo data measure. Charts: plotly.js, under the MIT licence.",
