@@ -287,6 +287,9 @@ class ZoneSettings(Section):
     rho_replay: float = Field(0.25, ge=0, description="replayed questions per new question")
     rho_aug: float = Field(0.25, ge=0, description="cap on BCQ and NCQ prompts per new question")
     buffer_capacity: int = Field(10_000, ge=1, description="capacity of the prompt replay buffer (Bmax)")
+    ncq_duplicates: Literal["shown", "counted"] = Field(
+        "shown", description="NCQ candidates with one text: each is shown (the paper); counted: one of them, with how many there are"
+    )
     prefix_fraction: float = Field(0.4, gt=0, lt=1, description="share of a teacher response that Prefix gives")
     dynamic_sampling: Literal["off", "after-reformulation"] = Field(
         "off", description="extension: after-reformulation leaves all-right and all-wrong groups out of the batch and its denominator"

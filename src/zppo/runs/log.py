@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from zppo.core.replay import Changes, Entry
 from zppo.core.types import Group
+from zppo.errors import CheckpointError
+from zppo.names import check_file
 from zppo.runs.files import PARTIAL, sync, write_whole, writing
 
 METRICS = "metrics.jsonl"
@@ -235,12 +237,13 @@ def _rows(
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl or buffer.jsonl; empty where the file does not exist."""
+    """The records of a metrics.jsonl or buffer.jsonl; empty where the file does not exist. CheckpointError: a pointer of git-lfs."""
     return [record for _, record in _lines(path)] if path.is_file() else []
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whole lines and what they hold; a line that a killed run tore ends the file."""
+    check_file(path, CheckpointError)  # it would be taken for an empty one
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             if not line.endswith("\n"):

@@ -19,6 +19,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from zppo.errors import SettingsError
+from zppo.names import check_file
 from zppo.runs.files import write_whole
 
 TRACKERS = "trackers.json"  # in the run folder: the name under which wandb and trackio find the run again
@@ -118,6 +119,7 @@ class Trackers:
 
     def _identity(self) -> str:
         """The name that the run started under; a new one where none is kept (the trackers came with the resume)."""
+        check_file(self.run / TRACKERS, SettingsError)
         try:
             return str(json.loads((self.run / TRACKERS).read_text(encoding="utf-8"))["id"])
         except (OSError, ValueError, KeyError, TypeError):
