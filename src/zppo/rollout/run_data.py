@@ -65,10 +65,10 @@ def read_data(
         SettingsError: images cannot be trained on with these settings.
     """
     train, held_out = load_data(settings, warn, say)
-    return run_data(settings, train, held_out, sharded=sharded)
+    return seen_data(settings, train, held_out, sharded=sharded)
 
 
-def run_data(settings: Settings, train: list[Question], held_out: list[Question], *, sharded: bool = False) -> RunData:
+def seen_data(settings: Settings, train: list[Question], held_out: list[Question], *, sharded: bool = False) -> RunData:
     """Questions that were read, and how the models are to see them; raises as `read_data`."""
     first = first_with_images(settings, train, held_out)
     if first is None:
