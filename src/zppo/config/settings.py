@@ -31,6 +31,7 @@ from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 OVERRIDES = ("replay", "reformulations", "teacher_response", "control")
 
 
@@ -289,6 +290,9 @@ class ZoneSettings(Section):
     rho_replay: float = Field(0.25, ge=0, description="replayed questions per new question")
     rho_aug: float = Field(0.25, ge=0, description="cap on BCQ and NCQ prompts per new question")
     buffer_capacity: int = Field(10_000, ge=1, description="capacity of the prompt replay buffer (Bmax)")
+    ncq_duplicates: Literal["shown", "counted"] = Field(
+        "shown", description="NCQ candidates with one text: each is shown (the paper); counted: one of them, with how many there are"
+    )
     prefix_fraction: float = Field(0.4, gt=0, lt=1, description="share of a teacher response that Prefix gives")
     dynamic_sampling: Literal["off", "after-reformulation"] = Field(
         "off", description="extension: after-reformulation leaves all-right and all-wrong groups out of the batch and its denominator"
@@ -406,10 +410,13 @@ class TrainSettings(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="where the numbers of metrics.jsonl go too; files of TensorBoard and DVCLive: in the run folder"
     )
-    tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
+    tracker_project: str = Field("zppo", min_length=1, description="what trackers file the run under")
+    tracker_completions: int = Field(
+        2, ge=0, description="completions of each kind of prompt that trackers get of a step, as a table; 0: only numbers leave"
+    )
     sharding: Literal["none", "fsdp2"] = Field(
         "none", description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins"
     )

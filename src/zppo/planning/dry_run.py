@@ -20,9 +20,10 @@ from zppo.core.select import share_of
 from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
-from zppo.errors import ModelError, TemplateError
+from zppo.errors import ModelError, SettingsError, TemplateError
 from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
+from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
 from zppo.rollout.rewards import make_rewards
 from zppo.runs.files import check_output
@@ -263,6 +264,44 @@ def check_files(settings: Settings) -> None:
         check_output(settings.output)
 
 
+def check_student_context(settings: Settings) -> None:
+    """Whether any prompt at all fits the student beside its completions; a run counts the tokens of each when it starts.
+
+    Raises:
+        SettingsError: none does.
+    """
+    context = context_in(settings.student.model)
+    for name, most in _limits(settings):
+        if context is not None and most >= context:
+            raise SettingsError(
+                f"{name}.max_new_tokens is {most:,}, and the context of {settings.student.model!r} holds {context:,} tokens, prompt and "
+                f"completion together: lower {name}.max_new_tokens by more than the longest prompt needs"
+            )
+
+
+def _limits(settings: Settings) -> list[tuple[str, int]]:
+    """The new-token limits of the student."""
+    held_out = [("eval", settings.eval.max_new_tokens)] if settings.data.eval else []
+    return [("rollout", settings.rollout.max_new_tokens), *held_out]
+
+
+def _context_row(settings: Settings) -> list[tuple[str, str]]:
+    """What the student's context leaves to prompts, where that is less than what the recipe admits."""
+    context = context_in(settings.student.model)
+    if context is None:
+        return []
+    name, most = max(_limits(settings), key=lambda limit: limit[1])
+    if context - most >= settings.data.max_prompt_tokens:
+        return []
+    return [
+        (
+            "student's context",
+            f"{context:,} tokens, {most:,} of them for {name}.max_new_tokens: a run ends at its start where a prompt has more than "
+            f"{context - most:,}; data.max_prompt_tokens={context - most} drops such questions",
+        )
+    ]
+
+
 def _try_reformulations(kinds: Sequence[str], book: PromptBook) -> None:
     """Fills the templates of a method's reformulations with what these make of an invented question.
 
@@ -373,6 +412,7 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
     return [
         ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}"),
         ("student", settings.student.model),
+        *_context_row(settings),
         ("teacher", "; ".join(_where(t) for t in teachers if t is not None) if method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train_name}{_with_images(plan.seeing)}"),
         (

@@ -8,7 +8,7 @@ const CLASS_WORDS = {
   "bcq:wrong:positive": "BCQ wrong, though the answer is the right candidate's", "bcq:wrong:negative": "BCQ wrong, follows the wrong candidate",
   "bcq:wrong:other": "BCQ wrong, an answer of its own", "bcq:wrong:none": "BCQ wrong, without an answer",
   "ncq:right:positive": "NCQ right, with the teacher's answer", "ncq:right:negative": "NCQ right, though the answer was listed as wrong",
-  "ncq:right:other": "NCQ right, no teacher's answer to compare", "ncq:right:none": "NCQ right, without an answer",
+  "ncq:right:other": "NCQ right, with none of the teacher's answers", "ncq:right:none": "NCQ right, without an answer",
   "ncq:wrong:positive": "NCQ wrong, though the answer is the teacher's", "ncq:wrong:negative": "NCQ repeats a listed wrong answer",
   "ncq:wrong:other": "NCQ wrong, a new answer", "ncq:wrong:none": "NCQ wrong, without an answer",
   "held-out:right": "held-out, right at the last evaluation", "held-out:wrong": "held-out, wrong at the last evaluation",
