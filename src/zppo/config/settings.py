@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -481,8 +480,6 @@ class GradingSettings(Section):
             raise ValueError(
                 f"grading.reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} reward functions; give one for each"
             )
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise ValueError("grading.reward_weights holds a value that is no finite number")
         return self
 
 
