@@ -261,8 +261,32 @@ def _(w: World) -> None:
 
 @case("a reward function in the form of another trainer")
 def _(w: World) -> None:
-    w.write("reward.py", "def score(completions, answer, **columns):\n    return [1.0]\n")
+    w.write("reward.py", "def score(reward_input):\n    return {'overall': 1.0}\n")
     w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function with its arguments in another order")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(prompt, response):\n    return 1.0\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function that asks for a column")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(completions, task, **columns):\n    return [1.0 for _ in task]\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function that is a class with arguments")
+def _(w: World) -> None:
+    w.write("reward.py", "class score:\n    def __init__(self, limit): ...\n    def __call__(self, completion, question): ...\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("not as many weights as reward functions")
+def _(w: World) -> None:
+    w.set("grading.reward", ["a.py:f", "a.py:g"])
+    w.set("grading.reward_weights", [1])
 
 
 @case("a reward function's file lacks the function")

@@ -33,6 +33,7 @@ _SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
 _IN_A_STEP = (
     *("seed", "train.minibatches", "train.precision", "train.old_logprobs", "advantage.", "zone.", "loss."),
     *("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.group_size", "rollout.engine"),
+    *("data.images.min_pixels", "data.images.max_pixels"),  # the token ids of a prompt hold a place for each feature of its images
 )
 _PACKAGES = ("torch", "transformers", "peft", "vllm", "bitsandbytes")
 _WHOLE = ("*.safetensors", "*.json", "*.jinja")
