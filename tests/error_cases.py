@@ -350,6 +350,45 @@ def _(w: World) -> None:
     w.set("data.train", [{"source": "train.jsonl", "revision": "v1"}])
 
 
+@case("a measurement with a teacher, and none in the recipe")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], "--teacher", f"--out={w.folder / 'm'}"]
+
+
+@case("a measurement of no answers")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], "--n=0", f"--out={w.folder / 'm'}"]
+
+
+@case("a measurement into one file, of several sources")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl"}, {"source": "lab:unreachable/train"}])
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'm.jsonl'}"]
+
+
+@case("a measurement over the questions themselves")
+def _(w: World) -> None:
+    w.write("train-answers.jsonl", "")
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'train.jsonl'}"]
+
+
+@case("a measurement over another file")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.write('mine.jsonl', 'x')}"]
+
+
+@case("a measurement into a file of a kind that is not written")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'm.csv'}"]
+
+
+@case("a measurement beside answers that are none")
+def _(w: World) -> None:
+    (w.folder / "m").mkdir()
+    w.write("m/answers.jsonl", "{}\n")
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'm'}"]
+
+
 @case("a file of a kind that is not read")
 def _(w: World) -> None:
     w.write("train.txt", "1+1?")

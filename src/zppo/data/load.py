@@ -154,6 +154,20 @@ def _derived(question: Question, held_out: Collection[bytes], name: str) -> Any:
     return min((shown_size(image)[side] for image in question.images), default=None)
 
 
+def listed_questions(rows: Iterable[Mapping[str, Any]], name: str, columns: Columns, reading: SourceSettings) -> list[Question]:
+    """The questions of rows that are in memory (a `datasets.Dataset`, a list); the prompt may be a list of turns, as TRL has it.
+
+    Args:
+        name: what messages call them; a row without an id is called `<name>:<row>`.
+
+    Raises:
+        DataError: as of `load_questions`.
+    """
+    read = ({**row, columns.messages: row[columns.prompt]} if isinstance(row.get(columns.prompt), list) else row for row in rows)
+    placed = ((Place(name, name, number, Path.cwd()), row) for number, row in enumerate(read, 1))
+    return _from_rows(Part(name, name, reading, columns), placed, None, (), keep_rows=False).questions
+
+
 def _check_blind(source: str, columns: Columns, unused: str, reading: SourceSettings) -> None:
     """Whether questions without the images column are meant to have none: a run that looks away learns all the same [zppo]."""
     if unused:

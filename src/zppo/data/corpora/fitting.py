@@ -225,6 +225,7 @@ class _Written(NamedTuple):
     grading: str = "grading"
     answer_list: str = "answer_list"
     choices: str = "choices"
+    extra: tuple[str, ...] = ()
 
 
 def _check_readable(prompt: str, answer: str, how: str | None) -> None:
