@@ -226,7 +226,6 @@ class _Written(NamedTuple):
     answer_list: str = "answer_list"
     choices: str = "choices"
     extra: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
 
 
 def _check_readable(prompt: str, answer: str, how: str | None) -> None:
