@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -200,10 +201,11 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     progress.end()
     if not processes.main:
         return
-    before = _evaluation_at_start(run)
-    if before and not trainer.done:  # nothing was trained: these are the weights that were evaluated a moment ago
+    at_start = _at_start(run)
+    before = _evaluation(at_start) if at_start else None
+    if at_start and not trainer.done:  # nothing was trained: these are the weights that were evaluated a moment ago
         after = before
-        trainer.run_log.metrics(0, "final", asdict(before))
+        trainer.run_log.metrics(0, "final", {name: value for name, value in at_start.items() if name not in ("step", "event")})
     with processes.stop.ignored():  # it is finished: a signal changes nothing now
         write_model_card(folder, run.name, settings, before=before, after=after, totals=trainer.totals)
         finish_final(run, folder)
@@ -229,9 +231,11 @@ def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16:
     return result
 
 
-def _evaluation_at_start(run: Path) -> Evaluation | None:
-    for record in read_lines(run / METRICS):
-        if record["event"] == "eval" and record["step"] == 0:
-            found = {name: record[name] for name in Evaluation.__slots__ if name in record}
-            return Evaluation(**found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]})
-    return None
+def _at_start(run: Path) -> dict[str, Any] | None:
+    """What metrics.jsonl says of the evaluation before training."""
+    return next((record for record in read_lines(run / METRICS) if record["event"] == "eval" and record["step"] == 0), None)
+
+
+def _evaluation(record: Mapping[str, Any]) -> Evaluation:
+    found = {name: record[name] for name in Evaluation.__slots__ if name in record}
+    return Evaluation(**found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]})
