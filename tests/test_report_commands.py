@@ -295,6 +295,7 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert summary.head["steps"] == "3" and "FLOPs" in summary.head["cost"]
     assert summary.run.finished and "after" not in summary.outcome
     _check_what_could_be_asked(out, summary)
+    _check_the_caps(tmp_path, summary, capsys)
     logged = [line["accuracy"]["plain"] for line in summary.run.steps]
     chart = next(chart for chart in summary.charts if chart.id == "accuracy")
     assert list(chart.series[0].y) == pytest.approx(logged)
@@ -325,3 +326,17 @@ def _check_what_could_be_asked(out: Path, summary: Summary) -> None:
         assert line["eligibility"] == pytest.approx({name: n / len(plain) for name, n in parts.items() if n})
         seen |= line["eligibility"].keys()
     assert {"easy", "bcq"} <= seen
+
+
+def _check_the_caps(base: Path, summary: Summary, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the caps of a batch, `teacher.ask: all` knows as much; lazily the rest of the hard questions is unasked."""
+    found = {}
+    for ask in ("all", "lazy"):
+        AcceleratorState._reset_state(True)
+        options = ["--zone.rho_aug=0.25", f"--teacher.ask={ask}", "--train.steps=1", "--data.eval=null", f"--output={base / ask}"]
+        run(capsys, "train", base / "recipe.yaml", *options)
+        found[ask] = open_run(base / ask).steps[0]["eligibility"]
+    whole = summary.run.steps[0]["eligibility"]
+    assert found["all"] == whole and "unasked" not in whole
+    assert found["lazy"]["unasked"] > 0 and found["lazy"].get("easy") == whole.get("easy")
+    assert sum(found["lazy"].values()) == pytest.approx(1)

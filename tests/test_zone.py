@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import make_tokenizer
 from zppo.config.methods import METHODS, Method
-from zppo.config.settings import Settings
+from zppo.config.settings import Settings, ZoneSettings
 from zppo.core.select import hard_groups, share_of
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.engines.base import Sampling
@@ -20,7 +21,7 @@ from zppo.grading import extract_boxed
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.rollout.reformulated import CandidateMaker, Reformulator, make_reformulations
+from zppo.rollout.reformulated import CandidateMaker, Reformulator, make_reformulations, make_reformulator
 from zppo.rollout.student import Answered, PromptRenderer
 from zppo.rollout.teacher import Pools, TeacherSampler
 from zppo.step_log import StepLog
@@ -290,3 +291,19 @@ def test_a_second_teacher_helps_where_the_first_one_fails() -> None:
         ("hard", "bcq"),
         ("hard", "ncq"),
     ]
+
+
+@pytest.mark.parametrize("duplicates", ["shown", "counted"])
+def test_ncq_shows_equal_candidates_as_often_as_the_recipe_says(duplicates: str) -> None:
+    """Five wrong rollouts of two kinds: all of them as in the paper, or each kind with its number."""
+    builder = make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"])
+    before = builder.reformulator
+    settings = builder.settings.model_copy(update={"zone": ZoneSettings(rho_aug=1.0, ncq_duplicates=duplicates)})
+    before.renderer.chat.tokenizer = make_tokenizer()
+    builder.reformulator = make_reformulator(
+        settings, before.reformulations, [before.candidates.teacher], before.renderer, before.teacher_sampler, None
+    )
+    (prompt,) = builder.build([make_group("hard", 0, 5)], 1, step=1).prompts
+    text = prompt.messages[-1].content
+    assert text.count("<candidate>") == text.count("</candidate>") == (5 if duplicates == "shown" else 2)
+    assert [n in text for n in ("(3 attempts were like this one.)", "(2 attempts were like this one.)")] == [duplicates == "counted"] * 2

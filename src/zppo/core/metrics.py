@@ -77,6 +77,15 @@ def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> di
     }
 
 
+def reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean of each of the user's reward functions, by its name, over the rollouts that it applied to."""
+    given: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.rewards.items():
+            given.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in given.items()}
+
+
 def wrong_example(groups: Sequence[Group]) -> str:
     """The right answer and the answer of the first rollout that has one and is wrong, beside each other; "" where there is none."""
     for group in groups:

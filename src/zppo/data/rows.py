@@ -9,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
@@ -197,12 +197,14 @@ class Columns(Protocol):
     def answer_list(self) -> str: ...
     @property
     def choices(self) -> str: ...
+    @property
+    def extra(self) -> Sequence[str]: ...
 
 
 def column_names(columns: Columns) -> tuple[str, ...]:
     """Every column that is looked for."""
     own = columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
-    return (*own, columns.answer_list, *choice_columns(columns.choices), *_BESIDE)
+    return (*own, columns.answer_list, *choice_columns(columns.choices), *columns.extra, *_BESIDE)
 
 
 def question_from_row(
@@ -253,9 +255,16 @@ def question_from_row(
         grading = _one_of(_value(data, column), _GRADINGS, "grading") or RULE
         column = columns.images
         images = _images(_value(data, column) if column else None, turns, place, pictures or RowImages())
+        extra = {name: _json_ready(_value(data, name)) for name in columns.extra}
     except RowError as fault:
         raise DataError(f"{place}, column {column!r}: {fault}") from None
-    return Question(id=identity, messages=messages, gold=gold, images=images, level=level, grading=grading)
+    chat = not passed_over or is_conversation(_value(data, columns.prompt))
+    return Question(identity, messages, gold, images, level, grading, chat, extra)
+
+
+def _json_ready(value: Any) -> Any:
+    """A value as a checkpoint can keep it; what JSON has no form for, such as a date, becomes its text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _with_system(turns: Turns, data: Mapping[str, Any]) -> Turns:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +20,12 @@ from zppo.core.select import share_of
 from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
-from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
-from zppo.grading.reward_function import check_form
-from zppo.names import check_checkpoint, check_file, model_folder
+from zppo.errors import ModelError, SettingsError, TemplateError
+from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
+from zppo.rollout.rewards import make_rewards
 from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
@@ -259,7 +257,7 @@ class Plan:
 
 
 def check_files(settings: Settings) -> None:
-    """Whether the files that a recipe names are there: templates, folders of models, the reward function's module; `output` must be free.
+    """Whether the files that a recipe names are there: templates, folders of models, the reward functions; `output` must be free.
 
     Raises:
         TemplateError, ModelError, RewardError, SettingsError.
@@ -282,8 +280,8 @@ def check_files(settings: Settings) -> None:
                 "name a folder that has one, or a model of the hub as owner/name"
             )
         check_checkpoint(folder)
-    if settings.grading.reward:
-        _check_reward(settings.grading.reward)
+    if settings.grading.rewards:
+        make_rewards(settings.grading)
     if settings.output is not None:
         check_output(settings.output)
 
@@ -546,34 +544,3 @@ def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, c
         compressions=most if teacher.compression.enabled else 0,
         hints=built * positive if "hint" in needs else 0,
     )
-
-
-def _check_reward(name: str) -> None:
-    """The module or file of a reward function exists; it is not run here."""
-    module, colon, function = name.rpartition(":")
-    if not colon or not function:
-        raise RewardError(f"grading.reward: {name!r} names no function; write package.module:function or file.py:function")
-    if module.endswith(".py"):
-        if not Path(module).is_file():
-            raise RewardError(f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function")
-        check_file(Path(module), RewardError)
-        _check_written_reward(Path(module), function)
-    elif importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")
-
-
-def _check_written_reward(path: Path, name: str) -> None:
-    """Whether the function in a file has a form that can be called, as far as its text says; the rest is left to its import."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # importing it says what is wrong
-        return
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name and not node.decorator_list:
-            given = [*node.args.posonlyargs, *node.args.args]
-            rest = [argument for argument in (node.args.vararg, *node.args.kwonlyargs, node.args.kwarg) if argument is not None]
-            names = [argument.arg for argument in (*given, *rest)]
-            required = len(given) - len(node.args.defaults)
-            needed = [a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if default is None]
-            fits = not needed and required <= 2 and (len(given) >= 2 or node.args.vararg is not None)
-            check_form(f"{path}:{name}", names, fits, isinstance(node, ast.AsyncFunctionDef))

@@ -35,18 +35,25 @@ def load_data(settings: Settings, warn: Say | None = None, say: Say | None = Non
         say: is told what each source gives, where there is something to tell.
     """
     loaded = load_mixture(settings, warn)
-    train, held_out = loaded.mixture.questions, loaded.held_out
+    tell_sources(settings, loaded, warn, say)
+    if warn is not None:
+        for text in idle_parts(settings, len(loaded.mixture.questions)):
+            warn(text)
+    return loaded.mixture.questions, loaded.held_out
+
+
+def tell_sources(settings: Settings, loaded: Loaded, warn: Say | None, say: Say | None) -> None:
+    """What the sources of the training questions give, copies, and what is held out too; see `load_data`."""
+    mixture = loaded.mixture
     if say is not None:
-        for line in loaded.mixture.lines():
+        for line in mixture.lines():
             say(line)
     if warn is not None:
-        tell_copies(train, warn)
-        names = [settings.data.parts[number].name for number, _ in loaded.mixture.places]
-        if settings.train.steps != 0 and (both := in_both(train, held_out, names)):  # a run of 0 steps only evaluates
+        tell_copies(mixture.questions, warn)
+        parts = settings.data.parts
+        names = [parts[number].name for number, _ in mixture.places]
+        if settings.train.steps != 0 and (both := in_both(mixture.questions, loaded.held_out, names)):  # a run of 0 steps only evaluates
             warn(both)
-        for text in idle_parts(settings, len(train)):
-            warn(text)
-    return train, held_out
 
 
 def load_mixture(settings: Settings, warn: Say | None = None, *, keep_rows: bool = False) -> Loaded:

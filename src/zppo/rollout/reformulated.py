@@ -32,6 +32,7 @@ class CandidateMaker:
         book: the words of the request for a hint.
         response_ids: a response in the student's tokens, for Prefix.
         prefix_fraction: how much of it Prefix gives.
+        count_duplicates: whether NCQ shows equal candidates once, with their number.
         seed: keys every draw.
     """
 
@@ -45,11 +46,12 @@ class CandidateMaker:
         book: PromptBook,
         response_ids: Callable[[Source], tuple[int, ...]],
         prefix_fraction: float = 0.4,
+        count_duplicates: bool = False,
         seed: int,
     ) -> None:
         self.needs, self.compressor, self.teacher, self.hint = needs, compressor, teacher, hint
         self.book, self.response_ids, self.seed = book, response_ids, seed
-        self.prefix_fraction = prefix_fraction
+        self.prefix_fraction, self.count_duplicates = prefix_fraction, count_duplicates
         self.count_names = (  # candidates that a step could not show as it should, and what making them took
             *("bcq_without_negative", "bcq_raw_pairs", "ncq_raw_candidates"),
             *COMPRESSION_COUNTS,
@@ -71,6 +73,7 @@ class CandidateMaker:
                 hint=hint,
                 response_ids=self._response(g, pools, log.step),
                 prefix_fraction=self.prefix_fraction,
+                count_duplicates=self.count_duplicates,
             )
             for g, sources, p, hint in zip(groups, wrong, prepared, hints, strict=True)
         ]
@@ -279,6 +282,7 @@ def make_reformulator(
         book=renderer.book,
         response_ids=ResponseTokens(chat),
         prefix_fraction=settings.zone.prefix_fraction,
+        count_duplicates=settings.zone.ncq_duplicates == "counted",
         seed=settings.seed,
     )
     return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context)

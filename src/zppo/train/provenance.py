@@ -237,6 +237,11 @@ def _shape(config: PretrainedConfig) -> dict[str, Any]:
     return {name: getattr(text, name, None) for name in _SHAPE}
 
 
+def model_facts(model: ModelSettings) -> dict[str, str]:
+    """Facts about the files of a model by which another one in its place is noticed; empty for one that is no folder."""
+    return _files(model, _WHOLE)
+
+
 def _files(model: ModelSettings, patterns: Sequence[str]) -> dict[str, str]:
     """Facts about the files of a model by which a change is noticed; empty for a model that is no folder."""
     folder = Path(model_folder(model.model))

@@ -358,7 +358,7 @@ def _go(
     """The run from its data to its end; a new one takes the lock of its folder into `held` when it makes it."""
     processes = weights.processes
     names = settings.train.trackers if processes.main else ()
-    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
+    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console), settings.train.tracker_completions)
     trackers.check()
     start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
     # Everything is loaded and checked before the run folder is made, or changed.
@@ -418,4 +418,4 @@ def _open(
         trainer.run_log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
     if trackers.names:
-        trainer.run_log.listener = trackers.log
+        trainer.run_log.listener, trainer.run_log.reader = trackers.log, trackers.log_completions
