@@ -52,9 +52,7 @@ def places_of(out: Path, settings: Settings) -> Places:
     parts = settings.data.parts
     if out.suffix in FILES:
         if len(parts) > 1:
-            raise SettingsError(
-                f"--out {out} is one file, and data.train has {len(parts)} sources, each with its columns: name a folder"
-            )
+            raise SettingsError(f"--out {out} is one file, and data.train has {len(parts)} sources, each with its columns: name a folder")
         beside = out.with_suffix("")
         answers = beside.with_name(f"{beside.name}-answers.jsonl")
         places = Places(answers, beside.with_name(f"{beside.name}-measure.json"), beside.with_suffix(".html"), (out,))
@@ -66,7 +64,8 @@ def places_of(out: Path, settings: Settings) -> Places:
         data = tuple(out / f"{part.name}.jsonl" for part in parts)
         places = Places(out / "answers.jsonl", out / "measure.json", out / "measure.html", data)
     for part in parts:
-        if any(path.resolve() == Path(part.source).expanduser().resolve() for path in places.data):
+        source = Path(part.source).expanduser().resolve()
+        if any(source in (path.resolve(), path.resolve().parent) for path in places.data):
             raise SettingsError(f"--out would write over {part.source}, which the recipe reads: name another place")
     return places
 
