@@ -14,6 +14,7 @@ from zppo.api import fit_output
 from zppo.cli.command_parser import CommandParser
 from zppo.cli.eval_command import add_eval, split_vllm
 from zppo.cli.lab_commands import add_lab
+from zppo.cli.push_command import add_push
 from zppo.cli.recipe_commands import add_recipes
 from zppo.cli.report_commands import add_report
 from zppo.cli.serve_command import add_serve
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="zppo", description="RL post-training with the teacher in the prompt, never in the gradient.")
     parser.add_argument("--version", action="version", version=f"zppo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_train, add_recipes, add_report, add_serve, add_eval, add_lab):
+    for add in (add_train, add_recipes, add_report, add_push, add_serve, add_eval, add_lab):
         add(commands)
     return parser
 
