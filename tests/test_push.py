@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hub_server import HubServer
+from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.runs.model_card import public, run_card
 
@@ -106,6 +107,13 @@ def test_a_run_is_pushed_at_its_end_and_ends_well_where_that_fails(hub: HubServe
     done = zppo(gone, "train", "lab", *small, "--push.repo=mine", f"--output={tmp_path / 'two'}")
     assert done.returncode == 0 and f"`zppo push {tmp_path / 'two'} --repo mine`" in " ".join(done.stdout.split())
     assert (tmp_path / "two" / "final" / "README.md").is_file()
+
+
+def test_a_dry_run_says_that_the_student_will_leave(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "lab", "--dry-run", "--push.repo=us/mine"]) == 0
+    assert re.search(r"pushed to +us/mine, private where it is made", capsys.readouterr().out)
+    assert main(["train", "lab", "--dry-run", "--push.repo=a/b/c"]) == 2
+    assert "push.repo: 'a/b/c' does not fit" in " ".join(capsys.readouterr().err.split())
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
