@@ -1084,6 +1084,11 @@ def _(w: World) -> None:
     w.command = ["resume", str(w.output)]
 
 
+@case("nothing to push")
+def _(w: World) -> None:
+    w.command = ["push", str(w.output), "--repo", "mine"]
+
+
 @case("a run whose recipe is damaged")
 def _(w: World) -> None:
     w.output.mkdir()

@@ -447,6 +447,7 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
+        *([("pushed to", f"{push.repo}, {'private' if push.private else 'public'} where it is made")] if (push := settings.push) else []),
     ]
 
 
