@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zppo.core.metrics import accuracy_by_kind, composition, mean, rollout_metrics
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, mean, rollout_metrics
 from zppo.core.types import BCQ, NCQ, PLAIN, Group, Message, Prompt, Question, Rollout
 
 
@@ -49,6 +49,15 @@ def test_composition() -> None:
     """Exactly at the threshold is easy; too few verdicts are neither easy nor hard."""
     assert composition(GROUPS, 0.5) == {"easy": 2 / 6, "hard": 1 / 6, "ungraded": 1 / 6, BCQ: 1 / 6, NCQ: 1 / 6}
     assert composition([], 0.5) == {}
+
+
+def test_eligibility_is_of_plain_groups_alone_and_asks_what_the_teacher_said() -> None:
+    plain = [group for group in GROUPS if group.kind == PLAIN]
+    hard = [group for group in plain if group.counts and group.accuracy < 0.5]
+    name = hard[0].question.id
+    for responses, part in (({name: ("a response",)}, "bcq"), ({name: ()}, "ncq"), ({}, "unasked")):
+        assert eligibility(plain, responses, 0.5) == {"easy": 2 / 4, part: 1 / 4, "ungraded": 1 / 4}
+    assert eligibility([], {}, 0.5) == {}
 
 
 def test_rollout_metrics() -> None:

@@ -136,6 +136,21 @@ def test_what_is_not_for_own_loops_is_refused(settings: zppo.Settings) -> None:
         pytest.raises(SettingsError, match=r"'teacher-response' trains on .*`zppo train` alone"),
     ):
         parts.advantages([])
+    own = settings.advantage.model_copy(update={"statistics": "minibatch"})
+    with (
+        zppo.parts(settings.model_copy(update={"advantage": own}), []) as parts,
+        pytest.raises(SettingsError, match="which groups a minibatch has is decided by your trainer"),
+    ):
+        parts.advantages([])
+
+
+def test_a_teacher_that_writes_no_hints_is_said_in_own_loops_too(settings: zppo.Settings) -> None:
+    method = settings.method.model_copy(update={"name": "hint"})
+    with (
+        pytest.warns(UserWarning, match=r"writes no hints: 4 of 4 replies .* so that this run is GRPO\u2020"),
+        zppo.parts(settings.model_copy(update={"method": method}), zppo.load_data(settings)[0]),
+    ):
+        pass
 
 
 def test_a_question_for_a_judge_that_was_not_named_is_refused(settings: zppo.Settings, parts: zppo.Parts) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import zppo
@@ -58,6 +59,7 @@ def test_other_people_s_scripts_are_packed_and_named() -> None:
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     found = sorted((package / "report" / "page" / "vendor").iterdir())
     assert found and set(found) <= packed and all(path.name in notice for path in found)
+    assert sum(path.stat().st_size for path in found) < 1_700_000  # every report holds them
 
 
 @pytest.mark.slow
@@ -95,3 +97,74 @@ def test_the_core_is_pure(path: Path) -> None:
 def test_what_everything_imports_loads_no_torch(module: str) -> None:
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_what_contributors_are_told_to_run_exists() -> None:
+    """`make` targets in the guides and the public workflow; hooks run what `make lint` runs."""
+    import yaml
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    told = "\n".join(
+        [*((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "AGENTS.md", "README.md")),
+         *(step.get("run", "") for step in workflow["jobs"]["test"]["steps"])]
+    )  # fmt: skip
+    named = {target for line in re.findall(r"(?:^|`|run: )make ([a-z -]+)", told, re.MULTILINE) for target in line.split()[:1]}
+    assert len(named) > 6 and named <= targets
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    lint = makefile[makefile.index("\nlint:") : makefile.index("\nsite:")]
+    for hook in hooks:
+        tool = hook["entry"].replace(".venv/bin/python -m ", "").removeprefix(".venv/bin/").split()[0]
+        assert tool in lint, hook
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert all(zppo_python(version) for version in versions)
+
+
+def zppo_python(version: str) -> bool:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return Version(version) in SpecifierSet(data["requires-python"])
+
+
+HEAVY = "datasets deepspeed matplotlib openai pandas plotly torch.distributed.checkpoint.state_dict trl vllm wandb"
+
+
+def test_a_run_with_a_teacher_in_its_process_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    """The client of servers, FSDP2's checkpoints and what reports draw with take seconds together."""
+    small = ("--train.steps=1", "--rollout.batch_size=2", "--rollout.group_size=2", "--data.eval=null", f"--output={tmp_path / 'run'}")
+    script = f"""
+import sys
+import zppo.train.run
+early = sorted(set({HEAVY.split()}) & sys.modules.keys())
+from zppo.cli import main
+assert main(["train", "lab", *{small}]) == 0
+print("loaded:", early, sorted({{"openai", "datasets", "matplotlib"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: [] []"
+
+
+def test_help_loads_neither_settings_nor_numbers() -> None:
+    script = "import sys; from zppo.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    loaded = set(done.stdout.split("\n")[-2].split())
+    assert "zppo.cli" in loaded and not loaded & {"numpy", "pydantic", "rich", "ruamel.yaml", "torch", "transformers"}
+
+
+def test_the_first_line_of_a_run_comes_before_torch(tmp_path: Path) -> None:
+    """What is said first is said while nothing heavy has been imported."""
+    script = f"""
+import builtins, sys
+from rich.console import Console
+real = Console.print
+def first(self, *a, **k):
+    real(self, *a, **k)
+    print("torch" in sys.modules, "transformers" in sys.modules, file=sys.stderr)
+    raise SystemExit(0)
+Console.print = first
+from zppo.cli import main
+main(["train", "lab", "--output={tmp_path / "run"}"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("loading torch") and done.stderr.splitlines()[-1] == "False False"

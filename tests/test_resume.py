@@ -686,6 +686,8 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
         "--zone.threshold=0.25",
         "--loss.clip_low=0.1",
         "--train.old_logprobs=forward",
+        "--data.images.min_pixels=1024",
+        "--data.images.max_pixels=600000",
     )
     for override in ("--train.minibatches=2", "--seed=3", "--advantage.scope=all", "--loss.mask_truncated=true", *ours):
         with pytest.raises(CheckpointError, match="stopped between two updates"):

@@ -107,7 +107,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console
     """Train by a recipe, as `zppo train` does; returns when the run is finished.
 
     Args:
-        recipe: the path of a YAML file, a mapping as such a file holds it, or settings.
+        recipe: the path of a YAML file, the name of a recipe that comes with zppo (`zppo recipes`), a mapping as such a file
+            holds it, or settings.
         console: where progress is shown; None for the terminal or notebook, `Console(quiet=True)` for nowhere.
         overrides: settings that win over the recipe's, dots written as two underscores: `train__steps=100`.
 
@@ -115,9 +116,10 @@ def train(recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console
         ZPPOError: something is wrong with recipe, data, models or templates, or the folder holds a run already.
         Interrupted: SIGTERM or Ctrl-C in the main thread; what was trained is saved.
     """
+    from zppo.config.bundled import find_recipe
     from zppo.config.recipe import load_recipe
 
-    name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
+    name = find_recipe(recipe).stem if isinstance(recipe, str | Path) else "run"
     return start(load_recipe(recipe, overrides), name, console)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zppo.errors import CheckpointError, ModelError, ZPPOError
+from zppo.errors import CheckpointError, ModelError, SettingsError, ZPPOError
 
 POINTER = "is a git-lfs pointer, which only stands for the file: run `git lfs pull` in the folder that was cloned"
 _POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")  # the second one is its old name
@@ -29,6 +29,8 @@ MODELS = {"lab": "zppo.lab.questions:bundled_model"}
 """Scheme -> a function from the whole name to the checkpoint's folder."""
 QUESTIONS = {"lab": "zppo.lab.questions:bundled_questions"}
 """Scheme -> a function from the whole name to questions; `data.load` has the sources that it reads itself."""
+TEMPLATES = {"lab": "zppo.lab.questions:bundled_template"}
+"""Scheme -> a function from the whole name to a prompt template's file."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9_]+):(?!//)")
 _FINAL = "final"  # of a run folder
@@ -49,6 +51,12 @@ def model_folder(name: str) -> str:
     """
     path = MODELS.get(scheme_of(name))
     return str(load_object(path, "model", ModelError)(name)) if path else name
+
+
+def template_file(name: str) -> str:
+    """The file behind a scheme of `TEMPLATES`, any other path as it is. SettingsError where there is no such template."""
+    path = TEMPLATES.get(scheme_of(name))
+    return str(load_object(path, "template", SettingsError)(name)) if path else name
 
 
 def checkpoint_folder(name: str) -> str:
@@ -126,14 +134,16 @@ def is_pointer(start: bytes) -> bool:
 
 def check_file(path: Path, error: type[ZPPOError]) -> None:
     """Refuses a file that is a pointer of git-lfs; one that cannot be read is left to who reads it."""
-    try:
-        if not path.is_file() or path.stat().st_size >= _POINTER_BYTES:
-            return
-        start = path.read_bytes()
-    except OSError:
-        return
-    if is_pointer(start):
+    if is_pointer_file(path):
         raise error(f"{path} {POINTER}")
+
+
+def is_pointer_file(path: Path) -> bool:
+    """Whether a file is a pointer of git-lfs; one that cannot be read is none."""
+    try:
+        return path.is_file() and path.stat().st_size < _POINTER_BYTES and is_pointer(path.read_bytes())
+    except OSError:
+        return False
 
 
 def check_checkpoint(name: str | Path) -> None:
@@ -169,7 +179,9 @@ def load_object(spec: str, what: str, error: type[ZPPOError], *, call: bool = Tr
         target: Any = _module_of_file(Path(place), spec, what, error) if place.endswith(".py") else importlib.import_module(place)
     except error:
         raise
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:  # a script without `if __name__ == "__main__"` may end the program
+        if isinstance(cause, SyntaxError) and cause.filename:
+            check_file(Path(cause.filename), error)
         raise error(
             f"{what} {spec!r}: importing {place!r} failed with {type(cause).__name__}: {cause}. "
             + ("Mend that file." if place.endswith(".py") else "Check the name and that its folder is on PYTHONPATH.")

@@ -105,6 +105,9 @@ def check_end_tokens(eos_ids: Collection[int], banned_ids: Collection[int]) -> N
         )
 
 
+Watcher = Callable[[int, Callable[[], list[tuple[int, int]]]], Collection[int]]
+"""Told at each step of a batch: the step, from 0, and how to get the (row, token) that were drawn; gives the rows that end here."""
+
 Ended = tuple[int, int, Completion]
 """A completion that has ended: its request's place, its key's place, what was sampled."""
 

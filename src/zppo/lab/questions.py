@@ -12,8 +12,9 @@ from zppo.errors import ModelError, SettingsError
 from zppo.images.store import cache_folder, keep
 from zppo.lab.picture_world import PICTURE_SPLITS, Ask, PictureWorld, is_picture_world, load_picture_world, png
 from zppo.lab.world import World, load_world, seen, study
+from zppo.names import check_file
 
-ASSETS = Path(__file__).with_name("assets")
+ASSETS, TEMPLATES = (Path(__file__).with_name(name) for name in ("assets", "prompts"))
 SCHEME = "lab:"
 ROLES = ("student", "teacher")
 
@@ -33,6 +34,19 @@ def bundled_model(name: str) -> Path:
             "`zppo lab build WORLD --out DIR` and name its folder"
         )
     return folder
+
+
+def bundled_template(name: str) -> Path:
+    """The file of one of the lab's short prompt templates, `lab:<template>`.
+
+    Raises:
+        SettingsError: there is no such template.
+    """
+    template = name.removeprefix(SCHEME)
+    known = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
+    if template not in known:
+        raise SettingsError(f"the lab has no prompt template {name!r}; it has {', '.join(SCHEME + each for each in known)}")
+    return known[template]
 
 
 def picture_questions(world: str, split: str, folder: Path | None = None) -> list[Question]:
@@ -91,6 +105,7 @@ def lab_questions(world: str, split: str) -> list[Question]:
         raise SettingsError(
             f"there are no bundled questions of a world {world!r} (known: {known}); name one of these, or a file of questions"
         )
+    check_file(path, SettingsError)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [Question(row["id"], (Message("user", row["prompt"]),), row["answer"], level=row["level"]) for row in rows]
 

@@ -169,6 +169,20 @@ def config_file(name: str) -> Path | None:
     return folder / "config.json" if folder.is_dir() else _cached(name)
 
 
+def context_in(name: str) -> int | None:
+    """Positions that the model was made for, by its config.json on this machine; None where that does not say, or cannot be read."""
+    file = config_file(name)
+    try:
+        if file is None:
+            return None
+        config = json.loads(file.read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        limit = text.get("max_position_embeddings")
+    except (OSError, ValueError, TypeError, AttributeError):  # `shape_of` and the model's loading say so
+        return None
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def _cached(name: str) -> Path | None:
     """The config.json of a hub model that was downloaded before; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache

@@ -58,7 +58,7 @@ def write_page(console: Console, text: str, path: Path, charts: Sequence[ChartSp
     """Write a page, which appears whole or not at all, and its figures. SettingsError where one of the places cannot be written."""
 
     def say(place: Path, what: str) -> None:
-        console.print(Text(str(place)).append(f"  {what}", style="dim"), soft_wrap=True)
+        console.print(Text(str(place.absolute())).append(f"  {what}", style="dim"), soft_wrap=True)
 
     place = path
     try:
@@ -249,8 +249,8 @@ def script_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c").encode("utf-8", "replace").decode()
 
 
-VENDORED = ("katex.min.js", "markdown-it.min.js")
-"""Other people's scripts, in page/vendor/; NOTICE names them."""
+CHARTING, TYPESETTING = ("plotly-basic.min.js",), ("katex.min.js", "markdown-it.min.js")
+"""Other people's scripts, in page/vendor/; NOTICE names them. Plotly's basic build knows lines, areas, bars and pies."""
 
 
 def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") -> str:
@@ -261,14 +261,12 @@ def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") ->
         stories: JSON texts of `script_json`, in the order of the payload's index.
         mode: "file" holds its stories; "watch" asks a server for them and for news.
     """
-    from plotly.offline import get_plotlyjs
-
     folder = files("zppo.report") / "page"
     own = [(folder / name).read_text(encoding="utf-8") for name in ("charts.js", "texts.js", "stories.js", "start.js")]
     # Only a page with completions draws formulas and markdown. No text of theirs may end or open a script element.
-    others = [(folder / "vendor" / name).read_text(encoding="utf-8") for name in VENDORED] if data["index"] is not None else []
+    vendored = [*CHARTING, *(TYPESETTING if data["index"] is not None else ())]
+    others = [(folder / "vendor" / name).read_text(encoding="utf-8") for name in vendored]
     scripts = [*(text.replace("<!--", "\\x3c!--").replace("</script", "\\x3c/script") for text in others), *own]
-    plotly = get_plotlyjs()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
         title=data["title"],
@@ -276,11 +274,10 @@ def page(data: Mapping[str, Any], stories: Sequence[str], mode: str = "file") ->
         version=__version__,
         made=time.strftime("%Y-%m-%d %H:%M"),
         connect=Markup("'self'" if mode == "watch" else "'none'"),
-        hashes=Markup(" ".join(map(_hash, (plotly, *scripts)))),
+        hashes=Markup(" ".join(map(_hash, scripts))),
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         data=Markup(script_json(data)),
         stories=map(Markup, stories),
-        plotly=Markup(plotly),
         scripts=list(map(Markup, scripts)),
     )
 

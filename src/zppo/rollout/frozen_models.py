@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from zppo.config.methods import Method
 from zppo.config.model_settings import FrozenModelSettings, TeacherSettings
 from zppo.config.settings import Settings
+from zppo.core.reformulate import Reformulation
+from zppo.core.types import Question
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
 from zppo.models.student_model import read_template
 from zppo.names import model_folder
+from zppo.prompts.book import PromptBook
 from zppo.rollout.run_data import ImageInputs
+from zppo.teacher.hints import hint_trial
 from zppo.teacher.local import LocalTeacher
-from zppo.teacher.remote import RemoteTeacher
-from zppo.teacher.startup_check import Names, read_key
 
-FrozenTeacher = LocalTeacher | RemoteTeacher
+if TYPE_CHECKING:
+    from zppo.teacher.remote import RemoteTeacher
+
+FrozenTeacher: TypeAlias = "LocalTeacher | RemoteTeacher"
 
 
 class FrozenModels:
@@ -54,6 +60,9 @@ class FrozenModels:
         if not own.base_urls:
             self._doing(f"loading the {section} {own.model}")
             return _load_frozen(self._settings, own, self._device, self._image_inputs)
+        from zppo.teacher.remote import RemoteTeacher  # the openai package comes with it, most of a second
+        from zppo.teacher.startup_check import Names, read_key
+
         self._doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
         images = self._settings.data.images
         teacher = RemoteTeacher(
@@ -77,8 +86,26 @@ class FrozenModels:
             TeacherError: one refuses them.
         """
         for teacher, own in zip(self.teachers, self.settings_of, strict=True):
-            if count and isinstance(teacher, RemoteTeacher):
+            if count and not isinstance(teacher, LocalTeacher):
                 teacher.check_images(own.how(own.rollout), count, "rollout")
+
+    def check_hints(
+        self, settings: Settings, reformulations: Sequence[Reformulation], questions: Sequence[Question], book: PromptBook
+    ) -> None:
+        """Asks the teacher for one hint where a reformulation needs hints, and warns where none came: the run is then its control."""
+        wanted = any("hint" in r.needs for r in reformulations)
+        if not wanted or settings.teacher is None or not self.teachers or not questions:
+            return
+        self._doing("asking the teacher for a hint")
+        own, method = settings.teacher, settings.method.resolve()
+        question = next((q for q in questions if not q.images), questions[0])
+        if problem := hint_trial(question, self.teachers[0], book, own.how(own.hint), settings.seed):
+            others = [r.kind for r in reformulations if "hint" not in r.needs]
+            rest = f"{', '.join(others)} alone" if others else "GRPO† (grpo-replay)" if method.replay else "GRPO (grpo)"
+            self._warn(
+                f"the teacher {own.model} writes no hints: {problem}. No question will be asked again with a hint, so that this run is "
+                f"{rest}: take an instruction-tuned teacher, or say it in its words with prompts.hinting"
+            )
 
     def close(self) -> None:
         """Ends the threads and connections of remote models."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,11 +14,11 @@ from zppo.engines.chat import Chat
 from zppo.errors import RewardError
 from zppo.grading import Grader, extract_boxed, has_gold_words
 from zppo.grading.grader import TimeOuts, Verdict
-from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.data import count_judged
 from zppo.rollout.frozen_models import FrozenTeacher
+from zppo.rollout.rewards import Rewards, make_rewards
 from zppo.rollout.student import Answered
 from zppo.step_log import StepLog
 from zppo.teacher.compression import token_tail
@@ -35,12 +35,17 @@ class Rule(Protocol):
 
 @contextmanager
 def rule_grading(settings: Settings) -> Iterator[Rule]:
-    """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers."""
-    if settings.grading.reward:
-        reward = load_reward(settings.grading.reward)
-        yield lambda answered, log=None: [reward(a.completion, a.question, a.think_open) for a in answered]
+    """The recipe's grading for the length of a run, before any judge: reward functions of the user's, else the rules and their workers."""
+    if settings.grading.rewards:
+        rewards = make_rewards(settings.grading)
+        rewards.steps = settings.train.steps or 0
+        try:
+            yield rewards
+        finally:
+            rewards.close()
         return
-    with Grader(settings.grading.deadline, settings.grading.workers, rounded_golds=settings.grading.rounded_golds) as grader:
+    own = settings.grading
+    with Grader(own.deadline, own.workers, rounded_golds=own.rounded_golds, anywhere=own.anywhere) as grader:
 
         def grade(answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
             log = log or StepLog()
@@ -65,10 +70,11 @@ class Scorer:
     Args:
         rule: grades the questions that are not the judge's: by rule, or by a reward function of the user's.
         judge: grades the others; None where there are none.
+        anywhere: whether boxes in thoughts count too (`extract_boxed`).
     """
 
-    def __init__(self, rule: Rule, judge: Judge | None = None) -> None:
-        self.rule, self.judge = rule, judge
+    def __init__(self, rule: Rule, judge: Judge | None = None, anywhere: bool = False) -> None:
+        self.rule, self.judge, self.anywhere = rule, judge, anywhere
         self._warned_malformed = False  # said once a run
 
     def __call__(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
@@ -90,8 +96,9 @@ class Scorer:
             return self.rule(answered, log)
 
     def _by_judge(self, judge: Judge, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
-        verdicts = [_without_judge(a) for a in answered]
-        texts = [readable(a.completion, v.answer, a.think_open) for a, v in zip(answered, verdicts, strict=True)]
+        verdicts = [_without_judge(a, self.anywhere) for a in answered]
+        # A box in the thoughts is read with them, however it is extracted.
+        texts = [readable(a.completion, extract_boxed(a.completion, a.think_open), a.think_open) for a in answered]
         left = [i for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)) if text and not verdict.correct]
         before = log.own.get("judge_asked", 0.0)
         outcomes = judge.decide([Case(answered[i].question, texts[i]) for i in left], log)
@@ -122,7 +129,7 @@ class Scorer:
 def make_scorer(
     settings: Settings,
     rule: Rule,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     chat: Chat,
     teachers: Sequence[FrozenTeacher],
     load: Callable[[FrozenModelSettings], FrozenTeacher],
@@ -137,8 +144,11 @@ def make_scorer(
 
     Raises:
         SettingsError: no model can judge.
+        RewardError: the questions lack a column that a reward function asks for.
         TeacherError, ModelError: the judge cannot be used.
     """
+    if isinstance(rule, Rewards):
+        rule.prepare(questions, lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not count_judged(settings, questions):
         return Scorer(rule)
     assert settings.judging is not None
@@ -148,12 +158,12 @@ def make_scorer(
     model.check(how, "" if settings.judge else "judge")
     book = PromptBook(settings.prompts, Neutraliser({*chat.special_texts, *model.special_texts}))
     judge = Judge(model, book, how, token_tail(chat.tokenizer, use.response_tokens), seed=settings.seed)
-    return Scorer(rule, judge)
+    return Scorer(rule, judge, settings.grading.anywhere)
 
 
-def _without_judge(answered: Answered) -> Verdict:
+def _without_judge(answered: Answered, anywhere: bool) -> Verdict:
     """What can be said of a completion of a judge question without asking."""
-    answer = extract_boxed(answered.completion, answered.think_open)
+    answer = extract_boxed(answered.completion, answered.think_open, anywhere)
     correct = answer is not None and has_gold_words(answered.question.gold, answer)
     return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
 

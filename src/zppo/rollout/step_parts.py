@@ -123,13 +123,19 @@ class Parts:
         The loss is a mean over the tokens of the graded rollouts of `counted` groups, those with an advantage of 0 too.
 
         Raises:
-            SettingsError: the method trains on something else than these groups (Teacher response, distillation).
+            SettingsError: the method trains on something else than these groups (Teacher response, distillation), or the statistics are
+                those of minibatches, which are your trainer's.
         """
         method = self.settings.method.resolve()
         if method.teacher_response or method.distils:
             raise SettingsError(
                 f"method {method.name!r} trains on {method.gradient}, which `zppo train` alone puts together: choose a method whose "
                 "gradient is that of plain and reformulated groups (zppo, grpo, hint, ...)"
+            )
+        if self.settings.advantage.statistics == "minibatch":
+            raise SettingsError(
+                "advantage.statistics is minibatch, and which groups a minibatch has is decided by your trainer: set it to step, or call "
+                "zppo.core.advantages.step_advantages with the groups of each minibatch"
             )
         kept = self.counted(groups)
         return spread_advantages(groups, kept, step_advantages(kept, self.settings.estimator))
@@ -224,6 +230,7 @@ def parts(
         renderer = tokenizer
         if not isinstance(renderer, PromptRenderer):
             renderer = make_renderer(settings, _chat(settings, tokenizer, any(q.images for q in questions)), teachers.teachers)
+        teachers.check_hints(settings, reformulations, questions, renderer.book)
         load = teachers.load
         score = make_scorer(
             settings, rule, questions, renderer.chat, teachers.teachers, lambda own: load(own, "judge" if settings.judge else "teacher")

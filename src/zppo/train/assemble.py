@@ -36,6 +36,7 @@ from zppo.names import model_folder
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
 from zppo.rollout.grading import Rule
 from zppo.rollout.reformulated import make_reformulations
+from zppo.rollout.rewards import Rewards
 from zppo.rollout.run_data import RunData, check_context, check_vocabulary, load_short
 from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.step_parts import parts as make_parts
@@ -51,7 +52,7 @@ from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCh
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
-from zppo.train.trainer import Trainer
+from zppo.train.trainer import Trainer, total_steps
 
 StudentEngine = TransformersEngine | VLLMEngine
 
@@ -306,6 +307,8 @@ def assemble(
     frozen_models.check_images(max((len(question.images) for question in questions), default=0))
     processes = weights.processes
     parts = make_parts(settings, [*questions, *held_out], renderer, teachers=frozen_models, rule=rule, processes=processes)
+    if isinstance(rule, Rewards):
+        rule.steps = total_steps(settings, len(questions))
     # The student; whatever does not fit it is found now, since an engine may take minutes to start.
     progress.doing(f"loading the student {settings.student.model}")
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)

@@ -69,6 +69,7 @@ class PolicyGradient:
         respond: Callable[[Source], Rollout | None] | None = None,
     ) -> None:
         self.estimator, self.loss, self.seed = settings.estimator, settings.loss, settings.seed
+        self.statistics = settings.advantage.statistics
         self.minibatches = settings.train.minibatches
         # Dynamic sampling, an extension: groups whose rewards are all equal leave the batch and its denominator.
         self.drop_trivial = settings.zone.dynamic_sampling == "after-reformulation"
@@ -79,10 +80,11 @@ class PolicyGradient:
     def update(
         self, plain: Sequence[Group], reformulated: Sequence[Group], responses: Pools, log: StepLog, partial: PartialUpdate | None = None
     ) -> UpdateResult:
-        """Advantages over the whole step, then I optimizer steps; see `Learner.update`."""
+        """Advantages over the whole step, or its minibatches, then I optimizer steps; see `Learner.update`."""
         groups = [*(self._with_response(g, responses, log.step) for g in plain), *reformulated]
         kept = [g for g in groups if not (self.drop_trivial and trivial(g))]
-        advantages = step_advantages(kept, self.estimator)
+        batches = self._deal(kept, log.step) if self.statistics == "minibatch" else ()
+        advantages = step_advantages(kept, self.estimator, batches)
         self.optimizer_steps(kept, advantages, log, partial)
         if self.respond is not None:
             replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
@@ -108,7 +110,7 @@ class PolicyGradient:
         """
         # Whole groups are dealt to minibatches, and the groups of a minibatch to the processes.
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
-        deals = deal_groups(len(groups), self.minibatches, seed=self.seed, step=log.step)
+        deals = self._deal(groups, log.step)
         mine = [share_minibatch(samples, dealt, rank=self.processes.rank, size=self.processes.size) for dealt in deals]
         rows = [row for share in mine for row in share.rows]
         # Old log-probs are those of the weights before the first optimizer step, for all of the step's rows.
@@ -143,6 +145,10 @@ class PolicyGradient:
             tally.skipped += not moved
         first, *others = self.processes.gather(tally)
         log.counts |= {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
+
+    def _deal(self, groups: Sequence[Group], step: int) -> list[list[int]]:
+        """Indices of groups per minibatch."""
+        return deal_groups(len(groups), self.minibatches, seed=self.seed, step=step)
 
     def _partial(
         self, done: int, tally: UpdateCounts, samples: Sequence[Sequence[Sample]], old: Mapping[tuple[int, int], torch.Tensor]

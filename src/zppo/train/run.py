@@ -27,16 +27,17 @@ from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
-from zppo.names import check_run_folder
+from zppo.names import check_file, check_run_folder
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
-from zppo.runs.display import Progress, warn
+from zppo.runs.display import Progress, show, warn
 from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
 from zppo.runs.lock import locked
+from zppo.runs.log import BUFFER, METRICS, read_lines
 from zppo.runs.signals import Stop
-from zppo.runs.trackers import Trackers, tracking
+from zppo.runs.trackers import TRACKERS, Trackers, tracking
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, assemble
 from zppo.train.finish import FINAL, finish
@@ -304,6 +305,8 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
         raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
     check_run_folder(run)
+    for name in (METRICS, BUFFER, TRACKERS):
+        check_file(run / name, CheckpointError)  # what is written after a checkpoint is taken back in them
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
     if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
@@ -314,6 +317,7 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
 def _has_more_steps(settings: Settings, run: Path) -> bool:
     """Whether the recipe of a finished run asks for more steps than its newest checkpoint has; it is trained on from there."""
     for folder in reversed(checkpoint.existing(run)):
+        check_file(folder / checkpoint.STATE, CheckpointError)
         with suppress(CheckpointError, KeyError, TypeError, ValueError):  # the one before is used then
             state = checkpoint.load_state(folder)
             return total_steps(settings, int(state["origin"]["questions"]["count"])) > int(state["step"])
@@ -354,13 +358,13 @@ def _go(
     """The run from its data to its end; a new one takes the lock of its folder into `held` when it makes it."""
     processes = weights.processes
     names = settings.train.trackers if processes.main else ()
-    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
+    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console), settings.train.tracker_completions)
     trackers.check()
     start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
     # Everything is loaded and checked before the run folder is made, or changed.
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
-        progress.doing(f"reading the questions of {settings.data.train}")
-        data = read_data(settings, sharded=weights.sharded, warn=progress.warning)
+        progress.doing(f"reading the questions of {settings.data.train_name}")
+        data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
         frozen_models = stack.enter_context(
             load_frozen_models(settings, accelerator.device, data.image_inputs, doing=progress.doing, warn=progress.warning)
         )
@@ -397,6 +401,9 @@ def _open(
     if resumed:
         step = trainer.done if loop.folder else -1
         trainer.run_log.rewind(step, trainer.evaluated)
+        for line in read_lines(run / METRICS):
+            if line["event"] == "step":
+                loop.health.remember(line)
         trackers.start(step)
         far = f" and {loop.mid_step.partial.done} updates of the next" if loop.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")
@@ -411,4 +418,4 @@ def _open(
         trainer.run_log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
     if trackers.names:
-        trainer.run_log.listener = trackers.log
+        trainer.run_log.listener, trainer.run_log.reader = trackers.log, trackers.log_completions

@@ -1,0 +1,72 @@
+"""`zppo recipes` and `zppo init`: what comes with zppo to train by."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zppo.cli.command_parser import Subcommands
+    from zppo.config.model_settings import TeacherSettings
+
+
+def add_recipes(commands: Subcommands) -> None:
+    """`recipes` and `init`."""
+    commands.add_parser("recipes", help="list the recipes that come with zppo").set_defaults(run=_recipes)
+    init = commands.add_parser(
+        "init",
+        help="copy one of them, ready to edit",
+        description="Copy a recipe that comes with zppo to NAME.yaml, with the data files that it needs; nothing is overwritten.",
+    )
+    init.add_argument("name", metavar="NAME", help="of the copy: NAME.yaml, a path may stand before it")
+    init.add_argument("--from", dest="source", metavar="RECIPE", default="my-data", help="a name of `zppo recipes` (default: my-data)")
+    init.set_defaults(run=_init)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from zppo.config.bundled import accelerate_files, made_for, recipe_names, recipes_folder
+    from zppo.config.recipe import load_recipe
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("recipe", "trains", "teacher", "made for"):
+        table.add_column(column, no_wrap=column == "recipe", overflow="fold")
+    for name in recipe_names():
+        path = recipes_folder() / f"{name}.yaml"
+        settings = load_recipe(path)
+        student, data = _short(settings.student.model), _short(settings.data.train_name)
+        trains = student + (" by LoRA" if settings.train.lora else "") + ("" if data == student else f" on {data}")
+        table.add_row(name, trains, _teacher(settings.teacher), made_for(path.read_text(encoding="utf-8")))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\n`zppo train NAME` trains by one, `zppo init MINE --from NAME` copies it to MINE.yaml, ready to edit.", soft_wrap=True)
+    console.print("For `accelerate launch --config_file FILE`, and `zppo init MINE --from accelerate/NAME`:", soft_wrap=True)
+    for file in accelerate_files():
+        console.print(f"  {file}", soft_wrap=True)
+
+
+def _teacher(teacher: TeacherSettings | None) -> str:
+    if teacher is None:
+        return "-"
+    return _short(teacher.model) + (" (server)" if teacher.base_urls else "")
+
+
+def _short(name: str) -> str:
+    """A name without its owner or folder; of the lab, the world."""
+    return name.partition("/")[0] if name.startswith("lab:") else name.rpartition("/")[2]
+
+
+def _init(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from zppo.config.bundled import copy_recipe
+
+    made, console = copy_recipe(options.name, options.source), Console(highlight=False)
+    say = [(made.recipe, f"from {options.source}"), *((file, "questions to replace by yours") for file in made.written)]
+    say += [(file, "was there already and stays as it is") for file in made.kept]
+    for file, what in say:
+        console.print(f"{file}  [dim]{what}[/dim]", soft_wrap=True)
+    if not options.source.startswith("accelerate/"):
+        console.print(f"edit it, then `zppo train {made.recipe} --dry-run` says what it will do", soft_wrap=True)
