@@ -28,11 +28,11 @@ from zppo.evals.clips.archives import unpack
 from zppo.evals.journal import Journal
 from zppo.evals.media import _video_url
 from zppo.evals.results import EvalFolder
+from zppo.grading.reward_function import load_reward
 from zppo.images.store import open_file
 from zppo.lab.world import load_world
 from zppo.models.student_model import read_template
 from zppo.names import load_object, load_part
-from zppo.planning.dry_run import _check_reward
 from zppo.planning.model_shapes import shape_of
 from zppo.prompts import PromptBook
 from zppo.report.bootstrap import read_table
@@ -190,7 +190,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "train.jsonl.gz": lambda path: load_questions(str(path), ColumnSettings()),
     "train.jsonl.zst": lambda path: load_questions(str(path), ColumnSettings()),
     "judge.jinja": lambda path: PromptBook({"judge": path}),
-    "score.py": lambda path: _check_reward(f"{path}:score"),
+    "score.py": lambda path: load_reward(f"{path}:score"),
     "adapter.py": lambda path: load_object(f"{path}:adapt", "adapter", SettingsError),
 }
 
