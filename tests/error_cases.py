@@ -17,11 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from fault_server import Server
 from pictures import bomb, noise, picture
 from seeing import PIXELS, make_seeing
+from zppo.data.corpora.mapping import mapping_text
 
 
 @dataclass
@@ -258,8 +261,32 @@ def _(w: World) -> None:
 
 @case("a reward function in the form of another trainer")
 def _(w: World) -> None:
-    w.write("reward.py", "def score(completions, answer, **columns):\n    return [1.0]\n")
+    w.write("reward.py", "def score(reward_input):\n    return {'overall': 1.0}\n")
     w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function with its arguments in another order")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(prompt, response):\n    return 1.0\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function that asks for a column")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(completions, task, **columns):\n    return [1.0 for _ in task]\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function that is a class with arguments")
+def _(w: World) -> None:
+    w.write("reward.py", "class score:\n    def __init__(self, limit): ...\n    def __call__(self, completion, question): ...\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("not as many weights as reward functions")
+def _(w: World) -> None:
+    w.set("grading.reward", ["a.py:f", "a.py:g"])
+    w.set("grading.reward_weights", [1])
 
 
 @case("a reward function's file lacks the function")
@@ -618,6 +645,36 @@ def _(w: World) -> None:
 def _(w: World) -> None:
     w.set("data.train", "reasoning_gym:aiw?size=10")
     w.set("data.eval", "reasoning_gym:aiw?size=5&seed=9")
+
+
+def _build(w: World, *more: str) -> None:
+    w.command = ["data", "build", "zppo-77k", f"--out={w.folder / 'out'}", f"--mmfinereason={w.folder / 'vero'}", *more]
+
+
+@case("a copy of a source of the corpus that is no folder")
+def _(w: World) -> None:
+    _build(w, f"--vero={w.folder / 'none'}")
+
+
+@case("a source of the corpus without a column of the mapping")
+def _(w: World) -> None:
+    path = w.folder / "vero" / "stem-tqa" / "train.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"question": ["1 + 1?"]}), path)
+    _build(w, f"--vero={w.folder / 'vero'}")
+
+
+@case("a mapping with a key that does not exist")
+def _(w: World) -> None:
+    text = mapping_text("zppo-77k").replace("min_image_side", "min_side")
+    _build(w, f"--vero={w.folder / 'vero'}", f"--mapping={w.write('mine.yaml', text)}")
+
+
+@case("a corpus into a folder that is not empty")
+def _(w: World) -> None:
+    (w.folder / "out").mkdir()
+    w.write("out/mine.txt", "mine")
+    _build(w, f"--vero={w.folder / 'vero'}")
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -1025,6 +1082,11 @@ def _(w: World) -> None:
 @case("nothing to resume")
 def _(w: World) -> None:
     w.command = ["resume", str(w.output)]
+
+
+@case("nothing to push")
+def _(w: World) -> None:
+    w.command = ["push", str(w.output), "--repo", "mine"]
 
 
 @case("a run whose recipe is damaged")

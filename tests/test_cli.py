@@ -71,9 +71,12 @@ def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: p
         (["train", "{recipe}", "--dry-run", "--prompts.bcq=none.jinja"], "none.jinja"),
         (["train", "{recipe}", "--dry-run", "--student.template=none.jinja"], "student.template: there is no file"),
         (["train", "{recipe}", "--dry-run", "--teacher.model=./none"], "teacher.model: "),
-        (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "grading.reward: there is no file"),
-        (["train", "{recipe}", "--dry-run", "--grading.reward=no_such_module:f"], "grading.reward: there is no module 'no_such_module'"),
-        (["train", "{recipe}", "--dry-run", "--grading.reward=f"], "names no function"),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "there is no file"),
+        (
+            ["train", "{recipe}", "--dry-run", "--grading.reward=no_such_module:f"],
+            "importing 'no_such_module' failed with ModuleNotFoundError",
+        ),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=f"], "has no module and name"),
         (["train", "{recipe}", "--dry-run", "--data.train=lab:w"], "'lab:w' names no split"),
         (
             ["train", "{recipe}", "--dry-run", "--data.train=lob:w/train"],

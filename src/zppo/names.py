@@ -179,7 +179,9 @@ def load_object(spec: str, what: str, error: type[ZPPOError], *, call: bool = Tr
         target: Any = _module_of_file(Path(place), spec, what, error) if place.endswith(".py") else importlib.import_module(place)
     except error:
         raise
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:  # a script without `if __name__ == "__main__"` may end the program
+        if isinstance(cause, SyntaxError) and cause.filename:
+            check_file(Path(cause.filename), error)
         raise error(
             f"{what} {spec!r}: importing {place!r} failed with {type(cause).__name__}: {cause}. "
             + ("Mend that file." if place.endswith(".py") else "Check the name and that its folder is on PYTHONPATH.")

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zppo.data.corpora import CORPORA
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from zppo.cli.command_parser import Subcommands
     from zppo.data.corpora.build import BuildDisplay, PromptLength
+
+_LINES = 20  # about so many lines tell of the progress where there is no terminal
 
 
 def add_data(commands: Subcommands) -> None:
@@ -25,7 +29,7 @@ def add_data(commands: Subcommands) -> None:
 
 def _add_build(commands: Subcommands) -> None:
     build = commands.add_parser("build", help="build a corpus out of public sets; the same command goes on after a stop")
-    build.add_argument("corpus", choices=("zppo-77k",), metavar="CORPUS", help="zppo-77k, the corpus of the paper (docs/corpus.md)")
+    build.add_argument("corpus", choices=CORPORA, metavar="CORPUS", help="zppo-77k, the corpus of the paper (docs/corpus.md)")
     build.add_argument("--out", type=Path, metavar="DIR", help="the folder that it is built in (default: data/CORPUS)")
     build.add_argument("--vero", type=Path, metavar="DIR", help="a local copy of Vero-600k (default: the hub, file by file)")
     build.add_argument("--mmfinereason", type=Path, metavar="DIR", help="a local copy of MMFineReason-SFT-586K (default: the hub)")
@@ -114,10 +118,20 @@ def _progress(console: Console) -> Iterator[BuildDisplay]:
 
     from zppo.data.corpora.build import BuildDisplay
 
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    if not console.is_terminal:  # a line now and then, for a log
+        said = {0}
+
+        def step(done: int, total: int) -> None:
+            if (part := done * _LINES // max(total, 1)) not in said:
+                said.add(part)
+                say(f"{done:,} of {total:,} rows")
+
+        yield BuildDisplay(say, step)
+        return
     columns = TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("rows", total=None)
-        yield BuildDisplay(
-            say=lambda text: console.print(text, soft_wrap=True, highlight=False),
-            step=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        yield BuildDisplay(say, lambda done, total: progress.update(task, completed=done, total=total))

@@ -100,6 +100,7 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.memory import within
         from zppo.rollout.data import count_judged, load_data
+        from zppo.rollout.rewards import make_rewards
         from zppo.runs.display import warn
 
         console = Console(quiet=bool(rank_of()))
@@ -109,6 +110,8 @@ def _train(options: argparse.Namespace) -> None:
         check_student_context(settings)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
+        if settings.grading.rewards:
+            make_rewards(settings.grading).check_columns([*train, *held_out])
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
         seeing, eval_seeing = (sum(bool(q.images) for q in part) for part in (train, held_out))
         plan = make_plan(

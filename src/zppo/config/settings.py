@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 OVERRIDES = ("replay", "reformulations", "teacher_response", "control")
 
 
@@ -75,6 +77,7 @@ class ColumnSettings(Section):
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
     grading: str = Field("grading", description="rule or judge: who grades the question; rows without the column go by rule")
+    extra: tuple[str, ...] = Field((), description="further columns, which reward functions are given (TRL's **columns, question.extra)")
     answer_list: str = Field("answer_list", description="any, set or ordered, for one row; rows without the column go by data.answer_list")
     choices: str = Field(
         USUAL_CHOICES, description="the choices of a question, shown with it; by default options, or A, B, C, ..., too; '' for none"
@@ -407,10 +410,13 @@ class TrainSettings(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="where the numbers of metrics.jsonl go too; files of TensorBoard and DVCLive: in the run folder"
     )
-    tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
+    tracker_project: str = Field("zppo", min_length=1, description="what trackers file the run under")
+    tracker_completions: int = Field(
+        2, ge=0, description="completions of each kind of prompt that trackers get of a step, as a table; 0: only numbers leave"
+    )
     sharding: Literal["none", "fsdp2"] = Field(
         "none", description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins"
     )
@@ -438,10 +444,23 @@ class EvalSettings(SamplingSettings):
         return data
 
 
+class PushSettings(Section):
+    """The trained student, put on the Hugging Face hub at the end of a run (docs/runs.md)."""
+
+    repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$", description="repository of the hub: NAME or OWNER/NAME; made where there is none")
+    private: bool = Field(True, description="a repository that is made is private")
+
+
 class GradingSettings(Section):
     """How completions are graded."""
 
-    reward: str | None = Field(None, description="a reward function of yours, package.module:function or file.py:function")
+    reward: str | tuple[str, ...] | None = Field(
+        None,
+        description="a reward function of yours, package.module:function or file.py:function; or a list of them, first the one that judges "
+        "the answer",
+    )
+    reward_weights: tuple[float, ...] = Field((), description="the weight of each in the reward, their weighted sum; empty: 1 each")
+    reward_deadline: float = Field(60.0, gt=0, description="seconds for one call of an async reward function; what is late is ungraded")
     deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
     workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
     rounded_golds: bool = Field(True, description="a right answer that is a rounded decimal equals the exact answer: 0.33 is 1/3")
@@ -455,6 +474,23 @@ class GradingSettings(Section):
     def anywhere(self) -> bool:
         """Whether boxes in thoughts count."""
         return self.box == "anywhere"
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The reward functions."""
+        return (self.reward,) if isinstance(self.reward, str) else self.reward or ()
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> GradingSettings:
+        if self.reward == ():
+            raise ValueError("grading.reward is an empty list; leave it out, or name a function")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"grading.reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} reward functions; give one for each"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError("grading.reward_weights holds a value that is no finite number")
+        return self
 
 
 class Settings(Section):
@@ -480,6 +516,7 @@ class Settings(Section):
     train: TrainSettings = Field(TrainSettings(), description="optimizer and loop")
     eval: EvalSettings = Field(EvalSettings(), description="held-out evaluation")
     grading: GradingSettings = Field(GradingSettings(), description="grading")
+    push: PushSettings | None = Field(None, description="put the trained student on the hub at the end; empty: it stays here")
 
     @model_validator(mode="before")
     @classmethod
@@ -501,7 +538,9 @@ class Settings(Section):
         models |= {f"more_teachers.{i}": teacher for i, teacher in enumerate(self.more_teachers)}
         kernels = {f"{name}.attention": model.attention for name, model in models.items() if model and "/" in (model.attention or "")}
         own = {f"method.reformulations.{i}": kind for i, kind in enumerate(self.method.resolve().reformulations) if ":" in kind}
-        named = {"grading.reward": self.grading.reward, **own, **kernels}
+        several = not isinstance(self.grading.reward, str)
+        rewards = {f"grading.reward.{i}" if several else "grading.reward": spec for i, spec in enumerate(self.grading.rewards)}
+        named = {**rewards, **own, **kernels}
         return {key: spec for key, spec in named.items() if spec}
 
     @property

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,12 @@ from zppo.core.select import share_of
 from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
-from zppo.errors import ModelError, RewardError, SettingsError, TemplateError
-from zppo.grading.reward_function import check_form
-from zppo.names import check_checkpoint, check_file, model_folder
+from zppo.errors import ModelError, SettingsError, TemplateError
+from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
+from zppo.rollout.rewards import make_rewards
 from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
@@ -68,6 +66,9 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     ]
     if memory.others:
         rows.append(("teachers and judge in this process", _size(memory.others)))
+    if memory.unknown:
+        names = ", ".join(memory.unknown)
+        rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
         rows.append(("vLLM in this process", f"{_size(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
     if memory.cast:
@@ -94,7 +95,9 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, images
     room = machine.usable
     if memory.total <= room:
         tight = memory.total > _TIGHT * room
-        return [("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")]
+        fits = "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits"
+        left = f", if {', '.join(memory.unknown)} takes no more than {_size(room - memory.total)}" if memory.unknown else ""
+        return [("verdict", fits + left)]
     words = []
     if memory.standing + memory.update > room:
         advice, memory = _lighter(settings, memory, machine, images)
@@ -132,11 +135,28 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) 
             if "lora" in changes:
                 says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
             return says + _elsewhere(settings, memory, machine), lighter
+    for changes in ({}, *_changes(settings, memory)) if memory.others else ():
+        beside = _estimate(_with(settings, changes), machine, images)
+        if isinstance(beside, Memory) and beside.standing + beside.update - beside.others <= machine.usable:
+            return _without_others(settings, replace(beside, others=0), memory.others, machine, changes)
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
         "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
         memory,
     )
+
+
+def _without_others(settings: Settings, lighter: Memory, others: int, machine: Machine, changes: Mapping[str, Any]) -> tuple[str, Memory]:
+    """What to say where the frozen models are what does not fit; `lighter` is without them."""
+    keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
+    room = machine.usable - lighter.standing - lighter.update
+    frozen = [model for model in (settings.teacher, *settings.more_teachers, settings.judge) if model is not None and not model.base_urls]
+    names = ", ".join(dict.fromkeys(model.model for model in frozen))
+    says = (
+        f"the update does not fit beside the {_size(others)} of {names}: put them on a server (base_urls), or take smaller ones, of "
+        f"{_size(room)} at most{f', both with {keys}' if keys else ''}"
+    )
+    return says + ("; recipes/single-gpu-lora.yaml is a recipe like that" if "lora" in changes else ""), lighter
 
 
 def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
@@ -237,7 +257,7 @@ class Plan:
 
 
 def check_files(settings: Settings) -> None:
-    """Whether the files that a recipe names are there: templates, folders of models, the reward function's module; `output` must be free.
+    """Whether the files that a recipe names are there: templates, folders of models, the reward functions; `output` must be free.
 
     Raises:
         TemplateError, ModelError, RewardError, SettingsError.
@@ -260,8 +280,8 @@ def check_files(settings: Settings) -> None:
                 "name a folder that has one, or a model of the hub as owner/name"
             )
         check_checkpoint(folder)
-    if settings.grading.reward:
-        _check_reward(settings.grading.reward)
+    if settings.grading.rewards:
+        make_rewards(settings.grading)
     if settings.output is not None:
         check_output(settings.output)
 
@@ -427,6 +447,7 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
+        *([("pushed to", f"{push.repo}, {'private' if push.private else 'public'} where it is made")] if (push := settings.push) else []),
     ]
 
 
@@ -524,34 +545,3 @@ def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, c
         compressions=most if teacher.compression.enabled else 0,
         hints=built * positive if "hint" in needs else 0,
     )
-
-
-def _check_reward(name: str) -> None:
-    """The module or file of a reward function exists; it is not run here."""
-    module, colon, function = name.rpartition(":")
-    if not colon or not function:
-        raise RewardError(f"grading.reward: {name!r} names no function; write package.module:function or file.py:function")
-    if module.endswith(".py"):
-        if not Path(module).is_file():
-            raise RewardError(f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function")
-        check_file(Path(module), RewardError)
-        _check_written_reward(Path(module), function)
-    elif importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")
-
-
-def _check_written_reward(path: Path, name: str) -> None:
-    """Whether the function in a file has a form that can be called, as far as its text says; the rest is left to its import."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # importing it says what is wrong
-        return
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name and not node.decorator_list:
-            given = [*node.args.posonlyargs, *node.args.args]
-            rest = [argument for argument in (node.args.vararg, *node.args.kwonlyargs, node.args.kwarg) if argument is not None]
-            names = [argument.arg for argument in (*given, *rest)]
-            required = len(given) - len(node.args.defaults)
-            needed = [a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if default is None]
-            fits = not needed and required <= 2 and (len(given) >= 2 or node.args.vararg is not None)
-            check_form(f"{path}:{name}", names, fits, isinstance(node, ast.AsyncFunctionDef))

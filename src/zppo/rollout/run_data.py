@@ -140,6 +140,20 @@ def _short(source: str, questions: Sequence[Question], most: int, length: Callab
     return kept
 
 
+def check_context(
+    settings: Settings, context: int | None, questions: Sequence[Question], held_out: Sequence[Question], length: Callable[[Question], int]
+) -> None:
+    """Whether every plain prompt (`length` tokens) fits the model with its token limit. SettingsError where one does not."""
+    uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
+    for name, asked, sampling in uses:
+        tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))
+        if context is not None and asked and tokens + sampling.max_new_tokens > context:
+            raise SettingsError(
+                f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "
+                f"together more than the model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
+            )
+
+
 def check_vocabulary(model: PreTrainedModel, renderer: PromptRenderer, questions: Sequence[Question]) -> None:
     """Whether the model has a row for every token of the first 200 plain prompts. ModelError where it has not.
 

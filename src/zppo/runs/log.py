@@ -50,6 +50,8 @@ ROLLOUT_SCHEMA = pa.schema(
         ("graded", pa.bool_()),
         ("reason", pa.string()),
         ("reward", pa.float32()),
+        ("rewards", pa.string()),  # JSON: what each reward function gave, by name; null: there are none; older files lack it, and the next
+        ("reward_notes", pa.string()),  # JSON: what they reported about the completion
         ("advantage", pa.float32()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
@@ -71,11 +73,13 @@ class RunLog:
 
     Attributes:
         listener: given every line of metrics.jsonl after it is written (trackers).
+        reader: given the rows of each step's rollouts after they are written (trackers).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listener: Callable[[int, str, Mapping[str, Any]], None] | None = None
+        self.reader: Callable[[int, Sequence[Mapping[str, Any]]], None] | None = None
         self._unsynced: set[Path] = set()
 
     def open(self) -> None:
@@ -119,6 +123,8 @@ class RunLog:
         for row in rows:
             row["advantage"] = next(values)
         self._write_rows(self.folder / ROLLOUTS / f"step-{step:06d}.parquet", rows)
+        if self.reader is not None:
+            self.reader(step, rows)
 
     def held_out(self, step: int, event: str, groups: Sequence[Group], *, show: Callable[[tuple[int, ...]], str]) -> None:
         """held_out/<event>-NNNNNN.parquet, laid out as `rollouts`, with every completion of an evaluation; it has no advantages."""
@@ -224,6 +230,8 @@ def _rows(
             "graded": rollout.graded,
             "reason": rollout.reason,
             "reward": rollout.reward,
+            "rewards": _json(rollout.rewards),
+            "reward_notes": _json(rollout.notes),
             "prompt_tokens": len(group.prompt.ids) + len(group.prompt.forced_ids),
             "completion_tokens": len(rollout.ids),
             "truncated": rollout.truncated,
@@ -234,6 +242,10 @@ def _rows(
         for text, audit in [(show(group.prompt.ids + group.prompt.forced_ids), json.dumps(dict(group.prompt.audit)))]
         for index, rollout in enumerate(group.rollouts)
     ]
+
+
+def _json(values: Mapping[str, Any]) -> str | None:
+    return json.dumps(dict(values), ensure_ascii=False) if values else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -310,7 +310,7 @@ function promptNode(text, audit) {
 function rolloutNode(r, i, group, prompt) {
   const verdict = r.graded ? (r.correct ? "right" : "wrong") : "none";
   const which = (r.class ?? "").split(":")[2];
-  const facts = [r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}`, r.advantage === null ? null : `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
+  const facts = [r.reason === "reward" ? null : r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}${r.rewards ? ` (${r.rewards})` : ""}`, r.notes, r.advantage === null ? null : `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
   const body = el("div", { class: "completion" }), thinkOpen = prompt.lastIndexOf("<think>") > prompt.lastIndexOf("</think>");
   const fill = () => {
     if (r.completion === null) body.replaceChildren(el("p", { class: "facts" }, "left out of this page to keep it small; zppo inspect shows it"));
