@@ -372,6 +372,14 @@ def _(w: World) -> None:
     w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'train.jsonl'}"]
 
 
+@case("a measurement into the folder of the questions")
+def _(w: World) -> None:
+    (w.folder / "set").mkdir()
+    w.write("set/train.jsonl", '{"prompt": "a", "answer": 1}\n')
+    w.set("data.train", "set")
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'set'}"]
+
+
 @case("a measurement over another file")
 def _(w: World) -> None:
     w.command = ["data", "measure", w.arguments()[1], f"--out={w.write('mine.jsonl', 'x')}"]
@@ -1074,6 +1082,11 @@ def _(w: World) -> None:
 @case("nothing to resume")
 def _(w: World) -> None:
     w.command = ["resume", str(w.output)]
+
+
+@case("nothing to push")
+def _(w: World) -> None:
+    w.command = ["push", str(w.output), "--repo", "mine"]
 
 
 @case("a run whose recipe is damaged")

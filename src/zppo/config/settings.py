@@ -444,6 +444,13 @@ class EvalSettings(SamplingSettings):
         return data
 
 
+class PushSettings(Section):
+    """The trained student, put on the Hugging Face hub at the end of a run (docs/runs.md)."""
+
+    repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$", description="repository of the hub: NAME or OWNER/NAME; made where there is none")
+    private: bool = Field(True, description="a repository that is made is private")
+
+
 class GradingSettings(Section):
     """How completions are graded."""
 
@@ -509,6 +516,7 @@ class Settings(Section):
     train: TrainSettings = Field(TrainSettings(), description="optimizer and loop")
     eval: EvalSettings = Field(EvalSettings(), description="held-out evaluation")
     grading: GradingSettings = Field(GradingSettings(), description="grading")
+    push: PushSettings | None = Field(None, description="put the trained student on the hub at the end; empty: it stays here")
 
     @model_validator(mode="before")
     @classmethod

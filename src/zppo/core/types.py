@@ -83,7 +83,7 @@ class Question:
     images: tuple[ImageRef, ...] = ()
     level: str = ""
     grading: Grading = RULE
-    chat: bool = False
+    chat: bool = field(default=False, compare=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property

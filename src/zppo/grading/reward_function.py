@@ -27,8 +27,8 @@ _WANTED_OF_LISTS = "return one number (or None, where it does not apply) for eac
 Form = Literal["zppo", "trl", "verl"]
 
 GOLD_NAMES = (
-    *("answer", "answers", "final_answer", "gold", "gold_answer", "gt", "ground_truth", "label", "reference", "reference_answer"),
-    *("solution", "target"),
+    *("answer", "answers", "correct_answer", "expected", "expected_answer", "final_answer", "gold", "gold_answer", "golden_answer", "gt"),
+    *("ground_truth", "label", "reference", "reference_answer", "solution", "target", "truth", "y_true"),
 )
 """How parameters with the right answer are called: a function of TRL's form is given it under these names too."""
 _QUESTIONS = ("prompt", "question", "query", "problem", "messages", "data_source")
@@ -335,6 +335,8 @@ def form_of(function: Callable[..., Any], spec: str) -> Form:
     Raises:
         RewardError: it cannot be called in any form; the message says how to bring it here.
     """
+    if hasattr(function, "forward") and hasattr(function, "state_dict"):  # of torch, which is not loaded for this
+        raise RewardError(f"reward function {spec!r} is a model: name a function that gives it what it reads, and returns a number")
     parameters = _parameters(function)
     names = list(parameters)
     form: Form = "zppo"
@@ -386,6 +388,8 @@ def _check_own_form(spec: str, parameters: Mapping[str, inspect.Parameter]) -> N
         mend = f"{name}(question.messages[-1].content, completion{rest})"
     elif second in GOLD_NAMES:
         mend = f"{name}(completion, question.gold)"
+    elif first in GOLD_NAMES and second:
+        mend = f"{name}(question.gold, completion)"
     if mend:
         raise RewardError(
             f"{what}; here a function takes one completion and its question, in that order, and returns (correct, reward) or a number. "
