@@ -25,7 +25,7 @@ LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest install-dev check lint fuzz bench gpu-check clean
+.PHONY: help train test test-lowest install-dev check lint site fuzz bench gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
@@ -33,8 +33,9 @@ help:
 	@echo "make test-lowest   the tests of what hangs on other packages, with the lowest versions that are admitted"
 	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"
 	@echo "make bench   speed and memory against TRL, then the tables of docs/performance.md; ARGS=step_vs_trl: that row alone"
-	@echo "make check   ruff, mypy, import-linter and the quick tests"
-	@echo "make lint    ruff, mypy and import-linter"
+	@echo "make check   ruff, mypy, import-linter, the site and the quick tests"
+	@echo "make lint    ruff, mypy, import-linter, and the site built strictly"
+	@echo "make site    the documentation as a site, in .site/; with ARGS=serve on this machine"
 	@echo "make fuzz    the grader's fuzz tests, many examples"
 	@echo "make clean   remove the environment"
 
@@ -65,6 +66,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-cache
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 fuzz: $(VENV)/.installed-dev
 	ZPPO_FUZZ_EXAMPLES=$${ZPPO_FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -k fuzz --timeout 0 $(ARGS)

@@ -149,9 +149,10 @@ class Maker:
         listed = tuple(dict.fromkeys(a for a in wrong if a is not None))
         slots = {"answers": listed, "candidates": [self._candidate(a) for a in wrong]}
         prompt = self._render(self.book.render(Draft("ncq", question, slots)))
+        audit = {"wrong_answers": listed, "teacher_answers": [gold] if rows else []}
         pool = [gold] * 2 + list(listed) + [self._wrong(question), None]
         answers = [self.random.choice(pool) for _ in row.answers]
-        rows.append(Row("ncq", question, prompt, {"wrong_answers": listed}, row.replayed, answers))
+        rows.append(Row("ncq", question, prompt, audit, row.replayed, answers))
         return rows
 
     def _step(self, step: int) -> None:
@@ -162,8 +163,10 @@ class Maker:
         plain = [self._plain(q, False) for q in new] + [self._plain(q, True) for q in replayed]
         hard = sorted((r for r in plain if _accuracy(r) < 0.5), key=_accuracy)
         again: list[Row] = []
+        able = 0
         for row in hard:
             wanted = [r for r in self._again(row) if r.kind in self.method.reformulations]
+            able += any(r.kind == "bcq" for r in wanted)
             again += wanted[: shape.batch // 4 - len(again)]
         rows = plain + again
         entries = {q.question.id: e.accuracy for q in plain if (e := self.buffer.get(q.question.id))}
@@ -173,7 +176,7 @@ class Maker:
         table = self._table(step, rows, entries)
         pq.write_table(table, self.log.folder / ROLLOUTS / f"step-{step:06d}.parquet", compression="zstd", row_group_size=ROWS_PER_GROUP)
         self.log.buffer(step, changes)
-        self.log.metrics(step, "step", self._metrics(rows, table, len(hard), len(replayed), changes))
+        self.log.metrics(step, "step", self._metrics(rows, table, (len(hard), able), len(replayed), changes))
 
     def _table(self, step: int, rows: list[Row], entries: dict[str, float]) -> pa.Table:
         size, columns = self.shape.group_size, {name: [] for name in ROLLOUT_SCHEMA.names}
@@ -188,14 +191,15 @@ class Maker:
                     entries.get(row.question.id), i, row.prompt,
                     f"<think>{self._slice(length)}</think>" + (f"\n\\boxed{{{answer}}}" if answer is not None else ""),
                     row.question.gold, [row.question.gold], None, row.question.grading, answer, right, True,
-                    "equal" if right else "no answer" if answer is None else "different", float(right), float(right) - mean,
+                    "equal" if right else "no answer" if answer is None else "different", float(right), None, None, float(right) - mean,
                     len(row.prompt) // 4, length // 4, answer is None, 0.9 - 0.1 * self.skill + 0.1 * self.random.random(), audit,
                 )  # fmt: skip
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(value)
         return pa.table(columns, schema=ROLLOUT_SCHEMA)
 
-    def _metrics(self, rows: list[Row], table: pa.Table, hard: int, replayed: int, changes: Any) -> dict[str, Any]:
+    def _metrics(self, rows: list[Row], table: pa.Table, eligible: tuple[int, int], replayed: int, changes: Any) -> dict[str, Any]:
+        hard, able = eligible
         tokens = sum(table["completion_tokens"].to_pylist())
         kinds = {k: [r for r in rows if r.kind == k] for k in ("plain", "bcq", "ncq")}
         asked = len(kinds["bcq"]) + len(kinds["ncq"])
@@ -206,6 +210,10 @@ class Maker:
                 "easy": (len(kinds["plain"]) - hard) / len(rows),
                 "hard": hard / len(rows),
                 **{k: len(kinds[k]) / len(rows) for k in self.method.reformulations},
+            },
+            "eligibility": {
+                "easy": (len(kinds["plain"]) - hard) / len(kinds["plain"]),
+                **({"bcq": able / len(kinds["plain"]), "ncq": (hard - able) / len(kinds["plain"])} if self.method.reformulations else {}),
             },
             "replayed_questions": replayed,
             "replayed_share_of_slots": sum(r.replayed for k in ("bcq", "ncq") for r in kinds[k]) / max(1, asked),

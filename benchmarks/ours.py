@@ -132,7 +132,7 @@ def assembled(own: Ours, script: Script) -> Iterator[Any]:
         accelerator = make_accelerator(settings, launch)
         weights = make_weights(settings, accelerator, launch, stop)
         progress = Progress(Console(quiet=True, force_terminal=False))
-        frozen_models = FrozenModels(settings, accelerator, progress)
+        frozen_models = FrozenModels(settings, accelerator.device)
         if own.method != "grpo":
             frozen_models.teachers.append(script)  # type: ignore[arg-type]
             frozen_models.settings_of.append(settings.teacher)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from test_update import make_settings, update
 from zppo.core.advantages import step_advantages
 from zppo.core.minibatch import Sharing
-from zppo.core.types import Group
+from zppo.core.types import Group, Question, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
 from zppo.distributed.sharded import ShardedWeights
@@ -30,7 +30,9 @@ from zppo.engines.out_of_memory import TokenBudget
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import LauncherError
 from zppo.models.student_model import Student
+from zppo.rollout.teacher import Pools
 from zppo.step_log import StepLog
+from zppo.teacher.compression import Source
 from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import SamplerCheck
 from zppo.train.learner import OptimizerStep, PartialUpdate, UpdateStopped
@@ -114,10 +116,31 @@ def distrust(learner: PolicyGradient, recorded: list[list[Group]]) -> list[dict[
     return metrics
 
 
-def distil(learner: PolicyGradient, teacher: PreTrainedModel, groups: list[Group]) -> dict[str, float | None]:
-    """One step of on-policy distillation on the same weights and optimizer."""
+class RecordedTeacher:
+    """Off-policy: the correct rollouts of recorded groups as the teacher's correct responses."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.rollouts = {f"{g.question.id} {i}": r for g in groups for i, r in enumerate(g.rollouts) if r.correct}
+
+    def ask(self, questions: Sequence[Question], log: StepLog) -> Pools:
+        return {q.id: tuple(Source(key, None) for key in self.rollouts if key.split()[0] == q.id) for q in questions}
+
+    def respond(self, source: Source) -> Rollout:
+        return self.rollouts[source.text]
+
+
+def distil(
+    learner: PolicyGradient, teacher: PreTrainedModel, groups: list[Group], *, off_policy: bool = False, budget: int = 60
+) -> dict[str, float | None]:
+    """One step of distillation on the same weights and optimizer."""
+    recorded: Any = RecordedTeacher(groups)
     distiller = Distillation(
-        learner.forward, ForwardPass(teacher), learner.optimizer, TokenBudget(60), teacher_sampler=None, respond=lambda _: None
+        learner.forward,
+        ForwardPass(teacher),
+        learner.optimizer,
+        TokenBudget(budget),
+        teacher_sampler=recorded if off_policy else None,
+        respond=recorded.respond,
     )
     log = StepLog(1)
     distiller.update(groups, [], {}, log)
@@ -178,6 +201,7 @@ def one(name: str, make: Callable[[], ReplicatedWeights], model_path: str, recor
     check_shards(learner)
     skips_what_is_not_finite(learner)
     metrics.append(distil(learner, load(model_path), recorded[0]))
+    metrics.append(distil(learner, load(model_path), recorded[0], off_policy=True))
     written(learner, model, out / name)
     # What was saved puts a fresh model and optimizer where these are, whatever way the weights lie: they go on alike.
     fresh, weights = load(str(out / name)), make()

@@ -65,6 +65,8 @@ class Gate:
 
 def service(engine: Engine, chat: Chat, *, max_rows: int = 64, max_queue: int = 100, **fields: Any) -> ChatServer:
     batcher = Batcher(engine, max_rows=max_rows, max_queue=max_queue)
+    if isinstance(own_engine := getattr(engine, "engine", engine), TransformersEngine):
+        own_engine.watch = batcher.watch
     pictures = RequestImages(Path("unused"), 16, "" if chat.image_processor else "this model reads text only")
     own = {"model": "tiny", "words": LockedChat(chat), "batcher": batcher, "pictures": pictures, "context": CONTEXT}
     return ChatServer(**own | fields)
@@ -102,6 +104,7 @@ def make_served(folder: Path) -> tuple[Counting, Chat]:
 def listening(path: Path, key: str, **fields: Any) -> Iterator[str]:
     """The address of a server of a checkpoint, in a thread of this process."""
     loaded = load(str(path), device="cpu", max_rows=64)
+    listening.engine = loaded.engine  # type: ignore[attr-defined]
     own = service(loaded.engine, loaded.chat, key=key, context=loaded.engine.context, **fields)
     server = uvicorn.Server(uvicorn.Config(make_app(own), log_config=None, lifespan="off", ws="none"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -122,3 +125,5 @@ def connected(engine: Engine, chat: Chat, **fields: Any) -> Iterator[TestClient]
     with connect(served) as client:
         yield client
     served.batcher.close(30)
+    if isinstance(own_engine := getattr(engine, "engine", engine), TransformersEngine):
+        own_engine.watch = None

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zppo.core.metrics import accuracy_by_kind, composition, mean, rollout_metrics
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, mean, rollout_metrics
 from zppo.core.types import BCQ, NCQ, PLAIN, Group, Message, Prompt, Question, Rollout
 
 
@@ -51,6 +51,15 @@ def test_composition() -> None:
     assert composition([], 0.5) == {}
 
 
+def test_eligibility_is_of_plain_groups_alone_and_asks_what_the_teacher_said() -> None:
+    plain = [group for group in GROUPS if group.kind == PLAIN]
+    hard = [group for group in plain if group.counts and group.accuracy < 0.5]
+    name = hard[0].question.id
+    for responses, part in (({name: ("a response",)}, "bcq"), ({name: ()}, "ncq"), ({}, "unasked")):
+        assert eligibility(plain, responses, 0.5) == {"easy": 2 / 4, part: 1 / 4, "ungraded": 1 / 4}
+    assert eligibility([], {}, 0.5) == {}
+
+
 def test_rollout_metrics() -> None:
     rollouts = [
         rollout(True, 2, 1.0),
@@ -59,8 +68,8 @@ def test_rollout_metrics() -> None:
         rollout(None, 4, reason="timeout"),
     ]
     assert rollout_metrics(rollouts, torch.tensor([0.5, -1.0, 0.0, 0.0])) == {
-        "positive_advantage_share": 0.25,
-        "nonzero_advantage_share": 0.5,
+        "positive_advantage_share": 1 / 3,  # of those with a verdict
+        "nonzero_advantage_share": 2 / 3,
         "entropy": 1.5,
         "completion_tokens_mean": 4.0,
         "completion_tokens_max": 6.0,

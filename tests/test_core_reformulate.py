@@ -64,6 +64,23 @@ def test_ncq_shows_all_wrong_candidates_in_order_and_nothing_of_the_teacher() ->
     assert with_pair.audit == {"wrong_answers": ("3", "4")}
 
 
+def test_ncq_can_show_equal_candidates_once_with_their_number() -> None:
+    wrong = (WRONG, Candidate("4?", "4", 1), WRONG, Candidate(WRONG.text, None, 3))
+    material = Material(QUESTION, None, wrong, ("3", "4"), count_duplicates=True)
+    draft = NegativeCandidateQuestion().draft(material, random.Random(0))
+    assert draft is not None
+    assert draft.slots == {"answers": ("3", "4"), "candidates": (WRONG.text, "4?"), "counts": (3, 1)}
+    assert draft.audit == {"wrong_answers": ("3", "4")}
+
+
+def test_ncq_logs_what_the_teacher_answered_and_shows_none_of_it() -> None:
+    without = NegativeCandidateQuestion().draft(Material(QUESTION, None, (WRONG,), ("3",)), random.Random(0))
+    for answers in ((), ("2", "two")):
+        draft = NegativeCandidateQuestion().draft(Material(QUESTION, None, (WRONG,), ("3",), teacher_answers=answers), random.Random(0))
+        assert draft is not None and without is not None and draft.slots == without.slots
+        assert draft.audit == {"wrong_answers": ("3",), "teacher_answers": answers} and "teacher_answers" not in without.audit
+
+
 def test_no_wrong_rollout_no_ncq_but_an_empty_list_of_answers_will_do() -> None:
     assert NegativeCandidateQuestion().draft(Material(QUESTION, (RIGHT, WRONG)), random.Random(0)) is None
     draft = NegativeCandidateQuestion().draft(Material(QUESTION, None, (Candidate("hm", None, 0),)), random.Random(0))

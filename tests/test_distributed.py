@@ -124,7 +124,7 @@ def recorded(tiny_qwen3_dir: Path) -> list[list[Group]]:
 def test_recorded_completions_train_the_same_weights(
     tiny_qwen3_dir: Path, recorded: list[list[Group]], tmp_path: Path, victims: Victims
 ) -> None:
-    """Two processes, with all weights and sharded, against one: five steps of four minibatches, and a distillation."""
+    """Two processes, with all weights and sharded, against one: five steps of four minibatches, and a distillation of either kind."""
     AcceleratorState._reset_state(True)
     model = load(str(tiny_qwen3_dir))
     learner = make_policy_gradient(model, Accelerator(cpu=True), ReplicatedWeights(), sampler=False)
@@ -132,6 +132,7 @@ def test_recorded_completions_train_the_same_weights(
     model.save_pretrained(tmp_path / "one-five")
     expected += distrust(learner, recorded[:2])
     expected.append(distil(learner, load(str(tiny_qwen3_dir)), recorded[0]))
+    expected.append(distil(learner, load(str(tiny_qwen3_dir)), recorded[0], off_policy=True))
     model.save_pretrained(tmp_path / "one")
     (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(recorded))
 

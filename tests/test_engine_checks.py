@@ -292,6 +292,34 @@ def test_a_right_answer_from_anywhere_keeps_it_quiet(line: dict[str, Any]) -> No
     assert steps_told([NONE_RIGHT] * 9, own_reward=True) == []  # a number below 1 may be all that it gives
 
 
+def step_line(entropy: float | None, plain: float, share: float = 0.3) -> dict[str, Any]:
+    return {**FINE, "entropy": entropy, "accuracy": {"plain": plain}, "nonzero_advantage_share": share}
+
+
+@pytest.mark.parametrize(("plain", "said"), [(0.0, "solves nothing of it"), (1.0, "is done, or needs harder questions")])
+def test_steps_without_any_gradient_are_told_with_what_fits(plain: float, said: str) -> None:
+    adviser = HealthChecks(own_reward=True)
+    told = [text for step in range(1, 5) for text in adviser.advice(step, step_line(0.5, plain, share=0.0))]
+    assert len(told) == 1 and told[0].startswith("step 3: no rollout of the last 3 steps") and said in told[0]
+    # A step with a gradient, or an evaluation between, is no such step.
+    lines = [step_line(0.5, plain, 0.0), {"accuracy": 0.5, "truncated": 0.0}, step_line(0.5, plain, 0.1), step_line(0.5, plain, 0.0)] * 4
+    assert steps_told(lines, own_reward=True) == []
+
+
+def test_an_entropy_that_collapses_is_told_unless_the_student_has_learned_it_all() -> None:
+    start, fallen = [step_line(0.56, 0.3)] * 5, [step_line(0.04, 0.3)] * 5
+    assert steps_told([*start, *fallen]) == [10]
+    assert steps_told([*start, *[step_line(0.2, 0.3)] * 5]) == []  # a third is left
+    assert steps_told([*start, *[step_line(0.04, 0.95)] * 5]) == []  # it solves nearly everything
+    assert steps_told([*start, *[step_line(None, 0.3)] * 20]) == []  # an engine that does not tell
+    # A run that is resumed remembers what it began with.
+    adviser = HealthChecks(own_reward=False)
+    for line in (*start, *fallen[:4]):
+        adviser.remember(line)
+    (text,) = adviser.advice(10, fallen[0])
+    assert "from 0.56 to 0.040 nats" in text and "train.learning_rate" in text
+
+
 def test_a_reward_of_one_s_own_has_no_boxes_to_miss() -> None:
     bad = {**FINE, "truncated_share": 0.9, "no_answer_share": 1.0}
     assert len(HealthChecks(own_reward=True).advice(1, bad)) == 1 < len(HealthChecks(own_reward=False).advice(1, bad))

@@ -22,6 +22,7 @@ from zppo.evals.registry import BENCHMARKS, find
 from zppo.evals.results import EvalFolder, SampleResult, begin, summary, with_benchmark
 from zppo.report.bootstrap import cluster_bootstrap, read_table
 from zppo.report.compare import compare_runs
+from zppo.report.evaluations.paper_data import paper_averages, paper_teacher_gains
 from zppo.report.evaluations.paper_tables import paper_rows_of, rows_of, tables_of_rows
 from zppo.report.evaluations.table_views import table_command
 from zppo.report.tables import Heading, Strong, Table
@@ -296,3 +297,29 @@ def test_compare_shows_the_evaluations_of_the_runs(tmp_path: Path, capsys: pytes
     printed = " ".join(capsys.readouterr().out.split())
     assert "Language benchmarks" in printed and "zppo (2 seeds) 45.0 ±7.1" in printed
     assert '"benchmarks-vlm"' in (tmp_path / "c.html").read_text()
+
+
+def test_the_papers_means_of_hint_and_prefix_fit_its_figures_by_benchmark(tmp_path: Path) -> None:
+    """Tab. 4 is of the same runs as Tabs. 1 to 3; and Fig. 7's gains with the 27B teacher are those of Tab. 4."""
+    averages, table = paper_averages(), read_table(PAPER / "paper_accuracy.csv")
+    assert list(averages) == [(s, m) for s in ("0.8B", "2B") for m in ("Base", "GRPO\u2020", "Hint", "Prefix", "GRPO\u2020+BCQ", "ZPPO")]
+    for (size, method), means in averages.items():
+        assert list(means) == ["llm", "vlm", "video"]
+        for family, mean in means.items() if method not in ("Hint", "Prefix") else ():
+            figures = table[size, family][method].values()
+            assert mean == pytest.approx(sum(figures) / len(figures), abs=0.11), (size, method, family)
+    gains = paper_teacher_gains()
+    for size, by_teacher in gains.items():
+        both = averages[size, "ZPPO"], averages[size, "Base"]
+        assert by_teacher["27B"] == pytest.approx(sum(both[0][f] - both[1][f] for f in both[0]) / 3, abs=0.05)
+        assert list(by_teacher.values()) == sorted(by_teacher.values()) and list(by_teacher) == ["4B", "9B", "27B"]
+
+    runs = [
+        run(tmp_path / "hint", "hint", "0.8B", paper_figures("0.8B", "ZPPO")),
+        run(tmp_path / "zppo", "zppo", "0.8B", paper_figures("0.8B", "ZPPO")),
+    ]
+    _, notes = paper_rows_of(rows_of([str(folder) for folder in runs])[0])
+    assert notes == [
+        "of Hint at 0.8B the paper has means alone (Tab. 4): "
+        "language benchmarks 28.8, vision-language benchmarks 47.2, video benchmarks 50.0"
+    ]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from zppo.grading import extract_boxed, normalise
+from test_judge import WRONG, answered, ask, grade, make_judge, make_settings
+from zppo.grading import Grader, extract_boxed, normalise
+from zppo.rollout.grading import Scorer, rule_grading
 
 
 @pytest.mark.parametrize(
@@ -102,3 +107,68 @@ def test_normalise(answer: str, form: str) -> None:
 def test_normalise_is_stable_in_case_and_space(answer: str) -> None:
     assert normalise(normalise(answer)) == normalise(normalise(normalise(answer)))
     assert "  " not in normalise(answer)
+
+
+def papers_box(text: str) -> str | None:
+    """The last box of a response by counting braces from it on, one character after the other (App. D.1)."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : end]
+    return None
+
+
+PIECES = [r"\boxed{1}", r"\boxed{ \frac{2}{3} }", r"\boxed{x \{y}", "<think>", "</think>", " so ", "{", "}", "4", r"\boxed{}", "\n"]
+
+
+@given(st.lists(st.sampled_from([p for p in PIECES if p not in "{}" and "y" not in p]), max_size=8), st.booleans())
+@example(["<think>", r"\boxed{1}"], False)
+@example([r"\boxed{1}", "</think>", "4"], True)
+def test_anywhere_is_the_last_box_of_the_whole_response(pieces: list[str], think_open: bool) -> None:
+    """Thoughts that were cut off, or that hold the only box, count; without thoughts both ways are one."""
+    text = "".join(pieces)
+    expected = papers_box(text)
+    assert extract_boxed(text, think_open, anywhere=True) == ((expected or "").strip() or None)
+    if "think>" not in text and not think_open:
+        assert extract_boxed(text, think_open, anywhere=True) == extract_boxed(text)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12), st.booleans())
+def test_anywhere_finds_whatever_is_found_after_the_thoughts(pieces: list[str], think_open: bool) -> None:
+    text = "".join(pieces)
+    if extract_boxed(text, think_open) is not None and "{" not in pieces and "}" not in pieces and not any("y" in p for p in pieces):
+        assert extract_boxed(text, think_open, anywhere=True) == extract_boxed(text, think_open)
+
+
+# --- the last box of the whole response -----------------------------------------------------------------------------
+
+CUT = "<think>It is \\boxed{Paris}, since"
+
+
+@pytest.mark.parametrize(("box", "right"), [("after-thoughts", False), ("anywhere", True)])
+def test_the_last_box_of_the_whole_response_is_a_setting(box: str, right: bool, tmp_path: Path) -> None:
+    """By rule, by a reward function, by the judge's short cut; what the judge reads does not change."""
+    settings = make_settings(grading={"box": box})
+    ruled = answered(CUT, ask(grading="rule"))
+    opened = answered(CUT.removeprefix("<think>"), ask(grading="rule"), think_open=True)
+    for score in (settings, make_settings(grading={"box": box, "reward": f"{tmp_path / 'reward.py'}:score"})):
+        (tmp_path / "reward.py").write_text("def score(completion, question):\n    return 'Paris' in completion\n", encoding="utf-8")
+        with rule_grading(score) as rule:
+            for given in (ruled, opened):
+                (verdict,) = grade(Scorer(rule, anywhere=score.grading.anywhere), [given])
+                assert verdict.answer == ("Paris" if right else None)
+                assert verdict.correct == (right or score.grading.reward is not None)
+    with rule_grading(settings) as rule:
+        judge, model = make_judge(WRONG)
+        scorer = Scorer(rule, judge, settings.grading.anywhere)
+        first, second = grade(scorer, [answered(CUT), answered(CUT.replace("Paris", "the city"))])
+        assert (first.correct, first.reason) == ((True, "equal") if right else (False, "judge wrong"))
+        assert second.answer == ("the city" if right else None) and len(model.requests) == (1 if right else 2)
+        assert "It is \\boxed{the city}, since" in model.requests[-1].messages[0].content
+
+
+def test_a_grader_that_is_copied_reads_boxes_as_before() -> None:
+    for anywhere in (False, True):
+        assert pickle.loads(pickle.dumps(Grader(anywhere=anywhere))).grade(CUT, "Paris").correct == anywhere

@@ -23,7 +23,8 @@ from zppo.config.recipe import load_recipe
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.images.store import keep
-from zppo.rollout.run_data import in_both, unseen
+from zppo.rollout.data import in_both
+from zppo.rollout.run_data import unseen
 from zppo.runs import checkpoint
 from zppo.train.mid_step import MidStep
 from zppo.train.provenance import changes_since, origin_of

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import zppo
@@ -96,6 +97,33 @@ def test_the_core_is_pure(path: Path) -> None:
 def test_what_everything_imports_loads_no_torch(module: str) -> None:
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_what_contributors_are_told_to_run_exists() -> None:
+    """`make` targets in the guides and the public workflow; hooks run what `make lint` runs."""
+    import yaml
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    told = "\n".join(
+        [*((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "AGENTS.md", "README.md")),
+         *(step.get("run", "") for step in workflow["jobs"]["test"]["steps"])]
+    )  # fmt: skip
+    named = {target for line in re.findall(r"(?:^|`|run: )make ([a-z -]+)", told, re.MULTILINE) for target in line.split()[:1]}
+    assert len(named) > 6 and named <= targets
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    lint = makefile[makefile.index("\nlint:") : makefile.index("\nsite:")]
+    for hook in hooks:
+        tool = hook["entry"].replace(".venv/bin/python -m ", "").removeprefix(".venv/bin/").split()[0]
+        assert tool in lint, hook
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert all(zppo_python(version) for version in versions)
+
+
+def zppo_python(version: str) -> bool:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return Version(version) in SpecifierSet(data["requires-python"])
 
 
 HEAVY = "datasets deepspeed matplotlib openai pandas plotly torch.distributed.checkpoint.state_dict trl vllm wandb"

@@ -53,6 +53,9 @@ def rendered(book: PromptBook) -> dict[str, str]:
         "plain": shown(book.plain(QUESTION)),
         "bcq": shown(book.render(Draft("bcq", QUESTION, {"candidates": (WRONG, RIGHT)}))),
         "ncq": shown(book.render(with_answers)),
+        "ncq_counted": shown(
+            book.render(Draft("ncq", QUESTION, {"answers": ("42", "43"), "candidates": (WRONG, "It is 43"), "counts": (2, 1)}))
+        ),
         "ncq_no_answers": shown(book.render(Draft("ncq", QUESTION, {"answers": (), "candidates": ("I give up",)}))),
         "compression": shown(book.compression(f"<think>six sevens</think> {RIGHT}", True)),
         "compression_no_answer": shown(book.compression("<think>six sevens", False)),

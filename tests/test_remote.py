@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ from fault_server import Server
 from zppo.core.types import Message
 from zppo.engines.base import Sampling
 from zppo.errors import EvaluationError
-from zppo.teacher.http import FAULTS, RedirectError, Service, backoff, retry_after
+from zppo.teacher.http import RedirectError, retry_after
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.remote import PING, RemoteTeacher, seed_of
 from zppo.teacher.reply import Scrubber
+from zppo.teacher.servers import FAULTS, Service, backoff
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +35,7 @@ KEY = "sk-very-secret-0123456789"
 def hurry(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Back-off begins at a twentieth of a second, where it is not what is tested."""
     if "backoff" not in request.node.name:
-        monkeypatch.setattr("zppo.teacher.http.FIRST_WAIT", 0.05)
+        monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -171,15 +173,15 @@ def test_missing_choices_are_asked_for_again(server: Server, make: Any) -> None:
     assert reply.texts == (words("x", 1, 2, 3), words("x", 1, 2, 3), words("x", 3))
     assert [request["n"] for request in server.log] == [3, 1, 1]
     service = take_service(teacher)
-    assert (service.short, service.retries, service.given_up) == (2, 2, 0)
+    assert (service.short, service.retries, service.given_up) == (1, 2, 0)  # a reply without any is tried again as any broken one
 
 
 def test_choices_that_never_come_are_none(server: Server, make: Any) -> None:
-    server.control(always={"kind": "short", "choices": 0})
+    server.control(always={"kind": "text", "content": 7})
     teacher = make(server)
     (reply,) = teacher.complete([ask("x", 1, 2)], HOW)
     assert reply.texts == (None, None)
-    assert "fewer choices" in reply.error
+    assert "no text ('7')" in reply.error
     assert len(server.log) == 1 + 2 * 2
     assert take_service(teacher).given_up == 2
 
@@ -335,7 +337,7 @@ def test_an_address_that_is_open_before_the_time_it_gave_is_used(server: Server,
 
 
 def test_a_long_silence_is_said_once_and_so_is_its_end(server: Server, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo.teacher.http.SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("zppo.teacher.servers.SILENCE_SECONDS", 0.2)
     said: list[str] = []
     teacher = make(server, warn=said.append)
     server.control(*[{"kind": "status", "status": 503, "body": "loading"}] * 6)
@@ -406,7 +408,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_teacher_that_is_down_is_not_asked_by_every_call(server: Server, make: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was found down: the next call looks whether it is back, others neither ask nor wait."""
-    monkeypatch.setattr("zppo.teacher.http.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("zppo.teacher.servers.LOOK_SECONDS", 0.1)
     teacher = make(server, retry_for=1.0, deadline=0.6)
     server.control(always=WAYS[way])
     assert all(r.texts == (None, None) and r.error for r in teacher.complete(many(100), HOW))
@@ -433,8 +435,29 @@ def test_one_that_is_down_is_looked_for_in_the_background(server: Server, make: 
     assert right(teacher.complete(many(20), HOW))
 
 
+@pytest.mark.parametrize("way", ["no such host", "no TLS", "never answered", "refused and hanging"])
+def test_one_that_cannot_be_reached_in_another_way_rests_too(server: Server, make: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zppo.teacher.servers.LOOK_SECONDS", 0.1)
+    server.control(always={"kind": "hang"})
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent, socket.create_server(("127.0.0.1", 0)) as gone:
+        closed, quiet = (f"http://127.0.0.1:{each.getsockname()[1]}/v1" for each in (gone, silent))
+        gone.close()
+        urls = {
+            "no such host": ["http://no-such-host.invalid/v1"],
+            "no TLS": [server.url.replace("http:", "https:")],
+            "never answered": [quiet],
+            "refused and hanging": [closed, server.url],
+        }[way]
+        teacher = make(*(replace_url(server, url) for url in urls), retry_for=1.0, deadline=0.6)
+        assert all(r.texts == (None, None) and r.error for r in teacher.complete(many(20), HOW))
+        service = replace(teacher.servers.service)
+        for _ in range(10):  # calls of later steps
+            assert all("unreachable for" in r.error for r in teacher.complete(many(5), HOW))
+        assert teacher.servers.service == replace(service, given_up=service.given_up + 50)  # no request, no second of waiting
+
+
 def test_one_that_answers_pings_alone_soon_rests_again(server: Server, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo.teacher.http.PROBATION_SECONDS", 0.0)
+    monkeypatch.setattr("zppo.teacher.servers.PROBATION_SECONDS", 0.0)
     teacher = make(server, retry_for=1.0)
     server.control(always={"kind": "status", "status": 503, "when": "question"})
     teacher.complete(many(4), HOW)

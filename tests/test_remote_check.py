@@ -17,7 +17,7 @@ from zppo.errors import SettingsError, TeacherError
 from zppo.planning.dry_run import check_files, make_plan, render_plan
 from zppo.teacher.interface import TeacherSampling
 from zppo.teacher.remote import RemoteTeacher
-from zppo.teacher.startup_check import Found, Names, read_key
+from zppo.teacher.startup_check import PATIENCE, Found, Names, read_key
 
 KEY = "sk-very-secret-0123456789"
 NAMES = Names("teacher", "SOME_KEY")
@@ -42,7 +42,7 @@ def server(shared: Server) -> Server:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo.teacher.http.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.02)
 
 
 def closed_port() -> str:
@@ -83,6 +83,12 @@ def test_a_good_server_is_asked_once_per_use_and_for_a_group(server: Server) -> 
 def test_a_server_that_gives_one_choice_only_is_found_out(server: Server, fault: dict[str, Any]) -> None:
     server.control({"kind": "ok"}, fault)
     assert checked(server.url)[1].one_by_one
+
+
+def test_a_server_that_breaks_on_several_choices_is_asked_for_one(server: Server) -> None:
+    server.control({"kind": "ok"}, *[{"kind": "short", "choices": 0}] * PATIENCE)
+    warnings, teacher = checked(server.url)
+    assert (warnings, teacher.one_by_one) == ([], True)
 
 
 def test_a_wrong_key(server: Server) -> None:
@@ -130,7 +136,7 @@ def test_a_host_that_does_not_exist() -> None:
 def test_a_page_that_is_no_model_server(server: Server) -> None:
     server.control(always={"kind": "html"})
     said = refused(server.url)
-    assert "no chat completion: '<html> [31m Welcome" in said and "\x1b" not in said
+    assert "no chat completion: a web page (the address may lack its path" in said and "'<html> [31m Welcome" in said and "\x1b" not in said
 
 
 def test_fields_that_a_server_refuses(server: Server) -> None:

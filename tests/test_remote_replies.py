@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from typing import Any
 
 import pytest
 
 from fault_server import Server
-from test_remote import HOW, ask, hurry, make, server, shared, take_service, words  # noqa: F401 - fixtures
+from test_remote import HOW, ask, hurry, make, many, pings, server, shared, take_service, words  # noqa: F401 - fixtures
 from test_remote_check import USES, checked, refused
 from zppo.engines.base import Sampling
 from zppo.errors import EvaluationError
@@ -101,10 +103,10 @@ def test_an_empty_account_is_said_and_not_waited_for(server: Server, make: Any, 
     server.control(always={"kind": "status", "status": 402, "body": "Insufficient Balance", **error})
     (reply,) = make(server).complete([ask("x")], HOW)
     assert reply.texts == (None,) and "Insufficient Balance" in reply.error and len(server.log) == 1
-    said = refused(server.url, key="")
+    said = refused(server.url, key="sk-an-empty-account")
     assert "teacher.key_env: the account of the key in SOME_KEY has no credit left" in said and "Top it up" in said
     with pytest.raises(EvaluationError, match="no credit left: top it up"):
-        find_model(server.url, "", None, "judge")
+        find_model(server.url, "sk-an-empty-account", None, "judge")
 
 
 def test_an_empty_account_passes_requests_on(server: Server, make: Any) -> None:  # noqa: F811
@@ -191,16 +193,150 @@ def test_a_refusal_among_the_parts_is_one_too(server: Server, make: Any) -> None
     assert reply.texts == (None,) and "the model refuses: 'not this'" in reply.error
 
 
+# --- replies of status 200 that are no completion ---------------------------------------------------------------------------
+
+NONE: dict[str, tuple[Any, str]] = {
+    "another API": ({"id": "x", "text": "an answer of another API"}, "no chat completion"),
+    "detail": ({"detail": "quota exceeded"}, "quota exceeded"),
+    "message": ({"message": "log in first"}, "log in first"),
+    "Message": ({"Message": "not authorised"}, "not authorised"),
+    "msg": ({"code": 1001, "msg": "quota exhausted", "success": False}, "quota exhausted"),
+    "errors": ({"errors": [{"message": "bad account"}], "choices": []}, "bad account"),
+    "no choices": ({"object": "chat.completion", "choices": []}, "a chat completion without choices"),
+    "null choices": ({"choices": None, "usage": None}, "a chat completion without choices"),
+    "no field of them": ({"id": "x", "object": "chat.completion", "usage": 7}, "no chat completion"),
+    "choices of a wrong type": ({"choices": {"message": {"content": "x"}}}, "no chat completion"),
+    "choices in words": ({"choices": "hello"}, "no chat completion"),
+    "null among the choices": ({"choices": [None, None]}, "no chat completion"),
+    "an empty choice": ({"choices": [{"index": 0}]}, "a chat completion without a message"),
+    "no message": ({"choices": [{"message": None, "finish_reason": "stop"}]}, "a chat completion without a message"),
+    "nothing in the message": ({"choices": [{"message": {"role": "assistant", "content": None}}]}, "a chat completion without a message"),
+    "the older API": ({"choices": [{"text": "hello", "finish_reason": "stop"}]}, "the older API, /completions"),
+    "a chunk": ({"choices": [{"delta": {"content": "hello"}, "finish_reason": "stop"}]}, "a stream, which was not asked for"),
+    "a stream": ('data: {"choices": [{"delta": {}}]}\n\ndata: [DONE]\n\n', "a stream, which was not asked for"),
+    "Ollama's": ({"model": "x", "message": {"role": "assistant", "content": "hi"}, "done": True}, "Ollama's own API"),
+    "a list": ([{"generated_text": "hello"}], '[{"generated_text": "hello"}]'),
+    "a text": ('"hello"', "hello"),
+    "nothing": ("", "an empty body"),
+    "white space": (" \n", "an empty body"),
+    "a page": ("<!DOCTYPE html><title>Log in</title>", "a web page (the address may lack its path"),
+}
+
+
+def plain(body: Any) -> dict[str, Any]:
+    return {"kind": "reply", "reply": body if isinstance(body, str) else json.dumps(body)}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_a_reply_of_status_200_that_is_no_completion(server: Server, make: Any, name: str) -> None:  # noqa: F811
+    """It shows at the start: the server is there, so that nobody is sent to start it. In a run it is tried again."""
+    body, said = NONE[name]
+    server.control(always=plain(body))
+    told = refused(server.url, key="")
+    assert said in told and "Start its server" not in told and "the model 'tiny' is not served" in told
+    with pytest.raises(EvaluationError, match="busy or out of order: try again when it serves, or correct the address"):
+        find_model(server.url, "", None, "judge")
+    server.control(plain(body))
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert (reply.texts, len(server.log)) == ((words("x"),), 2)
+
+
+@pytest.mark.parametrize("name", ["no choices", "null choices", "an empty choice", "nothing", "a page", "the older API"])
+def test_a_server_that_gives_no_completions_rests(server: Server, make: Any, name: str) -> None:  # noqa: F811
+    """As one that answers 503: later calls neither ask nor wait."""
+    teacher = make(server, retry_for=0.5)
+    server.control(always=plain(NONE[name][0]))
+    assert all(r.texts == (None, None) and NONE[name][1] in r.error for r in teacher.complete(many(10), HOW))
+    assert take_service(teacher).retries > 0
+    for _ in range(5):
+        assert all("unreachable for" in r.error and NONE[name][1] in r.error for r in teacher.complete(many(5), HOW))
+    service = take_service(teacher)
+    assert (service.requests, service.given_up, service.short) == (0, 25, 0) and pings(server) >= 1
+
+
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("fault", "said"),
     [
-        ({"id": "x", "text": "an answer of another API"}, "no chat completion"),
-        ({"detail": "quota exceeded"}, "quota exceeded"),
-        ({"message": "log in first"}, "log in first"),
+        (replied("content_filter", content=None), "a filter kept the text back"),
+        (replied("tool_calls", content=None, tool_calls=[{}]), "calls a tool and says nothing"),
+        (replied(content={"text": "a"}), "the content of a choice is no text"),
+        (replied(content=7), "the content of a choice is no text ('7')"),
+        (replied(), "'tiny' answers `Say ok.` with an empty text"),
+        (replied(content=""), "'tiny' answers `Say ok.` with an empty text"),
+        (replied(content=None), "'tiny' answers `Say ok.` with an empty text"),
     ],
 )
-def test_a_reply_of_status_200_without_choices_is_none(server: Server, body: dict[str, Any], said: str) -> None:  # noqa: F811
-    """It shows at the start: the server is there, so that nobody is sent to start it."""
-    server.control(always={"kind": "reply", "reply": json.dumps(body)})
+def test_the_start_says_once_what_else_is_odd_about_the_replies(server: Server, fault: dict[str, Any], said: str) -> None:  # noqa: F811
+    server.control(always=fault)
+    (warning,), _ = checked(server.url, key="")  # of two uses
+    assert said in warning
+
+
+PACKED = json.dumps({"choices": [{"message": {"content": "packed"}, "finish_reason": "stop"}]}).encode()
+RAW = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+PACKINGS = {
+    "gzip, not said": (gzip.compress(PACKED), ""),
+    "deflate, not said": (zlib.compress(PACKED), ""),
+    "deflate, said": (zlib.compress(PACKED), "deflate"),
+    "deflate, without its header": (RAW.compress(PACKED) + RAW.flush(), "deflate"),
+    "gzip, said in capitals": (gzip.compress(PACKED), "GZIP"),
+    "said, and not packed": (PACKED, "gzip"),
+    "identity": (PACKED, "identity"),
+}
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_a_packed_reply_is_told_by_its_bytes(server: Server, make: Any, name: str) -> None:  # noqa: F811
+    body, encoding = PACKINGS[name]
+    server.control({"kind": "bytes", "hex": body.hex(), "encoding": encoding})
+    (reply,) = make(server).complete([ask("x")], HOW)
+    assert (reply.texts, len(server.log)) == (("packed",), 1)
+
+
+def test_an_oversized_reply_that_does_not_say_that_it_is_packed(server: Server, make: Any) -> None:  # noqa: F811
+    server.control({"kind": "bytes", "hex": gzip.compress(b" " * 10_000_000).hex()})
+    teacher = make(server)
+    (reply,) = teacher.complete([ask("x")], HOW)
+    assert "the reply is longer than" in reply.error and take_service(teacher).oversized == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "said"), [("28b52ffd2400", "is compressed (zstd)"), ("1b2f000024c2e299", "the reply is no text"), ("ff" * 9, "is no text")]
+)
+def test_packings_that_are_not_read_and_not_said(server: Server, start: str, said: str) -> None:  # noqa: F811
+    server.control(always={"kind": "bytes", "hex": start})
     told = refused(server.url, key="")
-    assert said in told and "Start its server" not in told
+    assert said in told and "turn compression off in the server, or in the proxy before it" in told and "Start its" not in told
+
+
+# --- keys and accounts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "without", "with_one"),
+    [
+        (402, "wants to be paid, and no key was sent: the environment variable SOME_KEY is not set", "the account of the key in SOME_KEY"),
+        (401, "SOME_KEY is not set", "SOME_KEY holds a key that it refuses"),
+        (403, "SOME_KEY is not set", "SOME_KEY holds a key that it refuses"),
+        (429, "no key was sent, and one may raise the limit", "busy or out of order: start again when it serves"),
+        (529, "busy or out of order", "busy or out of order"),
+    ],
+)
+def test_what_is_said_with_and_without_a_key(server: Server, status: int, without: str, with_one: str) -> None:  # noqa: F811
+    server.control(always={"kind": "status", "status": status, "body": "no"})
+    for key, said in (("", without), ("sk-a-key-of-somebody", with_one)):
+        told = refused(server.url, key=key)
+        assert said in told and f"status {status}: no" in told
+        assert ("no key was sent" in told) == (not key and status in (402, 429))
+    mends = {401: ("holds its key", "holds a valid one"), 402: ("the key of an account", "top it up"), 529: ("try again", "try again")}
+    for key, mend in zip(("", "sk-a-key-of-somebody"), mends.get(status, ("", "")), strict=True):
+        with pytest.raises(EvaluationError) as caught:
+            find_model(server.url, key, None, "judge")
+        assert mend in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [304, 405])
+def test_an_address_of_something_else(server: Server, status: int) -> None:  # noqa: F811
+    server.control(always={"kind": "status", "status": status})
+    told = refused(server.url, key="")
+    assert "no chat completions are served there" in told and "its path is mostly /v1" in told

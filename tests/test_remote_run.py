@@ -32,7 +32,7 @@ KEY, SERVE_KEY = "sk-very-secret-0123456789", "a-key-that-nobody-may-see"
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    monkeypatch.setattr("zppo.teacher.http.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("zppo.teacher.servers.FIRST_WAIT", 0.05)
 
 
 @pytest.fixture

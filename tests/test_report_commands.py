@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from zppo.config.help import known_keys
 from zppo.report.compare import arms_of, compare_runs, comparison_charts
 from zppo.report.page import write_figures
 from zppo.report.read_run import NOT_ARMS, open_run
-from zppo.report.summary import Reader
+from zppo.report.summary import Reader, Summary
 
 pytestmark = pytest.mark.slow
 
@@ -197,8 +199,66 @@ def test_pairs_are_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     half = 4.303 * spread / 3**0.5
     assert row[1:] == (f"{mean:+.1f}", f"{mean - half:+.1f} to {mean + half:+.1f}", "3 of 3")
     text = run(capsys, "compare", *folders, "--html", "--out", tmp_path / "c.html", "--figures", "svg")
-    assert "Paired over seeds" in text and "method.name zppo grpo" in text
+    assert "Paired over seeds" in text and "method.name zppo grpo" in text and f"{tmp_path / 'c.html'}" in text
     assert (tmp_path / "c.html").exists() and (tmp_path / "c-figures" / "accuracy-plain.svg").exists()
+
+
+def test_what_is_written_is_said_with_its_whole_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = runs_of(tmp_path, {"seed": 0, "steps": 2}, {"seed": 1, "steps": 2})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = run(capsys, "compare", *folders, "--html", "--figures", "none", "--csv", "a.csv", "--json", "b.json")
+    for name in ("compare.html", "a.csv", "b.json"):
+        assert str(tmp_path / "here" / name) in text
+
+
+def test_the_buffers_of_two_methods_side_by_side(tmp_path: Path) -> None:
+    """Figs. 4, 23 and 24: every entry bin, what left, the three fates, what graduates were; and the loss."""
+    shapes = [{"seed": 0}, {"seed": 1}, {"seed": 0, "method": "grpo-replay"}]
+    folders = runs_of(tmp_path, *({**shape, "steps": 12, "characters": 60} for shape in shapes))
+    comparison = compare_runs(folders)
+    charts = {chart.id: chart for chart in comparison_charts(comparison.arms)}
+    events = [[json.loads(line) for line in (folder / "buffer.jsonl").read_text().splitlines()] for folder in folders]
+
+    def shares(what: str, of: tuple[str, ...], step: int, accuracy: float | None = None) -> list[float]:
+        """What happened to entries, divided by one thing or another that happened, of each run up to a step."""
+        counts = [Counter(e["event"] for e in told if e["step"] <= step and accuracy in (None, e["entry_accuracy"])) for told in events]
+        return [count[what] / total if (total := sum(count[name] for name in of)) else math.nan for count in counts]
+
+    for i, name in enumerate(("0%", "12.5%", "25%", "37.5%")):
+        chart = charts[f"graduation-{i}"]
+        assert chart.title.endswith(f"admitted at {name}") and [s.name for s in chart.series] == ["zppo", "grpo-replay"]
+        one, two, other = shares("graduated", ("admitted",), 12, i / 8)
+        assert [s.y[-1] for s in chart.series] == [pytest.approx((one + two) / 2), pytest.approx(other)]
+        assert comparison.results["grpo-replay"][0][f"graduated / admitted, entry at {name}"] == pytest.approx(other)
+    one, two, other = shares("graduated", ("graduated", "evicted"), 12)
+    assert [s.y[-1] for s in charts["left"].series] == [pytest.approx((one + two) / 2), pytest.approx(other)]
+    assert comparison.results["grpo-replay"][0]["graduated / left, all"] == pytest.approx(other)
+
+    visits = next(chart for chart in Reader(folders[2]).read().charts if chart.id == "visits")
+    for index, series in enumerate(visits.series):
+        own = charts[f"fate-{index}"].series[-1]
+        assert (own.name, list(own.y)) == ("grpo-replay", pytest.approx(list(series.y)))
+
+    bars = charts["graduate-shares"]
+    graduates = Counter(e["entry_accuracy"] for told in events[:2] for e in told if e["event"] == "graduated")
+    assert list(bars.series[0].x[:2]) == ["zppo", "grpo-replay"] and "paper 2B, ZPPO" in bars.series[0].x
+    assert [s.y[0] for s in bars.series[:4]] == pytest.approx([graduates[k / 8] / sum(graduates.values()) for k in range(4)])
+    table = next(t for t in comparison.tables if t.id == "fates")
+    [row] = [row for row in table.rows if row[0] == "0% · zppo"]
+    admitted = sum(e["event"] == "admitted" and e["entry_accuracy"] == 0 for told in events[:2] for e in told)
+    assert row[1:3] == (f"{admitted:,}", f"{graduates[0.0]:,}")
+
+    losses = [[json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    assert list(charts["loss"].series[1].y) == pytest.approx([loss for loss in losses[2] if loss is not None])
+
+
+def test_a_comparison_of_runs_without_a_buffer_has_nothing_of_it(tmp_path: Path) -> None:
+    comparison = compare_runs(runs_of(tmp_path, {"method": "grpo"}, {"method": "grpo-both"}))
+    assert "fates" not in {t.id for t in comparison.tables}
+    assert not {"left", "fate-0", "graduation-0", "graduate-shares"} & {c.id for c in comparison_charts(comparison.arms)}
 
 
 # A run that really trained
@@ -221,7 +281,7 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         "teacher": {"model": "teacher", "rollout": {"max_new_tokens": 8}, "compression": {"max_new_tokens": 8}},
         "data": {"train": "questions.jsonl", "eval": "questions.jsonl", "eval_limit": 4},
         "rollout": {"batch_size": 6, "group_size": 4, "max_new_tokens": 8},
-        "zone": {"rho_aug": 1.0},
+        "zone": {"rho_aug": 4.0},
         "eval": {"max_new_tokens": 8, "every": 1},
         "train": {"steps": 3, "device": "cpu", "checkpoint_every": 0},
         "grading": {"reward": "reward.py:reward"},
@@ -234,6 +294,8 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {"held-out", "accuracy", "loss", "clip", "composition", "seconds", "teacher", "occupancy", "match-bcq"} <= names
     assert summary.head["steps"] == "3" and "FLOPs" in summary.head["cost"]
     assert summary.run.finished and "after" not in summary.outcome
+    _check_what_could_be_asked(out, summary)
+    _check_the_caps(tmp_path, summary, capsys)
     logged = [line["accuracy"]["plain"] for line in summary.run.steps]
     chart = next(chart for chart in summary.charts if chart.id == "accuracy")
     assert list(chart.series[0].y) == pytest.approx(logged)
@@ -243,3 +305,38 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(summary.lines[key].steps == [0, 1, 2, 3] and len(summary.lines[key].visits) == 4 for key in held_out)
     story = run(capsys, "inspect", out, "questions.jsonl:1")
     assert "What is 0 plus 0?" in story and "evaluation at step 2: plain" in story and "evaluation of final/: plain" in story
+
+
+def _check_what_could_be_asked(out: Path, summary: Summary) -> None:
+    """Fig. 5a of a run whose caps leave nothing out: what could be asked again is what was; and the audit knows all teacher answers."""
+    groups: dict[tuple[int, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows_of(out):
+        groups[row["step"], row["kind"]][row["question_id"]].append(row["correct"])
+        if row["kind"] == "ncq":
+            audit = json.loads(row["audit"])
+            assert bool(audit["teacher_answers"]) == (row["question_id"] in groups[row["step"], "bcq"])
+            assert set(audit["teacher_answers"]) <= {"0"}  # what the reward function calls right
+    seen = set()
+    for line in summary.run.steps:
+        plain = groups[line["step"], "plain"]
+        hard = {question for question, verdicts in plain.items() if sum(verdicts) / len(verdicts) < 0.5}
+        able = set(groups[line["step"], "bcq"])
+        assert set(groups[line["step"], "ncq"]) == hard and able <= hard
+        parts = {"easy": len(plain) - len(hard), "bcq": len(able), "ncq": len(hard - able)}
+        assert line["eligibility"] == pytest.approx({name: n / len(plain) for name, n in parts.items() if n})
+        seen |= line["eligibility"].keys()
+    assert {"easy", "bcq"} <= seen
+
+
+def _check_the_caps(base: Path, summary: Summary, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the caps of a batch, `teacher.ask: all` knows as much; lazily the rest of the hard questions is unasked."""
+    found = {}
+    for ask in ("all", "lazy"):
+        AcceleratorState._reset_state(True)
+        options = ["--zone.rho_aug=0.25", f"--teacher.ask={ask}", "--train.steps=1", "--data.eval=null", f"--output={base / ask}"]
+        run(capsys, "train", base / "recipe.yaml", *options)
+        found[ask] = open_run(base / ask).steps[0]["eligibility"]
+    whole = summary.run.steps[0]["eligibility"]
+    assert found["all"] == whole and "unasked" not in whole
+    assert found["lazy"]["unasked"] > 0 and found["lazy"].get("easy") == whole.get("easy")
+    assert sum(found["lazy"].values()) == pytest.approx(1)

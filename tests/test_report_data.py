@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,6 +27,7 @@ from zppo.images.store import reference
 from zppo.prompts.book import PromptBook
 from zppo.report import summary as summary_module
 from zppo.report.audits import (
+    FATES,
     MATCHES,
     bin_count,
     bin_name,
@@ -35,14 +37,14 @@ from zppo.report.audits import (
     count_leaks,
     fraction,
     match,
-    match_rows,
     paper_rows,
     position_bias,
+    run_rows,
     wilson,
     zone_story,
 )
 from zppo.report.charts import ChartSpec, Series, ramp
-from zppo.report.read_run import open_run, question_ids, scan_file
+from zppo.report.read_run import open_run, question_ids, scan_file, visits_of
 from zppo.report.stories import (
     SIDES,
     QuestionLine,
@@ -130,41 +132,98 @@ def test_position_bias_interval_knows_that_the_rollouts_of_a_prompt_are_alike() 
     [("A  b", "positive"), (r"\text{a B}", "positive"), ("x", "negative"), ("Y ", "negative"), ("z", "other"), (None, "none")],
 )
 def test_match_compares_after_normalisation(answer: str | None, expected: str) -> None:
-    assert match(answer, "a b", ["x", "y"]) == expected
+    assert match(answer, ["7", "a b"], ["x", "y"]) == expected
 
 
 def test_match_without_a_teacher_s_answer() -> None:
-    assert match("a", None, []) == "other"
+    assert match("a", [], []) == "other"
 
 
-def test_match_rows_equal_a_plain_recount(summary: summary_module.Summary, rows: list[dict[str, Any]]) -> None:
-    positives = {(r["step"], r["question_id"]): json.loads(r["audit"])["positive_answer"] for r in rows if r["kind"] == "bcq"}
+def recount(rows: list[dict[str, Any]]) -> Counter[tuple[str, str, str]]:
+    """(kind, right or wrong, whose answer) of BCQ and NCQ rollouts, one by one."""
     found: Counter[tuple[str, str, str]] = Counter()
     for row in rows:
         if row["kind"] == "plain":
             continue
         audit = json.loads(row["audit"])
-        positive = positives.get((row["step"], row["question_id"]))
-        wrong = [audit["negative_answer"]] if row["kind"] == "bcq" else audit["wrong_answers"]
+        bcq = row["kind"] == "bcq"
+        right = [audit["positive_answer"]] if bcq else audit["teacher_answers"]
+        wrong = [audit["negative_answer"]] if bcq else audit["wrong_answers"]
         answer = row["answer"] and normalise(row["answer"])
         which = (
             "none" if row["answer"] is None
-            else "positive" if positive is not None and answer == normalise(positive)
+            else "positive" if answer in map(normalise, right)
             else "negative" if answer in map(normalise, wrong)
             else "other"
         )  # fmt: skip
         found[row["kind"], "right" if row["correct"] else "wrong", which] += 1
-    counts: Counter[tuple[str, ...]] = Counter()
-    for scan in map(scan_file, files_of(summary.run.folder)):
-        counts.update(scan.counts)
-    assert {k[1:]: n for k, n in counts.items() if k[0] == "match"} == dict(found)
-    assert {which for _, _, which in found} == set(MATCHES)
-    for row in match_rows(counts):
-        parts = ("right", "wrong") if row.subset == "all" else (row.subset,)
-        total = sum(found[row.kind, p, w] for p in parts for w in MATCHES)
-        assert row.rollouts == total
-        assert row.positive == pytest.approx(sum(found[row.kind, p, "positive"] for p in parts) / total)
-        assert row.positive + row.negative + row.other == pytest.approx(1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose teacher gives its answer in several forms, and whose last step has no NCQ; as its trainer would have written it."""
+    run = invented_run(tmp_path_factory.mktemp("runs") / "answered", steps=6)
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        audit = json.loads(row["audit"])
+        if audit.get("teacher_answers"):
+            audit["teacher_answers"] = [f"\\text{{{row['gold']}}}", f"{row['gold']}.0"]
+            answer = f"{row['gold']}.0" if row["rollout"] == 0 else row["answer"]
+            return {**row, "audit": json.dumps(audit), "answer": answer}
+        return row
+
+    for path in files_of(run):
+        change_rows(path, change)
+    last = files_of(run)[-1]
+    table = pq.read_table(last)
+    pq.write_table(table.filter(pc.field("kind") != "ncq"), last)
+    return run
+
+
+def test_match_rows_equal_a_plain_recount(answered: Path) -> None:
+    """Tabs. 16 and 17: the last three steps that have rollouts of a kind, and the whole run; NCQ beside every correct teacher answer."""
+    rows = rows_of(answered)
+    found = run_rows([scan_file(path).counts for path in files_of(answered)])
+    assert {which for _, _, which in recount(rows)} == set(MATCHES) and any("teacher_answers" in row["audit"] for row in rows)
+    for kind in ("bcq", "ncq"):
+        steps = sorted({row["step"] for row in rows if row["kind"] == kind})
+        for source, window in (("last 3 steps", steps[-3:]), ("whole run", steps)):
+            counted = recount([row for row in rows if row["step"] in window and row["kind"] == kind])
+            for subset, parts in (("right", ["right"]), ("wrong", ["wrong"]), ("all", ["right", "wrong"])):
+                [row] = [r for r in found if (r.source, r.kind, r.subset) == (source, kind, subset)]
+                total = sum(counted[kind, part, which] for part in parts for which in MATCHES)
+                assert row.rollouts == total > 0
+                assert row.positive == pytest.approx(sum(counted[kind, p, "positive"] for p in parts) / total)
+                assert row.negative == pytest.approx(sum(counted[kind, p, "negative"] for p in parts) / total)
+                assert row.other == pytest.approx(sum(counted[kind, p, w] for p in parts for w in ("other", "none")) / total)
+                right = sum(counted[kind, "right", w] for w in MATCHES)
+                assert row.accuracy == pytest.approx(right / sum(counted[kind, p, w] for p in ("right", "wrong") for w in MATCHES))
+    assert sorted({row["step"] for row in rows if row["kind"] == "ncq"})[-1] == 5  # so the two windows are not the same steps
+    table = next(t for t in Reader(answered).read().tables if t.id == "match-table")
+    [ours] = [r for r in table.rows if r[0] == "NCQ all · last 3 steps"]
+    [papers] = [r for r in table.rows if r[0] == "NCQ all · paper 0.8B"]
+    assert ours[-1] == f"{next(r.accuracy for r in found if (r.kind, r.source) == ('ncq', 'last 3 steps')):.1%}" and papers[-1] == "1.2%"
+
+
+def test_a_log_without_the_teacher_s_answers_is_compared_with_the_bcq_s(answered: Path, tmp_path: Path) -> None:
+    """Runs of older versions, and those of which the teacher was not asked about a question."""
+    path = tmp_path / files_of(answered)[0].name
+    path.write_bytes(files_of(answered)[0].read_bytes())
+
+    def older(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "audit": json.dumps({k: v for k, v in json.loads(row["audit"]).items() if k != "teacher_answers"})}
+
+    change_rows(path, older)
+    rows = pq.read_table(path).to_pylist()
+    positives = {r["question_id"]: json.loads(r["audit"])["positive_answer"] for r in rows if r["kind"] == "bcq"}
+    ncq = [r for r in rows if r["kind"] == "ncq"]
+    expected = sum(r["answer"] is not None and normalise(r["answer"]) == positives.get(r["question_id"]) for r in ncq)
+    counts = scan_file(path).counts
+    assert sum(n for k, n in counts.items() if k[:2] == ("match", "ncq") and k[3] == "positive") == expected > 0
+    assert counts["ncq", "one answer alone"] == len(ncq) and counts["ncq", "unseen known"] == sum(
+        r["question_id"] in positives for r in ncq
+    )
 
 
 def test_the_paper_s_rows_are_all_there() -> None:
@@ -249,18 +308,143 @@ def test_zone_equals_the_buffer_of_every_step(summary: summary_module.Summary) -
     assert zone.totals()[-1][1:] == tuple(sum(row[i] for row in zone.totals()[:-1]) for i in (1, 2, 3))
 
 
-def test_waits_and_visits_equal_a_plain_recount(summary: summary_module.Summary) -> None:
+def test_waits_equal_a_plain_recount(summary: summary_module.Summary) -> None:
     run = summary.run
     zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step)
     waits: dict[float, list[int]] = defaultdict(list)
-    visits: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for event in run.buffer:
         if event["event"] == "graduated":
             waits[event["entry_accuracy"]].append(event["step"] - event["entry_step"])
-        if event["event"] != "admitted":
-            visits[event["visits"]][event["event"] == "evicted"] += 1
     assert [list(w) for w in zone.waits] == [waits[k / 8] for k in range(4)]
-    assert zone.visits == {k: tuple(v) for k, v in sorted(visits.items())}
+
+
+def lives(run: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every entry of the buffer, followed step by step through the rollouts: entry accuracy, accuracies since, how it left."""
+    plain: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["kind"] == "plain":
+            plain[row["step"]][row["question_id"]].append(row["correct"])
+    inside: dict[str, dict[str, Any]] = {}
+    found = []
+    for step in range(1, run.last_step + 1):
+        for question, verdicts in plain[step].items():
+            if question in inside:
+                inside[question]["since"].append(sum(verdicts) / len(verdicts))
+        for event in run.buffer:
+            if event["step"] == step and event["event"] == "admitted":
+                inside[event["id"]] = {"entry": event["entry_accuracy"], "since": [], "left": None}
+                found.append(inside[event["id"]])
+            elif event["step"] == step:
+                life = inside.pop(event["id"])
+                life["left"] = event["event"]
+                assert len(life["since"]) == event["visits"]
+    return found
+
+
+@pytest.mark.parametrize(("shape", "most"), [({"steps": 40, "capacity": 14, "gain": 9.0}, 6), ({"steps": 24, "capacity": 40}, 3)])
+def test_the_three_fates_equal_a_plain_recount(tmp_path: Path, shape: dict[str, Any], most: int) -> None:
+    """Fig. 24: by number of visits, 1 to 6 or more; entries that are still in the buffer count."""
+    summary = Reader(invented_run(tmp_path / "run", characters=60, **shape)).read()
+    rows = rows_of(summary.run.folder)
+    fates: Counter[tuple[int, str]] = Counter()
+    for life in lives(summary.run, rows):
+        improved = any(accuracy > life["entry"] for accuracy in life["since"])
+        fate = "graduated" if life["left"] == "graduated" else "improved, not graduated" if improved else "never improved"
+        fates[min(6, len(life["since"])), fate] += 1
+    visited = sorted({n for n, _ in fates if n})
+    chart = chart_of(summary, "visits")
+    assert [s.name for s in chart.series] == list(FATES) and visited == list(range(1, most + 1))
+    for series in chart.series:
+        totals = [sum(fates[n, name] for name in FATES) for n in visited]
+        assert list(series.x) == [f"{n if n < 6 else '6+'} ({total})" for n, total in zip(visited, totals, strict=True)]
+        assert list(series.y) == pytest.approx([fates[n, series.name] / t for n, t in zip(visited, totals, strict=True)])
+        assert list(series.hover) == [f"{fates[n, series.name]} of {t}" for n, t in zip(visited, totals, strict=True)]
+    waiting = [life for life in lives(summary.run, rows) if life["left"] is None and life["since"]]
+    assert bool(waiting) == (most == 3)  # in one of the two runs the buffer is empty at the end
+    assert f"{sum(n for (k, _), n in fates.items() if not k)} were not asked again" in chart.caption
+    run = summary.run
+    again = zone_story(run.buffer, run.group_size, run.threshold, run.last_step, visits_of(run))  # as zppo compare reads them
+    assert {k: tuple(v) for k, v in again.fates.items()} == {n: tuple(fates[n, name] for name in FATES) for n in visited}
+
+
+def test_groups_without_verdicts_are_no_visits(folder: Path, tmp_path: Path) -> None:
+    """As for the buffer itself: fewer than half of the rollouts graded."""
+    path = tmp_path / files_of(folder)[0].name
+    path.write_bytes(files_of(folder)[0].read_bytes())
+    plain = list(dict.fromkeys(row["question_id"] for row in pq.read_table(path).to_pylist() if row["kind"] == "plain"))
+    change_rows(path, lambda row: {**row, "graded": row["rollout"] < (3 if row["question_id"] == plain[0] else 4)})
+    scanned = scan_file(path).visits
+    assert [visit.question_id for visit in scanned] == plain[1:]
+    assert visits_of(SimpleNamespace(rollout_files=[path])) == scanned  # type: ignore[arg-type]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert visits_of(SimpleNamespace(rollout_files=[path])) == []  # type: ignore[arg-type]
+
+
+def test_graduated_against_evicted_over_steps_and_as_a_number(summary: summary_module.Summary) -> None:
+    """Figs. 5b and 23, the paper's beside them."""
+    chart = chart_of(summary, "left")
+    out: Counter[str] = Counter()
+    for step in range(1, summary.run.last_step + 1):
+        out.update(e["event"] for e in summary.run.buffer if e["step"] == step and e["event"] != "admitted")
+        for series in chart.series[:2]:
+            assert series.y[step - 1] == (pytest.approx(out[series.name] / sum(out.values())) if out else None)
+    assert out["graduated"] and out["evicted"]
+    assert {s.name: s.y[-1] for s in chart.series[2:]} == {
+        "paper 2B, ZPPO": pytest.approx(2627 / 9878), "paper 2B, GRPO†": pytest.approx(1440 / 10087),
+    }  # fmt: skip
+    table = next(t for t in summary.tables if t.id == "zone-table")
+    [ours] = [row for row in table.rows if row[0] == "all · this run"]
+    assert ours[5] == f"{out['graduated'] / sum(out.values()):.1%}"
+    assert [row[5] for row in table.rows if row[0].startswith("all · paper")] == ["26.6%", "14.3%"]
+
+
+def test_what_graduates_were_as_shares(summary: summary_module.Summary) -> None:
+    """Figs. 21 and 24."""
+    chart = chart_of(summary, "graduate-shares")
+    bars = {name: {s.name: s.y[i] for s in chart.series if s.y[i] is not None} for i, name in enumerate(chart.series[0].x)}
+    events = Counter(e["entry_accuracy"] for e in summary.run.buffer if e["event"] == "graduated")
+    assert bars["this run"] == {bin_name(k, 8): pytest.approx(events[k / 8] / sum(events.values())) for k in range(4)}
+    assert all(sum(parts.values()) == pytest.approx(1) for parts in bars.values())
+    assert bars["paper 2B, ZPPO"]["0%"] == pytest.approx(432 / 2627) and bars["paper 4B, ZPPO"]["0%"] == 0.21
+    assert bars["paper 2B, GRPO†"]["12.5%"] == pytest.approx(169 / 1440)
+
+
+def test_what_could_be_asked_again_before_the_caps(folder: Path, tmp_path: Path) -> None:
+    """Fig. 5a, and a word where an older version logged nothing of it."""
+    run = invented_run(tmp_path / "run", steps=3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    rows = rows_of(run)
+    for line in steps:
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for row in rows:
+            if row["step"] == line["step"] and row["kind"] == "plain":
+                groups[row["question_id"]].append(row["correct"])
+        easy = sum(sum(verdicts) >= 4 for verdicts in groups.values())
+        assert line["eligibility"]["easy"] == pytest.approx(easy / len(groups))
+        assert sum(line["eligibility"].values()) == pytest.approx(1)
+    del steps[0]["eligibility"]
+    steps[1]["eligibility"]["unasked"] = steps[1]["eligibility"].pop("ncq")
+
+    def read() -> tuple[ChartSpec | None, dict[str, tuple[str, ...]], str]:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        summary = Reader(run).read()
+        table = next(t for t in summary.tables if t.id == "eligibility-table")
+        chart = next((c for c in summary.charts if c.id == "eligibility"), None)
+        return chart, {row[0]: row[1:] for row in table.rows}, table.caption
+
+    chart, table, caption = read()
+    assert chart is not None and [s.y[0] for s in chart.series] == [None] * len(chart.series)
+    assert {s.name: s.y[2] for s in chart.series}["BCQ and NCQ"] == steps[2]["eligibility"]["bcq"]
+    assert "1 steps are empty" in chart.caption and "teacher.ask: all" in chart.caption and "1 steps of an older version" in caption
+    known = [line["eligibility"] for line in steps[1:]]
+    assert table["hard, and NCQ can be made"][0] == f"{sum(1 - k['easy'] for k in known) / 2:.1%}"
+    assert table["hard, and BCQ can be made"][1] == f"{sum(line['composition']['bcq'] for line in steps) / 3:.1%}"
+    assert table["of these the teacher was not asked"][0] == f"{steps[1]['eligibility']['unasked'] / 2:.1%}"
+    for line in steps:
+        line.pop("eligibility", None)
+    chart, table, _ = read()
+    assert chart is None and table["easy"][0] == "not logged"
 
 
 def test_events_of_a_step_that_is_being_written_wait() -> None:
@@ -287,7 +471,7 @@ def test_chart_numbers_equal_the_parquet_files(summary: summary_module.Summary, 
     def by_step(kind: str, value: Any) -> list[float]:
         steps: dict[int, list[float]] = defaultdict(list)
         for row in rows:
-            if row["kind"] == kind:
+            if kind in ("all", row["kind"]):
                 steps[row["step"]].append(float(value(row)))
         return [sum(v) / len(v) for _, v in sorted(steps.items())]
 
@@ -300,8 +484,9 @@ def test_chart_numbers_equal_the_parquet_files(summary: summary_module.Summary, 
         "no-answer": lambda r: r["answer"] is None,
     }.items():
         chart = chart_of(summary, name)
-        assert [s.name for s in chart.series] == ["plain", "BCQ", "NCQ"]
-        for series, kind in zip(chart.series, ("plain", "bcq", "ncq"), strict=True):
+        kinds = ["plain", "BCQ", "NCQ", *(["all"] if name in ("positive", "entropy") else [])]
+        assert [s.name for s in chart.series] == kinds
+        for series, kind in zip(chart.series, map(str.lower, kinds), strict=True):
             assert list(series.x) == list(range(1, 9))
             assert list(series.y) == pytest.approx(by_step(kind, value))
 
@@ -309,8 +494,8 @@ def test_chart_numbers_equal_the_parquet_files(summary: summary_module.Summary, 
 def test_charts_are_there_and_are_json(summary: summary_module.Summary) -> None:
     names = [chart.id for chart in summary.charts]
     assert len(set(names)) == len(names)
-    assert {"held-out", "loss", "clip", "composition", "teacher", "occupancy", "graduation", "graduates", "fate", "visits",
-            "waiting", "match-bcq", "match-ncq"} <= set(names)  # fmt: skip
+    assert {"held-out", "loss", "clip", "composition", "teacher", "eligibility", "occupancy", "graduation", "left", "graduates",
+            "graduate-shares", "fate", "visits", "waiting", "match-bcq", "match-ncq"} <= set(names)  # fmt: skip
     for chart in summary.charts:
         text = json.dumps(chart.to_dict(), allow_nan=False)
         assert all(len(s["x"]) == len(s["y"]) for s in json.loads(text)["series"])
@@ -553,3 +738,13 @@ def test_a_part_has_one_colour_on_every_chart_and_no_other_part_has_it(tmp_path:
         assert all(s.colour == of_kind[s.name] for s in chart.series if s.name in of_kind), chart.id
     seconds = {s.name for s in charts["seconds"].series}
     assert {"polishing", "waxing", "engine"} <= seconds and "grading" not in seconds  # it lies in sampling already
+
+
+def test_a_candidate_without_an_answer_is_followed_by_nobody() -> None:
+    """Its BCQ counts among the matches, and not in the position bias, where only one of the two could be followed."""
+    audit = {"correct_at": 0, "positive_answer": "4", "negative_answer": None}
+    counts, classes = count_group("bcq", audit, None, [("4", True), ("5", False), (None, False)])
+    assert classes == ["bcq:right:positive", "bcq:wrong:other", "bcq:wrong:none"]
+    assert not any(name[0] == "position" for name in counts)
+    whole, _ = count_group("bcq", audit | {"negative_answer": "5"}, None, [("4", True), ("5", False)])
+    assert whole["position", "prompts"] == 1 and whole["position", "n"] == 1

@@ -166,7 +166,7 @@ def test_a_real_model_stops_at_its_next_step_when_nobody_waits(tmp_path: Path) -
     counting = Counting(loaded.engine)
     counting.engine.eos_ids = frozenset({10**6})  # never ends by itself
     batcher = Batcher(counting, max_rows=8, max_queue=8)
-    loaded.engine.model.register_forward_pre_hook(lambda *_: batcher.check())
+    loaded.engine.watch = batcher.watch
     job = batcher.submit(SampleRequest((1, 2, 3), (1,)), Sampling(max_new_tokens=CONTEXT))
     wait_for(lambda: counting.steps > 2)
     batcher.abandon(job)

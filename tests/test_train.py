@@ -128,6 +128,15 @@ def test_final_loads_with_transformers_and_differs_from_the_start(finished: Path
     assert "| all |" in card and "learning_rate: 0.001" in card and "library_name: transformers" in card
 
 
+def test_a_run_without_steps_evaluates_once_and_says_the_same_of_its_end(recipe: Path, tmp_path: Path) -> None:
+    run = train(recipe, tmp_path / "run", "--train.steps=0")
+    before, after = records(run)
+    assert (before.pop("event"), after.pop("event")) == ("eval", "final") and before == after
+    assert [path.name for path in (run / "held_out").iterdir()] == ["eval-000000.parquet"]
+    assert AutoModelForCausalLM.from_pretrained(run / "final")
+    assert "| all |" in (run / "final" / "README.md").read_text(encoding="utf-8")
+
+
 def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(finished: Path, recipe: Path, tmp_path: Path) -> None:
     assert_same_run(finished, train(recipe, tmp_path / "again"))
     AcceleratorState._reset_state(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,39 @@ def test_a_rollout_that_the_student_did_not_sample_gets_old_logprobs_from_a_forw
     assert metrics["clip_low_share"] == metrics["clip_high_share"] == 0
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] is not None and metrics["grad_norm"] > 0
     assert metrics["logprob_gap_max"] is not None and metrics["logprob_gap_max"] < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["nontrivial", "all", "none", "group"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_statistics_per_minibatch_are_those_of_each_minibatch_alone(estimator: str, dropped: bool, tiny_qwen3_dir: Path) -> None:
+    """Eq. 3 over the groups of one minibatch after the other, as they are dealt; and with one minibatch over the whole step."""
+    rewards = [[1.0, 0, 0, 0], [0.0] * 4, [1.0, 1, 0, 0], [1.0] * 4, [0, 0, 0, 0.5], [1.0, 1, 1, 0], [1.0, 0, 1, 0]]
+    groups = make_groups(load(tiny_qwen3_dir), rewards)
+    groups[2] = replace(groups[2], rollouts=tuple(replace(r, graded=i > 0) for i, r in enumerate(groups[2].rollouts)))
+
+    def advantages(minibatches: int, over: str) -> torch.Tensor:
+        learner = make_policy_gradient(load(tiny_qwen3_dir), minibatches=minibatches)
+        learner.estimator, learner.statistics, learner.drop_trivial = estimator, over, dropped  # type: ignore[assignment]
+        return learner.update(groups[:5], groups[5:], {}, StepLog(3)).advantages
+
+    kept = [g for g in groups if not dropped or len({r.reward for r in g.graded}) > 1]
+    expected = {}
+    deals = deal_groups(len(kept), 3, seed=0, step=3)
+    for dealt in deals:
+        inside = {g: [r.reward - statistics.fmean(x.reward for x in kept[g].graded) for r in kept[g].graded] for g in dealt}
+        varied = {g: values for g, values in inside.items() if any(abs(v) > 1e-9 for v in values)}
+        over = [v for values in (inside if estimator == "all" else varied).values() for v in values]
+        for g in dealt:
+            known = iter(inside[g])
+            own = statistics.pstdev(inside[g])
+            deviation = {"none": 1.0, "group": own}.get(estimator, statistics.pstdev(over) if over else 0.0)
+            expected[id(kept[g])] = [next(known) / (deviation + 1e-8) if r.graded and g in varied else 0.0 for r in kept[g].rollouts]
+    wanted = torch.tensor([value for g in groups for value in expected.get(id(g), [0.0] * 4)])
+    found = advantages(3, "minibatch")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert len(deals) == 3 and torch.equal(found, advantages(3, "step")) == (estimator in ("none", "group"))
+    assert torch.equal(advantages(1, "minibatch"), advantages(1, "step"))
+    assert make_policy_gradient(load(tiny_qwen3_dir)).statistics == "step"
+    settings = make_settings(advantage={"statistics": "minibatch"})
+    whole = make_policy_gradient(load(tiny_qwen3_dir))
+    assert PolicyGradient(settings, whole.forward, whole.optimizer, whole.budget, sampler_is_exact=True).statistics == "minibatch"

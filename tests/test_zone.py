@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import make_tokenizer
 from zppo.config.methods import METHODS, Method
-from zppo.config.settings import Settings
+from zppo.config.settings import Settings, ZoneSettings
 from zppo.core.select import hard_groups, share_of
 from zppo.core.types import Group, ImageRef, Message, Prompt, Question, Rollout
 from zppo.engines.base import Sampling
@@ -20,13 +21,12 @@ from zppo.grading import extract_boxed
 from zppo.grading.grader import Verdict
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
-from zppo.rollout.reformulated import CandidateMaker, Reformulator
+from zppo.rollout.reformulated import CandidateMaker, Reformulator, make_reformulations, make_reformulator
 from zppo.rollout.student import Answered, PromptRenderer
 from zppo.rollout.teacher import Pools, TeacherSampler
 from zppo.step_log import StepLog
 from zppo.teacher.compression import Compressor
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
-from zppo.train.assemble import make_reformulations
 
 
 class Words:
@@ -63,7 +63,9 @@ class ScriptedTeacher:
             return TeacherReply((self.hint,))
         if "<response>" in text:
             box = extract_boxed(text.rsplit("<response>", 1)[1])
-            return TeacherReply((f"<summary>short \\boxed{{{box}}}</summary>",), completion_tokens=3)
+            return TeacherReply(
+                (f"<summary>short \\boxed{{{box}}}</summary>" if box else "<summary>short: nothing found</summary>",), completion_tokens=3
+            )
         name = text.split()[0]
         self.rollouts.append(name)
         right = self.solves.get(name, 0)
@@ -164,11 +166,30 @@ def test_a_bcq_shows_one_right_and_one_wrong_summary_and_an_ncq_all_wrong_ones()
     assert ncq.index("\\boxed{wrong0}") < ncq.index("\\boxed{wrong1}") < ncq.index("<candidate>")
 
 
-def test_without_an_answer_to_show_there_is_no_bcq() -> None:
+def test_a_student_that_does_not_box_its_answers_yet_sees_the_teacher_all_the_same() -> None:
+    """The wrong candidate is drawn from all of W_x where none of it has an answer, and from the answered ones where one has."""
     zone = make_builder(ScriptedTeacher({"hard": 4})).build([make_group("hard", 0, 0, answerless=4)], 2, step=1)
-    assert names(zone) == [("hard", "ncq")]
-    assert zone.metrics["bcq_without_negative"] == 1
-    assert "\\boxed{wrong" not in zone.prompts[0].messages[-1].content
+    assert names(zone) == [("hard", "bcq"), ("hard", "ncq")]
+    assert zone.metrics["bcq_without_negative"] == 1 and zone.metrics["bcq_raw_pairs"] == 0
+    bcq, ncq = zone.prompts
+    texts = bcq.messages[-1].content.split("<candidate>")[1:]
+    assert [text.split("</candidate>")[0].strip() for text in texts] == (
+        ["short \\boxed{gold}", "short: nothing found"] if bcq.audit["correct_at"] == 0 else ["short: nothing found", "short \\boxed{gold}"]
+    )
+    assert bcq.audit["positive_answer"] == "gold" and bcq.audit["negative_answer"] is None
+    assert "\\boxed{wrong" not in ncq.messages[-1].content
+    for step in range(8):
+        one = make_builder(ScriptedTeacher({"hard": 4})).build([make_group("hard", 0, 1, answerless=7)], 2, step=step)
+        assert one.prompts[0].audit["negative_answer"] == "wrong0" and one.metrics["bcq_without_negative"] == 0
+
+
+def test_right_responses_without_an_answer_are_shown_where_there_are_no_others() -> None:
+    """A judge, or a reward function of one's own, may find right what has no box."""
+    builder = make_builder(ScriptedTeacher({"hard": 4}))
+    builder.reformulator.teacher_sampler.score = lambda answered, log: [Verdict(True, None, "judge correct", 1.0) for _ in answered]
+    zone = builder.build([make_group("hard", 0, 4)], 2, step=1)
+    assert names(zone) == [("hard", "bcq"), ("hard", "ncq")]
+    assert zone.prompts[0].audit["positive_answer"] is None and zone.metrics["bcq_without_negative"] == 0
 
 
 def test_a_teacher_that_is_down_costs_bcq_and_compression_only() -> None:
@@ -225,6 +246,8 @@ def test_a_hint_never_gives_the_answer_away() -> None:
         teacher = ScriptedTeacher({"hard": 4}, hint=reply)
         told = make_builder(teacher, method=METHODS["hint"]).build(plain, 2, step=1)
         assert told.prompts == [] and told.metrics["hint_failed"] == teacher.hinted == 1  # four equal responses: one try
+        leaked = reply in ("<hint>it is Gold.</hint>", "<hint>\\boxed{x}</hint>")
+        assert told.metrics["hint_leaked"] == leaked and ("hint_leaked of gold" in told.metrics) == leaked
 
 
 def test_a_prefix_forces_two_fifths_of_a_correct_response() -> None:
@@ -268,3 +291,19 @@ def test_a_second_teacher_helps_where_the_first_one_fails() -> None:
         ("hard", "bcq"),
         ("hard", "ncq"),
     ]
+
+
+@pytest.mark.parametrize("duplicates", ["shown", "counted"])
+def test_ncq_shows_equal_candidates_as_often_as_the_recipe_says(duplicates: str) -> None:
+    """Five wrong rollouts of two kinds: all of them as in the paper, or each kind with its number."""
+    builder = make_builder(ScriptedTeacher(), method=METHODS["grpo-replay-ncq"])
+    before = builder.reformulator
+    settings = builder.settings.model_copy(update={"zone": ZoneSettings(rho_aug=1.0, ncq_duplicates=duplicates)})
+    before.renderer.chat.tokenizer = make_tokenizer()
+    builder.reformulator = make_reformulator(
+        settings, before.reformulations, [before.candidates.teacher], before.renderer, before.teacher_sampler, None
+    )
+    (prompt,) = builder.build([make_group("hard", 0, 5)], 1, step=1).prompts
+    text = prompt.messages[-1].content
+    assert text.count("<candidate>") == text.count("</candidate>") == (5 if duplicates == "shown" else 2)
+    assert [n in text for n in ("(3 attempts were like this one.)", "(2 attempts were like this one.)")] == [duplicates == "counted"] * 2

@@ -20,19 +20,26 @@ if TYPE_CHECKING:
     from zppo.core.reformulate import Reformulation
     from zppo.core.replay import PromptReplayBuffer
     from zppo.core.types import Group, Question
+    from zppo.rollout.data import load_data
+    from zppo.rollout.step_parts import Parts, parts
+    from zppo.step_log import StepLog
 
 _HOMES = {
     "METHODS": "config.methods",
     "Evaluated": "api",
     "Group": "core.types",
+    "Parts": "rollout.step_parts",
     "PromptReplayBuffer": "core.replay",
     "Question": "core.types",
     "Reformulation": "core.reformulate",
     "Settings": "config.settings",
+    "StepLog": "step_log",
     "TrainedRun": "api",
     "clipped_surrogate": "core.loss",
     "evaluate": "api",
+    "load_data": "rollout.data",
     "load_recipe": "config.recipe",
+    "parts": "rollout.step_parts",
     "resume": "api",
     "two_step_advantages": "core.advantages",
 }
@@ -41,14 +48,18 @@ __all__ = [
     "METHODS",
     "Evaluated",
     "Group",
+    "Parts",
     "PromptReplayBuffer",
     "Question",
     "Reformulation",
     "Settings",
+    "StepLog",
     "TrainedRun",
     "clipped_surrogate",
     "evaluate",
+    "load_data",
     "load_recipe",
+    "parts",
     "resume",
     "train",
     "two_step_advantages",

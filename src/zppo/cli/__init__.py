@@ -12,14 +12,19 @@ from collections.abc import Callable, Sequence
 from zppo import __version__
 from zppo.api import fit_output
 from zppo.cli.command_parser import CommandParser
+from zppo.cli.data_commands import add_data
 from zppo.cli.eval_command import add_eval, split_vllm
 from zppo.cli.lab_commands import add_lab
 from zppo.cli.push_command import add_push
 from zppo.cli.recipe_commands import add_recipes
 from zppo.cli.report_commands import add_report
 from zppo.cli.serve_command import add_serve
+from zppo.cli.sweep_command import add_sweep
 from zppo.cli.train_commands import add_train, split_overrides
 from zppo.errors import Interrupted, ZPPOError, used_up
+
+COMMAND_GROUPS = (add_train, add_recipes, add_data, add_sweep, add_report, add_push, add_serve, add_eval, add_lab)
+"""In the order of `zppo --help`."""
 
 OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -48,8 +53,15 @@ def _main(arguments: list[str]) -> int:
         vllm: dict[str, str] = {}
         if arguments[:1] == ["eval"]:
             arguments, vllm = split_vllm(arguments)
-        options = _parser().parse_args(arguments)
-        options.overrides, options.vllm = overrides, vllm
+        parser = _parser()
+        if "_ARGCOMPLETE" in os.environ:
+            from zppo.cli.completion import answer_shell
+
+            answer_shell(parser)
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown and not getattr(options, "takes_settings", False):
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options.overrides, options.vllm = [*overrides, *unknown], vllm
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
     except ZPPOError as error:
@@ -70,11 +82,11 @@ def _main(arguments: list[str]) -> int:
     return OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = CommandParser(prog="zppo", description="RL post-training with the teacher in the prompt, never in the gradient.")
     parser.add_argument("--version", action="version", version=f"zppo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_train, add_recipes, add_report, add_push, add_serve, add_eval, add_lab):
+    for add in COMMAND_GROUPS:
         add(commands)
     return parser
 

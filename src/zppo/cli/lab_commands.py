@@ -61,22 +61,14 @@ def _lab_study(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from zppo.lab.study import grid, print_study, run_study
+    from zppo.sweep import parse_seeds
 
     console, failed = Console(), 0
     if options.recipes:
         students = [s for s in options.students.split(",") if s]
-        cells = list(grid(options.recipes, options.methods.split(","), _numbers(options.seeds), students))
+        cells = list(grid(options.recipes, options.methods.split(","), parse_seeds(options.seeds), students))
         extra = [f"--{setting}" for setting in options.set]
         failed = run_study(cells, options.rows, jobs=max(1, options.jobs), work=Path("runs/study"), extra=extra, console=console)
     print_study(options.rows, console, markdown=options.markdown)
     if failed:
         raise SettingsError(f"{failed} runs failed; the same command runs them again")
-
-
-def _numbers(text: str) -> list[int]:
-    """ "0-2,5" -> [0, 1, 2, 5]"""
-    try:
-        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-        return [number for part in ends for number in range(part[0], part[-1] + 1)]
-    except ValueError:
-        raise SettingsError(f"--seeds is {text!r}: write numbers and ranges, e.g. 0-7 or 0,3,5") from None

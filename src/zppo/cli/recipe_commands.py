@@ -36,7 +36,7 @@ def _recipes(options: argparse.Namespace) -> None:
     for name in recipe_names():
         path = recipes_folder() / f"{name}.yaml"
         settings = load_recipe(path)
-        student, data = _short(settings.student.model), _short(settings.data.train)
+        student, data = _short(settings.student.model), _short(settings.data.train_name)
         trains = student + (" by LoRA" if settings.train.lora else "") + ("" if data == student else f" on {data}")
         table.add_row(name, trains, _teacher(settings.teacher), made_for(path.read_text(encoding="utf-8")))
     console = Console(highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zppo.config.settings import Settings
+from zppo.config.settings import MixtureSource, Settings
 
 _HELP_WIDTH = 100
 _PLAIN_TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
@@ -56,10 +57,29 @@ def known_keys() -> Mapping[str, Key]:
     return {key.name: key for key in _walk(Settings, "", None)}
 
 
+ITEM = "data.train[]"
+"""How a source of a data.train that is a list is called here."""
+_ITEMS = ((re.compile(r"data\.train\.\d+(?=\.|$)"), ITEM), (re.compile(r"more_teachers\.\d+(?=\.|$)"), "teacher"))
+
+
+@lru_cache(maxsize=1)
+def item_keys() -> Mapping[str, Key]:
+    """Every key of a source of a data.train that is a list."""
+    return {key.name: key for key in _walk(MixtureSource, f"{ITEM}.", None)}
+
+
+def find_key(name: str) -> Key | None:
+    """What is known of a key, also of one in a list: of `data.train.0.cap`, of `more_teachers.0.model`."""
+    for pattern, known in _ITEMS:
+        name = pattern.sub(known, name, count=1)
+    return known_keys().get(name) or item_keys().get(name)
+
+
 def nearest_key(name: str) -> str:
     """The known key that most resembles a misspelt one: one of that very name elsewhere, else in the same section, else anywhere."""
     above, _, last = name.lower().rpartition(".")
-    known = list(known_keys())
+    number = re.match(r"data\.train\.\d+", name)
+    known = [key.replace(ITEM, number[0]) for key in item_keys()] if number else list(known_keys())
     same_name = [key for key in known if last in (key.rpartition(".")[2], _initials(key))]
     same_section = [key for key in known if key.rpartition(".")[0] == above] if above else []
 
@@ -86,6 +106,13 @@ def help_text() -> str:
         default = "required" if key.required else f"default {show(key.default)}"
         lines += _wrap(f"{key.name}  [{key.kind}; {default}]", "    ")
         lines += _wrap(key.description, "        ")
+    lines += ["", *_wrap(f"{ITEM}: each source, where data.train is a list of several", "  ")]
+    for key in item_keys().values():
+        if not key.section and key.name.count(".") == 2:
+            lines += _wrap(f"{key.name}  [{key.kind}; {'required' if key.required else f'default {show(key.default)}'}]", "    ")
+            lines += _wrap(key.description, "        ")
+        elif key.name.count(".") == 2:
+            lines += [*_wrap(f"{key.name}  [a section of keys]", "    "), *_wrap(key.description, "        ")]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from zppo.config.bundled import find_recipe
-from zppo.config.help import known_keys, nearest_key, show
+from zppo.config.help import find_key, known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
@@ -268,6 +268,11 @@ def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> d
         section[key] = _model(value, bases)
     for section, key, value in _texts(data, ("grading.reward",)):
         section[key] = _code(value, bases)
+    grading = data.get("grading")
+    if isinstance(grading, dict) and isinstance(rewards := grading.get("reward"), list):
+        grading["reward"] = [_code(reward, bases) if isinstance(reward, str) else reward for reward in rewards]
+    for each in _sources(data):
+        each["source"] = _file(each["source"], bases)
     teachers = data.get("more_teachers")
     if isinstance(teachers, list):
         further = [{"teacher": teacher} for teacher in teachers]
@@ -279,6 +284,15 @@ def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> d
     if isinstance(prompts, dict):
         data["prompts"] = {k: template_file(_file(v, bases)) if isinstance(v, str) else v for k, v in prompts.items()}
     return data
+
+
+def _sources(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The entries of a data.train that is a list."""
+    section = data.get("data")
+    entries = section.get("train") if isinstance(section, dict) else None
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("source"), str):
+            yield entry
 
 
 def _plain(value: Any) -> Any:
@@ -359,12 +373,13 @@ def _problem(details: ErrorDetails, overridden: Mapping[str, str]) -> str:
     where = f" ({said})" if said else ""
     if details["type"] == "extra_forbidden":
         return f"{name} is no setting{where}{_nearest(name)}"
-    while parts and ".".join(parts) not in known_keys():
+    while parts and find_key(".".join(parts)) is None:
         parts.pop()
-    key = known_keys().get(".".join(parts))
+    key = find_key(".".join(parts))
     if details["type"] == "missing" and key is not None:
         wanted = [k.name for k in known_keys().values() if k.required and not k.section and f"{k.name}.".startswith(f"{name}.")]
-        return f"{name} is missing ({key.description}); set {', '.join(wanted)} in the recipe or with --{wanted[0]}=VALUE"
+        how = f"set {', '.join(wanted)} in the recipe or with --{wanted[0]}=VALUE" if wanted else "set it there"
+        return f"{name} is missing ({key.description}); {how}"
     if details["type"] == "value_error" or key is None:
         message = details["msg"].removeprefix("Value error, ")
         return f"{name}: {message}" if name else message
@@ -377,4 +392,4 @@ def _problem(details: ErrorDetails, overridden: Mapping[str, str]) -> str:
 
 
 def _nearest(name: str) -> str:
-    return "" if name in known_keys() else f"; the nearest one is {nearest_key(name)}"
+    return "" if find_key(name) else f"; the nearest one is {nearest_key(name)}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from zppo.config.methods import METHODS, Control, Estimator, Method
 from zppo.config.model_settings import (
@@ -21,8 +22,11 @@ from zppo.config.model_settings import (
 )
 from zppo.core.reformulate import REFORMULATIONS
 from zppo.core.types import AnswerList
+from zppo.data.layouts import USUAL_CHOICES
 from zppo.data.local_files import SourceSettings
+from zppo.data.mixture import Part, short_names
 from zppo.data.reasoning_gym import check_apart
+from zppo.data.row_filters import check_filters
 from zppo.data.rows import USUAL_IMAGES
 from zppo.images.store import PixelLimits
 
@@ -73,7 +77,11 @@ class ColumnSettings(Section):
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
     grading: str = Field("grading", description="rule or judge: who grades the question; rows without the column go by rule")
+    extra: tuple[str, ...] = Field((), description="further columns, which reward functions are given (TRL's **columns, question.extra)")
     answer_list: str = Field("answer_list", description="any, set or ordered, for one row; rows without the column go by data.answer_list")
+    choices: str = Field(
+        USUAL_CHOICES, description="the choices of a question, shown with it; by default options, or A, B, C, ..., too; '' for none"
+    )
 
 
 class ImageSettings(Section):
@@ -93,12 +101,53 @@ class ImageSettings(Section):
         return self
 
 
+Duplicates = Literal["keep", "one"]
+_as_list = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
+Filters = Annotated[tuple[str, ...], _as_list, AfterValidator(check_filters)]
+"""One filter may stand without brackets."""
+
+
+class MixtureSource(Section):
+    """One of several sources of training questions; what is empty is as `data` says."""
+
+    source: str = Field(description="where its questions are, as in data.train")
+    name: str | None = Field(
+        None, min_length=1, description="what it is called in the plan, and before ids that another source has too; empty: its last part"
+    )
+    config: str | None = Field(None, description="as data.config")
+    split: str | None = Field(None, min_length=1, description="as data.split")
+    revision: str | None = Field(None, description="as data.revision")
+    columns: ColumnSettings | None = Field(None, description="as data.columns, of which nothing is left where it is set")
+    answer_after: str | None = Field(None, min_length=1, description="as data.answer_after")
+    answer_list: AnswerList | None = Field(None, description="as data.answer_list")
+    limit: int | None = Field(None, ge=1, description="as data.limit: use its first N rows only")
+    filters: Filters | None = Field(None, description="as data.filters")
+    duplicates: Duplicates | None = Field(None, description="as data.duplicates")
+    cap: int | None = Field(None, ge=1, description="at most so many of its questions, drawn by seed and id")
+    weight: float | None = Field(
+        None, gt=0, description="its share in proportion to the other weights: the scarcest source gives all that it has, the others less"
+    )
+
+
+def _kind_of_source(value: Any) -> str:
+    return "tuple[sources]" if isinstance(value, list | tuple) else "constrained-str"
+
+
+TrainSources = Annotated[
+    Annotated[str, Tag("constrained-str")] | Annotated[tuple[MixtureSource, ...], Tag("tuple[sources]")], Discriminator(_kind_of_source)
+]
+"""A source, or several; the tags are what `config.recipe` leaves out of the key that an error names."""
+
+
+_OF_READING = ("config", "split", "revision", "answer_after", "answer_list")
+
+
 class DataSettings(Section):
     """Questions in."""
 
-    train: str = Field(
+    train: TrainSources = Field(
         description="JSON lines, JSON, CSV or parquet file, a folder of such files or of save_to_disk, hub:<owner>/<name>, "
-        "reasoning_gym:<task>, or lab:<world>/train"
+        "reasoning_gym:<task>, or lab:<world>/train; or a list of sources, {source, filters, cap, ...} each"
     )
     eval: str | None = Field(None, description="held-out questions, from the same kinds of source; empty: no evaluation")
     config: str | None = Field(None, description="configuration of a hub set or of a folder laid out like one")
@@ -119,13 +168,23 @@ class DataSettings(Section):
         description="what a list of right answers means: any one of them is right, all are wanted in any order (set), or in their order "
         "(ordered); needed where the answer column holds lists",
     )
+    filters: Filters = Field(
+        (), description="training rows that are used: those for which all of these hold, e.g. ['pass_rate <= 0.5', 'image_width >= 100']"
+    )
+    duplicates: Duplicates = Field(
+        "keep", description="training questions with the same text and images: keep all of them, or the first one; they are told either way"
+    )
     max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
-    limit: int | None = Field(None, ge=1, description="use the first N training questions only")
+    limit: int | None = Field(None, ge=1, description="use the first N training questions only; of several sources the first N of each")
     eval_limit: int | None = Field(None, ge=1, description="use the first N held-out questions only")
 
     @model_validator(mode="after")
     def _readable(self) -> DataSettings:
-        named = [("data.train", self.train, "data.limit", self.limit)]
+        if not self.train:
+            raise ValueError("data.train names no source; give one, or a list of {source: ...}")
+        several = not isinstance(self.train, str)
+        keys = [f"data.train.{number}" if several else "data.train" for number in range(len(self.parts))]
+        named = [(k, part.source, f"{k}.limit" if several else "data.limit", part.limit) for k, part in zip(keys, self.parts, strict=True)]
         named += [("data.eval", self.eval, "data.eval_limit", self.eval_limit)] if self.eval is not None else []
         from_hub = [row for row in named if row[1].startswith("hub:")]
         for setting, value in (("data.streaming", self.streaming), ("data.revision", self.revision)):
@@ -137,9 +196,47 @@ class DataSettings(Section):
                     f"data.streaming needs {name} for {setting}={source}: every epoch goes over all questions in an order of its own, "
                     "so they are held in memory; set how many to read from the start, or leave streaming out"
                 )
+        for key, part in zip(keys, self.parts, strict=True):
+            if part.reading.revision != self.revision and not part.source.startswith("hub:"):
+                raise ValueError(f"{key}.revision is set, and {part.source} is no hub set; leave it out")
+        weighted = [part.weight is not None for part in self.parts]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"{sum(weighted)} of the {len(weighted)} sources of data.train have a weight: give each one a weight, or take cap, which "
+                "is a number of questions"
+            )
         if self.eval is not None:
-            check_apart(self.train, self.eval)
+            for part in self.parts:
+                check_apart(part.source, self.eval)
         return self
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources of the training questions, with all that the recipe says about each; a single one is one part."""
+        given = (MixtureSource(source=self.train),) if isinstance(self.train, str) else self.train
+        names = short_names([(each.source, each.name, each.config) for each in given])
+        return tuple(self._part(each, name) for each, name in zip(given, names, strict=True))
+
+    def _part(self, each: MixtureSource, name: str) -> Part:
+        own = {key: value for key in _OF_READING if (value := getattr(each, key)) is not None}
+        return Part(
+            each.source,
+            name,
+            replace(self.reading(), **own),
+            each.columns or self.columns,
+            each.limit or self.limit,
+            self.filters if each.filters is None else each.filters,
+            (each.duplicates or self.duplicates) == "one",
+            each.cap,
+            each.weight,
+        )
+
+    @property
+    def train_name(self) -> str:
+        """data.train in a few words."""
+        if isinstance(self.train, str):
+            return self.train
+        return f"{len(self.train)} sources ({', '.join(part.name for part in self.parts)})" if len(self.train) > 1 else self.train[0].source
 
     def reading(self, held_out: bool = False) -> SourceSettings:
         """How the training or the held-out source is read."""
@@ -193,6 +290,9 @@ class ZoneSettings(Section):
     rho_replay: float = Field(0.25, ge=0, description="replayed questions per new question")
     rho_aug: float = Field(0.25, ge=0, description="cap on BCQ and NCQ prompts per new question")
     buffer_capacity: int = Field(10_000, ge=1, description="capacity of the prompt replay buffer (Bmax)")
+    ncq_duplicates: Literal["shown", "counted"] = Field(
+        "shown", description="NCQ candidates with one text: each is shown (the paper); counted: one of them, with how many there are"
+    )
     prefix_fraction: float = Field(0.4, gt=0, lt=1, description="share of a teacher response that Prefix gives")
     dynamic_sampling: Literal["off", "after-reformulation"] = Field(
         "off", description="extension: after-reformulation leaves all-right and all-wrong groups out of the batch and its denominator"
@@ -207,6 +307,9 @@ class AdvantageSettings(Section):
         None,
         description="override: groups that the batch statistics are over, nontrivial or all; none: mean only; group: textbook GRPO; "
         "empty: the method's own estimator",
+    )
+    statistics: Literal["step", "minibatch"] = Field(
+        "step", description="what mean and deviation of Eq. 3 are over: the whole rollout step, or each of its minibatches by itself"
     )
 
 
@@ -323,7 +426,7 @@ class TrainSettings(Section):
 class EvalSettings(SamplingSettings):
     """Held-out evaluation with plain prompts (decoding defaults: method.md section 10)."""
 
-    temperature: float = Field(0.6, ge=0, description="0 is greedy")
+    temperature: float = Field(0.6, ge=0, description="0 is greedy; presence_penalty is off then, unless it is set")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus; 1 is off")
     top_k: int = Field(20, ge=0, description="0 is off")
     min_p: float = Field(0.0, ge=0, lt=1, description="0 is off")
@@ -331,6 +434,14 @@ class EvalSettings(SamplingSettings):
     repetition_penalty: float = Field(1.0, gt=0, description="1 is off")
     every: int = Field(50, ge=0, description="steps between evaluations; 0: before and after training only")
     samples: int = Field(1, ge=1, description="completions per question")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _greedy(cls, data: Any) -> Any:
+        """Temperature 0 is the likeliest token; the default presence penalty would choose another one, so it is off unless it is set."""
+        if isinstance(data, dict) and str(data.get("temperature")) in ("0", "0.0"):
+            data = {"presence_penalty": 0.0, **data}
+        return data
 
 
 class PushSettings(Section):
@@ -343,10 +454,43 @@ class PushSettings(Section):
 class GradingSettings(Section):
     """How completions are graded."""
 
-    reward: str | None = Field(None, description="a reward function of yours, package.module:function or file.py:function")
+    reward: str | tuple[str, ...] | None = Field(
+        None,
+        description="a reward function of yours, package.module:function or file.py:function; or a list of them, first the one that judges "
+        "the answer",
+    )
+    reward_weights: tuple[float, ...] = Field((), description="the weight of each in the reward, their weighted sum; empty: 1 each")
+    reward_deadline: float = Field(60.0, gt=0, description="seconds for one call of an async reward function; what is late is ungraded")
     deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
     workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
     rounded_golds: bool = Field(True, description="a right answer that is a rounded decimal equals the exact answer: 0.33 is 1/3")
+    box: Literal["after-thoughts", "anywhere"] = Field(
+        "after-thoughts",
+        description="the answer is the last \\boxed{} after the thoughts; anywhere: of the whole response (the paper), so that one in "
+        "thoughts that were cut off counts too",
+    )
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether boxes in thoughts count."""
+        return self.box == "anywhere"
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The reward functions."""
+        return (self.reward,) if isinstance(self.reward, str) else self.reward or ()
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> GradingSettings:
+        if self.reward == ():
+            raise ValueError("grading.reward is an empty list; leave it out, or name a function")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"grading.reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} reward functions; give one for each"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError("grading.reward_weights holds a value that is no finite number")
+        return self
 
 
 class Settings(Section):
@@ -394,7 +538,9 @@ class Settings(Section):
         models |= {f"more_teachers.{i}": teacher for i, teacher in enumerate(self.more_teachers)}
         kernels = {f"{name}.attention": model.attention for name, model in models.items() if model and "/" in (model.attention or "")}
         own = {f"method.reformulations.{i}": kind for i, kind in enumerate(self.method.resolve().reformulations) if ":" in kind}
-        named = {"grading.reward": self.grading.reward, **own, **kernels}
+        several = not isinstance(self.grading.reward, str)
+        rewards = {f"grading.reward.{i}" if several else "grading.reward": spec for i, spec in enumerate(self.grading.rewards)}
+        named = {**rewards, **own, **kernels}
         return {key: spec for key, spec in named.items() if spec}
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -28,7 +28,7 @@ def accuracy_by_kind(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def composition(groups: Sequence[Group], threshold: float) -> dict[str, float]:
-    """Shares of the batch's groups (Fig. 5a): `easy` and `hard` plain groups, and one share per other kind.
+    """Shares of the batch's groups, after the caps: `easy` and `hard` plain groups, and one share per other kind.
 
     A plain group with fewer than half of its rollouts graded is neither easy nor hard: `ungraded`.
     """
@@ -41,12 +41,32 @@ def composition(groups: Sequence[Group], threshold: float) -> dict[str, float]:
     return {name: count / len(groups) for name, count in counts.items()}
 
 
+def eligibility(plain: Sequence[Group], responses: Mapping[str, Sequence[object]], threshold: float) -> dict[str, float]:
+    """Shares of the plain groups by what could be made of them before the caps (Fig. 5a); parts that are 0 are left out.
+
+    `easy` ones are asked no more. Of the hard ones, which all have a wrong rollout: `bcq` could give BCQ and NCQ, `ncq` NCQ alone, since
+    no teacher response was correct; of `unasked` ones nobody knows, since the teacher was not asked (`teacher.ask: lazy`). A group with
+    fewer than half of its rollouts graded is `ungraded`.
+
+    Args:
+        responses: correct teacher responses by question id, of every question that was asked about.
+    """
+    counts: dict[str, int] = {}
+    for group in plain:
+        pool = responses.get(group.question.id)
+        hard = "unasked" if pool is None else "bcq" if pool else "ncq"
+        name = "ungraded" if not group.counts else hard if is_hard(group.accuracy, threshold) else "easy"
+        counts[name] = counts.get(name, 0) + 1
+    return {name: count / len(plain) for name, count in counts.items()}
+
+
 def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> dict[str, float | None]:
     """Over all rollouts of a step: positive-advantage share, entropy (nats), lengths (tokens), truncation, answers, grading."""
+    judged = advantages[torch.tensor([r.graded for r in rollouts], dtype=torch.bool)]  # an ungraded one has none
     lengths = [float(len(r.ids)) for r in rollouts]
     return {
-        "positive_advantage_share": mean((advantages > 0).double().tolist()),
-        "nonzero_advantage_share": mean((advantages != 0).double().tolist()),
+        "positive_advantage_share": mean((judged > 0).double().tolist()),
+        "nonzero_advantage_share": mean((judged != 0).double().tolist()),
         "entropy": mean(r.entropy for r in rollouts),
         "completion_tokens_mean": mean(lengths),
         "completion_tokens_max": max(lengths, default=0.0),
@@ -55,6 +75,15 @@ def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> di
         "grading_timeout_share": mean(float(r.reason == "timeout") for r in rollouts),
         "ungraded": float(sum(not r.graded for r in rollouts)),
     }
+
+
+def reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean of each of the user's reward functions, by its name, over the rollouts that it applied to."""
+    given: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.rewards.items():
+            given.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in given.items()}
 
 
 def wrong_example(groups: Sequence[Group]) -> str:

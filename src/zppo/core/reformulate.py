@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Draft, Question
 
@@ -42,6 +43,8 @@ class Material:
         hint: a hint that the teacher made of one of its correct responses; None where there is none.
         response_ids: one correct teacher response in the student's tokens; empty where there is none.
         prefix_fraction: how much of that response Prefix gives.
+        count_duplicates: NCQ shows candidates of one text once, with their number.
+        teacher_answers: the distinct answers of all correct teacher responses, for the audit alone; None where the teacher was not asked.
     """
 
     question: Question
@@ -51,6 +54,8 @@ class Material:
     hint: str | None = None
     response_ids: tuple[int, ...] = ()
     prefix_fraction: float = 0.4
+    count_duplicates: bool = False
+    teacher_answers: tuple[str, ...] | None = None
 
 
 class Reformulation(Protocol):
@@ -94,11 +99,19 @@ class NegativeCandidateQuestion:
     needs: frozenset[Need] = frozenset({"wrong"})
 
     def draft(self, material: Material, rng: random.Random) -> Draft | None:
-        """Slots `answers` (may be empty) and `candidates`."""
+        """Slots `answers` (may be empty) and `candidates`, duplicates kept as in the paper; or once each, with their `counts` [zppo]. What
+        the teacher answered stands in `audit` alone."""
         if not material.wrong:
             return None
-        slots = {"answers": material.wrong_answers, "candidates": tuple(c.text for c in material.wrong)}
-        return Draft(self.kind, material.question, slots, audit={"wrong_answers": material.wrong_answers})
+        texts = tuple(c.text for c in material.wrong)
+        slots: dict[str, Any] = {"answers": material.wrong_answers, "candidates": texts}
+        if material.count_duplicates:
+            counts = Counter(texts)
+            slots |= {"candidates": tuple(counts), "counts": tuple(counts.values())}
+        audit = {"wrong_answers": material.wrong_answers}
+        if material.teacher_answers is not None:
+            audit["teacher_answers"] = material.teacher_answers
+        return Draft(self.kind, material.question, slots, audit=audit)
 
 
 class HintQuestion:

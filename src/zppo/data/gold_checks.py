@@ -24,6 +24,7 @@ _MENDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "tag": ("holds the tag {found!r}", "take what stands in it with data.answer_after: {found!r}"),
         "thought": ("holds '</think>'", "take what follows it with data.answer_after: '</think>'"),
         "lines": ("has several lines", f"take the answer alone with data.answer_after and a text that stands before it, or {_JUDGE}"),
+        "nothing": ("is what an empty cell is written as", "take these rows out, or write the right answer"),
         "words": (f"has more than {MOST_WORDS} words", f"keep the answer alone (data.answer_after), or {_JUDGE}"),
     }
 )
@@ -32,6 +33,7 @@ _MARK = "####"
 _TAG = re.compile(r"<([A-Za-z][\w-]*)>(.*?)</\1>", re.DOTALL)
 _OPENED = re.compile(r"<((?:final[_-]?)?(?:answer|ans|result|solution))>(.*)", re.DOTALL | re.IGNORECASE)
 _THOUGHT = "</think>"
+_NOTHING = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL", "N/A", "#N/A"))
 _LATEX = re.compile(r"\\(?:begin|end)\{[^{}]*\}|\\[a-zA-Z]+")
 _PART = re.compile(r"[,;、，；]|\b(?:and|or)\b")
 # A word has three letters, or two with another word before it: `ab + cd` has none. Two characters of a script without spaces are one.
@@ -44,6 +46,8 @@ _NO_WORDS = frozenset(
 
 def unmatchable(gold: str) -> tuple[str, str]:
     """Why no boxed answer can be this right answer, a key of the table of mends, and what it is about; ("", "") where one can."""
+    if gold in _NOTHING:
+        return "nothing", ""
     head, mark, tail = gold.rpartition(_MARK)
     if mark and not _says(gold, tail):
         return "mark", _MARK
@@ -100,9 +104,10 @@ class GoldChecks:
 
     def tell(self, say: Callable[[str], None]) -> None:
         """One warning of each kind that was found."""
-        for first, mend, count in self._found.values():
+        for kind, (first, mend, count) in self._found.items():
             more = f" ({count:,} of {self._questions:,} are like it)" if count > 1 else ""
-            say(f"warning: {first}{more}, and graded by rule no boxed answer matches that: {mend}")
+            matched = "" if kind == "nothing" else ", and graded by rule no boxed answer matches that"
+            say(f"warning: {first}{more}{matched}: {mend}")
 
 
 def _shown(gold: str) -> str:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from zppo.data.layouts import layout_hint
 from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows, kind_of
 from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
+from zppo.names import check_file
 
 _SHOWN = 20
 
@@ -46,11 +48,14 @@ def check_columns(source: str, have: Sequence[str], columns: Columns) -> None:
     if not set(have) & {*_names(columns.prompt), *_names(columns.messages)}:
         raise DataError(
             f"{source}: has no column {columns.prompt!r} and none {columns.messages!r}; it has {listing}. "
-            "Name the one with the question in data.columns.prompt or data.columns.messages"
+            "Name the one with the question in data.columns.prompt or data.columns.messages."
+            + layout_hint(have, prompt=True, answer=not set(have) & set(_names(columns.answer)))
         )
-    if not set(have) & set(_names(columns.answer)):
+    chats = set(have) & {*_names(columns.messages), *_names(columns.prompt)}
+    if not set(have) & set(_names(columns.answer)) and chats <= {columns.prompt}:  # a conversation may end in the answer
         raise DataError(
-            f"{source}: has no column {columns.answer!r}; it has {listing}. Name the one with the answer in data.columns.answer"
+            f"{source}: has no column {columns.answer!r}; it has {listing}. Name the one with the answer in data.columns.answer."
+            + layout_hint(have, prompt=False, answer=True)
         )
 
 
@@ -134,8 +139,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _OPTIONS = ("config", "split", "revision")
 
 
-def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
-    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings.
+def hub_rows(rest: str, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
+    """Rows of `owner/name` or `owner/name?config=...&split=...&revision=...`, where what stands in the name wins over the settings; `more`
+    as in `set_rows`.
 
     Raises:
         DataError: no such set, configuration, split or revision, one that needs a log-in, or no network; each with the mend.
@@ -153,7 +159,7 @@ def hub_rows(rest: str, reading: SourceSettings, columns: Columns) -> Rows:
         loaded = datasets.load_dataset(name, reading.config, split=reading.split, revision=reading.revision, streaming=reading.streaming)
     except Exception as error:  # many kinds, by what is missing: see `_why`
         raise DataError(f"hub:{name}: {_why(name, reading, error)}") from error
-    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd())
+    return set_rows(loaded, f"hub:{name}, split {reading.split}", f"{name}:{reading.split}", columns, Path.cwd(), more)
 
 
 def parse_hub(rest: str, reading: SourceSettings) -> tuple[str, SourceSettings]:
@@ -201,6 +207,7 @@ def _why(name: str, reading: SourceSettings, error: BaseException) -> str:
 
 
 _SAVED = ("dataset_dict.json", "state.json")
+_MANIFEST = "manifest.json"
 
 
 def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: Sequence[str] | None = ()) -> Rows:
@@ -213,6 +220,8 @@ def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: S
     Raises:
         DataError: no data files in it, or not the configuration or the split that is asked for.
     """
+    for path in (folder / "README.md", *(folder / name for name in _SAVED)):
+        check_file(path, DataError)
     if any((folder / name).is_file() for name in _SAVED):
         return _saved(folder, reading, columns, more)
     splits = _splits(folder, reading)
@@ -228,6 +237,8 @@ def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: S
 def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path]]:
     """Files by split, in the order of their names."""
     known = sorted(p for p in folder.rglob("*") if kind_of(p) in READERS and not p.name.startswith("."))
+    about = folder / _MANIFEST  # of a corpus that `zppo data build` made: it counts rows, and has none
+    known = [p for p in known if p != about] or known
     if not known:
         raise DataError(f"{folder}: is a folder without data files ({', '.join(READERS)}) in it; name another, or a file")
     # Heavy, and only folders need it.
@@ -258,6 +269,8 @@ def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path
 def _saved(folder: Path, reading: SourceSettings, columns: Columns, more: Sequence[str] | None) -> Rows:
     import datasets
 
+    for path in sorted(p for ending in ("*.arrow", "*.json") for p in folder.rglob(ending)):
+        check_file(path, DataError)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # many kinds, by what is missing or malformed

@@ -10,6 +10,7 @@ from zppo.errors import DataError
 _WRAPPERS = ("data", "rows", "records", "examples", "instances", "items", "questions", "problems", "train", "test", "validation")
 _SPLIT = {"columns", "data"}  # of pandas, `orient="split"`
 _SHOWN = 3
+_VIEWED = {"row_idx", "row", "truncated_cells"}  # a row as the viewer of the hub gives it
 
 
 def rows_in(value: object, name: str) -> Sequence[object]:
@@ -27,7 +28,7 @@ def rows_in(value: object, name: str) -> Sequence[object]:
             raise DataError(
                 f'{name}: is one conversation, a list of turns; write a list of rows, {{"messages": [...], "answer": ...}} each'
             )
-        return value
+        return [row_in(row, name) for row in value]
     if not isinstance(value, Mapping) or not value:
         raise DataError(f"{name}: holds {'an empty object' if value == {} else type(value).__name__}; write a list of objects with columns")
     if set(value) >= _SPLIT and isinstance(value["columns"], list) and all(isinstance(row, list) for row in _list(value["data"])):
@@ -37,14 +38,48 @@ def rows_in(value: object, name: str) -> Sequence[object]:
     if len(named) > 1:
         raise DataError(f"{name}: holds several lists of rows ({', '.join(named)}); write each into a file of its own")
     if named or (lists and len(value) == 1):
-        inner: Sequence[object] = value[named[0] if named else lists[0]]
-        return inner
+        return [row_in(row, name) for row in value[named[0] if named else lists[0]]]
+    if len(value) == 1 and isinstance(inner := next(iter(value.values())), Mapping) and _has_rows(inner):
+        return rows_in(inner, name)
     if (columns := _columns(value)) is not None:
         return columns
     if len(value) > 1 and all(isinstance(inner, Mapping) for inner in value.values()):
         keys = ", ".join(repr(key) for key in list(value)[:_SHOWN])
         raise DataError(f"{name}: is one object with a row under every key ({keys}, ...); write a list of the rows, with the key as id")
     return [value]
+
+
+def row_in(value: object, name: str) -> object:
+    """A row, taken out of what the viewer of the hub puts around it (`{"row_idx": 0, "row": {...}, "truncated_cells": []}`).
+
+    Raises:
+        DataError: cells of it were cut.
+    """
+    if not (isinstance(value, Mapping) and {"row_idx", "row"} <= set(value) <= _VIEWED and isinstance(value["row"], Mapping)):
+        return value
+    if value.get("truncated_cells"):
+        cut = ", ".join(map(repr, value["truncated_cells"]))
+        raise DataError(
+            f"{name}: is what the viewer of the hub shows, and cells of row {value['row_idx']} are cut ({cut}); name the set itself, "
+            "as hub:owner/name"
+        )
+    return value["row"]
+
+
+def list_shape(row: Sequence[object]) -> str:
+    """What a row is that is a list, and how its values become a row with columns."""
+    if row and all(isinstance(turn, Mapping) and _is_turn(turn) for turn in row):
+        return 'a list of turns, one conversation a row; write {"messages": [...], "answer": ...}'
+    if row and all(isinstance(item, Mapping) for item in row):
+        return "a list of objects; write each into a row of its own"
+    return (
+        f"a bare list of {len(row)} values, and nothing says which column each is; write objects "
+        '({"prompt": "2+3?", "answer": "5"}), or a CSV file whose first line names the columns'
+    )
+
+
+def _has_rows(value: Mapping[Any, Any]) -> bool:
+    return any(_is_rows(inner) or (isinstance(inner, Mapping) and _has_rows(inner)) for inner in value.values())
 
 
 def _list(value: object) -> list[Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, cast
 
 from zppo.core.types import AnswerList
-from zppo.data.json_shapes import rows_in
+from zppo.data.json_shapes import row_in, rows_in
 from zppo.errors import DataError, one_line
 from zppo.names import check_file, readable
 
@@ -122,6 +122,7 @@ _FOREIGN = {
     b"ARROW1\0": "is an Arrow file; write it as parquet",
 }
 """How files begin that are of another kind than their names say."""
+_TABLES = (".csv", ".tsv")
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what opening, reading and unpacking raise
 
 
@@ -165,7 +166,8 @@ def _check_kind(path: Path) -> None:
         return
     for magic, what in _FOREIGN.items():
         begins = start.lstrip().lower() if magic.startswith(b"<") else start
-        if begins.startswith(magic) and not (parquet_named and magic.startswith(b"PAR1")):
+        readable_so = parquet_named and magic.startswith(b"PAR1") or kind_of(path) in _TABLES and what.startswith("is UTF-16")
+        if begins.startswith(magic) and not readable_so:
             raise DataError(f"{path}: {what}")
 
 
@@ -181,7 +183,7 @@ def json_lines(path: Path) -> Numbered:
                     raise DataError(f"{path}, row {number}: has more than {_LONGEST_LINE >> 20} MiB; write one object per line")
                 raw = line.removeprefix(_BOM) if number == 1 else line
                 if raw.strip():
-                    yield number, _parse(raw, path, number)
+                    yield number, row_in(_parse(raw, path, number), f"{path}, row {number}")
     except _BROKEN as error:
         raise DataError(_unreadable(path, error)) from error
 
@@ -227,21 +229,29 @@ def _has_lines(path: Path) -> bool:
         return not whole or next(filter(None, lines), None) is not None
 
 
+def _encoding(path: Path) -> str:
+    with _opened(path) as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
 _SEPARATOR = re.compile("sep=(.)", re.I)
 
 
 def table(path: Path) -> Numbered:
     """(line as a spreadsheet counts, values by column) of a CSV or tab-separated file whose first line names the columns.
 
-    What spreadsheets leave is passed over: a first line `sep=;`, spaces around names, columns without a name, rows without a value.
+    What spreadsheets leave is read: UTF-16, a first line `sep=;`, names that are separated by `;`, a tab, `|` or a comma, whatever the
+    file is called; and passed over: spaces around names, columns without a name, rows without a value.
     """
     number, separator = 1, "\t" if kind_of(path) == ".tsv" else ","
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
-        with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        with _opened(path) as raw, io.TextIOWrapper(raw, encoding=_encoding(path), newline="") as file:
             head = file.readline(_LONGEST_CELL)
             if given := _SEPARATOR.fullmatch(head.strip('"\r\n')):
                 separator, head, number = given[1], file.readline(_LONGEST_CELL), 2
+            elif separator not in head:
+                separator = next((sign for sign in ";\t,|" if sign in head), separator)
             spaced = f"{separator} " in head  # `a, "b"`: the quotes stand behind a space
             reader = csv.reader(chain([head], file), delimiter=separator, strict=True, skipinitialspace=spaced)
             rows = enumerate(reader, number)
@@ -249,12 +259,6 @@ def table(path: Path) -> Numbered:
             twice = next((name for name in names if name and names.count(name) > 1), None)
             if twice is not None:
                 raise DataError(f"{path}, row 1: two columns are called {twice!r}; give every column a name of its own")
-            other = next((sign for sign in ";\t,|" if sign in names[0]), None) if len(names) == 1 else None
-            if other is not None:
-                raise DataError(
-                    f"{path}, row 1: is one column called {names[0]!r}, so the file seems to be separated by {other!r}; "
-                    f"save it with {separator!r} between the columns"
-                )
             for number, cells in rows:
                 if any(cells[len(names) :]):
                     raise DataError(
@@ -266,7 +270,7 @@ def table(path: Path) -> Numbered:
     except _BROKEN as error:
         raise DataError(_unreadable(path, error)) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after row {number}: is not UTF-8; save the file as CSV in UTF-8") from error
+        raise DataError(f"{path}, after row {number}: is not {error.encoding.upper()}; save the file as CSV in UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{path}, after row {number}: is no CSV ({error}); mend the quotes there") from error
     finally:
@@ -305,6 +309,9 @@ READERS: Mapping[str, Callable[[Path], Numbered]] = {
 """The reader for each ending of a file name."""
 
 
+_IS_JSON = "{}: the file is one JSON list; call it .json, or write one object per line"
+
+
 def _parse(raw: bytes, path: Path, number: int) -> object:
     where = f"{path}, row {number}"
     try:
@@ -313,13 +320,17 @@ def _parse(raw: bytes, path: Path, number: int) -> object:
         raise DataError(
             f"{where}: is not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x}); save the file as UTF-8"
         ) from error
-    if number == 1 and text.lstrip().startswith("["):
-        raise DataError(f"{where}: the file is one JSON list; call it .json, or write one object per line")
+    listed = number == 1 and text.lstrip().startswith("[")
     try:
-        return json.loads(text)
+        value: object = json.loads(text)
+        if listed and all(isinstance(item, dict) and not {"role", "from"} & set(item) for item in cast(list[object], value)):
+            raise DataError(_IS_JSON.format(where))
+        return value
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: is no JSON ({error.msg} at character {error.pos + 1}: {_around(text, error.pos)!r}); "
+            _IS_JSON.format(where)
+            if listed and "delimiter" not in error.msg
+            else f"{where}: is no JSON ({error.msg} at character {error.pos + 1}: {_around(text, error.pos)!r}); "
             "every line must be one whole JSON object"
         ) from error
     except (ValueError, RecursionError) as error:

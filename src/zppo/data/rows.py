@@ -5,168 +5,38 @@ Conversations, as data sets write them, become messages; images, in whatever for
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, get_args, get_type_hints
+from typing import Any, Protocol, cast, get_args
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 from zppo.core.parts import message_parts
-from zppo.core.types import IMAGE, RULE, AnswerList, Gold, Golds, Grading, ImageRef, Message, Question
+from zppo.core.types import RULE, AnswerList, Gold, Golds, Grading, ImageRef, Message, Question
+from zppo.data.conversations import RowError, Turns, a, check_printed, is_conversation, parsed, text_of, turns_of
+from zppo.data.json_shapes import list_shape
+from zppo.data.layouts import (
+    Choices,
+    alpaca_turns,
+    choice_columns,
+    choices_of,
+    hidden_choices,
+    is_alpaca,
+    layout_hint,
+    system_of,
+    with_choices,
+)
 from zppo.data.local_files import Place
 from zppo.errors import DataError, one_line
 from zppo.grading.golds import bare_items
 from zppo.grading.text import last_box
 from zppo.images.store import cache_folder, check_whole, data_of, decode, keep, reference, rgb
-
-
-class RowError(Exception):
-    """What is wrong with a value; the caller knows file, row and column."""
-
-
-def text_of(value: object, empty: bool = False) -> str:
-    """A text that is not blank and that a tokenizer can encode. RowError where it is none."""
-    if not isinstance(value, str):
-        raise RowError(f"is {a(value)}; expected text")
-    if not empty and not value.strip():
-        raise RowError("is empty; give it a text, or remove the row")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"holds half of a surrogate pair at character {error.start + 1}, which no encoding can write") from None
-    return value
-
-
-def a(value: object) -> str:
-    """A value in words, for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    if isinstance(value, bytes):
-        return f"{len(value):,} bytes"
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
-
-
-_ROLES: tuple[str, ...] = get_args(get_type_hints(Message)["role"])
-_OTHER_ROLES = {"developer": "system"}
-_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_MOST_TEXT = 1 << 24  # characters of a cell that is parsed
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes")
-
-
-class Turns(NamedTuple):
-    """What a conversation holds.
-
-    Attributes:
-        messages: its turns, the last one a user's; an `IMAGE` marker stands where an image part stood.
-        images: what each image part holds, in order; None for a mere place (`{"type": "image"}`).
-        answer: the last turn of a LLaVA conversation, which is the model's and is not shown; None in any other.
-    """
-
-    messages: tuple[Message, ...]
-    images: list[object]
-    answer: str | None = None
-
-
-def turns_of(value: object) -> Turns:
-    """A conversation: a list of {role, content}, or of {from, value} as LLaVA writes it; also as JSON text. RowError where it is none."""
-    value = parsed(value)
-    if not isinstance(value, list) or not value:
-        raise RowError(f"is {a(value)}; expected a list of {{role, content}} with at least one turn")
-    images: list[object] = []
-    llava = all(isinstance(turn, Mapping) and turn.get("role") is None and "from" in turn for turn in value)
-    turns = [_from_llava(turn, number) for number, turn in enumerate(value, 1)] if llava else value
-    messages = tuple(
-        _message(turn, n, images) for n, turn in enumerate(turns, 1) if not (n == 1 and len(turns) > 1 and _is_empty_system(turn))
-    )
-    answer = None
-    if llava and len(messages) > 1 and messages[-1].role == "assistant":
-        *rest, last = messages
-        messages, answer = tuple(rest), last.content
-    if messages[-1].role != "user":
-        raise RowError(f"the last turn is the {messages[-1].role}'s; it must be the user's, who asks the question")
-    return Turns(messages, images, answer)
-
-
-def _from_llava(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
-    role = turn["from"] if isinstance(turn["from"], str) else ""
-    if role not in _LLAVA_ROLES:
-        raise RowError(f"turn {number} is from {turn['from']!r}; expected one of {', '.join(_LLAVA_ROLES)}")
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
-    return {"role": _LLAVA_ROLES[role], "content": turn.get("value")} | rest
-
-
-def _message(turn: object, number: int, images: list[object]) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(f"turn {number} is {a(turn)}; expected {{role, content}}")
-    # What a chat API adds without a meaning here; a tool call would have one.
-    extra = [key for key, value in turn.items() if key not in ("role", "content", "name") and value not in (None, "", [], {})]
-    if extra:
-        raise RowError(f"turn {number} has the key {extra[0]!r}; only role and content are supported")
-    role = turn.get("role")
-    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in _ROLES:
-        raise RowError(f"turn {number} has the role {role!r}; expected one of {', '.join(_ROLES)}")
-    if role == "system" and number > 1:
-        raise RowError(f"turn {number} is a system turn; only the first turn may be one")
-    try:
-        return Message(cast(Any, role), _content(turn.get("content"), images))
-    except RowError as fault:
-        raise RowError(f"turn {number}, content: {fault}") from None
-
-
-def _is_empty_system(turn: object) -> bool:
-    """A system turn without a text, which exports of chats begin with, says nothing."""
-    if not isinstance(turn, Mapping) or turn.get("role") not in ("system", "developer"):
-        return False
-    content = turn.get("content")
-    return content is None or content == [] or (isinstance(content, str) and not content.strip())
-
-
-def parsed(value: object) -> object:
-    """What a text holds that is a list or an object in JSON, or in Python's form as pandas writes it into tables; else the value itself."""
-    if not isinstance(value, str) or len(value) > _MOST_TEXT or not value.strip().startswith(("[", "{")):
-        return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found: object = read(value.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-        if isinstance(found, list | dict):
-            return found
-    return value
-
-
-def _content(value: object, images: list[object]) -> str:
-    """Text, or a list of text and image parts, which are joined; what the image parts hold goes to `images`."""
-    if not isinstance(value, list):
-        return text_of(value)
-    parts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            parts.append(text_of(part.get("text"), empty=True))
-        elif kind in ("image", "image_url"):
-            images.append(next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None))
-            parts.append(IMAGE)
-        else:
-            shown = repr(kind) if isinstance(part, Mapping) else a(part)
-            raise RowError(f"a part of the kind {shown} is not supported; text, image and image_url parts are")
-    return text_of("".join(parts))
-
 
 FULLY_CHECKED = 256
 """So many images of a source are decoded when it is read, seconds at most; of the others header and end are looked at [zppo]."""
@@ -304,6 +174,7 @@ def _a(value: object) -> str:
 _GRADINGS: tuple[str, ...] = get_args(Grading)
 _ANSWER_LISTS: tuple[str, ...] = get_args(AnswerList)
 _NEAREST_SHOWN = 8
+_INSIDE_SHOWN = 5
 USUAL_MESSAGES, USUAL_PROMPT = "messages", "prompt"
 USUAL_IMAGES = "images"
 """The images column where a recipe names none."""
@@ -311,6 +182,8 @@ SINGULAR = "image"
 """What many call the column of one image."""
 
 
+# What Alpaca's, Dolly's and ShareGPT's layouts have beside the question.
+_BESIDE = ("input", "context", "output", "response", "system", "system_prompt", "history")
 _GOLD_KEY = "ground_truth"  # where a column holds an object (VeRL's `reward_model`), the answer is under this key
 
 
@@ -333,12 +206,16 @@ class Columns(Protocol):
     def grading(self) -> str: ...
     @property
     def answer_list(self) -> str: ...
+    @property
+    def choices(self) -> str: ...
+    @property
+    def extra(self) -> Sequence[str]: ...
 
 
 def column_names(columns: Columns) -> tuple[str, ...]:
     """Every column that is looked for."""
     own = columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
-    return (*own, columns.answer_list)
+    return (*own, columns.answer_list, *choice_columns(columns.choices), *columns.extra, *_BESIDE)
 
 
 def question_from_row(
@@ -360,12 +237,11 @@ def question_from_row(
         DataError: the row is no question, or an image of it cannot be used; the message names source, row and column.
         StorageError: the cache of images cannot be written.
     """
+    data = parsed(data)
     if not isinstance(data, Mapping):
-        shape = " of turns" if isinstance(data, list) and data and all(isinstance(turn, Mapping) for turn in data) else ""
-        raise DataError(
-            f"{place}: is {a(data)}{shape}; every row must be an object with columns"
-            + (f', such as {{"{columns.messages}": [...], "{columns.answer}": ...}}' if shape else "")
-        )
+        if isinstance(data, list):
+            raise DataError(f"{place}: is {list_shape(data)}")
+        raise DataError(f"{place}: is {a(data)}; every row must be an object with columns")
     column = ""
     try:
         column = columns.messages
@@ -374,12 +250,17 @@ def question_from_row(
         passed_over = given in (None, "") or (named and _value(data, columns.prompt) not in (None, ""))
         turns = None if passed_over else turns_of(given)
         column = columns.prompt
-        if turns is None:
-            turns = Turns((Message("user", _prompt(data, columns)),), [])
+        turns = _with_system(_prompt(data, columns) if turns is None else turns, system_of(data))
+        column = columns.choices
+        choices = choices_of(data, column, _value(data, column) if column else None)
+        messages = with_choices(turns.messages, choices) if choices else turns.messages
         column = columns.answer_list
         how = _one_of(_value(data, column), _ANSWER_LISTS, "answer_list") or answer_list
         column = columns.answer
-        gold = _gold(_answer_value(data, column, turns.answer), column, answer_after, how)
+        gold = _gold(_answer_value(data, column, turns.answer), column, answer_after, how, choices)
+        if choices is None and columns.choices:
+            column = columns.choices
+            _check_choices_seen(data, columns.prompt, gold)
         column = columns.id
         identity = _label(_value(data, column)) or f"{place.name}:{place.row}"
         column = columns.level
@@ -388,9 +269,35 @@ def question_from_row(
         grading = _one_of(_value(data, column), _GRADINGS, "grading") or RULE
         column = columns.images
         images = _images(_value(data, column) if column else None, turns, place, pictures or RowImages())
+        extra = {name: _json_ready(_value(data, name)) for name in columns.extra}
     except RowError as fault:
         raise DataError(f"{place}, column {column!r}: {fault}") from None
-    return Question(id=identity, messages=turns.messages, gold=gold, images=images, level=level, grading=grading)
+    chat = not passed_over or is_conversation(_value(data, columns.prompt))
+    return Question(identity, messages, gold, images, level, grading, chat, extra)
+
+
+def _json_ready(value: Any) -> Any:
+    """A value as a checkpoint can keep it; what JSON has no form for, such as a date, becomes its text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _with_system(turns: Turns, told: str) -> Turns:
+    """With the system turn that the row has in a column of its own; one of the conversation's own stays."""
+    if not told or turns.messages[0].role == "system":
+        return turns
+    return turns._replace(messages=(Message("system", text_of(told)), *turns.messages))
+
+
+def _check_choices_seen(data: Mapping[str, Any], prompt: str, gold: Gold) -> None:
+    """That a question whose answer is a letter or a number does not go without its choices."""
+    beside = _value(data, prompt.rpartition(".")[0]) if "." in prompt and prompt not in data else None
+    for columns in (data, beside if isinstance(beside, Mapping) else {}):
+        if hidden := hidden_choices(columns, gold):
+            several = ": write them into one list" if ", " in hidden else ""
+            raise RowError(
+                f"the answer is {gold!r}, and {hidden} beside the question seem to hold its choices, which nobody would be shown{several}; "
+                "name the list with data.columns.choices, or '' to leave them out"
+            )
 
 
 def unused_images(data: object, columns: Columns) -> str:
@@ -414,6 +321,20 @@ def has_column(data: object, column: str) -> bool:
     return isinstance(data, Mapping) and (column in data or column.partition(".")[0] in data)
 
 
+def column_value(data: Mapping[str, Any], column: str) -> Any:
+    """What stands in a column of a row, None for nothing; `a.b` is the value under b of the object in column a."""
+    return _value(data, column)
+
+
+def row_id(data: object, columns: Columns, place: Place) -> str:
+    """What the question of a row is called, also where the row is no question."""
+    try:
+        own = _label(_value(data, columns.id)) if isinstance(data, Mapping) else ""
+    except RowError:
+        own = ""
+    return own or f"{place.name}:{place.row}"
+
+
 def _is_image(value: object) -> bool:
     """As `datasets` writes images, or a list of them."""
     value = value[0] if isinstance(value, list) and value else value
@@ -427,11 +348,15 @@ def _value(data: Mapping[str, Any], column: str) -> Any:
     value: Any = data
     for part in column.split("."):
         value = parsed(value)
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        else:
+            value = value[int(part)] if isinstance(value, list) and part.isdecimal() and int(part) < len(value) else None
     return value
 
 
-def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
+def _prompt(data: Mapping[str, Any], columns: Columns) -> Turns:
+    """The question in the prompt column: a text, or a conversation."""
     value = _value(data, columns.prompt)
     if value is None and {"role", "content"} <= set(data):
         raise RowError(
@@ -439,36 +364,56 @@ def _prompt(data: Mapping[str, Any], columns: Columns) -> str:
             f'"{columns.answer}": ...}}'
         )
     if value is None:
+        chat = next((str(name) for name, held in data.items() if is_conversation(held)), "")
+        hint = layout_hint(data, prompt=True, answer=_value(data, columns.answer) is None)
+        hint = f" Perhaps data.columns: {{messages: {chat}}}" if chat and "laid out" not in hint else hint
         raise RowError(
             f"missing, and so is {columns.messages!r}; {_found(data)}. "
-            "Name the columns of your file with data.columns.prompt or data.columns.messages"
+            f"Name the columns of your file with data.columns.prompt or data.columns.messages.{hint}"
         )
+    if is_conversation(value):
+        return turns_of(value)
     if isinstance(value, list):
-        raise RowError(f"is {a(value)}; a list of {{role, content}} is named with data.columns.messages")
-    return text_of(value)
+        raise RowError(f"is {a(value)}; expected a text, or a list of {{role, content}}")
+    check_printed(value)
+    text = text_of(value)
+    alpaca = columns.prompt == "instruction" and is_alpaca(data)
+    return Turns(alpaca_turns(data, text) if alpaca else (Message("user", text),), [])
 
 
 def _answer_value(data: Mapping[str, Any], column: str, last_turn: str | None) -> Any:
-    """What stands in the answer column, or under `ground_truth` of the object there.
+    """What stands in the answer column: under `ground_truth` of an object there, the model's turn of a conversation there.
 
-    Without such a column it is the last turn of a LLaVA conversation.
+    Without such a column it is what the model says last in the row's conversation.
     """
     value = _value(data, column)
     value = last_turn if value is None else value
-    if isinstance(inner := parsed(value), Mapping) and _GOLD_KEY in inner:
+    inner = parsed(value)
+    if is_conversation(inner):
+        said = turns_of([{"role": "user", "content": "?"}, *cast(list[Any], inner)]).answer
+        value = value if said is None else said
+    elif (isinstance(inner, Mapping) and _GOLD_KEY in inner) or _is_quoted_list(value, inner):
         value = inner
     if isinstance(value, Mapping) and _GOLD_KEY in value:
         value = value[_GOLD_KEY]
     if value is None:
         why = "is null" if column in data else f"missing; {_found(data)}. Name it with data.columns.answer"
-        raise RowError(f"{why} (every question needs a right answer)")
+        hint = "" if column in data else layout_hint(data, prompt=False, answer=True)
+        raise RowError(f"{why} (every question needs a right answer){'.' if hint else ''}{hint}")
     return value
 
 
-def _gold(value: Any, column: str, after: str | None, how: AnswerList | None) -> Gold:
+def _is_quoted_list(value: object, inner: object) -> bool:
+    """Whether a text is a list of quoted texts (`["34"]`), as some sets write one right answer; `[1, 2]` may be an interval."""
+    return isinstance(value, str) and isinstance(inner, list) and bool(inner) and all(isinstance(item, str) for item in inner)
+
+
+def _gold(value: Any, column: str, after: str | None, how: AnswerList | None, choices: Choices | None = None) -> Gold:
     """The right answer, or several; a list of one is that one. A text that is a bare list has an order where `how` is "ordered"."""
     if not isinstance(value, list):
-        gold = _one_gold(value, column, after)
+        gold = _one_gold(value, column, after, choices)
+        if choices is not None:
+            return gold
         items = bare_items(gold) if how == "ordered" else ()
         return Golds("ordered", items) if len(items) > 1 else gold
     if not value:
@@ -481,22 +426,28 @@ def _gold(value: Any, column: str, after: str | None, how: AnswerList | None) ->
     golds = []
     for number, item in enumerate(value, 1):
         try:
-            golds.append(_one_gold(item, column, after))
+            golds.append(_one_gold(item, column, after, choices, alone=len(value) == 1))
         except RowError as fault:
             raise RowError(f"answer {number} of the list: {fault}") from None
     distinct = tuple(golds if how == "ordered" else dict.fromkeys(golds))
     return Golds(how, distinct) if how is not None and len(distinct) > 1 else distinct[0]
 
 
-def _one_gold(value: Any, column: str, after: str | None) -> str:
-    """A right answer: a text or a number."""
+def _one_gold(value: Any, column: str, after: str | None, choices: Choices | None = None, *, alone: bool = True) -> str:
+    """A right answer: a text or a number; of a question with choices the letter, with the text behind it where it is `alone`."""
     if isinstance(value, Mapping):
         inside = ", ".join(f"{column}.{key}" for key in list(value)[:_NEAREST_SHOWN])
         raise RowError(f"is an object; name the value in it with data.columns.answer ({inside or 'it is empty'})")
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+    if isinstance(value, bool):
+        raise RowError(f'is {a(value)}; an answer is a text or a number. Write what the student is to answer, such as "yes" or "True"')
+    if not isinstance(value, str | int | float | Decimal):
         raise RowError(f"is {a(value)}; an answer is a text or a number")
     gold = _number(value) if not isinstance(value, str) else text_of(value).strip()
-    return gold if after is None else part_after(gold, after)
+    gold = gold if after is None else part_after(gold, after)
+    if choices is None:
+        return gold
+    whole = not isinstance(value, str) and value == int(value)
+    return choices.right(str(int(value)) if whole else gold, place=whole, alone=alone)
 
 
 _BOXED = (r"\boxed", "boxed", r"\boxed{", "boxed{")
@@ -572,6 +523,14 @@ def _number(value: int | float | Decimal) -> str:
 
 
 def _found(data: Mapping[str, Any]) -> str:
-    names = [repr(name) for name in data]
+    names = [repr(name) + _inside(value) for name, value in data.items()]
     more = f" and {len(names) - _NEAREST_SHOWN} more" if len(names) > _NEAREST_SHOWN else ""
     return f"the row has {', '.join(names[:_NEAREST_SHOWN]) or 'no columns'}{more}"
+
+
+def _inside(value: object) -> str:
+    """What an object in a column holds, so that its parts can be named."""
+    if not isinstance(value, Mapping) or not value:
+        return ""
+    keys = list(map(str, value))
+    return f" {{{', '.join(keys[:_INSIDE_SHOWN])}{', ...' if len(keys) > _INSIDE_SHOWN else ''}}}"

@@ -18,6 +18,7 @@ from zppo.names import load_part
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _CONTROL = re.compile(r"[<\[{|]\S*[>\]}|]")  # how control tokens look: <tool_call>, [INST], <|im_end|>
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MEDIA = re.compile(r"<\|?/?(image|video|audio|vision|img|vid)(?![a-z]*_?text)\w*\|?>", re.IGNORECASE)
 _MEDIA_FIELDS = re.compile(r"(image|video|audio|vision)_.*token_id|(image|video|audio)_token_index")
 
@@ -212,6 +213,16 @@ class Chat:
         """The text of a completion: special tokens left out, think tags kept even where they count as special."""
         shown = [int(i) for i in ids if int(i) not in self._hidden]
         return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def settled(self, ids: Sequence[int]) -> int:
+        """How many of these tokens of a completion have a text that no later token changes.
+
+        Tokens that stand for a byte each (`<0xE2>`, of SentencePiece) are decoded as a run: a broken character spoils the whole of it.
+        """
+        count = len(ids)
+        while count and (ids[count - 1] in self._hidden or _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(int(ids[count - 1]))))):
+            count -= 1
+        return count
 
     def show(self, ids: Sequence[int]) -> str:
         """Token ids as text with every special token, as a model sees a prompt."""

@@ -79,6 +79,13 @@ def reads_images(name: str | Path, revision: str | None = None) -> bool:
     return type(_config(name, revision)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
+def context_of(name: str | Path, revision: str | None = None) -> int | None:
+    """Positions that a checkpoint's model was made for; None where its config.json does not say, or cannot be read."""
+    config = _config(name, revision)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def _sees_only_whole(name: str | Path, revision: str | None) -> bool:
     config = _config(name, revision)
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
+from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, Watcher, check_end_tokens, check_requests, in_order
 from zppo.engines.keyed_sampling import Drawer, Draws
 from zppo.engines.kv_cache import DecodeState
 from zppo.engines.out_of_memory import out_of_memory, release
@@ -74,6 +75,16 @@ class Rows:
         kept[~self._live[:count]] = self._live[count:].nonzero()[:, 0] + count
         return kept, self._drop((~self._live).nonzero()[:, 0], kept)
 
+    def drawn(self, draws: Draws) -> list[tuple[int, int]]:
+        """(row, token) of a step that is not recorded yet, of the rows to whose completions it belongs; waits for a GPU."""
+        return list(zip(self.rows[self._live].tolist(), draws.tokens[self._live].tolist(), strict=True))
+
+    def end(self, rows: Collection[int]) -> None:
+        """These rows end with the step that is recorded next: nobody waits for them."""
+        ended = torch.tensor(sorted(rows), device=self.rows.device)
+        self._limits[ended] = self._limits[ended].clamp(max=self._step + 1)
+        self._live &= ~torch.isin(self.rows, ended)
+
     def _drop(self, gone: torch.Tensor, kept: torch.Tensor) -> list[tuple[int, Completion]]:
         """The rows at the places `gone`; those at `kept` go on."""
         new = (torch.stack(part, 1) for part in zip(*self._since, strict=True))
@@ -128,6 +139,9 @@ class TransformersEngine:
             work. None for 1 on a CPU and 8 elsewhere.
         say: called with a message once, when memory has run out and what fits from then on.
         image_processor: for the images of requests; None for one that reads text only.
+
+    Attributes:
+        watch: asked before each batch with the (request, place of a key) of its rows who is to be told of each token; None for nobody.
     """
 
     def __init__(
@@ -152,6 +166,7 @@ class TransformersEngine:
         self.max_tokens = max_tokens
         self.autocast_dtype = autocast_dtype
         self.say = say
+        self.watch: Callable[[Sequence[tuple[SampleRequest, int]]], Watcher] | None = None
         self._failed_rows = 0  # of the attempt that ran out of memory, until a smaller one succeeds
         self.look_every = look_every or (1 if model.device.type == "cpu" else 8)
         config = model.config.get_text_config(decoder=True)
@@ -278,12 +293,15 @@ class TransformersEngine:
         ends[[i for i in self.eos_ids if i < self.vocab_size]] = True
         drawer = Drawer(sampling, keys, [prompts[i] for i in owners], tuple(self.banned_ids), device)
         progress = Rows(limits, ends, self.look_every)
+        watcher = self.watch([(r, key) for r, piece in batch for key in range(piece.start, piece.stop)]) if self.watch else None
 
         logits, cache, mask, following = self._prefill([request for request, _ in batch])
         owner = torch.tensor(owners, device=device)
         logits, state = logits[owner], None
         for step in range(progress.longest):
             draws = drawer.draw(logits, step)
+            if watcher is not None and (gone := watcher(step, partial(progress.drawn, draws))):
+                progress.end(gone)
             tokens, (kept, ended) = draws.tokens, progress.record(draws)
             yield from ended
             if len(progress.rows) == 0:

@@ -127,13 +127,18 @@ async def _find(url: str, key: str, name: str | None, what: Literal["model", "ju
             await wire.chat(body, REPLY_BYTES)
         except Trouble as trouble:
             if trouble.status in (401, 403):
-                mend = f"name the environment variable that holds its key with {key_flag}"
+                mend = "its key is refused: " if key else ""
+                mend += f"name the environment variable that holds {'a valid one' if key else 'its key'} with {key_flag}"
             elif trouble.moved:
                 mend = "if that is where it lives, write that address"
+            elif trouble.status == PAYMENT and not key:
+                mend = f"it wants to be paid: name the environment variable that holds the key of an account with {key_flag}"
             elif trouble.status == PAYMENT:
                 mend = "its account has no credit left: top it up, or name another server"
             elif trouble.status is None:
                 mend = "start the server, or correct the address"
+            elif trouble.again:
+                mend = "it is there, and busy or out of order: try again when it serves, or correct the address (it mostly ends in /v1)"
             else:
                 mend = f"correct the address (it mostly ends in /v1), or name the model with {name_flag}"
             raise EvaluationError(f"the {what} cannot be asked ({trouble.reason}): {mend}") from None

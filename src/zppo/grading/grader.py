@@ -29,6 +29,7 @@ class Verdict:
         reason: a short word for the log: "equal", "different", "no answer", "timeout", ...
         reward: feeds advantages; 1.0/0.0 from `correct` unless a reward function says otherwise.
         graded: False where no verdict could be had (an unreachable judge).
+        rewards, notes: see `Rollout`.
     """
 
     correct: bool
@@ -36,6 +37,8 @@ class Verdict:
     reason: str
     reward: float
     graded: bool = True
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 _log = logging.getLogger(__name__)
@@ -97,16 +100,25 @@ class Grader:
         workers: worker processes for answers that need algebra; they start when the first such answer comes.
         memory_limit: address space of a worker, bytes.
         rounded_golds: whether a gold that is a rounded decimal equals the exact answer that rounds to it [zppo].
+        anywhere: whether boxes in thoughts count too (`extract_boxed`).
 
     Raises:
         SettingsError: a value that is not positive.
     """
 
-    def __init__(self, deadline: float = DEADLINE, workers: int = 1, memory_limit: int = MEMORY_LIMIT, rounded_golds: bool = True) -> None:
+    def __init__(
+        self,
+        deadline: float = DEADLINE,
+        workers: int = 1,
+        memory_limit: int = MEMORY_LIMIT,
+        rounded_golds: bool = True,
+        anywhere: bool = False,
+    ) -> None:
         for name, value in (("deadline", deadline), ("workers", workers), ("memory_limit", memory_limit)):
             if not value > 0:
                 raise SettingsError(f"grading {name} is {value!r}, but must be above 0: give a positive number")
         self._settings = (deadline, workers, memory_limit, rounded_golds)
+        self._anywhere = anywhere
         self._pool = WorkerPool(*self._settings)
         self._in_a_step = _IN_A_STEP * workers
         self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
@@ -114,7 +126,7 @@ class Grader:
         self.timeouts = 0  # answers so far that were wrong because they took too long; a repeated one counts each time
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._settings
+        return type(self), (*self._settings, self._anywhere)
 
     def __enter__(self) -> Self:
         return self
@@ -229,7 +241,7 @@ class Grader:
             ZPPOError: workers are needed and cannot be started.
         """
         items = list(items)
-        answers = [extract_boxed(item[0], item[2] if len(item) > 2 else False) for item in items]
+        answers = [extract_boxed(item[0], item[2] if len(item) > 2 else False, self._anywhere) for item in items]
         golds = [item[1] for item in items]
         rows = [(group, gold, answer) for group, gold, answer in zip(groups or golds, golds, answers, strict=True) if answer is not None]
         outcomes = iter(self._outcomes(rows, spent if spent is not None else TimeOuts()))

@@ -69,19 +69,20 @@ def last_box(text: str) -> str | None:
     return None if span is None else text[span[0] : span[1]]
 
 
-def extract_boxed(text: str, think_open: bool = False) -> str | None:
+def extract_boxed(text: str, think_open: bool = False, anywhere: bool = False) -> str | None:
     """The answer of a completion (method.md section 7).
 
     Args:
         text: the completion.
         think_open: whether the prompt already ended inside an opened think block.
+        anywhere: thoughts count too, closed or not: the last box of the whole response, as the paper's grader takes it (App. D.1).
 
     Returns:
         Content of the last balanced `\\boxed{}` after the last `</think>`, without surrounding white space. None if there is
         no box, the box is empty, or the thinking never ended. [zppo] Of boxes inside one another the outer one counts, so
         that `\\boxed{3 or \\boxed{5}}` is not 5; a box that only holds a box is unwrapped.
     """
-    part = final_part(text, think_open)
+    part = text if anywhere else final_part(text, think_open)
     content = None if part is None else last_box(part)
     if content is None:
         return None

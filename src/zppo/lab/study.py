@@ -9,12 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +22,12 @@ from zppo import __version__
 from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
-from zppo.errors import DataError, SettingsError, ZPPOError
+from zppo.errors import DataError, SettingsError
 from zppo.lab.picture_world import is_picture_world
 from zppo.lab.questions import SCHEME
 from zppo.report.bootstrap import mean_interval, paired_difference
 from zppo.runs.log import BUFFER, METRICS, read_lines
+from zppo.sweep import SweepRun, run_all
 
 MATCHED = "-matched"
 """Ending of a method's name that asks for as many student rollouts as ZPPO takes, by more steps (a matched-cost control)."""
@@ -94,8 +91,9 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
 def _questions_of(cell: Cell, settings: Settings) -> list[str]:
     """On a lab world of text: train without its unseen operations, evaluate on all levels of a study; a bundled student brings its
     questions."""
-    world = (cell.student if cell.student.startswith(SCHEME) else settings.data.train).removeprefix(SCHEME).partition("/")[0]
-    if not settings.data.train.startswith(SCHEME) or is_picture_world(world):
+    train = settings.data.train_name
+    world = (cell.student if cell.student.startswith(SCHEME) else train).removeprefix(SCHEME).partition("/")[0]
+    if not train.startswith(SCHEME) or is_picture_world(world):
         return []
     return [f"--data.train={SCHEME}{world}/seen", f"--data.eval={SCHEME}{world}/study"]
 
@@ -144,43 +142,30 @@ def run_study(
     """
     console = console or Console()
     done = {(r["recipe"], r["method"], r["seed"], r["student"]) for r in read_lines(rows)}
-    left = [cell for cell in cells if cell.key not in done]
+    left = {cell.name: cell for cell in cells if cell.key not in done}
     console.print(f"{len(cells)} cells, {len(cells) - len(left)} have their row, {len(left)} to run, {jobs} at a time")
     rows.parent.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_run_cell, cell, work, extra): cell for cell in left}
-        for number, future in enumerate(as_completed(futures), 1):
-            cell = futures[future]
-            try:
-                row = future.result()
-            except ZPPOError as error:
-                failed += 1
-                console.print(f"{number}/{len(left)} {cell.name}: {error}", style="red", markup=False)
-                continue
-            with open(rows, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            after = "  ".join(f"{level} {value:.2f}" for level, value in row["after"].items())
-            console.print(f"{number}/{len(left)} {cell.name}: {after}  ({row['seconds']:.0f} s)", highlight=False)
-    return failed
+    runs = []
+    for cell in left.values():
+        overrides = [*overrides_of(cell, load_recipe(cell.recipe)), *extra]
+        runs.append(SweepRun(cell.name, load_recipe(cell.recipe, overrides)))
+        _remove(work, cell.name)  # of a study that was stopped: these runs have no checkpoints
+
+    def finished(run: SweepRun, place: Path) -> str:
+        row = row_of(left[run.name], place)
+        with open(rows, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        _remove(work, run.name)
+        after = "  ".join(f"{level} {value:.2f}" for level, value in row["after"].items())
+        return f"{after}  ({row['seconds']:.0f} s)"
+
+    return run_all(runs, work, finished, jobs=jobs, threads=1, console=console)
 
 
-def _run_cell(cell: Cell, work: Path, extra: Sequence[str]) -> dict[str, Any]:
-    """One run in a process of its own."""
-    settings = load_recipe(cell.recipe)
-    run = work / cell.name
-    shutil.rmtree(run, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    output = work / f"{cell.name}.txt"
-    command = [sys.executable, "-m", "zppo", "train", str(cell.recipe), *overrides_of(cell, settings), *extra, f"--output={run}"]
-    with open(output, "w", encoding="utf-8") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-    if status:
-        raise ZPPOError(f"`{' '.join(command[1:])}` ended with {status}; what it printed is in {output}")
-    row = row_of(cell, run)
-    shutil.rmtree(run)
-    output.unlink()
-    return row
+def _remove(work: Path, name: str) -> None:
+    shutil.rmtree(work / name, ignore_errors=True)
+    for ending in ("yaml", "txt"):
+        (work / f"{name}.{ending}").unlink(missing_ok=True)
 
 
 CONTROLS = ("grpo-replay", "zppo-placebo")

@@ -18,6 +18,7 @@ from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
 from zppo.models.quantized import make_whole
 from zppo.models.vision_parts import Part, parts_of
+from zppo.names import check_checkpoint
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -52,6 +53,7 @@ class Adapters:
         """
         from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
+        check_checkpoint(folder)
         try:
             saved = LoraConfig.from_pretrained(str(folder))
             state = load_file(folder / _WEIGHTS)

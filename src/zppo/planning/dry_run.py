@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,13 @@ from zppo.core.reformulate import RESPONSES, Candidate, Material
 from zppo.core.select import share_of
 from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
-from zppo.errors import ModelError, RewardError, TemplateError
-from zppo.grading.reward_function import check_form
+from zppo.engines.base import Sampling
+from zppo.errors import ModelError, SettingsError, TemplateError
 from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
+from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
+from zppo.rollout.rewards import make_rewards
 from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
@@ -66,6 +66,9 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     ]
     if memory.others:
         rows.append(("teachers and judge in this process", _size(memory.others)))
+    if memory.unknown:
+        names = ", ".join(memory.unknown)
+        rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
         rows.append(("vLLM in this process", f"{_size(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
     if memory.cast:
@@ -92,7 +95,9 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, images
     room = machine.usable
     if memory.total <= room:
         tight = memory.total > _TIGHT * room
-        return [("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")]
+        fits = "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits"
+        left = f", if {', '.join(memory.unknown)} takes no more than {_size(room - memory.total)}" if memory.unknown else ""
+        return [("verdict", fits + left)]
     words = []
     if memory.standing + memory.update > room:
         advice, memory = _lighter(settings, memory, machine, images)
@@ -130,11 +135,28 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) 
             if "lora" in changes:
                 says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
             return says + _elsewhere(settings, memory, machine), lighter
+    for changes in ({}, *_changes(settings, memory)) if memory.others else ():
+        beside = _estimate(_with(settings, changes), machine, images)
+        if isinstance(beside, Memory) and beside.standing + beside.update - beside.others <= machine.usable:
+            return _without_others(settings, replace(beside, others=0), memory.others, machine, changes)
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
         "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
         memory,
     )
+
+
+def _without_others(settings: Settings, lighter: Memory, others: int, machine: Machine, changes: Mapping[str, Any]) -> tuple[str, Memory]:
+    """What to say where the frozen models are what does not fit; `lighter` is without them."""
+    keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
+    room = machine.usable - lighter.standing - lighter.update
+    frozen = [model for model in (settings.teacher, *settings.more_teachers, settings.judge) if model is not None and not model.base_urls]
+    names = ", ".join(dict.fromkeys(model.model for model in frozen))
+    says = (
+        f"the update does not fit beside the {_size(others)} of {names}: put them on a server (base_urls), or take smaller ones, of "
+        f"{_size(room)} at most{f', both with {keys}' if keys else ''}"
+    )
+    return says + ("; recipes/single-gpu-lora.yaml is a recipe like that" if "lora" in changes else ""), lighter
 
 
 def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
@@ -235,7 +257,7 @@ class Plan:
 
 
 def check_files(settings: Settings) -> None:
-    """Whether the files that a recipe names are there: templates, folders of models, the reward function's module; `output` must be free.
+    """Whether the files that a recipe names are there: templates, folders of models, the reward functions; `output` must be free.
 
     Raises:
         TemplateError, ModelError, RewardError, SettingsError.
@@ -258,10 +280,48 @@ def check_files(settings: Settings) -> None:
                 "name a folder that has one, or a model of the hub as owner/name"
             )
         check_checkpoint(folder)
-    if settings.grading.reward:
-        _check_reward(settings.grading.reward)
+    if settings.grading.rewards:
+        make_rewards(settings.grading)
     if settings.output is not None:
         check_output(settings.output)
+
+
+def check_student_context(settings: Settings) -> None:
+    """Whether any prompt at all fits the student beside its completions; a run counts the tokens of each when it starts.
+
+    Raises:
+        SettingsError: none does.
+    """
+    context = context_in(settings.student.model)
+    for name, most in _limits(settings):
+        if context is not None and most >= context:
+            raise SettingsError(
+                f"{name}.max_new_tokens is {most:,}, and the context of {settings.student.model!r} holds {context:,} tokens, prompt and "
+                f"completion together: lower {name}.max_new_tokens by more than the longest prompt needs"
+            )
+
+
+def _limits(settings: Settings) -> list[tuple[str, int]]:
+    """The new-token limits of the student."""
+    held_out = [("eval", settings.eval.max_new_tokens)] if settings.data.eval else []
+    return [("rollout", settings.rollout.max_new_tokens), *held_out]
+
+
+def _context_row(settings: Settings) -> list[tuple[str, str]]:
+    """What the student's context leaves to prompts, where that is less than what the recipe admits."""
+    context = context_in(settings.student.model)
+    if context is None:
+        return []
+    name, most = max(_limits(settings), key=lambda limit: limit[1])
+    if context - most >= settings.data.max_prompt_tokens:
+        return []
+    return [
+        (
+            "student's context",
+            f"{context:,} tokens, {most:,} of them for {name}.max_new_tokens: a run ends at its start where a prompt has more than "
+            f"{context - most:,}; data.max_prompt_tokens={context - most} drops such questions",
+        )
+    ]
 
 
 def _try_reformulations(kinds: Sequence[str], book: PromptBook) -> None:
@@ -350,9 +410,15 @@ def _judge_calls(settings: Settings, plain: int, reformulated: int, lazy: Teache
     return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
 
-def render_plan(settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = ()) -> Group:
-    """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`."""
+def render_plan(
+    settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = (), sources: Sequence[str] = ()
+) -> Group:
+    """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`,
+    `sources` what each source of the training questions gives, a line each."""
     parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
+    if sources:
+        named = [(name, gives) for name, _, gives in (line.partition(": ") for line in sources)]
+        parts += [_table("sources of the training questions", named), ""]
     parts += [_table("one step, at most", _step_rows(settings, plan)), ""]
     if plan.lazy is not None and plan.literal is not None:
         parts += [_teacher_table(settings, plan.lazy, plan.literal), ""]
@@ -368,20 +434,34 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
     return [
         ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}"),
         ("student", settings.student.model),
+        *_context_row(settings),
         ("teacher", "; ".join(_where(t) for t in teachers if t is not None) if method.needs_teacher else "not needed"),
-        ("training questions", f"{plan.questions:,} from {settings.data.train}{_with_images(plan.seeing)}"),
+        ("training questions", f"{plan.questions:,} from {settings.data.train_name}{_with_images(plan.seeing)}"),
         (
             "held-out questions",
             f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}" if settings.data.eval else "none",
         ),
         ("judge", _judge_row(settings, plan)),
-        ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each"),
+        ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each{_decoding(settings)}"),
         ("steps", f"{plan.steps:,} ({passes})"),
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
         *([("pushed to", f"{push.repo}, {'private' if push.private else 'public'} where it is made")] if (push := settings.push) else []),
     ]
+
+
+def _decoding(settings: Settings) -> str:
+    """How held-out completions are drawn, what is off left out."""
+    if not settings.data.eval:
+        return ""
+    sampling = settings.eval.sampling()
+    on = [
+        f"{name.replace('_', ' ')} {getattr(sampling, name):g}"
+        for name in ("top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+        if getattr(sampling, name) != getattr(Sampling(), name) and not (sampling.temperature == 0 and name in ("top_p", "top_k", "min_p"))
+    ]
+    return ", ".join(["", "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}", *on])
 
 
 def _with_images(count: int) -> str:
@@ -465,33 +545,3 @@ def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, c
         compressions=most if teacher.compression.enabled else 0,
         hints=built * positive if "hint" in needs else 0,
     )
-
-
-def _check_reward(name: str) -> None:
-    """The module or file of a reward function exists; it is not run here."""
-    module, colon, function = name.rpartition(":")
-    if not colon or not function:
-        raise RewardError(f"grading.reward: {name!r} names no function; write package.module:function or file.py:function")
-    if module.endswith(".py"):
-        if not Path(module).is_file():
-            raise RewardError(f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function")
-        _check_written_reward(Path(module), function)
-    elif importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")
-
-
-def _check_written_reward(path: Path, name: str) -> None:
-    """Whether the function in a file has a form that can be called, as far as its text says; the rest is left to its import."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # importing it says what is wrong
-        return
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name and not node.decorator_list:
-            given = [*node.args.posonlyargs, *node.args.args]
-            rest = [argument for argument in (node.args.vararg, *node.args.kwonlyargs, node.args.kwarg) if argument is not None]
-            names = [argument.arg for argument in (*given, *rest)]
-            required = len(given) - len(node.args.defaults)
-            needed = [a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if default is None]
-            fits = not needed and required <= 2 and (len(given) >= 2 or node.args.vararg is not None)
-            check_form(f"{path}:{name}", names, fits, isinstance(node, ast.AsyncFunctionDef))

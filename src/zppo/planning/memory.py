@@ -114,6 +114,7 @@ class Memory:
         stepping: what the optimizer's step holds besides its state.
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
+        unknown: frozen models in this process that are in no number, because nothing here says how large they are.
     """
 
     weights: int
@@ -132,6 +133,7 @@ class Memory:
     stepping: int
     tower: int = 0
     images: int = 0
+    unknown: tuple[str, ...] = ()
 
     @property
     def standing(self) -> int:
@@ -172,10 +174,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
     vision_shape = vision_shape_of(settings.student.model) if images else None
-    # Frozen models in this process; without the shape of one of them there is no estimate.
-    others = _frozen(settings, gpu, images=bool(images))
-    if isinstance(others, str):
-        return others
+    others, unknown = _frozen(settings, gpu, images=bool(images))
     # Weights are fp32, but for those under LoRA adapters, which have the width of the forward pass.
     train = settings.train
     parameters = _parameters(settings.student, shape, vision_shape)
@@ -212,6 +211,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         stepping=trained * 4 if gpu else 0,
         tower=_tower(settings, vision_shape, tokens // longest, images, bf16=bf16),
         images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
+        unknown=unknown,
     )
 
 
@@ -339,19 +339,20 @@ def _tower(settings: Settings, vision_shape: VisionTowerShape | None, rows: int,
     return int(rows * tokens * vision_shape.merge**2 * kept)
 
 
-def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
-    """Bytes of the frozen models that the run loads, or why they are not known."""
+def _frozen(settings: Settings, gpu: bool, *, images: bool) -> tuple[int, tuple[str, ...]]:
+    """Bytes of the frozen models that the run loads, and those of which they are not known."""
     teachers = (settings.teacher, *settings.more_teachers) if settings.method.resolve().needs_teacher else ()
-    total = 0
+    total, unknown = 0, list[str]()
     for model in (*teachers, settings.judge):
         if model is None or model.base_urls:
             continue
         shape = shape_of(model.model)
         if shape is None:
-            return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
+            unknown.append(model.model)
+            continue
         vision_shape = vision_shape_of(model.model) if images else None
         total += _parameters(model, shape, vision_shape) * (2 if gpu else 4)
-    return total
+    return total, tuple(dict.fromkeys(unknown))
 
 
 def _parameters(model: ModelSettings, shape: DecoderShape, vision_shape: VisionTowerShape | None) -> int:

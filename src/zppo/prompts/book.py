@@ -31,7 +31,7 @@ VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         CLOSING: frozenset(),
         "bcq": frozenset({"candidates"}),
-        "ncq": frozenset({"answers", "candidates"}),
+        "ncq": frozenset({"answers", "candidates", "counts"}),
         COMPRESSION: frozenset({"response", "has_answer"}),
         JUDGE: frozenset({"question", "gold", "completion"}),
         "hint": frozenset({"hint"}),
@@ -44,6 +44,7 @@ _INVENTED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("bcq", {"candidates": ["one", "two"]}),
     ("ncq", {"candidates": ["one"], "answers": []}),
     ("ncq", {"candidates": ["one", "two", "one"], "answers": ["1", "2"]}),
+    ("ncq", {"candidates": ["one", "two"], "answers": ["1", "2"], "counts": [2, 1]}),
     (COMPRESSION, {"response": "one", "has_answer": True}),
     (COMPRESSION, {"response": "one", "has_answer": False}),
     (JUDGE, {"question": "why?", "gold": "so", "completion": "so"}),

@@ -11,11 +11,11 @@ import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,13 +48,31 @@ def boxes(text: str) -> list[str]:
     return found
 
 
-def match(answer: str | None, positive: str | None, negatives: Sequence[str]) -> str:
+def match(answer: str | None, positives: Sequence[str], negatives: Sequence[str]) -> str:
     """Which of `MATCHES` an answer is, after method.md section 9's normalisation."""
     if answer is None:
         return "none"
-    if positive is not None and normal(answer) == normal(positive):
+    if any(normal(answer) == normal(p) for p in positives):
         return "positive"
     return "negative" if any(normal(answer) == normal(n) for n in negatives) else "other"
+
+
+def compared(kind: str, audit: Mapping[str, Any], unseen: str | None) -> tuple[list[str], list[str]] | None:
+    """(right, wrong) answers with which those of a group are compared; None where its kind has none.
+
+    For NCQ the right ones are those of all correct responses of the teacher to the question in this step (Tab. 17).
+
+    Args:
+        audit: the facts of the log: correct_at, positive_answer, negative_answer; or wrong_answers and teacher_answers.
+        unseen: the positive answer of the same question's BCQ in this step: all that logs of older versions know of the teacher for NCQ.
+    """
+    if kind == BCQ and "correct_at" in audit:
+        positive, negative = ([a for a in (audit[name],) if a is not None] for name in ("positive_answer", "negative_answer"))
+        return positive, negative
+    if kind == NCQ and "wrong_answers" in audit:
+        older = [] if unseen is None else [unseen]
+        return list(audit.get("teacher_answers", older)), list(audit["wrong_answers"])
+    return None
 
 
 def audit_class(kind: str, correct: bool, found: str) -> str:
@@ -69,23 +87,22 @@ def count_group(
 
     Args:
         kind: bcq or ncq; other kinds have no candidates to audit.
-        audit: the facts of the log: correct_at, positive_answer, negative_answer; or wrong_answers.
-        unseen: for NCQ the positive answer of the same question's BCQ in this step ([zppo] the paper does not say which of the teacher's
-            answers it compares with), None where there was none.
+        audit, unseen: see `compared`.
         rollouts: (answer, correct) of the graded ones.
     """
     counts: Counts = Counter()
-    if kind == BCQ and "correct_at" in audit:
-        positive, negatives = audit["positive_answer"], [a for a in [audit["negative_answer"]] if a is not None]
-    elif kind == NCQ and "wrong_answers" in audit:
-        positive, negatives = unseen, list(audit["wrong_answers"])
-        counts["ncq", "unseen known" if unseen is not None else "unseen unknown"] += len(rollouts)
-    else:
+    answers = compared(kind, audit, unseen)
+    if answers is None:
         return counts, ["" for _ in rollouts]
-    found = [match(answer, positive, negatives) for answer, _ in rollouts]
+    positives, negatives = answers
+    if kind == NCQ:
+        counts["ncq", "unseen known" if positives else "unseen unknown"] += len(rollouts)
+        counts["ncq", "one answer alone"] += len(rollouts) if "teacher_answers" not in audit else 0
+    found = [match(answer, positives, negatives) for answer, _ in rollouts]
     for (_, correct), which in zip(rollouts, found, strict=True):
         counts["match", kind, "right" if correct else "wrong", which] += 1
-    if kind == BCQ and not (positive is not None and normal(positive) in map(normal, negatives)):
+    # Where a candidate has no answer, nobody can be seen to follow it.
+    if kind == BCQ and positives and negatives and set(map(normal, positives)).isdisjoint(map(normal, negatives)):
         _count_position(counts, int(audit["correct_at"]), found)
     return counts, [audit_class(kind, correct, which) for (_, correct), which in zip(rollouts, found, strict=True)]
 
@@ -148,11 +165,12 @@ class MatchRow:
     """One row of the candidate-match audit.
 
     Attributes:
-        source: "this run", or the scale of the paper's student.
+        source: which steps of this run, or the scale of the paper's student.
         kind: bcq or ncq.
         subset: right, wrong or all.
         rollouts: how many.
         positive, negative, other: shares; `other` holds rollouts without an answer too.
+        accuracy: share of right rollouts among all of the kind.
         none: share without an answer; None where the source does not say.
     """
 
@@ -163,20 +181,44 @@ class MatchRow:
     positive: float | None
     negative: float | None
     other: float | None
+    accuracy: float | None
     none: float | None = None
 
 
-def match_rows(counts: Counts) -> list[MatchRow]:
-    """This run's rows: BCQ and NCQ, each right, wrong and all; kinds without a rollout are left out."""
+_BOTH = ("right", "wrong")
+LAST_STEPS = 3
+"""The audit's window: as many steps as the paper's tables cover dumps, counted from the end."""
+
+
+def match_rows(counts: Counts, source: str) -> list[MatchRow]:
+    """Rows of some steps of this run: BCQ and NCQ, each right, wrong and all; kinds without a rollout are left out."""
     rows = []
     for kind in (BCQ, NCQ):
-        for subset, parts in (("right", ("right",)), ("wrong", ("wrong",)), ("all", ("right", "wrong"))):
+        right, total = (sum(counts["match", kind, part, which] for part in parts for which in MATCHES) for parts in (("right",), _BOTH))
+        if not total:
+            continue
+        for subset, parts in (("right", ("right",)), ("wrong", ("wrong",)), ("all", _BOTH)):
             found = [sum(counts["match", kind, part, which] for part in parts) for which in MATCHES]
-            total = sum(found)
-            if total or any(counts["match", kind, part, w] for part in ("right", "wrong") for w in MATCHES):
-                positive, negative, other, none = (n / total if total else None for n in found)
-                both = None if other is None or none is None else other + none
-                rows.append(MatchRow("this run", kind, subset, total, positive, negative, both, none))
+            positive, negative, other, none = (n / sum(found) if sum(found) else None for n in found)
+            both = None if other is None or none is None else other + none
+            rows.append(MatchRow(source, kind, subset, sum(found), positive, negative, both, right / total, none))
+    return rows
+
+
+def run_rows(steps: Sequence[Counts]) -> list[MatchRow]:
+    """The rows of a run: of the last three steps with rollouts of a kind, as in the paper's tables, and of the whole run beside them.
+
+    Args:
+        steps: the counts of every step, in order.
+    """
+    rows = []
+    for kind in (BCQ, NCQ):
+        own = [counts for counts in steps if any(key[:2] == ("match", kind) for key in counts)]
+        for source, part in ((f"last {min(LAST_STEPS, len(own))} steps", own[-LAST_STEPS:]), ("whole run", own)):
+            total: Counts = Counter()
+            for counts in part:
+                total.update(counts)
+            rows += [row for row in match_rows(total, source) if row.kind == kind]
     return rows
 
 
@@ -189,10 +231,23 @@ def paper_rows() -> list[MatchRow]:
             row["reformulation"].lower(),
             "right" if row["subset"] == "correct" else row["subset"],
             int(row["rollouts"]),
-            *(float(row[name]) for name in ("match_positive", "match_negative", "other")),
+            *(float(row[name]) for name in ("match_positive", "match_negative", "other", "accuracy")),
         )
         for row in csv.DictReader(text.splitlines())
     ]
+
+
+def paper_buffer() -> dict[str, dict[str, float]]:
+    """The paper's numbers of the replay buffer (Figs. 4, 5b, 21, 23, 24): quantity -> value, by "paper <scale>, <method>"; small first."""
+    text = (files("zppo.report") / "data" / "paper_buffer.csv").read_text(encoding="utf-8")
+    known: dict[str, dict[str, float]] = {}
+    for row in sorted(csv.DictReader(text.splitlines()), key=lambda row: float(row["scale"].removesuffix("B"))):
+        known.setdefault(f"paper {row['scale']}, {row['method']}", {})[row["quantity"]] = float(row["value"])
+    return known
+
+
+PAPER_BINS = ("0%", "12.5%", "25%", "37.5%")
+"""The paper's entry bins: eight rollouts a question, and a threshold of a half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +320,10 @@ class ZoneStory:
         names: of the bins, by accuracy at admission.
         steps: (T,) the steps 1 .. T.
         admitted, graduated, evicted: (bins, T) how many in each step.
-        visits: visits -> (graduated, evicted) among those that left.
         waits: per bin, the steps from admission to graduation of each graduate.
+        fates: by how often an entry was asked plainly since admission (`MOST_VISITS`: so often or more), how many had each of `FATES`;
+            those that are still in the buffer count (Fig. 24).
+        unvisited: entries that were not asked again yet, or left before they were.
     """
 
     names: tuple[str, ...]
@@ -274,8 +331,9 @@ class ZoneStory:
     admitted: Any
     graduated: Any
     evicted: Any
-    visits: dict[int, tuple[int, int]] = field(default_factory=dict)
     waits: tuple[tuple[int, ...], ...] = ()
+    fates: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    unvisited: int = 0
 
     @property
     def occupancy(self) -> Any:
@@ -289,6 +347,11 @@ class ZoneStory:
         with np.errstate(invalid="ignore"):
             return np.where(admitted > 0, np.cumsum(self.graduated, axis=1) / np.maximum(admitted, 1), np.nan)
 
+    @property
+    def left(self) -> Any:
+        """(2, T) entries that graduated, and that were evicted, up to each step."""
+        return np.cumsum([self.graduated.sum(axis=0), self.evicted.sum(axis=0)], axis=1)
+
     def totals(self) -> list[tuple[str, int, int, int]]:
         """(bin, admitted, graduated, evicted) over the whole run, and the row "all"."""
         sums = [part.sum(axis=1) for part in (self.admitted, self.graduated, self.evicted)]
@@ -296,30 +359,65 @@ class ZoneStory:
         return [*rows, ("all", *(int(s.sum()) for s in sums))]  # type: ignore[list-item]
 
 
-def zone_story(events: Iterable[Mapping[str, Any]], group_size: int, threshold: float, last_step: int) -> ZoneStory:
-    """The story that the lines of buffer.jsonl tell up to `last_step`; later lines (of a step that is being written) wait."""
+FATES = ("never improved", "improved, not graduated", "graduated")
+MOST_VISITS = 6
+
+
+class PlainVisit(NamedTuple):
+    """A plain group that counts for the buffer."""
+
+    step: int
+    question_id: str
+    accuracy: float
+
+
+def zone_story(
+    events: Iterable[Mapping[str, Any]], group_size: int, threshold: float, last_step: int, visits: Iterable[PlainVisit] = ()
+) -> ZoneStory:
+    """The story that the lines of buffer.jsonl tell up to `last_step`; later lines (of a step that is being written) wait.
+
+    Args:
+        visits: every plain group of the run that counts for the buffer, by step; only `fates` needs them.
+    """
     bins = bin_count(group_size, threshold)
     counts = {name: np.zeros((bins, last_step), dtype=np.int64) for name in ("admitted", "graduated", "evicted")}
-    visits: dict[int, tuple[int, int]] = {}
     waits: list[list[int]] = [[] for _ in range(bins)]
-    for event in events:
-        if event["step"] > last_step:
-            continue
+    told = [event for event in events if event["step"] <= last_step]
+    for event in told:
         index = bin_of(event["entry_accuracy"], group_size, bins)
         counts[event["event"]][index, event["step"] - 1] += 1
-        if event["event"] != "admitted":
-            graduated, evicted = visits.get(event["visits"], (0, 0))
-            out = event["event"] == "graduated"
-            visits[event["visits"]] = (graduated + out, evicted + (not out))
         if event["event"] == "graduated":
             waits[index].append(event["step"] - event["entry_step"])
+    fates = Counter(_fates(told, visits))
+    asked = sorted({count for count, _ in fates if count})
     return ZoneStory(
         names=tuple(bin_name(i, group_size) for i in range(bins)),
         steps=np.arange(1, last_step + 1),
         **counts,
-        visits=dict(sorted(visits.items())),
         waits=tuple(map(tuple, waits)),
+        fates={count: tuple(fates[count, fate] for fate in FATES) for count in asked},
+        unvisited=sum(n for (count, _), n in fates.items() if not count),
     )
+
+
+def _fates(events: Sequence[Mapping[str, Any]], visits: Iterable[PlainVisit]) -> Iterator[tuple[int, str]]:
+    """(visits up to `MOST_VISITS`, fate) of every entry. An entry has improved where one of its plain accuracies is above the first."""
+    asked: dict[str, list[PlainVisit]] = {}
+    for visit in visits:
+        asked.setdefault(visit.question_id, []).append(visit)
+    if not asked:
+        return
+    last = {event["id"]: event for event in events}
+    for event in events:
+        question = event["id"]
+        if event["event"] == "admitted" and last[question] is not event:
+            continue  # told by the event by which it left
+        waiting = event["event"] == "admitted"
+        end = math.inf if waiting else event["step"]
+        own = [v.accuracy for v in asked.get(question, ()) if event["entry_step"] < v.step <= end]
+        improved = any(accuracy > event["entry_accuracy"] for accuracy in own)
+        fate = FATES[2] if event["event"] == "graduated" else FATES[1] if improved else FATES[0]
+        yield min(MOST_VISITS, len(own) if waiting else event["visits"]), fate
 
 
 def median(values: Iterable[float]) -> float:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
 
 from zppo.core.types import BCQ, NCQ
-from zppo.report.audits import Counts, ZoneStory, match_rows, median, paper_rows
+from zppo.report.audits import FATES, MOST_VISITS, PAPER_BINS, MatchRow, ZoneStory, median, paper_buffer, paper_rows
 from zppo.report.read_run import KindSums, Run, StepScan
 
 # Okabe and Ito's colours, which differ for every kind of colour blindness.
@@ -25,6 +25,17 @@ KIND_COLOURS = {"plain": BLUE, "bcq": RED, "ncq": GREEN, "hint": PURPLE, "prefix
 _BATCH_COLOURS = {"easy": SKY, "hard": BLUE, "ungraded": GREY}
 _TIME_COLOURS = {"sampling": BLUE, "teacher": ORANGE, "update": GREEN, "engine": SKY, "other": GREY}
 SPARE = ("#882255", "#44AA99", "#999933", "#332288", "#DDCC77", "#AA4499")
+INK = "#333333"
+"""A line over all kinds; the page draws it in the colour of its text."""
+LIGHT_GREEN, LIGHT_GREY = "#8CD0B9", "#C5CAD3"
+_FATE_COLOURS = dict(zip(FATES, (GREY, LIGHT_GREEN, GREEN), strict=True))
+_ELIGIBLE = {
+    "easy": ("easy", SKY),
+    "bcq": ("BCQ and NCQ", RED),
+    "ncq": ("NCQ alone", GREEN),
+    "unasked": ("teacher not asked", BLUE),
+    "ungraded": ("ungraded", GREY),
+}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 # Anchors of the ramp for entry bins, ordered from dark to light, as cividis is.
@@ -152,12 +163,12 @@ def kind_name(kind: str) -> str:
     return kind.upper() if kind in (BCQ, NCQ) else kind
 
 
-def charts_of(run: Run, scans: Sequence[StepScan], counts: Counts, zone: ZoneStory | None) -> list[ChartSpec]:
-    """Every chart that has something to show, in the order of the page."""
+def charts_of(run: Run, scans: Sequence[StepScan], matches: Sequence[MatchRow], zone: ZoneStory | None) -> list[ChartSpec]:
+    """Every chart that has something to show, in the order of the page; `matches` are the rows of the candidate-match audit."""
     shown = (kind for scan in scans for kind in scan.kinds)
     composed = (name for line in run.steps for name in line["composition"] if name not in _BATCH_COLOURS)
     colours = kind_colours(dict.fromkeys([*shown, *composed]))
-    charts = [*_outcome(run), *_by_kind(scans, colours), *_by_step(run, colours), *_zone(zone), *_audits(counts)]
+    charts = [*_outcome(run), *_by_kind(scans, colours), *_by_step(run, colours), *_zone(zone), *_audits(matches)]
     return [chart for chart in charts if not chart.empty]
 
 
@@ -169,7 +180,7 @@ def _outcome(run: Run) -> list[ChartSpec]:
     levels = list(dict.fromkeys(level for e in seen for level in e["by_level"]))
     x = [e["step"] for e in seen]
     series = [Series(level, x, numbers(e["by_level"].get(level) for e in seen), **line_style(i)) for i, level in enumerate(levels)]
-    series.append(Series("all", x, numbers(e["accuracy"] for e in seen), "#333333" if levels else BLUE))
+    series.append(Series("all", x, numbers(e["accuracy"] for e in seen), INK if levels else BLUE))
     caption = "Plain prompts on held-out questions." + (" The last point is a fresh evaluation of final/." if finals else "")
     options: dict[str, Any] = {"percent": True, "smooth": False, "unit_range": True}
     return [ChartSpec("held-out", DYNAMICS, "Held-out accuracy", tuple(series), caption=caption, **options)]
@@ -179,13 +190,17 @@ def _by_kind(scans: Sequence[StepScan], colours: Mapping[str, str]) -> list[Char
     """What the rollout files say, per kind of prompt."""
     kinds = list(dict.fromkeys(kind for scan in scans for kind in scan.kinds))
 
-    def series(value: Any) -> tuple[Series, ...]:
+    def series(value: Any, together: bool = False) -> tuple[Series, ...]:
         result = []
         for kind in kinds:
             rows = [(scan.step, scan.kinds[kind]) for scan in scans if kind in scan.kinds]
             hover = [f"{sums.rollouts:,} rollouts" for _, sums in rows]
             values = numbers(value(sums) for _, sums in rows)
             result.append(Series(kind_name(kind), [step for step, _ in rows], values, colours[kind], hover=hover))
+        if together and len(kinds) > 1:
+            sums = [_added(scan.kinds.values()) for scan in scans]
+            hover = [f"{each.rollouts:,} rollouts" for each in sums]
+            result.append(Series("all", [scan.step for scan in scans], numbers(map(value, sums)), INK, hover=hover))
         return tuple(result)
 
     def share(part: str, of: str = "rollouts") -> Any:
@@ -197,9 +212,9 @@ def _by_kind(scans: Sequence[StepScan], colours: Mapping[str, str]) -> list[Char
     return [
         ChartSpec("accuracy", DYNAMICS, "Accuracy of rollouts", series(share("correct", "graded")), percent=True, unit_range=True,
               caption="Share of right rollouts among those with a verdict, by kind of prompt."),
-        ChartSpec("positive", DYNAMICS, "Positive advantages", series(share("positive")), percent=True,
+        ChartSpec("positive", DYNAMICS, "Positive advantages", series(share("positive", "graded"), together=True), percent=True,
               caption="Share of rollouts whose advantage is above 0."),
-        ChartSpec("entropy", DYNAMICS, "Entropy of the sampling distribution", series(entropy), y_title="nats a token",
+        ChartSpec("entropy", DYNAMICS, "Entropy of the sampling distribution", series(entropy, together=True), y_title="nats a token",
               caption="Mean over the tokens of a rollout, then over rollouts."),
         ChartSpec("lengths", DYNAMICS, "Completion length", series(share("tokens")), y_title="tokens",
               caption="Mean over rollouts, those that the limit cut included."),
@@ -208,6 +223,33 @@ def _by_kind(scans: Sequence[StepScan], colours: Mapping[str, str]) -> list[Char
         ChartSpec("no-answer", DYNAMICS, "Without an answer", series(share("no_answer")), percent=True,
               caption="Share of rollouts from which no answer could be extracted."),
     ]  # fmt: skip
+
+
+def _added(kinds: Iterable[KindSums]) -> KindSums:
+    parts = list(kinds)
+    return KindSums(**{field.name: sum(getattr(sums, field.name) for sums in parts) for field in fields(KindSums)})
+
+
+def _eligible(run: Run, x: Sequence[int]) -> list[ChartSpec]:
+    """Before the caps: what could be made of the questions of each step. Only where a teacher was asked for candidates."""
+    logged = [line.get("eligibility") for line in run.steps]
+    if not any(parts and ("bcq" in parts or "ncq" in parts) for parts in logged):
+        return []
+    series = tuple(
+        Series(name, x, numbers(None if parts is None else parts.get(key, 0.0) for parts in logged), colour)
+        for key, (name, colour) in _ELIGIBLE.items()
+        if any(parts and parts.get(key) for parts in logged)
+    )
+    caption = (
+        "Shares of the questions asked plainly, before the batch's caps (Fig. 5a): every hard one could give NCQ, those with a "
+        "correct teacher response BCQ too."
+    )
+    if any(parts and parts.get("unasked") for parts in logged):
+        caption += " The teacher was not asked about the hard questions that no slot was left for; teacher.ask: all asks about all of them."
+    if missing := sum(parts is None for parts in logged):
+        caption += f" {missing:,} steps are empty: an older version made them, and did not log it."
+    options: dict[str, Any] = {"percent": True, "unit_range": True, "caption": caption}
+    return [ChartSpec("eligibility", DYNAMICS, "What could be asked again", series, "area", **options)]
 
 
 def _by_step(run: Run, colours: Mapping[str, str]) -> list[ChartSpec]:
@@ -231,6 +273,11 @@ def _by_step(run: Run, colours: Mapping[str, str]) -> list[ChartSpec]:
         ratio("summaries refused", "compression_failed", "compression_asked", RED),
         ratio("BCQ uncompressed", "bcq_raw_pairs", "bcq_prompts", PURPLE),
     )
+    functions = dict.fromkeys(name for line in run.steps for name in line.get("rewards", {}))  # the user's
+    rewards = tuple(
+        Series(name, x, numbers(line.get("rewards", {}).get(name) for line in run.steps), **line_style(i))
+        for i, name in enumerate(functions)
+    )
     missing = ChartSpec(
         "teacher-missing", DYNAMICS, "Help that did not come",
         (
@@ -248,9 +295,12 @@ def _by_step(run: Run, colours: Mapping[str, str]) -> list[ChartSpec]:
         ChartSpec("clip", DYNAMICS, "Clipped tokens", (
             one("below", "clip_low_share", BLUE), one("above", "clip_high_share", RED), one("dual clip", "clip_dual_share", PURPLE)),
             percent=True, caption="Share of trained tokens whose ratio left the clip range."),
+        ChartSpec("rewards", DYNAMICS, "Reward functions", rewards,
+                  caption="What each of your functions gave, its weight not counted: mean over the rollouts that it applied to."),
         ChartSpec("composition", DYNAMICS, "Composition of the batch", _parts(
             run.steps, "composition", {**_BATCH_COLOURS, **colours}), "area", percent=True, unit_range=True,
-            caption="Shares of the step's groups: easy and hard questions asked plainly, and questions asked again."),
+            caption="Shares of the step's groups, after the caps: easy and hard questions asked plainly, and questions asked again."),
+        *_eligible(run, x),
         *([ChartSpec("teacher", DYNAMICS, "Teacher health", teacher, percent=True, unit_range=True,
                  caption="How often the teacher was right, and how often its summaries could not be used.")] if asked else []),
         *([ChartSpec("judge", DYNAMICS, "Judge", (
@@ -314,8 +364,10 @@ def _zone(zone: ZoneStory | None) -> list[ChartSpec]:
               caption="By plain accuracy at admission."),
         ChartSpec("graduation", ZONE, "Graduated of those admitted", shares, percent=True, smooth=False,
               caption="Up to each step, by plain accuracy at admission; the numbers appear under the pointer."),
+        _left(zone, x),
         _bars("graduates", "Graduates", zone.names, {"graduated": zone.graduated.sum(axis=1)}, colours={"graduated": GREEN},
               caption="Entries that graduated, by plain accuracy at admission."),
+        graduate_shares({"this run": {name: graduated for name, _, graduated, _ in zone.totals()[:-1]}}, ZONE),
         _bars("fate", "Fate of those that left", zone.names,
               {"graduated": zone.graduated.sum(axis=1), "evicted": zone.evicted.sum(axis=1)}, normed=True,
               colours={"graduated": GREEN, "evicted": ORANGE}, caption="Shares of the entries that left the buffer."),
@@ -339,18 +391,68 @@ def _bars(
     return ChartSpec(id, ZONE, title, tuple(series), "bar", caption, x_title, y_title, percent=normed, unit_range=normed)
 
 
+def _left(zone: ZoneStory, x: Sequence[int]) -> ChartSpec:
+    """Of the entries that left so far, those that graduated and those that were evicted; the paper's, as they stood at the end."""
+    left = zone.left.sum(axis=0)
+    series = [
+        Series(name, x, numbers(n / t if t else None for n, t in zip(part, left, strict=True)), colour,
+               hover=[f"{n:,} of {t:,}" for n, t in zip(part, left, strict=True)])
+        for name, part, colour in zip(("graduated", "evicted"), zone.left, (GREEN, ORANGE), strict=True)
+    ]  # fmt: skip
+    for (source, values), colour in zip(((s, v) for s, v in paper_buffer().items() if "evicted in all" in v), (PURPLE, GREY), strict=False):
+        graduated, evicted = values["graduated in all"], values["evicted in all"]
+        share = graduated / (graduated + evicted)
+        hover = [f"{graduated:,.0f} of {graduated + evicted:,.0f}"] * 2
+        series.append(Series(source, [x[0], x[-1]], [share, share], colour, hover=hover, dash="dot"))
+    caption = (
+        "Shares of the entries that left the buffer up to each step (Figs. 5b and 23); dotted: what graduated in the paper's runs by their "
+        "end."
+    )
+    options: dict[str, Any] = {"percent": True, "smooth": False, "unit_range": True, "caption": caption}
+    return ChartSpec("left", ZONE, "Graduated against evicted", tuple(series) if left[-1] else (), **options)
+
+
+def graduate_shares(graduates: Mapping[str, Mapping[str, int]], section: str) -> ChartSpec:
+    """What graduates were at admission, as shares: a bar for each row that has any, and for what the paper tells (Figs. 21, 24).
+
+    Args:
+        graduates: how many by the bin's name, by the row's.
+    """
+    totals = {name: sum(counts.values()) for name, counts in graduates.items()}
+    bars: dict[str, Mapping[str, float | None]] = {
+        row: {bin: n / totals[row] for bin, n in counts.items()} for row, counts in graduates.items() if totals[row]
+    }
+    names = tuple(dict.fromkeys(bin for parts in bars.values() for bin in parts))
+    rest = "above, not told apart"
+    for source, values in paper_buffer().items() if names == PAPER_BINS else ():
+        known = {bin: _paper_share(values, bin) for bin in PAPER_BINS[:2]}
+        bars[source] = {**known, rest: 1 - sum(share or 0.0 for share in known.values())}
+    series = tuple(
+        Series(bin, list(bars), numbers(parts.get(bin) for parts in bars.values()), colour)
+        for bin, colour in zip((*names, rest), (*ramp(len(names)), LIGHT_GREY), strict=True)
+    )
+    caption = "Shares of the entries that graduated, by plain accuracy at admission."
+    options: dict[str, Any] = {"x_title": "", "y_title": "share of graduates", "percent": True, "unit_range": True, "caption": caption}
+    shown = tuple(s for s in series if any(v is not None for v in s.y))
+    return ChartSpec("graduate-shares", section, "Composition of graduates", shown, "hbar", **options)
+
+
+def _paper_share(values: Mapping[str, float], bin: str) -> float | None:
+    """The share of a bin among graduates, as the paper says it or as its counts do."""
+    count, total = values.get(f"graduated from {bin}"), values.get("graduated in all")
+    return count / total if count is not None and total else values.get(f"share of graduates from {bin}")
+
+
 def _visits(zone: ZoneStory) -> ChartSpec:
-    """Fate by number of visits; the many at the end are one bar."""
-    most = 12
-    rows: dict[str, tuple[int, int]] = {}
-    for visits, (graduated, evicted) in zone.visits.items():
-        name = str(visits) if visits < most else f"{most} or more"
-        before = rows.get(name, (0, 0))
-        rows[name] = (before[0] + graduated, before[1] + evicted)
-    parts = {"graduated": [r[0] for r in rows.values()], "evicted": [r[1] for r in rows.values()]}
-    caption = "Entries that left, by how often they were asked plainly since admission."
-    colours = {"graduated": GREEN, "evicted": ORANGE}
-    return _bars("visits", "Fate by number of visits", list(rows), parts, colours=colours, caption=caption, x_title="visits")
+    """The three fates by number of visits (Fig. 24); the many at the end are one bar."""
+    names = [f"{n}{'+' if n == MOST_VISITS else ''} ({sum(parts):,})" for n, parts in zone.fates.items()]
+    parts = dict(zip(FATES, zip(*zone.fates.values(), strict=True), strict=True)) if zone.fates else {}
+    caption = "Entries by how often they were asked plainly since admission; those that are still in the buffer count."
+    if zone.unvisited:
+        caption += f" {zone.unvisited:,} were not asked again, and are in no bar."
+    return _bars(
+        "visits", "Fate by number of visits", names, parts, colours=_FATE_COLOURS, caption=caption, x_title="visits (entries)", normed=True
+    )
 
 
 def _waiting(zone: ZoneStory, colours: Sequence[str]) -> ChartSpec:
@@ -367,8 +469,8 @@ def _waiting(zone: ZoneStory, colours: Sequence[str]) -> ChartSpec:
                  unit_range=True, caption="Share of graduates that took at most so many steps, by accuracy at admission.")  # fmt: skip
 
 
-def _audits(counts: Counts) -> list[ChartSpec]:
-    ours, papers = match_rows(counts), paper_rows()
+def _audits(matches: Sequence[MatchRow]) -> list[ChartSpec]:
+    papers = paper_rows()
     words = {
         BCQ: ("Whose answer BCQ rollouts give", "the right candidate's", "the wrong candidate's"),
         NCQ: ("Whose answer NCQ rollouts give", "the teacher's, unseen", "a listed wrong one"),
@@ -376,7 +478,7 @@ def _audits(counts: Counts) -> list[ChartSpec]:
     caption = "This run beside the students of the paper (Tabs. 16 and 17). Answers compared after normalisation."
     charts = []
     for kind, (title, positive, negative) in words.items():
-        rows = [row for row in ours if row.kind == kind and row.rollouts]
+        rows = [row for row in matches if row.kind == kind and row.rollouts]
         if not rows:
             continue
         rows += [row for row in papers if row.kind == kind]

@@ -22,15 +22,27 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from zppo.errors import SettingsError
-from zppo.report.audits import ZoneStory, zone_story
+from zppo.report.audits import FATES, MOST_VISITS, PlainVisit, ZoneStory, zone_story
 from zppo.report.bootstrap import Mean, mean_interval
-from zppo.report.charts import ChartSpec, Series, kind_name, line_style, numbers
+from zppo.report.charts import ChartSpec, Series, graduate_shares, kind_name, line_style, numbers
 from zppo.report.evaluations.paper_tables import method_row, tables_of_rows
 from zppo.report.evaluations.table_views import print_wide
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
-from zppo.report.read_run import Run, arm_names, differing, flat_recipe, open_run
+from zppo.report.read_run import Run, arm_names, differing, flat_recipe, open_run, visits_of
 from zppo.report.summary import duration
-from zppo.report.tables import EVAL, SECTION, EvaluationResults, Table, percent, read_evaluation, unlike
+from zppo.report.tables import (
+    EVAL,
+    SECTION,
+    ZONE_CAPTION,
+    ZONE_COLUMNS,
+    EvaluationResults,
+    Table,
+    paper_zone_rows,
+    percent,
+    read_evaluation,
+    unlike,
+    zone_rows,
+)
 
 RESULTS = "Results"
 
@@ -109,6 +121,7 @@ def _write(path: Path, text: str, console: Console) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"{path} cannot be written ({error.strerror}): name another file") from error
+    console.print(Text(f"written to {path.absolute()}"), soft_wrap=True)
 
 
 def _print_tables(comparison: RunComparison, console: Console) -> None:
@@ -119,14 +132,16 @@ def _print_tables(comparison: RunComparison, console: Console) -> None:
             continue
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
         for index, name in enumerate(table.columns):
-            shown.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+            shown.add_column(Text(name), justify="right" if index else "left", overflow="fold", min_width=None if index else 14)
         above = ""
         for row in table.rows:
-            pair, colon, quantity = row[0].partition(": ") if table.id == "paired" else ("", "", "")
-            if colon and pair != above:
-                shown.add_row(Text(pair))  # said once for all of its quantities
-                above = pair
-            shown.add_row(Text(f"  {quantity}" if colon else row[0]), *map(Text, row[1:]))
+            whose, parted, quantity = row[0].partition(": ") if table.id == "paired" else ("", "", "")
+            if table.id == "fates":
+                quantity, parted, whose = row[0].partition(" · ")
+            if parted and whose != above:
+                shown.add_row(Text(whose))  # said once for all of its quantities
+                above = whose
+            shown.add_row(Text(f"  {quantity}" if parted else row[0]), *map(Text, row[1:]))
         console.print(shown)
         console.print(Text(table.caption, style="dim"), soft_wrap=True)
         console.print()
@@ -189,7 +204,10 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
         raise SettingsError(f"zppo compare needs at least two different run folders, and was given {named}")
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
-    tables = [_summary(arms, results), _paired(arms, results), _runs(arms, results), *_evaluations(arms), _differences(arms)]
+    tables = [
+        *(_summary(arms, results), _paired(arms, results), _fates(arms), _runs(arms, results)),
+        *(*_evaluations(arms), _differences(arms)),
+    ]
     return RunComparison(tuple(arms), results, _outcome(arms, results), [table for table in tables if table.rows])
 
 
@@ -225,9 +243,11 @@ def results_of(run: Run) -> dict[str, float | None]:
     totals = story_of(run).totals() if run.replays and run.steps else []
     shares = {
         f"graduated / admitted, {'all' if name == 'all' else f'entry at {name}'}": graduated / admitted
-        for name, admitted, graduated, _ in totals[:1] + totals[-1:]
+        for name, admitted, graduated, _ in totals
         if admitted
     }
+    if totals and (left := totals[-1][2] + totals[-1][3]):
+        shares["graduated / left, all"] = totals[-1][2] / left
     return {
         **({"held-out accuracy": last["accuracy"]} if last else {}),
         **({f"held-out, {level}": value for level, value in last["by_level"].items()} if last else {}),
@@ -264,8 +284,27 @@ def _evaluations(arms: Sequence[Arm]) -> list[Table]:
     return [*tables[:-1], replace(tables[-1], caption=f"{tables[-1].caption} {told}".strip())]
 
 
-def story_of(run: Run) -> ZoneStory:
-    return zone_story(run.buffer, run.group_size, run.threshold, run.last_step)
+def story_of(run: Run, visits: Sequence[PlainVisit] = ()) -> ZoneStory:
+    """What became of a run's buffer entries; their fates by number of visits where its plain visits are given."""
+    return zone_story(run.buffer, run.group_size, run.threshold, run.last_step, visits)
+
+
+def _entries(arm: Arm) -> list[tuple[str, int, int, int]]:
+    """(bin, admitted, graduated, evicted) over the runs of an arm, and the row "all"; empty where no run has a buffer."""
+    sums: dict[str, tuple[int, int, int]] = {}
+    for run in arm.runs.values():
+        for name, *counts in story_of(run).totals() if run.replays and run.steps else ():
+            before = sums.get(name, (0, 0, 0))
+            sums[name] = (before[0] + counts[0], before[1] + counts[1], before[2] + counts[2])
+    return [(name, *counts) for name, counts in sums.items()]
+
+
+def _fates(arms: Sequence[Arm]) -> Table:
+    """What became of the buffer's entries, bin by bin, with the paper's rows."""
+    rows = [row for arm in arms for row in zone_rows(_entries(arm), arm.name)]
+    rows += paper_zone_rows() if rows else []
+    caption = f"{ZONE_CAPTION} Sums over the runs of an arm."
+    return Table("fates", RESULTS, "Entries of the buffer by plain accuracy at admission", ZONE_COLUMNS, tuple(rows), caption)
 
 
 def _quantities(results: Results) -> list[str]:
@@ -371,29 +410,61 @@ def comparison_charts(arms: Sequence[Arm]) -> list[ChartSpec]:
     def accuracy(kind: str) -> Curve:
         return lambda run: {line["step"]: line["accuracy"].get(kind) for line in run.steps}
 
-    def graduated(run: Run) -> Mapping[int, float | None]:
-        if not run.replays or not run.steps:
-            return {}
-        zone = story_of(run)
-        return dict(zip(zone.steps.tolist(), zone.graduated_share[0].tolist(), strict=True))
-
     shares: dict[str, Any] = {"percent": True, "unit_range": True}
     charts = [
         _chart("held-out", "Held-out accuracy", arms, evaluation(None), smooth=False, **shares),
         *(_chart(f"held-out-{i}", f"Held-out accuracy: {level}", arms, evaluation(level), smooth=False, **shares)
           for i, level in enumerate(levels)),
         *(_chart(f"accuracy-{kind}", f"Accuracy of {kind_name(kind)} rollouts", arms, accuracy(kind), **shares) for kind in kinds),
-        _chart("graduation", "Graduated of those admitted at 0%", arms, graduated, smooth=False, percent=True),
+        *_zone_charts(arms),
         _chart("buffer", "Questions in the buffer", arms, metric("buffer"), smooth=False, y_title="questions"),
         _chart("positive", "Positive advantages", arms, metric("positive_advantage_share"), percent=True),
         _chart("entropy", "Entropy", arms, metric("entropy"), y_title="nats a token"),
         _chart("lengths", "Completion length", arms, metric("completion_tokens_mean"), y_title="tokens"),
+        _chart("loss", "Loss", arms, metric("loss")),
         _chart("grad-norm", "Gradient norm", arms, metric("grad_norm")),
     ]  # fmt: skip
     return [chart for chart in charts if not chart.empty]
 
 
-def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: Any) -> ChartSpec:
+def _zone_charts(arms: Sequence[Arm]) -> list[ChartSpec]:
+    """Graduations by accuracy at admission (Fig. 4), of those that left (Fig. 23), by number of visits (Fig. 24); what graduates were."""
+    stories = {run.folder: story_of(run, visits_of(run)) for arm in arms for run in arm.runs.values() if run.replays and run.steps}
+    bins = list(dict.fromkeys(name for story in stories.values() for name in story.names))
+
+    def by_step(values: Callable[[ZoneStory], Any]) -> Curve:
+        def curve(run: Run) -> Mapping[int, float | None]:
+            story = stories.get(run.folder)
+            return {} if story is None else dict(zip(story.steps.tolist(), values(story), strict=True))
+
+        return curve
+
+    def graduated(bin: str) -> Curve:
+        return by_step(lambda story: story.graduated_share[story.names.index(bin)] if bin in story.names else [None] * len(story.steps))
+
+    def left(story: ZoneStory) -> list[float | None]:
+        return [out / (out + lost) if out + lost else None for out, lost in zip(*story.left.tolist(), strict=True)]
+
+    def fate(index: int) -> Curve:
+        return lambda run: {n: parts[index] / sum(parts) for n, parts in stories[run.folder].fates.items()} if run.folder in stories else {}
+
+    shares: dict[str, Any] = {"smooth": False, "percent": True}
+    note = "Share of the entries that were asked plainly so often since admission; those that are still in the buffer count."
+    visits: dict[str, Any] = {
+        **shares,
+        "unit_range": True,
+        "note": note,
+        "x_title": f"plain visits since admission ({MOST_VISITS}: so many or more)",
+    }
+    return [
+        *(_chart(f"graduation-{i}", f"Graduated of those admitted at {bin}", arms, graduated(bin), **shares) for i, bin in enumerate(bins)),
+        _chart("left", "Graduated of those that left the buffer", arms, by_step(left), **shares),
+        *(_chart(f"fate-{i}", f"Entries by number of visits: {name}", arms, fate(i), **visits) for i, name in enumerate(FATES)),
+        graduate_shares({arm.name: {name: graduated for name, _, graduated, _ in _entries(arm)[:-1]} for arm in arms}, CURVES),
+    ]
+
+
+def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, note: str = "", **options: Any) -> ChartSpec:
     series = []
     for index, arm in enumerate(arms):
         # A run that has only just begun, or has nothing of the kind, does not take the others' curve away.
@@ -408,7 +479,7 @@ def _chart(id: str, title: str, arms: Sequence[Arm], curve: Curve, **options: An
             high=numbers(max(c, default=None) for c in columns) if several else (),
             **line_style(index),
         ))  # fmt: skip
-    caption = "Means over seeds; the band spans them." if any(len(arm.runs) > 1 for arm in arms) else ""
+    caption = " ".join(filter(None, (note, "Means over seeds; the band spans them." if any(len(arm.runs) > 1 for arm in arms) else "")))
     return ChartSpec(id, CURVES, title, tuple(s for s in series if any(v is not None for v in s.y)), caption=caption, **options)
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError, ZPPOError, one_line
-from zppo.names import check_run_folder
-from zppo.report.audits import Counts, count_group, count_leaks
+from zppo.names import POINTER, check_file, check_run_folder, is_pointer_file
+from zppo.report.audits import Counts, PlainVisit, count_group, count_leaks
 from zppo.runs.files import WORDS
 from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
 
@@ -182,6 +183,7 @@ def read_recipe(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         what = "is no folder" if not folder.is_dir() else f"holds no run: there is no {RECIPE} in it"
         raise CheckpointError(f"{folder} {what}. Name the folder that `zppo train` printed")
+    check_file(path, CheckpointError)
     try:
         recipe = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -261,6 +263,11 @@ class GroupLine(NamedTuple):
     answers: int
     classes: frozenset[str]
 
+    @property
+    def counts_for_buffer(self) -> bool:
+        """Whether it is a plain group of which at least half of the rollouts have a verdict."""
+        return self.kind == PLAIN and 2 * self.graded >= self.size > 0
+
 
 @dataclass(frozen=True, slots=True)
 class StepScan:
@@ -278,6 +285,11 @@ class StepScan:
     counts: Counts = field(default_factory=Counter)
     groups: list[GroupLine] = field(default_factory=list)
 
+    @property
+    def visits(self) -> list[PlainVisit]:
+        """Its plain groups that count for the buffer."""
+        return [PlainVisit(self.step, g.question_id, g.correct / g.graded) for g in self.groups if g.counts_for_buffer]
+
 
 def step_of(path: Path) -> int:
     """The step of a file of rollouts, by its name."""
@@ -292,6 +304,9 @@ class RolloutFileError(CheckpointError):
     """A file of rollouts or of held-out completions is cut or damaged: what is read of a run leaves it out and says so."""
 
     def __init__(self, path: Path, error: Exception) -> None:
+        if is_pointer_file(path):
+            super().__init__(f"{path} {POINTER}")
+            return
         super().__init__(f"{path} cannot be read ({one_line(error, 200)}). `zppo resume` writes the steps after the last checkpoint anew")
 
 
@@ -313,6 +328,34 @@ def scan_file(path: Path) -> StepScan:
         raise
     except DAMAGE as error:
         raise RolloutFileError(path, error) from error
+
+
+def visits_of(run: Run) -> list[PlainVisit]:
+    """Every plain group of a run that counts for the buffer, by step, without reading a text; damaged files are left out."""
+    found: list[PlainVisit] = []
+    for path in run.rollout_files:
+        with suppress(*DAMAGE):
+            status = path.stat()
+            found += _visits_in(path, status.st_mtime_ns, status.st_size)
+    return found
+
+
+@lru_cache(maxsize=20_000)
+def _visits_in(path: Path, mtime: int, size: int) -> tuple[PlainVisit, ...]:
+    """Of one file as it was at this time: whoever watches a run looks again and again."""
+    table = pq.read_table(path, columns=["question_id", "kind", "rollout", "correct", "graded"], partitioning=None)
+    rollout, correct, graded = (_numbers(table[name]) for name in ("rollout", "correct", "graded"))
+    starts = np.flatnonzero(rollout == 0)
+    if not len(starts):
+        return ()
+    firsts = table.select(["question_id", "kind"]).take(pa.array(starts)).to_pylist()
+    sizes = np.diff([*starts, table.num_rows])
+    verdicts, right = (np.add.reduceat(values.astype(np.int64), starts) for values in (graded, correct & graded))
+    return tuple(
+        PlainVisit(step_of(path), first["question_id"], int(right[i]) / int(verdicts[i]))
+        for i, first in enumerate(firsts)
+        if first["kind"] == PLAIN and 2 * verdicts[i] >= sizes[i]
+    )
 
 
 def question_ids(run: Run) -> list[str]:

@@ -28,7 +28,7 @@ from zppo.core.select import is_hard
 from zppo.core.types import BCQ, PLAIN, ImageRef
 from zppo.errors import CheckpointError, DataError
 from zppo.images.store import as_url, open_file, open_image
-from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, match
+from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, compared, match
 from zppo.report.charts import kind_name
 from zppo.report.read_run import DAMAGE, GroupLine, RolloutFileError, Run, StepScan, open_run, question_ids, step_of
 from zppo.runs.log import ROLLOUT_SCHEMA, ROLLOUTS
@@ -334,7 +334,15 @@ def _add(story: Story, row: Mapping[str, Any], event: str) -> None:
         group = {name: row[name] for name in ("step", "kind", "replayed", "prompt_tokens")}
         prompt = story["prompts"].index(row["prompt"])
         story["groups"].append({**group, "event": event, "prompt": prompt, "audit": json.loads(row["audit"]), "rollouts": []})
-    story["groups"][-1]["rollouts"].append({name: _short(row[name]) for name in _ROLLOUT})
+    given = {"rewards": _by_name(row.get("rewards"), 2), "notes": _by_name(row.get("reward_notes"), 1)}  # older files have none
+    story["groups"][-1]["rollouts"].append({name: _short(row[name]) for name in _ROLLOUT} | given)
+
+
+def _by_name(text: str | None, fewest: int) -> str | None:
+    """What a user's reward functions gave or reported, in words; None where they are fewer."""
+    values = json.loads(text) if text else {}
+    shown = (f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in values.items())
+    return ", ".join(shown) if len(values) >= fewest else None
 
 
 def _short(value: Any) -> Any:
@@ -345,17 +353,10 @@ def _match(story: Story) -> None:
     """Says of every BCQ and NCQ rollout whose answer it gives."""
     unseen = {g["step"]: g["audit"].get("positive_answer") for g in story["groups"] if g["kind"] == BCQ}
     for group in story["groups"]:
-        audit = group["audit"]
-        if "correct_at" in audit:
-            positive, negatives = audit["positive_answer"], [audit["negative_answer"]]
-        elif "wrong_answers" in audit:
-            positive, negatives = unseen.get(group["step"]), audit["wrong_answers"]
-        else:
-            continue
+        answers = compared(group["kind"], group["audit"], unseen.get(group["step"]))
         for rollout in group["rollouts"]:
-            if rollout["graded"]:
-                found = match(rollout["answer"], positive, [n for n in negatives if n is not None])
-                rollout["class"] = audit_class(group["kind"], rollout["correct"], found)
+            if rollout["graded"] and answers is not None:
+                rollout["class"] = audit_class(group["kind"], rollout["correct"], match(rollout["answer"], *answers))
 
 
 def trimmed(story: Story, most_bytes: int) -> Story:
@@ -473,10 +474,13 @@ def _print_group(console: Console, group: Mapping[str, Any], prompt: str | None,
     console.print(Rule(Text(f"{when}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"), align="left", style="dim"))
     audit = group["audit"]
     if "correct_at" in audit:
-        words = f"candidate {audit['correct_at'] + 1} is right ({audit['positive_answer']}), the other wrong ({audit['negative_answer']})"
+        right, wrong = ("no answer" if audit[f"{side}_answer"] is None else audit[f"{side}_answer"] for side in ("positive", "negative"))
+        words = f"candidate {audit['correct_at'] + 1} is right ({right}), the other wrong ({wrong})"
         _print(console, Text(harmless(words), style="dim"), 2)
     if "wrong_answers" in audit:
         _print(console, Text(harmless(f"listed as wrong: {', '.join(audit['wrong_answers']) or 'none'}"), style="dim"), 2)
+    if audit.get("teacher_answers"):
+        _print(console, Text(harmless(f"the teacher's answers, not shown: {', '.join(audit['teacher_answers'])}"), style="dim"), 2)
     if prompt is None:
         _print(console, Text("the same prompt as before", style="dim"), 2)
     else:
@@ -494,7 +498,10 @@ def _verdict(number: int, rollout: Mapping[str, Any], kind: str) -> Text:
         words, style = "not graded", "bold yellow"
     which = _MATCH_WORDS.get(kind, {}).get(rollout.get("class", "::").split(":")[2])
     answer = "no answer" if rollout["answer"] is None else f"answer {harmless(rollout['answer'])}"
-    facts = [answer, harmless(rollout["reason"]), which, f"reward {rollout['reward']:g}",
+    parts, notes = rollout.get("rewards"), rollout.get("notes")
+    reason = "" if rollout["reason"] == "reward" else harmless(rollout["reason"])
+    facts = [answer, reason, which, f"reward {rollout['reward']:g}" + (f" ({harmless(parts)})" if parts else ""),
+             harmless(notes) if notes else None,
              None if rollout["advantage"] is None else f"advantage {rollout['advantage']:.3g}",
              f"{rollout['completion_tokens']} tokens", "cut by the token limit" if rollout["truncated"] else None]  # fmt: skip
     text = Text(f"{number} ", style="dim").append(words, style=style)

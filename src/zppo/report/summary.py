@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe
 from zppo.errors import ZPPOError
 from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
-from zppo.report.audits import Counts, ZoneStory, zone_story
+from zppo.report.audits import Counts, ZoneStory, run_rows, zone_story
 from zppo.report.charts import ChartSpec, charts_of
 from zppo.report.read_run import FINAL, RECIPE, RolloutFileError, Run, StepScan, open_run, scan_file
 from zppo.report.stories import QuestionLine, held_out_lines, question_lines
@@ -74,13 +75,15 @@ class Reader:
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
-        zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step) if run.replays and run.steps else None
+        matches = run_rows([scan.counts for scan in scans])
+        visits = [visit for scan in scans for visit in scan.visits]
+        zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step, visits) if run.replays and run.steps else None
         return Summary(
             run=run,
             outcome=outcome(run, zone),
             head=_head(run) | ({"left out, damaged": ", ".join(path.name for path in left_out)} if left_out else {}),
-            charts=charts_of(run, scans, counts, zone),
-            tables=[*tables_of(run, counts, zone), *_benchmarks(self.folder)],
+            charts=charts_of(run, scans, matches, zone),
+            tables=[*tables_of(run, counts, matches, zone), *_benchmarks(self.folder)],
             lines=question_lines(run, scans) | held_out_lines(evaluations),
             left_out=left_out,
         )
@@ -152,7 +155,7 @@ def _head(run: Run) -> dict[str, str]:
         "method": f"{method} ({row.paper})" if row else method,
         "student": _model_name(student),
         "teacher": _model_name(str(teacher)) if teacher else "none",
-        "data": _model_name(str(run.setting("data.train", "?"))),
+        "data": _data_name(run.setting("data.train", "?")),
         "seed": str(run.setting("seed", 0)),
         "steps": f"{run.last_step:,}{of_planned}",
         "time": f"{duration(seconds)} of steps",
@@ -186,6 +189,12 @@ def _cost(run: Run, student: str, teacher: str | None) -> str:
 def _model_name(name: str) -> str:
     """A path by its last two parts; anything else as it is."""
     return "/".join(Path(name).parts[-2:]) if name.startswith("/") else name
+
+
+def _data_name(train: Any) -> str:
+    """data.train, which may be a list of sources."""
+    sources = [each.get("source") if isinstance(each, Mapping) else each for each in (train if isinstance(train, list) else [train])]
+    return ", ".join(_model_name(str(source)) for source in sources)
 
 
 def duration(seconds: float) -> str:

@@ -5,12 +5,10 @@ Results of `zppo eval` (eval.json): as a part of a run's report, and two of them
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from rich.text import Text
 
 from zppo.core.types import BCQ, NCQ
 from zppo.errors import DataError, SettingsError
-from zppo.report.audits import Counts, Proportion, ZoneStory, fraction, match_rows, median, paper_rows, position_bias
+from zppo.names import check_file
+from zppo.report.audits import Counts, MatchRow, Proportion, ZoneStory, fraction, median, paper_buffer, paper_rows, position_bias
 from zppo.report.bootstrap import RESAMPLES, MethodDifference, bootstrap_table
 from zppo.report.bootstrap import Table as Accuracies
 from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
@@ -62,10 +61,41 @@ def percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
-def tables_of(run: Run, counts: Counts, zone: ZoneStory | None) -> list[Table]:
-    """Every table that has something to show, in the order of the page."""
-    tables = [_held_out(run), _zone(zone), _match(counts), _position(counts), _leaks(counts), _compression(run.steps)]
-    return [table for table in tables if table.rows]
+def tables_of(run: Run, counts: Counts, matches: Sequence[MatchRow], zone: ZoneStory | None) -> list[Table]:
+    """Every table that has something to show, in the order of the page; `matches` are the rows of the candidate-match audit."""
+    audits = (_match(counts, matches), _position(counts), _leaks(counts), _compression(run.steps))
+    return [table for table in (_held_out(run), _eligible(run), _zone(zone), *audits) if table.rows]
+
+
+_PARTS = {
+    "easy": "easy",
+    "bcq": "hard, and BCQ can be made",
+    "ncq": "hard, and NCQ can be made",
+    "unasked": "of these the teacher was not asked",
+}
+
+
+def _eligible(run: Run) -> Table:
+    """Fig. 5a as numbers: what could be asked again, and beside it what the batch held."""
+    logged = [line["eligibility"] for line in run.steps if "eligibility" in line]
+    composed = [line["composition"] for line in run.steps]
+    kinds = {kind for parts in composed for kind in parts} & {BCQ, NCQ}
+
+    def mean(parts: Sequence[Mapping[str, float]], *names: str) -> str:
+        return percent(math.fsum(part.get(name, 0.0) for part in parts for name in names) / len(parts)) if parts else "not logged"
+
+    sources = {"easy": ("easy",), "bcq": ("bcq",), "ncq": ("bcq", "ncq", "unasked"), "unasked": ("unasked",)}
+    rows = tuple(
+        (words, mean(logged, *sources[part]), "–" if part == "unasked" else mean(composed, part)) for part, words in _PARTS.items() if kinds
+    )
+    caption = (
+        "Means over the steps. Before the caps: shares of the questions asked plainly; NCQ can be made of every hard one, BCQ where a "
+        "teacher response was correct. In the batch: shares of its groups."
+    )
+    if logged and len(logged) < len(run.steps):
+        caption += f" {len(run.steps) - len(logged):,} steps of an older version did not log what was before the caps."
+    columns = ("", "before the caps (Fig. 5a)", "in the batch")
+    return Table("eligibility-table", DYNAMICS, "What could be asked again, and what was", columns, rows, caption)
 
 
 def _held_out(run: Run) -> Table:
@@ -84,57 +114,72 @@ def _zone(zone: ZoneStory | None) -> Table:
     rows: list[tuple[str, ...]] = []
     if zone is not None and zone.admitted.any():
         everything = tuple(w for waits in zone.waits for w in waits)
-        for (name, admitted, graduated, evicted), waits in zip(zone.totals(), (*zone.waits, everything), strict=True):
-            share = percent(graduated / admitted if admitted else None)
-            wait = f"{median(waits):g}" if waits else "–"
-            rows.append((f"{name} · this run", f"{admitted:,}", f"{graduated:,}", f"{evicted:,}", share, wait))
-        rows += _paper_buffer()
-    columns = ("accuracy at admission", "admitted", "graduated", "evicted", "graduated / admitted", "median steps to it")
-    caption = (
-        "Entries of the prompt replay buffer by plain accuracy at admission; a question that comes back after it left is a new entry. "
-        "Rows of the paper: arXiv 2606.18216, Figs. 4 and 5b."
-    )
-    return Table("zone-table", ZONE, "Entries by plain accuracy at admission", columns, tuple(rows), caption)
+        for row, waits in zip(zone_rows(zone.totals(), "this run"), (*zone.waits, everything), strict=True):
+            rows.append((*row, f"{median(waits):g}" if waits else "–"))
+        rows += [(*row, "–") for row in paper_zone_rows()]
+    columns = (*ZONE_COLUMNS, "median steps to it")
+    return Table("zone-table", ZONE, "Entries by plain accuracy at admission", columns, tuple(rows), ZONE_CAPTION)
 
 
-def _paper_buffer() -> list[tuple[str, ...]]:
-    """The paper's rows as far as it gives numbers: two methods on the 2B student."""
-    text = (files("zppo.report") / "data" / "paper_buffer.csv").read_text(encoding="utf-8")
-    known: dict[tuple[str, str], dict[str, float]] = {}
-    for row in csv.DictReader(text.splitlines()):
-        known.setdefault((row["method"], row["scale"]), {})[row["quantity"]] = float(row["value"])
+ZONE_COLUMNS = ("accuracy at admission", "admitted", "graduated", "evicted", "graduated / admitted", "graduated / left")
+ZONE_CAPTION = (
+    "Entries of the prompt replay buffer by plain accuracy at admission; a question that comes back after it left is a new entry. Left: "
+    "graduated or evicted. Rows of the paper: arXiv 2606.18216, Figs. 4, 5b and 23."
+)
+
+
+def zone_rows(totals: Sequence[tuple[str, int, int, int]], source: str) -> list[tuple[str, ...]]:
+    """Rows of `ZONE_COLUMNS` from (bin, admitted, graduated, evicted)."""
+    return [
+        (f"{name} · {source}", f"{admitted:,}", f"{graduated:,}", f"{evicted:,}", percent(graduated / admitted if admitted else None),
+         percent(graduated / (graduated + evicted) if graduated + evicted else None))
+        for name, admitted, graduated, evicted in totals
+    ]  # fmt: skip
+
+
+def paper_zone_rows() -> list[tuple[str, ...]]:
+    """The paper's rows of `ZONE_COLUMNS`, as far as it gives numbers: two methods on the 2B student."""
     rows: list[tuple[str, ...]] = []
-    for (method, scale), values in known.items():
+    for source, values in paper_buffer().items():
         for name in ("0%", "12.5%"):
             admitted, graduated = values.get(f"admitted at {name}"), values.get(f"graduated from {name}")
             share = values.get(f"graduated share of {name} bin", graduated / admitted if admitted and graduated else None)
             if graduated is not None and share is not None:
                 into = f"{admitted:,.0f}" if admitted else "–"
-                rows.append((f"{name} · paper {scale}, {method}", into, f"{graduated:,.0f}", "–", percent(share), "–"))
+                rows.append((f"{name} · {source}", into, f"{graduated:,.0f}", "–", percent(share), "–"))
+        if "evicted in all" in values:
+            graduated, evicted = values["graduated in all"], values["evicted in all"]
+            out = percent(graduated / (graduated + evicted))
+            rows.append((f"all · {source}", "–", f"{graduated:,.0f}", f"{evicted:,.0f}", "–", out))
     return rows
 
 
-def _match(counts: Counts) -> Table:
-    ours = [row for row in match_rows(counts) if row.rollouts]
-    kinds = {row.kind for row in ours}
+def _match(counts: Counts, matches: Sequence[MatchRow]) -> Table:
+    kinds = {row.kind for row in matches}
     rows = tuple(
         (
             f"{kind_name(row.kind)} {row.subset} · {row.source}",
             f"{row.rollouts:,}",
-            *(percent(v) for v in (row.positive, row.negative, row.other, row.none)),
+            *(percent(v) for v in (row.positive, row.negative, row.other, row.none, row.accuracy)),
         )
         for kind in (BCQ, NCQ)
-        for row in (*ours, *paper_rows())
-        if row.kind == kind and kind in kinds
+        for row in (*matches, *paper_rows())
+        if row.kind == kind and kind in kinds and row.rollouts
     )
-    columns = ("rollouts", "how many", "the right candidate's", "a wrong one's", "another or none", "of these without answer")
+    columns = ("rollouts", "how many", "the right candidate's", "a wrong one's", "another or none", "of these without answer", "accuracy")
     known, total = counts["ncq", "unseen known"], counts["ncq", "unseen known"] + counts["ncq", "unseen unknown"]
     caption = (
-        "Candidate-match audit: whose answer a rollout boxes, both sides in lower case, with spaces collapsed and \\text{} stripped. "
-        "For NCQ the right candidate is the one of the same question's BCQ in the same step, which the NCQ rollout never saw "
-        f"(there was one for {known:,} of {total:,} NCQ rollouts), and the wrong ones are those listed. Rows of the paper: "
-        "arXiv 2606.18216, Tabs. 16 and 17."
+        "Candidate-match audit: whose answer a rollout boxes, both sides in lower case, with spaces collapsed and \\text{} stripped; over "
+        "the last three steps with rollouts of a kind, as in the paper, and over the whole run. Accuracy is that of all rollouts of the "
+        "kind. For NCQ the right candidate is any correct response of the teacher's to the question in that step, which the NCQ rollout "
+        f"never saw (there was one for {known:,} of {total:,} NCQ rollouts), and the wrong ones are those listed. "
+        "Rows of the paper: arXiv 2606.18216, Tabs. 16 and 17."
     )
+    if alone := counts["ncq", "one answer alone"]:
+        caption += (
+            f" For {alone:,} NCQ rollouts the log has no answers of the teacher (an older version, or it was not asked): they are compared "
+            "with the right candidate of the same question's BCQ, where there was one."
+        )
     return Table("match-table", AUDITS, "Whose answer a rollout gives", columns, rows, caption)
 
 
@@ -246,6 +291,7 @@ def read_evaluation(path: Path) -> EvaluationResults:
         DataError: it cannot be read, or is none.
     """
     path = path / EVAL if path.is_dir() else path
+    check_file(path, DataError)
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         results = {str(each["name"]): _result(each) for each in state["benchmarks"] if each["value"] is not None}

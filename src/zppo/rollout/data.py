@@ -2,27 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from zppo.config.settings import Settings
 from zppo.core.select import share_of
 from zppo.core.types import JUDGE, Question
-from zppo.data.load import load_questions
+from zppo.data.load import check_there, load_questions, read_part
+from zppo.data.mixture import Mixture, PartRead, mix, question_key, tell_copies
 from zppo.data.order import effective_batch
 from zppo.errors import SettingsError
 
+Say = Callable[[str], None]
 
-def load_data(settings: Settings, warn: Callable[[str], None] | None = None) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions of a recipe; `warn` is told of right answers that cannot match, and of parts of the method that stay
-    idle. Raises DataError."""
-    data, told = settings.data, warn
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The questions of a recipe; `parts` is what was read of each training source."""
+
+    mixture: Mixture
+    parts: tuple[PartRead, ...]
+    held_out: list[Question]
+
+
+def load_data(settings: Settings, warn: Say | None = None, say: Say | None = None) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions of a recipe. Raises DataError.
+
+    Args:
+        warn: is told of right answers that cannot match, of copies, of training questions that are held out too, and of parts of the
+            method that stay idle.
+        say: is told what each source gives, where there is something to tell.
+    """
+    loaded = load_mixture(settings, warn)
+    tell_sources(settings, loaded, warn, say)
+    if warn is not None:
+        for text in idle_parts(settings, len(loaded.mixture.questions)):
+            warn(text)
+    return loaded.mixture.questions, loaded.held_out
+
+
+def tell_sources(settings: Settings, loaded: Loaded, warn: Say | None, say: Say | None) -> None:
+    """What the sources of the training questions give, copies, and what is held out too; see `load_data`."""
+    mixture = loaded.mixture
+    if say is not None:
+        for line in mixture.lines():
+            say(line)
+    if warn is not None:
+        tell_copies(mixture.questions, warn)
+        parts = settings.data.parts
+        names = [parts[number].name for number, _ in mixture.places]
+        if settings.train.steps != 0 and (both := in_both(mixture.questions, loaded.held_out, names)):  # a run of 0 steps only evaluates
+            warn(both)
+
+
+def load_mixture(settings: Settings, warn: Say | None = None, *, keep_rows: bool = False) -> Loaded:
+    """The questions of a recipe, with what its sources hold. Raises DataError.
+
+    Args:
+        warn: is told of right answers that cannot match.
+        keep_rows: keep the training rows too.
+    """
+    data, parts = settings.data, settings.data.parts
     warn = None if settings.grading.reward else warn  # it may know what the rules do not
-    train = load_questions(data.train, data.columns, data.limit, data.reading(), warn)
-    held_out = load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True), warn) if data.eval else []
-    for text in idle_parts(settings, len(train)):
-        if told is not None:
-            told(text)
-    return train, held_out
+
+    def held_out() -> list[Question]:
+        return load_questions(data.eval, data.columns, data.eval_limit, data.reading(held_out=True), warn) if data.eval else []
+
+    for part in parts:
+        check_there(part.source)  # before hours of reading
+    first = held_out() if any("held_out" in text for part in parts for text in part.filters) else None
+    keys = frozenset(map(question_key, first or ()))
+    read = tuple(read_part(part, warn, held_out=keys, keep_rows=keep_rows) for part in parts)
+    return Loaded(mix(parts, read, settings.seed), read, held_out() if first is None else first)
+
+
+def in_both(train: Sequence[Question], held_out: Sequence[Question], names: Sequence[str] = ()) -> str:
+    """A warning where held-out questions are asked in training too, with the same text and images [zppo]; "" where none is.
+
+    Args:
+        names: of the source of each training question.
+    """
+    asked = [question_key(question) for question in held_out]
+    known = set(asked)
+    trained = {place: key for place, question in enumerate(train) if (key := question_key(question)) in known} if asked else {}
+    if not trained:
+        return ""
+    keys = set(trained.values())
+    both = [question.id for question, key in zip(held_out, asked, strict=True) if key in keys]
+    by_source = Counter(names[place] for place in trained if names)
+    where = f" (rows: {', '.join(f'{name} {count:,}' for name, count in by_source.items())})" if len(set(names)) > 1 else ""
+    return (
+        f"warning: {len(both)} of {len(held_out)} held-out questions are training questions too ({both[0]!r}, for one): held-out "
+        f"accuracy will look better than it is. Leave them out of training{where} with data.filters: not held_out"
+    )
 
 
 def idle_parts(settings: Settings, questions: int) -> list[str]:

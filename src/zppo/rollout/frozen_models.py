@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from accelerate import Accelerator
 
 from zppo.config.methods import Method
 from zppo.config.model_settings import FrozenModelSettings, TeacherSettings
 from zppo.config.settings import Settings
+from zppo.core.reformulate import Reformulation
+from zppo.core.types import Question
 from zppo.errors import TeacherError
 from zppo.images.store import PixelLimits
 from zppo.models.student_model import read_template
 from zppo.names import model_folder
+from zppo.prompts.book import PromptBook
 from zppo.rollout.run_data import ImageInputs
-from zppo.runs.display import Progress, warn
+from zppo.teacher.hints import hint_trial
 from zppo.teacher.local import LocalTeacher
 
 if TYPE_CHECKING:
@@ -34,10 +37,18 @@ class FrozenModels:
         settings_of: the section of the recipe of each of them.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, progress: Progress, image_inputs: ImageInputs | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        image_inputs: ImageInputs | None = None,
+        *,
+        doing: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         self.teachers: list[FrozenTeacher] = []
         self.settings_of: list[TeacherSettings] = []
-        self._settings, self._accelerator, self._progress, self._image_inputs = settings, accelerator, progress, image_inputs
+        self._settings, self._device, self._image_inputs, self._doing, self._warn = settings, device, image_inputs, doing, warn
         self._remote: list[RemoteTeacher] = []
 
     def load(self, own: FrozenModelSettings, section: str) -> FrozenTeacher:
@@ -47,12 +58,12 @@ class FrozenModels:
             TeacherError: it cannot be loaded, or there is no key for its address.
         """
         if not own.base_urls:
-            self._progress.doing(f"loading the {section} {own.model}")
-            return _load_frozen(self._settings, own, self._accelerator, self._image_inputs)
+            self._doing(f"loading the {section} {own.model}")
+            return _load_frozen(self._settings, own, self._device, self._image_inputs)
         from zppo.teacher.remote import RemoteTeacher  # the openai package comes with it, most of a second
         from zppo.teacher.startup_check import Names, read_key
 
-        self._progress.doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
+        self._doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
         images = self._settings.data.images
         teacher = RemoteTeacher(
             own.model,
@@ -63,7 +74,7 @@ class FrozenModels:
             retry_for=own.retry_for,
             names=Names(section, own.key_env),
             limits=PixelLimits(images.min_pixels, images.max_pixels),
-            warn=lambda text: warn(self._progress.console, f"warning: {text}"),
+            warn=lambda text: self._warn(f"warning: {text}"),
         )
         self._remote.append(teacher)
         return teacher
@@ -78,6 +89,24 @@ class FrozenModels:
             if count and not isinstance(teacher, LocalTeacher):
                 teacher.check_images(own.how(own.rollout), count, "rollout")
 
+    def check_hints(
+        self, settings: Settings, reformulations: Sequence[Reformulation], questions: Sequence[Question], book: PromptBook
+    ) -> None:
+        """Asks the teacher for one hint where a reformulation needs hints, and warns where none came: the run is then its control."""
+        wanted = any("hint" in r.needs for r in reformulations)
+        if not wanted or settings.teacher is None or not self.teachers or not questions:
+            return
+        self._doing("asking the teacher for a hint")
+        own, method = settings.teacher, settings.method.resolve()
+        question = next((q for q in questions if not q.images), questions[0])
+        if problem := hint_trial(question, self.teachers[0], book, own.how(own.hint), settings.seed):
+            others = [r.kind for r in reformulations if "hint" not in r.needs]
+            rest = f"{', '.join(others)} alone" if others else "GRPO† (grpo-replay)" if method.replay else "GRPO (grpo)"
+            self._warn(
+                f"the teacher {own.model} writes no hints: {problem}. No question will be asked again with a hint, so that this run is "
+                f"{rest}: take an instruction-tuned teacher, or say it in its words with prompts.hinting"
+            )
+
     def close(self) -> None:
         """Ends the threads and connections of remote models."""
         for teacher in self._remote:
@@ -86,12 +115,19 @@ class FrozenModels:
 
 @contextmanager
 def load_frozen_models(
-    settings: Settings, accelerator: Accelerator, progress: Progress, image_inputs: ImageInputs | None = None
+    settings: Settings,
+    device: torch.device,
+    image_inputs: ImageInputs | None = None,
+    *,
+    doing: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Iterator[FrozenModels]:
     """The frozen models for the length of a run; the teachers that the method needs are loaded and checked.
 
     Args:
+        device: where those run that are in this process and name no device of their own.
         image_inputs: limits and cache of images, where the run has any.
+        doing, warn: told what begins, and what a person should know.
 
     Raises:
         TeacherError: a teacher cannot be loaded, or cannot be reached with this key, model and fields.
@@ -100,7 +136,7 @@ def load_frozen_models(
     method = settings.method.resolve()
     named = [("teacher", settings.teacher), *((f"more_teachers.{i}", t) for i, t in enumerate(settings.more_teachers))]
     with ExitStack() as stack:
-        frozen_models = FrozenModels(settings, accelerator, progress, image_inputs)
+        frozen_models = FrozenModels(settings, device, image_inputs, doing=doing, warn=warn)
         stack.callback(frozen_models.close)
         for section, own in named if method.needs_teacher else ():
             if own is not None:
@@ -126,9 +162,11 @@ def _uses(own: TeacherSettings, method: Method, *, first: bool) -> list[str]:
     return ["rollout", *["compression"] * compresses, *["hint"] * (first and "hint" in method.needs)]
 
 
-def _load_frozen(settings: Settings, own: FrozenModelSettings, accelerator: Accelerator, image_inputs: ImageInputs | None) -> LocalTeacher:
+def _load_frozen(
+    settings: Settings, own: FrozenModelSettings, student_device: torch.device, image_inputs: ImageInputs | None
+) -> LocalTeacher:
     """A model that is never trained, in this process: a teacher, or a judge."""
-    device = accelerator.device if own.device == "auto" else torch.device(own.device)
+    device = student_device if own.device == "auto" else torch.device(own.device)
     return LocalTeacher.load(
         model_folder(own.model),
         revision=own.revision,

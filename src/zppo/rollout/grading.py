@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from zppo.config.model_settings import FrozenModelSettings
 from zppo.config.settings import Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
+from zppo.errors import RewardError
 from zppo.grading import Grader, extract_boxed, has_gold_words
 from zppo.grading.grader import TimeOuts, Verdict
-from zppo.grading.reward_function import load_reward
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.data import count_judged
 from zppo.rollout.frozen_models import FrozenTeacher
+from zppo.rollout.rewards import Rewards, make_rewards
 from zppo.rollout.student import Answered
 from zppo.step_log import StepLog
 from zppo.teacher.compression import token_tail
@@ -33,12 +35,17 @@ class Rule(Protocol):
 
 @contextmanager
 def rule_grading(settings: Settings) -> Iterator[Rule]:
-    """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers."""
-    if settings.grading.reward:
-        reward = load_reward(settings.grading.reward)
-        yield lambda answered, log=None: [reward(a.completion, a.question, a.think_open) for a in answered]
+    """The recipe's grading for the length of a run, before any judge: reward functions of the user's, else the rules and their workers."""
+    if settings.grading.rewards:
+        rewards = make_rewards(settings.grading)
+        rewards.steps = settings.train.steps or 0
+        try:
+            yield rewards
+        finally:
+            rewards.close()
         return
-    with Grader(settings.grading.deadline, settings.grading.workers, rounded_golds=settings.grading.rounded_golds) as grader:
+    own = settings.grading
+    with Grader(own.deadline, own.workers, rounded_golds=own.rounded_golds, anywhere=own.anywhere) as grader:
 
         def grade(answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
             log = log or StepLog()
@@ -63,10 +70,11 @@ class Scorer:
     Args:
         rule: grades the questions that are not the judge's: by rule, or by a reward function of the user's.
         judge: grades the others; None where there are none.
+        anywhere: whether boxes in thoughts count too (`extract_boxed`).
     """
 
-    def __init__(self, rule: Rule, judge: Judge | None = None) -> None:
-        self.rule, self.judge = rule, judge
+    def __init__(self, rule: Rule, judge: Judge | None = None, anywhere: bool = False) -> None:
+        self.rule, self.judge, self.anywhere = rule, judge, anywhere
         self._warned_malformed = False  # said once a run
 
     def __call__(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
@@ -88,8 +96,9 @@ class Scorer:
             return self.rule(answered, log)
 
     def _by_judge(self, judge: Judge, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
-        verdicts = [_without_judge(a) for a in answered]
-        texts = [readable(a.completion, v.answer, a.think_open) for a, v in zip(answered, verdicts, strict=True)]
+        verdicts = [_without_judge(a, self.anywhere) for a in answered]
+        # A box in the thoughts is read with them, however it is extracted.
+        texts = [readable(a.completion, extract_boxed(a.completion, a.think_open), a.think_open) for a in answered]
         left = [i for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)) if text and not verdict.correct]
         before = log.own.get("judge_asked", 0.0)
         outcomes = judge.decide([Case(answered[i].question, texts[i]) for i in left], log)
@@ -120,7 +129,7 @@ class Scorer:
 def make_scorer(
     settings: Settings,
     rule: Rule,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     chat: Chat,
     teachers: Sequence[FrozenTeacher],
     load: Callable[[FrozenModelSettings], FrozenTeacher],
@@ -135,8 +144,11 @@ def make_scorer(
 
     Raises:
         SettingsError: no model can judge.
+        RewardError: the questions lack a column that a reward function asks for.
         TeacherError, ModelError: the judge cannot be used.
     """
+    if isinstance(rule, Rewards):
+        rule.prepare(questions, lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not count_judged(settings, questions):
         return Scorer(rule)
     assert settings.judging is not None
@@ -146,12 +158,12 @@ def make_scorer(
     model.check(how, "" if settings.judge else "judge")
     book = PromptBook(settings.prompts, Neutraliser({*chat.special_texts, *model.special_texts}))
     judge = Judge(model, book, how, token_tail(chat.tokenizer, use.response_tokens), seed=settings.seed)
-    return Scorer(rule, judge)
+    return Scorer(rule, judge, settings.grading.anywhere)
 
 
-def _without_judge(answered: Answered) -> Verdict:
+def _without_judge(answered: Answered, anywhere: bool) -> Verdict:
     """What can be said of a completion of a judge question without asking."""
-    answer = extract_boxed(answered.completion, answered.think_open)
+    answer = extract_boxed(answered.completion, answered.think_open, anywhere)
     correct = answer is not None and has_gold_words(answered.question.gold, answer)
     return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
 
@@ -164,3 +176,37 @@ def grades_while_sampling(settings: Settings, scorer: Scorer) -> bool:
     """
     judge = settings.judging[0] if scorer.judge is not None and settings.judging is not None else None
     return settings.grading.reward is None and (judge is None or bool(judge.base_urls))
+
+
+def listed_rule(function: Callable[..., Any], row_of: Callable[[Question], Mapping[str, Any]]) -> Rule:
+    """Grading by a function of TRL's form: `prompts`, `completions` and the columns of their rows in, a list of numbers out.
+
+    Correct means reward >= 1; None leaves a completion ungraded. Where the rows hold conversations, completions are conversations too.
+
+    Args:
+        row_of: the row of a question.
+    """
+    name = getattr(function, "__name__", repr(function))
+
+    def grade(answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
+        if not answered:
+            return []
+        rows = [row_of(a.question) for a in answered]
+        turns = [isinstance(row.get("prompt"), list) for row in rows]
+        texts = [[{"role": "assistant", "content": a.completion}] if t else a.completion for a, t in zip(answered, turns, strict=True)]
+        columns = {column: [row[column] for row in rows] for column in rows[0] if column not in ("prompt", "completion")}
+        given = list(function(prompts=[row.get("prompt") for row in rows], completions=texts, **columns))
+        if len(given) != len(answered):
+            raise RewardError(f"reward function {name} returned {len(given)} rewards for {len(answered)} completions: give each one")
+        return [_listed_verdict(name, a, value) for a, value in zip(answered, given, strict=True)]
+
+    return grade
+
+
+def _listed_verdict(name: str, answered: Answered, value: Any) -> Verdict:
+    answer = extract_boxed(answered.completion, answered.think_open)
+    if value is None:
+        return Verdict(False, answer, "reward", 0.0, graded=False)
+    if not math.isfinite(value):
+        raise RewardError(f"reward function {name} returned {value!r} for question {answered.question.id!r}: give a finite number, or None")
+    return Verdict(value >= 1, answer, "reward", float(value))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from zppo.config.methods import Method, load_reformulation
 from zppo.config.settings import Settings
 from zppo.core.draws import keyed_random
-from zppo.core.reformulate import RESPONSES, Material, Need, Reformulation, distinct_answers, scrambled
+from zppo.core.reformulate import RESPONSES, Material, Need, Placebo, Reformulation, distinct_answers, scrambled
 from zppo.core.select import next_wave
-from zppo.core.types import Draft, Group, Prompt, Question
-from zppo.errors import TemplateError
+from zppo.core.types import PLAIN, Draft, Group, Prompt, Question
+from zppo.errors import SettingsError, TemplateError
 from zppo.grading import has_gold_words, normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.student import PromptRenderer
@@ -31,6 +32,7 @@ class CandidateMaker:
         book: the words of the request for a hint.
         response_ids: a response in the student's tokens, for Prefix.
         prefix_fraction: how much of it Prefix gives.
+        count_duplicates: whether NCQ shows equal candidates once, with their number.
         seed: keys every draw.
     """
 
@@ -44,11 +46,12 @@ class CandidateMaker:
         book: PromptBook,
         response_ids: Callable[[Source], tuple[int, ...]],
         prefix_fraction: float = 0.4,
+        count_duplicates: bool = False,
         seed: int,
     ) -> None:
         self.needs, self.compressor, self.teacher, self.hint = needs, compressor, teacher, hint
         self.book, self.response_ids, self.seed = book, response_ids, seed
-        self.prefix_fraction = prefix_fraction
+        self.prefix_fraction, self.count_duplicates = prefix_fraction, count_duplicates
         self.count_names = (  # candidates that a step could not show as it should, and what making them took
             *("bcq_without_negative", "bcq_raw_pairs", "ncq_raw_candidates"),
             *COMPRESSION_COUNTS,
@@ -66,9 +69,11 @@ class CandidateMaker:
                 pair=p.pair,
                 wrong=p.wrong,
                 wrong_answers=_listed(sources, g.question),
+                teacher_answers=_distinct(pools.get(g.question.id)),
                 hint=hint,
                 response_ids=self._response(g, pools, log.step),
                 prefix_fraction=self.prefix_fraction,
+                count_duplicates=self.count_duplicates,
             )
             for g, sources, p, hint in zip(groups, wrong, prepared, hints, strict=True)
         ]
@@ -79,9 +84,8 @@ class CandidateMaker:
         requests = [
             PairRequest(
                 question_id=g.question.id,
-                # Beside a negative, which always has an answer, a positive without one would stand out [zppo].
-                positives=tuple(s for s in pools.get(g.question.id, ()) if s.answer is not None),
-                negatives=tuple(s for s in sources if s.answer is not None),
+                positives=_showable(pools.get(g.question.id, ())),
+                negatives=_showable(sources),
                 wrong=sources,
                 want_pair="pair" in self.needs,
                 want_wrong="wrong" in self.needs,
@@ -90,7 +94,7 @@ class CandidateMaker:
         ]
         prepared = self.compressor.prepare(requests, self.seed, log)
         log.add(
-            bcq_without_negative=sum(bool(r.want_pair and r.wrong and not r.negatives) for r in requests),
+            bcq_without_negative=sum(bool(r.want_pair and r.wrong and all(s.answer is None for s in r.negatives)) for r in requests),
             bcq_raw_pairs=sum(p.pair_raw for p in prepared),
             ncq_raw_candidates=sum(p.wrong_raw for p in prepared),
         )
@@ -115,10 +119,21 @@ def _wrong(group: Group) -> tuple[Source, ...]:
     return tuple(Source(r.text, r.answer, i) for i, r in enumerate(group.rollouts) if r.graded and not r.correct)
 
 
+def _showable(pool: Sequence[Source]) -> tuple[Source, ...]:
+    """What BCQ draws from: the completions that have an answer, beside which one without would stand out; where none has one, all of them,
+    as the paper draws: a student that does not box its answers yet shall not be left without help [zppo]."""
+    return tuple(s for s in pool if s.answer is not None) or tuple(pool)
+
+
 def _listed(wrong: Sequence[Source], question: Question) -> tuple[str, ...]:
     """The answers that NCQ lists."""
     answers = [s.answer for s in wrong if s.answer is not None and not has_gold_words(question.gold, s.answer)]
     return distinct_answers([(answer, normalise(answer)) for answer in answers], normalise(str(question.gold)))
+
+
+def _distinct(pool: Sequence[Source] | None) -> tuple[str, ...] | None:
+    """The answers of the correct teacher responses to a question, None where the teacher was not asked about it."""
+    return None if pool is None else tuple(dict.fromkeys(source.answer for source in pool if source.answer is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +237,19 @@ class Reformulator:
         return fitting
 
 
+def make_reformulations(method: Method) -> list[Reformulation]:
+    """The reformulations of a method, in building order.
+
+    Raises:
+        SettingsError: one of the user's own cannot be imported or is none; the message says why.
+    """
+    made = [load_reformulation(kind) for kind in method.reformulations]
+    kinds = [r.kind for r in made]
+    if len(set(kinds)) != len(kinds) or PLAIN in kinds:
+        raise SettingsError(f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'")
+    return [Placebo(r) for r in made] if method.control == "placebo" else made
+
+
 def make_reformulator(
     settings: Settings,
     reformulations: Sequence[Reformulation],
@@ -254,6 +282,7 @@ def make_reformulator(
         book=renderer.book,
         response_ids=ResponseTokens(chat),
         prefix_fraction=settings.zone.prefix_fraction,
+        count_duplicates=settings.zone.ncq_duplicates == "counted",
         seed=settings.seed,
     )
     return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context)

@@ -51,18 +51,25 @@ class RunData:
     image_inputs: ImageInputs | None
 
 
-def read_data(settings: Settings, *, sharded: bool = False, warn: Callable[[str], None] | None = None) -> RunData:
+def read_data(
+    settings: Settings, *, sharded: bool = False, warn: Callable[[str], None] | None = None, say: Callable[[str], None] | None = None
+) -> RunData:
     """The questions of a recipe, and how its models are to see.
 
     Args:
         sharded: whether the student's weights lie in shards over several processes.
-        warn: is told of right answers that cannot match.
+        warn, say: are told of what should be mended, and what each source gives (`load_data`).
 
     Raises:
         DataError: see `load_questions`; or a question has images and the student reads none.
         SettingsError: images cannot be trained on with these settings.
     """
-    train, held_out = load_data(settings, warn)
+    train, held_out = load_data(settings, warn, say)
+    return seen_data(settings, train, held_out, sharded=sharded)
+
+
+def seen_data(settings: Settings, train: list[Question], held_out: list[Question], *, sharded: bool = False) -> RunData:
+    """Questions that were read, and how the models are to see them; raises as `read_data`."""
     first = first_with_images(settings, train, held_out)
     if first is None:
         return RunData(train, held_out, None)
@@ -90,7 +97,7 @@ def check_images(settings: Settings, source: str, question: Question, *, sharded
 
 def first_with_images(settings: Settings, train: Sequence[Question], held_out: Sequence[Question]) -> tuple[str, Question] | None:
     """The first question that has images, and where it is from."""
-    for source, questions in ((settings.data.train, train), (settings.data.eval or "", held_out)):
+    for source, questions in ((settings.data.train_name, train), (settings.data.eval or "", held_out)):
         for question in questions:
             if question.images:
                 return source, question
@@ -105,16 +112,14 @@ def load_short(
     settings: Settings, data: RunData, renderer: PromptRenderer, length: Callable[[Question], int], console: Console
 ) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions whose plain prompt (`length` tokens) is short enough. What is said: how many were dropped, how
-    many there are and have images, a tokenizer that does not know their words, questions in both, places for images without images.
+    many there are and have images, a tokenizer that does not know their words, places for images without images.
 
     Raises:
         DataError: no question is short enough.
     """
-    sources = zip((settings.data.train, settings.data.eval or ""), (data.train, data.held_out), strict=True)
+    sources = zip((settings.data.train_name, settings.data.eval or ""), (data.train, data.held_out), strict=True)
     train, held_out = (_short(source, asked, settings.data.max_prompt_tokens, length, console) for source, asked in sources)
-    trains = settings.train.steps != 0  # a run of 0 steps only evaluates
-    warnings = unknown_tokens(renderer, train), in_both(train, held_out) if trains else "", unseen([*train, *held_out])
-    for warning in warnings:
+    for warning in (unknown_tokens(renderer, train), unseen([*train, *held_out])):
         if warning:
             console.print(warning, style="yellow", soft_wrap=True, highlight=False)
     return train, held_out
@@ -135,6 +140,20 @@ def _short(source: str, questions: Sequence[Question], most: int, length: Callab
     return kept
 
 
+def check_context(
+    settings: Settings, context: int | None, questions: Sequence[Question], held_out: Sequence[Question], length: Callable[[Question], int]
+) -> None:
+    """Whether every plain prompt (`length` tokens) fits the model with its token limit. SettingsError where one does not."""
+    uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
+    for name, asked, sampling in uses:
+        tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))
+        if context is not None and asked and tokens + sampling.max_new_tokens > context:
+            raise SettingsError(
+                f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "
+                f"together more than the model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
+            )
+
+
 def check_vocabulary(model: PreTrainedModel, renderer: PromptRenderer, questions: Sequence[Question]) -> None:
     """Whether the model has a row for every token of the first 200 plain prompts. ModelError where it has not.
 
@@ -148,22 +167,6 @@ def check_vocabulary(model: PreTrainedModel, renderer: PromptRenderer, questions
             f"student.model: the prompts hold the token {renderer.chat.show([largest])!r} with the id {largest}, and the model knows "
             f"the ids 0 to {rows - 1}: tokenizer and model do not belong together; take both from one checkpoint"
         )
-
-
-def in_both(train: Sequence[Question], held_out: Sequence[Question]) -> str:
-    """A warning where held-out questions are asked in training too, word for word and about the same images [zppo]; "" where none is."""
-
-    def asked(question: Question) -> tuple[object, ...]:
-        return question.messages, tuple(image.sha256 for image in question.images)
-
-    trained = {asked(question) for question in train}
-    both = [question.id for question in held_out if asked(question) in trained]
-    if not both:
-        return ""
-    return (
-        f"warning: {len(both)} of {len(held_out)} held-out questions are training questions too ({both[0]!r}, for one): held-out "
-        "accuracy will look better than it is. Remove them from data.train or from data.eval"
-    )
 
 
 def unseen(questions: Sequence[Question]) -> str:

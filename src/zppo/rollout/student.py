@@ -25,12 +25,14 @@ class Answered:
     """A completion that waits for its verdict.
 
     `kind` is that of its prompt: completions of one kind about one question are a group, whose answers share the time for grading.
+    `ids` are its tokens, where the student wrote it.
     """
 
     question: Question
     completion: str
     think_open: bool
     kind: str = ""
+    ids: tuple[int, ...] = ()
 
 
 Score = Callable[[Sequence[Answered], StepLog], list[Verdict]]
@@ -121,7 +123,7 @@ class StudentSampler:
                 yield each
 
         def grade(ended: Sequence[Ended]) -> None:
-            for (i, j, _), rollout in zip(ended, self._graded(prompts, ended, log), strict=True):
+            for (i, j, _), rollout in zip(ended, graded_rollouts(prompts, ended, self.renderer.chat, self.score, log), strict=True):
                 done[i, j] = rollout
 
         if self.grades_while_sampling:
@@ -153,25 +155,30 @@ class StudentSampler:
             # What goes wrong here is not held up by what is being graded.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _graded(self, prompts: Sequence[Prompt], ended: Sequence[Ended], log: StepLog) -> list[Rollout]:
-        """Rollouts of completions: decoded after the forced tokens of their prompt, with a verdict."""
-        decode = self.renderer.chat.decode
-        texts = [decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
-        asked = [prompts[i] for i, _, _ in ended]
-        answered = [Answered(p.question, text, p.think_open, p.kind) for p, text in zip(asked, texts, strict=True)]
-        verdicts = self.score(answered, log)
-        return [
-            Rollout(
-                ids=completion.ids,
-                logprobs=completion.logprobs,
-                text=text,
-                answer=verdict.answer,
-                correct=verdict.correct,
-                reward=verdict.reward,
-                truncated=completion.truncated,
-                graded=verdict.graded,
-                reason=verdict.reason,
-                entropy=completion.entropy,
-            )
-            for (_, _, completion), text, verdict in zip(ended, texts, verdicts, strict=True)
-        ]
+
+def graded_rollouts(prompts: Sequence[Prompt], ended: Sequence[Ended], chat: Chat, score: Score, log: StepLog) -> list[Rollout]:
+    """Rollouts of completions, in their order: decoded after the forced tokens of their prompt, with a verdict."""
+    texts = [chat.decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
+    asked = [prompts[i] for i, _, _ in ended]
+    answered = [
+        Answered(p.question, text, p.think_open, p.kind, p.forced_ids + tuple(c.ids.tolist()))
+        for p, text, (_, _, c) in zip(asked, texts, ended, strict=True)
+    ]
+    verdicts = score(answered, log)
+    return [
+        Rollout(
+            ids=completion.ids,
+            logprobs=completion.logprobs,
+            text=text,
+            answer=verdict.answer,
+            correct=verdict.correct,
+            reward=verdict.reward,
+            truncated=completion.truncated,
+            graded=verdict.graded,
+            reason=verdict.reason,
+            entropy=completion.entropy,
+            rewards=verdict.rewards,
+            notes=verdict.notes,
+        )
+        for (_, _, completion), text, verdict in zip(ended, texts, verdicts, strict=True)
+    ]

@@ -26,6 +26,11 @@ def warn(console: Console, text: str) -> None:
     console.print(Text(text, style="yellow"), highlight=False, soft_wrap=True)
 
 
+def show(console: Console, text: str) -> None:
+    """A line of text from elsewhere, as it is."""
+    console.print(Text(text), highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def steady_output() -> Iterator[None]:
     """Inside, a standard stream that cannot be written any more costs the display alone: what is behind it goes nowhere from then on.

@@ -34,7 +34,8 @@ def run_card(name: str, settings: Settings, lines: Lines, final: Path) -> str:
 
     seeing = any((final / file).is_file() for file in _VISION)
     before, after = _evaluation(lines, "eval", 0), _evaluation(lines, "final", -1)
-    base, data = settings.student.model, [settings.data.train, *([settings.data.eval] if settings.data.eval else [])]
+    base, train = settings.student.model, settings.data.train
+    data = [*([train] if isinstance(train, str) else [part.source for part in train]), settings.data.eval or ""]
     sets = list(dict.fromkeys(source.removeprefix("hub:") for source in data if source.startswith("hub:")))
     pipeline = "image-text-to-text" if seeing else "text-generation"
     results = None

@@ -20,6 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from zppo.core.draws import keyed_random
 from zppo.errors import SettingsError
+from zppo.names import check_file
 from zppo.runs.files import write_whole
 from zppo.runs.tracker_kinds import KINDS, TABLE, Opening
 
@@ -140,6 +141,7 @@ class Trackers:
 
     def _kept(self) -> dict[str, str]:
         """The names that the run started under; empty where none are kept (the trackers came with the resume)."""
+        check_file(self.run / TRACKERS, SettingsError)
         try:
             kept = json.loads((self.run / TRACKERS).read_text(encoding="utf-8"))
             return {str(name): str(value) for name, value in kept.items() if value}

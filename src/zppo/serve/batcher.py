@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
+from zppo.engines.base import Completion, Engine, SampleRequest, Sampling, Watcher
 from zppo.engines.out_of_memory import sample_in_halves
 
 _LINGER, _LONGEST_LINGER = 0.01, 0.1  # seconds without an arrival before a batch starts; seconds in all
@@ -37,10 +37,18 @@ class _Abandoned(BaseException):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request on its way; `future` gets its completions, or `DecodingError`."""
+    """One request on its way.
+
+    Attributes:
+        future: gets its completions, or `DecodingError`.
+        tell: called in the engine's thread with a step, from 0, and the (choice, token) that were drawn. A batch that fails is tried again
+            in parts, and tells again from step 0.
+        gone: nobody waits for it.
+    """
 
     request: SampleRequest
     sampling: Sampling
+    tell: Callable[[int, Sequence[tuple[int, int]]], None] | None = None
     future: Future[list[Completion]] = field(default_factory=Future)
     gone: bool = False
 
@@ -76,8 +84,10 @@ class Batcher:
         """(requests that wait, requests in the batch)."""
         return len(self._waiting), len(self._batch)
 
-    def submit(self, request: SampleRequest, sampling: Sampling) -> Job:
-        """Queues a request.
+    def submit(
+        self, request: SampleRequest, sampling: Sampling, tell: Callable[[int, Sequence[tuple[int, int]]], None] | None = None
+    ) -> Job:
+        """Queues a request; `tell` is that of its `Job`.
 
         Raises:
             QueueFullError: `max_queue` requests wait.
@@ -88,14 +98,14 @@ class Batcher:
                 raise StoppedError("the server is stopping")
             if len(self._waiting) >= self._max_queue:
                 raise QueueFullError(len(self._waiting), min(60, max(1, round(self._seconds))))
-            job = Job(request, sampling)
+            job = Job(request, sampling, tell)
             job.future.set_running_or_notify_cancel()  # from here on only the batcher ends it
             self._waiting.append(job)
             self._changed.notify()
         return job
 
     def abandon(self, job: Job) -> None:
-        """The client went away: a waiting request is dropped, a batch without a waiting client ends at its next token."""
+        """The client went away: a waiting request is dropped; rows in a batch end at the next token, and so does a batch of none else."""
         with self._changed:
             job.gone = True
             waiting = job in self._waiting
@@ -103,6 +113,30 @@ class Batcher:
                 self._waiting.remove(job)
         if waiting:
             _give_up([job])  # its callbacks tidy up
+
+    def watch(self, seats: Sequence[tuple[SampleRequest, int]]) -> Watcher:
+        """For the engine's `watch`: streams are told of their tokens, and rows without a waiting client end."""
+        if threading.current_thread() is not self._thread:
+            return lambda number, drawn: ()  # somebody else samples
+        self.check()
+        jobs = {id(job.request): job for job in self._batch}
+        owners = [jobs[id(request)] for request, _ in seats]
+        streamed = any(job.tell for job in owners)
+        ended: set[int] = set()
+
+        def step(number: int, drawn: Callable[[], list[tuple[int, int]]]) -> Collection[int]:
+            self.check()
+            told: dict[Job, list[tuple[int, int]]] = {}
+            for row, token in drawn() if streamed else ():
+                told.setdefault(owners[row], []).append((seats[row][1], token))
+            for job, tokens in told.items():
+                if job.tell is not None and not job.gone:
+                    job.tell(number, tokens)
+            new = {row for row, job in enumerate(owners) if job.gone} - ended
+            ended.update(new)
+            return new
+
+        return step
 
     def check(self) -> None:
         """To be called before every step of the model; ends a batch without a waiting client, by an exception for `_work`."""

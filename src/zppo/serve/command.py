@@ -27,7 +27,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, SettingsError, one_line
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
-from zppo.names import checkpoint_folder
+from zppo.names import check_file, checkpoint_folder
 from zppo.serve.batcher import Batcher
 from zppo.serve.protocol import LockedChat, RequestImages
 from zppo.serve.server import ChatServer, make_app
@@ -70,7 +70,7 @@ def serve(options: argparse.Namespace) -> None:
         )
         folder = stack.enter_context(TemporaryDirectory(prefix="zppo-serve-"))
         batcher = Batcher(loaded.engine, max_rows=options.max_rows, max_tokens=options.max_batch_tokens, max_queue=options.max_queue)
-        loaded.engine.model.register_forward_pre_hook(lambda *_: batcher.check())  # what it raises ends the sampling
+        loaded.engine.watch = batcher.watch
         service = ChatServer(
             model=options.name or options.model,
             words=LockedChat(loaded.chat),
@@ -81,7 +81,8 @@ def serve(options: argparse.Namespace) -> None:
             loopback=loopback,
             max_body=options.max_body << 20,
         )
-        what = f"{service.model} on {loaded.engine.model.device}, context {service.context}; Ctrl-C ends"
+        named = json.dumps(service.model, ensure_ascii=False)
+        what = f'requests send "model": {named}; on {loaded.engine.model.device}, context {service.context}; Ctrl-C ends'
         try:
             _Server(service, f"http://{_address(listener)}/v1", what).run(sockets=[listener])
         finally:
@@ -100,6 +101,7 @@ def read_server_key(options: argparse.Namespace) -> str | None:
         key, where = os.environ.get(options.key_env, ""), f"the environment variable {options.key_env}"
     elif options.key_file:
         where = f"the file {options.key_file}"
+        check_file(options.key_file, SettingsError)
         try:
             key = options.key_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -196,7 +198,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._url, flush=True)
-        print(f"serving {self._what}", file=sys.stderr, flush=True)
+        print(f"serving: {self._what}", file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if count := sum(self._batcher.load):

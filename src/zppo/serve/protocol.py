@@ -187,6 +187,11 @@ class LockedChat:
         with self._lock:
             return self._chat.decode(ids)
 
+    def settled(self, ids: Sequence[int]) -> int:
+        """See `Chat.settled`."""
+        with self._lock:
+            return self._chat.settled(ids)
+
     def token(self, index: int) -> str:
         """One token as text, special ones too."""
         with self._lock:
@@ -310,28 +315,36 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = Field(False, description="true or false: nothing is added either way")
 
 
+def _as_whole(given: Any) -> Any:
+    """JSON knows one kind of numbers: 1.0 is 1."""
+    return int(given) if isinstance(given, float) and given.is_integer() and abs(given) <= 2**53 else given
+
+
+Whole = Annotated[int, BeforeValidator(_as_whole)]
+
+
 class Body(_Strict):
     """A whole request."""
 
     model: str = Field(description="the name that GET /v1/models lists")
     messages: list[RequestMessage] = Field(description="a list of one message or more", min_length=1)
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description=f"an integer from 1 to {MAX_CHOICES}")
+    n: Whole = Field(1, ge=1, le=MAX_CHOICES, description=f"an integer from 1 to {MAX_CHOICES}")
     temperature: float = Field(1.0, ge=0, le=2, description="0 (greedy), or a number from 0.01 to 2")
     top_p: float = Field(1.0, ge=0, le=1, description="a number from 0 to 1")
-    top_k: int = Field(0, ge=-1, le=2**31, description="a positive integer, or 0 or -1 for all tokens")
+    top_k: Whole = Field(0, ge=-1, le=2**31, description="a positive integer, or 0 or -1 for all tokens")
     min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     repetition_penalty: float = Field(1.0, ge=0.1, le=10, description="a number from 0.1 to 10")
-    max_tokens: int | None = Field(None, ge=1, description="a positive integer")
-    max_completion_tokens: int | None = Field(None, ge=1, description="a positive integer")
-    seed: int | None = Field(None, ge=-_MAX_SEED - 1, le=_MAX_SEED, description="an integer of 64 bits")
+    max_tokens: Whole | None = Field(None, ge=1, description="a positive integer")
+    max_completion_tokens: Whole | None = Field(None, ge=1, description="a positive integer")
+    seed: Whole | None = Field(None, ge=-_MAX_SEED - 1, le=_MAX_SEED, description="an integer of 64 bits")
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = (
         Field(
             default_factory=list, max_length=MAX_STOPS, description=f"a text that is not empty, or a list of at most {MAX_STOPS} such texts"
         )
     )
     logprobs: bool = Field(False, description="true or false")
-    top_logprobs: int = Field(0, ge=0, le=0, description="0: only the log-prob of the drawn token itself is kept")
+    top_logprobs: Whole = Field(0, ge=0, le=0, description="0: only the log-prob of the drawn token itself is kept")
     stream: bool = Field(False, description="true or false")
     stream_options: StreamOptions | None = Field(None, description='{"include_usage": true or false}, of a stream')
     chat_template_kwargs: dict[str, Any] = Field(

@@ -24,7 +24,7 @@ from zppo.core.types import ImageRef
 from zppo.engines.base import Completion, SampleRequest
 from zppo.errors import DataError, ModelError, one_line
 from zppo.serve.batcher import Batcher, DecodingError, Job, QueueFullError, StoppedError
-from zppo.serve.events import EventStream, events_begun
+from zppo.serve.events import EventStream, TokenFeed
 from zppo.serve.protocol import Body, LockedChat, RequestError, RequestImages, answer, answer_error, read_body, shorten
 
 _LOG = logging.getLogger("zppo.serve")
@@ -81,14 +81,15 @@ class ChatServer:
         taken = await self.pictures.take(body.images)
         try:
             prompt = await anyio.to_thread.run_sync(self._encode, body, taken.refs)
-            job = self._submit(body, prompt, taken.refs)
+            feed = TokenFeed(self.words, body.n, body.stop) if body.stream else None
+            job = self._submit(body, prompt, taken.refs, feed)
         except BaseException:
             taken.release()
             raise
         job.future.add_done_callback(lambda _: taken.release())  # the engine reads them until then
         answered = self._answered(request, job, body, len(prompt))
-        if body.stream:
-            return EventStream(answered, lambda: events_begun(self.model, body.n), body.usage_in_stream)
+        if feed is not None:
+            return EventStream(answered, feed, self.model, body.usage_in_stream)
         whole = await answered
         return Response(status_code=499) if whole is None else JSONResponse(whole)  # a client that is gone reads nothing
 
@@ -105,12 +106,13 @@ class ChatServer:
             return None
         return await anyio.to_thread.run_sync(lambda: answer(self.words, self.model, prompt_tokens, completions, body))
 
-    def _submit(self, body: Body, prompt: tuple[int, ...], images: tuple[ImageRef, ...]) -> Job:
+    def _submit(self, body: Body, prompt: tuple[int, ...], images: tuple[ImageRef, ...], feed: TokenFeed | None) -> Job:
         """Queues a request. Raises a `RequestError` where it cannot be."""
         seed = secrets.randbits(63) if body.seed is None else body.seed
         keys = tuple(draw_key(seed, "serve", i) for i in range(body.n))
         try:
-            return self.batcher.submit(SampleRequest(prompt, keys, images), body.sampling(self.context or _NO_CONTEXT))
+            sampling = body.sampling(self.context or _NO_CONTEXT)
+            return self.batcher.submit(SampleRequest(prompt, keys, images), sampling, feed.tell if feed is not None else None)
         except QueueFullError as error:
             raise RequestError(
                 429,

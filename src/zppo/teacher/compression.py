@@ -52,8 +52,8 @@ class PairRequest:
 
     Attributes:
         question_id: keys the draws.
-        positives: the correct teacher completions, T_x.
-        negatives: the wrong student completions that have an answer.
+        positives: the correct teacher completions that BCQ may show, of T_x.
+        negatives: the wrong student completions that BCQ may show, of W_x.
         wrong: all wrong student completions, W_x, in rollout order.
         want_pair: draw and compress a pair (BCQ).
         want_wrong: compress all of `wrong` (NCQ).

@@ -24,10 +24,11 @@ from zppo.errors import ZPPOError
 from zppo.images.store import PixelLimits, request_url
 from zppo.prompts.neutralise import IMAGE_TEXTS
 from zppo.step_log import StepLog
-from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Servers, Trouble, Wire, backoff
+from zppo.teacher.http import OPENAI_HOST, REPLY_BYTES, Trouble, Wire
 from zppo.teacher.interface import TeacherReply, TeacherRequest, TeacherSampling
 from zppo.teacher.reply import Answer, Choice, sound
-from zppo.teacher.startup_check import PING_IMAGE, Names, check_images, check_servers
+from zppo.teacher.servers import Servers, backoff
+from zppo.teacher.startup_check import PING_IMAGE, PING_WORDS, Names, check_images, check_servers
 
 ENCODERS = 4  # images decoded at once, of up to 200 MB each
 MOST_HELD = 64 << 20  # characters that are kept for requests to come, besides those of the requests under way
@@ -71,7 +72,7 @@ class Sending:
 
 TOKEN_BYTES = 256  # of a reply, for each token: JSON escapes, and thoughts in a field of their own
 TURNS = 3  # so often a choice is asked for that does not come
-PING = (Message("user", "Say ok."),)
+PING = (Message("user", PING_WORDS),)
 PING_TOKENS = 16
 OFFICIAL_PING_TOKENS = 1024  # OpenAI's models that think answer 400 where the limit leaves no room for it
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +99,57 @@ def refusal_within(content: object) -> str:
     """The refusal among the parts of a message's content; "" without one."""
     parts = content if isinstance(content, list) else []
     return next((str(p.get("refusal") or "(no reason given)") for p in parts if isinstance(p, dict) and p.get("type") == "refusal"), "")
+
+
+def is_hollow(choice: object) -> bool:
+    """Whether a choice holds nothing that could be a completion: no message, or one without anything in it and without a reason to end."""
+    if not isinstance(choice, dict) or choice.get("error"):
+        return not isinstance(choice, dict)
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return True
+    return not isinstance(choice.get("finish_reason"), str) and not any(value for name, value in message.items() if name != "role")
+
+
+_ERROR_WORDS = ("message", "detail", "msg", "error_msg", "error_message", "errorMessage", "Message", "error_description", "errors")
+
+
+def error_within(reply: Mapping[str, Any]) -> object:
+    """What an error says, as servers and the gateways before them name the field; None where it is none of these."""
+    return next(
+        (value for name in _ERROR_WORDS if (value := reply.get(name)) and not (name == "message" and isinstance(value, dict))), None
+    )
+
+
+def what_came(reply: object, content: bytes, scrub: Scrubber) -> str:
+    """What a reply is that is no chat completion, in words that can be printed, with the mend where its shape tells it.
+
+    Args:
+        reply: its JSON, None where it is none.
+        content: its bytes.
+    """
+    try:
+        text = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return "the reply is no text: if it is compressed without saying so, turn compression off in the server, or in the proxy before it"
+    first = reply.get("choices") if isinstance(reply, dict) else None
+    first = first[0] if isinstance(first, list) and first else None
+    keys = first.keys() if isinstance(first, dict) else ()
+    if not text:
+        why = "an empty body"
+    elif text.startswith("<"):
+        why = "a web page (the address may lack its path, mostly /v1, or a login stands before it)"
+    elif text.startswith(("data:", "event:")) or "delta" in keys:
+        why = "a stream, which was not asked for (turn streaming off in the server, or with `stream: false` in extra_body)"
+    elif "text" in keys and "message" not in keys:
+        why = "a completion of the older API, /completions (the server must serve /chat/completions)"
+    elif isinstance(reply, dict) and "done" in reply and "choices" not in reply:
+        why = "one of Ollama's own API (the address of the other one ends in /v1)"
+    elif isinstance(reply, dict) and "choices" in reply and not reply["choices"]:
+        why = "a chat completion without choices"
+    elif keys:
+        why = "a chat completion without a message"
+    else:
+        why = ""
+    start = scrub.words(text, 80)
+    return f"the reply is no chat completion: {why}{': ' if why and start else ''}{repr(start) if start or not why else ''}"

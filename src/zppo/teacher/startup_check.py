@@ -10,8 +10,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zppo.errors import TeacherError
-from zppo.teacher.http import OPENAI_HOST, PAYMENT, REPLY_BYTES, Trouble, Wire, backoff
+from zppo.teacher.http import OPENAI_HOST, PAYMENT, REPLY_BYTES, Trouble, Wire
 from zppo.teacher.reply import Choice
+from zppo.teacher.servers import backoff
 
 CHECK_SECONDS = 60.0  # for one small completion
 LIMIT_SECONDS = 3.0  # in which a server refuses a token limit, if it does
@@ -19,6 +20,7 @@ PING_IMAGE = (  # a white PNG of 64 by 64 pixels: smaller ones are refused by so
     "data:image/png;base64,"
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAATUlEQVR42u3PQQ0AAAgEILV/5zOFDzdoQCepz6aeExAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQELi3cqoDfaKuZM4AAAAASUVORK5CYII="
 )
+PING_WORDS = "Say ok."
 PATIENCE = 5  # attempts where the server is busy or faulty
 
 
@@ -94,9 +96,11 @@ async def check_servers(
     if len(unreachable) == len(wires):
         model = bodies[0]["model"]
         if all(trouble is not None and trouble.status is not None for trouble, _, _ in results):
+            limited = not key_given and any(trouble is not None and trouble.status == 429 for trouble, _, _ in results)
             raise TeacherError(
                 f"{names.section}.base_urls: the model {model!r} is not served: {'; '.join(unreachable)}. The server is there, and busy "
                 "or out of order: start again when it serves, or correct the address"
+                + (f"; no key was sent, and one may raise the limit ({names.section}.key_env)" if limited else "")
             )
         server = "zppo" if str(model).startswith("lab:") else "vllm"  # only zppo knows the bundled models
         raise TeacherError(
@@ -111,6 +115,11 @@ def _notes(choices: Sequence[Choice], body: Mapping[str, Any], use: str) -> list
     """What the replies to the small completions say about a server that answers."""
     off = (body.get("chat_template_kwargs") or {}).get("enable_thinking") is False
     notes = [choice.why for choice in choices if choice.why and (choice.text is not None or not choice.thoughts)]
+    if any(choice.text is not None and not choice.text.strip() and not choice.why for choice in choices):
+        notes.append(
+            f"{body['model']!r} answers `{PING_WORDS}` with an empty text: see in the server's log what it makes of it (a base model "
+            "without a chat template?)"
+        )
     if off and any(choice.thoughts and choice.text is None for choice in choices):
         notes.append(
             f"{body['model']!r} thinks although enable_thinking: false was sent, and thoughts count against {use}.max_new_tokens: raise it "
@@ -144,7 +153,8 @@ async def _check_one(
     if trouble is not None or len(bodies) == 1:
         return trouble, True, first
     trouble, choices = await _ping(wire, bodies[1])
-    return trouble if trouble is not None and trouble.again else None, len(choices) >= bodies[1]["n"], first
+    # One that answers a request for one choice and breaks on another for several is asked one by one.
+    return trouble if trouble is not None and trouble.again and not trouble.fault else None, len(choices) >= bodies[1]["n"], first
 
 
 async def _ping(wire: Wire, body: Mapping[str, Any]) -> tuple[Trouble | None, Sequence[Choice]]:
@@ -180,8 +190,14 @@ async def _refusal(wire: Wire, trouble: Trouble, model: str, use: str, names: Na
         variable = names.key_env or "(none)"
         state = "holds a key that it refuses" if key_given else "is not set"
         return TeacherError(
-            f"{names.section}.key_env: the environment variable {variable} {state} ({trouble.reason}). Put a valid key into it, or "
-            f"name another one in {names.section}.key_env"
+            f"{names.section}.key_env: the environment variable {variable} {state} ({trouble.reason}). Put a valid key into it, one that "
+            f"may use {model!r}, or name another one in {names.section}.key_env"
+        )
+    if trouble.status == PAYMENT and not key_given:
+        return TeacherError(
+            f"{names.section}.key_env: {wire.url} wants to be paid, and no key was sent: the environment variable "
+            f"{names.key_env or '(none)'} is not set ({trouble.reason}). Put the key of an account into it, or name another server in "
+            f"{names.section}.base_urls"
         )
     if trouble.status == PAYMENT:
         return TeacherError(
@@ -190,6 +206,11 @@ async def _refusal(wire: Wire, trouble: Trouble, model: str, use: str, names: Na
         )
     if trouble.status is None:
         return TeacherError(f"{names.section}.base_urls: {trouble.reason}")
+    if trouble.status < 400 or trouble.status == 405:
+        return TeacherError(
+            f"{names.section}.base_urls: no chat completions are served there ({trouble.reason}). Correct the address: its path "
+            "is mostly /v1"
+        )
     served = await wire.models()
     if trouble.status == 404 or (served and model not in served):
         known = f"it serves {', '.join(served[:10])}" if served else "it does not say which models it serves"

@@ -16,13 +16,11 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from zppo.config.methods import Method, load_reformulation
 from zppo.config.model_settings import ModelSettings
 from zppo.config.recipe import dump_recipe
 from zppo.config.settings import Settings
 from zppo.core.minibatch import Sharing
-from zppo.core.reformulate import Placebo, Reformulation
-from zppo.core.types import PLAIN, Prompt, Question, Rollout
+from zppo.core.types import Prompt, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
@@ -35,14 +33,14 @@ from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import Student, context_length, load_chat, load_student, recompute_layers
 from zppo.models.vision_parts import freeze_parts, parameter_groups
 from zppo.names import model_folder
-from zppo.prompts.book import PromptBook
-from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
-from zppo.rollout.grading import Rule, grades_while_sampling, make_scorer
-from zppo.rollout.reformulated import make_reformulator
-from zppo.rollout.run_data import RunData, check_vocabulary, load_short
-from zppo.rollout.student import PromptRenderer, StudentSampler
-from zppo.rollout.teacher import ResponseTokens, SharedTeacher, TeacherSampler, make_teacher_sampler
+from zppo.rollout.grading import Rule
+from zppo.rollout.reformulated import make_reformulations
+from zppo.rollout.rewards import Rewards
+from zppo.rollout.run_data import RunData, check_context, check_vocabulary, load_short
+from zppo.rollout.step_parts import make_renderer
+from zppo.rollout.step_parts import parts as make_parts
+from zppo.rollout.teacher import ResponseTokens, TeacherSampler
 from zppo.runs import checkpoint
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
@@ -54,7 +52,7 @@ from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCh
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
-from zppo.train.trainer import Trainer
+from zppo.train.trainer import Trainer, total_steps
 
 StudentEngine = TransformersEngine | VLLMEngine
 
@@ -123,19 +121,6 @@ def make_forward(settings: Settings, model: PreTrainedModel, chat: Chat) -> Forw
     """The student's training forward, under the distribution that its rollouts are sampled from."""
     banned = tuple(sorted(chat.banned_ids(model)))
     return ForwardPass(model, chat.pad_id(model), settings.rollout.temperature, banned, chat.image_processor)
-
-
-def make_reformulations(method: Method) -> list[Reformulation]:
-    """The reformulations of a method, in building order.
-
-    Raises:
-        SettingsError: one of the user's own cannot be imported or is none; the message says why.
-    """
-    made = [load_reformulation(kind) for kind in method.reformulations]
-    kinds = [r.kind for r in made]
-    if len(set(kinds)) != len(kinds) or PLAIN in kinds:
-        raise SettingsError(f"the reformulations are of the kinds {', '.join(kinds)}: each needs a kind of its own, other than 'plain'")
-    return [Placebo(r) for r in made] if method.control == "placebo" else made
 
 
 def make_learner(
@@ -309,84 +294,52 @@ def assemble(
     """
     if settings.rollout.engine == "vllm":
         require_vllm()  # before models are loaded
-    reformulations = make_reformulations(settings.method.resolve())
-    # Words: the chat template and the templates of prompts; special texts of all models are broken up in what a model wrote.
+    make_reformulations(settings.method.resolve())  # one that cannot be imported is found now
+    # Words: the chat template and the templates of prompts.
     image_inputs, teachers = data.image_inputs, frozen_models.teachers
     chat = load_chat(settings.student, image_inputs.limits, image_inputs.cache) if image_inputs else load_chat(settings.student)
-    special = {*chat.special_texts, *(text for t in teachers for text in t.special_texts)}
-    renderer = PromptRenderer(PromptBook(settings.prompts, Neutraliser(special)), chat)
-    # Questions whose prompts are short enough, and who grades them.
+    renderer = make_renderer(settings, chat, teachers)
+    # Questions whose prompts are short enough; and the pieces of a step.
     progress.doing(f"reading the prompts of {len(data.train) + len(data.held_out):,} questions")
     console = progress.console
     length = cache(lambda question: len(renderer.plain(question).ids))  # two checks ask for it
     questions, held_out = load_short(settings, data, renderer, length, console)
     frozen_models.check_images(max((len(question.images) for question in questions), default=0))
-    scorer = make_scorer(
-        settings,
-        rule,
-        [*questions, *held_out],
-        chat,
-        teachers,
-        lambda own: frozen_models.load(own, "judge" if settings.judge else "teacher"),
-    )
+    processes = weights.processes
+    parts = make_parts(settings, [*questions, *held_out], renderer, teachers=frozen_models, rule=rule, processes=processes)
+    if isinstance(rule, Rewards):
+        rule.steps = total_steps(settings, len(questions))
     # The student; whatever does not fit it is found now, since an engine may take minutes to start.
     progress.doing(f"loading the student {settings.student.model}")
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
-    _check_context(settings, context_length(model), questions, held_out, length)
-    processes = weights.processes
+    check_context(settings, context_length(model), questions, held_out, length)
     processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
     # What learns from groups, and the teachers that it may ask.
-    asked = [SharedTeacher(teacher, processes) for teacher in teachers]
-    teacher_sampler = make_teacher_sampler(settings, asked, renderer, scorer, processes)
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
-    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, teacher_sampler, weights, say)
+    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, parts.teacher, weights, say)
     # What samples, and the check that it holds the student's weights: a wrong engine is found before anything is written.
     own = make_engine(settings, model, chat, autocast_type(accelerator), say)
     if chat.image_processor is not None:
         check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
     progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler against the trainer")
     engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
-    _check_context(settings, engine.context, questions, held_out, length)
+    check_context(settings, engine.context, questions, held_out, length)
     fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too
     if chat.image_processor is not None:
         chat.image_processor.cache.pin({image.sha256 for image in fixed.images})
     check = make_engine_check(settings, engine, make_forward(settings, model, chat), fixed, accelerator, weights)
     check.refresh(0)
-    student_sampler = StudentSampler(
-        engine,
-        renderer,
-        scorer,
-        settings.rollout.sampling(),
-        settings.rollout.group_size,
-        settings.seed,
-        processes,
-        weights.whole,
-        grades_while_sampling=grades_while_sampling(settings, scorer),
-    )
+    parts = parts.within(engine.context)
     trainer = Trainer(
         settings,
         RunData(questions, held_out, image_inputs),
-        student_sampler,
-        make_reformulator(settings, reformulations, asked, renderer, teacher_sampler, engine.context),
+        parts,
+        parts.student(engine, weights.whole),
         learner,
         check,
         RunLog(run) if processes.main else SilentLog(run),
     )
     checkpointer = Checkpointer(settings.train, run, student, optimizer.optimizer, origin, weights)
     return Assembled(trainer, checkpointer, student, chat, origin, weights)
-
-
-def _check_context(
-    settings: Settings, context: int | None, questions: Sequence[Question], held_out: Sequence[Question], length: Callable[[Question], int]
-) -> None:
-    """Every plain prompt plus its token limit must fit the model."""
-    uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
-    for name, asked, sampling in uses:
-        tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))
-        if context is not None and asked and tokens + sampling.max_new_tokens > context:
-            raise SettingsError(
-                f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "
-                f"together more than the model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,8 +18,23 @@ from zppo.teacher.compression import Source
 from zppo.train.learner import OptimizerStep, PartialUpdate, UpdateResult
 
 
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A row, and what each of its tokens weighs beside the mean over all tokens of a step: 1 is that mean."""
+
+    row: Row
+    weight: float
+
+    @property
+    def length(self) -> int:
+        return len(self.row.prompt_ids) + len(self.row.completion_ids)
+
+
 class Distillation:
-    """One optimizer step per rollout step on the mean per-token Jensen-Shannon divergence.
+    """One optimizer step per rollout step on the per-token Jensen-Shannon divergence.
+
+    Off-policy (Alg. 2, l. 10): the mean over the tokens of a response, over the N_x correct responses of a question, over the questions
+    that have one. On-policy (Alg. 3, l. 6): the mean over all tokens of the student's rollouts, as in the surrogate's loss [zppo].
 
     Args:
         forward, teacher: the training forward of the student and the teacher's, which share a tokenizer.
@@ -52,7 +68,7 @@ class Distillation:
         rows = _student_rows(plain)
         if self.teacher_sampler is not None:
             rows = self._teacher_rows(self.teacher_sampler, plain, log)
-        lengths = [len(row.prompt_ids) + len(row.completion_ids) for row in rows]
+        lengths = [each.length for each in rows]
         # Without a correct response there is nothing to learn, and no step.
         loss, norm, moved, computed = self._optimizer_step(rows, lengths) if rows else (None, None, False, 0)
         log.counts |= {
@@ -76,15 +92,17 @@ class Distillation:
         self.optimizer.skipped_in_a_row = state["skipped_in_a_row"]
         self.budget.load_state_dict(state)
 
-    def _teacher_rows(self, sampler: TeacherSampler, plain: Sequence[Group], log: StepLog) -> list[Row]:
+    def _teacher_rows(self, sampler: TeacherSampler, plain: Sequence[Group], log: StepLog) -> list[Weighted]:
         """The correct ones of G_T fresh responses per question (Alg. 2); a question without one is skipped."""
         pools = sampler.ask([g.question for g in plain], log)
-        made = ((g, self.respond(source)) for g in plain for source in pools[g.question.id])
-        return [Row(g.prompt.ids, tuple(r.ids.tolist()), g.prompt.images) for g, r in made if r is not None]
+        made = [(g, [r for source in pools[g.question.id] if (r := self.respond(source)) is not None]) for g in plain]
+        questions = [(g, [Row(g.prompt.ids, tuple(r.ids.tolist()), g.prompt.images) for r in found]) for g, found in made if found]
+        tokens = sum(len(row.completion_ids) for _, rows in questions for row in rows)
+        return [Weighted(row, tokens / (len(questions) * len(rows) * len(row.completion_ids))) for _, rows in questions for row in rows]
 
-    def _optimizer_step(self, rows: Sequence[Row], lengths: Sequence[int]) -> tuple[float, float, bool, int]:
+    def _optimizer_step(self, rows: Sequence[Weighted], lengths: Sequence[int]) -> tuple[float, float, bool, int]:
         """One optimizer step over all rows, of which this process does its share: loss, gradient norm, whether it moved, tokens."""
-        tokens = sum(len(row.completion_ids) for row in rows)
+        tokens = sum(len(each.row.completion_ids) for each in rows)
         parts = shares(lengths, self.processes.size)
         own = parts[self.processes.rank]
         while True:
@@ -101,7 +119,7 @@ class Distillation:
         return loss, norm, moved, sum(self.processes.gather(sum(micro.padded for micro in batches)))
 
     def _gradients(
-        self, rows: Sequence[Row], lengths: Sequence[int], parts: Sequence[Sequence[int]], batches: Sequence[MicroBatch], tokens: int
+        self, rows: Sequence[Weighted], lengths: Sequence[int], parts: Sequence[Sequence[int]], batches: Sequence[MicroBatch], tokens: int
     ) -> float:
         """Gradients of this process's micro-batches, from nothing; returns what they add to the loss."""
         own = parts[self.processes.rank]
@@ -109,23 +127,27 @@ class Distillation:
         total = sum(self._backward([rows[own[m]] for m in micro.rows], tokens) for micro in batches)
         if self.weights.sharded:  # a process without a row left takes part in the passes of the others
             most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
-            shortest = min(rows, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
+            shortest = min(rows, key=lambda each: each.length).row
             for _ in range(most - len(batches)):
                 logits = self.forward.logits([shortest])
                 nothing = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum()
                 self.optimizer.accelerator.backward(nothing)
         return total
 
-    def _backward(self, rows: Sequence[Row], tokens: int) -> float:
+    def _backward(self, weighted: Sequence[Weighted], tokens: int) -> float:
+        rows = [each.row for each in weighted]
         with torch.no_grad():
             wanted = self.teacher.logits(rows)
         with self.optimizer.accelerator.autocast():  # the vision tower is called by itself
             logits = self.forward.logits(rows)
         size = min(logits.shape[-1], wanted.shape[-1])  # embeddings may be padded to different sizes
-        loss = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device)).sum() / tokens
+        divergence = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device))
+        weights = torch.tensor([each.weight for each in weighted]).repeat_interleave(torch.tensor([len(r.completion_ids) for r in rows]))
+        loss = (divergence * weights.to(divergence.device)).sum() / tokens
         self.optimizer.accelerator.backward(loss)
         return float(loss.detach())
 
 
-def _student_rows(plain: Sequence[Group]) -> list[Row]:
-    return [Row(g.prompt.ids + g.prompt.forced_ids, tuple(r.ids.tolist()), g.prompt.images) for g in plain for r in g.rollouts]
+def _student_rows(plain: Sequence[Group]) -> list[Weighted]:
+    rows = (Row(g.prompt.ids + g.prompt.forced_ids, tuple(r.ids.tolist()), g.prompt.images) for g in plain for r in g.rollouts)
+    return [Weighted(row, 1.0) for row in rows]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,6 +28,7 @@ from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, make_engine
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
+GOLDS = 10  # right answers that the closing table names
 ADAPTER = "adapter"  # in final/, where adapters were trained
 
 
@@ -102,6 +104,8 @@ def closing_table(
     missed = {name: count for name, count in totals.missed.items() if count}
     if missed:
         console.print("help that was missed: " + ", ".join(f"{n:,} {MISSED[name]}" for name, n in missed.items()))
+    if totals.hint_leaks:
+        console.print(_leaks(totals.hint_leaks), markup=False, highlight=False)
     console.print(f"\n{_work(totals)}", highlight=False)
     files: Mapping[str, str] = {
         "final/": "the trained student",
@@ -116,6 +120,14 @@ def closing_table(
             continue
         console.print(f"  {run / name}  [dim]{what}[/dim]", highlight=False, soft_wrap=True)
     console.print(f"`zppo report {run}` makes a page of it", highlight=False, soft_wrap=True)
+
+
+def _leaks(leaks: Mapping[str, int]) -> str:
+    """Which right answers hints gave away: where one stands out, the check may have refused what gives nothing away."""
+    most = sorted(leaks.items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{gold!r} {count:,}" for gold, count in most[:GOLDS])
+    others = f", {len(most) - GOLDS:,} others {sum(n for _, n in most[GOLDS:]):,}" if len(most) > GOLDS else ""
+    return f"hints that gave the answer away, by right answer: {named}{others}"
 
 
 def _work(totals: Totals) -> str:
@@ -148,13 +160,17 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     progress.doing(f"writing {run / FINAL}")
     saved = parts.weights.saved(parts.student)
     folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
-    if trainer.held_out:
+    if trainer.held_out and trainer.done:
         progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")
-    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out else None
+    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out and trainer.done else None
     progress.end()
     if not processes.main:
         return
-    before = _evaluation_at_start(run)
+    at_start = _at_start(run)
+    before = _evaluation(at_start) if at_start else None
+    if at_start and not trainer.done:  # nothing was trained: these are the weights that were evaluated a moment ago
+        after = before
+        trainer.run_log.metrics(0, "final", {name: value for name, value in at_start.items() if name not in ("step", "event")})
     with processes.stop.ignored():  # it is finished: a signal changes nothing now
         write_model_card(folder, run, settings)
         finish_final(run, folder)
@@ -180,9 +196,11 @@ def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16:
     return result
 
 
-def _evaluation_at_start(run: Path) -> Evaluation | None:
-    for record in read_lines(run / METRICS):
-        if record["event"] == "eval" and record["step"] == 0:
-            found = {name: record[name] for name in Evaluation.__slots__ if name in record}
-            return Evaluation(**found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]})
-    return None
+def _at_start(run: Path) -> dict[str, Any] | None:
+    """What metrics.jsonl says of the evaluation before training."""
+    return next((record for record in read_lines(run / METRICS) if record["event"] == "eval" and record["step"] == 0), None)
+
+
+def _evaluation(record: Mapping[str, Any]) -> Evaluation:
+    found = {name: record[name] for name in Evaluation.__slots__ if name in record}
+    return Evaluation(**found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]})

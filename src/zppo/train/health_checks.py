@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 EVERY = 50
@@ -66,6 +68,17 @@ def _no_answer(metrics: Metrics) -> str:
     )
 
 
+def _no_gradient(metrics: Metrics) -> str:
+    """What to do depends on whether the rollouts of a group were all right or all wrong."""
+    plain = (metrics.get("accuracy") or {}).get("plain") or 0.0
+    if plain > 0.5:
+        return "the student solves what it is asked. It is done, or needs harder questions"
+    return (
+        "the student solves nothing of it, so there is nothing to learn from. Look at some completions (`zppo inspect`, the report): start "
+        "with questions that it solves now and then, show it the form of an answer, or give it a teacher that solves them"
+    )
+
+
 WATCHES = (
     Watch(
         "truncated",
@@ -101,7 +114,16 @@ WATCHES = (
 
 
 STEPS_WITHOUT_RIGHT = 3
-"""Steps at the start of a run, or after a resume, in which nothing was right before that is said."""
+"""Steps at the start of a run in which nothing was right before that is said."""
+
+STEPS_WITHOUT_GRADIENT = 3
+"""Steps in a row in which every advantage was 0 before that is said."""
+
+ENTROPY_STEPS = 5
+"""Steps whose mean entropy is compared: the first ones of a run, and the last ones."""
+
+ENTROPY_LEFT = 0.15
+"""Share of the first steps' entropy below which it has collapsed; runs on real models that went on learning kept a third and more."""
 
 
 class HealthChecks:
@@ -116,6 +138,13 @@ class HealthChecks:
         self._said: dict[str, int] = {}
         self._some_right = own_reward  # which may be a number that never says right
         self._all_wrong = 0  # steps
+        self._no_gradient = 0  # steps in a row
+        self._entropies: list[float] = []  # of the first steps, then of the last ones
+
+    def remember(self, metrics: Metrics) -> None:
+        """Take in a step of before the run was resumed; nothing is said about it."""
+        self._nothing_right(metrics)
+        self._count_steps(metrics)
 
     def advice(self, step: int, metrics: Metrics, example: str = "") -> list[str]:
         """Warnings that are due about the metrics of this step, or of an evaluation after it; `example` as `wrong_example` makes it."""
@@ -132,7 +161,35 @@ class HealthChecks:
                 "Where they mean the same, the right answers stand in a form that the rules do not match: data.answer_after takes them out "
                 "of a solution, a judge grades what has no one spelling (docs/data.md)"
             )
+        self._count_steps(metrics)
+        if self._no_gradient >= STEPS_WITHOUT_GRADIENT and self._due("no gradient", step):
+            due.append(
+                f"step {step}: no rollout of the last {self._no_gradient} steps has an advantage other than 0: {_no_gradient(metrics)}"
+            )
+        if (fall := self._collapse(metrics)) and self._due("entropy", step):
+            due.append(
+                f"step {step}: the entropy fell from {fall[0]:.2f} to {fall[1]:.3f} nats a token: the student hardly explores any more, "
+                "and what it does not solve by now it will not find. Go back to an earlier checkpoint with a lower train.learning_rate, or "
+                "raise loss.clip_high"
+            )
         return due
+
+    def _count_steps(self, metrics: Metrics) -> None:
+        share, entropy = metrics.get("nonzero_advantage_share"), metrics.get("entropy")
+        if share is not None:  # a step's; an evaluation has no advantages
+            self._no_gradient = 0 if share > 0 else self._no_gradient + 1
+            if entropy is not None and math.isfinite(entropy):
+                if len(self._entropies) == 2 * ENTROPY_STEPS:
+                    del self._entropies[ENTROPY_STEPS]  # the oldest of the last ones
+                self._entropies.append(float(entropy))
+
+    def _collapse(self, metrics: Metrics) -> tuple[float, float] | None:
+        """(mean entropy of the first steps, of the last ones) where it has collapsed before the student had learned nearly everything."""
+        if "nonzero_advantage_share" not in metrics or len(self._entropies) < 2 * ENTROPY_STEPS:
+            return None
+        first, last = fmean(self._entropies[:ENTROPY_STEPS]), fmean(self._entropies[-ENTROPY_STEPS:])
+        plain = (metrics.get("accuracy") or {}).get("plain") or 0.0
+        return (first, last) if last < ENTROPY_LEFT * first and plain < 0.9 else None
 
     def _due(self, name: str, step: int) -> bool:
         """Whether a warning is not too soon; it counts as said."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, TrainSettings
-from zppo.core.advantages import step_advantages
+from zppo.core.advantages import spread_advantages, step_advantages, trivial
 from zppo.core.draws import keyed_random
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import (
@@ -69,6 +69,7 @@ class PolicyGradient:
         respond: Callable[[Source], Rollout | None] | None = None,
     ) -> None:
         self.estimator, self.loss, self.seed = settings.estimator, settings.loss, settings.seed
+        self.statistics = settings.advantage.statistics
         self.minibatches = settings.train.minibatches
         # Dynamic sampling, an extension: groups whose rewards are all equal leave the batch and its denominator.
         self.drop_trivial = settings.zone.dynamic_sampling == "after-reformulation"
@@ -79,15 +80,16 @@ class PolicyGradient:
     def update(
         self, plain: Sequence[Group], reformulated: Sequence[Group], responses: Pools, log: StepLog, partial: PartialUpdate | None = None
     ) -> UpdateResult:
-        """Advantages over the whole step, then I optimizer steps; see `Learner.update`."""
+        """Advantages over the whole step, or its minibatches, then I optimizer steps; see `Learner.update`."""
         groups = [*(self._with_response(g, responses, log.step) for g in plain), *reformulated]
         kept = [g for g in groups if not (self.drop_trivial and trivial(g))]
-        advantages = step_advantages(kept, self.estimator)
+        batches = self._deal(kept, log.step) if self.statistics == "minibatch" else ()
+        advantages = step_advantages(kept, self.estimator, batches)
         self.optimizer_steps(kept, advantages, log, partial)
         if self.respond is not None:
             replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
             log.counts["teacher_responses_in_groups"] = float(replaced)
-        return UpdateResult(groups, _spread(groups, kept, advantages), self.optimizer.fault)
+        return UpdateResult(groups, spread_advantages(groups, kept, advantages), self.optimizer.fault)
 
     @property
     def trusts_sampler(self) -> bool:
@@ -108,7 +110,7 @@ class PolicyGradient:
         """
         # Whole groups are dealt to minibatches, and the groups of a minibatch to the processes.
         samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
-        deals = deal_groups(len(groups), self.minibatches, seed=self.seed, step=log.step)
+        deals = self._deal(groups, log.step)
         mine = [share_minibatch(samples, dealt, rank=self.processes.rank, size=self.processes.size) for dealt in deals]
         rows = [row for share in mine for row in share.rows]
         # Old log-probs are those of the weights before the first optimizer step, for all of the step's rows.
@@ -143,6 +145,10 @@ class PolicyGradient:
             tally.skipped += not moved
         first, *others = self.processes.gather(tally)
         log.counts |= {**first.plus(others).metrics(), "tokens_per_microbatch": float(self.budget.tokens)}
+
+    def _deal(self, groups: Sequence[Group], step: int) -> list[list[int]]:
+        """Indices of groups per minibatch."""
+        return deal_groups(len(groups), self.minibatches, seed=self.seed, step=step)
 
     def _partial(
         self, done: int, tally: UpdateCounts, samples: Sequence[Sequence[Sample]], old: Mapping[tuple[int, int], torch.Tensor]
@@ -314,17 +320,6 @@ class PolicyGradient:
         if rollout is None:
             return group
         return replace(group, rollouts=(*group.rollouts[:place], rollout, *group.rollouts[place + 1 :]))
-
-
-def trivial(group: Group) -> bool:
-    """Whether all graded rewards of a group are equal: it is all-right or all-wrong."""
-    return len({r.reward for r in group.graded}) <= 1
-
-
-def _spread(groups: Sequence[Group], kept: Sequence[Group], advantages: torch.Tensor) -> torch.Tensor:
-    """Advantages of all rollouts, 0 for those of groups that left."""
-    values, held = iter(advantages.tolist()), {id(g) for g in kept}
-    return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])
 
 
 def _needed(rows: Sequence[Sample], micro: MicroBatch) -> int:

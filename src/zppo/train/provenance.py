@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from zppo import __version__
+from zppo.config.help import known_keys
 from zppo.config.methods import Method
 from zppo.config.model_settings import ModelSettings
 from zppo.config.removed import Gone, without_removed
@@ -32,6 +33,7 @@ _SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
 _IN_A_STEP = (
     *("seed", "train.minibatches", "train.precision", "train.old_logprobs", "advantage.", "zone.", "loss."),
     *("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.group_size", "rollout.engine"),
+    *("data.images.min_pixels", "data.images.max_pixels"),  # the token ids of a prompt hold a place for each feature of its images
 )
 _PACKAGES = ("torch", "transformers", "peft", "vllm", "bitsandbytes")
 _WHOLE = ("*.safetensors", "*.json", "*.jinja")
@@ -104,6 +106,7 @@ def changes_since(then: Mapping[str, Any], now: Mapping[str, Any], where: Path, 
     gone: list[Gone] = []
     before, after = dict(_flat(without_removed(then["recipe"], gone))), dict(_flat(now["recipe"]))
     before |= {setting.name: setting.value for setting in gone}
+    before = {key: _default(key) for key in after if key not in before} | before  # a setting that is newer than the checkpoint
     keys = [key for key in (after | before) if not ("words" in then and _names_words(key))]  # where they lie is no change: what they say is
     changed = {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
     bound = [key for key in changed if mid_step and key.startswith(_IN_A_STEP)]
@@ -164,6 +167,11 @@ def keep_words(settings: Settings, run: Path) -> Settings:
             section = section[int(part) if part.isdigit() else part]
         section[last] = str(kept)
     return Settings.model_validate(data)
+
+
+def _default(key: str) -> Any:
+    known = known_keys().get(key)
+    return _plain(known.default) if known is not None and not known.required else None
 
 
 def _names_words(key: str) -> bool:
@@ -227,6 +235,11 @@ def _digest(path: Path) -> str:
 def _shape(config: PretrainedConfig) -> dict[str, Any]:
     text = config.get_text_config()
     return {name: getattr(text, name, None) for name in _SHAPE}
+
+
+def model_facts(model: ModelSettings) -> dict[str, str]:
+    """Facts about the files of a model by which another one in its place is noticed; empty for one that is no folder."""
+    return _files(model, _WHOLE)
 
 
 def _files(model: ModelSettings, patterns: Sequence[str]) -> dict[str, str]:

@@ -27,17 +27,18 @@ from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
-from zppo.names import check_run_folder
+from zppo.names import check_file, check_run_folder
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
-from zppo.runs.display import Progress, warn
+from zppo.runs.display import Progress, show, warn
 from zppo.runs.files import FINAL, RECIPE, check_output, check_unclaimed, write_whole, writing
 from zppo.runs.lock import locked
+from zppo.runs.log import BUFFER, METRICS, read_lines
 from zppo.runs.push import push_run
 from zppo.runs.signals import Stop
-from zppo.runs.trackers import Trackers, tracking
+from zppo.runs.trackers import TRACKERS, Trackers, tracking
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, assemble
 from zppo.train.finish import finish
@@ -116,7 +117,7 @@ class TrainingLoop:
 
     def __init__(self, settings: Settings, parts: Assembled, progress: Progress) -> None:
         self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
-        kinds = ("plain", *(r.kind for r in self.trainer.reformulator.reformulations))
+        kinds = ("plain", *(r.kind for r in self.trainer.parts.reformulator.reformulations))
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
@@ -305,6 +306,8 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
         raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
     check_run_folder(run)
+    for name in (METRICS, BUFFER, TRACKERS):
+        check_file(run / name, CheckpointError)  # what is written after a checkpoint is taken back in them
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
     if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
@@ -315,6 +318,7 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
 def _has_more_steps(settings: Settings, run: Path) -> bool:
     """Whether the recipe of a finished run asks for more steps than its newest checkpoint has; it is trained on from there."""
     for folder in reversed(checkpoint.existing(run)):
+        check_file(folder / checkpoint.STATE, CheckpointError)
         with suppress(CheckpointError, KeyError, TypeError, ValueError):  # the one before is used then
             state = checkpoint.load_state(folder)
             return total_steps(settings, int(state["origin"]["questions"]["count"])) > int(state["step"])
@@ -360,9 +364,11 @@ def _go(
     start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
     # Everything is loaded and checked before the run folder is made, or changed.
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
-        progress.doing(f"reading the questions of {settings.data.train}")
-        data = read_data(settings, sharded=weights.sharded, warn=progress.warning)
-        frozen_models = stack.enter_context(load_frozen_models(settings, accelerator, progress, data.image_inputs))
+        progress.doing(f"reading the questions of {settings.data.train_name}")
+        data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
+        frozen_models = stack.enter_context(
+            load_frozen_models(settings, accelerator.device, data.image_inputs, doing=progress.doing, warn=progress.warning)
+        )
         stack.enter_context(tracking(trackers))
         folder = start.folder if start else None
         parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, progress)
@@ -409,6 +415,9 @@ def _open(
     if resumed:
         step = trainer.done if loop.folder else -1
         trainer.run_log.rewind(step, trainer.evaluated)
+        for line in read_lines(run / METRICS):
+            if line["event"] == "step":
+                loop.health.remember(line)
         trackers.start(step)
         far = f" and {loop.mid_step.partial.done} updates of the next" if loop.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")

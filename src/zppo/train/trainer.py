@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import accuracy_by_kind, composition, rollout_metrics, wrong_example
-from zppo.core.replay import Changes, PromptReplayBuffer
-from zppo.core.select import hard_groups, share_of
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, reward_means, rollout_metrics, wrong_example
+from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
 from zppo.errors import MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
-from zppo.rollout.reformulated import Reformulator
+from zppo.rollout.rewards import CALLS, METRIC
 from zppo.rollout.run_data import RunData
+from zppo.rollout.step_parts import Parts
 from zppo.rollout.student import StudentSampler
 from zppo.runs.log import RunLog, usage
 from zppo.step_log import StepLog
+from zppo.teacher.hints import BY_GOLD
 from zppo.train.engine_checks import EngineCheck
 from zppo.train.learner import Learner, PartialUpdate, UpdateResult, UpdateStopped
 from zppo.train.mid_step import MidStep, StepRollouts
@@ -32,6 +33,8 @@ MISSED = {
     "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
     "judge_unreachable": "judge calls without a reply (ungraded)",
     "judge_malformed": "judge replies that were no verdict (wrong)",
+    "reward_timeouts": "completions without a reward in time (ungraded)",
+    "reward_without": "completions that no reward function applied to (ungraded)",
     "too_long": "prompts over the context",
 }
 """Metrics of what a step had to do without, in words; the closing table sums them."""
@@ -54,6 +57,7 @@ class Totals:
     graduated: dict[str, int] = field(default_factory=dict)
     evicted: dict[str, int] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)  # what had to be done without, by the names of MISSED
+    hint_leaks: dict[str, int] = field(default_factory=dict)  # hints that gave the answer away, by right answer
 
     def add(self, metrics: Mapping[str, Any], changes: Changes) -> None:
         """Count one step: its metrics, and what its buffer update did."""
@@ -65,6 +69,8 @@ class Totals:
         self.seconds += metrics["seconds"]["step"]
         for name in MISSED:
             self.missed[name] = self.missed.get(name, 0) + int(metrics.get(name) or 0)
+        for gold, count in metrics.get("hint_leaked_by_gold", ()):
+            self.hint_leaks[gold] = self.hint_leaks.get(gold, 0) + count
         for counts, entries in ((self.admitted, changes.admitted), (self.graduated, changes.graduated), (self.evicted, changes.evicted)):
             for entry in entries:
                 counts[entry_bin(entry.accuracy)] = counts.get(entry_bin(entry.accuracy), 0) + 1
@@ -81,8 +87,8 @@ class Trainer:
     Args:
         settings: the recipe's.
         data: training and held-out questions.
+        parts: the pieces of a step: reformulation, buffer.
         student: samples the student's rollouts and grades them.
-        reformulator: asks hard questions again.
         learner: the policy gradient, or distillation.
         engine_check: brings the sampling engine up to the weights, and checks it.
         run_log: the files of the run folder.
@@ -100,17 +106,17 @@ class Trainer:
         self,
         settings: Settings,
         data: RunData,
+        parts: Parts,
         student: StudentSampler,
-        reformulator: Reformulator,
         learner: Learner,
         engine_check: EngineCheck,
         run_log: RunLog,
     ) -> None:
         self.settings, self.zone, self.method = settings, settings.zone, settings.method.resolve()
         self.questions, self.held_out = data.train, data.held_out
-        self.student, self.reformulator, self.learner = student, reformulator, learner
+        self.parts, self.student, self.learner = parts, student, learner
         self.engine_check, self.run_log, self.processes = engine_check, run_log, student.processes
-        self.buffer = PromptReplayBuffer(self.zone.buffer_capacity, self.zone.threshold, settings.seed)
+        self.buffer = parts.buffer
         self.steps = total_steps(settings, len(self.questions))
         self.done, self.evaluated = 0, -1
         self.totals = Totals()
@@ -129,13 +135,11 @@ class Trainer:
         log = StepLog(step, watch=self.watch)
         self._sync_engine(log)  # the engine samples from the weights of the last step
         new = self._new_questions(step)
-        replayed = self._replayed_questions(new)  # line 2
+        replayed = self.parts.replayed(new)  # line 2
         plain = self.student.rollout(self._plain_prompts([*new, *replayed]), log)  # line 2
-        hard = hard_groups(
-            plain, self.zone.threshold, ties=self.zone.ties, seed=self.settings.seed, step=step
-        )  # the hard set (line 4), sorted for line 6
+        hard = self.parts.hard(plain, step)  # the hard set (line 4), sorted for line 6
         # The teacher (line 4), pre-cap (6), BCQ and NCQ (8-10), post-cap (13-15).
-        again = self.reformulator.reformulate(hard, share_of(self.zone.rho_aug, len(new)), log)
+        again = self.parts.reformulate(hard, len(new), log)
         reformulated = self.student.rollout(again.prompts, log)  # line 16
         return self.update(StepRollouts(len(new), ids_of(replayed), plain, reformulated, again.responses), log)
 
@@ -144,7 +148,7 @@ class Trainer:
         with self.processes.stop.ignored():  # a signal waits here until nothing is lost by it
             self._check_same(log.step, [*rollouts.plain, *rollouts.reformulated])
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
-            changes = self._update_buffer(rollouts.plain, log.step)  # line 19
+            changes = self.parts.remember(rollouts.plain, log.step)  # line 19
             self.done = log.step
             self.boundary = self.snapshot()  # the weights are those of this step, whatever becomes of its report
             self._record(rollouts, updated, changes, log)
@@ -165,7 +169,8 @@ class Trainer:
     def log_evaluation(self, event: str, result: Evaluation, groups: Sequence[Group], log: StepLog) -> None:
         """Its completions and a line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
         self.processes.gather_log(log)
-        log.metrics = asdict(result) | {name: n for name, n in log.counts.items() if name != "graded_answers"}
+        counts = {name: n for name, n in _counts(log).items() if name != "graded_answers"}
+        log.metrics = asdict(result) | _reward_metrics(groups, log) | counts
         self.run_log.held_out(self.done, event, groups, show=self.student.renderer.chat.show_short)
         self.run_log.metrics(self.done, event, log.metrics)
 
@@ -215,12 +220,6 @@ class Trainer:
         indices = batch_ids(len(self.questions), size, self.settings.seed, step - 1, epochs)
         return [self.questions[i] for i in indices]
 
-    def _replayed_questions(self, new: Sequence[Question]) -> list[Question]:
-        """X_replay: drawn from the buffer minus X_new, on top of it (Alg. 1, l. 2)."""
-        if not self.method.replay:
-            return []
-        return self.buffer.sample(share_of(self.zone.rho_replay, len(new)), ids_of(new))
-
     def _check_same(self, step: int, groups: Sequence[Group]) -> None:
         """That every process is about to learn the same; with one process there is nothing to check."""
         if self.processes.size > 1:
@@ -247,12 +246,6 @@ class Trainer:
         self.processes.gather_log(log)  # off-policy distillation asks the teacher in its update
         log.counts["graded_answers"] = graded  # as ever: without the responses that were graded there
         return updated
-
-    def _update_buffer(self, plain: Sequence[Group], step: int) -> Changes:
-        """Admit, graduate, evict, by plain accuracy alone (Alg. 1, l. 19)."""
-        if not self.method.replay:
-            return Changes()
-        return self.buffer.update([(g.question, g.accuracy) for g in plain if g.counts], step)
 
     def _record(self, rollouts: StepRollouts, updated: UpdateResult, changes: Changes, log: StepLog) -> None:
         """The step in the run folder: buffer.jsonl, rollouts/, a line of metrics.jsonl; and in the totals of the run."""
@@ -305,11 +298,13 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
     return {
         "accuracy": accuracy_by_kind(groups),
         "composition": composition(groups, threshold),
+        "eligibility": eligibility(rollouts.plain, rollouts.responses, threshold),
         "new_questions": rollouts.new,
         "replayed_questions": len(rollouts.replayed),
         "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
         **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
-        **log.counts,
+        **_reward_metrics(groups, log),
+        **_by_gold(_counts(log)),
         "rollouts": sum(len(g.rollouts) for g in groups),
         "student_tokens": tokens,
         "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
@@ -317,3 +312,25 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }
+
+
+def _reward_metrics(groups: Sequence[Group], log: StepLog) -> dict[str, dict[str, float]]:
+    """What the user's reward functions gave, and what they reported, by name; nothing where there are none."""
+    means = reward_means([r for g in groups for r in g.rollouts])
+    sums = {name.removeprefix(METRIC): value or 0.0 for name, value in log.counts.items() if name.startswith(METRIC)}
+    reported = {name: value / (log.counts.get(CALLS + name) or 1.0) for name, value in sums.items()}
+    return {name: values for name, values in (("rewards", means), ("reward_metrics", reported)) if values}
+
+
+def _counts(log: StepLog) -> dict[str, float | None]:
+    """The counts of a step, without those that `_reward_metrics` makes means of."""
+    return {name: n for name, n in log.counts.items() if not name.startswith((METRIC, CALLS))}
+
+
+def _by_gold(counts: Mapping[str, float | None]) -> dict[str, Any]:
+    """The counts of a step, those of hints that gave a right answer away as one list of [right answer, hints], most first."""
+    named = {name: value for name, value in counts.items() if not name.startswith(BY_GOLD)}
+    if "hint_leaked" not in named:
+        return named
+    leaked = [(name.removeprefix(BY_GOLD), int(value or 0)) for name, value in counts.items() if name.startswith(BY_GOLD)]
+    return named | {"hint_leaked_by_gold": sorted(leaked, key=lambda pair: (-pair[1], pair[0]))}

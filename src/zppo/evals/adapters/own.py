@@ -33,7 +33,7 @@ from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Kind
 from zppo.grading.golds import bare_items
 from zppo.grading.text import normalise
-from zppo.names import load_object, readable
+from zppo.names import check_file, load_object, readable
 
 YAML_ENDINGS = (".yaml", ".yml")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
@@ -49,6 +49,7 @@ class OwnColumns(ColumnSettings):
     """Which column holds what: as `data.columns` of a recipe, and where the options stand."""
 
     options: str | tuple[str, ...] = Field("options", description="of kind choice: a column with a list, or one column for each option")
+    choices: Literal[""] = Field("", description="not used: a benchmark names `options`")
 
 
 class OwnSettings(Section):
@@ -152,6 +153,7 @@ def _from_file(path: Path, code_too: bool) -> Benchmark:
 
 
 def _read(path: Path) -> tuple[str, OwnSettings]:
+    check_file(path, SettingsError)
     try:
         text = readable(path).read_text(encoding="utf-8-sig")
         data = parse_yaml(text)

@@ -19,6 +19,7 @@ from zppo.errors import ModelError, SettingsError
 from zppo.evals.registry import BENCHMARKS
 from zppo.planning.model_shapes import nominal_size, size_of
 from zppo.report.bootstrap import RESAMPLES, Interval, bootstrap_pairs, read_table
+from zppo.report.evaluations.paper_data import paper_averages
 from zppo.report.read_run import RECIPE, arm_names, flat_recipe, read_recipe
 from zppo.report.tables import SECTION, EvaluationResults, Heading, Strong, Table, read_evaluation
 
@@ -194,6 +195,11 @@ def paper_rows_of(rows: Sequence[MethodRow]) -> tuple[list[MethodRow], list[str]
                 families |= dict.fromkeys(figures, family)
     known = dict.fromkeys(size for size, _ in table)
     notes = [f"the paper has no student of size {size or 'unknown'}: it has {', '.join(known)}" for size in sizes if size not in known]
+    averages = paper_averages()
+    for key in dict.fromkeys((row.size, row.method) for row in rows):
+        if key in averages and key not in found:
+            means = ", ".join(f"{FAMILIES[family].lower()} {value:.1f}" for family, value in averages[key].items())
+            notes.append(f"of {key[1]} at {key[0]} the paper has means alone (Tab. 4): {means}")
     if missing := sorted(wanted - {name for methods in table.values() for accuracies in methods.values() for name in accuracies}):
         notes.append(f"the paper has no figures of {', '.join(missing)}")
     return [MethodRow(size, method, method, (figures,), families, paper=True) for (size, method), figures in found.items()], notes

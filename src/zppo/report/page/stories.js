@@ -8,7 +8,7 @@ const CLASS_WORDS = {
   "bcq:wrong:positive": "BCQ wrong, though the answer is the right candidate's", "bcq:wrong:negative": "BCQ wrong, follows the wrong candidate",
   "bcq:wrong:other": "BCQ wrong, an answer of its own", "bcq:wrong:none": "BCQ wrong, without an answer",
   "ncq:right:positive": "NCQ right, with the teacher's answer", "ncq:right:negative": "NCQ right, though the answer was listed as wrong",
-  "ncq:right:other": "NCQ right, no teacher's answer to compare", "ncq:right:none": "NCQ right, without an answer",
+  "ncq:right:other": "NCQ right, with none of the teacher's answers", "ncq:right:none": "NCQ right, without an answer",
   "ncq:wrong:positive": "NCQ wrong, though the answer is the teacher's", "ncq:wrong:negative": "NCQ repeats a listed wrong answer",
   "ncq:wrong:other": "NCQ wrong, a new answer", "ncq:wrong:none": "NCQ wrong, without an answer",
   "held-out:right": "held-out, right at the last evaluation", "held-out:wrong": "held-out, wrong at the last evaluation",
@@ -285,8 +285,9 @@ function visitNode(story, visit) {
 
 function groupNode(story, group) {
   const graded = group.rollouts.filter((r) => r.graded), right = graded.filter((r) => r.correct).length, audit = group.audit;
-  const facts = "correct_at" in audit ? `candidate ${audit.correct_at + 1} is right (${audit.positive_answer}), candidate ${2 - audit.correct_at} is wrong (${audit.negative_answer})`
-    : "wrong_answers" in audit ? `listed as wrong: ${audit.wrong_answers.join(", ") || "none"}` : "";
+  const facts = "correct_at" in audit ? `candidate ${audit.correct_at + 1} is right (${audit.positive_answer ?? "no answer"}), candidate ${2 - audit.correct_at} is wrong (${audit.negative_answer ?? "no answer"})`
+    : "wrong_answers" in audit ? `listed as wrong: ${audit.wrong_answers.join(", ") || "none"}`
+      + (audit.teacher_answers?.length ? `; the teacher's answers, not shown: ${audit.teacher_answers.join(", ")}` : "") : "";
   return el("div", { class: "group" }, el("p", {}, el("span", { class: "kind" }, kindName(group.kind)), ` ${right} of ${graded.length} right `, el("span", { class: "dim" }, facts)),
     el("details", { class: "prompt" }, el("summary", {}, `prompt as the student saw it (${count(group.prompt_tokens)} tokens)`), promptNode(story.prompts[group.prompt], audit)),
     group.rollouts.map((rollout, i) => rolloutNode(rollout, i, group, story.prompts[group.prompt])));
@@ -309,7 +310,7 @@ function promptNode(text, audit) {
 function rolloutNode(r, i, group, prompt) {
   const verdict = r.graded ? (r.correct ? "right" : "wrong") : "none";
   const which = (r.class ?? "").split(":")[2];
-  const facts = [r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}`, r.advantage === null ? null : `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
+  const facts = [r.reason === "reward" ? null : r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}${r.rewards ? ` (${r.rewards})` : ""}`, r.notes, r.advantage === null ? null : `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
   const body = el("div", { class: "completion" }), thinkOpen = prompt.lastIndexOf("<think>") > prompt.lastIndexOf("</think>");
   const fill = () => {
     if (r.completion === null) body.replaceChildren(el("p", { class: "facts" }, "left out of this page to keep it small; zppo inspect shows it"));
