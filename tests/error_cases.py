@@ -234,6 +234,18 @@ def _(w: World) -> None:
     w.set("method", "zppo")
 
 
+@case("weights in 4 bits without adapters")
+def _(w: World) -> None:
+    w.set("student.quantize", "4bit")
+
+
+@case("weights in 4 bits with vLLM as the engine")
+def _(w: World) -> None:
+    w.set("student.quantize", "4bit")
+    w.set("train.lora", {})
+    w.set("rollout.engine", "vllm")
+
+
 @case("a reformulation of one's own cannot be imported")
 def _(w: World) -> None:
     w.with_teacher()
@@ -370,6 +382,14 @@ def _(w: World) -> None:
 def _(w: World) -> None:
     w.write("train-answers.jsonl", "")
     w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'train.jsonl'}"]
+
+
+@case("a measurement into the folder of the questions")
+def _(w: World) -> None:
+    (w.folder / "set").mkdir()
+    w.write("set/train.jsonl", '{"prompt": "a", "answer": 1}\n')
+    w.set("data.train", "set")
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'set'}"]
 
 
 @case("a measurement over another file")
@@ -1074,6 +1094,11 @@ def _(w: World) -> None:
 @case("nothing to resume")
 def _(w: World) -> None:
     w.command = ["resume", str(w.output)]
+
+
+@case("nothing to push")
+def _(w: World) -> None:
+    w.command = ["push", str(w.output), "--repo", "mine"]
 
 
 @case("a run whose recipe is damaged")

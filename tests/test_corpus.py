@@ -408,17 +408,17 @@ def test_the_corpus_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_long_prompts_are_dropped_where_a_tokenizer_counts_them(tmp_path: Path) -> None:
     rows = [vero_row("gqa", i, question=f"<image>\n{'word ' * i}end") for i in (1, 2, 50, 60)]
-    rows.append(vero_row("gqa", 70, question="<image>\nno <|image_pad|>"))
+    rows += [vero_row("gqa", 70, question="<image>\nno <|image_pad|>"), vero_row("gqa", 71, question="<image>\n<own>")]
 
     def tokens(question: Question) -> int:
-        if "<|image_pad|>" in question.messages[-1].content:
-            raise DataError("the text holds it")
+        if "<own>" in question.messages[-1].content:
+            raise DataError("the text holds the model's own token")
         assert question.images[0].uri.endswith(".png")
         return len(question.messages[-1].content.split())
 
     mapping = changed(filters={"max_prompt_tokens": 40})
     manifest = build(tmp_path, rows, mapping=mapping, length=PromptLength("words", tokens))
-    assert dropped(manifest, "gqa") == {"long_prompt": 2, "unshowable": 1}
+    assert dropped(manifest, "gqa") == {"long_prompt": 2, "unshowable": 2}
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 2
     without = build_corpus(mapping, tmp_path / "without", {"vero": tmp_path / "vero", "mmfinereason": tmp_path / "mmfr"})
     assert without.rows == 5 and without.asked["tokenizer"] is None

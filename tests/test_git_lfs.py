@@ -17,7 +17,7 @@ from pictures import save
 from report_runs import evaluated, invented_run, rows_of
 from zppo.cli import main
 from zppo.config.model_settings import ModelSettings
-from zppo.config.settings import ColumnSettings
+from zppo.config.settings import ColumnSettings, GradingSettings
 from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
 from zppo.engines.loading import load_network
@@ -32,11 +32,11 @@ from zppo.images.store import open_file
 from zppo.lab.world import load_world
 from zppo.models.student_model import read_template
 from zppo.names import load_object, load_part
-from zppo.planning.dry_run import _check_reward
 from zppo.planning.model_shapes import shape_of
 from zppo.prompts import PromptBook
 from zppo.report.bootstrap import read_table
 from zppo.report.tables import read_evaluation
+from zppo.rollout.rewards import make_rewards
 from zppo.runs.files import make_manifest
 from zppo.runs.trackers import Trackers
 from zppo.serve.command import read_server_key
@@ -170,7 +170,7 @@ def test_weights_that_are_not_there_hinder_no_report(run: Path, tmp_path: Path) 
 
 
 OTHERS: dict[str, Callable[[Path], object]] = {
-    "trackers.json": lambda path: Trackers((), "p", path.parent, print)._identity(),
+    "trackers.json": lambda path: Trackers((), "p", path.parent, print)._kept(),
     "table.csv": lambda path: read_table(path),
     "eval.json": lambda path: read_evaluation(path),
     "other/eval.json": lambda path: read_evaluation(path.parent),
@@ -190,7 +190,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "train.jsonl.gz": lambda path: load_questions(str(path), ColumnSettings()),
     "train.jsonl.zst": lambda path: load_questions(str(path), ColumnSettings()),
     "judge.jinja": lambda path: PromptBook({"judge": path}),
-    "score.py": lambda path: _check_reward(f"{path}:score"),
+    "score.py": lambda path: make_rewards(GradingSettings(reward=f"{path}:score")),
     "adapter.py": lambda path: load_object(f"{path}:adapt", "adapter", SettingsError),
 }
 

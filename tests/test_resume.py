@@ -717,6 +717,11 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
     assert changes_since(old, origin(), where, mid_step=True) == []
     old["recipe"]["rollout"] |= {"min_p": 0.1}
     assert changes_since(old, origin(), where, mid_step=True) == ["rollout.min_p was 0.1, is None"]
+    older = origin()  # than settings of today: what it does not have was as the default is
+    for name in ("filters", "duplicates"):
+        del older["recipe"]["data"][name]
+    assert changes_since(older, origin(), where, mid_step=True) == []
+    assert changes_since(older, origin("--data.duplicates=one"), where, mid_step=True) == ["data.duplicates was keep, is one"]
     flip(teacher / "model.safetensors")
     (note,) = changes_since(then, origin(), where, mid_step=True)
     assert note.startswith("the files of the teacher 1 ")

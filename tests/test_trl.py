@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import pickle
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -211,12 +212,14 @@ def test_rewards_prompts_evaluation_and_adapters(models: Path, tmp_path: Path) -
     """Conversations, TRL's own sampling, an evaluation, LoRA, a reward function that leaves some ungraded, and nobody's default."""
     seen: list[Any] = []
 
-    def reward(prompts: list[Any], completions: list[Any], answer: list[str], **columns: Any) -> list[float | None]:
-        seen.append((prompts[0], completions[0], answer[0], sorted(columns)))
+    async def reward(
+        prompts: list[Any], completions: list[Any], completion_ids: list[Any], solution: list[str], topic: list[str]
+    ) -> list[Any]:
+        seen.append((prompts[0], completions[0], solution[0], topic[0], completion_ids[0]))
         right = luck([p[-1]["content"] for p in prompts], [c[0]["content"] for c in completions], bonus=[0.0] * len(prompts))
         return [None if len(c[0]["content"]) % 5 == 0 else r for c, r in zip(completions, right, strict=True)]
 
-    chats = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "answer": str(i), "id": f"q{i}"} for i in range(20)]
+    chats = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "answer": str(i), "topic": "sums"} for i in range(20)]
     trainer = make_trainer(
         models, tmp_path / "run", train_dataset=Dataset.from_list(chats), eval_dataset=Dataset.from_list(chats[:6]), reward_funcs=[reward],
         peft_config=LoraConfig(r=4, target_modules="all-linear"), trl_generation=True, eval_strategy="steps", eval_steps=2, max_steps=2,
@@ -224,8 +227,9 @@ def test_rewards_prompts_evaluation_and_adapters(models: Path, tmp_path: Path) -
     )  # fmt: skip
     steps = watch(trainer)
     trainer.train()
-    prompt, completion, answer, columns = seen[0]
-    assert prompt[0]["content"].startswith("What is ") and completion[0]["role"] == "assistant" and answer.isdigit() and columns == ["id"]
+    prompt, completion, answer, topic, ids = seen[0]
+    assert prompt[0]["content"].startswith("What is ") and completion[0]["role"] == "assistant" and answer.isdigit() and topic == "sums"
+    assert trainer.parts.prompts.chat.decode(ids) == completion[0]["content"]
     graded = [r for g in steps[0]["groups"] for r in g.rollouts if r.graded]
     assert 0 < len(graded) < sum(len(g.rollouts) for g in steps[0]["groups"])
     assert float(steps[0]["output"]["num_items_in_batch"]) == sum(len(r.ids) for r in graded)
@@ -347,7 +351,7 @@ def test_what_trl_gives_is_checked(models: Path, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(lambda **_: [1.0], "returned 1 rewards for"), (lambda completions, **_: [math.nan] * len(completions), "nan for question")],
+    [(lambda **_: [1.0], "it has 1 rewards, and"), (lambda completions, **_: [math.nan] * len(completions), "it is no finite number")],
 )
 def test_a_reward_function_that_returns_no_rewards(models: Path, tmp_path: Path, given: Any, said: str) -> None:
     with pytest.raises(RewardError, match=said):
@@ -380,3 +384,37 @@ def test_defaults_are_the_paper_s() -> None:
     assert (config.epsilon, config.epsilon_high, config.delta, config.beta, config.loss_type) == (0.2, 0.28, 10.0, 0.0, "dapo")
     assert (config.learning_rate, config.weight_decay, config.adam_beta2, config.max_grad_norm) == (1e-6, 0.1, 0.999, 1.0)
     assert config.num_generations == 8 and config.temperature == 1.0 and config.lr_scheduler_type == "constant" and RECIPE
+
+
+def test_the_page_shows_what_there_is(models: Path, tmp_path: Path) -> None:
+    """Its script, on tiny models and a file of questions, takes a step; what it names exists."""
+    page = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"prompt": f"What is {i}?", "answer": i}) for i in range(40)))
+    fields = 'max_steps=32, save_strategy="no", use_cpu=True, bf16=False, report_to="none"'
+    for old, new in (
+        ("Qwen/Qwen3-0.6B", str(models / "student")),
+        ("Qwen/Qwen3-8B", str(models / "teacher")),
+        ('teacher_base_url="http://localhost:8000/v1"', fields),
+        ("max_completion_length=4096", 'max_completion_length=6, recipe={"teacher": {"rollout": {"max_new_tokens": 6}}}'),
+        ("gradient_accumulation_steps=8", "gradient_accumulation_steps=1"),
+        ("runs/trl-zppo", str(tmp_path / "run")),
+        ('"questions.jsonl"', repr(str(tmp_path / "questions.jsonl"))),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    made: dict[str, Any] = {}
+    exec(compile(code, "trl.md", "exec"), made)  # noqa: S102 - the page's own
+    assert made["trainer"].state.global_step == 32 and made["trainer"].parts.settings.rollout.batch_size == 32
+    config = vars(ZPPOConfig("out", use_cpu=True, bf16=False, report_to="none"))
+    for name in (
+        "num_generations",
+        "generation_batch_size",
+        "teacher_base_url",
+        "epsilon_high",
+        "trl_generation",
+        "num_iterations",
+        "beta",
+        "scale_rewards",
+    ):
+        assert name in config and f"`{name}" in page, name

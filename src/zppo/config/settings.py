@@ -14,9 +14,9 @@ from zppo.config.model_settings import (
     FrozenModelSettings,
     JudgeSettings,
     JudgeUse,
-    ModelSettings,
     SamplingSettings,
     Section,
+    StudentSettings,
     TeacherSettings,
 )
 from zppo.core.reformulate import REFORMULATIONS
@@ -443,6 +443,13 @@ class EvalSettings(SamplingSettings):
         return data
 
 
+class PushSettings(Section):
+    """The trained student, put on the Hugging Face hub at the end of a run (docs/runs.md)."""
+
+    repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$", description="repository of the hub: NAME or OWNER/NAME; made where there is none")
+    private: bool = Field(True, description="a repository that is made is private")
+
+
 class GradingSettings(Section):
     """How completions are graded."""
 
@@ -489,7 +496,7 @@ class Settings(Section):
     method: MethodSettings = Field(MethodSettings(), description="the method")
     seed: int = Field(0, ge=0, description="keys every random draw")
     output: Path | None = Field(None, description="run folder; empty: runs/<recipe>-<date>-<time>")
-    student: ModelSettings = Field(description="the model that is trained")
+    student: StudentSettings = Field(description="the model that is trained")
     teacher: TeacherSettings | None = Field(None, description="the frozen teacher; needed where the method reformulates")
     more_teachers: tuple[TeacherSettings, ...] = Field(
         (), description="extension: further teachers whose rollouts join the pool of correct responses; `teacher` alone compresses"
@@ -506,6 +513,7 @@ class Settings(Section):
     train: TrainSettings = Field(TrainSettings(), description="optimizer and loop")
     eval: EvalSettings = Field(EvalSettings(), description="held-out evaluation")
     grading: GradingSettings = Field(GradingSettings(), description="grading")
+    push: PushSettings | None = Field(None, description="put the trained student on the hub at the end; empty: it stays here")
 
     @model_validator(mode="before")
     @classmethod
@@ -538,6 +546,20 @@ class Settings(Section):
         if self.judge is not None:
             return self.judge, self.judge
         return (self.teacher, self.teacher.judge) if self.teacher is not None else None
+
+    @model_validator(mode="after")
+    def _quantized_where_possible(self) -> Settings:
+        if self.student.quantize is not None:
+            if self.train.lora is None:
+                raise ValueError(
+                    "student.quantize holds frozen weights in 4 bits, and without train.lora none are frozen: set train.lora to {}"
+                )
+            if self.rollout.engine == "vllm":
+                raise ValueError(
+                    "student.quantize does not go with rollout.engine: vllm, which is sent whole weights: take transformers, or leave "
+                    "one of them out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Settings:

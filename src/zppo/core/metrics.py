@@ -62,10 +62,11 @@ def eligibility(plain: Sequence[Group], responses: Mapping[str, Sequence[object]
 
 def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> dict[str, float | None]:
     """Over all rollouts of a step: positive-advantage share, entropy (nats), lengths (tokens), truncation, answers, grading."""
+    judged = advantages[torch.tensor([r.graded for r in rollouts], dtype=torch.bool)]  # an ungraded one has none
     lengths = [float(len(r.ids)) for r in rollouts]
     return {
-        "positive_advantage_share": mean((advantages > 0).double().tolist()),
-        "nonzero_advantage_share": mean((advantages != 0).double().tolist()),
+        "positive_advantage_share": mean((judged > 0).double().tolist()),
+        "nonzero_advantage_share": mean((judged != 0).double().tolist()),
         "entropy": mean(r.entropy for r in rollouts),
         "completion_tokens_mean": mean(lengths),
         "completion_tokens_max": max(lengths, default=0.0),

@@ -155,7 +155,7 @@ def _derived(question: Question, held_out: Collection[bytes], name: str) -> Any:
 
 
 def listed_questions(rows: Iterable[Mapping[str, Any]], name: str, columns: Columns, reading: SourceSettings) -> list[Question]:
-    """The questions of rows that are in memory (a `datasets.Dataset`, a list); the prompt may be a list of turns, as TRL has it.
+    """The questions of rows that are in memory (a `datasets.Dataset`, a list).
 
     Args:
         name: what messages call them; a row without an id is called `<name>:<row>`.
@@ -163,8 +163,7 @@ def listed_questions(rows: Iterable[Mapping[str, Any]], name: str, columns: Colu
     Raises:
         DataError: as of `load_questions`.
     """
-    read = ({**row, columns.messages: row[columns.prompt]} if isinstance(row.get(columns.prompt), list) else row for row in rows)
-    placed = ((Place(name, name, number, Path.cwd()), row) for number, row in enumerate(read, 1))
+    placed = ((Place(name, name, number, Path.cwd()), row) for number, row in enumerate(rows, 1))
     return _from_rows(Part(name, name, reading, columns), placed, None, (), keep_rows=False).questions
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -30,10 +30,11 @@ from zppo.engines.base import Engine, FunctionEngine
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
 from zppo.errors import CheckpointError, EngineError, SettingsError
+from zppo.grading.reward_function import RewardFunction, form_of
 from zppo.models.student_model import context_length, read_template
 from zppo.names import model_folder
 from zppo.rollout.data import idle_parts
-from zppo.rollout.grading import listed_rule
+from zppo.rollout.rewards import Rewards
 from zppo.rollout.run_data import check_context
 from zppo.rollout.step_parts import parts
 from zppo.runs.files import write_whole
@@ -53,7 +54,6 @@ STATE = "zppo.json"  # what a checkpoint of TRL holds of ours
 _PROMPTS = ("prompt_ids", "prompt_mask")
 _COMPLETIONS = ("completion_ids", "completion_mask", "old_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio")
 _LOGGED = ("hard_questions", "teacher_rollouts", "teacher_correct", "teacher_unreachable", "compression_failed", "bcq_raw_pairs")
-
 if trl.__version__ not in SpecifierSet(ADMITTED):
     raise SettingsError(f"TRL {trl.__version__} is installed, and {ADMITTED} is admitted: pip install 'zppo[trl]'")
 
@@ -153,20 +153,23 @@ def _leaves(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str,
 def _read(rows: Any, name: str, settings: Settings) -> list[Question]:
     if not isinstance(rows, Dataset):
         raise SettingsError(f"{name} is a {type(rows).__name__}: give a `datasets.Dataset`, whose rows can be looked up; no iterable one")
-    questions = listed_questions(rows, name, settings.data.columns, settings.data.reading(held_out=name != "train_dataset"))
-    if shown := [question.id for question in questions if question.images]:
-        raise SettingsError(f"{name}: question {shown[0]!r} has images, which the trainer for TRL does not show; `zppo train` does")
+    own = settings.data.columns  # reward functions are given every column
+    extra = tuple(name for name in rows.column_names if name not in (own.prompt, own.messages, own.images, "image"))
+    questions = listed_questions(rows, name, own.model_copy(update={"extra": extra}), settings.data.reading())
+    if "Image(" in repr(rows.features) or any(question.images for question in questions):
+        raise SettingsError(f"{name} has images, which the trainer for TRL does not show; `zppo train` does")
     return questions
 
 
-def one_function(reward_funcs: Any) -> Callable[..., Any] | None:
-    """The reward function, None for the right answers of the data. SettingsError for several, or a model."""
-    given = [reward_funcs] if reward_funcs is not None and not isinstance(reward_funcs, list) else reward_funcs or []
+def one_function(reward_funcs: Any) -> RewardFunction | None:
+    """The reward function; None for the rules. SettingsError for several, or a model."""
+    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
     if len(given) > 1:
         raise SettingsError(f"reward_funcs holds {len(given)}: what is hard follows from one reward; add them up in one function")
     if given and (not callable(given[0]) or isinstance(given[0], torch.nn.Module)):
         raise SettingsError("reward_funcs is a reward model, which says not what is right: give a function, or None for the column answer")
-    return given[0] if given else None
+    name = getattr(given[0], "__name__", type(given[0]).__name__) if given else ""
+    return RewardFunction(given[0], name, form=form_of(given[0], name)) if given else None
 
 
 class ZPPOTrainer(GRPOTrainer):
@@ -217,9 +220,8 @@ class ZPPOTrainer(GRPOTrainer):
         for text in idle_parts(settings, count):
             logging.getLogger("zppo").warning(text)
         self._questions = {(key, q.id): q for key, questions in asked.items() for q in questions}
-        self._rows: list[Any] = []  # prompt and rollout of each row that TRL is about to score
         reward: Any = lambda zppo_reward, **_: zppo_reward  # noqa: E731 - what was graded already
-        reward.__name__ = getattr(function, "__name__", "accuracy")
+        reward.__name__ = function.name if function else "accuracy"
         ids = {key: Dataset.from_dict({"prompt": [q.id for q in questions]}) for key, questions in asked.items()}
         super().__init__(model, reward, args, ids["train"], ids.get("eval"), processing_class, **more)
         if self.accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU") or self.aux_loss_enabled:
@@ -227,28 +229,26 @@ class ZPPOTrainer(GRPOTrainer):
             raise SettingsError(f"{what} cannot be used: train a dense model, whole in every process")
         self.rollout_func = lambda prompts, trainer: self._sampled()
         network = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        rows_of = {q: (data[key], i) for key, questions in asked.items() for i, q in enumerate(questions)}
         chat = Chat(self._tokenizer, settings.student.template_args, read_template(settings.student))
         self.parts = parts(
             settings,
             self._questions.values(),
             chat,
             teachers=own_teacher or None,
-            rule=listed_rule(function, lambda question: rows_of[question][0][rows_of[question][1]]) if function else None,
+            rule=Rewards([function], [1.0], settings.grading.reward_deadline, settings.grading.anywhere) if function else None,
             context=context_length(network),
             device=self.accelerator.device,
             processes=Processes(self.accelerator.process_index, self.accelerator.num_processes),
         )
-        plain = self.parts.prompts.plain
-        check_context(settings, context_length(network), list(self._questions.values()), [], lambda question: len(plain(question).ids))
+        every, plain = list(self._questions.values()), self.parts.prompts.plain
+        check_context(settings, context_length(network), every, [], lambda question: len(plain(question).ids))
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         engine: Engine = TransformersEngine(network, chat.eos_ids(network), chat.pad_id(network), autocast_dtype=precision)
         if args.trl_generation or args.use_vllm:
             generate: Any = self._generate_single_turn
             engine = FunctionEngine(lambda ids, n: generate([p for p in ids for _ in range(n)], None, {}, n), chat.eos_ids(network))
         self.student = self.parts.student(engine)
-        if function:  # it may count on being called in the main thread
-            self.student = replace(self.student, grades_while_sampling=False)
+        self.student = replace(self.student, grades_while_sampling=self.student.grades_while_sampling and not function)
         self.add_callback(_KeepState(self))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -299,10 +299,9 @@ class ZPPOTrainer(GRPOTrainer):
     def _scored(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What TRL makes of groups: logs, padded tensors, old log-probs."""
         self._rows = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-        show = self.parts.prompts.chat.show
-        rows = [{"prompt": show(p.ids + p.forced_ids), "zppo_reward": r.reward if r.graded else None} for p, r in self._rows]
-        output: dict[str, Any] = super()._generate_and_score_completions(rows)
-        return output
+        show, rows = self.parts.prompts.chat.show, list[dict[str, Any]]()
+        rows += [{"prompt": show(p.ids + p.forced_ids), "zppo_reward": r.reward if r.graded else None} for p, r in self._rows]
+        return dict(super()._generate_and_score_completions(rows))
 
     def _sampled(self) -> dict[str, Any]:
         """The same for TRL's `rollout_func`: ids, and log-probs where TRL corrects by them."""

@@ -64,7 +64,8 @@ def places_of(out: Path, settings: Settings) -> Places:
         data = tuple(out / f"{part.name}.jsonl" for part in parts)
         places = Places(out / "answers.jsonl", out / "measure.json", out / "measure.html", data)
     for part in parts:
-        if any(path.resolve() == Path(part.source).expanduser().resolve() for path in places.data):
+        source = Path(part.source).expanduser().resolve()
+        if any(source in (path.resolve(), path.resolve().parent) for path in places.data):
             raise SettingsError(f"--out would write over {part.source}, which the recipe reads: name another place")
     return places
 

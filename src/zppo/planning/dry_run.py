@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,9 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     ]
     if memory.others:
         rows.append(("teachers and judge in this process", _size(memory.others)))
+    if memory.unknown:
+        names = ", ".join(memory.unknown)
+        rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
         rows.append(("vLLM in this process", f"{_size(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
     if memory.cast:
@@ -92,7 +95,9 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, images
     room = machine.usable
     if memory.total <= room:
         tight = memory.total > _TIGHT * room
-        return [("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")]
+        fits = "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits"
+        left = f", if {', '.join(memory.unknown)} takes no more than {_size(room - memory.total)}" if memory.unknown else ""
+        return [("verdict", fits + left)]
     words = []
     if memory.standing + memory.update > room:
         advice, memory = _lighter(settings, memory, machine, images)
@@ -130,11 +135,28 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) 
             if "lora" in changes:
                 says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
             return says + _elsewhere(settings, memory, machine), lighter
+    for changes in ({}, *_changes(settings, memory)) if memory.others else ():
+        beside = _estimate(_with(settings, changes), machine, images)
+        if isinstance(beside, Memory) and beside.standing + beside.update - beside.others <= machine.usable:
+            return _without_others(settings, replace(beside, others=0), memory.others, machine, changes)
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
         "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
         memory,
     )
+
+
+def _without_others(settings: Settings, lighter: Memory, others: int, machine: Machine, changes: Mapping[str, Any]) -> tuple[str, Memory]:
+    """What to say where the frozen models are what does not fit; `lighter` is without them."""
+    keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
+    room = machine.usable - lighter.standing - lighter.update
+    frozen = [model for model in (settings.teacher, *settings.more_teachers, settings.judge) if model is not None and not model.base_urls]
+    names = ", ".join(dict.fromkeys(model.model for model in frozen))
+    says = (
+        f"the update does not fit beside the {_size(others)} of {names}: put them on a server (base_urls), or take smaller ones, of "
+        f"{_size(room)} at most{f', both with {keys}' if keys else ''}"
+    )
+    return says + ("; recipes/single-gpu-lora.yaml is a recipe like that" if "lora" in changes else ""), lighter
 
 
 def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
@@ -426,6 +448,7 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
+        *([("pushed to", f"{push.repo}, {'private' if push.private else 'public'} where it is made")] if (push := settings.push) else []),
     ]
 
 

@@ -92,6 +92,7 @@ RUNTIME = GIB  # Python, torch, and CUDA's own
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
+FOUR_BITS = 0.516  # bytes a number in NF4: blocks of 64 share a scale, whose own are in 8 bits
 _WORDS = 300  # tokens of closing instruction and chat template, and of a reformulation's own words, about
 
 
@@ -113,6 +114,7 @@ class Memory:
         stepping: what the optimizer's step holds besides its state.
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
+        unknown: frozen models in this process that are in no number, because nothing here says how large they are.
     """
 
     weights: int
@@ -131,6 +133,7 @@ class Memory:
     stepping: int
     tower: int = 0
     images: int = 0
+    unknown: tuple[str, ...] = ()
 
     @property
     def standing(self) -> int:
@@ -171,10 +174,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
     vision_shape = vision_shape_of(settings.student.model) if images else None
-    # Frozen models in this process; without the shape of one of them there is no estimate.
-    others = _frozen(settings, gpu, images=bool(images))
-    if isinstance(others, str):
-        return others
+    others, unknown = _frozen(settings, gpu, images=bool(images))
     # Weights are fp32, but for those under LoRA adapters, which have the width of the forward pass.
     train = settings.train
     parameters = _parameters(settings.student, shape, vision_shape)
@@ -182,6 +182,9 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
+    if settings.student.quantize:
+        packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
+        frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
     longest = _longest(settings)
     budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
@@ -208,6 +211,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         stepping=trained * 4 if gpu else 0,
         tower=_tower(settings, vision_shape, tokens // longest, images, bf16=bf16),
         images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
+        unknown=unknown,
     )
 
 
@@ -335,19 +339,20 @@ def _tower(settings: Settings, vision_shape: VisionTowerShape | None, rows: int,
     return int(rows * tokens * vision_shape.merge**2 * kept)
 
 
-def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
-    """Bytes of the frozen models that the run loads, or why they are not known."""
+def _frozen(settings: Settings, gpu: bool, *, images: bool) -> tuple[int, tuple[str, ...]]:
+    """Bytes of the frozen models that the run loads, and those of which they are not known."""
     teachers = (settings.teacher, *settings.more_teachers) if settings.method.resolve().needs_teacher else ()
-    total = 0
+    total, unknown = 0, list[str]()
     for model in (*teachers, settings.judge):
         if model is None or model.base_urls:
             continue
         shape = shape_of(model.model)
         if shape is None:
-            return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
+            unknown.append(model.model)
+            continue
         vision_shape = vision_shape_of(model.model) if images else None
         total += _parameters(model, shape, vision_shape) * (2 if gpu else 4)
-    return total
+    return total, tuple(dict.fromkeys(unknown))
 
 
 def _parameters(model: ModelSettings, shape: DecoderShape, vision_shape: VisionTowerShape | None) -> int:

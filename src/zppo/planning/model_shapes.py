@@ -361,12 +361,13 @@ def parse_size(text: str) -> float:
     return value
 
 
-def size_of(name: str, given: float | None = None) -> Size:
+def size_of(name: str, given: float | None = None, option: str = "--student-params or --teacher-params") -> Size:
     """N of a model that a recipe names: as given, else from its folder, else from the size in its name.
 
     Args:
         name: as recipes name models.
         given: N from the user, which wins.
+        option: that gives it, for the message.
 
     Raises:
         ModelError: a folder that holds no readable checkpoint, or a name without a size in it.
@@ -379,7 +380,7 @@ def size_of(name: str, given: float | None = None) -> Size:
     if (nominal := nominal_size(name)) is None:
         raise ModelError(
             f"the number of parameters of {name!r} is not known: there is no such folder, and its name has no size in it such as 0.8B; "
-            "give it with --student-params or --teacher-params"
+            f"give it with {option}"
         )
     return Size(nominal, "by its name")
 

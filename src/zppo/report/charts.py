@@ -212,7 +212,7 @@ def _by_kind(scans: Sequence[StepScan], colours: Mapping[str, str]) -> list[Char
     return [
         ChartSpec("accuracy", DYNAMICS, "Accuracy of rollouts", series(share("correct", "graded")), percent=True, unit_range=True,
               caption="Share of right rollouts among those with a verdict, by kind of prompt."),
-        ChartSpec("positive", DYNAMICS, "Positive advantages", series(share("positive"), together=True), percent=True,
+        ChartSpec("positive", DYNAMICS, "Positive advantages", series(share("positive", "graded"), together=True), percent=True,
               caption="Share of rollouts whose advantage is above 0."),
         ChartSpec("entropy", DYNAMICS, "Entropy of the sampling distribution", series(entropy, together=True), y_title="nats a token",
               caption="Mean over the tokens of a rollout, then over rollouts."),

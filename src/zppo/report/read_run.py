@@ -104,7 +104,7 @@ class Run:
 
 
 NOT_ARMS = (
-    *("seed", "output", "eval.every", "rollout.max_rows", "grading.workers", "data.images.folder", "data.images.cache_gib"),
+    *("seed", "output", "push", "eval.every", "rollout.max_rows", "grading.workers", "data.images.folder", "data.images.cache_gib"),
     *(f"train.{name}" for name in (
         "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "trackers", "tracker_completions", "tracker_project",
         "threads", "collective_timeout", "check_engine_every", "engine_tolerance", "tokens_per_microbatch", "share_prompts",

@@ -83,13 +83,14 @@ def in_both(train: Sequence[Question], held_out: Sequence[Question], names: Sequ
     Args:
         names: of the source of each training question.
     """
-    asked = {question_key(question): question.id for question in held_out}
-    places = [place for place, question in enumerate(train) if question_key(question) in asked] if asked else []
-    if not places:
+    asked = [question_key(question) for question in held_out]
+    known = set(asked)
+    trained = {place: key for place, question in enumerate(train) if (key := question_key(question)) in known} if asked else {}
+    if not trained:
         return ""
-    trained = {question_key(train[place]) for place in places}
-    both = [question.id for question in held_out if question_key(question) in trained]
-    by_source = Counter(names[place] for place in places if names)
+    keys = set(trained.values())
+    both = [question.id for question, key in zip(held_out, asked, strict=True) if key in keys]
+    by_source = Counter(names[place] for place in trained if names)
     where = f" (rows: {', '.join(f'{name} {count:,}' for name, count in by_source.items())})" if len(set(names)) > 1 else ""
     return (
         f"warning: {len(both)} of {len(held_out)} held-out questions are training questions too ({both[0]!r}, for one): held-out "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from zppo.config.model_settings import FrozenModelSettings
 from zppo.config.settings import Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
-from zppo.errors import RewardError
 from zppo.grading import Grader, extract_boxed, has_gold_words
 from zppo.grading.grader import TimeOuts, Verdict
 from zppo.prompts.book import PromptBook
@@ -176,37 +174,3 @@ def grades_while_sampling(settings: Settings, scorer: Scorer) -> bool:
     """
     judge = settings.judging[0] if scorer.judge is not None and settings.judging is not None else None
     return settings.grading.reward is None and (judge is None or bool(judge.base_urls))
-
-
-def listed_rule(function: Callable[..., Any], row_of: Callable[[Question], Mapping[str, Any]]) -> Rule:
-    """Grading by a function of TRL's form: `prompts`, `completions` and the columns of their rows in, a list of numbers out.
-
-    Correct means reward >= 1; None leaves a completion ungraded. Where the rows hold conversations, completions are conversations too.
-
-    Args:
-        row_of: the row of a question.
-    """
-    name = getattr(function, "__name__", repr(function))
-
-    def grade(answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
-        if not answered:
-            return []
-        rows = [row_of(a.question) for a in answered]
-        turns = [isinstance(row.get("prompt"), list) for row in rows]
-        texts = [[{"role": "assistant", "content": a.completion}] if t else a.completion for a, t in zip(answered, turns, strict=True)]
-        columns = {column: [row[column] for row in rows] for column in rows[0] if column not in ("prompt", "completion")}
-        given = list(function(prompts=[row.get("prompt") for row in rows], completions=texts, **columns))
-        if len(given) != len(answered):
-            raise RewardError(f"reward function {name} returned {len(given)} rewards for {len(answered)} completions: give each one")
-        return [_listed_verdict(name, a, value) for a, value in zip(answered, given, strict=True)]
-
-    return grade
-
-
-def _listed_verdict(name: str, answered: Answered, value: Any) -> Verdict:
-    answer = extract_boxed(answered.completion, answered.think_open)
-    if value is None:
-        return Verdict(False, answer, "reward", 0.0, graded=False)
-    if not math.isfinite(value):
-        raise RewardError(f"reward function {name} returned {value!r} for question {answered.question.id!r}: give a finite number, or None")
-    return Verdict(value >= 1, answer, "reward", float(value))

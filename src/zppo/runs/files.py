@@ -103,6 +103,7 @@ def _refused(error: BaseException | None) -> tuple[int, str] | None:
 
 
 RECIPE = "recipe.yaml"
+FINAL = "final"
 """The resolved recipe, in the run folder."""
 WORDS = "words"
 """The user's own templates, in the run folder."""

@@ -13,9 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from zppo import __version__
-from zppo.config.recipe import dump_recipe
-from zppo.config.settings import LoraSettings, Settings
+from zppo.config.settings import Settings
 from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.vllm import VLLMEngine
@@ -23,13 +21,13 @@ from zppo.models.student_model import Student, load_model
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.runs.checkpoint import Savable
 from zppo.runs.display import Progress
-from zppo.runs.files import PARTIAL, sync, writing
+from zppo.runs.files import FINAL, PARTIAL, sync, writing
 from zppo.runs.log import METRICS, read_lines
+from zppo.runs.model_card import run_card
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, make_engine
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
-FINAL = "final"
 GOLDS = 10  # right answers that the closing table names
 ADAPTER = "adapter"  # in final/, where adapters were trained
 
@@ -74,34 +72,10 @@ def finish_final(run: Path, folder: Path) -> Path:
     return target
 
 
-def write_model_card(
-    folder: Path, name: str, settings: Settings, *, before: Evaluation | None, after: Evaluation | None, totals: Totals
-) -> None:
+def write_model_card(folder: Path, run: Path, settings: Settings) -> None:
     """README.md of final/: what was trained how, with which result."""
-    method, student = settings.method.name, settings.student.model
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [{', '.join(dict.fromkeys(('zppo', method)))}]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"`{student}`, post-trained with `{method}` by zppo {__version__}, an independent implementation of",
-        "[Zone of Proximal Policy Optimization](https://arxiv.org/abs/2606.18216).",
-        *_lora_lines(settings.train.lora, student),
-        "Check the licences of the base model and of the training data before you share it.",
-        "",
-        f"{_work(totals)}.",
-        "",
-    ]
-    if before and after:
-        lines += ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|"]
-        lines += [f"| {level} | {old} | {new} |" for level, old, new in _levels(before, after)]
-        lines += ["", f"{after.count} completions, after training evaluated from this folder.{_left_out(before, after)}", ""]
-    lines += ["## Recipe", "", "```yaml", dump_recipe(settings).rstrip(), "```", ""]
     with writing(folder / "README.md"):
-        (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        (folder / "README.md").write_text(run_card(run.name, settings, read_lines(run / METRICS), folder), encoding="utf-8")
 
 
 def closing_table(
@@ -156,15 +130,6 @@ def _leaks(leaks: Mapping[str, int]) -> str:
     return f"hints that gave the answer away, by right answer: {named}{others}"
 
 
-def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:
-    if lora is None:
-        return []
-    return [
-        f"Low-rank adapters (rank {lora.rank}, alpha {lora.alpha:g}) were trained and are merged into the weights of this folder;",
-        f"by themselves, for `peft` on top of `{student}`, they are in `{ADAPTER}/`.",
-    ]
-
-
 def _work(totals: Totals) -> str:
     judged = f", {totals.judge_tokens:,} judge tokens" if totals.judge_tokens else ""
     waited = f", {totals.teacher_wait_seconds:,.0f} s of them waiting for the teacher" if totals.teacher_tokens else ""
@@ -207,7 +172,7 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
         after = before
         trainer.run_log.metrics(0, "final", {name: value for name, value in at_start.items() if name not in ("step", "event")})
     with processes.stop.ignored():  # it is finished: a signal changes nothing now
-        write_model_card(folder, run.name, settings, before=before, after=after, totals=trainer.totals)
+        write_model_card(folder, run, settings)
         finish_final(run, folder)
     closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals)
 

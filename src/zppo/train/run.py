@@ -21,7 +21,7 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from zppo.config.recipe import dump_recipe, load_recipe
-from zppo.config.settings import Settings
+from zppo.config.settings import PushSettings, Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
@@ -33,14 +33,15 @@ from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
 from zppo.runs.display import Progress, show, warn
-from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
+from zppo.runs.files import FINAL, RECIPE, check_output, check_unclaimed, write_whole, writing
 from zppo.runs.lock import locked
 from zppo.runs.log import BUFFER, METRICS, read_lines
+from zppo.runs.push import push_run
 from zppo.runs.signals import Stop
 from zppo.runs.trackers import TRACKERS, Trackers, tracking
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, assemble
-from zppo.train.finish import FINAL, finish
+from zppo.train.finish import finish
 from zppo.train.health_checks import HealthChecks
 from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, as_placed
@@ -391,6 +392,19 @@ def _go(
                 rescue(run, loop, error, console)  # before anything else is closed: there may be little time
                 raise
     processes.wait()
+    if settings.push is not None and processes.main:
+        _push(settings.push, run, console)
+
+
+def _push(push: PushSettings, run: Path, console: Console) -> None:
+    """The student on the hub; what goes wrong there costs the run nothing."""
+    try:
+        console.print(f"pushing {run / FINAL} to {push.repo} ...", style="dim", soft_wrap=True)
+        console.print(f"pushed: {push_run(run, push.repo, private=push.private)}", highlight=False, soft_wrap=True)
+    except ZPPOError as error:
+        warn(console, f"warning: {error}")
+    except KeyboardInterrupt:
+        warn(console, f"interrupted: the run is finished, and not pushed. `zppo push {run} --repo {push.repo}` does it")
 
 
 def _open(

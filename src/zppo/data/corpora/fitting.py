@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -43,6 +44,7 @@ REASONS: dict[str, str] = {
     OTHER_SOURCE: "sub-set taken from another source",
     NO_TEXT: "text that is no UTF-8",
     NO_QUESTION: "no question",
+    UNSHOWABLE: "question with a model's own token for pictures",
     NO_ANSWER: "no answer",
     KIND: "kind of answer that is left out",
     NO_PASS_RATE: "no pass rate",
@@ -55,10 +57,13 @@ REASONS: dict[str, str] = {
     SMALL_IMAGE: "picture too small",
     DUPLICATE: "question and picture seen before",
     LONG_PROMPT: "prompt too long",
-    UNSHOWABLE: "prompt that the model cannot be shown",
     CAP: "over the cap",
 }
 """Why a row is not in the corpus, in the order in which it is looked at."""
+
+
+# The tokens that stand for pictures in models' own vocabularies: a text with one of them would stop a run.
+_MEDIA = re.compile(r"<\|\w*(?:image|video|audio|vision)\w*\|>", re.IGNORECASE)
 
 
 class MisfitError(Exception):
@@ -116,6 +121,8 @@ def fit_row(cell: Cell, name: str, source: CorpusSource, subset: str, filters: C
     prompt = _first(cell, columns.question)
     if not isinstance(prompt, str) or not prompt.replace(IMAGE, "").strip():
         raise MisfitError(NO_QUESTION)
+    if _MEDIA.search(prompt):
+        raise MisfitError(UNSHOWABLE)
     kind = _kind(cell, source)
     raw = _text(_first(cell, columns.answer))
     if not raw:
