@@ -57,7 +57,7 @@ TRL_LOWEST := 1.14.0
 test-trl: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) --upgrade --no-deps \
 		--target "$(VENV)/trl-$(TRL_LOWEST)" trl==$(TRL_LOWEST)
-	PYTHONPATH="$(VENV)/trl-$(TRL_LOWEST)" $(BIN)/python -m pytest -q tests/test_trl.py $(ARGS)
+	PYTHONPATH="$(abspath $(VENV)/trl-$(TRL_LOWEST))" $(BIN)/python -m pytest -q tests/test_trl.py $(ARGS)
 
 # VLLM=1: in an environment with vLLM, which wants an older transformers.
 GPU_VENV := $(if $(VLLM),$(VENV)-vllm,$(VENV))
