@@ -131,9 +131,11 @@ class HealthChecks:
 
     Args:
         own_reward: the recipe grades with a user's reward function.
+        advantages: the method learns by them; distillation has none.
     """
 
-    def __init__(self, *, own_reward: bool) -> None:
+    def __init__(self, *, own_reward: bool, advantages: bool = True) -> None:
+        self._advantages = advantages
         self._watches = [w for w in WATCHES if w.own_reward or not own_reward]
         self._said: dict[str, int] = {}
         self._some_right = own_reward  # which may be a number that never says right
@@ -162,7 +164,7 @@ class HealthChecks:
                 "of a solution, a judge grades what has no one spelling (docs/data.md)"
             )
         self._count_steps(metrics)
-        if self._no_gradient >= STEPS_WITHOUT_GRADIENT and self._due("no gradient", step):
+        if self._advantages and self._no_gradient >= STEPS_WITHOUT_GRADIENT and self._due("no gradient", step):
             due.append(
                 f"step {step}: no rollout of the last {self._no_gradient} steps has an advantage other than 0: {_no_gradient(metrics)}"
             )

@@ -121,7 +121,7 @@ class TrainingLoop:
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
-        self.health = HealthChecks(own_reward=settings.grading.reward is not None)
+        self.health = HealthChecks(own_reward=settings.grading.reward is not None, advantages=not self.trainer.method.distils)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
