@@ -343,7 +343,7 @@ def test_the_dry_run_says_how_they_add_up(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "mine.py").write_text("def f(completion, question): return 1.0\ndef g(completions, **columns): return [1.0]\n")
     assert dry_run(tmp_path, "[mine.py:f, mine.py:g], reward_weights: [1, 0.25]") == 0
     assert "f + 0.25 g; what is solved, f says" in " ".join(capsys.readouterr().out.split())
-    for weights, said in (("[1]", "has 1 values for 2 reward functions"), ("[1, .nan]", "finite number")):
+    for weights, said in (("[1]", "has 1 values for 2 reward functions"), ("[1, .nan]", "grading.reward_weights.1")):
         assert dry_run(tmp_path, f"[mine.py:f, mine.py:g], reward_weights: {weights}") == 2
         assert said in capsys.readouterr().err
     assert dry_run(tmp_path, "[]") == 2
