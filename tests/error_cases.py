@@ -234,6 +234,18 @@ def _(w: World) -> None:
     w.set("method", "zppo")
 
 
+@case("weights in 4 bits without adapters")
+def _(w: World) -> None:
+    w.set("student.quantize", "4bit")
+
+
+@case("weights in 4 bits with vLLM as the engine")
+def _(w: World) -> None:
+    w.set("student.quantize", "4bit")
+    w.set("train.lora", {})
+    w.set("rollout.engine", "vllm")
+
+
 @case("a reformulation of one's own cannot be imported")
 def _(w: World) -> None:
     w.with_teacher()

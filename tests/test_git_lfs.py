@@ -170,7 +170,7 @@ def test_weights_that_are_not_there_hinder_no_report(run: Path, tmp_path: Path) 
 
 
 OTHERS: dict[str, Callable[[Path], object]] = {
-    "trackers.json": lambda path: Trackers((), "p", path.parent, print)._identity(),
+    "trackers.json": lambda path: Trackers((), "p", path.parent, print)._kept(),
     "table.csv": lambda path: read_table(path),
     "eval.json": lambda path: read_evaluation(path),
     "other/eval.json": lambda path: read_evaluation(path.parent),

@@ -339,6 +339,17 @@ def test_a_function_that_does_not_apply_is_left_out() -> None:
     assert log.own["reward_without"] == 1 and "1 completions are ungraded" in log.warnings["rewards that do not apply"]
 
 
+def test_the_dry_run_says_how_they_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text("def f(completion, question): return 1.0\ndef g(completions, **columns): return [1.0]\n")
+    assert dry_run(tmp_path, "[mine.py:f, mine.py:g], reward_weights: [1, 0.25]") == 0
+    assert "f + 0.25 g; what is solved, f says" in " ".join(capsys.readouterr().out.split())
+    for weights, said in (("[1]", "has 1 values for 2 reward functions"), ("[1, .nan]", "finite number")):
+        assert dry_run(tmp_path, f"[mine.py:f, mine.py:g], reward_weights: {weights}") == 2
+        assert said in capsys.readouterr().err
+    assert dry_run(tmp_path, "[]") == 2
+    assert "is an empty list" in capsys.readouterr().err
+
+
 def test_names_are_told_apart() -> None:
     assert unique_names(["a.py:score", "b.py:score", "m:C.score", "b.py:score", "x:y"]) == ["score", "score-2", "C.score", "score-3", "y"]
 

@@ -221,6 +221,16 @@ def test_a_teacher_that_answers_nothing_ends_the_asking(
     assert len(rows_of(tmp_path / "m.jsonl")) == 6  # the student's answers are there
 
 
+def test_how_far_it_is_and_how_long_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ask, "EVERY", 0)
+    monkeypatch.setattr(ask, "AT_ONCE", 2)
+    measure("--n=2", "--sample=6", "--teacher", f"--out={tmp_path / 'm'}")
+    printed = capsys.readouterr().out
+    for who in ("student", "teacher"):
+        done = [int(n) for n in re.findall(rf"^asking the {who}: (\d+) of 12 answers, about \d+ min left$", printed, re.M)]
+        assert done == sorted(done) and {4, 8, 12} <= set(done)
+
+
 def test_only_models_that_are_needed_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = f"--out={tmp_path / 'm'}"
     measure("--n=2", "--sample=2", out)

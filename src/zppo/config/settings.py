@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from zppo.config.model_settings import (
     FrozenModelSettings,
     JudgeSettings,
     JudgeUse,
-    ModelSettings,
     SamplingSettings,
     Section,
+    StudentSettings,
     TeacherSettings,
 )
 from zppo.core.reformulate import REFORMULATIONS
@@ -488,8 +487,6 @@ class GradingSettings(Section):
             raise ValueError(
                 f"grading.reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} reward functions; give one for each"
             )
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise ValueError("grading.reward_weights holds a value that is no finite number")
         return self
 
 
@@ -499,7 +496,7 @@ class Settings(Section):
     method: MethodSettings = Field(MethodSettings(), description="the method")
     seed: int = Field(0, ge=0, description="keys every random draw")
     output: Path | None = Field(None, description="run folder; empty: runs/<recipe>-<date>-<time>")
-    student: ModelSettings = Field(description="the model that is trained")
+    student: StudentSettings = Field(description="the model that is trained")
     teacher: TeacherSettings | None = Field(None, description="the frozen teacher; needed where the method reformulates")
     more_teachers: tuple[TeacherSettings, ...] = Field(
         (), description="extension: further teachers whose rollouts join the pool of correct responses; `teacher` alone compresses"
@@ -549,6 +546,20 @@ class Settings(Section):
         if self.judge is not None:
             return self.judge, self.judge
         return (self.teacher, self.teacher.judge) if self.teacher is not None else None
+
+    @model_validator(mode="after")
+    def _quantized_where_possible(self) -> Settings:
+        if self.student.quantize is not None:
+            if self.train.lora is None:
+                raise ValueError(
+                    "student.quantize holds frozen weights in 4 bits, and without train.lora none are frozen: set train.lora to {}"
+                )
+            if self.rollout.engine == "vllm":
+                raise ValueError(
+                    "student.quantize does not go with rollout.engine: vllm, which is sent whole weights: take transformers, or leave "
+                    "one of them out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Settings:

@@ -102,9 +102,10 @@ def choices_of(data: Mapping[str, Any], column: str, value: Any) -> Choices | No
     if value is None and column == USUAL_CHOICES:
         value = data.get(_OTHER_CHOICES)
         where = f"{_OTHER_CHOICES!r} beside it "
-        letters = [letter for letter in _LETTERS if isinstance(data.get(letter), str) and data[letter].strip()]
-        if value is None and len(letters) >= _FEWEST and letters == list(_LETTERS[: len(letters)]):
-            value = [data[letter] for letter in letters]
+        if value is None and _LETTERS[0] in data:
+            letters = [letter for letter in _LETTERS if isinstance(data.get(letter), str) and data[letter].strip()]
+            if len(letters) >= _FEWEST and letters == list(_LETTERS[: len(letters)]):
+                value = [data[letter] for letter in letters]
     value, labels = _texts_and_labels(parsed(value))
     if value in (None, "", [], {}):
         return None
@@ -172,9 +173,9 @@ def hidden_choices(data: Mapping[str, Any], gold: object) -> str:
     """The names of columns that seem to hold choices nobody would be shown, where the right answer is a letter or a number; "" for none."""
     if not (isinstance(gold, str) and _PLACE.fullmatch(gold)):
         return ""
-    for name, value in data.items():
-        found = parsed(value)
-        if name in _CHOICE_NAMES and isinstance(found, list) and _FEWEST <= len(found) <= _MOST:
+    for name in _CHOICE_NAMES.intersection(data):
+        found = parsed(data[name])
+        if isinstance(found, list) and _FEWEST <= len(found) <= _MOST:
             return name
     named: dict[str, list[str]] = {}
     for name, value in data.items():

@@ -304,8 +304,9 @@ def unused_images(data: object, columns: Columns) -> str:
     """The name of a column that is not read and that seems to hold images; "" where there is none."""
     if not isinstance(data, Mapping):
         return ""
-    read = {name.partition(".")[0] for name in column_names(columns)} | {*column_names(columns)}
-    return next((str(n) for n, v in data.items() if n not in read and (n == SINGULAR and v or _is_image(v))), "")
+    held = [name for name, value in data.items() if name == SINGULAR and value or _is_image(value)]
+    read = {part for name in column_names(columns) for part in (name, name.partition(".")[0])} if held else ()
+    return next((str(name) for name in held if name not in read), "")
 
 
 def not_looked_at(source: str, unused: str, columns: Columns) -> str:

@@ -299,8 +299,8 @@ class ZPPOTrainer(GRPOTrainer):
     def _scored(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What TRL makes of groups: logs, padded tensors, old log-probs."""
         self._rows = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-        show = self.parts.prompts.chat.show
-        rows: Any = [{"prompt": show(p.ids + p.forced_ids), "zppo_reward": r.reward if r.graded else None} for p, r in self._rows]
+        show, rows = self.parts.prompts.chat.show, list[dict[str, Any]]()
+        rows += [{"prompt": show(p.ids + p.forced_ids), "zppo_reward": r.reward if r.graded else None} for p, r in self._rows]
         return dict(super()._generate_and_score_completions(rows))
 
     def _sampled(self) -> dict[str, Any]:

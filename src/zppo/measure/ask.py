@@ -198,6 +198,11 @@ class Bar:
         if self._bar:
             self._bar.stop()
 
+    def part(self, before: int, name: str, done: int, total: int) -> None:
+        """What a `StepLog` tells of the questions that are asked now, which so many answers came before."""
+        if name == "sampling" and total:
+            self.at(before + done)
+
     def at(self, done: int) -> None:
         """So many answers are there."""
         now = time.monotonic()
@@ -222,7 +227,7 @@ def ask_all(asking: Asking, who: Who, questions: Sequence[Question], n: int, ans
     with Bar(console, f"asking the {who}", n * len(todo)) as bar:
         for first in range(0, len(todo), size):
             part = todo[first : first + size]
-            log = StepLog(watch=lambda name, done, total, first=first: bar.at(n * first + (done if name == "sampling" else 0)))  # type: ignore[misc]
+            log = StepLog(watch=partial(bar.part, n * first))
             given = list(zip(part, asking.ask[who](part, log), strict=True))
             answers.add(who, [(question, each) for question, each in given if each.n == n])
             for text in log.warnings.values():

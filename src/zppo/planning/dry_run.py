@@ -25,7 +25,7 @@ from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
-from zppo.rollout.rewards import make_rewards
+from zppo.rollout.rewards import make_rewards, unique_names
 from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
@@ -441,6 +441,7 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
             "held-out questions",
             f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}" if settings.data.eval else "none",
         ),
+        *_reward_row(settings),
         ("judge", _judge_row(settings, plan)),
         ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each{_decoding(settings)}"),
         ("steps", f"{plan.steps:,} ({passes})"),
@@ -449,6 +450,15 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
         ("files", folder),
         *([("pushed to", f"{push.repo}, {'private' if push.private else 'public'} where it is made")] if (push := settings.push) else []),
     ]
+
+
+def _reward_row(settings: Settings) -> list[tuple[str, str]]:
+    """The user's reward functions with their weights, and which says what is solved; nothing where there are none."""
+    names = unique_names(settings.grading.rewards)
+    weights = settings.grading.reward_weights or (1.0,) * len(names)
+    terms = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True))
+    solved = f"; what is solved, {names[0]} says" if len(names) > 1 else ""
+    return [("reward", f"{terms}{solved}")] if names else []
 
 
 def _decoding(settings: Settings) -> str:

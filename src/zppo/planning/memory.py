@@ -92,6 +92,7 @@ RUNTIME = GIB  # Python, torch, and CUDA's own
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
+FOUR_BITS = 0.516  # bytes a number in NF4: blocks of 64 share a scale, whose own are in 8 bits
 _WORDS = 300  # tokens of closing instruction and chat template, and of a reformulation's own words, about
 
 
@@ -181,6 +182,9 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
+    if settings.student.quantize:
+        packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
+        frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
     longest = _longest(settings)
     budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch

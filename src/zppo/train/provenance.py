@@ -187,7 +187,7 @@ def _code_files(settings: Settings) -> dict[str, Path]:
 def _versions(settings: Settings) -> dict[str, str]:
     """Of this package and of those that compute; what a run does not use is no part of it."""
     used = {"peft": settings.train.lora is not None, "vllm": settings.rollout.engine == "vllm"}
-    used["bitsandbytes"] = settings.train.optimizer == "adamw-8bit"
+    used["bitsandbytes"] = settings.train.optimizer == "adamw-8bit" or settings.student.quantize is not None
     found = {"zppo": __version__}
     for name in _PACKAGES:
         if used.get(name, True):
