@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +21,8 @@ from rich.console import Console
 from same_run import assert_same_run
 from zppo.cli import main
 from zppo.errors import SettingsError
-from zppo.sweep import SweepRun, parse_seeds, parse_vary, plan_sweep, run_all, state_of, visible_cards
+from zppo.report.read_run import Run
+from zppo.sweep import SweepRun, outcome_table, parse_seeds, parse_vary, plan_sweep, run_all, state_of, visible_cards
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FEW = ["--train.steps=2", "--eval.every=0", "--train.checkpoint_every=1"]
@@ -144,21 +149,20 @@ def test_each_run_has_its_card_and_its_share_of_the_cores(recipe: Path, tmp_path
 
 @pytest.mark.slow
 def test_a_sweep_is_run_once_and_compared(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["sweep", str(recipe), "--vary=train.minibatches=1,2", "--seeds=0-1", "--jobs=2", f"--out={tmp_path}", *FEW, "--method=grpo"]
+    command = ["sweep", str(recipe), "--vary=train.minibatches=1,2", "--seeds=0", "--jobs=2", f"--out={tmp_path}", *FEW, "--method=grpo"]
     assert main(command) == 0
     told = capsys.readouterr().out
-    assert "4 runs" in told and "0 finished" in told and "4/4" in told
-    rows = [line.split() for line in told.splitlines() if line[:2] in ("1 ", "2 ")]
-    assert [row[:2] for row in rows] == [["1", "2"], ["2", "2"]] and "[" in told  # two seeds each, with intervals
+    assert "2 runs" in told and "0 finished" in told and "2/2" in told
+    assert [line.split()[:2] for line in told.splitlines() if re.match("[12] +1 ", line)] == [["1", "1"], ["2", "1"]]
     assert (tmp_path / "compare.html").stat().st_size > 10_000
     csv = (tmp_path / "compare.csv").read_text(encoding="utf-8")
-    assert all(f"minibatches={i}-s{seed}," in csv for i in (1, 2) for seed in (0, 1))
+    assert all(f"minibatches={i}-s0," in csv for i in (1, 2))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
-    assert len(before) == 4
-    # The same command again trains nothing; with a seed more only that one's runs are left.
-    assert main(command) == 0 and "4 finished" in capsys.readouterr().out
+    assert len(before) == 2
+    # The same command again trains nothing; with more seeds only theirs are left.
+    assert main(command) == 0 and "2 finished" in capsys.readouterr().out
     assert main([*command[:3], "--seeds=0-2", *command[4:], "--dry-run"]) == 0
-    assert "6 runs" in (told := capsys.readouterr().out) and told.count("to run") == 2
+    assert "6 runs" in (told := capsys.readouterr().out) and told.count("to run") == 4
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     # Other settings under the same names are an error, and nothing is overwritten.
     assert main([*command, "--train.learning_rate=0.5"]) == 2
@@ -167,20 +171,51 @@ def test_a_sweep_is_run_once_and_compared(recipe: Path, tmp_path: Path, capsys: 
     assert main([*command, "--cell=0"]) == 0 and "minus the first" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
+def test_the_outcome_is_a_row_for_each_combination_with_intervals_over_seeds(recipe: Path) -> None:
+    runs = plan_sweep(recipe, ["train.minibatches=1,4"], [0, 1, 2])
+    accuracies = {"1": (0.2, 0.3, 0.4), "4": (0.5, 0.5, 0.8)}
+    done = {}
+    for run in runs:
+        accuracy = accuracies[run.values["train.minibatches"]][run.settings.seed]
+        step = {"step": 1, "accuracy": {"plain": 0.1}, "seconds": {"step": 90.0}, "student_tokens": 1000, "teacher_tokens": 0}
+        final = {"event": "final", "step": 1, "accuracy": accuracy, "by_level": {}}
+        done[run.name] = Run(Path(run.name), {"seed": run.settings.seed, "method": {"name": "grpo"}}, (step,), (final,), ())
+    console = Console(width=120, record=True, quiet=False, file=io.StringIO())
+    console.print(outcome_table(runs, done))
+    rows = [line.split() for line in console.export_text().splitlines() if line[:2] in ("1 ", "4 ")]
+    differences = [0.3, 0.2, 0.4]
+    half = 4.303 * statistics.stdev(differences) / math.sqrt(3)  # Student's t, two degrees of freedom
+    assert rows[0][:3] == ["1", "3", "0.30"] and "1,000" in rows[0]
+    assert " ".join(rows[1]).startswith("4 3 0.60 [")
+    assert f"+0.30 [{0.3 - half:+.2f}, {0.3 + half:+.2f}]" in " ".join(rows[1])
+    # A combination none of whose runs has finished yet has no row.
+    console.print(outcome_table(runs, {name: run for name, run in done.items() if "=4" not in name}))
+    assert not [line for line in console.export_text().splitlines()[6:] if line.startswith("4 ")]
+
+
 def test_a_run_that_fails_leaves_the_others_and_is_run_again(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["sweep", str(recipe), "--vary=rollout.max_new_tokens=8,99999", f"--out={tmp_path}", *FEW, "--method=grpo"]
+    """The launcher stands in for training, which fails for two minibatches."""
+    script = tmp_path / "launch.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "print('so it is')\n"
+        "run = pathlib.Path(sys.argv[-1].removeprefix('--output='))\n"
+        "sys.exit(3) if 'minibatches=2' in run.name else (run / 'final').mkdir(parents=True)\n"
+        "(run / 'final/README.md').touch(); (run / 'recipe.yaml').write_text('{}'); (run / 'metrics.jsonl').touch()\n"
+    )
+    launcher = f"--launcher={shlex.join([sys.executable, str(script)])}"
+    command = ["sweep", str(recipe), "--vary=train.minibatches=1,2", f"--out={tmp_path / 'sweep'}", launcher]
     assert main(command) == 2
     captured = capsys.readouterr()
-    assert "1 of 2 runs failed" in captured.err and "max_new_tokens=99999-s0.txt" in captured.out and "1.00" not in captured.err
-    assert "context" in (tmp_path / "max_new_tokens=99999-s0.txt").read_text(encoding="utf-8")
-    assert main(command) == 2 and "1/1" in capsys.readouterr().out
+    assert "1 of 2 runs failed" in captured.err and "ended with 3" in captured.out and "minibatches=2-s0.txt" in captured.out
+    assert (tmp_path / "sweep" / "minibatches=2-s0.txt").read_text() == "so it is\n"
+    assert main(command) == 2 and "1/1 minibatches=2-s0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on_and_comes_to_the_same(recipe: Path, tmp_path: Path) -> None:
     settings = ["--train.steps=12", "--train.checkpoint_every=1", "--method=grpo"]
-    asked = [sys.executable, "-m", "zppo", "sweep", str(recipe), "--vary=train.minibatches=1,2", *settings, "--jobs=2"]
+    asked = [sys.executable, "-m", "zppo", "sweep", str(recipe), "--vary=train.minibatches=2", *settings]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     process = subprocess.Popen([*asked, f"--out={stopped}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -191,9 +226,9 @@ def test_a_sweep_that_is_stopped_goes_on_and_comes_to_the_same(recipe: Path, tmp
     finally:
         process.kill()
     assert process.returncode == 143 and "the same command goes on" in told and "Traceback" not in told
-    runs = plan_sweep(recipe, ["train.minibatches=1,2"], None, settings)
-    resumed = next(number for number, run in enumerate(runs) if state_of(run, stopped) == "to resume")
-    for more in ([f"--out={stopped}"], [f"--out={whole}", f"--cell={resumed}"]):
-        subprocess.run([*asked, *more], check=True, capture_output=True)
-    assert {state_of(run, stopped) for run in runs} == {"finished"}
-    assert_same_run(stopped / runs[resumed].name, whole / runs[resumed].name)
+    (run,) = plan_sweep(recipe, ["train.minibatches=2"], None, settings)
+    assert state_of(run, stopped) == "to resume"
+    for folder in (stopped, whole):
+        subprocess.run([*asked, f"--out={folder}"], check=True, capture_output=True)
+    assert state_of(run, stopped) == "finished"
+    assert_same_run(stopped / run.name, whole / run.name)
