@@ -197,11 +197,14 @@ class Columns(Protocol):
     def answer_list(self) -> str: ...
     @property
     def choices(self) -> str: ...
+    @property
+    def solution(self) -> str: ...
 
 
 def column_names(columns: Columns) -> tuple[str, ...]:
     """Every column that is looked for."""
     own = columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
+    own += (columns.solution,) if columns.solution else ()
     return (*own, columns.answer_list, *choice_columns(columns.choices), *_BESIDE)
 
 

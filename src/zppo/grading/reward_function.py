@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zppo.errors import RewardError
+from zppo.grading.answer_form import AnswerForm
 from zppo.grading.grader import Verdict
-from zppo.grading.text import extract_boxed
 from zppo.names import load_object
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ class RewardFunction:
         function: returns `(correct, reward)`, a mapping with `correct`, `reward` or both (and `answer`, `reason`, if it
             likes), or a bare number; a bare number means correct = reward >= 1.
         name: what errors call it.
-        anywhere: whether boxes in thoughts count too (`extract_boxed`).
+        form: where the answer of a completion stands; None for the last box after the thoughts.
     """
 
-    def __init__(self, function: Callable[[str, Any], object], name: str = "", anywhere: bool = False) -> None:
-        self._function, self._anywhere = function, anywhere
+    def __init__(self, function: Callable[[str, Any], object], name: str = "", form: AnswerForm | None = None) -> None:
+        self._function, self._form = function, form or AnswerForm()
         self.name = name or getattr(function, "__qualname__", repr(function))
 
     def __call__(self, completion: str, question: Question, think_open: bool = False) -> Verdict:
-        """The verdict on one completion; its answer is the boxed one unless the function names another.
+        """The verdict on one completion; its answer is found as the rules find it unless the function names another.
 
         Raises:
             RewardError: the function raised, or returned something that is no reward, NaN and infinity included.
@@ -44,7 +44,7 @@ class RewardFunction:
             raise RewardError(
                 f"reward function {self.name} failed on question {question.id!r} with {type(error).__name__}: {error}. Mend it there."
             ) from error
-        answer: object = extract_boxed(completion, think_open, self._anywhere)
+        answer: object = self._form.find(completion, think_open)
         reason: object = "reward"
         if isinstance(result, Mapping):
             answer, reason = result.get("answer", answer), result.get("reason", reason)
@@ -102,12 +102,12 @@ def _flag(value: object) -> bool | None:
     return {0.0: False, 1.0: True}.get(number) if number is not None else None
 
 
-def load_reward(spec: str, anywhere: bool = False) -> RewardFunction:
+def load_reward(spec: str, form: AnswerForm | None = None) -> RewardFunction:
     """The reward function that a recipe names.
 
     Args:
         spec: "package.module:function" or "path/to/file.py:function"; the function may be an attribute ("Class.method").
-        anywhere: see `RewardFunction`.
+        form: see `RewardFunction`.
 
     Raises:
         RewardError: the form, the module or the function is wrong; the message says which.
@@ -119,14 +119,14 @@ def load_reward(spec: str, anywhere: bool = False) -> RewardFunction:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a compiled function
-        return RewardFunction(function, spec, anywhere)
+        return RewardFunction(function, spec, form)
     try:
         signature.bind("", None)
         fits = True
     except TypeError:
         fits = False
     check_form(spec, list(signature.parameters), fits, coroutine)
-    return RewardFunction(function, spec, anywhere)
+    return RewardFunction(function, spec, form)
 
 
 def check_form(spec: str, parameters: Sequence[str], fits: bool, coroutine: bool) -> None:

@@ -241,7 +241,7 @@ def check_files(settings: Settings) -> None:
     Raises:
         TemplateError, ModelError, RewardError, SettingsError.
     """
-    book = PromptBook(settings.prompts)
+    book = PromptBook(settings.prompts, form=settings.answer_form)
     book.try_out()
     _try_reformulations(settings.method.resolve().reformulations, book)
     teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
