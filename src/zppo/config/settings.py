@@ -457,9 +457,9 @@ class GradingSettings(Section):
     rounded_golds: bool = Field(True, description="a right answer that is a rounded decimal equals the exact answer: 0.33 is 1/3")
     answer_from: Annotated[str, AfterValidator(check_place)] | None = Field(
         None,
-        description="where the answer stands: after-thoughts (the last \\boxed{} there), anywhere (the last one of the whole response, as in the "
-        "paper: one in thoughts that were cut off counts too), line (the last line `Answer: ...`), or a regular expression with one "
-        "group; empty: where prompts.closing asks for it",
+        description="where the answer stands: after-thoughts (the last \\boxed{} there), anywhere (the last one of the whole response, as "
+        "in the paper: one in thoughts that were cut off counts too), line (the last line `Answer: ...`), or a regular expression with "
+        "one group; empty: where prompts.closing asks for it",
     )
 
 

@@ -204,8 +204,8 @@ class Columns(Protocol):
 def column_names(columns: Columns) -> tuple[str, ...]:
     """Every column that is looked for."""
     own = columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
-    own += (columns.solution,) if columns.solution else ()
-    return (*own, columns.answer_list, *choice_columns(columns.choices), *_BESIDE)
+    solution = (columns.solution,) if columns.solution else ()
+    return (*own, *solution, columns.answer_list, *choice_columns(columns.choices), *_BESIDE)
 
 
 def question_from_row(

@@ -99,7 +99,8 @@ class PromptBook:
 
         Args:
             overrides: name -> path of a file, or for the closing instruction one of `zppo.names.CLOSINGS`, that replaces the bundled
-                template of that name; a new name adds the template of a reformulation of one's own, called like its `Draft.kind`. `~` is expanded.
+                template of that name; a new name adds the template of a reformulation of one's own, called like its `Draft.kind`. `~` is
+                expanded.
             neutralise: makes model text harmless (`Neutraliser` with the special texts of student and teacher); it breaks the tags too
                 that stand in the overrides; not those that an answer is written in, which belong to the candidates.
             form: how answers are written, in lists of answers and in what is said about summaries and hints; None for boxes.

@@ -48,8 +48,8 @@ def load_questions_of(settings: Settings, warn: Say | None = None, say: Say | No
         for line in loaded.mixture.lines():
             say(line)
         if loaded.examples:
-            names = ", ".join(repr(example.question.id) for example in loaded.examples)
-            say(f"examples: {len(loaded.examples)} training questions, shown in every prompt and not trained on ({names})")
+            shown = ", ".join(repr(example.question.id) for example in loaded.examples)
+            say(f"examples: {len(loaded.examples)} training questions, shown in every prompt and not trained on ({shown})")
     if warn is not None:
         tell_copies(train, warn)
         names = [settings.data.parts[number].name for number, _ in loaded.mixture.places]

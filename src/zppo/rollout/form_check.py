@@ -53,10 +53,10 @@ class FormCheck(NamedTuple):
         if not self.low:
             return head
         return (
-            f"warning: {head}. What has none counts as wrong, so that there is little to learn from; one ends {self.ends!r}. Ask for a "
-            "form that the student keeps (prompts.closing: boxed, for models that do not think, answer-line, or a template of yours); show it "
-            "with data.examples: 2; take an instruction-tuned student, or give a base model a student.template; or read the form that it has "
-            "with grading.answer_from, or a function of yours (grading.reward)"
+            f"warning: {head}. What has none counts as wrong, so that there is little to learn from; one ends {self.ends!r}. Ask for "
+            "a form that the student keeps (prompts.closing: boxed, for models that do not think, answer-line, or a template of yours); "
+            "show it with data.examples: 2; take an instruction-tuned student, or give a base model a student.template; or read the form "
+            "that it has with grading.answer_from, or a function of yours (grading.reward)"
         )
 
 
