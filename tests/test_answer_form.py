@@ -118,7 +118,7 @@ def test_a_place_that_is_none_is_refused(place: str, cause: str) -> None:
         ("line", "Answer: 42"),
         (HASHES, "#### 42"),
         (TAGGED, "<answer>42</answer>"),
-        (r"^Result:\s*(\d+)\.$", "Result: 42."),
+        (r"(?m)^Result:\s*(\d+)\.$", "Result: 42."),
         (r"\[\[(.*)\]\]", "[[42]]"),
         (r"(?:so|thus) (\d+)", "42"),
     ],
@@ -285,7 +285,7 @@ def test_a_run_with_an_expression_that_backtracks_comes_to_its_end(folder: Path,
 
 
 def test_a_dry_run_says_where_an_example_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(folder / "recipe.yaml"), "--dry-run", "--grading.answer_from=(?:so|thus) (x)"]) == 1
+    assert main(["train", str(folder / "recipe.yaml"), "--dry-run", "--grading.answer_from=(?:so|thus) (x)"]) == 2
     said = capsys.readouterr().err
     assert "no answer can be read from the example" in said and "data.columns.solution" in said
     assert main(["train", str(folder / "recipe.yaml"), "--dry-run"]) == 0

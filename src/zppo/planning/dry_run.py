@@ -114,7 +114,7 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: 
 
 def _fewer_rows(memory: Memory, machine: Machine) -> str:
     """How many rollouts fit at once."""
-    fit = (machine.usable - memory.standing - memory.cast) // memory.row if memory.row else 0
+    fit = (machine.usable - memory.standing - memory.cast) // memory.widest if memory.widest else 0
     if fit < 1:
         return "sampling: not even one rollout fits beside what stands; lower rollout.max_new_tokens or data.max_prompt_tokens"
     says = "it halves them by itself until they fit" if machine.gpu else "set it: a machine that runs out of RAM ends the run"

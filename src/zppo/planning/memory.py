@@ -117,6 +117,7 @@ class Memory:
         logits: of that micro-batch, with their gradients; gone when layers are computed again.
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
+        widest: what the longest rollout of all holds, where more of shorter ones hold the most together.
         stepping: what the optimizer's step holds besides its state.
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
@@ -136,6 +137,7 @@ class Memory:
     tokens: int
     longest: int
     stepping: int
+    widest: int = 0
     tower: int = 0
     images: int = 0
 
@@ -197,7 +199,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     kept, again = activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)
     per_logit = _DIVERGENCE if settings.method.resolve().distils else 2 * width
     own = settings.rollout.engine == "transformers"
-    row, rows = _sampled(settings, shape, width)
+    row, rows, widest = _sampled(settings, shape, width)
     vllm = settings.rollout.vllm
     return Memory(
         weights=trained * 4 + frozen_bytes,
@@ -208,6 +210,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         cast=parameters * 2 if bf16 and not train.lora else 0,
         row=row if own else 0,
         rows=rows if own else 0,
+        widest=widest if own else 0,
         activations=int(tokens * kept),
         layer=int(tokens * again),
         logits=(tokens - largest.rows * min(shortest, largest.longest)) * shape.vocab * per_logit,
@@ -339,13 +342,15 @@ def _groups(settings: Settings) -> tuple[int, int]:
     return plain, min(share_of(zone.rho_aug, batch), plain * len(method.reformulations))
 
 
-def _sampled(settings: Settings, shape: DecoderShape, width: int) -> tuple[int, int]:
-    """(bytes of a rollout, how many at once) where sampling holds most: all plain ones of a step, all reformulated ones, or `max_rows`."""
+def _sampled(settings: Settings, shape: DecoderShape, width: int) -> tuple[int, int, int]:
+    """(bytes of a rollout, how many at once, bytes of the longest of all) where sampling holds most: all plain ones of a step, all
+    reformulated ones, or `max_rows`."""
     prompt, most = settings.data.max_prompt_tokens, settings.rollout.max_rows
     counts = [groups * settings.rollout.group_size for groups in _groups(settings)]
     rows = [count if most is None else min(count, most) for count in counts]
     each = [_row(settings, shape, width, tokens) for tokens in (prompt, prompt + _added(settings))]
-    return max(zip(each, rows, strict=True), key=lambda kind: kind[0] * kind[1])
+    row, count = max(zip(each, rows, strict=True), key=lambda kind: kind[0] * kind[1])
+    return row, count, max(size for size, some in zip(each, rows, strict=True) if some)
 
 
 @dataclass(frozen=True, slots=True)
