@@ -25,12 +25,13 @@ LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest install-dev check lint site fuzz bench gpu-check clean
+.PHONY: help train test test-lowest test-trl install-dev check lint site fuzz bench gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
 	@echo "make test    all tests"
 	@echo "make test-lowest   the tests of what hangs on other packages, with the lowest versions that are admitted"
+	@echo "make test-trl      the tests of the trainer for TRL, with the lowest TRL that is admitted"
 	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"
 	@echo "make bench   speed and memory against TRL, then the tables of docs/performance.md; ARGS=step_vs_trl: that row alone"
 	@echo "make check   ruff, mypy, import-linter, the site and the quick tests"
@@ -50,6 +51,13 @@ install-dev: $(VENV)/.installed-dev
 # An environment of its own with the lowest versions; the tests that need no more than pytest.
 test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m pytest -q $(LOWEST_TESTS) $(ARGS)
+
+# The development environment with an older TRL in front of its own.
+TRL_LOWEST := 1.14.0
+test-trl: $(VENV)/.installed-dev
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) --upgrade --no-deps \
+		--target "$(VENV)/trl-$(TRL_LOWEST)" trl==$(TRL_LOWEST)
+	PYTHONPATH="$(abspath $(VENV)/trl-$(TRL_LOWEST))" $(BIN)/python -m pytest -q tests/test_trl.py $(ARGS)
 
 # VLLM=1: in an environment with vLLM, which wants an older transformers.
 GPU_VENV := $(if $(VLLM),$(VENV)-vllm,$(VENV))

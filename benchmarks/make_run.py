@@ -191,7 +191,7 @@ class Maker:
                     entries.get(row.question.id), i, row.prompt,
                     f"<think>{self._slice(length)}</think>" + (f"\n\\boxed{{{answer}}}" if answer is not None else ""),
                     row.question.gold, [row.question.gold], None, row.question.grading, answer, right, True,
-                    "equal" if right else "no answer" if answer is None else "different", float(right), float(right) - mean,
+                    "equal" if right else "no answer" if answer is None else "different", float(right), None, None, float(right) - mean,
                     len(row.prompt) // 4, length // 4, answer is None, 0.9 - 0.1 * self.skill + 0.1 * self.random.random(), audit,
                 )  # fmt: skip
                 for column, value in zip(columns.values(), values, strict=True):

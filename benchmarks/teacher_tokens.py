@@ -68,7 +68,6 @@ def measure(options: Options) -> Mapping[str, Any]:
 
 
 def _compare(model: Path, shape: Shape, hard: float, threads: int) -> dict[str, Any]:
-    from zppo.core.select import hard_groups, share_of
     from zppo.step_log import StepLog
 
     prompts, counts = {}, {}
@@ -79,9 +78,8 @@ def _compare(model: Path, shape: Shape, hard: float, threads: int) -> dict[str, 
             trainer = parts.trainer
             asked = trainer.questions[: round((1 + REPLAYED) * shape.questions)]
             groups = _groups(trainer.student.renderer, asked, hard, shape.group, script)
-            zone, log = trainer.zone, StepLog(STEP)
-            hard_ones = hard_groups(groups, zone.threshold, ties=zone.ties, seed=trainer.settings.seed, step=STEP)
-            asked_again = trainer.reformulator.reformulate(hard_ones, share_of(zone.rho_aug, shape.questions), log)
+            log = StepLog(STEP)
+            asked_again = trainer.parts.reformulate(trainer.parts.hard(groups, STEP), shape.questions, log)
         prompts[ask] = [(p.kind, p.ids) for p in asked_again.prompts]
         counts[ask] = {name: float(value or 0) for name, value in log.counts.items()}
     if prompts["lazy"] != prompts["all"]:

@@ -15,27 +15,19 @@ from pictures import picture
 TEXT = pa.string()
 IMAGE_CELL = pa.struct([("bytes", pa.binary()), ("path", TEXT)])
 
+_CHAT = pa.struct([("role", pa.list_(TEXT)), ("content", pa.list_(TEXT))])
+_EXTRA = pa.struct(
+    [("index", pa.int64()), ("question", TEXT), ("answer", TEXT), ("reward_type", TEXT), ("tolerance", pa.float64()), ("split", TEXT)]
+)
 VERO_SCHEMA = pa.schema(
     [
         ("id", TEXT),
         ("data_source", TEXT),
-        ("prompt", pa.struct([("role", pa.list_(TEXT)), ("content", pa.list_(TEXT))])),
+        ("prompt", _CHAT),
         ("image", IMAGE_CELL),
         ("ability", TEXT),
         ("reward_model", pa.struct([("style", TEXT), ("ground_truth", TEXT)])),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("index", pa.int64()),
-                    ("question", TEXT),
-                    ("answer", TEXT),
-                    ("reward_type", TEXT),
-                    ("tolerance", pa.float64()),
-                    ("split", TEXT),
-                ]
-            ),
-        ),
+        ("extra_info", _EXTRA),
     ]
 )
 MMFR_SCHEMA = pa.schema(

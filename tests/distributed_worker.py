@@ -21,8 +21,9 @@ from test_update import make_settings, update
 from zppo.core.advantages import step_advantages
 from zppo.core.minibatch import Sharing
 from zppo.core.types import Group, Question, Rollout
-from zppo.distributed.parallel import ReplicatedWeights, ShardedWeights
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
+from zppo.distributed.sharded import ShardedWeights
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.out_of_memory import TokenBudget

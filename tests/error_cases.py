@@ -17,11 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from fault_server import Server
 from pictures import bomb, noise, picture
 from seeing import PIXELS, make_seeing
+from zppo.data.corpora.mapping import mapping_text
 
 
 @dataclass
@@ -231,6 +234,18 @@ def _(w: World) -> None:
     w.set("method", "zppo")
 
 
+@case("weights in 4 bits without adapters")
+def _(w: World) -> None:
+    w.set("student.quantize", "4bit")
+
+
+@case("weights in 4 bits with vLLM as the engine")
+def _(w: World) -> None:
+    w.set("student.quantize", "4bit")
+    w.set("train.lora", {})
+    w.set("rollout.engine", "vllm")
+
+
 @case("a reformulation of one's own cannot be imported")
 def _(w: World) -> None:
     w.with_teacher()
@@ -258,8 +273,32 @@ def _(w: World) -> None:
 
 @case("a reward function in the form of another trainer")
 def _(w: World) -> None:
-    w.write("reward.py", "def score(completions, answer, **columns):\n    return [1.0]\n")
+    w.write("reward.py", "def score(reward_input):\n    return {'overall': 1.0}\n")
     w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function with its arguments in another order")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(prompt, response):\n    return 1.0\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function that asks for a column")
+def _(w: World) -> None:
+    w.write("reward.py", "def score(completions, task, **columns):\n    return [1.0 for _ in task]\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("a reward function that is a class with arguments")
+def _(w: World) -> None:
+    w.write("reward.py", "class score:\n    def __init__(self, limit): ...\n    def __call__(self, completion, question): ...\n")
+    w.set("grading.reward", "reward.py:score")
+
+
+@case("not as many weights as reward functions")
+def _(w: World) -> None:
+    w.set("grading.reward", ["a.py:f", "a.py:g"])
+    w.set("grading.reward_weights", [1])
 
 
 @case("a reward function's file lacks the function")
@@ -321,6 +360,53 @@ def _(w: World) -> None:
 @case("a source's revision, and no hub set")
 def _(w: World) -> None:
     w.set("data.train", [{"source": "train.jsonl", "revision": "v1"}])
+
+
+@case("a measurement with a teacher, and none in the recipe")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], "--teacher", f"--out={w.folder / 'm'}"]
+
+
+@case("a measurement of no answers")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], "--n=0", f"--out={w.folder / 'm'}"]
+
+
+@case("a measurement into one file, of several sources")
+def _(w: World) -> None:
+    w.set("data.train", [{"source": "train.jsonl"}, {"source": "lab:unreachable/train"}])
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'm.jsonl'}"]
+
+
+@case("a measurement over the questions themselves")
+def _(w: World) -> None:
+    w.write("train-answers.jsonl", "")
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'train.jsonl'}"]
+
+
+@case("a measurement into the folder of the questions")
+def _(w: World) -> None:
+    (w.folder / "set").mkdir()
+    w.write("set/train.jsonl", '{"prompt": "a", "answer": 1}\n')
+    w.set("data.train", "set")
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'set'}"]
+
+
+@case("a measurement over another file")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.write('mine.jsonl', 'x')}"]
+
+
+@case("a measurement into a file of a kind that is not written")
+def _(w: World) -> None:
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'm.csv'}"]
+
+
+@case("a measurement beside answers that are none")
+def _(w: World) -> None:
+    (w.folder / "m").mkdir()
+    w.write("m/answers.jsonl", "{}\n")
+    w.command = ["data", "measure", w.arguments()[1], f"--out={w.folder / 'm'}"]
 
 
 @case("a file of a kind that is not read")
@@ -593,6 +679,36 @@ def _(w: World) -> None:
 def _(w: World) -> None:
     w.set("data.train", "reasoning_gym:aiw?size=10")
     w.set("data.eval", "reasoning_gym:aiw?size=5&seed=9")
+
+
+def _build(w: World, *more: str) -> None:
+    w.command = ["data", "build", "zppo-77k", f"--out={w.folder / 'out'}", f"--mmfinereason={w.folder / 'vero'}", *more]
+
+
+@case("a copy of a source of the corpus that is no folder")
+def _(w: World) -> None:
+    _build(w, f"--vero={w.folder / 'none'}")
+
+
+@case("a source of the corpus without a column of the mapping")
+def _(w: World) -> None:
+    path = w.folder / "vero" / "stem-tqa" / "train.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"question": ["1 + 1?"]}), path)
+    _build(w, f"--vero={w.folder / 'vero'}")
+
+
+@case("a mapping with a key that does not exist")
+def _(w: World) -> None:
+    text = mapping_text("zppo-77k").replace("min_image_side", "min_side")
+    _build(w, f"--vero={w.folder / 'vero'}", f"--mapping={w.write('mine.yaml', text)}")
+
+
+@case("a corpus into a folder that is not empty")
+def _(w: World) -> None:
+    (w.folder / "out").mkdir()
+    w.write("out/mine.txt", "mine")
+    _build(w, f"--vero={w.folder / 'vero'}")
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -1000,6 +1116,11 @@ def _(w: World) -> None:
 @case("nothing to resume")
 def _(w: World) -> None:
     w.command = ["resume", str(w.output)]
+
+
+@case("nothing to push")
+def _(w: World) -> None:
+    w.command = ["push", str(w.output), "--repo", "mine"]
 
 
 @case("a run whose recipe is damaged")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -70,9 +71,12 @@ def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: p
         (["train", "{recipe}", "--dry-run", "--prompts.bcq=none.jinja"], "none.jinja"),
         (["train", "{recipe}", "--dry-run", "--student.template=none.jinja"], "student.template: there is no file"),
         (["train", "{recipe}", "--dry-run", "--teacher.model=./none"], "teacher.model: "),
-        (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "grading.reward: there is no file"),
-        (["train", "{recipe}", "--dry-run", "--grading.reward=no_such_module:f"], "grading.reward: there is no module 'no_such_module'"),
-        (["train", "{recipe}", "--dry-run", "--grading.reward=f"], "names no function"),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "there is no file"),
+        (
+            ["train", "{recipe}", "--dry-run", "--grading.reward=no_such_module:f"],
+            "importing 'no_such_module' failed with ModuleNotFoundError",
+        ),
+        (["train", "{recipe}", "--dry-run", "--grading.reward=f"], "has no module and name"),
         (["train", "{recipe}", "--dry-run", "--data.train=lab:w"], "'lab:w' names no split"),
         (
             ["train", "{recipe}", "--dry-run", "--data.train=lob:w/train"],
@@ -144,10 +148,26 @@ def test_methods_lists_the_table(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = run(capsys, "methods")
     assert status == 0
-    lines = {line.split()[0]: line for line in out.splitlines()}
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
     for method in METHODS.values():
         assert method.paper in lines[method.name] and method.gradient in lines[method.name]
-        assert ("hard ones" in lines[method.name]) == method.replay
+        assert ("yes" in lines[method.name].split()) == method.replay
+    assert "advantages of all but those that distil: two-step, Eqs. 2-3." in out
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_methods_break_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    words = {word for text in (run(capsys, "methods")[1],) for word in text.split()}
+    for method in METHODS.values():
+        assert set(f"{method.name} {method.gradient} {method.paper}".split()) <= words
+
+
+def test_resume_takes_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--train.steps=20"], ["--train.steps", "20"]):
+        status, _, err = run(capsys, "resume", "runs/mine", *words)
+        assert status == 2 and "zppo resume takes no settings (--train.steps" in err
+        assert "runs/mine/recipe.yaml. Edit them there: train.steps and epochs" in err
 
 
 def test_help_of_train_lists_every_setting_after_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +236,27 @@ def test_dry_run_of_the_recipe_to_copy(capsys: pytest.CaptureFixture[str], monke
     assert plan["files"] == "runs/my-data-<date>-<time>"
     assert plan["lazy"].split() == ["8", "32,768", "20", "10,240", "<-", "this", "run"]
     assert plan["all"].split() == ["24", "98,304", "24", "12,288"]
+
+
+def test_dry_run_looks_at_the_students_context(
+    tmp_path: Path, tiny_qwen3_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    folder = Path(shutil.copytree(tiny_qwen3_dir, tmp_path / "student"))
+    config = json.loads((folder / "config.json").read_text())
+    asked = ["train", str(make_recipe(tmp_path)), "--dry-run", f"--student.model={folder}", "--data.max_prompt_tokens=100"]
+    for written in (
+        config | {"max_position_embeddings": 512},
+        {**config, "max_position_embeddings": None, "text_config": {"max_position_embeddings": 512}},
+    ):
+        (folder / "config.json").write_text(json.dumps(written))
+        status, out, err = run(capsys, *asked, "--rollout.max_new_tokens=512")
+        assert status == 2 and f"rollout.max_new_tokens is 512, and the context of '{folder}' holds 512 tokens" in err
+        status, out, _ = run(capsys, *asked, "--rollout.max_new_tokens=413")
+        assert status == 0 and rows(out)["student's context"].startswith("512 tokens, 413 of them for rollout.max_new_tokens")
+        assert "more than 99; data.max_prompt_tokens=99 drops such questions" in rows(out)["student's context"]
+        status, out, _ = run(capsys, *asked, "--rollout.max_new_tokens=412")
+        assert status == 0 and "student's context" not in rows(out)
 
 
 def test_dry_run_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,27 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from zppo.core.advantages import Scope, group_advantages, two_step_advantages
+from zppo.core.loss import clipped_surrogate
+
+
+def test_plain_lists_are_vectors_too() -> None:
+    rewards, groups, graded = [1, 0, 0, 1, 1, 0.5], [0, 0, 0, 1, 1, 1], [True, True, True, True, False, True]
+    same = [torch.tensor(rewards), torch.tensor(groups)]
+    for compute in (two_step_advantages, group_advantages):
+        assert compute(rewards, groups).tolist() == compute(*same).tolist()
+        assert compute(rewards, groups, graded=graded).tolist() == compute(*same, graded=torch.tensor(graded)).tolist()
+        assert compute(torch.tensor(rewards).numpy(), tuple(groups)).tolist() == compute(*same).tolist()
+        with pytest.raises(TypeError, match="groups must be a vector of numbers"):
+            compute(rewards, ["a"] * 6)  # type: ignore[list-item]
+        with pytest.raises(TypeError, match="rewards must be a vector of numbers"):
+            compute([None] * 6, groups)  # type: ignore[list-item]
+        with pytest.raises(ValueError, match=r"graded \(2,\) must be as long as rewards \(6,\)"):
+            compute(rewards, groups, graded=[True, False])
+        with pytest.raises(ValueError, match="two vectors of one length"):
+            compute([rewards], [groups])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="old_logprobs is a list: give a tensor"):
+        clipped_surrogate(torch.zeros(1, 2), [[0.0, 0.0]], torch.zeros(1))  # type: ignore[arg-type]
+
 
 SCOPES: tuple[Scope, ...] = ("nontrivial", "all", "none")
 EPS = 1e-8

@@ -68,8 +68,8 @@ def test_rollout_metrics() -> None:
         rollout(None, 4, reason="timeout"),
     ]
     assert rollout_metrics(rollouts, torch.tensor([0.5, -1.0, 0.0, 0.0])) == {
-        "positive_advantage_share": 0.25,
-        "nonzero_advantage_share": 0.5,
+        "positive_advantage_share": 1 / 3,  # of those with a verdict
+        "nonzero_advantage_share": 2 / 3,
         "entropy": 1.5,
         "completion_tokens_mean": 4.0,
         "completion_tokens_max": 6.0,

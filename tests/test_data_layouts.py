@@ -74,6 +74,11 @@ def refused(folder: Path, rows: object, name: str = "q.jsonl", **more: Any) -> s
         ({"prompt": [USER], "solution": "2", "task": "x"}, {"answer": "solution"}),
         ({"body": {"messages": [USER, SAID]}, "custom_id": "1"}, {"messages": "body.messages"}),
         ({"input": [USER], "ideal": "2"}, {"prompt": "input", "answer": "ideal"}),
+        ({"messages": {"role": ["user", "assistant"], "content": ["1+1?", "2"]}}, {}),  # a sequence of objects, as `datasets` gives it
+        (
+            {"contents": [{"role": "user", "parts": [{"text": "1+1?"}]}, {"role": "model", "parts": [{"text": "2"}]}]},  # Vertex AI's
+            {"messages": "contents"},
+        ),
         ({"question": "1+1?", "answers": {"text": ["2"], "answer_start": [0]}}, {"prompt": "question", "answer": "answers.text.0"}),
         ({"question": "1+1?", "answer": '["2"]'}, {"prompt": "question"}),
         ({"question": "1+1?", "answer": "['2']"}, {"prompt": "question"}),
@@ -85,7 +90,9 @@ def refused(folder: Path, rows: object, name: str = "q.jsonl", **more: Any) -> s
 )
 @pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.parquet"])
 def test_chats_and_answers(tmp_path: Path, row: dict[str, Any], columns: dict[str, str], name: str) -> None:
-    mixed = any(isinstance(turn.get("content"), list) for turn in row.get("messages", ()))  # no column of parquet can hold both
+    mixed = any(
+        isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in row.get("messages", ())
+    )  # no column of parquet can hold both
     (question,) = load(tmp_path, [row], "q.json" if mixed else name, **columns)
     assert (question.messages, question.gold) == ((Message("user", "1+1?"),), "2")
 
@@ -132,6 +139,38 @@ def test_alpaca(tmp_path: Path) -> None:
     full = row | {"system": "Be brief.", "history": [["Hi", "Hello"]]}
     assert [m.content for m in one(tmp_path, full, **names).messages] == ["Be brief.", "Hi", "Hello", "Add these.\n\n1 and 1"]
     assert "no list of [instruction, answer]" in refused(tmp_path, [row | {"history": ["Hi"]}], **names)
+
+
+def test_a_system_prompt_in_its_own_column(tmp_path: Path) -> None:
+    row = {"system_prompt": "Be brief.", "question": "1+1?", "response": "2"}
+    assert one(tmp_path, row, prompt="question", answer="response").messages == (Message("system", "Be brief."), Message("user", "1+1?"))
+    assert one(tmp_path, row | {"system_prompt": ""}, prompt="question", answer="response").messages == (Message("user", "1+1?"),)
+
+
+def test_dolly(tmp_path: Path) -> None:
+    row = {"instruction": "Add these.", "context": "1 and 1", "response": "2", "category": "sums"}
+    assert one(tmp_path, row, prompt="instruction", answer="response").messages == (Message("user", "Add these.\n\n1 and 1"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("array([{'content': '1+1?', 'role': 'user'}], dtype=object)", "as numpy or pandas print it, which cannot be read back"),
+        ("[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]", "save the set as parquet or JSON lines"),
+        ("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n", "in the marks of a chat template (<|im_start|>)"),
+        ("<s>[INST] 1+1? [/INST]", "write its turns as {role, content}, without them"),
+        ("<|begin_of_text|><|start_header_id|>user", "in the marks of a chat template"),
+    ],
+)
+def test_a_text_that_is_a_whole_chat_is_no_question(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refused(tmp_path, [{"prompt": text, "answer": "2"}])
+    assert said in refused(tmp_path, [{"messages": text, "answer": "2"}])
+    assert one(tmp_path, {"prompt": f"What does {text!r} mean?", "answer": "2"}).messages[0].content.startswith("What")
+
+
+def test_lines_that_were_encoded_twice(tmp_path: Path) -> None:
+    row = json.dumps(json.dumps({"prompt": "1+1?", "answer": 2}))
+    assert load(tmp_path, f"{row}\n{row}\n")[1].gold == "2"
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------------
@@ -207,6 +246,31 @@ def test_numbers_as_choices(tmp_path: Path) -> None:
 )
 def test_choices_that_cannot_be_read_are_told(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     assert said in refused(tmp_path, [{"prompt": "Capital?", **row}])
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "hidden"),
+    [
+        ({"ctx": "q", "endings": TOWNS, "label": "1"}, {"prompt": "ctx", "answer": "label"}, "endings"),  # HellaSwag
+        ({"question": "q", "opa": "a", "opb": "b", "cop": 1}, {"prompt": "question", "answer": "cop"}, "opa, opb"),  # MedMCQA
+        ({"goal": "q", "sol1": "a", "sol2": "b", "label": 0}, {"prompt": "goal", "answer": "label"}, "sol1, sol2"),  # PIQA
+        ({"prompt": "q", "option_a": "x", "option_b": "y", "answer": "b"}, {}, "option_a, option_b"),
+        (
+            {"question": {"stem": "q", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}, "answerKey": "B"},
+            {"prompt": "question.stem", "answer": "answerKey"},
+            "choices",
+        ),
+    ],
+)
+def test_choices_that_nobody_would_be_shown_are_told(tmp_path: Path, row: dict[str, Any], columns: dict[str, str], hidden: str) -> None:
+    said = refused(tmp_path, [row], **columns)
+    assert f"and {hidden} beside the question seem to hold its choices, which nobody would be shown" in said
+    assert "data.columns.choices, or '' to leave them out" in said
+    assert one(tmp_path, row, **columns, choices="").gold == str(row.get(columns.get("answer", "answer")))
+
+
+def test_a_free_answer_needs_no_choices(tmp_path: Path) -> None:
+    assert one(tmp_path, {"prompt": "q", "endings": TOWNS, "answer": "Paris"}).messages == (Message("user", "q"),)
 
 
 def test_several_right_choices(tmp_path: Path) -> None:
@@ -290,6 +354,10 @@ def test_an_empty_cell_that_became_a_text_is_warned_of(tmp_path: Path, gold: str
         ),
         ({"prompt": "1+1?", "completion": "2"}, "TRL's prompts and completions: write data.columns: {answer: completion}"),
         ({"prompt": "1+1?", "chosen": "2", "rejected": "3"}, "laid out as preferences, which hold no right answer"),
+        ({"chosen": [USER, SAID], "rejected": [USER, SAID]}, "laid out as preferences, which hold no right answer"),
+        ({"prompt": "1+1?", "completion": "2", "label": True}, "laid out as KTO's good and bad answers, so keep the good ones alone"),
+        ({"input": {"messages": [USER]}, "preferred_output": [SAID], "non_preferred_output": [SAID]}, "laid out as OpenAI's preferences"),
+        ({"id": "1", "items": [USER, SAID]}, "Perhaps data.columns: {messages: items}"),
         ({"id": 1, "data": {"text": "a"}, "annotations": []}, "laid out as Label Studio: write data.columns: {prompt: data.text"),
         ({"title": "a", "paragraphs": []}, "laid out as SQuAD's articles, which hold many questions a row"),
         ({"input": [USER], "ideal": "2"}, "laid out as OpenAI's evals: write data.columns: {prompt: input, answer: ideal}"),

@@ -301,6 +301,8 @@ def test_steps_without_any_gradient_are_told_with_what_fits(plain: float, said: 
     adviser = HealthChecks(own_reward=True)
     told = [text for step in range(1, 5) for text in adviser.advice(step, step_line(0.5, plain, share=0.0))]
     assert len(told) == 1 and told[0].startswith("step 3: no rollout of the last 3 steps") and said in told[0]
+    distils = HealthChecks(own_reward=True, advantages=False)  # learns from all tokens
+    assert [text for step in range(1, 9) for text in distils.advice(step, step_line(0.5, plain, share=0.0))] == []
     # A step with a gradient, or an evaluation between, is no such step.
     lines = [step_line(0.5, plain, 0.0), {"accuracy": 0.5, "truncated": 0.0}, step_line(0.5, plain, 0.1), step_line(0.5, plain, 0.0)] * 4
     assert steps_told(lines, own_reward=True) == []

@@ -258,7 +258,7 @@ def test_no_code_imports_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert cli.main(["eval", "m", "--suite", suite_of, "--dry-run", "--no-code"]) == 2
         assert "and --no-code imports none" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "ran").exists()
     harmless = bench(tmp_path, "source: rows.jsonl\nkind: number\n", name="harmless")
-    assert cli.main(["eval", "m", "--suite", str(harmless), "--dry-run", "--no-code"]) == 0
+    assert cli.main(["eval", "http://localhost:1/v1", "--suite", str(harmless), "--dry-run", "--no-code"]) == 0
 
 
 def test_a_pipe_is_no_benchmark(tmp_path: Path) -> None:
@@ -267,9 +267,16 @@ def test_a_pipe_is_no_benchmark(tmp_path: Path) -> None:
         suite(str(tmp_path / "pipe.yaml"))
 
 
+def test_a_dry_run_looks_for_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = bench(tmp_path, "source: rows.jsonl\nkind: number\n")
+    for model, what in ((tmp_path / "gone", "is no folder"), (tmp_path, "is no checkpoint"), ("Qwen/Qwen3.5-0.8B", "is no folder")):
+        assert cli.main(["eval", str(model), "--suite", str(path), "--dry-run"]) == 2
+        assert f"'{model}' {what}; name a checkpoint folder, a finished run, or the URL" in capsys.readouterr().err
+
+
 def test_a_dry_run_counts_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = bench(tmp_path, "source: rows.jsonl\nkind: number\n")
-    assert cli.main(["eval", "anything", "--suite", str(path), "--dry-run"]) == 0
+    assert cli.main(["eval", "http://localhost:1/v1", "--suite", str(path), "--dry-run"]) == 0
     assert "my-bench 1 0" in " ".join(capsys.readouterr().out.split())
 
 

@@ -435,18 +435,18 @@ def test_a_dry_run_needs_no_network_no_server_and_no_extra(
     monkeypatch.setattr(socket.socket, "connect", nowhere)
     monkeypatch.setattr("zppo.evals.evaluate.importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("COLUMNS", "160")
-    assert cli.main(["eval", "anything", "--dry-run"]) == 0
+    assert cli.main(["eval", "http://localhost:1/v1", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert all(benchmark.name in said for benchmark in BENCHMARKS)
     assert "gated: accept its terms" in said and "not measured" in said
     write_data(tmp_path)
-    assert cli.main(["eval", "anything", "--suite", "AI2D,MMLU", "--data", str(tmp_path), "--samples", "3", "--dry-run"]) == 0
+    assert cli.main(["eval", "http://localhost:1/v1", "--suite", "AI2D,MMLU", "--data", str(tmp_path), "--samples", "3", "--dry-run"]) == 0
     assert "AI2D 2 6" in " ".join(capsys.readouterr().out.split())
     # Rows that cannot be read are said, and the other benchmarks are estimated all the same.
     (tmp_path / "AI2D.jsonl").write_text("{}\n{}\n")
     with (tmp_path / "MMLU.jsonl").open("a") as file:
         file.write("{}\n")
-    assert cli.main(["eval", "anything", "--suite", "AI2D,MMLU", "--data", str(tmp_path), "--dry-run"]) == 0
+    assert cli.main(["eval", "http://localhost:1/v1", "--suite", "AI2D,MMLU", "--data", str(tmp_path), "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "AI2D ?" in said and "MMLU 2" in said and "1 row unreadable" in said
 

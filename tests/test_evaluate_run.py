@@ -291,7 +291,7 @@ def test_from_python_where_a_loop_runs(data: Path, tmp_path: Path) -> None:
         quiet = Console(quiet=True)
         return zppo.evaluate(model, "CEval", data=str(data), output=str(tmp_path / "out"), console=quiet, **options)
 
-    assert repr(asyncio.run(cell("anything", dry_run=True))) == f"<Evaluated {tmp_path / 'out'}: no results>"
+    assert repr(asyncio.run(cell("http://localhost:1/v1", dry_run=True))) == f"<Evaluated {tmp_path / 'out'}: no results>"
     with scripted(right, "m") as model, scripted(fair, "j") as judge:
         done = asyncio.run(cell(model.url, judge=judge.url))
         asked = len(model.requests)
@@ -554,7 +554,7 @@ import sys
 for name in ("inspect_ai", "rapidfuzz", "av", "nltk", "jieba", "anls"):
     sys.modules[name] = None
 from zppo import cli
-assert cli.main(["eval", "anything", "--dry-run", "--data", sys.argv[1]]) == 0
+assert cli.main(["eval", "http://localhost:1/v1", "--dry-run", "--data", sys.argv[1]]) == 0
 sys.exit(cli.main(["eval", "http://127.0.0.1:1/v1", "--judge", "http://127.0.0.1:1/v1"]))
 """
 

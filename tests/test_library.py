@@ -17,11 +17,12 @@ import zppo
 from test_zone import ScriptedTeacher
 from zppo.core.advantages import two_step_advantages
 from zppo.core.types import JUDGE, Message, Question
+from zppo.data.load import listed_questions
 from zppo.data.order import batch_ids
-from zppo.engines.base import Completion
+from zppo.engines.base import Completion, FunctionEngine
 from zppo.engines.chat import Chat
 from zppo.engines.transformers import TransformersEngine
-from zppo.errors import SettingsError
+from zppo.errors import ModelError, SettingsError
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
@@ -158,3 +159,25 @@ def test_a_question_for_a_judge_that_was_not_named_is_refused(settings: zppo.Set
     question = replace(zppo.load_data(settings)[0][0], grading=JUDGE)
     with pytest.raises(SettingsError, match=r"wants a judge.*questions"):
         parts.grade([parts.prompts.plain(question)], [[[1]]], zppo.StepLog(1))
+
+
+def test_an_engine_of_a_function_and_rows_in_memory(settings: zppo.Settings) -> None:
+    rows = [{"prompt": "mine is what?", "answer": 3}, {"prompt": [{"role": "user", "content": "and yours?"}], "answer": "4", "id": "b"}]
+    questions = listed_questions(rows, "mine", settings.data.columns, settings.data.reading())
+    assert [(q.id, q.gold, q.chat) for q in questions] == [("mine:1", "3", False), ("b", "4", True)]
+    asked: list[Any] = []
+
+    def sample(prompts: list[list[int]], n: int) -> tuple[list[list[int]], list[list[float]] | None]:
+        asked.append((prompts, n))
+        return [[7, i] for i in range(len(prompts) * n)], [[-1.0, -float(i)] for i in range(len(prompts) * n)]
+
+    with zppo.parts(settings, questions) as parts:
+        prompts = [parts.prompts.plain(q) for q in questions]
+        groups = parts.student(FunctionEngine(sample, ends=[3])).rollout(prompts, zppo.StepLog(1))
+        assert asked == [([list(p.ids) for p in prompts], settings.rollout.group_size)]
+        assert [r.ids.tolist() for g in groups for r in g.rollouts] == [[7, i] for i in range(8)]
+        assert [r.truncated for g in groups for r in g.rollouts] == [i != 3 for i in range(8)]
+        assert groups[1].rollouts[1].logprobs.tolist() == [-1.0, -5.0]
+        short = FunctionEngine(lambda prompts, n: ([[1]], None), ends=[3])
+        with pytest.raises(ModelError, match="gave 1 completions for 2 prompts, of 4 each"):
+            parts.student(short).rollout(prompts, zppo.StepLog(1))

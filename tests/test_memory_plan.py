@@ -379,9 +379,30 @@ def test_a_card_of_24_gb_is_sent_to_lora_and_to_a_teacher_that_fits() -> None:
     machine = Machine("GPU", True, 24 * GIB)
     recipe = Path(__file__).parents[1] / "recipes" / "my-data.yaml"
     said = verdict(load_recipe(recipe), machine)
-    assert "--train.gradient_checkpointing=true" in said and "recipes/single-gpu-lora.yaml" in said
+    assert "--train.lora='{}'" in said and "recipes/single-gpu-lora.yaml" in said
     assert "a smaller one than 'Qwen/Qwen3.5-4B' takes less, and one on a server (teacher.base_urls) nothing" in said
     lighter = ["--train.gradient_checkpointing=true", "--train.lora={}", "--teacher.model=Qwen/Qwen3.5-2B"]
     assert verdict(load_recipe(recipe, lighter), machine) == "fits"
     away = verdict(load_recipe(recipe, ["--teacher.base_urls=[http://localhost:1/v1]"]), machine)
     assert "smaller one" not in away
+
+
+def test_a_teacher_that_no_setting_makes_room_for_is_named() -> None:
+    machine, recipe = Machine("GPU", True, 24 * GIB), Path(__file__).parents[1] / "recipes" / "my-data.yaml"
+    said = verdict(load_recipe(recipe, ["--teacher.model=Qwen/Qwen3.5-9B"]), machine)
+    assert "beside the 16.7 GiB of Qwen/Qwen3.5-9B: put them on a server (base_urls), or take smaller ones, of " in said
+    assert "both with --train." in said and "lower rollout.max_new_tokens" not in said
+    away = ["--teacher.base_urls=[http://localhost:1/v1]", *said.partition("both with ")[2].split(";")[0].split()]
+    assert verdict(load_recipe(recipe, away), machine).startswith("fits")  # the advice holds
+    two = verdict(load_recipe(recipe, ["--judge.model=Qwen/Qwen3.5-9B"]), machine)
+    assert "Qwen/Qwen3.5-4B, Qwen/Qwen3.5-9B: put them on a server" in two
+
+
+def test_a_teacher_of_unknown_size_leaves_the_students_part() -> None:
+    machine, recipe = Machine("GPU", True, 80 * GIB), Path(__file__).parents[1] / "recipes" / "my-data.yaml"
+    rows = dict(memory_rows(load_recipe(recipe, ["--teacher.model=acme/mystery"]), machine))
+    alone = dict(memory_rows(load_recipe(recipe, ["--teacher.base_urls=[http://localhost:1/v1]"]), machine))
+    assert rows["not counted"].startswith("acme/mystery: not on this machine")
+    assert rows["at most"] == alone["at most"] and alone["verdict"] == "fits"
+    assert rows["verdict"].startswith("fits, if acme/mystery takes no more than ")
+    assert dict(memory_rows(load_recipe(recipe, ["--student.model=acme/mystery"]), machine)).keys() == {"estimate"}

@@ -124,3 +124,47 @@ def test_what_contributors_are_told_to_run_exists() -> None:
 def zppo_python(version: str) -> bool:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return Version(version) in SpecifierSet(data["requires-python"])
+
+
+HEAVY = "datasets deepspeed matplotlib openai pandas plotly torch.distributed.checkpoint.state_dict trl vllm wandb"
+
+
+def test_a_run_with_a_teacher_in_its_process_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    """The client of servers, FSDP2's checkpoints and what reports draw with take seconds together."""
+    small = ("--train.steps=1", "--rollout.batch_size=2", "--rollout.group_size=2", "--data.eval=null", f"--output={tmp_path / 'run'}")
+    script = f"""
+import sys
+import zppo.train.run
+early = sorted(set({HEAVY.split()}) & sys.modules.keys())
+from zppo.cli import main
+assert main(["train", "lab", *{small}]) == 0
+print("loaded:", early, sorted({{"openai", "datasets", "matplotlib"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: [] []"
+
+
+def test_help_loads_neither_settings_nor_numbers() -> None:
+    script = "import sys; from zppo.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    loaded = set(done.stdout.split("\n")[-2].split())
+    assert "zppo.cli" in loaded and not loaded & {"numpy", "pydantic", "rich", "ruamel.yaml", "torch", "transformers"}
+
+
+def test_the_first_line_of_a_run_comes_before_torch(tmp_path: Path) -> None:
+    """What is said first is said while nothing heavy has been imported."""
+    script = f"""
+import builtins, sys
+from rich.console import Console
+real = Console.print
+def first(self, *a, **k):
+    real(self, *a, **k)
+    print("torch" in sys.modules, "transformers" in sys.modules, file=sys.stderr)
+    raise SystemExit(0)
+Console.print = first
+from zppo.cli import main
+main(["train", "lab", "--output={tmp_path / "run"}"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("loading torch") and done.stderr.splitlines()[-1] == "False False"

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -432,6 +433,27 @@ def test_one_that_is_down_is_looked_for_in_the_background(server: Server, make: 
         until_up(teacher)
         assert pings(server) == len(server.log) >= 1
     assert right(teacher.complete(many(20), HOW))
+
+
+@pytest.mark.parametrize("way", ["no such host", "no TLS", "never answered", "refused and hanging"])
+def test_one_that_cannot_be_reached_in_another_way_rests_too(server: Server, make: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zppo.teacher.servers.LOOK_SECONDS", 0.1)
+    server.control(always={"kind": "hang"})
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent, socket.create_server(("127.0.0.1", 0)) as gone:
+        closed, quiet = (f"http://127.0.0.1:{each.getsockname()[1]}/v1" for each in (gone, silent))
+        gone.close()
+        urls = {
+            "no such host": ["http://no-such-host.invalid/v1"],
+            "no TLS": [server.url.replace("http:", "https:")],
+            "never answered": [quiet],
+            "refused and hanging": [closed, server.url],
+        }[way]
+        teacher = make(*(replace_url(server, url) for url in urls), retry_for=1.0, deadline=0.6)
+        assert all(r.texts == (None, None) and r.error for r in teacher.complete(many(20), HOW))
+        service = replace(teacher.servers.service)
+        for _ in range(10):  # calls of later steps
+            assert all("unreachable for" in r.error for r in teacher.complete(many(5), HOW))
+        assert teacher.servers.service == replace(service, given_up=service.given_up + 50)  # no request, no second of waiting
 
 
 def test_one_that_answers_pings_alone_soon_rests_again(server: Server, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

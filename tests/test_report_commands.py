@@ -199,8 +199,19 @@ def test_pairs_are_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     half = 4.303 * spread / 3**0.5
     assert row[1:] == (f"{mean:+.1f}", f"{mean - half:+.1f} to {mean + half:+.1f}", "3 of 3")
     text = run(capsys, "compare", *folders, "--html", "--out", tmp_path / "c.html", "--figures", "svg")
-    assert "Paired over seeds" in text and "method.name zppo grpo" in text
+    assert "Paired over seeds" in text and "method.name zppo grpo" in text and f"{tmp_path / 'c.html'}" in text
     assert (tmp_path / "c.html").exists() and (tmp_path / "c-figures" / "accuracy-plain.svg").exists()
+
+
+def test_what_is_written_is_said_with_its_whole_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = runs_of(tmp_path, {"seed": 0, "steps": 2}, {"seed": 1, "steps": 2})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = run(capsys, "compare", *folders, "--html", "--figures", "none", "--csv", "a.csv", "--json", "b.json")
+    for name in ("compare.html", "a.csv", "b.json"):
+        assert str(tmp_path / "here" / name) in text
 
 
 def test_the_buffers_of_two_methods_side_by_side(tmp_path: Path) -> None:
@@ -284,6 +295,7 @@ def test_the_report_of_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert summary.head["steps"] == "3" and "FLOPs" in summary.head["cost"]
     assert summary.run.finished and "after" not in summary.outcome
     _check_what_could_be_asked(out, summary)
+    _check_the_caps(tmp_path, summary, capsys)
     logged = [line["accuracy"]["plain"] for line in summary.run.steps]
     chart = next(chart for chart in summary.charts if chart.id == "accuracy")
     assert list(chart.series[0].y) == pytest.approx(logged)
@@ -314,3 +326,17 @@ def _check_what_could_be_asked(out: Path, summary: Summary) -> None:
         assert line["eligibility"] == pytest.approx({name: n / len(plain) for name, n in parts.items() if n})
         seen |= line["eligibility"].keys()
     assert {"easy", "bcq"} <= seen
+
+
+def _check_the_caps(base: Path, summary: Summary, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the caps of a batch, `teacher.ask: all` knows as much; lazily the rest of the hard questions is unasked."""
+    found = {}
+    for ask in ("all", "lazy"):
+        AcceleratorState._reset_state(True)
+        options = ["--zone.rho_aug=0.25", f"--teacher.ask={ask}", "--train.steps=1", "--data.eval=null", f"--output={base / ask}"]
+        run(capsys, "train", base / "recipe.yaml", *options)
+        found[ask] = open_run(base / ask).steps[0]["eligibility"]
+    whole = summary.run.steps[0]["eligibility"]
+    assert found["all"] == whole and "unasked" not in whole
+    assert found["lazy"]["unasked"] > 0 and found["lazy"].get("easy") == whole.get("easy")
+    assert sum(found["lazy"].values()) == pytest.approx(1)

@@ -90,6 +90,17 @@ def test_a_figure_s_numbers_equal_those_of_the_parquet_files(page: Browser, fold
         assert x == list(expected) and y == pytest.approx(list(expected.values()), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["eligibility", "entropy", "left", "graduate-shares", "visits", "match-bcq", "match-ncq"])
+def test_a_chart_draws_the_numbers_that_were_worked_out(page: Browser, folder: Path, name: str) -> None:
+    draw_all(page)
+    chart = next(chart for chart in Reader(folder).read().charts if chart.id == name)
+    drawn = page.eval(f"report.plots.get({json.dumps(name)}).node.data.map((t) => [t.name, t.orientation === 'h' ? t.x : t.y])")
+    assert [line[0] for line in drawn] == [series.name for series in chart.series]
+    for (_, values), series in zip(drawn, chart.series, strict=True):
+        expected = [None if value is None else pytest.approx(value, abs=1e-5) for value in series.y]
+        assert values == expected and any(value is not None for value in values)
+
+
 def test_every_chart_is_drawn_and_has_a_hover(page: Browser) -> None:
     draw_all(page)
     assert page.eval("report.plots.size") >= 20

@@ -686,6 +686,8 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
         "--zone.threshold=0.25",
         "--loss.clip_low=0.1",
         "--train.old_logprobs=forward",
+        "--data.images.min_pixels=1024",
+        "--data.images.max_pixels=600000",
     )
     for override in ("--train.minibatches=2", "--seed=3", "--advantage.scope=all", "--loss.mask_truncated=true", *ours):
         with pytest.raises(CheckpointError, match="stopped between two updates"):
@@ -715,6 +717,11 @@ def test_what_changed_since_a_checkpoint(recipe: Path, tiny_qwen3_dir: Path, tmp
     assert changes_since(old, origin(), where, mid_step=True) == []
     old["recipe"]["rollout"] |= {"min_p": 0.1}
     assert changes_since(old, origin(), where, mid_step=True) == ["rollout.min_p was 0.1, is None"]
+    older = origin()  # than settings of today: what it does not have was as the default is
+    for name in ("filters", "duplicates"):
+        del older["recipe"]["data"][name]
+    assert changes_since(older, origin(), where, mid_step=True) == []
+    assert changes_since(older, origin("--data.duplicates=one"), where, mid_step=True) == ["data.duplicates was keep, is one"]
     flip(teacher / "model.safetensors")
     (note,) = changes_since(then, origin(), where, mid_step=True)
     assert note.startswith("the files of the teacher 1 ")

@@ -481,7 +481,7 @@ def test_help_knows_every_field_of_the_settings() -> None:
         return {leaf for key, value in data.items() for leaf in leaves(value, f"{prefix}{key}.")}
 
     data: dict[str, Any] = {"student": {"model": "s"}, "teacher": {"model": "t"}, "judge": {"model": "j"}}
-    data |= {"data": {"train": "x"}, "train": {"lora": {}}}
+    data |= {"data": {"train": "x"}, "train": {"lora": {}}, "push": {"repo": "me/mine"}}
     dumped = Settings.model_validate(data).model_dump()
     assert leaves(dumped, "") == {key.name for key in known_keys().values() if not key.section}
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.machinery
+import inspect
 import json
 import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zppo.cli import main
+from zppo.config.settings import TrackerName
 from zppo.errors import SettingsError
 from zppo.runs import trackers as module
-from zppo.runs.trackers import Trackers, flatten
+from zppo.runs.tracker_kinds import KINDS, Opening
+from zppo.runs.trackers import COLUMNS, Trackers, flatten, sample_rows
 
 STEPS = ("--train.steps=4", "--eval.every=2")
 
@@ -218,3 +221,97 @@ def test_an_upload_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypat
     trackers.finish()
     assert said == ["tracker wandb is still busy after 0.2 s and is not waited for"]
     released.set()
+
+
+# --- completions, and trackers of every kind ------------------------------------------------------------------------
+
+
+def rows_of(step: int) -> list[dict[str, Any]]:
+    """Rows as rollouts/*.parquet has them, of two kinds."""
+    row = dict.fromkeys(COLUMNS, None) | {"step": step, "prompt": "1 | 1?\n<b>", "gold": "2", "correct": True, "graded": True}
+    return [row | {"kind": kind, "question_id": f"q{i}", "completion": f"{i} " * 9} for kind in ("plain", "bcq") for i in range(5)]
+
+
+def test_a_table_holds_a_few_completions_of_each_kind_the_same_each_time() -> None:
+    rows = rows_of(3)
+    chosen = sample_rows(3, rows, 2)
+    assert [row[1] for row in chosen] == ["plain", "plain", "bcq", "bcq"] and all(row[0] == 3 for row in chosen)
+    assert len({(row[1], row[2]) for row in chosen}) == 4
+    assert sample_rows(3, rows, 2) == chosen != sample_rows(4, rows, 2)
+    assert len(sample_rows(3, rows, 9)) == 10
+    long = "a" * 10_000 + "the end"
+    (cut,) = sample_rows(1, [rows[0] | {"completion": long}], 1)
+    text = cut[COLUMNS.index("completion")]
+    assert text.startswith("aaa") and text.endswith("the end") and "2,007 characters" in text and len(text) < 8_100
+
+
+def test_tensorboard_shows_completions_as_a_table_that_no_text_breaks(tmp_path: Path) -> None:
+    trackers = Trackers(("tensorboard",), "p", tmp_path, print, completions=1)
+    trackers.start()
+    trackers.log_completions(7, rows_of(7))
+    trackers.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("completions/text_summary")
+    head, rule, *lines = event.tensor_proto.string_val[0].decode().splitlines()
+    assert event.step == 7 and head.split(" | ")[1] == "kind" and set(rule) <= set("|- ")
+    assert len(lines) == 2 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)
+    assert "1 &#124; 1?<br>&lt;b&gt;" in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_run_sends_completions_only_where_its_recipe_wants_that(recipe: Path, tmp_path: Path, count: int) -> None:
+    run = tmp_path / "run"
+    more = ["--train.trackers=[tensorboard]", f"--train.tracker_completions={count}", "--train.steps=2", "--data.eval=null"]
+    assert main(["train", str(recipe), f"--output={run}", *more]) == 0
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["tensors"] == ["completions/text_summary"] * count
+    if count:
+        assert [event.step for event in events.Tensors("completions/text_summary")] == [1, 2]
+
+
+def test_a_table_that_fails_is_left_out_and_the_numbers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, said = stand_in(monkeypatch, "wandb"), list[str]()
+    trackers = Trackers(("wandb",), "p", tmp_path, said.append, completions=1)
+    trackers.start()
+    sys.modules["wandb"].Table = lambda columns, data, dataframe: fail("too large")()  # type: ignore[attr-defined]
+    for step in range(1, 6):
+        trackers.log_completions(step, rows_of(step))
+        trackers.log(step, "step", {"loss": 1.0})
+    assert [call[2] for call in calls if call[0] == "log"] == [1, 2, 3, 4, 5]
+    assert said == [
+        "step 1: tracker wandb's table of completions failed and is tried again: ConnectionError: too large",
+        "step 3: tracker wandb's table of completions failed and is left out from now on: ConnectionError: too large",
+    ]
+
+
+def test_what_a_tracker_called_the_run_is_kept_for_the_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+
+    class Service:
+        def __init__(self, experiment_name: str, **given: Any) -> None:
+            started.append(given)
+            self.tracker = SimpleNamespace(info=SimpleNamespace(run_id=given["run_id"] or "given-by-it"))
+
+        def start(self) -> None: ...
+
+    monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, "mlflow", Service)
+    Trackers(("mlflow",), "p", tmp_path, print).start()
+    Trackers(("mlflow",), "p", tmp_path, print).start(7)
+    assert [given["run_id"] for given in started] == [None, "given-by-it"]
+
+
+def test_trackers_of_every_kind_are_opened_as_accelerate_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that accelerate has, each with arguments that its class there takes."""
+    comet = ModuleType("comet_ml")
+    comet.ExperimentConfig = lambda **given: given  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "comet_ml", comet)
+    assert set(KINDS) == set(module.LOGGER_TYPE_TO_CLASS) == set(get_args(TrackerName))
+    for name, kind in KINDS.items():
+        for key, step in ((None, None), ("its-key", 3)):
+            given = kind.arguments(Opening("p", tmp_path / "run", "identity", key, step))
+            inspect.signature(module.LOGGER_TYPE_TO_CLASS[name]).bind(**given)
+            assert "run" in json.dumps(given, default=str) or name == "dvclive"
+            assert key is None or kind.key is None or key in given.values()

@@ -6,6 +6,7 @@ TRL's `VLLMGeneration` and its HTTP client are the real ones; vLLM and NCCL are 
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import sys
@@ -66,6 +67,18 @@ def assert_holds(engine: Any, weights: Path) -> None:
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_measurement_with_vllm(vllm: ModuleType, recipe: Path, tmp_path: Path) -> None:
+    """It samples with the student's weights, and is checked before anything is asked."""
+    out = tmp_path / "measured.jsonl"
+    options = [*SMALL, "--data.eval_limit=null", "--train.engine_tolerance=1e-5"]
+    assert main(["data", "measure", str(recipe), "--n=3", "--sample=4", f"--out={out}", *options]) == 0
+    (engine,) = vllm.ENGINES
+    assert_holds(engine, recipe.parent / "student")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 4 and all(3 * row["student_accuracy"] in range(4) and row["mean_tokens"] <= 8 for row in rows)
 
 
 @pytest.mark.slow

@@ -76,6 +76,10 @@ class StorageError(ZPPOError, OSError):
     """A file of the run cannot be written: the disk is full, the folder is read-only."""
 
 
+class PushError(ZPPOError, RuntimeError):
+    """The hub does not take a trained student; nothing of the run is lost."""
+
+
 class RewardError(ZPPOError, ValueError):
     """A user's reward function is missing or returned something that is no reward."""
 

@@ -139,14 +139,16 @@ def is_pointer(start: bytes) -> bool:
 
 def check_file(path: Path, error: type[ZPPOError]) -> None:
     """Refuses a file that is a pointer of git-lfs; one that cannot be read is left to who reads it."""
-    try:
-        if not path.is_file() or path.stat().st_size >= _POINTER_BYTES:
-            return
-        start = path.read_bytes()
-    except OSError:
-        return
-    if is_pointer(start):
+    if is_pointer_file(path):
         raise error(f"{path} {POINTER}")
+
+
+def is_pointer_file(path: Path) -> bool:
+    """Whether a file is a pointer of git-lfs; one that cannot be read is none."""
+    try:
+        return path.is_file() and path.stat().st_size < _POINTER_BYTES and is_pointer(path.read_bytes())
+    except OSError:
+        return False
 
 
 def check_checkpoint(name: str | Path) -> None:
@@ -182,7 +184,9 @@ def load_object(spec: str, what: str, error: type[ZPPOError], *, call: bool = Tr
         target: Any = _module_of_file(Path(place), spec, what, error) if place.endswith(".py") else importlib.import_module(place)
     except error:
         raise
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:  # a script without `if __name__ == "__main__"` may end the program
+        if isinstance(cause, SyntaxError) and cause.filename:
+            check_file(Path(cause.filename), error)
         raise error(
             f"{what} {spec!r}: importing {place!r} failed with {type(cause).__name__}: {cause}. "
             + ("Mend that file." if place.endswith(".py") else "Check the name and that its folder is on PYTHONPATH.")

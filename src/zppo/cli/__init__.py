@@ -15,6 +15,7 @@ from zppo.cli.command_parser import CommandParser
 from zppo.cli.data_commands import add_data
 from zppo.cli.eval_command import add_eval, split_vllm
 from zppo.cli.lab_commands import add_lab
+from zppo.cli.push_command import add_push
 from zppo.cli.recipe_commands import add_recipes
 from zppo.cli.report_commands import add_report
 from zppo.cli.serve_command import add_serve
@@ -22,7 +23,7 @@ from zppo.cli.sweep_command import add_sweep
 from zppo.cli.train_commands import add_train, split_overrides
 from zppo.errors import Interrupted, ZPPOError, used_up
 
-COMMAND_GROUPS = (add_train, add_recipes, add_data, add_sweep, add_report, add_serve, add_eval, add_lab)
+COMMAND_GROUPS = (add_train, add_recipes, add_data, add_sweep, add_report, add_push, add_serve, add_eval, add_lab)
 """In the order of `zppo --help`."""
 
 OK, CRASH, USER_ERROR, INTERRUPTED = 0, 1, 2, 130

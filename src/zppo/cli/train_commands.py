@@ -40,7 +40,7 @@ def add_train(commands: Subcommands) -> None:
     again = commands.add_parser("resume", help="continue a run after its newest checkpoint")
     again.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
     again.add_argument("--no-code", action="store_true", help=_NO_CODE)
-    again.set_defaults(run=lambda options: resume(options.folder, code=not options.no_code))
+    again.set_defaults(run=_resume, takes_settings=True)
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
 
@@ -70,6 +70,16 @@ def _settings_help() -> str:
     return help_text()
 
 
+def _resume(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise SettingsError(
+            f"zppo resume takes no settings ({' '.join(options.overrides)}): it goes on with those in {options.folder / 'recipe.yaml'}. "
+            "Edit them there: train.steps and epochs, learning rates, betas, eps, weight decay and teachers' addresses act, and what "
+            "cannot be changed is refused (docs/runs.md)"
+        )
+    resume(options.folder, code=not options.no_code)
+
+
 def _train(options: argparse.Namespace) -> None:
     from zppo.config.bundled import find_recipe
     from zppo.config.recipe import load_recipe, refuse_code
@@ -87,11 +97,12 @@ def _train(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from zppo.distributed.launcher import rank_of
-        from zppo.planning.dry_run import check_files, make_plan, memory_rows, render_plan
+        from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.memory import prompt_tokens, within
         from zppo.prompts.book import PromptBook
         from zppo.rollout.data import count_judged, load_questions_of
         from zppo.rollout.examples import example_turns
+        from zppo.rollout.rewards import make_rewards
         from zppo.runs.display import warn
 
         console = Console(quiet=bool(rank_of()))
@@ -99,10 +110,13 @@ def _train(options: argparse.Namespace) -> None:
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)
         train, held_out = loaded.mixture.questions, loaded.held_out
+        check_student_context(settings)
         book = PromptBook(settings.prompts, form=settings.answer_form)
         shown = example_turns(settings, loaded.examples, book, lambda text: text)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
+        if settings.grading.rewards:
+            make_rewards(settings.grading).check_columns([*train, *held_out])
         judged, eval_judged = count_judged(settings, train), count_judged(settings, held_out)
         seeing, eval_seeing = (sum(bool(q.images) for q in part) for part in (train, held_out))
         plan = make_plan(
@@ -136,9 +150,15 @@ def _methods(options: argparse.Namespace) -> None:
     from zppo.config.methods import METHODS
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("method", "replayed", "asked again with", "what enters the gradient", "advantage", "in the paper"):
-        table.add_column(column, no_wrap=column == "method", overflow="fold")
+    for column in ("method", "replay", "what enters the gradient", "in the paper"):
+        table.add_column(column, no_wrap=column != "what enters the gradient", overflow="fold")
     for row in METHODS.values():
-        asks = ", ".join(kind.upper() for kind in row.reformulations) or "-"
-        table.add_row(row.name, "hard ones" if row.replay else "-", asks, row.gradient, row.advantages, Text(row.paper))
-    Console().print(table)
+        table.add_row(row.name, "yes" if row.replay else "-", row.gradient, Text(row.paper))
+    console = Console()
+    console.print(table)
+    console.print()
+    console.print("replay: hard questions are asked again in later steps.")
+    for words in dict.fromkeys(row.advantages for row in METHODS.values() if not row.distils):
+        named = [row.name for row in METHODS.values() if row.advantages == words]
+        whose = "all but those that distil" if len(named) == sum(not row.distils for row in METHODS.values()) else ", ".join(named)
+        console.print(f"advantages of {whose}: {words}.")

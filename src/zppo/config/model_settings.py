@@ -95,6 +95,16 @@ class ModelSettings(Section):
     attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
 
 
+class StudentSettings(ModelSettings):
+    """The model that is trained."""
+
+    quantize: Literal["4bit"] | None = Field(
+        None,
+        description="4bit: the frozen linear layers below LoRA adapters are held in 4 bits (QLoRA; `pip install bitsandbytes`); "
+        "final/ is whole again",
+    )
+
+
 class TeacherUse(SamplingSettings):
     """How the teacher is sampled for one use."""
 

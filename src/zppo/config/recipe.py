@@ -268,6 +268,9 @@ def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> d
         section[key] = _model(value, bases)
     for section, key, value in _texts(data, ("grading.reward",)):
         section[key] = _code(value, bases)
+    grading = data.get("grading")
+    if isinstance(grading, dict) and isinstance(rewards := grading.get("reward"), list):
+        grading["reward"] = [_code(reward, bases) if isinstance(reward, str) else reward for reward in rewards]
     for each in _sources(data):
         each["source"] = _file(each["source"], bases)
     teachers = data.get("more_teachers")

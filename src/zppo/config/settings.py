@@ -14,9 +14,9 @@ from zppo.config.model_settings import (
     FrozenModelSettings,
     JudgeSettings,
     JudgeUse,
-    ModelSettings,
     SamplingSettings,
     Section,
+    StudentSettings,
     TeacherSettings,
 )
 from zppo.core.reformulate import REFORMULATIONS
@@ -27,11 +27,12 @@ from zppo.data.mixture import Part, short_names
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.row_filters import check_filters
 from zppo.data.rows import USUAL_IMAGES
-from zppo.grading.answer_form import AFTER_THOUGHTS, AnswerForm, check_place, form_of
+from zppo.grading.answer_form import AFTER_THOUGHTS, AnswerForm, answer_form_of, check_place
 from zppo.images.store import PixelLimits
 from zppo.names import CLOSINGS
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 OVERRIDES = ("replay", "reformulations", "teacher_response", "control")
 
 
@@ -77,6 +78,7 @@ class ColumnSettings(Section):
     id: str = Field("id", description="unique id; rows without the column are named <file>:<row>")
     level: str = Field("level", description="label by which held-out accuracy is broken down")
     grading: str = Field("grading", description="rule or judge: who grades the question; rows without the column go by rule")
+    extra: tuple[str, ...] = Field((), description="further columns, which reward functions are given (TRL's **columns, question.extra)")
     answer_list: str = Field("answer_list", description="any, set or ordered, for one row; rows without the column go by data.answer_list")
     solution: str = Field("", description="a worked solution, shown where the question is one of data.examples; '' for none")
     choices: str = Field(
@@ -417,10 +419,13 @@ class TrainSettings(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="where the numbers of metrics.jsonl go too; TensorBoard's files: tensorboard/ of the run folder"
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="where the numbers of metrics.jsonl go too; files of TensorBoard and DVCLive: in the run folder"
     )
-    tracker_project: str = Field("zppo", min_length=1, description="project of wandb and trackio")
+    tracker_project: str = Field("zppo", min_length=1, description="what trackers file the run under")
+    tracker_completions: int = Field(
+        2, ge=0, description="completions of each kind of prompt that trackers get of a step, as a table; 0: only numbers leave"
+    )
     sharding: Literal["none", "fsdp2"] = Field(
         "none", description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins"
     )
@@ -448,10 +453,23 @@ class EvalSettings(SamplingSettings):
         return data
 
 
+class PushSettings(Section):
+    """The trained student, put on the Hugging Face hub at the end of a run (docs/runs.md)."""
+
+    repo: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$", description="repository of the hub: NAME or OWNER/NAME; made where there is none")
+    private: bool = Field(True, description="a repository that is made is private")
+
+
 class GradingSettings(Section):
     """How completions are graded."""
 
-    reward: str | None = Field(None, description="a reward function of yours, package.module:function or file.py:function")
+    reward: str | tuple[str, ...] | None = Field(
+        None,
+        description="a reward function of yours, package.module:function or file.py:function; or a list of them, first the one that judges "
+        "the answer",
+    )
+    reward_weights: tuple[float, ...] = Field((), description="the weight of each in the reward, their weighted sum; empty: 1 each")
+    reward_deadline: float = Field(60.0, gt=0, description="seconds for one call of an async reward function; what is late is ungraded")
     deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
     workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
     rounded_golds: bool = Field(True, description="a right answer that is a rounded decimal equals the exact answer: 0.33 is 1/3")
@@ -462,6 +480,21 @@ class GradingSettings(Section):
         "one group; empty: where prompts.closing asks for it",
     )
 
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The reward functions."""
+        return (self.reward,) if isinstance(self.reward, str) else self.reward or ()
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> GradingSettings:
+        if self.reward == ():
+            raise ValueError("grading.reward is an empty list; leave it out, or name a function")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"grading.reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} reward functions; give one for each"
+            )
+        return self
+
 
 class Settings(Section):
     """A whole recipe."""
@@ -469,7 +502,7 @@ class Settings(Section):
     method: MethodSettings = Field(MethodSettings(), description="the method")
     seed: int = Field(0, ge=0, description="keys every random draw")
     output: Path | None = Field(None, description="run folder; empty: runs/<recipe>-<date>-<time>")
-    student: ModelSettings = Field(description="the model that is trained")
+    student: StudentSettings = Field(description="the model that is trained")
     teacher: TeacherSettings | None = Field(None, description="the frozen teacher; needed where the method reformulates")
     more_teachers: tuple[TeacherSettings, ...] = Field(
         (), description="extension: further teachers whose rollouts join the pool of correct responses; `teacher` alone compresses"
@@ -490,6 +523,7 @@ class Settings(Section):
     train: TrainSettings = Field(TrainSettings(), description="optimizer and loop")
     eval: EvalSettings = Field(EvalSettings(), description="held-out evaluation")
     grading: GradingSettings = Field(GradingSettings(), description="grading")
+    push: PushSettings | None = Field(None, description="put the trained student on the hub at the end; empty: it stays here")
 
     @model_validator(mode="before")
     @classmethod
@@ -508,7 +542,7 @@ class Settings(Section):
     def answer_form(self) -> AnswerForm:
         """How an answer stands in a response: as `grading.answer_from` says, else as the closing instruction asks for it."""
         place = self.grading.answer_from or CLOSINGS.get(str(self.prompts.get("closing", "")), AFTER_THOUGHTS)
-        return form_of(place, self.grading.deadline, self.grading.workers)
+        return answer_form_of(place, self.grading.deadline, self.grading.workers)
 
     @property
     def own_code(self) -> dict[str, str]:
@@ -517,7 +551,9 @@ class Settings(Section):
         models |= {f"more_teachers.{i}": teacher for i, teacher in enumerate(self.more_teachers)}
         kernels = {f"{name}.attention": model.attention for name, model in models.items() if model and "/" in (model.attention or "")}
         own = {f"method.reformulations.{i}": kind for i, kind in enumerate(self.method.resolve().reformulations) if ":" in kind}
-        named = {"grading.reward": self.grading.reward, **own, **kernels}
+        several = not isinstance(self.grading.reward, str)
+        rewards = {f"grading.reward.{i}" if several else "grading.reward": spec for i, spec in enumerate(self.grading.rewards)}
+        named = {**rewards, **own, **kernels}
         return {key: spec for key, spec in named.items() if spec}
 
     @property
@@ -526,6 +562,20 @@ class Settings(Section):
         if self.judge is not None:
             return self.judge, self.judge
         return (self.teacher, self.teacher.judge) if self.teacher is not None else None
+
+    @model_validator(mode="after")
+    def _quantized_where_possible(self) -> Settings:
+        if self.student.quantize is not None:
+            if self.train.lora is None:
+                raise ValueError(
+                    "student.quantize holds frozen weights in 4 bits, and without train.lora none are frozen: set train.lora to {}"
+                )
+            if self.rollout.engine == "vllm":
+                raise ValueError(
+                    "student.quantize does not go with rollout.engine: vllm, which is sent whole weights: take transformers, or leave "
+                    "one of them out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Settings:

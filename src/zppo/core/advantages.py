@@ -11,6 +11,7 @@ from zppo.core.types import Group
 
 Scope = Literal["nontrivial", "all", "none"]
 Estimator = Literal["nontrivial", "all", "none", "group"]
+Vector = torch.Tensor | Sequence[float]
 
 
 def _centred(rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,21 +30,35 @@ def _centred(rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor) 
     return centred, nontrivial, deviation[index]
 
 
-def _checked(rewards: torch.Tensor, groups: torch.Tensor, graded: torch.Tensor | None) -> torch.Tensor:
+def _checked(rewards: Vector, groups: Vector, graded: Vector | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three as tensors."""
+    rewards = _vector("rewards", rewards)
+    groups = _vector("groups", groups).to(rewards.device)
     if rewards.shape != groups.shape or rewards.dim() != 1:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must be two vectors of one length")
-    graded = torch.ones_like(rewards, dtype=torch.bool) if graded is None else graded
+    graded = torch.ones_like(rewards, dtype=torch.bool) if graded is None else _vector("graded", graded).to(rewards.device, torch.bool)
+    if graded.shape != rewards.shape:
+        raise ValueError(f"graded {tuple(graded.shape)} must be as long as rewards {tuple(rewards.shape)}")
     if not torch.isfinite(rewards[graded]).all():
         raise ValueError("a reward is NaN or infinite: mend the reward function")
-    return graded
+    return rewards, groups, graded
+
+
+def _vector(name: str, given: Vector) -> torch.Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a vector of numbers, as a tensor, an array or a list: {error}") from None
 
 
 def two_step_advantages(
-    rewards: torch.Tensor, groups: torch.Tensor, scope: Scope = "nontrivial", *, eps: float = 1e-8, graded: torch.Tensor | None = None
+    rewards: Vector, groups: Vector, scope: Scope = "nontrivial", *, eps: float = 1e-8, graded: Vector | None = None
 ) -> torch.Tensor:
     """Two-step advantages of one whole rollout step (Eqs. 2-5).
 
     Step 1, per group: A' = r - mean(r). Step 2, over the rollouts of a set S of groups: A = (A' - mean_S A') / (std_S A' + eps).
+
+    Each vector may be a tensor, an array or a list of numbers.
 
     Args:
         rewards: (N,) rewards of all rollouts of the step, plain and reformulated together.
@@ -57,8 +72,9 @@ def two_step_advantages(
 
     Raises:
         ValueError: shapes differ, scope unknown, or a graded reward is not finite.
+        TypeError: a vector holds something else than numbers.
     """
-    graded = _checked(rewards, groups, graded)
+    rewards, groups, graded = _checked(rewards, groups, graded)
     centred, nontrivial, _ = _centred(rewards, groups, graded)
     if scope not in ("nontrivial", "all", "none"):
         raise ValueError(f"scope is {scope!r}: nontrivial, all or none is needed")
@@ -70,9 +86,9 @@ def two_step_advantages(
     return ((centred - mean) / (deviation + eps)).where(nontrivial, 0.0).to(torch.float32)
 
 
-def group_advantages(rewards: torch.Tensor, groups: torch.Tensor, *, eps: float = 1e-8, graded: torch.Tensor | None = None) -> torch.Tensor:
+def group_advantages(rewards: Vector, groups: Vector, *, eps: float = 1e-8, graded: Vector | None = None) -> torch.Tensor:
     """Textbook GRPO (Eq. 1): (r - mean of the group) / (population std of the group + eps); arguments as in `two_step_advantages`."""
-    centred, _, deviation = _centred(rewards, groups, _checked(rewards, groups, graded))
+    centred, _, deviation = _centred(*_checked(rewards, groups, graded))
     return (centred / (deviation + eps)).where(centred != 0, 0.0).to(torch.float32)
 
 

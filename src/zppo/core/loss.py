@@ -48,7 +48,13 @@ def clipped_surrogate(
 
     Returns:
         See `Surrogate`. With A = 0 the loss and its gradient are exactly 0.
+
+    Raises:
+        TypeError: one of the three is no tensor.
     """
+    for name, given in (("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages)):
+        if not isinstance(given, torch.Tensor):
+            raise TypeError(f"{name} is a {type(given).__name__}: give a tensor")
     advantage = advantages.unsqueeze(-1)
     ratio = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)

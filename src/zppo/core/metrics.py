@@ -62,10 +62,11 @@ def eligibility(plain: Sequence[Group], responses: Mapping[str, Sequence[object]
 
 def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> dict[str, float | None]:
     """Over all rollouts of a step: positive-advantage share, entropy (nats), lengths (tokens), truncation, answers, grading."""
+    judged = advantages[torch.tensor([r.graded for r in rollouts], dtype=torch.bool)]  # an ungraded one has none
     lengths = [float(len(r.ids)) for r in rollouts]
     return {
-        "positive_advantage_share": mean((advantages > 0).double().tolist()),
-        "nonzero_advantage_share": mean((advantages != 0).double().tolist()),
+        "positive_advantage_share": mean((judged > 0).double().tolist()),
+        "nonzero_advantage_share": mean((judged != 0).double().tolist()),
         "entropy": mean(r.entropy for r in rollouts),
         "completion_tokens_mean": mean(lengths),
         "completion_tokens_max": max(lengths, default=0.0),
@@ -74,6 +75,15 @@ def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> di
         "grading_timeout_share": mean(float(r.reason == "timeout") for r in rollouts),
         "ungraded": float(sum(not r.graded for r in rollouts)),
     }
+
+
+def reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean of each of the user's reward functions, by its name, over the rollouts that it applied to."""
+    given: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.rewards.items():
+            given.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in given.items()}
 
 
 def wrong_example(groups: Sequence[Group]) -> str:

@@ -73,6 +73,8 @@ class Question:
             start of the last user turn (`core.parts`).
         level: a label by which held-out accuracy is broken down (difficulty, source); "" for none.
         grading: rule, or judge for a free-form answer (method.md section 7).
+        chat: its source has it as a conversation, not as a text; reward functions of TRL's form are given completions alike.
+        extra: further columns of its row, JSON-ready, for reward functions.
     """
 
     id: str
@@ -81,6 +83,8 @@ class Question:
     images: tuple[ImageRef, ...] = ()
     level: str = ""
     grading: Grading = RULE
+    chat: bool = field(default=False, compare=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def golds(self) -> tuple[str, ...]:
@@ -96,6 +100,8 @@ class Question:
             "images": [list(i) for i in self.images],
             "level": self.level,
             "grading": self.grading,
+            "chat": self.chat,
+            "extra": dict(self.extra),
         }
 
     @classmethod
@@ -108,7 +114,9 @@ class Question:
             gold=gold if isinstance(gold, str) else next(Golds(how, tuple(answers)) for how, answers in gold.items()),
             images=tuple(ImageRef(*i) for i in data["images"]),
             level=data["level"],
-            grading=data.get("grading", RULE),  # checkpoints from before there was a judge lack it
+            grading=data.get("grading", RULE),  # checkpoints of earlier versions lack the last ones
+            chat=data.get("chat", False),
+            extra=data.get("extra", {}),
         )
 
 
@@ -181,6 +189,8 @@ class Rollout:
         graded: False where the judge could not be reached: advantage 0, out of all statistics.
         reason: how the verdict came about, a short word for the log.
         entropy: mean over the tokens of the entropy of the sampling distribution, nats.
+        rewards: what each of the user's reward functions gave, by its name; one that did not apply is left out.
+        notes: what they reported about the completion, by name.
     """
 
     ids: torch.Tensor
@@ -193,6 +203,8 @@ class Rollout:
     graded: bool = True
     reason: str = ""
     entropy: float = float("nan")
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

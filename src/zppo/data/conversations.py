@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
@@ -55,6 +56,8 @@ _OTHER_ROLES = {
 }
 _NOTES = frozenset("name id timestamp date language model source finish_reason hash".split())
 """What chat APIs and exports of chats add to a turn, besides numbers and booleans (`weight`, `toxic`): nobody is shown it."""
+_PRINTED = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_MARKED = re.compile(r"\s*(<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>|<start_of_turn>|(?:<s>\s*)?\[INST\])")
 _MOST_TEXT = 1 << 24  # characters of a cell that is parsed
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes")
 
@@ -75,7 +78,7 @@ class Turns(NamedTuple):
 
 def is_conversation(value: object) -> bool:
     """Whether a cell, be it JSON text, is a list of turns."""
-    value = parsed(value)
+    value = _as_list(parsed(value))
     return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) and _role(turn) is not None for turn in value)
 
 
@@ -85,8 +88,9 @@ def turns_of(value: object) -> Turns:
     Raises:
         RowError: it is none.
     """
-    value = parsed(value)
+    value = _as_list(parsed(value))
     if not isinstance(value, list) or not value:
+        check_printed(value)
         text = "; a text is named with data.columns.prompt" if isinstance(value, str) else ""
         raise RowError(f"is {a(value)}; expected a list of {{role, content}} with at least one turn{text}")
     images: list[object] = []
@@ -103,11 +107,30 @@ def turns_of(value: object) -> Turns:
     return Turns(messages, images, answer)
 
 
+def check_printed(value: object) -> None:
+    """Refuses a text that is a whole conversation: as numpy and pandas print arrays of objects, or in the marks of a chat template."""
+    if isinstance(value, str) and _PRINTED.match(value):
+        raise RowError("is a conversation as numpy or pandas print it, which cannot be read back; save the set as parquet or JSON lines")
+    if isinstance(value, str) and (mark := _MARKED.match(value)):
+        raise RowError(f"is a conversation in the marks of a chat template ({mark[1]}); write its turns as {{role, content}}, without them")
+
+
+def _as_list(value: object) -> object:
+    """By turns, a conversation that is an object of lists (`{"role": [...], "content": [...]}`), as `datasets` gives them."""
+    if isinstance(value, Mapping) and any({role, content} <= set(value) for role, content in (("role", "content"), ("from", "value"))):
+        columns = list(value.values())
+        if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+    return value
+
+
 def _role(turn: Mapping[str, Any]) -> Any:
     return turn.get("role") if turn.get("role") is not None else turn.get("from")
 
 
 def _content_of(turn: Mapping[str, Any]) -> Any:
+    if isinstance(parts := turn.get("parts"), list) and turn.get("content") is None:  # Gemini's and Vertex AI's
+        return [{"type": "text", **part} if isinstance(part, Mapping) and "text" in part else part for part in parts]
     return turn.get("content") if turn.get("content") is not None else turn.get("value")
 
 
@@ -130,7 +153,7 @@ def _message(turn: object, number: int, images: list[object]) -> Message:
         raise RowError(f"turn {number} is {a(turn)}; expected {{role, content}}")
     for key, value in turn.items():
         # What has no meaning here; a tool call would have one.
-        known = key in ("role", "content", "from", "value") or key in _NOTES
+        known = key in ("role", "content", "from", "value") or key in _NOTES or (key == "parts" and turn.get("content") is None)
         if not (known or value in (None, "", [], {}) or isinstance(value, int | float)):
             raise RowError(f"turn {number} has the key {key!r}; only role and content are supported")
     given = _role(turn)

@@ -17,6 +17,7 @@ from zppo.data.layouts import layout_hint
 from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows, kind_of
 from zppo.data.rows import SINGULAR, Columns, column_names, not_looked_at
 from zppo.errors import DataError, one_line
+from zppo.names import check_file
 
 _SHOWN = 20
 
@@ -219,6 +220,8 @@ def folder_rows(folder: Path, reading: SourceSettings, columns: Columns, more: S
     Raises:
         DataError: no data files in it, or not the configuration or the split that is asked for.
     """
+    for path in (folder / "README.md", *(folder / name for name in _SAVED)):
+        check_file(path, DataError)
     if any((folder / name).is_file() for name in _SAVED):
         return _saved(folder, reading, columns, more)
     splits = _splits(folder, reading)
@@ -266,6 +269,8 @@ def _splits(folder: Path, reading: SourceSettings) -> Mapping[str, Sequence[Path
 def _saved(folder: Path, reading: SourceSettings, columns: Columns, more: Sequence[str] | None) -> Rows:
     import datasets
 
+    for path in sorted(p for ending in ("*.arrow", "*.json") for p in folder.rglob(ending)):
+        check_file(path, DataError)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # many kinds, by what is missing or malformed

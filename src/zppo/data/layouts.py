@@ -18,6 +18,11 @@ USUAL_CHOICES = "choices"
 
 _OTHER_CHOICES = "options"
 _FEWEST, _MOST = 2, len(_LETTERS)
+_PLACE = re.compile(r"[A-Ja-j]|\d")
+_CHOICE_NAMES = frozenset(
+    "choices options endings candidates alternatives answer_choices answer_options possible_answers mc_answers choices_list".split()
+)
+_NUMBERED = re.compile(r"(op|opt|option|choice|sol|ending|answer|alternative)[_ ]?(?:[a-jA-J]|\d)")
 _LETTERED = re.compile(r"\(?([A-Z])(?:\)|[.:](?=\s))\s*", re.IGNORECASE)
 
 
@@ -97,9 +102,10 @@ def choices_of(data: Mapping[str, Any], column: str, value: Any) -> Choices | No
     if value is None and column == USUAL_CHOICES:
         value = data.get(_OTHER_CHOICES)
         where = f"{_OTHER_CHOICES!r} beside it "
-        letters = [letter for letter in _LETTERS if isinstance(data.get(letter), str) and data[letter].strip()]
-        if value is None and len(letters) >= _FEWEST and letters == list(_LETTERS[: len(letters)]):
-            value = [data[letter] for letter in letters]
+        if value is None and _LETTERS[0] in data:
+            letters = [letter for letter in _LETTERS if isinstance(data.get(letter), str) and data[letter].strip()]
+            if len(letters) >= _FEWEST and letters == list(_LETTERS[: len(letters)]):
+                value = [data[letter] for letter in letters]
     value, labels = _texts_and_labels(parsed(value))
     if value in (None, "", [], {}):
         return None
@@ -128,7 +134,7 @@ def _texts_and_labels(value: Any) -> tuple[Any, list[Any]]:
 
 def choice_columns(column: str) -> tuple[str, ...]:
     """Every column in which choices are looked for."""
-    return (column, _OTHER_CHOICES, *_LETTERS) if column == USUAL_CHOICES else (column,) if column else ()
+    return (column, _OTHER_CHOICES, *sorted(_CHOICE_NAMES), *_LETTERS) if column == USUAL_CHOICES else (column,) if column else ()
 
 
 def with_choices(messages: tuple[Message, ...], choices: Choices) -> tuple[Message, ...]:
@@ -138,14 +144,14 @@ def with_choices(messages: tuple[Message, ...], choices: Choices) -> tuple[Messa
 
 
 def is_alpaca(data: Mapping[str, Any]) -> bool:
-    """Whether a row is laid out as Alpaca's: an instruction, what it is about, and what was answered."""
-    return {"instruction", "output"} <= set(data)
+    """Whether a row is laid out as Alpaca's or Dolly's: an instruction, what it is about, and what was answered."""
+    return "instruction" in data and bool({"output", "response"} & set(data))
 
 
 def alpaca_turns(data: Mapping[str, Any], instruction: str) -> tuple[Message, ...]:
-    """The turns of a row of Alpaca's layout: `input` belongs to the instruction, `system` and `history` stand before it."""
-    told, about, earlier = data.get("system"), data.get("input"), parsed(data.get("history"))
-    turns = [Message("system", told)] if isinstance(told, str) and told.strip() else []
+    """The turns of a row of Alpaca's layout: `input` (Dolly: `context`) belongs to the instruction, `history` stands before it."""
+    about, earlier = data.get("input") or data.get("context"), parsed(data.get("history"))
+    turns: list[Message] = []
     for pair in earlier if isinstance(earlier, list) else []:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise RowError("has a column 'history' that is no list of [instruction, answer]; mend it, or take it out")
@@ -154,12 +160,38 @@ def alpaca_turns(data: Mapping[str, Any], instruction: str) -> tuple[Message, ..
     return (*turns, Message("user", text))
 
 
+def system_of(data: Mapping[str, Any]) -> str:
+    """What a row says in a column of its own that stands before the conversation; "" for nothing.
+
+    `system` is one in the layouts of Alpaca and ShareGPT alone, `system_prompt` in any.
+    """
+    own = data.get("system") if is_alpaca(data) or "conversations" in data else None
+    return next((text for text in (own, data.get("system_prompt")) if isinstance(text, str) and text.strip()), "")
+
+
+def hidden_choices(data: Mapping[str, Any], gold: object) -> str:
+    """The names of columns that seem to hold choices nobody would be shown, where the right answer is a letter or a number; "" for none."""
+    if not (isinstance(gold, str) and _PLACE.fullmatch(gold)):
+        return ""
+    for name in _CHOICE_NAMES.intersection(data):
+        found = parsed(data[name])
+        if isinstance(found, list) and _FEWEST <= len(found) <= _MOST:
+            return name
+    named: dict[str, list[str]] = {}
+    for name, value in data.items():
+        if isinstance(name, str) and isinstance(value, str) and (mark := _NUMBERED.fullmatch(name)):
+            named.setdefault(mark[1], []).append(name)
+    return next((", ".join(names) for names in named.values() if len(names) >= _FEWEST), "")
+
+
 _LAYOUTS: tuple[tuple[str, frozenset[str], str], ...] = (
     ("Alpaca", frozenset({"instruction", "output"}), "data.columns: {prompt: instruction, answer: output}"),
     ("ShareGPT and LLaVA", frozenset({"conversations"}), "data.columns: {messages: conversations}"),
     ("ShareGPT and LLaVA", frozenset({"conversation"}), "data.columns: {messages: conversation}"),
     ("verl", frozenset({"prompt", "reward_model"}), "data.columns: {answer: reward_model.ground_truth}"),
     ("verl", frozenset({"data_source", "reward_model"}), "data.columns: {answer: reward_model.ground_truth}"),
+    ("KTO's good and bad answers", frozenset({"prompt", "completion", "label"}), "so keep the good ones alone, without the column label"),
+    ("OpenAI's preferences", frozenset({"preferred_output", "non_preferred_output"}), "which hold no right answer that could be checked"),
     ("preferences", frozenset({"chosen", "rejected"}), "which hold no right answer that could be checked: bring questions with one"),
     ("TRL's prompts and completions", frozenset({"prompt", "completion"}), "data.columns: {answer: completion}"),
     (

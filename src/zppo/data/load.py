@@ -11,6 +11,7 @@ from typing import Any
 from zppo.core.types import Question
 from zppo.data import hub
 from zppo.data import reasoning_gym as gym
+from zppo.data.corpora import CORPORA
 from zppo.data.gold_checks import GoldChecks
 from zppo.data.hub import folder_rows
 from zppo.data.local_files import Place, Rows, SourceSettings, file_rows
@@ -20,9 +21,6 @@ from zppo.data.rows import USUAL_IMAGES, Columns, RowImages, has_column, not_loo
 from zppo.errors import DataError
 from zppo.images.store import shown_size
 from zppo.names import QUESTIONS, load_object, scheme_of
-
-CORPORA = ("zppo-77k",)
-"""Folders that `zppo data build` makes: where one is missing, that is said."""
 
 
 def load_questions(
@@ -88,7 +86,7 @@ def check_there(source: str) -> None:
     if scheme_of(source) or path.exists():
         return
     if path.name in CORPORA:
-        raise DataError(f"{source}: is not there yet; build it with `zppo data build {path.name} --out data/{path.name}` (docs/data.md)")
+        raise DataError(f"{source}: is not there yet; build it with `zppo data build {path.name} --out data/{path.name}` (docs/corpus.md)")
     file_rows(path)
 
 
@@ -154,6 +152,19 @@ def _derived(question: Question, held_out: Collection[bytes], name: str) -> Any:
         return question_key(question) in held_out
     side = name == "image_height"
     return min((shown_size(image)[side] for image in question.images), default=None)
+
+
+def listed_questions(rows: Iterable[Mapping[str, Any]], name: str, columns: Columns, reading: SourceSettings) -> list[Question]:
+    """The questions of rows that are in memory (a `datasets.Dataset`, a list).
+
+    Args:
+        name: what messages call them; a row without an id is called `<name>:<row>`.
+
+    Raises:
+        DataError: as of `load_questions`.
+    """
+    placed = ((Place(name, name, number, Path.cwd()), row) for number, row in enumerate(rows, 1))
+    return _from_rows(Part(name, name, reading, columns), placed, None, (), keep_rows=False).questions
 
 
 def _check_blind(source: str, columns: Columns, unused: str, reading: SourceSettings) -> None:

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
@@ -19,9 +19,19 @@ from PIL import Image
 
 from zppo.core.parts import message_parts
 from zppo.core.types import RULE, AnswerList, Gold, Golds, Grading, ImageRef, Message, Question
-from zppo.data.conversations import RowError, Turns, a, is_conversation, parsed, text_of, turns_of
+from zppo.data.conversations import RowError, Turns, a, check_printed, is_conversation, parsed, text_of, turns_of
 from zppo.data.json_shapes import list_shape
-from zppo.data.layouts import Choices, alpaca_turns, choice_columns, choices_of, is_alpaca, layout_hint, with_choices
+from zppo.data.layouts import (
+    Choices,
+    alpaca_turns,
+    choice_columns,
+    choices_of,
+    hidden_choices,
+    is_alpaca,
+    layout_hint,
+    system_of,
+    with_choices,
+)
 from zppo.data.local_files import Place
 from zppo.errors import DataError, one_line
 from zppo.grading.golds import bare_items
@@ -172,7 +182,8 @@ SINGULAR = "image"
 """What many call the column of one image."""
 
 
-_BESIDE = ("input", "output", "system", "history")  # what Alpaca's and ShareGPT's layouts have beside the question
+# What Alpaca's, Dolly's and ShareGPT's layouts have beside the question.
+_BESIDE = ("input", "context", "output", "response", "system", "system_prompt", "history")
 _GOLD_KEY = "ground_truth"  # where a column holds an object (VeRL's `reward_model`), the answer is under this key
 
 
@@ -199,13 +210,15 @@ class Columns(Protocol):
     def choices(self) -> str: ...
     @property
     def solution(self) -> str: ...
+    @property
+    def extra(self) -> Sequence[str]: ...
 
 
 def column_names(columns: Columns) -> tuple[str, ...]:
     """Every column that is looked for."""
     own = columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
     solution = (columns.solution,) if columns.solution else ()
-    return (*own, *solution, columns.answer_list, *choice_columns(columns.choices), *_BESIDE)
+    return (*own, *solution, columns.answer_list, *choice_columns(columns.choices), *columns.extra, *_BESIDE)
 
 
 def question_from_row(
@@ -227,6 +240,7 @@ def question_from_row(
         DataError: the row is no question, or an image of it cannot be used; the message names source, row and column.
         StorageError: the cache of images cannot be written.
     """
+    data = parsed(data)
     if not isinstance(data, Mapping):
         if isinstance(data, list):
             raise DataError(f"{place}: is {list_shape(data)}")
@@ -237,10 +251,9 @@ def question_from_row(
         given = _value(data, column)
         named = columns.messages == USUAL_MESSAGES and columns.prompt != USUAL_PROMPT  # a recipe that names one means it
         passed_over = given in (None, "") or (named and _value(data, columns.prompt) not in (None, ""))
-        turns = None if passed_over else _with_system(turns_of(given), data)
+        turns = None if passed_over else turns_of(given)
         column = columns.prompt
-        if turns is None:
-            turns = _prompt(data, columns)
+        turns = _with_system(_prompt(data, columns) if turns is None else turns, system_of(data))
         column = columns.choices
         choices = choices_of(data, column, _value(data, column) if column else None)
         messages = with_choices(turns.messages, choices) if choices else turns.messages
@@ -248,6 +261,9 @@ def question_from_row(
         how = _one_of(_value(data, column), _ANSWER_LISTS, "answer_list") or answer_list
         column = columns.answer
         gold = _gold(_answer_value(data, column, turns.answer), column, answer_after, how, choices)
+        if choices is None and columns.choices:
+            column = columns.choices
+            _check_choices_seen(data, columns.prompt, gold)
         column = columns.id
         identity = _label(_value(data, column)) or f"{place.name}:{place.row}"
         column = columns.level
@@ -256,25 +272,44 @@ def question_from_row(
         grading = _one_of(_value(data, column), _GRADINGS, "grading") or RULE
         column = columns.images
         images = _images(_value(data, column) if column else None, turns, place, pictures or RowImages())
+        extra = {name: _json_ready(_value(data, name)) for name in columns.extra}
     except RowError as fault:
         raise DataError(f"{place}, column {column!r}: {fault}") from None
-    return Question(id=identity, messages=messages, gold=gold, images=images, level=level, grading=grading)
+    chat = not passed_over or is_conversation(_value(data, columns.prompt))
+    return Question(identity, messages, gold, images, level, grading, chat, extra)
 
 
-def _with_system(turns: Turns, data: Mapping[str, Any]) -> Turns:
-    """ShareGPT's layout has the system turn in a column of its own."""
-    told = data.get("system")
-    if "conversations" not in data or not isinstance(told, str) or not told.strip() or turns.messages[0].role == "system":
+def _json_ready(value: Any) -> Any:
+    """A value as a checkpoint can keep it; what JSON has no form for, such as a date, becomes its text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _with_system(turns: Turns, told: str) -> Turns:
+    """With the system turn that the row has in a column of its own; one of the conversation's own stays."""
+    if not told or turns.messages[0].role == "system":
         return turns
-    return turns._replace(messages=(Message("system", told), *turns.messages))
+    return turns._replace(messages=(Message("system", text_of(told)), *turns.messages))
+
+
+def _check_choices_seen(data: Mapping[str, Any], prompt: str, gold: Gold) -> None:
+    """That a question whose answer is a letter or a number does not go without its choices."""
+    beside = _value(data, prompt.rpartition(".")[0]) if "." in prompt and prompt not in data else None
+    for columns in (data, beside if isinstance(beside, Mapping) else {}):
+        if hidden := hidden_choices(columns, gold):
+            several = ": write them into one list" if ", " in hidden else ""
+            raise RowError(
+                f"the answer is {gold!r}, and {hidden} beside the question seem to hold its choices, which nobody would be shown{several}; "
+                "name the list with data.columns.choices, or '' to leave them out"
+            )
 
 
 def unused_images(data: object, columns: Columns) -> str:
     """The name of a column that is not read and that seems to hold images; "" where there is none."""
     if not isinstance(data, Mapping):
         return ""
-    read = {name.partition(".")[0] for name in column_names(columns)} | {*column_names(columns)}
-    return next((str(n) for n, v in data.items() if n not in read and (n == SINGULAR and v or _is_image(v))), "")
+    held = [name for name, value in data.items() if name == SINGULAR and value or _is_image(value)]
+    read = {part for name in column_names(columns) for part in (name, name.partition(".")[0])} if held else ()
+    return next((str(name) for name in held if name not in read), "")
 
 
 def not_looked_at(source: str, unused: str, columns: Columns) -> str:
@@ -333,15 +368,18 @@ def _prompt(data: Mapping[str, Any], columns: Columns) -> Turns:
             f'"{columns.answer}": ...}}'
         )
     if value is None:
+        chat = next((str(name) for name, held in data.items() if is_conversation(held)), "")
+        hint = layout_hint(data, prompt=True, answer=_value(data, columns.answer) is None)
+        hint = f" Perhaps data.columns: {{messages: {chat}}}" if chat and "laid out" not in hint else hint
         raise RowError(
             f"missing, and so is {columns.messages!r}; {_found(data)}. "
-            "Name the columns of your file with data.columns.prompt or data.columns.messages."
-            + layout_hint(data, prompt=True, answer=_value(data, columns.answer) is None)
+            f"Name the columns of your file with data.columns.prompt or data.columns.messages.{hint}"
         )
     if is_conversation(value):
         return turns_of(value)
     if isinstance(value, list):
         raise RowError(f"is {a(value)}; expected a text, or a list of {{role, content}}")
+    check_printed(value)
     text = text_of(value)
     alpaca = columns.prompt == "instruction" and is_alpaca(data)
     return Turns(alpaca_turns(data, text) if alpaca else (Message("user", text),), [])

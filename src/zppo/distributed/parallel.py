@@ -1,4 +1,4 @@
-"""How the trained weights lie over the processes: all of them in every process, or sharded with FSDP2 [zppo].
+"""How the trained weights lie over the processes: all of them in every process, or sharded (`zppo.distributed.sharded`) [zppo].
 
 Gradients are *summed* over the processes, once per optimizer step where every process holds all weights: the loss of a
 minibatch is already divided by the tokens of all of them. DistributedDataParallel is not used: it averages, and wants
@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zppo.config.settings import Settings
 from zppo.distributed.launcher import Launch
@@ -92,7 +87,7 @@ class ReplicatedWeights:
         """
         parameters = trained_parameters(optimizer)
         self._sum_gradients(parameters)
-        norm = float(_full(accelerator.clip_grad_norm_(parameters, max_norm)))
+        norm = self._norm(accelerator.clip_grad_norm_(parameters, max_norm))
         moved = finite and math.isfinite(norm)
         if moved:
             optimizer.step()
@@ -106,6 +101,9 @@ class ReplicatedWeights:
         pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
         for work in pending:
             work.wait()
+
+    def _norm(self, value: torch.Tensor) -> float:
+        return float(value)
 
     def saved(self, student: Student) -> Savable:
         """What the first process saves the student from. Every process must call it."""
@@ -124,151 +122,10 @@ class ReplicatedWeights:
         return holds
 
 
-class ShardedWeights(ReplicatedWeights):
-    """FSDP2: weights, gradients and optimizer state are sharded; a pass gathers one layer after the other.
-
-    Args:
-        reshard: free a layer's gathered weights after its forward pass (less memory) or after its backward pass.
-    """
-
-    sharded = True
-    kind = "weights sharded over them (FSDP2)"
-
-    def __init__(self, processes: Processes, *, reshard: bool = True) -> None:
-        super().__init__(processes)
-        self.reshard = reshard
-        self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
-
-    def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
-        """Shards every layer that the architecture names as one, then the rest.
-
-        Raises:
-            LauncherError: parameters are not sharded afterwards.
-        """
-        self.processes.check_same("the student's weights at the start", checksum(model))
-        prepared: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        keep_logits_small(prepared, accelerator)
-        mesh = init_device_mesh(accelerator.device.type, (self.processes.size,))
-        layers = set(getattr(prepared, "_no_split_modules", None) or ())
-        for layer in [m for m in prepared.modules() if type(m).__name__ in layers]:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard)
-        fully_shard(prepared, mesh=mesh, reshard_after_forward=False)  # it is needed again at once
-        sharded = [m for m in prepared.modules() if isinstance(m, FSDPModule)]
-        self._modules = [(m, self.reshard and m is not prepared) for m in sharded]
-        for module in sharded:
-            module.set_gradient_divide_factor(1.0)  # sums, as above
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-        whole = [name for name, parameter in prepared.named_parameters() if not isinstance(parameter, DTensor)]
-        if whole:
-            raise LauncherError(
-                f"sharding was asked for, but {len(whole)} parameters are not sharded (the first is {whole[0]!r}): train without "
-                "sharding (train.sharding: none, recipes/accelerate/ddp.yaml)"
-            )
-        return prepared
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        for module, _ in self._modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        try:
-            yield
-        finally:
-            for module, reshard in self._modules:
-                module.set_reshard_after_forward(reshard, recurse=False)
-                module.reshard()
-
-    def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Nothing: the backward passes have done it."""
-
-    def saved(self, student: Student) -> Savable:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return GatheredModel(student.model, get_model_state_dict(student.model, options=options))
-
-    def state_of(self, optimizer: Any) -> TakesState:
-        return _ShardedState(optimizer)
-
-    def snapshot_of(self, optimizer: Any) -> HoldsState:
-        return Snapshot(gathered_state(optimizer, keep=self.processes.main))
-
-
-class GatheredModel:
-    """Saves a sharded model from its gathered weights."""
-
-    def __init__(self, model: Any, state: dict[str, Any]) -> None:
-        self._model, self._state = model, state
-
-    def save_pretrained(self, folder: Path, /) -> None:
-        self._model.save_pretrained(folder, state_dict=self._state)
-
-
-class _ShardedState:
-    """A sharded optimizer that takes a whole state: checkpoints do not know about shards."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    @property
-    def state(self) -> Mapping[Any, Any]:
-        return self._optimizer.state
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        parameters = trained_parameters(self._optimizer)
-        sharded = {
-            index: {name: _like(parameters[int(index)], value) for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
-        self._optimizer.load_state_dict({**state, "state": sharded})
-
-
-class Snapshot:
-    """An optimizer's whole state as it was."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
-
-
-def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """A sharded optimizer's state in whole tensors on the CPU, gathered one by one. Every process must call it.
-
-    Args:
-        keep: whether this process wants them; the others pass them on.
-    """
-
-    def whole(value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        full = value.full_tensor()
-        return full.cpu() if keep else None
-
-    state = optimizer.state_dict()
-    kept = {i: {name: whole(value) for name, value in values.items()} for i, values in state["state"].items()}
-    return {**state, "state": kept}
-
-
-def _like(parameter: torch.Tensor, value: Any) -> Any:
-    """A whole tensor of the optimizer's state in the shards of its parameter; a step count as it is."""
-    if not (isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape):
-        return value
-    mesh = parameter.device_mesh
-    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-
-
 def checksum(model: nn.Module) -> list[float]:
     """A number per parameter that changes when a weight does."""
     with torch.no_grad():
         return [float(p.detach().double().sum()) for p in model.parameters()]
-
-
-def _full(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -328,7 +185,11 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
     processes = Processes(accelerator.process_index, size, group, stop)
-    return ReplicatedWeights(processes) if sharding == "none" else ShardedWeights(processes, reshard=launch.reshard)
+    if sharding == "none":
+        return ReplicatedWeights(processes)
+    from zppo.distributed.sharded import ShardedWeights
+
+    return ShardedWeights(processes, reshard=launch.reshard)
 
 
 def _patience(settings: Settings) -> timedelta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -125,6 +126,41 @@ class Engine(Protocol):
     def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
         """The same completions, each as soon as it has ended, so that it can be graded while others are sampled."""
         ...
+
+
+Listed = tuple[list[list[int]], list[list[float]] | None]
+
+
+class FunctionEngine:
+    """An engine of a function that samples as it likes: its draws are its own, not keyed, and it knows how it samples.
+
+    Args:
+        function: takes the ids of R prompts and a number n; gives R * n lists of ids, n of each prompt in turn, with the end token where
+            there is one, and as many lists of their log-probs, or None.
+        ends: ids that end a completion; one that ends otherwise was truncated.
+    """
+
+    def __init__(self, function: Callable[[list[list[int]], int], Listed], ends: Collection[int]) -> None:
+        self.function, self.ends = function, frozenset(ends)
+
+    def sync(self) -> None:
+        """The function's own business."""
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        """As `stream`."""
+        return in_order(requests, list(self.stream(requests, sampling)))
+
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
+        """Completions of requests with equally many keys. ModelError where the function gives another number of them, or an empty one."""
+        import torch
+
+        n = len(requests[0].keys)
+        made, logprobs = self.function([list(request.prompt_ids) for request in requests], n)
+        if len(made) != len(requests) * n or not all(made):
+            raise ModelError(f"the sampling function gave {len(made)} completions for {len(requests)} prompts, of {n} each with a token")
+        for place, ids in enumerate(made):
+            known = torch.tensor(logprobs[place] if logprobs else [math.nan] * len(ids), dtype=torch.float32)
+            yield place // n, place % n, Completion(torch.tensor(ids), known, ids[-1] not in self.ends, math.nan)
 
 
 def in_order(requests: Sequence[SampleRequest], ended: Sequence[Ended]) -> list[list[Completion]]:

@@ -258,6 +258,7 @@ def _subtitles(row: DatasetRow) -> str:
             "leave the benchmark out"
         )
     path = row.path("videoID", f"subtitle/{row.text('videoID')}.srt")
+    check_file(path, DataError)
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 

@@ -87,12 +87,12 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
         if benchmark.code:
             say(console, f"{benchmark.name} runs code of your own: {benchmark.code}", "yellow")
     _check(options, chosen)
+    place = None if is_url(options.model) else _checkpoint(options.model)
     if options.dry_run:
         print_estimates(console, [estimate_benchmark(benchmark, options) for benchmark in chosen], options)
         return
     judged = _check_needs(options, chosen)
     # What can be wrong with the call is looked for before a server is started or a question is asked.
-    place = None if is_url(options.model) else _checkpoint(options.model)
     options = with_words_of_run(options, place)
     book = options.book
     judge_book(options.judge_prompts)

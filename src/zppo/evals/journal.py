@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zppo.errors import StorageError
+from zppo.names import check_file
 
 
 class Journal:
@@ -22,6 +23,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
         self._places: dict[str, int] = {}
+        check_file(path, StorageError)  # it would be cut to nothing as a torn one
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b")  # noqa: SIM115 - open for as long as the journal

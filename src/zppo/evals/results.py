@@ -21,6 +21,7 @@ from zppo.errors import DataError, EvaluationError, SettingsError, StorageError
 from zppo.evals.benchmark import Aggregate, Benchmark
 from zppo.evals.options import RESULT, EvalOptions
 from zppo.grading.text import normalise
+from zppo.names import check_file
 
 
 class Scored(NamedTuple):
@@ -426,6 +427,7 @@ class EvalFolder:
         """What eval.json holds, None where there is none. DataError where it cannot be read."""
         if not self.result.exists():
             return None
+        check_file(self.result, DataError)
         try:
             state = json.loads(self.result.read_text(encoding="utf-8"))
             if state["format"] != FORMAT:

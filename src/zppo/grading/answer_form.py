@@ -135,7 +135,7 @@ BOXED = AnswerForm()
 
 
 @lru_cache(maxsize=16)
-def form_of(place: str, deadline: float = DEADLINE, workers: int = 1) -> AnswerForm:
+def answer_form_of(place: str, deadline: float = DEADLINE, workers: int = 1) -> AnswerForm:
     """The form of a place: one for all who ask, so that they share its workers."""
     return AnswerForm(place, deadline, workers)
 

@@ -6,8 +6,8 @@ import atexit
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -29,6 +29,7 @@ class Verdict:
         reason: a short word for the log: "equal", "different", "no answer", "timeout", ...
         reward: feeds advantages; 1.0/0.0 from `correct` unless a reward function says otherwise.
         graded: False where no verdict could be had (an unreachable judge).
+        rewards, notes: see `Rollout`.
     """
 
     correct: bool
@@ -36,6 +37,8 @@ class Verdict:
     reason: str
     reward: float
     graded: bool = True
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 _log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from zppo.errors import ModelError, SettingsError
 from zppo.images.store import cache_folder, keep
 from zppo.lab.picture_world import PICTURE_SPLITS, Ask, PictureWorld, is_picture_world, load_picture_world, png
 from zppo.lab.world import World, load_world, seen, study
+from zppo.names import check_file
 
 ASSETS, TEMPLATES = (Path(__file__).with_name(name) for name in ("assets", "prompts"))
 SCHEME = "lab:"
@@ -104,6 +105,7 @@ def lab_questions(world: str, split: str) -> list[Question]:
         raise SettingsError(
             f"there are no bundled questions of a world {world!r} (known: {known}); name one of these, or a file of questions"
         )
+    check_file(path, SettingsError)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [Question(row["id"], (Message("user", row["prompt"]),), row["answer"], level=row["level"]) for row in rows]
 

@@ -20,6 +20,7 @@ from zppo.config.recipe import parse_yaml
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.errors import SettingsError
+from zppo.names import check_file
 
 
 class WorldSection(BaseModel):
@@ -345,6 +346,7 @@ def read_world(name: str, folder: Path, make: Callable[[Any], WorldLike]) -> Wor
         SettingsError: no such world, or its file is wrong.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    check_file(path, SettingsError)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

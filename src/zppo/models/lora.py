@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from zppo.config.settings import LoraSettings, names_vision_layers
 from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
+from zppo.models.quantized import make_whole
 from zppo.models.vision_parts import Part, parts_of
+from zppo.names import check_checkpoint
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -51,6 +53,7 @@ class Adapters:
         """
         from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
+        check_checkpoint(folder)
         try:
             saved = LoraConfig.from_pretrained(str(folder))
             state = load_file(folder / _WEIGHTS)
@@ -69,7 +72,11 @@ class Adapters:
         set_peft_model_state_dict(self.handle, state)
 
     def merge(self) -> PreTrainedModel:
-        """The model in fp32 with the adapters added to its weights and gone; nothing can be trained with them afterwards."""
+        """The model in fp32 with the adapters added to its weights and gone; nothing can be trained with them afterwards.
+
+        Weights in 4 bits become what they stand for, so that the merged model computes what was trained.
+        """
+        make_whole(self.handle)
         torch.nn.Module.to(self.handle, torch.float32)
         merged: PreTrainedModel = self.handle.merge_and_unload()
         return merged

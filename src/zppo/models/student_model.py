@@ -24,6 +24,7 @@ from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.lora import ADAPTER_CONFIG, Adapters, add_adapters
+from zppo.models.quantized import compute_alike, four_bits
 from zppo.names import check_file, model_folder, readable
 from zppo.runs import checkpoint
 
@@ -56,17 +57,26 @@ def load_chat(settings: ModelSettings, images: PixelLimits | None = None, cache:
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype, revision: str | None = None, attention: str | None = None, images: bool = False
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attention: str | None = None,
+    images: bool = False,
+    quantize: bool = False,
 ) -> PreTrainedModel:
     """A language model in evaluation mode (no dropout anywhere in a run: old and new log-probs must be comparable).
 
     Args:
         images: with its vision tower.
+        quantize: linear layers in 4 bits, to be trained by adapters alone.
 
     Raises:
+        SettingsError: bitsandbytes is wanted for that and is not there.
         ModelError: it cannot be loaded whole; the message names the model and says why.
     """
-    model = load_network(folder, dtype=dtype, revision=revision, attention=attention, images=images)
+    more = {"quantization_config": four_bits(dtype)} if quantize else {}
+    model = load_network(folder, dtype=dtype, revision=revision, attention=attention, images=images, **more)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             f"model {str(folder)!r} holds adapters only, and the weights below them were loaded with it: merge them first (`final/` of a "
@@ -74,6 +84,8 @@ def load_model(
         )
     model.eval()
     note_untied(model)
+    if quantize:
+        compute_alike(model)
     return model
 
 
@@ -136,6 +148,7 @@ def load_student(settings: Settings, start: Path | None, *, bf16: bool, images: 
         revision=None if from_saved else own.revision,
         attention=own.attention,
         images=images,
+        quantize=own.quantize is not None,
     )
     if lora is None:
         return Student(model, None)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +20,12 @@ from zppo.core.select import share_of
 from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
-from zppo.errors import ModelError, RewardError, TemplateError
-from zppo.grading.reward_function import check_form
+from zppo.errors import ModelError, SettingsError, TemplateError
 from zppo.names import check_checkpoint, model_folder
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
+from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
+from zppo.rollout.rewards import make_rewards, unique_names
 from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
@@ -76,6 +75,9 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     ]
     if memory.others:
         rows.append(("teachers and judge in this process", gib(memory.others)))
+    if memory.unknown:
+        names = ", ".join(memory.unknown)
+        rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
         rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
     if memory.cast:
@@ -102,7 +104,9 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: 
     room = machine.usable
     if memory.total <= room:
         tight = memory.total > _TIGHT * room
-        return [("verdict", "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits")]
+        fits = "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits"
+        left = f", if {', '.join(memory.unknown)} takes no more than {gib(room - memory.total)}" if memory.unknown else ""
+        return [("verdict", fits + left)]
     words = []
     if memory.standing + memory.update > room:
         advice, memory = _lighter(settings, memory, machine, data)
@@ -140,11 +144,28 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, data: _DataFa
             if "lora" in changes:
                 says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
             return says + _elsewhere(settings, memory, machine), lighter
+    for changes in ({}, *_changes(settings, memory)) if memory.others else ():
+        beside = _estimate(_with(settings, changes), machine, data)
+        if isinstance(beside, Memory) and beside.standing + beside.update - beside.others <= machine.usable:
+            return _without_others(settings, replace(beside, others=0), memory.others, machine, changes)
     return (
         "the update does not fit, even with LoRA, gradient checkpointing and one row at a time: lower rollout.max_new_tokens or "
         "data.max_prompt_tokens, put the teacher on another machine (teacher.base_urls), or take a smaller student",
         memory,
     )
+
+
+def _without_others(settings: Settings, lighter: Memory, others: int, machine: Machine, changes: Mapping[str, Any]) -> tuple[str, Memory]:
+    """What to say where the frozen models are what does not fit; `lighter` is without them."""
+    keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
+    room = machine.usable - lighter.standing - lighter.update
+    frozen = [model for model in (settings.teacher, *settings.more_teachers, settings.judge) if model is not None and not model.base_urls]
+    names = ", ".join(dict.fromkeys(model.model for model in frozen))
+    says = (
+        f"the update does not fit beside the {gib(others)} of {names}: put them on a server (base_urls), or take smaller ones, of "
+        f"{gib(room)} at most{f', both with {keys}' if keys else ''}"
+    )
+    return says + ("; recipes/single-gpu-lora.yaml is a recipe like that" if "lora" in changes else ""), lighter
 
 
 def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
@@ -246,7 +267,7 @@ class Plan:
 
 
 def check_files(settings: Settings) -> None:
-    """Whether the files that a recipe names are there: templates, folders of models, the reward function's module; `output` must be free.
+    """Whether the files that a recipe names are there: templates, folders of models, the reward functions; `output` must be free.
 
     Raises:
         TemplateError, ModelError, RewardError, SettingsError.
@@ -269,10 +290,48 @@ def check_files(settings: Settings) -> None:
                 "name a folder that has one, or a model of the hub as owner/name"
             )
         check_checkpoint(folder)
-    if settings.grading.reward:
-        _check_reward(settings.grading.reward)
+    if settings.grading.rewards:
+        make_rewards(settings.grading)
     if settings.output is not None:
         check_output(settings.output)
+
+
+def check_student_context(settings: Settings) -> None:
+    """Whether any prompt at all fits the student beside its completions; a run counts the tokens of each when it starts.
+
+    Raises:
+        SettingsError: none does.
+    """
+    context = context_in(settings.student.model)
+    for name, most in _limits(settings):
+        if context is not None and most >= context:
+            raise SettingsError(
+                f"{name}.max_new_tokens is {most:,}, and the context of {settings.student.model!r} holds {context:,} tokens, prompt and "
+                f"completion together: lower {name}.max_new_tokens by more than the longest prompt needs"
+            )
+
+
+def _limits(settings: Settings) -> list[tuple[str, int]]:
+    """The new-token limits of the student."""
+    held_out = [("eval", settings.eval.max_new_tokens)] if settings.data.eval else []
+    return [("rollout", settings.rollout.max_new_tokens), *held_out]
+
+
+def _context_row(settings: Settings) -> list[tuple[str, str]]:
+    """What the student's context leaves to prompts, where that is less than what the recipe admits."""
+    context = context_in(settings.student.model)
+    if context is None:
+        return []
+    name, most = max(_limits(settings), key=lambda limit: limit[1])
+    if context - most >= settings.data.max_prompt_tokens:
+        return []
+    return [
+        (
+            "student's context",
+            f"{context:,} tokens, {most:,} of them for {name}.max_new_tokens: a run ends at its start where a prompt has more than "
+            f"{context - most:,}; data.max_prompt_tokens={context - most} drops such questions",
+        )
+    ]
 
 
 def _try_reformulations(kinds: Sequence[str], book: PromptBook) -> None:
@@ -385,19 +444,31 @@ def _run_rows(settings: Settings, plan: Plan, folder: str) -> list[tuple[str, st
     return [
         ("method", f"{method.name} ({method.paper}): replay {'on' if method.replay else 'off'}, learns from {method.gradient}"),
         ("student", settings.student.model),
+        *_context_row(settings),
         ("teacher", "; ".join(_where(t) for t in teachers if t is not None) if method.needs_teacher else "not needed"),
         ("training questions", f"{plan.questions:,} from {settings.data.train_name}{_with_images(plan.seeing)}"),
         (
             "held-out questions",
             f"{plan.eval_questions:,} from {settings.data.eval}{_with_images(plan.eval_seeing)}" if settings.data.eval else "none",
         ),
+        *_reward_row(settings),
         ("judge", _judge_row(settings, plan)),
         ("evaluations", f"{plan.evaluations:,} of {plan.eval_questions * settings.eval.samples:,} completions each{_decoding(settings)}"),
         ("steps", f"{plan.steps:,} ({passes})"),
         ("optimizer steps", f"{plan.steps * plan.optimizer_steps:,} ({plan.optimizer_steps} per step)"),
         ("replay buffer", f"{settings.zone.buffer_capacity:,} questions" if method.replay else "none"),
         ("files", folder),
+        *([("pushed to", f"{push.repo}, {'private' if push.private else 'public'} where it is made")] if (push := settings.push) else []),
     ]
+
+
+def _reward_row(settings: Settings) -> list[tuple[str, str]]:
+    """The user's reward functions with their weights, and which says what is solved; nothing where there are none."""
+    names = unique_names(settings.grading.rewards)
+    weights = settings.grading.reward_weights or (1.0,) * len(names)
+    terms = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True))
+    solved = f"; what is solved, {names[0]} says" if len(names) > 1 else ""
+    return [("reward", f"{terms}{solved}")] if names else []
 
 
 def _decoding(settings: Settings) -> str:
@@ -494,33 +565,3 @@ def _teacher_plan(settings: Settings, teacher: TeacherSettings, *, asked: int, c
         compressions=most if teacher.compression.enabled else 0,
         hints=built * positive if "hint" in needs else 0,
     )
-
-
-def _check_reward(name: str) -> None:
-    """The module or file of a reward function exists; it is not run here."""
-    module, colon, function = name.rpartition(":")
-    if not colon or not function:
-        raise RewardError(f"grading.reward: {name!r} names no function; write package.module:function or file.py:function")
-    if module.endswith(".py"):
-        if not Path(module).is_file():
-            raise RewardError(f"grading.reward: there is no file {module}; give its path from the recipe, or package.module:function")
-        _check_written_reward(Path(module), function)
-    elif importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise RewardError(f"grading.reward: there is no module {module!r}; install it, or name a file as file.py:function")
-
-
-def _check_written_reward(path: Path, name: str) -> None:
-    """Whether the function in a file has a form that can be called, as far as its text says; the rest is left to its import."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # importing it says what is wrong
-        return
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name and not node.decorator_list:
-            given = [*node.args.posonlyargs, *node.args.args]
-            rest = [argument for argument in (node.args.vararg, *node.args.kwonlyargs, node.args.kwarg) if argument is not None]
-            names = [argument.arg for argument in (*given, *rest)]
-            required = len(given) - len(node.args.defaults)
-            needed = [a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if default is None]
-            fits = not needed and required <= 2 and (len(given) >= 2 or node.args.vararg is not None)
-            check_form(f"{path}:{name}", names, fits, isinstance(node, ast.AsyncFunctionDef))

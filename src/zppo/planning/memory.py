@@ -99,6 +99,7 @@ _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logi
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
 _COUNTED = 2_000  # texts of the data that are counted, of its shortest and of its longest
 _TEMPLATE = 48  # tokens of the chat template around a turn, about, and of what it says by itself
+FOUR_BITS = 0.516  # bytes a number in NF4: blocks of 64 share a scale, whose own are in 8 bits
 _WORDS = 300  # tokens of closing instruction and chat template, and of a reformulation's own words, about
 
 
@@ -121,6 +122,7 @@ class Memory:
         stepping: what the optimizer's step holds besides its state.
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
+        unknown: frozen models in this process that are in no number, because nothing here says how large they are.
     """
 
     weights: int
@@ -140,6 +142,7 @@ class Memory:
     widest: int = 0
     tower: int = 0
     images: int = 0
+    unknown: tuple[str, ...] = ()
 
     @property
     def standing(self) -> int:
@@ -181,10 +184,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     if shape is None:
         return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
     vision_shape = vision_shape_of(settings.student.model) if images else None
-    # Frozen models in this process; without the shape of one of them there is no estimate.
-    others = _frozen(settings, gpu, images=bool(images))
-    if isinstance(others, str):
-        return others
+    others, unknown = _frozen(settings, gpu, images=bool(images))
     # Weights are fp32, but for those under LoRA adapters, which have the width of the forward pass.
     train = settings.train
     parameters = _parameters(settings.student, shape, vision_shape)
@@ -192,6 +192,9 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
+    if settings.student.quantize:
+        packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
+        frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
     largest = _largest(settings, shape, gpu=gpu, images=images)
     tokens = largest.rows * largest.longest
@@ -219,6 +222,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         stepping=trained * 4 if gpu else 0,
         tower=_tower(settings, vision_shape, largest.rows, images, bf16=bf16),
         images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
+        unknown=unknown,
     )
 
 
@@ -455,19 +459,20 @@ def _tower(settings: Settings, vision_shape: VisionTowerShape | None, rows: int,
     return int(rows * tokens * vision_shape.merge**2 * kept)
 
 
-def _frozen(settings: Settings, gpu: bool, *, images: bool) -> int | str:
-    """Bytes of the frozen models that the run loads, or why they are not known."""
+def _frozen(settings: Settings, gpu: bool, *, images: bool) -> tuple[int, tuple[str, ...]]:
+    """Bytes of the frozen models that the run loads, and those of which they are not known."""
     teachers = (settings.teacher, *settings.more_teachers) if settings.method.resolve().needs_teacher else ()
-    total = 0
+    total, unknown = 0, list[str]()
     for model in (*teachers, settings.judge):
         if model is None or model.base_urls:
             continue
         shape = shape_of(model.model)
         if shape is None:
-            return f"not known: {model.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"
+            unknown.append(model.model)
+            continue
         vision_shape = vision_shape_of(model.model) if images else None
         total += _parameters(model, shape, vision_shape) * (2 if gpu else 4)
-    return total
+    return total, tuple(dict.fromkeys(unknown))
 
 
 def _parameters(model: ModelSettings, shape: DecoderShape, vision_shape: VisionTowerShape | None) -> int:

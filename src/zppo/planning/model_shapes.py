@@ -169,6 +169,20 @@ def config_file(name: str) -> Path | None:
     return folder / "config.json" if folder.is_dir() else _cached(name)
 
 
+def context_in(name: str) -> int | None:
+    """Positions that the model was made for, by its config.json on this machine; None where that does not say, or cannot be read."""
+    file = config_file(name)
+    try:
+        if file is None:
+            return None
+        config = json.loads(file.read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        limit = text.get("max_position_embeddings")
+    except (OSError, ValueError, TypeError, AttributeError):  # `shape_of` and the model's loading say so
+        return None
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def _cached(name: str) -> Path | None:
     """The config.json of a hub model that was downloaded before; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
@@ -347,12 +361,13 @@ def parse_size(text: str) -> float:
     return value
 
 
-def size_of(name: str, given: float | None = None) -> Size:
+def size_of(name: str, given: float | None = None, option: str = "--student-params or --teacher-params") -> Size:
     """N of a model that a recipe names: as given, else from its folder, else from the size in its name.
 
     Args:
         name: as recipes name models.
         given: N from the user, which wins.
+        option: that gives it, for the message.
 
     Raises:
         ModelError: a folder that holds no readable checkpoint, or a name without a size in it.
@@ -365,7 +380,7 @@ def size_of(name: str, given: float | None = None) -> Size:
     if (nominal := nominal_size(name)) is None:
         raise ModelError(
             f"the number of parameters of {name!r} is not known: there is no such folder, and its name has no size in it such as 0.8B; "
-            "give it with --student-params or --teacher-params"
+            f"give it with {option}"
         )
     return Size(nominal, "by its name")
 

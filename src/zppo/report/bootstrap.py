@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table as View
 
 from zppo.errors import DataError, SettingsError
-from zppo.names import readable
+from zppo.names import check_file, readable
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is within 2%.
 _T95 = (
@@ -175,6 +175,7 @@ def read_table(path: str | Path) -> Table:
         DataError: names file, row and column of what is wrong. Row 1 is the header.
     """
     table: Table = {}
+    check_file(Path(path), DataError)
     try:
         with open(readable(Path(path)), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="", restval=None, strict=True)
@@ -312,4 +313,4 @@ def bootstrap_command(
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     if out is not None:
         write_comparisons(comparisons, out)
-        console.print(f"written to {out}", soft_wrap=True, highlight=False)
+        console.print(f"written to {Path(out).absolute()}", soft_wrap=True, highlight=False)

@@ -212,7 +212,7 @@ def _by_kind(scans: Sequence[StepScan], colours: Mapping[str, str]) -> list[Char
     return [
         ChartSpec("accuracy", DYNAMICS, "Accuracy of rollouts", series(share("correct", "graded")), percent=True, unit_range=True,
               caption="Share of right rollouts among those with a verdict, by kind of prompt."),
-        ChartSpec("positive", DYNAMICS, "Positive advantages", series(share("positive"), together=True), percent=True,
+        ChartSpec("positive", DYNAMICS, "Positive advantages", series(share("positive", "graded"), together=True), percent=True,
               caption="Share of rollouts whose advantage is above 0."),
         ChartSpec("entropy", DYNAMICS, "Entropy of the sampling distribution", series(entropy, together=True), y_title="nats a token",
               caption="Mean over the tokens of a rollout, then over rollouts."),
@@ -273,6 +273,11 @@ def _by_step(run: Run, colours: Mapping[str, str]) -> list[ChartSpec]:
         ratio("summaries refused", "compression_failed", "compression_asked", RED),
         ratio("BCQ uncompressed", "bcq_raw_pairs", "bcq_prompts", PURPLE),
     )
+    functions = dict.fromkeys(name for line in run.steps for name in line.get("rewards", {}))  # the user's
+    rewards = tuple(
+        Series(name, x, numbers(line.get("rewards", {}).get(name) for line in run.steps), **line_style(i))
+        for i, name in enumerate(functions)
+    )
     missing = ChartSpec(
         "teacher-missing", DYNAMICS, "Help that did not come",
         (
@@ -290,6 +295,8 @@ def _by_step(run: Run, colours: Mapping[str, str]) -> list[ChartSpec]:
         ChartSpec("clip", DYNAMICS, "Clipped tokens", (
             one("below", "clip_low_share", BLUE), one("above", "clip_high_share", RED), one("dual clip", "clip_dual_share", PURPLE)),
             percent=True, caption="Share of trained tokens whose ratio left the clip range."),
+        ChartSpec("rewards", DYNAMICS, "Reward functions", rewards,
+                  caption="What each of your functions gave, its weight not counted: mean over the rollouts that it applied to."),
         ChartSpec("composition", DYNAMICS, "Composition of the batch", _parts(
             run.steps, "composition", {**_BATCH_COLOURS, **colours}), "area", percent=True, unit_range=True,
             caption="Shares of the step's groups, after the caps: easy and hard questions asked plainly, and questions asked again."),

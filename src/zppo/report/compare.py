@@ -121,6 +121,7 @@ def _write(path: Path, text: str, console: Console) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"{path} cannot be written ({error.strerror}): name another file") from error
+    console.print(Text(f"written to {path.absolute()}"), soft_wrap=True)
 
 
 def _print_tables(comparison: RunComparison, console: Console) -> None:

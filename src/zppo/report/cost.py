@@ -122,7 +122,7 @@ def _sizes(settings: Settings, given: Mapping[str, float], target: Path, *, judg
     trained = target / FINAL
     if "student" not in given and Path(name).is_absolute() and not Path(name).is_dir() and trained.is_dir():
         name = str(trained)
-    sizes = {"student": size_of(name, given.get("student"))}
+    sizes = {"student": size_of(name, given.get("student"), "--student-params")}
     others: list[tuple[str, str, str]] = []
     if settings.teacher is not None and settings.method.resolve().needs_teacher:
         others.append(("teacher", settings.teacher.model, "teacher"))

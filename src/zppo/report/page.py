@@ -58,7 +58,7 @@ def write_page(console: Console, text: str, path: Path, charts: Sequence[ChartSp
     """Write a page, which appears whole or not at all, and its figures. SettingsError where one of the places cannot be written."""
 
     def say(place: Path, what: str) -> None:
-        console.print(Text(str(place)).append(f"  {what}", style="dim"), soft_wrap=True)
+        console.print(Text(str(place.absolute())).append(f"  {what}", style="dim"), soft_wrap=True)
 
     place = path
     try:

@@ -23,7 +23,7 @@ from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError, ZPPOError, one_line
-from zppo.names import check_run_folder
+from zppo.names import POINTER, check_file, check_run_folder, is_pointer_file
 from zppo.report.audits import Counts, PlainVisit, count_group, count_leaks
 from zppo.runs.files import WORDS
 from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
@@ -104,10 +104,11 @@ class Run:
 
 
 NOT_ARMS = (
-    *("seed", "output", "eval.every", "rollout.max_rows", "grading.workers", "data.images.folder", "data.images.cache_gib"),
+    *("seed", "output", "push", "eval.every", "rollout.max_rows", "grading.workers", "data.images.folder", "data.images.cache_gib"),
     *(f"train.{name}" for name in (
-        "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "trackers", "tracker_project", "threads", "collective_timeout",
-        "check_engine_every", "engine_tolerance", "tokens_per_microbatch", "share_prompts", "gradient_checkpointing", "sharding",
+        "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "trackers", "tracker_completions", "tracker_project",
+        "threads", "collective_timeout", "check_engine_every", "engine_tolerance", "tokens_per_microbatch", "share_prompts",
+        "gradient_checkpointing", "sharding",
     )),
     *(f"{model}.{name}" for model in ("teacher", "judge") for name in (
         "base_urls", "key_env", "concurrency", "deadline", "retry_for", "device",
@@ -182,6 +183,7 @@ def read_recipe(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         what = "is no folder" if not folder.is_dir() else f"holds no run: there is no {RECIPE} in it"
         raise CheckpointError(f"{folder} {what}. Name the folder that `zppo train` printed")
+    check_file(path, CheckpointError)
     try:
         recipe = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -302,6 +304,9 @@ class RolloutFileError(CheckpointError):
     """A file of rollouts or of held-out completions is cut or damaged: what is read of a run leaves it out and says so."""
 
     def __init__(self, path: Path, error: Exception) -> None:
+        if is_pointer_file(path):
+            super().__init__(f"{path} {POINTER}")
+            return
         super().__init__(f"{path} cannot be read ({one_line(error, 200)}). `zppo resume` writes the steps after the last checkpoint anew")
 
 

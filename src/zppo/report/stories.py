@@ -334,7 +334,15 @@ def _add(story: Story, row: Mapping[str, Any], event: str) -> None:
         group = {name: row[name] for name in ("step", "kind", "replayed", "prompt_tokens")}
         prompt = story["prompts"].index(row["prompt"])
         story["groups"].append({**group, "event": event, "prompt": prompt, "audit": json.loads(row["audit"]), "rollouts": []})
-    story["groups"][-1]["rollouts"].append({name: _short(row[name]) for name in _ROLLOUT})
+    given = {"rewards": _by_name(row.get("rewards"), 2), "notes": _by_name(row.get("reward_notes"), 1)}  # older files have none
+    story["groups"][-1]["rollouts"].append({name: _short(row[name]) for name in _ROLLOUT} | given)
+
+
+def _by_name(text: str | None, fewest: int) -> str | None:
+    """What a user's reward functions gave or reported, in words; None where they are fewer."""
+    values = json.loads(text) if text else {}
+    shown = (f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in values.items())
+    return ", ".join(shown) if len(values) >= fewest else None
 
 
 def _short(value: Any) -> Any:
@@ -490,7 +498,10 @@ def _verdict(number: int, rollout: Mapping[str, Any], kind: str) -> Text:
         words, style = "not graded", "bold yellow"
     which = _MATCH_WORDS.get(kind, {}).get(rollout.get("class", "::").split(":")[2])
     answer = "no answer" if rollout["answer"] is None else f"answer {harmless(rollout['answer'])}"
-    facts = [answer, harmless(rollout["reason"]), which, f"reward {rollout['reward']:g}",
+    parts, notes = rollout.get("rewards"), rollout.get("notes")
+    reason = "" if rollout["reason"] == "reward" else harmless(rollout["reason"])
+    facts = [answer, reason, which, f"reward {rollout['reward']:g}" + (f" ({harmless(parts)})" if parts else ""),
+             harmless(notes) if notes else None,
              None if rollout["advantage"] is None else f"advantage {rollout['advantage']:.3g}",
              f"{rollout['completion_tokens']} tokens", "cut by the token limit" if rollout["truncated"] else None]  # fmt: skip
     text = Text(f"{number} ", style="dim").append(words, style=style)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from zppo.core.types import BCQ, NCQ
 from zppo.errors import DataError, SettingsError
+from zppo.names import check_file
 from zppo.report.audits import Counts, MatchRow, Proportion, ZoneStory, fraction, median, paper_buffer, paper_rows, position_bias
 from zppo.report.bootstrap import RESAMPLES, MethodDifference, bootstrap_table
 from zppo.report.bootstrap import Table as Accuracies
@@ -290,6 +291,7 @@ def read_evaluation(path: Path) -> EvaluationResults:
         DataError: it cannot be read, or is none.
     """
     path = path / EVAL if path.is_dir() else path
+    check_file(path, DataError)
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         results = {str(each["name"]): _result(each) for each in state["benchmarks"] if each["value"] is not None}

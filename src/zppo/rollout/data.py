@@ -43,21 +43,28 @@ def load_questions_of(settings: Settings, warn: Say | None = None, say: Say | No
         say: is told what each source gives, where there is something to tell.
     """
     loaded = load_mixture(settings, warn)
-    train, held_out = loaded.mixture.questions, loaded.held_out
+    tell_sources(settings, loaded, warn, say)
+    if warn is not None:
+        for text in idle_parts(settings, len(loaded.mixture.questions)):
+            warn(text)
+    return loaded
+
+
+def tell_sources(settings: Settings, loaded: Loaded, warn: Say | None, say: Say | None) -> None:
+    """What the sources of the training questions give, copies, and what is held out too; see `load_data`."""
+    mixture = loaded.mixture
     if say is not None:
-        for line in loaded.mixture.lines():
+        for line in mixture.lines():
             say(line)
         if loaded.examples:
             shown = ", ".join(repr(example.question.id) for example in loaded.examples)
             say(f"examples: {len(loaded.examples)} training questions, shown in every prompt and not trained on ({shown})")
     if warn is not None:
-        tell_copies(train, warn)
-        names = [settings.data.parts[number].name for number, _ in loaded.mixture.places]
-        if settings.train.steps != 0 and (both := in_both(train, held_out, names)):  # a run of 0 steps only evaluates
+        tell_copies(mixture.questions, warn)
+        parts = settings.data.parts
+        names = [parts[number].name for number, _ in mixture.places]
+        if settings.train.steps != 0 and (both := in_both(mixture.questions, loaded.held_out, names)):  # a run of 0 steps only evaluates
             warn(both)
-        for text in idle_parts(settings, len(train)):
-            warn(text)
-    return loaded
 
 
 def load_mixture(settings: Settings, warn: Say | None = None, *, keep_rows: bool = False) -> Loaded:
@@ -93,13 +100,14 @@ def in_both(train: Sequence[Question], held_out: Sequence[Question], names: Sequ
     Args:
         names: of the source of each training question.
     """
-    asked = {question_key(question): question.id for question in held_out}
-    places = [place for place, question in enumerate(train) if question_key(question) in asked] if asked else []
-    if not places:
+    asked = [question_key(question) for question in held_out]
+    known = set(asked)
+    trained = {place: key for place, question in enumerate(train) if (key := question_key(question)) in known} if asked else {}
+    if not trained:
         return ""
-    trained = {question_key(train[place]) for place in places}
-    both = [question.id for question in held_out if question_key(question) in trained]
-    by_source = Counter(names[place] for place in places if names)
+    keys = set(trained.values())
+    both = [question.id for question, key in zip(held_out, asked, strict=True) if key in keys]
+    by_source = Counter(names[place] for place in trained if names)
     where = f" (rows: {', '.join(f'{name} {count:,}' for name, count in by_source.items())})" if len(set(names)) > 1 else ""
     return (
         f"warning: {len(both)} of {len(held_out)} held-out questions are training questions too ({both[0]!r}, for one): held-out "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -21,10 +22,11 @@ from zppo.prompts.book import PromptBook
 from zppo.rollout.run_data import ImageInputs
 from zppo.teacher.hints import hint_trial
 from zppo.teacher.local import LocalTeacher
-from zppo.teacher.remote import RemoteTeacher
-from zppo.teacher.startup_check import Names, read_key
 
-FrozenTeacher = LocalTeacher | RemoteTeacher
+if TYPE_CHECKING:
+    from zppo.teacher.remote import RemoteTeacher
+
+FrozenTeacher: TypeAlias = "LocalTeacher | RemoteTeacher"
 
 
 class FrozenModels:
@@ -58,6 +60,9 @@ class FrozenModels:
         if not own.base_urls:
             self._doing(f"loading the {section} {own.model}")
             return _load_frozen(self._settings, own, self._device, self._image_inputs)
+        from zppo.teacher.remote import RemoteTeacher  # the openai package comes with it, most of a second
+        from zppo.teacher.startup_check import Names, read_key
+
         self._doing(f"checking the {section} {own.model} at {', '.join(own.base_urls)}")
         images = self._settings.data.images
         teacher = RemoteTeacher(
@@ -81,7 +86,7 @@ class FrozenModels:
             TeacherError: one refuses them.
         """
         for teacher, own in zip(self.teachers, self.settings_of, strict=True):
-            if count and isinstance(teacher, RemoteTeacher):
+            if count and not isinstance(teacher, LocalTeacher):
                 teacher.check_images(own.how(own.rollout), count, "rollout")
 
     def check_hints(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,12 +13,12 @@ from zppo.engines.chat import Chat
 from zppo.grading import Grader, extract_boxed, has_gold_words
 from zppo.grading.answer_form import ANYWHERE, AnswerForm
 from zppo.grading.grader import Verdict
-from zppo.grading.reward_function import load_reward
 from zppo.grading.workers import TimeOuts
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.data import count_judged
 from zppo.rollout.frozen_models import FrozenTeacher
+from zppo.rollout.rewards import Rewards, make_rewards
 from zppo.rollout.student import Answered
 from zppo.step_log import StepLog
 from zppo.teacher.compression import token_tail
@@ -35,13 +35,14 @@ class Rule(Protocol):
 
 @contextmanager
 def rule_grading(settings: Settings) -> Iterator[Rule]:
-    """The recipe's grading for the length of a run, before any judge: a reward function of the user's, else the rules and their workers."""
-    if settings.grading.reward:
-        reward = load_reward(settings.grading.reward, settings.answer_form)
+    """The recipe's grading for the length of a run, before any judge: reward functions of the user's, else the rules and their workers."""
+    if settings.grading.rewards:
+        rewards = make_rewards(settings.grading, settings.answer_form)
+        rewards.steps = settings.train.steps or 0
         try:
-            yield lambda answered, log=None: [reward(a.completion, a.question, a.think_open) for a in answered]
+            yield rewards
         finally:
-            settings.answer_form.close()
+            rewards.close()
         return
     own = settings.grading
     with Grader(own.deadline, own.workers, rounded_golds=own.rounded_golds, form=settings.answer_form) as grader:
@@ -132,7 +133,7 @@ class Scorer:
 def make_scorer(
     settings: Settings,
     rule: Rule,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     chat: Chat,
     teachers: Sequence[FrozenTeacher],
     load: Callable[[FrozenModelSettings], FrozenTeacher],
@@ -147,8 +148,11 @@ def make_scorer(
 
     Raises:
         SettingsError: no model can judge.
+        RewardError: the questions lack a column that a reward function asks for.
         TeacherError, ModelError: the judge cannot be used.
     """
+    if isinstance(rule, Rewards):
+        rule.prepare(questions, lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not count_judged(settings, questions):
         return Scorer(rule, form=settings.answer_form)
     assert settings.judging is not None

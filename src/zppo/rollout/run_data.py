@@ -68,10 +68,10 @@ def read_data(
         SettingsError: images cannot be trained on with these settings.
     """
     loaded = load_questions_of(settings, warn, say)
-    return replace(run_data(settings, loaded.mixture.questions, loaded.held_out, sharded=sharded), examples=loaded.examples)
+    return replace(seen_data(settings, loaded.mixture.questions, loaded.held_out, sharded=sharded), examples=loaded.examples)
 
 
-def run_data(settings: Settings, train: list[Question], held_out: list[Question], *, sharded: bool = False) -> RunData:
+def seen_data(settings: Settings, train: list[Question], held_out: list[Question], *, sharded: bool = False) -> RunData:
     """Questions that were read, and how the models are to see them; raises as `read_data`."""
     first = first_with_images(settings, train, held_out)
     if first is None:
@@ -141,6 +141,20 @@ def _short(source: str, questions: Sequence[Question], most: int, length: Callab
         with_images = sum(bool(question.images) for question in kept)
         console.print(f"{source}: {len(kept):,} questions, {with_images:,} with images", soft_wrap=True, highlight=False)
     return kept
+
+
+def check_context(
+    settings: Settings, context: int | None, questions: Sequence[Question], held_out: Sequence[Question], length: Callable[[Question], int]
+) -> None:
+    """Whether every plain prompt (`length` tokens) fits the model with its token limit. SettingsError where one does not."""
+    uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
+    for name, asked, sampling in uses:
+        tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))
+        if context is not None and asked and tokens + sampling.max_new_tokens > context:
+            raise SettingsError(
+                f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "
+                f"together more than the model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
+            )
 
 
 def check_vocabulary(model: PreTrainedModel, renderer: PromptRenderer, questions: Sequence[Question]) -> None:

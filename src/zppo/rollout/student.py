@@ -25,12 +25,14 @@ class Answered:
     """A completion that waits for its verdict.
 
     `kind` is that of its prompt: completions of one kind about one question are a group, whose answers share the time for grading.
+    `ids` are its tokens, where the student wrote it.
     """
 
     question: Question
     completion: str
     think_open: bool
     kind: str = ""
+    ids: tuple[int, ...] = ()
 
 
 Score = Callable[[Sequence[Answered], StepLog], list[Verdict]]
@@ -158,7 +160,10 @@ def graded_rollouts(prompts: Sequence[Prompt], ended: Sequence[Ended], chat: Cha
     """Rollouts of completions, in their order: decoded after the forced tokens of their prompt, with a verdict."""
     texts = [chat.decode(prompts[i].forced_ids + tuple(c.ids.tolist())) for i, _, c in ended]
     asked = [prompts[i] for i, _, _ in ended]
-    answered = [Answered(p.question, text, p.think_open, p.kind) for p, text in zip(asked, texts, strict=True)]
+    answered = [
+        Answered(p.question, text, p.think_open, p.kind, p.forced_ids + tuple(c.ids.tolist()))
+        for p, text, (_, _, c) in zip(asked, texts, ended, strict=True)
+    ]
     verdicts = score(answered, log)
     return [
         Rollout(
@@ -172,6 +177,8 @@ def graded_rollouts(prompts: Sequence[Prompt], ended: Sequence[Ended], chat: Cha
             graded=verdict.graded,
             reason=verdict.reason,
             entropy=completion.entropy,
+            rewards=verdict.rewards,
+            notes=verdict.notes,
         )
         for (_, _, completion), text, verdict in zip(ended, texts, verdicts, strict=True)
     ]

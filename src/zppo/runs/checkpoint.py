@@ -17,7 +17,7 @@ from zppo.errors import CheckpointError
 from zppo.runs.files import MANIFEST, PARTIAL, fault, make_manifest, sync, writing
 
 CHECKPOINTS = "checkpoints"
-_MODEL, _OPTIMIZER, _STATE = "model", "optimizer.pt", "state.json"
+_MODEL, _OPTIMIZER, STATE = "model", "optimizer.pt", "state.json"
 _DAMAGED = ".damaged"
 _NAME = re.compile(r"step-(\d+)(?:\+(\d+))?")
 
@@ -89,7 +89,7 @@ def save(
             model.save_pretrained(partial / _MODEL)
             with open(partial / _OPTIMIZER, "wb") as file:
                 torch.save(optimizer.state_dict(), file)
-            (partial / _STATE).write_text(json.dumps({"step": step, "updates": updates, **state}), encoding="utf-8")
+            (partial / STATE).write_text(json.dumps({"step": step, "updates": updates, **state}), encoding="utf-8")
             if more is not None:
                 more(partial)
             (partial / MANIFEST).write_text(make_manifest(partial), encoding="utf-8")
@@ -129,7 +129,7 @@ def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(existing(run)):
-        problem = fault(checkpoint, (_OPTIMIZER, _STATE))
+        problem = fault(checkpoint, (_OPTIMIZER, STATE))
         if problem is None:
             return checkpoint, damaged
         damaged[checkpoint] = problem
@@ -160,7 +160,7 @@ def weights_folder(checkpoint: Path) -> Path:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `state`, with `step` and `updates`."""
-    path = checkpoint / _STATE
+    path = checkpoint / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):

@@ -17,7 +17,8 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zppo.errors import SettingsError, StorageError, used_up
+from zppo.errors import CheckpointError, SettingsError, StorageError, used_up
+from zppo.names import check_file
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -102,6 +103,7 @@ def _refused(error: BaseException | None) -> tuple[int, str] | None:
 
 
 RECIPE = "recipe.yaml"
+FINAL = "final"
 """The resolved recipe, in the run folder."""
 WORDS = "words"
 """The user's own templates, in the run folder."""
@@ -167,7 +169,11 @@ def fault(folder: Path, needed: Iterable[str]) -> str | None:
     Args:
         folder: the checkpoint. Everything in it may have been damaged, or come from elsewhere.
         needed: files that it must have.
+
+    Raises:
+        CheckpointError: a pointer of git-lfs lies in place of one: nothing is damaged, and `git lfs pull` brings it.
     """
+    check_file(folder / MANIFEST, CheckpointError)
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -208,6 +214,7 @@ def _file_fault(folder: Path, name: str, wanted: FileFacts) -> str | None:
     try:
         size = (folder / inside).stat().st_size
         if size != wanted.size:
+            check_file(folder / inside, CheckpointError)
             return f"{name} has {size:,} bytes, and {wanted.size:,} were written"
         if _facts(folder / inside).sha256 != wanted.sha256:
             return f"{name} holds something else than was written (its SHA-256 differs)"

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from zppo.core.replay import Changes, Entry
 from zppo.core.types import Group
+from zppo.errors import CheckpointError
+from zppo.names import check_file
 from zppo.runs.files import PARTIAL, sync, write_whole, writing
 
 METRICS = "metrics.jsonl"
@@ -48,6 +50,8 @@ ROLLOUT_SCHEMA = pa.schema(
         ("graded", pa.bool_()),
         ("reason", pa.string()),
         ("reward", pa.float32()),
+        ("rewards", pa.string()),  # JSON: what each reward function gave, by name; null: there are none; older files lack it, and the next
+        ("reward_notes", pa.string()),  # JSON: what they reported about the completion
         ("advantage", pa.float32()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
@@ -69,11 +73,13 @@ class RunLog:
 
     Attributes:
         listener: given every line of metrics.jsonl after it is written (trackers).
+        reader: given the rows of each step's rollouts after they are written (trackers).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listener: Callable[[int, str, Mapping[str, Any]], None] | None = None
+        self.reader: Callable[[int, Sequence[Mapping[str, Any]]], None] | None = None
         self._unsynced: set[Path] = set()
 
     def open(self) -> None:
@@ -117,6 +123,8 @@ class RunLog:
         for row in rows:
             row["advantage"] = next(values)
         self._write_rows(self.folder / ROLLOUTS / f"step-{step:06d}.parquet", rows)
+        if self.reader is not None:
+            self.reader(step, rows)
 
     def held_out(self, step: int, event: str, groups: Sequence[Group], *, show: Callable[[tuple[int, ...]], str]) -> None:
         """held_out/<event>-NNNNNN.parquet, laid out as `rollouts`, with every completion of an evaluation; it has no advantages."""
@@ -222,6 +230,8 @@ def _rows(
             "graded": rollout.graded,
             "reason": rollout.reason,
             "reward": rollout.reward,
+            "rewards": _json(rollout.rewards),
+            "reward_notes": _json(rollout.notes),
             "prompt_tokens": len(group.prompt.ids) + len(group.prompt.forced_ids),
             "completion_tokens": len(rollout.ids),
             "truncated": rollout.truncated,
@@ -234,13 +244,18 @@ def _rows(
     ]
 
 
+def _json(values: Mapping[str, Any]) -> str | None:
+    return json.dumps(dict(values), ensure_ascii=False) if values else None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl or buffer.jsonl; empty where the file does not exist."""
+    """The records of a metrics.jsonl or buffer.jsonl; empty where the file does not exist. CheckpointError: a pointer of git-lfs."""
     return [record for _, record in _lines(path)] if path.is_file() else []
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whole lines and what they hold; a line that a killed run tore ends the file."""
+    check_file(path, CheckpointError)  # it would be taken for an empty one
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             if not line.endswith("\n"):

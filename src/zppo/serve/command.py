@@ -27,7 +27,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import ModelError, SettingsError, one_line
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
-from zppo.names import checkpoint_folder
+from zppo.names import check_file, checkpoint_folder
 from zppo.serve.batcher import Batcher
 from zppo.serve.protocol import LockedChat, RequestImages
 from zppo.serve.server import ChatServer, make_app
@@ -101,6 +101,7 @@ def read_server_key(options: argparse.Namespace) -> str | None:
         key, where = os.environ.get(options.key_env, ""), f"the environment variable {options.key_env}"
     elif options.key_file:
         where = f"the file {options.key_file}"
+        check_file(options.key_file, SettingsError)
         try:
             key = options.key_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

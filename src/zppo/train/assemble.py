@@ -20,7 +20,7 @@ from zppo.config.model_settings import ModelSettings
 from zppo.config.recipe import dump_recipe
 from zppo.config.settings import Settings
 from zppo.core.minibatch import Sharing
-from zppo.core.types import Prompt, Question, Rollout
+from zppo.core.types import Prompt, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
@@ -36,7 +36,8 @@ from zppo.names import model_folder
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
 from zppo.rollout.grading import Rule
 from zppo.rollout.reformulated import make_reformulations
-from zppo.rollout.run_data import RunData, check_vocabulary, load_short
+from zppo.rollout.rewards import Rewards
+from zppo.rollout.run_data import RunData, check_context, check_vocabulary, load_short
 from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.step_parts import parts as make_parts
 from zppo.rollout.teacher import ResponseTokens, TeacherSampler
@@ -51,7 +52,7 @@ from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCh
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
-from zppo.train.trainer import Trainer
+from zppo.train.trainer import Trainer, total_steps
 
 StudentEngine = TransformersEngine | VLLMEngine
 
@@ -306,12 +307,14 @@ def assemble(
     frozen_models.check_images(max((len(question.images) for question in questions), default=0))
     processes = weights.processes
     parts = make_parts(settings, [*questions, *held_out], renderer, teachers=frozen_models, rule=rule, processes=processes)
+    if isinstance(rule, Rewards):
+        rule.steps = total_steps(settings, len(questions))
     # The student; whatever does not fit it is found now, since an engine may take minutes to start.
     progress.doing(f"loading the student {settings.student.model}")
     student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
-    _check_context(settings, context_length(model), questions, held_out, length)
+    check_context(settings, context_length(model), questions, held_out, length)
     processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
     # What learns from groups, and the teachers that it may ask.
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
@@ -322,7 +325,7 @@ def assemble(
         check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
     progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler against the trainer")
     engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
-    _check_context(settings, engine.context, questions, held_out, length)
+    check_context(settings, engine.context, questions, held_out, length)
     fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too
     if chat.image_processor is not None:
         chat.image_processor.cache.pin({image.sha256 for image in fixed.images})
@@ -340,17 +343,3 @@ def assemble(
     )
     checkpointer = Checkpointer(settings.train, run, student, optimizer.optimizer, origin, weights)
     return Assembled(trainer, checkpointer, student, chat, origin, weights)
-
-
-def _check_context(
-    settings: Settings, context: int | None, questions: Sequence[Question], held_out: Sequence[Question], length: Callable[[Question], int]
-) -> None:
-    """Every plain prompt plus its token limit must fit the model."""
-    uses = (("rollout", questions, settings.rollout), ("eval", held_out, settings.eval))
-    for name, asked, sampling in uses:
-        tokens, longest = max(((length(q), q.id) for q in asked), default=(0, ""))
-        if context is not None and asked and tokens + sampling.max_new_tokens > context:
-            raise SettingsError(
-                f"{name}.max_new_tokens is {sampling.max_new_tokens}, and the prompt of question {longest!r} has {tokens} tokens: "
-                f"together more than the model's context of {context}. Lower {name}.max_new_tokens or data.max_prompt_tokens"
-            )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from zppo import __version__
-from zppo.config.recipe import dump_recipe
-from zppo.config.settings import LoraSettings, Settings
+from zppo.config.settings import Settings
 from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.vllm import VLLMEngine
@@ -24,13 +23,13 @@ from zppo.planning.memory import Memory, expected, peak_of_process
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.runs.checkpoint import Savable
 from zppo.runs.display import Progress
-from zppo.runs.files import PARTIAL, sync, writing
+from zppo.runs.files import FINAL, PARTIAL, sync, writing
 from zppo.runs.log import METRICS, read_lines
+from zppo.runs.model_card import run_card
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, make_engine
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
-FINAL = "final"
 GOLDS = 10  # right answers that the closing table names
 ADAPTER = "adapter"  # in final/, where adapters were trained
 
@@ -75,34 +74,10 @@ def finish_final(run: Path, folder: Path) -> Path:
     return target
 
 
-def write_model_card(
-    folder: Path, name: str, settings: Settings, *, before: Evaluation | None, after: Evaluation | None, totals: Totals
-) -> None:
+def write_model_card(folder: Path, run: Path, settings: Settings) -> None:
     """README.md of final/: what was trained how, with which result."""
-    method, student = settings.method.name, settings.student.model
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [{', '.join(dict.fromkeys(('zppo', method)))}]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"`{student}`, post-trained with `{method}` by zppo {__version__}, an independent implementation of",
-        "[Zone of Proximal Policy Optimization](https://arxiv.org/abs/2606.18216).",
-        *_lora_lines(settings.train.lora, student),
-        "Check the licences of the base model and of the training data before you share it.",
-        "",
-        f"{_work(totals)}.",
-        "",
-    ]
-    if before and after:
-        lines += ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|"]
-        lines += [f"| {level} | {old} | {new} |" for level, old, new in _levels(before, after)]
-        lines += ["", f"{after.count} completions, after training evaluated from this folder.{_left_out(before, after)}", ""]
-    lines += ["## Recipe", "", "```yaml", dump_recipe(settings).rstrip(), "```", ""]
     with writing(folder / "README.md"):
-        (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        (folder / "README.md").write_text(run_card(run.name, settings, read_lines(run / METRICS), folder), encoding="utf-8")
 
 
 def closing_table(
@@ -166,15 +141,6 @@ def _leaks(leaks: Mapping[str, int]) -> str:
     return f"hints that gave the answer away, by right answer: {named}{others}"
 
 
-def _lora_lines(lora: LoraSettings | None, student: str) -> list[str]:
-    if lora is None:
-        return []
-    return [
-        f"Low-rank adapters (rank {lora.rank}, alpha {lora.alpha:g}) were trained and are merged into the weights of this folder;",
-        f"by themselves, for `peft` on top of `{student}`, they are in `{ADAPTER}/`.",
-    ]
-
-
 def _work(totals: Totals) -> str:
     judged = f", {totals.judge_tokens:,} judge tokens" if totals.judge_tokens else ""
     waited = f", {totals.teacher_wait_seconds:,.0f} s of them waiting for the teacher" if totals.teacher_tokens else ""
@@ -223,12 +189,13 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     progress.end()
     if not processes.main:
         return
-    before = _evaluation_at_start(run)
-    if before and not trainer.done:  # nothing was trained: these are the weights that were evaluated a moment ago
+    at_start = _at_start(run)
+    before = _evaluation(at_start) if at_start else None
+    if at_start and not trainer.done:  # nothing was trained: these are the weights that were evaluated a moment ago
         after = before
-        trainer.run_log.metrics(0, "final", asdict(before))
+        trainer.run_log.metrics(0, "final", {name: value for name, value in at_start.items() if name not in ("step", "event")})
     with processes.stop.ignored():  # it is finished: a signal changes nothing now
-        write_model_card(folder, run.name, settings, before=before, after=after, totals=trainer.totals)
+        write_model_card(folder, run, settings)
         finish_final(run, folder)
     closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals, memory=memory)
 
@@ -252,9 +219,11 @@ def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16:
     return result
 
 
-def _evaluation_at_start(run: Path) -> Evaluation | None:
-    for record in read_lines(run / METRICS):
-        if record["event"] == "eval" and record["step"] == 0:
-            found = {name: record[name] for name in Evaluation.__slots__ if name in record}
-            return Evaluation(**found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]})
-    return None
+def _at_start(run: Path) -> dict[str, Any] | None:
+    """What metrics.jsonl says of the evaluation before training."""
+    return next((record for record in read_lines(run / METRICS) if record["event"] == "eval" and record["step"] == 0), None)
+
+
+def _evaluation(record: Mapping[str, Any]) -> Evaluation:
+    found = {name: record[name] for name in Evaluation.__slots__ if name in record}
+    return Evaluation(**found | {"accuracy": float("nan") if record["accuracy"] is None else record["accuracy"]})

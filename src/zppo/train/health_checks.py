@@ -132,11 +132,12 @@ class HealthChecks:
 
     Args:
         own_reward: the recipe grades with a user's reward function.
+        advantages: the method learns by them; distillation has none.
         form: what completions should have, in a few words.
     """
 
-    def __init__(self, *, own_reward: bool, form: str = "\\boxed{} answer") -> None:
-        self._form = form
+    def __init__(self, *, own_reward: bool, advantages: bool = True, form: str = "\\boxed{} answer") -> None:
+        self._advantages, self._form = advantages, form
         self._watches = [w for w in WATCHES if w.own_reward or not own_reward]
         self._said: dict[str, int] = {}
         self._some_right = own_reward  # which may be a number that never says right
@@ -165,7 +166,7 @@ class HealthChecks:
                 "of a solution, a judge grades what has no one spelling (docs/data.md)"
             )
         self._count_steps(metrics)
-        if self._no_gradient >= STEPS_WITHOUT_GRADIENT and self._due("no gradient", step):
+        if self._advantages and self._no_gradient >= STEPS_WITHOUT_GRADIENT and self._due("no gradient", step):
             due.append(
                 f"step {step}: no rollout of the last {self._no_gradient} steps has an advantage other than 0: {_no_gradient(metrics)}"
             )

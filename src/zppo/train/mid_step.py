@@ -154,7 +154,8 @@ def _group(facts: dict[str, Any], prompts: Iterator[torch.Tensor], ids: Iterator
         tuple(next(prompts).tolist()),
         facts["audit"],
     )
-    rollouts = tuple(Rollout(next(ids), next(logprobs), **{name: r[name] for name in _ROLLOUT}) for r in facts["rollouts"])
+    # Checkpoints of earlier versions lack the last fields, which have defaults.
+    rollouts = tuple(Rollout(next(ids), next(logprobs), **{name: r[name] for name in _ROLLOUT if name in r}) for r in facts["rollouts"])
     return Group(prompt, rollouts)
 
 

@@ -33,6 +33,7 @@ _SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
 _IN_A_STEP = (
     *("seed", "train.minibatches", "train.precision", "train.old_logprobs", "advantage.", "zone.", "loss."),
     *("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.group_size", "rollout.engine"),
+    *("data.images.min_pixels", "data.images.max_pixels"),  # the token ids of a prompt hold a place for each feature of its images
 )
 _PACKAGES = ("torch", "transformers", "peft", "vllm", "bitsandbytes")
 _WHOLE = ("*.safetensors", "*.json", "*.jinja")
@@ -186,7 +187,7 @@ def _code_files(settings: Settings) -> dict[str, Path]:
 def _versions(settings: Settings) -> dict[str, str]:
     """Of this package and of those that compute; what a run does not use is no part of it."""
     used = {"peft": settings.train.lora is not None, "vllm": settings.rollout.engine == "vllm"}
-    used["bitsandbytes"] = settings.train.optimizer == "adamw-8bit"
+    used["bitsandbytes"] = settings.train.optimizer == "adamw-8bit" or settings.student.quantize is not None
     found = {"zppo": __version__}
     for name in _PACKAGES:
         if used.get(name, True):
@@ -234,6 +235,11 @@ def _digest(path: Path) -> str:
 def _shape(config: PretrainedConfig) -> dict[str, Any]:
     text = config.get_text_config()
     return {name: getattr(text, name, None) for name in _SHAPE}
+
+
+def model_facts(model: ModelSettings) -> dict[str, str]:
+    """Facts about the files of a model by which another one in its place is noticed; empty for one that is no folder."""
+    return _files(model, _WHOLE)
 
 
 def _files(model: ModelSettings, patterns: Sequence[str]) -> dict[str, str]:

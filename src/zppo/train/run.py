@@ -21,27 +21,28 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from zppo.config.recipe import dump_recipe, load_recipe
-from zppo.config.settings import Settings
+from zppo.config.settings import PushSettings, Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
-from zppo.names import check_run_folder
+from zppo.names import check_file, check_run_folder
 from zppo.rollout.form_check import check_form
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
 from zppo.runs import checkpoint
 from zppo.runs.display import Progress, show, warn
-from zppo.runs.files import RECIPE, check_output, check_unclaimed, write_whole, writing
+from zppo.runs.files import FINAL, RECIPE, check_output, check_unclaimed, write_whole, writing
 from zppo.runs.lock import locked
-from zppo.runs.log import METRICS, read_lines
+from zppo.runs.log import BUFFER, METRICS, read_lines
+from zppo.runs.push import push_run
 from zppo.runs.signals import Stop
-from zppo.runs.trackers import Trackers, tracking
+from zppo.runs.trackers import TRACKERS, Trackers, tracking
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, assemble
-from zppo.train.finish import FINAL, finish
+from zppo.train.finish import finish
 from zppo.train.health_checks import HealthChecks
 from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, as_placed
@@ -121,7 +122,8 @@ class TrainingLoop:
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
-        self.health = HealthChecks(own_reward=settings.grading.reward is not None, form=settings.answer_form.name)
+        own_reward, learns = settings.grading.reward is not None, not self.trainer.method.distils
+        self.health = HealthChecks(own_reward=own_reward, advantages=learns, form=settings.answer_form.name)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
@@ -306,6 +308,8 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
         raise CheckpointError(f"{run} holds no run: there is no {RECIPE} in it. Name the folder that `zppo train` printed")
     console = console or Console()
     check_run_folder(run)
+    for name in (METRICS, BUFFER, TRACKERS):
+        check_file(run / name, CheckpointError)  # what is written after a checkpoint is taken back in them
     settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
     if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
@@ -316,6 +320,7 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
 def _has_more_steps(settings: Settings, run: Path) -> bool:
     """Whether the recipe of a finished run asks for more steps than its newest checkpoint has; it is trained on from there."""
     for folder in reversed(checkpoint.existing(run)):
+        check_file(folder / checkpoint.STATE, CheckpointError)
         with suppress(CheckpointError, KeyError, TypeError, ValueError):  # the one before is used then
             state = checkpoint.load_state(folder)
             return total_steps(settings, int(state["origin"]["questions"]["count"])) > int(state["step"])
@@ -356,7 +361,7 @@ def _go(
     """The run from its data to its end; a new one takes the lock of its folder into `held` when it makes it."""
     processes = weights.processes
     names = settings.train.trackers if processes.main else ()
-    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console))
+    trackers = Trackers(names, settings.train.tracker_project, run, partial(warn, console), settings.train.tracker_completions)
     trackers.check()
     start = processes.gather(ResumePoint.find(settings, run, console) if resumed and processes.main else None)[0]
     # Everything is loaded and checked before the run folder is made, or changed.
@@ -391,6 +396,19 @@ def _go(
                 rescue(run, loop, error, console)  # before anything else is closed: there may be little time
                 raise
     processes.wait()
+    if settings.push is not None and processes.main:
+        _push(settings.push, run, console)
+
+
+def _push(push: PushSettings, run: Path, console: Console) -> None:
+    """The student on the hub; what goes wrong there costs the run nothing."""
+    try:
+        console.print(f"pushing {run / FINAL} to {push.repo} ...", style="dim", soft_wrap=True)
+        console.print(f"pushed: {push_run(run, push.repo, private=push.private)}", highlight=False, soft_wrap=True)
+    except ZPPOError as error:
+        warn(console, f"warning: {error}")
+    except KeyboardInterrupt:
+        warn(console, f"interrupted: the run is finished, and not pushed. `zppo push {run} --repo {push.repo}` does it")
 
 
 def _check_form(settings: Settings, loop: TrainingLoop, progress: Progress) -> None:
@@ -432,4 +450,4 @@ def _open(
         trainer.run_log.open()
         console.print(f"run folder: {run}", soft_wrap=True, highlight=False)
     if trackers.names:
-        trainer.run_log.listener = trackers.log
+        trainer.run_log.listener, trainer.run_log.reader = trackers.log, trackers.log_completions

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import accuracy_by_kind, composition, eligibility, rollout_metrics, wrong_example
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, reward_means, rollout_metrics, wrong_example
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
 from zppo.errors import MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
+from zppo.rollout.rewards import CALLS, METRIC
 from zppo.rollout.run_data import RunData
 from zppo.rollout.step_parts import Parts
 from zppo.rollout.student import StudentSampler
@@ -32,6 +33,8 @@ MISSED = {
     "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
     "judge_unreachable": "judge calls without a reply (ungraded)",
     "judge_malformed": "judge replies that were no verdict (wrong)",
+    "reward_timeouts": "completions without a reward in time (ungraded)",
+    "reward_without": "completions that no reward function applied to (ungraded)",
     "too_long": "prompts over the context",
 }
 """Metrics of what a step had to do without, in words; the closing table sums them."""
@@ -166,7 +169,8 @@ class Trainer:
     def log_evaluation(self, event: str, result: Evaluation, groups: Sequence[Group], log: StepLog) -> None:
         """Its completions and a line of metrics.jsonl: `event` is eval, or final where the student was loaded from final/."""
         self.processes.gather_log(log)
-        log.metrics = asdict(result) | {name: n for name, n in log.counts.items() if name != "graded_answers"}
+        counts = {name: n for name, n in _counts(log).items() if name != "graded_answers"}
+        log.metrics = asdict(result) | _reward_metrics(groups, log) | counts
         self.run_log.held_out(self.done, event, groups, show=self.student.renderer.chat.show_short)
         self.run_log.metrics(self.done, event, log.metrics)
 
@@ -299,7 +303,8 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "replayed_questions": len(rollouts.replayed),
         "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
         **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
-        **_by_gold(log.counts),
+        **_reward_metrics(groups, log),
+        **_by_gold(_counts(log)),
         "rollouts": sum(len(g.rollouts) for g in groups),
         "student_tokens": tokens,
         "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
@@ -307,6 +312,19 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }
+
+
+def _reward_metrics(groups: Sequence[Group], log: StepLog) -> dict[str, dict[str, float]]:
+    """What the user's reward functions gave, and what they reported, by name; nothing where there are none."""
+    means = reward_means([r for g in groups for r in g.rollouts])
+    sums = {name.removeprefix(METRIC): value or 0.0 for name, value in log.counts.items() if name.startswith(METRIC)}
+    reported = {name: value / (log.counts.get(CALLS + name) or 1.0) for name, value in sums.items()}
+    return {name: values for name, values in (("rewards", means), ("reward_metrics", reported)) if values}
+
+
+def _counts(log: StepLog) -> dict[str, float | None]:
+    """The counts of a step, without those that `_reward_metrics` makes means of."""
+    return {name: n for name, n in log.counts.items() if not name.startswith((METRIC, CALLS))}
 
 
 def _by_gold(counts: Mapping[str, float | None]) -> dict[str, Any]:

@@ -41,8 +41,9 @@ ROWS_FILE = "train.parquet"
 PICTURES = "images"
 _SCRATCH = "download.partial"
 _PARTIAL = ".partial"
-_COMMIT_ROWS = 2000
+_COMMIT_ROWS = 500
 _WRITE_ROWS = 4096
+_OTHER = "another mapping or tokenizer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +92,38 @@ def build_corpus(
     asked = _asked(mapping, length)
     if (done := _finished(out, asked)) is not None:
         return done
+    revisions: dict[str, str] = {}
+    if (out / STATE).exists():  # one that goes on keeps to the commits that it was begun with
+        with closing(DrawState(out)) as state:
+            _check_same(state, "asked", asked, out, _OTHER)
+            revisions = state.fact("revisions") or {}
+    # All sources are opened, and the columns of all files looked at, before anything is written.
+    opened = {name: _open_source(mapping, name, local, revisions, out / _SCRATCH, display) for name in mapping.sources}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error.strerror}): name another folder with --out") from error
     with closing(DrawState(out)) as state:
-        _check_same(state, "asked", asked, out, "another mapping or tokenizer")
-        build = _Build(mapping, out, state, length, display)
-        sources = build.sources(local)
+        _check_same(state, "asked", asked, out, _OTHER)
+        _check_same(state, "revisions", {name: shelf.revision for name, (shelf, _) in opened.items()}, out, "other copies of the sources")
+        for name, (_, shards) in opened.items():
+            _check_same(state, f"files {name}", [[shard.path, shard.rows] for shard in shards], out, f"other files of {name}")
+        build = _Build(mapping, out, state, length, display, opened)
         for name in mapping.sources:
             build.read(name)
-        manifest = build.finish(asked, sources)
-    (out / STATE).unlink(missing_ok=True)
+        manifest = build.finish(asked)
+    DrawState.remove(out)
     return manifest
+
+
+def _open_source(
+    mapping: CorpusMapping, name: str, local: Mapping[str, Path], revisions: Mapping[str, str], scratch: Path, display: BuildDisplay
+) -> tuple[Shelf, list[Shard]]:
+    source = mapping.sources[name]
+    shelf: Shelf = (
+        LocalShelf(local[name]) if name in local else HubShelf(source.repository, revisions.get(name) or source.revision, scratch)
+    )
+    return shelf, list_shards(shelf, source, display.say)
 
 
 def _asked(mapping: CorpusMapping, length: PromptLength | None) -> dict[str, Any]:
@@ -135,38 +155,27 @@ def _finished(out: Path, asked: dict[str, Any]) -> CorpusManifest | None:
         raise DataError(f"{out}: holds a corpus that was built with another mapping or tokenizer; name another folder with --out")
     if not (out / ROWS_FILE).is_file():
         raise DataError(f"{out}: has a {MANIFEST} and no {ROWS_FILE}; remove the folder and build again")
-    (out / STATE).unlink(missing_ok=True)  # a build that was killed at its very end
+    DrawState.remove(out)  # of a build that was killed at its very end
     return manifest
 
 
 class _Build:
-    def __init__(self, mapping: CorpusMapping, out: Path, state: DrawState, length: PromptLength | None, display: BuildDisplay) -> None:
+    def __init__(
+        self,
+        mapping: CorpusMapping,
+        out: Path,
+        state: DrawState,
+        length: PromptLength | None,
+        display: BuildDisplay,
+        opened: Mapping[str, tuple[Shelf, list[Shard]]],
+    ) -> None:
         self._mapping, self._out, self._state, self._length, self._display = mapping, out, state, length, display
-        self._shelves: dict[str, tuple[Shelf, list[Shard]]] = {}
-        self._done = self._total = 0
-
-    def sources(self, local: Mapping[str, Path]) -> dict[str, SourceFacts]:
-        """Opens all sources before a row is read, so that what is missing is said at once."""
-        facts = {}
-        for name, source in self._mapping.sources.items():
-            shelf: Shelf
-            if name in local:
-                shelf = LocalShelf(local[name])
-            else:
-                shelf = HubShelf(source.repository, self._state.fact(f"revision {name}") or source.revision, self._out / _SCRATCH)
-                self._state.keep_fact(f"revision {name}", shelf.revision)
-            shards = list_shards(shelf, source, self._display.say)
-            files = [[shard.path, shard.rows] for shard in shards]
-            _check_same(self._state, f"files {name}", [shelf.revision, files], self._out, f"other files of {name}")
-            self._shelves[name] = shelf, shards
-            self._total += sum(shard.rows for shard in shards)
-            where = source.repository if shelf.revision else "local copy"
-            facts[name] = SourceFacts(where=where, revision=shelf.revision, files=len(files), rows=sum(shard.rows for shard in shards))
-        return facts
+        self._opened = opened
+        self._done, self._total = 0, sum(shard.rows for _, shards in opened.values() for shard in shards)
 
     def read(self, name: str) -> None:
         """Goes over a source from where it was left."""
-        shelf, shards = self._shelves[name]
+        shelf, shards = self._opened[name]
         source = self._mapping.sources[name]
         for shard in shards:
             start = self._state.row_of(name, shard.path)
@@ -259,16 +268,22 @@ class _Build:
         for gone in self._state.commit(name, path, row):
             (self._out / gone).unlink(missing_ok=True)
 
-    def finish(self, asked: dict[str, Any], sources: dict[str, SourceFacts]) -> CorpusManifest:
+    def finish(self, asked: dict[str, Any]) -> CorpusManifest:
         """Writes what the draw has come to; whole or not at all, the manifest last."""
-        self._clean()
-        digest = _write_rows(self._state, self._out / ROWS_FILE)
-        manifest = manifest_of(self._mapping, self._state, asked, sources, digest)
+        sources = {name: self._facts(name) for name in self._opened}
+        manifest = manifest_of(self._mapping, self._state, asked, sources)
         if not manifest.rows:
             raise DataError(f"{self._out}: no row of the sources fits; {manifest.why_empty()}")
+        self._clean()
+        manifest = manifest.model_copy(update={"rows_sha256": _write_rows(self._state, self._out / ROWS_FILE)})
         write_text(self._out / "README.md", card(manifest, ROWS_FILE))
         write_text(self._out / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         return manifest
+
+    def _facts(self, name: str) -> SourceFacts:
+        shelf, shards = self._opened[name]
+        where = self._mapping.sources[name].repository if shelf.revision else "local copy"
+        return SourceFacts(where=where, revision=shelf.revision, files=len(shards), rows=sum(shard.rows for shard in shards))
 
     def _clean(self) -> None:
         """Removes pictures that no row has, which kills and the draw may leave. DataError where one is missing that a row has."""

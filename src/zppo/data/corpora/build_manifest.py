@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zppo.core.types import JUDGE
@@ -85,7 +86,7 @@ class CorpusManifest(_Record):
     judged: int
     ceiling: int
     paper: PaperCounts | None
-    rows_sha256: str
+    rows_sha256: str = ""
 
     @classmethod
     def read(cls, path: Path) -> CorpusManifest:
@@ -102,18 +103,13 @@ class CorpusManifest(_Record):
     def why_empty(self) -> str:
         """For a message: what became of the rows."""
         reasons = [f"{n:,} rows of {source}: {REASONS[reason]}" for source, of in self.dropped.items() for reason, n in of.items()]
-        names = ", ".join(repr(entry.name) for entry in self.unused[:_SHOWN_NAMES])
-        return "; ".join(reasons or ["they have none"]) + (f" (names: {names}). Mend the mapping (--mapping)" if names else "")
+        names = ", ".join(repr(entry.name) for entry in self.unused if entry.why == REASONS[UNLISTED])
+        mend = f"; unlisted are {names[:200]}" if names else ""
+        return "; ".join(reasons or ["they have none"]) + f"{mend}. Mend the mapping (--mapping)"
 
 
-def manifest_of(
-    mapping: CorpusMapping, state: DrawState, asked: dict[str, Any], sources: dict[str, SourceFacts], digest: str
-) -> CorpusManifest:
-    """The manifest of what a draw has come to.
-
-    Args:
-        digest: SHA-256 of the file of rows.
-    """
+def manifest_of(mapping: CorpusMapping, state: DrawState, asked: dict[str, Any], sources: dict[str, SourceFacts]) -> CorpusManifest:
+    """The manifest of what a draw has come to, without the digest of the file of rows."""
     counts, kept = state.counted(), state.drawn("subset")
     subsets = []
     for subset, source in mapping.owners.items():
@@ -139,7 +135,6 @@ def manifest_of(
         judged=state.drawn("grading").get(JUDGE, 0),
         ceiling=sum(facts.cap for facts in subsets),
         paper=mapping.paper,
-        rows_sha256=digest,
     )
 
 
@@ -174,7 +169,7 @@ def print_manifest(manifest: CorpusManifest, console: Console) -> None:
 
     reasons = Table("what becomes of a row", title="Rows by reason", title_justify="left")
     for source in manifest.sources:
-        reasons.add_column(source, justify="right")
+        reasons.add_column(escape(source), justify="right")
     reasons.add_row("rows", *(f"{facts.rows:,}" for facts in manifest.sources.values()))
     for reason, what in REASONS.items():
         found = [of.get(reason, 0) for of in manifest.dropped.values()]
@@ -207,17 +202,17 @@ def _numbers(name: str, subsets: list[SubsetCounts]) -> list[str]:
         [facts.kept for facts in subsets],
         [facts.cap for facts in subsets],
     )
-    return [name, *(f"{sum(column):,}" for column in columns)]
+    return [escape(name), *(f"{sum(column):,}" for column in columns)]
 
 
 def _remarks(manifest: CorpusManifest) -> list[str]:
     said = []
-    if empty := manifest.empty():
-        said.append(f"[yellow]no source has a row of {', '.join(empty)}: look for their names among those below, and mend the mapping[/]")
+    if empty := escape(", ".join(manifest.empty())):
+        said.append(f"[yellow]no source has a row of {empty}: look for their names among those below, and mend the mapping[/]")
     if unlisted := [entry for entry in manifest.unused if entry.why == REASONS[UNLISTED]]:
         names = ", ".join(f"{entry.name or '(none)'} ({entry.rows:,})" for entry in unlisted[: _SHOWN_NAMES * 2])
         more = f" and more in {MANIFEST}" if len(unlisted) > _SHOWN_NAMES * 2 else ""
-        said.append(f"names of sub-sets that the mapping does not list: {names}{more}".replace("[", r"\["))
+        said.append(f"names of sub-sets that the mapping does not list: {escape(names)}{more}")
     if manifest.judged:
         said.append(f"{manifest.judged:,} of the rows want a judge (grading: judge); a run on them needs judge.model or teacher.model")
     if manifest.asked.get("tokenizer") is None:

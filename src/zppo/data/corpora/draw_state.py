@@ -78,6 +78,12 @@ class DrawState:
         """Leaves what was not committed behind."""
         self._db.close()
 
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Removes the state of a build that is done; a kill may leave SQLite's journal beside it."""
+        for name in (STATE, f"{STATE}-journal"):
+            (folder / name).unlink(missing_ok=True)
+
     def fact(self, name: str) -> Any:
         """A value that `keep_fact` kept; None where there is none."""
         found = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from zppo.core.draws import draw_key
 from zppo.core.types import IMAGE, JUDGE, RULE
 from zppo.data.conversations import parsed
 from zppo.data.corpora.mapping import CorpusFilters, CorpusSource, Kind, Names
+from zppo.data.local_files import Place
+from zppo.data.rows import question_from_row
 from zppo.errors import DataError
 from zppo.images.store import check_whole, header_of
 
@@ -25,6 +29,7 @@ NO_PASS_RATE = "no_pass_rate"
 PASS_RATE = "pass_rate"
 KIND = "kind"
 LONG_ANSWER = "long_answer"
+UNREADABLE = "unreadable"
 PLACES = "places"
 NO_IMAGE = "no_image"
 BROKEN_IMAGE = "broken_image"
@@ -39,21 +44,26 @@ REASONS: dict[str, str] = {
     OTHER_SOURCE: "sub-set taken from another source",
     NO_TEXT: "text that is no UTF-8",
     NO_QUESTION: "no question",
+    UNSHOWABLE: "question with a model's own token for pictures",
     NO_ANSWER: "no answer",
     KIND: "kind of answer that is left out",
     NO_PASS_RATE: "no pass rate",
     PASS_RATE: "pass rate too high",
     LONG_ANSWER: "answer too long",
+    UNREADABLE: "question or answer that a run cannot read",
     NO_IMAGE: "no picture",
     PLACES: "places for pictures without one",
     BROKEN_IMAGE: "picture broken or too large",
     SMALL_IMAGE: "picture too small",
     DUPLICATE: "question and picture seen before",
     LONG_PROMPT: "prompt too long",
-    UNSHOWABLE: "prompt that the model cannot be shown",
     CAP: "over the cap",
 }
 """Why a row is not in the corpus, in the order in which it is looked at."""
+
+
+# The tokens that stand for pictures in models' own vocabularies: a text with one of them would stop a run.
+_MEDIA = re.compile(r"<\|\w*(?:image|video|audio|vision)\w*\|>", re.IGNORECASE)
 
 
 class MisfitError(Exception):
@@ -70,7 +80,7 @@ class CorpusRow(NamedTuple):
     Attributes:
         key: of its question and pictures; equal ones are duplicates.
         rank: a keyed draw over the same; the lowest of a sub-set are kept.
-        answer: a text; several right answers are `{"ground_truth": [...]}` in JSON, which `answer_list` says how to read.
+        answer: a text; several right answers are a list of texts in JSON, and `answer_list` says what they mean.
         pictures: the image files' bytes.
     """
 
@@ -111,6 +121,8 @@ def fit_row(cell: Cell, name: str, source: CorpusSource, subset: str, filters: C
     prompt = _first(cell, columns.question)
     if not isinstance(prompt, str) or not prompt.replace(IMAGE, "").strip():
         raise MisfitError(NO_QUESTION)
+    if _MEDIA.search(prompt):
+        raise MisfitError(UNSHOWABLE)
     kind = _kind(cell, source)
     raw = _text(_first(cell, columns.answer))
     if not raw:
@@ -121,6 +133,7 @@ def fit_row(cell: Cell, name: str, source: CorpusSource, subset: str, filters: C
     if len(raw) > filters.max_answer_characters:
         raise MisfitError(LONG_ANSWER)
     answer, how = _answer(raw, kind)
+    _check_readable(prompt, answer, how)
     pictures = _pictures(_first(cell, columns.images))
     if prompt.count(IMAGE) not in (0, len(pictures)):
         raise MisfitError(PLACES)
@@ -197,7 +210,31 @@ def _answer(raw: str, kind: Kind | None) -> tuple[str, str | None]:
         raise MisfitError(NO_ANSWER)
     if len(items) < 2:
         return (items[0] if items else raw), None
-    return json.dumps({"ground_truth": items}, ensure_ascii=False), kind
+    return json.dumps(items, ensure_ascii=False), kind
+
+
+class _Written(NamedTuple):
+    """The columns of the corpus, which are those that `data.columns` has by default."""
+
+    prompt: str = "prompt"
+    messages: str = "messages"
+    answer: str = "answer"
+    images: str = "images"
+    id: str = "id"
+    level: str = "level"
+    grading: str = "grading"
+    answer_list: str = "answer_list"
+    choices: str = "choices"
+    extra: tuple[str, ...] = ()
+
+
+def _check_readable(prompt: str, answer: str, how: str | None) -> None:
+    """Whether a run reads the row as it will be written: one that it cannot read would stop it."""
+    try:
+        row = {"id": "row", "prompt": prompt, "answer": answer, "answer_list": how}
+        question_from_row(row, _Written(), Place("the corpus", "row", 1, Path()))
+    except DataError:
+        raise MisfitError(UNREADABLE) from None
 
 
 def _pictures(value: object) -> tuple[bytes, ...]:

@@ -13,9 +13,6 @@ from ruamel.yaml.error import YAMLError
 
 from zppo.errors import DataError, one_line
 
-CORPORA = ("zppo-77k",)
-"""The corpora that are known by name; each has a mapping of that name beside this file."""
-
 _MOST_BYTES = 1 << 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ _BUFFER = 1 << 20  # of a column that is read; without one pyarrow holds the who
 _FOOTERS_AT_ONCE = 8
 _ENDING = ".parquet"
 _SHOWN = 12
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # other errors of a download are the network's
 
 
 class Shard(NamedTuple):
@@ -62,16 +64,20 @@ class Shelf(Protocol):
 
 
 class LocalShelf:
-    """A copy of the set in a folder, laid out in any way."""
+    """A copy of the set in a folder, laid out in any way, or in one file."""
 
     revision = ""
 
     def __init__(self, folder: Path) -> None:
-        self.where, self._folder = str(folder), folder
-        if not folder.is_dir():
+        self.where, self._folder, self._paths = str(folder), folder, []
+        if folder.is_file():
+            self._folder, self._paths = folder.parent, [folder.name]
+        elif not folder.is_dir():
             raise DataError(f"{folder}: is no folder; name the folder that a copy of the set lies in")
 
     def paths(self) -> list[str]:
+        if self._paths:
+            return self._paths
         found = (p for p in self._folder.rglob(f"*{_ENDING}") if p.is_file() and not p.name.startswith("."))
         return sorted(p.relative_to(self._folder).as_posix() for p in found)
 
@@ -129,7 +135,7 @@ class HubShelf:
         try:
             got = hf_hub_download(self._repository, path, revision=self.revision, repo_type="dataset", local_dir=self._scratch)
         except Exception as error:  # as many kinds as a network has
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, OSError) and error.errno in _DISK:
                 raise StorageError(f"{self._scratch / path} cannot be written ({error.strerror}): make space, then go on") from error
             raise DataError(
                 f"{self.where}, {path}: cannot be downloaded ({type(error).__name__}: {one_line(error)}); the same command goes on"
@@ -168,9 +174,8 @@ def _shard(shelf: Shelf, path: str, source: CorpusSource) -> Shard:
     except DataError:
         raise
     except Exception as error:  # broken files fail in many ways
-        raise DataError(
-            f"{shelf.where}, {path}: cannot be read as parquet ({type(error).__name__}: {one_line(error)}); download it again"
-        ) from error
+        mend = "try again" if shelf.revision else "download it again"
+        raise DataError(f"{shelf.where}, {path}: cannot be read as parquet ({type(error).__name__}: {one_line(error)}); {mend}") from error
     columns = source.columns
     for name, wanted in needed(columns).items():
         if not any(_has(schema, column) for column in wanted):

@@ -33,7 +33,7 @@ from zppo.evals.benchmark import Benchmark, HubDataset
 from zppo.evals.item import Item, Kind
 from zppo.grading.golds import bare_items
 from zppo.grading.text import normalise
-from zppo.names import load_object, readable
+from zppo.names import check_file, load_object, readable
 
 YAML_ENDINGS = (".yaml", ".yml")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
@@ -153,6 +153,7 @@ def _from_file(path: Path, code_too: bool) -> Benchmark:
 
 
 def _read(path: Path) -> tuple[str, OwnSettings]:
+    check_file(path, SettingsError)
     try:
         text = readable(path).read_text(encoding="utf-8-sig")
         data = parse_yaml(text)

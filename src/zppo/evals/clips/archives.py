@@ -14,6 +14,7 @@ from typing import IO, NamedTuple
 from zppo.errors import DataError, StorageError, one_line
 from zppo.evals.adapters.row import PICTURES
 from zppo.evals.clips.places import CLIPS
+from zppo.names import check_file
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 WANTED = CLIPS | PICTURES | {".srt"}
@@ -61,6 +62,7 @@ def unpack(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> 
         DataError: it cannot be read, an entry leads out of the folder, or it unpacks to more than an archive of clips can.
         StorageError: the folder cannot be written, or has no room.
     """
+    check_file(archive, DataError)
     bounds = limits or ArchiveLimits()
     most = max(bounds.floor, int(archive.stat().st_size * bounds.ratio))
     written = count = 0

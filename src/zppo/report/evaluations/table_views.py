@@ -176,5 +176,5 @@ def table_command(
         place.write_text(made, encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"{place} cannot be written ({error.strerror or error}): name another file with --output") from error
-    console.print(Text(f"written to {place}"), soft_wrap=True)
+    console.print(Text(f"written to {place.absolute()}"), soft_wrap=True)
     return tables

@@ -8,7 +8,7 @@ const CLASS_WORDS = {
   "bcq:wrong:positive": "BCQ wrong, though the answer is the right candidate's", "bcq:wrong:negative": "BCQ wrong, follows the wrong candidate",
   "bcq:wrong:other": "BCQ wrong, an answer of its own", "bcq:wrong:none": "BCQ wrong, without an answer",
   "ncq:right:positive": "NCQ right, with the teacher's answer", "ncq:right:negative": "NCQ right, though the answer was listed as wrong",
-  "ncq:right:other": "NCQ right, no teacher's answer to compare", "ncq:right:none": "NCQ right, without an answer",
+  "ncq:right:other": "NCQ right, with none of the teacher's answers", "ncq:right:none": "NCQ right, without an answer",
   "ncq:wrong:positive": "NCQ wrong, though the answer is the teacher's", "ncq:wrong:negative": "NCQ repeats a listed wrong answer",
   "ncq:wrong:other": "NCQ wrong, a new answer", "ncq:wrong:none": "NCQ wrong, without an answer",
   "held-out:right": "held-out, right at the last evaluation", "held-out:wrong": "held-out, wrong at the last evaluation",
@@ -310,7 +310,7 @@ function promptNode(text, audit) {
 function rolloutNode(r, i, group, prompt) {
   const verdict = r.graded ? (r.correct ? "right" : "wrong") : "none";
   const which = (r.class ?? "").split(":")[2];
-  const facts = [r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}`, r.advantage === null ? null : `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
+  const facts = [r.reason === "reward" ? null : r.reason, MATCH_WORDS[group.kind]?.[which], `reward ${r.reward}${r.rewards ? ` (${r.rewards})` : ""}`, r.notes, r.advantage === null ? null : `advantage ${r.advantage}`, `${count(r.completion_tokens)} tokens${r.truncated ? ", cut by the limit" : ""}`, r.entropy === null ? null : `entropy ${r.entropy}`];
   const body = el("div", { class: "completion" }), thinkOpen = prompt.lastIndexOf("<think>") > prompt.lastIndexOf("</think>");
   const fill = () => {
     if (r.completion === null) body.replaceChildren(el("p", { class: "facts" }, "left out of this page to keep it small; zppo inspect shows it"));

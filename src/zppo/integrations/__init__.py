@@ -1,0 +1,1 @@
+"""The method inside trainers of others: `zppo.integrations.trl`."""
