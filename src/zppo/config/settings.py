@@ -180,8 +180,7 @@ class DataSettings(Section):
         0,
         ge=0,
         le=16,
-        description="training questions that every prompt shows with their answers, or worked solutions, before its own; drawn once by the "
-        "seed, and not trained on",
+        description="training questions that every prompt shows, with their answers, before its own; drawn by the seed, not trained on",
     )
     max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
     limit: int | None = Field(None, ge=1, description="use the first N training questions only; of several sources the first N of each")

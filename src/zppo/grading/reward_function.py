@@ -104,7 +104,7 @@ class RewardFunction:
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
 
     def __call__(self, completion: str, question: Question, think_open: bool = False) -> Verdict:
-        """The verdict of a function that is not async on one completion; its answer is found as the rules find it unless the function names another.
+        """The verdict of a function that is not async on one completion; it has the answer that the rules find, or the function names.
 
         Raises:
             RewardError: the function raised, or returned something that is no reward, NaN and infinity included.
