@@ -490,6 +490,28 @@ def _(w: World) -> None:
     w.set("data.max_prompt_tokens", 5)
 
 
+@case("more examples than there are questions for")
+def _(w: World) -> None:
+    w.set("data.examples", 9)
+
+
+@case("a column of worked solutions that is not there")
+def _(w: World) -> None:
+    w.set("data.examples", 1)
+    w.set("data.columns.solution", "steps")
+
+
+@case("an example whose answer cannot be read")
+def _(w: World) -> None:
+    w.set("data.examples", 1)
+    w.set("grading.answer_from", "(?:so|thus) ([a-z]+)")
+
+
+@case("a place of the answer that is none")
+def _(w: World) -> None:
+    w.set("grading.answer_from", "boxes")
+
+
 @case("images, and a student that reads text only")
 def _(w: World) -> None:
     w.write("a.png", picture())

@@ -219,12 +219,12 @@ FINE: dict[str, Any] = {
 def test_each_watch_warns_with_advice(change: dict[str, Any], said: str) -> None:
     (text,) = HealthChecks(own_reward=False).advice(3, {**FINE, **change})
     assert text.startswith("step 3: ") and said in text
-    assert any(word in text for word in ("Raise", "Look at", "Say it"))
+    assert any(word in text for word in ("Raise", "Look at", "Ask for"))
 
 
 def test_advice_for_a_student_that_never_boxes_names_what_helps() -> None:
     (text,) = HealthChecks(own_reward=False).advice(3, {**FINE, "no_answer_share": 1.0})
-    for way in ("prompts.closing", "messages", "student.template", "grading.reward"):
+    for way in ("prompts.closing", "data.examples", "student.template", "grading.answer_from", "grading.reward"):
         assert way in text
     assert "max_new_tokens" not in text  # nothing was cut off
 

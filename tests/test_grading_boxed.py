@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from test_judge import WRONG, answered, ask, grade, make_judge, make_settings
 from zppo.grading import Grader, extract_boxed, normalise
+from zppo.grading.answer_form import AFTER_THOUGHTS, ANYWHERE, AnswerForm
 from zppo.rollout.grading import Scorer, rule_grading
 
 
@@ -150,19 +151,19 @@ CUT = "<think>It is \\boxed{Paris}, since"
 @pytest.mark.parametrize(("box", "right"), [("after-thoughts", False), ("anywhere", True)])
 def test_the_last_box_of_the_whole_response_is_a_setting(box: str, right: bool, tmp_path: Path) -> None:
     """By rule, by a reward function, by the judge's short cut; what the judge reads does not change."""
-    settings = make_settings(grading={"box": box})
+    settings = make_settings(grading={"answer_from": box})
     ruled = answered(CUT, ask(grading="rule"))
     opened = answered(CUT.removeprefix("<think>"), ask(grading="rule"), think_open=True)
-    for score in (settings, make_settings(grading={"box": box, "reward": f"{tmp_path / 'reward.py'}:score"})):
+    for score in (settings, make_settings(grading={"answer_from": box, "reward": f"{tmp_path / 'reward.py'}:score"})):
         (tmp_path / "reward.py").write_text("def score(completion, question):\n    return 'Paris' in completion\n", encoding="utf-8")
         with rule_grading(score) as rule:
             for given in (ruled, opened):
-                (verdict,) = grade(Scorer(rule, anywhere=score.grading.anywhere), [given])
+                (verdict,) = grade(Scorer(rule, form=score.answer_form), [given])
                 assert verdict.answer == ("Paris" if right else None)
                 assert verdict.correct == (right or score.grading.reward is not None)
     with rule_grading(settings) as rule:
         judge, model = make_judge(WRONG)
-        scorer = Scorer(rule, judge, settings.grading.anywhere)
+        scorer = Scorer(rule, judge, settings.answer_form)
         first, second = grade(scorer, [answered(CUT), answered(CUT.replace("Paris", "the city"))])
         assert (first.correct, first.reason) == ((True, "equal") if right else (False, "judge wrong"))
         assert second.answer == ("the city" if right else None) and len(model.requests) == (1 if right else 2)
@@ -170,5 +171,6 @@ def test_the_last_box_of_the_whole_response_is_a_setting(box: str, right: bool, 
 
 
 def test_a_grader_that_is_copied_reads_boxes_as_before() -> None:
-    for anywhere in (False, True):
-        assert pickle.loads(pickle.dumps(Grader(anywhere=anywhere))).grade(CUT, "Paris").correct == anywhere
+    for place in (AFTER_THOUGHTS, ANYWHERE):
+        copy = pickle.loads(pickle.dumps(Grader(form=AnswerForm(place))))
+        assert copy.grade(CUT, "Paris").correct == (place == ANYWHERE)

@@ -26,7 +26,7 @@ from zppo.core.metrics import wrong_example
 from zppo.core.types import Golds, Group, Message, Prompt, Question, Rollout
 from zppo.engines.base import Sampling
 from zppo.grading import Grader, has_gold_words
-from zppo.grading import grader as grader_module
+from zppo.grading import answer_form as form_module
 from zppo.grading.golds import bare_items
 from zppo.grading.grader import TimeOuts
 from zppo.grading.text import extract_boxed
@@ -396,7 +396,7 @@ def test_a_run_whose_golds_cannot_match_says_so_before_and_after(
     rows = [{"prompt": f"What is {i} plus 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(20)]
     (tmp_path / "several.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     # A random model boxes nothing: everything that it writes counts as 5.
-    monkeypatch.setattr(grader_module, "extract_boxed", lambda text, think_open: "5")
+    monkeypatch.setattr(form_module, "extract_boxed", lambda text, think_open, anywhere: "5")
     options = [
         "--grading.reward=null",
         "--method=grpo",

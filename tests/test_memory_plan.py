@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
+    AutoTokenizer,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,8 +39,9 @@ from zppo.errors import ModelError
 from zppo.models.lora import add_adapters
 from zppo.models.student_model import recompute_layers
 from zppo.planning.dry_run import memory_rows
-from zppo.planning.memory import GIB, Machine, Memory, _pick, activations_per_token, estimate, find_machine, within
+from zppo.planning.memory import GIB, Machine, Memory, _pick, activations_per_token, estimate, find_machine, prompt_tokens, within
 from zppo.planning.model_shapes import DecoderShape, shape_of
+from zppo.prompts import PromptBook
 
 pytestmark = pytest.mark.slow
 
@@ -237,7 +241,8 @@ def test_lengths_follow_the_settings_and_the_questions(folder: Path) -> None:
     assert estimated(folder, "--method=grpo").longest == 128
     assert estimated(folder, "--train.tokens_per_microbatch=10").tokens == base.longest
     assert estimated(folder, "--train.minibatches=3", "--method=grpo").tokens == 128 * 4 * 3
-    assert (base.rows, estimated(folder, "--rollout.max_rows=5").rows) == (40, 5)
+    assert (estimated(folder, "--method=grpo-replay").rows, estimated(folder, "--rollout.max_rows=5").rows) == (40, 5)
+    assert base.rows == 8 and base.row == base.widest  # reformulated ones, which are longer
     short = [Question("q", (Message("user", "é" * 10),), "1")]
     assert within(settings(folder, "--data.max_prompt_tokens=4096"), short).data.max_prompt_tokens == 320
     assert within(settings(folder), short).data.max_prompt_tokens == 64
@@ -245,6 +250,66 @@ def test_lengths_follow_the_settings_and_the_questions(folder: Path) -> None:
     assert within(settings(folder), short, 10**6).rollout.batch_size == settings(folder).rollout.batch_size
     wide = estimated(folder, "--method=off-distill")
     assert wide.logits / wide.tokens > 4 * base.logits / base.tokens
+
+
+def test_a_micro_batch_holds_what_a_minibatch_has(folder: Path, tmp_path: Path) -> None:
+    """No more rows than there are, reformulated ones where there are some; prompts that are shared count once; no logits of prompts."""
+    made("qwen3").save_pretrained(tmp_path / "plain")
+    own = (f"--student.model={tmp_path / 'plain'}", "--train.minibatches=1", "--train.tokens_per_microbatch=100000")
+    apart = estimated(folder, *own, "--method=grpo", "--train.share_prompts=off")
+    assert apart.tokens == 8 * 4 * 128  # all rows of the step, whatever the budget
+    shared = estimated(folder, *own, "--method=grpo")
+    assert shared.tokens == 8 * 2 * (64 + 2 * 64) and shared.logits < apart.logits and shared.activations < apart.activations
+    assert estimated(folder, *own, "--method=grpo", gpu=True).tokens == apart.tokens  # auto shares on a CPU
+    chosen = settings(folder, *own, "--method=grpo", "--train.share_prompts=off")
+    known = estimate(chosen, gpu=False, shortest=40)
+    assert isinstance(known, Memory) and known.logits == apart.logits * (128 - 40) // 128
+    helped = estimated(folder, *own, "--train.share_prompts=off", "--train.tokens_per_microbatch=2000")
+    assert helped.tokens == 2000 // helped.longest * helped.longest
+    # A candidate is no longer than what it shortens.
+    capped = estimated(folder, "--teacher.compression.max_new_tokens=4000")
+    assert capped.longest == 64 + 4 * 64 + 300 + 64
+
+
+def test_prompts_are_as_long_as_those_of_the_data(folder: Path, tmp_path: Path) -> None:
+    make_tiny(tmp_path / "student")
+    chosen = settings(folder, f"--student.model={tmp_path / 'student'}", "--data.max_prompt_tokens=4096", "--prompts.closing=boxed")
+    asked = [Question(f"q{i}", (Message("user", "What is 3 plus 4? " * i),), "7") for i in (1, 5, 9)]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    real = [
+        len(
+            tokenizer.apply_chat_template([m._asdict() for m in PromptBook(chosen.prompts).plain(q)], add_generation_prompt=True)[
+                "input_ids"
+            ]
+        )
+        for q in asked
+    ]
+    low, high = prompt_tokens(chosen, asked)
+    assert low <= real[0] and real[-1] <= high <= real[-1] + 64
+    shown = (Message("user", "What is 3 plus 4?"), Message("assistant", "7"))
+    assert within(chosen, asked, 3, shown).data.max_prompt_tokens > within(chosen, asked, 3).data.max_prompt_tokens == high
+    assert within(chosen, asked, 3).zone.rho_replay == 0  # every question is new in every step
+    (tmp_path / "student" / "tokenizer.json").write_text("{")
+    assert prompt_tokens(chosen, asked)[0] == 0 and prompt_tokens(chosen, asked)[1] > high
+
+
+def test_the_peak_of_a_run_is_within_its_estimate(tmp_path: Path) -> None:
+    """A student whose activations are much: the closing table's own figures, of a process of its own."""
+    make_tiny(tmp_path / "student", hidden_size=256, intermediate_size=1024, num_hidden_layers=6, head_dim=64, merges=150)
+    rows = [{"prompt": f"What is {i} plus {j}?", "answer": i + j} for i in range(4) for j in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "reward.py").write_text("def reward(completion, question):\n    return float(len(completion) % 2)\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "student: {model: student}\nmethod: grpo\ndata: {train: q.jsonl}\ngrading: {reward: reward.py:reward}\n"
+        "rollout: {batch_size: 8, group_size: 8, max_new_tokens: 64}\n"
+        "train: {steps: 1, minibatches: 1, device: cpu, checkpoint_every: 0, share_prompts: 'off'}\n"
+    )
+    command = [sys.executable, "-m", "zppo", "train", str(tmp_path / "recipe.yaml"), f"--output={tmp_path / 'run'}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"peak memory of this process: ([\d.]+) GiB; ([\d.]+) GiB at most", said)
+    assert found, said
+    measured, guess = map(float, found.groups())
+    assert 0.2 < measured < guess < 3 * measured, (measured, guess)
 
 
 def verdict(chosen: Settings, machine: Machine) -> str:

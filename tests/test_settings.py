@@ -240,6 +240,7 @@ OF_OLDER_RUNS: dict[str, Any] = {
     "advantage.eps": 1e-08,
     "rollout.vllm.wait": 240.0,
     "rollout.vllm.model_impl": "auto",
+    "grading.box": "after-thoughts",
 }
 
 

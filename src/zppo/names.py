@@ -14,6 +14,7 @@ import pickle
 import re
 import stat
 import sys
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,10 @@ def scheme_of(name: str) -> str:
     """The scheme of `<scheme>:<rest>`; "" of a path, an address or a name on the hub."""
     found = _SCHEME.match(name)
     return found[1] if found else ""
+
+
+CLOSINGS: Mapping[str, str] = {"think-boxed": "after-thoughts", "boxed": "anywhere", "answer-line": "line"}
+"""Closing instructions that come with zppo, by what a recipe calls them, and where the answers stand that they ask for."""
 
 
 def model_folder(name: str) -> str:

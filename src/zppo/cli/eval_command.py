@@ -130,7 +130,8 @@ def _eval(options: argparse.Namespace) -> None:
 
     if options.files:
         raise SettingsError(f"zppo eval takes one model; {', '.join(map(str, options.files))} too many")
-    given = {field.name: getattr(options, field.name) for field in fields(EvalOptions) if field.name != "judge_prompts"}
+    given = {field.name: getattr(options, field.name) for field in fields(EvalOptions) if hasattr(options, field.name)}
+    given.pop("judge_prompts", None)
     given["samples"] = read_samples(options.samples)
     given["template_args"] = None if options.template_args is None else read_template_args(options.template_args)
     evaluate_benchmarks(EvalOptions(**given, judge_prompts=judge_prompts(options.judge_prompt)))

@@ -98,16 +98,21 @@ def _train(options: argparse.Namespace) -> None:
 
         from zppo.distributed.launcher import rank_of
         from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
-        from zppo.planning.memory import within
-        from zppo.rollout.data import count_judged, load_data
+        from zppo.planning.memory import prompt_tokens, within
+        from zppo.prompts.book import PromptBook
+        from zppo.rollout.data import count_judged, load_questions_of
+        from zppo.rollout.examples import example_turns
         from zppo.rollout.rewards import make_rewards
         from zppo.runs.display import warn
 
         console = Console(quiet=bool(rank_of()))
         check_files(settings)
         sources: list[str] = []
-        train, held_out = load_data(settings, partial(warn, console), sources.append)
+        loaded = load_questions_of(settings, partial(warn, console), sources.append)
+        train, held_out = loaded.mixture.questions, loaded.held_out
         check_student_context(settings)
+        book = PromptBook(settings.prompts, form=settings.answer_form)
+        shown = example_turns(settings, loaded.examples, book, lambda text: text)
         _check_images(settings, train, held_out)
         folder = str(settings.output or Path("runs") / f"{name}-<date>-<time>")
         if settings.grading.rewards:
@@ -119,7 +124,8 @@ def _train(options: argparse.Namespace) -> None:
         )
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
-        memory = memory_rows(within(settings, asked, len(train)), images=images)
+        shortest = prompt_tokens(settings, asked, shown)[0]
+        memory = memory_rows(within(settings, asked, len(train), shown), images=images, shortest=shortest)
         console.print(render_plan(settings, plan, options.recipe, folder, memory, sources))
         return
     start(settings, name)

@@ -22,7 +22,7 @@ from zppo.config.help import find_key, known_keys, nearest_key, show
 from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
-from zppo.names import check_file, readable, scheme_of, template_file
+from zppo.names import CLOSINGS, check_file, readable, scheme_of, template_file
 
 _MODELS = ("student.model", "teacher.model", "judge.model")
 _FILES = ("data.train", "data.eval", "student.template", "teacher.template", "judge.template")
@@ -282,7 +282,9 @@ def _anchor(given: Mapping[str, Any], bases: Bases, served: frozenset[str]) -> d
         method["reformulations"] = [_code(kind, bases) if isinstance(kind, str) else kind for kind in kinds]
     prompts = data.get("prompts")
     if isinstance(prompts, dict):
-        data["prompts"] = {k: template_file(_file(v, bases)) if isinstance(v, str) else v for k, v in prompts.items()}
+        preset = prompts.get("closing") in CLOSINGS if isinstance(prompts.get("closing"), str) else False
+        files = {k: template_file(_file(v, bases)) if isinstance(v, str) else v for k, v in prompts.items()}
+        data["prompts"] = {**files, "closing": prompts["closing"]} if preset else files
     return data
 
 

@@ -26,13 +26,14 @@ REMOVED: dict[str, str] = {
     "advantage.eps": ": 1e-8 is added to the standard deviation, always; leave it out",
     "rollout.vllm.wait": ": a server is waited for 240 seconds; leave it out, and start the run when the server is up",
     "rollout.vllm.model_impl": ": vLLM chooses whose implementation of the model it runs; leave it out",
+    "grading.box": ": it is grading.answer_from now, with after-thoughts, anywhere, line, or an expression",
     "teacher.ask: eager": ": the teacher is no longer asked while the student samples; take lazy, which gives the same batches",
     "train.sharding: zero2": f" {_FSDP2}",
     "train.sharding: zero3": f" {_FSDP2}",
 }
 """Dotted key, or key and value -> how "... is gone" goes on."""
 
-_DEFAULTS = _OFF | {"loss": None, "eps": 1e-8, "wait": 240, "model_impl": "auto"}
+_DEFAULTS = _OFF | {"loss": None, "eps": 1e-8, "wait": 240, "model_impl": "auto", "box": "after-thoughts"}
 _FURTHER = re.compile(r"more_teachers\.\d+")
 
 

@@ -27,7 +27,9 @@ from zppo.data.mixture import Part, short_names
 from zppo.data.reasoning_gym import check_apart
 from zppo.data.row_filters import check_filters
 from zppo.data.rows import USUAL_IMAGES
+from zppo.grading.answer_form import AFTER_THOUGHTS, AnswerForm, answer_form_of, check_place
 from zppo.images.store import PixelLimits
+from zppo.names import CLOSINGS
 
 TOKENS_PER_MICROBATCH = 16_384  # by default, and where `auto` begins
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
@@ -78,6 +80,7 @@ class ColumnSettings(Section):
     grading: str = Field("grading", description="rule or judge: who grades the question; rows without the column go by rule")
     extra: tuple[str, ...] = Field((), description="further columns, which reward functions are given (TRL's **columns, question.extra)")
     answer_list: str = Field("answer_list", description="any, set or ordered, for one row; rows without the column go by data.answer_list")
+    solution: str = Field("", description="a worked solution, shown where the question is one of data.examples; '' for none")
     choices: str = Field(
         USUAL_CHOICES, description="the choices of a question, shown with it; by default options, or A, B, C, ..., too; '' for none"
     )
@@ -172,6 +175,12 @@ class DataSettings(Section):
     )
     duplicates: Duplicates = Field(
         "keep", description="training questions with the same text and images: keep all of them, or the first one; they are told either way"
+    )
+    examples: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="training questions that every prompt shows, with their answers, before its own; drawn by the seed, not trained on",
     )
     max_prompt_tokens: int = Field(4096, ge=1, description="longer plain prompts are dropped, with a count")
     limit: int | None = Field(None, ge=1, description="use the first N training questions only; of several sources the first N of each")
@@ -463,16 +472,12 @@ class GradingSettings(Section):
     deadline: float = Field(3.0, gt=0, description="seconds after which a comparison counts as wrong")
     workers: int = Field(1, ge=1, description="worker processes for symbolic comparison")
     rounded_golds: bool = Field(True, description="a right answer that is a rounded decimal equals the exact answer: 0.33 is 1/3")
-    box: Literal["after-thoughts", "anywhere"] = Field(
-        "after-thoughts",
-        description="the answer is the last \\boxed{} after the thoughts; anywhere: of the whole response (the paper), so that one in "
-        "thoughts that were cut off counts too",
+    answer_from: Annotated[str, AfterValidator(check_place)] | None = Field(
+        None,
+        description="where the answer stands: after-thoughts (the last \\boxed{} there), anywhere (the last one of the whole response, as "
+        "in the paper: one in thoughts that were cut off counts too), line (the last line `Answer: ...`), or a regular expression with "
+        "one group; empty: where prompts.closing asks for it",
     )
-
-    @property
-    def anywhere(self) -> bool:
-        """Whether boxes in thoughts count."""
-        return self.box == "anywhere"
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -505,7 +510,11 @@ class Settings(Section):
         None, description="model that grades questions whose grading column says judge; empty: the teacher judges"
     )
     data: DataSettings = Field(description="questions")
-    prompts: dict[str, Path] = Field({}, description="templates instead of the project's own: {closing: path, bcq: path, ...}")
+    prompts: dict[str, Path] = Field(
+        {},
+        description="templates instead of the project's own: {closing: path, bcq: path, ...}; closing may be think-boxed (the paper's), "
+        "boxed (for models that do not think) or answer-line, too",
+    )
     rollout: RolloutSettings = Field(RolloutSettings(), description="student rollouts")
     zone: ZoneSettings = Field(ZoneSettings(), description="hard questions")
     advantage: AdvantageSettings = Field(AdvantageSettings(), description="advantages")
@@ -527,6 +536,12 @@ class Settings(Section):
     def estimator(self) -> Estimator:
         """How advantages are computed."""
         return self.advantage.scope or self.method.resolve().advantage
+
+    @property
+    def answer_form(self) -> AnswerForm:
+        """How an answer stands in a response: as `grading.answer_from` says, else as the closing instruction asks for it."""
+        place = self.grading.answer_from or CLOSINGS.get(str(self.prompts.get("closing", "")), AFTER_THOUGHTS)
+        return answer_form_of(place, self.grading.deadline, self.grading.workers)
 
     @property
     def own_code(self) -> dict[str, str]:

@@ -209,13 +209,16 @@ class Columns(Protocol):
     @property
     def choices(self) -> str: ...
     @property
+    def solution(self) -> str: ...
+    @property
     def extra(self) -> Sequence[str]: ...
 
 
 def column_names(columns: Columns) -> tuple[str, ...]:
     """Every column that is looked for."""
     own = columns.prompt, columns.messages, columns.answer, columns.images, columns.id, columns.level, columns.grading
-    return (*own, columns.answer_list, *choice_columns(columns.choices), *columns.extra, *_BESIDE)
+    solution = (columns.solution,) if columns.solution else ()
+    return (*own, *solution, columns.answer_list, *choice_columns(columns.choices), *columns.extra, *_BESIDE)
 
 
 def question_from_row(

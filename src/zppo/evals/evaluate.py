@@ -50,7 +50,8 @@ from zppo.evals.results import (
 )
 from zppo.evals.scoring.verdicts import Decider, judge_book
 from zppo.evals.view import ProgressDisplay, estimate_benchmark, print_estimates, print_results, say
-from zppo.names import checkpoint_folder
+from zppo.grading.answer_form import AnswerForm
+from zppo.names import CLOSINGS, checkpoint_folder
 from zppo.prompts import PromptBook
 
 Addresses = tuple[EndpointModel, tuple[str, ...]]
@@ -129,7 +130,14 @@ def evaluate_benchmarks(options: EvalOptions, console: Console | None = None) ->
 
 def _decider(options: EvalOptions, urls: Sequence[str], judge: str, key: str) -> Decider:
     return Decider(
-        urls, judge, key, options.judge_prompts, concurrency=options.concurrency, think_open=options.think_open, strict=options.strict
+        urls,
+        judge,
+        key,
+        options.judge_prompts,
+        concurrency=options.concurrency,
+        think_open=options.think_open,
+        strict=options.strict,
+        form=AnswerForm(options.answer_from),
     )
 
 
@@ -178,7 +186,7 @@ def _check(options: EvalOptions, chosen: tuple[Benchmark, ...]) -> None:
         raise SettingsError(
             f"--vllm.{next(iter(options.vllm_named))} is for the vLLM that zppo starts for a folder, and {why}: leave it out"
         )
-    if options.closing is not None and not options.closing.is_file():
+    if options.closing is not None and str(options.closing) not in CLOSINGS and not options.closing.is_file():
         raise SettingsError(f"--closing: there is no file {options.closing}")
     for name, path in options.judge_prompts.items():
         if not path.is_file():

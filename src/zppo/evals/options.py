@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.errors import SettingsError
+from zppo.grading.answer_form import AFTER_THOUGHTS
 from zppo.images.store import PixelLimits
+from zppo.names import CLOSINGS
 from zppo.prompts.book import CLOSING, PromptBook
 
 VideoMode = Literal["frames", "file"]
@@ -68,6 +70,7 @@ class EvalOptions:
     video: VideoMode = "frames"
     frames: int = FRAMES
     closing: Path | None = None
+    answer_from: str = AFTER_THOUGHTS
     template_args: Mapping[str, Any] | None = None
     think_open: bool = False
     strict: bool = False
@@ -127,6 +130,8 @@ def read_template_args(text: str) -> dict[str, Any]:
 def with_words_of_run(options: EvalOptions, checkpoint: Path | None) -> EvalOptions:
     """The options with closing instruction and template arguments of the run that made the checkpoint, where they name none themselves.
 
+    With the run's closing instruction goes where its answers stand, unless that is a box: those are read as the protocol does.
+
     A run's checkpoints are its final/ and what lies in its checkpoints/.
 
     Raises:
@@ -137,10 +142,11 @@ def with_words_of_run(options: EvalOptions, checkpoint: Path | None) -> EvalOpti
         return replace(options, template_args=options.template_args or {})
     settings = load_recipe(run / "recipe.yaml")
     closing = options.closing or settings.prompts.get(CLOSING)
-    if closing is not None and not closing.is_file():
+    if closing is not None and str(closing) not in CLOSINGS and not closing.is_file():
         raise SettingsError(f"{run} was trained with the closing instruction {closing}, which is gone: name its file with --closing")
     args = settings.student.template_args if options.template_args is None else options.template_args
-    return replace(options, closing=closing, template_args=args)
+    form = settings.answer_form if options.closing is None else None
+    return replace(options, closing=closing, template_args=args, answer_from=form.place if form and form.kind != "box" else AFTER_THOUGHTS)
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -190,6 +196,7 @@ def settings_of(options: EvalOptions, model: str, judge: str | None, video: str,
         "video": video,
         "frames": options.frames,
         "think_open": options.think_open,
+        **({"answer_from": options.answer_from} if options.answer_from != AFTER_THOUGHTS else {}),
         "judge_prompts": prompts,
         "vllm": {name: value for name, value in options.vllm_named.items() if name not in _OF_THE_MACHINE},
         "data": str(options.data.absolute()) if options.data else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Self
 
 from zppo.core.types import Gold
 from zppo.errors import SettingsError
+from zppo.grading.answer_form import AnswerForm
 from zppo.grading.equality import MAX_ITEMS, compare, undecided
 from zppo.grading.golds import Pair, answer_items, has_gold_words
-from zppo.grading.text import extract_boxed
-from zppo.grading.workers import WorkerPool
+from zppo.grading.workers import DEADLINE, IN_A_STEP, LITTLE, MEMORY_LIMIT, TimeOuts, WorkerPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,43 +43,9 @@ class Verdict:
 
 _log = logging.getLogger(__name__)
 
-DEADLINE = 3.0  # seconds for one answer
-MEMORY_LIMIT = 1 << 30  # bytes of address space for a worker; sympy itself needs about a fifth of it
 _REMEMBERED = 16384  # pairs whose outcome is kept: the rollouts of a group repeat answers, and hostile ones cost a deadline each
-_IN_A_GROUP = 2  # time-outs of one group after which its other answers are not tried
-_IN_A_STEP = 8  # time-outs per worker after which answers get little time, and a group one time-out
-_LITTLE = 0.2  # of the deadline
 
 Item = tuple[str, Gold] | tuple[str, Gold, bool]
-
-
-@dataclass(slots=True)
-class TimeOuts:
-    """The time-outs of one step: what bounds the time that hostile answers can take, without a clock [zppo].
-
-    What is tried depends on the answers of the step, their order and which of them time out, not on what is remembered from earlier
-    steps; and, as long as the step has few time-outs, not on how the answers come in calls.
-
-    Attributes:
-        asked: (group, pair) -> outcome, of what was asked about.
-        by_group: time-outs by group.
-        untried: answers that were wrong at once, because their group had taken too long already.
-    """
-
-    asked: dict[tuple[Hashable, Pair], str] = field(default_factory=dict)
-    by_group: Counter[Hashable] = field(default_factory=Counter)
-    untried: int = 0
-
-    @property
-    def total(self) -> int:
-        """Time-outs of all groups."""
-        return self.by_group.total()
-
-    def note(self, group: Hashable, pair: Pair, outcome: str) -> None:
-        """Take note of an outcome; what was asked about already counts once."""
-        if (group, pair) not in self.asked:
-            self.asked[group, pair] = outcome
-            self.by_group[group] += outcome == "timeout"
 
 
 class _Open(NamedTuple):
@@ -100,7 +66,7 @@ class Grader:
         workers: worker processes for answers that need algebra; they start when the first such answer comes.
         memory_limit: address space of a worker, bytes.
         rounded_golds: whether a gold that is a rounded decimal equals the exact answer that rounds to it [zppo].
-        anywhere: whether boxes in thoughts count too (`extract_boxed`).
+        form: where the answer of a completion stands; None for the last box after the thoughts. It is closed with the grader.
 
     Raises:
         SettingsError: a value that is not positive.
@@ -112,21 +78,21 @@ class Grader:
         workers: int = 1,
         memory_limit: int = MEMORY_LIMIT,
         rounded_golds: bool = True,
-        anywhere: bool = False,
+        form: AnswerForm | None = None,
     ) -> None:
         for name, value in (("deadline", deadline), ("workers", workers), ("memory_limit", memory_limit)):
             if not value > 0:
                 raise SettingsError(f"grading {name} is {value!r}, but must be above 0: give a positive number")
         self._settings = (deadline, workers, memory_limit, rounded_golds)
-        self._anywhere = anywhere
+        self._form = form or AnswerForm()
         self._pool = WorkerPool(*self._settings)
-        self._in_a_step = _IN_A_STEP * workers
+        self._in_a_step = IN_A_STEP * workers
         self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._lock = threading.Lock()
         self.timeouts = 0  # answers so far that were wrong because they took too long; a repeated one counts each time
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self._settings, self._anywhere)
+        return type(self), (*self._settings, self._form)
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +103,7 @@ class Grader:
     def close(self) -> None:
         """End the workers. Used again, the grader starts new ones."""
         self._pool.close()
+        self._form.close()
 
     def _outcomes(self, rows: Sequence[_Row], spent: TimeOuts) -> list[str]:
         """For each row: "equal", "different", "timeout" or "error"."""
@@ -157,11 +124,10 @@ class Grader:
             go_on(row, _judge_answer(row[1], row[2], self._typed), None)
         while waiting:
             little = spent.total >= self._in_a_step
-            wave, given_up = self._next_wave(waiting, spent)
+            wave, given_up = spent.next_wave([(row, row[0]) for row in waiting], self._in_a_step)
             for row in given_up:
                 decided[row] = "timeout"
                 del waiting[row]
-            spent.untried += len(given_up)
             for row, outcome in zip(wave, self._ask([waiting[row].pair for row in wave], little), strict=True):
                 spent.note(row[0], waiting[row].pair, outcome)
                 go_on(row, waiting[row].grading, outcome)
@@ -175,27 +141,6 @@ class Grader:
         verdict = compare(gold, answer, undecided, rounded_golds=self._settings[3])
         return None if verdict is None else "equal" if verdict else "different"
 
-    def _next_wave(self, waiting: Mapping[_Row, _Open], spent: TimeOuts) -> tuple[list[_Row], list[_Row]]:
-        """The rows that are asked about at the same time, and those that are not tried.
-
-        An answer is tried if fewer than `_IN_A_GROUP` of those of its group before it timed out. So at most as many of a group are asked
-        about at once as may still time out, and of all of them as many as the step may have.
-        """
-        room = self._in_a_step - spent.total
-        each = _IN_A_GROUP if room > 0 else 1
-        wave, given_up, asked = list[_Row](), list[_Row](), dict[Hashable, int]()
-        for row in waiting:
-            if len(wave) >= room > 0:
-                break
-            group = row[0]
-            left = each - spent.by_group[group]
-            if left <= 0:
-                given_up.append(row)
-            elif asked.get(group, 0) < left:
-                asked[group] = asked.get(group, 0) + 1
-                wave.append(row)
-        return wave, given_up
-
     def _ask(self, pairs: Sequence[Pair], little: bool) -> list[str]:
         """Outcomes of pairs, by the workers or from memory; `little`: in a part of the deadline."""
         with self._lock:
@@ -203,7 +148,7 @@ class Grader:
             for pair in found:
                 self._known.move_to_end(pair)
         if fresh := [pair for pair in dict.fromkeys(pairs) if pair not in found]:
-            outcomes = self._pool.compare(fresh, _LITTLE) if little else self._pool.compare(fresh)
+            outcomes = self._pool.compare(fresh, LITTLE) if little else self._pool.compare(fresh)
             found |= zip(fresh, outcomes, strict=True)
             with self._lock:
                 # What little time was not enough for may be decided in another step.
@@ -241,11 +186,15 @@ class Grader:
             ZPPOError: workers are needed and cannot be started.
         """
         items = list(items)
-        answers = [extract_boxed(item[0], item[2] if len(item) > 2 else False, self._anywhere) for item in items]
         golds = [item[1] for item in items]
-        rows = [(group, gold, answer) for group, gold, answer in zip(groups or golds, golds, answers, strict=True) if answer is not None]
-        outcomes = iter(self._outcomes(rows, spent if spent is not None else TimeOuts()))
-        reasons = ["no answer" if answer is None else next(outcomes) for answer in answers]
+        groups, spent = groups or golds, spent if spent is not None else TimeOuts()
+        found = self._form.find_many([(item[0], item[2] if len(item) > 2 else False) for item in items], groups, spent)
+        answers = [answer for answer, _ in found]
+        rows = [(group, gold, answer) for group, gold, answer in zip(groups, golds, answers, strict=True) if answer is not None]
+        outcomes = iter(self._outcomes(rows, spent))
+        reasons = [why or next(outcomes) for _, why in found]
+        with self._lock:
+            self.timeouts += [why for _, why in found].count("timeout")
         return [
             Verdict(reason == "equal", answer, reason, float(reason == "equal")) for answer, reason in zip(answers, reasons, strict=True)
         ]

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from zppo.errors import RewardError
+from zppo.grading.answer_form import AnswerForm
 from zppo.grading.grader import Verdict
-from zppo.grading.text import extract_boxed
 from zppo.names import load_object
 
 if TYPE_CHECKING:
@@ -83,21 +83,28 @@ class RewardFunction:
     Args:
         function: of one of the forms; see `Form`.
         name: what errors call it.
-        anywhere: whether boxes in thoughts count too (`extract_boxed`).
+        answers: where the answer of a completion stands; None for the last box after the thoughts.
         form: how it is called.
         optional: it may return None, where it does not apply to a question.
     """
 
     def __init__(
-        self, function: Callable[..., Any], name: str = "", anywhere: bool = False, *, form: Form = "zppo", optional: bool = False
+        self,
+        function: Callable[..., Any],
+        name: str = "",
+        answers: AnswerForm | None = None,
+        *,
+        form: Form = "zppo",
+        optional: bool = False,
     ) -> None:
-        self._function, self._anywhere, self.form, self.optional = function, anywhere, form, optional or form == "trl"
+        self._function, self._answers = function, answers or AnswerForm()
+        self.form, self.optional = form, optional or form == "trl"
         self.name = name or getattr(function, "__qualname__", repr(function))
         self._parameters = _parameters(function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
 
     def __call__(self, completion: str, question: Question, think_open: bool = False) -> Verdict:
-        """The verdict of a function that is not async on one completion; its answer is the boxed one unless the function names another.
+        """The verdict of a function that is not async on one completion; it has the answer that the rules find, or the function names.
 
         Raises:
             RewardError: the function raised, or returned something that is no reward, NaN and infinity included.
@@ -105,7 +112,7 @@ class RewardFunction:
         batch = Batch([completion], [question], [think_open], [()])
         (call,) = self.calls(batch)
         (reward,) = self.rewards(call, batch)
-        answer = extract_boxed(completion, think_open, self._anywhere)
+        answer = self._answers.find(completion, think_open)
         if reward is None:
             return Verdict(correct=False, answer=answer, reason="reward does not apply", reward=0.0, graded=False)
         answer = answer if reward.answer is ... else reward.answer
@@ -285,13 +292,13 @@ def _flag(value: object) -> bool | None:
     return {0.0: False, 1.0: True}.get(number) if number is not None else None
 
 
-def load_reward(spec: str, anywhere: bool = False, *, optional: bool = False) -> RewardFunction:
+def load_reward(spec: str, answers: AnswerForm | None = None, *, optional: bool = False) -> RewardFunction:
     """The reward function that a recipe names.
 
     Args:
         spec: "package.module:function" or "path/to/file.py:function"; the function may be an attribute ("Class.method"), an object that
             can be called, or a class that gives one without arguments.
-        anywhere, optional: see `RewardFunction`.
+        answers, optional: see `RewardFunction`.
 
     Raises:
         RewardError: the form, the module or the function is wrong; the message says which.
@@ -299,7 +306,7 @@ def load_reward(spec: str, anywhere: bool = False, *, optional: bool = False) ->
     function = load_object(spec, "reward function", RewardError)
     if inspect.isclass(function):
         function = _made(function, spec)  # type: ignore[arg-type]  # classes can be hashed
-    return RewardFunction(function, spec, anywhere, form=form_of(function, spec), optional=optional)
+    return RewardFunction(function, spec, answers, form=form_of(function, spec), optional=optional)
 
 
 @functools.cache  # a run looks at its functions before it loads anything, and one that holds a model is not made twice

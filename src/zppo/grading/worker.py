@@ -1,4 +1,6 @@
-"""What runs in a worker process: algebra with latex2sympy and sympy. Imports no other part of the package than the typed rules.
+"""What runs in a worker process: algebra with latex2sympy and sympy, and expressions of a user's over model text.
+
+Imports no other part of the package than the typed rules.
 
 A worker may be killed at any moment, by the pool when it overruns its deadline or by the kernel when it overruns its limits.
 """
@@ -192,3 +194,12 @@ def compare_in_worker(gold: str, answer: str, rounded_golds: bool, deadline: flo
     """`zppo.grading.equality.compare` with algebra; `deadline` in seconds bounds the processor time from within."""
     _limit_processor(deadline)
     return compare(gold, answer, algebra, value, rounded_golds) is True
+
+
+def search_in_worker(pattern: str, text: str, deadline: float) -> str | None:
+    """What the group of the last match of an expression holds, None without a match; it may backtrack for ever, but for `deadline`."""
+    _limit_processor(deadline)
+    found = None
+    for match in re.finditer(pattern, text):
+        found = match[1] if match[1] is not None else found
+    return found

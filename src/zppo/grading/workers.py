@@ -3,7 +3,8 @@
 The caller's side starts a host, asks it over pipes, gives up in time and starts another one; it is safe in threads and after a fork. Why a
 process between caller and workers: workers must not inherit what the caller has loaded (torch, a CUDA context), must not run the caller's
 main script again, must start from any thread and from daemonic processes, and must end with their caller. The host reads JSON lines,
-`{"id", "gold", "answer", "rounded_golds", "timeout"}`, and writes JSON lines, `{"ready": true}` once, then `{"id", "outcome"}`.
+`{"id", "gold", "answer", "rounded_golds", "timeout"}` or `{"id", "pattern", "text", "timeout"}`, and writes JSON lines, `{"ready": true}`
+once, then `{"id", "outcome"}`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
 from functools import partial
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from zppo.errors import ZPPOError
 
@@ -30,6 +33,11 @@ _START_LIMIT = 60.0  # seconds for the libraries to load on a machine that is bu
 _SLACK = 0.7  # seconds beyond a deadline after which a host that is silent counts as hung
 _LEAST_TIME = 2.0  # seconds that an answer gets however long the start took
 _END_LIMIT = 3.0  # seconds for a host to stop its workers
+DEADLINE = 3.0  # seconds for one answer
+MEMORY_LIMIT = 1 << 30  # bytes of address space for a worker; sympy itself needs about a fifth of it
+LITTLE = 0.2  # of the deadline
+_IN_A_GROUP = 2  # time-outs of one group after which its other answers are not tried
+IN_A_STEP = 8  # time-outs per worker after which answers get little time, and a group one time-out
 _STARTS = 3  # hosts that one question may see end before it counts as an error
 _TASKS_PER_WORKER = 1000  # then a fresh worker takes its place: caches of sympy only grow
 _WORKER_MODULE = "zppo.grading.worker"
@@ -37,6 +45,66 @@ _COMMAND = (
     "import sys; sys.path[:0] = sys.argv[3:]; from zppo.grading.workers import run_host; "
     "run_host(workers=int(sys.argv[1]), memory_limit=int(sys.argv[2]))"
 )
+
+
+FOUND = "="
+"""How the outcome of a search begins that found something, which follows."""
+
+Row = TypeVar("Row", bound=Hashable)
+
+
+@dataclass(slots=True)
+class TimeOuts:
+    """The time-outs of one step: what bounds the time that hostile answers can take, without a clock [zppo].
+
+    What is tried depends on the answers of the step, their order and which of them time out, not on what is remembered from earlier
+    steps; and, as long as the step has few time-outs, not on how the answers come in calls.
+
+    Attributes:
+        asked: (group, what a worker was asked) -> outcome.
+        by_group: time-outs by group.
+        untried: answers that were wrong at once, because their group had taken too long already.
+    """
+
+    asked: dict[tuple[Hashable, tuple[str, str]], str] = field(default_factory=dict)
+    by_group: Counter[Hashable] = field(default_factory=Counter)
+    untried: int = 0
+
+    @property
+    def total(self) -> int:
+        """Time-outs of all groups."""
+        return self.by_group.total()
+
+    def note(self, group: Hashable, asked: tuple[str, str], outcome: str) -> None:
+        """Take note of an outcome; what was asked about already counts once."""
+        if (group, asked) not in self.asked:
+            self.asked[group, asked] = outcome
+            self.by_group[group] += outcome == "timeout"
+
+    def next_wave(self, waiting: Iterable[tuple[Row, Hashable]], in_a_step: int) -> tuple[list[Row], list[Row]]:
+        """The rows that are asked about at the same time, and those that are not tried, which are counted.
+
+        An answer is tried if fewer than `_IN_A_GROUP` of those of its group before it timed out. So at most as many of a group are asked
+        about at once as may still time out, and of all of them as many as the step may have.
+
+        Args:
+            waiting: rows that take a worker, with their groups, in order.
+            in_a_step: time-outs after which a group has one.
+        """
+        room = in_a_step - self.total
+        each = _IN_A_GROUP if room > 0 else 1
+        wave, given_up, asked = list[Row](), list[Row](), dict[Hashable, int]()
+        for row, group in waiting:
+            if len(wave) >= room > 0:
+                break
+            left = each - self.by_group[group]
+            if left <= 0:
+                given_up.append(row)
+            elif asked.get(group, 0) < left:
+                asked[group] = asked.get(group, 0) + 1
+                wave.append(row)
+        self.untried += len(given_up)
+        return wave, given_up
 
 
 class _HostEndedError(Exception):
@@ -102,8 +170,8 @@ class _Host:
             future.set_exception(_HostEndedError())
         self._ready.set()
 
-    def ask(self, gold: str, answer: str, rounded_golds: bool, timeout: float) -> Future[str]:
-        """Send one question; the future holds "equal", "different", "timeout" or "error"."""
+    def ask(self, task: Mapping[str, Any], timeout: float) -> Future[str]:
+        """Send one question; the future holds "equal", "different", what was found, "timeout" or "error"."""
         future: Future[str] = Future()
         with self._lock:
             if not self._alive:
@@ -112,7 +180,7 @@ class _Host:
             if not self._open:
                 self.heard = time.monotonic()
             self._open[self._count] = future
-            request = {"id": self._count, "gold": gold, "answer": answer, "rounded_golds": rounded_golds, "timeout": timeout}
+            request = {"id": self._count, **task, "timeout": timeout}
             assert self._process.stdin is not None
             try:
                 self._process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
@@ -194,8 +262,18 @@ class WorkerPool:
         Raises:
             ZPPOError: workers cannot be started at all.
         """
-        outcomes: list[str] = ["error"] * len(pairs)
-        left = list(range(len(pairs)))
+        return self._ask([{"gold": gold, "answer": answer, "rounded_golds": self._rounded_golds} for gold, answer in pairs], part)
+
+    def search(self, pattern: str, texts: Sequence[str], part: float = 1.0) -> list[str]:
+        """For each text, in order: `FOUND` and what the group of the pattern's last match holds, "none", "timeout" or "error".
+
+        Args, Raises: as of `compare`.
+        """
+        return self._ask([{"pattern": pattern, "text": text} for text in texts], part)
+
+    def _ask(self, tasks: Sequence[Mapping[str, Any]], part: float) -> list[str]:
+        outcomes: list[str] = ["error"] * len(tasks)
+        left = list(range(len(tasks)))
         for _ in range(_STARTS):
             began = time.monotonic()
             host = self._host()
@@ -204,7 +282,7 @@ class WorkerPool:
             asked: list[tuple[int, Future[str]]] = []
             try:
                 for index in left:
-                    asked.append((index, host.ask(*pairs[index], self._rounded_golds, timeout)))
+                    asked.append((index, host.ask(tasks[index], timeout)))
             except _HostEndedError:
                 self._drop(host)  # else the next round could meet the same host, whose end its listener has yet to see
             for index, future in asked:
@@ -235,6 +313,12 @@ def _compare(gold: str, answer: str, rounded_golds: bool, deadline: float) -> bo
     return compare_in_worker(gold, answer, rounded_golds, deadline)
 
 
+def _search(pattern: str, text: str, deadline: float) -> str | None:
+    from zppo.grading.worker import search_in_worker
+
+    return search_in_worker(pattern, text, deadline)
+
+
 def _context() -> Any:
     """Fork from a server that has the libraries loaded: a killed worker is replaced within milliseconds."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -244,13 +328,16 @@ def _context() -> Any:
     return context
 
 
-def _outcome(future: Future[bool]) -> str:
+def _outcome(future: Future[Any]) -> str:
     """The word for the verdict of a finished task."""
     if future.cancelled():
         return "error"
     error = future.exception()
     if error is None:
-        return "equal" if future.result() else "different"
+        result = future.result()
+        if isinstance(result, bool):
+            return "equal" if result else "different"
+        return "none" if result is None else f"{FOUND}{result}"
     return "timeout" if isinstance(error, FutureTimeoutError) else "error"
 
 
@@ -274,7 +361,7 @@ def run_host(workers: int, memory_limit: int) -> None:
             replies.write(json.dumps(message).encode("ascii") + b"\n")
             replies.flush()
 
-    def answered(number: int, done: Future[bool]) -> None:
+    def answered(number: int, done: Future[Any]) -> None:
         reply({"id": number, "outcome": _outcome(done)})
 
     pool = ProcessPool(workers, _TASKS_PER_WORKER, _start_worker, (memory_limit,), _context())
@@ -283,9 +370,10 @@ def run_host(workers: int, memory_limit: int) -> None:
 
     for line in requests:
         request = json.loads(line)
-        arguments = (request["gold"], request["answer"], request["rounded_golds"], request["timeout"])
+        names = ("pattern", "text") if "pattern" in request else ("gold", "answer", "rounded_golds")
+        arguments = (*(request[name] for name in names), request["timeout"])
         try:
-            future = pool.schedule(_compare, arguments, timeout=request["timeout"])
+            future = pool.schedule(_search if "pattern" in request else _compare, arguments, timeout=request["timeout"])
         except RuntimeError:
             break  # the pool broke: ending tells the caller, who starts another host
         future.add_done_callback(partial(answered, request["id"]))

@@ -235,7 +235,7 @@ class ZPPOTrainer(GRPOTrainer):
             self._questions.values(),
             chat,
             teachers=own_teacher or None,
-            rule=Rewards([function], [1.0], settings.grading.reward_deadline, settings.grading.anywhere) if function else None,
+            rule=Rewards([function], [1.0], settings.grading.reward_deadline, settings.answer_form) if function else None,
             context=context_length(network),
             device=self.accelerator.device,
             processes=Processes(self.accelerator.process_index, self.accelerator.num_processes),

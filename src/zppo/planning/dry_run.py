@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -35,72 +35,81 @@ _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does 
 Rows = list[tuple[str, str]]
 
 
-def memory_rows(settings: Settings, machine: Machine | None = None, images: int = 0) -> Rows:
+def memory_rows(settings: Settings, machine: Machine | None = None, images: int = 0, shortest: int = 0) -> Rows:
     """(what, how much) for the plan, the verdict last.
 
     Args:
         machine: None for the one that this runs on.
         images: most images of a question.
+        shortest: tokens of the shortest prompt, 0 where it is not known.
 
     Raises:
         ModelError: a checkpoint on disk cannot be read.
     """
     machine = machine or find_machine(settings.train.device)
-    memory = _estimate(settings, machine, images)
+    data = _DataFacts(images, shortest)
+    memory = _estimate(settings, machine, data)
     if isinstance(memory, str):
         return [("estimate", memory)]
-    return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, images)]
+    return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, data)]
 
 
-def _estimate(settings: Settings, machine: Machine | None, images: int) -> Memory | str:
+class _DataFacts(NamedTuple):
+    """What an estimate takes from the data: most images of a question, tokens of the shortest prompt."""
+
+    images: int
+    shortest: int
+
+
+def _estimate(settings: Settings, machine: Machine | None, data: _DataFacts) -> Memory | str:
     gpu = machine is not None and machine.gpu
-    return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, images=images)
+    return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, **data._asdict())
 
 
 def _parts(settings: Settings, memory: Memory) -> Rows:
     trained = "adapters and frozen weights" if settings.train.lora else "weights"
     rows = [
-        (f"student: {trained}", _size(memory.weights)),
-        ("gradients", _size(memory.gradients)),
-        (f"{settings.train.optimizer} state", _size(memory.optimizer)),
+        (f"student: {trained}", gib(memory.weights)),
+        ("gradients", gib(memory.gradients)),
+        (f"{settings.train.optimizer} state", gib(memory.optimizer)),
     ]
     if memory.others:
-        rows.append(("teachers and judge in this process", _size(memory.others)))
+        rows.append(("teachers and judge in this process", gib(memory.others)))
     if memory.unknown:
         names = ", ".join(memory.unknown)
         rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
-        rows.append(("vLLM in this process", f"{_size(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
+        rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
     if memory.cast:
-        rows.append(("bf16 copy of the weights", _size(memory.cast)))
+        rows.append(("bf16 copy of the weights", gib(memory.cast)))
     if memory.rows:
-        each = f"{memory.rows:,} rollouts at once, {_size(memory.row)} each at the limits"
-        rows.append(("sampling", f"{_size(memory.row * memory.rows)} ({each})"))
-    rows.append(("update: activations", f"{_size(memory.activations)} (micro-batches of {memory.tokens:,} tokens)"))
+        each = f"{memory.rows:,} rollouts at once, {gib(memory.row)} each at the limits"
+        rows.append(("sampling", f"{gib(memory.row * memory.rows)} ({each})"))
+    rows.append(("update: activations", f"{gib(memory.activations)} (micro-batches of {memory.tokens:,} tokens)"))
     if memory.images:
-        rows.append(("preprocessed images of a step", f"{_size(memory.images)} at most (data.images.cache_gib)"))
+        rows.append(("preprocessed images of a step", f"{gib(memory.images)} at most (data.images.cache_gib)"))
     if memory.tower:
-        rows.append(("update: vision tower", f"{_size(memory.tower)} (roughly; every row with images of the largest size)"))
+        rows.append(("update: vision tower", f"{gib(memory.tower)} (roughly; every row with images of the largest size)"))
     if memory.layer:
-        rows.append(("update: a layer computed again", f"{_size(memory.layer)} (not while logits are held)"))
-    rows.append(("update: logits", f"{_size(memory.logits)} (gradients included)"))
+        rows.append(("update: a layer computed again", f"{gib(memory.layer)} (not while logits are held)"))
+    rows.append(("update: logits", f"{gib(memory.logits)} (gradients included)"))
     if settings.train.sharding != "none":
         rows.append(("sharding", "not taken off here: weights, gradients and optimizer state are counted whole"))
     return rows
 
 
-def _verdict(settings: Settings, memory: Memory, machine: Machine | None, images: int) -> Rows:
+def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: _DataFacts) -> Rows:
     if machine is None:
         return [("verdict", "this machine does not say how much memory it has")]
     room = machine.usable
     if memory.total <= room:
         tight = memory.total > _TIGHT * room
         fits = "fits, but it is tight: an estimate may be off by more than what is left" if tight else "fits"
-        left = f", if {', '.join(memory.unknown)} takes no more than {_size(room - memory.total)}" if memory.unknown else ""
+        left = f", if {', '.join(memory.unknown)} takes no more than {gib(room - memory.total)}" if memory.unknown else ""
         return [("verdict", fits + left)]
     words = []
     if memory.standing + memory.update > room:
-        advice, memory = _lighter(settings, memory, machine, images)
+        advice, memory = _lighter(settings, memory, machine, data)
         words.append(advice)
     if memory.standing + memory.sampling > room:
         words.append(_fewer_rows(memory, machine))
@@ -109,18 +118,18 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, images
 
 def _fewer_rows(memory: Memory, machine: Machine) -> str:
     """How many rollouts fit at once."""
-    fit = (machine.usable - memory.standing - memory.cast) // memory.row if memory.row else 0
+    fit = (machine.usable - memory.standing - memory.cast) // memory.widest if memory.widest else 0
     if fit < 1:
         return "sampling: not even one rollout fits beside what stands; lower rollout.max_new_tokens or data.max_prompt_tokens"
     says = "it halves them by itself until they fit" if machine.gpu else "set it: a machine that runs out of RAM ends the run"
     return f"sampling: {fit:,} of {memory.rows:,} rollouts fit at once, rollout.max_rows={fit}; {says}"
 
 
-def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) -> tuple[str, Memory]:
+def _lighter(settings: Settings, memory: Memory, machine: Machine, data: _DataFacts) -> tuple[str, Memory]:
     """The first change of settings with which the update fits, in words, and the memory with it."""
 
     def fitting(changes: Mapping[str, Any]) -> Memory | None:
-        lighter = _estimate(_with(settings, changes), machine, images)
+        lighter = _estimate(_with(settings, changes), machine, data)
         fits = isinstance(lighter, Memory) and lighter.standing + lighter.update <= machine.usable
         return lighter if fits and isinstance(lighter, Memory) else None
 
@@ -131,12 +140,12 @@ def _lighter(settings: Settings, memory: Memory, machine: Machine, images: int) 
     for changes in _changes(settings, memory):
         if lighter := fitting(changes):
             keys = " ".join(f"--train.{key}={_shown(value)}" for key, value in changes.items())
-            says = f"the update does not fit; it would with {keys} ({_size(lighter.standing + lighter.update)})"
+            says = f"the update does not fit; it would with {keys} ({gib(lighter.standing + lighter.update)})"
             if "lora" in changes:
                 says += "; recipes/single-gpu-lora.yaml is a recipe like that, and has a larger train.learning_rate, which adapters want"
             return says + _elsewhere(settings, memory, machine), lighter
     for changes in ({}, *_changes(settings, memory)) if memory.others else ():
-        beside = _estimate(_with(settings, changes), machine, images)
+        beside = _estimate(_with(settings, changes), machine, data)
         if isinstance(beside, Memory) and beside.standing + beside.update - beside.others <= machine.usable:
             return _without_others(settings, replace(beside, others=0), memory.others, machine, changes)
     return (
@@ -153,8 +162,8 @@ def _without_others(settings: Settings, lighter: Memory, others: int, machine: M
     frozen = [model for model in (settings.teacher, *settings.more_teachers, settings.judge) if model is not None and not model.base_urls]
     names = ", ".join(dict.fromkeys(model.model for model in frozen))
     says = (
-        f"the update does not fit beside the {_size(others)} of {names}: put them on a server (base_urls), or take smaller ones, of "
-        f"{_size(room)} at most{f', both with {keys}' if keys else ''}"
+        f"the update does not fit beside the {gib(others)} of {names}: put them on a server (base_urls), or take smaller ones, of "
+        f"{gib(room)} at most{f', both with {keys}' if keys else ''}"
     )
     return says + ("; recipes/single-gpu-lora.yaml is a recipe like that" if "lora" in changes else ""), lighter
 
@@ -165,7 +174,7 @@ def _elsewhere(settings: Settings, memory: Memory, machine: Machine) -> str:
         return ""
     teacher = f"{settings.teacher.model!r}" if settings.teacher is not None else "the judge"
     return (
-        f"; teachers and judge take {_size(memory.others)} of that: a smaller one than {teacher} takes less, and one on a server "
+        f"; teachers and judge take {gib(memory.others)} of that: a smaller one than {teacher} takes less, and one on a server "
         "(teacher.base_urls) nothing"
     )
 
@@ -192,12 +201,13 @@ def _shown(value: Any) -> str:
 
 def _against(needed: int, machine: Machine | None) -> str:
     if machine is None:
-        return _size(needed)
-    free = "" if machine.free is None or machine.free > _TIGHT * machine.total else f", {_size(machine.free)} of it free now"
-    return f"{_size(needed)} of {_size(machine.total)} ({machine.name}{free})"
+        return gib(needed)
+    free = "" if machine.free is None or machine.free > _TIGHT * machine.total else f", {gib(machine.free)} of it free now"
+    return f"{gib(needed)} of {gib(machine.total)} ({machine.name}{free})"
 
 
-def _size(count: int) -> str:
+def gib(count: int) -> str:
+    """Bytes for people."""
     return f"{count / GIB:,.1f} GiB" if count >= GIB // 10 else f"{count / 1024**2:,.1f} MiB"
 
 
@@ -262,7 +272,7 @@ def check_files(settings: Settings) -> None:
     Raises:
         TemplateError, ModelError, RewardError, SettingsError.
     """
-    book = PromptBook(settings.prompts)
+    book = PromptBook(settings.prompts, form=settings.answer_form)
     book.try_out()
     _try_reformulations(settings.method.resolve().reformulations, book)
     teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]

@@ -8,8 +8,10 @@ how well), and a GPU's allocator wastes some on top. docs/train-your-model.md sa
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,9 +20,12 @@ from typing import Literal
 from zppo.config.methods import needs_of
 from zppo.config.model_settings import ModelSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
-from zppo.core.types import Question
+from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, Sharing, micro_batches, share_prompt
+from zppo.core.select import share_of
+from zppo.core.types import Message, Question
 from zppo.names import model_folder
-from zppo.planning.model_shapes import LINEAR, DecoderShape, VisionTowerShape, count_parameters, shape_of, vision_shape_of
+from zppo.planning.model_shapes import LINEAR, DecoderShape, VisionTowerShape, config_file, count_parameters, shape_of, vision_shape_of
+from zppo.prompts.book import CLOSING, PromptBook
 
 GIB = 1024**3
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits")
@@ -92,6 +97,8 @@ RUNTIME = GIB  # Python, torch, and CUDA's own
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
+_COUNTED = 2_000  # texts of the data that are counted, of its shortest and of its longest
+_TEMPLATE = 48  # tokens of the chat template around a turn, about, and of what it says by itself
 FOUR_BITS = 0.516  # bytes a number in NF4: blocks of 64 share a scale, whose own are in 8 bits
 _WORDS = 300  # tokens of closing instruction and chat template, and of a reformulation's own words, about
 
@@ -111,6 +118,7 @@ class Memory:
         logits: of that micro-batch, with their gradients; gone when layers are computed again.
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
+        widest: what the longest rollout of all holds, where more of shorter ones hold the most together.
         stepping: what the optimizer's step holds besides its state.
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
@@ -131,6 +139,7 @@ class Memory:
     tokens: int
     longest: int
     stepping: int
+    widest: int = 0
     tower: int = 0
     images: int = 0
     unknown: tuple[str, ...] = ()
@@ -156,13 +165,14 @@ class Memory:
         return self.standing + max(self.sampling, self.update)
 
 
-def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 0) -> Memory | str:
+def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 0, shortest: int = 0) -> Memory | str:
     """What a run of this recipe needs in one process that holds all weights.
 
     Args:
         gpu: whether it trains on one; decides what `auto` precision is.
         capacity: bytes of that GPU, of which vLLM in this process takes its share.
         images: most images of a question; with any the student has its vision tower, and so has a teacher in this process.
+        shortest: tokens of the shortest prompt, for which no logits are computed; 0 where it is not known.
 
     Returns:
         The estimate, or why there is none.
@@ -186,13 +196,13 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
         frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
-    longest = _longest(settings)
-    budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
-    tokens = longest * max(1, min(budget // longest, _minibatch(settings)))
+    largest = _largest(settings, shape, gpu=gpu, images=images)
+    tokens = largest.rows * largest.longest
     width = 2 if bf16 else 4
     kept, again = activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)
     per_logit = _DIVERGENCE if settings.method.resolve().distils else 2 * width
     own = settings.rollout.engine == "transformers"
+    row, rows, widest = _sampled(settings, shape, width)
     vllm = settings.rollout.vllm
     return Memory(
         weights=trained * 4 + frozen_bytes,
@@ -201,32 +211,89 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         others=others,
         vllm=int(capacity * vllm.gpu_memory_utilization) if not own and vllm.mode == "colocate" else 0,
         cast=parameters * 2 if bf16 and not train.lora else 0,
-        row=_row(settings, shape, width) if own else 0,
-        rows=_rows(settings) if own else 0,
+        row=row if own else 0,
+        rows=rows if own else 0,
+        widest=widest if own else 0,
         activations=int(tokens * kept),
         layer=int(tokens * again),
-        logits=tokens * shape.vocab * per_logit,
+        logits=(tokens - largest.rows * min(shortest, largest.longest)) * shape.vocab * per_logit,
         tokens=tokens,
-        longest=longest,
+        longest=_longest(settings),
         stepping=trained * 4 if gpu else 0,
-        tower=_tower(settings, vision_shape, tokens // longest, images, bf16=bf16),
+        tower=_tower(settings, vision_shape, largest.rows, images, bf16=bf16),
         images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
         unknown=unknown,
     )
 
 
-def within(settings: Settings, questions: Iterable[Question], train: int | None = None) -> Settings:
-    """The settings with limits that the questions can reach: a step takes no more than `train` of them, where that is given, and a
-    token of a prompt has a byte at least, an image those of the largest."""
+def within(settings: Settings, questions: Iterable[Question], train: int | None = None, shown: Sequence[Message] = ()) -> Settings:
+    """The settings with limits that the questions can reach: a step takes no more than `train` of them, where that is given, and its
+    prompts are those of the data.
+
+    Args:
+        shown: turns of examples, which every prompt holds.
+    """
+    limit = min(settings.data.max_prompt_tokens, prompt_tokens(settings, questions, shown)[1])
+    batch = settings.rollout.batch_size if train is None else min(settings.rollout.batch_size, train)
+    replay = settings.zone.rho_replay if train is None else min(settings.zone.rho_replay, (train - batch) / batch if batch else 0.0)
+    rollout = settings.rollout.model_copy(update={"batch_size": batch})
+    data = settings.data.model_copy(update={"max_prompt_tokens": limit})
+    zone = settings.zone.model_copy(update={"rho_replay": replay})
+    return settings.model_copy(update={"data": data, "rollout": rollout, "zone": zone})
+
+
+def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequence[Message] = ()) -> tuple[int, int]:
+    """Tokens of the shortest and of the longest plain prompt, about: an image has those of the largest, the chat template a few.
+
+    Counted with the student's tokenizer.json, where that is on this machine; without it a token has a byte at least, and the shortest is 0.
+    """
     asked = list(questions)
     vision_shape = vision_shape_of(settings.student.model) if any(q.images for q in asked) else None
     each = vision_shape.tokens(settings.data.images.max_pixels) if vision_shape else 0
-    longest = max((sum(len(m.content.encode()) for m in q.messages) + each * len(q.images) for q in asked), default=0)
-    limit = min(settings.data.max_prompt_tokens, longest + _WORDS)
-    batch = settings.rollout.batch_size if train is None else min(settings.rollout.batch_size, train)
-    rollout = settings.rollout.model_copy(update={"batch_size": batch})
-    data = settings.data.model_copy(update={"max_prompt_tokens": limit})
-    return settings.model_copy(update={"data": data, "rollout": rollout})
+    texts = sorted((("\n".join(m.content for m in q.messages), len(q.images)) for q in asked), key=lambda text: len(text[0].encode()))
+    turns = "\n".join(message.content for message in shown)
+    count = _token_counter(settings)
+    if count is None:
+        longest = max((len(text.encode()) + each * images for text, images in texts), default=0)
+        return 0, longest + len(turns.encode()) + _WORDS
+    around = count(turns) + count(PromptBook(settings.prompts, form=settings.answer_form).text(CLOSING, {}))
+    low = min((count(text) for text, _ in texts[:_COUNTED]), default=0)
+    high = max((count(text) + each * images for text, images in texts[-_COUNTED:]), default=0)
+    return low + around, high + around + _TEMPLATE * (1 + len(shown))
+
+
+def _token_counter(settings: Settings) -> Callable[[str], int] | None:
+    """Counts tokens as the student's tokenizer does; None where its file is not on this machine, or cannot be read."""
+    config = config_file(settings.student.model)
+    file = config.with_name("tokenizer.json") if config else None
+    if file is None or not file.is_file():
+        return None
+    from tokenizers import Tokenizer  # only where there is a file to read
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # it raises nothing else; what is wrong with the file is said when the student is loaded
+        return None
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def expected(
+    settings: Settings, train: Sequence[Question], held_out: Sequence[Question], shown: Sequence[Message], *, gpu: bool, capacity: int
+) -> Memory | str:
+    """The estimate of a run on these questions, as its dry run shows it; the other args are of `within` and `estimate`."""
+    asked = [*train, *held_out]
+    images = max((len(q.images) for q in asked), default=0)
+    limits, shortest = within(settings, asked, len(train), shown), prompt_tokens(settings, asked, shown)[0]
+    return estimate(limits, gpu=gpu, capacity=capacity, images=images, shortest=shortest)
+
+
+def peak_of_process() -> int:
+    """Bytes of RAM that this process has held at most so far."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError, IndexError):  # another system; on Linux the number below may be the parent's
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def activations_per_token(shape: DecoderShape, *, bf16: bool, recomputed: bool) -> tuple[float, float]:
@@ -263,29 +330,70 @@ def _optimizer(name: str, trained: int) -> int:
     return trained * 8 if name == "adamw" else trained * 2 + 2 * 4 * (trained // 256)
 
 
-def _row(settings: Settings, shape: DecoderShape, width: int) -> int:
+def _row(settings: Settings, shape: DecoderShape, width: int, prompt: int) -> int:
     """Bytes of one rollout: the larger of its share of reading the prompt, and of its cache at the end and drawing a token."""
-    prompt, new = settings.data.max_prompt_tokens, settings.rollout.max_new_tokens
+    new = settings.rollout.max_new_tokens
     cache = shape.cache_per_token(width) * (prompt + new) + shape.cache_per_row(width)
     layer = max(_layer(shape, kind, bf16=width == 2) for kind in set(shape.layers))
     reading = prompt * (layer + shape.cache_per_token(width)) / settings.rollout.group_size
     return int(max(reading, cache + _DRAW * shape.vocab))
 
 
-def _minibatch(settings: Settings) -> int:
-    """Rows of one minibatch, at most."""
-    rollout, zone, method = settings.rollout, settings.zone, settings.method.resolve()
-    share = 1 + (zone.rho_replay if method.replay else 0) + (zone.rho_aug if method.reformulations else 0)
-    prompts = ceil(rollout.batch_size * share)
-    return ceil(prompts / (1 if method.distils else settings.train.minibatches)) * rollout.group_size
+def _groups(settings: Settings) -> tuple[int, int]:
+    """Plain and reformulated groups of a step, at most."""
+    batch, zone, method = settings.rollout.batch_size, settings.zone, settings.method.resolve()
+    plain = batch + (share_of(zone.rho_replay, batch) if method.replay else 0)
+    return plain, min(share_of(zone.rho_aug, batch), plain * len(method.reformulations))
 
 
-def _rows(settings: Settings) -> int:
-    """Rollouts that are sampled at once, at most: all plain ones of a step, or `rollout.max_rows`."""
-    rollout = settings.rollout
-    replay = settings.zone.rho_replay if settings.method.resolve().replay else 0.0
-    rows = int(rollout.batch_size * (1 + replay)) * rollout.group_size
-    return rows if rollout.max_rows is None else min(rows, rollout.max_rows)
+def _sampled(settings: Settings, shape: DecoderShape, width: int) -> tuple[int, int, int]:
+    """(bytes of a rollout, how many at once, bytes of the longest of all) where sampling holds most: all plain ones of a step, all
+    reformulated ones, or `max_rows`."""
+    prompt, most = settings.data.max_prompt_tokens, settings.rollout.max_rows
+    counts = [groups * settings.rollout.group_size for groups in _groups(settings)]
+    rows = [count if most is None else min(count, most) for count in counts]
+    each = [_row(settings, shape, width, tokens) for tokens in (prompt, prompt + _added(settings))]
+    row, count = max(zip(each, rows, strict=True), key=lambda kind: kind[0] * kind[1])
+    return row, count, max(size for size, some in zip(each, rows, strict=True) if some)
+
+
+@dataclass(frozen=True, slots=True)
+class _Largest:
+    """The largest micro-batch: so many rows, or packs that share a prompt, padded to the longest, in tokens."""
+
+    rows: int
+    longest: int
+
+
+def _largest(settings: Settings, shape: DecoderShape, *, gpu: bool, images: int) -> _Largest:
+    """The largest micro-batch of a minibatch with as many reformulated groups as there are, all rollouts at their limit.
+
+    Split as the update splits it: prompts shared where they are, and no more rows than the minibatch has.
+    """
+    train, method = settings.train, settings.method.resolve()
+    plain, again = _groups(settings)
+    groups = ceil((plain + again) / (1 if method.distils else train.minibatches))
+    budget = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
+    wanted = train.share_prompts == "on" or (train.share_prompts == "auto" and not gpu)
+    shares = wanted and not method.distils and not images and LINEAR not in shape.layers
+    prompt, size, new = settings.data.max_prompt_tokens, settings.rollout.group_size, settings.rollout.max_new_tokens
+    shared, single = list[int](), list[int]()
+    for tokens, count in ((prompt + _added(settings), min(again, groups)), (prompt, max(0, groups - again))):
+        sharing = Sharing(reach=6 * shape.hidden)
+        packs = (
+            share_prompt(tokens, [new] * size, reach=sharing.reach, most=min(budget, sharing.most))
+            if shares
+            else [[i] for i in range(size)]
+        )
+        for pack in packs * count:
+            (shared if len(pack) > 1 else single).append(tokens + len(pack) * new)
+    overhead = PASS_TOKENS_GPU if gpu else PASS_TOKENS
+    found = [
+        _Largest(len(batch), max(lengths[row] for row in batch))
+        for lengths in (shared, single)
+        for batch in micro_batches(lengths, budget, overhead)
+    ]
+    return max(found, key=lambda micro: micro.rows * micro.longest)
 
 
 def shown_tokens(settings: Settings, kind: str, response: float) -> float:
@@ -307,14 +415,26 @@ def shown_tokens(settings: Settings, kind: str, response: float) -> float:
     return sum(of[need] for need in needs_of(kind))
 
 
+def _added(settings: Settings) -> int:
+    """Tokens that the widest reformulation adds to a prompt, at most; a summary is taken to be no longer than what it shortens."""
+    teacher, new = settings.teacher, settings.rollout.max_new_tokens
+    if teacher is None:
+        return 0
+    cap = min(teacher.compression.max_new_tokens, max(new, teacher.rollout.max_new_tokens))
+    shorter = teacher.model_copy(update={"compression": teacher.compression.model_copy(update={"max_new_tokens": cap})})
+    of_wrong = teacher.model_copy(update={"compression": teacher.compression.model_copy(update={"max_new_tokens": min(cap, new)})})
+    added = 0
+    for kind in settings.method.resolve().reformulations:
+        words = _WORDS if needs_of(kind) - {"prefix"} else 0  # a prefix stands behind the plain question
+        own = of_wrong if "wrong" in needs_of(kind) else shorter
+        shown = shown_tokens(settings.model_copy(update={"teacher": own}), kind, teacher.rollout.max_new_tokens)
+        added = max(added, int(shown) + words)
+    return added
+
+
 def _longest(settings: Settings) -> int:
     """Tokens of the longest row that may come: a prompt at its limit, what the widest reformulation shows at its own, a rollout."""
-    added = 0
-    if settings.teacher is not None:
-        for kind in settings.method.resolve().reformulations:
-            words = _WORDS if needs_of(kind) - {"prefix"} else 0  # a prefix stands behind the plain question
-            added = max(added, int(shown_tokens(settings, kind, settings.teacher.rollout.max_new_tokens)) + words)
-    return settings.data.max_prompt_tokens + added + settings.rollout.max_new_tokens
+    return settings.data.max_prompt_tokens + _added(settings) + settings.rollout.max_new_tokens
 
 
 def _still(settings: Settings, vision_shape: VisionTowerShape | None) -> int:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.meta
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zppo.core.types import PLAIN, Draft, Message, Question
 from zppo.errors import DataError, SettingsError, TemplateError
-from zppo.names import check_file, readable
+from zppo.names import CLOSINGS, check_file, readable
 from zppo.prompts.neutralise import TAGS, Neutraliser
 
 CLOSING = "closing"
@@ -31,14 +31,14 @@ VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         CLOSING: frozenset(),
         "bcq": frozenset({"candidates"}),
-        "ncq": frozenset({"answers", "candidates", "counts"}),
-        COMPRESSION: frozenset({"response", "has_answer"}),
+        "ncq": frozenset({"answers", "candidates", "counts", "answer_form"}),
+        COMPRESSION: frozenset({"response", "has_answer", "answer_form"}),
         JUDGE: frozenset({"question", "gold", "completion"}),
         "hint": frozenset({"hint"}),
-        HINTING: frozenset({"question", "response"}),
+        HINTING: frozenset({"question", "response", "answer_form"}),
     }
 )
-"""The bundled templates and the variables that each of them may use."""
+"""The bundled templates and the variables that each of them may use; `answer_form` is box, line or own (`WrittenForm.kind`)."""
 
 _INVENTED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("bcq", {"candidates": ["one", "two"]}),
@@ -56,6 +56,28 @@ _NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE, HINTING})
 _BETWEEN = "\n\n"
 
 
+class WrittenForm(Protocol):
+    """How the answers of a run are written (`zppo.grading.answer_form.AnswerForm`): `kind` is box, line or own."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def place(self) -> str: ...
+
+    def written(self, answer: str) -> str: ...
+
+
+class _Boxed:
+    """Answers in boxes after the thoughts, as in the paper."""
+
+    kind = "box"
+    place = "after-thoughts"
+
+    def written(self, answer: str) -> str:
+        return f"\\boxed{{{answer}}}"
+
+
 class PromptBook:
     """Renders every prompt of a run.
 
@@ -66,21 +88,31 @@ class PromptBook:
     inert.
     """
 
-    def __init__(self, overrides: Mapping[str, str | Path] | None = None, neutralise: Callable[[str], str] = lambda text: text) -> None:
+    def __init__(
+        self,
+        overrides: Mapping[str, str | Path] | None = None,
+        neutralise: Callable[[str], str] = lambda text: text,
+        form: WrittenForm | None = None,
+        examples: Sequence[Message] = (),
+    ) -> None:
         """Reads and checks every template.
 
         Args:
-            overrides: name -> path of a file that replaces the bundled template of that name; a new name adds the
-                template of a reformulation of one's own, called like its `Draft.kind`. `~` is expanded.
+            overrides: name -> path of a file, or for the closing instruction one of `zppo.names.CLOSINGS`, that replaces the bundled
+                template of that name; a new name adds the template of a reformulation of one's own, called like its `Draft.kind`. `~` is
+                expanded.
             neutralise: makes model text harmless (`Neutraliser` with the special texts of student and teacher); it breaks the tags too
-                that stand in the overrides.
+                that stand in the overrides; not those that an answer is written in, which belong to the candidates.
+            form: how answers are written, in lists of answers and in what is said about summaries and hints; None for boxes.
+            examples: turns of worked examples, which every prompt that asks a question shows before it.
 
         Raises:
             TemplateError: a file is missing or not UTF-8 text, has a syntax error, or uses a variable that its prompt
                 does not have.
         """
         self._neutralise = neutralise
-        self._paths = _bundled() | {name: Path(path).expanduser() for name, path in (overrides or {}).items()}
+        self._form, self.examples = form or _Boxed(), tuple(examples)
+        self._paths = _bundled() | {name: _path(name, path) for name, path in (overrides or {}).items()}
         if PLAIN in self._paths:
             raise TemplateError(
                 f"The template {PLAIN!r} ({self._paths[PLAIN]}) would never be shown: a plain prompt is the question "
@@ -93,10 +125,12 @@ class PromptBook:
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        self._environment.filters["written"] = self._form.written
+        self._environment.globals["answer_form"] = self._form.kind
         for name in self._paths:
             self._check(name)
         written = [tag for name in overrides or {} for tag in _TAG.findall(_read(name, self._paths[name]))]
-        own = {tag for tag in written if tag.lower() not in TAGS}
+        own = {tag for tag in written if tag.lower() not in TAGS and f"<{tag}>" not in self._form.place}
         if own and isinstance(neutralise, Neutraliser):
             self._neutralise = neutralise.with_tags(sorted(own))
         self._closing = self._fill(CLOSING, {})
@@ -164,6 +198,11 @@ class PromptBook:
         values = {"question": self._clean(question_text), "gold": self._clean(gold), "completion": self._clean(completion)}
         return (Message("user", self._fill(JUDGE, values)),)
 
+    def stated(self, answer: str) -> str:
+        """The shortest response that gives this answer."""
+        written = self._form.written(answer)
+        return f"The answer is {written}." if self._form.kind == "box" else f"It follows.\n{written}"
+
     def text(self, name: str, values: Mapping[str, Any]) -> str:
         """The template of this name filled with the values, neutralised like slots; no question, no closing instruction.
 
@@ -182,6 +221,9 @@ class PromptBook:
                 "that asks. Remove what follows that turn, or drop the question."
             )
         *before, last_turn = question.messages
+        if self.examples:
+            told = 1 if question.messages[0].role == "system" else 0
+            before[told:told] = self.examples
         parts = (last_turn.content.rstrip(), text, self._closing)
         return (*before, Message("user", _BETWEEN.join(part for part in parts if part)))
 
@@ -230,6 +272,13 @@ class PromptBook:
                 f"{self._paths[name]}, line {_line(error, self._paths)}: the template {name!r} cannot be filled: "
                 f"{error} (its variables: {has}). Mend that line."
             ) from error
+
+
+def _path(name: str, path: str | Path) -> Path:
+    """The file of an override."""
+    if name == CLOSING and str(path) in CLOSINGS:
+        return _bundled()[CLOSING].with_name(f"{CLOSING}.jinja" if str(path) == "think-boxed" else f"{CLOSING}_{path}.jinja")
+    return Path(path).expanduser()
 
 
 def _bundled() -> dict[str, Path]:

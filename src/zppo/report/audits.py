@@ -22,6 +22,7 @@ import numpy as np
 from zppo.core.select import is_hard
 from zppo.core.types import BCQ, NCQ
 from zppo.grading import normalise
+from zppo.grading.answer_form import last_line
 
 Counts = Counter[tuple[str, ...]]
 
@@ -35,7 +36,7 @@ normal = lru_cache(maxsize=65_536)(normalise)
 
 
 def boxes(text: str) -> list[str]:
-    """The normalised contents of all balanced `\\boxed{}` of a text. Linear time."""
+    """The normalised contents of all balanced `\\boxed{}` of a text; where it has none, that of its last line `Answer:`. Linear time."""
     opened: list[int | None] = []
     found = []
     for token in _BOX_OR_BRACE.finditer(text):
@@ -45,6 +46,8 @@ def boxes(text: str) -> list[str]:
             opened.append(None)
         elif token[0] == "}" and opened and (start := opened.pop()) is not None:
             found.append(normal(text[start : token.start()]))
+    if not found and (answer := last_line(text)) is not None:
+        found = [normal(answer)]
     return found
 
 

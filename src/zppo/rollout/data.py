@@ -13,21 +13,29 @@ from zppo.data.load import check_there, load_questions, read_part
 from zppo.data.mixture import Mixture, PartRead, mix, question_key, tell_copies
 from zppo.data.order import effective_batch
 from zppo.errors import SettingsError
+from zppo.rollout.examples import Example, draw_examples
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The questions of a recipe; `parts` is what was read of each training source."""
+    """The questions of a recipe; `parts` is what was read of each training source, `examples` what prompts show and nobody is asked."""
 
     mixture: Mixture
     parts: tuple[PartRead, ...]
     held_out: list[Question]
+    examples: tuple[Example, ...] = ()
 
 
 def load_data(settings: Settings, warn: Say | None = None, say: Say | None = None) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions of a recipe. Raises DataError.
+    """Training and held-out questions of a recipe; the args are those of `load_questions_of`. Raises DataError."""
+    loaded = load_questions_of(settings, warn, say)
+    return loaded.mixture.questions, loaded.held_out
+
+
+def load_questions_of(settings: Settings, warn: Say | None = None, say: Say | None = None) -> Loaded:
+    """The questions of a recipe, with what a person should know about them said. Raises DataError.
 
     Args:
         warn: is told of right answers that cannot match, of copies, of training questions that are held out too, and of parts of the
@@ -39,7 +47,7 @@ def load_data(settings: Settings, warn: Say | None = None, say: Say | None = Non
     if warn is not None:
         for text in idle_parts(settings, len(loaded.mixture.questions)):
             warn(text)
-    return loaded.mixture.questions, loaded.held_out
+    return loaded
 
 
 def tell_sources(settings: Settings, loaded: Loaded, warn: Say | None, say: Say | None) -> None:
@@ -48,6 +56,9 @@ def tell_sources(settings: Settings, loaded: Loaded, warn: Say | None, say: Say 
     if say is not None:
         for line in mixture.lines():
             say(line)
+        if loaded.examples:
+            shown = ", ".join(repr(example.question.id) for example in loaded.examples)
+            say(f"examples: {len(loaded.examples)} training questions, shown in every prompt and not trained on ({shown})")
     if warn is not None:
         tell_copies(mixture.questions, warn)
         parts = settings.data.parts
@@ -73,8 +84,14 @@ def load_mixture(settings: Settings, warn: Say | None = None, *, keep_rows: bool
         check_there(part.source)  # before hours of reading
     first = held_out() if any("held_out" in text for part in parts for text in part.filters) else None
     keys = frozenset(map(question_key, first or ()))
-    read = tuple(read_part(part, warn, held_out=keys, keep_rows=keep_rows) for part in parts)
-    return Loaded(mix(parts, read, settings.seed), read, held_out() if first is None else first)
+    solved = data.examples > 0 and any(part.columns.solution for part in parts)
+    read = tuple(read_part(part, warn, held_out=keys, keep_rows=keep_rows or solved) for part in parts)
+    asked = held_out() if first is None else first
+    mixture, examples = draw_examples(settings, mix(parts, read, settings.seed), read, asked)
+    if not keep_rows:
+        for part_read in read:
+            part_read.kept_rows.clear()
+    return Loaded(mixture, read, asked, examples)
 
 
 def in_both(train: Sequence[Question], held_out: Sequence[Question], names: Sequence[str] = ()) -> str:

@@ -11,7 +11,9 @@ from zppo.config.settings import Settings
 from zppo.core.types import JUDGE, Question
 from zppo.engines.chat import Chat
 from zppo.grading import Grader, extract_boxed, has_gold_words
-from zppo.grading.grader import TimeOuts, Verdict
+from zppo.grading.answer_form import ANYWHERE, AnswerForm
+from zppo.grading.grader import Verdict
+from zppo.grading.workers import TimeOuts
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.rollout.data import count_judged
@@ -35,7 +37,7 @@ class Rule(Protocol):
 def rule_grading(settings: Settings) -> Iterator[Rule]:
     """The recipe's grading for the length of a run, before any judge: reward functions of the user's, else the rules and their workers."""
     if settings.grading.rewards:
-        rewards = make_rewards(settings.grading)
+        rewards = make_rewards(settings.grading, settings.answer_form)
         rewards.steps = settings.train.steps or 0
         try:
             yield rewards
@@ -43,7 +45,7 @@ def rule_grading(settings: Settings) -> Iterator[Rule]:
             rewards.close()
         return
     own = settings.grading
-    with Grader(own.deadline, own.workers, rounded_golds=own.rounded_golds, anywhere=own.anywhere) as grader:
+    with Grader(own.deadline, own.workers, rounded_golds=own.rounded_golds, form=settings.answer_form) as grader:
 
         def grade(answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
             log = log or StepLog()
@@ -68,11 +70,11 @@ class Scorer:
     Args:
         rule: grades the questions that are not the judge's: by rule, or by a reward function of the user's.
         judge: grades the others; None where there are none.
-        anywhere: whether boxes in thoughts count too (`extract_boxed`).
+        form: where the answer of a completion stands; None for the last box after the thoughts.
     """
 
-    def __init__(self, rule: Rule, judge: Judge | None = None, anywhere: bool = False) -> None:
-        self.rule, self.judge, self.anywhere = rule, judge, anywhere
+    def __init__(self, rule: Rule, judge: Judge | None = None, form: AnswerForm | None = None) -> None:
+        self.rule, self.judge, self.form = rule, judge, form or AnswerForm()
         self._warned_malformed = False  # said once a run
 
     def __call__(self, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
@@ -94,9 +96,13 @@ class Scorer:
             return self.rule(answered, log)
 
     def _by_judge(self, judge: Judge, answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
-        verdicts = [_without_judge(a, self.anywhere) for a in answered]
-        # A box in the thoughts is read with them, however it is extracted.
-        texts = [readable(a.completion, extract_boxed(a.completion, a.think_open), a.think_open) for a in answered]
+        spent = log.known("grading").setdefault("time-outs", TimeOuts())
+        groups = [(a.kind, a.question.id) for a in answered]
+        found = [answer for answer, _ in self.form.find_many([(a.completion, a.think_open) for a in answered], groups, spent)]
+        verdicts = [_without_judge(a, answer) for a, answer in zip(answered, found, strict=True)]
+        if self.form.place == ANYWHERE:  # a box in the thoughts is read with them, however it is extracted
+            found = [extract_boxed(a.completion, a.think_open) for a in answered]
+        texts = [readable(a.completion, answer, a.think_open) for a, answer in zip(answered, found, strict=True)]
         left = [i for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)) if text and not verdict.correct]
         before = log.own.get("judge_asked", 0.0)
         outcomes = judge.decide([Case(answered[i].question, texts[i]) for i in left], log)
@@ -148,20 +154,19 @@ def make_scorer(
     if isinstance(rule, Rewards):
         rule.prepare(questions, lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not count_judged(settings, questions):
-        return Scorer(rule)
+        return Scorer(rule, form=settings.answer_form)
     assert settings.judging is not None
     own, use = settings.judging
     model = teachers[0] if settings.judge is None and teachers else load(own)
     how = own.how(use)
     model.check(how, "" if settings.judge else "judge")
-    book = PromptBook(settings.prompts, Neutraliser({*chat.special_texts, *model.special_texts}))
+    book = PromptBook(settings.prompts, Neutraliser({*chat.special_texts, *model.special_texts}), settings.answer_form)
     judge = Judge(model, book, how, token_tail(chat.tokenizer, use.response_tokens), seed=settings.seed)
-    return Scorer(rule, judge, settings.grading.anywhere)
+    return Scorer(rule, judge, settings.answer_form)
 
 
-def _without_judge(answered: Answered, anywhere: bool) -> Verdict:
-    """What can be said of a completion of a judge question without asking."""
-    answer = extract_boxed(answered.completion, answered.think_open, anywhere)
+def _without_judge(answered: Answered, answer: str | None) -> Verdict:
+    """What can be said of a completion of a judge question without asking; `answer` is what was found in it."""
     correct = answer is not None and has_gold_words(answered.question.gold, answer)
     return Verdict(correct, answer, "equal" if correct else "no answer", float(correct))
 

@@ -276,6 +276,7 @@ def make_reformulator(
             own.how(own.compression) if own else unused,
             token_tail(chat.tokenizer, compression.max_new_tokens if compression else 1),
             enabled=compression is not None and compression.enabled,
+            form=settings.answer_form,
         ),
         teacher=teacher,
         hint=own.how(own.hint) if own else unused,

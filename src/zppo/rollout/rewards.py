@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zppo.core.types import JUDGE, Question
+from zppo.grading.answer_form import AnswerForm
 from zppo.grading.grader import Verdict
 from zppo.grading.reward_function import Batch, Call, Reward, RewardFunction, load_reward
-from zppo.grading.text import extract_boxed
+from zppo.grading.workers import TimeOuts
 from zppo.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Rewards:
         functions: the one that judges the answer first.
         weights: of each in the reward.
         deadline: seconds that one call of an async function may take; completions that it was about are then ungraded.
-        anywhere: whether boxes in thoughts count too (`extract_boxed`).
+        answers: where the answer of a completion stands; None for the last box after the thoughts.
 
     Attributes:
         steps: of the whole run, which functions of TRL's form are told; 0 where it is not known.
@@ -141,8 +142,10 @@ class Rewards:
 
     steps = 0
 
-    def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float], deadline: float, anywhere: bool = False) -> None:
-        self.functions, self.weights, self.anywhere = tuple(functions), tuple(weights), anywhere
+    def __init__(
+        self, functions: Sequence[RewardFunction], weights: Sequence[float], deadline: float, answers: AnswerForm | None = None
+    ) -> None:
+        self.functions, self.weights, self.answers = tuple(functions), tuple(weights), answers or AnswerForm()
         self.names = unique_names([function.name for function in functions])
         self._waiter = Waiter(deadline)
         self._step = 0  # the newest one
@@ -168,8 +171,9 @@ class Rewards:
             function.check_columns(graded)
 
     def close(self) -> None:
-        """End what runs for async functions."""
+        """End what runs for async functions, and what reads answers."""
         self._waiter.close()
+        self.answers.close()
 
     def __call__(self, answered: Sequence[Answered], log: StepLog | None = None) -> list[Verdict]:
         """Verdicts in order.
@@ -183,7 +187,10 @@ class Rewards:
         self._step = log.step or self._step
         batch = self._batch(answered, log)
         said, late, notes = self._ask(batch)
-        verdicts = [self._verdict(a, [column[i] for column in said], i in late, notes[i]) for i, a in enumerate(answered)]
+        spent = log.known("grading").setdefault("time-outs", TimeOuts())
+        groups = [(a.kind, a.question.id) for a in answered]
+        found = self.answers.find_many([(a.completion, a.think_open) for a in answered], groups, spent)
+        verdicts = [self._verdict(answer, [column[i] for column in said], i in late, notes[i]) for i, (answer, _) in enumerate(found)]
         self._warn(verdicts, log)
         return verdicts
 
@@ -221,9 +228,8 @@ class Rewards:
             _take_notes(call, notes)
         return [said[id(function)] for function in self.functions], late, notes
 
-    def _verdict(self, answered: Answered, said: Sequence[Reward | None], late: bool, notes: Mapping[str, Any]) -> Verdict:
+    def _verdict(self, answer: str | None, said: Sequence[Reward | None], late: bool, notes: Mapping[str, Any]) -> Verdict:
         applies = [reward for reward in said if reward is not None]
-        answer = extract_boxed(answered.completion, answered.think_open, self.anywhere)
         answer = next((reward.answer for reward in applies if reward.answer is not ...), answer)
         own = {name: reward.reward for name, reward in zip(self.names, said, strict=True) if reward is not None}
         if late or not applies:
@@ -266,12 +272,12 @@ def unique_names(specs: Sequence[str]) -> list[str]:
     return names
 
 
-def make_rewards(settings: GradingSettings) -> Rewards:
-    """The reward functions of a recipe.
+def make_rewards(settings: GradingSettings, answers: AnswerForm | None = None) -> Rewards:
+    """The reward functions of a recipe; `answers` says where the answers of completions stand.
 
     Raises:
         RewardError: one cannot be imported, or has no form that can be called.
     """
     specs = settings.rewards
     functions = [load_reward(spec, optional=len(specs) > 1) for spec in specs]
-    return Rewards(functions, settings.reward_weights or (1.0,) * len(specs), settings.reward_deadline, settings.anywhere)
+    return Rewards(functions, settings.reward_weights or (1.0,) * len(specs), settings.reward_deadline, answers)

@@ -6,7 +6,7 @@ The questions of a run, and whether the student can read them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +20,8 @@ from zppo.errors import DataError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.names import model_folder
-from zppo.rollout.data import load_data
+from zppo.rollout.data import load_questions_of
+from zppo.rollout.examples import Example
 from zppo.rollout.student import PromptRenderer
 
 
@@ -44,11 +45,13 @@ class RunData:
     Attributes:
         train, held_out: as read.
         image_inputs: None where no question has an image: then no vision tower is loaded.
+        examples: what every prompt shows.
     """
 
     train: list[Question]
     held_out: list[Question]
     image_inputs: ImageInputs | None
+    examples: tuple[Example, ...] = ()
 
 
 def read_data(
@@ -64,8 +67,8 @@ def read_data(
         DataError: see `load_questions`; or a question has images and the student reads none.
         SettingsError: images cannot be trained on with these settings.
     """
-    train, held_out = load_data(settings, warn, say)
-    return seen_data(settings, train, held_out, sharded=sharded)
+    loaded = load_questions_of(settings, warn, say)
+    return replace(seen_data(settings, loaded.mixture.questions, loaded.held_out, sharded=sharded), examples=loaded.examples)
 
 
 def seen_data(settings: Settings, train: list[Question], held_out: list[Question], *, sharded: bool = False) -> RunData:

@@ -31,6 +31,8 @@ from zppo.models.student_model import load_chat, read_template
 from zppo.names import model_folder
 from zppo.prompts.book import PromptBook
 from zppo.prompts.neutralise import Neutraliser
+from zppo.rollout.data import load_mixture
+from zppo.rollout.examples import Example, example_turns
 from zppo.rollout.frozen_models import FrozenModels, load_frozen_models
 from zppo.rollout.grading import Rule, Scorer, grades_while_sampling, make_scorer, rule_grading
 from zppo.rollout.reformulated import ReformulatedPrompts, Reformulator, make_reformulations, make_reformulator
@@ -181,10 +183,21 @@ class Parts:
         self.close()
 
 
-def make_renderer(settings: Settings, chat: Chat, teachers: Sequence[Teacher] = ()) -> PromptRenderer:
-    """The words of a recipe's prompts; special texts of student and teachers are broken up in what a model wrote."""
+def make_renderer(settings: Settings, chat: Chat, teachers: Sequence[Teacher] = (), examples: Sequence[Example] = ()) -> PromptRenderer:
+    """The words of a recipe's prompts; special texts of student and teachers are broken up in what a model wrote.
+
+    Args:
+        examples: what every prompt shows first, of `data.examples`.
+
+    Raises:
+        SettingsError: the answer of an example could not be read.
+        TemplateError: a template cannot be used.
+    """
     special = {*chat.special_texts, *(text for teacher in teachers for text in getattr(teacher, "special_texts", ()))}
-    return PromptRenderer(PromptBook(settings.prompts, Neutraliser(special)), chat)
+    neutraliser, form = Neutraliser(special), settings.answer_form
+    book = PromptBook(settings.prompts, neutraliser, form)
+    turns = example_turns(settings, examples, book, Neutraliser(special, tags=()))
+    return PromptRenderer(PromptBook(settings.prompts, neutraliser, form, turns) if turns else book, chat)
 
 
 def parts(
@@ -229,7 +242,8 @@ def parts(
             teachers = ready
         renderer = tokenizer
         if not isinstance(renderer, PromptRenderer):
-            renderer = make_renderer(settings, _chat(settings, tokenizer, any(q.images for q in questions)), teachers.teachers)
+            examples = load_mixture(settings).examples if settings.data.examples else ()
+            renderer = make_renderer(settings, _chat(settings, tokenizer, any(q.images for q in questions)), teachers.teachers, examples)
         teachers.check_hints(settings, reformulations, questions, renderer.book)
         load = teachers.load
         score = make_scorer(

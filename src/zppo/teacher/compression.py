@@ -12,7 +12,8 @@ from typing import Any
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.reformulate import Candidate
-from zppo.grading import extract_boxed, normalise
+from zppo.grading import normalise
+from zppo.grading.answer_form import BOXED, AnswerForm
 from zppo.prompts import PromptBook
 from zppo.step_log import StepLog
 from zppo.teacher.interface import Teacher, TeacherReply, TeacherRequest, TeacherSampling
@@ -89,12 +90,14 @@ COMPRESSION_COUNTS = tuple(f"compression_{name}" for name in ("asked", "failed",
 came; tokens as far as the teacher reports them."""
 
 
-def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES, instructions: str = "") -> str | None:
+def accept(
+    reply: str, answer: str | None, cap: Callable[[str], str], max_lines: int = MAX_LINES, instructions: str = "", form: AnswerForm = BOXED
+) -> str | None:
     """The summary in a compression reply, or None where it cannot stand for the completion (method.md section 4).
 
     The last complete `<summary>` block after the last `</think>` counts. It is refused if it is missing or empty, if it
-    is longer than the cap, if its boxed answer differs from the completion's after method.md section 9's normalisation (the
-    teacher may have repaired a wrong answer), if the completion has no answer and the summary has a box, or if it repeats
+    is longer than the cap, if its answer differs from the completion's after method.md section 9's normalisation (the
+    teacher may have repaired a wrong answer), if the completion has no answer and the summary has one, or if it repeats
     the instructions instead of following them. Blank lines are dropped, and lines beyond `max_lines` join the last one: a
     teacher that counts badly costs no redraw, since the cap bounds the length [zppo].
 
@@ -104,6 +107,7 @@ def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines:
         cap: cuts a text to the token limit; returns it unchanged where it is within.
         max_lines: most lines of a summary.
         instructions: the request, without the completion.
+        form: how answers are written.
     """
     text = reply.rsplit("</think>", 1)[-1]
     end = text.rfind("</summary>")
@@ -111,13 +115,20 @@ def accept(reply: str, answer: str | None, cap: Callable[[str], str], max_lines:
     if start < 0:
         return None
     lines = [line.strip() for line in text[start + len("<summary>") : end].splitlines() if line.strip()]
-    summary = "\n".join([*lines[: max_lines - 1], " ".join(lines[max_lines - 1 :])]).strip()
+    summary = "\n".join(_joined(lines, max_lines, form.kind == "box")).strip()
     if not summary or cap(summary) != summary or _echoes(lines, summary, instructions):
         return None
+    kept = form.find(summary)
     if answer is None:
-        return None if "\\boxed" in summary or extract_boxed(summary) is not None else summary
-    kept = extract_boxed(summary)
+        return None if kept is not None or (form.kind == "box" and "\\boxed" in summary) else summary
     return summary if kept is not None and normalise(kept) == normalise(answer) else None
+
+
+def _joined(lines: Sequence[str], most: int, joins_last: bool) -> list[str]:
+    """At most so many lines: those beyond join the last one, or where that holds the answer alone the one before it."""
+    if len(lines) <= most or joins_last or most < 2:
+        return [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [*lines[: most - 2], " ".join(lines[most - 2 : -1]), lines[-1]]
 
 
 def _echoes(lines: Sequence[str], summary: str, instructions: str) -> bool:
@@ -167,6 +178,7 @@ class Compressor:
         *,
         enabled: bool = True,
         redraws: int = REDRAWS,
+        form: AnswerForm = BOXED,
     ) -> None:
         """Sets how to compress.
 
@@ -177,12 +189,13 @@ class Compressor:
             cap: cuts a completion to the same token limit, see `token_tail`.
             enabled: False shows every completion in its capped uncompressed form and asks the teacher nothing.
             redraws: how often a candidate of a pair that fails is drawn anew.
+            form: how answers are written.
         """
         self._teacher = teacher if enabled else None
         self._book = book
         self._how = how
         self._cap = cap
-        self._redraws = redraws
+        self._redraws, self._form = redraws, form
 
     def raw(self, text: str) -> str:
         """The capped uncompressed form of a completion."""
@@ -238,7 +251,7 @@ class Compressor:
         log.note_error("teacher", reply.error)
         unfinished = text is not None and reply.think_open and "</think>" not in text
         request = self._book.compression("", item.answer is not None)[-1].content
-        summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=request)
+        summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=request, form=self._form)
         log.add(
             compression_asked=1,
             compression_failed=text is not None and summary is None,

@@ -85,7 +85,7 @@ def hint_trial(question: Question, teacher: Teacher, book: PromptBook, how: Teac
 
     A small model may never have seen such a request. Then no question is asked again, and a comparison is one of a method with itself.
     """
-    response = f"The answer is \\boxed{{{question.golds[0]}}}."
+    response = book.stated(question.golds[0])
     keys = [draw_key(seed, question.id, "hint trial", turn) for turn in range(REDRAWS + 1)]
     (reply,) = teacher.complete([_call(book, question, response, *keys)], how)
     texts = [text for text in reply.texts if text is not None]

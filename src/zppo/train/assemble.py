@@ -298,7 +298,7 @@ def assemble(
     # Words: the chat template and the templates of prompts.
     image_inputs, teachers = data.image_inputs, frozen_models.teachers
     chat = load_chat(settings.student, image_inputs.limits, image_inputs.cache) if image_inputs else load_chat(settings.student)
-    renderer = make_renderer(settings, chat, teachers)
+    renderer = make_renderer(settings, chat, teachers, data.examples)
     # Questions whose prompts are short enough; and the pieces of a step.
     progress.doing(f"reading the prompts of {len(data.train) + len(data.held_out):,} questions")
     console = progress.console

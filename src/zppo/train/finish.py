@@ -18,6 +18,8 @@ from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.vllm import VLLMEngine
 from zppo.models.student_model import Student, load_model
+from zppo.planning.dry_run import gib
+from zppo.planning.memory import Memory, expected, peak_of_process
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.runs.checkpoint import Savable
 from zppo.runs.display import Progress
@@ -79,9 +81,16 @@ def write_model_card(folder: Path, run: Path, settings: Settings) -> None:
 
 
 def closing_table(
-    console: Console, run: Path, settings: Settings, *, before: Evaluation | None, after: Evaluation | None, totals: Totals
+    console: Console,
+    run: Path,
+    settings: Settings,
+    *,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    totals: Totals,
+    memory: str = "",
 ) -> None:
-    """Held-out accuracy before and after, graduated/admitted by entry bin, what help was missed, where the files are."""
+    """Held-out accuracy before and after, graduated/admitted by entry bin, what help was missed, memory, where the files are."""
     if before and after:
         console.print("\nheld-out accuracy, plain prompts")
         table = Table("level", "before", "after")
@@ -107,6 +116,8 @@ def closing_table(
     if totals.hint_leaks:
         console.print(_leaks(totals.hint_leaks), markup=False, highlight=False)
     console.print(f"\n{_work(totals)}", highlight=False)
+    if memory:
+        console.print(memory, highlight=False)
     files: Mapping[str, str] = {
         "final/": "the trained student",
         "metrics.jsonl": "one line a step",
@@ -139,6 +150,17 @@ def _work(totals: Totals) -> str:
     )
 
 
+def _memory(settings: Settings, parts: Assembled) -> str:
+    """The most memory that this process has held until now, beside what a dry run says."""
+    device, trainer = parts.student.model.device, parts.trainer
+    gpu = device.type == "cuda"
+    measured = torch.cuda.max_memory_allocated(device) if gpu else peak_of_process()
+    capacity = torch.cuda.get_device_properties(device).total_memory if gpu else 0
+    guess = expected(settings, trainer.questions, trainer.held_out, trainer.student.renderer.book.examples, gpu=gpu, capacity=capacity)
+    estimated = f"{gib(guess.total)} at most by the estimate of `--dry-run`" if isinstance(guess, Memory) else "no estimate"
+    return f"peak memory of {'the GPU (torch)' if gpu else 'this process'}: {gib(measured)}; {estimated}"
+
+
 def _left_out(before: Evaluation, after: Evaluation) -> str:
     """How many completions have no verdict; "" where all have one."""
     if not (before.ungraded or after.ungraded):
@@ -157,6 +179,7 @@ def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]
 def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, *, bf16: bool) -> None:
     """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
     trainer, processes = parts.trainer, parts.weights.processes
+    memory = _memory(settings, parts) if processes.main else ""  # of training alone: final/ is loaded beside it for its evaluation
     progress.doing(f"writing {run / FINAL}")
     saved = parts.weights.saved(parts.student)
     folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
@@ -174,7 +197,7 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     with processes.stop.ignored():  # it is finished: a signal changes nothing now
         write_model_card(folder, run, settings)
         finish_final(run, folder)
-    closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals)
+    closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals, memory=memory)
 
 
 def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> Evaluation:

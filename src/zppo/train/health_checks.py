@@ -50,7 +50,7 @@ def _no_answer(metrics: Metrics) -> str:
     section, what = ("eval", "held-out completions") if evaluation else ("rollout", "completions")
     cut = metrics.get("truncated" if evaluation else "truncated_share") or 0.0
     missing = metrics["no_answer_share"]
-    head = f"{{value:.0%}} of the {what} have no \\boxed{{{{}}}} answer after their reasoning and count as wrong"
+    head = f"{{value:.0%}} of the {what} have no {{form}} after their reasoning and count as wrong"
     if cut >= 0.5 * missing:
         return (
             f"{head}, most of them because they were cut off. Raise {section}.max_new_tokens; where a thinking student does not come to "
@@ -58,13 +58,14 @@ def _no_answer(metrics: Metrics) -> str:
         )
     if missing >= _NEVER:
         return (
-            f"{head}: the student does not know the form. Say it in its own words with a template of yours for prompts.closing; show it "
-            "in few-shot turns of the data's column messages; start from an instruction-tuned checkpoint, or give a base model a "
-            "student.template; or, if its answers have another form, grade them with a function of yours (grading.reward)"
+            f"{head}: the student does not know the form. Ask for one that it keeps (prompts.closing: boxed or answer-line, or a template "
+            "of yours); show it with data.examples: 2; start from an instruction-tuned checkpoint, or give a base model a "
+            "student.template; or, if its answers have another form, read that with grading.answer_from or a function of yours "
+            "(grading.reward)"
         )
     return (
         f"{head}. Look at some in the report, sorted by accuracy: where the answer stands in another form, prompts.closing can ask for "
-        "the box more clearly, or grading.reward can read that form"
+        "yours more clearly, data.examples can show it, and grading.answer_from can read the other one"
     )
 
 
@@ -132,10 +133,11 @@ class HealthChecks:
     Args:
         own_reward: the recipe grades with a user's reward function.
         advantages: the method learns by them; distillation has none.
+        form: what completions should have, in a few words.
     """
 
-    def __init__(self, *, own_reward: bool, advantages: bool = True) -> None:
-        self._advantages = advantages
+    def __init__(self, *, own_reward: bool, advantages: bool = True, form: str = "\\boxed{} answer") -> None:
+        self._advantages, self._form = advantages, form
         self._watches = [w for w in WATCHES if w.own_reward or not own_reward]
         self._said: dict[str, int] = {}
         self._some_right = own_reward  # which may be a number that never says right
@@ -155,7 +157,7 @@ class HealthChecks:
             value = watch.value(metrics)
             if value is not None and value > watch.limit and self._due(watch.name, step):
                 text = watch.text if isinstance(watch.text, str) else watch.text(metrics)
-                due.append(f"step {step}: {text.format(value=value)}")
+                due.append(f"step {step}: {text.format(value=value, form=self._form)}")
         if self._nothing_right(metrics) and self._due("nothing right", step):
             due.append(
                 f"step {step}: not one answer has been right in {self._all_wrong} steps, of the student's or a teacher's, though "

@@ -23,7 +23,7 @@ from zppo.config.removed import Gone, without_removed
 from zppo.config.settings import MethodSettings, Settings
 from zppo.core.types import Question
 from zppo.errors import CheckpointError
-from zppo.names import load_part, model_folder
+from zppo.names import CLOSINGS, load_part, model_folder
 from zppo.runs.files import WORDS, sync, writing
 
 MOST_NAMED = 8
@@ -144,7 +144,7 @@ def word_files(settings: Settings) -> dict[str, Path]:
     models = {"student": settings.student, "teacher": settings.teacher, "judge": settings.judge}
     models |= {f"more_teachers.{i}": teacher for i, teacher in enumerate(settings.more_teachers)}
     templates = {f"{name}.template": model.template for name, model in models.items() if model is not None}
-    files = {f"prompts.{name}": path for name, path in settings.prompts.items()} | templates
+    files = {f"prompts.{name}": path for name, path in settings.prompts.items() if str(path) not in CLOSINGS} | templates
     return {key: path.expanduser() for key, path in files.items() if path is not None}
 
 

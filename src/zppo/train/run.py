@@ -28,6 +28,7 @@ from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
 from zppo.names import check_file, check_run_folder
+from zppo.rollout.form_check import check_form
 from zppo.rollout.frozen_models import load_frozen_models
 from zppo.rollout.grading import rule_grading
 from zppo.rollout.run_data import read_data
@@ -121,7 +122,8 @@ class TrainingLoop:
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
-        self.health = HealthChecks(own_reward=settings.grading.reward is not None, advantages=not self.trainer.method.distils)
+        own_reward, learns = settings.grading.reward is not None, not self.trainer.method.distils
+        self.health = HealthChecks(own_reward=own_reward, advantages=learns, form=settings.answer_form.name)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
@@ -383,6 +385,8 @@ def _go(
         console.print("accuracies of rollouts are running means over about ten steps", style="dim")
         with processes.uninterrupted():
             try:
+                if not resumed:
+                    _check_form(settings, loop, progress)
                 loop.run()
                 if parts.student.adapters:  # they are merged now, for good: runs without checkpoints are saved before
                     loop.save_last_step(together=True)
@@ -405,6 +409,20 @@ def _push(push: PushSettings, run: Path, console: Console) -> None:
         warn(console, f"warning: {error}")
     except KeyboardInterrupt:
         warn(console, f"interrupted: the run is finished, and not pushed. `zppo push {run} --repo {push.repo}` does it")
+
+
+def _check_form(settings: Settings, loop: TrainingLoop, progress: Progress) -> None:
+    """Says whether answers can be read off a few completions; not where the user's own function reads them, or nothing is trained."""
+    trainer = loop.trainer
+    if settings.grading.reward or not trainer.steps:
+        return
+    progress.doing("looking at a few completions")
+    found = check_form(trainer.student, trainer.questions, settings.answer_form)
+    if found is not None and trainer.processes.main:
+        if found.low:
+            progress.warning(found.text(settings.answer_form))
+        else:
+            show(progress.console, found.text(settings.answer_form))
 
 
 def _open(

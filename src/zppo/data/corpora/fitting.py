@@ -226,6 +226,7 @@ class _Written(NamedTuple):
     answer_list: str = "answer_list"
     choices: str = "choices"
     extra: tuple[str, ...] = ()
+    solution: str = ""
 
 
 def _check_readable(prompt: str, answer: str, how: str | None) -> None:

@@ -11,8 +11,9 @@ from types import MappingProxyType
 from zppo.evals.adapters.choice import LETTERS
 from zppo.evals.item import Item, Kind
 from zppo.evals.scoring.text_scores import anls
+from zppo.grading.answer_form import BOXED, AnswerForm
 from zppo.grading.numbers import Number, parse_number
-from zppo.grading.text import MAX_ANSWER, clean, extract_boxed, final_part, nested_too_deep, normalise, printed
+from zppo.grading.text import MAX_ANSWER, clean, final_part, nested_too_deep, normalise, printed
 from zppo.grading.units import split_unit
 from zppo.grading.words import choice, yes_no
 
@@ -45,7 +46,7 @@ Rule = Callable[[Item, str, Equal], tuple[float | None, str]]
 """(value or None, reason) for an answer."""
 
 
-def score(item: Item, completion: str, equal: Equal, think_open: bool = False) -> Score:
+def score(item: Item, completion: str, equal: Equal, think_open: bool = False, form: AnswerForm = BOXED) -> Score:
     """The rules' score of a completion.
 
     Without a boxed answer behind the thinking rules decide nothing, except where a whole response is scored: a judge may find the answer
@@ -56,12 +57,13 @@ def score(item: Item, completion: str, equal: Equal, think_open: bool = False) -
         completion: the model's text, with or without its thoughts.
         equal: `zppo.grading.Grader.equal`.
         think_open: whether the prompt already ended inside an opened think block, and the completion still holds its thoughts.
+        form: where the answer stands.
     """
     part = (final_part(completion, think_open) or "").strip()
     lacking = None if completion.strip() and item.kind not in _METRICS else 0.0
     if not part:
         return Score(lacking, None, NO_ANSWER, True)
-    answer = extract_boxed(completion, think_open)
+    answer = form.find(completion, think_open)
     boxless = answer is None and item.kind not in SCORED_WHOLE
     if item.kind in _WHOLE_RESPONSE:
         value, reason = _WHOLE_RESPONSE[item.kind](item, part if answer is None else answer, equal)

@@ -29,8 +29,9 @@ from zppo.evals.journal import Journal
 from zppo.evals.options import JUDGE_TOKENS, LONG_JUDGE_TOKENS, digest_of
 from zppo.evals.results import BROKEN, MALFORMED, TOO_LONG, SampleResult
 from zppo.evals.scoring.rules import SCORED_WHOLE, score
+from zppo.grading.answer_form import BOXED, AnswerForm
 from zppo.grading.grader import Grader
-from zppo.grading.text import extract_boxed, final_part
+from zppo.grading.text import final_part
 from zppo.prompts import Neutraliser, PromptBook
 from zppo.prompts.book import JUDGE
 from zppo.prompts.neutralise import IMAGE_TEXTS
@@ -243,7 +244,9 @@ def judge_slots(item: Item, asked: str, response: str) -> dict[str, Any]:
     }
 
 
-def judge_request(benchmark: Benchmark, item: Item, completion: str, book: PromptBook, think_open: bool = False) -> tuple[Message, ...]:
+def judge_request(
+    benchmark: Benchmark, item: Item, completion: str, book: PromptBook, think_open: bool = False, form: AnswerForm = BOXED
+) -> tuple[Message, ...]:
     """The request to judge one completion.
 
     A judge reads what follows the thinking; of a completion without an answer that can be read all, thoughts included
@@ -255,7 +258,7 @@ def judge_request(benchmark: Benchmark, item: Item, completion: str, book: Promp
         asked = str(item.facts["shown"])
     # What is scored whole is an answer without a box too.
     whole = (final_part(completion, think_open) or "").strip() or None if item.kind in SCORED_WHOLE else None
-    response = readable(completion, extract_boxed(completion, think_open) or whole, think_open)[-_MOST:]
+    response = readable(completion, form.find(completion, think_open) or whole, think_open)[-_MOST:]
     if benchmark.judge == JUDGE:
         return book.judge(asked, gold, response)
     if benchmark.judge in _THOUGHTS_TOO:
@@ -289,6 +292,7 @@ class Decider:
 
     Args:
         urls: addresses of the judge; none where rules decide every row.
+        form: where the answers of replies stand.
         strict: rows with a malformed verdict stay open, and are judged anew by the next call; else they are 0 (method.md section 10).
     """
 
@@ -303,8 +307,9 @@ class Decider:
         workers: int = 2,
         think_open: bool = False,
         strict: bool = False,
+        form: AnswerForm = BOXED,
     ) -> None:
-        self._grader = Grader(workers=workers)
+        self._grader, self._form = Grader(workers=workers, form=form), form
         self._judge = RemoteTeacher(model, urls, key=key, concurrency=concurrency, retry_for=DOWN) if urls else None
         self._book = judge_book(prompts)
         self.think_open, self._strict = think_open, strict
@@ -330,7 +335,7 @@ class Decider:
             SettingsError: a metric of OCRBench v2 lacks its packages.
         """
         text = str(reply["text"])
-        ruled = score(item, text, self._grader.equal, self.think_open)
+        ruled = score(item, text, self._grader.equal, self.think_open, self._form)
         unresolved = ruled.value is None and benchmark.judged
         value = None if unresolved else ruled.value or 0.0
         row = SampleResult(
@@ -352,7 +357,7 @@ class Decider:
         return self._judged(benchmark, item, row, journal) if unresolved else row
 
     def _judged(self, benchmark: Benchmark, item: Item, row: SampleResult, journal: Journal) -> SampleResult:
-        messages = judge_request(benchmark, item, row.text, self._book, self.think_open)
+        messages = judge_request(benchmark, item, row.text, self._book, self.think_open, self._form)
         key = digest_of([benchmark.name, item.id, row.epoch, messages])
         known, judge = journal.get(key), self._judge
         if judge is None:
