@@ -371,6 +371,7 @@ def _go(
         stack.enter_context(tracking(trackers))
         folder = start.folder if start else None
         parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, progress)
+        stack.callback(parts.close)
         loop = TrainingLoop(settings, parts, progress)
         if start:
             start.load(loop, parts.origin, console)
