@@ -217,7 +217,7 @@ class ColocatedEngine(VLLMEngine):
         self.llm.rest()
 
     def close(self) -> None:
-        """Ends vLLM: before the process groups of the run."""
+        """Ends vLLM, and with it all process groups of this process."""
         self.llm.close()
 
     def sample_from(self, model: PreTrainedModel) -> None:
@@ -233,9 +233,7 @@ class ColocatedEngine(VLLMEngine):
         check_requests(requests, sampling, self.vocab_size, self.context)
         shown = [self._shown(request) for request in requests]
         places = [(i, j) for i, request in enumerate(requests) for j in range(len(request.keys))]
-        draws = [
-            Draw(requests[i].prompt_ids, shown[i], requests[i].keys[j] % _SEEDS, self._room(requests[i], sampling)) for i, j in places
-        ]
+        draws = [Draw(requests[i].prompt_ids, shown[i], requests[i].keys[j] % _SEEDS, self._room(requests[i], sampling)) for i, j in places]
         how: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

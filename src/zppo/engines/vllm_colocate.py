@@ -123,17 +123,17 @@ class ColocatedVLLM:
             self._asleep = True
 
     def close(self) -> None:
-        """Ends vLLM, and its process groups, which it would look for after those of the run are gone."""
+        """Ends vLLM and all process groups of this process, those of the run among them: it must not need them any more.
+
+        vLLM would look for its groups when the interpreter ends, after those of the run are gone.
+        """
         if self._llm is None:
             return
-        from vllm.distributed import parallel_state
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         engine, self._llm, self._engine = self._engine, None, None
         engine.engine_core.shutdown()
-        parallel_state.destroy_model_parallel()
-        if parallel_state._WORLD is not None:  # the project's own group is left alone
-            parallel_state._WORLD.destroy()
-            parallel_state._WORLD = None
+        cleanup_dist_env_and_memory()
 
 
 def _free_port() -> int:

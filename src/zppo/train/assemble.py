@@ -109,6 +109,9 @@ def make_engine_check(
         every=settings.train.check_engine_every,
         seed=settings.seed,
         weights=weights,
+        # What a server computes in is its own affair.
+        rounded=accelerator.mixed_precision != "no" or bool(getattr(engine, "where", "")),
+        exact=settings.rollout.sampling().exact,
     )
 
 
@@ -233,7 +236,7 @@ class Assembled:
     weights: ReplicatedWeights
 
     def close(self) -> None:
-        """Ends the sampling engine: before the process groups of the run are gone."""
+        """Ends the sampling engine, and with vLLM the process groups: the last thing that a run does."""
         engine = self.trainer.student.engine
         if isinstance(engine, VLLMEngine):
             engine.close()

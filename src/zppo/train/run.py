@@ -371,7 +371,6 @@ def _go(
         stack.enter_context(tracking(trackers))
         folder = start.folder if start else None
         parts = assemble(settings, data, run, folder, rule, frozen_models, accelerator, weights, progress)
-        stack.callback(parts.close)
         loop = TrainingLoop(settings, parts, progress)
         if start:
             start.load(loop, parts.origin, console)
@@ -392,6 +391,7 @@ def _go(
                 rescue(run, loop, error, console)  # before anything else is closed: there may be little time
                 raise
     processes.wait()
+    parts.close()
 
 
 def _open(

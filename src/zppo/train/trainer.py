@@ -143,7 +143,9 @@ class Trainer:
     def update(self, rollouts: StepRollouts, log: StepLog, partial: PartialUpdate | None = None) -> StepLog:
         """The second half of a step: weights and buffer (Alg. 1, l. 18 and 19). `partial` is where the update was left, if it was."""
         with self.processes.stop.ignored():  # a signal waits here until nothing is lost by it
-            self._check_same(log.step, [*rollouts.plain, *rollouts.reformulated])
+            groups = [*rollouts.plain, *rollouts.reformulated]
+            self._check_same(log.step, groups)
+            self._look_at_engine(groups, log, partial)
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
             changes = self.parts.remember(rollouts.plain, log.step)  # line 19
             self.done = log.step
@@ -204,7 +206,14 @@ class Trainer:
     def _sync_engine(self, log: StepLog) -> None:
         """Bring the sampling engine up to the weights, and compare the two."""
         with log.time("engine"):
-            log.add(**self.engine_check.refresh(log.step - 1))
+            self.engine_check.refresh(log.step - 1)
+
+    def _look_at_engine(self, groups: Sequence[Group], log: StepLog, partial: PartialUpdate | None) -> None:
+        """What engine and trainer say of some rollouts before the update; afterwards the two are compared again."""
+        with log.time("engine"):
+            found = self.engine_check.before_update(log.step, groups)
+        if partial is None:  # otherwise it is in the log already
+            log.add(**found)
 
     def _plain_prompts(self, questions: Sequence[Question]) -> list[Prompt]:
         return [self.student.renderer.plain(question) for question in questions]
@@ -232,6 +241,7 @@ class Trainer:
         try:
             with log.time("update"):
                 updated = self.learner.update(rollouts.plain, rollouts.reformulated, rollouts.responses, log, partial)
+            self.engine_check.trained(log.counts)
         except MemoryLimitError:
             if self.processes.size == 1:
                 self.boundary = boundary  # the weights have not moved

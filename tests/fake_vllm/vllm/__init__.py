@@ -89,13 +89,17 @@ class Engine:
 
     def abort_request(self, request_ids: list[str]) -> None:
         for name in request_ids:
-            del self.waiting[name]
+            self.waiting.pop(name, None)  # one that has ended is passed over
 
     def step(self) -> list[RequestOutput]:
         """A batch is the requests of one kind, seeds and limits apart."""
         assert not self.llm.sleeping
         last = next(reversed(self.waiting.values()))[1]
-        batch = [name for name in reversed(self.waiting) if replace(self.waiting[name][1], seed=0, max_tokens=1) == replace(last, seed=0, max_tokens=1)]
+        batch = [
+            name
+            for name in reversed(self.waiting)
+            if replace(self.waiting[name][1], seed=0, max_tokens=1) == replace(last, seed=0, max_tokens=1)
+        ]
         given = [self.waiting.pop(name) for name in batch]
         made = self.llm.model.generate(
             [prompt["prompt_token_ids"] for prompt, _ in given],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-_WORLD = None
 
-
-def destroy_model_parallel() -> None:
+def cleanup_dist_env_and_memory() -> None:
     """Nothing to end."""
