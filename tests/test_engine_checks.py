@@ -142,12 +142,11 @@ def rollouts(model: PreTrainedModel, step: int, size: int = 4) -> list[Group]:
 
 def steps(watching: EngineCheck, model: PreTrainedModel, by: float, count: int) -> list[dict[str, float]]:
     """As many steps of a run with updates of that size; what each has logged. The last look is after the last update."""
-    found = []
-    watching.refresh(0)
+    found = [watching.refresh(0)]
     for step in range(1, count + 1):
-        found.append(watching.before_update(step, rollouts(model, step)))
+        watching.before_update(step, rollouts(model, step))
         nudge(model, by)
-        watching.refresh(step)
+        found.append(watching.refresh(step))
     return found
 
 
@@ -185,13 +184,13 @@ def test_bf16_may_round_small_updates_away(model: PreTrainedModel) -> None:
 
 
 def test_an_engine_over_the_trainer_s_module_is_looked_at_in_passing_and_a_wrong_one_found(model: PreTrainedModel) -> None:
-    """One token of four rollouts before and after; a copy of the weights in bf16 that nobody renews is not the module."""
+    """One token at four places of a prompt after each update; a copy of the weights in bf16 that nobody renews is not the module."""
     ours = TransformersEngine(model, [2], 0)
     asked: list[tuple[int, int]] = []
     sample = ours.sample
     ours.sample = lambda requests, how: asked.append((len(requests), how.max_new_tokens)) or sample(requests, how)  # type: ignore[method-assign, func-returns-value]
     assert all(line["engine_gap_max"] < 1e-5 for line in steps(guard(ours, model), model, 1e-4, 3))
-    assert asked == [(1, 8)] + [(4, 1)] * 6
+    assert asked == [(1, 8)] + [(4, 1)] * (1 + 1 + 3)
     for stale in (copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)):
         wrong = TransformersEngine(stale, [2], 0)
         with pytest.raises(EngineError, match="does not hold the trainer's weights"):

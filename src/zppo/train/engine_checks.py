@@ -4,8 +4,8 @@
 sampler is exact its log-probs are old log-probs and a forward pass is saved; where something has come between the two (another kernel,
 a lower precision, a broken cache) every ratio would be off, so from then on the trainer computes them itself.
 
-`EngineCheck`: does the sampling engine hold the trainer's weights? Before and after each update both say what they think of the same few
-rollouts: where the trainer has moved, the engine must have moved the same way. A stale or wrong engine samples from another policy.
+`EngineCheck`: does the sampling engine hold the trainer's weights? Before and after each update both say what they think of the same
+tokens: where the trainer has moved, the engine must have moved the same way. A stale or wrong engine samples from another policy.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ TOLERANCE_ROUNDED = 0.05
 _START = (1, 8)  # completions of a fixed prompt and their token limit: a look at a new engine,
 _RECHECK = (8, 64)  # and what decides where a look was over the tolerance: one unlikely token must not end a run
 _PROBED, _TOKENS = 4, 64  # rollouts that are looked at around an update, and how far
+_PLACES = 4  # of the fixed prompt
 _NOTICED = 1e-6  # nats: a movement of the trainer that is more than the rounding of fp32,
 _NOTICED_ROUNDED = 1e-3  # and one that bf16 cannot round away in all tokens
 _MANY = 16  # tokens: where so many have moved, and none has in the engine, it is no rounding either
@@ -207,8 +208,9 @@ class Movement(NamedTuple):
 class EngineCheck:
     """Syncs the engine after a change of weights and compares it with the trainer.
 
-    A fixed prompt is looked at first. Then, around each update, a few rollouts that it learns from: an engine with a copy of the weights
-    samples them once more, from the same keys; one that shares the trainer's module, and could go wrong in fewer ways, the next token.
+    A fixed prompt is looked at first. Then, around each update, an engine with a copy of the weights samples a few rollouts that the
+    update learns from once more, from the same keys. One that shares the trainer's module, and can go wrong in fewer ways, draws the next
+    token at a few places of the fixed prompt.
 
     Args:
         engine: what samples. One that says `shares_weights` has no copy of them; one that has `rest` is told when it may.
@@ -243,7 +245,7 @@ class EngineCheck:
         self._synced: int | None = None  # the step whose weights the engine has
         self._gap: _GapStats | None = None  # of these weights
         self._watched: tuple[_Probe, Look] | None = None  # what was said before the update,
-        self._open = False  # and whether the last one moved too little to tell
+        self._open = False  # and whether the last update was too small to tell
         self._trained = 0.0  # mean gap of the rows of the last update
 
     def refresh(self, step: int) -> dict[str, float]:
@@ -265,25 +267,19 @@ class EngineCheck:
         self._gap = self._gap or self._together(lambda: self._after(step))
         return {"engine_gap_mean": self._gap.mean, "engine_gap_max": self._gap.largest}
 
-    def before_update(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
+    def before_update(self, step: int, groups: Sequence[Group]) -> None:
         """Looks at a few rollouts that the update of `step` learns from; then the engine rests until the next `refresh`.
 
         Every process must call it.
 
-        Returns:
-            Metrics of the comparison, as they stand in a step's log; none where it did not look.
-
         Raises:
             EngineError: the engine's weights are not the trainer's.
         """
-        found: dict[str, float] = {}
         self._trained = 0.0
-        if self._due(step):
-            gap = self._together(lambda: self._before(step, groups))
-            found = {"engine_gap_mean": gap.mean, "engine_gap_max": gap.largest}
+        if self._due(step) and not self.shared:
+            self._together(lambda: self._before(step, groups))
         if rest := getattr(self.engine, "rest", None):
             rest()
-        return found
 
     def trained(self, counts: Mapping[str, float | None]) -> None:
         """Takes the gap between sampler and trainer over the rows of an update, which the next `refresh` judges.
@@ -320,14 +316,21 @@ class EngineCheck:
     def _after(self, step: int) -> _GapStats:
         if not self._trained <= self.tolerance:
             raise self._error(step, f"its log-probs differ by {self._trained:.3g} on average over the rollouts that the step learnt from")
-        probe, before = self._watched or (self._fixed(*_START), None)
+        if self._watched is None:
+            first = self._fixed(*_START)
+            look = self._look(first)
+            found = self._judged(step, look)
+            self._watched = first, look
+            if not self.shared:
+                return found
+            self._watched = self._places(), self._look(self._places())
+        probe, before = self._watched
         now = self._look(probe)
         found = self._judged(step, now)
-        if before is not None:
-            movement = Movement.between(before, now)
-            if fault := movement.fault(rounded=self.rounded):
-                raise self._error(step, fault)
-            self._open = not (self.shared or movement.heard(rounded=self.rounded))
+        movement = Movement.between(before, now)
+        if fault := movement.fault(rounded=self.rounded):
+            raise self._error(step, fault)
+        self._open = not (self.shared or movement.heard(rounded=self.rounded))
         if not self._open:
             self._watched = probe, now
         return found
@@ -344,18 +347,22 @@ class EngineCheck:
         keys = tuple(draw_key(self.seed, "engine", i) for i in range(size))
         return _Probe((SampleRequest(self.prompt.ids, keys, self.prompt.images),), tokens)
 
+    def _places(self) -> _Probe:
+        """The next token at places of the fixed prompt; at its end where it has images, which must be whole."""
+        ids, key = self.prompt.ids, (draw_key(self.seed, "engine", 0),)
+        cuts = [len(ids)] if self.prompt.images else sorted({max(1, len(ids) * i // _PLACES) for i in range(1, _PLACES + 1)})
+        return _Probe(tuple(SampleRequest(ids[:cut], key, self.prompt.images) for cut in cuts), 1)
+
     def _chosen(self, step: int, groups: Sequence[Group]) -> _Probe:
         """Of the groups that have a gradient those with the shortest prompts, and a rollout of each."""
         live = sorted((g for g in groups if not trivial(g)), key=lambda g: len(g.prompt.ids))[:_PROBED]
         if not live:
-            return self._fixed(_PROBED, 1 if self.shared else _TOKENS)
+            return self._fixed(_PROBED, _TOKENS)
         requests = []
-        for group in live:
-            prompt, ids = group.prompt, group.rollouts[0].ids
-            known = tuple(ids[: min(len(ids) // 2, _TOKENS)].tolist()) if self.shared else ()
-            key = draw_key(self.seed, "rollout", step, prompt.question.id, prompt.kind, 0)  # a copy comes to the very rollout
-            requests.append(SampleRequest(prompt.ids + prompt.forced_ids + known, (key,), prompt.images))
-        return _Probe(tuple(requests), 1 if self.shared else _TOKENS)
+        for prompt in (group.prompt for group in live):
+            key = draw_key(self.seed, "rollout", step, prompt.question.id, prompt.kind, 0)  # the engine comes to the very rollout
+            requests.append(SampleRequest(prompt.ids + prompt.forced_ids, (key,), prompt.images))
+        return _Probe(tuple(requests), _TOKENS)
 
     def _look(self, probe: _Probe) -> Look:
         sampling = Sampling(temperature=self.forward.temperature, max_new_tokens=probe.tokens)

@@ -145,7 +145,8 @@ class Trainer:
         with self.processes.stop.ignored():  # a signal waits here until nothing is lost by it
             groups = [*rollouts.plain, *rollouts.reformulated]
             self._check_same(log.step, groups)
-            self._look_at_engine(groups, log, partial)
+            with log.time("engine"):  # what it says of some rollouts now is held against what it says after the update
+                self.engine_check.before_update(log.step, groups)
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
             changes = self.parts.remember(rollouts.plain, log.step)  # line 19
             self.done = log.step
@@ -206,14 +207,7 @@ class Trainer:
     def _sync_engine(self, log: StepLog) -> None:
         """Bring the sampling engine up to the weights, and compare the two."""
         with log.time("engine"):
-            self.engine_check.refresh(log.step - 1)
-
-    def _look_at_engine(self, groups: Sequence[Group], log: StepLog, partial: PartialUpdate | None) -> None:
-        """What engine and trainer say of some rollouts before the update; afterwards the two are compared again."""
-        with log.time("engine"):
-            found = self.engine_check.before_update(log.step, groups)
-        if partial is None:  # otherwise it is in the log already
-            log.add(**found)
+            log.add(**self.engine_check.refresh(log.step - 1))
 
     def _plain_prompts(self, questions: Sequence[Question]) -> list[Prompt]:
         return [self.student.renderer.plain(question) for question in questions]
