@@ -104,12 +104,12 @@ def test_a_stale_vllm_stops_the_run(vllm: ModuleType, recipe: Path, tmp_path: Pa
     """The engine starts from the student's own weights and then never takes any."""
     vllm.FAULTS.add("deaf")
     run = tmp_path / "run"
-    options = [*SMALL, "--data.eval=null", "--train.steps=4", "--train.learning_rate=3e-3"]
+    options = [*SMALL, "--data.eval=null", "--train.steps=4", "--train.learning_rate=1e-7"]
     assert main(["train", str(recipe), f"--output={run}", *options]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "the sampling engine does not hold the trainer's weights" in said and "zppo resume" in said
     done = len(records(run, "step"))
-    assert 1 <= done < 4
+    assert done == 1  # after one update, however small
     assert (run / "checkpoints" / f"step-{done:06d}" / "model").is_dir()  # nothing that was learnt is lost
 
 

@@ -352,7 +352,7 @@ def _connect(
             return ((names.get(name, name), value) for name, value in merged_weights(self.model))
 
     model.name_or_path = checkpoint
-    options = {"server_base_url": server, "server_timeout": SERVER_WAIT, "group_port": group_port}
+    options: dict[str, Any] = {"server_base_url": server, "server_timeout": SERVER_WAIT, "group_port": group_port}
     try:
         generation = NamedGeneration(model, accelerator, tokenizer, mode="server", **options)
         generation.vllm_client.session.max_redirects = 0  # prompts go where the recipe says, nowhere else

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM: the calls of the project and of TRL, checked, and answered by a real `transformers` model with the weights it was sent.
+"""A stand-in for vLLM: the calls of the project and of TRL, checked, and answered by a real `transformers` model with what it was sent.
 
 It knows nothing of GPUs, batches or paging. `FAULTS` makes it go wrong on purpose, `ENGINES` keeps every engine for the tests.
 """
