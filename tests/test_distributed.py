@@ -35,7 +35,6 @@ from zppo.distributed.launcher import Launch, rank_of, read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_weights
 from zppo.errors import LauncherError, SettingsError
 from zppo.runs.signals import Stop
-from zppo.train.assemble import start_vllm
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -433,13 +432,6 @@ def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: st
     two: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(SettingsError, match=said):
         make_weights(settings, two, Launch(processes=2), Stop())
-
-
-def test_vllm_goes_with_one_training_process(recipe: Path) -> None:
-    settings, unused = load_recipe(recipe, ["--rollout.engine=vllm"]), SimpleNamespace()
-    two: Any = SimpleNamespace(num_processes=2)
-    with pytest.raises(SettingsError, match="2 processes train"):
-        start_vllm(settings, unused, unused, two)  # type: ignore[arg-type]
 
 
 def test_precision_and_count_must_be_what_was_asked_for() -> None:

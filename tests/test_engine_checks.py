@@ -18,7 +18,8 @@ from conftest import make_tiny
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
-from zppo.core.types import Prompt, Question
+from zppo.core.draws import draw_key
+from zppo.core.types import Group, Prompt, Question, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
 from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
@@ -57,10 +58,10 @@ def model(tiny_qwen3_dir: Path) -> PreTrainedModel:
 
 
 def guard(engine: Engine, model: PreTrainedModel, tolerance: float = 1e-3, every: int = 1, **more: Any) -> EngineCheck:
-    weights = more.pop("weights", None)
+    options = {name: more.pop(name) for name in ("weights", "rounded", "exact") if name in more}
     prompt = Prompt("plain", Question("q", (), ""), (), PROMPT)
     forward = ForwardPass(model, **more)
-    return EngineCheck(engine, forward, prompt, tolerance=tolerance, every=every, seed=0, weights=weights)
+    return EngineCheck(engine, forward, prompt, tolerance=tolerance, every=every, seed=0, **options)
 
 
 def look(watching: EngineCheck, step: int) -> dict[str, float]:
@@ -99,15 +100,117 @@ def test_another_model_is_refused(model: PreTrainedModel, tmp_path: Path) -> Non
         look(guard(Recorded(other), model), 3)
 
 
-def test_a_stale_engine_is_found_long_before_the_tolerance(model: PreTrainedModel) -> None:
-    """Updates move the log-probs by a few thousandths each; the tolerance for bf16 is ten times that."""
-    watching = guard(Recorded(copy.deepcopy(model)), model, tolerance=0.05)
-    gaps = []
+class Deaf(Recorded):
+    """A copy that takes no weights; what it says is off by `noise`, other numbers at each call."""
+
+    def __init__(self, model: PreTrainedModel, noise: float = 0.0) -> None:
+        super().__init__(copy.deepcopy(model))
+        self.noise = noise
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
+        done = super().sample(requests, sampling)
+        random = torch.Generator().manual_seed(len(self.calls))
+        off = lambda c: self.noise * torch.randn(c.logprobs.shape, generator=random)  # noqa: E731
+        return [[Completion(c.ids, c.logprobs + off(c), c.truncated, c.entropy) for c in row] for row in done]
+
+
+class Hearing(Deaf):
+    """A copy that takes them, `late` updates late."""
+
+    def __init__(self, model: PreTrainedModel, noise: float = 0.0, late: int = 0) -> None:
+        super().__init__(model, noise)
+        self.trainer, self.sent = model, [copy.deepcopy(model.state_dict()) for _ in range(late)]
+
+    def sync(self) -> None:
+        super().sync()
+        self.sent.append(copy.deepcopy(self.trainer.state_dict()))
+        self.engine.model.load_state_dict(self.sent.pop(0))
+
+
+def rollouts(model: PreTrainedModel, step: int, size: int = 4) -> list[Group]:
+    """Groups of a step with unequal rewards, as the student sampled them."""
+    groups = []
+    for i in range(5):
+        question = Question(f"q{i}", (), "")
+        prompt = Prompt("plain", question, (), tuple(range(10 + i, 40)))
+        keys = tuple(draw_key(0, "rollout", step, question.id, "plain", j) for j in range(size))
+        (row,) = TransformersEngine(model, [2], 0).sample([SampleRequest(prompt.ids, keys)], Sampling(max_new_tokens=80))
+        made = [Rollout(c.ids, c.logprobs, "", None, False, float(j % 2), reason="") for j, c in enumerate(row)]
+        groups.append(Group(prompt, tuple(made)))
+    return groups
+
+
+def steps(watching: EngineCheck, model: PreTrainedModel, by: float, count: int) -> list[dict[str, float]]:
+    """As many steps of a run with updates of that size; what each has logged. The last look is after the last update."""
+    found = [watching.refresh(0)]
+    for step in range(1, count + 1):
+        watching.before_update(step, rollouts(model, step))
+        nudge(model, by)
+        found.append(watching.refresh(step))
+    return found
+
+
+@pytest.mark.parametrize("by", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+def test_a_deaf_engine_is_found_after_one_update_however_small(model: PreTrainedModel, by: float) -> None:
+    with pytest.raises(EngineError, match="after step 1 .* does not hold the trainer's weights"):
+        steps(guard(Deaf(model), model, tolerance=0.05), model, by, 1)
+
+
+@pytest.mark.parametrize("by", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 0.0])
+def test_one_that_hears_passes_however_small_the_updates(model: PreTrainedModel, by: float) -> None:
+    watching = guard(Hearing(model, noise=1e-6), model, tolerance=0.05)
+    assert all(line["engine_gap_mean"] < 1e-5 for line in steps(watching, model, by, 4))
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_late_engine_is_found(model: PreTrainedModel, late: int) -> None:
+    with pytest.raises(EngineError, match="does not hold the trainer's weights"):
+        steps(guard(Hearing(model, late=late), model, tolerance=0.05), model, 1e-4, 3)
+
+
+def test_a_deaf_engine_whose_kernels_are_noisy_is_watched_until_it_shows(model: PreTrainedModel) -> None:
+    """An update is less than the noise; the same rollouts are looked at until the trainer has gone far enough."""
+    watching = guard(Deaf(model, noise=0.01), model, tolerance=0.05)
+    with pytest.raises(EngineError, match="its log-probs moved by .* of what the trainer's did"):
+        steps(watching, model, 1e-4, 60)
+    assert len(watching.engine.calls) > 6  # type: ignore[attr-defined]
+
+
+def test_bf16_may_round_small_updates_away(model: PreTrainedModel) -> None:
+    """The same silence is a fault in fp32, and where the trainer has moved by more than rounding."""
+    steps(guard(Deaf(model), model, tolerance=0.05, rounded=True), model, 1e-6, 3)
     with pytest.raises(EngineError, match="to the last bit while the trainer's log-probs moved by"):
-        for step in range(100):
-            gaps.append(look(watching, step)["engine_gap_mean"])
-            nudge(model, 1e-4)
-    assert 3 <= len(gaps) < 60 and gaps[-1] <= 0.005  # the last gap that passed
+        steps(guard(Deaf(model), model, tolerance=0.05, rounded=True), model, 3e-4, 3)
+
+
+def test_an_engine_over_the_trainer_s_module_is_looked_at_in_passing_and_a_wrong_one_found(model: PreTrainedModel) -> None:
+    """One token at four places of a prompt after each update; a copy of the weights in bf16 that nobody renews is not the module."""
+    ours = TransformersEngine(model, [2], 0)
+    asked: list[tuple[int, int]] = []
+    sample = ours.sample
+    ours.sample = lambda requests, how: asked.append((len(requests), how.max_new_tokens)) or sample(requests, how)  # type: ignore[method-assign, func-returns-value]
+    assert all(line["engine_gap_max"] < 1e-5 for line in steps(guard(ours, model), model, 1e-4, 3))
+    assert asked == [(1, 8)] + [(4, 1)] * (1 + 1 + 3)
+    for stale in (copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)):
+        wrong = TransformersEngine(stale, [2], 0)
+        with pytest.raises(EngineError, match="does not hold the trainer's weights"):
+            steps(guard(wrong, model, tolerance=0.05), model, 1e-4, 1)
+
+
+def test_the_gap_of_trained_rows_is_watched(model: PreTrainedModel) -> None:
+    watching = guard(TransformersEngine(model, [2], 0), model)
+    for mean, faulty in ((None, False), (1e-4, False), (2e-3, True), (float("nan"), True)):
+        watching.before_update(1, rollouts(model, 1))
+        watching.trained({"logprob_gap_mean": mean})
+        watching._gap = None
+        if faulty:
+            with pytest.raises(EngineError, match="over the rollouts that the step learnt from"):
+                watching.refresh(1)
+        else:
+            watching.refresh(1)
+    truncated = guard(TransformersEngine(model, [2], 0), model, exact=False)  # top-p: other log-probs by design
+    truncated.trained({"logprob_gap_mean": 1.0})
+    assert truncated.refresh(1)
 
 
 def test_an_engine_may_say_the_same_while_nothing_moves(model: PreTrainedModel) -> None:
@@ -171,7 +274,7 @@ def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel)
 
     well = guard(Recorded(model), model, weights=Weights(Others(_GapStats(2e-4, 7e-4))))
     assert look(well, 0) == {"engine_gap_mean": 2e-4, "engine_gap_max": 7e-4}
-    assert inside == ["in", "out"] * 2  # the sync, the look
+    assert inside == ["in", "out"]  # for the look; weights are sent as they lie
     with pytest.raises(EngineError, match="rank 1 is stale"):
         look(guard(Recorded(model), model, weights=Weights(Others("rank 1 is stale"))), 0)
     with pytest.raises(EngineError, match="after step 2"):

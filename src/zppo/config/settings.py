@@ -285,7 +285,7 @@ class RolloutSettings(SamplingSettings):
     group_size: int = Field(8, ge=2, description="student rollouts per prompt (G_S)")
     max_rows: int | None = Field(None, ge=1, description="rollouts that are decoded at once; empty: all of a step")
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="what samples: transformers, with keyed draws, or vLLM, fast on a GPU and not repeatable"
+        "transformers", description="what samples: transformers, with keyed draws, or vLLM, fast on a GPU"
     )
     vllm: VLLMSettings = Field(VLLMSettings(), description="vLLM, where it is the engine")
 
@@ -408,7 +408,7 @@ class TrainSettings(Section):
         "token 100 times as much; above it old log-probs come from a forward pass for the rest of the run; empty: 1e-4 for transformers "
         "in fp32, else 0.05 (bf16 rounds)",
     )
-    check_engine_every: int = Field(1, ge=0, description="steps between comparisons of engine and trainer on a fixed prompt; 0: none")
+    check_engine_every: int = Field(1, ge=0, description="steps between comparisons of engine and trainer around an update; 0: none")
     engine_tolerance: float | None = Field(
         None, gt=0, description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, else 0.05 (bf16 rounds)"
     )

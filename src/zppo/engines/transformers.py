@@ -144,6 +144,8 @@ class TransformersEngine:
         watch: asked before each batch with the (request, place of a key) of its rows who is to be told of each token; None for nobody.
     """
 
+    shares_weights = True  # with the trainer
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -1,7 +1,8 @@
-"""Sampling with vLLM, by way of TRL's `VLLMGeneration`: in this process, next to the trainer (colocate) or in a server.
+"""Sampling with vLLM: in the training process, next to the trainer (colocate), or in a server, by way of TRL's `VLLMGeneration`.
 
-vLLM holds a copy of the weights, in bf16 as a rule: `sync` sends them over, and its log-probs are close to the trainer's, never equal.
-It draws from generators of its own, so rollouts are not keyed: two runs of one seed differ, and so does a resumed one.
+vLLM holds a copy of the weights: `sync` sends them over, and its log-probs are close to the trainer's, never equal. In the training
+process every rollout has a seed, made from its key, so that its tokens do not depend on order or company beyond the rounding of vLLM's
+kernels. A server is asked for a group at once: two runs of one seed differ then, and so does a resumed one.
 """
 
 from __future__ import annotations
@@ -10,21 +11,20 @@ import importlib.util
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
+from zppo.engines.vllm_colocate import LOGPROBS_MODE, ColocatedVLLM, Draw, Place
 from zppo.errors import EngineError, ModelError, SettingsError
 from zppo.images.processor import ImageProcessor
-
-LOGPROBS_MODE = "processed_logprobs"
-"""Log-probs of the distribution that tokens are drawn from, after temperature; vLLM's default is before it."""
 
 _NEVER = -100.0  # the lowest logit bias that vLLM's server takes
 _SEEDS = 1 << 31
@@ -54,15 +54,15 @@ class Generation(Protocol):
 
 
 class VLLMEngine:
-    """Samples with vLLM from the weights of the last `sync`.
+    """Samples with a vLLM server from the weights of the last `sync`.
 
     Args:
-        generation: the connection to vLLM.
+        generation: the connection to it.
         eos_ids: ids that end a completion; the end token is part of it.
         banned_ids: ids that are never drawn (image tokens), by a logit bias of -100.
         vocab_size: ids that the model knows.
         context: most tokens of prompt and completion together; None where unknown.
-        where: the server's address for messages; "" for an engine in this process.
+        where: the server's address for messages; "" where there is none.
         image_processor: the trainer's; vLLM gets the pictures in that size. None for text only.
     """
 
@@ -91,6 +91,12 @@ class VLLMEngine:
         """
         self._guarded(self.generation.sync_weights)
 
+    def rest(self) -> None:
+        """Nothing is sampled until the next call: a server keeps its memory."""
+
+    def close(self) -> None:
+        """Ends what the run started; a server goes on."""
+
     def sample_from(self, model: PreTrainedModel) -> None:
         """Samples from another model of the same shape from now on (what a run saved, for its last evaluation)."""
         self.generation.model = model
@@ -113,8 +119,7 @@ class VLLMEngine:
         check_requests(requests, sampling, self.vocab_size, self.context)
         calls: dict[tuple[int, int], list[int]] = defaultdict(list)  # one call has one group size and one limit
         for i, request in enumerate(requests):
-            room = sampling.max_new_tokens if self.context is None else self.context - len(request.prompt_ids)
-            calls[len(request.keys), min(room, sampling.max_new_tokens)].append(i)
+            calls[len(request.keys), self._room(request, sampling)].append(i)
         for (size, limit), places in calls.items():
             found = iter(self._call([requests[i] for i in places], size, limit, sampling))
             yield from ((i, key, next(found)) for i in places for key in range(size))
@@ -145,10 +150,20 @@ class VLLMEngine:
         """Of every prompt as often as it is sampled; None where none has any."""
         if not any(request.images for request in requests):
             return None
+        return [pictures for pictures in map(self._shown, requests) for _ in range(size)]
+
+    def _shown(self, request: SampleRequest) -> list[Any] | None:
+        """A prompt's pictures; None where it has none."""
+        if not request.images:
+            return None
         if self.image_processor is None:
             raise ModelError("the prompts have images, and vLLM was started for text only: load the student's image processor")
-        shown = [[self.image_processor.picture(ref) for ref in request.images] or None for request in requests]
-        return [pictures for pictures in shown for _ in range(size)]
+        return [self.image_processor.picture(ref) for ref in request.images]
+
+    def _room(self, request: SampleRequest, sampling: Sampling) -> int:
+        """Most tokens of a completion."""
+        room = sampling.max_new_tokens if self.context is None else self.context - len(request.prompt_ids)
+        return min(room, sampling.max_new_tokens)
 
     def _completion(
         self, ids: Sequence[int], logprobs: Sequence[Sequence[float | None]], scored: Sequence[Sequence[int]], limit: int
@@ -179,9 +194,69 @@ class VLLMEngine:
             ) from error
 
 
-def require_vllm() -> None:
-    """Raises `SettingsError` where vLLM or TRL is not installed."""
-    missing = [name for name in ("vllm", "trl") if importlib.util.find_spec(name) is None]
+class ColocatedEngine(VLLMEngine):
+    """Samples with vLLM in this process; rollouts come as they end, each drawn from a seed of its own.
+
+    Args:
+        llm: vLLM, which is this engine's from now on.
+        model: the trainer's model, whose weights `sync` sends.
+        names: what the checkpoint calls parameters, where it calls them otherwise.
+        more: as for `VLLMEngine`.
+    """
+
+    def __init__(self, llm: ColocatedVLLM, model: torch.nn.Module, names: Mapping[str, str], *more: Any, **limits: Any) -> None:
+        super().__init__(cast(Generation, None), *more, **limits)
+        self.llm, self.model, self.names = llm, model, names
+
+    def sync(self) -> None:
+        """Takes over the model's weights, one parameter at a time. Where they are sharded, every process must call it."""
+        self.llm.load((self.names.get(name, name), value) for name, value in merged_weights(self.model))
+
+    def rest(self) -> None:
+        """Gives vLLM's memory back until the next call (sleep mode)."""
+        self.llm.rest()
+
+    def close(self) -> None:
+        """Ends vLLM, and with it all process groups of this process."""
+        self.llm.close()
+
+    def sample_from(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.sync()
+
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
+        """Completions as they end. Entropies are NaN, since vLLM does not tell them.
+
+        Raises:
+            ModelError: see `check_requests`; or log-probs that are not numbers.
+        """
+        check_requests(requests, sampling, self.vocab_size, self.context)
+        shown = [self._shown(request) for request in requests]
+        places = [(i, j) for i, request in enumerate(requests) for j in range(len(request.keys))]
+        draws = [Draw(requests[i].prompt_ids, shown[i], requests[i].keys[j] % _SEEDS, self._room(requests[i], sampling)) for i, j in places]
+        how: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "presence_penalty": sampling.presence_penalty,
+            "repetition_penalty": sampling.repetition_penalty,
+            "stop_token_ids": sorted(self.eos_ids),
+        }
+        if self.banned_ids:
+            how["logit_bias"] = dict.fromkeys(sorted(self.banned_ids), _NEVER)
+        for place, ids, scored in self.llm.run(draws, how):
+            names = [list(each) for each in scored or ()]
+            logprobs = [[found.logprob for found in each.values()] for each in scored or ()]
+            if len(names) != len(ids):
+                raise EngineError("vLLM answered without log-probs: use a version of vLLM that constraints-vllm.txt allows")
+            yield (*places[place], self._completion(ids, logprobs, names, draws[place].limit))
+
+
+def require_vllm(*, server: bool = False) -> None:
+    """Raises `SettingsError` where vLLM is not installed, or TRL, which talks to its server."""
+    needed = ("vllm", "trl") if server else ("vllm",)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsError(
             f"rollout.engine is vllm, and {' and '.join(missing)} cannot be imported here: run "
@@ -199,7 +274,11 @@ def open_vllm(
     banned_ids: Collection[int],
     server: str | None,
     image_processor: ImageProcessor | None = None,
-    **options: Any,
+    max_model_length: int | None = None,
+    gpu_memory_utilization: float = 0.3,
+    max_num_seqs: int | None = None,
+    enable_sleep_mode: bool = False,
+    group_port: int = 51216,
 ) -> VLLMEngine:
     """Starts vLLM in this process, or connects to a server, and makes an engine of it; weights come with the first `sync`.
 
@@ -208,20 +287,63 @@ def open_vllm(
         checkpoint: folder or hub name that vLLM loads the architecture (and first weights) from.
         server: base URL; None for colocate.
         image_processor: the model's; None for text only.
-        options: further arguments of `VLLMGeneration`.
+        max_model_length: most tokens of prompt and completion; None for the model's own.
+        gpu_memory_utilization, max_num_seqs, enable_sleep_mode: of a vLLM in this process.
+        group_port: on which weights are sent to a server.
 
     Raises:
         SettingsError: vLLM is not installed.
         EngineError: vLLM cannot start or the server cannot be used; the message says why.
     """
-    require_vllm()
+    require_vllm(server=bool(server))
     if image_processor is not None:
         _check_limits(image_processor)
         image_processor.keeps_pictures = True
-        tokenizer.image_token_id = min(image_processor.image_ids)  # TRL looks for the places of images by it
-    from trl.generation.vllm_generation import VLLMGeneration
-
     names = _checkpoint_names(model, _tensor_names(checkpoint))
+    config = model.config.get_text_config(decoder=True)
+    known = [getattr(config, "max_position_embeddings", None), max_model_length]
+    limits: dict[str, Any] = {"vocab_size": config.vocab_size, "image_processor": image_processor}
+    if server is None:
+        place = Place(accelerator.process_index, accelerator.local_process_index, accelerator.num_processes)
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        try:
+            llm = ColocatedVLLM(
+                checkpoint,
+                dtype,
+                place,
+                memory=gpu_memory_utilization,
+                rows=max_num_seqs,
+                context=max_model_length,
+                sleeps=enable_sleep_mode,
+            )
+        except Exception as error:  # vLLM and CUDA have errors of their own
+            raise EngineError(
+                f"vLLM cannot be used: {_short(error)}. Lower rollout.vllm.gpu_memory_utilization or set "
+                "rollout.vllm.max_model_length if memory is short; it needs a GPU, or vLLM's build for CPUs"
+            ) from error
+        return ColocatedEngine(llm, model, names, eos_ids, banned_ids, context=_least(known), **limits)
+    if image_processor is not None:
+        tokenizer.image_token_id = min(image_processor.image_ids)  # TRL looks for the places of images by it
+    generation, found = _connect(model, checkpoint, tokenizer, accelerator, names, server, group_port)
+    where, context = f" at {server}", _least([*known, found.get("max_model_len")])
+    return VLLMEngine(generation, eos_ids, banned_ids, context=context, where=where, **limits)
+
+
+def _least(limits: Sequence[int | None]) -> int | None:
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _connect(
+    model: PreTrainedModel,
+    checkpoint: str,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    names: Mapping[str, str],
+    server: str,
+    group_port: int,
+) -> tuple[Any, dict[str, Any]]:
+    """TRL's connection to a server, and the server's `model_config`."""
+    from trl.generation.vllm_generation import VLLMGeneration
 
     class NamedGeneration(VLLMGeneration):
         """Sends what `merged_weights` gives, under the checkpoint's names."""
@@ -229,44 +351,20 @@ def open_vllm(
         def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
             return ((names.get(name, name), value) for name, value in merged_weights(self.model))
 
-    model.name_or_path = checkpoint  # where vLLM loads from; a resumed run's own checkpoint holds no tokenizer
-    where = f" at {server}" if server else ""
+    model.name_or_path = checkpoint
+    options: dict[str, Any] = {"server_base_url": server, "server_timeout": SERVER_WAIT, "group_port": group_port}
     try:
-        generation = NamedGeneration(
-            model,
-            accelerator,
-            tokenizer,
-            mode="server" if server else "colocate",
-            server_base_url=server,
-            server_timeout=SERVER_WAIT,
-            **options,
-        )
-        if server:
-            generation.vllm_client.session.max_redirects = 0  # prompts go where the recipe says, nowhere else
-        found = _server_settings(generation) if server else {}
+        generation = NamedGeneration(model, accelerator, tokenizer, mode="server", **options)
+        generation.vllm_client.session.max_redirects = 0  # prompts go where the recipe says, nowhere else
+        found = dict(generation.vllm_client.get_server_info()["model_config"])
     except Exception as error:  # vLLM, NCCL, HTTP and CUDA all have errors of their own
-        mend = (
-            f"Start it with: {SERVE}"
-            if server
-            else "Lower rollout.vllm.gpu_memory_utilization or set rollout.vllm.max_model_length if memory is short; it needs a GPU"
-        )
-        raise EngineError(f"vLLM{where} cannot be used: {_short(error)}. {mend}") from error
-    if server and found.get("logprobs_mode") != LOGPROBS_MODE:
+        raise EngineError(f"vLLM at {server} cannot be used: {_short(error)}. Start it with: {SERVE}") from error
+    if found.get("logprobs_mode") != LOGPROBS_MODE:
         raise EngineError(
-            f"the vLLM server{where} returns {found.get('logprobs_mode')}, but training needs the log-probs that tokens were drawn "
+            f"the vLLM server at {server} returns {found.get('logprobs_mode')}, but training needs the log-probs that tokens were drawn "
             f"from. Start it with: {SERVE}"
         )
-    config = model.config.get_text_config(decoder=True)
-    limits = (getattr(config, "max_position_embeddings", None), options.get("max_model_length"), found.get("max_model_len"))
-    return VLLMEngine(
-        generation,
-        eos_ids,
-        banned_ids,
-        vocab_size=config.vocab_size,
-        context=min((limit for limit in limits if limit), default=None),
-        where=where,
-        image_processor=image_processor,
-    )
+    return generation, found
 
 
 def _check_limits(image_processor: ImageProcessor) -> None:
@@ -278,11 +376,6 @@ def _check_limits(image_processor: ImageProcessor) -> None:
             f"checkpoint's own {own.min_pixels} to {own.max_pixels} (preprocessor_config.json): choose limits within these, or set "
             "rollout.engine to transformers"
         )
-
-
-def _server_settings(generation: Any) -> dict[str, Any]:
-    """The server's `model_config`."""
-    return dict(generation.vllm_client.get_server_info()["model_config"])
 
 
 def _tensor_names(checkpoint: str) -> frozenset[str]:
@@ -300,7 +393,8 @@ def _tensor_names(checkpoint: str) -> frozenset[str]:
 def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of a model's weights with LoRA adapters added to them; the model's own weights are not touched.
 
-    Merging in place and taking it back, once an update, would wear frozen bf16 weights away by their rounding.
+    Merging in place and taking it back, once an update, would wear frozen bf16 weights away by their rounding. A sharded parameter is
+    gathered when its turn comes, by all processes together.
     """
     adapted = {
         name: module for name, module in model.named_modules() if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
@@ -308,12 +402,17 @@ def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
     for name, parameter in model.named_parameters():
         owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
         if owner is None:
-            yield name, parameter.data
+            yield name, _gathered(parameter)
         elif name.startswith(f"{owner}.base_layer."):
             value, layer = parameter.data, adapted[owner]
             if name == f"{owner}.base_layer.weight":
                 value = sum((layer.get_delta_weight(a).detach().float() for a in layer.active_adapters), value.float())
             yield name.replace(".base_layer.", "."), value
+
+
+def _gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _checkpoint_names(model: PreTrainedModel, theirs: Collection[str]) -> dict[str, str]:
@@ -328,7 +427,8 @@ def _checkpoint_names(model: PreTrainedModel, theirs: Collection[str]) -> dict[s
     if table in theirs or len(tables) != 1:
         return {}
     before, after = table.removesuffix(last), tables[0].removesuffix(last)
-    moved = ((name, after + name.removeprefix(before)) for name, _ in merged_weights(model) if name.startswith(before))
+    own = (name.replace(".base_layer.", ".") for name, _ in model.named_parameters())
+    moved = ((name, after + name.removeprefix(before)) for name in own if name.startswith(before))
     return {name: new for name, new in moved if new in theirs}
 
 

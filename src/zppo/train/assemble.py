@@ -6,6 +6,7 @@ Everything is checked here, before the run folder is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -61,24 +62,16 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
     """vLLM in this process, or the connection to its server.
 
     Raises:
-        SettingsError: several processes train, or vLLM is not installed.
+        SettingsError: several processes train with a server, or vLLM is not installed.
         EngineError: vLLM cannot be used; the message says why.
     """
-    if accelerator.num_processes > 1:
-        raise SettingsError(
-            f"rollout.engine is vllm and {accelerator.num_processes} processes train, which is not built yet: train in one process "
-            "with rollout.vllm.mode=server and as many GPUs for the server as you like, or set rollout.engine to transformers"
-        )
     vllm, server = settings.rollout.vllm, settings.rollout.vllm.mode == "server"
-    options = (
-        {"group_port": vllm.group_port}
-        if server
-        else {
-            "gpu_memory_utilization": vllm.gpu_memory_utilization,
-            "max_num_seqs": settings.rollout.max_rows,
-            "enable_sleep_mode": vllm.enable_sleep_mode,
-        }
-    )
+    if server and accelerator.num_processes > 1:
+        raise SettingsError(
+            f"rollout.vllm.mode is server and {accelerator.num_processes} processes train, but a server takes weights and prompts from "
+            "one: set rollout.vllm.mode to colocate, where every process has a vLLM of its own, or train in one process with as many "
+            "GPUs for the server as you like"
+        )
     return open_vllm(
         model,
         _checkpoint(settings.student),
@@ -87,9 +80,12 @@ def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerat
         eos_ids=chat.eos_ids(model),
         banned_ids=chat.banned_ids(model),
         server=vllm.base_url.rstrip("/") if server else None,
-        max_model_length=vllm.max_model_length,
         image_processor=chat.image_processor,
-        **options,
+        max_model_length=vllm.max_model_length,
+        gpu_memory_utilization=vllm.gpu_memory_utilization,
+        max_num_seqs=settings.rollout.max_rows,
+        enable_sleep_mode=vllm.enable_sleep_mode,
+        group_port=vllm.group_port,
     )
 
 
@@ -114,6 +110,9 @@ def make_engine_check(
         every=settings.train.check_engine_every,
         seed=settings.seed,
         weights=weights,
+        # What a server computes in is its own affair.
+        rounded=accelerator.mixed_precision != "no" or bool(getattr(engine, "where", "")),
+        exact=settings.rollout.sampling().exact,
     )
 
 
@@ -237,6 +236,12 @@ class Assembled:
     origin: dict[str, Any]  # what it trains from; every checkpoint says so
     weights: ReplicatedWeights
 
+    def close(self) -> None:
+        """Ends the sampling engine, and with vLLM the process groups: the last thing that a run does."""
+        engine = self.trainer.student.engine
+        if isinstance(engine, VLLMEngine):
+            engine.close()
+
 
 def autocast_type(accelerator: Accelerator) -> torch.dtype | None:
     """What a run computes in, where that is not the type of its weights."""
@@ -293,7 +298,7 @@ def assemble(
         ZPPOError: what does not fit, by name.
     """
     if settings.rollout.engine == "vllm":
-        require_vllm()  # before models are loaded
+        require_vllm(server=settings.rollout.vllm.mode == "server")  # before models are loaded
     make_reformulations(settings.method.resolve())  # one that cannot be imported is found now
     # Words: the chat template and the templates of prompts.
     image_inputs, teachers = data.image_inputs, frozen_models.teachers
@@ -336,7 +341,7 @@ def assemble(
         settings,
         RunData(questions, held_out, image_inputs),
         parts,
-        parts.student(engine, weights.whole),
+        parts.student(engine, nullcontext if isinstance(engine, VLLMEngine) else weights.whole),  # vLLM has a copy
         learner,
         check,
         RunLog(run) if processes.main else SilentLog(run),

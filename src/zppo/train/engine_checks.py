@@ -4,20 +4,21 @@
 sampler is exact its log-probs are old log-probs and a forward pass is saved; where something has come between the two (another kernel,
 a lower precision, a broken cache) every ratio would be off, so from then on the trainer computes them itself.
 
-`EngineCheck`: does the sampling engine hold the trainer's weights? A fixed prompt is sampled and scored by both after every sync. A stale
-or wrong engine samples from another policy.
+`EngineCheck`: does the sampling engine hold the trainer's weights? Before and after each update both say what they think of the same
+tokens: where the trainer has moved, the engine must have moved the same way. A stale or wrong engine samples from another policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from zppo.config.settings import TrainSettings
+from zppo.core.advantages import trivial
 from zppo.core.draws import draw_key
-from zppo.core.types import Prompt, Row
+from zppo.core.types import Group, Prompt, Row
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.engines.base import Engine, SampleRequest, Sampling
@@ -114,21 +115,34 @@ TOLERANCE_FP32 = 1e-3
 TOLERANCE_ROUNDED = 0.05
 """bf16 has 8 bits: two orders of the same sums, or two sets of kernels, differ by 0.01 to 0.03 a token on average."""
 
-_CHECK = (1, 8)  # completions and their token limit: a look at every sync,
-_RECHECK = (8, 64)  # and what decides where the look was over the tolerance: one unlikely token must not end a run
-_STALE = 0.1  # of the tolerance: how far the trainer may move while the engine says the same to the last bit
+_START = (1, 8)  # completions of a fixed prompt and their token limit: a look at a new engine,
+_RECHECK = (8, 64)  # and what decides where a look was over the tolerance: one unlikely token must not end a run
+_PROBED, _TOKENS = 4, 64  # rollouts that are looked at around an update, and how far
+_PLACES = 4  # of the fixed prompt
+_NOTICED = 1e-6  # nats: a movement of the trainer that is more than the rounding of fp32,
+_NOTICED_ROUNDED = 1e-3  # and one that bf16 cannot round away in all tokens
+_MANY = 16  # tokens: where so many have moved, and none has in the engine, it is no rounding either
+_HEARD = 0.5  # how much of the trainer's movement the engine must have made
+
+
+class Look(NamedTuple):
+    """What engine and trainer say of the same completions: their tokens, and (T,) float32 log-probs of each."""
+
+    ids: list[torch.Tensor]
+    engine: list[torch.Tensor]
+    trainer: list[torch.Tensor]
+
+    @property
+    def gaps(self) -> torch.Tensor:
+        """(N,) differences, of all tokens."""
+        return (torch.cat(self.engine) - torch.cat(self.trainer)).abs()
 
 
 class _Probe(NamedTuple):
-    """Log-probs of the same tokens, (N,) float32 each: what the engine said and what the trainer says."""
+    """What an engine is asked before and after an update."""
 
-    ids: torch.Tensor
-    engine: torch.Tensor
-    trainer: torch.Tensor
-
-    @property
-    def gap(self) -> torch.Tensor:
-        return (self.engine - self.trainer).abs()
+    requests: tuple[SampleRequest, ...]
+    tokens: int
 
 
 class _GapStats(NamedTuple):
@@ -138,17 +152,76 @@ class _GapStats(NamedTuple):
     largest: float
 
 
+class Movement(NamedTuple):
+    """How far log-probs have moved in an update, (N,) each: those of tokens that were drawn again after the same tokens."""
+
+    engine: torch.Tensor
+    trainer: torch.Tensor
+
+    @classmethod
+    def between(cls, before: Look, now: Look) -> Movement:
+        """From one look to another of the same requests."""
+        engine, trainer = [torch.zeros(0)], [torch.zeros(0)]
+        for i, (old, new) in enumerate(zip(before.ids, now.ids, strict=True)):
+            width = min(len(old), len(new))
+            same = int((old[:width] == new[:width]).int().cumprod(0).sum())
+            engine.append(now.engine[i][:same] - before.engine[i][:same])
+            trainer.append(now.trainer[i][:same] - before.trainer[i][:same])
+        return cls(torch.cat(engine).double(), torch.cat(trainer).double())
+
+    def share(self) -> tuple[float, float]:
+        """How much of the trainer's movement the engine has made, as a least-squares factor, and four of its standard deviations."""
+        size = float(self.trainer @ self.trainer)
+        factor = float(self.engine @ self.trainer) / size
+        rest = self.engine - factor * self.trainer
+        return factor, 4 * (float(rest @ rest) / len(rest) / size) ** 0.5
+
+    def fault(self, *, rounded: bool) -> str:
+        """Why the engine cannot have the trainer's update; "" where nothing speaks against it.
+
+        Args:
+            rounded: the engine or the trainer computes in bf16, where small changes of weights may be rounded away.
+        """
+        moved = float(self.trainer.square().mean().sqrt()) if len(self.trainer) else 0.0
+        if not self.engine.any():
+            many = not rounded and int(self.trainer.count_nonzero()) >= _MANY
+            if many or moved > (_NOTICED_ROUNDED if rounded else _NOTICED):
+                return f"it says the same to the last bit while the trainer's log-probs moved by {moved:.3g}"
+            return ""
+        if rounded or moved <= _NOTICED:
+            return ""
+        factor, margin = self.share()
+        if factor + margin >= _HEARD:
+            return ""
+        return f"its log-probs moved by {factor:.2g} of what the trainer's did, {moved:.3g} a token"
+
+    def heard(self, *, rounded: bool) -> bool:
+        """Whether it is certain that the engine has the update, as far as log-probs tell."""
+        if not self.engine.any():
+            return not len(self.trainer)  # other tokens from the first one on
+        if rounded or not self.trainer.any():
+            return True
+        factor, margin = self.share()
+        return factor - margin > _HEARD
+
+
 class EngineCheck:
     """Syncs the engine after a change of weights and compares it with the trainer.
 
+    A fixed prompt is looked at first. Then, around each update, an engine with a copy of the weights samples a few rollouts that the
+    update learns from once more, from the same keys. One that shares the trainer's module, and can go wrong in fewer ways, draws the next
+    token at a few places of the fixed prompt.
+
     Args:
-        engine: what samples.
+        engine: what samples. One that says `shares_weights` has no copy of them; one that has `rest` is told when it may.
         forward: the training forward of the student; under the trainer's autocast.
         prompt: the fixed prompt.
         tolerance: largest mean difference of log-probs, nats a token.
         every: steps between comparisons; 0 for none.
         seed: keys the draws.
         weights: how the student's weights lie over the processes; each looks at its own engine, and where one is wrong all of them say so.
+        rounded: engine or trainer computes in bf16.
+        exact: log-probs of rollouts are the trainer's (`Sampling.exact`), so that those of trained rows are watched too.
     """
 
     def __init__(
@@ -161,13 +234,19 @@ class EngineCheck:
         every: int,
         seed: int,
         weights: ReplicatedWeights | None = None,
+        rounded: bool = False,
+        exact: bool = True,
     ) -> None:
         self.engine, self.forward, self.prompt = engine, forward, prompt
         self.tolerance, self.every, self.seed = tolerance, every, seed
         self.weights = weights or ReplicatedWeights()
+        self.rounded, self.exact = rounded, exact
+        self.shared = bool(getattr(engine, "shares_weights", False))
         self._synced: int | None = None  # the step whose weights the engine has
         self._gap: _GapStats | None = None  # of these weights
-        self._last: _Probe | None = None  # since when the engine says the same
+        self._watched: tuple[_Probe, Look] | None = None  # what was said before the update,
+        self._open = False  # and whether the last update was too small to tell
+        self._trained = 0.0  # mean gap of the rows of the last update
 
     def refresh(self, step: int) -> dict[str, float]:
         """Brings the engine up to the trainer's weights after `step` (0: before the first) and looks whether they arrived.
@@ -181,19 +260,44 @@ class EngineCheck:
             EngineError: the engine's weights are not the trainer's.
         """
         if step != self._synced:
-            with self.weights.whole():
-                self.engine.sync()
+            self.engine.sync()
             self._synced, self._gap = step, None
-        if not self.every or step % self.every:
+        if not self._due(step):
             return {}
-        self._gap = self._gap or self._compare_together(step)
+        self._gap = self._gap or self._together(lambda: self._after(step))
         return {"engine_gap_mean": self._gap.mean, "engine_gap_max": self._gap.largest}
 
-    def _compare_together(self, step: int) -> _GapStats:
+    def before_update(self, step: int, groups: Sequence[Group]) -> None:
+        """Looks at a few rollouts that the update of `step` learns from; then the engine rests until the next `refresh`.
+
+        Every process must call it.
+
+        Raises:
+            EngineError: the engine's weights are not the trainer's.
+        """
+        self._trained = 0.0
+        if self._due(step) and not self.shared:
+            self._together(lambda: self._before(step, groups))
+        if rest := getattr(self.engine, "rest", None):
+            rest()
+
+    def trained(self, counts: Mapping[str, float | None]) -> None:
+        """Takes the gap between sampler and trainer over the rows of an update, which the next `refresh` judges.
+
+        Args:
+            counts: of the step; the same in all processes.
+        """
+        if self.exact:
+            self._trained = counts.get("logprob_gap_mean") or 0.0
+
+    def _due(self, step: int) -> bool:
+        return bool(self.every) and step % self.every == 0
+
+    def _together(self, compare: Callable[[], _GapStats]) -> _GapStats:
         """The largest numbers of all processes."""
         with self.weights.whole():
             try:
-                found: _GapStats | str = self._compare(step)
+                found: _GapStats | str = compare()
             except EngineError as error:
                 found = str(error)
         all_found = self.weights.processes.gather(found)
@@ -202,34 +306,72 @@ class EngineCheck:
         gaps = [f for f in all_found if isinstance(f, _GapStats)]
         return _GapStats(max(gap.mean for gap in gaps), max(gap.largest for gap in gaps))
 
-    def _compare(self, step: int) -> _GapStats:
-        probe = self._probe(*_CHECK)
-        if not _mean(probe.gap) <= self.tolerance:
-            probe = self._probe(*_RECHECK)
-        if not _mean(probe.gap) <= self.tolerance:
-            raise self._error(
-                step, f"its log-probs differ by {_mean(probe.gap):.3g} on average over {len(probe.gap)} tokens of a fixed prompt"
-            )
-        self._check_that_it_moves(step, probe)
-        return _GapStats(_mean(probe.gap), float(probe.gap.max()))
+    def _before(self, step: int, groups: Sequence[Group]) -> _GapStats:
+        probe = self._chosen(step, groups)
+        look = self._look(probe)
+        if not self._open:  # otherwise the rollouts of an earlier step are watched on
+            self._watched = probe, look
+        return self._judged(step, look)
 
-    def _check_that_it_moves(self, step: int, probe: _Probe) -> None:
-        """Small updates stay below the tolerance for many steps; an engine that never moves at all shows earlier."""
-        last = self._last
-        if last is None or not torch.equal(last.ids, probe.ids) or not torch.equal(last.engine, probe.engine):
-            self._last = probe
-        elif (moved := _mean(probe.trainer - last.trainer)) > _STALE * self.tolerance:
-            raise self._error(step, f"it says the same to the last bit while the trainer's log-probs moved by {moved:.3g}")
+    def _after(self, step: int) -> _GapStats:
+        if not self._trained <= self.tolerance:
+            raise self._error(step, f"its log-probs differ by {self._trained:.3g} on average over the rollouts that the step learnt from")
+        if self._watched is None:
+            first = self._fixed(*_START)
+            look = self._look(first)
+            found = self._judged(step, look)
+            self._watched = first, look
+            if not self.shared:
+                return found
+            self._watched = self._places(), self._look(self._places())
+        probe, before = self._watched
+        now = self._look(probe)
+        found = self._judged(step, now)
+        movement = Movement.between(before, now)
+        if fault := movement.fault(rounded=self.rounded):
+            raise self._error(step, fault)
+        self._open = not (self.shared or movement.heard(rounded=self.rounded))
+        if not self._open:
+            self._watched = probe, now
+        return found
 
-    def _probe(self, size: int, tokens: int) -> _Probe:
+    def _judged(self, step: int, look: Look) -> _GapStats:
+        gaps = look.gaps
+        if not _mean(gaps) <= self.tolerance:
+            gaps = self._look(self._fixed(*_RECHECK)).gaps
+        if not _mean(gaps) <= self.tolerance:
+            raise self._error(step, f"its log-probs differ by {_mean(gaps):.3g} on average over {len(gaps)} tokens of a fixed prompt")
+        return _GapStats(_mean(gaps), float(gaps.max()))
+
+    def _fixed(self, size: int, tokens: int) -> _Probe:
         keys = tuple(draw_key(self.seed, "engine", i) for i in range(size))
-        sampling = Sampling(temperature=self.forward.temperature, max_new_tokens=tokens)
-        request = SampleRequest(self.prompt.ids, keys, self.prompt.images)
-        (completions,) = self.engine.sample([request], sampling)
+        return _Probe((SampleRequest(self.prompt.ids, keys, self.prompt.images),), tokens)
+
+    def _places(self) -> _Probe:
+        """The next token at places of the fixed prompt; at its end where it has images, which must be whole."""
+        ids, key = self.prompt.ids, (draw_key(self.seed, "engine", 0),)
+        cuts = [len(ids)] if self.prompt.images else sorted({max(1, len(ids) * i // _PLACES) for i in range(1, _PLACES + 1)})
+        return _Probe(tuple(SampleRequest(ids[:cut], key, self.prompt.images) for cut in cuts), 1)
+
+    def _chosen(self, step: int, groups: Sequence[Group]) -> _Probe:
+        """Of the groups that have a gradient those with the shortest prompts, and a rollout of each."""
+        live = sorted((g for g in groups if not trivial(g)), key=lambda g: len(g.prompt.ids))[:_PROBED]
+        if not live:
+            return self._fixed(_PROBED, _TOKENS)
+        requests = []
+        for prompt in (group.prompt for group in live):
+            key = draw_key(self.seed, "rollout", step, prompt.question.id, prompt.kind, 0)  # the engine comes to the very rollout
+            requests.append(SampleRequest(prompt.ids + prompt.forced_ids, (key,), prompt.images))
+        return _Probe(tuple(requests), _TOKENS)
+
+    def _look(self, probe: _Probe) -> Look:
+        sampling = Sampling(temperature=self.forward.temperature, max_new_tokens=probe.tokens)
+        done = self.engine.sample(probe.requests, sampling)
+        pairs = [(request, c) for request, row in zip(probe.requests, done, strict=True) for c in row]
         with torch.no_grad():
-            rows = [Row(self.prompt.ids, c.ids, self.prompt.images) for c in completions]
-            logprobs, mask = self.forward.logprobs(rows)
-        return _Probe(torch.cat([c.ids for c in completions]), torch.cat([c.logprobs for c in completions]), logprobs[mask].float().cpu())
+            logprobs, mask = self.forward.logprobs([Row(request.prompt_ids, c.ids, request.images) for request, c in pairs])
+        trainer = [line[known] for line, known in zip(logprobs.float().cpu(), mask.cpu(), strict=True)]
+        return Look([c.ids for _, c in pairs], [c.logprobs for _, c in pairs], trainer)
 
     def _error(self, step: int, fact: str) -> EngineError:
         when = f"after step {step}" if step else "before the first step"

@@ -396,6 +396,7 @@ def _go(
                 rescue(run, loop, error, console)  # before anything else is closed: there may be little time
                 raise
     processes.wait()
+    parts.close()
     if settings.push is not None and processes.main:
         _push(settings.push, run, console)
 

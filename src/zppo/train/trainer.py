@@ -146,7 +146,10 @@ class Trainer:
     def update(self, rollouts: StepRollouts, log: StepLog, partial: PartialUpdate | None = None) -> StepLog:
         """The second half of a step: weights and buffer (Alg. 1, l. 18 and 19). `partial` is where the update was left, if it was."""
         with self.processes.stop.ignored():  # a signal waits here until nothing is lost by it
-            self._check_same(log.step, [*rollouts.plain, *rollouts.reformulated])
+            groups = [*rollouts.plain, *rollouts.reformulated]
+            self._check_same(log.step, groups)
+            with log.time("engine"):  # what it says of some rollouts now is held against what it says after the update
+                self.engine_check.before_update(log.step, groups)
             updated = self._learn(rollouts, log, partial)  # line 18: advantages, I optimizer steps
             changes = self.parts.remember(rollouts.plain, log.step)  # line 19
             self.done = log.step
@@ -236,6 +239,7 @@ class Trainer:
         try:
             with log.time("update"):
                 updated = self.learner.update(rollouts.plain, rollouts.reformulated, rollouts.responses, log, partial)
+            self.engine_check.trained(log.counts)
         except MemoryLimitError:
             if self.processes.size == 1:
                 self.boundary = boundary  # the weights have not moved

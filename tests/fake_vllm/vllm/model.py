@@ -43,11 +43,6 @@ class Model:
                     assert self.by_name[name].shape == value.shape
                     self.by_name[name].copy_(value)
 
-    def forget(self) -> None:
-        with torch.no_grad():
-            for parameter in self.by_name.values():
-                parameter.fill_(torch.nan)
-
     def seen(self, row: list[int], images: Any) -> torch.Tensor:
         """Logits after a row and its pictures, which are preprocessed here, by the checkpoint's own rules."""
         ids, given = torch.tensor([row]), dict[str, Any]()
@@ -59,12 +54,14 @@ class Model:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[list[int]], how: SamplingParams, images: Sequence[Any] = ()
+        self, prompts: Sequence[list[int]], given: SamplingParams | Sequence[SamplingParams], images: Sequence[Any] = ()
     ) -> list[tuple[list[int], list[dict[int, Any]]]]:
         """Per prompt one completion: tokens and, per token, {id: (logprob, rank)} of that token alone."""
         assert all(len(prompt) < self.context for prompt in prompts)
         self.calls += 1  # vLLM's own generators: other draws every time, though not from the keys of the project
-        generator = torch.Generator().manual_seed(self.calls if how.seed is None else how.seed)
+        hows = [given] * len(prompts) if isinstance(given, SamplingParams) else given
+        shared = torch.Generator().manual_seed(self.calls)
+        own = [shared if how.seed is None else torch.Generator().manual_seed(how.seed) for how in hows]
         rows = [list(prompt) for prompt in prompts]
         found: list[list[dict[int, Any]]] = [[] for _ in prompts]
         live = list(range(len(rows)))
@@ -76,13 +73,14 @@ class Model:
             else:
                 logits = self.network(input_ids=ids, use_cache=False).logits[torch.arange(len(live)), places].float()
             for line, i in zip(logits, live, strict=True):
+                how = hows[i]
                 logprobs = processed(line, rows[i][len(prompts[i]) :], rows[i], how)
                 best = int(logprobs.argmax())
-                token = best if how.temperature == 0 else int(logprobs.exp().multinomial(1, generator=generator))
+                token = best if how.temperature == 0 else int(logprobs.exp().multinomial(1, generator=own[i]))
                 rows[i].append(token)
                 found[i].append({token: SimpleNamespace(logprob=float(logprobs[token]), rank=1)})
-            stop = set(how.stop_token_ids or ())
-            live = [i for i in live if rows[i][-1] not in stop and len(found[i]) < how.max_tokens and len(rows[i]) < self.context]
+            stop = [set(how.stop_token_ids or ()) for how in hows]
+            live = [i for i in live if rows[i][-1] not in stop[i] and len(found[i]) < hows[i].max_tokens and len(rows[i]) < self.context]
         return [(row[len(prompt) :], lps) for row, prompt, lps in zip(rows, prompts, found, strict=True)]
 
 

