@@ -30,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
 	@echo "make test    all tests"
-	@echo "make test-lowest   the tests of what hangs on other packages, with the lowest versions that are admitted"
+	@echo "make test-lowest   the tests of what depends on other packages, with the lowest versions that are admitted"
 	@echo "make test-trl      the tests of the trainer for TRL, with the lowest TRL that is admitted"
 	@echo "make test-vllm     real vLLM on the CPU, in an environment of its own: teacher, student in one and two processes, a deaf one"
 	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"

@@ -48,7 +48,7 @@ def _add_measure(commands: Subcommands) -> None:
         "came out into the questions. Any setting can be given as --key=value and wins over the recipe.",
         allow_abbrev=False,
     )
-    measure.add_argument("recipe", metavar="RECIPE", help="as of zppo train")
+    measure.add_argument("recipe", metavar="RECIPE", help="as for zppo train")
     measure.add_argument("--n", type=int, default=8, help="answers to each question (default: 8)")
     measure.add_argument("--sample", type=int, metavar="N", help="ask about so many questions, drawn by seed and id (default: all)")
     measure.add_argument("--teacher", action="store_true", help="ask the recipe's teacher too")

@@ -20,10 +20,10 @@ def add_sweep(commands: Subcommands) -> None:
         "the runs are compared. A setting for all runs is given as --key=value.",
         allow_abbrev=False,
     )
-    sweep.add_argument("recipe", type=Path, metavar="RECIPE", help="as of zppo train")
+    sweep.add_argument("recipe", type=Path, metavar="RECIPE", help="as for zppo train")
     sweep.add_argument("--vary", action="append", default=[], metavar="KEY=VALUES", help="e.g. train.minibatches=1,4,8,16; may be repeated")
     sweep.add_argument("--seeds", help="e.g. 0-7 or 0,3,5 (default: the recipe's own)")
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on a card of its own where there are several")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on a GPU of its own where there are several")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="folder of the sweep (default: runs/sweep-RECIPE)")
     sweep.add_argument("--launcher", default="", metavar="WORDS", help="starts a run, e.g. 'torchrun --nproc_per_node 8 -m'")
     sweep.add_argument("--cell", type=int, metavar="N", help="only run N, counted from 0")
