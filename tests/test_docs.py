@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,3 +57,22 @@ def test_commands_that_are_shown_parse(page: str, line: str, capsys: pytest.Capt
     assert not unknown or getattr(options, "takes_settings", False), f"{page}: {line}: {unknown}"
     for key, _ in parse_overrides([word for word in (*overrides, *unknown) if word not in ("--key=value",)]):
         assert find_key(key) is not None, f"{page}: {line}: {key} is no setting"
+
+
+def test_the_site_names_files_that_it_does_not_hold_and_shows_bars_as_they_are() -> None:
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs/site/pages.py")
+    assert spec is not None and spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    files = SimpleNamespace(get_file_from_path=lambda path: path if path in {"data.md", "security.md"} else None)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+
+    def shown(text: str) -> str:
+        made: str = hook.on_page_markdown(text, page=page, config=None, files=files)
+        return made
+
+    assert shown("[a](docs/data.md#x), [b](SECURITY.md), [c](CITATION.cff) and [d](https://x.org)") == (
+        "[a](data.md#x), [b](security.md), c and [d](https://x.org)"
+    )
+    assert shown(r"| `a\|b` | one \| two |") == r"| `a|b` | one \| two |"
+    assert shown(r"`a\|b`") == r"`a\|b`"  # no row of a table
