@@ -482,6 +482,9 @@ def test_a_reformulation_of_ones_own_is_planned_and_checked_like_a_bundled_one(t
         ("zppo sweep --zone.rho", {"--zone.rho_replay", "--zone.rho_aug"}),
         ("zppo report --figures ", {"png", "svg", "both", "none"}),
         ("zppo lab ", {"build", "questions", "study"}),
+        ("zppo train la", {"lab", "lab-vision"}),
+        ("zppo data measure ", {"my-data"}),
+        ("zppo init mine --from single", {"single-gpu-lora"}),
     ],
 )
 def test_a_shell_is_offered_commands_options_and_settings(line: str, offered: set[str], tmp_path: Path) -> None:
