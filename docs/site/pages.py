@@ -29,12 +29,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     def turned(match: re.Match[str]) -> str:
-        target, anchor = match[1], match[2] or ""
+        words, target, anchor = match[1], match[2], match[3] or ""
         if page.file.src_uri in PAGES.values():
             target = target.removeprefix("docs/")
         target = PAGES.get(target.removeprefix("../"), target)
         known = files.get_file_from_path(target) is not None
         # Files of the repository that the site does not hold (recipes, CITATION.cff) are named, not linked.
-        return f"]({target}{anchor})" if known or "://" in target else "]"
+        return f"[{words}]({target}{anchor})" if known or "://" in target else words
 
-    return re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", turned, markdown)
+    markdown = re.sub(r"\[([^\[\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)", turned, markdown)
+    # In a table GitHub wants a bar within code escaped, and mkdocs would show the backslash.
+    return re.sub(r"^\|.*$", lambda row: re.sub(r"`[^`]+`", lambda code: code[0].replace(r"\|", "|"), row[0]), markdown, flags=re.MULTILINE)
