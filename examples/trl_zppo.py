@@ -10,7 +10,7 @@ from datasets import Dataset
 import zppo
 from zppo.integrations.trl import ZPPOConfig, ZPPOTrainer
 
-lab = zppo.load_recipe("recipes/lab.yaml")  # the words of the tiny world; with a real model leave `recipe` out
+lab = zppo.load_recipe("lab")  # the words of the tiny world; with a real model leave `recipe` out
 train, test = ([{"prompt": q.messages[-1].content, "answer": q.gold} for q in questions] for questions in zppo.load_data(lab))
 updates = 8  # optimizer steps of a rollout step
 

@@ -7,8 +7,8 @@ Bare asyncio, so that it can do what no framework lets one do. POST /control set
 A fault is {"kind": ..., "when": TEXT}, of requests that hold the text (empty: all), or
 {"image": true}, of requests with images. Kinds: status (with status, headers, body, and more fields of the `error`), hang,
 trickle (a byte each `pause` seconds), malformed, html, gzip (of a `reply`, or of too much), drop (closes without a reply),
-bytes (of `hex`, with an `encoding`), short (`choices` of them), text (`content`, `finish`), big (`bytes`), flood (a reply without end),
-bomb (a deeply nested one), reply (this very `reply`), slow (`seconds`, then
+bytes (of `hex`, with a `status` and an `encoding`), short (`choices` of them), text (`content`, `finish`), big (`bytes`),
+flood (a reply without end), bomb (a deeply nested one), reply (this very `reply`), slow (`seconds`, then
 well-behaved), suffix (well-behaved, but for a `suffix`). GET /log gives what was asked, POST /control with {"reset": true} forgets it.
 
 `Server` is the handle for tests: it starts, kills and restarts the process and talks to /control.
@@ -123,7 +123,7 @@ class Faulty:
             return await self.send(writer, 200, packed, {"Content-Encoding": fault.get("encoding", "gzip")})
         if kind == "bytes":
             headers = {"Content-Encoding": fault["encoding"]} if fault.get("encoding") else {}
-            return await self.send(writer, 200, bytes.fromhex(fault["hex"]), headers)
+            return await self.send(writer, fault.get("status", 200), bytes.fromhex(fault["hex"]), headers)
         if kind == "bomb":
             return await self.send(writer, 200, '{"choices": ' + "[" * 60_000)
         if kind == "reply":

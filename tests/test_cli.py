@@ -92,6 +92,22 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert said in err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"a\n{{ x }", "mine.jinja, line 2: the chat template cannot be parsed"),
+        (b"\xe9", "mine.jinja cannot be read: 'utf-8' codec"),
+        (b" \n", "mine.jinja is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "mine.jinja is a git-lfs pointer"),
+        (b"{% for m in messages %}{%- generation %}{% if m.a %}{% break %}{% endif %}{% endgeneration %}{% endfor %}", ""),
+    ],
+)
+def test_a_chat_template_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes, said: str) -> None:
+    (tmp_path / "mine.jinja").write_bytes(text)
+    assert cli.main(["train", "lab", "--dry-run", f"--student.template={tmp_path / 'mine.jinja'}"]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+
+
 def test_broken_templates_are_found_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.jinja").write_text("{% if %}", encoding="utf-8")
     status, _, err = run(capsys, "train", str(make_recipe(tmp_path, prompts={"bcq": "broken.jinja"})))
@@ -466,6 +482,9 @@ def test_a_reformulation_of_ones_own_is_planned_and_checked_like_a_bundled_one(t
         ("zppo sweep --zone.rho", {"--zone.rho_replay", "--zone.rho_aug"}),
         ("zppo report --figures ", {"png", "svg", "both", "none"}),
         ("zppo lab ", {"build", "questions", "study"}),
+        ("zppo train la", {"lab", "lab-vision"}),
+        ("zppo data measure ", {"my-data"}),
+        ("zppo init mine --from single", {"single-gpu-lora"}),
     ],
 )
 def test_a_shell_is_offered_commands_options_and_settings(line: str, offered: set[str], tmp_path: Path) -> None:

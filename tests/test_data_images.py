@@ -388,6 +388,19 @@ def test_a_text_that_is_no_path_is_said_in_one_line(tmp_path: Path, given: str) 
     assert "row 1, column 'images': the image " in text and len(text) < 600
 
 
+def test_base64_of_a_small_image(tmp_path: Path) -> None:
+    """One colour takes fewer characters than a file name may have; the alphabet of URLs is that of some tools."""
+    for kind in ("PNG", "GIF", "WEBP", "JPEG"):
+        data = picture((40, 40), kind=kind)
+        text = base64.b64encode(data).decode()
+        other = base64.urlsafe_b64encode(data).decode().rstrip("=")
+        questions = load(lines(tmp_path, *({"images": given} for given in (text, [text], f"{text[:76]}\n{text[76:]}\n", other))))
+        assert {read_bytes(q.images[0]) for q in questions} == {data}
+    save(tmp_path / (name := "QkbeginsAsABitmapDoesAndIsTheNameOfAFile.png")).rename(tmp_path / (name := name.removesuffix(".png")))
+    assert load(lines(tmp_path, {"images": name}))[0].images[0].uri.endswith(name)
+    assert "cannot be read (No such file" in said(tmp_path, {"images": "QkbeginsAsABitmapDoesAndIsTheNameOfNoFile.png"})
+
+
 def test_base64_that_is_cut(tmp_path: Path) -> None:
     text = said(tmp_path, {"images": base64.b64encode(noise((64, 64))).decode()[:-7]})
     assert "row 1, column 'images': the image " in text and "write data:image/png;base64" in text and len(text) < 600

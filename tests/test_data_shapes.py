@@ -93,6 +93,7 @@ def test_one_object_is_one_row(tmp_path: Path, row: dict[str, Any]) -> None:
         ({"train": ROWS, "test": ROWS}, "holds several lists of rows (train, test); write each into a file of its own"),
         ({"q1": ROWS[0], "q2": ROWS[1]}, "is one object with a row under every key ('q1', 'q2', ...)"),
         ([USER, {"role": "assistant", "content": "2"}], "is one conversation, a list of turns"),
+        ([[USER, {"from": "assistant", "ground_truth": {"value": "2"}}]], "row 1: is a list of turns, one conversation a row"),
         ([[USER], [USER]], 'row 1: is a list of turns, one conversation a row; write {"messages": [...], "answer": ...}'),
         ([["1+1?", "2"]], "row 1: is a bare list of 2 values, and nothing says which column each is; write objects"),
         (["1+1?"], "row 1: is str '1+1?'; every row must be an object"),

@@ -29,8 +29,8 @@ PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_step_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_step_of_the_page_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     torch.manual_seed(0)
     made: dict[str, Any] = {}
@@ -47,6 +47,8 @@ def test_the_step_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_what_the_page_names_exists() -> None:
+    (settings,) = re.findall(r"`zppo\.(load_recipe\(\"lab\", .*?\))`", PAGE)
+    assert eval("zppo." + settings).method.resolve().name == "grpo-replay"  # noqa: S307 - the page's own
     for name in re.findall(r"`parts\.(\w+)", PAGE):
         assert hasattr(zppo.Parts, name), name
     assert "docs/library.md" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -90,6 +90,10 @@ def test_a_push_that_fails_says_what_to_do_and_nothing_is_lost(run: Path, hub: H
     assert "take a token that may write there" in zppo(hub.url, "push", str(run), "--repo", "mine").stderr
     assert "is no name of a repository" in zppo(hub.url, "push", str(run), "--repo", "a/b/c").stderr
     assert "offline" in zppo(None, "push", str(run), "--repo", "mine").stderr.lower()
+    shutil.copytree(run, cloned := run.parent / "cloned", dirs_exist_ok=True)
+    (cloned / "final" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused = zppo(hub.url, "push", str(cloned), "--repo", "mine")
+    assert refused.returncode == 2 and "final/tokenizer.json is a git-lfs pointer" in refused.stderr
     unfinished = zppo(None, "push", str(run / "final"), "--repo", "mine")
     assert unfinished.returncode == 2 and "holds no finished run" in unfinished.stderr
     assert everything(run) == before and not hub.commits

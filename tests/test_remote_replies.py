@@ -60,12 +60,12 @@ def test_odd_parts_break_nothing() -> None:
     assert split_content(None) == ("", "") and split_content(5) == (None, "")
 
 
-@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "reasoning_details"])
 @pytest.mark.parametrize("content", [None, "", "\n\n", [{"type": "thinking", "thinking": "all of it"}]])
 def test_thoughts_alone_are_said_once(server: Server, make: Any, field: str, content: Any) -> None:  # noqa: F811
     warnings: list[str] = []
     teacher = make(server, warn=warnings.append)
-    server.control(*[replied(content=content, **{field: "the whole answer"})] * 3)
+    server.control(*[replied(content=content, **{field: [{"text": "all"}] if field.endswith("s") else "the whole answer"})] * 3)
     for _ in range(3):
         (reply,) = teacher.complete([ask("x")], HOW)
         assert (reply.texts[0] or "").strip() == "" and reply.texts[0] is not None  # the model ended by itself, so it is wrong
@@ -138,6 +138,9 @@ def test_an_overloaded_server_is_waited_for_and_said(server: Server, make: Any) 
         ("it broke", 2, "it broke"),
         ({"message": "bad field", "code": 400}, 1, "code 400): bad field"),
         ({"message": "pay", "code": 402}, 1, "code 402): pay"),
+        ({"message": "bad key", "code": "invalid_api_key"}, 1, "code 401): bad key"),
+        ({"message": "bad key", "status": "UNAUTHENTICATED"}, 1, "code 401): bad key"),
+        ({"message": "wait", "type": "overloaded_error"}, 2, "code 529): wait"),
         ({"code": [1], "type": {"a": 1}}, 2, "{'code': [1]"),
     ],
 )
@@ -152,6 +155,20 @@ def test_an_error_within_a_reply_is_one(server: Server, make: Any, error: Any, r
     with pytest.raises(EvaluationError) as caught:
         find_model(server.url, "", None, "model")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [{"error": {"code": 400, "message": "API key not valid. Please pass one.", "status": "INVALID_ARGUMENT"}}],
+        {"error": "Incorrect API key provided"},
+        {"code": "400", "error": {"message": "No api key passed in."}},
+    ],
+)
+def test_a_wrong_key_that_is_called_a_bad_request(server: Server, make: Any, body: Any) -> None:  # noqa: F811
+    server.control(always={"kind": "bytes", "status": 400, "hex": json.dumps(body).encode().hex()})
+    said = refused(server.url, key="")
+    assert said.startswith("teacher.key_env: ") and "status 400: " in said and "[{" not in said
 
 
 def test_other_errors_within_a_reply(server: Server, make: Any) -> None:  # noqa: F811

@@ -522,6 +522,7 @@ def test_smoothing_only_of_long_lines_and_never_over_gaps() -> None:
 def test_ramp_goes_from_dark_to_light() -> None:
     light = [sum(int(c[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) for c in ramp(8)]
     assert light == sorted(light) and len(set(light)) == 8 and len(ramp(1)) == 1
+    assert light[0] > 75  # the line of what was admitted at 0% can be seen on the dark page
 
 
 def test_duration_reads_well() -> None:

@@ -14,11 +14,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from same_run import assert_same_run
+from zppo import sweep
 from zppo.cli import main
 from zppo.errors import SettingsError
 from zppo.report.read_run import Run
@@ -54,9 +57,22 @@ def test_what_cannot_be_varied_is_said(text: str) -> None:
 
 def test_seeds() -> None:
     assert parse_seeds("0-2,5") == [0, 1, 2, 5]
-    for wrong in ("x", "2-0", "1,1", "0-2,2", ""):
+    for wrong in ("x", "2-0", "1,1", "0-2,2", "", "0-9999999999"):
         with pytest.raises(SettingsError, match="--seeds"):
             parse_seeds(wrong)
+
+
+def test_the_table_keeps_all_of_its_columns_at_80(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = plan_sweep(recipe, ["advantage.scope=none,nontrivial", "train.betas=[0.9,0.95],[0.9,0.999]"], [0, 3], FEW)
+    monkeypatch.setattr(sweep, "_main_result", lambda run: ("held-out accuracy", run.accuracy))
+    steps = [{"student_tokens": 12_345_678, "teacher_tokens": 1_234_567, "seconds": {"step": 7200.0}}]
+    done: Any = {run.name: SimpleNamespace(steps=steps, accuracy=0.3 + run.settings.seed / 10) for run in runs}
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as told:
+        console.print(sweep.outcome_table(runs, done))
+    text = told.get()
+    assert text.count("12,345,678") == text.count("1,234,567") == 4 and text.count("2.0 h") + text.count("2 h") >= 4
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_plan_has_every_combination_under_every_seed(recipe: Path) -> None:

@@ -192,8 +192,6 @@ def test_two_processes_train_as_one(models: Path, tmp_path: Path, victims: Victi
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_example_runs_on_the_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["trl_zppo.py", "2"])
     source = (ROOT / "examples" / "trl_zppo.py").read_text(encoding="utf-8")
@@ -289,7 +287,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a setting that is none": ({"recipe": {"zone": {"rho": 1}}}, "zone.rho is no setting"),
     "another method": ({"recipe": {"method": "on-distill"}}, "'on-distill' .*`zppo train` does that"),
     "no teacher": ({"teacher_model": None, "recipe": None}, "needs a teacher"),
-    "no teacher but what is asked of it": ({"teacher_model": None}, "teacher_model is missing"),
+    "no teacher but what is asked of it": ({"teacher_model": None}, "teacher_model is missing.*leave recipe's `teacher` out"),
     "no such teacher": ({"teacher_model": "none/such"}, "none/such"),
     "a long prompt": ({"max_completion_length": 4090}, "more than the model's context of 4096"),
 }  # fmt: skip

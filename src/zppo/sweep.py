@@ -41,6 +41,7 @@ from zppo.runs.signals import Stop, catch_signals
 
 PAGE, NUMBERS = "compare.html", "compare.csv"
 _TAIL = 1 << 16  # bytes; a line of metrics.jsonl is shorter
+_MOST_SEEDS = 10_000  # a number too long is a slip, and a list of it would fill the memory
 _OWN = ("output", "seed")  # settings that a sweep gives its runs itself
 
 
@@ -65,6 +66,8 @@ def parse_seeds(text: str) -> list[int]:
         ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
     except ValueError:
         ends = []
+    if sum(max(0, part[-1] - part[0] + 1) for part in ends) > _MOST_SEEDS:
+        raise SettingsError(f"--seeds is {text!r}, more than {_MOST_SEEDS:,} seeds: write the range that is meant")
     seeds = [number for part in ends for number in range(part[0], part[-1] + 1)]
     if not seeds or len(set(seeds)) < len(seeds):
         raise SettingsError(f"--seeds is {text!r}: write numbers and ranges, each seed once, e.g. 0-7 or 0,3,5")
@@ -382,7 +385,9 @@ def outcome_table(runs: Sequence[SweepRun], done: Mapping[str, Run]) -> Table:
     )
     shown = [key.rpartition(".")[2] for key in keys]
     for name in (*shown, "seeds", "result", "minus the first", "student\ntokens", "teacher\ntokens", "time"):
-        table.add_column(name, justify="left" if name in shown else "right", no_wrap="tokens" not in name, overflow="fold")
+        # What may wrap gives way on a narrow terminal: a column that may not, and has no place left, would go without a word.
+        whole = name in ("seeds", "time") or "tokens" in name
+        table.add_column(name, justify="left" if name in shown else "right", no_wrap=whole, overflow="fold")
     for arm, members in arms.items():
         difference = "" if arm == first else str(paired_difference(known[arm], known[first]))
         costs = [f"{fmean(math.fsum(line.get(key) or 0 for line in run.steps) for run in members.values()):,.0f}"

@@ -33,7 +33,8 @@ _MARK = "####"
 _TAG = re.compile(r"<([A-Za-z][\w-]*)>(.*?)</\1>", re.DOTALL)
 _OPENED = re.compile(r"<((?:final[_-]?)?(?:answer|ans|result|solution))>(.*)", re.DOTALL | re.IGNORECASE)
 _THOUGHT = "</think>"
-_NOTHING = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL", "N/A", "#N/A"))
+NOTHING = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL", "N/A", "#N/A"))
+"""What an empty cell is written as."""
 _LATEX = re.compile(r"\\(?:begin|end)\{[^{}]*\}|\\[a-zA-Z]+")
 _PART = re.compile(r"[,;、，；]|\b(?:and|or)\b")
 # A word has three letters, or two with another word before it: `ab + cd` has none. Two characters of a script without spaces are one.
@@ -46,7 +47,7 @@ _NO_WORDS = frozenset(
 
 def unmatchable(gold: str) -> tuple[str, str]:
     """Why no boxed answer can be this right answer, a key of the table of mends, and what it is about; ("", "") where one can."""
-    if gold in _NOTHING:
+    if gold in NOTHING:
         return "nothing", ""
     head, mark, tail = gold.rpartition(_MARK)
     if mark and not _says(gold, tail):

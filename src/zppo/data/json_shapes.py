@@ -68,7 +68,7 @@ def row_in(value: object, name: str) -> object:
 
 def list_shape(row: Sequence[object]) -> str:
     """What a row is that is a list, and how its values become a row with columns."""
-    if row and all(isinstance(turn, Mapping) and _is_turn(turn) for turn in row):
+    if any(isinstance(turn, Mapping) and _is_turn(turn) for turn in row):  # one of them may hold the right answer instead of a text
         return 'a list of turns, one conversation a row; write {"messages": [...], "answer": ...}'
     if row and all(isinstance(item, Mapping) for item in row):
         return "a list of objects; write each into a row of its own"

@@ -44,7 +44,8 @@ FULLY_CHECKED = 256
 _KEYS = ("bytes", "path", "image", "url", "image_url")
 _SHOWN = 60
 _LONGEST_NAME = 255  # bytes of a file's name; base64 of an image is longer
-_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AK")  # how PNG, JPEG, GIF, WebP, BMP and TIFF begin in it
+_BASE64 = ("iVBORw0KGgo", "/9j/", "_9j_", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AK")  # how PNG, JPEG, GIF, WebP, BMP and TIFF begin in it
+_ALL_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{32,}={0,2}")  # no image is shorter; names of files have a dot
 
 
 class RowImages:
@@ -97,9 +98,7 @@ class RowImages:
             )
         if scheme == "data":
             return self._kept(data_of(item))
-        if item.startswith(_BASE64) and len(item) > _LONGEST_NAME:
-            return self._kept(data_of(f"data:;base64,{item}"))
-        return self._file(item, folder)
+        return self._kept(data_of(f"data:;base64,{bare}")) if (bare := _bare_base64(item, folder)) else self._file(item, folder)
 
     def _file(self, name: str, folder: Path) -> ImageRef:
         try:
@@ -134,6 +133,16 @@ class RowImages:
             self._decoded.add(ref.sha256)
         else:
             check_whole(data, ref.uri)
+
+
+def _bare_base64(text: str, folder: Path) -> str:
+    """Base64 of an image, without a head, in the standard alphabet and with its padding; "" where the text is a path."""
+    bare = "".join(text.split())
+    short = len(bare) <= _LONGEST_NAME
+    if not bare.startswith(_BASE64) or (short and (not _ALL_BASE64.fullmatch(bare) or (folder / bare).exists())):
+        return ""
+    bare = bare.rstrip("=").replace("-", "+").replace("_", "/")
+    return bare + "=" * (-len(bare) % 4)
 
 
 def _listed(text: str) -> object:

@@ -130,7 +130,7 @@ def settings_of(args: Any, student: str, teacher: str | None) -> Settings:
     if unknown := [name for name in own if name.partition(".")[0] not in SECTIONS]:
         raise SettingsError(f"recipe holds {unknown[0]!r}, and may hold {', '.join(SECTIONS)}; fields of ZPPOConfig set the rest")
     if teacher is None and any(name.startswith("teacher.") for name in own) and "teacher.model" not in own:
-        raise SettingsError("teacher_model is missing: name a checkpoint, or the teacher's name at teacher_base_url")
+        raise SettingsError("teacher_model is missing: name a checkpoint, or a model at teacher_base_url; or leave recipe's `teacher` out")
     base: dict[str, Any] = {"seed": args.seed, "data": {"train": "train_dataset"}}
     base["student"] = {"model": student, "template_args": args.chat_template_kwargs or {}}
     base["rollout"] = {"batch_size": args.generation_batch_size // args.num_generations, "group_size": args.num_generations}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import Environment, TemplateSyntaxError
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +23,7 @@ from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
 from zppo.errors import ModelError, SettingsError, TemplateError
-from zppo.names import check_checkpoint, model_folder
+from zppo.names import check_checkpoint, check_file, model_folder, readable
 from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
@@ -283,6 +285,8 @@ def check_files(settings: Settings) -> None:
     for name, model in models:
         if model.template is not None and not model.template.is_file():
             raise TemplateError(f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out")
+        if model.template is not None:
+            _check_chat_template(name, model.template)
         folder = model_folder(model.model)
         if _is_path(folder) and not (Path(folder) / "config.json").is_file():
             raise ModelError(
@@ -332,6 +336,25 @@ def _context_row(settings: Settings) -> list[tuple[str, str]]:
             f"{context - most:,}; data.max_prompt_tokens={context - most} drops such questions",
         )
     ]
+
+
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # tags of transformers, which jinja does not know
+
+
+def _check_chat_template(section: str, path: Path) -> None:
+    """Whether a file holds a template; what it makes of a conversation hangs on the tokenizer's tokens, which a dry run does not load."""
+    check_file(path, TemplateError)
+    try:
+        text = readable(path).read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(_GENERATION.sub("", text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"{section}.template: {path} cannot be read: {error}. Name a text file that holds a chat template") from error
+    except TemplateSyntaxError as error:
+        raise TemplateError(
+            f"{section}.template: {path}, line {error.lineno}: the chat template cannot be parsed: {error.message}. Mend that line"
+        ) from error
+    if not text.strip():
+        raise TemplateError(f"{section}.template: {path} is empty; write a chat template, or leave it out")
 
 
 def _try_reformulations(kinds: Sequence[str], book: PromptBook) -> None:

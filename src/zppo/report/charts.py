@@ -38,8 +38,8 @@ _ELIGIBLE = {
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
-# Anchors of the ramp for entry bins, ordered from dark to light, as cividis is.
-_RAMP = ((0, 48, 111), (79, 89, 108), (124, 123, 120), (173, 160, 112), (230, 199, 74))
+# Anchors of the ramp for entry bins, ordered from dark to light, as cividis is; the darkest can still be told from a dark page.
+_RAMP = ((40, 100, 180), (98, 108, 126), (135, 134, 130), (178, 166, 118), (230, 199, 74))
 
 SMOOTH_FROM = 40
 """Lines with fewer points are drawn as they are."""

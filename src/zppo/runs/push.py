@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from zppo import __version__
 from zppo.config.recipe import load_recipe
 from zppo.errors import CheckpointError, PushError, one_line
-from zppo.names import check_run_folder
+from zppo.names import check_file, check_run_folder
 from zppo.runs.files import FINAL, RECIPE, writing
 from zppo.runs.log import METRICS, read_lines
 from zppo.runs.model_card import on_the_hub, run_card
@@ -37,7 +37,7 @@ def push_run(run: Path, repo: str, *, private: bool = True) -> str:
         The address of the repository.
 
     Raises:
-        CheckpointError: the folder holds no finished run.
+        CheckpointError: the folder holds no finished run, or pointers of git-lfs in place of it.
         PushError: the hub does not take it.
     """
     from huggingface_hub import HfApi, get_token
@@ -47,6 +47,8 @@ def push_run(run: Path, repo: str, *, private: bool = True) -> str:
     if not (run / RECIPE).is_file() or not (final / "config.json").is_file():
         raise CheckpointError(f"{run} holds no finished run, there is no {FINAL}/config.json in it: train or `zppo resume` it first")
     check_run_folder(run)
+    for path in sorted(final.rglob("*")):
+        check_file(path, CheckpointError)
     card = final / CARD
     if not card.is_file() or _WRITTEN_TO_BE_PUSHED not in card.read_text(encoding="utf-8").split("\n---", 1)[0]:
         with writing(card):

@@ -409,7 +409,7 @@ def read_body(raw: bytes) -> Body:
     if 0 < body.temperature < 0.01:
         said = _fault(["temperature"], "value", body.temperature, "")
         raise RequestError(400, said, "invalid_value", param="temperature")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise RequestError(
             400,
             f"max_tokens is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}: they mean the same; send one",
@@ -433,6 +433,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "metadata": ({},),
     "min_tokens": (0,),
+    "mirostat": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "priority": (0,),
@@ -446,7 +447,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "typical_p": (1,),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
 }
 """Fields of the protocol, and of vLLM's, without a counterpart here -> the values with which they ask for nothing; null is one of each."""
 _LABELS = ("prompt_cache_key", "safety_identifier", "user")  # any text: who asks changes nothing

@@ -28,17 +28,20 @@ _OPTION = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)[.:]?|([A-Z])[.):]?|([A-Z])[.):]\s+(\S.*)|\(([A-Z])\)[.:]?\s+(\S.*))",
     re.IGNORECASE | re.DOTALL,
 )
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+_RATIO = re.compile(r"([-+]?\d+(?:\.\d+)?)(?:/(\d+))?")
+# A quotient that stands by itself, no date and no part of an expression.
+_QUOTIENT = re.compile(r"(?<![\w.^_/\\])(?<![-+*/^] )(?<![-+*])([-+]?\d+)/(\d+)(?![\w/^*+]|\.\d|-\d| [-+*/^] ?\S)")
 # A number that stands by itself: no index, exponent, part of a word, of a longer number or of an expression.
 _ALONE = re.compile(r"(?<![\w.^_/\\])(?<!\^\{)(?<!_\{)(?<![-+*/^] )(?<![-+*])[-+]?\d+(?:\.\d+)?(?![\w/^*+]|\.\d|-\d| [-+*/^] ?\S)")
 _LABEL = re.compile(r"\b(?:steps?|cases?|parts?|lines?|equations?|eq\.?|figures?|hints?|rules?) \(?\d+\)?|(?:^|\n)\s*\(?\d{1,2}[.):](?=\s)")
 _MARKUP = re.compile(r"\\(?:left|right|displaystyle|quad|[,;:! ()\[\]])|\*\*|[$`]|\\(?=%)")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*(?:\.\.\.|\\(?:l?dots|cdot))?\s*\}")
 
-_SAYS = r"(?:(?:is|are|was|must be|should be|will be|would be|has to be|equals?|being|becomes)\s+|[=:]\s*|->\s*)"
+_SAYS = r"(?:(?:is|are|was|must be|should be|will be|would be|has to be|equals?|being|becomes)\s+|[=:]\s*|->\s*|[-\u2013\u2014]\s+)"
 _FILL = r"(?:(?:therefore|thus|then|clearly|simply|just|exactly|indeed|option|choice|letter|the)\s+){0,3}"
 _OPEN = r"[\"'(\[{]{0,3}"
 _CLOSE = r"[\"')\]}]{0,3}"
@@ -47,8 +50,11 @@ _STOP = r"(?=\s*(?:[.;!?]|$)|\s+(?:because|since)\b)"
 _ANSWER = r"\b(?:answer|solution|result|option|choice|letter)\s*"
 _CHOOSE = r"\b(?:choose|pick|select|mark|tick|go with|go for|answer|answer with|conclude)\s+"
 _IS_RIGHT = (
-    r"\s+(?:is|are|must be|should be|has to be)\s+(?:(?!not\b)\w+\s+)?(?:the\s+)?(?:only\s+|one\s+)?(?:correct|right|answer|solution)\b"
+    r"\s+(?:is|are|must be|should be|has to be)\s+(?:(?!not\b)\w+\s+)?(?:the\s+)?(?:only\s+|one\s+)?"
+    r"(?:(?:correct|answer|solution)\b|right\b(?=\W*$|\s*[.;:!?,)]|\s+(?:answer|option|choice|one|letter|because|since|as|so|and)\b))"
 )
+# Before a letter in parentheses: what names a part of the question or a function rather than an option.
+_PART = "".join(f"(?<!{word} )" for word in ("part", "case", "step", "figure", "panel", "equation", "graph", "diagram", "question"))
 
 
 def gives_away(hint: str, *golds: str, question: str = "") -> bool:
@@ -73,8 +79,7 @@ def _reveals(hint: str, question: str, gold: str) -> bool:
     shown, asked, words = _flat(hint), _flat(question), _flat(gold)
     if not words:
         return False
-    if _NUMBER.fullmatch(words):
-        value = Fraction(words)
+    if (number := _RATIO.fullmatch(words)) and (value := _value(number)) is not None:
         if value not in _numbers(asked):
             return value in _numbers(shown)
     elif words not in _COMMON and not _phrase(words).search(asked):
@@ -83,7 +88,8 @@ def _reveals(hint: str, question: str, gold: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Without LaTeX and Markdown that only change how a text looks; fractions as a/b, thousands joined."""
+    """Without LaTeX and Markdown that only change how a text looks; fractions as a/b, thousands joined, one kind of minus."""
+    text = _SHORT_FRACTION.sub(r"\1/\2", text.replace("\u2212", "-"))
     return _THOUSANDS.sub("", _FRACTION.sub(r"\1/\2", _TEXT.sub(r"\1", _MARKUP.sub("", text))))
 
 
@@ -94,7 +100,15 @@ def _flat(text: str) -> str:
 
 def _numbers(text: str) -> set[Fraction]:
     """The numbers that stand by themselves, not as the label of a step."""
-    return {Fraction(found) for found in _ALONE.findall(_LABEL.sub(" ", text))}
+    text = _LABEL.sub(" ", text)
+    quotients = {value for found in _QUOTIENT.finditer(text) if (value := _value(found)) is not None}
+    return quotients | {Fraction(found) for found in _ALONE.findall(text)}
+
+
+def _value(ratio: re.Match[str]) -> Fraction | None:
+    """What a number or a quotient is worth; None for one over 0."""
+    below = Fraction(ratio[2] or 1)
+    return Fraction(ratio[1]) / below if below else None
 
 
 @lru_cache(maxsize=1024)
@@ -131,6 +145,8 @@ def _marks(text: str, letter: str) -> bool:
         rf"(?i:\b(?:option|choice|letter)s?\s+){_OPEN}{same}{_CLOSE}(?!\w)",
         rf"(?i:{_CHOOSE}{_FILL}){_OPEN}{same}{_CLOSE}{_STOP}",
         rf"(?<!\w){same}{_CLOSE}(?i:{_IS_RIGHT})",
-        rf"\({same}\)",
+        rf"(?<!\w)(?i:{_PART})\({same}\)",
+        rf"\b(?i:it\s+(?:must|has\s+to|can\s+only)\s+be)\s+{_OPEN}{same}{_CLOSE}{_END}",
+        rf"\b(?i:end\s+up\s+with|(?:all|everything|every\s+option|all\s+options)\s+(?:except|but))\s+{_OPEN}{same}{_CLOSE}{_STOP}",
     )
     return any(re.search(pattern, text) for pattern in patterns)

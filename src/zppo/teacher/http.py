@@ -275,7 +275,12 @@ class Wire:
         return Trouble(f"{self.url}: {type(error).__name__}: {self._scrub.words(error)}", fault=True)
 
     def _refusal(self, error: openai.APIStatusError) -> Trouble:
-        return self._error(error.status_code, error.body, error.response.headers)
+        body, status = error.body, error.status_code
+        if isinstance(body, list) and body and isinstance(body[0], dict):  # Google's form
+            body = body[0].get("error") or body[0]
+        if status == 400 and "api key" in str(body).lower():  # Google and xAI call a wrong key a bad request
+            status = 401
+        return self._error(status, body, error.response.headers, "" if status == error.status_code else f"status {error.status_code}")
 
     def _error(self, status: int, body: object, headers: Mapping[str, str], within: str = "") -> Trouble:
         """What an error in a reply says; `within` names the reply where its own status was another one."""
@@ -310,8 +315,9 @@ class Wire:
 
     def _error_within(self, error: object) -> Trouble:
         """An error in a reply whose status is 200, as gateways send those of the servers behind them."""
-        code = error.get("code") if isinstance(error, dict) else None
-        code = int(code) if isinstance(code, int | str) and str(code) in _STATUSES else 500
+        given = [error.get(name) for name in ("code", "status", "type")] if isinstance(error, dict) else []
+        said = [str(value).lower() for value in given if isinstance(value, int | str)]
+        code = next((_STATUSES[word] for word in said if word in _STATUSES), 500)
         return self._error(code, error, {}, f"an error in a reply of status 200 (code {code})")
 
     def _choice(self, choice: object) -> Choice:
@@ -326,7 +332,7 @@ class Wire:
         content, apart = split_content(message.get("content")) if isinstance(message, dict) else (None, "")
         if content and (content.strip() or ended != "stop"):
             return Choice(self._scrub.completion(content))
-        thoughts = bool(apart) or (isinstance(message, dict) and any(isinstance(t := message.get(n), str) and t for n in _THOUGHTS))
+        thoughts = bool(apart) or (isinstance(message, dict) and any(isinstance(t := message.get(n), str | list) and t for n in _THOUGHTS))
         if error := choice.get("error"):
             return Choice(None, str(self._error_within(error)), True)
         if isinstance(message, dict) and (refusal := message.get("refusal") or refusal_within(message.get("content"))):
@@ -359,8 +365,16 @@ _WITHOUT_TEXT = {
     "content_filter": "a filter kept the text back (finish_reason content_filter): change the prompt or the filter, or take another model",
     "tool_calls": "the model calls a tool and says nothing (finish_reason tool_calls), and was given none: start its server without tools",
 }
-_STATUSES = frozenset(map(str, range(400, 600)))
-_THOUGHTS = ("reasoning_content", "reasoning")  # the fields of a message that servers put them into
+_WORDS = {
+    400: "invalid_request_error invalid_argument bad_request badrequesterror context_length_exceeded",
+    401: "invalid_api_key incorrect_api_key authentication_error unauthenticated unauthorized",
+    403: "permission_error permission_denied forbidden",
+    404: "model_not_found not_found_error not_found notfounderror",
+    429: "rate_limit_exceeded rate_limit_error resource_exhausted",
+    529: "overloaded_error overloaded",
+}
+_STATUSES = {str(code): code for code in range(400, 600)} | {word: code for code, words in _WORDS.items() for word in words.split()}
+_THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking")  # the fields of a message that servers put them into
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

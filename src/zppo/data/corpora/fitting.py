@@ -15,6 +15,7 @@ from zppo.core.draws import draw_key
 from zppo.core.types import IMAGE, JUDGE, RULE
 from zppo.data.conversations import parsed
 from zppo.data.corpora.mapping import CorpusFilters, CorpusSource, Kind, Names
+from zppo.data.gold_checks import NOTHING
 from zppo.data.local_files import Place
 from zppo.data.rows import question_from_row
 from zppo.errors import DataError
@@ -125,7 +126,7 @@ def fit_row(cell: Cell, name: str, source: CorpusSource, subset: str, filters: C
         raise MisfitError(UNSHOWABLE)
     kind = _kind(cell, source)
     raw = _text(_first(cell, columns.answer))
-    if not raw:
+    if not raw or raw in NOTHING:
         raise MisfitError(NO_ANSWER)
     if kind == "drop":
         raise MisfitError(KIND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,14 @@ from ruamel.yaml.error import YAMLError
 from zppo.errors import DataError, one_line
 
 _MOST_BYTES = 1 << 20
+
+
+_BETWEEN_WORDS = re.compile(r"[\s_-]+")
+
+
+def _folded(name: str) -> str:
+    """A name without case, `-`, `_` and spaces: VQA-RAD, vqa_rad and vqarad are one set, and sets are copied under all of these."""
+    return _BETWEEN_WORDS.sub("", name.casefold())
 
 
 def _listed(value: object) -> object:
@@ -79,9 +88,9 @@ class CorpusSource(_Part):
 
     def canonical(self, name: str) -> str | None:
         """The canonical sub-set that a name of this source stands for; None for one that is not listed."""
-        folded = name.strip().casefold()
+        folded = _folded(name)
         for prefix in self.prefixes:
-            folded = folded.removeprefix(prefix.casefold())
+            folded = folded.removeprefix(_folded(prefix))
         if (exact := self._names.get(folded)) is not None:
             return exact
         # The longest beginning wins, so that a narrower pattern may be added beside a wider one.
@@ -89,11 +98,11 @@ class CorpusSource(_Part):
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        return {n.casefold(): subset for subset, facts in self.subsets.items() for n in facts.names if not n.endswith("*")}
+        return {_folded(n): subset for subset, facts in self.subsets.items() for n in facts.names if not n.endswith("*")}
 
     @cached_property
     def _starts(self) -> list[tuple[str, str]]:
-        found = [(n[:-1].casefold(), subset) for subset, facts in self.subsets.items() for n in facts.names if n.endswith("*")]
+        found = [(_folded(n[:-1]), subset) for subset, facts in self.subsets.items() for n in facts.names if n.endswith("*")]
         return sorted(found, key=lambda item: -len(item[0]))
 
 
