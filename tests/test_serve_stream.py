@@ -220,7 +220,7 @@ def _head(host: str, length: int) -> bytes:
         {"frequency_penalty": None, "user": None, "response_format": None, "tools": None, "logit_bias": None, "service_tier": "auto"},
         {"store": False, "metadata": {}, "modalities": ["text"], "safety_identifier": "x", "prompt_cache_key": "y"},
         {"best_of": 1, "echo": False, "ignore_eos": False, "min_tokens": 0, "length_penalty": 1.0, "skip_special_tokens": True},
-        {"max_tokens": 4, "max_completion_tokens": 4, "verbosity": "medium", "typical_p": 1, "mirostat": 0},
+        {"max_completion_tokens": 8, "verbosity": "medium", "typical_p": 1, "mirostat": 0},
         {"messages": [{"role": "developer", "content": "Be brief."}, QUESTION]},
     ],
 )
