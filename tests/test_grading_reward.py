@@ -94,6 +94,8 @@ def test_arguments_and_failures() -> None:
 
     with pytest.raises(RewardError, match=r"broken failed on question 'q7' with KeyError"):
         RewardFunction(broken)("text", QUESTION)
+    with pytest.raises(RewardError, match=r"failed on question 'q7' with SystemExit: 3"):
+        RewardFunction(lambda completion, question: sys.exit(3))("text", QUESTION)
 
 
 def test_load_from_a_file_and_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +428,7 @@ def test_one_loop_lasts_for_the_run_and_sync_functions_stay_in_their_thread() ->
     rewards.close()
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("of its own"), asyncio.CancelledError()])
+@pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("of its own"), asyncio.CancelledError(), SystemExit(3)])
 def test_an_async_function_that_raises_ends_the_run(error: BaseException) -> None:
     async def f(completion: str, question: Question) -> float:
         raise error

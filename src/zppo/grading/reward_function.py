@@ -179,7 +179,7 @@ class RewardFunction:
     def _called(self, call: Callable[[], Any], question: Question) -> Any:
         try:
             return call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # one that calls exit() does not end the run without a word
             raise self.failed(error, question) from error
 
     def _call_on_lists(self, places: tuple[int, ...], batch: Batch) -> Call:
@@ -313,7 +313,7 @@ def load_reward(spec: str, answers: AnswerForm | None = None, *, optional: bool 
 def _made(kind: type, spec: str) -> Any:
     try:
         made = kind()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
             f"reward function {spec!r} is a class, and cannot be made without arguments ({type(error).__name__}: {error}): give them "
             f"defaults, or name an object of it that your file makes"

@@ -96,7 +96,7 @@ class Waiter:
             result: Any
             try:
                 result = await awaitable
-            except (Exception, asyncio.CancelledError) as error:
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
                 result = error
             if place not in late:
                 results[place] = result
