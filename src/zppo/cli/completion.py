@@ -25,7 +25,7 @@ def answer_shell(parser: CommandParser) -> None:
     for name in WITH_SETTINGS:
         for key in known_keys():
             if f"--{key}" not in commands.choices[name]._option_string_actions:
-                commands.choices[name].add_argument(f"--{key}", help=argparse.SUPPRESS).completer = FilesCompleter()  # type: ignore[attr-defined]
+                commands.choices[name].add_argument(f"--{key}", help=argparse.SUPPRESS).completer = FilesCompleter()
     argcomplete.autocomplete(parser, print_suppressed=True)
 
 
