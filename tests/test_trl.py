@@ -201,6 +201,7 @@ def test_the_example_runs_on_the_lab(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "held out: 0." in capsys.readouterr().out
     logged = {name: value for line in trainer.state.log_history for name, value in line.items()}
     assert logged["zppo/teacher_correct"] > 0 and {"zppo/accuracy/bcq", "zppo/accuracy/ncq", "zppo/buffer"} <= logged.keys()
+    assert 0 <= logged["zppo/no_answer_share"] < 0.5
     assert (tmp_path / "runs" / "trl-zppo" / "checkpoint-16" / STATE).exists()
     card = (tmp_path / "runs" / "trl-zppo" / "README.md").read_text(encoding="utf-8")
     assert "ZPPO" in card and "2606.18216" in card

@@ -289,6 +289,7 @@ class ZPPOTrainer(GRPOTrainer):
         numbers: dict[str, Any] = {f"accuracy/{kind}": value for kind, value in accuracy_by_kind(groups).items()}
         numbers |= {f"share/{kind}": value for kind, value in composition(groups, made.settings.zone.threshold).items()}
         numbers |= {"buffer": len(made.buffer), "admitted": len(changes.admitted), "graduated": len(changes.graduated)}
+        numbers |= {"no_answer_share": sum(r.answer is None for g in groups for r in g.rollouts) / sum(len(g.rollouts) for g in groups)}
         numbers |= {name: log.counts[name] for name in _LOGGED if name in log.counts}
         for name, value in numbers.items():
             self._metrics["train"][f"zppo/{name}"].append(value)

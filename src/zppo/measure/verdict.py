@@ -143,7 +143,7 @@ def _words(verdict: Verdict, settings: Settings) -> Iterable[str]:
     if teacher.count:
         yield (
             f"The teacher gets {percent(teacher.accuracy)} of its answers right. Of the hard questions it gets "
-            f"{percent(verdict.solved)} right at least once in {verdict.n}: there is a right answer to show. On "
+            f"{percent(verdict.solved)} right at least once in {verdict.n}: so often there is one to show. On "
             f"{percent(verdict.neither)} of the questions neither is ever right."
         )
     yield from _mends(verdict, settings)
