@@ -108,7 +108,7 @@ def test_a_run_is_pushed_at_its_end_and_ends_well_where_that_fails(hub: HubServe
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = zppo(gone, "train", "lab", *small, "--push.repo=mine", f"--output={tmp_path / 'two'}")
+    done = zppo(gone, "train", "lab", *small, "--train.steps=0", "--push.repo=mine", f"--output={tmp_path / 'two'}")
     assert done.returncode == 0 and f"`zppo push {tmp_path / 'two'} --repo mine`" in " ".join(done.stdout.split())
     assert (tmp_path / "two" / "final" / "README.md").is_file()
 
