@@ -10,8 +10,8 @@ RECIPE ?= recipes/lab.yaml
 ARGS ?=
 PIP_ARGS ?=
 
-# Tests run in two processes more than there are cores, since they wait a third of their time; six at most, each with one thread.
-JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 2)")
+# Tests run in one process more than there are cores, since they wait a quarter of their time; five at most, each with one thread.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 1)")
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 BIN := $(VENV)/bin
@@ -25,11 +25,11 @@ LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest test-trl test-vllm install-dev check lint site fuzz bench gpu-check clean
+.PHONY: help train test test-long test-lowest test-trl test-vllm install-dev check lint site fuzz bench gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
-	@echo "make test    all tests"
+	@echo "make test    the tests; those that take long by themselves: make test-long"
 	@echo "make test-lowest   the tests of what depends on other packages, with the lowest versions that are admitted"
 	@echo "make test-trl      the tests of the trainer for TRL, with the lowest TRL that is admitted"
 	@echo "make test-vllm     real vLLM on the CPU, in an environment of its own: teacher, student in one and two processes, a deaf one"
@@ -45,7 +45,10 @@ train: $(VENV)/.installed
 	$(BIN)/zppo train $(RECIPE) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m long $(ARGS)
 
 install-dev: $(VENV)/.installed-dev
 
@@ -73,7 +76,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
 check: lint
-	$(PYTEST) -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 -m "not slow and not long" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

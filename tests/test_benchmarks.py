@@ -85,6 +85,7 @@ def row(module: Any, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_sides_do_the_same_work_and_every_part_is_measured(tmp_path: Path, one_process: None) -> None:
     pytest.importorskip("trl")
     assert row(same_gradients, tmp_path)["relative_difference"] <= 1e-5

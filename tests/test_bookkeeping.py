@@ -70,6 +70,7 @@ SHORT = ["--teacher.rollout.max_new_tokens=4", "--teacher.compression.max_new_to
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_writes_in_the_background_is_the_same_whatever_ends_it(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victims: Victims
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_build_killed_at_every_place(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_build_killed_at_random(
     victims: Victims, crowded: tuple[Path, Path, Path], uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def heavy(number: int, size: int) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+@pytest.mark.long
 def test_memory_does_not_grow_with_a_set(tmp_path: Path) -> None:
     """12,000 rows with 0.3 GB of pictures in one row group, as a careless export writes them: the build stays far below."""
     rows, size = 12_000, 25_000

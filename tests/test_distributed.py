@@ -220,6 +220,7 @@ def test_resumed_with_fewer_processes_it_goes_on(pair: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resumed_with_sharded_weights_by_accelerate_launch(alone: Path, tmp_path: Path) -> None:
     """A checkpoint knows nothing of processes and shards: one process wrote it, two with FSDP2 go on, with recipes/accelerate/."""
     run = interrupted(alone, tmp_path / "run")

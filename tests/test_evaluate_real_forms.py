@@ -67,6 +67,7 @@ def arrow(rows: list[dict[str, Any]]) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_benchmarks_as_the_hub_gives_them(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

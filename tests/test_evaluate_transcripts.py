@@ -47,6 +47,7 @@ def benchmark(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder / "mine.yaml"
 
 
+@pytest.mark.long
 def test_a_transcript_shows_a_small_picture_and_the_model_gets_the_whole_one(tmp_path: Path) -> None:
     row = {"prompt": "Which, <image> or <image>?", "options": ["x", "y"], "answer": "A", "images": ["large.png", "large.png"]}
     path, out = benchmark(tmp_path / "mine", [row]), tmp_path / "out"
@@ -68,6 +69,7 @@ def test_a_transcript_shows_a_small_picture_and_the_model_gets_the_whole_one(tmp
     assert json.loads(line)["media"] == [str(tmp_path / "mine" / "large.png")] * 2
 
 
+@pytest.mark.long
 def test_a_picture_that_is_small_or_broken_is_shown_as_it_is() -> None:
     out = io.BytesIO()
     Image.new("RGBA", (700, 300), (9, 9, 9, 128)).save(out, "PNG")
@@ -82,6 +84,7 @@ def test_a_picture_that_is_small_or_broken_is_shown_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("video", ["frames", "file"])
+@pytest.mark.long
 def test_frames_are_shown_smaller_and_a_whole_clip_is_named(tmp_path: Path, video: str) -> None:
     (tmp_path / "data" / "videos").mkdir(parents=True)
     write_clip(tmp_path / "data" / "videos" / "a.mp4")

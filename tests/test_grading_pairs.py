@@ -38,6 +38,7 @@ def test_the_grader_is_right_on_labelled_pairs(grader: Grader) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_grader_refuses_answers_in_which_one_thing_was_changed(grader: Grader) -> None:
     changed = mutations(grading.golds())
     assert len(changed) > 1000 and {kind for kind, _, _ in changed} == set(KINDS)
@@ -112,6 +113,7 @@ def test_shares_are_counted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_row_of_the_benchmarks_has_two_tables(tmp_path: Path) -> None:
     result = grading.measure(Options(quick=True, threads=1, repetitions=1, results=tmp_path))
     table = grading.table(result)

@@ -254,6 +254,7 @@ def test_distillation_wants_two_that_see_alike(template: bool, zppo: Zppo, recip
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_look_at_their_own_pictures(zppo: Zppo, recipe: Path, tmp_path: Path, victims: Victims) -> None:
     """No pixels are sent; the numbers are those of one process."""
     alone, pair = tmp_path / "one", tmp_path / "two"

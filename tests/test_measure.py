@@ -116,7 +116,9 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long), pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_measurement_that_is_ended_goes_on_and_ends_the_same(how: signal.Signals, tmp_path: Path) -> None:
     """The real process: killed in the middle, the last line torn, and the same command again."""
     out, whole = tmp_path / "ended.jsonl", tmp_path / "whole.jsonl"

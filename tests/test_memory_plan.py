@@ -293,6 +293,7 @@ def test_prompts_are_as_long_as_those_of_the_data(folder: Path, tmp_path: Path) 
     assert prompt_tokens(chosen, asked)[0] == 0 and prompt_tokens(chosen, asked)[1] > high
 
 
+@pytest.mark.long
 def test_the_peak_of_a_run_is_within_its_estimate(tmp_path: Path) -> None:
     """A student whose activations are much: the closing table's own figures, of a process of its own."""
     make_tiny(tmp_path / "student", hidden_size=256, intermediate_size=1024, num_hidden_layers=6, head_dim=64, merges=150)

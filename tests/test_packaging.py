@@ -129,6 +129,7 @@ def zppo_python(version: str) -> bool:
 HEAVY = "datasets deepspeed matplotlib openai pandas plotly torch.distributed.checkpoint.state_dict trl vllm wandb"
 
 
+@pytest.mark.long
 def test_a_run_with_a_teacher_in_its_process_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     """The client of servers, FSDP2's checkpoints and what reports draw with take seconds together."""
     small = ("--train.steps=1", "--rollout.batch_size=2", "--rollout.group_size=2", "--data.eval=null", f"--output={tmp_path / 'run'}")

@@ -81,6 +81,7 @@ def test_a_card_that_was_edited_stays_and_one_that_names_paths_is_written_anew(r
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_push_that_fails_says_what_to_do_and_nothing_is_lost(run: Path, hub: HubServer) -> None:
     before = everything(run)
     done = zppo(hub.url, "push", str(run), "--repo", "mine", token="hf_another")
@@ -100,6 +101,7 @@ def test_a_push_that_fails_says_what_to_do_and_nothing_is_lost(run: Path, hub: H
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_pushed_at_its_end_and_ends_well_where_that_fails(hub: HubServer, tmp_path: Path) -> None:
     small = ("--train.steps=1", "--rollout.batch_size=2", "--rollout.group_size=2", "--data.eval=null", "--data.limit=4")
     done = zppo(hub.url, "train", "lab", *small, "--push.repo=mine", "--push.private=false", f"--output={tmp_path / 'one'}")

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+@pytest.mark.long
 def test_a_study_runs_every_cell_once(recipe: Path, tmp_path: Path) -> None:
     """Through real processes; the second call finds every row, and a later one adds to them."""
     rows, work, extra = tmp_path / "rows.jsonl", tmp_path / "work", ["--train.steps=1"]

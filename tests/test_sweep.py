@@ -229,6 +229,7 @@ def test_a_run_that_fails_leaves_the_others_and_is_run_again(recipe: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_goes_on_and_comes_to_the_same(recipe: Path, tmp_path: Path) -> None:
     settings = ["--train.steps=8", "--train.checkpoint_every=1", "--method=grpo"]
     asked = [sys.executable, "-m", "zppo", "sweep", str(recipe), "--vary=train.minibatches=2", *settings]

@@ -135,7 +135,7 @@ def test_an_update_has_our_gradient(models: Path, tmp_path: Path) -> None:
     assert max(float(g.abs().max()) for g in seen.values()) > 1e-3
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["keyed", "trl"])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.long)], ids=["keyed", "trl"])
 def test_a_resumed_run_is_the_same_run(models: Path, tmp_path: Path, own: bool) -> None:
     """Weights, optimizer and buffer, bit for bit; the newest checkpoint is found."""
     whole = make_trainer(models, tmp_path / "whole", trl_generation=own)
@@ -191,6 +191,7 @@ def test_two_processes_train_as_one(models: Path, tmp_path: Path, victims: Victi
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_the_example_runs_on_the_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["trl_zppo.py", "2"])
@@ -385,6 +386,7 @@ def test_defaults_are_the_paper_s() -> None:
     assert config.num_generations == 8 and config.temperature == 1.0 and config.lr_scheduler_type == "constant" and RECIPE
 
 
+@pytest.mark.long
 def test_the_page_shows_what_there_is(models: Path, tmp_path: Path) -> None:
     """Its script, on tiny models and a file of questions, takes a step; what it names exists."""
     page = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
