@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
-from zppo.engines.vllm_colocate import LOGPROBS_MODE, ColocatedVLLM, Draw, Place
+from zppo.engines.vllm_colocate import LOGPROBS_MODE, ColocatedVLLM, Draw, ProcessPlace
 from zppo.errors import EngineError, ModelError, SettingsError
 from zppo.images.processor import ImageProcessor
 
@@ -304,7 +304,7 @@ def open_vllm(
     known = [getattr(config, "max_position_embeddings", None), max_model_length]
     limits: dict[str, Any] = {"vocab_size": config.vocab_size, "image_processor": image_processor}
     if server is None:
-        place = Place(accelerator.process_index, accelerator.local_process_index, accelerator.num_processes)
+        place = ProcessPlace(accelerator.process_index, accelerator.local_process_index, accelerator.num_processes)
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         try:
             llm = ColocatedVLLM(

@@ -31,7 +31,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ProcessPlace:
     """Which training process this is, and how many there are."""
 
     rank: int = 0
@@ -56,7 +56,15 @@ class ColocatedVLLM:
     """
 
     def __init__(
-        self, checkpoint: str, dtype: torch.dtype, place: Place, *, memory: float, rows: int | None, context: int | None, sleeps: bool
+        self,
+        checkpoint: str,
+        dtype: torch.dtype,
+        place: ProcessPlace,
+        *,
+        memory: float,
+        rows: int | None,
+        context: int | None,
+        sleeps: bool,
     ) -> None:
         # vLLM joins the processes of a launcher by these; without a launcher there are none.
         os.environ |= {"RANK": str(place.rank), "LOCAL_RANK": str(place.local_rank), "WORLD_SIZE": str(place.processes)}

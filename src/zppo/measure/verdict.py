@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -72,7 +72,7 @@ def _share(part: float, whole: int) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class DataVerdict:
     """All of it.
 
     Attributes:
@@ -100,7 +100,7 @@ class Verdict:
     words: tuple[str, ...]
 
 
-def judge_data(questions: Sequence[Measured], settings: Settings, n: int) -> Verdict:
+def judge_data(questions: Sequence[Measured], settings: Settings, n: int) -> DataVerdict:
     """What the answers say about a recipe's questions; there is at least one question that the student answered."""
     asked = [each for each in questions if each.student is not None and each.student.n]
     threshold = settings.zone.threshold
@@ -111,7 +111,7 @@ def judge_data(questions: Sequence[Measured], settings: Settings, n: int) -> Ver
     some = sum(0 < _accuracy(each.student) < 1 for each in asked)
     helped = sum(each.teacher is not None and each.teacher.correct > 0 for each in never)
     of = len(asked)
-    verdict = Verdict(
+    verdict = DataVerdict(
         n,
         threshold,
         tuple(questions),
@@ -124,16 +124,14 @@ def judge_data(questions: Sequence[Measured], settings: Settings, n: int) -> Ver
         sum(each.teacher is None or not each.teacher.n for each in never) / of,
         (),
     )
-    return Verdict(
-        **{name: getattr(verdict, name) for name in Verdict.__slots__ if name != "words"}, words=tuple(_words(verdict, settings))
-    )
+    return replace(verdict, words=tuple(_words(verdict, settings)))
 
 
 def _accuracy(answers: Answers | None) -> float:
     return (answers.accuracy if answers is not None else None) or 0.0
 
 
-def _words(verdict: Verdict, settings: Settings) -> Iterable[str]:
+def _words(verdict: DataVerdict, settings: Settings) -> Iterable[str]:
     student, teacher = verdict.student, verdict.teacher
     yield (
         f"The student gets {percent(student.accuracy)} of its answers right. In {verdict.n} answers it never gets "
@@ -152,7 +150,7 @@ def _words(verdict: Verdict, settings: Settings) -> Iterable[str]:
     yield _last_word(verdict)
 
 
-def _mends(verdict: Verdict, settings: Settings) -> Iterable[str]:
+def _mends(verdict: DataVerdict, settings: Settings) -> Iterable[str]:
     """What could be better, and how."""
     student, teacher = verdict.student, verdict.teacher
     if (student.none or 0) >= SOME:
@@ -181,12 +179,12 @@ def _mends(verdict: Verdict, settings: Settings) -> Iterable[str]:
         yield "The teacher is no better than the student: take a stronger one, or a method without a teacher (grpo-replay)."
 
 
-def useful_filter(verdict: Verdict) -> str:
+def useful_filter(verdict: DataVerdict) -> str:
     """The filter that leaves the questions from which something can be learnt, as far as it is known."""
     return "student_accuracy < 1" + (" and (student_accuracy > 0 or teacher_accuracy > 0)" if verdict.teacher.count else "")
 
 
-def _last_word(verdict: Verdict) -> str:
+def _last_word(verdict: DataVerdict) -> str:
     useful, unknown = verdict.useful, verdict.unknown
     who = "student and teacher" if verdict.teacher.count else "the student"
     share = f"there is something to learn from {percent(useful)} of the questions"
@@ -226,7 +224,7 @@ def counts(answers: Sequence[Answers], n: int) -> list[int]:
     return [sum(belongs(each) for each in answers) for _, belongs in bins(n)]
 
 
-def print_verdict(verdict: Verdict, console: Console) -> None:
+def print_verdict(verdict: DataVerdict, console: Console) -> None:
     """Histograms, tables and words."""
     columns = [("student", [each.student for each in verdict.questions])]
     columns += [("teacher", [each.teacher for each in verdict.questions])] if verdict.teacher.count else []
@@ -266,7 +264,7 @@ def _rich(table: Table) -> RichTable:
     return shown
 
 
-def tables(verdict: Verdict) -> list[Table]:
+def tables(verdict: DataVerdict) -> list[Table]:
     """Both models, then sources and levels where there are several."""
     teacher = bool(verdict.teacher.count)
     whole = [("student", verdict.student), *([("teacher", verdict.teacher)] if teacher else [])]
@@ -304,7 +302,7 @@ _SECTION = "Accuracies"
 _CAPTION = "Right, no answer and cut off are shares of the answers; never and always (right) of the questions."
 
 
-def charts(verdict: Verdict) -> list[ChartSpec]:
+def charts(verdict: DataVerdict) -> list[ChartSpec]:
     """Histograms of each model, and of the teacher on the student's hard questions."""
     hard = [
         each for each in verdict.questions if each.student is not None and each.student.n and _accuracy(each.student) < verdict.threshold
@@ -333,7 +331,7 @@ def charts(verdict: Verdict) -> list[ChartSpec]:
     return made
 
 
-def verdict_page(verdict: Verdict, title: str, head: Sequence[tuple[str, str]]) -> str:
+def verdict_page(verdict: DataVerdict, title: str, head: Sequence[tuple[str, str]]) -> str:
     """A page that holds all it shows."""
     models = ["what the student does", *(["what the teacher does"] if verdict.teacher.count else [])]
     labels = [*models, *["to mend"] * len(verdict.words)]
