@@ -37,6 +37,15 @@ def test_a_study_runs_every_cell_once(recipe: Path, tmp_path: Path) -> None:
     assert zppo["rollouts"] > 32 and zppo["teacher_tokens"] > 0 and set(zppo["after"]) == {"a", "b"}
 
 
+@pytest.mark.long
+def test_a_cell_that_fails_is_told_and_run_again(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    failed = run_study([Cell(recipe, "grpo", 0)], rows, jobs=1, work=tmp_path / "work", extra=["--rollout.max_new_tokens=99999"])
+    assert failed == 1 and not rows.exists()
+    assert "context" in (tmp_path / "work" / "recipe-grpo-s0.txt").read_text(encoding="utf-8")
+    assert "ended with 2" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_matched_cost_run_takes_zppo_s_rollouts_by_more_steps(recipe: Path) -> None:
     settings = load_recipe(recipe)
     overrides = overrides_of(Cell(recipe, "grpo-matched", 1, "lab:x/student"), settings)
