@@ -30,7 +30,7 @@ from corpus_sources import (
 from pictures import bomb, noise, picture
 from seeing import make_seeing
 from zppo import cli
-from zppo.config.settings import ColumnSettings
+from zppo.config.data_settings import ColumnSettings
 from zppo.core.types import Golds, Question
 from zppo.data.corpora.build import PromptLength, build_corpus
 from zppo.data.corpora.build_manifest import CorpusManifest

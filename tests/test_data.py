@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.recipe import load_recipe
-from zppo.config.settings import ColumnSettings
 from zppo.core.types import Golds, Message, Question
 from zppo.data import load
 from zppo.data.gold_checks import unmatchable

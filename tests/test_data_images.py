@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pictures import bomb, noise, picture, save
-from zppo.config.settings import ColumnSettings, DataSettings, ImageSettings
+from zppo.config.data_settings import ColumnSettings, DataSettings, ImageSettings
 from zppo.core.parts import message_parts
 from zppo.core.types import IMAGE, ImageRef, Message, Question
 from zppo.data import rows as data_images

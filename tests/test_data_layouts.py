@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from zppo.config.settings import ColumnSettings
+from zppo.config.data_settings import ColumnSettings
 from zppo.core.types import Golds, Message, Question
 from zppo.data.load import load_questions
 from zppo.data.local_files import SourceSettings

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from zppo.config.settings import ColumnSettings
+from zppo.config.data_settings import ColumnSettings
 from zppo.core.types import Message, Question
 from zppo.data import local_files
 from zppo.data.load import load_questions

@@ -17,8 +17,9 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from conftest import make_tokenizer
 from error_cases import World
 from zppo import cli
+from zppo.config.data_settings import ColumnSettings, DataSettings
 from zppo.config.recipe import load_recipe
-from zppo.config.settings import ColumnSettings, DataSettings, Settings
+from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
 from zppo.data import reasoning_gym as gym
 from zppo.data.load import load_questions

@@ -16,8 +16,9 @@ from error_cases import LFS_POINTER
 from pictures import save
 from report_runs import evaluated, invented_run, rows_of
 from zppo.cli import main
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.model_settings import ModelSettings
-from zppo.config.settings import ColumnSettings, GradingSettings
+from zppo.config.settings import GradingSettings
 from zppo.data.load import load_questions
 from zppo.engines.chat import Chat
 from zppo.engines.loading import load_network

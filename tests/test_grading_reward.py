@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from zppo.cli import main
-from zppo.config.settings import ColumnSettings, GradingSettings
+from zppo.config.data_settings import ColumnSettings
+from zppo.config.settings import GradingSettings
 from zppo.core.types import Message, Question
 from zppo.data.load import load_questions
 from zppo.errors import RewardError

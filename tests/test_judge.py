@@ -23,8 +23,9 @@ from rich.console import Console
 
 from conftest import make_tokenizer
 from zppo.cli import main
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.recipe import load_recipe
-from zppo.config.settings import ColumnSettings, EvalSettings, Settings
+from zppo.config.settings import EvalSettings, Settings
 from zppo.core.advantages import two_step_advantages
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.select import hard_groups

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from zppo.cli import main
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.recipe import load_recipe
-from zppo.config.settings import ColumnSettings
 from zppo.core.types import BCQ, NCQ, PLAIN, Draft
 from zppo.data.load import load_questions
 from zppo.engines.chat import Chat

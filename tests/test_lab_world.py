@@ -109,7 +109,7 @@ def test_questions_survive_their_file(tmp_path: Path, world: World) -> None:
     questions = world.questions("test")
     path = tmp_path / "test.jsonl"
     write_questions(path, questions)
-    from zppo.config.settings import ColumnSettings
+    from zppo.config.data_settings import ColumnSettings
     from zppo.data.load import load_questions
 
     assert load_questions(str(path), ColumnSettings()) == questions

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from zppo.cli import main
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.recipe import load_recipe
-from zppo.config.settings import ColumnSettings, Settings
+from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
 from zppo.data.load import load_questions, read_part
 from zppo.errors import LauncherError

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zppo.cli import main
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.recipe import dump_recipe, load_recipe
-from zppo.config.settings import ColumnSettings, Settings
+from zppo.config.settings import Settings
 from zppo.core.draws import draw_key
 from zppo.core.types import Golds, ImageRef, Message, Question
 from zppo.data.load import load_questions, read_part

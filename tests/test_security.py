@@ -9,8 +9,8 @@ import pytest
 
 import zppo
 from zppo import cli
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.recipe import MOST_VALUES, load_recipe, parse_yaml
-from zppo.config.settings import ColumnSettings
 from zppo.data.load import load_questions
 from zppo.errors import DataError, SettingsError, TemplateError
 from zppo.prompts.book import PromptBook

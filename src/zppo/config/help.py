@@ -16,7 +16,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zppo.config.settings import MixtureSource, Settings
+from zppo.config.data_settings import MixtureSource
+from zppo.config.settings import Settings
 
 _HELP_WIDTH = 100
 _PLAIN_TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from zppo.config.data_settings import ColumnSettings
 from zppo.config.model_settings import Section
 from zppo.config.recipe import parse_yaml
-from zppo.config.settings import ColumnSettings
 from zppo.core.types import IMAGE, JUDGE, AnswerList, Golds, Question
 from zppo.data.hub import folder_rows
 from zppo.data.local_files import READERS, Place, Rows, SourceSettings, file_rows
