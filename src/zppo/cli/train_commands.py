@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zppo.api import resume, start
+from zppo.api import ADDRESSES, resume, start
 from zppo.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def add_train(commands: Subcommands) -> None:
     )
     train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
     train.add_argument("--no-code", action="store_true", help=_NO_CODE)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, several=True)
     train.more = _settings_help
 
     again = commands.add_parser("resume", help="continue a run after its newest checkpoint")
     again.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
     again.add_argument("--no-code", action="store_true", help=_NO_CODE)
-    again.set_defaults(run=_resume, takes_settings=True)
+    again.set_defaults(run=_resume, takes_settings=True, several=True)
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
 
@@ -71,13 +71,15 @@ def _settings_help() -> str:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    if options.overrides:
+    given = [token for token in options.overrides if token.startswith("-")]
+    if not all(token.partition("=")[0].removeprefix("--") in ADDRESSES for token in given) or bool(given) != bool(options.overrides):
         raise SettingsError(
-            f"zppo resume takes no settings ({' '.join(options.overrides)}): it goes on with those in {options.folder / 'recipe.yaml'}. "
+            f"zppo resume takes no settings ({' '.join(options.overrides)}) but addresses ({', '.join(ADDRESSES)}): it goes on with those in "
+            f"{options.folder / 'recipe.yaml'}. "
             "Edit them there: train.steps and epochs, learning rates, betas, eps, weight decay and teachers' addresses act, and what "
             "cannot be changed is refused (docs/runs.md)"
         )
-    resume(options.folder, code=not options.no_code)
+    resume(options.folder, code=not options.no_code, addresses=options.overrides)
 
 
 def _train(options: argparse.Namespace) -> None:

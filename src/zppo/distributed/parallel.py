@@ -21,7 +21,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from zppo.config.settings import Settings
-from zppo.distributed.launcher import Launch
+from zppo.distributed.launcher import Launch, started_by_slurm
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
 from zppo.models.student_model import Student
@@ -155,6 +155,7 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     launch.check_precision(precision)
     # accelerate would shard on GPUs, and do something else on CPUs: `make_weights` does it on both.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
+    os.environ |= started_by_slurm()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(settings))])
     launch.check_processes(accelerator.num_processes)
     return accelerator
