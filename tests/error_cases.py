@@ -842,6 +842,15 @@ def _(w: World) -> None:
     w.set("teacher.device", "gpu:0")
 
 
+@case("a model on a GPU without the kernels of its layers")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.set("teacher.model", "./linear")
+    w.set("teacher.device", "cuda:0")
+    (w.folder / "linear").mkdir()
+    w.write("linear/config.json", json.dumps({"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}))
+
+
 @case("an attention implementation that does not exist")
 def _(w: World) -> None:
     w.set("student.attention", "flush")
@@ -1079,6 +1088,42 @@ def _(w: World) -> None:
 @case("a number of processes that is none")
 def _(w: World) -> None:
     w.env = {"RANK": "0", "WORLD_SIZE": "two"}
+
+
+def _srun(w: World, **more: str) -> None:
+    """The environment of the first of two processes that srun started."""
+    w.env = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[1-2]", **more}
+
+
+@case("srun, and a RANK that was set by hand")
+def _(w: World) -> None:
+    _srun(w, RANK="1")
+
+
+@case("srun starts a torchrun for every GPU")
+def _(w: World) -> None:
+    _srun(w, RANK="0", WORLD_SIZE="2", GROUP_WORLD_SIZE="1")
+
+
+@case("srun on several nodes, and a MASTER_ADDR that each has")
+def _(w: World) -> None:
+    _srun(w, MASTER_ADDR="localhost", SLURM_NNODES="2")
+
+
+@case("srun without a list of hosts")
+def _(w: World) -> None:
+    _srun(w, SLURM_STEP_NODELIST="")
+
+
+@case("a number from SLURM that is none")
+def _(w: World) -> None:
+    _srun(w, SLURM_PROCID="7")
+
+
+@case("a command that runs in one process, started as several")
+def _(w: World) -> None:
+    w.env = {"RANK": "0", "WORLD_SIZE": "2"}
+    w.command = ["recipes"]
 
 
 # --- folders of runs ------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def test_srun_says_what_torchrun_would() -> None:
     assert read_launch(STEP) == Launch(rank=3, processes=8) and rank_of(STEP) == 3
     assert started_by_slurm(STEP | ours) == ours  # once they are set
     assert started_by_slurm(STEP | {"SLURM_STEP_ID": "2"})["MASTER_PORT"] != ours["MASTER_PORT"]  # two runs in one job
-    assert started_by_slurm(STEP | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}).items() >= {"MASTER_ADDR": "head", "MASTER_PORT": "1"}.items()
+    chosen = {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
+    assert started_by_slurm(STEP | chosen).items() >= chosen.items()
     alone = STEP | {"CUDA_VISIBLE_DEVICES": "1"}  # --gpus-per-task=1
     assert started_by_slurm(alone)["LOCAL_RANK"] == "0"
     few = {name: STEP[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST", "SLURM_JOB_ID")}
@@ -183,7 +184,8 @@ def test_the_batch_script_deals_out_nodes_and_gpus(tmp_path: Path) -> None:
     env = cluster(tmp_path, torchrun=TORCHRUN)
     status, asked = batch(env | {"TEACHER": "big", "TEACHER_NODES": "1"}, tmp_path)
     assert status == 0 and len(asked) == 2, (tmp_path / "said").read_text()
-    assert asked[0].startswith("torchrun on localhost with 0,1,2,3: --nnodes=1 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=localhost:")
+    assert asked[0].startswith("torchrun on localhost with 0,1,2,3: --nnodes=1 --nproc_per_node=4 --rdzv_backend=c10d")
+    assert "--rdzv_endpoint=localhost:" in asked[0]
     assert f"-m zppo train mine.yaml --output={tmp_path}/run --train.sharding=fsdp2" in asked[0]
     assert asked[0].endswith("--teacher.base_urls=[http://127.0.0.1:8000/v1]")
     assert asked[1].startswith("vllm on 127.0.0.1 with 0,1,2,3: serve big --port 8000 --data-parallel-size 4")

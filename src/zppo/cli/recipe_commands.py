@@ -16,8 +16,8 @@ def add_recipes(commands: Subcommands) -> None:
     init = commands.add_parser(
         "init",
         help="copy one of them, ready to edit",
-        description="Copy a recipe that comes with zppo to NAME.yaml (slurm: to NAME.sbatch), with the data files that it needs; nothing is "
-        "overwritten.",
+        description="Copy a recipe that comes with zppo to NAME.yaml (slurm: to NAME.sbatch), with the data files that it needs; nothing "
+        "is overwritten.",
     )
     init.add_argument("name", metavar="NAME", help="of the copy: NAME.yaml, a path may stand before it")
     init.add_argument("--from", dest="source", metavar="RECIPE", default="my-data", help="a name of `zppo recipes` (default: my-data)")

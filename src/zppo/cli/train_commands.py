@@ -71,13 +71,13 @@ def _settings_help() -> str:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    given = [token for token in options.overrides if token.startswith("-")]
-    if not all(token.partition("=")[0].removeprefix("--") in ADDRESSES for token in given) or bool(given) != bool(options.overrides):
+    # What does not begin with a dash is the value of what stands before it.
+    names = [token.partition("=")[0] for i, token in enumerate(options.overrides) if token.startswith("-") or i == 0]
+    if not all(name.removeprefix("--") in ADDRESSES for name in names):
         raise SettingsError(
-            f"zppo resume takes no settings ({' '.join(options.overrides)}) but addresses ({', '.join(ADDRESSES)}): it goes on with those in "
-            f"{options.folder / 'recipe.yaml'}. "
-            "Edit them there: train.steps and epochs, learning rates, betas, eps, weight decay and teachers' addresses act, and what "
-            "cannot be changed is refused (docs/runs.md)"
+            f"zppo resume takes no settings ({' '.join(options.overrides)}) but addresses ({', '.join(ADDRESSES)}): it goes on with those "
+            f"in {options.folder / 'recipe.yaml'}. Edit them there: train.steps and epochs, learning rates, betas, eps, weight decay and "
+            "teachers' addresses act, and what cannot be changed is refused (docs/runs.md)"
         )
     resume(options.folder, code=not options.no_code, addresses=options.overrides)
 
@@ -100,7 +100,8 @@ def _train(options: argparse.Namespace) -> None:
 
         from zppo.distributed.launcher import rank_of
         from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
-        from zppo.planning.memory import prompt_tokens, within
+        from zppo.planning.memory import find_machine, prompt_tokens, within
+        from zppo.planning.needed import missing_rows
         from zppo.prompts.book import PromptBook
         from zppo.rollout.data import count_judged, load_questions_of
         from zppo.rollout.examples import example_turns
@@ -127,8 +128,10 @@ def _train(options: argparse.Namespace) -> None:
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         shortest = prompt_tokens(settings, asked, shown)[0]
-        memory = memory_rows(within(settings, asked, len(train), shown), images=images, shortest=shortest)
-        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources))
+        machine = find_machine(settings.train.device)
+        memory = memory_rows(within(settings, asked, len(train), shown), machine, images=images, shortest=shortest)
+        absent = missing_rows(settings, gpu=machine is not None and machine.gpu)
+        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent))
         return
     start(settings, name)
 

@@ -129,8 +129,8 @@ def started_by_slurm(env: Mapping[str, str] = os.environ) -> dict[str, str]:
         if (agents := _number(env, "GROUP_WORLD_SIZE", 1)) != tasks:
             raise LauncherError(
                 f"srun started {tasks} launchers, and this process's counts {agents} (GROUP_WORLD_SIZE), so there would be several runs: "
-                "one launcher a node, srun --ntasks-per-node=1 torchrun --nnodes $SLURM_NNODES --rdzv_backend c10d --rdzv_endpoint HOST:PORT; "
-                "recipes/slurm.sbatch does that"
+                "start one a node, srun --ntasks-per-node=1 torchrun --nnodes $SLURM_NNODES --rdzv_backend c10d --rdzv_endpoint HOST:PORT, "
+                "as recipes/slurm.sbatch does"
             )
         return {}
     rank, local = _number(env, "SLURM_PROCID", 0), _number(env, "SLURM_LOCALID", 0)
@@ -141,8 +141,8 @@ def started_by_slurm(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     for name, value in ours.items():
         if env.get(name, value) != value:
             raise LauncherError(
-                f"{name} is {env[name]!r} in the environment, but srun started {tasks} processes, of which this is number {rank}: do not set "
-                f"{', '.join(ours)} in the batch script, zppo takes them from SLURM"
+                f"{name} is {env[name]!r} in the environment, but srun started {tasks} processes, of which this is number {rank}: set "
+                f"neither {' nor '.join(ours)} in the batch script, zppo takes them from SLURM"
             )
     # With --gpus-per-task a process sees its own GPU alone, which is the first for it.
     ours["LOCAL_RANK"] = env.get("LOCAL_RANK", str(local % len(devices) if devices else local))
@@ -150,8 +150,8 @@ def started_by_slurm(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     nodes = _number(env, "SLURM_STEP_NUM_NODES", _number(env, "SLURM_NNODES", 1))
     if nodes > 1 and ours["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
         raise LauncherError(
-            f"MASTER_ADDR is {ours['MASTER_ADDR']}, and srun started processes on {nodes} nodes, which would look for the first one each on "
-            "its own: unset it, zppo takes the first host from SLURM"
+            f"MASTER_ADDR is {ours['MASTER_ADDR']}, and srun started processes on {nodes} nodes, each of which would look for the first "
+            "one on itself: unset it, zppo takes the first host from SLURM"
         )
     ours["MASTER_PORT"] = env.get("MASTER_PORT") or str(_slurm_port(env))
     return ours

@@ -444,11 +444,17 @@ def _judge_calls(settings: Settings, plain: int, reformulated: int, lazy: Teache
 
 
 def render_plan(
-    settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = (), sources: Sequence[str] = ()
+    settings: Settings,
+    plan: Plan,
+    source: str,
+    folder: str,
+    memory: Sequence[tuple[str, str]] = (),
+    sources: Sequence[str] = (),
+    absent: Sequence[tuple[str, str]] = (),
 ) -> Group:
     """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`,
-    `sources` what each source of the training questions gives, a line each."""
-    parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
+    `sources` what each source of the training questions gives, a line each, `absent` of `missing_rows`."""
+    parts: list[RenderableType] = [_table(f"plan of {source}", [*_run_rows(settings, plan, folder), *absent]), ""]
     if sources:
         named = [(name, gives) for name, _, gives in (line.partition(": ") for line in sources)]
         parts += [_table("sources of the training questions", named), ""]

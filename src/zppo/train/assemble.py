@@ -26,6 +26,7 @@ from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
+from zppo.engines.loading import check_kernels
 from zppo.engines.logprobs import ForwardPass, sharing_of
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
@@ -300,6 +301,7 @@ def assemble(
     if settings.rollout.engine == "vllm":
         require_vllm(server=settings.rollout.vllm.mode == "server")  # before models are loaded
     make_reformulations(settings.method.resolve())  # one that cannot be imported is found now
+    check_kernels(model_folder(settings.student.model), accelerator.device, settings.student.revision)
     # Words: the chat template and the templates of prompts.
     image_inputs, teachers = data.image_inputs, frozen_models.teachers
     chat = load_chat(settings.student, image_inputs.limits, image_inputs.cache) if image_inputs else load_chat(settings.student)

@@ -294,9 +294,7 @@ def train(settings: Settings, recipe_name: str, console: Console | None = None, 
     return _run(settings.model_copy(update={"output": run}), run, console or Console(), stop or Stop(), resumed=False)
 
 
-def resume(
-    run: Path, console: Console | None = None, stop: Stop | None = None, addresses: Sequence[str] | Mapping[str, Any] = ()
-) -> Path:
+def resume(run: Path, console: Console | None = None, stop: Stop | None = None, addresses: Sequence[str] | Mapping[str, Any] = ()) -> Path:
     """Continue a run after its newest checkpoint that is whole; returns the run folder.
 
     What was written after the checkpoint is taken back and done again; on a CPU with an in-process teacher with the same result.
