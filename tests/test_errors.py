@@ -15,7 +15,7 @@ from error_cases import CASES, World
 from zppo import cli
 from zppo.config.recipe import load_recipe
 from zppo.errors import ModelError, one_line
-from zppo.planning.dry_run import check_files
+from zppo.planning.needed import check_files
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 _ROW = re.compile(r"^\| (?P<wrong>[^|]+?) \| (?P<ticks>`+) ?(?P<said>.+?) ?(?P=ticks) \| (?P<status>\d) \|$", re.MULTILINE)

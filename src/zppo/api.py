@@ -128,7 +128,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console
 
 def start(settings: Settings, name: str, console: Console | None = None) -> TrainedRun:
     """Train by settings; the run folder is named after `name` where `output` names none. Files are looked at before torch is loaded."""
-    from zppo.planning.dry_run import check_files
+    from zppo.planning.needed import check_files
     from zppo.runs.display import steady_output
     from zppo.runs.signals import Stop, catch_signals
 

@@ -99,9 +99,9 @@ def _train(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from zppo.distributed.launcher import rank_of
-        from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
+        from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.memory import find_machine, prompt_tokens, within
-        from zppo.planning.needed import missing_rows
+        from zppo.planning.needed import check_files, missing_rows
         from zppo.prompts.book import PromptBook
         from zppo.rollout.data import count_judged, load_questions_of
         from zppo.rollout.examples import example_turns

@@ -100,7 +100,7 @@ def check_kernels(name: str | Path, device: torch.device | str | None, revision:
     if absent:
         why = "; ".join(f"{distribution(module)}: {error}" for module, error in absent.items())
         raise ModelError(
-            f"model {str(name)!r} has layers that would run without their kernels on {device}, about five times slower ({why}): "
+            f"model {str(name)!r} has layers that would run without their kernels on {device}, up to five times slower ({why}): "
             f"{install_line(absent)} (causal-conv1d is compiled there and needs nvcc), or set {SLOW_KERNELS}=1 in the environment to go "
             "on all the same"
         )
