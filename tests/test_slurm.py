@@ -106,7 +106,7 @@ def test_other_commands_run_once(capsys: pytest.CaptureFixture[str], monkeypatch
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "_exit", lambda status: None)
     assert main(["recipes"]) == 2
-    assert "zppo recipes runs in one process" in capsys.readouterr().err
+    assert "zppo recipes is for one" in capsys.readouterr().err
 
 
 @pytest.mark.slow

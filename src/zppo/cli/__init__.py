@@ -64,8 +64,8 @@ def _main(arguments: list[str]) -> int:
         options.overrides, options.vllm = [*overrides, *unknown], vllm
         if _rank() and not getattr(options, "several", False):
             raise LauncherError(
-                f"zppo {arguments[0]} runs in one process, and a launcher (torchrun, accelerate launch, srun) started several: start it "
-                "without one, srun with -n 1"
+                f"a launcher (torchrun, accelerate launch, srun) started several processes, and zppo {arguments[0]} is for one: start it "
+                "without a launcher, or srun with -n 1"
             )
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)

@@ -79,7 +79,7 @@ def copy_recipe(name: str, source: str) -> CopiedRecipe:
         SettingsError: there is no such recipe, NAME.yaml is there already, or the place cannot be written.
     """
     folder = recipes_folder()
-    files = [*sorted(folder.glob(f"*{_SUFFIX}")), *accelerate_files(), slurm_script()]
+    files = [*(folder / f"{name}{_SUFFIX}" for name in recipe_names()), *accelerate_files(), slurm_script()]
     known = {file.relative_to(folder).as_posix().removesuffix(file.suffix): file for file in files}
     source = source.removeprefix(f"{_FOLDER}/").removesuffix(_SUFFIX).removesuffix(Path(_SLURM).suffix)
     if source not in known:
