@@ -73,7 +73,7 @@ def make_policy_gradient(
     prepared, optimizer = accelerator.prepare(model, optimizer)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, ReplicatedWeights(Processes()))
     return PolicyGradient(
-        settings, ForwardPass(prepared), step, make_budget(train, sharded=False), sampler_is_exact=sampler, sharing=sharing
+        settings, ForwardPass(prepared), step, make_budget(train), sampler_is_exact=sampler, sharing=sharing
     )
 
 

@@ -404,7 +404,7 @@ def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
         if owner is None:
             yield name, _gathered(parameter)
         elif name.startswith(f"{owner}.base_layer."):
-            value, layer = parameter.data, adapted[owner]
+            value, layer = _gathered(parameter), adapted[owner]
             if name == f"{owner}.base_layer.weight":
                 value = sum((layer.get_delta_weight(a).detach().float() for a in layer.active_adapters), value.float())
             yield name.replace(".base_layer.", "."), value

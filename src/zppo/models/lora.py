@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,24 @@ class Adapters:
         torch.nn.Module.to(self.handle, torch.float32)
         merged: PreTrainedModel = self.handle.merge_and_unload()
         return merged
+
+    def take_merged(self, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """`merge` where weights lie in shards: the model with whole weights that are merged already, for good.
+
+        Args:
+            state: all weights of the model by name, in fp32.
+        """
+        model: PreTrainedModel = self.handle.get_base_model()
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "base_layer"):
+                base = module.base_layer
+                whole = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+                model.set_submodule(name, whole.eval())
+        for name, value in state.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+        model.tie_weights()
+        return model
 
     @property
     def _config(self) -> Any:

@@ -146,7 +146,7 @@ def make_learner(
     freeze_parts(model, train, images=chat.image_processor is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
+    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu")
     sharing = _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))

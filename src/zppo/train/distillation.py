@@ -108,9 +108,10 @@ class Distillation:
         while True:
             batches = self.budget.split([lengths[i] for i in own])
             try:
-                total = self._gradients(rows, lengths, parts, batches, tokens)
+                with self.weights.together():
+                    total = self._gradients(rows, lengths, parts, batches, tokens)
             except RuntimeError as error:
-                self.budget.shrink(error, batches, max(lengths[i] for i in own))
+                self.budget.shrink(error, batches, max((lengths[i] for i in own), default=0), self.weights.of_all)
             else:
                 self.budget.fits()
                 break
