@@ -23,7 +23,6 @@ from test_vllm import vllm  # noqa: F401 - a fixture
 from victims import Victims
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
-from zppo.errors import SettingsError
 from zppo.images import processor as sight_module
 from zppo.images.store import open_image
 from zppo.rollout.run_data import read_data
@@ -226,14 +225,6 @@ def test_the_recipe_s_limits_reach_the_models(recipe: Path) -> None:
     settings = load_recipe(recipe, ["--data.images.max_pixels=900", "--data.images.cache_gib=0.5"])
     seeing = read_data(settings).image_inputs
     assert seeing is not None and seeing.limits == (256, 900) and seeing.cache.most_bytes == 1 << 29
-
-
-def test_sharded_weights_are_not_shown_pictures(recipe: Path) -> None:
-    """Found before anything is loaded; a configuration of accelerate may ask for sharding too."""
-    settings = load_recipe(recipe, [])
-    assert read_data(settings, sharded=False).image_inputs is not None
-    with pytest.raises(SettingsError, match="has 1 image.*the weights are sharded over several processes"):
-        read_data(settings, sharded=True)
 
 
 @pytest.mark.parametrize("template", [True, False])

@@ -219,7 +219,9 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
 
     retries = settings.train.tokens_per_microbatch == "auto"
     if retries and (why := why_no_retries()):
-        raise SettingsError(f"train.tokens_per_microbatch is auto, and weights are sharded ({sharding}): {why}. Give a number, or update torch")
+        raise SettingsError(
+            f"train.tokens_per_microbatch is auto, and weights are sharded ({sharding}): {why}. Give a number, or update torch"
+        )
     return ShardedWeights(processes, reshard=launch.reshard, retries=retries)
 
 

@@ -54,9 +54,7 @@ class RunData:
     examples: tuple[Example, ...] = ()
 
 
-def read_data(
-    settings: Settings, *, warn: Callable[[str], None] | None = None, say: Callable[[str], None] | None = None
-) -> RunData:
+def read_data(settings: Settings, *, warn: Callable[[str], None] | None = None, say: Callable[[str], None] | None = None) -> RunData:
     """The questions of a recipe, and how its models are to see.
 
     Args:

@@ -231,15 +231,10 @@ class PolicyGradient:
             others = share.others if self.weights.sharded else []
             passes = [len(self._split([samples[g][i] for g, i in rows])) for rows in others]
             for _ in range(max(passes, default=0) - len(batches)):
-                self._idle(min((s for s in minibatch if s.live), key=lambda s: s.length))
+                self.optimizer.idle(self.forward, next(s.row for s in minibatch if s.live))
             return counts.add(sums), counts
 
         return self._in_micro_batches(live, accumulate)
-
-    def _idle(self, sample: Sample) -> None:
-        """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others."""
-        logprobs, mask = self._logprobs([sample], MicroBatch([[0]], sample.length))
-        self.optimizer.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
 
     def _backward(
         self, live: Sequence[Sample], old: Sequence[torch.Tensor], micro: MicroBatch, denominator: int, tally: UpdateCounts, *, first: bool
