@@ -23,7 +23,7 @@ from zppo.distributed.retries import Retries
 from zppo.engines.vllm import merged_weights
 from zppo.errors import LauncherError
 from zppo.models.lora import Adapters
-from zppo.models.quantized import make_whole
+from zppo.models.quantized import unpacked
 from zppo.models.student_model import Student
 from zppo.models.vision_parts import parts_of
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
@@ -146,9 +146,11 @@ class ShardedWeights(ReplicatedWeights):
         saved = self.saved(student)
         if student.adapters is None:
             return saved
-        make_whole(student.adapters.handle)
-        merged = {name: value.float().cpu() if self.processes.main else None for name, value in merged_weights(student.model)}
-        return _GatheredMerge(student.adapters, {name: value for name, value in merged.items() if value is not None})
+        state = dict[str, torch.Tensor]()
+        for name, value in merged_weights(student.model, unpack=unpacked):
+            if self.processes.main:
+                state[name] = value.float().cpu()
+        return GatheredMerge(student.adapters, state)
 
     def state_of(self, optimizer: Any) -> TakesState:
         return _ShardedState(optimizer)
@@ -167,14 +169,14 @@ class GatheredModel:
         self._model.save_pretrained(folder, state_dict=self._state)
 
 
-class _GatheredMerge:
+class GatheredMerge:
     """Saves a sharded model with adapters from its merged weights."""
 
     def __init__(self, adapters: Adapters, state: dict[str, torch.Tensor]) -> None:
         self._adapters, self._state = adapters, state
 
     def save_pretrained(self, folder: Path, /) -> None:
-        self._adapters.take_merged(self._state).save_pretrained(folder)
+        self._adapters.merged(self._state).save_pretrained(folder)
 
 
 class _ShardedState:

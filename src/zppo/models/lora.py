@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from zppo.config.settings import LoraSettings, names_vision_layers
 from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
-from zppo.models.quantized import make_whole
+from zppo.models.quantized import config_of_whole, make_whole
 from zppo.models.vision_parts import Part, parts_of
 from zppo.names import check_checkpoint
 
@@ -81,23 +81,22 @@ class Adapters:
         merged: PreTrainedModel = self.handle.merge_and_unload()
         return merged
 
-    def take_merged(self, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-        """`merge` where weights lie in shards: the model with whole weights that are merged already, for good.
+    def merged(self, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """What `merge` gives, as another model: this one, whose weights lie in shards, stays.
 
         Args:
-            state: all weights of the model by name, in fp32.
+            state: all weights by name, merged, in fp32; the model takes them over.
         """
-        model: PreTrainedModel = self.handle.get_base_model()
-        for name, module in list(model.named_modules()):
-            if hasattr(module, "base_layer"):
-                base = module.base_layer
-                whole = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-                model.set_submodule(name, whole.eval())
-        for name, value in state.items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
-        model.tie_weights()
-        return model
+        model: Any = self.handle.get_base_model()
+        with torch.device("meta"):
+            merged: Any = type(model)(config_of_whole(model))
+        held = {**dict(model.named_buffers()), **state}
+        merged.load_state_dict({name: held[name] for name in merged.state_dict() if name in held}, assign=True, strict=False)
+        merged.tie_weights()
+        merged.generation_config = model.generation_config
+        if hasattr(model, "_weight_conversions"):  # how names on disk differ, which `from_pretrained` notes
+            merged._weight_conversions = model._weight_conversions
+        return cast(PreTrainedModel, merged)
 
     @property
     def _config(self) -> Any:

@@ -99,6 +99,8 @@ class OptimizerStep:
     def idle(self, forward: ForwardPass, row: Row) -> None:
         """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others.
 
+        Without a picture, since what sees is not sharded.
+
         Args:
             row: any; its first completion token is all that is computed.
         """
