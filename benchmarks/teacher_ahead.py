@@ -598,7 +598,7 @@ def _rest(step: Step, layout: Layout) -> dict[str, float]:
         cards[n % len(cards)].add([Row(tokens, 0 if k else tokens, q.again[SIZE * i + k], done, RESERVE) for k in range(SIZE)])
     clock.run(lambda: not left[0])
     mixed = [q for q in step.questions if 0 < sum(right for _, right in q.rollouts) < SIZE]
-    trained = sum(PROMPT + n for q in mixed for n, _ in q.rollouts)
+    trained = float(sum(PROMPT + n for q in mixed for n, _ in q.rollouts))
     trained += MIXED_AGAIN * sum(PROMPT + SHOWN + n for q, i in prompts for n in q.again[SIZE * i : SIZE * (i + 1)])
     update = PASSES * layout.student.parameters * trained / (TRAINED * layout.training)
     return {"again": clock.now, "update": update, "other": OTHER}
