@@ -89,7 +89,7 @@ def looks() -> Iterator[list[int]]:
         counted[0] += 1
         return inner(*args)
 
-    features.encode = encode
+    features.encode = encode  # type: ignore[assignment]
     try:
         yield counted
     finally:
@@ -124,7 +124,7 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
             if case.full:
                 learner.budget.tokens = TOKENS_PER_MICROBATCH  # it runs out in each step
             metrics.append(update(learner, list(groups), step_advantages(groups, "nontrivial"), step))
-    saved, merged, state = weights.saved(student), None, weights.snapshot_of(optimizer.optimizer)
+    saved, state = weights.saved(student), weights.snapshot_of(optimizer.optimizer)
     if weights.processes.main:
         saved.save_pretrained(out / "saved")
         torch.save(state.state_dict(), out / "optimizer.pt")

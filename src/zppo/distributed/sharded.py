@@ -127,6 +127,8 @@ class ShardedWeights(ReplicatedWeights):
         """Shards and whole gradients are not mixed by torch: one norm is made of the norms of both."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         kinds = [kind for cut in (True, False) if (kind := [g for g in gradients if isinstance(g, DTensor) == cut])]
+        if len(kinds) < 2:
+            return _number(accelerator.clip_grad_norm_(parameters, max_norm))
         norm = math.hypot(*(_number(nn.utils.get_total_norm(kind)) for kind in kinds))
         scale = max_norm / (norm + 1e-6)  # as torch clips
         if scale < 1:
