@@ -219,7 +219,7 @@ def test_the_batch_script_stops_ahead_of_the_limit_and_goes_on(tmp_path: Path) -
 def test_two_launchers_on_two_nodes_stop_and_go_on(recipe: Path, tmp_path: Path, victims: Victims) -> None:
     """recipes/slurm.sbatch with torchrun itself, an agent and a process for each of two nodes, against the run that was not stopped."""
     whole = tmp_path / "whole"
-    settings = ("--train.sharding=fsdp2", "--train.optimizer=adamw", "--train.tokens_per_microbatch=16384")
+    settings = ("--train.sharding=fsdp2", "--train.optimizer=adamw")
     assert victims.run("train", recipe, f"--output={whole}", *settings, run=whole, processes=2) == 0, victims.said[-3000:]
 
     env = cluster(tmp_path, torchrun=f'exec "{sys.executable}" -m torch.distributed.run "$@"')
