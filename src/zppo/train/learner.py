@@ -102,7 +102,7 @@ class OptimizerStep:
             loss: what this process's rows add to the loss.
         """
         loss = sum(self.weights.processes.gather(loss))
-        norm, moved = self.weights.step(self.optimizer, self.accelerator, self.max_norm, finite=math.isfinite(loss))
+        norm, moved = self._move(finite=math.isfinite(loss))
         self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
             self.fault = (
@@ -110,6 +110,10 @@ class OptimizerStep:
                 "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
             )
         return loss, norm, moved
+
+    def _move(self, *, finite: bool) -> tuple[float, bool]:
+        """Gradient norm before clipping, and whether the weights moved."""
+        return self.weights.step(self.optimizer, self.accelerator, self.max_norm, finite=finite)
 
 
 @dataclass(slots=True)
