@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from zppo.config.settings import Settings
+
+KEY = "TINKER_API_KEY"
+"""The environment variable that the SDK takes the key from; it stands nowhere else."""
 
 _SERVERS = "the server decides it"
 _UNKNOWN = "the API does not know it"
@@ -57,4 +62,13 @@ def cluster_problem(settings: Settings) -> str:
         if value != default:
             shown = ("set", "left out") if default is None or isinstance(default, BaseModel) else (str(value).lower(), str(default).lower())
             return f"{key} is {shown[0]}, and must be {shown[1]}: {why}"
+    return ""
+
+
+def missing_for_tinker() -> str:
+    """What this machine lacks for a student on a Tinker server, and how to mend it; "" where nothing is."""
+    if importlib.util.find_spec("tinker") is None:
+        return "its SDK cannot be imported here: run `pip install 'zppo[tinker]'`"
+    if not os.environ.get(KEY):
+        return f"{KEY} is not set: put the key of the service into it; a server of your own takes any word that begins with tml-"
     return ""

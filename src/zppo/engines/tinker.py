@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import importlib
-import importlib.util
 import math
 import os
 import threading
@@ -35,20 +34,8 @@ from zppo.errors import ClusterError, SettingsError, ZPPOError, one_line
 
 T = TypeVar("T")
 
-KEY = "TINKER_API_KEY"
-"""The environment variable that the SDK takes the key from; it stands nowhere else."""
-
 _SEEDS = 1 << 31
 _PLACE = "tinker://"
-
-
-def missing_for_tinker() -> str:
-    """What a machine lacks for a run over the Tinker API, and how to mend it; "" where nothing is."""
-    if importlib.util.find_spec("tinker") is None:
-        return "its SDK cannot be imported here: run `pip install 'zppo[tinker]'`"
-    if not os.environ.get(KEY):
-        return f"{KEY} is not set: put the key of the service into it; a server of your own takes any word that begins with tml-"
-    return ""
 
 
 class AdamW(NamedTuple):
@@ -81,13 +68,10 @@ class TinkerService:
         deadline: seconds that an answer is waited for. The SDK asks again by itself as long as the server cannot be reached.
 
     Raises:
-        SettingsError: the SDK or the key is missing.
         ClusterError: the server cannot be reached, or does not take the model.
     """
 
     def __init__(self, base_url: str | None, base_model: str, *, rank: int, seed: int, averages: bool, deadline: float) -> None:
-        if lacks := missing_for_tinker():
-            raise SettingsError(f"student.tinker is set, and {lacks}")
         self.where = base_url or os.environ.get("TINKER_BASE_URL") or "the Tinker service"
         self.averages, self.deadline = averages, deadline
         self._types: Any = importlib.import_module("tinker").types
@@ -158,13 +142,13 @@ class TinkerService:
         return line
 
     def _check_kind(self, answer: Any) -> None:
-        """By what is documented of the two: the service gives the sum of a loss as a metric, SkyRL's JAX backend each token's loss alone."""
+        """By what is known of the two: the service gives the sum of a loss as a metric, SkyRL's JAX backend each token's loss alone."""
         sums = "loss:sum" in (answer.metrics or {})
         found = "tinker" if sums else "skyrl-jax" if "elementwise_loss" in answer.loss_fn_outputs[0] else None
         named = "skyrl-jax" if self.averages else "tinker"
         if found not in (None, named):
             raise SettingsError(
-                f"student.tinker.server is {named}, and {self.where} answers like {found}: they scale gradients differently. Set "
+                f"student.tinker.server is {named}, and {self.where} answers like {found}, which scales gradients differently: set "
                 f"student.tinker.server to {found}"
             )
 

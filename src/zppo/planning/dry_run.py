@@ -14,8 +14,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import load_reformulation
-from zppo.config.model_settings import FrozenModelSettings, ModelSettings, TeacherSettings
+from zppo.config.model_settings import FrozenModelSettings, ModelSettings, TeacherSettings, TinkerSettings
 from zppo.config.settings import LoraSettings, Settings
 from zppo.core.reformulate import RESPONSES, Candidate, Material
 from zppo.core.select import share_of
@@ -51,9 +52,21 @@ def memory_rows(settings: Settings, machine: Machine | None = None, images: int 
     machine = machine or find_machine(settings.train.device)
     data = _DataFacts(images, shortest)
     memory = _estimate(settings, machine, data)
+    if settings.student.tinker is not None:
+        return _cluster_rows(settings.student.tinker, memory)
     if isinstance(memory, str):
         return [("estimate", memory)]
     return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, data)]
+
+
+def _cluster_rows(tinker: TinkerSettings, memory: Memory | str) -> Rows:
+    """What a run with its student on a server holds here, and what it lacks."""
+    where = tinker.base_url or "the server that TINKER_BASE_URL names, else the hosted service"
+    rows = [("student", f"on {where}: its weights are not here")]
+    if isinstance(memory, Memory) and memory.others:
+        rows.append(("teachers and judge in this process", gib(memory.others)))
+    lacks = missing_for_tinker()
+    return [*rows, ("verdict", f"student.tinker is set, and {lacks}" if lacks else "its SDK and a key are here")]
 
 
 class _DataFacts(NamedTuple):

@@ -55,9 +55,10 @@ def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Pat
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        if isinstance(student, TinkerStudent):
-            student.save_final(folder, chat)
-            return folder
+    if isinstance(student, TinkerStudent):
+        student.save_final(folder, chat)
+        return folder
+    with writing(folder):
         if student.adapters:
             student.adapters.save_pretrained(folder / ADAPTER)
             weights = student.adapters.merge()

@@ -6,6 +6,7 @@ Its weights never come here before the end. A checkpoint names what the server k
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.settings import Settings, TrainSettings
 from zppo.core.types import Group, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
@@ -39,7 +41,7 @@ PLACE = "tinker.json"
 """In a checkpoint's model/ and in final/: where on the server the weights are."""
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_WHOLE = 1 << 62  # tokens of a micro-batch: the server makes its own
+_WHOLE = 1 << 40  # tokens of a micro-batch: the server makes its own
 
 
 class TinkerWeights:
@@ -55,9 +57,13 @@ class TinkerWeights:
         self._deletes = True
 
     def keep(self) -> None:
-        """Saves them as they are, and deletes what no checkpoint of the run names any more. ClusterError where they cannot be saved."""
+        """Saves them as they are. ClusterError where that fails; what was kept before counts then."""
         path = self.service.save()
         self._old, self.path = [*self._old, *([self.path] if self.path else [])], path
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Deletes what this process has kept and no checkpoint of the run names any more."""
         named = {_place(folder).get("state") for folder in checkpoint.existing(self._run)}
         for old in [old for old in self._old if old not in named and self._deletes]:
             self._deletes = self.service.delete(old)  # a server that cannot is not asked again
@@ -80,9 +86,7 @@ class TinkerWeights:
         self.path = path
 
     def save_pretrained(self, folder: Path, /) -> None:
-        """Writes where they are; nothing is asked of the server, if they were kept before."""
-        if not self.path:
-            self.keep()
+        """Writes where they were last kept; nothing is asked of the server."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PLACE).write_text(json.dumps({**self._facts, "state": self.path}, indent=1) + "\n", encoding="utf-8")
 
@@ -149,7 +153,7 @@ class TinkerStudent(Student):
             settings,
             self.forward,  # type: ignore[arg-type] - it has the face
             TinkerStep(self.forward, settings.train, accelerator, weights),
-            TokenBudget(_WHOLE),
+            TokenBudget(_WHOLE, overhead=_WHOLE),  # one request for all rows: padding is not sent
             sampler_is_exact=old == "sampler",  # another kernel, and most often bf16: near is not exact
             check=make_check(settings.train, False, say),
             respond=respond,
@@ -164,13 +168,15 @@ class TinkerStudent(Student):
             ClusterError: the server does.
         """
         path = self.service.save_for_sampling("final")
+        self.weights.tidy()
         with writing(folder):
             chat.tokenizer.chat_template = chat.template
             chat.tokenizer.save_pretrained(folder)
         note = ""
         try:
             self._adapter(path, folder)
-        except (ClusterError, OSError, tarfile.TarError, ValueError) as error:
+        except (ClusterError, OSError, tarfile.TarError, ValueError, SafetensorError) as error:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
             note = f"the adapters could not be downloaded: {error}"
         with writing(folder / PLACE):
             facts = {"sampler": path, "state": self.weights.path, "note": note or "the adapters are in adapter/, in the form of peft"}
@@ -257,6 +263,8 @@ def open_student(settings: Settings, start: Path | None, run: Path, *, images: b
         raise SettingsError(f"student.tinker is set, and {processes} processes train: the cluster is elsewhere, so start one process")
     if images:
         raise SettingsError("student.tinker is set, and questions have images: the student reads text only there; leave them out")
+    if lacks := missing_for_tinker():
+        raise SettingsError(f"student.tinker is set, and {lacks}")
     network = empty_network(model_folder(own.model), own.revision)
     base = own.tinker.base_model or own.model
     service = TinkerService(
