@@ -80,7 +80,7 @@ def test_updates_are_those_of_a_student_in_this_process(
     with torch.no_grad():  # adapters that do something
         for p in theirs.parameters:
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    ours = copy.deepcopy(theirs.model)
+    ours: Any = copy.deepcopy(theirs.model)
     groups = make_groups(ours, [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]], shift=2.5)
 
     learner = student.learner(settings, Accelerator(cpu=True), ReplicatedWeights(), None)
@@ -93,7 +93,7 @@ def test_updates_are_those_of_a_student_in_this_process(
     local.update(groups, [], {}, local_log)
     assert log.counts["loss"] == pytest.approx(local_log.counts["loss"], rel=1e-4)
     assert log.counts["grad_norm"] == pytest.approx(local_log.counts["grad_norm"], rel=1e-4)
-    shares = [log.counts[f"clip_{name}_share"] for name in ("low", "high", "dual")]
+    shares = [log.counts[f"clip_{name}_share"] or 0.0 for name in ("low", "high", "dual")]
     assert shares == [local_log.counts[f"clip_{name}_share"] for name in ("low", "high", "dual")]
     assert (min(shares) > 0) == (old == "sampler")
     moved = dict(ours.named_parameters())

@@ -120,6 +120,15 @@ def adapters_of(student: TinkerStudent, name: str, folder: Path) -> Path:
     return folder
 
 
+def tie(model: torch.nn.Module) -> None:
+    """q, k and v share the first matrix of their adapters on SkyRL's JAX backend, as gate and up do: a file in peft's form repeats it."""
+    for block in model.modules():
+        for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            if hasattr(block, first):
+                for other in others:
+                    getattr(block, other).lora_A = getattr(block, first).lora_A
+
+
 def test_the_gradients_of_a_minibatch_are_ours(server: SkyRL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both clips and the dual clip are at work. Gradients are read off the weights: with betas of 0 and an eps of 1, AdamW at a learning
     rate of 1 moves a weight by -g / (|g| + 1)."""
@@ -137,6 +146,7 @@ def test_the_gradients_of_a_minibatch_are_ours(server: SkyRL, tmp_path: Path, mo
     assert lora is not None
     model = load_network(model_folder(NAME), dtype=torch.float32).eval()
     ours = add_adapters(model, lora, base=NAME)
+    tie(model)
     ours.load(adapters_of(student, "begin", tmp_path / "begin"))
     learner = student.learner(settings, Accelerator(cpu=True), ReplicatedWeights(), None)
     local = make_policy_gradient(model, max_grad_norm=1e9, **train)
@@ -152,14 +162,14 @@ def test_the_gradients_of_a_minibatch_are_ours(server: SkyRL, tmp_path: Path, mo
             ours.load(adapters_of(student, f"after-{step}", tmp_path / f"after-{step}"))
             their_gradients = _gradients(before, weights)
             gap, size = (their_gradients - our_gradients).abs(), our_gradients.abs()
-            shares = [log.counts[f"clip_{name}_share"] for name in ("low", "high", "dual")]
+            shares = [log.counts[f"clip_{name}_share"] or 0.0 for name in ("low", "high", "dual")]
+            norms = [counts["grad_norm"] or 0.0 for counts in (log.counts, local_log.counts)]
             print(
-                f"\nminibatch {step}: {len(size):,} gradients of up to {size.max():.3g}; the server's differ by {gap.max():.2g} at most; "
-                f"norm {log.counts['grad_norm']:.6f}, ours {local_log.counts['grad_norm']:.6f}; log-probs differ by "
-                f"{local_log.counts['loss'] - log.counts['loss']:.1g} in the loss; clipped {', '.join(f'{s:.0%}' for s in shares)} of tokens"
+                f"\nminibatch {step}: {len(size):,} gradients of up to {size.max():.3g}, the server's differ by {gap.max():.2g} at most; "
+                f"norm {norms[0]:.6f}, ours {norms[1]:.6f}; clipped (low, high, dual) {', '.join(f'{s:.0%}' for s in shares)} of tokens"
             )
-            assert gap.max() < 1e-5 and size.max() > 1e-2
-            assert log.counts["grad_norm"] == pytest.approx(local_log.counts["grad_norm"], rel=1e-4)
+            assert gap.max() < 1e-5 * max(1.0, float(size.max())) and size.max() > 1e-2
+            assert norms[0] == pytest.approx(norms[1], rel=1e-5) and log.counts["loss"] == pytest.approx(local_log.counts["loss"], rel=1e-5)
             assert shares == [local_log.counts[f"clip_{name}_share"] for name in ("low", "high", "dual")] and min(shares) > 0
     finally:
         student.service.close()

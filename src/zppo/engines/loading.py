@@ -83,7 +83,7 @@ def empty_network(name: str | Path, revision: str | None = None) -> PreTrainedMo
     """
     try:
         config = load_part(AutoConfig, name, revision=revision)
-        kind = AutoModelForImageTextToText if _sees_only_whole(name, revision) else AutoModelForCausalLM
+        kind: Any = AutoModelForImageTextToText if _sees_only_whole(name, revision) else AutoModelForCausalLM
         with torch.device("meta"):
             model = kind.from_config(config)
     except ModelError:

@@ -5,7 +5,6 @@ Everything is checked here, before the run folder is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
 from zppo.engines.logprobs import ForwardPass, sharing_of
-from zppo.engines.tinker import TinkerEngine, TinkerForward
+from zppo.engines.tinker import TinkerEngine
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
@@ -45,6 +44,7 @@ from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.step_parts import parts as make_parts
 from zppo.rollout.teacher import ResponseTokens, TeacherSampler
 from zppo.runs import checkpoint
+from zppo.runs.checkpoint import HoldsState
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
 from zppo.teacher.compression import Source
@@ -101,12 +101,7 @@ def _checkpoint(student: ModelSettings) -> str:
 
 
 def make_engine_check(
-    settings: Settings,
-    engine: Engine,
-    forward: ForwardPass | TinkerForward,
-    prompt: Prompt,
-    accelerator: Accelerator,
-    weights: ReplicatedWeights,
+    settings: Settings, engine: Engine, forward: ForwardPass, prompt: Prompt, accelerator: Accelerator, weights: ReplicatedWeights
 ) -> EngineCheck:
     """The check of the run's engine; `prompt` is the fixed one."""
     exact = isinstance(engine, TransformersEngine) and accelerator.mixed_precision == "no"
@@ -161,7 +156,7 @@ def make_learner(
     if start:
         checkpoint.load_optimizer(start, weights.state_of(optimizer), [p for p in prepared.parameters() if p.requires_grad])
     forward = replace(make_forward(settings, model, chat), model=prepared)
-    step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm or math.inf, weights)
+    step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)
     if method.distils:
         teacher = in_process(teachers[0])
@@ -351,6 +346,7 @@ def assemble(
     # What learns from groups, and the teachers that it may ask.
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
     learner: Learner
+    state: HoldsState
     if remote:
         respond = _make_respond(settings, chat, model) if settings.method.resolve().teacher_response else None
         learner, state = remote.learner(settings, accelerator, weights, respond, say), NoState()
@@ -363,7 +359,7 @@ def assemble(
     fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too
     if chat.image_processor is not None:
         chat.image_processor.cache.pin({image.sha256 for image in fixed.images})
-    forward = remote.forward if remote else make_forward(settings, model, chat)
+    forward = remote.scorer if remote else make_forward(settings, model, chat)
     check = make_engine_check(settings, engine, forward, fixed, accelerator, weights)
     check.refresh(0)
     parts = parts.within(engine.context)

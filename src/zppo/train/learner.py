@@ -71,7 +71,7 @@ class OptimizerStep:
 
     Args:
         model, optimizer: as `accelerator.prepare` returned them; weights in fp32, autocast is the accelerator's.
-        max_norm: of the gradient.
+        max_norm: of the gradient; None: it is not clipped.
         weights: how the weights lie over the processes.
 
     Attributes:
@@ -84,10 +84,11 @@ class OptimizerStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
-        max_norm: float,
+        max_norm: float | None,
         weights: ReplicatedWeights | None = None,
     ) -> None:
-        self.model, self.optimizer, self.accelerator, self.max_norm = model, optimizer, accelerator, max_norm
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.max_norm = math.inf if max_norm is None else max_norm
         self.weights = weights or ReplicatedWeights()
         self.skipped_in_a_row, self.fault = 0, ""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from zppo.core.types import Group, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.chat import Chat
 from zppo.engines.loading import empty_network
+from zppo.engines.logprobs import ForwardPass
 from zppo.engines.out_of_memory import TokenBudget
 from zppo.engines.tinker import AdamW, TinkerEngine, TinkerForward, TinkerService
 from zppo.errors import CheckpointError, ClusterError, SettingsError
@@ -129,10 +130,17 @@ class TinkerStudent(Student):
     def saved(self) -> checkpoint.Savable:
         return self.weights
 
+    @property
+    def scorer(self) -> ForwardPass:
+        """`forward` by its face: of `ForwardPass` it has all that is used where prompts are not shared."""
+        return cast(ForwardPass, self.forward)
+
     def engine(self, chat: Chat) -> TinkerEngine:
         """What samples."""
-        rows = int(self.model.get_input_embeddings().weight.shape[0])
-        return TinkerEngine(self.service, chat.eos_ids(self.model), vocab_size=rows, context=context_length(self.model))
+        embedding: Any = self.model.get_input_embeddings()
+        return TinkerEngine(
+            self.service, chat.eos_ids(self.model), vocab_size=embedding.weight.shape[0], context=context_length(self.model)
+        )
 
     def learner(
         self,
@@ -151,7 +159,7 @@ class TinkerStudent(Student):
             )
         return TinkerLearner(
             settings,
-            self.forward,  # type: ignore[arg-type] - it has the face
+            self.scorer,
             TinkerStep(self.forward, settings.train, accelerator, weights),
             TokenBudget(_WHOLE, overhead=_WHOLE),  # one request for all rows: padding is not sent
             sampler_is_exact=old == "sampler",  # another kernel, and most often bf16: near is not exact
