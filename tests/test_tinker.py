@@ -107,7 +107,7 @@ def test_updates_are_those_of_a_student_in_this_process(
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_resumed_to_the_same_end(recipe: Path, tinker: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of ZPPO: plain rollouts, the teacher, reformulated prompts, replay; the server has gone in between."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
