@@ -14,9 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import load_reformulation
-from zppo.config.model_settings import FrozenModelSettings, ModelSettings, TeacherSettings, TinkerSettings
+from zppo.config.model_settings import FrozenModelSettings, ModelSettings, TeacherSettings
 from zppo.config.settings import LoraSettings, Settings
 from zppo.core.reformulate import RESPONSES, Candidate, Material
 from zppo.core.select import share_of
@@ -25,7 +24,7 @@ from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
 from zppo.errors import ModelError, SettingsError, TemplateError
 from zppo.names import check_checkpoint, check_file, model_folder, readable
-from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
+from zppo.planning.memory import GIB, Machine, Memory, cluster_rows, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
 from zppo.rollout.rewards import make_rewards, unique_names
@@ -49,24 +48,14 @@ def memory_rows(settings: Settings, machine: Machine | None = None, images: int 
     Raises:
         ModelError: a checkpoint on disk cannot be read.
     """
+    if settings.student.tinker is not None:
+        return cluster_rows(settings.student.tinker)
     machine = machine or find_machine(settings.train.device)
     data = _DataFacts(images, shortest)
     memory = _estimate(settings, machine, data)
-    if settings.student.tinker is not None:
-        return _cluster_rows(settings.student.tinker, memory)
     if isinstance(memory, str):
         return [("estimate", memory)]
     return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, data)]
-
-
-def _cluster_rows(tinker: TinkerSettings, memory: Memory | str) -> Rows:
-    """What a run with its student on a server holds here, and what it lacks."""
-    where = tinker.base_url or "the server that TINKER_BASE_URL names, else the hosted service"
-    rows = [("student", f"on {where}: its weights are not here")]
-    if isinstance(memory, Memory) and memory.others:
-        rows.append(("teachers and judge in this process", gib(memory.others)))
-    lacks = missing_for_tinker()
-    return [*rows, ("verdict", f"student.tinker is set, and {lacks}" if lacks else "its SDK and a key are here")]
 
 
 class _DataFacts(NamedTuple):
