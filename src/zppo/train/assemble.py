@@ -149,7 +149,7 @@ def make_learner(
     freeze_parts(model, train, images=chat.image_processor is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
+    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu")
     sharing = _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
@@ -279,7 +279,13 @@ def make_engine(
 
 
 def _start_engine(
-    settings: Settings, student: Student, chat: Chat, accelerator: Accelerator, progress: Progress, say: Callable[[str], None]
+    settings: Settings,
+    student: Student,
+    chat: Chat,
+    accelerator: Accelerator,
+    weights: ReplicatedWeights,
+    progress: Progress,
+    say: Callable[[str], None],
 ) -> StudentEngine:
     """What samples the student."""
     model, vllm = student.model, settings.rollout.engine == "vllm"
@@ -288,7 +294,8 @@ def _start_engine(
     else:
         own = make_engine(settings, model, chat, autocast_type(accelerator), say)
         if chat.image_processor is not None:
-            check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
+            with weights.whole():
+                check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
     progress.doing("starting vLLM" if vllm else "checking the sampler against the trainer")
     return start_vllm(settings, model, chat, accelerator) if vllm else own
 
@@ -354,7 +361,7 @@ def assemble(
         learner, step = make_learner(settings, model, chat, start, accelerator, teachers, parts.teacher, weights, say)
         state = step.optimizer
     # What samples, and the check that it holds the student's weights: a wrong engine is found before anything is written.
-    engine = _start_engine(settings, student, chat, accelerator, progress, say)
+    engine = _start_engine(settings, student, chat, accelerator, weights, progress, say)
     check_context(settings, engine.context, questions, held_out, length)
     fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too
     if chat.image_processor is not None:
