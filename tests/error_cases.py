@@ -239,6 +239,14 @@ def _(w: World) -> None:
     w.set("student.quantize", "4bit")
 
 
+@case("a student on a Tinker server with a setting that the API does not know")
+def _(w: World) -> None:
+    w.set("student.tinker", {})
+    w.set("train.lora", {})
+    w.set("eval", {"temperature": 0})
+    w.set("rollout.temperature", 0.8)
+
+
 @case("weights in 4 bits with vLLM as the engine")
 def _(w: World) -> None:
     w.set("student.quantize", "4bit")
@@ -859,6 +867,13 @@ def _(w: World) -> None:
 @case("vLLM as the engine, and it is not installed")
 def _(w: World) -> None:
     w.set("rollout.engine", "vllm")
+
+
+@case("a student on a Tinker server, and its SDK is not installed")
+def _(w: World) -> None:
+    w.set("student.tinker", {})
+    w.set("train.lora", {})
+    w.set("eval", {"temperature": 0})
 
 
 # --- templates ------------------------------------------------------------------------------------------------------

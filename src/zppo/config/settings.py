@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from zppo.config.cluster_settings import cluster_problem
 from zppo.config.data_settings import DataSettings
 from zppo.config.methods import METHODS, Control, Estimator, Method
 from zppo.config.model_settings import (
@@ -168,7 +169,7 @@ class TrainSettings(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW")
     weight_decay: float = Field(0.1, ge=0, description="AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradient norm clip; null is off")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="trained weights are fp32 always; bf16 is autocast, and holds the frozen weights below LoRA adapters in bf16; auto: "
@@ -373,6 +374,12 @@ class Settings(Section):
                     "student.quantize does not go with rollout.engine: vllm, which is sent whole weights: take transformers, or leave "
                     "one of them out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_where_possible(self) -> Settings:
+        if problem := cluster_problem(self):
+            raise ValueError(f"student.tinker is set: {problem}")
         return self
 
     @model_validator(mode="after")

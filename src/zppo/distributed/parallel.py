@@ -177,7 +177,8 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     Raises:
         LauncherError: what the launcher asked for is not what stands.
     """
-    on_cpu = settings.train.device == "cpu" or not torch.cuda.is_available()
+    elsewhere = settings.student.tinker is not None  # nothing of the student is computed here
+    on_cpu = settings.train.device == "cpu" or elsewhere or not torch.cuda.is_available()
     bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
     precision = "bf16" if bf16 else "no"
     launch.check_precision(precision)

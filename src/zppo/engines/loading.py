@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from zppo.errors import MemoryLimitError, ModelError, one_line, used_up
@@ -104,6 +105,26 @@ def check_kernels(name: str | Path, device: torch.device | str | None, revision:
             f"{install_line(absent)} (causal-conv1d is compiled there and needs nvcc), or set {SLOW_KERNELS}=1 in the environment to go "
             "on all the same"
         )
+
+
+def empty_network(name: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """A model without weights, of a checkpoint's config.json alone: for its shape, its vocabulary, its end tokens.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    try:
+        config = load_part(AutoConfig, name, revision=revision)
+        kind: Any = AutoModelForImageTextToText if _sees_only_whole(name, revision) else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"the configuration of model {str(name)!r} cannot be read: {one_line(error)}; {_MEND}") from error
+    with suppress(OSError, ValueError):  # a checkpoint need not have one
+        model.generation_config = load_part(GenerationConfig, name, revision=revision)
+    return cast(PreTrainedModel, model)
 
 
 def reads_images(name: str | Path, revision: str | None = None) -> bool:

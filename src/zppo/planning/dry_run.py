@@ -17,7 +17,7 @@ from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError
-from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
+from zppo.planning.memory import GIB, Machine, Memory, cluster_rows, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.rollout.rewards import unique_names
 from zppo.teacher.compression import REDRAWS
@@ -39,6 +39,8 @@ def memory_rows(settings: Settings, machine: Machine | None = None, images: int 
     Raises:
         ModelError: a checkpoint on disk cannot be read.
     """
+    if settings.student.tinker is not None:
+        return cluster_rows(settings.student.tinker)
     machine = machine or find_machine(settings.train.device)
     data = _DataFacts(images, shortest)
     memory = _estimate(settings, machine, data)

@@ -17,8 +17,9 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
+from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import needs_of
-from zppo.config.model_settings import ModelSettings
+from zppo.config.model_settings import ModelSettings, TinkerSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
 from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, Sharing, micro_batches, share_prompt
 from zppo.core.select import share_of
@@ -52,6 +53,14 @@ class Machine:
     def usable(self) -> int:
         """Bytes that a run which starts now can have."""
         return self.total if self.free is None else self.free
+
+
+def cluster_rows(tinker: TinkerSettings) -> list[tuple[str, str]]:
+    """(what, how) for the plan of a run whose student is on a server: what this machine lacks for it."""
+    where = tinker.base_url or "the server that TINKER_BASE_URL names, else the hosted service"
+    lacks = missing_for_tinker()
+    verdict = f"student.tinker is set, and {lacks}" if lacks else "its SDK and a key are here"
+    return [("student", f"on {where}: its weights are not here"), ("verdict", verdict)]
 
 
 def find_machine(device: Literal["auto", "cpu"]) -> Machine | None:

@@ -39,7 +39,8 @@ def packages_needed(settings: Settings, *, gpu: bool) -> list[str]:
         needed += [SCHEME] * source.startswith(f"{SCHEME}:") + ["datasets"] * source.startswith("hub:")
     if gpu:
         frozen = [m for m in (settings.teacher, *settings.more_teachers, settings.judge) if m is not None and not m.base_urls]
-        for model in (settings.student, *frozen):
+        own = [] if settings.student.tinker is not None else [settings.student]  # which lies on a cluster
+        for model in (*own, *frozen):
             needed += kernels_of(family_of(model.model) or "")
     needed += ["peft"] * (train.lora is not None)
     needed += ["bitsandbytes"] * (settings.student.quantize is not None or train.optimizer == "adamw-8bit")

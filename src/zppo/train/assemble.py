@@ -28,6 +28,7 @@ from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
 from zppo.engines.loading import check_kernels
 from zppo.engines.logprobs import ForwardPass, sharing_of
+from zppo.engines.tinker import TinkerEngine
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
@@ -44,11 +45,13 @@ from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.step_parts import parts as make_parts
 from zppo.rollout.teacher import ResponseTokens, TeacherSampler
 from zppo.runs import checkpoint
+from zppo.runs.checkpoint import HoldsState
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
+from zppo.train.cluster.tinker_student import NoState, TinkerStudent, open_student
 from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
 from zppo.train.learner import Learner, OptimizerStep
@@ -56,7 +59,7 @@ from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
 from zppo.train.trainer import Trainer, total_steps
 
-StudentEngine = TransformersEngine | VLLMEngine
+StudentEngine = TransformersEngine | VLLMEngine | TinkerEngine
 
 
 def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerator: Accelerator) -> VLLMEngine:
@@ -242,6 +245,8 @@ class Assembled:
         engine = self.trainer.student.engine
         if isinstance(engine, VLLMEngine):
             engine.close()
+        if isinstance(self.student, TinkerStudent):
+            self.student.service.close()
 
 
 def autocast_type(accelerator: Accelerator) -> torch.dtype | None:
@@ -272,6 +277,28 @@ def make_engine(
         say=say,
         image_processor=chat.image_processor,
     )
+
+
+def _start_engine(
+    settings: Settings,
+    student: Student,
+    chat: Chat,
+    accelerator: Accelerator,
+    weights: ReplicatedWeights,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> StudentEngine:
+    """What samples the student."""
+    model, vllm = student.model, settings.rollout.engine == "vllm"
+    if isinstance(student, TinkerStudent):
+        own: StudentEngine = student.engine(chat)
+    else:
+        own = make_engine(settings, model, chat, autocast_type(accelerator), say)
+        if chat.image_processor is not None:
+            with weights.whole():
+                check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
+    progress.doing("starting vLLM" if vllm else "checking the sampler against the trainer")
+    return start_vllm(settings, model, chat, accelerator) if vllm else own
 
 
 def assemble(
@@ -318,36 +345,41 @@ def assemble(
         rule.steps = total_steps(settings, len(questions))
     # The student; whatever does not fit it is found now, since an engine may take minutes to start.
     progress.doing(f"loading the student {settings.student.model}")
-    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)
+    bf16, images = autocast_type(accelerator) is not None, image_inputs is not None
+    remote = open_student(settings, start, run, images=images, processes=processes.size) if settings.student.tinker else None
+    student = remote or load_student(settings, start, bf16=bf16, images=images)
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
     check_context(settings, context_length(model), questions, held_out, length)
     processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
     # What learns from groups, and the teachers that it may ask.
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
-    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, parts.teacher, weights, say)
+    learner: Learner
+    state: HoldsState
+    if remote:
+        respond = _make_respond(settings, chat, model) if settings.method.resolve().teacher_response else None
+        learner, state = remote.learner(settings, accelerator, weights, respond, say), NoState()
+    else:
+        learner, step = make_learner(settings, model, chat, start, accelerator, teachers, parts.teacher, weights, say)
+        state = step.optimizer
     # What samples, and the check that it holds the student's weights: a wrong engine is found before anything is written.
-    own = make_engine(settings, model, chat, autocast_type(accelerator), say)
-    if chat.image_processor is not None:
-        with weights.whole():
-            check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
-    progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler against the trainer")
-    engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
+    engine = _start_engine(settings, student, chat, accelerator, weights, progress, say)
     check_context(settings, engine.context, questions, held_out, length)
     fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too
     if chat.image_processor is not None:
         chat.image_processor.cache.pin({image.sha256 for image in fixed.images})
-    check = make_engine_check(settings, engine, make_forward(settings, model, chat), fixed, accelerator, weights)
+    forward = remote.scorer if remote else make_forward(settings, model, chat)
+    check = make_engine_check(settings, engine, forward, fixed, accelerator, weights)
     check.refresh(0)
     parts = parts.within(engine.context)
     trainer = Trainer(
         settings,
         RunData(questions, held_out, image_inputs),
         parts,
-        parts.student(engine, nullcontext if isinstance(engine, VLLMEngine) else weights.whole),  # vLLM has a copy
+        parts.student(engine, weights.whole if isinstance(engine, TransformersEngine) else nullcontext),  # others have a copy
         learner,
         check,
         RunLog(run) if processes.main else SilentLog(run),
     )
-    checkpointer = Checkpointer(settings.train, run, student, optimizer.optimizer, origin, weights)
+    checkpointer = Checkpointer(settings.train, run, student, state, origin, weights)
     return Assembled(trainer, checkpointer, student, chat, origin, weights)

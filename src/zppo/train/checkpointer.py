@@ -31,7 +31,7 @@ class Checkpointer:
         settings: TrainSettings,
         run: Path,
         student: Student,
-        optimizer: torch.optim.Optimizer,
+        optimizer: HoldsState,
         origin: Mapping[str, Any],
         weights: ReplicatedWeights,
     ) -> None:
