@@ -118,6 +118,7 @@ class ColocatedVLLM:
             # Vectors stay as they are: some are kept in fp32 (the decay of a recurrence).
             model.load_weights([(name, value.to(self.dtype) if value.dim() > 1 else value)])
         self._llm.reset_prefix_cache()
+        self._engine.reset_encoder_cache()
 
     @property
     def rounded(self) -> bool:
