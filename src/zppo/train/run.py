@@ -122,8 +122,7 @@ class TrainingLoop:
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
-        own_reward, learns = settings.grading.reward is not None, not self.trainer.method.distils
-        self.health = HealthChecks(own_reward=own_reward, advantages=learns, form=settings.answer_form.name)
+        self.health = HealthChecks.of(settings)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
