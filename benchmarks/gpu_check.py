@@ -207,7 +207,7 @@ def save(folder: Path, device: str, checks: Sequence[Check]) -> None:
     """The dated result."""
     day = time.strftime("%Y-%m-%d")
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "vllm", "trl")}
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "vllm")}
     result = {"date": day, "device": device, "versions": versions, "checks": [asdict(check) for check in checks]}
     path = folder / f"gpu-check-{day}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

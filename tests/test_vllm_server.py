@@ -110,7 +110,7 @@ def test_servers_are_shared_out_evenly(servers: int, processes: int, expected: l
 
 
 @pytest.mark.parametrize(
-    ("urls", "processes", "said"), [("ab", 3, "2 servers and 3 processes"), ("abc", 2, "3 servers"), ("aa", 1, "twice")]
+    ("urls", "processes", "said"), [("ab", 3, "2 servers for 3 training"), ("abc", 2, "3 servers"), ("aa", 1, "twice")]
 )
 def test_servers_that_cannot_be_shared_out(urls: str, processes: int, said: str) -> None:
     with pytest.raises(SettingsError, match=said):

@@ -44,6 +44,7 @@ MOST_ROWS = 512  # requests to one server that are under way at once: a process 
 FILE_BYTES = 2 << 30  # of weights in one file: as much as is held of them at once
 _CONNECT, _LOOKED = 10.0, 60.0
 _LONGEST_PAUSE = 8.0
+_AGAIN = ". Look at its log, start it again, and continue with `zppo resume RUN`"
 
 SERVE = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE}"
 OVER_NCCL = """ --weight-transfer-config '{"backend": "nccl"}'"""
@@ -105,9 +106,6 @@ class _Control:
         except httpx.HTTPError as error:
             raise _silent(url, error) from error
         return _answer(url, path, got.status_code, got.content)
-
-
-_AGAIN = ". Look at its log, start it again, and continue with `zppo resume RUN`"
 
 
 def _silent(url: str, error: Exception) -> _BusyError:
@@ -184,11 +182,12 @@ def share(urls: Sequence[str], place: ProcessPlace) -> list[str]:
         SettingsError: that cannot be.
     """
     count, processes = len(urls), place.processes
-    if len(set(urls)) < count or max(count, processes) % min(count, processes):
+    twice = len(set(urls)) < count
+    if twice or max(count, processes) % min(count, processes):
         raise SettingsError(
-            f"rollout.vllm.base_url names {len(set(urls))} servers{' (one of them twice)' if len(set(urls)) < count else ''} and "
-            f"{processes} processes train: every process asks as many servers, or every server is asked by as many processes. Name a "
-            "divisor or a multiple of the processes"
+            f"rollout.vllm.base_url: {count} servers{', one of them named twice,' if twice else ''} for {processes} training process(es), "
+            "and every process asks as many servers, or every server is asked by as many processes: name each once, and a divisor or a "
+            "multiple of the processes"
         )
     return list(urls[place.rank :: processes]) if count >= processes else [urls[place.rank % count]]
 
@@ -316,10 +315,10 @@ class ServedVLLM:
         self._check_version()
 
     def rest(self) -> None:
-        """Nothing: a server keeps its memory."""
+        """Nothing: a server keeps its memory,"""
 
     def close(self) -> None:
-        """Nothing: a server goes on."""
+        """and goes on."""
 
     @property
     def _where(self) -> str:
