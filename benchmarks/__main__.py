@@ -23,6 +23,7 @@ ROWS = (
     "shared_prompt",
     "decode_step",
     "teacher_tokens",
+    "teacher_ahead",
     "bookkeeping",
     "grading",
     "images",

@@ -366,7 +366,7 @@ def _go(
     # Everything is loaded and checked before the run folder is made, or changed.
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
         progress.doing(f"reading the questions of {settings.data.train_name}")
-        data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
+        data = read_data(settings, warn=progress.warning, say=partial(show, console))
         frozen_models = stack.enter_context(
             load_frozen_models(settings, accelerator.device, data.image_inputs, doing=progress.doing, warn=progress.warning)
         )
