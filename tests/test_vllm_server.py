@@ -23,7 +23,7 @@ from zppo.engines import vllm_server
 from zppo.engines.base import Sampling
 from zppo.engines.vllm import VLLMEngine, open_vllm
 from zppo.engines.vllm_colocate import ProcessPlace
-from zppo.engines.vllm_server import FileSender, ServedVLLM, connect, share
+from zppo.engines.vllm_server import FileSender, ServedVLLM, connect, servers_of
 from zppo.errors import EngineError, SettingsError
 
 Serve = Callable[..., Any]
@@ -106,7 +106,7 @@ def test_several_servers_share_the_prompts_and_hold_the_same_weights(serve: Serv
 )
 def test_servers_are_shared_out_evenly(servers: int, processes: int, expected: list[str]) -> None:
     urls = [str(k) for k in range(servers)]
-    assert ["".join(share(urls, ProcessPlace(rank, rank, processes))) for rank in range(processes)] == expected
+    assert ["".join(servers_of(urls, ProcessPlace(rank, rank, processes))) for rank in range(processes)] == expected
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_servers_are_shared_out_evenly(servers: int, processes: int, expected: l
 )
 def test_servers_that_cannot_be_shared_out(urls: str, processes: int, said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        share(list(urls), ProcessPlace(0, 0, processes))
+        servers_of(list(urls), ProcessPlace(0, 0, processes))
 
 
 def test_addresses_are_one_or_several() -> None:

@@ -136,7 +136,7 @@ def connect(
     """Waits for the servers of this process, and has the first process send weights to all. Every process must call it.
 
     Args:
-        urls: of all servers; `share` says which are this process's.
+        urls: of all servers; `servers_of` says which are this process's.
         place: this training process.
         gather: what all processes say, in the order of ranks.
         port: on which weights are sent over NCCL.
@@ -148,7 +148,7 @@ def connect(
         SettingsError: the servers cannot be shared out evenly, or there is no GPU to send weights from.
         EngineError: a server cannot be used; the message says why. In all processes.
     """
-    own = share(urls, place)
+    own = servers_of(urls, place)
     main = place.rank == 0
     if folder is None and device.type != "cuda":
         raise SettingsError(
@@ -175,7 +175,7 @@ def connect(
     return ServedVLLM(mine, most, sender, gather, passes=1 if folder is not None else 2)
 
 
-def share(urls: Sequence[str], place: ProcessPlace) -> list[str]:
+def servers_of(urls: Sequence[str], place: ProcessPlace) -> list[str]:
     """The servers that a process asks: as many as any other process, or one that as many others ask too.
 
     Raises:
