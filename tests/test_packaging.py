@@ -48,8 +48,7 @@ def test_the_constraints_for_vllm_admit_what_the_project_admits() -> None:
     given, wanted = pins("constraints-vllm.txt"), project()
     assert given["vllm"] == "<0.33" and "<0.33" in str(wanted["vllm"]["vllm"].specifier)
     assert given["transformers"] == "<5.20" and wanted[""]["transformers"].specifier.contains("5.19.0")
-    assert given["trl"] == pins("constraints.txt")["trl"]
-    assert wanted["vllm"]["trl"].specifier == wanted["dev"]["trl"].specifier
+    assert wanted["vllm"].keys() == {"vllm"}
 
 
 def test_other_people_s_scripts_are_packed_and_named() -> None:

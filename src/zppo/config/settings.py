@@ -60,14 +60,24 @@ class MethodSettings(Section):
         return replace(METHODS[self.name], **overrides)
 
 
+VLLMAddress = Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+
+
 class VLLMSettings(Section):
     """vLLM as the student's sampling engine (docs/vllm.md)."""
 
     mode: Literal["colocate", "server"] = Field(
         "colocate", description="colocate: in the training process, on its GPU; server: in a `vllm serve` with GPUs of its own"
     )
-    base_url: str = Field("http://localhost:8000", pattern=r"^https?://[^@\s]+$", description="server: where it listens")
-    group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent")
+    base_url: VLLMAddress | tuple[VLLMAddress, ...] = Field(
+        "http://localhost:8000",
+        min_length=1,
+        description="server: where it listens; a list of servers is shared out evenly over the processes",
+    )
+    group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent over NCCL")
+    weights_folder: Path | None = Field(
+        None, description="server: a folder that trainer and servers see under one name; weights go through it instead of over NCCL"
+    )
     gpu_memory_utilization: float = Field(
         0.3, gt=0, le=1, description="colocate: share of the GPU's memory for vLLM; the rest is for training"
     )
@@ -75,6 +85,17 @@ class VLLMSettings(Section):
         None, ge=1, description="most tokens of prompt and completion; empty: the model's context, which may need much memory"
     )
     enable_sleep_mode: bool = Field(False, description="colocate: give vLLM's memory back during updates, for some seconds a step")
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Base addresses of the servers; none for colocate."""
+        given = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+        return tuple(url.rstrip("/") for url in given) if self.mode == "server" else ()
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether vLLM must be installed where the student trains: to sample, or to send weights over NCCL."""
+        return not (self.servers and self.weights_folder)
 
 
 class RolloutSettings(SamplingSettings):

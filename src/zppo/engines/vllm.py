@@ -1,8 +1,7 @@
-"""Sampling with vLLM: in the training process, next to the trainer (colocate), or in a server, by way of TRL's `VLLMGeneration`.
+"""Sampling with vLLM: in the training process, next to the trainer (colocate), or in servers of its own.
 
-vLLM holds a copy of the weights: `sync` sends them over, and its log-probs are close to the trainer's, never equal. In the training
-process every rollout has a seed, made from its key, so that its tokens do not depend on order or company beyond the rounding of vLLM's
-kernels. A server is asked for a group at once: two runs of one seed differ then, and so does a resumed one.
+vLLM holds a copy of the weights: `sync` sends them over, and its log-probs are close to the trainer's, never equal. Every rollout has a
+seed, made from its key, so that its tokens do not depend on order or company beyond the rounding of vLLM's kernels.
 """
 
 from __future__ import annotations
@@ -10,96 +9,98 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
-from zppo.engines.vllm_colocate import LOGPROBS_MODE, ColocatedVLLM, Draw, ProcessPlace
-from zppo.errors import EngineError, ModelError, SettingsError
+from zppo.engines.vllm_colocate import ColocatedVLLM, Draw, ProcessPlace, Sampled
+from zppo.engines.vllm_server import ServedVLLM, connect
+from zppo.errors import EngineError, ModelError, SettingsError, one_line
 from zppo.images.processor import ImageProcessor
 
-_NEVER = -100.0  # the lowest logit bias that vLLM's server takes
+_NEVER = -100.0  # the lowest logit bias that vLLM takes
+_LOWEST = -9999.0  # what vLLM's server says for a log-prob that is no number
 _SEEDS = 1 << 31
-SERVER_WAIT = 240.0
-"""Seconds that a server is waited for at the start."""
-
-SERVE = f"""VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE} --weight-transfer-config '{{"backend": "nccl"}}'"""
 
 
-class Generation(Protocol):
-    """What is used of `trl.generation.vllm_generation.VLLMGeneration`; the sampling fields are read anew by every call."""
+class Driver(Protocol):
+    """A vLLM, wherever it runs. `rounded`: it computes in less than fp32."""
 
-    model: Any
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    max_completion_length: int
-    generation_kwargs: dict[str, Any]
+    @property
+    def rounded(self) -> bool: ...
 
-    def sync_weights(self) -> None: ...
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
-    def generate(
-        self, prompts: list[list[int]], images: list[list[Any] | None] | None, num_generations: int
-    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None]: ...
+    def run(self, draws: Sequence[Draw], how: dict[str, Any]) -> Iterator[Sampled]: ...
+
+    def rest(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class VLLMEngine:
-    """Samples with a vLLM server from the weights of the last `sync`.
+    """Samples with vLLM from the weights of the last `sync`; rollouts come as they end, each drawn from a seed of its own.
 
     Args:
-        generation: the connection to it.
+        driver: vLLM, which is this engine's from now on.
+        model: the trainer's model, whose weights `sync` sends.
+        names: what the checkpoint calls parameters, where it calls them otherwise.
         eos_ids: ids that end a completion; the end token is part of it.
         banned_ids: ids that are never drawn (image tokens), by a logit bias of -100.
         vocab_size: ids that the model knows.
         context: most tokens of prompt and completion together; None where unknown.
-        where: the server's address for messages; "" where there is none.
         image_processor: the trainer's; vLLM gets the pictures in that size. None for text only.
     """
 
     def __init__(
         self,
-        generation: Generation,
+        driver: Driver,
+        model: torch.nn.Module,
+        names: Mapping[str, str],
         eos_ids: Collection[int],
         banned_ids: Collection[int] = (),
         *,
         vocab_size: int,
         context: int | None,
-        where: str = "",
         image_processor: ImageProcessor | None = None,
     ) -> None:
         check_end_tokens(eos_ids, banned_ids)
-        self.image_processor = image_processor
-        self.generation = generation
+        self.driver, self.model, self.names = driver, model, names
         self.eos_ids, self.banned_ids = frozenset(eos_ids), frozenset(banned_ids)
-        self.vocab_size, self.context, self.where = vocab_size, context, where
+        self.vocab_size, self.context, self.image_processor = vocab_size, context, image_processor
+
+    @property
+    def rounded(self) -> bool:
+        """Whether vLLM computes in less than fp32."""
+        return self.driver.rounded
 
     def sync(self) -> None:
-        """Sends the trainer's weights to vLLM and empties its prefix cache.
+        """Sends the model's weights to vLLM, one parameter at a time, and empties its caches. Every process must call it.
 
         Raises:
-            EngineError: the server cannot be reached or refuses them.
+            EngineError: a server cannot be reached or does not take them; in all processes.
         """
-        self._guarded(self.generation.sync_weights)
+        self.driver.load(_NamedWeights(self.model, self.names))
 
     def rest(self) -> None:
-        """Nothing is sampled until the next call: a server keeps its memory."""
+        """Nothing is sampled until the next call: vLLM in this process gives its memory back (sleep mode)."""
+        self.driver.rest()
 
     def close(self) -> None:
-        """Ends what the run started; a server goes on."""
+        """Ends vLLM in this process, and with it all process groups of the process; a server goes on."""
+        self.driver.close()
 
     def sample_from(self, model: PreTrainedModel) -> None:
         """Samples from another model of the same shape from now on (what a run saved, for its last evaluation)."""
-        self.generation.model = model
+        self.model = model
         self.sync()
 
     def sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[list[Completion]]:
@@ -107,133 +108,16 @@ class VLLMEngine:
         return in_order(requests, list(self.stream(requests, sampling)))
 
     def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
-        """Completions when a call returns: all that have one group size and one limit. Entropies are NaN, since vLLM does not tell them.
-
-        A key is used only where a call asks for a single completion: `VLLMGeneration` takes one seed a call, and one seed would
-        give all rollouts of a prompt the same tokens.
-
-        Raises:
-            ModelError: see `check_requests`; or log-probs that are not numbers.
-            EngineError: the server cannot be reached; or an answer without what was asked for.
-        """
-        check_requests(requests, sampling, self.vocab_size, self.context)
-        calls: dict[tuple[int, int], list[int]] = defaultdict(list)  # one call has one group size and one limit
-        for i, request in enumerate(requests):
-            calls[len(request.keys), self._room(request, sampling)].append(i)
-        for (size, limit), places in calls.items():
-            found = iter(self._call([requests[i] for i in places], size, limit, sampling))
-            yield from ((i, key, next(found)) for i in places for key in range(size))
-
-    def _call(self, requests: Sequence[SampleRequest], size: int, limit: int, sampling: Sampling) -> list[Completion]:
-        """`size` completions of every request, request by request."""
-        generation = self.generation
-        generation.temperature, generation.top_p = sampling.temperature, sampling.top_p
-        generation.top_k, generation.min_p = sampling.top_k, sampling.min_p
-        generation.repetition_penalty, generation.max_completion_length = sampling.repetition_penalty, limit
-        generation.generation_kwargs = {"presence_penalty": sampling.presence_penalty, "stop_token_ids": sorted(self.eos_ids)}
-        if self.banned_ids:
-            generation.generation_kwargs["logit_bias"] = dict.fromkeys(sorted(self.banned_ids), _NEVER)
-        if len(requests) == size == 1:
-            generation.generation_kwargs["seed"] = requests[0].keys[0] % _SEEDS
-        prompts = [list(request.prompt_ids) for request in requests for _ in range(size)]
-        images = self._pictures(requests, size)
-        _, ids, logprobs, scored = self._guarded(lambda: generation.generate(prompts, images, size))
-        if logprobs is None or scored is None or not len(ids) == len(logprobs) == len(scored) == len(prompts):
-            raise EngineError(
-                f"vLLM{self.where} answered {len(prompts)} prompts with {len(ids)} completions"
-                f"{'' if logprobs is not None else ' without log-probs'}: use a version of vLLM and TRL that "
-                "constraints-vllm.txt allows"
-            )
-        return [self._completion(*row, limit) for row in zip(ids, logprobs, scored, strict=True)]
-
-    def _pictures(self, requests: Sequence[SampleRequest], size: int) -> list[list[Any] | None] | None:
-        """Of every prompt as often as it is sampled; None where none has any."""
-        if not any(request.images for request in requests):
-            return None
-        return [pictures for pictures in map(self._shown, requests) for _ in range(size)]
-
-    def _shown(self, request: SampleRequest) -> list[Any] | None:
-        """A prompt's pictures; None where it has none."""
-        if not request.images:
-            return None
-        if self.image_processor is None:
-            raise ModelError("the prompts have images, and vLLM was started for text only: load the student's image processor")
-        return [self.image_processor.picture(ref) for ref in request.images]
-
-    def _room(self, request: SampleRequest, sampling: Sampling) -> int:
-        """Most tokens of a completion."""
-        room = sampling.max_new_tokens if self.context is None else self.context - len(request.prompt_ids)
-        return min(room, sampling.max_new_tokens)
-
-    def _completion(
-        self, ids: Sequence[int], logprobs: Sequence[Sequence[float | None]], scored: Sequence[Sequence[int]], limit: int
-    ) -> Completion:
-        """One completion; every token comes with the log-probs of one or more ids, its own among them."""
-        own = [dict(zip(names, values, strict=True)).get(token) for token, names, values in zip(ids, scored, logprobs, strict=True)]
-        if not own or any(value is None or math.isnan(value) for value in own):
-            raise ModelError(
-                f"vLLM{self.where} returned {'log-probs that are not numbers' if own else 'an empty completion'}: the weights have "
-                "diverged or its precision overflows; go back to a checkpoint with a lower learning rate"
-            )
-        return Completion(
-            torch.tensor(ids, dtype=torch.int64),
-            torch.tensor(own, dtype=torch.float32),
-            ids[-1] not in self.eos_ids and len(ids) >= limit,
-            math.nan,
-        )
-
-    def _guarded(self, call: Callable[[], Any]) -> Any:
-        """The call's result; a server's failures as `EngineError`, those of vLLM in this process as they are."""
-        if not self.where:
-            return call()
-        try:
-            return call()
-        except Exception as error:  # the client raises whatever its libraries raise
-            raise EngineError(
-                f"the vLLM server{self.where} failed: {_short(error)}. Look at its log, start it again, and continue with `zppo resume RUN`"
-            ) from error
-
-
-class ColocatedEngine(VLLMEngine):
-    """Samples with vLLM in this process; rollouts come as they end, each drawn from a seed of its own.
-
-    Args:
-        llm: vLLM, which is this engine's from now on.
-        model: the trainer's model, whose weights `sync` sends.
-        names: what the checkpoint calls parameters, where it calls them otherwise.
-        more: as for `VLLMEngine`.
-    """
-
-    def __init__(self, llm: ColocatedVLLM, model: torch.nn.Module, names: Mapping[str, str], *more: Any, **limits: Any) -> None:
-        super().__init__(cast(Generation, None), *more, **limits)
-        self.llm, self.model, self.names = llm, model, names
-
-    def sync(self) -> None:
-        """Takes over the model's weights, one parameter at a time. Where they are sharded, every process must call it."""
-        self.llm.load((self.names.get(name, name), value) for name, value in merged_weights(self.model))
-
-    def rest(self) -> None:
-        """Gives vLLM's memory back until the next call (sleep mode)."""
-        self.llm.rest()
-
-    def close(self) -> None:
-        """Ends vLLM, and with it all process groups of this process."""
-        self.llm.close()
-
-    def sample_from(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.sync()
-
-    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Iterator[Ended]:
         """Completions as they end. Entropies are NaN, since vLLM does not tell them.
 
         Raises:
             ModelError: see `check_requests`; or log-probs that are not numbers.
+            EngineError: a server cannot be reached; or an answer that is none to what was asked.
         """
         check_requests(requests, sampling, self.vocab_size, self.context)
         shown = [self._shown(request) for request in requests]
         places = [(i, j) for i, request in enumerate(requests) for j in range(len(request.keys))]
-        draws = [Draw(requests[i].prompt_ids, shown[i], requests[i].keys[j] % _SEEDS, self._room(requests[i], sampling)) for i, j in places]
+        draws = [Draw(*shown[i], requests[i].keys[j] % _SEEDS, self._room(requests[i], sampling), i) for i, j in places]
         how: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -245,69 +129,124 @@ class ColocatedEngine(VLLMEngine):
         }
         if self.banned_ids:
             how["logit_bias"] = dict.fromkeys(sorted(self.banned_ids), _NEVER)
-        for place, ids, scored in self.llm.run(draws, how):
-            names = [list(each) for each in scored or ()]
-            logprobs = [[found.logprob for found in each.values()] for each in scored or ()]
-            if len(names) != len(ids):
-                raise EngineError("vLLM answered without log-probs: use a version of vLLM that constraints-vllm.txt allows")
-            yield (*places[place], self._completion(ids, logprobs, names, draws[place].limit))
+        for found in self.driver.run(draws, how):
+            i, j = places[found.place]
+            yield i, j, self._completion(found, requests[i], draws[found.place].limit)
+
+    def _shown(self, request: SampleRequest) -> tuple[list[int], list[Any] | None]:
+        """A prompt's ids, in which one token stands for each picture, and its pictures; None where it has none."""
+        if not request.images:
+            return list(request.prompt_ids), None
+        if self.image_processor is None:
+            raise ModelError("the prompts have images, and vLLM was started for text only: load the student's image processor")
+        ids = self.image_processor.as_written(request.prompt_ids, request.images)
+        return ids, [self.image_processor.picture(ref) for ref in request.images]
+
+    def _room(self, request: SampleRequest, sampling: Sampling) -> int:
+        """Most tokens of a completion."""
+        room = sampling.max_new_tokens if self.context is None else self.context - len(request.prompt_ids)
+        return min(room, sampling.max_new_tokens)
+
+    def _completion(self, found: Sampled, request: SampleRequest, limit: int) -> Completion:
+        """One completion, after a look at whether it can be one."""
+        ids, logprobs = found.ids, found.logprobs
+        if fault := self._fault(found, request, limit):
+            raise EngineError(
+                f"vLLM{found.where} {fault}: such a rollout cannot be trained on. Use a version of vLLM that constraints-vllm.txt allows, "
+                "and a server whose settings are those of docs/vllm.md; continue with `zppo resume RUN`"
+            )
+        assert logprobs is not None  # see above
+        known = [value for value in logprobs if value is not None and _LOWEST < value <= 1e-3]
+        if len(known) != len(ids):
+            raise ModelError(
+                f"vLLM{found.where} returned log-probs that are not numbers: the weights have diverged or its precision overflows; go back "
+                "to a checkpoint with a lower learning rate"
+            )
+        return Completion(
+            torch.tensor(ids, dtype=torch.int64), torch.tensor(known, dtype=torch.float32), ids[-1] not in self.eos_ids, math.nan
+        )
+
+    def _fault(self, found: Sampled, request: SampleRequest, limit: int) -> str:
+        """Why an answer is none to what was asked; "" where it is one."""
+        ids, logprobs, read = found.ids, found.logprobs, found.prompt_ids
+        if read is None or tuple(read) != request.prompt_ids:
+            length = "no prompt" if read is None else f"one of {len(read)} tokens"
+            return f"was given a prompt of {len(request.prompt_ids)} tokens and says that it read {length}, or other ones"
+        if not ids:
+            return "returned an empty completion"
+        if logprobs is None or len(logprobs) != len(ids):
+            return f"returned {len(ids)} tokens with {0 if logprobs is None else len(logprobs)} log-probs"
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            return f"returned token ids {min(ids)} to {max(ids)}, and the model knows 0 to {self.vocab_size - 1}"
+        if len(ids) > limit or not self.eos_ids.isdisjoint(ids[:-1]):
+            return f"returned {len(ids)} tokens, over the limit of {limit} or after an end token"
+        if len(ids) < limit and ids[-1] not in self.eos_ids:
+            return f"ended a completion after {len(ids)} of {limit} tokens with token {ids[-1]}, which is no end token"
+        return ""
 
 
 def require_vllm(*, server: bool = False) -> None:
-    """Raises `SettingsError` where vLLM is not installed, or TRL, which talks to its server."""
-    needed = ("vllm", "trl") if server else ("vllm",)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
+    """Raises `SettingsError` where vLLM is not installed; `server`: weights go to servers over NCCL, which vLLM does too."""
+    if importlib.util.find_spec("vllm") is None:
+        other = "set rollout.vllm.weights_folder, which needs none here" if server else "set rollout.engine to transformers"
         raise SettingsError(
-            f"rollout.engine is vllm, and {' and '.join(missing)} cannot be imported here: run "
-            "`pip install -c constraints-vllm.txt '.[vllm]'` on a machine with a GPU, or set rollout.engine to transformers"
+            "rollout.engine is vllm, and vllm cannot be imported here: run "
+            f"`pip install -c constraints-vllm.txt '.[vllm]'` on a machine with a GPU, or {other}"
         )
 
 
 def open_vllm(
     model: PreTrainedModel,
     checkpoint: str,
-    tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     *,
     eos_ids: Collection[int],
     banned_ids: Collection[int],
-    server: str | None,
+    servers: Sequence[str] = (),
     image_processor: ImageProcessor | None = None,
     max_model_length: int | None = None,
     gpu_memory_utilization: float = 0.3,
     max_num_seqs: int | None = None,
     enable_sleep_mode: bool = False,
     group_port: int = 51216,
+    weights_folder: Path | None = None,
+    gather: Callable[[str], list[str]] = lambda text: [text],
 ) -> VLLMEngine:
-    """Starts vLLM in this process, or connects to a server, and makes an engine of it; weights come with the first `sync`.
+    """Starts vLLM in this process, or connects to servers, and makes an engine of it; weights come with the first `sync`.
 
     Args:
         model: the trainer's model, without a wrapper of a distributed trainer.
         checkpoint: folder or hub name that vLLM loads the architecture (and first weights) from.
-        server: base URL; None for colocate.
+        servers: base URLs; none for colocate.
         image_processor: the model's; None for text only.
         max_model_length: most tokens of prompt and completion; None for the model's own.
-        gpu_memory_utilization, max_num_seqs, enable_sleep_mode: of a vLLM in this process.
-        group_port: on which weights are sent to a server.
+        gpu_memory_utilization, enable_sleep_mode: of a vLLM in this process.
+        max_num_seqs: most rollouts at once.
+        group_port: on which weights are sent to servers over NCCL,
+        weights_folder: and the folder through which they are sent instead.
+        gather: what all training processes say, in the order of ranks.
 
     Raises:
-        SettingsError: vLLM is not installed.
-        EngineError: vLLM cannot start or the server cannot be used; the message says why.
+        SettingsError: vLLM is not installed, or the servers cannot be shared out.
+        EngineError: vLLM cannot start or a server cannot be used; the message says why.
     """
-    require_vllm(server=bool(server))
+    if not servers or weights_folder is None:
+        require_vllm(server=bool(servers))
     if image_processor is not None:
         _check_limits(image_processor)
         image_processor.keeps_pictures = True
     names = _checkpoint_names(model, _tensor_names(checkpoint))
     config = model.config.get_text_config(decoder=True)
     known = [getattr(config, "max_position_embeddings", None), max_model_length]
-    limits: dict[str, Any] = {"vocab_size": config.vocab_size, "image_processor": image_processor}
-    if server is None:
-        place = ProcessPlace(accelerator.process_index, accelerator.local_process_index, accelerator.num_processes)
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    place = ProcessPlace(accelerator.process_index, accelerator.local_process_index, accelerator.num_processes)
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    driver: ColocatedVLLM | ServedVLLM
+    if servers:
+        driver = connect(servers, place, gather, port=group_port, folder=weights_folder, rows=max_num_seqs, device=accelerator.device)
+        known.append(driver.context)
+    else:
         try:
-            llm = ColocatedVLLM(
+            driver = ColocatedVLLM(
                 checkpoint,
                 dtype,
                 place,
@@ -318,53 +257,12 @@ def open_vllm(
             )
         except Exception as error:  # vLLM and CUDA have errors of their own
             raise EngineError(
-                f"vLLM cannot be used: {_short(error)}. Lower rollout.vllm.gpu_memory_utilization or set "
+                f"vLLM cannot be used: {one_line(error)}. Lower rollout.vllm.gpu_memory_utilization or set "
                 "rollout.vllm.max_model_length if memory is short; it needs a GPU, or vLLM's build for CPUs"
             ) from error
-        return ColocatedEngine(llm, model, names, eos_ids, banned_ids, context=_least(known), **limits)
-    if image_processor is not None:
-        tokenizer.image_token_id = min(image_processor.image_ids)  # TRL looks for the places of images by it
-    generation, found = _connect(model, checkpoint, tokenizer, accelerator, names, server, group_port)
-    where, context = f" at {server}", _least([*known, found.get("max_model_len")])
-    return VLLMEngine(generation, eos_ids, banned_ids, context=context, where=where, **limits)
-
-
-def _least(limits: Sequence[int | None]) -> int | None:
-    return min((limit for limit in limits if limit), default=None)
-
-
-def _connect(
-    model: PreTrainedModel,
-    checkpoint: str,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-    names: Mapping[str, str],
-    server: str,
-    group_port: int,
-) -> tuple[Any, dict[str, Any]]:
-    """TRL's connection to a server, and the server's `model_config`."""
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    class NamedGeneration(VLLMGeneration):
-        """Sends what `merged_weights` gives, under the checkpoint's names."""
-
-        def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return ((names.get(name, name), value) for name, value in merged_weights(self.model))
-
-    model.name_or_path = checkpoint
-    options: dict[str, Any] = {"server_base_url": server, "server_timeout": SERVER_WAIT, "group_port": group_port}
-    try:
-        generation = NamedGeneration(model, accelerator, tokenizer, mode="server", **options)
-        generation.vllm_client.session.max_redirects = 0  # prompts go where the recipe says, nowhere else
-        found = dict(generation.vllm_client.get_server_info()["model_config"])
-    except Exception as error:  # vLLM, NCCL, HTTP and CUDA all have errors of their own
-        raise EngineError(f"vLLM at {server} cannot be used: {_short(error)}. Start it with: {SERVE}") from error
-    if found.get("logprobs_mode") != LOGPROBS_MODE:
-        raise EngineError(
-            f"the vLLM server at {server} returns {found.get('logprobs_mode')}, but training needs the log-probs that tokens were drawn "
-            f"from. Start it with: {SERVE}"
-        )
-    return generation, found
+    context = min((limit for limit in known if limit), default=None)
+    limits: dict[str, Any] = {"vocab_size": config.vocab_size, "context": context, "image_processor": image_processor}
+    return VLLMEngine(driver, model, names, eos_ids, banned_ids, **limits)
 
 
 def _check_limits(image_processor: ImageProcessor) -> None:
@@ -388,6 +286,16 @@ def _tensor_names(checkpoint: str) -> frozenset[str]:
         with safe_open(whole, "pt") as file:
             return frozenset(file.keys())
     return frozenset()
+
+
+class _NamedWeights:
+    """Weights by their names in the checkpoint, anew each time they are gone through."""
+
+    def __init__(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
+        self._model, self._names = model, names
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((self._names.get(name, name), value) for name, value in merged_weights(self._model))
 
 
 def merged_weights(
@@ -441,9 +349,3 @@ def _checkpoint_names(model: PreTrainedModel, theirs: Collection[str]) -> dict[s
     own = (name.replace(".base_layer.", ".") for name, _ in model.named_parameters())
     moved = ((name, after + name.removeprefix(before)) for name in own if name.startswith(before))
     return {name: new for name, new in moved if new in theirs}
-
-
-def _short(error: Exception) -> str:
-    """The error on one line of bounded length: servers answer with pages."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 500 else text[:500] + " ..."

@@ -32,7 +32,7 @@ def packages_needed(settings: Settings, *, gpu: bool) -> list[str]:
     """
     train, rollout = settings.train, settings.rollout
     needed = []
-    if rollout.engine == "vllm":
+    if rollout.engine == "vllm" and rollout.vllm.runs_here:
         needed.append("vllm")
     sources = [settings.data.train] if isinstance(settings.data.train, str) else [part.source for part in settings.data.train]
     for source in (*sources, settings.data.eval or ""):

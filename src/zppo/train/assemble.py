@@ -23,6 +23,7 @@ from zppo.config.settings import Settings
 from zppo.core.minibatch import Sharing
 from zppo.core.types import Prompt, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
+from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
@@ -62,34 +63,31 @@ from zppo.train.trainer import Trainer, total_steps
 StudentEngine = TransformersEngine | VLLMEngine | TinkerEngine
 
 
-def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerator: Accelerator) -> VLLMEngine:
-    """vLLM in this process, or the connection to its server.
+def start_vllm(
+    settings: Settings, model: PreTrainedModel, chat: Chat, accelerator: Accelerator, processes: Processes = ONE_PROCESS
+) -> VLLMEngine:
+    """vLLM in this process, or the connection to its servers.
 
     Raises:
-        SettingsError: several processes train with a server, or vLLM is not installed.
+        SettingsError: vLLM is not installed, or the servers cannot be shared out over the processes.
         EngineError: vLLM cannot be used; the message says why.
     """
-    vllm, server = settings.rollout.vllm, settings.rollout.vllm.mode == "server"
-    if server and accelerator.num_processes > 1:
-        raise SettingsError(
-            f"rollout.vllm.mode is server and {accelerator.num_processes} processes train, but a server takes weights and prompts from "
-            "one: set rollout.vllm.mode to colocate, where every process has a vLLM of its own, or train in one process with as many "
-            "GPUs for the server as you like"
-        )
+    vllm = settings.rollout.vllm
     return open_vllm(
         model,
         _checkpoint(settings.student),
-        chat.tokenizer,
         accelerator,
         eos_ids=chat.eos_ids(model),
         banned_ids=chat.banned_ids(model),
-        server=vllm.base_url.rstrip("/") if server else None,
+        servers=vllm.servers,
         image_processor=chat.image_processor,
         max_model_length=vllm.max_model_length,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         max_num_seqs=settings.rollout.max_rows,
         enable_sleep_mode=vllm.enable_sleep_mode,
         group_port=vllm.group_port,
+        weights_folder=vllm.weights_folder,
+        gather=processes.gather,
     )
 
 
@@ -114,8 +112,7 @@ def make_engine_check(
         every=settings.train.check_engine_every,
         seed=settings.seed,
         weights=weights,
-        # What a server computes in is its own affair.
-        rounded=accelerator.mixed_precision != "no" or bool(getattr(engine, "where", "")),
+        rounded=accelerator.mixed_precision != "no" or bool(getattr(engine, "rounded", False)),  # a server has its own precision
         exact=settings.rollout.sampling().exact,
     )
 
@@ -298,7 +295,7 @@ def _start_engine(
             with weights.whole():
                 check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
     progress.doing("starting vLLM" if vllm else "checking the sampler against the trainer")
-    return start_vllm(settings, model, chat, accelerator) if vllm else own
+    return start_vllm(settings, model, chat, accelerator, weights.processes) if vllm else own
 
 
 def assemble(
@@ -325,8 +322,9 @@ def assemble(
     Raises:
         ZPPOError: what does not fit, by name.
     """
-    if settings.rollout.engine == "vllm":
-        require_vllm(server=settings.rollout.vllm.mode == "server")  # before models are loaded
+    vllm = settings.rollout.vllm
+    if settings.rollout.engine == "vllm" and vllm.runs_here:
+        require_vllm(server=bool(vllm.servers))  # before models are loaded
     make_reformulations(settings.method.resolve())  # one that cannot be imported is found now
     check_kernels(model_folder(settings.student.model), accelerator.device, settings.student.revision)
     # Words: the chat template and the templates of prompts.

@@ -10,6 +10,7 @@ tokens: where the trainer has moved, the engine must have moved the same way. A 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -122,7 +123,9 @@ _PLACES = 4  # of the fixed prompt
 _NOTICED = 1e-6  # nats: a movement of the trainer that is more than the rounding of fp32,
 _NOTICED_ROUNDED = 1e-3  # and one that bf16 cannot round away in all tokens
 _MANY = 16  # tokens: where so many have moved, and none has in the engine, it is no rounding either
-_HEARD = 0.5  # how much of the trainer's movement the engine must have made
+_HEARD = 0.5  # how much of the trainer's movement the engine must have made,
+_APART = 0.1  # and how much of it the two may be apart afterwards,
+_GROWN = 30  # where that is so many times what they were apart before: a part of the weights is old
 
 
 class Look(NamedTuple):
@@ -153,21 +156,26 @@ class _GapStats(NamedTuple):
 
 
 class Movement(NamedTuple):
-    """How far log-probs have moved in an update, (N,) each: those of tokens that were drawn again after the same tokens."""
+    """How far log-probs have moved in an update, (N,) each: those of tokens that were drawn again after the same tokens.
+
+    `noise` is how far engine and trainer were apart on them before, a root mean square.
+    """
 
     engine: torch.Tensor
     trainer: torch.Tensor
+    noise: float = math.inf
 
     @classmethod
     def between(cls, before: Look, now: Look) -> Movement:
         """From one look to another of the same requests."""
-        engine, trainer = [torch.zeros(0)], [torch.zeros(0)]
+        engine, trainer, apart = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
         for i, (old, new) in enumerate(zip(before.ids, now.ids, strict=True)):
             width = min(len(old), len(new))
             same = int((old[:width] == new[:width]).int().cumprod(0).sum())
             engine.append(now.engine[i][:same] - before.engine[i][:same])
             trainer.append(now.trainer[i][:same] - before.trainer[i][:same])
-        return cls(torch.cat(engine).double(), torch.cat(trainer).double())
+            apart.append(before.engine[i][:same] - before.trainer[i][:same])
+        return cls(torch.cat(engine).double(), torch.cat(trainer).double(), _root_mean_square(torch.cat(apart)))
 
     def share(self) -> tuple[float, float]:
         """How much of the trainer's movement the engine has made, as a least-squares factor, and four of its standard deviations."""
@@ -182,7 +190,7 @@ class Movement(NamedTuple):
         Args:
             rounded: the engine or the trainer computes in bf16, where small changes of weights may be rounded away.
         """
-        moved = float(self.trainer.square().mean().sqrt()) if len(self.trainer) else 0.0
+        moved = _root_mean_square(self.trainer)
         if not self.engine.any():
             many = not rounded and int(self.trainer.count_nonzero()) >= _MANY
             if many or moved > (_NOTICED_ROUNDED if rounded else _NOTICED):
@@ -191,9 +199,12 @@ class Movement(NamedTuple):
         if rounded or moved <= _NOTICED:
             return ""
         factor, margin = self.share()
-        if factor + margin >= _HEARD:
-            return ""
-        return f"its log-probs moved by {factor:.2g} of what the trainer's did, {moved:.3g} a token"
+        if factor + margin < _HEARD:
+            return f"its log-probs moved by {factor:.2g} of what the trainer's did, {moved:.3g} a token"
+        apart = _root_mean_square(self.engine - self.trainer)
+        if apart > max(_APART * moved, _GROWN * max(self.noise, _NOTICED)):
+            return f"its log-probs did not move as the trainer's did, {moved:.3g} a token: {apart:.3g} are missing"
+        return ""
 
     def heard(self, *, rounded: bool) -> bool:
         """Whether it is certain that the engine has the update, as far as log-probs tell."""
@@ -380,6 +391,10 @@ class EngineCheck:
             "stale, or it runs another model, precision or temperature. Nothing was sampled from them. Start the engine again with "
             "student.model and continue with `zppo resume RUN`; where the difference is rounding, raise train.engine_tolerance"
         )
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt()) if len(values) else 0.0
 
 
 def _mean(values: torch.Tensor) -> float:
