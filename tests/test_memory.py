@@ -455,7 +455,9 @@ def test_its_state_survives_a_checkpoint(package: str, tmp_path: Path, monkeypat
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
         ours.step()
-    folder = checkpoint.save(tmp_path, 3, model, ours, {}, keep=1)
+    with checkpoint.saving(tmp_path, 3, {}, keep=1) as partial:
+        checkpoint.write_whole_state(partial, model, ours)
+    folder = checkpoint.place(tmp_path, 3)
     other.load_state_dict(load_model(checkpoint.weights_folder(folder), dtype=torch.float32).state_dict())
     checkpoint.load_optimizer(folder, theirs)
     for one, twin in zip(model.parameters(), other.parameters(), strict=True):

@@ -210,7 +210,7 @@ class ColocatedEngine(VLLMEngine):
 
     def sync(self) -> None:
         """Takes over the model's weights, one parameter at a time. Where they are sharded, every process must call it."""
-        self.llm.load((self.names.get(name, name), value) for name, value in merged_weights(self.model))
+        self.llm.load((self.names.get(name, name), value) for name, value in merged_weights(self.model, self.llm.dtype))
 
     def rest(self) -> None:
         """Gives vLLM's memory back until the next call (sleep mode)."""
@@ -390,11 +390,14 @@ def _tensor_names(checkpoint: str) -> frozenset[str]:
     return frozenset()
 
 
-def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of a model's weights with LoRA adapters added to them; the model's own weights are not touched.
 
     Merging in place and taking it back, once an update, would wear frozen bf16 weights away by their rounding. A sharded parameter is
     gathered when its turn comes, by all processes together.
+
+    Args:
+        dtype: what sharded parameters are gathered in, as the trainer's own passes gather them; None for their own.
     """
     adapted = {
         name: module for name, module in model.named_modules() if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
@@ -402,7 +405,7 @@ def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
     for name, parameter in model.named_parameters():
         owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
         if owner is None:
-            yield name, _gathered(parameter)
+            yield name, gathered(parameter, dtype)
         elif name.startswith(f"{owner}.base_layer."):
             value, layer = parameter.data, adapted[owner]
             if name == f"{owner}.base_layer.weight":
@@ -410,9 +413,10 @@ def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
             yield name.replace(".base_layer.", "."), value
 
 
-def _gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
+def gathered(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A sharded parameter whole, on its processes' kind of device; one that is not sharded as it is."""
     value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.to(value.device_mesh.device_type, dtype).full_tensor() if isinstance(value, DTensor) else value
 
 
 def _checkpoint_names(model: PreTrainedModel, theirs: Collection[str]) -> dict[str, str]:

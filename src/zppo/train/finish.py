@@ -21,6 +21,7 @@ from zppo.models.student_model import Student, load_model
 from zppo.planning.dry_run import gib
 from zppo.planning.memory import Memory, expected, peak_of_process
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
+from zppo.rollout.student import StudentSampler
 from zppo.runs.checkpoint import Savable
 from zppo.runs.display import Progress
 from zppo.runs.files import FINAL, PARTIAL, sync, writing
@@ -185,7 +186,11 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
     if trainer.held_out and trainer.done:
         progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")
-    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out and trainer.done else None
+    after = None
+    if trainer.held_out and trainer.done:
+        # What is sharded has no room for a second student: it is asked where it lies, and final/ was written from there.
+        student = trainer.student if parts.weights.sharded else _fresh(settings, folder, parts, bf16=bf16)
+        after = _evaluate(settings, student, parts)
     progress.end()
     if not processes.main:
         return
@@ -200,8 +205,8 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals, memory=memory)
 
 
-def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> Evaluation:
-    """The evaluation of final/, by an engine over what was loaded from there."""
+def _fresh(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> StudentSampler:
+    """final/ as it was written, by an engine over what was loaded from there."""
     trainer = parts.trainer
     images = parts.chat.image_processor is not None
     fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention, images=images)
@@ -211,8 +216,12 @@ def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16:
         engine.sample_from(fresh)
     else:
         engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
+    return replace(trainer.student, engine=engine, whole=nullcontext)
+
+
+def _evaluate(settings: Settings, student: StudentSampler, parts: Assembled) -> Evaluation:
+    trainer = parts.trainer
     log = StepLog(watch=trainer.watch)
-    student = replace(trainer.student, engine=engine, whole=nullcontext)
     result, groups = evaluate_held_out(student, trainer.held_out, settings.eval, log)
     with trainer.processes.stop.shield():
         trainer.log_evaluation("final", result, groups, log)
