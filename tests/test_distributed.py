@@ -383,7 +383,6 @@ def configured(tmp_path: Path, **changes: Any) -> str:
     ("changes", "said"),
     [
         ({"fsdp_version": 1, "fsdp_reshard_after_forward": "FULL_SHARD"}, "fsdp_version: 2"),
-        ({"fsdp_offload_params": True}, "fsdp_offload_params"),
         ({"fsdp_activation_checkpointing": True}, "train.gradient_checkpointing"),
     ],
 )
@@ -395,9 +394,12 @@ def test_what_would_silently_be_something_else_is_refused(
         read_launch(launched(env))
 
 
-def test_a_layer_may_stay_gathered_until_its_backward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_may_stay_gathered_and_shards_may_lie_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = configured(tmp_path, fsdp_reshard_after_forward=False)
     assert not read_launch(launched(accelerate_environment(monkeypatch, "--config_file", path))).reshard
+    path = configured(tmp_path, fsdp_offload_params=True)
+    found = read_launch(launched(accelerate_environment(monkeypatch, "--config_file", path)))
+    assert found.reshard and found.offload
 
 
 @pytest.mark.parametrize(
@@ -440,6 +442,13 @@ def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: st
     two: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(SettingsError, match=said):
         make_weights(settings, two, Launch(processes=2), Stop())
+
+
+def test_groups_of_processes_must_come_out_even(recipe: Path) -> None:
+    settings = load_recipe(recipe, ["--train.sharding=fsdp2", "--train.shard_within=4"])
+    six: Any = SimpleNamespace(num_processes=6)
+    with pytest.raises(SettingsError, match="shard_within is 4, and 6 processes"):
+        make_weights(settings, six, Launch(processes=6), Stop())
 
 
 def test_precision_and_count_must_be_what_was_asked_for() -> None:

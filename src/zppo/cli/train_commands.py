@@ -96,7 +96,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rich.console import Console
 
-        from zppo.distributed.launcher import rank_of
+        from zppo.distributed.launcher import rank_of, read_launch
         from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.memory import prompt_tokens, within
         from zppo.prompts.book import PromptBook
@@ -125,7 +125,8 @@ def _train(options: argparse.Namespace) -> None:
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         shortest = prompt_tokens(settings, asked, shown)[0]
-        memory = memory_rows(within(settings, asked, len(train), shown), images=images, shortest=shortest)
+        processes = read_launch().processes
+        memory = memory_rows(within(settings, asked, len(train), shown), images=images, shortest=shortest, processes=processes)
         console.print(render_plan(settings, plan, options.recipe, folder, memory, sources))
         return
     start(settings, name)

@@ -22,7 +22,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from zppo.config.settings import Settings
-from zppo.distributed.launcher import Launch
+from zppo.distributed.launcher import Launch, Sharding
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
 from zppo.models.student_model import Student
@@ -58,9 +58,10 @@ class ReplicatedWeights:
         processes: the processes.
         sharded: whether a forward or backward pass of one process needs all others: every process must make equally many.
         kind: how they lie, in words.
+        offload: whether what is trained lies in the processor's memory.
     """
 
-    sharded = False
+    sharded = offload = False
     kind = "each with all weights"
 
     def __init__(self, processes: Processes = ONE_PROCESS) -> None:
@@ -201,8 +202,8 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
         LauncherError: sharding was asked for, and there is one process.
         SettingsError: the recipe trains what cannot be sharded, or shards it as so many processes cannot.
     """
-    _check_shards(settings, launch, accelerator.num_processes)
     size, sharding = accelerator.num_processes, launch.sharding or settings.train.sharding
+    _check_shards(settings, sharding, size)
     if size == 1:
         if sharding != "none":
             raise LauncherError(
@@ -233,12 +234,12 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     )
 
 
-def _check_shards(settings: Settings, launch: Launch, size: int) -> None:
-    train, sharding = settings.train, launch.sharding or settings.train.sharding
+def _check_shards(settings: Settings, sharding: Sharding, size: int) -> None:
+    train = settings.train
     if sharding == "none" and (train.shard_within is not None or train.offload):
         name = "train.offload is on" if train.offload else f"train.shard_within is {train.shard_within}"
         raise SettingsError(f"{name}, and nothing is sharded: set train.sharding=fsdp2 and start several processes, or leave it out")
-    if train.shard_within is not None and size % train.shard_within:
+    if train.shard_within is not None and size > 1 and size % train.shard_within:
         raise SettingsError(
             f"train.shard_within is {train.shard_within}, and {size} processes cannot be split into groups of so many: take a divisor of "
             f"{size}"

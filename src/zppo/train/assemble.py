@@ -148,7 +148,8 @@ def make_learner(
     budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
     sharing = weights.decide(lambda: _make_sharing(settings, model, accelerator))
     prepared = weights.prepare(model, accelerator)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
+    made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
+    optimizer = accelerator.prepare_optimizer(made)
     if start:
         weights.load_optimizer(start, optimizer, prepared)
     forward = replace(make_forward(settings, model, chat), model=prepared)

@@ -157,7 +157,8 @@ def _memory(settings: Settings, parts: Assembled) -> str:
     gpu = device.type == "cuda"
     measured = torch.cuda.max_memory_allocated(device) if gpu else peak_of_process()
     capacity = torch.cuda.get_device_properties(device).total_memory if gpu else 0
-    guess = expected(settings, trainer.questions, trainer.held_out, trainer.student.renderer.book.examples, gpu=gpu, capacity=capacity)
+    shown, processes = trainer.student.renderer.book.examples, trainer.processes.size
+    guess = expected(settings, trainer.questions, trainer.held_out, shown, gpu=gpu, capacity=capacity, processes=processes)
     estimated = f"{gib(guess.total)} at most by the estimate of `--dry-run`" if isinstance(guess, Memory) else "no estimate"
     return f"peak memory of {'the GPU (torch)' if gpu else 'this process'}: {gib(measured)}; {estimated}"
 
