@@ -242,7 +242,7 @@ def trained_in_bf16(count: Gathered, processes: Processes, path: Path, recorded:
     assert kept == {torch.float32}
     with count.counted():
         assert len(processes.gather(tuple(sample(shard.model, shard.weights.whole(), range(2))[0]))) == 4  # as an engine does
-    assert count.types == {torch.bfloat16} and count.most == 2 * shard.whole
+    assert count.types == {torch.bfloat16} and 2 * shard.whole <= count.most < 2.1 * shard.whole  # shards are of one size
     with count.counted():
         sent = {name: (value.dtype, value.shape) for name, value in merged_weights(shard.model, torch.bfloat16)}
     assert count.types == {torch.bfloat16} and count.most == shard.largest(2)
