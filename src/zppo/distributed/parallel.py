@@ -25,6 +25,7 @@ from zppo.config.settings import Settings
 from zppo.distributed.launcher import Launch, Sharding
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
+from zppo.models.lora import Adapters
 from zppo.models.student_model import Student
 from zppo.runs import checkpoint
 from zppo.runs.checkpoint import Savable, TakesState
@@ -91,6 +92,14 @@ class ReplicatedWeights:
         """Around forward passes without a backward pass. Where weights are sharded every process must make equally many."""
         return nullcontext()
 
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, out of memory in one process is an error of all of them where they need one another: see `ShardedWeights`."""
+        return nullcontext()
+
+    def of_all(self, value: Value) -> list[Value]:
+        """What the processes say that share an attempt (`together`); by default each has its own."""
+        return [value]
+
     def step(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, *, finite: bool) -> tuple[float, bool]:
         """One optimizer step with the gradients of all processes, clipped; none where they are not finite, or `finite` is false.
 
@@ -104,7 +113,7 @@ class ReplicatedWeights:
         """
         parameters = trained_parameters(optimizer)
         self._sum_gradients(parameters)
-        norm = self._norm(accelerator.clip_grad_norm_(parameters, max_norm))
+        norm = self._clip(parameters, accelerator, max_norm)
         moved = finite and math.isfinite(norm)
         if moved:
             optimizer.step()
@@ -119,8 +128,9 @@ class ReplicatedWeights:
         for work in pending:
             work.wait()
 
-    def _norm(self, value: torch.Tensor) -> float:
-        return float(value)
+    def _clip(self, parameters: list[nn.Parameter], accelerator: Accelerator, max_norm: float) -> float:
+        """Scales gradients down to a norm of `max_norm`; the norm that they had."""
+        return float(accelerator.clip_grad_norm_(parameters, max_norm))
 
     def saved(self, student: Student) -> Savable:
         """What the first process saves the student from. Every process must call it."""
@@ -142,6 +152,11 @@ class ReplicatedWeights:
         else:
             checkpoint.load_optimizer(start, self.state_of(optimizer), list(trained.values()), mapped=self.sharded)
 
+    def merged(self, student: Student) -> Savable:
+        """What the first process saves the whole student from in the end, adapters merged for good. Every process must call it."""
+        saved = self.saved(student)
+        return saved if student.adapters is None else Merging(student.adapters)
+
     def state_of(self, optimizer: Any) -> TakesState:
         """What takes a whole state for the optimizer."""
         takes: TakesState = optimizer
@@ -152,6 +167,16 @@ class ReplicatedWeights:
         saved = self.saved(student)
         if self.processes.main:
             checkpoint.write_whole_state(folder, saved, optimizer)
+
+
+class Merging:
+    """Saves a model from its adapters, which are merged when it is called."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        self._adapters.merge().save_pretrained(folder)
 
 
 def checksum(model: nn.Module) -> list[float]:
@@ -211,11 +236,10 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
                 "train RECIPE, or set train.sharding to none"
             )
         return ReplicatedWeights(Processes(stop=stop))
-    if sharding != "none" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
-        name = "train.lora" if settings.train.lora is not None else f"train.optimizer={settings.train.optimizer}"
+    if sharding != "none" and settings.train.optimizer != "adamw" and settings.train.lora is None:
         raise SettingsError(
-            f"{name} does not go with sharding ({sharding}): leave one of them out. With adapters or an 8-bit optimizer there is "
-            "little left to shard"
+            f"train.optimizer={settings.train.optimizer} does not go with sharded weights ({sharding}), whose state it cannot hold: set it "
+            "to adamw, whose state is sharded, or train adapters (train.lora), which every process holds whole"
         )
     group = None  # the processes' own, where that carries objects on the CPU
     if torch.distributed.get_backend() != "gloo":
@@ -223,11 +247,18 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     processes = Processes(accelerator.process_index, size, group, stop)
     if sharding == "none":
         return ReplicatedWeights(processes)
+    from zppo.distributed.retries import why_no_retries
     from zppo.distributed.sharded import ShardedWeights
 
+    retries = settings.train.tokens_per_microbatch == "auto"
+    if retries and (why := why_no_retries()):
+        raise SettingsError(
+            f"train.tokens_per_microbatch is auto, and weights are sharded ({sharding}): {why}. Give a number, or update torch"
+        )
     return ShardedWeights(
         processes,
         reshard=launch.reshard,
+        retries=retries,
         within=settings.train.shard_within,
         offload=settings.train.offload or launch.offload,
         bf16=accelerator.mixed_precision == "bf16",

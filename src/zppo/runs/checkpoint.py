@@ -95,6 +95,15 @@ def saving(run: Path, step: int, state: Mapping[str, Any], *, keep: int, updates
         _remove_partial(run)
 
 
+def save(
+    run: Path, step: int, model: Savable, optimizer: HoldsState, state: Mapping[str, Any], *, keep: int, updates: int | None = None
+) -> Path:
+    """Write a checkpoint of a model and an optimizer that are whole in this process; see `saving`."""
+    with saving(run, step, state, keep=keep, updates=updates) as folder:
+        write_whole_state(folder, model, optimizer)
+    return place(run, step, updates)
+
+
 def write_whole_state(folder: Path, model: Savable, optimizer: HoldsState) -> None:
     """A model, and an optimizer's state in one file."""
     model.save_pretrained(folder / _MODEL)

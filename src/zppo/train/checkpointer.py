@@ -62,16 +62,12 @@ class Checkpointer:
         if not together and (self._weights.sharded or not processes.main):
             return None
         updates = mid_step.partial.done if mid_step else None
-        saving = partial(checkpoint.saving, self._run, step, {**state, "origin": self._origin}, keep=self._keep, updates=updates)
+        state = {**state, "origin": self._origin}
         if later and self._copies:
             model, optimizer = CopiedModel(self._student.model), CopiedState(self._optimizer)
-
-            def write() -> None:
-                with saving() as folder:
-                    checkpoint.write_whole_state(folder, model, optimizer)
-
-            self._begin(write)
+            self._begin(partial(checkpoint.save, self._run, step, model, optimizer, state, keep=self._keep))
             return checkpoint.place(self._run, step)
+        saving = partial(checkpoint.saving, self._run, step, state, keep=self._keep, updates=updates)
         with saving() if processes.main else nullcontext() as own:
             folder = processes.gather(own)[0] if together else own
             assert folder is not None

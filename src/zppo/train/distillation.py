@@ -108,9 +108,10 @@ class Distillation:
         while True:
             batches = self.budget.split([lengths[i] for i in own])
             try:
-                total = self._gradients(rows, lengths, parts, batches, tokens)
+                with self.weights.together():
+                    total = self._gradients(rows, lengths, parts, batches, tokens)
             except RuntimeError as error:
-                self.budget.shrink(error, batches, max(lengths[i] for i in own))
+                self.budget.shrink(error, batches, max((lengths[i] for i in own), default=0), self.weights.of_all)
             else:
                 self.budget.fits()
                 break
@@ -127,11 +128,8 @@ class Distillation:
         total = sum(self._backward([rows[own[m]] for m in micro.rows], tokens) for micro in batches)
         if self.weights.sharded:  # a process without a row left takes part in the passes of the others
             most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
-            shortest = min(rows, key=lambda each: each.length).row
             for _ in range(most - len(batches)):
-                logits = self.forward.logits([shortest])
-                nothing = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum()
-                self.optimizer.accelerator.backward(nothing)
+                self.optimizer.idle(self.forward, rows[0].row)
         return total
 
     def _backward(self, weighted: Sequence[Weighted], tokens: int) -> float:
