@@ -81,7 +81,7 @@ def assert_near(one: Any, other: Any, where: str = "") -> None:
         assert one.keys() == other.keys(), where
         for key in one:
             assert_near(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, float) and not one.is_integer():
+    elif isinstance(one, float) and not (one.is_integer() and float(other).is_integer()):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5), where
     else:
         assert one == other, where
