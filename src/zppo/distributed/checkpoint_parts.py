@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -54,7 +55,7 @@ def write_weights(folder: Path, model: PreTrainedModel, processes: Processes) ->
     places = {name: rank + 1 for rank, names in enumerate(processes.gather(list(own))) for name in names}
     files = sorted(set(places.values()))
     writer = HuggingFaceStorageWriter(str(folder), {name: files.index(place) + 1 for name, place in places.items()})
-    _told(lambda: dcp.save(own, storage_writer=writer, process_group=processes.group))
+    _told(lambda: save(own, storage_writer=writer, process_group=processes.group))
 
 
 def write_moments(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, processes: Processes) -> None:
@@ -75,7 +76,7 @@ def write_moments(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Modu
     processes.wait()
     if moments:
         writer = HuggingFaceStorageWriter(str(folder / PARTS), save_distributed=True)
-        _told(lambda: dcp.save(moments, storage_writer=writer, process_group=processes.group))
+        _told(lambda: save(moments, storage_writer=writer, process_group=processes.group))
 
 
 def read_moments(checkpoint: Path, optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
@@ -102,7 +103,7 @@ def read_moments(checkpoint: Path, optimizer: torch.optim.Optimizer, trained: Ma
             _check_sizes(folder, moments, reader.read_metadata().state_dict_metadata)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it says that it reads for one process
-                _told(lambda: dcp.load(moments, storage_reader=reader, no_dist=True))
+                _told(lambda: load(moments, storage_reader=reader, no_dist=True))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CheckpointError(unusable(path, error)) from error
     for name, step in known.items():

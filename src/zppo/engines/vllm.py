@@ -424,8 +424,9 @@ def merged_weights(
 
 def gathered(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A sharded parameter whole, on its processes' kind of device; one that is not sharded as it is."""
-    value = parameter.detach()
-    return value.to(value.device_mesh.device_type, dtype).full_tensor() if isinstance(value, DTensor) else value
+    value: Any = parameter.detach()
+    whole: torch.Tensor = value.to(value.device_mesh.device_type, dtype).full_tensor() if isinstance(value, DTensor) else value
+    return whole
 
 
 def _checkpoint_names(model: PreTrainedModel, theirs: Collection[str]) -> dict[str, str]:

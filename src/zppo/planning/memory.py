@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from zppo.config.methods import needs_of
 from zppo.config.model_settings import ModelSettings
@@ -245,7 +245,9 @@ def _shared_out(whole: Memory, settings: Settings, shape: DecoderShape, paramete
     outside = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     layer = max(0, parameters - outside) // len(shape.layers)
     own = (whole.weights + whole.gradients + whole.optimizer) // shards
-    parts = {name: 0 if offload else getattr(whole, name) // shards for name in ("weights", "gradients", "optimizer", "stepping")}
+    parts: dict[str, Any] = {
+        name: 0 if offload else getattr(whole, name) // shards for name in ("weights", "gradients", "optimizer", "stepping")
+    }
     return replace(
         whole,
         **parts,

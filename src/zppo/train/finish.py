@@ -178,7 +178,7 @@ def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]
 
 
 def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, *, bf16: bool) -> None:
-    """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
+    """Save final/, evaluate it, freshly from the disk where it is not sharded, write its card and print the closing table."""
     trainer, processes = parts.trainer, parts.weights.processes
     memory = _memory(settings, parts) if processes.main else ""  # of training alone: final/ is loaded beside it for its evaluation
     progress.doing(f"writing {run / FINAL}")
