@@ -24,7 +24,7 @@ from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
 from zppo.errors import ModelError, SettingsError, TemplateError
 from zppo.names import check_checkpoint, check_file, model_folder, readable
-from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
+from zppo.planning.memory import GIB, Machine, Memory, enough, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.prompts.book import PromptBook
 from zppo.rollout.rewards import make_rewards, unique_names
@@ -32,7 +32,6 @@ from zppo.runs.files import check_output
 from zppo.teacher.compression import REDRAWS
 
 _MUCH = 0.1  # of what is usable, for models that could be elsewhere
-_PROCESSES = (2, 4, 8, 16, 32, 64)
 _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does not fit
 
 Rows = list[tuple[str, str]]
@@ -54,7 +53,9 @@ def memory_rows(settings: Settings, machine: Machine | None = None, images: int 
     data = _DataFacts(images, shortest, processes)
     sharding: Rows = []
     if settings.train.sharding != "none" and processes == 1 and settings.train.shard_within is None:
-        data, sharding = _enough(settings, machine, data)
+        count, totals = enough(settings, machine, _TIGHT, **data._asdict())
+        listed = ", ".join(f"{tried}: {gib(total)}" for tried, total in totals.items())
+        data, sharding = data._replace(processes=count), [("sharding", f"counted for {count} processes; at most in each of {listed}")]
     memory = _estimate(settings, machine, data)
     if isinstance(memory, str):
         return [("estimate", memory)]
@@ -73,16 +74,6 @@ class _DataFacts(NamedTuple):
 def _estimate(settings: Settings, machine: Machine | None, data: _DataFacts) -> Memory | str:
     gpu = machine is not None and machine.gpu
     return estimate(settings, gpu=gpu, capacity=machine.total if machine and gpu else 0, **data._asdict())
-
-
-def _enough(settings: Settings, machine: Machine | None, data: _DataFacts) -> tuple[_DataFacts, Rows]:
-    """The fewest processes whose shares fit, else the most that are tried; and what a process holds with how many."""
-    tried = {count: _estimate(settings, machine, data._replace(processes=count)) for count in _PROCESSES}
-    totals = {count: memory.total for count, memory in tried.items() if isinstance(memory, Memory)}
-    room = machine.usable if machine is not None else 0
-    count = next((count for count, total in totals.items() if total <= _TIGHT * room), _PROCESSES[-1])
-    listed = ", ".join(f"{count}: {gib(total)}" for count, total in totals.items())
-    return data._replace(processes=count), [("sharding", f"counted for {count} processes; at most in each of {listed}")] if listed else []
 
 
 def _parts(settings: Settings, memory: Memory) -> Rows:

@@ -94,6 +94,7 @@ def _ram() -> Machine | None:
 
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
+_PROCESSES = (2, 4, 8, 16, 32, 64)
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
@@ -232,6 +233,19 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     )
     shards = train.shard_within or processes
     return _shared_out(whole, settings, shape, parameters, shards, gpu=gpu, bf16=bf16) if train.sharding != "none" and shards > 1 else whole
+
+
+def enough(settings: Settings, machine: Machine | None, most: float, **facts: int) -> tuple[int, dict[int, int]]:
+    """The fewest processes whose shares take no more than `most` of this machine, else the most that are tried; and the bytes of each.
+
+    Args:
+        facts: of the data, as `estimate` takes them.
+    """
+    gpu, capacity = machine is not None and machine.gpu, machine.total if machine and machine.gpu else 0
+    tried = {count: estimate(settings, gpu=gpu, capacity=capacity, **{**facts, "processes": count}) for count in _PROCESSES}
+    totals = {count: memory.total for count, memory in tried.items() if isinstance(memory, Memory)}
+    room = most * machine.usable if machine is not None else 0
+    return next((count for count, total in totals.items() if total <= room), _PROCESSES[-1]), totals
 
 
 def _shared_out(whole: Memory, settings: Settings, shape: DecoderShape, parameters: int, shards: int, *, gpu: bool, bf16: bool) -> Memory:
