@@ -425,7 +425,7 @@ def merged_weights(
 def gathered(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A sharded parameter whole, on its processes' kind of device; one that is not sharded as it is."""
     value: Any = parameter.detach()
-    whole: torch.Tensor = value.to(value.device_mesh.device_type, dtype).full_tensor() if isinstance(value, DTensor) else value
+    whole: torch.Tensor = value if not isinstance(value, DTensor) else cast(Any, value.to(value.device_mesh.device_type, dtype)).full_tensor()
     return whole
 
 
