@@ -424,8 +424,11 @@ def merged_weights(
 
 def gathered(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A sharded parameter whole, on its processes' kind of device; one that is not sharded as it is."""
-    value: Any = parameter.detach()
-    whole: torch.Tensor = value if not isinstance(value, DTensor) else cast(Any, value.to(value.device_mesh.device_type, dtype)).full_tensor()
+    value = parameter.detach()
+    if not isinstance(value, DTensor):
+        return value
+    moved: Any = value.to(value.device_mesh.device_type, dtype)
+    whole: torch.Tensor = moved.full_tensor()
     return whole
 
 
