@@ -1088,6 +1088,16 @@ def _(w: World) -> None:
     w.set("train.sharding", "fsdp2")
 
 
+@case("the optimizer on the processor, and nothing is sharded")
+def _(w: World) -> None:
+    w.set("train.offload", True)
+
+
+@case("groups of processes, and nothing is sharded")
+def _(w: World) -> None:
+    w.set("train.shard_within", 8)
+
+
 @case("an accelerate configuration with Megatron-LM")
 def _(w: World) -> None:
     _accelerate(w, ACCELERATE_USE_MEGATRON_LM="true")
@@ -1101,11 +1111,6 @@ def _(w: World) -> None:
 @case("an accelerate configuration with FSDP 1")
 def _(w: World) -> None:
     _accelerate(w, ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
-
-
-@case("an accelerate configuration that moves weights to the CPU")
-def _(w: World) -> None:
-    _accelerate(w, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_OFFLOAD_PARAMS="true")
 
 
 @case("an accelerate configuration with gradient accumulation")

@@ -329,7 +329,7 @@ def make_image_checkpoint(folder: Path) -> Path:
 class Says:
     """A vLLM that answers what it is told."""
 
-    rounded = False
+    dtype = torch.float32
 
     def __init__(self, ids: list[int], logprobs: list[float | None] | None, prompt: tuple[int, ...] | None = (1,)) -> None:
         self.answer = Sampled(0, ids, logprobs, prompt, " at http://host:1")

@@ -98,7 +98,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rich.console import Console
 
-        from zppo.distributed.launcher import rank_of
+        from zppo.distributed.launcher import rank_of, read_launch
         from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.memory import find_machine, prompt_tokens, within
         from zppo.planning.needed import check_files, missing_rows
@@ -129,7 +129,8 @@ def _train(options: argparse.Namespace) -> None:
         images = max((len(q.images) for q in asked), default=0)
         shortest = prompt_tokens(settings, asked, shown)[0]
         machine = find_machine(settings.train.device)
-        memory = memory_rows(within(settings, asked, len(train), shown), machine, images=images, shortest=shortest)
+        counted, processes = within(settings, asked, len(train), shown), read_launch().processes
+        memory = memory_rows(counted, machine, images=images, shortest=shortest, processes=processes)
         absent = missing_rows(settings, gpu=machine is not None and machine.gpu)
         console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent))
         return

@@ -249,6 +249,16 @@ class TrainSettings(Section):
     sharding: Literal["none", "fsdp2"] = Field(
         "none", description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins"
     )
+    shard_within: int | None = Field(
+        None,
+        ge=1,
+        description="fsdp2: so many processes share one copy of weights, gradients and optimizer state, and the groups of them only sum "
+        "gradients (HSDP): the GPUs of a node; empty: all processes share one",
+    )
+    offload: bool = Field(
+        False,
+        description="fsdp2: each process's share of weights, gradients and optimizer state in the processor's memory, where AdamW steps",
+    )
     collective_timeout: float = Field(1800, gt=0, description="seconds that a process waits for the others before it gives up")
 
 

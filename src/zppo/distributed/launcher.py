@@ -25,6 +25,7 @@ class Launch:
         sharding: what an accelerate configuration says, None where there is none that says something.
         mixed_precision: the same; "" for none.
         reshard: FSDP2's `reshard_after_forward`.
+        offload: whether it asks for FSDP2's offload to the CPU.
     """
 
     rank: int = 0
@@ -32,6 +33,7 @@ class Launch:
     sharding: Sharding | None = None
     mixed_precision: str = ""
     reshard: bool = True
+    offload: bool = False
 
     def check_processes(self, running: int) -> None:
         """Raises LauncherError unless as many processes train together as were started."""
@@ -79,7 +81,9 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
         _check_fsdp(env)
         sharding = "fsdp2"
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
-    return Launch(rank, processes, sharding, "" if precision == "no" else precision, _true(env, "FSDP_RESHARD_AFTER_FORWARD", True))
+    precision = "" if precision == "no" else precision
+    reshard, offload = _true(env, "FSDP_RESHARD_AFTER_FORWARD", True), sharding is not None and _true(env, "FSDP_OFFLOAD_PARAMS")
+    return Launch(rank, processes, sharding, precision, reshard, offload)
 
 
 _MEND = (
@@ -91,11 +95,6 @@ _MEND = (
 def _check_fsdp(env: Mapping[str, str]) -> None:
     if (version := env.get("FSDP_VERSION", "1")) != "2":
         raise LauncherError(f"the accelerate configuration asks for FSDP version {version}: set fsdp_version: 2")
-    if _true(env, "FSDP_OFFLOAD_PARAMS"):
-        raise LauncherError(
-            "the accelerate configuration sets fsdp_offload_params, which zppo does not do: set it to false, and shard over more "
-            "GPUs or lower train.tokens_per_microbatch"
-        )
     if _true(env, "FSDP_ACTIVATION_CHECKPOINTING"):
         raise LauncherError(
             "the accelerate configuration sets fsdp_activation_checkpointing: set it to false, and train.gradient_checkpointing in "

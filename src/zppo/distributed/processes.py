@@ -51,7 +51,7 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None, stop: Stop | None = None) -> None:
-        self.rank, self.size, self._group, self.stop = rank, size, group, stop or Stop()
+        self.rank, self.size, self.group, self.stop = rank, size, group, stop or Stop()
 
     @property
     def main(self) -> bool:
@@ -70,7 +70,7 @@ class Processes:
 
         values: list[Any] = [None] * self.size
         with _answered():
-            dist.all_gather_object(values, value, group=self._group)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     @contextmanager
@@ -129,7 +129,7 @@ class Processes:
 
         said = torch.tensor(int(flag))
         with _answered():
-            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
         return bool(said)
 
     def wait(self) -> None:

@@ -32,10 +32,10 @@ _SEEDS = 1 << 31
 
 
 class Driver(Protocol):
-    """A vLLM, wherever it runs. `rounded`: it computes in less than fp32."""
+    """A vLLM, wherever it runs. `dtype`: what it computes in."""
 
     @property
-    def rounded(self) -> bool: ...
+    def dtype(self) -> torch.dtype: ...
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
@@ -80,7 +80,7 @@ class VLLMEngine:
     @property
     def rounded(self) -> bool:
         """Whether vLLM computes in less than fp32."""
-        return self.driver.rounded
+        return self.driver.dtype != torch.float32
 
     def sync(self) -> None:
         """Sends the model's weights to vLLM, one parameter at a time, and empties its caches. Every process must call it.
@@ -88,7 +88,7 @@ class VLLMEngine:
         Raises:
             EngineError: a server cannot be reached or does not take them; in all processes.
         """
-        self.driver.load(_NamedWeights(self.model, self.names))
+        self.driver.load(_NamedWeights(self.model, self.names, self.driver.dtype))
 
     def rest(self) -> None:
         """Nothing is sampled until the next call: vLLM in this process gives its memory back (sleep mode)."""
@@ -291,15 +291,15 @@ def _tensor_names(checkpoint: str) -> frozenset[str]:
 class _NamedWeights:
     """Weights by their names in the checkpoint, anew each time they are gone through."""
 
-    def __init__(self, model: torch.nn.Module, names: Mapping[str, str]) -> None:
-        self._model, self._names = model, names
+    def __init__(self, model: torch.nn.Module, names: Mapping[str, str], dtype: torch.dtype) -> None:
+        self._model, self._names, self._dtype = model, names, dtype
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((self._names.get(name, name), value) for name, value in merged_weights(self._model))
+        return ((self._names.get(name, name), value) for name, value in merged_weights(self._model, self._dtype))
 
 
 def merged_weights(
-    model: torch.nn.Module, *, unpack: Callable[[torch.nn.Module], torch.Tensor] | None = None
+    model: torch.nn.Module, dtype: torch.dtype | None = None, *, unpack: Callable[[torch.nn.Module], torch.Tensor] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of a model's weights with LoRA adapters added to them; the model's own weights are not touched.
 
@@ -307,13 +307,14 @@ def merged_weights(
     gathered when its turn comes, by all processes together.
 
     Args:
+        dtype: what sharded parameters are gathered in, as the trainer's own passes gather them; None for their own.
         unpack: gives the weight of a layer that is held in 4 bits.
     """
 
     def value_of(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
         if unpack is not None and not parameter.is_floating_point():
             return unpack(model.get_submodule(name.rpartition(".")[0]))
-        return _gathered(parameter)
+        return gathered(parameter, dtype)
 
     adapted = {
         name: module for name, module in model.named_modules() if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
@@ -329,9 +330,14 @@ def merged_weights(
             yield name.replace(".base_layer.", "."), value
 
 
-def _gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
+def gathered(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A sharded parameter whole, on its processes' kind of device; one that is not sharded as it is."""
     value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    moved: Any = value.to(value.device_mesh.device_type, dtype)
+    whole: torch.Tensor = moved.full_tensor()
+    return whole
 
 
 def _checkpoint_names(model: PreTrainedModel, theirs: Collection[str]) -> dict[str, str]:

@@ -120,11 +120,6 @@ class ColocatedVLLM:
         self._llm.reset_prefix_cache()
         self._engine.reset_encoder_cache()
 
-    @property
-    def rounded(self) -> bool:
-        """Whether it computes in less than fp32."""
-        return self.dtype != torch.float32
-
     def run(self, draws: Sequence[Draw], how: dict[str, Any]) -> Iterator[Sampled]:
         """What came of each draw, as it ends; `how` are vLLM's sampling parameters."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams

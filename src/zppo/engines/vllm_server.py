@@ -262,9 +262,9 @@ class ServedVLLM:
         self._run, self._sent, self._version = uuid.uuid4().hex[:8], 0, ""
 
     @property
-    def rounded(self) -> bool:
-        """Whether a server computes in less than fp32."""
-        return any(server.dtype != torch.float32 for server in self.servers)
+    def dtype(self) -> torch.dtype:
+        """What all of them compute in."""
+        return self.servers[0].dtype
 
     def load(self, weights: Weights) -> None:
         """Sends weights to all servers and empties their caches; every process must call it.

@@ -17,7 +17,7 @@ from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError
-from zppo.planning.memory import GIB, Machine, Memory, cluster_rows, estimate, find_machine
+from zppo.planning.memory import GIB, Machine, Memory, cluster_rows, enough, estimate, find_machine
 from zppo.planning.model_shapes import context_in
 from zppo.rollout.rewards import unique_names
 from zppo.teacher.compression import REDRAWS
@@ -28,13 +28,14 @@ _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does 
 Rows = list[tuple[str, str]]
 
 
-def memory_rows(settings: Settings, machine: Machine | None = None, images: int = 0, shortest: int = 0) -> Rows:
+def memory_rows(settings: Settings, machine: Machine | None = None, images: int = 0, shortest: int = 0, processes: int = 1) -> Rows:
     """(what, how much) for the plan, the verdict last.
 
     Args:
         machine: None for the one that this runs on.
         images: most images of a question.
         shortest: tokens of the shortest prompt, 0 where it is not known.
+        processes: that train together; 1 where none are started: with sharded weights the fewest that have room are found.
 
     Raises:
         ModelError: a checkpoint on disk cannot be read.
@@ -42,18 +43,25 @@ def memory_rows(settings: Settings, machine: Machine | None = None, images: int 
     if settings.student.tinker is not None:
         return cluster_rows(settings.student.tinker)
     machine = machine or find_machine(settings.train.device)
-    data = _DataFacts(images, shortest)
+    data = _DataFacts(images, shortest, processes)
+    sharding: Rows = []
+    if settings.train.sharding != "none" and processes == 1 and settings.train.shard_within is None:
+        count, totals = enough(settings, machine, _TIGHT, **data._asdict())
+        listed = ", ".join(f"{tried}: {gib(total)}" for tried, total in totals.items())
+        data, sharding = data._replace(processes=count), [("sharding", f"counted for {count} processes; at most in each of {listed}")]
     memory = _estimate(settings, machine, data)
     if isinstance(memory, str):
         return [("estimate", memory)]
-    return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, data)]
+    most = ("at most", _against(memory.total, machine))
+    return [*_parts(settings, memory), *sharding, most, *_verdict(settings, memory, machine, data)]
 
 
 class _DataFacts(NamedTuple):
-    """What an estimate takes from the data: most images of a question, tokens of the shortest prompt."""
+    """What an estimate takes from the data: most images of a question, tokens of the shortest prompt; and how many processes train."""
 
     images: int
     shortest: int
+    processes: int = 1
 
 
 def _estimate(settings: Settings, machine: Machine | None, data: _DataFacts) -> Memory | str:
@@ -75,8 +83,13 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
         rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
         rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
+    if memory.host:
+        rows.append(("in the processor's memory", f"{gib(memory.host)} a process: weights, gradients and optimizer (train.offload)"))
     if memory.cast:
-        rows.append(("bf16 copy of the weights", gib(memory.cast)))
+        what = "bf16 copy of the weights" if memory.passing is None else "sampling: all weights, gathered"
+        rows.append((what, gib(memory.cast)))
+    if memory.passing is not None:
+        rows.append(("update: gathered weights, their gradients", gib(memory.passing)))
     if memory.rows:
         each = f"{memory.rows:,} rollouts at once, {gib(memory.row)} each at the limits"
         rows.append(("sampling", f"{gib(memory.row * memory.rows)} ({each})"))
@@ -88,8 +101,6 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     if memory.layer:
         rows.append(("update: a layer computed again", f"{gib(memory.layer)} (not while logits are held)"))
     rows.append(("update: logits", f"{gib(memory.logits)} (gradients included)"))
-    if settings.train.sharding != "none":
-        rows.append(("sharding", "not taken off here: weights, gradients and optimizer state are counted whole"))
     return rows
 
 

@@ -45,7 +45,6 @@ from zppo.rollout.run_data import RunData, check_context, check_vocabulary, load
 from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.step_parts import parts as make_parts
 from zppo.rollout.teacher import ResponseTokens, TeacherSampler
-from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
@@ -148,11 +147,12 @@ def make_learner(
     if train.gradient_checkpointing:
         recompute_layers(model)
     budget = make_budget(train, say, gpu=accelerator.device.type != "cpu")
-    sharing = _make_sharing(settings, model, accelerator)
+    sharing = weights.decide(lambda: _make_sharing(settings, model, accelerator))
     prepared = weights.prepare(model, accelerator)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
+    made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
+    optimizer = accelerator.prepare_optimizer(made)
     if start:
-        checkpoint.load_optimizer(start, weights.state_of(optimizer), [p for p in prepared.parameters() if p.requires_grad])
+        weights.load_optimizer(start, optimizer, prepared)
     forward = replace(make_forward(settings, model, chat), model=prepared)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)
@@ -345,7 +345,7 @@ def assemble(
     progress.doing(f"loading the student {settings.student.model}")
     bf16, images = autocast_type(accelerator) is not None, image_inputs is not None
     remote = open_student(settings, start, run, images=images, processes=processes.size) if settings.student.tinker else None
-    student = remote or load_student(settings, start, bf16=bf16, images=images)
+    student = remote or weights.load(lambda: load_student(settings, start, bf16=bf16, images=images))
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
     check_context(settings, context_length(model), questions, held_out, length)

@@ -22,6 +22,7 @@ from zppo.models.student_model import Student, load_model
 from zppo.planning.dry_run import gib
 from zppo.planning.memory import Memory, expected, peak_of_process
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
+from zppo.rollout.student import StudentSampler
 from zppo.runs.checkpoint import Savable
 from zppo.runs.display import Progress
 from zppo.runs.files import FINAL, PARTIAL, sync, writing
@@ -163,7 +164,8 @@ def _memory(settings: Settings, parts: Assembled) -> str:
     gpu = device.type == "cuda"
     measured = torch.cuda.max_memory_allocated(device) if gpu else peak_of_process()
     capacity = torch.cuda.get_device_properties(device).total_memory if gpu else 0
-    guess = expected(settings, trainer.questions, trainer.held_out, trainer.student.renderer.book.examples, gpu=gpu, capacity=capacity)
+    shown, processes = trainer.student.renderer.book.examples, trainer.processes.size
+    guess = expected(settings, trainer.questions, trainer.held_out, shown, gpu=gpu, capacity=capacity, processes=processes)
     estimated = f"{gib(guess.total)} at most by the estimate of `--dry-run`" if isinstance(guess, Memory) else "no estimate"
     return f"peak memory of {'the GPU (torch)' if gpu else 'this process'}: {gib(measured)}; {estimated}"
 
@@ -184,7 +186,7 @@ def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]
 
 
 def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, *, bf16: bool) -> None:
-    """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
+    """Save final/, evaluate it, freshly from the disk where it is not sharded, write its card and print the closing table."""
     trainer, processes, student = parts.trainer, parts.weights.processes, parts.student
     here = not isinstance(student, TinkerStudent)
     memory = _memory(settings, parts) if processes.main and here else ""  # before final/ is loaded beside it for its evaluation
@@ -193,7 +195,11 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     folder = processes.gather(save_final(run, student, saved, parts.chat) if processes.main else run)[0]
     if trainer.held_out and trainer.done:
         progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")
-    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out and trainer.done else None
+    after = None
+    if trainer.held_out and trainer.done:
+        # What is sharded has no room for a second student: it is asked where it lies, and final/ was written from there.
+        sampler = trainer.student if parts.weights.sharded else _fresh(settings, folder, parts, bf16=bf16)
+        after = _evaluate(settings, sampler, parts)
     progress.end()
     if not processes.main:
         return
@@ -208,21 +214,25 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals, memory=memory)
 
 
-def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> Evaluation:
-    """The evaluation of final/, by an engine over what was loaded from there."""
+def _fresh(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> StudentSampler:
+    """final/ as it was written, by an engine over what was loaded from there."""
     trainer, engine = parts.trainer, parts.trainer.student.engine
     if isinstance(engine, TinkerEngine):
         engine.sample_from(final_place(folder))
+        return replace(trainer.student, whole=nullcontext)
+    images = parts.chat.image_processor is not None
+    fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention, images=images)
+    torch.nn.Module.to(fresh, parts.student.model.device)
+    if isinstance(engine, VLLMEngine):
+        engine.sample_from(fresh)
     else:
-        images = parts.chat.image_processor is not None
-        fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention, images=images)
-        torch.nn.Module.to(fresh, parts.student.model.device)
-        if isinstance(engine, VLLMEngine):
-            engine.sample_from(fresh)
-        else:
-            engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
+        engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
+    return replace(trainer.student, engine=engine, whole=nullcontext)
+
+
+def _evaluate(settings: Settings, student: StudentSampler, parts: Assembled) -> Evaluation:
+    trainer = parts.trainer
     log = StepLog(watch=trainer.watch)
-    student = replace(trainer.student, engine=engine, whole=nullcontext)
     result, groups = evaluate_held_out(student, trainer.held_out, settings.eval, log)
     with trainer.processes.stop.shield():
         trainer.log_evaluation("final", result, groups, log)
