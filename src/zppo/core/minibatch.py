@@ -32,6 +32,18 @@ PASS_TOKENS_GPU = 1024
 """The same where a pass is at least as long as it takes to launch its kernels: an estimate, not a measurement (25 layers take about
 50 ms there, in which a card computes some thousand tokens of a model of 1B; less of a larger one)."""
 
+_HEAD_LOGITS, _HEAD_LOGITS_GPU = 1 << 24, 1 << 27  # so many that moving the output layer's weights is not most of a chunk's time
+_DIVERGED = 4
+
+
+def head_tokens(vocab: int, *, gpu: bool, diverges: bool = False) -> int:
+    """Tokens whose logits an update looks at in one go, so that they take the same memory whatever the vocabulary is.
+
+    Args:
+        diverges: from a teacher's; that holds about `_DIVERGED` times as much of them as a log-prob.
+    """
+    return max(1, (_HEAD_LOGITS_GPU if gpu else _HEAD_LOGITS) // (_DIVERGED if diverges else 1) // vocab)
+
 
 def micro_batches(lengths: Sequence[int], budget: int, overhead: int = PASS_TOKENS) -> list[list[int]]:
     """Row indices per micro-batch: sorted by length, rows x longest row <= budget; a row over the budget stands alone [zppo].

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout, Row
 from zppo.engines.logprobs import ForwardPass
@@ -129,19 +128,15 @@ class Distillation:
             most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
             shortest = min(rows, key=lambda each: each.length).row
             for _ in range(most - len(batches)):
-                logits = self.forward.logits([shortest])
-                nothing = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum()
-                self.optimizer.accelerator.backward(nothing)
+                logprobs, mask = self.forward.logprobs([shortest])
+                self.optimizer.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
         return total
 
     def _backward(self, weighted: Sequence[Weighted], tokens: int) -> float:
         rows = [each.row for each in weighted]
-        with torch.no_grad():
-            wanted = self.teacher.logits(rows)
+        wanted = self.teacher.late(rows)
         with self.optimizer.accelerator.autocast():  # the vision tower is called by itself
-            logits = self.forward.logits(rows)
-        size = min(logits.shape[-1], wanted.shape[-1])  # embeddings may be padded to different sizes
-        divergence = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device))
+            divergence = self.forward.divergence(rows, wanted)
         weights = torch.tensor([each.weight for each in weighted]).repeat_interleave(torch.tensor([len(r.completion_ids) for r in rows]))
         loss = (divergence * weights.to(divergence.device)).sum() / tokens
         self.optimizer.accelerator.backward(loss)
