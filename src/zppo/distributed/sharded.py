@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from zppo.distributed.parallel import ReplicatedWeights, checksum, keep_logits_small, trained_parameters
 from zppo.distributed.processes import Processes
+from zppo.engines.output_head import head_form
 from zppo.errors import LauncherError
 from zppo.models.student_model import Student
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
@@ -44,6 +45,7 @@ class ShardedWeights(ReplicatedWeights):
             LauncherError: parameters are not sharded afterwards.
         """
         self.processes.check_same("the student's weights at the start", checksum(model))
+        head_form(model)  # by a pass of its own, which would be everybody's afterwards
         prepared: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         keep_logits_small(prepared, accelerator)
         mesh = init_device_mesh(accelerator.device.type, (self.processes.size,))

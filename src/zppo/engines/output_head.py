@@ -54,7 +54,7 @@ _FORMS: WeakKeyDictionary[nn.Module, HeadForm | None] = WeakKeyDictionary()
 def head_form(model: Any) -> HeadForm | None:
     """What is known of a model's output; None where its logits must be computed whole. Tried once, by a pass over two tokens.
 
-    Where weights are to be sharded it must be asked for before: a pass is everybody's then.
+    Where weights are sharded a pass is everybody's: `ShardedWeights.prepare` asks before.
     """
     inner = getattr(model, "module", model)  # without the wrapper of a distributed trainer
     if not isinstance(inner, nn.Module) or _head(inner) is None:
@@ -147,7 +147,7 @@ class Output:
         if self.head is None or self.form is None:
             return rows
         with self.autocast():
-            return self.form(self.head.forward(rows[None]))[0]
+            return self.form(self.head.forward(rows[None])).squeeze(0)
 
 
 class Late(NamedTuple):
@@ -289,7 +289,7 @@ def _passed(model: Any, inputs: Mapping[str, Any], width: int, work: Callable[[O
 
 
 class _Chunked(torch.autograd.Function):
-    """Scores of tokens from rows of hidden states. Kept until the backward pass: those rows, and the logits of a single chunk."""
+    """Scores of tokens from rows of hidden states. Kept until the backward pass: those rows, and the last chunk's logits."""
 
     @staticmethod
     def forward(
@@ -306,7 +306,7 @@ class _Chunked(torch.autograd.Function):
                 # With gradients even if nothing is kept: autocast keeps the weights that it turns, for later passes too.
                 rows, logits = _run(output, flat, places[part], wanted)
                 values[part] = score.value(logits.detach(), part)
-                if wanted and len(parts) == 1:
+                if wanted and part is parts[-1]:
                     ctx.kept = rows, logits
         return values
 
@@ -318,7 +318,7 @@ class _Chunked(torch.autograd.Function):
         of_rows = torch.zeros_like(flat)
         of_weights: list[torch.Tensor | None] = [None] * len(weights)
         with output.autocast():
-            for part in ctx.parts:
+            for part in reversed(ctx.parts):  # the last one's logits are still there
                 rows, logits = ctx.kept or _run(output, flat, places[part], True)
                 ctx.kept = None
                 gradient = ctx.score.gradient(logits.detach(), part, upstream[part])

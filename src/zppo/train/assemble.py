@@ -27,7 +27,6 @@ from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
 from zppo.engines.logprobs import ForwardPass, sharing_of
-from zppo.engines.output_head import head_form
 from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
@@ -147,9 +146,9 @@ def make_learner(
     freeze_parts(model, train, images=chat.image_processor is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
+    width = model.config.get_text_config().hidden_size
+    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu", width=width)
     sharing = _make_sharing(settings, model, accelerator)
-    head_form(model)  # by a pass of its own, which must not be one process's once the weights are sharded
     prepared = weights.prepare(model, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
     if start:
