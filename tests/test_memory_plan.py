@@ -413,7 +413,7 @@ def test_a_small_card_is_sent_to_lora_and_to_a_teacher_that_fits() -> None:
 
 
 def test_a_teacher_that_no_setting_makes_room_for_is_named() -> None:
-    machine, recipe = Machine("GPU", True, 23 * GIB), Path(__file__).parents[1] / "recipes" / "my-data.yaml"
+    machine, recipe = Machine("GPU", True, 16 * GIB), Path(__file__).parents[1] / "recipes" / "my-data.yaml"
     said = verdict(load_recipe(recipe, ["--teacher.model=Qwen/Qwen3.5-9B"]), machine)
     assert "beside the 16.7 GiB of Qwen/Qwen3.5-9B: put them on a server (base_urls), or take smaller ones, of " in said
     assert "both with --train." in said and "lower rollout.max_new_tokens" not in said
