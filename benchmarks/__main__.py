@@ -24,6 +24,7 @@ ROWS = (
     "shared_prompt",
     "decode_step",
     "teacher_tokens",
+    "teacher_ahead",
     "bookkeeping",
     "grading",
     "images",

@@ -65,7 +65,7 @@ def make_policy_gradient(
         settings,
         ForwardPass(prepared),
         OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights),
-        make_budget(train, weights.sharded),
+        make_budget(train),
         sampler_is_exact=sampler,
         sharing=Sharing(reach=10**6),
     )

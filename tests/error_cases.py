@@ -956,6 +956,12 @@ def _(w: World) -> None:
     w.set("teacher.ask", "eager")
 
 
+@case("a teacher in this process that shall be asked ahead")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.set("teacher.ask", "ahead")
+
+
 @case("a setting that only a teacher in this process has")
 def _(w: World) -> None:
     at(w, "http://localhost:8000/v1", device="cuda:1")

@@ -81,7 +81,7 @@ def assert_near(one: Any, other: Any, where: str = "") -> None:
         assert one.keys() == other.keys(), where
         for key in one:
             assert_near(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, float) and not one.is_integer():
+    elif isinstance(one, float) and not (one.is_integer() and one):  # counts are equal; a difference of 0 may be one of rounding
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5), where
     else:
         assert one == other, where
@@ -425,13 +425,10 @@ def test_sharding_needs_several_processes(recipe: Path, tmp_path: Path, capsys: 
     assert "one runs" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "said"), [("--train.lora={}", "train.lora does not go"), ("--train.optimizer=adamw-8bit", "adamw-8bit does not go")]
-)
-def test_what_cannot_be_sharded_is_refused(recipe: Path, override: str, said: str) -> None:
-    settings = load_recipe(recipe, [override, "--train.sharding=fsdp2"])
+def test_what_cannot_be_sharded_is_refused(recipe: Path) -> None:
     two: Any = SimpleNamespace(num_processes=2)
-    with pytest.raises(SettingsError, match=said):
+    settings = load_recipe(recipe, ["--train.optimizer=adamw-8bit", "--train.sharding=fsdp2"])
+    with pytest.raises(SettingsError, match="train.optimizer=adamw-8bit does not go with sharded weights"):
         make_weights(settings, two, Launch(processes=2), Stop())
 
 

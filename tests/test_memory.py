@@ -34,7 +34,7 @@ from zppo.distributed.parallel import keep_logits_small
 from zppo.engines import output_head
 from zppo.engines.base import Sampling, in_order
 from zppo.engines.logprobs import ForwardPass, completion_logprobs
-from zppo.engines.out_of_memory import TokenBudget, out_of_memory
+from zppo.engines.out_of_memory import MemoryElsewhereError, TokenBudget, out_of_memory
 from zppo.engines.output_head import head_form
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
@@ -44,7 +44,6 @@ from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import load_model, recompute_layers
 from zppo.runs import checkpoint
 from zppo.train.learner import UpdateStopped
-from zppo.train.policy_gradient import make_budget
 
 pytestmark = pytest.mark.slow
 
@@ -259,10 +258,24 @@ def test_a_fixed_budget_and_a_single_row_are_errors_that_say_the_mend(tiny_qwen3
     assert TokenBudget(100).state_dict() == {}
 
 
-def test_sharded_weights_need_a_number() -> None:
-    with pytest.raises(SettingsError, match="equally many passes"):
-        make_budget(TrainSettings(tokens_per_microbatch="auto"), sharded=True)
-    assert make_budget(TrainSettings(tokens_per_microbatch=100), sharded=True).tokens == 100
+def test_where_one_budget_is_shared_the_process_that_failed_decides() -> None:
+    """What the others have tried says nothing of what would fit; a row that does not fit ends all of them."""
+    failed, fine = (TokenBudget(100, adaptive=True) for _ in range(2))
+    told: list[Any] = []
+
+    def of_all(own: Any) -> list[Any]:
+        told.append(own)
+        return told[:2]
+
+    elsewhere = MemoryElsewhereError("another process of this run is out of memory")
+    failed.shrink(FULL, failed.split([30, 30, 30]), 30, of_all)
+    fine.shrink(elsewhere, fine.split([5]), 5, of_all)
+    assert failed.tokens == fine.tokens == 45 and told[1] is None
+    told.clear()
+    with pytest.raises(MemoryLimitError, match="a single row of 30 tokens"):
+        failed.shrink(FULL, failed.split([30]), 30, of_all)
+    with pytest.raises(MemoryLimitError, match="a single row of 30 tokens"):
+        fine.shrink(elsewhere, fine.split([5, 5]), 5, of_all)
 
 
 def test_other_errors_pass() -> None:

@@ -198,3 +198,19 @@ def test_a_teacher_over_vllm_serve(recipe: Path, served: str, tmp_path: Path) ->
     assert sum(line["teacher_tokens"] for line in found) > 100
     assert all(not line.get("teacher_unreachable") and not line.get("remote_errors") for line in found)
     print(f"\nteacher: {sum(line['teacher_tokens'] for line in found):,.0f} tokens over vllm serve")
+
+
+def test_a_teacher_that_is_asked_ahead(recipe: Path, served: str, tmp_path: Path) -> None:
+    """Two vLLMs, the student's in the process and the teacher's server: rollouts come as they end, and the steps are the same."""
+    size = ("--zone.rho_aug=0.25", "--rollout.group_size=8", "--rollout.max_new_tokens=160", "--teacher.rollout.max_new_tokens=160")
+    teacher = (f"--teacher.base_urls=[{served}]", "--teacher.model=tiny-teacher", "--zone.teacher_group_size=4")
+    for ask in ("lazy", "ahead"):
+        run = tmp_path / ask
+        zppo("--beside", "train", recipe, *VLLM, *size, *teacher, f"--teacher.ask={ask}", "--data.eval=null", f"--output={run}")
+        waited = sum(line["teacher_wait_seconds"] for line in steps(run))
+        seconds = sum(line["seconds"]["step"] for line in steps(run))
+        sampling = sum(line["seconds"]["sampling"] for line in steps(run))
+        tokens = sum(line["teacher_tokens"] for line in steps(run))
+        print(f"\n{ask}: {seconds:.1f} s in steps, {sampling:.1f} s of sampling, {waited:.1f} s waited, {tokens:,} teacher tokens")
+    assert completions(tmp_path / "ahead", 1) == completions(tmp_path / "lazy", 1)
+    assert sum(line["teacher_unused_tokens"] + line["teacher_broken_off"] for line in steps(tmp_path / "ahead")) > 0

@@ -1,4 +1,5 @@
-"""`zppo` with real vLLM in its process on a CPU; `--deaf` first: a vLLM that takes no weights after the first ones.
+"""`zppo` with real vLLM in its process on a CPU. `--deaf` first: a vLLM that takes no weights after the first ones. `--beside` first: a
+user's reward function grades rollouts as they end.
 
 vLLM's linear layers for CPUs pack their weights and throw the originals away, so that none could be loaded later. Here they keep them.
 """
@@ -37,5 +38,10 @@ if __name__ == "__main__":
             load(self, weights if len(calls) == 1 else ())
 
         ColocatedVLLM.load = once  # type: ignore[method-assign]
+        arguments = arguments[1:]
+    if arguments[:1] == ["--beside"]:
+        import zppo.rollout.step_parts
+
+        zppo.rollout.step_parts.grades_while_sampling = lambda settings, scorer: True
         arguments = arguments[1:]
     sys.exit(main(arguments))

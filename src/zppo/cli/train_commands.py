@@ -139,7 +139,7 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
         from zppo.rollout.run_data import check_images, first_with_images  # it imports torch
 
         if first := first_with_images(settings, train, held_out):
-            check_images(settings, *first, sharded=False)
+            check_images(settings, *first)
 
 
 def _methods(options: argparse.Namespace) -> None:

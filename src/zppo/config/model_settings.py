@@ -192,10 +192,21 @@ class JudgeSettings(JudgeUse, FrozenModelSettings):
 class TeacherSettings(FrozenModelSettings):
     """The frozen teacher."""
 
-    ask: Literal["lazy", "all"] = Field(
-        "lazy", description="lazy: hardest questions first until the cap is full; all: Algorithm 1 to the letter; the batches are the same"
+    ask: Literal["lazy", "all", "ahead"] = Field(
+        "lazy",
+        description="lazy: hardest questions first until the cap is full; ahead: the same, begun while the student samples, for a teacher "
+        "on a server; all: Algorithm 1 to the letter; the batches are the same",
     )
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
     hint: HintSettings = Field(HintSettings(), description="hints of the method hint")
     compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
     judge: JudgeUse = Field(JudgeUse(), description="verdicts on free-form answers, where the recipe names no judge")
+
+    @model_validator(mode="after")
+    def _ahead_of_the_student(self) -> Self:
+        if self.ask == "ahead" and not self.base_urls:
+            raise ValueError(
+                "ask is ahead, and base_urls is not set: a teacher in this process would take turns with the student's sampling and save "
+                "nothing; serve it (vllm serve, zppo serve) and set base_urls, or take lazy"
+            )
+        return self

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,12 @@ from zppo.config.settings import Settings
 from zppo.distributed.launcher import Launch
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
+from zppo.models.lora import Adapters
 from zppo.models.student_model import Student
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
 from zppo.runs.signals import Stop
+
+Value = TypeVar("Value")
 
 
 def keep_logits_small(model: torch.nn.Module, accelerator: Accelerator) -> None:
@@ -74,6 +78,14 @@ class ReplicatedWeights:
         """Inside, every process can run forward passes on its own. Every process must enter."""
         return nullcontext()
 
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, out of memory in one process is an error of all of them where they need one another: see `ShardedWeights`."""
+        return nullcontext()
+
+    def of_all(self, value: Value) -> list[Value]:
+        """What the processes say that share an attempt (`together`); by default each has its own."""
+        return [value]
+
     def step(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, *, finite: bool) -> tuple[float, bool]:
         """One optimizer step with the gradients of all processes, clipped; none where they are not finite, or `finite` is false.
 
@@ -87,7 +99,7 @@ class ReplicatedWeights:
         """
         parameters = trained_parameters(optimizer)
         self._sum_gradients(parameters)
-        norm = self._norm(accelerator.clip_grad_norm_(parameters, max_norm))
+        norm = self._clip(parameters, accelerator, max_norm)
         moved = finite and math.isfinite(norm)
         if moved:
             optimizer.step()
@@ -102,14 +114,20 @@ class ReplicatedWeights:
         for work in pending:
             work.wait()
 
-    def _norm(self, value: torch.Tensor) -> float:
-        return float(value)
+    def _clip(self, parameters: list[nn.Parameter], accelerator: Accelerator, max_norm: float) -> float:
+        """Scales gradients down to a norm of `max_norm`; the norm that they had."""
+        return float(accelerator.clip_grad_norm_(parameters, max_norm))
 
     def saved(self, student: Student) -> Savable:
         """What the first process saves the student from. Every process must call it."""
         if self.processes.size > 1:
             self.processes.check_same("the trained weights", checksum(student.model))
         return student.saved
+
+    def merged(self, student: Student) -> Savable:
+        """What the first process saves the whole student from in the end, adapters merged for good. Every process must call it."""
+        saved = self.saved(student)
+        return saved if student.adapters is None else Merging(student.adapters)
 
     def state_of(self, optimizer: Any) -> TakesState:
         """What gives the optimizer the state of a checkpoint."""
@@ -120,6 +138,16 @@ class ReplicatedWeights:
         """What the first process saves the optimizer from. Every process must call it."""
         holds: HoldsState = optimizer
         return holds
+
+
+class Merging:
+    """Saves a model from its adapters, which are merged when it is called."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        self._adapters.merge().save_pretrained(folder)
 
 
 def checksum(model: nn.Module) -> list[float]:
@@ -175,11 +203,10 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
                 "train RECIPE, or set train.sharding to none"
             )
         return ReplicatedWeights(Processes(stop=stop))
-    if sharding != "none" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
-        name = "train.lora" if settings.train.lora is not None else f"train.optimizer={settings.train.optimizer}"
+    if sharding != "none" and settings.train.optimizer != "adamw" and settings.train.lora is None:
         raise SettingsError(
-            f"{name} does not go with sharding ({sharding}): leave one of them out. With adapters or an 8-bit optimizer there is "
-            "little left to shard"
+            f"train.optimizer={settings.train.optimizer} does not go with sharded weights ({sharding}), whose state it cannot hold: set it "
+            "to adamw, whose state is sharded, or train adapters (train.lora), which every process holds whole"
         )
     group = None  # the processes' own, where that carries objects on the CPU
     if torch.distributed.get_backend() != "gloo":
@@ -187,9 +214,15 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
     processes = Processes(accelerator.process_index, size, group, stop)
     if sharding == "none":
         return ReplicatedWeights(processes)
+    from zppo.distributed.retries import why_no_retries
     from zppo.distributed.sharded import ShardedWeights
 
-    return ShardedWeights(processes, reshard=launch.reshard)
+    retries = settings.train.tokens_per_microbatch == "auto"
+    if retries and (why := why_no_retries()):
+        raise SettingsError(
+            f"train.tokens_per_microbatch is auto, and weights are sharded ({sharding}): {why}. Give a number, or update torch"
+        )
+    return ShardedWeights(processes, reshard=launch.reshard, retries=retries)
 
 
 def _patience(settings: Settings) -> timedelta:

@@ -69,13 +69,8 @@ class Processes:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        try:
+        with _answered():
             dist.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:
-            raise LauncherError(
-                f"another process of this run has ended or does not answer ({_first_line(error)}): the reason stands in what it "
-                "printed. If none has ended and a step simply takes long, raise train.collective_timeout"
-            ) from error
         return values
 
     @contextmanager
@@ -119,8 +114,16 @@ class Processes:
                     log.warnings[f"{subject} of process {rank}"] = text
 
     def any(self, flag: bool) -> bool:
-        """Whether one process says so, on all of them."""
-        return any(self.gather(flag))
+        """Whether one process says so, on all of them: cheap enough for every exchange of a pass. Raises as `gather`."""
+        if self.size == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        said = torch.tensor(int(flag))
+        with _answered():
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(said)
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -137,6 +140,18 @@ class Processes:
 
 
 ONE_PROCESS = Processes()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """What the others do not answer, as a LauncherError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LauncherError(
+            f"another process of this run has ended or does not answer ({_first_line(error)}): the reason stands in what it "
+            "printed. If none has ended and a step simply takes long, raise train.collective_timeout"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

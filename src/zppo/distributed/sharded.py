@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,28 +15,40 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
-from zppo.distributed.parallel import ReplicatedWeights, checksum, keep_logits_small, trained_parameters
+from zppo.distributed.parallel import ReplicatedWeights, Value, checksum, keep_logits_small, trained_parameters
 from zppo.distributed.processes import Processes
+from zppo.distributed.retries import Retries
 from zppo.engines.output_head import head_form
+from zppo.engines.vllm import merged_weights
 from zppo.errors import LauncherError
+from zppo.models.lora import Adapters
+from zppo.models.quantized import unpacked
 from zppo.models.student_model import Student
+from zppo.models.vision_parts import parts_of
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
 
 
 class ShardedWeights(ReplicatedWeights):
     """FSDP2: weights, gradients and optimizer state are sharded; a pass gathers one layer after the other.
 
+    Every process must make equally many passes, so what only some passes go through stays whole in each, and its gradients are summed
+    before the optimizer step: a vision tower and its projector, which a process without a picture does not call. So do adapters, which
+    are small, and weights in 4 bits, which are no numbers that could be cut.
+
     Args:
         reshard: free a layer's gathered weights after its forward pass (less memory) or after its backward pass.
+        retries: whether an attempt that runs out of memory is made again (`together`).
     """
 
     sharded = True
     kind = "weights sharded over them (FSDP2)"
 
-    def __init__(self, processes: Processes, *, reshard: bool = True) -> None:
+    def __init__(self, processes: Processes, *, reshard: bool = True, retries: bool = False) -> None:
         super().__init__(processes)
-        self.reshard = reshard
+        self.reshard, self._gathered = reshard, False
+        self._retries = Retries(processes) if retries else None
         self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -45,48 +58,103 @@ class ShardedWeights(ReplicatedWeights):
             LauncherError: parameters are not sharded afterwards.
         """
         self.processes.check_same("the student's weights at the start", checksum(model))
-        head_form(model)  # by a pass of its own, which would be everybody's afterwards
         prepared: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         keep_logits_small(prepared, accelerator)
         mesh = init_device_mesh(accelerator.device.type, (self.processes.size,))
-        layers = set(getattr(prepared, "_no_split_modules", None) or ())
-        for layer in [m for m in prepared.modules() if type(m).__name__ in layers]:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard)
-        fully_shard(prepared, mesh=mesh, reshard_after_forward=False)  # it is needed again at once
+        names, kept = set(getattr(prepared, "_no_split_modules", None) or ()), kept_whole(prepared)
+        layers = [m for m in prepared.modules() if type(m).__name__ in names and not kept.issuperset(m.parameters())]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard, ignored_params=kept)
+        fully_shard(prepared, mesh=mesh, reshard_after_forward=False, ignored_params=kept)  # it is needed again at once
+        for tensor in (*kept, *prepared.buffers()):  # the others are there
+            tensor.data = tensor.data.to(accelerator.device)
+        _always_differentiate(prepared)
         sharded = [m for m in prepared.modules() if isinstance(m, FSDPModule)]
         self._modules = [(m, self.reshard and m is not prepared) for m in sharded]
         for module in sharded:
             module.set_gradient_divide_factor(1.0)  # sums, as above
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-        whole = [name for name, parameter in prepared.named_parameters() if not isinstance(parameter, DTensor)]
+            if self._retries is not None:
+                self._retries.watch(module)
+        whole = [name for name, parameter in prepared.named_parameters() if not isinstance(parameter, DTensor) and parameter not in kept]
         if whole:
             raise LauncherError(
                 f"sharding was asked for, but {len(whole)} parameters are not sharded (the first is {whole[0]!r}): train without "
                 "sharding (train.sharding: none, recipes/accelerate/ddp.yaml)"
             )
+        head_form(prepared)  # by a pass, which all must make together: now, and not where one of them scores its first row
         return prepared
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        for module, _ in self._modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
+        self._gather()
+        self._gathered = True
         try:
             yield
         finally:
+            self._gathered = False
             for module, reshard in self._modules:
                 module.set_reshard_after_forward(reshard, recurse=False)
                 module.reshard()
 
-    def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Nothing: the backward passes have done it."""
+    def _gather(self) -> None:
+        for module, _ in self._modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
 
-    def _norm(self, value: torch.Tensor) -> float:
-        return float(value.full_tensor() if isinstance(value, DTensor) else value)
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, out of memory in one process is an error of all of them, after which all can begin the work again.
+
+        The others would wait for it in the middle of a pass: see `Retries`. Every process must enter.
+
+        Raises:
+            RuntimeError: memory ran out, here or in another process (`MemoryElsewhereError`).
+        """
+        if self._retries is None:
+            yield
+            return
+        root, _ = self._modules[0]
+        with self._retries.agreed(root, self._gather if self._gathered else lambda: None):
+            yield
+
+    def of_all(self, value: Value) -> list[Value]:
+        return [value] if self._retries is None else self.processes.gather(value)
+
+    def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Of what every process holds whole; for the rest the backward passes have done it."""
+        super()._sum_gradients(p for p in parameters if not isinstance(p, DTensor))
+
+    def _clip(self, parameters: list[nn.Parameter], accelerator: Accelerator, max_norm: float) -> float:
+        """Shards and whole gradients are not mixed by torch: one norm is made of the norms of both."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        kinds = [kind for cut in (True, False) if (kind := [g for g in gradients if isinstance(g, DTensor) == cut])]
+        if len(kinds) < 2:
+            return _number(accelerator.clip_grad_norm_(parameters, max_norm))
+        norm = math.hypot(*(_number(nn.utils.get_total_norm(kind)) for kind in kinds))
+        scale = max_norm / (norm + 1e-6)  # as torch clips
+        if scale < 1:
+            for kind in kinds:
+                torch._foreach_mul_(kind, scale)
+        return norm
 
     def saved(self, student: Student) -> Savable:
+        whole = nn.ParameterList(p for p in student.model.parameters() if not isinstance(p, DTensor))
+        self.processes.check_same("the weights that every process holds whole", checksum(whole))
+        if student.adapters is not None:
+            return student.adapters
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return GatheredModel(student.model, get_model_state_dict(student.model, options=options))
+
+    def merged(self, student: Student) -> Savable:
+        saved = self.saved(student)
+        if student.adapters is None:
+            return saved
+        state = dict[str, torch.Tensor]()
+        for name, value in merged_weights(student.model, unpack=unpacked):
+            if self.processes.main:
+                state[name] = value.float().cpu()
+        return GatheredMerge(student.adapters, state)
 
     def state_of(self, optimizer: Any) -> TakesState:
         return _ShardedState(optimizer)
@@ -103,6 +171,16 @@ class GatheredModel:
 
     def save_pretrained(self, folder: Path, /) -> None:
         self._model.save_pretrained(folder, state_dict=self._state)
+
+
+class GatheredMerge:
+    """Saves a sharded model with adapters from its merged weights."""
+
+    def __init__(self, adapters: Adapters, state: dict[str, torch.Tensor]) -> None:
+        self._adapters, self._state = adapters, state
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        self._adapters.merged(self._state).save_pretrained(folder)
 
 
 class _ShardedState:
@@ -154,6 +232,29 @@ def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str,
     state = optimizer.state_dict()
     kept = {i: {name: whole(value) for name, value in values.items()} for i, values in state["state"].items()}
     return {**state, "state": kept}
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that are not cut into shards: see `ShardedWeights`."""
+    parts = parts_of(cast(PreTrainedModel, model))
+    return {p for name, p in model.named_parameters() if parts[name] != "language" or ".lora_" in name or not p.is_floating_point()}
+
+
+def _always_differentiate(model: nn.Module) -> None:
+    """Gradients go down to the embeddings in every pass, so that all processes gather the same layers on the way back.
+
+    With adapters above frozen layers, or in the vision tower, they would go down there only where a pass has a picture.
+    """
+
+    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)
+
+    cast(PreTrainedModel, model).get_input_embeddings().register_forward_hook(hook)
+
+
+def _number(norm: torch.Tensor) -> float:
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _like(parameter: torch.Tensor, value: Any) -> Any:

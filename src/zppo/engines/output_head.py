@@ -54,7 +54,7 @@ _FORMS: WeakKeyDictionary[nn.Module, HeadForm | None] = WeakKeyDictionary()
 def head_form(model: Any) -> HeadForm | None:
     """What is known of a model's output; None where its logits must be computed whole. Tried once, by a pass over two tokens.
 
-    Where weights are sharded a pass is everybody's: `ShardedWeights.prepare` asks before.
+    Where weights are sharded a pass is everybody's: `ShardedWeights.prepare` asks in all processes at once.
     """
     inner = getattr(model, "module", model)  # without the wrapper of a distributed trainer
     if not isinstance(inner, nn.Module) or _head(inner) is None:

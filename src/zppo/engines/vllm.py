@@ -390,21 +390,32 @@ def _tensor_names(checkpoint: str) -> frozenset[str]:
     return frozenset()
 
 
-def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(
+    model: torch.nn.Module, *, unpack: Callable[[torch.nn.Module], torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of a model's weights with LoRA adapters added to them; the model's own weights are not touched.
 
     Merging in place and taking it back, once an update, would wear frozen bf16 weights away by their rounding. A sharded parameter is
     gathered when its turn comes, by all processes together.
+
+    Args:
+        unpack: gives the weight of a layer that is held in 4 bits.
     """
+
+    def value_of(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if unpack is not None and not parameter.is_floating_point():
+            return unpack(model.get_submodule(name.rpartition(".")[0]))
+        return _gathered(parameter)
+
     adapted = {
         name: module for name, module in model.named_modules() if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
     }
     for name, parameter in model.named_parameters():
         owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
         if owner is None:
-            yield name, _gathered(parameter)
+            yield name, value_of(name, parameter)
         elif name.startswith(f"{owner}.base_layer."):
-            value, layer = parameter.data, adapted[owner]
+            value, layer = value_of(name, parameter), adapted[owner]
             if name == f"{owner}.base_layer.weight":
                 value = sum((layer.get_delta_weight(a).detach().float() for a in layer.active_adapters), value.float())
             yield name.replace(".base_layer.", "."), value

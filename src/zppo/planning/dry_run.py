@@ -438,7 +438,7 @@ def _judge_calls(settings: Settings, plain: int, reformulated: int, lazy: Teache
     """Completions of `plain` judge questions in one step: of the student, asked again too, and of the teacher."""
     again = min(reformulated, plain * len(settings.method.resolve().reformulations))
     calls = (plain + again) * settings.rollout.group_size
-    work = lazy if settings.teacher is not None and settings.teacher.ask == "lazy" else literal
+    work = lazy if settings.teacher is not None and settings.teacher.ask != "all" else literal
     group = settings.zone.teacher_group_size * (1 + len(settings.more_teachers))
     return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
@@ -562,7 +562,7 @@ def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) 
             f"{work.compressions:,}",
             f"{work.compressions * settings.teacher.compression.max_new_tokens:,}",
             *([f"{work.hints:,}"] if hints else []),
-            "<- this run" if name == chosen else "",
+            "<- this run" if name == chosen else "<- this run, and what it begins in vain" if (name, chosen) == ("lazy", "ahead") else "",
         )
     return table
 

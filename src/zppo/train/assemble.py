@@ -147,7 +147,7 @@ def make_learner(
     if train.gradient_checkpointing:
         recompute_layers(model)
     width = model.config.get_text_config().hidden_size
-    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu", width=width)
+    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
     sharing = _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
@@ -328,7 +328,8 @@ def assemble(
     # What samples, and the check that it holds the student's weights: a wrong engine is found before anything is written.
     own = make_engine(settings, model, chat, autocast_type(accelerator), say)
     if chat.image_processor is not None:
-        check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
+        with weights.whole():
+            check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
     progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler against the trainer")
     engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
     check_context(settings, engine.context, questions, held_out, length)

@@ -107,9 +107,10 @@ class Distillation:
         while True:
             batches = self.budget.split([lengths[i] for i in own])
             try:
-                total = self._gradients(rows, lengths, parts, batches, tokens)
+                with self.weights.together():
+                    total = self._gradients(rows, lengths, parts, batches, tokens)
             except RuntimeError as error:
-                self.budget.shrink(error, batches, max(lengths[i] for i in own))
+                self.budget.shrink(error, batches, max((lengths[i] for i in own), default=0), self.weights.of_all)
             else:
                 self.budget.fits()
                 break
@@ -126,10 +127,8 @@ class Distillation:
         total = sum(self._backward([rows[own[m]] for m in micro.rows], tokens) for micro in batches)
         if self.weights.sharded:  # a process without a row left takes part in the passes of the others
             most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
-            shortest = min(rows, key=lambda each: each.length).row
             for _ in range(most - len(batches)):
-                logprobs, mask = self.forward.logprobs([shortest])
-                self.optimizer.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
+                self.optimizer.idle(self.forward, rows[0].row)
         return total
 
     def _backward(self, weighted: Sequence[Weighted], tokens: int) -> float:

@@ -39,7 +39,7 @@ def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Pat
 
     A student that was trained on images keeps its vision tower and processor, and loads with `AutoModelForImageTextToText`.
 
-    Adapters are merged into the weights, for good; by themselves they are in final/adapter/. Without adapters `weights` is saved.
+    Adapters are merged into the weights, for good (`ReplicatedWeights.merged`); by themselves they are in final/adapter/.
 
     Returns:
         The folder that it is in until `finish_final` gives it its name.
@@ -53,7 +53,6 @@ def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Pat
         folder.mkdir()
         if student.adapters:
             student.adapters.save_pretrained(folder / ADAPTER)
-            weights = student.adapters.merge()
         weights.save_pretrained(folder)
         chat.tokenizer.chat_template = chat.template  # what the student was trained with
         chat.tokenizer.save_pretrained(folder)
@@ -181,7 +180,7 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     trainer, processes = parts.trainer, parts.weights.processes
     memory = _memory(settings, parts) if processes.main else ""  # of training alone: final/ is loaded beside it for its evaluation
     progress.doing(f"writing {run / FINAL}")
-    saved = parts.weights.saved(parts.student)
+    saved = parts.weights.merged(parts.student)
     folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
     if trainer.held_out and trainer.done:
         progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from zppo.core.metrics import mean
-from zppo.core.types import Group
+from zppo.core.types import Group, Row
 from zppo.distributed.parallel import ReplicatedWeights, zero_gradients
+from zppo.engines.logprobs import ForwardPass
 from zppo.errors import MemoryLimitError
 from zppo.rollout.teacher import Pools
 from zppo.step_log import StepLog
@@ -94,6 +95,19 @@ class OptimizerStep:
     def zero_gradients(self) -> None:
         """Gradients of all trainable parameters as zeros."""
         zero_gradients(self.model)
+
+    def idle(self, forward: ForwardPass, row: Row) -> None:
+        """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others.
+
+        Without a picture, since what sees is not sharded.
+
+        Args:
+            row: any; its first completion token is all that is computed.
+        """
+        token = torch.as_tensor(row.completion_ids)[:1]
+        with self.accelerator.autocast():
+            logprobs, mask = forward.logprobs([Row(token, token)])
+        self.accelerator.backward(logprobs.masked_fill(mask, 0.0).sum())
 
     def step(self, loss: float) -> tuple[float, float, bool]:
         """Loss of all processes together, gradient norm before clipping, and whether the weights moved; gradients are 0 afterwards.

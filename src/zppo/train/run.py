@@ -122,8 +122,7 @@ class TrainingLoop:
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
-        own_reward, learns = settings.grading.reward is not None, not self.trainer.method.distils
-        self.health = HealthChecks(own_reward=own_reward, advantages=learns, form=settings.answer_form.name)
+        self.health = HealthChecks.of(settings)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
@@ -367,7 +366,7 @@ def _go(
     # Everything is loaded and checked before the run folder is made, or changed.
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
         progress.doing(f"reading the questions of {settings.data.train_name}")
-        data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
+        data = read_data(settings, warn=progress.warning, say=partial(show, console))
         frozen_models = stack.enter_context(
             load_frozen_models(settings, accelerator.device, data.image_inputs, doing=progress.doing, warn=progress.warning)
         )

@@ -297,7 +297,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
     groups = [*rollouts.plain, *rollouts.reformulated]
     replayed_slots = sum(g.question.id in rollouts.replayed for g in rollouts.reformulated)
     tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
-    uses = ("teacher", "compression", "hint")
+    written = (*(f"{use}_completion_tokens" for use in ("teacher", "compression", "hint")), "teacher_unused_tokens")
     seconds = log.elapsed()
     return {
         "accuracy": accuracy_by_kind(groups),
@@ -312,7 +312,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "rollouts": sum(len(g.rollouts) for g in groups),
         "student_tokens": tokens,
         "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
-        "teacher_tokens": sum(int(log.counts.get(f"{use}_completion_tokens") or 0) for use in uses),
+        "teacher_tokens": sum(int(log.counts.get(name) or 0) for name in written),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }

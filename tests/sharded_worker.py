@@ -1,0 +1,157 @@
+"""One of several processes of tests/test_sharded.py: trains what only some passes go through, and what may run out of memory."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch.distributed.tensor import DTensor
+
+from test_memory import Full
+from test_update import update
+from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings
+from zppo.core.advantages import step_advantages
+from zppo.core.types import Group
+from zppo.distributed.parallel import ReplicatedWeights
+from zppo.distributed.processes import Processes
+from zppo.distributed.sharded import ShardedWeights
+from zppo.images import features
+from zppo.images.processor import PixelCache
+from zppo.images.store import PixelLimits
+from zppo.models.student_model import Student, load_chat, load_student
+from zppo.train.assemble import make_learner
+from zppo.train.policy_gradient import PolicyGradient
+
+LIMITS = PixelLimits(16 * 16, 24 * 24)
+LAST_LAYER = ("*layers.2.*", "*visual*")
+"""Above layers through which, without a picture, no gradient would go."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: a checkpoint (a folder's name), settings of `train`, where memory runs out in the second process."""
+
+    name: str
+    student: str
+    train: dict[str, Any] = field(default_factory=dict)
+    full: str = ""
+    quantize: str | None = None
+
+
+AUTO = {"tokens_per_microbatch": "auto"}
+CASES = (
+    Case("rates", "qwen3_vl", {**AUTO, "vision": {"tower_rate": 0.5, "projector_rate": 0.25}}, full="backward"),
+    Case("adapters", "qwen3_vl", {**AUTO, "lora": {"rank": 4, "alpha": 8, "targets": LAST_LAYER}}, full="forward"),
+    Case("frozen", "qwen3_5", {"vision": {"freeze_tower": True}, "gradient_checkpointing": True}),
+    Case("4 bits", "text", {"lora": {"rank": 4, "alpha": 8}, "gradient_checkpointing": True}, quantize="4bit"),
+)
+FITS = 30
+"""Padded tokens that the second process has memory for, where it runs out."""
+
+
+def settings_of(case: Case, folder: Path) -> Settings:
+    train = {"minibatches": 2, "learning_rate": 1e-4, "tokens_per_microbatch": 60, "device": "cpu", **case.train}
+    student = {"model": str(folder / case.student), "quantize": case.quantize}
+    return Settings(method="grpo", student=student, data={"train": "-"}, train=train, seed=1)
+
+
+def runs_out(layer: torch.nn.Module, where: str) -> list[int]:
+    """The layer fails on micro-batches of more padded tokens than fit; gives what was tried."""
+    tried: list[int] = []
+
+    def hook(_: Any, args: tuple[Any, ...]) -> Any:
+        tried.append(args[0].shape[0] * args[0].shape[1])
+        if tried[-1] > FITS:
+            if where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return (Full.apply(args[0]), *args[1:])  # type: ignore[no-untyped-call]
+        return None
+
+    layer.register_forward_pre_hook(hook)
+    return tried
+
+
+@contextmanager
+def looks() -> Iterator[list[int]]:
+    """Counts how many times the vision tower is asked."""
+    counted, inner = [0], features.encode
+
+    def encode(*args: Any) -> Any:
+        counted[0] += 1
+        return inner(*args)
+
+    features.encode = encode  # type: ignore[assignment]
+    try:
+        yield counted
+    finally:
+        features.encode = inner
+
+
+def check_parts(student: Student, weights: ReplicatedWeights) -> None:
+    """The language model's own weights lie in shards, what sees, adapters and 4 bits do not."""
+    for name, parameter in student.model.named_parameters():
+        whole = "visual" in name or "lora_" in name or not parameter.is_floating_point()
+        assert isinstance(parameter, DTensor) == (weights.sharded and not whole), name
+
+
+def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequence[Sequence[Group]], out: Path) -> dict[str, Any]:
+    """Two steps; what was trained is saved in `out`, whole and as a checkpoint has it. What came of it."""
+    settings = settings_of(case, folder)
+    images = case.student != "text"
+    chat = load_chat(settings.student, LIMITS, PixelCache(1 << 20)) if images else load_chat(settings.student)
+    student = load_student(settings, None, bf16=False, images=images)
+    nothing: Any = None
+    learner, optimizer = make_learner(settings, student.model, chat, None, Accelerator(cpu=True), [], nothing, weights)
+    assert isinstance(learner, PolicyGradient)
+    check_parts(student, weights)
+    layer = student.model.get_decoder().layers[-1]
+    tried = runs_out(layer, case.full) if case.full and weights.processes.rank == 1 else []
+    metrics = []
+    with looks() as looked:
+        learner.check = None
+        for step, groups in enumerate(recorded):
+            # Old log-probs of a forward pass, for which all weights are gathered: where memory runs out they must be gathered again.
+            learner.sampler_is_exact = (step == 0) == (case.full != "forward")
+            if case.full:
+                learner.budget.tokens = TOKENS_PER_MICROBATCH  # it runs out in each step
+            metrics.append(update(learner, list(groups), step_advantages(groups, "nontrivial"), step))
+    saved, state = weights.saved(student), weights.snapshot_of(optimizer.optimizer)
+    if weights.processes.main:
+        saved.save_pretrained(out / "saved")
+        torch.save(state.state_dict(), out / "optimizer.pt")
+    merged = weights.merged(student)
+    if weights.processes.main:
+        merged.save_pretrained(out / "whole")
+    weights.processes.wait()
+    return {"metrics": metrics, "looked": looked[0], "tried": tried, "budget": learner.budget.tokens}
+
+
+def main(arguments: list[str]) -> int:
+    """Arguments: the folder with students and recorded groups, the names of the cases."""
+    folder, names = Path(arguments[0]), arguments[1:]
+    Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    for case in CASES:
+        if case.name not in names:
+            continue
+        recorded = pickle.loads((folder / f"{case.student}.pickle").read_bytes())
+        out = folder / case.name
+        out.mkdir(exist_ok=True)
+        weights = ShardedWeights(processes, retries=case.train.get("tokens_per_microbatch") == "auto")
+        try:
+            found = train(case, weights, folder, recorded, out)
+        except BaseException:
+            traceback.print_exc()
+            print("in the case", case.name)
+            raise
+        (out / f"{processes.rank}.pickle").write_bytes(pickle.dumps(found))
+    return 0
