@@ -82,7 +82,8 @@ class ShardedWeights(ReplicatedWeights):
                 f"sharding was asked for, but {len(whole)} parameters are not sharded (the first is {whole[0]!r}): train without "
                 "sharding (train.sharding: none, recipes/accelerate/ddp.yaml)"
             )
-        head_form(prepared)  # by a pass, which all must make together: now, and not where one of them scores its first row
+        with self.whole():
+            head_form(prepared)  # by a pass, which all must make together: now, and not where one of them scores its first row
         return prepared
 
     @contextmanager
