@@ -146,7 +146,8 @@ def make_learner(
     freeze_parts(model, train, images=chat.image_processor is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu")
+    width = model.config.get_text_config().hidden_size
+    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
     sharing = weights.decide(lambda: _make_sharing(settings, model, accelerator))
     prepared = weights.prepare(model, accelerator)
     made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
