@@ -28,7 +28,7 @@ from zppo.distributed.parallel import ReplicatedWeights, Value, checksum, keep_l
 from zppo.distributed.processes import Processes
 from zppo.distributed.retries import Retries
 from zppo.engines.output_head import head_form
-from zppo.engines.vllm import merged_weights
+from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.errors import LauncherError
 from zppo.models.lora import Adapters
 from zppo.models.quantized import unpacked

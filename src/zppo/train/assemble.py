@@ -31,7 +31,7 @@ from zppo.engines.loading import check_kernels
 from zppo.engines.logprobs import ForwardPass, sharing_of
 from zppo.engines.tinker import TinkerEngine
 from zppo.engines.transformers import TransformersEngine
-from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
+from zppo.engines.vllm.vllm_engine import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
 from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import Student, context_length, load_chat, load_student, recompute_layers
