@@ -1148,6 +1148,11 @@ def _(w: World) -> None:
     _srun(w, MASTER_ADDR="localhost", SLURM_NNODES="2")
 
 
+@case("srun in a heterogeneous job")
+def _(w: World) -> None:
+    _srun(w, SLURM_HET_SIZE="2")
+
+
 @case("srun without a list of hosts")
 def _(w: World) -> None:
     _srun(w, SLURM_STEP_NODELIST="")

@@ -62,12 +62,24 @@ def test_what_srun_did_not_start_is_alone() -> None:
     assert started_by_slurm(STEP | torchrun) == {} and read_launch(STEP | torchrun) == Launch(rank=5, processes=64)
 
 
+def test_a_shell_of_srun_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun --ntasks=8 --pty bash`, and torchrun in it; a program that srun starts from there has its variables too, and no terminal."""
+    shell = STEP | {"SLURM_PROCID": "0", "SLURM_PTY_PORT": "34889"}
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "1"}
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    assert started_by_slurm(shell) == {} and read_launch(shell) == Launch()
+    assert read_launch(shell | torchrun) == Launch(rank=1, processes=2)
+    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
+    assert read_launch(shell) == Launch(rank=0, processes=8)
+
+
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [
         ("node7", "node7"),
         ("a[1-3]b[02-04],c", "a1b02"),
         ("n[001,005].local", "n001.local"),
+        ("node[001-004,007],gpu-a", "node001"),
         ("10.0.0.1,10.0.0.2", "10.0.0.1"),
         ("", None),
         ("x[1", None),
@@ -92,6 +104,7 @@ def test_the_first_host_of_a_list(hosts: str, first: str | None) -> None:
         ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is 'many'"),
         ({"SLURM_STEP_NUM_TASKS": "0"}, "SLURM_STEP_NUM_TASKS is 0"),
         ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_ADDR is 127.0.0.1.*4 nodes"),
+        ({"SLURM_HET_SIZE": "2"}, "heterogeneous job.*MASTER_ADDR.*MASTER_PORT"),
     ],
 )
 def test_variables_that_contradict_are_named(more: dict[str, str], said: str) -> None:
@@ -212,6 +225,15 @@ def test_the_batch_script_stops_ahead_of_the_limit_and_goes_on(tmp_path: Path) -
     (tmp_path / "run" / "recipe.yaml").touch()
     status, asked = batch(env, tmp_path)
     assert status == 0 and all(line.endswith(f"-m zppo resume {tmp_path}/run") for line in asked)
+
+
+def test_the_batch_script_says_how_it_ended(tmp_path: Path) -> None:
+    """A launcher that fails at once fails the job; a teacher that does not come up costs no more than it was given."""
+    env = cluster(tmp_path, torchrun="exit 7", curl="exit 22")
+    assert batch(env | {"TEACHER": ""}, tmp_path)[0] == 7
+    status, asked = batch(env | {"TEACHER": "big", "TEACHER_NODES": "1", "TEACHER_WAIT": "0"}, tmp_path)
+    assert status == 1 and not any("torchrun" in line for line in asked)
+    assert "the teacher at http://127.0.0.1:8000 has not come up within 0 s" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.long

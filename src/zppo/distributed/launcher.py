@@ -122,7 +122,7 @@ def started_by_slurm(env: Mapping[str, str] = os.environ) -> dict[str, str]:
         LauncherError: variables contradict one another, so that there would be several runs, or some processes would wait for ever.
     """
     tasks = _slurm_tasks(env)
-    if tasks == 1:
+    if tasks == 1 or _at_a_terminal(env):
         return {}
     if "GROUP_WORLD_SIZE" in env:  # srun started torchrun, and that this process
         if (agents := _number(env, "GROUP_WORLD_SIZE", 1)) != tasks:
@@ -143,6 +143,11 @@ def started_by_slurm(env: Mapping[str, str] = os.environ) -> dict[str, str]:
                 f"{name} is {env[name]!r} in the environment, but srun started {tasks} processes, of which this is number {rank}: set "
                 f"neither {' nor '.join(ours)} in the batch script, zppo takes them from SLURM"
             )
+    if "SLURM_HET_SIZE" in env and not (env.get("MASTER_ADDR") and env.get("MASTER_PORT")):
+        raise LauncherError(
+            f"srun started {tasks} processes in a heterogeneous job (SLURM_HET_SIZE), whose parts have hosts and job numbers of their own: "
+            "set MASTER_ADDR to the host of the first process, and MASTER_PORT to a free port of it, in the batch script"
+        )
     # With --gpus-per-task a process sees its own GPU alone, which is the first for it.
     ours["LOCAL_RANK"] = env.get("LOCAL_RANK", str(local % len(devices) if devices else local))
     ours["MASTER_ADDR"] = env.get("MASTER_ADDR") or _first_host(env)
@@ -167,6 +172,11 @@ def _slurm_tasks(env: Mapping[str, str]) -> int:
     if (tasks := _number(env, name, 1)) < 1:
         raise LauncherError(f"{name} is {tasks} in the environment: leave SLURM's variables as srun sets them")
     return tasks
+
+
+def _at_a_terminal(env: Mapping[str, str]) -> bool:
+    """Whether this is a shell that `srun --pty` opened: of its tasks the first alone has a terminal, and the others have ended."""
+    return "SLURM_PTY_PORT" in env and env.get("SLURM_PROCID") == "0" and os.isatty(0)
 
 
 def _first_host(env: Mapping[str, str]) -> str:
