@@ -241,6 +241,10 @@ def test_vllm_takes_its_share_and_the_run_keeps_no_cache(folder: Path) -> None:
     beside = estimate(settings(folder, "--rollout.engine=vllm", "--rollout.vllm.mode=server"), gpu=True, capacity=100 * GIB)
     assert isinstance(within_process, Memory) and isinstance(beside, Memory)
     assert (within_process.vllm, within_process.rows) == (30 * GIB, 0) and beside.vllm == 0
+    asleep = estimate(settings(folder, "--rollout.engine=vllm", "--rollout.vllm.enable_sleep_mode=true"), gpu=True, capacity=100 * GIB)
+    assert isinstance(asleep, Memory)
+    assert asleep.total - asleep.standing == max(asleep.update, 30 * GIB + asleep.cast)  # an update has vLLM's share too
+    assert asleep.standing == within_process.standing - 30 * GIB
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

@@ -82,7 +82,8 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
         names = ", ".join(memory.unknown)
         rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
-        rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
+        awake = ", not during updates" if memory.sleeps else ""
+        rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization{awake})"))
     if memory.host:
         rows.append(("in the processor's memory", f"{gib(memory.host)} a process: weights, gradients and optimizer (train.offload)"))
     if memory.cast:

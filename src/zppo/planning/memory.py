@@ -135,6 +135,7 @@ class Memory:
         unknown: frozen models in this process that are in no number, because nothing here says how large they are.
         passing: where weights are sharded, what the update gathers of them, with the gradients of a layer, in the place of `cast`.
         host: what `train.offload` keeps in the processor's memory instead, in each process.
+        sleeps: vLLM gives its share back while the student is updated.
     """
 
     weights: int
@@ -157,16 +158,17 @@ class Memory:
     unknown: tuple[str, ...] = ()
     passing: int | None = None
     host: int = 0
+    sleeps: bool = False
 
     @property
     def standing(self) -> int:
         """What is held all the time."""
-        return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm + self.images
+        return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm * (not self.sleeps) + self.images
 
     @property
     def sampling(self) -> int:
         """What sampling holds on top."""
-        return self.cast + self.row * self.rows
+        return self.cast + self.row * self.rows + self.vllm * self.sleeps
 
     @property
     def update(self) -> int:
@@ -239,6 +241,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         tower=_tower(settings, vision_shape, largest.rows, images, bf16=bf16),
         images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
         unknown=unknown,
+        sleeps=vllm.enable_sleep_mode,
     )
     shards = train.shard_within or processes
     return _shared_out(whole, settings, shape, parameters, shards, gpu=gpu, bf16=bf16) if train.sharding != "none" and shards > 1 else whole
