@@ -6,7 +6,10 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -118,12 +121,34 @@ def test_servers_that_cannot_be_shared_out(urls: str, processes: int, said: str)
 
 
 def test_addresses_are_one_or_several() -> None:
-    two = VLLMSettings(mode="server", base_url=("http://a:1/", "http://b:1"))  # type: ignore[arg-type]
-    assert two.servers == ("http://a:1", "http://b:1") and VLLMSettings(mode="server").servers == ("http://localhost:8000",)
+    two = VLLMSettings(mode="server", base_url=("http://a:1/v1/", "http://[::1]:1"))  # type: ignore[arg-type]
+    assert two.servers == ("http://a:1", "http://[::1]:1") and VLLMSettings(mode="server").servers == ("http://localhost:8000",)
     assert VLLMSettings().servers == ()
     for wrong in ("ftp://a", "http://key@host", (), ["http://a", "b"]):
         with pytest.raises(ValueError, match="base_url"):
             VLLMSettings(base_url=wrong)  # type: ignore[arg-type]
+
+
+def test_what_a_server_says_of_itself_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the reader goes away
+                while True:
+                    self.wfile.write(b" " * 4096)
+
+        def log_message(self, *args: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(vllm_server, "SERVER_WAIT", 0.0)
+    monkeypatch.setattr(vllm_server, "MOST_SAID", 10_000)
+    url = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(EngineError, match="answers /health with more than 10,000 bytes"):
+        connect([url], ProcessPlace(0, 0, 1), lambda text: [text], port=1, folder=Path("w"), rows=None, device=torch.device("cpu"))
+    server.shutdown()
+    server.server_close()
 
 
 # --- what may go wrong ---------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class MethodSettings(Section):
         return replace(METHODS[self.name], **overrides)
 
 
-VLLMAddress = Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+VLLMAddress = Annotated[str, Field(pattern=r"^https?://[^@\s?#]+$")]
 
 
 class VLLMSettings(Section):
@@ -88,9 +88,9 @@ class VLLMSettings(Section):
 
     @property
     def servers(self) -> tuple[str, ...]:
-        """Base addresses of the servers; none for colocate."""
+        """Base addresses of the servers, without the /v1 that addresses of teachers end in; none for colocate."""
         given = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
-        return tuple(url.rstrip("/") for url in given) if self.mode == "server" else ()
+        return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in given) if self.mode == "server" else ()
 
     @property
     def runs_here(self) -> bool:

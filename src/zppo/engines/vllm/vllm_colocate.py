@@ -60,6 +60,14 @@ class ProcessPlace:
     processes: int = 1
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """The type that vLLM calls by a name. ValueError where torch has none."""
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype {name[:40]!r}")
+    return found
+
+
 class ColocatedVLLM:
     """A `vllm.LLM` in this process.
 

@@ -19,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import httpx
 import torch
 from safetensors.torch import save_file
 
-from zppo.engines.vllm.vllm_colocate import LOGPROBS_MODE, Draw, ProcessPlace, Sampled
+from zppo.engines.vllm.vllm_colocate import LOGPROBS_MODE, Draw, ProcessPlace, Sampled, named_dtype
 from zppo.errors import EngineError, SettingsError, one_line
 
 SERVER_WAIT = 240.0
@@ -41,9 +41,11 @@ UPDATED = 900.0
 """Seconds that new weights may take."""
 
 MOST_ROWS = 512  # requests to one server that are under way at once: a process may open 1,024 files
+MOST_SAID = 16 << 20  # bytes of what a server says about itself
 FILE_BYTES = 2 << 30  # of weights in one file: as much as is held of them at once
 _CONNECT, _LOOKED = 10.0, 60.0
 _LONGEST_PAUSE = 8.0
+_PLAIN = {"Accept-Encoding": "identity"}  # packed bytes would pass a limit and be many more
 _AGAIN = ". Look at its log, start it again, and continue with `zppo resume RUN`"
 
 SERVE = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {LOGPROBS_MODE}"
@@ -88,7 +90,7 @@ class _Control:
     def __init__(self, urls: Sequence[str]) -> None:
         self.urls = tuple(urls)
         # Prompts and weights go where the recipe says: by no proxy, and not on to another address.
-        self._client = httpx.Client(trust_env=False, timeout=httpx.Timeout(UPDATED, connect=_CONNECT))
+        self._client = httpx.Client(trust_env=False, headers=_PLAIN, timeout=httpx.Timeout(UPDATED, connect=_CONNECT))
 
     def each(self, path: str, bodies: Sequence[Any] | None = None) -> list[Any]:
         """The answers of all servers, in their order: to `bodies`, or to a GET. EngineError where one gives none."""
@@ -101,18 +103,25 @@ class _Control:
 
     def one(self, url: str, path: str, body: Any = None) -> Any:
         """The answer of one server. EngineError where it gives none."""
+        content, how = bytearray(), cast(dict[str, Any], {"timeout": _LOOKED} if body is None else {"json": body})
         try:
-            got = self._client.get(url + path, timeout=_LOOKED) if body is None else self._client.post(url + path, json=body)
+            with self._client.stream("GET" if body is None else "POST", url + path, **how) as got:
+                for part in got.iter_raw():
+                    content += part
+                    if len(content) > MOST_SAID:
+                        break
         except httpx.HTTPError as error:
             raise _silent(url, error) from error
-        return _answer(url, path, got.status_code, got.content)
+        return _answer(url, path, got.status_code, bytes(content), MOST_SAID)
 
 
 def _silent(url: str, error: Exception) -> _BusyError:
     return _BusyError(f"the vLLM server at {url} does not answer: {one_line(error) or type(error).__name__}{_AGAIN}")
 
 
-def _answer(url: str, path: str, status: int, content: bytes) -> Any:
+def _answer(url: str, path: str, status: int, content: bytes, most: int) -> Any:
+    if len(content) > most:
+        raise _RefusedError(f"the vLLM server at {url} answers {path} with more than {most:,} bytes{_AGAIN}")
     if status != 200:
         kind = _BusyError if status >= 500 or status == 429 else _RefusedError
         said = " ".join(content[:2000].decode(errors="replace").split())[:400]
@@ -212,7 +221,7 @@ def _look_at(control: _Control, url: str, *, nccl: bool) -> VLLMServer:
             str(control.one(url, "/v1/models")["data"][0]["id"]),
             int(model["max_model_len"]),
             int(config["scheduler_config"]["max_num_seqs"]),
-            _dtype(str(model["dtype"])),
+            named_dtype(str(model["dtype"])),
             int(control.one(url, "/get_world_size")["world_size"]),
             str(transfer["backend"]) if transfer else "",
         )
@@ -227,13 +236,6 @@ def _look_at(control: _Control, url: str, *, nccl: bool) -> VLLMServer:
     if nccl and server.transfer != "nccl":
         raise EngineError(f"the vLLM server at {url} takes no weights over NCCL{serve}")
     return server
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {name[:40]!r}")
-    return found
 
 
 class ServedVLLM:
@@ -339,7 +341,7 @@ class ServedVLLM:
         turns, parts = [asyncio.Semaphore(rows) for rows in self.rows], dict[int, list[dict[str, str]]]()
         async with httpx.AsyncClient(
             trust_env=False,
-            headers={"Accept-Encoding": "identity"},
+            headers=_PLAIN,
             timeout=httpx.Timeout(None, connect=_CONNECT),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=MOST_ROWS),
         ) as client:
@@ -400,12 +402,12 @@ async def _post(client: httpx.AsyncClient, url: str, path: str, body: dict[str, 
             async for part in response.aiter_raw():
                 content += part
                 if len(content) > most:
-                    raise _RefusedError(f"the vLLM server at {url} answers {path} with more than {most:,} bytes{_AGAIN}")
+                    break
     except httpx.HTTPError as error:
         raise _silent(url, error) from error
     if response.status_code == 403 and path.startswith("/inference"):
         raise _RefusedError(f"the vLLM server at {url} takes no prompts with images: start it with --enable-scale-out")
-    return _answer(url, path, response.status_code, bytes(content))
+    return _answer(url, path, response.status_code, bytes(content), most)
 
 
 def _read(reply: Any, place: int, url: str, *, chat_form: bool) -> Sampled:
