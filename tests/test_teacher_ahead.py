@@ -63,8 +63,12 @@ class Runs:
     def __init__(self, victims: Victims, recipe: Path, server: Server) -> None:
         self.victims, self.recipe, self.server = victims, recipe, server
 
-    def go(self, run: Path, ask: str, *overrides: str, **fate: Any) -> int:
-        self.server.control(always={"kind": "slow", "seconds": 0.01})
+    def go(self, run: Path, ask: str, *overrides: str, dies_after: int | None = None, **fate: Any) -> int:
+        slow = {"kind": "slow", "seconds": 0.01}
+        if dies_after is None:
+            self.server.control(always=slow)
+        else:
+            self.server.control(*[slow] * dies_after, always={"kind": "drop"})
         remote = [f"--teacher.base_urls=[{self.server.url}]", "--teacher.model=tiny", "--teacher.retry_for=0.5", f"--teacher.ask={ask}"]
         start = ["train", self.recipe, *remote, "--train.steps=4", "--data.eval=null", "--rollout.max_rows=8", *overrides]
         command = ["resume", run] if (run / "recipe.yaml").exists() else [*start, f"--output={run}"]
@@ -106,6 +110,16 @@ def test_stopped_with_requests_under_way(runs: Runs, lazy: Path, tmp_path: Path)
         assert runs.go(run, "ahead", at=BEGIN, **fate) == status, runs.victims.said
     assert runs.go(run, "ahead") == 0, runs.victims.said
     assert_same_run(lazy, run, ASIDE)
+
+
+@pytest.mark.long
+def test_a_teacher_that_dies_costs_help_and_not_the_run(runs: Runs, tmp_path: Path) -> None:
+    """It dies with requests under way, after its start-up check and some replies."""
+    run = tmp_path / "run"
+    assert runs.go(run, "ahead", dies_after=20) == 0, runs.victims.said
+    steps = records(run)
+    assert len(steps) == 4 and sum(step["teacher_rollouts"] for step in steps) > 0
+    assert steps[-1]["teacher_rollouts"] == 0 and steps[-1]["teacher_unreachable"] > 0
 
 
 @pytest.mark.long
