@@ -17,6 +17,7 @@ from benchmarks.common import ROOT
 ROWS = (
     "same_gradients",
     "step_vs_trl",
+    "real_shape",
     "training_part",
     "scaling",
     "update_savings",

@@ -26,7 +26,7 @@ GIB = 2**30
 # A process whose vLLM is never told about new weights: what a broken transfer looks like from outside.
 DEAF = """
 import sys
-from zppo.engines.vllm_colocate import ColocatedVLLM
+from zppo.engines.vllm.vllm_colocate import ColocatedVLLM
 ColocatedVLLM.load = lambda self, weights: None
 from zppo.cli import main
 sys.exit(main(sys.argv[1:]))

@@ -29,7 +29,7 @@ from zppo.distributed.processes import Processes
 from zppo.distributed.sharded import ShardedWeights
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
-from zppo.engines.vllm import merged_weights
+from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import Student
 from zppo.train.engine_checks import EngineCheck

@@ -184,17 +184,42 @@ def test_bf16_may_round_small_updates_away(model: PreTrainedModel) -> None:
 
 
 def test_an_engine_over_the_trainer_s_module_is_looked_at_in_passing_and_a_wrong_one_found(model: PreTrainedModel) -> None:
-    """One token at four places of a prompt after each update; a copy of the weights in bf16 that nobody renews is not the module."""
+    """One token after the first few of a prompt after each update, at four places where it is not known to be the module; a copy of the
+    weights in bf16 that nobody renews is not the module."""
     ours = TransformersEngine(model, [2], 0)
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, int, int]] = []
     sample = ours.sample
-    ours.sample = lambda requests, how: asked.append((len(requests), how.max_new_tokens)) or sample(requests, how)  # type: ignore[method-assign, func-returns-value]
-    assert all(line["engine_gap_max"] < 1e-5 for line in steps(guard(ours, model), model, 1e-4, 3))
-    assert asked == [(1, 8)] + [(4, 1)] * (1 + 1 + 3)
+
+    def noted(requests: Any, how: Any) -> Any:
+        asked.append((len(requests), max(len(r.prompt_ids) for r in requests), how.max_new_tokens))
+        return sample(requests, how)
+
+    ours.sample = noted  # type: ignore[method-assign]
+    check = guard(ours, model)
+    whole = len(check.prompt.ids)
+    assert all(line["engine_gap_max"] < 1e-5 for line in steps(check, model, 1e-4, 3))
+    assert asked == [(1, whole, 8)] + [(1, min(8, whole), 1)] * (1 + 1 + 3)
+    asked.clear()
+    wrapped = SimpleNamespace(sample=noted, sync=ours.sync, shares_weights=True)  # whose module is not seen
+    assert all(line["engine_gap_max"] < 1e-5 for line in steps(guard(wrapped, model), model, 1e-4, 1))
+    assert asked == [(1, whole, 8)] + [(4, whole, 1)] * (1 + 1 + 1)
     for stale in (copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)):
         wrong = TransformersEngine(stale, [2], 0)
         with pytest.raises(EngineError, match="does not hold the trainer's weights"):
             steps(guard(wrong, model, tolerance=0.05), model, 1e-4, 1)
+
+
+def test_over_the_trainer_s_module_a_step_pays_for_seventeen_tokens(model: PreTrainedModel) -> None:
+    """A step of four questions with 8 rollouts of 32 tokens samples a thousand, and reads prompts and learns besides: under 2%."""
+    read: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    check = guard(TransformersEngine(model, [2], 0), model)
+    check.refresh(0)
+    read.clear()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    check.refresh(1)
+    assert 0 < sum(read) <= 17 < 0.02 * 4 * 8 * 32
 
 
 def test_the_gap_of_trained_rows_is_watched(model: PreTrainedModel) -> None:

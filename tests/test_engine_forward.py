@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
-from zppo.engines import logprobs as forward
+from zppo.engines import output_head
 from zppo.engines.logprobs import Row, completion_logprobs, token_scores
 
 ROWS = [
@@ -46,7 +46,7 @@ def plainly(model: PreTrainedModel, row: Row, temperature: float, banned: list[i
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
 def test_scores_and_gradients_equal_row_by_row(kind: str, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "_CHUNK", chunk)
+    monkeypatch.setattr(output_head, "head_tokens", lambda *_, **__: max(1, chunk // 24))
     model, banned = tiny(kind), [15, 20]
     weights = torch.randn(len(ROWS), 5, generator=torch.Generator().manual_seed(1))
 
@@ -69,12 +69,18 @@ def test_scores_and_gradients_equal_row_by_row(kind: str, temperature: float, ch
             assert float((ours[name] - weight.grad).abs().max()) <= 1e-5 * largest, name
 
 
-def test_logits_of_prompts_are_not_computed() -> None:
-    model, seen = tiny("qwen3"), []
-    model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+def test_only_completion_tokens_reach_the_output_layer() -> None:
+    model, seen = tiny("qwen3"), list[int]()
+    inner = model.lm_head.forward
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[:-1].numel())
+        return inner(hidden)
+
+    model.lm_head.forward = counted
     rows = [Row([1] * 9, [2, 3]), Row([1] * 11, [2])]
     logprobs, mask = completion_logprobs(model, rows)
-    assert seen == [3]  # from the shortest prompt's last token to the last but one
+    assert seen[1:] == [3]  # after its form was tried
     assert logprobs.shape == mask.shape == (2, 2)
 
 

@@ -27,8 +27,8 @@ from zppo.cli import main
 from zppo.config.settings import LoraSettings
 from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.logprobs import Row, completion_logprobs
-from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
-from zppo.engines.vllm_colocate import Sampled
+from zppo.engines.vllm.vllm_colocate import Sampled
+from zppo.engines.vllm.vllm_engine import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import EngineError, ModelError, SettingsError
 from zppo.models.lora import add_adapters
 from zppo.runs.log import read_lines

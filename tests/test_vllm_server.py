@@ -19,11 +19,11 @@ from test_vllm import SMALL, assert_holds, colocated, records, requests, start, 
 from zppo.cli import main
 from zppo.config.settings import VLLMSettings
 from zppo.distributed.processes import Processes
-from zppo.engines import vllm_server
 from zppo.engines.base import Sampling
-from zppo.engines.vllm import VLLMEngine, open_vllm
-from zppo.engines.vllm_colocate import ProcessPlace
-from zppo.engines.vllm_server import FileSender, ServedVLLM, connect, servers_of
+from zppo.engines.vllm import vllm_server
+from zppo.engines.vllm.vllm_colocate import ProcessPlace
+from zppo.engines.vllm.vllm_engine import VLLMEngine, open_vllm
+from zppo.engines.vllm.vllm_server import FileSender, ServedVLLM, connect, servers_of
 from zppo.errors import EngineError, SettingsError
 
 Serve = Callable[..., Any]

@@ -17,8 +17,8 @@ import vllm
 import vllm.model_executor.layers.linear  # noqa: F401 - it takes the function below by name
 import vllm.model_executor.layers.utils as utils
 
-from zppo.engines.vllm_colocate import ColocatedVLLM
-from zppo.engines.vllm_server import FileSender
+from zppo.engines.vllm.vllm_colocate import ColocatedVLLM
+from zppo.engines.vllm.vllm_server import FileSender
 
 
 def keep(layer: Any, remove_weight: bool) -> None:

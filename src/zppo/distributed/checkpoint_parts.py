@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from zppo.distributed.processes import Processes
-from zppo.engines.vllm import gathered
+from zppo.engines.vllm.vllm_engine import gathered
 from zppo.errors import CheckpointError
 from zppo.runs.checkpoint import PARTS, foreign, unusable
 

@@ -27,7 +27,8 @@ from zppo.distributed.checkpoint_parts import write_moments, write_weights
 from zppo.distributed.parallel import ReplicatedWeights, Value, checksum, keep_logits_small, trained_parameters
 from zppo.distributed.processes import Processes
 from zppo.distributed.retries import Retries
-from zppo.engines.vllm import merged_weights
+from zppo.engines.output_head import head_form
+from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.errors import LauncherError
 from zppo.models.lora import Adapters
 from zppo.models.quantized import unpacked
@@ -134,6 +135,8 @@ class ShardedWeights(ReplicatedWeights):
                 f"sharding was asked for, but {len(whole)} parameters are not sharded (the first is {whole[0]!r}): train without "
                 "sharding (train.sharding: none, recipes/accelerate/ddp.yaml)"
             )
+        with self.whole():
+            head_form(prepared)  # by a pass, which all must make together: now, and not where one of them scores its first row
         return prepared
 
     def _policies(self, device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import needs_of
 from zppo.config.model_settings import ModelSettings, TinkerSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
-from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, Sharing, micro_batches, share_prompt
+from zppo.core.minibatch import Sharing, head_tokens, micro_batches, pass_tokens, share_prompt
 from zppo.core.select import share_of
 from zppo.core.types import Message, Question
 from zppo.names import model_folder
@@ -125,7 +125,7 @@ class Memory:
         row, rows: what one rollout that is being sampled holds at its longest, and how many are sampled at once.
         activations: what the largest micro-batch keeps for its backward pass.
         layer: what the backward pass computes again of one layer, with gradient checkpointing; 0 without.
-        logits: of that micro-batch, with their gradients; gone when layers are computed again.
+        logits: of a chunk of that micro-batch's tokens, and the output layer's gradient; gone when layers are computed again.
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
         widest: what the longest rollout of all holds, where more of shorter ones hold the most together.
@@ -216,7 +216,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     tokens = largest.rows * largest.longest
     width = 2 if bf16 else 4
     kept, again = activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)
-    per_logit = _DIVERGENCE if settings.method.resolve().distils else 2 * width
+    scored = tokens - largest.rows * min(shortest, largest.longest)
     own = settings.rollout.engine == "transformers"
     row, rows, widest = _sampled(settings, shape, width)
     vllm = settings.rollout.vllm
@@ -232,7 +232,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         widest=widest if own else 0,
         activations=int(tokens * kept),
         layer=int(tokens * again),
-        logits=(tokens - largest.rows * min(shortest, largest.longest)) * shape.vocab * per_logit,
+        logits=head_bytes(shape, scored, bf16=bf16, gpu=gpu, diverges=settings.method.resolve().distils, trained=train.lora is None),
         tokens=tokens,
         longest=_longest(settings),
         stepping=trained * 4 if gpu else 0,
@@ -368,6 +368,19 @@ def activations_per_token(shape: DecoderShape, *, bf16: bool, recomputed: bool) 
     return (ends + 4 * shape.hidden * len(layers), max(layers)) if recomputed else (ends + sum(layers), 0.0)
 
 
+def head_bytes(shape: DecoderShape, tokens: int, *, bf16: bool, gpu: bool, diverges: bool = False, trained: bool = True) -> int:
+    """What scores of so many tokens hold at once in the backward pass: the logits of a chunk, and gradients of the output layer.
+
+    Args:
+        diverges: they are a divergence from a teacher.
+        trained: the output layer's weights have gradients: those of a chunk, and where there are several their sum in fp32.
+    """
+    chunk = min(tokens, head_tokens(shape.vocab, gpu=gpu, diverges=diverges))
+    per_logit = _DIVERGENCE if diverges else 10 if bf16 else 8  # logits in the pass's type, in fp32, their gradient
+    per_weight = (2 if bf16 else 4) + (4 if chunk < tokens else 0)
+    return chunk * shape.vocab * per_logit + (shape.vocab * shape.hidden * per_weight if trained else 0)
+
+
 def _layer(shape: DecoderShape, kind: str, *, bf16: bool) -> float:
     """Bytes per token of one layer: a fit to what is saved for the backward pass.
 
@@ -448,7 +461,7 @@ def _largest(settings: Settings, shape: DecoderShape, *, gpu: bool, images: int)
         )
         for pack in packs * count:
             (shared if len(pack) > 1 else single).append(tokens + len(pack) * new)
-    overhead = PASS_TOKENS_GPU if gpu else PASS_TOKENS
+    overhead = pass_tokens(shape.hidden, gpu=gpu)
     found = [
         _Largest(len(batch), max(lengths[row] for row in batch))
         for lengths in (shared, single)

@@ -31,7 +31,7 @@ from zppo.engines.loading import check_kernels
 from zppo.engines.logprobs import ForwardPass, sharing_of
 from zppo.engines.tinker import TinkerEngine
 from zppo.engines.transformers import TransformersEngine
-from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
+from zppo.engines.vllm.vllm_engine import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
 from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import Student, context_length, load_chat, load_student, recompute_layers
@@ -146,7 +146,8 @@ def make_learner(
     freeze_parts(model, train, images=chat.image_processor is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu")
+    width = model.config.get_text_config().hidden_size
+    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
     sharing = weights.decide(lambda: _make_sharing(settings, model, accelerator))
     prepared = weights.prepare(model, accelerator)
     made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout, Row
 from zppo.engines.logprobs import ForwardPass
@@ -134,12 +133,9 @@ class Distillation:
 
     def _backward(self, weighted: Sequence[Weighted], tokens: int) -> float:
         rows = [each.row for each in weighted]
-        with torch.no_grad():
-            wanted = self.teacher.logits(rows)
+        wanted = self.teacher.late(rows)
         with self.optimizer.accelerator.autocast():  # the vision tower is called by itself
-            logits = self.forward.logits(rows)
-        size = min(logits.shape[-1], wanted.shape[-1])  # embeddings may be padded to different sizes
-        divergence = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device))
+            divergence = self.forward.divergence(rows, wanted)
         weights = torch.tensor([each.weight for each in weighted]).repeat_interleave(torch.tensor([len(r.completion_ids) for r in rows]))
         loss = (divergence * weights.to(divergence.device)).sum() / tokens
         self.optimizer.accelerator.backward(loss)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -122,7 +123,8 @@ TOLERANCE_ROUNDED = 0.05
 _START = (1, 8)  # completions of a fixed prompt and their token limit: a look at a new engine,
 _RECHECK = (8, 64)  # and what decides where a look was over the tolerance: one unlikely token must not end a run
 _PROBED, _TOKENS = 4, 64  # rollouts that are looked at around an update, and how far
-_PLACES = 4  # of the fixed prompt
+_PLACES = 4  # of the fixed prompt,
+_FEW = 8  # and its first tokens, which are enough for an engine over the trainer's module
 _NOTICED = 1e-6  # nats: a movement of the trainer that is more than the rounding of fp32,
 _NOTICED_ROUNDED = 1e-3  # and one that bf16 cannot round away in all tokens
 _MANY = 16  # tokens: where so many have moved, and none has in the engine, it is no rounding either
@@ -223,8 +225,8 @@ class EngineCheck:
     """Syncs the engine after a change of weights and compares it with the trainer.
 
     A fixed prompt is looked at first. Then, around each update, an engine with a copy of the weights samples a few rollouts that the
-    update learns from once more, from the same keys. One that shares the trainer's module, and can go wrong in fewer ways, draws the next
-    token at a few places of the fixed prompt.
+    update learns from once more, from the same keys. One that says it shares the trainer's weights draws the next token at a few places
+    of the fixed prompt; where it is seen to sample from the very module that is trained, at a single one near its beginning.
 
     Args:
         engine: what samples. One that says `shares_weights` has no copy of them; one that has `rest` is told when it may.
@@ -358,8 +360,16 @@ class EngineCheck:
         return _Probe((SampleRequest(self.prompt.ids, keys, self.prompt.images),), tokens)
 
     def _places(self) -> _Probe:
-        """The next token at places of the fixed prompt; at its end where it has images, which must be whole."""
+        """The next token at places of the fixed prompt; at its end where it has images, which must be whole.
+
+        Over the trainer's own module no weights can be stale, and a step must not pay for that: a few tokens of text show whether a
+        cache, a precision or a temperature has come between.
+        """
         ids, key = self.prompt.ids, (draw_key(self.seed, "engine", 0),)
+        if getattr(self.engine, "model", self) is getattr(self.forward.model, "module", self.forward.model):
+            images = self.forward.image_processor.image_ids if self.forward.image_processor else ()
+            if few := tuple(takewhile(lambda i: i not in images, ids[:_FEW])):
+                return _Probe((SampleRequest(few, key),), 1)
         cuts = [len(ids)] if self.prompt.images else sorted({max(1, len(ids) * i // _PLACES) for i in range(1, _PLACES + 1)})
         return _Probe(tuple(SampleRequest(ids[:cut], key, self.prompt.images) for cut in cuts), 1)
 

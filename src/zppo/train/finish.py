@@ -17,7 +17,7 @@ from zppo.config.settings import Settings
 from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.tinker import TinkerEngine
-from zppo.engines.vllm import VLLMEngine
+from zppo.engines.vllm.vllm_engine import VLLMEngine
 from zppo.models.student_model import Student, load_model
 from zppo.planning.dry_run import gib
 from zppo.planning.memory import Memory, expected, peak_of_process

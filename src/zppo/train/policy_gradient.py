@@ -14,8 +14,6 @@ from zppo.core.advantages import spread_advantages, step_advantages, trivial
 from zppo.core.draws import keyed_random
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import (
-    PASS_TOKENS,
-    PASS_TOKENS_GPU,
     MicroBatch,
     Sample,
     Share,
@@ -23,6 +21,7 @@ from zppo.core.minibatch import (
     deal_groups,
     pack_length,
     packed,
+    pass_tokens,
     samples_of,
     share_minibatch,
 )
@@ -340,8 +339,8 @@ def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) 
     return torch.stack([gap.sum(), gap.max(), known.sum()]).float()
 
 
-def make_budget(train: TrainSettings, say: Callable[[str], None] | None = None, *, gpu: bool = False) -> TokenBudget:
-    """The budget of a recipe."""
+def make_budget(train: TrainSettings, say: Callable[[str], None] | None = None, *, gpu: bool = False, width: int = 1) -> TokenBudget:
+    """The budget of a recipe, for a model of this width."""
     adaptive = train.tokens_per_microbatch == "auto"
     tokens = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
-    return TokenBudget(tokens, adaptive=adaptive, say=say, overhead=PASS_TOKENS_GPU if gpu else PASS_TOKENS)
+    return TokenBudget(tokens, adaptive=adaptive, say=say, overhead=pass_tokens(width, gpu=gpu))

@@ -25,7 +25,7 @@ import httpx
 import torch
 from safetensors.torch import save_file
 
-from zppo.engines.vllm_colocate import LOGPROBS_MODE, Draw, ProcessPlace, Sampled
+from zppo.engines.vllm.vllm_colocate import LOGPROBS_MODE, Draw, ProcessPlace, Sampled
 from zppo.errors import EngineError, SettingsError, one_line
 
 SERVER_WAIT = 240.0

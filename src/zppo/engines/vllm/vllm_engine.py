@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, check_end_tokens, check_requests, in_order
-from zppo.engines.vllm_colocate import ColocatedVLLM, Draw, ProcessPlace, Sampled
-from zppo.engines.vllm_server import ServedVLLM, connect
+from zppo.engines.vllm.vllm_colocate import ColocatedVLLM, Draw, ProcessPlace, Sampled
+from zppo.engines.vllm.vllm_server import ServedVLLM, connect
 from zppo.errors import EngineError, ModelError, SettingsError, one_line
 from zppo.images.processor import ImageProcessor
 
