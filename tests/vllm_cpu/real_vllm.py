@@ -222,7 +222,7 @@ def test_a_teacher_over_vllm_serve(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_asked_ahead(recipe: Path, server: str, tmp_path: Path) -> None:
-    """Two vLLMs, the student's in the process or a server, and the teacher's server: rollouts come as they end, and the steps are the same."""
+    """The student in the process or a server, the teacher in another: rollouts come as they end, and the steps are the same."""
     size = ("--zone.rho_aug=0.25", "--rollout.group_size=8", "--rollout.max_new_tokens=160", "--teacher.rollout.max_new_tokens=160")
     teacher = ("--teacher.model=tiny-teacher", "--zone.teacher_group_size=4")
     runs = {"lazy": ("lazy", VLLM), "ahead": ("ahead", VLLM), "ahead-server": ("ahead", over(server, tmp_path))}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import vllm
-import vllm.model_executor.layers.linear  # noqa: F401 - it takes the function below by name
+import vllm.model_executor.layers.linear  # it takes the function below by name
 import vllm.model_executor.layers.utils as utils
 
 from zppo.engines.vllm.vllm_colocate import ColocatedVLLM
