@@ -108,7 +108,7 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
     settings = settings_of(case, folder)
     images = case.student != "text"
     chat = load_chat(settings.student, LIMITS, PixelCache(1 << 20)) if images else load_chat(settings.student)
-    student = load_student(settings, None, bf16=False, images=images)
+    student = weights.load(lambda: load_student(settings, None, bf16=False, images=images))
     nothing: Any = None
     learner, optimizer = make_learner(settings, student.model, chat, None, Accelerator(cpu=True), [], nothing, weights)
     assert isinstance(learner, PolicyGradient)
@@ -119,15 +119,12 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
     with looks() as looked:
         learner.check = None
         for step, groups in enumerate(recorded):
-            # Old log-probs of a forward pass, for which all weights are gathered: where memory runs out they must be gathered again.
+            # Old log-probs of a forward pass, in which memory may run out too.
             learner.sampler_is_exact = (step == 0) == (case.full != "forward")
             if case.full:
                 learner.budget.tokens = TOKENS_PER_MICROBATCH  # it runs out in each step
             metrics.append(update(learner, list(groups), step_advantages(groups, "nontrivial"), step))
-    saved, state = weights.saved(student), weights.snapshot_of(optimizer.optimizer)
-    if weights.processes.main:
-        saved.save_pretrained(out / "saved")
-        torch.save(state.state_dict(), out / "optimizer.pt")
+    weights.write(out, student, optimizer.optimizer)
     merged = weights.merged(student)
     if weights.processes.main:
         merged.save_pretrained(out / "whole")

@@ -194,6 +194,40 @@ def test_precision_optimizer_and_frozen_models_count(folder: Path) -> None:
     assert estimated(folder, *remote, f"--judge.model={folder / 'teacher'}").others == whole.others
 
 
+def test_a_process_holds_its_share_and_what_it_gathers(folder: Path) -> None:
+    """Of weights, gradients and optimizer; a pass has two layers whole and what lies outside of them, and gradients of a layer."""
+    fsdp2 = "--train.sharding=fsdp2"
+
+    def shared(processes: int, *overrides: str, gpu: bool = True) -> Memory:
+        found = estimate(settings(folder, fsdp2, *overrides), gpu=gpu, processes=processes)
+        assert isinstance(found, Memory)
+        return found
+
+    whole, four = estimated(folder, gpu=True), shared(4)
+    for name in ("weights", "gradients", "optimizer", "stepping"):
+        assert getattr(four, name) == getattr(whole, name) // 4
+    assert shared(8, "--train.shard_within=4") == four and estimated(folder, fsdp2, gpu=True) == whole
+    sizes = {name: p.numel() for name, p in made("qwen3.5").named_parameters()}
+    outside = sum(n for name, n in sizes.items() if ".layers." not in name)
+    layer = (sum(sizes.values()) - outside) / sum(name.endswith(".input_layernorm.weight") for name in sizes)
+    for found, width in ((four, 2), (shared(4, gpu=False), 4)):
+        assert found.passing == pytest.approx((outside + 2 * layer) * width + (outside + layer) * (width + 4), rel=0.02)
+        assert found.cast == width * sum(sizes.values())  # the transformers engine samples with all of them
+    assert shared(4, "--rollout.engine=vllm").cast == 0
+    away = shared(4, "--train.offload=true")
+    assert (away.weights, away.gradients, away.optimizer, away.stepping) == (0, 0, 0, 0)
+    assert away.host == four.weights + four.gradients + four.optimizer and away.passing == four.passing
+    assert shared(4, "--train.offload=true", gpu=False).weights == four.weights  # the same memory
+
+
+def test_the_fewest_processes_that_have_room_are_found(folder: Path) -> None:
+    recipe = ("--train.sharding=fsdp2", "--student.model=Qwen/Qwen3.5-9B", "--method=grpo", "--rollout.engine=vllm")
+    chosen = settings(folder, *recipe, "--train.gradient_checkpointing=true", "--rollout.vllm.gpu_memory_utilization=0.3")
+    rows = dict(memory_rows(chosen, machine=Machine("GPU", True, 80 * GIB)))
+    assert rows["verdict"] == "fits" and rows["sharding"].startswith("counted for 8 processes; at most in each of 2: "), rows
+    assert "sharding" not in dict(memory_rows(chosen, machine=Machine("GPU", True, 80 * GIB), processes=8))
+
+
 def test_a_vision_tower_that_is_not_loaded_does_not_count(folder: Path, tmp_path: Path) -> None:
     model = made("qwen3.5")
     model.config.save_pretrained(tmp_path)
@@ -370,8 +404,7 @@ def test_verdicts_in_words(folder: Path) -> None:
     assert "rollouts fit at once" in auto
     none = verdict(settings(folder), Machine("GPU", True, GIB))
     assert "even with LoRA" in none and "not even one rollout" in none
-    sharded = dict(memory_rows(settings(folder, "--train.sharding=fsdp2"), machine=fits))
-    assert "counted whole" in sharded["sharding"] and "sharding" not in dict(memory_rows(settings(folder), machine=fits))
+    assert "sharding" not in dict(memory_rows(settings(folder), machine=fits))
     assert "not known" in dict(memory_rows(settings(folder, "--student.model=someone/else"), machine=fits))["estimate"]
 
 

@@ -1,5 +1,5 @@
-"""`zppo` with real vLLM in its process on a CPU. `--deaf` first: a vLLM that takes no weights after the first ones. `--beside` first: a
-user's reward function grades rollouts as they end.
+"""`zppo` with real vLLM in its process on a CPU. `--deaf` first: a vLLM, or a server, that gets no weights after the first ones. `--beside`
+first: a user's reward function grades rollouts as they end.
 
 vLLM's linear layers for CPUs pack their weights and throw the originals away, so that none could be loaded later. Here they keep them.
 """
@@ -7,13 +7,15 @@ vLLM's linear layers for CPUs pack their weights and throw the originals away, s
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import vllm.model_executor.layers.linear  # noqa: F401 - it takes the function below by name
 import vllm.model_executor.layers.utils as utils
 
-from zppo.engines.vllm_colocate import ColocatedVLLM
+from zppo.engines.vllm.vllm_colocate import ColocatedVLLM
+from zppo.engines.vllm.vllm_server import FileSender
 
 
 def keep(layer: Any, remove_weight: bool) -> None:
@@ -31,13 +33,21 @@ if __name__ == "__main__":
 
     arguments = sys.argv[1:]
     if arguments[:1] == ["--deaf"]:
-        load, calls = ColocatedVLLM.load, list[None]()
+        load, calls, first = ColocatedVLLM.load, list[None](), list[tuple[str, torch.Tensor]]()
 
         def once(self: ColocatedVLLM, weights: Any) -> None:
             calls.append(None)
             load(self, weights if len(calls) == 1 else ())
 
+        write = FileSender._write
+
+        def the_first(self: FileSender, weights: Any, place: Path) -> None:
+            given = [(name, value.clone()) for name, value in weights]
+            first[:] = first or given
+            write(self, first, place)
+
         ColocatedVLLM.load = once  # type: ignore[method-assign]
+        FileSender._write = the_first  # type: ignore[method-assign]
         arguments = arguments[1:]
     if arguments[:1] == ["--beside"]:
         import zppo.rollout.step_parts

@@ -95,8 +95,25 @@ class ModelSettings(Section):
     attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
 
 
+class TinkerSettings(Section):
+    """A cluster that somebody else runs, over the Tinker API (docs/tinker.md)."""
+
+    base_url: str | None = Field(
+        None, pattern=r"^https?://[^@?#\s]+$", description="address of the server; empty: TINKER_BASE_URL, else the hosted service"
+    )
+    base_model: str | None = Field(None, min_length=1, description="what the server calls the model; empty: student.model")
+    server: Literal["tinker", "skyrl-jax"] = Field(
+        "tinker", description="what answers: tinker, the hosted service; skyrl-jax, SkyRL's server with its JAX backend"
+    )
+    deadline: float = Field(1800.0, gt=0, description="seconds that an answer is waited for before the run is saved and ends")
+
+
 class StudentSettings(ModelSettings):
     """The model that is trained."""
+
+    tinker: TinkerSettings | None = Field(
+        None, description="the student lives on a server that speaks the Tinker API; empty: in this process; {} is the hosted service"
+    )
 
     quantize: Literal["4bit"] | None = Field(
         None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import wraps
@@ -22,11 +22,12 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from zppo.config.settings import Settings
-from zppo.distributed.launcher import Launch
+from zppo.distributed.launcher import Launch, Sharding, started_by_slurm
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
 from zppo.models.lora import Adapters
 from zppo.models.student_model import Student
+from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
 from zppo.runs.signals import Stop
 
@@ -58,13 +59,22 @@ class ReplicatedWeights:
         processes: the processes.
         sharded: whether a forward or backward pass of one process needs all others: every process must make equally many.
         kind: how they lie, in words.
+        offload: whether what is trained lies in the processor's memory.
     """
 
-    sharded = False
+    sharded = offload = False
     kind = "each with all weights"
 
     def __init__(self, processes: Processes = ONE_PROCESS) -> None:
         self.processes = processes
+
+    def load(self, make: Callable[[], Student]) -> Student:
+        """The student, from where `make` reads it. Every process must call it."""
+        return make()
+
+    def decide(self, make: Callable[[], Value]) -> Value:
+        """What `make` finds out with the weights of `load`, before `prepare`. Every process must call it."""
+        return make()
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         """The model on its device, with autocast where asked for. The optimizer is made afterwards: parameters may be others."""
@@ -76,6 +86,10 @@ class ReplicatedWeights:
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, every process can run forward passes on its own. Every process must enter."""
+        return nullcontext()
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """Around forward passes without a backward pass. Where weights are sharded every process must make equally many."""
         return nullcontext()
 
     def together(self) -> AbstractContextManager[None]:
@@ -124,20 +138,35 @@ class ReplicatedWeights:
             self.processes.check_same("the trained weights", checksum(student.model))
         return student.saved
 
+    def load_optimizer(self, start: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Gives the optimizer the state of a checkpoint, whatever way the weights lay then. Every process must call it.
+
+        Raises:
+            CheckpointError: it holds no such state, or one over other weights.
+        """
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if checkpoint.in_parts(start):
+            from zppo.distributed.checkpoint_parts import read_moments
+
+            read_moments(start, optimizer, trained)
+        else:
+            checkpoint.load_optimizer(start, self.state_of(optimizer), list(trained.values()), mapped=self.sharded)
+
     def merged(self, student: Student) -> Savable:
         """What the first process saves the whole student from in the end, adapters merged for good. Every process must call it."""
         saved = self.saved(student)
         return saved if student.adapters is None else Merging(student.adapters)
 
     def state_of(self, optimizer: Any) -> TakesState:
-        """What gives the optimizer the state of a checkpoint."""
+        """What takes a whole state for the optimizer."""
         takes: TakesState = optimizer
         return takes
 
-    def snapshot_of(self, optimizer: Any) -> HoldsState:
-        """What the first process saves the optimizer from. Every process must call it."""
-        holds: HoldsState = optimizer
-        return holds
+    def write(self, folder: Path, student: Student, optimizer: HoldsState) -> None:
+        """Writes student and optimizer into the folder of a checkpoint. Every process must call it."""
+        saved = self.saved(student)
+        if self.processes.main:
+            checkpoint.write_whole_state(folder, saved, optimizer)
 
 
 class Merging:
@@ -177,13 +206,18 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     Raises:
         LauncherError: what the launcher asked for is not what stands.
     """
-    on_cpu = settings.train.device == "cpu" or not torch.cuda.is_available()
+    elsewhere = settings.student.tinker is not None  # nothing of the student is computed here
+    on_cpu = settings.train.device == "cpu" or elsewhere or not torch.cuda.is_available()
     bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
     precision = "bf16" if bf16 else "no"
     launch.check_precision(precision)
     # accelerate would shard on GPUs, and do something else on CPUs: `make_weights` does it on both.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(settings))])
+    os.environ |= started_by_slurm()
+    group: dict[str, Any] = {"timeout": _patience(settings)}
+    if launch.processes > 1 and not on_cpu and (settings.train.offload or launch.offload):
+        group["backend"] = "cuda:nccl,cpu:gloo"  # the norm of gradients on the CPU is summed there
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(**group)])
     launch.check_processes(accelerator.num_processes)
     return accelerator
 
@@ -193,9 +227,10 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
 
     Raises:
         LauncherError: sharding was asked for, and there is one process.
-        SettingsError: the recipe trains what cannot be sharded.
+        SettingsError: the recipe trains what cannot be sharded, or shards it as so many processes cannot.
     """
     size, sharding = accelerator.num_processes, launch.sharding or settings.train.sharding
+    _check_shards(settings, sharding, size)
     if size == 1:
         if sharding != "none":
             raise LauncherError(
@@ -222,7 +257,26 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
         raise SettingsError(
             f"train.tokens_per_microbatch is auto, and weights are sharded ({sharding}): {why}. Give a number, or update torch"
         )
-    return ShardedWeights(processes, reshard=launch.reshard, retries=retries)
+    return ShardedWeights(
+        processes,
+        reshard=launch.reshard,
+        retries=retries,
+        within=settings.train.shard_within,
+        offload=settings.train.offload or launch.offload,
+        bf16=accelerator.mixed_precision == "bf16",
+    )
+
+
+def _check_shards(settings: Settings, sharding: Sharding, size: int) -> None:
+    train = settings.train
+    if sharding == "none" and (train.shard_within is not None or train.offload):
+        name = "train.offload is on" if train.offload else f"train.shard_within is {train.shard_within}"
+        raise SettingsError(f"{name}, and nothing is sharded: set train.sharding=fsdp2 and start several processes, or leave it out")
+    if train.shard_within is not None and size > 1 and size % train.shard_within:
+        raise SettingsError(
+            f"train.shard_within is {train.shard_within}, and {size} processes cannot be split into groups of so many: take a divisor of "
+            f"{size}"
+        )
 
 
 def _patience(settings: Settings) -> timedelta:

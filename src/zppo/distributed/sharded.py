@@ -1,33 +1,40 @@
-"""The trained weights sharded over the processes with FSDP2 [zppo]. Loaded where a run asks for it: torch takes seconds to import that."""
+"""The trained weights sharded over the processes with FSDP2 [zppo]. Loaded where a run asks for it: torch takes seconds to import that.
+
+No process but the first ever holds all of the student in one place, and that one only while it is read: it passes one layer after the
+other on. In bf16 layers are gathered in bf16 and gradients summed in fp32; weights and optimizer state are fp32 shards.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from zppo.distributed.checkpoint_parts import write_moments, write_weights
 from zppo.distributed.parallel import ReplicatedWeights, Value, checksum, keep_logits_small, trained_parameters
 from zppo.distributed.processes import Processes
 from zppo.distributed.retries import Retries
 from zppo.engines.output_head import head_form
-from zppo.engines.vllm import merged_weights
+from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.errors import LauncherError
 from zppo.models.lora import Adapters
 from zppo.models.quantized import unpacked
 from zppo.models.student_model import Student
 from zppo.models.vision_parts import parts_of
-from zppo.runs.checkpoint import HoldsState, Savable, TakesState
+from zppo.runs.checkpoint import HoldsState, Savable, TakesState, weights_folder, write_whole_state
 
 
 class ShardedWeights(ReplicatedWeights):
@@ -39,17 +46,57 @@ class ShardedWeights(ReplicatedWeights):
 
     Args:
         reshard: free a layer's gathered weights after its forward pass (less memory) or after its backward pass.
+        within: so many neighbouring processes share one copy of the weights, and gradients are summed over all of them (HSDP); None
+            for all processes.
+        offload: a process's share of weights, gradients and optimizer state stays in the processor's memory, and the optimizer steps there.
+        bf16: gather weights in bf16; gradients are summed in fp32 all the same.
         retries: whether an attempt that runs out of memory is made again (`together`).
     """
 
     sharded = True
     kind = "weights sharded over them (FSDP2)"
 
-    def __init__(self, processes: Processes, *, reshard: bool = True, retries: bool = False) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        reshard: bool = True,
+        retries: bool = False,
+        within: int | None = None,
+        offload: bool = False,
+        bf16: bool = False,
+    ) -> None:
         super().__init__(processes)
-        self.reshard, self._gathered = reshard, False
+        self.reshard, self.within, self.offload, self.bf16 = reshard, within or processes.size, offload, bf16
+        if self.within < processes.size:
+            self.kind = f"weights sharded over each {self.within} of them (FSDP2)"
+        self._loaded = False  # the first process has the weights, and the others know their shapes
+        self._mesh: DeviceMesh | None = None
         self._retries = Retries(processes) if retries else None
+        self._gathered = False
         self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
+
+    def load(self, make: Callable[[], Student]) -> Student:
+        """The first process reads the student; the others get it without its weights, which follow layer by layer in `prepare`.
+
+        One in 4 bits, a fraction of the size and no plain numbers, is read by every process.
+        """
+        own = make() if self.processes.main else None
+        bare = None
+        if own is not None and all(p.is_floating_point() for p in own.model.parameters()):
+            empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in own.model.parameters()}
+            bare = copy.deepcopy(own, empty)
+        sent = self.processes.gather(bare)[0]
+        self._loaded = sent is not None
+        return own or sent or make()
+
+    def decide(self, make: Callable[[], Value]) -> Value:
+        """The first process alone has all weights."""
+        if not self._loaded:
+            return make()
+        answers: list[Any] = self.processes.gather(make() if self.processes.main else None)
+        decided: Value = answers[0]
+        return decided
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         """Shards every layer that the architecture names as one, then the rest.
@@ -57,15 +104,21 @@ class ShardedWeights(ReplicatedWeights):
         Raises:
             LauncherError: parameters are not sharded afterwards.
         """
-        self.processes.check_same("the student's weights at the start", checksum(model))
+        if not self._loaded:
+            self.processes.check_same("the student's weights at the start", checksum(model))
         prepared: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         keep_logits_small(prepared, accelerator)
-        mesh = init_device_mesh(accelerator.device.type, (self.processes.size,))
-        names, kept = set(getattr(prepared, "_no_split_modules", None) or ()), kept_whole(prepared)
-        layers = [m for m in prepared.modules() if type(m).__name__ in names and not kept.issuperset(m.parameters())]
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard, ignored_params=kept)
-        fully_shard(prepared, mesh=mesh, reshard_after_forward=False, ignored_params=kept)  # it is needed again at once
+        kept = kept_whole(prepared)
+        if self._loaded:
+            self._pass_on(prepared, accelerator.device, kept)
+            kept = kept_whole(prepared)
+        kinds = set(getattr(prepared, "_no_split_modules", None) or ())
+        layers: list[nn.Module] = [m for m in prepared.modules() if type(m).__name__ in kinds and not kept.issuperset(m.parameters())]
+        for module in (*layers, prepared):
+            if self._loaded:
+                self._pass_on(module, accelerator.device, set(module.parameters()) - kept)
+            again = self.reshard and module is not prepared  # all of it is needed again at once
+            fully_shard(module, reshard_after_forward=again, ignored_params=kept, **self._policies(accelerator.device))
         for tensor in (*kept, *prepared.buffers()):  # the others are there
             tensor.data = tensor.data.to(accelerator.device)
         _always_differentiate(prepared)
@@ -86,6 +139,30 @@ class ShardedWeights(ReplicatedWeights):
             head_form(prepared)  # by a pass, which all must make together: now, and not where one of them scores its first row
         return prepared
 
+    def _policies(self, device: torch.device) -> dict[str, Any]:
+        """How `fully_shard` shards."""
+        size, within = self.processes.size, self.within
+        if self._mesh is None:
+            shape, names = ((size,), ("shard",)) if within == size else ((size // within, within), ("replicate", "shard"))
+            self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.offload else OffloadPolicy()
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.bf16 else MixedPrecisionPolicy()
+        return {"mesh": self._mesh, "mp_policy": precision, "offload_policy": offload}
+
+    def _pass_on(self, module: nn.Module, device: torch.device, wanted: set[nn.Parameter]) -> None:
+        """Gives all processes what the first one has read of these parameters of a module, of what is not sharded yet."""
+        passed = dict[int, tuple[nn.Parameter, nn.Parameter]]()  # tied weights stay one parameter
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if parameter not in wanted or isinstance(parameter, DTensor):
+                    continue
+                if id(parameter) not in passed:
+                    own = parameter.detach()
+                    value = own.to(device) if self.processes.main else torch.empty_like(own, device=device)
+                    dist.broadcast(value, 0)
+                    passed[id(parameter)] = parameter, nn.Parameter(value, parameter.requires_grad)
+                owner.register_parameter(name, passed[id(parameter)][1])
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         self._gather()
@@ -102,6 +179,15 @@ class ShardedWeights(ReplicatedWeights):
         for module, _ in self._modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """A backward pass would let go of what the outermost module has gathered, and an update would leave that behind."""
+        try:
+            yield
+        finally:
+            for module, _ in self._modules:
+                module.reshard()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -139,9 +225,12 @@ class ShardedWeights(ReplicatedWeights):
                 torch._foreach_mul_(kind, scale)
         return norm
 
-    def saved(self, student: Student) -> Savable:
+    def _check_whole(self, student: Student) -> None:
         whole = nn.ParameterList(p for p in student.model.parameters() if not isinstance(p, DTensor))
         self.processes.check_same("the weights that every process holds whole", checksum(whole))
+
+    def saved(self, student: Student) -> Savable:
+        self._check_whole(student)
         if student.adapters is not None:
             return student.adapters
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -160,8 +249,15 @@ class ShardedWeights(ReplicatedWeights):
     def state_of(self, optimizer: Any) -> TakesState:
         return _ShardedState(optimizer)
 
-    def snapshot_of(self, optimizer: Any) -> HoldsState:
-        return Snapshot(gathered_state(optimizer, keep=self.processes.main))
+    def write(self, folder: Path, student: Student, optimizer: HoldsState) -> None:
+        """Each process writes its part of both; see `zppo.distributed.checkpoint_parts`."""
+        self._check_whole(student)
+        if student.adapters is not None:  # the first process has all that is trained
+            if self.processes.main:
+                write_whole_state(folder, student.adapters, optimizer)
+            return
+        write_weights(weights_folder(folder), student.model, self.processes)
+        write_moments(folder, cast(torch.optim.Optimizer, optimizer), student.model, self.processes)
 
 
 class GatheredModel:
@@ -205,34 +301,6 @@ class _ShardedState:
             for index, values in state["state"].items()
         }
         self._optimizer.load_state_dict({**state, "state": sharded})
-
-
-class Snapshot:
-    """An optimizer's whole state as it was."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
-
-
-def gathered_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """A sharded optimizer's state in whole tensors on the CPU, gathered one by one. Every process must call it.
-
-    Args:
-        keep: whether this process wants them; the others pass them on.
-    """
-
-    def whole(value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        full = value.full_tensor()
-        return full.cpu() if keep else None
-
-    state = optimizer.state_dict()
-    kept = {i: {name: whole(value) for name, value in values.items()} for i, values in state["state"].items()}
-    return {**state, "state": kept}
 
 
 def kept_whole(model: nn.Module) -> set[nn.Parameter]:

@@ -21,9 +21,11 @@ from zppo.core.types import Question
 from zppo.distributed.launcher import read_launch
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.engines.base import Engine
+from zppo.engines.loading import check_kernels
 from zppo.errors import LauncherError, SettingsError
 from zppo.measure.answers import AnswerFile, Answers, Who, of_rollouts, of_verdicts
 from zppo.models.student_model import load_chat, load_student
+from zppo.names import model_folder
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher
 from zppo.rollout.grading import grades_while_sampling, make_scorer, rule_grading
 from zppo.rollout.run_data import RunData, check_vocabulary, load_short
@@ -103,6 +105,7 @@ def ready_models(
         if frozen.teachers:
             ask["teacher"] = partial(_ask_teacher, settings, frozen.teachers[0], renderer, score, n)
         if "student" in who:
+            check_kernels(model_folder(settings.student.model), accelerator.device, settings.student.revision)
             progress.doing(f"loading the student {settings.student.model}")
             student = load_student(settings, None, bf16=autocast_type(accelerator) is not None, images=inputs is not None)
             check_vocabulary(student.model, renderer, questions)

@@ -12,13 +12,14 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import needs_of
-from zppo.config.model_settings import ModelSettings
+from zppo.config.model_settings import ModelSettings, TinkerSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
 from zppo.core.minibatch import Sharing, head_tokens, micro_batches, pass_tokens, share_prompt
 from zppo.core.select import share_of
@@ -52,6 +53,14 @@ class Machine:
     def usable(self) -> int:
         """Bytes that a run which starts now can have."""
         return self.total if self.free is None else self.free
+
+
+def cluster_rows(tinker: TinkerSettings) -> list[tuple[str, str]]:
+    """(what, how) for the plan of a run whose student is on a server: what this machine lacks for it."""
+    where = tinker.base_url or "the server that TINKER_BASE_URL names, else the hosted service"
+    lacks = missing_for_tinker()
+    verdict = f"student.tinker is set, and {lacks}" if lacks else "its SDK and a key are here"
+    return [("student", f"on {where}: its weights are not here"), ("verdict", verdict)]
 
 
 def find_machine(device: Literal["auto", "cpu"]) -> Machine | None:
@@ -94,6 +103,7 @@ def _ram() -> Machine | None:
 
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
+_PROCESSES = (2, 4, 8, 16, 32, 64)
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
@@ -123,6 +133,8 @@ class Memory:
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
         unknown: frozen models in this process that are in no number, because nothing here says how large they are.
+        passing: where weights are sharded, what the update gathers of them, with the gradients of a layer, in the place of `cast`.
+        host: what `train.offload` keeps in the processor's memory instead, in each process.
     """
 
     weights: int
@@ -143,6 +155,8 @@ class Memory:
     tower: int = 0
     images: int = 0
     unknown: tuple[str, ...] = ()
+    passing: int | None = None
+    host: int = 0
 
     @property
     def standing(self) -> int:
@@ -157,7 +171,8 @@ class Memory:
     @property
     def update(self) -> int:
         """What the update holds on top: the larger of its backward pass and its optimizer step."""
-        return max(self.cast + self.activations + self.tower + max(self.logits, self.layer), self.stepping)
+        weights = self.cast if self.passing is None else self.passing
+        return max(weights + self.activations + self.tower + max(self.logits, self.layer), self.stepping)
 
     @property
     def total(self) -> int:
@@ -165,14 +180,15 @@ class Memory:
         return self.standing + max(self.sampling, self.update)
 
 
-def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 0, shortest: int = 0) -> Memory | str:
-    """What a run of this recipe needs in one process that holds all weights.
+def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 0, shortest: int = 0, processes: int = 1) -> Memory | str:
+    """What a run of this recipe needs in one process.
 
     Args:
         gpu: whether it trains on one; decides what `auto` precision is.
         capacity: bytes of that GPU, of which vLLM in this process takes its share.
         images: most images of a question; with any the student has its vision tower, and so has a teacher in this process.
         shortest: tokens of the shortest prompt, for which no logits are computed; 0 where it is not known.
+        processes: that train together, and share weights out where `train.sharding` says so; 1: it holds all of them.
 
     Returns:
         The estimate, or why there is none.
@@ -204,7 +220,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     own = settings.rollout.engine == "transformers"
     row, rows, widest = _sampled(settings, shape, width)
     vllm = settings.rollout.vllm
-    return Memory(
+    whole = Memory(
         weights=trained * 4 + frozen_bytes,
         gradients=trained * 4,
         optimizer=_optimizer(train.optimizer, trained),
@@ -223,6 +239,44 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         tower=_tower(settings, vision_shape, largest.rows, images, bf16=bf16),
         images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
         unknown=unknown,
+    )
+    shards = train.shard_within or processes
+    return _shared_out(whole, settings, shape, parameters, shards, gpu=gpu, bf16=bf16) if train.sharding != "none" and shards > 1 else whole
+
+
+def enough(settings: Settings, machine: Machine | None, most: float, **facts: int) -> tuple[int, dict[int, int]]:
+    """The fewest processes whose shares take no more than `most` of this machine, else the most that are tried; and the bytes of each.
+
+    Args:
+        facts: of the data, as `estimate` takes them.
+    """
+    gpu, capacity = machine is not None and machine.gpu, machine.total if machine and machine.gpu else 0
+    tried = {count: estimate(settings, gpu=gpu, capacity=capacity, **{**facts, "processes": count}) for count in _PROCESSES}
+    totals = {count: memory.total for count, memory in tried.items() if isinstance(memory, Memory)}
+    room = most * machine.usable if machine is not None else 0
+    return next((count for count, total in totals.items() if total <= room), _PROCESSES[-1]), totals
+
+
+def _shared_out(whole: Memory, settings: Settings, shape: DecoderShape, parameters: int, shards: int, *, gpu: bool, bf16: bool) -> Memory:
+    """A process's part of the memory of one that holds all weights, with what it gathers for a while.
+
+    A pass has two layers whole, the one that it computes and the next, beside what lies outside of the layers; in a backward pass the
+    gradients of that, and of a layer, in the type of the pass and once more in fp32, in which they are summed. The transformers engine
+    samples with all weights whole.
+    """
+    width, offload = 2 if bf16 else 4, settings.train.offload and gpu
+    outside = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    layer = max(0, parameters - outside) // len(shape.layers)
+    own = (whole.weights + whole.gradients + whole.optimizer) // shards
+    parts: dict[str, Any] = {
+        name: 0 if offload else getattr(whole, name) // shards for name in ("weights", "gradients", "optimizer", "stepping")
+    }
+    return replace(
+        whole,
+        **parts,
+        cast=parameters * width if settings.rollout.engine == "transformers" else 0,
+        passing=(outside + 2 * layer) * width + (outside + layer) * (width + 4),
+        host=own if offload else 0,
     )
 
 
@@ -278,13 +332,20 @@ def _token_counter(settings: Settings) -> Callable[[str], int] | None:
 
 
 def expected(
-    settings: Settings, train: Sequence[Question], held_out: Sequence[Question], shown: Sequence[Message], *, gpu: bool, capacity: int
+    settings: Settings,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    shown: Sequence[Message],
+    *,
+    gpu: bool,
+    capacity: int,
+    processes: int = 1,
 ) -> Memory | str:
     """The estimate of a run on these questions, as its dry run shows it; the other args are of `within` and `estimate`."""
     asked = [*train, *held_out]
     images = max((len(q.images) for q in asked), default=0)
     limits, shortest = within(settings, asked, len(train), shown), prompt_tokens(settings, asked, shown)[0]
-    return estimate(limits, gpu=gpu, capacity=capacity, images=images, shortest=shortest)
+    return estimate(limits, gpu=gpu, capacity=capacity, images=images, shortest=shortest, processes=processes)
 
 
 def peak_of_process() -> int:

@@ -114,7 +114,9 @@ NOT_ARMS = (
     *(f"{model}.{name}" for model in ("teacher", "judge") for name in (
         "base_urls", "key_env", "concurrency", "deadline", "retry_for", "device",
     )),
-    *(f"rollout.vllm.{name}" for name in ("mode", "base_url", "group_port", "gpu_memory_utilization", "enable_sleep_mode")),
+    *(f"rollout.vllm.{name}" for name in (
+        "mode", "base_url", "group_port", "weights_folder", "gpu_memory_utilization", "enable_sleep_mode",
+    )),
     "teacher.ask",
 )  # fmt: skip
 """Settings that change nothing of what is learned, but for rounding: how often something is looked at or saved, where something runs, how

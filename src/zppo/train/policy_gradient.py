@@ -168,13 +168,17 @@ class PolicyGradient:
         tally.old_needed += sum(_needed(asked, micro) for micro in self._split(asked))
 
         def score(batches: list[MicroBatch]) -> None:
+            most = max(self.processes.gather(len(batches))) if self.weights.sharded else 0
             for micro in batches:
                 logprobs, _ = self._logprobs(asked, micro)
                 for (g, i), line in zip([unknown[m] for m in micro.rows], logprobs.float().cpu(), strict=True):
                     result[g, i] = line[: samples[g][i].tokens].clone()  # a view is sent with its whole batch
+            for _ in range(most - len(batches)):  # a process without a row left takes part in the passes of the others
+                shortest = min((s for group in samples for s in group), key=lambda s: s.length)
+                self._logprobs([shortest], MicroBatch([[0]], shortest.length))
 
         if self.processes.any(bool(unknown)):
-            with torch.no_grad(), self.weights.whole():
+            with torch.no_grad(), self.weights.scoring():
                 self._in_micro_batches(asked, score)
         return result
 
@@ -196,7 +200,7 @@ class PolicyGradient:
         def score(batches: list[MicroBatch]) -> list[torch.Tensor]:
             return [_gap(*self._logprobs(rows, micro), [rows[m] for m in micro.rows]) for micro in batches]
 
-        with torch.no_grad(), self.weights.whole():
+        with torch.no_grad(), self.weights.scoring():
             parts = self._in_micro_batches(rows, score) if rows else []
         for part in parts if self.processes.main else ():
             counts.add_gap(*part.tolist())

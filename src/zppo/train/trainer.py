@@ -11,7 +11,7 @@ from zppo.core.metrics import accuracy_by_kind, composition, eligibility, reward
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
-from zppo.errors import MemoryLimitError
+from zppo.errors import ClusterError, MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.rollout.rewards import CALLS, METRIC
 from zppo.rollout.run_data import RunData
@@ -240,9 +240,9 @@ class Trainer:
             with log.time("update"):
                 updated = self.learner.update(rollouts.plain, rollouts.reformulated, rollouts.responses, log, partial)
             self.engine_check.trained(log.counts)
-        except MemoryLimitError:
+        except (MemoryLimitError, ClusterError):
             if self.processes.size == 1:
-                self.boundary = boundary  # the weights have not moved
+                self.boundary = boundary  # the weights have not moved, or a cluster has kept those of the step before
             raise
         except UpdateStopped as stopped:
             stopped.mid_step = MidStep(rollouts, log, stopped.partial)
