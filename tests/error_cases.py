@@ -1098,6 +1098,19 @@ def _(w: World) -> None:
     w.set("train.shard_within", 8)
 
 
+@case("groups that the processes cannot be split into")
+def _(w: World) -> None:
+    w.set("train.sharding", "fsdp2")
+    w.set("train.shard_within", 4)
+    w.env = {"RANK": "0", "WORLD_SIZE": "6"}
+
+
+@case("sharding, and an optimizer whose state cannot be sharded")
+def _(w: World) -> None:
+    w.set("train.sharding", "fsdp2")
+    w.set("train.optimizer", "adamw-8bit")
+
+
 @case("an accelerate configuration with Megatron-LM")
 def _(w: World) -> None:
     _accelerate(w, ACCELERATE_USE_MEGATRON_LM="true")

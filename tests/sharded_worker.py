@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed.tensor import DTensor
 
+from test_distributed import assert_near
 from test_memory import Full
 from test_update import update
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings
@@ -24,6 +25,7 @@ from zppo.core.types import Group
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
 from zppo.distributed.sharded import ShardedWeights
+from zppo.engines.chat import Chat
 from zppo.images import features
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
@@ -49,7 +51,7 @@ class Case:
 
 AUTO = {"tokens_per_microbatch": "auto"}
 CASES = (
-    Case("rates", "qwen3_vl", {**AUTO, "vision": {"tower_rate": 0.5, "projector_rate": 0.25}}, full="backward"),
+    Case("rates", "qwen3_vl", {**AUTO, "offload": True, "vision": {"tower_rate": 0.5, "projector_rate": 0.25}}, full="backward"),
     Case("adapters", "qwen3_vl", {**AUTO, "lora": {"rank": 4, "alpha": 8, "targets": LAST_LAYER}}, full="forward"),
     Case("frozen", "qwen3_5", {"vision": {"freeze_tower": True}, "gradient_checkpointing": True}),
     Case("4 bits", "text", {"lora": {"rank": 4, "alpha": 8}, "gradient_checkpointing": True}, quantize="4bit"),
@@ -103,6 +105,27 @@ def check_parts(student: Student, weights: ReplicatedWeights) -> None:
         assert isinstance(parameter, DTensor) == (weights.sharded and not whole), name
 
 
+def make_shards(case: Case, processes: Processes) -> ShardedWeights:
+    auto = case.train.get("tokens_per_microbatch") == "auto"
+    return ShardedWeights(processes, retries=auto, offload=case.train.get("offload", False))
+
+
+def check_resumed(case: Case, settings: Settings, chat: Chat, learner: PolicyGradient, groups: list[Group], start: Path) -> None:
+    """What was saved goes on as what has saved it, over the same processes and in one of them alone; nothing is saved of it."""
+    processes, nothing, advantages = learner.processes, None, step_advantages(groups, "nontrivial")
+    expected = update(learner, groups, advantages, len(groups))
+    for weights in (make_shards(case, processes), ReplicatedWeights()):
+        student = weights.load(lambda: load_student(settings, start, bf16=False, images=chat.image_processor is not None))
+        other, _ = make_learner(settings, student.model, chat, start, Accelerator(cpu=True), [], nothing, weights)  # type: ignore[arg-type]
+        assert isinstance(other, PolicyGradient)
+        other.check, other.sampler_is_exact, other.budget.tokens = None, learner.sampler_is_exact, learner.budget.tokens
+        found = update(other, groups, advantages, len(groups))
+        if weights.sharded:
+            assert found == expected
+        else:
+            assert_near({k: found[k] for k in ("loss", "grad_norm")}, {k: expected[k] for k in ("loss", "grad_norm")}, case.name)
+
+
 def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequence[Sequence[Group]], out: Path) -> dict[str, Any]:
     """Two steps; what was trained is saved in `out`, whole and as a checkpoint has it. What came of it."""
     settings = settings_of(case, folder)
@@ -129,6 +152,10 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
     if weights.processes.main:
         merged.save_pretrained(out / "whole")
     weights.processes.wait()
+    if weights.sharded and not case.quantize:
+        budget = learner.budget.tokens
+        check_resumed(case, settings, chat, learner, list(recorded[0]), out)
+        learner.budget.tokens = budget
     return {"metrics": metrics, "looked": looked[0], "tried": tried, "budget": learner.budget.tokens}
 
 
@@ -143,7 +170,7 @@ def main(arguments: list[str]) -> int:
         recorded = pickle.loads((folder / f"{case.student}.pickle").read_bytes())
         out = folder / case.name
         out.mkdir(exist_ok=True)
-        weights = ShardedWeights(processes, retries=case.train.get("tokens_per_microbatch") == "auto")
+        weights = make_shards(case, processes)
         try:
             found = train(case, weights, folder, recorded, out)
         except BaseException:

@@ -170,7 +170,9 @@ def _row(request: SampleRequest, ids: torch.Tensor) -> Any:
 
 def trained_within_two(count: Gathered, processes: Processes, path: Path, recorded: list[list[Group]], out: Path) -> None:
     """HSDP: the guard and vLLM's copy of the weights around an update, and no more than a module whole at any moment."""
-    shard = Shard(processes, path, within=2)
+    with count.counted():
+        shard = Shard(processes, path, within=2)  # its output layer is tried too
+    assert 0 < count.most <= shard.module_bytes(4), (count.most, shard.module_bytes(4))
     assert shard.weights.kind == "weights sharded over each 2 of them (FSDP2)"
     prompt = Prompt("plain", Question("q", (), ""), (), (5, 6, 7, 8))
     check = EngineCheck(
@@ -188,6 +190,9 @@ def trained_within_two(count: Gathered, processes: Processes, path: Path, record
     with count.counted():
         shard.write(out / "within")
     assert count.most == shard.largest(4)
+    final = shard.weights.merged(shard.student)
+    if processes.main:
+        final.save_pretrained(out / "final")
     (out / f"within-{processes.rank}.pickle").write_bytes(pickle.dumps(metrics))
 
 

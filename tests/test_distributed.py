@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -31,10 +30,9 @@ from victims import Victims, ranks
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.core.types import Group
-from zppo.distributed.launcher import Launch, rank_of, read_launch
-from zppo.distributed.parallel import ReplicatedWeights, make_weights
+from zppo.distributed.launcher import Launch, check_shards, rank_of, read_launch
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.errors import LauncherError, SettingsError
-from zppo.runs.signals import Stop
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -435,17 +433,17 @@ def test_sharding_needs_several_processes(recipe: Path, tmp_path: Path, capsys: 
 
 
 def test_what_cannot_be_sharded_is_refused(recipe: Path) -> None:
-    two: Any = SimpleNamespace(num_processes=2)
-    settings = load_recipe(recipe, ["--train.optimizer=adamw-8bit", "--train.sharding=fsdp2"])
+    train = load_recipe(recipe, ["--train.optimizer=adamw-8bit"]).train
+    check_shards(train, Launch(processes=2))
     with pytest.raises(SettingsError, match="train.optimizer=adamw-8bit does not go with sharded weights"):
-        make_weights(settings, two, Launch(processes=2), Stop())
+        check_shards(train, Launch(processes=2, sharding="fsdp2"))
 
 
 def test_groups_of_processes_must_come_out_even(recipe: Path) -> None:
-    settings = load_recipe(recipe, ["--train.sharding=fsdp2", "--train.shard_within=4"])
-    six: Any = SimpleNamespace(num_processes=6)
+    train = load_recipe(recipe, ["--train.sharding=fsdp2", "--train.shard_within=4"]).train
+    check_shards(train, Launch(processes=8))
     with pytest.raises(SettingsError, match="shard_within is 4, and 6 processes"):
-        make_weights(settings, six, Launch(processes=6), Stop())
+        check_shards(train, Launch(processes=6))
 
 
 def test_precision_and_count_must_be_what_was_asked_for() -> None:

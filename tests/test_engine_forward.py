@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from zppo.engines import output_head
 from zppo.engines.logprobs import Row, completion_logprobs, token_scores
+from zppo.images.features import device_of
 
 ROWS = [
     Row([5, 6, 7], [8, 9]),
@@ -107,3 +111,14 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
 def test_rows_that_cannot_be_scored_are_refused(rows: list[Row], temperature: float) -> None:
     with pytest.raises(ValueError, match="token_scores needs"):
         token_scores(tiny("qwen3"), rows, temperature=temperature)
+
+
+def test_what_lies_in_the_processor_s_memory_is_computed_where_it_is_gathered() -> None:
+    """With `train.offload` a shard is on the CPU between passes, and the pass is on a GPU: what it reads goes there."""
+    mesh = DeviceMesh("cuda", torch.arange(1), _init_backend=False, _rank=0)  # without a GPU
+    local = torch.zeros(2, 3)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(local.shape, local.stride(), local.dtype))
+    model = torch.nn.Linear(3, 2, bias=False)
+    assert device_of(model).type == "cpu"
+    model.weight = torch.nn.Parameter(DTensor(local, spec, requires_grad=False))  # type: ignore[misc]
+    assert model.weight.device.type == "cpu" and device_of(model).type == "cuda"

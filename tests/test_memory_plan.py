@@ -53,7 +53,7 @@ from zppo.planning.memory import (
     prompt_tokens,
     within,
 )
-from zppo.planning.model_shapes import DecoderShape, shape_of
+from zppo.planning.model_shapes import DecoderShape, shape_of, vision_shape_of
 from zppo.prompts import PromptBook
 
 pytestmark = pytest.mark.slow
@@ -218,6 +218,33 @@ def test_a_process_holds_its_share_and_what_it_gathers(folder: Path) -> None:
     assert (away.weights, away.gradients, away.optimizer, away.stepping) == (0, 0, 0, 0)
     assert away.host == four.weights + four.gradients + four.optimizer and away.passing == four.passing
     assert shared(4, "--train.offload=true", gpu=False).weights == four.weights  # the same memory
+
+
+def test_what_stays_whole_in_every_process_is_not_shared_out(folder: Path) -> None:
+    """The parts that see, adapters, and weights in 4 bits; with offload they stay on the GPU."""
+
+    def planned(*overrides: str, processes: int = 10**12) -> Memory:  # so many that only what is whole is left
+        chosen = settings(folder, "--train.sharding=fsdp2", "--student.model=Qwen/Qwen3.5-9B", *overrides)
+        found = estimate(chosen, gpu=True, images=1, processes=processes)
+        assert isinstance(found, Memory)
+        return found
+
+    shape, tower = shape_of("Qwen/Qwen3.5-9B"), vision_shape_of("Qwen/Qwen3.5-9B")
+    assert shape is not None and tower is not None
+    seeing, adapters = tower.tower + tower.projector, shape.adapters(8, "all-linear")
+    for more in ((), ("--train.offload=true",)):
+        for given, weights, moving in (
+            ((), 4 * seeing, seeing),
+            (("--train.vision={freeze_tower: true}",), 4 * seeing, tower.projector),
+            (("--train.lora={rank: 8}",), 4 * adapters + 2 * seeing, adapters),
+        ):
+            found = planned(*given, *more)
+            assert (found.weights, found.gradients, found.optimizer, found.stepping) == (weights, 4 * moving, 8 * moving, 4 * moving)
+    bits = planned("--train.lora={rank: 8}", "--student.quantize=4bit").weights - planned("--train.lora={rank: 8}").weights
+    assert bits == pytest.approx(0.516 * sum(a * b for _, a, b in shape.linear_maps()))
+    full, frozen = planned(processes=8), planned("--train.lora={rank: 8}", processes=8)
+    assert full.passing and frozen.passing and full.passing > 2 * frozen.passing  # what is frozen has no gradients
+    assert frozen.cast == full.cast == 2 * shape.parameters
 
 
 def test_the_fewest_processes_that_have_room_are_found(folder: Path) -> None:

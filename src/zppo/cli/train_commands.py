@@ -98,7 +98,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rich.console import Console
 
-        from zppo.distributed.launcher import rank_of, read_launch
+        from zppo.distributed.launcher import check_shards, rank_of, read_launch
         from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.memory import find_machine, prompt_tokens, within
         from zppo.planning.needed import check_files, missing_rows
@@ -109,6 +109,8 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.runs.display import warn
 
         console = Console(quiet=bool(rank_of()))
+        launch = read_launch()
+        check_shards(settings.train, launch)
         check_files(settings)
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)
@@ -129,8 +131,8 @@ def _train(options: argparse.Namespace) -> None:
         images = max((len(q.images) for q in asked), default=0)
         shortest = prompt_tokens(settings, asked, shown)[0]
         machine = find_machine(settings.train.device)
-        counted, processes = within(settings, asked, len(train), shown), read_launch().processes
-        memory = memory_rows(counted, machine, images=images, shortest=shortest, processes=processes)
+        counted = within(settings, asked, len(train), shown)
+        memory = memory_rows(counted, machine, images=images, shortest=shortest, processes=launch.processes)
         absent = missing_rows(settings, gpu=machine is not None and machine.gpu)
         console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent))
         return

@@ -251,7 +251,7 @@ class TrainSettings(Section):
     )
     shard_within: int | None = Field(
         None,
-        ge=1,
+        ge=2,
         description="fsdp2: so many processes share one copy of weights, gradients and optimizer state, and the groups of them only sum "
         "gradients (HSDP): the GPUs of a node; empty: all processes share one",
     )

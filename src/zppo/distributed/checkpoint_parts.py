@@ -42,10 +42,7 @@ def write_weights(folder: Path, model: PreTrainedModel, processes: Processes) ->
     if processes.main:
         model.save_pretrained(folder, state_dict={})  # the configurations
     sizes, own = [0] * processes.size, dict[str, torch.Tensor]()
-    known = {name for name, _ in model.named_parameters()}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, nn.Parameter) and name not in known:  # tied to one that is
-            continue
+    for name, value in untied(model).items():
         whole = gathered(value)
         keeper = sizes.index(min(sizes))
         sizes[keeper] += whole.nbytes
@@ -56,6 +53,13 @@ def write_weights(folder: Path, model: PreTrainedModel, processes: Processes) ->
     files = sorted(set(places.values()))
     writer = HuggingFaceStorageWriter(str(folder), {name: files.index(place) + 1 for name, place in places.items()})
     _told(lambda: save(own, storage_writer=writer, process_group=processes.group))
+
+
+def untied(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state without second names of tied weights: gathered under two names they would be saved twice."""
+    known = {name for name, _ in model.named_parameters()}
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if name in known or not isinstance(value, nn.Parameter)}
 
 
 def write_moments(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, processes: Processes) -> None:
@@ -106,9 +110,12 @@ def read_moments(checkpoint: Path, optimizer: torch.optim.Optimizer, trained: Ma
                 _told(lambda: load(moments, storage_reader=reader, no_dist=True))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CheckpointError(unusable(path, error)) from error
-    for name, step in known.items():
-        parameter = trained[name]
-        optimizer.state[parameter] = {"step": torch.tensor(step), **{moment: moments[f"{name}.{moment}"] for moment in _MOMENTS}}
+    state, places = optimizer.state_dict(), {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    read = {
+        places[id(trained[name])]: {"step": torch.tensor(step), **{moment: moments[f"{name}.{moment}"] for moment in _MOMENTS}}
+        for name, step in known.items()
+    }
+    optimizer.load_state_dict({**state, "state": read})  # a fused AdamW wants its steps where its weights are
 
 
 def _check_sizes(folder: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, Any]) -> None:

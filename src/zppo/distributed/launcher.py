@@ -7,9 +7,12 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from zppo.errors import LauncherError
+from zppo.errors import LauncherError, SettingsError
+
+if TYPE_CHECKING:
+    from zppo.config.settings import TrainSettings
 
 Sharding = Literal["none", "fsdp2"]
 
@@ -84,6 +87,28 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
     precision = "" if precision == "no" else precision
     reshard, offload = _true(env, "FSDP_RESHARD_AFTER_FORWARD", True), sharding is not None and _true(env, "FSDP_OFFLOAD_PARAMS")
     return Launch(rank, processes, sharding, precision, reshard, offload)
+
+
+def check_shards(train: TrainSettings, launch: Launch) -> None:
+    """Whether so many processes can shard what a recipe trains, before they look for one another.
+
+    Raises:
+        SettingsError: they cannot, or what the recipe says of shards is said of none.
+    """
+    sharding, size = launch.sharding or train.sharding, launch.processes
+    if sharding == "none" and (train.shard_within is not None or train.offload):
+        name = "train.offload is on" if train.offload else f"train.shard_within is {train.shard_within}"
+        raise SettingsError(f"{name}, and nothing is sharded: set train.sharding=fsdp2 and start several processes, or leave it out")
+    if train.shard_within is not None and size > 1 and size % train.shard_within:
+        raise SettingsError(
+            f"train.shard_within is {train.shard_within}, and {size} processes cannot be split into groups of so many: take a divisor of "
+            f"{size}"
+        )
+    if sharding != "none" and train.optimizer != "adamw" and train.lora is None:
+        raise SettingsError(
+            f"train.optimizer={train.optimizer} does not go with sharded weights ({sharding}), whose state it cannot hold: set it "
+            "to adamw, whose state is sharded, or train adapters (train.lora), which every process holds whole"
+        )
 
 
 _MEND = (

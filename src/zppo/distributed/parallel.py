@@ -22,7 +22,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from zppo.config.settings import Settings
-from zppo.distributed.launcher import Launch, Sharding, started_by_slurm
+from zppo.distributed.launcher import Launch, started_by_slurm
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
 from zppo.models.lora import Adapters
@@ -117,7 +117,9 @@ class ReplicatedWeights:
         moved = finite and math.isfinite(norm)
         if moved:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        for parameter in parameters:  # the fused optimizer's own way puts shards and whole gradients into one list, which torch refuses
+            if parameter.grad is not None:
+                parameter.grad.zero_()
         return norm, moved
 
     def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -227,10 +229,9 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
 
     Raises:
         LauncherError: sharding was asked for, and there is one process.
-        SettingsError: the recipe trains what cannot be sharded, or shards it as so many processes cannot.
+        SettingsError: this torch cannot do what the recipe asks for with shards.
     """
     size, sharding = accelerator.num_processes, launch.sharding or settings.train.sharding
-    _check_shards(settings, sharding, size)
     if size == 1:
         if sharding != "none":
             raise LauncherError(
@@ -238,11 +239,6 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
                 "train RECIPE, or set train.sharding to none"
             )
         return ReplicatedWeights(Processes(stop=stop))
-    if sharding != "none" and settings.train.optimizer != "adamw" and settings.train.lora is None:
-        raise SettingsError(
-            f"train.optimizer={settings.train.optimizer} does not go with sharded weights ({sharding}), whose state it cannot hold: set it "
-            "to adamw, whose state is sharded, or train adapters (train.lora), which every process holds whole"
-        )
     group = None  # the processes' own, where that carries objects on the CPU
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
@@ -265,18 +261,6 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
         offload=settings.train.offload or launch.offload,
         bf16=accelerator.mixed_precision == "bf16",
     )
-
-
-def _check_shards(settings: Settings, sharding: Sharding, size: int) -> None:
-    train = settings.train
-    if sharding == "none" and (train.shard_within is not None or train.offload):
-        name = "train.offload is on" if train.offload else f"train.shard_within is {train.shard_within}"
-        raise SettingsError(f"{name}, and nothing is sharded: set train.sharding=fsdp2 and start several processes, or leave it out")
-    if train.shard_within is not None and size > 1 and size % train.shard_within:
-        raise SettingsError(
-            f"train.shard_within is {train.shard_within}, and {size} processes cannot be split into groups of so many: take a divisor of "
-            f"{size}"
-        )
 
 
 def _patience(settings: Settings) -> timedelta:

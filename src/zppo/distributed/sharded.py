@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from zppo.distributed.checkpoint_parts import write_moments, write_weights
+from zppo.distributed.checkpoint_parts import untied, write_moments, write_weights
 from zppo.distributed.parallel import ReplicatedWeights, Value, checksum, keep_logits_small, trained_parameters
 from zppo.distributed.processes import Processes
 from zppo.distributed.retries import Retries
@@ -135,8 +135,8 @@ class ShardedWeights(ReplicatedWeights):
                 f"sharding was asked for, but {len(whole)} parameters are not sharded (the first is {whole[0]!r}): train without "
                 "sharding (train.sharding: none, recipes/accelerate/ddp.yaml)"
             )
-        with self.whole():
-            head_form(prepared)  # by a pass, which all must make together: now, and not where one of them scores its first row
+        with self.scoring():  # by a pass, which all must make together: now, and not where one of them scores its first row
+            head_form(prepared, again=True)
         return prepared
 
     def _policies(self, device: torch.device) -> dict[str, Any]:
@@ -234,7 +234,8 @@ class ShardedWeights(ReplicatedWeights):
         if student.adapters is not None:
             return student.adapters
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return GatheredModel(student.model, get_model_state_dict(student.model, options=options))
+        state = get_model_state_dict(student.model, options=options)  # empty in all processes but the first
+        return GatheredModel(student.model, {name: state[name] for name in untied(student.model) if name in state})
 
     def merged(self, student: Student) -> Savable:
         saved = self.saved(student)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from zppo.core.minibatch import Sharing
 from zppo.core.types import Row
 from zppo.engines.output_head import DivergenceFrom, Late, TargetLogprobs, late_logits, scored
-from zppo.images.features import Seen, picture_inputs, positions_of
+from zppo.images.features import Seen, device_of, picture_inputs, positions_of
 from zppo.images.processor import ImageProcessor
 
 
@@ -62,7 +62,7 @@ def token_scores(
         banned_ids: ids that the sampler never draws; they take no probability here either.
         pad_id: any valid id.
         entropies: also compute the entropy of every token's distribution.
-        device: where the model's inputs go; None for the device of its first parameter.
+        device: where the model's inputs go; None for where it computes.
         image_processor: for the images of rows; features of a picture are computed once for all rows that hold it.
 
     Returns:
@@ -71,7 +71,7 @@ def token_scores(
     if not rows or temperature <= 0:
         raise ValueError(f"token_scores needs rows and a temperature > 0; got {len(rows)} rows and {temperature}")
     if device is None:
-        device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
+        device = device_of(model) if isinstance(model, torch.nn.Module) else "cpu"
     read = _read([Row(*row) for row in rows], model, pad_id, device, image_processor)
     score = TargetLogprobs(read.targets, temperature, banned_ids, entropies=entropies)
     values = scored(model, read.inputs, read.width, read.where.places(device), score)
@@ -218,7 +218,7 @@ def shared_logprobs(
         packs: P of them, of N tokens at most; R completions in all, T tokens the longest.
         temperature, banned_ids, pad_id: as there.
     """
-    device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
+    device = device_of(model) if isinstance(model, torch.nn.Module) else torch.device("cpu")
     first = min(len(pack.prompt_ids) for pack in packs) - 1  # place of the earliest token that predicts one of a completion
     laid = [_lay(pack) for pack in packs]
     ids, places, branches = (
@@ -287,7 +287,7 @@ class ForwardPass:
         return late_logits(self.model, read.inputs, read.width, read.where.places(read.targets.device))
 
     def _read(self, rows: Sequence[Row]) -> _Read:
-        return _read(rows, self.model, self.pad_id, next(self.model.parameters()).device, self.image_processor)
+        return _read(rows, self.model, self.pad_id, device_of(self.model), self.image_processor)
 
 
 def _lay(pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import head_tokens
 from zppo.engines.out_of_memory import out_of_memory
+from zppo.images.features import device_of
 
 Result = TypeVar("Result")
 
@@ -51,15 +52,17 @@ class HeadForm(NamedTuple):
 _FORMS: WeakKeyDictionary[nn.Module, HeadForm | None] = WeakKeyDictionary()
 
 
-def head_form(model: Any) -> HeadForm | None:
+def head_form(model: Any, *, again: bool = False) -> HeadForm | None:
     """What is known of a model's output; None where its logits must be computed whole. Tried once, by a pass over two tokens.
 
-    Where weights are sharded a pass is everybody's: `ShardedWeights.prepare` asks in all processes at once.
+    Args:
+        again: try what is known too. Where weights are sharded a pass is everybody's: `ShardedWeights.prepare` asks in all processes at
+            once, and one of them may have asked before.
     """
     inner = getattr(model, "module", model)  # without the wrapper of a distributed trainer
     if not isinstance(inner, nn.Module) or _head(inner) is None:
         return None
-    if inner not in _FORMS:
+    if again or inner not in _FORMS:
         _FORMS[inner] = _tried(inner, _head(inner))
     return _FORMS[inner]
 
@@ -80,7 +83,7 @@ def _tried(model: nn.Module, head: Any) -> HeadForm | None:
         shown.append(line.expand(logits.shape).clone())
         return shown[-1]
 
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device_of(model))
     try:
         with _instead(head, show):
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import needs_of
@@ -210,9 +210,8 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
-    if settings.student.quantize:
-        packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
-        frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
+    packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps()) if settings.student.quantize else 0
+    frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
     largest = _largest(settings, shape, gpu=gpu, images=images)
     tokens = largest.rows * largest.longest
@@ -244,7 +243,11 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         sleeps=vllm.enable_sleep_mode,
     )
     shards = train.shard_within or processes
-    return _shared_out(whole, settings, shape, parameters, shards, gpu=gpu, bf16=bf16) if train.sharding != "none" and shards > 1 else whole
+    if train.sharding == "none" or shards == 1:
+        return whole
+    seeing = vision_shape.tower + vision_shape.projector if vision_shape else 0
+    stays = _kept(settings, trained if train.lora else seeing - still, seeing, packed, gpu=gpu, width=width)
+    return _shared_out(whole, stays, settings, shape, parameters - seeing - packed, shards, gpu=gpu, width=width)
 
 
 def enough(settings: Settings, machine: Machine | None, most: float, **facts: int) -> tuple[int, dict[int, int]]:
@@ -260,26 +263,47 @@ def enough(settings: Settings, machine: Machine | None, most: float, **facts: in
     return next((count for count, total in totals.items() if total <= room), _PROCESSES[-1]), totals
 
 
-def _shared_out(whole: Memory, settings: Settings, shape: DecoderShape, parameters: int, shards: int, *, gpu: bool, bf16: bool) -> Memory:
+class _Kept(NamedTuple):
+    """Bytes of what every process holds whole (`ShardedWeights`): the parts that see, adapters, weights in 4 bits."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    stepping: int
+
+
+def _kept(settings: Settings, moving: int, seeing: int, packed: int, *, gpu: bool, width: int) -> _Kept:
+    """Of `moving` trained parameters, all of a vision tower and its projector, and so many in 4 bits."""
+    own = moving * 4 + seeing * width if settings.train.lora else seeing * 4
+    optimizer = _optimizer(settings.train.optimizer, moving)
+    return _Kept(own + int(packed * FOUR_BITS), moving * 4, optimizer, moving * 4 if gpu else 0)
+
+
+def _shared_out(
+    whole: Memory, kept: _Kept, settings: Settings, shape: DecoderShape, parameters: int, shards: int, *, gpu: bool, width: int
+) -> Memory:
     """A process's part of the memory of one that holds all weights, with what it gathers for a while.
 
     A pass has two layers whole, the one that it computes and the next, beside what lies outside of the layers; in a backward pass the
-    gradients of that, and of a layer, in the type of the pass and once more in fp32, in which they are summed. The transformers engine
-    samples with all weights whole.
+    gradients of that, and of a layer, in the type of the pass and once more in fp32, in which they are summed; none of frozen ones. The
+    transformers engine samples with all weights whole.
+
+    Args:
+        parameters: that are shared out.
+        width: bytes of a number in a pass.
     """
-    width, offload = 2 if bf16 else 4, settings.train.offload and gpu
+    offload = settings.train.offload and gpu
     outside = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     layer = max(0, parameters - outside) // len(shape.layers)
-    own = (whole.weights + whole.gradients + whole.optimizer) // shards
-    parts: dict[str, Any] = {
-        name: 0 if offload else getattr(whole, name) // shards for name in ("weights", "gradients", "optimizer", "stepping")
-    }
+    own = {name: (getattr(whole, name) - each) // shards for name, each in kept._asdict().items()}
+    parts: dict[str, Any] = {name: each if offload else each + own[name] for name, each in kept._asdict().items()}
+    trained = width + 4 if settings.train.lora is None else 0
     return replace(
         whole,
         **parts,
         cast=parameters * width if settings.rollout.engine == "transformers" else 0,
-        passing=(outside + 2 * layer) * width + (outside + layer) * (width + 4),
-        host=own if offload else 0,
+        passing=(outside + 2 * layer) * width + (outside + layer) * trained,
+        host=own["weights"] + own["gradients"] + own["optimizer"] if offload else 0,
     )
 
 

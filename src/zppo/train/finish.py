@@ -18,6 +18,7 @@ from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
 from zppo.engines.tinker import TinkerEngine
 from zppo.engines.vllm.vllm_engine import VLLMEngine
+from zppo.images.features import device_of
 from zppo.models.student_model import Student, load_model
 from zppo.planning.dry_run import gib
 from zppo.planning.memory import Memory, expected, peak_of_process
@@ -160,7 +161,7 @@ def _work(totals: Totals) -> str:
 
 def _memory(settings: Settings, parts: Assembled) -> str:
     """The most memory that this process has held until now, beside what a dry run says."""
-    device, trainer = parts.student.model.device, parts.trainer
+    device, trainer = device_of(parts.student.model), parts.trainer
     gpu = device.type == "cuda"
     measured = torch.cuda.max_memory_allocated(device) if gpu else peak_of_process()
     capacity = torch.cuda.get_device_properties(device).total_memory if gpu else 0

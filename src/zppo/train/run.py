@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import PushSettings, Settings
 from zppo.core.replay import PromptReplayBuffer
-from zppo.distributed.launcher import read_launch, started_by_slurm
+from zppo.distributed.launcher import check_shards, read_launch, started_by_slurm
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
@@ -334,6 +334,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         with ExitStack() as held:
             # Processes first: only the first of them prints, writes, and decides where to start.
             launch = read_launch()
+            check_shards(settings.train, launch)
             if launch.rank == 0 and (meeting := started_by_slurm()):
                 where = f"{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"
                 console.print(f"srun started {launch.processes} processes; they meet at {where}", style="dim", soft_wrap=True)
