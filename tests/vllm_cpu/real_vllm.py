@@ -180,8 +180,7 @@ def serving(folder: Path, log: Path, *options: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--host", "127.0.0.1", "--port", port, *options]
-    # On a CPU a seeded prompt must not be computed in parts: vLLM would take back what its generator has drawn, and that one cannot.
-    command += "--dtype float32 --max-model-len 1024 --max-num-seqs 16 --max-num-batched-tokens 16384 --enforce-eager".split()
+    command += "--dtype float32 --max-model-len 1024 --max-num-seqs 16 --no-enable-chunked-prefill --enforce-eager".split()
     with open(log, "w", encoding="utf-8") as file:
         environment = os.environ | SETTINGS | {"VLLM_SERVER_DEV_MODE": "1"}
         server = subprocess.Popen([*map(str, command)], env=environment, stdout=file, stderr=file)
@@ -222,22 +221,27 @@ def test_a_teacher_over_vllm_serve(recipe: Path, tmp_path: Path) -> None:
     print(f"\nteacher: {sum(line['teacher_tokens'] for line in found):,.0f} tokens over vllm serve")
 
 
-def test_a_teacher_that_is_asked_ahead(recipe: Path, tmp_path: Path) -> None:
-    """Two vLLMs, the student's in the process and the teacher's server: rollouts come as they end, and the steps are the same."""
+def test_a_teacher_that_is_asked_ahead(recipe: Path, server: str, tmp_path: Path) -> None:
+    """The student in the process or a server, the teacher in another: rollouts come as they end, and the steps are the same."""
     size = ("--zone.rho_aug=0.25", "--rollout.group_size=8", "--rollout.max_new_tokens=160", "--teacher.rollout.max_new_tokens=160")
     teacher = ("--teacher.model=tiny-teacher", "--zone.teacher_group_size=4")
+    runs = {"lazy": ("lazy", VLLM), "ahead": ("ahead", VLLM), "ahead-server": ("ahead", over(server, tmp_path))}
     with serving(recipe.parent / "teacher", tmp_path / "server.log", "--served-model-name", "tiny-teacher") as url:
-        for ask in ("lazy", "ahead"):
-            options = (*VLLM, *size, *teacher, f"--teacher.base_urls=[{url}/v1]", f"--teacher.ask={ask}", "--data.eval=null")
-            zppo("--beside", "train", recipe, *options, f"--output={tmp_path / ask}")
-    for run in (tmp_path / "lazy", tmp_path / "ahead"):
-        waited = sum(line["teacher_wait_seconds"] for line in steps(run))
-        seconds = sum(line["seconds"]["step"] for line in steps(run))
-        sampling = sum(line["seconds"]["sampling"] for line in steps(run))
-        tokens = sum(line["teacher_tokens"] for line in steps(run))
-        print(f"\n{run.name}: {seconds:.1f} s in steps, {sampling:.1f} s of sampling, {waited:.1f} s waited, {tokens:,} teacher tokens")
-    assert completions(tmp_path / "ahead", 1) == completions(tmp_path / "lazy", 1)
-    assert sum(line["teacher_unused_tokens"] + line["teacher_broken_off"] for line in steps(tmp_path / "ahead")) > 0
+        for name, (ask, where) in runs.items():
+            options = (*where, *size, *teacher, f"--teacher.base_urls=[{url}/v1]", f"--teacher.ask={ask}", "--data.eval=null")
+            said = zppo("--beside", "train", recipe, *options, f"--output={tmp_path / name}")
+            begun = [int(count) for count in re.findall(r"begun while sampling: (\d+)", said)]
+            assert len(begun) == (3 if ask == "ahead" else 0) and all(begun), said[-2000:]
+            print(f"\n{how_long(tmp_path / name)}; begun while sampling: {begun}")
+    for name in ("ahead", "ahead-server"):
+        assert completions(tmp_path / name, 1) == completions(tmp_path / "lazy", 1)
+
+
+def how_long(run: Path) -> str:
+    found = steps(run)
+    waited, tokens = (sum(line[name] for line in found) for name in ("teacher_wait_seconds", "teacher_tokens"))
+    whole, sampling = (sum(line["seconds"][name] for line in found) for name in ("step", "sampling"))
+    return f"{run.name}: {whole:.1f} s in steps, {sampling:.1f} s of sampling, {waited:.1f} s waited, {tokens:,.0f} teacher tokens"
 
 
 # --- the student in servers of its own -----------------------------------------------------------------------------------

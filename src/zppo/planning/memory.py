@@ -243,8 +243,8 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     if train.sharding == "none" or shards == 1:
         return whole
     seeing = vision_shape.tower + vision_shape.projector if vision_shape else 0
-    kept = _kept(settings, trained if train.lora else seeing - still, seeing, packed, gpu=gpu, width=width)
-    return _shared_out(whole, kept, settings, shape, parameters - seeing - packed, shards, gpu=gpu, width=width)
+    stays = _kept(settings, trained if train.lora else seeing - still, seeing, packed, gpu=gpu, width=width)
+    return _shared_out(whole, stays, settings, shape, parameters - seeing - packed, shards, gpu=gpu, width=width)
 
 
 def enough(settings: Settings, machine: Machine | None, most: float, **facts: int) -> tuple[int, dict[int, int]]:
