@@ -26,11 +26,15 @@ from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
 from zppo.distributed.sharded import ShardedWeights
 from zppo.engines.chat import Chat
+from zppo.engines.logprobs import ForwardPass
+from zppo.engines.out_of_memory import TokenBudget
 from zppo.images import features
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
 from zppo.models.student_model import Student, load_chat, load_student
+from zppo.step_log import StepLog
 from zppo.train.assemble import make_learner
+from zppo.train.distillation import Distillation
 from zppo.train.policy_gradient import PolicyGradient
 
 LIMITS = PixelLimits(16 * 16, 24 * 24)
@@ -126,6 +130,17 @@ def check_resumed(case: Case, settings: Settings, chat: Chat, learner: PolicyGra
             assert_near({k: found[k] for k in ("loss", "grad_norm")}, {k: expected[k] for k in ("loss", "grad_norm")}, case.name)
 
 
+def distilled(settings: Settings, chat: Chat, learner: PolicyGradient, groups: Sequence[Group]) -> dict[str, float | None]:
+    """A step of on-policy distillation on the same weights; memory runs out in it where it does in the learner."""
+    model = load_student(settings, None, bf16=False, images=chat.image_processor is not None).model
+    teacher, budget = ForwardPass(model, image_processor=chat.image_processor), TokenBudget(TOKENS_PER_MICROBATCH, adaptive=True)
+    distiller = Distillation(learner.forward, teacher, learner.optimizer, budget, respond=lambda _: None, teacher_sampler=None)
+    log = StepLog(1)
+    distiller.update(groups, [], {}, log)
+    assert not learner.weights.sharded or budget.tokens <= FITS
+    return log.counts
+
+
 def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequence[Sequence[Group]], out: Path) -> dict[str, Any]:
     """Two steps; what was trained is saved in `out`, whole and as a checkpoint has it. What came of it."""
     settings = settings_of(case, folder)
@@ -147,6 +162,8 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
             if case.full:
                 learner.budget.tokens = TOKENS_PER_MICROBATCH  # it runs out in each step
             metrics.append(update(learner, list(groups), step_advantages(groups, "nontrivial"), step))
+    if case.full == "backward":
+        metrics.append(distilled(settings, chat, learner, [g for g in recorded[0] if not g.prompt.images]))
     weights.write(out, student, optimizer.optimizer)
     merged = weights.merged(student)
     if weights.processes.main:

@@ -140,7 +140,8 @@ def device_of(model: Any) -> torch.device:
     """Where a model computes: where its weights are, but for shards in the processor's memory, which are gathered on a GPU."""
     weight = next(model.parameters())
     mesh = getattr(weight, "device_mesh", None)
-    return weight.device if mesh is None else torch.device(mesh.device_type)
+    device: torch.device = weight.device if mesh is None else torch.device(mesh.device_type)
+    return device
 
 
 def _inner(model: Any) -> Any:
