@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
+import socket
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import stories
+from benchmarks import real_model, stories
 
 from zppo.grading.answer_form import answer_form_of
 from zppo.teacher.compression import accept
@@ -81,3 +84,39 @@ def test_the_teacher_speaks_the_protocol() -> None:
             "<summary>\n1 + 1 = 3.\nAnswer: 3\n</summary>"
         ]
         assert ask(teacher.url, "Say ok.") == ["ok"]
+
+
+@pytest.mark.long
+def test_every_stage_with_a_tiny_random_model(
+    tiny_qwen3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(real_model, "TRAIN", dict.fromkeys(stories.FAMILIES, 3))
+    monkeypatch.setattr(real_model, "HELD_OUT", dict.fromkeys(stories.FAMILIES, 2))
+    shutil.copytree(tiny_qwen3_dir, tmp_path / "student")
+    small = ["--train.steps=1", "--train.precision=fp32", "--rollout.max_new_tokens=4", "--rollout.group_size=2", "--eval.max_new_tokens=4"]
+    small += ["--data.max_prompt_tokens=8192"]
+    results, port = tmp_path / "rows.jsonl", free_port()
+
+    def stage(name: str, *more: str) -> None:
+        assert real_model.main([str(tmp_path), name, f"--results={results}", f"--port={port}", *more]) == 0
+
+    stage("prepare")
+    stage("probe", "--samples=6", *small)
+    stage("teach")
+    runs = ["--methods=zppo", "--seeds=0", *small]
+    stage("runs", *runs)
+    stage("runs", *runs)  # it has its row
+    stage("runs", "--teacher=model", *runs)
+    first, by_program, by_model = real_model.read(results)
+    assert first["quint by sampling"] == [0, 6] and first["held_out"]["gets"][1] == 2
+    assert (by_program["teacher"], by_model["teacher"]) == ("program", "model")
+    assert by_program["admitted"] and by_program["student_tokens"] > 0 and by_program["processor_seconds"] > 0
+    stage("table")
+    assert "| zppo | 1 | 0.00 [0.00, 0.66] |" in capsys.readouterr().out
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
