@@ -247,7 +247,7 @@ def runs(folder: Path, methods: Sequence[str], seeds: Sequence[int], results: Pa
 
                 def finished(run: SweepRun, place: Path, began: float = began, method: str = method, seed: int = seed) -> str:
                     seconds = spent() - began
-                    with Bench(folder, place / "final", more) as bench:
+                    with Bench(folder, place / "final", [*more, "--method=grpo", "--teacher=null"]) as bench:
                         right = bench.held_out_right()
                     row = {"what": "run", "teacher": teacher, "method": method, "seed": seed, "held_out": right, **row_of(place)}
                     append(results, {**row, "processor_seconds": round(seconds)})
@@ -265,14 +265,16 @@ def base(folder: Path, results: Path, samples: int, more: Sequence[str], port: i
         append(results, {"what": "base", "held_out": bench.held_out_right(), **probed})
 
 
-def wilson(right: int, every: int) -> str:
-    """A share with its 95% interval (Wilson's score), questions taken as draws."""
-    if not every:
-        return "-"
+def wilson_bounds(right: int, every: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson's score), questions taken as draws."""
     share, z = right / every, 1.96
     middle, half = share + z * z / (2 * every), z * math.sqrt(share * (1 - share) / every + z * z / (4 * every * every))
-    low, high = ((middle + sign * half) / (1 + z * z / every) for sign in (-1, 1))
-    return f"{share:.2f} [{low:.2f}, {high:.2f}]"
+    return max(0.0, (middle - half) / (1 + z * z / every)), (middle + half) / (1 + z * z / every)
+
+
+def wilson(right: int, every: int) -> str:
+    """A share with its interval."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(right / every, *wilson_bounds(right, every)) if every else "-"
 
 
 def _share(row: Mapping[str, Any], families: Sequence[str]) -> float:
@@ -284,7 +286,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     from zppo.report.bootstrap import mean_interval, paired_difference
 
     parts, every = [], [*FAMILIES, "all"]
-    first = next((row for row in found if row["what"] == "base"), None)
+    first = next((row for row in reversed(found) if row["what"] == "base"), None)  # probed again, the last one counts
     if first:
         probed = first["by kind and family"]
         lines = [
