@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", choices=("prepare", "probe", "teach", "runs", "table"))
     parser.add_argument("--results", type=Path, default=RESULTS / "real-model.jsonl")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--samples", type=int, default=10_000, help="of the hidden family, in the probe")
     parser.add_argument("--teacher", choices=("program", "model"), default="program")
     parser.add_argument("--port", type=int, default=8135, help="where the program teaches")
