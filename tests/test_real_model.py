@@ -105,8 +105,12 @@ def test_every_stage_with_a_tiny_random_model(
     stage("teach")
     runs = ["--methods=zppo", "--seeds=0", *small]
     stage("runs", *runs)
+    stage("evaluate", *small)
+    shutil.rmtree(tmp_path / "runs")
     stage("runs", *runs)  # it has its row
+    assert not (tmp_path / "runs").exists()
     stage("runs", "--teacher=model", *runs)
+    stage("evaluate", *small)
     first, by_program, by_model = real_model.read(results)
     assert first["quint by sampling"] == [0, 6] and first["held_out"]["gets"][1] == 2
     assert (by_program["teacher"], by_model["teacher"]) == ("program", "model")
