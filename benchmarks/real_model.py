@@ -279,7 +279,7 @@ def base(folder: Path, results: Path, samples: int, more: Sequence[str], port: i
     """The row of the base model: held-out questions, and the probe of the regime."""
     address = f"--teacher.base_urls=[http://127.0.0.1:{port}/v1]"
     with StoryTeacher(make_stories(TRAIN, 1), port), Bench(folder, folder / "student", [address, *more]) as bench:
-        probed = bench.probe(samples)
+        probed = bench.probe(samples) if samples else {}
         append(results, {"what": "base", "held_out": bench.held_out_right(), **probed})
 
 
@@ -304,20 +304,20 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     from zppo.report.bootstrap import mean_interval, paired_difference
 
     parts, every = [], [*FAMILIES, "all"]
-    first = next((row for row in reversed(found) if row["what"] == "base"), None)  # probed again, the last one counts
-    if first:
-        probed = first["by kind and family"]
-        lines = [
-            [kind, *(wilson(c[0], c[2]) if (c := probed.get(f"{kind} {family}")) else "-" for family in FAMILIES)]
-            for kind in ("plain", "bcq", "ncq")
-        ]
-        right, samples = first["quint by sampling"]
-        parts += [markdown(["base model", *FAMILIES], lines), f"`{FAMILIES[-1]}` by sampling: right in {right} of {samples:,}."]
+    bases = [row for row in found if row["what"] == "base"]
+    for row in bases:
+        if probed := row.get("by kind and family"):
+            lines = [
+                [kind, *(wilson(c[0], c[2]) if (c := probed.get(f"{kind} {family}")) else "-" for family in FAMILIES)]
+                for kind in ("plain", "bcq", "ncq")
+            ]
+            right, samples = row["quint by sampling"]
+            parts += [markdown(["base model", *FAMILIES], lines), f"`{FAMILIES[-1]}` by sampling: right in {right} of {samples:,}."]
     runs_done = [row for row in found if row["what"] == "run"]
     for teacher in dict.fromkeys(row["teacher"] for row in runs_done):
         mine = [row for row in runs_done if row["teacher"] == teacher]
         methods = list(dict.fromkeys(row["method"] for row in mine))
-        lines = [["before", "", *_shares([first], every)]] if first else []
+        lines = [["before", "", *_shares(bases[-1:], every)]] if bases else []
         costs, differences = [], []
         for method in methods:
             rows_of = [row for row in mine if row["method"] == method]
@@ -376,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS / "real-model.jsonl")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--samples", type=int, default=10_000, help="of the hidden family, in the probe")
+    parser.add_argument("--samples", type=int, default=10_000, help="of the hidden family, in the probe; 0: only the held-out questions")
     parser.add_argument("--teacher", choices=("program", "model"), default="program")
     parser.add_argument("--port", type=int, default=8135, help="where the program teaches")
     given, more = parser.parse_known_args(argv)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import real_model, stories
+from benchmarks import real_model, real_pictures, stories
 
 from zppo.grading.answer_form import answer_form_of
 from zppo.teacher.compression import accept
@@ -117,6 +117,8 @@ def test_every_stage_with_a_tiny_random_model(
     assert by_program["admitted"] and by_program["student_tokens"] > 0 and by_program["processor_seconds"] > 0
     stage("table")
     assert "| zppo | 1 | 0.00 [0.00, 0.66] |" in capsys.readouterr().out
+    assert real_pictures.main([str(results), str(tmp_path / "pictures")]) == 0
+    assert {path.name for path in (tmp_path / "pictures").glob("*.svg")} == {"accuracy.svg", "prompts.svg"}
 
 
 def free_port() -> int:
