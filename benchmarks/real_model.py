@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, machine
-from benchmarks.stories import FAMILIES, TEACHER, StoryTeacher, make_stories, rows
+from benchmarks.stories import FAMILIES, QUINT, TEACHER, StoryTeacher, make_stories, rows, written
 from benchmarks.tables import markdown
 
 RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
 METHODS = ("grpo-replay", "zppo", "zppo-placebo")
 TRAIN = {"gets": 60, "gives": 60, "boxes": 80, "quint": 200}
 HELD_OUT = dict.fromkeys(FAMILIES, 50)
+SCORED = 16  # held-out questions of the hidden family whose solution is scored
 PROBED = 8  # questions of each family, in the probe
 ROWS = ("--rollout.max_rows=128",)  # of a probe or an evaluation at once: their caches are what takes memory
 
@@ -134,8 +135,8 @@ class Bench:
         self.questions, self.held_out = load_data(self.settings)
         self.parts = parts(self.settings, self.questions)
         bf16 = torch.bfloat16 if self.settings.train.precision == "bf16" else None
-        network = load_network(model, dtype=torch.float32).eval()
-        self.student = self.parts.student(make_engine(self.settings, network, self.parts.prompts.chat, autocast_dtype=bf16))
+        self.network = load_network(model, dtype=torch.float32).eval()
+        self.student = self.parts.student(make_engine(self.settings, self.network, self.parts.prompts.chat, autocast_dtype=bf16))
 
     def __enter__(self) -> Bench:
         return self
@@ -155,6 +156,22 @@ class Bench:
                 found[group.question.level][0] += rollout.correct
                 found[group.question.level][1] += 1
         return found
+
+    def hidden_logprob(self) -> float:
+        """Mean log-prob (nats) of the right worked solution of held-out `quint` questions on their plain prompts: how far off it is."""
+        import torch
+
+        from zppo.engines.logprobs import completion_logprobs
+
+        tokenizer, rows_ = self.parts.prompts.chat.tokenizer, []
+        for question in [q for q in self.held_out if q.level == FAMILIES[-1]][:SCORED]:
+            a = int(str(question.golds[0])) // QUINT
+            text = written(a, "x", QUINT, a * QUINT)
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            rows_.append((self.parts.prompts.plain(question).ids, ids))
+        with torch.no_grad():
+            logprobs, mask = completion_logprobs(self.network, rows_)
+        return float(logprobs.where(mask, 0).sum()) / len(rows_)
 
     def counted(self, groups: Sequence[Any]) -> dict[str, list[int]]:
         """[right, without an answer, all] of rollouts by kind of prompt and family."""
@@ -268,9 +285,10 @@ def evaluate(folder: Path, results: Path, more: Sequence[str]) -> None:
         head, _, seed = place.name.rpartition("-s")
         teacher, _, method = head.partition("-")
         with Bench(folder, place / "final", [*more, "--method=grpo", "--teacher=null"]) as bench:
-            right = bench.held_out_right()
+            logprob, right = bench.hidden_logprob(), bench.held_out_right()
         seconds = sum(row["seconds"] for row in read(folder / "seconds.jsonl") if row["name"] == place.name)
-        row = {"what": "run", "teacher": teacher, "method": method, "seed": int(seed), "held_out": right, **row_of(place)}
+        row = {"what": "run", "teacher": teacher, "method": method, "seed": int(seed), "held_out": right, "quint_logprob": logprob}
+        row |= row_of(place)
         append(results, {**row, "processor_seconds": seconds})
         print(place.name, ", ".join(f"{family} {a}/{b}" for family, (a, b) in right.items()), flush=True)
 
@@ -280,7 +298,8 @@ def base(folder: Path, results: Path, samples: int, more: Sequence[str], port: i
     address = f"--teacher.base_urls=[http://127.0.0.1:{port}/v1]"
     with StoryTeacher(make_stories(TRAIN, 1), port), Bench(folder, folder / "student", [address, *more]) as bench:
         probed = bench.probe(samples) if samples else {}
-        append(results, {"what": "base", "held_out": bench.held_out_right(), **probed})
+        found = {"quint_logprob": bench.hidden_logprob(), "held_out": bench.held_out_right()}
+        append(results, {"what": "base", **found, **probed})
 
 
 def wilson_bounds(right: int, every: int) -> tuple[float, float]:
