@@ -364,17 +364,17 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for teacher in dict.fromkeys(row["teacher"] for row in runs_done):
         mine = [row for row in runs_done if row["teacher"] == teacher]
         methods = list(dict.fromkeys(row["method"] for row in mine))
-        lines = [["before", "", *_shares(bases[-1:], every)]] if bases else []
+        lines = [["before", "", *_shares(bases[-1:], every), _nats(bases[-1:])]] if bases else []
         costs, differences = [], []
         for method in methods:
             rows_of = [row for row in mine if row["method"] == method]
-            lines.append([method, str(len(rows_of)), *_shares(rows_of, every)])
+            lines.append([method, str(len(rows_of)), *_shares(rows_of, every), _nats(rows_of)])
             zero = [
                 [sum(n for key, n in row[event].items() if key.endswith(" 0")) for row in rows_of] for event in ("graduated", "admitted")
             ]
             hidden = [[row[event].get(f"{FAMILIES[-1]} 0", 0) for row in rows_of] for event in ("graduated", "admitted")]
             numbers = [
-                mean_interval([row[key] for row in rows_of]).value
+                mean_interval([row[key] for row in rows_of if row[key] is not None]).value
                 for key in ("rollouts", "student_tokens", "teacher_tokens", "processor_seconds")
             ]
             costs.append([method, *(f"{sum(a)}/{sum(b)}" for a, b in (zero, hidden)), *(f"{n:,.0f}" for n in numbers)])
@@ -386,7 +386,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             differences.append([f"{a} - {b}", *values])
         parts += [
             f"Teacher: {teacher}",
-            markdown(["held out", "seeds", *every], lines),
+            markdown(["held out", "seeds", *every, "log-prob of quint"], lines),
             markdown(["paired over seeds", *every], differences),
             markdown(
                 [
@@ -407,6 +407,10 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 def _shares(found: Sequence[Mapping[str, Any]], every: Sequence[str]) -> list[str]:
     counts = [[sum(row["held_out"][f][i] for row in found) for i in (0, 1)] for f in every[:-1]]
     return [wilson(*c) for c in [*counts, [sum(c[i] for c in counts) for i in (0, 1)]]]
+
+
+def _nats(found: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['quint_logprob']:.1f}" for row in found)
 
 
 def _by_seed(found: Sequence[Mapping[str, Any]], method: str, families: Sequence[str]) -> dict[str, float]:
