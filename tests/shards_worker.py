@@ -97,7 +97,7 @@ def make_learner(model: PreTrainedModel, weights: ReplicatedWeights, precision: 
     optimizer = accelerator.prepare_optimizer(make_optimizer(train, prepared.parameters(), accelerator.device, offloaded=weights.offload))
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     settings = make_settings(train=train)
-    return PolicyGradient(settings, ForwardPass(prepared), step, make_budget(train, weights.sharded), sampler_is_exact=False)
+    return PolicyGradient(settings, ForwardPass(prepared), step, make_budget(train), sampler_is_exact=False)
 
 
 def train(learner: PolicyGradient, recorded: Sequence[list[Group]]) -> list[dict[str, Any]]:

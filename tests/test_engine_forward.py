@@ -120,5 +120,5 @@ def test_what_lies_in_the_processor_s_memory_is_computed_where_it_is_gathered() 
     spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(local.shape, local.stride(), local.dtype))
     model = torch.nn.Linear(3, 2, bias=False)
     assert device_of(model).type == "cpu"
-    model.weight = torch.nn.Parameter(DTensor(local, spec, requires_grad=False))  # type: ignore[misc]
+    model.weight = torch.nn.Parameter(DTensor(local, spec, requires_grad=False))
     assert model.weight.device.type == "cpu" and device_of(model).type == "cuda"
