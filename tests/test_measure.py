@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,26 @@ def test_only_models_that_are_needed_are_loaded(tmp_path: Path, monkeypatch: pyt
     measure("--n=2", "--sample=2", "--teacher", out)
 
 
+def test_both_are_asked_as_in_a_run_examples_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+
+    def recorded(asked: Callable[..., Any], renderer_of: Callable[..., Any]) -> Callable[..., Any]:
+        def ask_and_record(*given: Any) -> Any:
+            *_, questions, _ = given
+            shown.extend(len(renderer_of(given).book.plain(question)) for question in questions)
+            return asked(*given)
+
+        return ask_and_record
+
+    monkeypatch.setattr(ask, "_ask_student", recorded(ask._ask_student, lambda given: given[0].renderer))
+    monkeypatch.setattr(ask, "_ask_teacher", recorded(ask._ask_teacher, lambda given: given[2]))
+    out = f"--out={tmp_path / 'm'}"
+    measure("--n=2", "--sample=2", "--teacher", "--data.examples=2", out)
+    assert shown == [5] * 4  # two questions with their answers, and the one that is asked: of the student and of the teacher
+    measure("--n=2", "--sample=2", "--teacher", out)
+    assert shown[4:] == [1] * 4  # other prompts: nothing of before is taken for an answer to these
+
+
 def test_one_process_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
@@ -299,6 +319,8 @@ def of(student: Sequence[int], teacher: Sequence[int | None] = (), n: int = 8, n
         (of([0] * 90 + [4] * 10, [0] * 100), 0.1, "Verdict: this data does not suit student and teacher: it is too hard"),
         (of([0] * 90 + [4] * 10, [3] * 100), 1.0, "Verdict: this data suits student and teacher"),
         (of([8] * 70 + [4] * 30, [8] * 100), 0.3, "suits student and teacher in part; there is something to learn from 30.0%"),
+        (of([0] * 60, [8] * 60), 1.0, "the student is never right, so that its plain groups have no gradient"),
+        (of([0] * 60, [8] * 60, none=6), 1.0, "Verdict: open. Nothing could be read in 75.0% of the student's answers"),
     ],
 )
 def test_the_verdict_is_plain(questions: list[Measured], useful: float, said: str) -> None:
@@ -311,6 +333,7 @@ def test_the_verdict_is_plain(questions: list[Measured], useful: float, said: st
     [
         (of([0] * 60, none=6, truncated=6), "most of these were cut off: raise rollout.max_new_tokens (12,288)"),
         (of([0] * 60, none=6), "it does not end as the closing instruction asks"),
+        (of([0] * 60, none=6), "show it the form (data.examples: 2)"),
         (of([8] * 30 + [4] * 30), "What is always right teaches nothing. Leave it out: data.filters: student_accuracy < 1"),
         (of([0] * 30 + [4] * 30, [0] * 30 + [8] * 30), "Where neither is ever right, the right answer may be wrong"),
         (of([0] * 60, [0] * 55 + [1] * 5), "On hardly any hard question there would be a right answer to show: take a stronger teacher"),

@@ -161,7 +161,7 @@ def test_the_card_names_no_path_no_address_and_no_key(tmp_path: Path) -> None:
         "judge": {"model": "secret", "base_urls": ["https://secret-judge/v1"]},
         "data": {"train": "secret/train.jsonl", "eval": "C:\\secret\\eval.jsonl", "images": {"folder": "secret"}},
         "prompts": {"closing": "secret.jinja"},
-        "rollout": {"engine": "vllm", "vllm": {"mode": "server", "base_url": "http://secret-vllm:8001"}},
+        "rollout": {"engine": "vllm", "vllm": {"mode": "server", "base_url": "http://secret-vllm:8001", "weights_folder": "secret"}},
         "train": {"trackers": ["wandb"], "tracker_project": "secret", "learning_rate": 0.5},
         "grading": {"reward": "secret.py:reward"},
         "push": {"repo": "secret/repo"},
@@ -174,6 +174,19 @@ def test_the_card_names_no_path_no_address_and_no_key(tmp_path: Path) -> None:
     assert left == ["  model: secret"], text  # what a server calls its model looks like any other name
     assert not re.search(r"https?://(?!arxiv)", text)
     assert "base_model" not in ModelCard(text).data.to_dict()
+
+
+def test_the_card_says_how_it_was_asked(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({
+        "student": {"model": "a/b"}, "method": "grpo", "data": {"train": "t.jsonl", "examples": 2}, "prompts": {"closing": "answer-line"},
+    }))  # fmt: skip
+    figures = {"accuracy": 0.5, "by_level": {}, "count": 4, "ungraded": 0}
+    lines = [{"event": "eval", "step": 0, **figures}, {"event": "final", "step": 1, **figures}]
+    text = run_card("my-run", load_recipe(path), lines, tmp_path)
+    assert "closing: answer-line" in text and "Every prompt showed 2 training questions" in text
+    own = public({"prompts": {"closing": "mine.jinja", "bcq": "boxed"}})
+    assert own == {"prompts": {"closing": "(local)", "bcq": "boxed"}}  # `boxed` says nothing of anybody's files
 
 
 def test_what_others_have_too_stays() -> None:

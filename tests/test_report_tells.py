@@ -179,3 +179,23 @@ def test_a_comparison_says_whether_the_held_out_questions_are_enough(tmp_path: P
     clear = compare_runs([arm("c", [4] * 6), arm("d", [1, 0, 1, 0, 2, 0])])
     assert next(table.rows for table in clear.tables if table.id == "questions")[0][-1] == "first"
     assert "apart" not in clear.outcome
+
+
+def test_the_outcome_says_how_sure_the_change_is(tmp_path: Path) -> None:
+    run = evaluated(invented_run(tmp_path / "run", steps=2))
+    path = run / "held_out" / "eval-000000.parquet"
+    rows = [row for row in pq.read_table(path).to_pylist() if row["rollout"] == 0][:12]
+
+    def write(name: str, right: int) -> None:
+        kept = [row | {"question_id": f"q{i}", "graded": True, "correct": i < right} for i, row in enumerate(rows)]
+        pq.write_table(pa.Table.from_pylist(kept, schema=ROLLOUT_SCHEMA), run / "held_out" / name)
+
+    write("eval-000000.parquet", 3)
+    write("final-000002.parquet", 5)
+    differences = [0.0] * 10 + [1.0] * 2
+    half = 2.200985 * statistics.stdev(differences) / math.sqrt(12)
+    low, high = 100 * (2 / 12 - half), 100 * (2 / 12 + half)
+    assert f", +16.7 points [{low:+.1f}, {high:+.1f}] over 12 questions, which may be chance" in Reader(run).read().outcome
+    write("final-000002.parquet", 12)
+    outcome = Reader(run).read().outcome
+    assert "+75.0 points" in outcome and "chance" not in outcome

@@ -14,7 +14,7 @@ from zppo.config.settings import Settings
 from zppo.core.types import Question, Rollout
 from zppo.errors import SettingsError
 from zppo.grading.grader import Verdict
-from zppo.names import readable
+from zppo.names import CLOSINGS, readable
 from zppo.runs.files import writing
 from zppo.train.provenance import model_facts, word_files
 
@@ -138,7 +138,10 @@ def _facts(settings: Settings) -> dict[Who, Any]:
     limits = settings.data.images.min_pixels, settings.data.images.max_pixels
     judge = settings.judging[0] if settings.judging else None
     grading = [settings.grading.reward, settings.grading.rounded_golds, judge.model if judge else None]
-    shared = [settings.seed, words, limits, grading]
+    closing = str(settings.prompts.get("closing", ""))
+    form = [closing if closing in CLOSINGS else "", settings.answer_form.name]
+    shown = [settings.data.examples, settings.data.columns.solution]
+    shared = [settings.seed, words, limits, grading, form, shown]
     return {
         "student": [shared, whole["student"], model_facts(settings.student), _sampling(whole["rollout"]), settings.train.precision],
         "teacher": [shared, settings.teacher and [settings.teacher.model, model_facts(settings.teacher), whole["teacher"]["rollout"]]],

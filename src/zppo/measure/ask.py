@@ -86,7 +86,7 @@ def ready_models(
         frozen = FrozenModels(settings, accelerator.device, inputs, doing=progress.doing, warn=say)
         stack.callback(frozen.close)
         chat = load_chat(settings.student, inputs.limits, inputs.cache) if inputs else load_chat(settings.student)
-        renderer = make_renderer(settings, chat)
+        renderer = make_renderer(settings, chat, examples=data.examples)
         progress.doing(f"reading the prompts of {len(data.train):,} questions")
         questions, _ = load_short(settings, data, renderer, cache(lambda question: len(renderer.plain(question).ids)), console)
         who = wanted(questions)

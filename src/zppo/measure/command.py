@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def measure(settings: Settings, name: str, *, n: int, sample: int | None, teache
         return [each for each, count in left.items() if count]
 
     try:
-        with ready_models(settings, seen_data(settings, loaded.mixture.questions, []), n, wanted, console) as asking:
+        data = replace(seen_data(settings, loaded.mixture.questions, []), examples=loaded.examples)
+        with ready_models(settings, data, n, wanted, console) as asking:
             opened = _ask(asking, who, asked, n, answers, console)
         _finish(settings, name, loaded, asked, answers, places, n, console)
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from zppo.report.tables import Table, percent
 
 MUCH, SOME = 0.5, 0.2  # of the questions: shares that are useful, or that are worth a word [zppo]
 FEW = 50  # questions on which shares are rough
+UNREAD = 0.5  # of the answers without anything to read, from which on they say nothing of what a student knows
 _MOST_LEVELS = 20
 
 
@@ -147,7 +148,7 @@ def _words(verdict: DataVerdict, settings: Settings) -> Iterable[str]:
     yield from _mends(verdict, settings)
     if student.count < FEW:
         yield f"These are {student.count} questions: the shares are rough."
-    yield _last_word(verdict)
+    yield _last_word(verdict, own_reward=settings.grading.reward is not None)
 
 
 def _mends(verdict: DataVerdict, settings: Settings) -> Iterable[str]:
@@ -158,7 +159,8 @@ def _mends(verdict: DataVerdict, settings: Settings) -> Iterable[str]:
         mend = (
             f"most of these were cut off: raise rollout.max_new_tokens ({settings.rollout.max_new_tokens:,}), or take shorter tasks"
             if cut
-            else "it does not end as the closing instruction asks: take one that follows it, or words that it knows (prompts.closing)"
+            else "it does not end as the closing instruction asks: take one that follows it, words that it knows (prompts.closing: boxed "
+            "or answer-line), or show it the form (data.examples: 2)"
         )
         yield f"In {percent(student.none)} of its answers nothing could be extracted from what the student wrote; {mend}."
     if (teacher.none or 0) >= SOME:
@@ -184,10 +186,20 @@ def useful_filter(verdict: DataVerdict) -> str:
     return "student_accuracy < 1" + (" and (student_accuracy > 0 or teacher_accuracy > 0)" if verdict.teacher.count else "")
 
 
-def _last_word(verdict: DataVerdict) -> str:
-    useful, unknown = verdict.useful, verdict.unknown
+def _last_word(verdict: DataVerdict, *, own_reward: bool) -> str:
+    useful, unknown, missing = verdict.useful, verdict.unknown, verdict.student.none or 0.0
+    if missing >= UNREAD and not own_reward:  # which may have no answers to read
+        return (
+            f"Verdict: open. Nothing could be read in {percent(missing)} of the student's answers, so that what it knows was not measured: "
+            "mend the form first, and measure again."
+        )
     who = "student and teacher" if verdict.teacher.count else "the student"
     share = f"there is something to learn from {percent(useful)} of the questions"
+    if useful and not verdict.student.accuracy:
+        return (
+            f"Verdict: the student is never right, so that its plain groups have no gradient: it can learn from the teacher's help alone, "
+            f"on {percent(useful)} of the questions. Add easier ones, which it gets right now and then."
+        )
     if useful >= MUCH:
         return f"Verdict: this data suits {who}; {share}."
     if unknown and useful + unknown >= SOME:

@@ -363,9 +363,10 @@ def _visits_in(path: Path, mtime: int, size: int) -> tuple[PlainVisit, ...]:
     )
 
 
-def held_out_accuracies(run: Run) -> dict[str, float]:
-    """By question the share of right completions at the last evaluation that can be read; empty where none can, or nothing was held out."""
-    for path in reversed(run.held_out_files):
+def held_out_accuracies(run: Run, *, before: bool = False) -> dict[str, float]:
+    """By question the share of right completions at the last evaluation that can be read, or at the one before training; empty for none."""
+    files = run.held_out_files
+    for path in [path for path in files if path.stem == "eval-000000"] if before else reversed(files):
         with suppress(*DAMAGE):
             table = pq.read_table(path, columns=["question_id", "correct", "graded"], partitioning=None).to_pydict()
             verdicts: dict[str, list[bool]] = {}

@@ -16,8 +16,9 @@ from zppo.errors import ZPPOError
 from zppo.planning.flops import as_run
 from zppo.planning.model_shapes import size_of
 from zppo.report.audits import Counts, ZoneStory, run_rows, zone_story
+from zppo.report.bootstrap import mean_interval
 from zppo.report.charts import ChartSpec, charts_of
-from zppo.report.read_run import FINAL, RECIPE, RolloutFileError, Run, StepScan, open_run, scan_file
+from zppo.report.read_run import FINAL, RECIPE, RolloutFileError, Run, StepScan, held_out_accuracies, open_run, scan_file
 from zppo.report.stories import QuestionLine, held_out_lines, question_lines
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
 from zppo.report.tells import tell_warnings, tells
@@ -144,7 +145,7 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     if run.evaluations and first and (last := run.evaluations[-1]) is not first:
         levels = [f"{name} {percent(first['by_level'].get(name))} → {percent(v)}" for name, v in last["by_level"].items()]
         detail = f" ({', '.join(levels)})" if levels else ""
-        parts.append(f"held-out accuracy {percent(first['accuracy'])} → {percent(last['accuracy'])}{detail}")
+        parts.append(f"held-out accuracy {percent(first['accuracy'])} → {percent(last['accuracy'])}{detail}{_change(run)}")
     if zone is not None and zone.admitted.any():
         name, admitted, graduated, _ = zone.totals()[0]
         if admitted:
@@ -156,6 +157,16 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     state = "" if run.finished else f" after {run.last_step:,} of {planned:,} steps" if planned else f" after {run.last_step:,} steps"
     text = "; ".join(parts) or "No evaluation yet"
     return f"{text[0].upper()}{text[1:]}{state}."
+
+
+def _change(run: Run) -> str:
+    """How much of the change other questions might have undone; "" where fewer than two were asked before and after."""
+    before, after = held_out_accuracies(run, before=True), held_out_accuracies(run)
+    mean = mean_interval([value - before[question] for question, value in after.items() if question in before])
+    if mean.n < 2:
+        return ""
+    words = "" if mean.low > 0 or mean.high < 0 else ", which may be chance"
+    return f", {100 * mean.value:+.1f} points [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}] over {mean.n:,} questions{words}"
 
 
 def _head(run: Run) -> dict[str, str]:

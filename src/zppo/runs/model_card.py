@@ -10,13 +10,14 @@ from typing import Any
 from zppo import __version__
 from zppo.config.recipe import dump_yaml
 from zppo.config.settings import Settings
+from zppo.names import CLOSINGS
 
 Lines = Sequence[Mapping[str, Any]]
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMED = re.compile(r"hub:[\w.-]+/[\w.-]+|(?:lab|reasoning_gym):[\w./-]+")
 _PRIVATE = frozenset(
-    {"base_urls", "base_url", "extra_body", "folder", "key_env", "output", "prompts", "push", "tracker_project", "trackers"}
+    {"base_urls", "base_url", "extra_body", "folder", "key_env", "output", "push", "tracker_project", "trackers", "weights_folder"}
 )
 _LOCAL = "(local)"
 _VISION = ("preprocessor_config.json", "processor_config.json")
@@ -52,7 +53,7 @@ def run_card(name: str, settings: Settings, lines: Lines, final: Path) -> str:
         model_name=name if results else None,
         eval_results=results,
     )
-    body = [f"# {name}", "", *_words(settings), "", *_results(before, after), f"{_work(lines)}.", ""]
+    body = [f"# {name}", "", *_words(settings), "", *_results(before, after, settings.data.examples), f"{_work(lines)}.", ""]
     recipe = dump_yaml(public(settings.model_dump(mode="json", exclude_defaults=True)))
     body += ["## Recipe", "", "What differs from the defaults; names of local files and addresses are left out.", "", "```yaml"]
     return "\n".join(["---", metadata.to_yaml(), "---", "", *body, recipe.rstrip(), "```", ""])
@@ -69,6 +70,8 @@ def public(value: Any, key: str = "") -> Any:
     A text stays where no path, address or import path can be meant by it, or where it names a set or a model that others have too.
     """
     if isinstance(value, Mapping):
+        if key == "prompts":  # files, but for the closing instructions that have names
+            return {k: v if v in CLOSINGS else _LOCAL for k, v in value.items()}
         return {k: public(v, k) for k, v in value.items() if k not in _PRIVATE}
     if isinstance(value, list | tuple):
         return [public(v, key) for v in value]
@@ -104,13 +107,17 @@ def _evaluation(lines: Lines, event: str, which: int) -> Mapping[str, Any] | Non
     return found[which] if found else None
 
 
-def _results(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
+def _results(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, examples: int) -> list[str]:
     if not (before and after):
         return []
     rows = [(level, before["by_level"].get(level), value) for level, value in after["by_level"].items()]
     rows.append(("all", before["accuracy"], after["accuracy"]))
     shown = [f"| {level} | {_share(old)} | {_share(new)} |" for level, old, new in rows]
     note = f"{after['count']:,} completions, after training evaluated from these files."
+    if examples:
+        note += (
+            f" Every prompt showed {examples} training questions with their answers before its own; without them the figures are others."
+        )
     if ungraded := before["ungraded"] + after["ungraded"]:
         note += f" {ungraded:,} completions before and after are left out, since the judge could not be reached."
     return ["## Held-out accuracy, plain prompts", "", "| level | before | after |", "|---|---|---|", *shown, "", note, ""]
