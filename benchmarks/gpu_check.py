@@ -1,195 +1,111 @@
-"""One command for a machine with a GPU: does training on it do what it does on a CPU?
+"""One command for a machine with a GPU: does everything do there what it does on a CPU, and how fast?
 
-    make gpu-check                    the transformers engine
-    make gpu-check VLLM=1             vLLM too, in an environment of its own
-    python benchmarks/gpu_check.py    in an environment that is there already; vLLM where it can be imported
+    make gpu-check                             in an environment with vLLM and the kernels, which it makes
+    python -m benchmarks.gpu_check             in an environment that is there already; vLLM where it can be imported
+    python -m benchmarks.gpu_check --cpu       the same in tiny on a CPU: shows that this program works, no more
 
-It trains a small random model by ZPPO, the lab's questions and the lab's teacher in whole runs of their own processes, and looks at what
-they logged: how far sampling and training are apart in log-probs, whether the weights moved, whether a vLLM that takes no weights stops
-its run. A table, a dated JSON file in benchmarks/results/, exit code 0 where everything held, 1 where something did not, 2 without a GPU.
+Its parts (`benchmarks/gpu_parts.py`) are processes of their own, so that one that fails, hangs or runs out of memory costs no other. What
+does not fit into the minutes that are left is left out and named. A table, a dated JSON file in benchmarks/results/, exit code 0 where
+everything held, 1 where something did not, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "lab.yaml"
-STEPS = 4
-FP32_MEAN, BF16_MEAN = 1e-4, 0.05  # nats a token; the first for TF32-free fp32, the second is the guard's own
+from benchmarks.common import ROOT, machine, version
+from benchmarks.gpu_parts import PARTS, Check, Part
 
-# A process whose vLLM is never told about new weights: what a broken transfer looks like from outside.
-DEAF = """
-import sys
-from zppo.engines.vllm_colocate import ColocatedVLLM
-ColocatedVLLM.load = lambda self, weights: None
-from zppo.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+MINUTES = 12.0
+PATIENCE = 3  # times what a part takes on a card of today: one that hangs costs no other its minutes
+PACKAGES = ("zppo", "torch", "transformers", "accelerate", "vllm", "flash-linear-attention", "causal-conv1d", "liger-kernel")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the table."""
-
-    part: str
-    what: str
-    value: float | str | None
-    bound: str
-    passed: bool
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a finished training process left."""
-
-    code: int
-    said: str
-    seconds: float
-    steps: Sequence[Mapping[str, Any]]
-
-
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON file goes")
-    parser.add_argument("--cpu", action="store_true", help="run the same on a CPU: shows that this program works, no more")
-    options = parser.parse_args()
+    parser.add_argument("--cpu", action="store_true", help="tiny, on a CPU: shows that this program works, no more")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all parts together (default: {MINUTES:g})")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"which, with commas (default: all, {','.join(PARTS)})")
+    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)  # a child: one part, in this process
+    given = parser.parse_args(argv)
+    names = given.parts.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(PARTS)}")
     import torch
 
-    if not torch.cuda.is_available() and not options.cpu:
+    if not torch.cuda.is_available() and not given.cpu:
         print(
             "no GPU: torch.cuda.is_available() is False, so there is nothing to check. On a machine with one, install a torch build for "
             "it (https://pytorch.org/get-started/locally/) and look at `nvidia-smi`",
             file=sys.stderr,
         )
         return 2
-    device = "cpu" if options.cpu else torch.cuda.get_device_name()
-    with tempfile.TemporaryDirectory() as folder:
-        student = make_student(Path(folder) / "student")
-        small = ["--train.device=cpu", "--rollout.batch_size=4"] if options.cpu else []
-        checks = [*check_transformers(student, Path(folder), small), *check_vllm(student, Path(folder), small)]
-    show(device, checks)
-    save(options.results, device, checks)
+    if given.to is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            do(PARTS[names[0]], Path(folder), given.to, cpu=given.cpu)
+        return 0
+    began = time.perf_counter()
+    checks, left_out = [], []
+    for name in names:
+        left = given.minutes * 60 - (time.perf_counter() - began)
+        if left < PARTS[name].least and not given.cpu:
+            left_out.append(f"{name}: {left:.0f} s of {given.minutes:g} min were left, it takes {PARTS[name].least} s at least")
+            continue
+        checks += list(part_in_child(name, left if given.cpu else min(left, PATIENCE * PARTS[name].least), cpu=given.cpu))
+    device = f"CPU, {machine()}" if given.cpu else torch.cuda.get_device_name()
+    show(device, checks, left_out)
+    save(given.results, device, checks, left_out, time.perf_counter() - began)
     return 0 if all(check.passed for check in checks) else 1
 
 
-def make_student(folder: Path) -> Path:
-    """A random Qwen3 over the lab's vocabulary, with heads of a size that vLLM's kernels have."""
-    import torch
-    from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-
-    from zppo.lab.questions import bundled_model
-
-    tokenizer = AutoTokenizer.from_pretrained(bundled_model("lab:unreachable/student"))
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            initializer_range=0.1,  # small weights hide errors
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def do(part: Part, folder: Path, to: Path, *, cpu: bool) -> None:
+    """One part; every check is on the disk as soon as it is made, so that what comes after it cannot lose it."""
+    with open(to, "a", encoding="utf-8") as file:
+        for check in part.run(folder, cpu):
+            file.write(json.dumps(asdict(check)) + "\n")
+            file.flush()
 
 
-def train(student: Path, run: Path, *overrides: str, program: Sequence[str] = ("-m", "zppo")) -> Run:
-    """One training run in a process of its own."""
-    # A random model is right by chance alone: a reward that every fifth text gets keeps the groups mixed.
-    reward = run.parent / "reward.py"
-    reward.write_text(
-        "import zlib\ndef reward(completion, question):\n"
-        "    return float(zlib.crc32((completion + question.id).encode('utf-8', 'replace')) % 5 == 0)\n"
-    )
-    command = [sys.executable, *program, "train", str(RECIPE), f"--output={run}", f"--student.model={student}"]
-    fixed = [f"--train.steps={STEPS}", "--eval.every=0", "--data.eval_limit=32", f"--grading.reward={reward}:reward"]
+def part_in_child(name: str, seconds: float, *, cpu: bool) -> Iterator[Check]:
+    """What a part finds, in a process of its own that has so many seconds."""
     began = time.perf_counter()
-    done = subprocess.run([*command, *fixed, *overrides], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    steps = [record for record in map(json.loads, lines) if record["event"] == "step"]
-    return Run(done.returncode, (done.stdout + done.stderr)[-2000:], time.perf_counter() - began, steps)
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.jsonl"
+        command = [sys.executable, "-m", "benchmarks.gpu_check", "--parts", name, "--to", str(found), *["--cpu"] * cpu]
+        # A missing kernel is a line of the table, and no reason to measure nothing.
+        env = {**os.environ, "ZPPO_SLOW_KERNELS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with open(Path(folder) / "said", "w+b") as said:
+            child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                how = f"exit code {child.wait(seconds)}"
+            except subprocess.TimeoutExpired:
+                how = f"stopped after {seconds:.0f} s"
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # and what it has left behind
+            child.wait()
+            said.seek(0)
+            words = " ".join(said.read().decode("utf-8", "replace").split())[-400:]
+        for line in found.read_text(encoding="utf-8").splitlines() if found.exists() else ():
+            yield Check(**json.loads(line))
+    if how != "exit code 0":
+        yield Check(name, "finished", f"{how}: ...{words}", "exit code 0", False)
+    yield Check(name, "seconds of this part (information)", round(time.perf_counter() - began, 1), "-", True)
 
 
-def check_transformers(student: Path, folder: Path, more: Sequence[str]) -> Iterator[Check]:
-    """fp32 and bf16 runs with the engine that shares the trainer's weights."""
-    for precision, bound in (("fp32", FP32_MEAN), ("bf16", BF16_MEAN)):
-        run = folder / precision
-        done = train(student, run, f"--train.precision={precision}", *more)
-        yield from look_at(f"transformers {precision}", done, bound)
-        if done.code == 0:
-            yield moved(f"transformers {precision}", student, run)
-
-
-def check_vllm(student: Path, folder: Path, more: Sequence[str]) -> Iterator[Check]:
-    """A run with vLLM in the trainer's process, one with its memory given back, and one that is deaf to new weights."""
-    if importlib.util.find_spec("vllm") is None:
-        yield Check("vllm", "installed", "no", "not checked", True)
-        return
-    engine = ["--rollout.engine=vllm", *more]
-    for name, sleeps in (("vllm", "false"), ("vllm sleeping", "true")):
-        run = folder / name.replace(" ", "-")
-        done = train(student, run, *engine, f"--rollout.vllm.enable_sleep_mode={sleeps}")
-        yield from look_at(name, done, BF16_MEAN)
-        if done.code == 0:
-            yield moved(name, student, run)
-    done = train(student, folder / "deaf", *engine, "--train.steps=40", "--train.learning_rate=2e-3", program=("-c", DEAF))
-    told = "does not hold the trainer's weights" in " ".join(done.said.split())
-    yield Check("vllm deaf", "steps until the guard stops it", len(done.steps) if told else tail(done), "< 40", told)
-
-
-def look_at(part: str, done: Run, bound: float) -> Iterator[Check]:
-    """What every run has to show."""
-    if done.code or len(done.steps) != STEPS:
-        yield Check(part, "finished", tail(done), "exit code 0", False)
-        return
-    rates = [step["student_tokens"] / step["seconds"]["sampling"] for step in done.steps[1:]]
-    yield Check(part, "sampled tokens/s (information)", round(max(rates)), "-", True)
-    for name in ("logprob_gap_mean", "engine_gap_mean"):
-        gap = max((step[name] for step in done.steps if step.get(name) is not None), default=math.nan)
-        yield Check(part, f"{name}, worst step", gap, f"<= {bound:g}", gap <= bound)
-    finite = all(step["loss"] is not None and not step["skipped_updates"] for step in done.steps)
-    yield Check(part, "losses are numbers, no update skipped", str(finite), "True", finite)
-
-
-def moved(part: str, student: Path, run: Path) -> Check:
-    """Share of the weights that training changed."""
-    from safetensors.torch import load_file
-
-    before, after = load_file(student / "model.safetensors"), load_file(run / "final" / "model.safetensors")
-    share = sum(int((before[k] != after[k]).sum()) for k in before) / sum(v.numel() for v in before.values())
-    return Check(part, "share of weights that moved", round(share, 3), ">= 0.9", share >= 0.9)
-
-
-def tail(done: Run) -> str:
-    """How a process ended, on one line."""
-    return f"exit code {done.code} after {len(done.steps)} steps: ...{' '.join(done.said.split())[-400:]}"
-
-
-def show(device: str, checks: Sequence[Check]) -> None:
+def show(device: str, checks: Sequence[Check], left_out: Sequence[str]) -> None:
     """The table."""
     from rich.console import Console
     from rich.table import Table
@@ -200,25 +116,27 @@ def show(device: str, checks: Sequence[Check]) -> None:
     for check in checks:
         value = f"{check.value:.3g}" if isinstance(check.value, float) else str(check.value)
         table.add_row(check.part, check.what, value, check.bound, "ok" if check.passed else "FAILED")
-    Console(width=140).print(table)
+    console = Console(width=140)
+    console.print(table)
+    for words in left_out:
+        console.print(f"left out: {words}", highlight=False)
 
 
-def save(folder: Path, device: str, checks: Sequence[Check]) -> None:
+def save(folder: Path, device: str, checks: Sequence[Check], left_out: Sequence[str], seconds: float) -> None:
     """The dated result."""
     day = time.strftime("%Y-%m-%d")
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "vllm", "trl")}
-    result = {"date": day, "device": device, "versions": versions, "checks": [asdict(check) for check in checks]}
+    result = {
+        "date": day,
+        "device": device,
+        "versions": {name: version(name) for name in PACKAGES},
+        "seconds": round(seconds, 1),
+        "left_out": list(left_out),
+        "checks": [asdict(check) for check in checks],
+    }
     path = folder / f"gpu-check-{day}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

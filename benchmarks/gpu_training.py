@@ -50,7 +50,7 @@ def measure(options: Options) -> Mapping[str, Any]:
     prepared, optimizer = accelerator.prepare(model, optimizer)
     step_of = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm)
     learner = PolicyGradient(
-        settings, ForwardPass(prepared), step_of, make_budget(train, sharded=False, gpu=not cpu), sampler_is_exact=False
+        settings, ForwardPass(prepared), step_of, make_budget(train, gpu=not cpu, width=config.hidden_size), sampler_is_exact=False
     )
     groups, advantages = batch(config.vocab_size, 2 if cpu else GROUPS, 50 if cpu else 1)
     lines = lines_of(groups, advantages)

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import flops
 from benchmarks.workers import PeakMemory, Stopwatch
-from benchmarks.world import Shape, completions, correct
+from benchmarks.world import Shape, completions, correct, lengths
 
 TEACHER_SAID = "teacher-said"
 
@@ -176,6 +176,31 @@ class Replaying:
             yield from ((i, j, completion) for j, completion in enumerate(row))
 
 
+class GivenLengths:
+    """Ends completions where it is said, by the engine's own way to be told so; see `world.lengths`.
+
+    Attributes:
+        step: of the trainer. Its first batch has the plain rollouts, as the peer's has.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.step, self._batch = shape, 0, 0
+
+    def new_step(self, step: int) -> None:
+        """What is sampled from now on belongs to it."""
+        self.step, self._batch = step, 0
+
+    def __call__(self, asked: Sequence[Any]) -> Any:
+        """What the engine asks at every token of a batch: which rows end with it."""
+        given = lengths(self.shape, len(asked), 1000 * self._batch + self.step)
+        self._batch += 1
+
+        def ends(step: int, drawn: Any) -> list[int]:
+            return [row for row, length in enumerate(given) if length == step + 1]
+
+        return ends
+
+
 class Seen:
     """What the learner was given: which rollouts, of what length, with a gradient or not."""
 
@@ -213,6 +238,9 @@ def serve(pipe: Connection, own: Ours) -> None:
         seen = Seen(learner)
         reported: dict[str, Any] = {}
         trainer.run_log.listener = lambda step, event, metrics: reported.update(metrics)
+        given = GivenLengths(own.shape)
+        if own.shape.lognormal is not None:
+            sampling.engine.watch = given
         pipe.send(("ready", None))
         while True:
             asked = pipe.recv()
@@ -221,6 +249,7 @@ def serve(pipe: Connection, own: Ours) -> None:
                 pipe.send(("rates", flops.rates(config, 2048, rows)))
                 continue
             script.new_step(asked["trivial"])
+            given.new_step(trainer.done + 1)
             trainer.student = replaying if asked.get("replay") else sampling
             watch.start()
             trainer.step(trainer.done + 1)

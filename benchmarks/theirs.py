@@ -9,13 +9,14 @@ elsewhere, hands it the same token ids as our side has.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks.workers import PeakMemory, Stopwatch
-from benchmarks.world import Shape, completions, correct, user_turn
+from benchmarks.world import ENDS, Shape, completions, correct, lengths, user_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,26 @@ def config_of(own: Theirs, folder: str) -> Any:
     return GRPOConfig(**{**given, **own.settings})
 
 
+class GivenLengths:
+    """A logits processor of `generate`: completions end where it is said, see `world.lengths`."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.step, self._width, self._start, self._lengths = shape, 0, 0, 0, list[int]()
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Nothing but the end token can be drawn where a completion is to end."""
+        rows, width = input_ids.shape
+        if width != self._width + 1:  # another batch
+            self.step += 1
+            self._start, self._lengths = width, lengths(self.shape, rows, self.step)
+        self._width = width
+        ending = [row for row, length in enumerate(self._lengths) if length == width - self._start + 1]
+        if ending:
+            scores[ending] = float("-inf")
+            scores[ending, ENDS[0]] = 0.0
+        return scores
+
+
 class Peer:
     """The trainer and what is written down about it.
 
@@ -90,6 +111,9 @@ class Peer:
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=self.tokenizer,
         )
+        if own.shape.lognormal is not None:
+            model = self.trainer.model
+            model.generate = functools.partial(model.generate, logits_processor=[GivenLengths(own.shape)])
         self._wrap()
 
     def reward(self, completion_ids: list[list[int]], **_: Any) -> list[float]:

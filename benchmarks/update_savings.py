@@ -75,7 +75,7 @@ class Variants:
         settings = Settings(method="grpo", student={"model": "-"}, data={"train": "-"}, train={"minibatches": 4, "max_grad_norm": 1e9})
         still = torch.optim.SGD(self.model.parameters(), lr=0.0)
         step = OptimizerStep(self.model, still, self.accelerator, settings.train.max_grad_norm)
-        budget, sharing = make_budget(settings.train, sharded=False), self.sharing if share else None
+        budget, sharing = make_budget(settings.train), self.sharing if share else None
         return PolicyGradient(settings, ForwardPass(self.model), step, budget, sampler_is_exact=sampler, sharing=sharing)
 
     def undropped(self) -> Any:

@@ -8,6 +8,7 @@ anything or patched; both draw from that one distribution, and the lengths that 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Shape:
         limit: new-token limit; the mean length follows from it (see above).
         layers, width: of the model.
         steps: steps that there are questions for.
+        lognormal: median and spread of completions whose lengths are given; None where they end by themselves (see above).
+        vocabulary: of the model; that of lengths that are given may be any.
     """
 
     questions: int = 16
@@ -45,10 +48,14 @@ class Shape:
     layers: int = 4
     width: int = 128
     steps: int = 64
+    lognormal: tuple[float, float] | None = None
+    vocabulary: int = VOCABULARY
 
     @property
     def mean(self) -> float:
-        """Mean length of a completion."""
+        """Mean length of a completion, about."""
+        if self.lognormal is not None:
+            return self.lognormal[0] * math.exp(self.lognormal[1] ** 2 / 2)
         chance = len(ENDS) / VOCABULARY
         return (1 - (1 - chance) ** self.limit) / chance
 
@@ -56,12 +63,13 @@ class Shape:
 QUICK = Shape(questions=4, group=4, prompt=(20, 30), limit=12, layers=1, width=32, steps=12)
 
 
-def make_tokenizer(more: Sequence[str] = (), template: str = TEMPLATE, **settings: Any) -> Any:
-    """One word, one token; `more` are special ones behind all others, `settings` the tokenizer's own."""
+def make_tokenizer(more: Sequence[str] = (), template: str = TEMPLATE, *, size: int = VOCABULARY, **settings: Any) -> Any:
+    """One word, one token, `size` of them; `more` are special ones behind all others, `settings` the tokenizer's own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *TURNS, *WORDS, *more))}
+    known = (*SPECIAL, *TURNS, *(f"w{i}" for i in range(size - len(SPECIAL) - len(TURNS))), *more)
+    vocabulary = {word: i for i, word in enumerate(known)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -116,6 +124,41 @@ def model_config(shape: Shape) -> Any:
         bos_token_id=None,
         eos_token_id=2,
     )
+
+
+def make_llama(folder: Path, shape: Shape) -> Path:
+    """Writes a random Llama of the shape of SmolLM2-135M, with a tokenizer of as many words as it has tokens."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.width * 8 // 3,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=shape.width // 64 // 3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=list(ENDS), pad_token_id=0, do_sample=True)
+    model.save_pretrained(folder)
+    make_tokenizer(size=shape.vocabulary).save_pretrained(folder)
+    return folder
+
+
+def lengths(shape: Shape, count: int, call: int) -> list[int]:
+    """Of so many completions, log-normal within the limit; the same for both sides at the same call."""
+    assert shape.lognormal is not None
+    (median, spread), rng = shape.lognormal, random.Random(call)
+    return [min(shape.limit, max(4, round(rng.lognormvariate(math.log(median), spread)))) for _ in range(count)]
 
 
 def user_turn(text: str) -> str:

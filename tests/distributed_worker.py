@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -65,7 +66,7 @@ def make_policy_gradient(
         settings,
         ForwardPass(prepared),
         OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights),
-        make_budget(train, weights.sharded),
+        make_budget(train),
         sampler_is_exact=sampler,
         sharing=Sharing(reach=10**6),
     )
@@ -180,12 +181,13 @@ def skips_what_is_not_finite(learner: PolicyGradient) -> None:
 def written(learner: PolicyGradient, model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Weights and optimizer as a checkpoint has them, and the weights read back."""
     weights = learner.weights
-    saved, state = weights.saved(Student(model, None)), weights.snapshot_of(learner.optimizer.optimizer)
     if weights.processes.main:
-        saved.save_pretrained(folder)
-        torch.save(state.state_dict(), f"{folder}-optimizer.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
     weights.processes.wait()
-    return load_file(folder / "model.safetensors")
+    weights.write(folder, Student(model, None), learner.optimizer.optimizer)
+    weights.processes.wait()
+    return {name: value for path in sorted((folder / "model").glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
 def one(name: str, make: Callable[[], ReplicatedWeights], model_path: str, recorded: list[list[Group]], out: Path) -> None:
@@ -204,10 +206,10 @@ def one(name: str, make: Callable[[], ReplicatedWeights], model_path: str, recor
     metrics.append(distil(learner, load(model_path), recorded[0], off_policy=True))
     written(learner, model, out / name)
     # What was saved puts a fresh model and optimizer where these are, whatever way the weights lie: they go on alike.
-    fresh, weights = load(str(out / name)), make()
+    weights = make()
+    fresh = weights.load(lambda: Student(load(str(out / name / "model")), None)).model
     other = make_policy_gradient(fresh, accelerator, weights, sampler=False)
-    loaded = torch.load(out / f"{name}-optimizer.pt", weights_only=True)
-    weights.state_of(other.optimizer.optimizer).load_state_dict(loaded)
+    weights.load_optimizer(out / name, other.optimizer.optimizer, fresh)
     assert train(learner, recorded[:1]) == train(other, recorded[:1])
     ours, theirs = (written(*pair, out / f"{name}-on") for pair in ((learner, model), (other, fresh)))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -239,6 +239,14 @@ def _(w: World) -> None:
     w.set("student.quantize", "4bit")
 
 
+@case("a student on a Tinker server with a setting that the API does not know")
+def _(w: World) -> None:
+    w.set("student.tinker", {})
+    w.set("train.lora", {})
+    w.set("eval", {"temperature": 0})
+    w.set("rollout.temperature", 0.8)
+
+
 @case("weights in 4 bits with vLLM as the engine")
 def _(w: World) -> None:
     w.set("student.quantize", "4bit")
@@ -842,6 +850,15 @@ def _(w: World) -> None:
     w.set("teacher.device", "gpu:0")
 
 
+@case("a model on a GPU without the kernels of its layers")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.set("teacher.model", "./linear")
+    w.set("teacher.device", "cuda:0")
+    (w.folder / "linear").mkdir()
+    w.write("linear/config.json", json.dumps({"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}))
+
+
 @case("an attention implementation that does not exist")
 def _(w: World) -> None:
     w.set("student.attention", "flush")
@@ -850,6 +867,25 @@ def _(w: World) -> None:
 @case("vLLM as the engine, and it is not installed")
 def _(w: World) -> None:
     w.set("rollout.engine", "vllm")
+
+
+@case("a student on a Tinker server, and its SDK is not installed")
+def _(w: World) -> None:
+    w.set("student.tinker", {})
+    w.set("train.lora", {})
+    w.set("eval", {"temperature": 0})
+
+
+@case("a vLLM server, and no vLLM here to send weights by")
+def _(w: World) -> None:
+    w.set("rollout.engine", "vllm")
+    w.set("rollout.vllm.mode", "server")
+
+
+@case("a vLLM server that is named twice")
+def _(w: World) -> None:
+    w.set("rollout.engine", "vllm")
+    w.set("rollout.vllm", {"mode": "server", "base_url": ["http://localhost:1", "http://localhost:1"], "weights_folder": "weights"})
 
 
 # --- templates ------------------------------------------------------------------------------------------------------
@@ -956,6 +992,12 @@ def _(w: World) -> None:
     w.set("teacher.ask", "eager")
 
 
+@case("a teacher in this process that shall be asked ahead")
+def _(w: World) -> None:
+    w.with_teacher()
+    w.set("teacher.ask", "ahead")
+
+
 @case("a setting that only a teacher in this process has")
 def _(w: World) -> None:
     at(w, "http://localhost:8000/v1", device="cuda:1")
@@ -1046,6 +1088,29 @@ def _(w: World) -> None:
     w.set("train.sharding", "fsdp2")
 
 
+@case("the optimizer on the processor, and nothing is sharded")
+def _(w: World) -> None:
+    w.set("train.offload", True)
+
+
+@case("groups of processes, and nothing is sharded")
+def _(w: World) -> None:
+    w.set("train.shard_within", 8)
+
+
+@case("groups that the processes cannot be split into")
+def _(w: World) -> None:
+    w.set("train.sharding", "fsdp2")
+    w.set("train.shard_within", 4)
+    w.env = {"RANK": "0", "WORLD_SIZE": "6"}
+
+
+@case("sharding, and an optimizer whose state cannot be sharded")
+def _(w: World) -> None:
+    w.set("train.sharding", "fsdp2")
+    w.set("train.optimizer", "adamw-8bit")
+
+
 @case("an accelerate configuration with Megatron-LM")
 def _(w: World) -> None:
     _accelerate(w, ACCELERATE_USE_MEGATRON_LM="true")
@@ -1061,11 +1126,6 @@ def _(w: World) -> None:
     _accelerate(w, ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
 
 
-@case("an accelerate configuration that moves weights to the CPU")
-def _(w: World) -> None:
-    _accelerate(w, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_OFFLOAD_PARAMS="true")
-
-
 @case("an accelerate configuration with gradient accumulation")
 def _(w: World) -> None:
     _accelerate(w, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
@@ -1079,6 +1139,47 @@ def _(w: World) -> None:
 @case("a number of processes that is none")
 def _(w: World) -> None:
     w.env = {"RANK": "0", "WORLD_SIZE": "two"}
+
+
+def _srun(w: World, **more: str) -> None:
+    """The environment of the first of two processes that srun started."""
+    w.env = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[1-2]", **more}
+
+
+@case("srun, and a RANK that was set by hand")
+def _(w: World) -> None:
+    _srun(w, RANK="1")
+
+
+@case("srun starts a torchrun for every GPU")
+def _(w: World) -> None:
+    _srun(w, RANK="0", WORLD_SIZE="2", GROUP_WORLD_SIZE="1")
+
+
+@case("srun on several nodes, and a MASTER_ADDR that each has")
+def _(w: World) -> None:
+    _srun(w, MASTER_ADDR="localhost", SLURM_NNODES="2")
+
+
+@case("srun in a heterogeneous job")
+def _(w: World) -> None:
+    _srun(w, SLURM_HET_SIZE="2")
+
+
+@case("srun without a list of hosts")
+def _(w: World) -> None:
+    _srun(w, SLURM_STEP_NODELIST="")
+
+
+@case("a number from SLURM that is none")
+def _(w: World) -> None:
+    _srun(w, SLURM_PROCID="7")
+
+
+@case("a command that runs in one process, started as several")
+def _(w: World) -> None:
+    w.env = {"RANK": "0", "WORLD_SIZE": "2"}
+    w.command = ["recipes"]
 
 
 # --- folders of runs ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ from benchmarks import (
     scaling,
     step_vs_trl,
     tables,
+    teacher_ahead,
     teacher_tokens,
     training_part,
     workers,
@@ -212,3 +214,22 @@ def test_a_worker_process_answers_and_says_why_it_failed() -> None:
     with pytest.raises(RuntimeError, match="unlucky"):
         worker.ask(13)
     worker.close()
+
+
+def test_the_simulated_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card gives every row a token a pass; what a lazy step asks for is the least; nobody waits for a teacher without a latency."""
+    clock, ended = teacher_ahead.Clock(), []
+    card = teacher_ahead.Card(clock, teacher_ahead.Api(pace=2.0))
+    card.add([teacher_ahead.Row(5, 5, tokens, lambda tokens=tokens: ended.append((clock.now, tokens)), 0) for tokens in (30, 10)])
+    clock.run(lambda: len(ended) == 2)
+    assert ended == [(5.0, 10), (15.0, 30)]
+
+    for name, value in {"NEW": 48, "REPLAYED": 12, "CAP": 12, "REACH": 8}.items():
+        monkeypatch.setattr(teacher_ahead, name, value)
+    layout = next(teacher_ahead.layouts())
+    found = teacher_ahead.simulate(0, 0.5, layout)
+    assert found["ahead"]["waited"] < found["lazy"]["waited"]
+    assert found["foreseen"]["written"] == found["lazy"]["written"] < found["ahead"]["written"] < found["ahead, all"]["written"]
+    assert all(found[way]["plain"] == found["lazy"]["plain"] for way in teacher_ahead.WAYS)
+    fast = teacher_ahead.simulate(0, 0.5, dataclasses.replace(layout, teacher=teacher_ahead.Api(1e9, 0.0)))
+    assert all(f["waited"] < 0.01 for f in fast.values())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from zppo.cli import main
-from zppo.config.bundled import accelerate_files, find_recipe, made_for, recipe_names, recipes_folder
+from zppo.config.bundled import accelerate_files, find_recipe, made_for, recipe_names, recipes_folder, slurm_script
 from zppo.config.recipe import load_recipe
 
 
@@ -71,6 +72,15 @@ def test_a_copy_overwrites_nothing(elsewhere: Path, capsys: pytest.CaptureFixtur
     assert (elsewhere / "data" / "my-data.jsonl").read_text() == "mine"
     assert main(["init", "two"]) == 2 and "is there already" in capsys.readouterr().err
     assert not (elsewhere / "two.yaml.yaml").exists()
+
+
+def test_the_batch_script_is_copied_too(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0 and str(slurm_script()) in capsys.readouterr().out
+    assert main(["init", "sub/mine", "--from", "slurm"]) == 0 and "`sbatch sub/mine.sbatch`" in capsys.readouterr().out
+    text = (elsewhere / "sub" / "mine.sbatch").read_text(encoding="utf-8")
+    assert text.startswith("#!/bin/bash") and "#   sbatch sub/mine.sbatch" in text and "recipes/slurm.sbatch" not in text
+    assert subprocess.run(["bash", "-n", "sub/mine.sbatch"]).returncode == 0
+    assert main(["init", "sub/mine.sbatch", "--from", "recipes/slurm.sbatch"]) == 2 and "is there already" in capsys.readouterr().err
 
 
 def test_accelerate_configurations_are_copied_too(elsewhere: Path) -> None:

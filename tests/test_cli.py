@@ -143,7 +143,7 @@ def test_train_and_resume_reach_the_trainer(tmp_path: Path, monkeypatch: pytest.
     calls: list[tuple[Any, ...]] = []
     stand_in: Any = types.ModuleType("zppo.train.run")
     stand_in.train = lambda settings, name, console, stop: calls.append((settings, name))
-    stand_in.resume = lambda folder, console, stop: calls.append((folder,))
+    stand_in.resume = lambda folder, console, stop, addresses: calls.append((folder,))
     monkeypatch.setitem(sys.modules, "zppo.train.run", stand_in)
     assert run(capsys, "train", "--train.steps", "3", str(make_recipe(tmp_path)), "--seed=5")[0] == 0
     assert run(capsys, "resume", "runs/x")[0] == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo.core.minibatch import deal_groups, micro_batches, shares
+from zppo.core.minibatch import deal_groups, micro_batches, pass_tokens, shares
 
 counts = st.integers(0, 80)
 
@@ -117,3 +117,10 @@ def test_shares_deal_everything_once_and_evenly(costs: list[float], count: int) 
 def test_equal_items_are_dealt_in_turn() -> None:
     assert shares([1.0] * 5, 2) == [[0, 2, 4], [1, 3]] and shares([0.0] * 4, 2) == [[0, 2], [1, 3]]
     assert shares([1.0], 3) == [[0], [], []]
+
+
+def test_a_pass_costs_the_fewer_tokens_the_wider_a_model_is() -> None:
+    assert [pass_tokens(width, gpu=False) for width in (32, 128, 256, 576, 4096)] == [64, 64, 36, 16, 3]
+    assert pass_tokens(576, gpu=True) == 1024
+    lengths = [100, 90, 80, 70]
+    assert len(micro_batches(lengths, 10**6, pass_tokens(576, gpu=False))) > len(micro_batches(lengths, 10**6, pass_tokens(64, gpu=False)))

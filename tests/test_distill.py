@@ -51,7 +51,7 @@ def test_completion_logits_are_those_of_each_row_alone(tiny_qwen3_dir: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen3_dir, dtype=torch.float32).eval()
     rows = [Row((5, 6, 7), (8, 9)), Row((10,), (11, 12, 13, 14)), Row((5, 6, 7, 8, 9), (20,))]
     with torch.no_grad():
-        together = ForwardPass(model).logits(rows)
+        together = ForwardPass(model).late(rows).part(slice(0, 7))
         alone = [model(torch.tensor([[*row.prompt_ids, *row.completion_ids]])).logits[0, len(row.prompt_ids) - 1 : -1] for row in rows]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 

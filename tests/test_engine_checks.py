@@ -28,7 +28,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.errors import EngineError
 from zppo.models.student_model import load_chat
 from zppo.train.assemble import make_engine_check, make_forward
-from zppo.train.engine_checks import EngineCheck, _GapStats
+from zppo.train.engine_checks import EngineCheck, Movement, _GapStats
 from zppo.train.health_checks import EVERY, WATCHES, HealthChecks
 
 PROMPT = tuple(range(10, 40))
@@ -184,17 +184,42 @@ def test_bf16_may_round_small_updates_away(model: PreTrainedModel) -> None:
 
 
 def test_an_engine_over_the_trainer_s_module_is_looked_at_in_passing_and_a_wrong_one_found(model: PreTrainedModel) -> None:
-    """One token at four places of a prompt after each update; a copy of the weights in bf16 that nobody renews is not the module."""
+    """One token after the first few of a prompt after each update, at four places where it is not known to be the module; a copy of the
+    weights in bf16 that nobody renews is not the module."""
     ours = TransformersEngine(model, [2], 0)
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, int, int]] = []
     sample = ours.sample
-    ours.sample = lambda requests, how: asked.append((len(requests), how.max_new_tokens)) or sample(requests, how)  # type: ignore[method-assign, func-returns-value]
-    assert all(line["engine_gap_max"] < 1e-5 for line in steps(guard(ours, model), model, 1e-4, 3))
-    assert asked == [(1, 8)] + [(4, 1)] * (1 + 1 + 3)
+
+    def noted(requests: Any, how: Any) -> Any:
+        asked.append((len(requests), max(len(r.prompt_ids) for r in requests), how.max_new_tokens))
+        return sample(requests, how)
+
+    ours.sample = noted  # type: ignore[method-assign]
+    check = guard(ours, model)
+    whole = len(check.prompt.ids)
+    assert all(line["engine_gap_max"] < 1e-5 for line in steps(check, model, 1e-4, 3))
+    assert asked == [(1, whole, 8)] + [(1, min(8, whole), 1)] * (1 + 1 + 3)
+    asked.clear()
+    wrapped = SimpleNamespace(sample=noted, sync=ours.sync, shares_weights=True)  # whose module is not seen
+    assert all(line["engine_gap_max"] < 1e-5 for line in steps(guard(wrapped, model), model, 1e-4, 1))
+    assert asked == [(1, whole, 8)] + [(4, whole, 1)] * (1 + 1 + 1)
     for stale in (copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)):
         wrong = TransformersEngine(stale, [2], 0)
         with pytest.raises(EngineError, match="does not hold the trainer's weights"):
             steps(guard(wrong, model, tolerance=0.05), model, 1e-4, 1)
+
+
+def test_over_the_trainer_s_module_a_step_pays_for_seventeen_tokens(model: PreTrainedModel) -> None:
+    """A step of four questions with 8 rollouts of 32 tokens samples a thousand, and reads prompts and learns besides: under 2%."""
+    read: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    check = guard(TransformersEngine(model, [2], 0), model)
+    check.refresh(0)
+    read.clear()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    check.refresh(1)
+    assert 0 < sum(read) <= 17 < 0.02 * 4 * 8 * 32
 
 
 def test_the_gap_of_trained_rows_is_watched(model: PreTrainedModel) -> None:
@@ -253,21 +278,29 @@ def test_weights_that_stay_are_looked_at_once(model: PreTrainedModel) -> None:
 
 
 def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel) -> None:
-    """Each looks at its own engine, inside `whole`; the metrics are those of the worst."""
+    """Each looks at its own engine, in a pass of all trainers together; the metrics are those of the worst."""
 
     class Others(Processes):
-        def __init__(self, *found: Any) -> None:
-            super().__init__(0, 1 + len(found))
-            self.found = found
+        """Another process, whose engine is off by `gap`, or has a fault."""
+
+        def __init__(self, gap: _GapStats, fault: str = "") -> None:
+            super().__init__(0, 2)
+            self.gap, self.fault = gap, fault
 
         def gather(self, value: Any) -> list[Any]:
-            return [value, *self.found]
+            own, _ = value
+            return [value, (self.gap, self.fault) if isinstance(own, _GapStats) else (own, "")]
 
     inside: list[str] = []
 
     class Weights(ReplicatedWeights):
         @contextmanager
         def whole(self) -> Iterator[None]:
+            inside.append("whole")
+            yield
+
+        @contextmanager
+        def scoring(self) -> Iterator[None]:
             inside.append("in")
             yield
             inside.append("out")
@@ -276,9 +309,22 @@ def test_a_wrong_engine_of_one_process_stops_all_of_them(model: PreTrainedModel)
     assert look(well, 0) == {"engine_gap_mean": 2e-4, "engine_gap_max": 7e-4}
     assert inside == ["in", "out"]  # for the look; weights are sent as they lie
     with pytest.raises(EngineError, match="rank 1 is stale"):
-        look(guard(Recorded(model), model, weights=Weights(Others("rank 1 is stale"))), 0)
+        look(guard(Recorded(model), model, weights=Weights(Others(_GapStats(1.0, 1.0), "rank 1 is stale"))), 0)
     with pytest.raises(EngineError, match="after step 2"):
         look(guard(Recorded(model, off=0.5, wrong=[0, 1]), model, weights=Weights(Others(_GapStats(0.0, 0.0)))), 2)
+
+
+def test_a_look_that_one_process_repeats_all_repeat(model: PreTrainedModel) -> None:
+    """Where weights are sharded, each pass is one of all processes: this one has nothing to look at again, and another has."""
+
+    class Doubting(Processes):
+        def gather(self, value: Any) -> list[Any]:
+            own, _ = value
+            return [value, (False if isinstance(own, bool) else own, "")]
+
+    engine = Recorded(model)
+    assert look(guard(engine, model, weights=ReplicatedWeights(Doubting(0, 2))), 0)["engine_gap_mean"] < 1e-4
+    assert len(engine.calls) == 2
 
 
 def test_the_recipe_s_tolerance_and_its_defaults(model: PreTrainedModel, recipe: Path) -> None:
@@ -459,3 +505,12 @@ def test_a_run_warns_and_times_its_grading(recipe: Path, tmp_path: Path, capsys:
     assert [step["graded_answers"] for step in steps] == [32, 32]  # evaluations are none of a step's
     assert all(0 < step["seconds"]["grading"] <= step["seconds"]["sampling"] for step in steps)
     assert all(step["engine_gap_max"] < 1e-4 for step in steps)
+
+
+def test_an_engine_with_a_part_of_the_update_is_found_where_it_was_near_before() -> None:
+    """Most of the movement, but not all of it: of two engines that differ as much, the one that always did is left alone."""
+    trainer = torch.linspace(-1e-3, 1e-3, 200, dtype=torch.float64)
+    part = trainer * torch.where(torch.arange(200) % 4 == 0, 0.0, 1.0)
+    assert "are missing" in Movement(part, trainer, 1e-7).fault(rounded=False)
+    assert not Movement(part, trainer, 1e-3).fault(rounded=False) and not Movement(part, trainer, 1e-7).fault(rounded=True)
+    assert not Movement(trainer + 1e-6, trainer, 1e-6).fault(rounded=False)

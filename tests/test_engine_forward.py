@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
-from zppo.engines import logprobs as forward
+from zppo.engines import output_head
 from zppo.engines.logprobs import Row, completion_logprobs, token_scores
+from zppo.images.features import device_of
 
 ROWS = [
     Row([5, 6, 7], [8, 9]),
@@ -46,7 +50,7 @@ def plainly(model: PreTrainedModel, row: Row, temperature: float, banned: list[i
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
 def test_scores_and_gradients_equal_row_by_row(kind: str, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "_CHUNK", chunk)
+    monkeypatch.setattr(output_head, "head_tokens", lambda *_, **__: max(1, chunk // 24))
     model, banned = tiny(kind), [15, 20]
     weights = torch.randn(len(ROWS), 5, generator=torch.Generator().manual_seed(1))
 
@@ -69,12 +73,18 @@ def test_scores_and_gradients_equal_row_by_row(kind: str, temperature: float, ch
             assert float((ours[name] - weight.grad).abs().max()) <= 1e-5 * largest, name
 
 
-def test_logits_of_prompts_are_not_computed() -> None:
-    model, seen = tiny("qwen3"), []
-    model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+def test_only_completion_tokens_reach_the_output_layer() -> None:
+    model, seen = tiny("qwen3"), list[int]()
+    inner = model.lm_head.forward
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[:-1].numel())
+        return inner(hidden)
+
+    model.lm_head.forward = counted
     rows = [Row([1] * 9, [2, 3]), Row([1] * 11, [2])]
     logprobs, mask = completion_logprobs(model, rows)
-    assert seen == [3]  # from the shortest prompt's last token to the last but one
+    assert seen[1:] == [3]  # after its form was tried
     assert logprobs.shape == mask.shape == (2, 2)
 
 
@@ -101,3 +111,14 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
 def test_rows_that_cannot_be_scored_are_refused(rows: list[Row], temperature: float) -> None:
     with pytest.raises(ValueError, match="token_scores needs"):
         token_scores(tiny("qwen3"), rows, temperature=temperature)
+
+
+def test_what_lies_in_the_processor_s_memory_is_computed_where_it_is_gathered() -> None:
+    """With `train.offload` a shard is on the CPU between passes, and the pass is on a GPU: what it reads goes there."""
+    mesh = DeviceMesh("cuda", torch.arange(1), _init_backend=False, _rank=0)  # without a GPU
+    local = torch.zeros(2, 3)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(local.shape, local.stride(), local.dtype))
+    model = torch.nn.Linear(3, 2, bias=False)
+    assert device_of(model).type == "cpu"
+    model.weight = torch.nn.Parameter(DTensor(local, spec, requires_grad=False))
+    assert model.weight.device.type == "cpu" and device_of(model).type == "cuda"

@@ -254,7 +254,7 @@ def updated_gradients(own: Eyes, groups: list[Group], advantages: torch.Tensor) 
     prepared, optimizer = accelerator.prepare(own.model, optimizer)
     forward = ForwardPass(prepared, own.chat.pad_id(own.model), banned_ids=tuple(own.banned()), image_processor=own.chat.image_processor)
     step_of = OptimizerStep(prepared, optimizer, accelerator, settings.train.max_grad_norm)
-    budget = make_budget(settings.train, sharded=False)
+    budget = make_budget(settings.train)
     learner = PolicyGradient(settings, forward, step_of, budget, sampler_is_exact=True)
     gradients: dict[str, torch.Tensor] = {}
 

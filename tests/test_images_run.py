@@ -23,7 +23,6 @@ from test_vllm import vllm  # noqa: F401 - a fixture
 from victims import Victims
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
-from zppo.errors import SettingsError
 from zppo.images import processor as sight_module
 from zppo.images.store import open_image
 from zppo.rollout.run_data import read_data
@@ -228,14 +227,6 @@ def test_the_recipe_s_limits_reach_the_models(recipe: Path) -> None:
     assert seeing is not None and seeing.limits == (256, 900) and seeing.cache.most_bytes == 1 << 29
 
 
-def test_sharded_weights_are_not_shown_pictures(recipe: Path) -> None:
-    """Found before anything is loaded; a configuration of accelerate may ask for sharding too."""
-    settings = load_recipe(recipe, [])
-    assert read_data(settings, sharded=False).image_inputs is not None
-    with pytest.raises(SettingsError, match="has 1 image.*the weights are sharded over several processes"):
-        read_data(settings, sharded=True)
-
-
 @pytest.mark.parametrize("template", [True, False])
 def test_distillation_wants_two_that_see_alike(template: bool, zppo: Zppo, recipe: Path, tmp_path: Path) -> None:
     """The same tokenizer, but another patch size, or no eyes at all."""
@@ -254,13 +245,20 @@ def test_distillation_wants_two_that_see_alike(template: bool, zppo: Zppo, recip
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_two_processes_look_at_their_own_pictures(zppo: Zppo, recipe: Path, tmp_path: Path, victims: Victims) -> None:
-    """No pixels are sent; the numbers are those of one process."""
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.long), "fsdp2"])
+def test_two_processes_look_at_their_own_pictures(sharding: str, zppo: Zppo, recipe: Path, tmp_path: Path, victims: Victims) -> None:
+    """No pixels are sent; the numbers, the adapters and what they are merged into are those of one process."""
     alone, pair = tmp_path / "one", tmp_path / "two"
-    assert zppo("train", recipe, *SHORT, "--method=grpo", f"--output={alone}")[0] == 0
-    command = ("train", recipe, *SHORT, "--method=grpo", f"--output={pair}")
-    assert victims.run(*command, run=pair, processes=2) == 0, victims.said[-3000:]
+    adapters = "--train.lora={rank: 4, alpha: 8, targets: ['*layers.1.*', '*visual*']}"
+    command = ("train", recipe, *SHORT, "--method=grpo", adapters)
+    assert zppo(*command, f"--output={alone}")[0] == 0
+    status = victims.run(*command, f"--train.sharding={sharding}", f"--output={pair}", run=pair, processes=2)
+    assert status == 0, victims.said[-3000:]
     one, two = (next(r for r in records(run) if r["event"] == "step") for run in (alone, pair))
     for name in ("loss", "grad_norm", "entropy", "completion_tokens_mean", "train_tokens_needed"):
         assert one.get(name) == pytest.approx(two.get(name), rel=1e-4, abs=1e-6), name
+    saved = "checkpoints/step-000001/model/adapter_model.safetensors"
+    for name in (saved, "final/model.safetensors", "final/adapter/adapter_model.safetensors"):
+        ours, theirs = load_file(alone / name), load_file(pair / name)
+        assert ours.keys() == theirs.keys() and max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 2e-5, name
+    assert json.loads((alone / "final" / "config.json").read_text()) == json.loads((pair / "final" / "config.json").read_text())

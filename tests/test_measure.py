@@ -180,7 +180,7 @@ def test_rows_as_parquet_and_what_json_has_no_form_for(tmp_path: Path) -> None:
 
 
 def test_parquet_from_the_command_line(tmp_path: Path) -> None:
-    measure("--n=2", "--sample=3", f"--out={tmp_path / 'm.parquet'}")
+    measure("--n=2", "--sample=3", "--train.sharding=fsdp2", f"--out={tmp_path / 'm.parquet'}")
     assert len(load_questions(str(tmp_path / "m.parquet"), ColumnSettings())) == 3
     assert "student_accuracy" in pq.read_schema(tmp_path / "m.parquet").names
 

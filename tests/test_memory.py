@@ -31,9 +31,11 @@ from zppo.cli import main
 from zppo.config.settings import LoraSettings, TrainSettings
 from zppo.core.advantages import step_advantages
 from zppo.distributed.parallel import keep_logits_small
+from zppo.engines import output_head
 from zppo.engines.base import Sampling, in_order
 from zppo.engines.logprobs import ForwardPass, completion_logprobs
-from zppo.engines.out_of_memory import TokenBudget, out_of_memory
+from zppo.engines.out_of_memory import MemoryElsewhereError, TokenBudget, out_of_memory
+from zppo.engines.output_head import head_form
 from zppo.engines.transformers import Piece, TransformersEngine, halves
 from zppo.errors import MemoryLimitError, ModelError, SettingsError
 from zppo.models import optimizer as optimizer_module
@@ -42,7 +44,6 @@ from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import load_model, recompute_layers
 from zppo.runs import checkpoint
 from zppo.train.learner import UpdateStopped
-from zppo.train.policy_gradient import make_budget
 
 pytestmark = pytest.mark.slow
 
@@ -257,10 +258,24 @@ def test_a_fixed_budget_and_a_single_row_are_errors_that_say_the_mend(tiny_qwen3
     assert TokenBudget(100).state_dict() == {}
 
 
-def test_sharded_weights_need_a_number() -> None:
-    with pytest.raises(SettingsError, match="equally many passes"):
-        make_budget(TrainSettings(tokens_per_microbatch="auto"), sharded=True)
-    assert make_budget(TrainSettings(tokens_per_microbatch=100), sharded=True).tokens == 100
+def test_where_one_budget_is_shared_the_process_that_failed_decides() -> None:
+    """What the others have tried says nothing of what would fit; a row that does not fit ends all of them."""
+    failed, fine = (TokenBudget(100, adaptive=True) for _ in range(2))
+    told: list[Any] = []
+
+    def of_all(own: Any) -> list[Any]:
+        told.append(own)
+        return told[:2]
+
+    elsewhere = MemoryElsewhereError("another process of this run is out of memory")
+    failed.shrink(FULL, failed.split([30, 30, 30]), 30, of_all)
+    fine.shrink(elsewhere, fine.split([5]), 5, of_all)
+    assert failed.tokens == fine.tokens == 45 and told[1] is None
+    told.clear()
+    with pytest.raises(MemoryLimitError, match="a single row of 30 tokens"):
+        failed.shrink(FULL, failed.split([30]), 30, of_all)
+    with pytest.raises(MemoryLimitError, match="a single row of 30 tokens"):
+        fine.shrink(elsewhere, fine.split([5, 5]), 5, of_all)
 
 
 def test_other_errors_pass() -> None:
@@ -281,17 +296,17 @@ def test_a_run_finds_its_budget_once_and_keeps_it_in_its_checkpoints(
     tried: list[int] = []
 
     def limited(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(of: ForwardPass, rows: Any, packs: Any = None) -> Any:
-            packs = packs or [[i] for i in range(len(rows))]
+        def forward(of: ForwardPass, rows: Any, *more: Any) -> Any:
+            packs = more[0] if inner.__name__ == "shared_logprobs" else [[i] for i in range(len(rows))]
             width = max(len(rows[pack[0]].prompt_ids) + sum(len(rows[i].completion_ids) for i in pack) for pack in packs)
             tried.append(len(packs) * width)
             if tried[-1] > LIMIT:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return inner(of, rows, packs) if inner.__name__ == "shared_logprobs" else inner(of, rows)
+            return inner(of, rows, *more)
 
         return forward
 
-    for name in ("logprobs", "shared_logprobs", "logits"):
+    for name in ("logprobs", "shared_logprobs", "divergence"):
         monkeypatch.setattr(ForwardPass, name, limited(getattr(ForwardPass, name)))
     run = tmp_path / "run"
     command = [f"--output={run}", f"--method={method}", "--train.tokens_per_microbatch=auto", "--data.eval=null"]
@@ -359,6 +374,7 @@ def test_layers_are_computed_again_and_gradients_are_the_same(kind: str, lora: b
 def test_the_library_s_own_switch_does_nothing_in_evaluation_mode() -> None:
     """Why it is not used. If this fails, the library has changed, and ours may go."""
     model, calls = tiny(), []
+    head_form(model)  # by a pass that does not count
     model.activation_checkpointing_enable()
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(0))
     gradients(model)
@@ -545,7 +561,8 @@ def test_sampling_under_autocast_turns_weights_into_bf16_once_for_all_tokens() -
     assert once == linear and each == linear * steps > once and one == other
 
 
-def test_logits_stay_bf16_and_the_gradients_are_the_same() -> None:
+def test_logits_stay_bf16_and_the_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_head, "head_form", lambda _: None)  # of a model whose logits are computed whole
     results = []
     for small in (False, True):
         AcceleratorState._reset_state(True)

@@ -14,7 +14,8 @@ from fault_server import Server
 from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError, TeacherError
-from zppo.planning.dry_run import check_files, make_plan, render_plan
+from zppo.planning.dry_run import make_plan, render_plan
+from zppo.planning.needed import check_files
 from zppo.teacher.interface import TeacherSampling
 from zppo.teacher.remote import RemoteTeacher
 from zppo.teacher.startup_check import PATIENCE, Found, Names, read_key

@@ -180,7 +180,7 @@ WRITERS = [
     ("metrics.jsonl", "zppo.runs.log:RunLog.metrics", 2),
     ("buffer.jsonl", "zppo.runs.log:RunLog.buffer", 1),
     ("rollouts/step-000002.parquet", "zppo.runs.log:RunLog.rollouts", 2),
-    ("checkpoints/step-000002", "zppo.runs.checkpoint:save", 1),
+    ("checkpoints/step-000002", "zppo.runs.checkpoint:saving", 1),
     ("checkpoints/step-000004", "torch:save", 2),
     ("final.partial", FINAL_MADE, 1),
     ("README.md", "zppo.train.finish:write_model_card", 1),

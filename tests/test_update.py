@@ -72,9 +72,7 @@ def make_policy_gradient(
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, ReplicatedWeights(Processes()))
-    return PolicyGradient(
-        settings, ForwardPass(prepared), step, make_budget(train, sharded=False), sampler_is_exact=sampler, sharing=sharing
-    )
+    return PolicyGradient(settings, ForwardPass(prepared), step, make_budget(train), sampler_is_exact=sampler, sharing=sharing)
 
 
 def update(

@@ -1,7 +1,6 @@
 """vLLM as the student's engine, against a stand-in (tests/fake_vllm) that checks the calls and samples with the weights it was sent.
 
-For a server TRL's `VLLMGeneration` and its HTTP client are the real ones. Real vLLM is run by `make test-vllm`; the stand-in is for faults,
-and for what must be counted.
+Real vLLM is run by `make test-vllm`; the stand-in is for faults, and for what must be counted.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,9 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import make_tiny, make_tokenizer
 from zppo.cli import main
 from zppo.config.settings import LoraSettings
-from zppo.engines.base import SampleRequest, Sampling
+from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.logprobs import Row, completion_logprobs
-from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
+from zppo.engines.vllm.vllm_colocate import Sampled
+from zppo.engines.vllm.vllm_engine import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import EngineError, ModelError, SettingsError
 from zppo.models.lora import add_adapters
 from zppo.runs.log import read_lines
@@ -39,8 +39,8 @@ SMALL = ("--rollout.engine=vllm", "--rollout.batch_size=4", "--rollout.max_new_t
 
 @pytest.fixture
 def vllm() -> Iterator[ModuleType]:
-    """The stand-in, importable as `vllm`; TRL looks for vLLM when its generation modules are imported."""
-    environment = dict(os.environ)  # VLLMGeneration sets RANK and its like
+    """The stand-in, importable as `vllm`."""
+    environment = dict(os.environ)  # vLLM in a process sets RANK and its like
     sys.path.insert(0, str(FAKE))
     _forget()
     AcceleratorState._reset_state(True)
@@ -52,7 +52,7 @@ def vllm() -> Iterator[ModuleType]:
 
 
 def _forget() -> None:
-    for name in [n for n in sys.modules if n.partition(".")[0] == "vllm" or n.startswith("trl.generation")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "vllm"]:
         del sys.modules[name]
 
 
@@ -101,7 +101,7 @@ def test_a_run_with_vllm_in_its_process(vllm: ModuleType, recipe: Path, tmp_path
         assert 0 < step["truncated_share"] <= 1
     assert_holds(engine, run / "final")
     assert engine.model.loads == (1 + 1 + 1) * len(engine.model.by_name)  # start, between the steps, what was saved
-    assert engine.resets == 3
+    assert engine.resets == engine.llm_engine.emptied == 3
     rollouts = [how for _, how in engine.calls if how.temperature == 1 and how.max_tokens == 8]
     assert len(rollouts) >= sum(step["rollouts"] for step in steps) and len({how.seed for how in rollouts}) > 0.8 * len(rollouts)
     assert all((how.top_p, how.top_k) == (1, 0) for how in rollouts)
@@ -135,37 +135,6 @@ def test_a_stale_vllm_goes_unnoticed_without_the_guard(vllm: ModuleType, recipe:
     assert "engine_gap_mean" not in step
 
 
-@pytest.mark.slow
-def test_a_run_with_a_vllm_server(vllm: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = _serve(vllm, recipe.parent / "student", monkeypatch)
-    run = tmp_path / "run"
-    options = [*SMALL, "--rollout.vllm.mode=server", f"--rollout.vllm.base_url={server.url}/"]
-    try:
-        assert main(["train", str(recipe), f"--output={run}", *options, "--train.steps=2", "--eval.every=0"]) == 0
-    finally:
-        server.close()
-    assert_holds(server, run / "final")
-    assert all(step["engine_gap_mean"] < 1e-5 for step in records(run, "step"))
-    assert server.log.count("/update_weights") == server.log.count("/reset_prefix_cache") == 3
-    sizes = {body["n"] for body in server.bodies}
-    assert sizes == {1, 4}  # a group is one prompt with n completions
-    assert all("seed" not in body or body["n"] == len(body["prompt"]) == 1 for body in server.bodies)
-
-
-def _serve(vllm: ModuleType, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
-    """A stand-in server; TRL's client refuses to send weights from a CPU, so its joining of the group is replaced."""
-    client = importlib.import_module("trl.generation.vllm_client")
-
-    def join(self: Any, device: Any) -> None:
-        assert self.get_server_info()["weight_transfer_config"] and self.get_world_size() == 1
-        info = {"master_address": "127.0.0.1", "master_port": self.group_port, "rank_offset": 1, "world_size": 2}
-        self._post(f"{self.base_url}/init_weight_transfer_engine", json={"init_info": {**info, "packed": True}})
-        self.communicator = client.open_trainer_endpoint({**info, "packed": True})
-
-    monkeypatch.setattr(client.VLLMClient, "init_communicator", join)
-    return importlib.import_module("vllm.server").Server(str(checkpoint), vllm.FAULTS, **options)
-
-
 # --- what can go wrong at the start ------------------------------------------------------------------------------------
 
 
@@ -189,48 +158,6 @@ def test_vllm_that_does_not_start_says_why(vllm: ModuleType, recipe: Path, tmp_p
     assert "No available memory" in said and "gpu_memory_utilization" in said
 
 
-def test_no_server(
-    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zppo.engines.vllm.SERVER_WAIT", 0)
-    address = ["--rollout.vllm.mode=server", "--rollout.vllm.base_url=http://127.0.0.1:9"]
-    said = start(recipe, tmp_path, capsys, *address)
-    assert "http://127.0.0.1:9" in said and "vllm serve" in said and "--weight-transfer-config" in said
-    assert "base_url" in start(recipe, tmp_path, capsys, "--rollout.vllm.base_url=http://key@host")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "length"), [("raw_logprobs", None), ("processed_logprobs", 40)])
-def test_a_server_that_does_not_fit(
-    vllm: ModuleType,
-    recipe: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    mode: str,
-    length: int | None,
-) -> None:
-    server = _serve(vllm, recipe.parent / "student", monkeypatch, mode=mode, max_model_len=length)
-    try:
-        said = start(recipe, tmp_path, capsys, "--rollout.vllm.mode=server", f"--rollout.vllm.base_url={server.url}")
-    finally:
-        server.close()
-    assert ("--logprobs-mode processed_logprobs" if length is None else "context of 40") in said
-
-
-@pytest.mark.slow
-def test_a_server_of_another_model_is_found_before_anything_is_sampled(
-    vllm: ModuleType, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = _serve(vllm, recipe.parent / "teacher", monkeypatch)
-    vllm.FAULTS.add("deaf")
-    try:
-        said = start(recipe, tmp_path, capsys, "--rollout.vllm.mode=server", f"--rollout.vllm.base_url={server.url}")
-    finally:
-        server.close()
-    assert "before the first step" in said and "on average over" in said
-
-
 # --- the engine --------------------------------------------------------------------------------------------------------
 
 
@@ -238,8 +165,8 @@ def colocated(vllm: ModuleType, folder: Path, **options: Any) -> tuple[VLLMEngin
     """(engine after a sync, the trainer's model, the stand-in)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    more = {"eos_ids": [tokenizer.eos_token_id], "banned_ids": [], "server": None, **options}
-    engine = open_vllm(model, str(folder), tokenizer, Accelerator(cpu=True), **more)
+    more = {"eos_ids": [tokenizer.eos_token_id], "banned_ids": [], **options}
+    engine = open_vllm(model, str(folder), Accelerator(cpu=True), **more)
     engine.sync()
     return engine, model, vllm.ENGINES[-1]
 
@@ -399,48 +326,61 @@ def make_image_checkpoint(folder: Path) -> Path:
     return folder
 
 
-class Answers:
-    """A generation that answers what it is told."""
+class Says:
+    """A vLLM that answers what it is told."""
 
-    def __init__(self, *answer: Any) -> None:
-        self.answer = answer
+    dtype = torch.float32
 
-    def sync_weights(self) -> None:
-        raise ConnectionError("gone " + "x" * 2000)
+    def __init__(self, ids: list[int], logprobs: list[float | None] | None, prompt: tuple[int, ...] | None = (1,)) -> None:
+        self.answer = Sampled(0, ids, logprobs, prompt, " at http://host:1")
 
-    def generate(self, prompts: Any, images: None, num_generations: int) -> Any:
-        return self.answer
+    def load(self, weights: Any) -> None:
+        raise AssertionError
+
+    def run(self, draws: Any, how: Any) -> Iterator[Sampled]:
+        yield self.answer
+
+    def rest(self) -> None:
+        raise AssertionError
+
+    close = rest
+
+
+def asked(driver: Any) -> Completion:
+    engine = VLLMEngine(driver, torch.nn.Linear(1, 1), {}, [2], vocab_size=50, context=None)
+    ((completion,),) = engine.sample([SampleRequest((1,), (0,))], Sampling(max_new_tokens=4))
+    return completion
 
 
 @pytest.mark.parametrize(
     ("answer", "error", "said"),
     [
-        (([[1]], [[3, 4]], None, None), EngineError, "without log-probs"),
-        (([[1]], [], [], []), EngineError, "1 prompts with 0 completions"),
-        (([[1]], [[3]], [[[None]]], [[[3]]]), ModelError, "not numbers"),
-        (([[1]], [[3]], [[[-1.0]]], [[[9]]]), ModelError, "not numbers"),
-        (([[1]], [[]], [[]], [[]]), ModelError, "empty completion"),
+        (([3, 2], None), EngineError, "2 tokens with 0 log-probs"),
+        (([3, 2], [-1.0]), EngineError, "2 tokens with 1 log-probs"),
+        (([], []), EngineError, "empty completion"),
+        (([3, 4, 5, 6, 7], [-1.0] * 5), EngineError, "5 tokens, over the limit of 4"),
+        (([3, 2, 4, 2], [-1.0] * 4), EngineError, "after an end token"),
+        (([3, 4], [-1.0] * 2), EngineError, "after 2 of 4 tokens with token 4, which is no end token"),
+        (([3, 50, 2], [-1.0] * 3), EngineError, "token ids 2 to 50"),
+        (([-1, 2], [-1.0] * 2), EngineError, "token ids -1 to 2"),
+        (([3, 2], [-1.0] * 2, (1, 1)), EngineError, "read one of 2 tokens"),
+        (([3, 2], [-1.0] * 2, None), EngineError, "read no prompt"),
+        (([3, 2], [-1.0, None]), ModelError, "not numbers"),
+        (([3, 2], [-1.0, math.nan]), ModelError, "not numbers"),
+        (([3, 2], [-1.0, -9999.0]), ModelError, "not numbers"),  # what vLLM's server makes of NaN
+        (([3, 2], [-1.0, 0.5]), ModelError, "not numbers"),
     ],
 )
 def test_answers_that_are_none(answer: Any, error: type[Exception], said: str) -> None:
-    engine = VLLMEngine(Answers(*answer), [2], vocab_size=50, context=None)
-    with pytest.raises(error, match=said):
-        engine.sample([SampleRequest((1,), (0,))], Sampling(max_new_tokens=4))
+    with pytest.raises(error, match=said) as caught:
+        asked(Says(*answer))
+    assert "http://host:1" in str(caught.value)
 
 
-def test_the_log_prob_of_the_drawn_token_is_found_among_others() -> None:
-    engine = VLLMEngine(Answers([[1]], [[3, 2]], [[[-0.1, -3.0], [-0.5, -1.0]]], [[[9, 3], [2, 7]]]), [2], vocab_size=50, context=None)
-    ((completion,),) = engine.sample([SampleRequest((1,), (0,))], Sampling(max_new_tokens=4))
-    assert completion.logprobs.tolist() == [-3.0, -0.5] and not completion.truncated
-
-
-def test_a_failing_server_is_named_in_bounded_words() -> None:
-    engine = VLLMEngine(Answers(), [2], vocab_size=50, context=None, where=" at http://host:1")
-    with pytest.raises(EngineError, match="at http://host:1 failed: ConnectionError: gone") as caught:
-        engine.sync()
-    assert len(str(caught.value)) < 800
-    with pytest.raises(ConnectionError):  # in this process: a defect, with its traceback
-        VLLMEngine(Answers(), [2], vocab_size=50, context=None).sync()
+def test_an_answer_that_is_one() -> None:
+    completion = asked(Says([3, 2], [-3.0, -0.5]))
+    assert completion.ids.tolist() == [3, 2] and completion.logprobs.tolist() == [-3.0, -0.5] and not completion.truncated
+    assert asked(Says([3, 4, 5, 6], [-1.0] * 4)).truncated
 
 
 def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch, tiny_qwen3_dir: Path) -> None:
@@ -454,13 +394,3 @@ def test_a_revision_is_given_to_vllm_as_a_folder(monkeypatch: pytest.MonkeyPatch
     assert student_engine._checkpoint(ModelSettings(model="owner/name")) == "owner/name"
     assert student_engine._checkpoint(ModelSettings(model=str(tiny_qwen3_dir), revision="abc")) == str(tiny_qwen3_dir)
     assert len(asked) == 1
-
-
-def test_a_server_goes_with_one_training_process(recipe: Path) -> None:
-    from zppo.config.recipe import load_recipe
-    from zppo.train.assemble import start_vllm
-
-    settings = load_recipe(recipe, ["--rollout.engine=vllm", "--rollout.vllm.mode=server"])
-    several = SimpleNamespace(num_processes=2)
-    with pytest.raises(SettingsError, match="2 processes"):
-        start_vllm(settings, None, None, several)  # type: ignore[arg-type]

@@ -49,6 +49,7 @@ class Victims:
         teacher: str = "",
         processes: int = 1,
         call: str = "zppo.cli:main",
+        started: list[dict[str, str]] | None = None,
         **env: str,
     ) -> int:
         """The exit status of `zppo argv...`, negative for a signal that ended it; what it printed is in `said`.
@@ -64,6 +65,7 @@ class Victims:
             teacher: module:function in the place of the teacher's `complete`.
             processes: that many ranks, which find one another as if torchrun had started them; no launcher ends them.
             call: what is called with `argv` in the place of the command line.
+            started: what their launcher tells each of several processes, where it is not torchrun.
             env: the environment's variables, beside those of this process.
         """
         assert self.driver.stdin and self.driver.stdout
@@ -76,7 +78,7 @@ class Victims:
             "seconds": seconds,
             "teacher": teacher,
             "call": call,
-            "env": [{**env, **ranked} for ranked in ranks(processes)],
+            "env": [{**env, **ranked} for ranked in started or ranks(processes)],
         }
         self.driver.stdin.write(json.dumps(job) + "\n")
         self.driver.stdin.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from zppo.config.settings import Settings
 
 _OPTIONAL_PATHS = ("output", "data", "clips", "closing")  # of `evaluate`
+ADDRESSES = ("teacher.base_urls", "judge.base_urls", "rollout.vllm.base_url")
+"""What a resumed run may be told anew: on a cluster its servers have moved."""
+
 _NARROWEST = 60  # columns; in a narrower table no word has room
 
 Accuracies = dict[str, float | None]
@@ -125,7 +128,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Settings, *, console: Console
 
 def start(settings: Settings, name: str, console: Console | None = None) -> TrainedRun:
     """Train by settings; the run folder is named after `name` where `output` names none. Files are looked at before torch is loaded."""
-    from zppo.planning.dry_run import check_files
+    from zppo.planning.needed import check_files
     from zppo.runs.display import steady_output
     from zppo.runs.signals import Stop, catch_signals
 
@@ -140,13 +143,16 @@ def start(settings: Settings, name: str, console: Console | None = None) -> Trai
             return TrainedRun(run(settings, name, console, stop))
 
 
-def resume(folder: str | os.PathLike[str], *, console: Console | None = None, code: bool = True) -> TrainedRun:
+def resume(
+    folder: str | os.PathLike[str], *, console: Console | None = None, code: bool = True, addresses: Sequence[str] | Mapping[str, Any] = ()
+) -> TrainedRun:
     """Continue a run after its newest checkpoint, as `zppo resume` does; a finished one stays as it is, unless its
     recipe asks for more steps.
 
     Args:
         console: as of `train`.
         code: whether the code that the folder's recipe names (a reward function, reformulations) may be imported; False: it is an error.
+        addresses: overrides of `ADDRESSES` for this start, where servers have moved since.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint of it can be used.
@@ -167,7 +173,7 @@ def resume(folder: str | os.PathLike[str], *, console: Console | None = None, co
 
         stop = Stop()
         with catch_signals(stop):
-            return TrainedRun(run(Path(folder), console, stop))
+            return TrainedRun(run(Path(folder), console, stop, addresses))
 
 
 @contextmanager

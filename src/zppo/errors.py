@@ -60,6 +60,10 @@ class EngineError(ZPPOError, RuntimeError):
     """A sampling engine cannot start, cannot be reached, or does not hold the trainer's weights."""
 
 
+class ClusterError(EngineError):
+    """The server that holds a student cannot be reached, or answers with something else than what was asked for."""
+
+
 class TemplateError(ZPPOError, ValueError):
     """A prompt template cannot be read or rendered."""
 

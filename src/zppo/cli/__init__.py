@@ -21,7 +21,7 @@ from zppo.cli.report_commands import add_report
 from zppo.cli.serve_command import add_serve
 from zppo.cli.sweep_command import add_sweep
 from zppo.cli.train_commands import add_train, split_overrides
-from zppo.errors import Interrupted, ZPPOError, used_up
+from zppo.errors import Interrupted, LauncherError, ZPPOError, used_up
 
 COMMAND_GROUPS = (add_train, add_recipes, add_data, add_sweep, add_report, add_push, add_serve, add_eval, add_lab)
 """In the order of `zppo --help`."""
@@ -62,6 +62,11 @@ def _main(arguments: list[str]) -> int:
         if unknown and not getattr(options, "takes_settings", False):
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         options.overrides, options.vllm = [*overrides, *unknown], vllm
+        if _rank() and not getattr(options, "several", False):
+            raise LauncherError(
+                f"a launcher (torchrun, accelerate launch, srun) started several processes, and zppo {arguments[0]} is for one: start it "
+                "without a launcher, or srun with -n 1"
+            )
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
     except ZPPOError as error:

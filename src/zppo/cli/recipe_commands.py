@@ -16,7 +16,8 @@ def add_recipes(commands: Subcommands) -> None:
     init = commands.add_parser(
         "init",
         help="copy one of them, ready to edit",
-        description="Copy a recipe that comes with zppo to NAME.yaml, with the data files that it needs; nothing is overwritten.",
+        description="Copy a recipe that comes with zppo to NAME.yaml (slurm: to NAME.sbatch), with the data files that it needs; nothing "
+        "is overwritten.",
     )
     init.add_argument("name", metavar="NAME", help="of the copy: NAME.yaml, a path may stand before it")
     init.add_argument("--from", dest="source", metavar="RECIPE", default="my-data", help="a name of `zppo recipes` (default: my-data)")
@@ -27,7 +28,7 @@ def _recipes(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from zppo.config.bundled import accelerate_files, made_for, recipe_names, recipes_folder
+    from zppo.config.bundled import accelerate_files, made_for, recipe_names, recipes_folder, slurm_script
     from zppo.config.recipe import load_recipe
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -45,6 +46,8 @@ def _recipes(options: argparse.Namespace) -> None:
     console.print("For `accelerate launch --config_file FILE`, and `zppo init MINE --from accelerate/NAME`:", soft_wrap=True)
     for file in accelerate_files():
         console.print(f"  {file}", soft_wrap=True)
+    console.print("For `sbatch FILE` on a cluster with SLURM, and `zppo init MINE --from slurm`:", soft_wrap=True)
+    console.print(f"  {slurm_script()}", soft_wrap=True)
 
 
 def _teacher(teacher: TeacherSettings | None) -> str:
@@ -68,5 +71,7 @@ def _init(options: argparse.Namespace) -> None:
     say += [(file, "was there already and stays as it is") for file in made.kept]
     for file, what in say:
         console.print(f"{file}  [dim]{what}[/dim]", soft_wrap=True)
-    if not options.source.startswith("accelerate/"):
+    if made.recipe.suffix == ".sbatch":
+        console.print(f"edit what stands at its top, then `sbatch {made.recipe}`; docs/cluster.md has the numbers", soft_wrap=True)
+    elif not options.source.startswith("accelerate/"):
         console.print(f"edit it, then `zppo train {made.recipe} --dry-run` says what it will do", soft_wrap=True)

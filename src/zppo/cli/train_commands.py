@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zppo.api import resume, start
+from zppo.api import ADDRESSES, resume, start
 from zppo.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def add_train(commands: Subcommands) -> None:
     )
     train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
     train.add_argument("--no-code", action="store_true", help=_NO_CODE)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, several=True)
     train.more = _settings_help
 
     again = commands.add_parser("resume", help="continue a run after its newest checkpoint")
     again.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
     again.add_argument("--no-code", action="store_true", help=_NO_CODE)
-    again.set_defaults(run=_resume, takes_settings=True)
+    again.set_defaults(run=_resume, takes_settings=True, several=True)
 
     commands.add_parser("methods", help="list the methods that can train").set_defaults(run=_methods)
 
@@ -71,13 +71,15 @@ def _settings_help() -> str:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    if options.overrides:
+    # What does not begin with a dash is the value of what stands before it.
+    names = [token.partition("=")[0] for i, token in enumerate(options.overrides) if token.startswith("-") or i == 0]
+    if not all(name.removeprefix("--") in ADDRESSES for name in names):
         raise SettingsError(
-            f"zppo resume takes no settings ({' '.join(options.overrides)}): it goes on with those in {options.folder / 'recipe.yaml'}. "
-            "Edit them there: train.steps and epochs, learning rates, betas, eps, weight decay and teachers' addresses act, and what "
-            "cannot be changed is refused (docs/runs.md)"
+            f"zppo resume takes no settings ({' '.join(options.overrides)}) but addresses ({', '.join(ADDRESSES)}): it goes on with those "
+            f"in {options.folder / 'recipe.yaml'}. Edit them there: train.steps and epochs, learning rates, betas, eps, weight decay and "
+            "teachers' addresses act, and what cannot be changed is refused (docs/runs.md)"
         )
-    resume(options.folder, code=not options.no_code)
+    resume(options.folder, code=not options.no_code, addresses=options.overrides)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -96,9 +98,10 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rich.console import Console
 
-        from zppo.distributed.launcher import rank_of
-        from zppo.planning.dry_run import check_files, check_student_context, make_plan, memory_rows, render_plan
-        from zppo.planning.memory import prompt_tokens, within
+        from zppo.distributed.launcher import check_shards, rank_of, read_launch
+        from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
+        from zppo.planning.memory import find_machine, prompt_tokens, within
+        from zppo.planning.needed import check_files, missing_rows
         from zppo.prompts.book import PromptBook
         from zppo.rollout.data import count_judged, load_questions_of
         from zppo.rollout.examples import example_turns
@@ -106,6 +109,8 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.runs.display import warn
 
         console = Console(quiet=bool(rank_of()))
+        launch = read_launch()
+        check_shards(settings.train, launch)
         check_files(settings)
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)
@@ -125,8 +130,11 @@ def _train(options: argparse.Namespace) -> None:
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         shortest = prompt_tokens(settings, asked, shown)[0]
-        memory = memory_rows(within(settings, asked, len(train), shown), images=images, shortest=shortest)
-        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources))
+        machine = find_machine(settings.train.device)
+        counted = within(settings, asked, len(train), shown)
+        memory = memory_rows(counted, machine, images=images, shortest=shortest, processes=launch.processes)
+        absent = missing_rows(settings, gpu=machine is not None and machine.gpu)
+        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent))
         return
     start(settings, name)
 
@@ -139,7 +147,7 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
         from zppo.rollout.run_data import check_images, first_with_images  # it imports torch
 
         if first := first_with_images(settings, train, held_out):
-            check_images(settings, *first, sharded=False)
+            check_images(settings, *first)
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from zppo.errors import SettingsError
 _FOLDER = "recipes"
 _SUFFIX = ".yaml"
 _ACCELERATE = "accelerate"
+_SLURM = "slurm.sbatch"
 _MADE_FOR = re.compile(r"Made for (.+?)(?:[;.]\s|[;.]$)")
 
 
@@ -29,6 +30,11 @@ def recipe_names() -> list[str]:
 def accelerate_files() -> list[Path]:
     """The configurations for `accelerate launch`."""
     return sorted((recipes_folder() / _ACCELERATE).glob(f"*{_SUFFIX}"))
+
+
+def slurm_script() -> Path:
+    """The batch script for SLURM."""
+    return recipes_folder() / _SLURM
 
 
 def find_recipe(given: str | Path) -> Path:
@@ -66,20 +72,24 @@ class CopiedRecipe:
 
 
 def copy_recipe(name: str, source: str) -> CopiedRecipe:
-    """Copies what comes with zppo as `source` to NAME.yaml, with the data files beside it that it names, ready to edit.
+    """Copies what comes with zppo as `source` to NAME.yaml (a batch script to NAME.sbatch), with the data files beside it that it names,
+    ready to edit.
 
     Raises:
         SettingsError: there is no such recipe, NAME.yaml is there already, or the place cannot be written.
     """
-    folder, target = recipes_folder(), Path(name if name.endswith(_SUFFIX) else f"{name}{_SUFFIX}").expanduser()
-    known = [*recipe_names(), *(f"{_ACCELERATE}/{path.stem}" for path in accelerate_files())]
-    source = source.removeprefix(f"{_FOLDER}/").removesuffix(_SUFFIX)
+    folder = recipes_folder()
+    files = [*(folder / f"{name}{_SUFFIX}" for name in recipe_names()), *accelerate_files(), slurm_script()]
+    known = {file.relative_to(folder).as_posix().removesuffix(file.suffix): file for file in files}
+    source = source.removeprefix(f"{_FOLDER}/").removesuffix(_SUFFIX).removesuffix(Path(_SLURM).suffix)
     if source not in known:
         raise SettingsError(f"--from is {source!r}, and no recipe of this name comes with zppo: take one of {', '.join(known)}")
-    text = (folder / f"{source}{_SUFFIX}").read_text(encoding="utf-8")
+    suffix = known[source].suffix
+    target = Path(name if name.endswith(suffix) else f"{name}{suffix}").expanduser()
+    text = known[source].read_text(encoding="utf-8")
     for old, new in (
-        (f"{_FOLDER}/{source}{_SUFFIX}", str(target)),
-        (f" {source}{_SUFFIX}", f" {target}"),
+        (f"{_FOLDER}/{source}{suffix}", str(target)),
+        (f" {source}{suffix}", f" {target}"),
         (f"runs/{source}-", f"runs/{target.stem}-"),
     ):
         text = text.replace(old, new)  # in its comments

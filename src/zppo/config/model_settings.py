@@ -95,8 +95,25 @@ class ModelSettings(Section):
     attention: str | None = Field(None, description="attn_implementation of transformers; empty: its default")
 
 
+class TinkerSettings(Section):
+    """A cluster that somebody else runs, over the Tinker API (docs/tinker.md)."""
+
+    base_url: str | None = Field(
+        None, pattern=r"^https?://[^@?#\s]+$", description="address of the server; empty: TINKER_BASE_URL, else the hosted service"
+    )
+    base_model: str | None = Field(None, min_length=1, description="what the server calls the model; empty: student.model")
+    server: Literal["tinker", "skyrl-jax"] = Field(
+        "tinker", description="what answers: tinker, the hosted service; skyrl-jax, SkyRL's server with its JAX backend"
+    )
+    deadline: float = Field(1800.0, gt=0, description="seconds that an answer is waited for before the run is saved and ends")
+
+
 class StudentSettings(ModelSettings):
     """The model that is trained."""
+
+    tinker: TinkerSettings | None = Field(
+        None, description="the student lives on a server that speaks the Tinker API; empty: in this process; {} is the hosted service"
+    )
 
     quantize: Literal["4bit"] | None = Field(
         None,
@@ -192,10 +209,21 @@ class JudgeSettings(JudgeUse, FrozenModelSettings):
 class TeacherSettings(FrozenModelSettings):
     """The frozen teacher."""
 
-    ask: Literal["lazy", "all"] = Field(
-        "lazy", description="lazy: hardest questions first until the cap is full; all: Algorithm 1 to the letter; the batches are the same"
+    ask: Literal["lazy", "all", "ahead"] = Field(
+        "lazy",
+        description="lazy: hardest questions first until the cap is full; ahead: the same, begun while the student samples, for a teacher "
+        "on a server; all: Algorithm 1 to the letter; the batches are the same",
     )
     rollout: TeacherUse = Field(TeacherUse(), description="teacher rollouts on hard questions")
     hint: HintSettings = Field(HintSettings(), description="hints of the method hint")
     compression: CompressionSettings = Field(CompressionSettings(), description="candidate compression")
     judge: JudgeUse = Field(JudgeUse(), description="verdicts on free-form answers, where the recipe names no judge")
+
+    @model_validator(mode="after")
+    def _ahead_of_the_student(self) -> Self:
+        if self.ask == "ahead" and not self.base_urls:
+            raise ValueError(
+                "ask is ahead, and base_urls is not set: a teacher in this process would take turns with the student's sampling and save "
+                "nothing; serve it (vllm serve, zppo serve) and set base_urls, or take lazy"
+            )
+        return self

@@ -27,7 +27,7 @@ REMOVED: dict[str, str] = {
     "rollout.vllm.wait": ": a server is waited for 240 seconds; leave it out, and start the run when the server is up",
     "rollout.vllm.model_impl": ": vLLM chooses whose implementation of the model it runs; leave it out",
     "grading.box": ": it is grading.answer_from now, with after-thoughts, anywhere, line, or an expression",
-    "teacher.ask: eager": ": the teacher is no longer asked while the student samples; take lazy, which gives the same batches",
+    "teacher.ask: eager": ": take ahead for a teacher on a server, which begins while the student samples, else lazy; batches are the same",
     "train.sharding: zero2": f" {_FSDP2}",
     "train.sharding: zero3": f" {_FSDP2}",
 }

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from zppo.config.cluster_settings import cluster_problem
 from zppo.config.data_settings import DataSettings
 from zppo.config.methods import METHODS, Control, Estimator, Method
 from zppo.config.model_settings import (
@@ -59,14 +60,24 @@ class MethodSettings(Section):
         return replace(METHODS[self.name], **overrides)
 
 
+VLLMAddress = Annotated[str, Field(pattern=r"^https?://[^@\s?#]+$")]
+
+
 class VLLMSettings(Section):
     """vLLM as the student's sampling engine (docs/vllm.md)."""
 
     mode: Literal["colocate", "server"] = Field(
         "colocate", description="colocate: in the training process, on its GPU; server: in a `vllm serve` with GPUs of its own"
     )
-    base_url: str = Field("http://localhost:8000", pattern=r"^https?://[^@\s]+$", description="server: where it listens")
-    group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent")
+    base_url: VLLMAddress | tuple[VLLMAddress, ...] = Field(
+        "http://localhost:8000",
+        min_length=1,
+        description="server: where it listens; a list of servers is shared out evenly over the processes",
+    )
+    group_port: int = Field(51216, ge=1, le=65535, description="server: port on which weights are sent over NCCL")
+    weights_folder: Path | None = Field(
+        None, description="server: a folder that trainer and servers see under one name; weights go through it instead of over NCCL"
+    )
     gpu_memory_utilization: float = Field(
         0.3, gt=0, le=1, description="colocate: share of the GPU's memory for vLLM; the rest is for training"
     )
@@ -74,6 +85,17 @@ class VLLMSettings(Section):
         None, ge=1, description="most tokens of prompt and completion; empty: the model's context, which may need much memory"
     )
     enable_sleep_mode: bool = Field(False, description="colocate: give vLLM's memory back during updates, for some seconds a step")
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Base addresses of the servers, without the /v1 that addresses of teachers end in; none for colocate."""
+        given = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+        return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in given) if self.mode == "server" else ()
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether vLLM must be installed where the student trains: to sample, or to send weights over NCCL."""
+        return not (self.servers and self.weights_folder)
 
 
 class RolloutSettings(SamplingSettings):
@@ -168,7 +190,7 @@ class TrainSettings(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW")
     weight_decay: float = Field(0.1, ge=0, description="AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradient norm clip; null is off")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="trained weights are fp32 always; bf16 is autocast, and holds the frozen weights below LoRA adapters in bf16; auto: "
@@ -226,6 +248,16 @@ class TrainSettings(Section):
     )
     sharding: Literal["none", "fsdp2"] = Field(
         "none", description="several processes: each holds all, or a share (FSDP2); an accelerate configuration wins"
+    )
+    shard_within: int | None = Field(
+        None,
+        ge=2,
+        description="fsdp2: so many processes share one copy of weights, gradients and optimizer state, and the groups of them only sum "
+        "gradients (HSDP): the GPUs of a node; empty: all processes share one",
+    )
+    offload: bool = Field(
+        False,
+        description="fsdp2: each process's share of weights, gradients and optimizer state in the processor's memory, where AdamW steps",
     )
     collective_timeout: float = Field(1800, gt=0, description="seconds that a process waits for the others before it gives up")
 
@@ -373,6 +405,12 @@ class Settings(Section):
                     "student.quantize does not go with rollout.engine: vllm, which is sent whole weights: take transformers, or leave "
                     "one of them out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_where_possible(self) -> Settings:
+        if problem := cluster_problem(self):
+            raise ValueError(f"student.tinker is set: {problem}")
         return self
 
     @model_validator(mode="after")

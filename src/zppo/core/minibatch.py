@@ -25,12 +25,30 @@ def deal_groups(count: int, minibatches: int, *, seed: int, step: int) -> list[l
 
 
 PASS_TOKENS = 64
-"""What a forward and backward pass costs in addition to its tokens, in tokens. Measured on a CPU: 70 with 4 layers of width 128, 38 of
-width 256, 19 with 8 of width 512 (140 to 1,120 tokens a pass)."""
+"""What a forward and backward pass costs in addition to its tokens, in tokens, of a small model. Measured on a CPU: 70 with 4 layers of
+width 128, 38 of width 256, 19 with 8 of width 512 (140 to 1,120 tokens a pass)."""
 
 PASS_TOKENS_GPU = 1024
 """The same where a pass is at least as long as it takes to launch its kernels: an estimate, not a measurement (25 layers take about
 50 ms there, in which a card computes some thousand tokens of a model of 1B; less of a larger one)."""
+
+
+def pass_tokens(width: int, *, gpu: bool) -> int:
+    """What a pass costs in addition to its tokens, in tokens: on a CPU the less, the wider the model is (9,000 / width, see above)."""
+    return PASS_TOKENS_GPU if gpu else min(PASS_TOKENS, 9_000 // width + 1)
+
+
+_HEAD_LOGITS, _HEAD_LOGITS_GPU = 1 << 24, 1 << 27  # so many that moving the output layer's weights is not most of a chunk's time
+_DIVERGED = 4
+
+
+def head_tokens(vocab: int, *, gpu: bool, diverges: bool = False) -> int:
+    """Tokens whose logits an update looks at in one go, so that they take the same memory whatever the vocabulary is.
+
+    Args:
+        diverges: from a teacher's; that holds about `_DIVERGED` times as much of them as a log-prob.
+    """
+    return max(1, (_HEAD_LOGITS_GPU if gpu else _HEAD_LOGITS) // (_DIVERGED if diverges else 1) // vocab)
 
 
 def micro_batches(lengths: Sequence[int], budget: int, overhead: int = PASS_TOKENS) -> list[list[int]]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,16 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from zppo.config.settings import Settings
-from zppo.distributed.launcher import Launch
+from zppo.distributed.launcher import Launch, started_by_slurm
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
+from zppo.models.lora import Adapters
 from zppo.models.student_model import Student
+from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
 from zppo.runs.signals import Stop
+
+Value = TypeVar("Value")
 
 
 def keep_logits_small(model: torch.nn.Module, accelerator: Accelerator) -> None:
@@ -54,13 +59,22 @@ class ReplicatedWeights:
         processes: the processes.
         sharded: whether a forward or backward pass of one process needs all others: every process must make equally many.
         kind: how they lie, in words.
+        offload: whether what is trained lies in the processor's memory.
     """
 
-    sharded = False
+    sharded = offload = False
     kind = "each with all weights"
 
     def __init__(self, processes: Processes = ONE_PROCESS) -> None:
         self.processes = processes
+
+    def load(self, make: Callable[[], Student]) -> Student:
+        """The student, from where `make` reads it. Every process must call it."""
+        return make()
+
+    def decide(self, make: Callable[[], Value]) -> Value:
+        """What `make` finds out with the weights of `load`, before `prepare`. Every process must call it."""
+        return make()
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         """The model on its device, with autocast where asked for. The optimizer is made afterwards: parameters may be others."""
@@ -73,6 +87,18 @@ class ReplicatedWeights:
     def whole(self) -> AbstractContextManager[None]:
         """Inside, every process can run forward passes on its own. Every process must enter."""
         return nullcontext()
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """Around forward passes without a backward pass. Where weights are sharded every process must make equally many."""
+        return nullcontext()
+
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, out of memory in one process is an error of all of them where they need one another: see `ShardedWeights`."""
+        return nullcontext()
+
+    def of_all(self, value: Value) -> list[Value]:
+        """What the processes say that share an attempt (`together`); by default each has its own."""
+        return [value]
 
     def step(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float, *, finite: bool) -> tuple[float, bool]:
         """One optimizer step with the gradients of all processes, clipped; none where they are not finite, or `finite` is false.
@@ -87,11 +113,13 @@ class ReplicatedWeights:
         """
         parameters = trained_parameters(optimizer)
         self._sum_gradients(parameters)
-        norm = self._norm(accelerator.clip_grad_norm_(parameters, max_norm))
+        norm = self._clip(parameters, accelerator, max_norm)
         moved = finite and math.isfinite(norm)
         if moved:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        for parameter in parameters:  # the fused optimizer's own way puts shards and whole gradients into one list, which torch refuses
+            if parameter.grad is not None:
+                parameter.grad.zero_()
         return norm, moved
 
     def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -102,8 +130,9 @@ class ReplicatedWeights:
         for work in pending:
             work.wait()
 
-    def _norm(self, value: torch.Tensor) -> float:
-        return float(value)
+    def _clip(self, parameters: list[nn.Parameter], accelerator: Accelerator, max_norm: float) -> float:
+        """Scales gradients down to a norm of `max_norm`; the norm that they had."""
+        return float(accelerator.clip_grad_norm_(parameters, max_norm))
 
     def saved(self, student: Student) -> Savable:
         """What the first process saves the student from. Every process must call it."""
@@ -111,15 +140,45 @@ class ReplicatedWeights:
             self.processes.check_same("the trained weights", checksum(student.model))
         return student.saved
 
+    def load_optimizer(self, start: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Gives the optimizer the state of a checkpoint, whatever way the weights lay then. Every process must call it.
+
+        Raises:
+            CheckpointError: it holds no such state, or one over other weights.
+        """
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if checkpoint.in_parts(start):
+            from zppo.distributed.checkpoint_parts import read_moments
+
+            read_moments(start, optimizer, trained)
+        else:
+            checkpoint.load_optimizer(start, self.state_of(optimizer), list(trained.values()), mapped=self.sharded)
+
+    def merged(self, student: Student) -> Savable:
+        """What the first process saves the whole student from in the end, adapters merged for good. Every process must call it."""
+        saved = self.saved(student)
+        return saved if student.adapters is None else Merging(student.adapters)
+
     def state_of(self, optimizer: Any) -> TakesState:
-        """What gives the optimizer the state of a checkpoint."""
+        """What takes a whole state for the optimizer."""
         takes: TakesState = optimizer
         return takes
 
-    def snapshot_of(self, optimizer: Any) -> HoldsState:
-        """What the first process saves the optimizer from. Every process must call it."""
-        holds: HoldsState = optimizer
-        return holds
+    def write(self, folder: Path, student: Student, optimizer: HoldsState) -> None:
+        """Writes student and optimizer into the folder of a checkpoint. Every process must call it."""
+        saved = self.saved(student)
+        if self.processes.main:
+            checkpoint.write_whole_state(folder, saved, optimizer)
+
+
+class Merging:
+    """Saves a model from its adapters, which are merged when it is called."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        self._adapters.merge().save_pretrained(folder)
 
 
 def checksum(model: nn.Module) -> list[float]:
@@ -149,13 +208,18 @@ def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
     Raises:
         LauncherError: what the launcher asked for is not what stands.
     """
-    on_cpu = settings.train.device == "cpu" or not torch.cuda.is_available()
+    elsewhere = settings.student.tinker is not None  # nothing of the student is computed here
+    on_cpu = settings.train.device == "cpu" or elsewhere or not torch.cuda.is_available()
     bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)
     precision = "bf16" if bf16 else "no"
     launch.check_precision(precision)
     # accelerate would shard on GPUs, and do something else on CPUs: `make_weights` does it on both.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(settings))])
+    os.environ |= started_by_slurm()
+    group: dict[str, Any] = {"timeout": _patience(settings)}
+    if launch.processes > 1 and not on_cpu and (settings.train.offload or launch.offload):
+        group["backend"] = "cuda:nccl,cpu:gloo"  # the norm of gradients on the CPU is summed there
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(**group)])
     launch.check_processes(accelerator.num_processes)
     return accelerator
 
@@ -165,7 +229,7 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
 
     Raises:
         LauncherError: sharding was asked for, and there is one process.
-        SettingsError: the recipe trains what cannot be sharded.
+        SettingsError: this torch cannot do what the recipe asks for with shards.
     """
     size, sharding = accelerator.num_processes, launch.sharding or settings.train.sharding
     if size == 1:
@@ -175,21 +239,28 @@ def make_weights(settings: Settings, accelerator: Accelerator, launch: Launch, s
                 "train RECIPE, or set train.sharding to none"
             )
         return ReplicatedWeights(Processes(stop=stop))
-    if sharding != "none" and (settings.train.lora is not None or settings.train.optimizer != "adamw"):
-        name = "train.lora" if settings.train.lora is not None else f"train.optimizer={settings.train.optimizer}"
-        raise SettingsError(
-            f"{name} does not go with sharding ({sharding}): leave one of them out. With adapters or an 8-bit optimizer there is "
-            "little left to shard"
-        )
     group = None  # the processes' own, where that carries objects on the CPU
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo", timeout=_patience(settings))
     processes = Processes(accelerator.process_index, size, group, stop)
     if sharding == "none":
         return ReplicatedWeights(processes)
+    from zppo.distributed.retries import why_no_retries
     from zppo.distributed.sharded import ShardedWeights
 
-    return ShardedWeights(processes, reshard=launch.reshard)
+    retries = settings.train.tokens_per_microbatch == "auto"
+    if retries and (why := why_no_retries()):
+        raise SettingsError(
+            f"train.tokens_per_microbatch is auto, and weights are sharded ({sharding}): {why}. Give a number, or update torch"
+        )
+    return ShardedWeights(
+        processes,
+        reshard=launch.reshard,
+        retries=retries,
+        within=settings.train.shard_within,
+        offload=settings.train.offload or launch.offload,
+        bf16=accelerator.mixed_precision == "bf16",
+    )
 
 
 def _patience(settings: Settings) -> timedelta:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zppo.core.minibatch import shares
-from zppo.errors import Interrupted, LauncherError
+from zppo.errors import EngineError, Interrupted, LauncherError
 from zppo.runs.signals import Stop
 from zppo.step_log import StepLog
 
@@ -51,7 +51,7 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: ProcessGroup | None = None, stop: Stop | None = None) -> None:
-        self.rank, self.size, self._group, self.stop = rank, size, group, stop or Stop()
+        self.rank, self.size, self.group, self.stop = rank, size, group, stop or Stop()
 
     @property
     def main(self) -> bool:
@@ -69,13 +69,8 @@ class Processes:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:
-            raise LauncherError(
-                f"another process of this run has ended or does not answer ({_first_line(error)}): the reason stands in what it "
-                "printed. If none has ended and a step simply takes long, raise train.collective_timeout"
-            ) from error
+        with _answered():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     @contextmanager
@@ -87,21 +82,28 @@ class Processes:
 
         Raises:
             Interrupted: the run was asked to stop; in several processes it is raised in all of them.
+            EngineError: the engine of one process failed; in all of them, so that they can save what is trained together.
         """
         deal = Deal(shares(costs, self.size)[self.rank])
         if self.size == 1:
             yield deal
             deal.results = deal.done
             return
-        # All processes learn of a request to stop before any of them acts on it.
-        with suppress(Interrupted), self.stop.exposed():
-            yield deal
-        parts = self.gather((self.stop.signum, dict(zip(deal.mine, deal.done, strict=False))))
-        for signum, _ in parts:
+        # All processes learn of a request to stop, or of an engine that failed, before any of them acts on it.
+        fault = ""
+        try:
+            with suppress(Interrupted), self.stop.exposed():
+                yield deal
+        except EngineError as error:
+            fault = str(error)
+        parts = self.gather((self.stop.signum, fault, dict(zip(deal.mine, deal.done, strict=False))))
+        for signum, said, _ in parts:
             if signum is not None:
                 self.stop.request(signum)
                 raise Interrupted(signum)
-        results = {place: result for _, part in parts for place, result in part.items()}
+            if said:
+                raise EngineError(said)
+        results = {place: result for _, _, part in parts for place, result in part.items()}
         deal.results = [results[place] for place in range(len(costs))]
 
     def uninterrupted(self) -> AbstractContextManager[None]:
@@ -119,8 +121,16 @@ class Processes:
                     log.warnings[f"{subject} of process {rank}"] = text
 
     def any(self, flag: bool) -> bool:
-        """Whether one process says so, on all of them."""
-        return any(self.gather(flag))
+        """Whether one process says so, on all of them: cheap enough for every exchange of a pass. Raises as `gather`."""
+        if self.size == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        said = torch.tensor(int(flag))
+        with _answered():
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(said)
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -137,6 +147,18 @@ class Processes:
 
 
 ONE_PROCESS = Processes()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """What the others do not answer, as a LauncherError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LauncherError(
+            f"another process of this run has ended or does not answer ({_first_line(error)}): the reason stands in what it "
+            "printed. If none has ended and a step simply takes long, raise train.collective_timeout"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

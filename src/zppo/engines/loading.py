@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from zppo.errors import MemoryLimitError, ModelError, one_line, used_up
 from zppo.names import load_part
+from zppo.packages import SLOW_KERNELS, distribution, install_line, kernels_of, slow_allowed
 
 _MEND = (
     "name a folder that `save_pretrained` wrote, or a model on the hub that AutoModelForCausalLM loads (the first time "
@@ -42,6 +45,7 @@ def load_network(
         ModelError: it cannot be loaded, or weights are missing or of another size than its configuration says.
         MemoryLimitError: this machine has no room for it.
     """
+    check_kernels(name, more.get("device_map"), revision)
     if attention:
         more["attn_implementation"] = attention
     kind = AutoModelForImageTextToText if images or _sees_only_whole(name, revision) else AutoModelForCausalLM
@@ -71,6 +75,55 @@ def load_network(
         )
     for config in (model.config, model.config.get_text_config()):
         vars(config).pop("auto_map", None)  # names code that was not run; what is saved from here does without
+    return cast(PreTrainedModel, model)
+
+
+def check_kernels(name: str | Path, device: torch.device | str | None, revision: str | None = None) -> None:
+    """Whether a GPU would compute a checkpoint's layers by the kernels that are made for them (Qwen3.5's linear attention).
+
+    transformers does without a kernel whose package is missing or cannot be imported, after one warning, several times slower.
+
+    Args:
+        device: where the model will be; anything but a GPU is in order.
+
+    Raises:
+        ModelError: a package is missing, and the environment does not say that it may be slow.
+    """
+    if device is None or torch.device(device).type != "cuda" or slow_allowed():
+        return
+    config = _config(name, revision)
+    absent: dict[str, str] = {}
+    for module in kernels_of(config.get_text_config().model_type) if config is not None else ():
+        try:
+            import_module(module)
+        except Exception as error:  # one that was built for another torch raises many kinds
+            absent[module] = one_line(error, 120)
+    if absent:
+        why = "; ".join(f"{distribution(module)}: {error}" for module, error in absent.items())
+        raise ModelError(
+            f"model {str(name)!r} has layers that would run without their kernels on {device}, up to five times slower ({why}): "
+            f"{install_line(absent)} (causal-conv1d is compiled there and needs nvcc), or set {SLOW_KERNELS}=1 in the environment to go "
+            "on all the same"
+        )
+
+
+def empty_network(name: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """A model without weights, of a checkpoint's config.json alone: for its shape, its vocabulary, its end tokens.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    try:
+        config = load_part(AutoConfig, name, revision=revision)
+        kind: Any = AutoModelForImageTextToText if _sees_only_whole(name, revision) else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"the configuration of model {str(name)!r} cannot be read: {one_line(error)}; {_MEND}") from error
+    with suppress(OSError, ValueError):  # a checkpoint need not have one
+        model.generation_config = load_part(GenerationConfig, name, revision=revision)
     return cast(PreTrainedModel, model)
 
 

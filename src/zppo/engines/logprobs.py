@@ -12,21 +12,19 @@ runs through a sequence in its order and cannot branch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from zppo.core.minibatch import Sharing
 from zppo.core.types import Row
-from zppo.images.features import Seen, picture_inputs, positions_of
+from zppo.engines.output_head import DivergenceFrom, Late, TargetLogprobs, late_logits, scored
+from zppo.images.features import Seen, device_of, picture_inputs, positions_of
 from zppo.images.processor import ImageProcessor
-
-_CHUNK = 1 << 24  # logits looked at in one go: bounds the float32 copies that log-probs need besides the logits
 
 
 class TokenScores(NamedTuple):
@@ -58,13 +56,13 @@ def token_scores(
 
     Args:
         model: a causal language model of `transformers`, wrapped for distributed training or not. Gradients and
-            autocast are the caller's. Logits are computed from the shortest prompt's end on only.
+            autocast are the caller's. Only completion tokens reach its output layer, a chunk of them at a time.
         rows: (prompt, completion) pairs, both non-empty, with images or without; T is the longest completion.
         temperature: divides the logits, as in sampling; > 0.
         banned_ids: ids that the sampler never draws; they take no probability here either.
         pad_id: any valid id.
         entropies: also compute the entropy of every token's distribution.
-        device: where the model's inputs go; None for the device of its first parameter.
+        device: where the model's inputs go; None for where it computes.
         image_processor: for the images of rows; features of a picture are computed once for all rows that hold it.
 
     Returns:
@@ -73,30 +71,61 @@ def token_scores(
     if not rows or temperature <= 0:
         raise ValueError(f"token_scores needs rows and a temperature > 0; got {len(rows)} rows and {temperature}")
     if device is None:
-        device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
-    whole = [Row(*row) for row in rows]
-    prompts = [torch.as_tensor(row.prompt_ids) for row in whole]
-    completions = [torch.as_tensor(row.completion_ids) for row in whole]
+        device = device_of(model) if isinstance(model, torch.nn.Module) else "cpu"
+    read = _read([Row(*row) for row in rows], model, pad_id, device, image_processor)
+    score = TargetLogprobs(read.targets, temperature, banned_ids, entropies=entropies)
+    values = scored(model, read.inputs, read.width, read.where.places(device), score)
+    spread = None if score.entropies is None else read.where.spread(score.entropies)
+    return TokenScores(read.where.spread(values), read.where.mask.to(device, non_blocking=True), spread)
+
+
+class _Read(NamedTuple):
+    """Rows as a model reads them: what it is given, the (N,) tokens to score, how many of each row's last tokens `where` counts."""
+
+    inputs: dict[str, Any]
+    targets: torch.Tensor
+    width: int
+    where: _Where
+
+
+def _read(rows: Sequence[Row], model: Any, pad_id: int, device: torch.device | str, image_processor: ImageProcessor | None) -> _Read:
+    prompts = [torch.as_tensor(row.prompt_ids) for row in rows]
+    completions = [torch.as_tensor(row.completion_ids) for row in rows]
     starts, lengths = torch.tensor([[len(p), len(c)] for p, c in zip(prompts, completions, strict=True)]).unbind(1)
     if int(torch.minimum(starts, lengths).min()) < 1:
         raise ValueError("token_scores needs at least one prompt token and one completion token in every row")
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.cat(pair) for pair in zip(prompts, completions, strict=True)], batch_first=True, padding_value=pad_id
-    ).to(device, non_blocking=True)  # a copy that is waited for would wait for all work before it
-
+    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, completions, strict=True)], batch_first=True, padding_value=pad_id)
+    ids = ids.to(device, non_blocking=True)  # a copy that is waited for would wait for all work before it
     first = int(starts.min())  # position of the earliest completion token
-    inputs, targets = ids[:, :-1], ids[:, first:]  # (B, L - 1), (B, N): the last token is predicted, never read
-    seen = image_inputs(model, image_processor, whole, inputs)
-    out = model(input_ids=inputs, use_cache=False, logits_to_keep=targets.shape[1], **seen)
-    logits = out.logits[:, -targets.shape[1] :]
-    logprobs, spread = score_targets(logits, targets, temperature, banned_ids, entropies)
+    inputs, width = ids[:, :-1], ids.shape[1] - first  # the last token is predicted, never read
+    seen = image_inputs(model, image_processor, rows, inputs)
+    where = _Where(lengths, torch.arange(len(rows)) * width + starts - first)
+    targets = torch.cat(completions).to(device, torch.int64, non_blocking=True)
+    return _Read({"input_ids": inputs, "use_cache": False, **seen}, targets, width, where)
 
-    steps = torch.arange(int(lengths.max()))
-    mask = (steps < lengths[:, None]).to(device, non_blocking=True)
-    places = (starts[:, None] - first + steps).clamp_(max=targets.shape[1] - 1).to(device, non_blocking=True)  # (B, T)
-    return TokenScores(
-        logprobs.gather(1, places).masked_fill(~mask, 0.0), mask, spread.gather(1, places).masked_fill(~mask, 0.0) if entropies else None
-    )
+
+class _Where:
+    """Where the N tokens of R completions stand: in the rows that a model reads, and in (R, T).
+
+    Args:
+        lengths: (R,) of the completions.
+        starts: (R,) places of their first tokens, counted over the last tokens of all rows.
+    """
+
+    def __init__(self, lengths: torch.Tensor, starts: torch.Tensor) -> None:
+        steps = torch.arange(int(lengths.max()))
+        self.mask = steps < lengths[:, None]  # (R, T) bool, on the CPU
+        self._places = (starts[:, None] + steps)[self.mask]
+        self._own = self.mask.flatten().nonzero()[:, 0]
+
+    def places(self, device: torch.device | str) -> torch.Tensor:
+        """(N,) of every token, completion by completion."""
+        return self._places.to(device, non_blocking=True)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """(N,) numbers as (R, T), 0 where there is no token."""
+        flat = values.new_zeros(self.mask.numel())
+        return flat.index_copy(0, self._own.to(values.device, non_blocking=True), values).view(self.mask.shape)
 
 
 def image_inputs(model: Any, image_processor: ImageProcessor | None, rows: Sequence[Row], inputs: torch.Tensor) -> dict[str, Any]:
@@ -139,75 +168,6 @@ def completion_logprobs(
     """`token_scores` without entropies: log-probs (B, T) float32 and the completion mask (B, T) bool."""
     scores = token_scores(model, rows, temperature=temperature, banned_ids=banned_ids, pad_id=pad_id, image_processor=image_processor)
     return scores.logprobs, scores.mask
-
-
-def score_targets(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, banned_ids: Collection[int], entropies: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N, V) logits and (B, N) targets to (B, N) float32 log-probs and entropies (empty unless wanted)."""
-    banned = torch.tensor(sorted(i for i in banned_ids if i < logits.shape[-1]), dtype=torch.int64)
-    scored: tuple[torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        logits, targets, temperature, banned.to(logits.device, non_blocking=True), entropies
-    )
-    return scored
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature)[target] in little memory: nothing of the logits' size is kept but the logits.
-
-    With a vocabulary of 250,000 those are most of a training step's memory. Autograd's own log-softmax and gather
-    keep a float32 copy and make two more on the way back; this keeps one number per token and makes only the gradient
-    itself.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, banned: torch.Tensor, want_entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, N, V) logits and (B, N) targets to (B, N) float32 log-probs and entropies (empty unless wanted)."""
-        flat = targets.reshape(-1)
-        logprobs = torch.empty(flat.shape, dtype=torch.float32, device=logits.device)
-        norms = torch.empty_like(logprobs)
-        entropies = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
-        for part, scores in _parts(logits, temperature, banned):
-            norm = norms[part] = scores.logsumexp(-1)
-            logprobs[part] = scores.gather(1, flat[part, None])[:, 0] - norm
-            if want_entropy:
-                entropies[part] = torch.special.entr((scores - norm[:, None]).exp_()).sum(-1)
-        ctx.save_for_backward(logits, targets, norms, banned)
-        ctx.temperature = temperature
-        logprobs = logprobs.view_as(targets)
-        entropies = entropies.view_as(targets) if want_entropy else entropies
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """d logprob / d logit_v = (1[v = target] - p_v) / temperature."""
-        logits, targets, norms, banned = ctx.saved_tensors
-        flat, scale = targets.reshape(-1), grad.reshape(-1) / ctx.temperature
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        rows = out.view(-1, logits.shape[-1])
-        for part, scores in _parts(logits, ctx.temperature, banned):
-            probs = (scores - norms[part, None]).exp_()
-            probs.mul_(-scale[part, None]).scatter_add_(1, flat[part, None], scale[part, None])
-            rows[part] = probs.to(out.dtype)
-        return out, None, None, None, None
-
-
-def _parts(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of the flattened tokens, with their (n, V) float32 logits after temperature and bans (not to be changed)."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    size = max(1, _CHUNK // rows.shape[1])
-    for start in range(0, rows.shape[0], size):
-        part = slice(start, min(start + size, rows.shape[0]))
-        scores = rows[part].float()
-        if temperature != 1:
-            scores = scores / temperature
-        if len(banned):
-            scores = scores.index_fill(1, banned, float("-inf"))
-        yield part, scores
 
 
 _PAD = -1  # the branch of padding; 0 is the prompt, completions count from 1
@@ -258,25 +218,19 @@ def shared_logprobs(
         packs: P of them, of N tokens at most; R completions in all, T tokens the longest.
         temperature, banned_ids, pad_id: as there.
     """
-    device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
+    device = device_of(model) if isinstance(model, torch.nn.Module) else torch.device("cpu")
     first = min(len(pack.prompt_ids) for pack in packs) - 1  # place of the earliest token that predicts one of a completion
     laid = [_lay(pack) for pack in packs]
     ids, places, branches = (
         pad_sequence([pack[i] for pack in laid], True, fill).to(device, non_blocking=True) for i, fill in enumerate((pad_id, 0, _PAD))
     )
-    targets = pad_sequence([pack[3] for pack in laid], True)[:, first:].to(device, non_blocking=True)
     seen = (branches[:, :, None] == branches[:, None]) | (branches[:, None] == 0)  # (P, N, N): query, key
-    out = model(
-        input_ids=ids, position_ids=places, attention_mask=seen.tril()[:, None], use_cache=False, logits_to_keep=ids.shape[1] - first
-    )
-    logprobs, _ = score_targets(out.logits[:, first - ids.shape[1] :], targets, temperature, banned_ids)
-
-    lengths = torch.tensor([len(c) for pack in packs for c in pack.completions])
-    steps = torch.arange(int(lengths.max()))
-    mask = steps < lengths[:, None]
-    where = (_starts(packs, first, ids.shape[1] - first)[:, None] + steps).where(mask, torch.tensor(0))
-    mask, where = mask.to(device, non_blocking=True), where.to(device, non_blocking=True)
-    return logprobs.flatten().gather(0, where.flatten()).view(where.shape).masked_fill(~mask, 0.0), mask
+    inputs = {"input_ids": ids, "position_ids": places, "attention_mask": seen.tril()[:, None], "use_cache": False}
+    completions, width = [torch.as_tensor(c) for pack in packs for c in pack.completions], ids.shape[1] - first
+    where = _Where(torch.tensor([len(c) for c in completions]), _starts(packs, first, width))
+    targets = torch.cat(completions).to(device, torch.int64, non_blocking=True)
+    values = scored(model, inputs, width, where.places(device), TargetLogprobs(targets, temperature, banned_ids))
+    return where.spread(values), where.mask.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,27 +271,32 @@ class ForwardPass:
             pad_id=self.pad_id,
         )
 
-    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
-        """(N, V) logits of the N completion tokens of all rows, in the order of rows and tokens."""
-        device = next(self.model.parameters()).device
-        lengths = [(len(row.prompt_ids), len(row.completion_ids)) for row in rows]
-        ids = [torch.tensor([*row.prompt_ids, *row.completion_ids]) for row in rows]
-        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad_id).to(device)
-        first = min(prompt for prompt, _ in lengths)
-        inputs = padded[:, :-1]
-        seen = image_inputs(self.model, self.image_processor, rows, inputs)
-        logits = self.model(input_ids=inputs, use_cache=False, logits_to_keep=padded.shape[1] - first, **seen).logits
-        return torch.cat([row[p - first : p - first + c] for row, (p, c) in zip(logits, lengths, strict=True)])
+    def divergence(self, rows: Sequence[Row], wanted: Late) -> torch.Tensor:
+        """(N,) Jensen-Shannon divergences from a teacher, of the N completion tokens of all rows in their order; with gradients.
+
+        Args:
+            wanted: what the teacher's own `late` gave for the rows.
+        """
+        read = self._read(rows)
+        return scored(self.model, read.inputs, read.width, read.where.places(read.targets.device), DivergenceFrom(wanted))
+
+    @torch.no_grad()
+    def late(self, rows: Sequence[Row]) -> Late:
+        """What the logits of the completion tokens can be computed from, a part of them at a time."""
+        read = self._read(rows)
+        return late_logits(self.model, read.inputs, read.width, read.where.places(read.targets.device))
+
+    def _read(self, rows: Sequence[Row]) -> _Read:
+        return _read(rows, self.model, self.pad_id, device_of(self.model), self.image_processor)
 
 
-def _lay(pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, positions, branches and targets of a pack, (N,) each; no target in the prompt."""
+def _lay(pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, positions and branches of a pack, (N,) each."""
     prompt, *completions = (torch.as_tensor(ids) for ids in (pack.prompt_ids, *pack.completions))
     begins, lengths = len(prompt) - 1, [len(c) for c in completions]
     ids = torch.cat([prompt[:-1], *(part for c in completions for part in (prompt[-1:], c[:-1]))])
     places = torch.cat([torch.arange(begins), *(torch.arange(begins, begins + n) for n in lengths)])
-    branches = torch.arange(len(completions) + 1).repeat_interleave(torch.tensor([begins, *lengths]))
-    return ids, places, branches, torch.cat([torch.zeros(begins, dtype=torch.int64), *completions])
+    return ids, places, torch.arange(len(completions) + 1).repeat_interleave(torch.tensor([begins, *lengths]))
 
 
 def _starts(packs: Sequence[Pack], first: int, width: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,10 @@ from zppo.errors import MemoryLimitError, ZPPOError
 
 # What torch and the libraries below it say; only some of it comes as `torch.OutOfMemoryError`.
 _SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+class MemoryElsewhereError(RuntimeError):
+    """Memory ran out in another process, with which this one shares an attempt."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -46,6 +51,14 @@ def sample_in_halves(engine: Engine, requests: Sequence[SampleRequest], sampling
     return sample_in_halves(engine, requests[:half], sampling) + sample_in_halves(engine, requests[half:], sampling)
 
 
+class _Failed(NamedTuple):
+    """Where memory ran out: padded tokens of the largest micro-batch, those of the longest row, and whether each held one row."""
+
+    largest: int
+    longest: int
+    single: bool
+
+
 class TokenBudget:
     """The padded tokens of a micro-batch: a number, or what the memory turns out to hold.
 
@@ -71,23 +84,35 @@ class TokenBudget:
         batches = micro_batches(lengths, self.tokens, self.overhead)
         return [MicroBatch([packs[i] for i in batch], lengths[batch[0]]) for batch in batches]
 
-    def shrink(self, error: RuntimeError, batches: Sequence[MicroBatch], longest: int) -> None:
+    def shrink(
+        self,
+        error: RuntimeError,
+        batches: Sequence[MicroBatch],
+        longest: int,
+        of_all: Callable[[_Failed | None], Sequence[_Failed | None]] = lambda own: [own],
+    ) -> None:
         """Halve the budget after `batches` ran out of memory; the caller begins again from nothing, with smaller micro-batches.
 
         Args:
             error: what the attempt raised.
             longest: tokens of the longest row.
+            of_all: tells what failed to all processes that share the attempt, which have one budget, and gives what failed in each.
 
         Raises:
             RuntimeError: `error` itself, where it says something else.
-            MemoryLimitError: the budget is fixed, or a micro-batch holds one row.
+            MemoryLimitError: the budget is fixed, or where memory ran out every micro-batch holds one row.
         """
         if not out_of_memory(error):
             raise error
-        largest = max(batch.padded for batch in batches)
-        if not self.adaptive or all(len(batch.rows) == 1 for batch in batches):
-            raise MemoryLimitError(self._too_large(largest, longest)) from error
-        self.tokens = max(1, min(self.tokens, largest) // 2)
+        own = None
+        if not isinstance(error, MemoryElsewhereError):
+            largest, single = max((batch.padded for batch in batches), default=0), all(len(batch.rows) == 1 for batch in batches)
+            own = _Failed(largest, longest, single)
+        failed = [each for each in of_all(own) if each is not None]
+        worst = min(failed, key=lambda each: (not each.single, each.largest))
+        if not self.adaptive or worst.single:
+            raise MemoryLimitError(self._too_large(worst.largest, worst.longest)) from error
+        self.tokens = max(1, min(self.tokens, worst.largest) // 2)
 
     def fits(self) -> None:
         """An attempt has succeeded: where others have failed before it, say what fits from now on."""

@@ -83,7 +83,7 @@ def picture_inputs(
 def encode(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef]) -> Any:
     """The vision encoder's output for these pictures, in this order; each distinct one is computed once."""
     inner = _inner(model)
-    parameter = next(inner.parameters())
+    device = device_of(inner)
     takes = inspect.signature(inner.get_image_features).parameters
     distinct = {ref.sha256: ref for ref in refs}
     pixels = {
@@ -92,7 +92,7 @@ def encode(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef]
     parts: dict[str, list[Any]] = {}
     whole: Any = None
     for batch in _alike(pixels):
-        tensors = {name: torch.cat([pixels[d][name] for d in batch]).to(parameter.device) for name in pixels[batch[0]]}
+        tensors = {name: torch.cat([pixels[d][name] for d in batch]).to(device) for name in pixels[batch[0]]}
         whole = inner.get_image_features(**tensors, return_dict=True)
         for place, digest in enumerate(batch):
             parts[digest] = [_part(value, place, len(batch)) for value in _outputs(whole)]
@@ -131,9 +131,17 @@ def _pixels(model: Any, image_processor: ImageProcessor, refs: Sequence[ImageRef
     For versions of transformers whose models take no features: these are computed once a row then.
     """
     inner = _inner(model)
-    device, names = next(inner.parameters()).device, inspect.signature(inner.forward).parameters
+    device, names = device_of(inner), inspect.signature(inner.forward).parameters
     shown = [{n: value for n, value in image_processor.pixels(ref).items() if n in names} for ref in refs]
     return {name: _stacked([pixels[name] for pixels in shown]).to(device) for name in shown[0]}
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: where its weights are, but for shards in the processor's memory, which are gathered on a GPU."""
+    weight = next(model.parameters())
+    mesh = getattr(weight, "device_mesh", None)
+    device: torch.device = weight.device if mesh is None else torch.device(mesh.device_type)
+    return device
 
 
 def _inner(model: Any) -> Any:

@@ -9,7 +9,7 @@ import inspect
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -195,6 +195,28 @@ class ImageProcessor:
             self._sizes[ref.sha256] = shown_size(ref)
         return self._placeholder_of(*self._sizes[ref.sha256])
 
+    def as_written(self, ids: Sequence[int], images: Sequence[ImageRef]) -> list[int]:
+        """A prompt's ids before its pictures were given their places: what the chat template writes stands for each, once.
+
+        For an engine that makes the places itself (vLLM).
+
+        Raises:
+            ModelError: the ids of a picture are not found.
+        """
+        written, rest = list[int](), list(ids)
+        for ref in images:
+            place = self._ids_of(self.placeholder(ref).text)
+            starts = (i for i, token in enumerate(rest) if token == place[0] and rest[i : i + len(place)] == place)
+            start = next(starts, None)
+            if start is None:
+                raise ModelError(
+                    f"the tokens of image {ref.uri!r} are not found in its prompt, which an engine that reads pictures itself needs "
+                    "(vLLM): set rollout.engine to transformers"
+                )
+            written += rest[:start] + self._ids_of(self.token)
+            rest = rest[start + len(place) :]
+        return written + rest
+
     def pixels(self, ref: ImageRef) -> Pixels:
         """What the model takes for one picture, decoded and preprocessed once a step. DataError where it cannot be decoded."""
 
@@ -242,8 +264,11 @@ class ImageProcessor:
     def _of_blank(self, width: int, height: int) -> Placeholder:
         """By the processor itself, of an empty picture of that size."""
         text = str(self.processor.replace_image_token(self._process(Image.new("RGB", (width, height), "white")), 0))
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Placeholder(text, sum(i in self.image_ids for i in ids))
+        return Placeholder(text, sum(i in self.image_ids for i in self._ids_of(text)))
+
+    def _ids_of(self, text: str) -> list[int]:
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _counts_patches(self) -> bool:
         """Whether placeholders are one token per merged patch, which needs no preprocessing to be known; found by trying."""

@@ -19,11 +19,13 @@ from zppo.config.settings import Settings
 from zppo.core.draws import draw_key
 from zppo.core.types import Question
 from zppo.distributed.launcher import read_launch
-from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
+from zppo.distributed.parallel import ReplicatedWeights, make_accelerator
 from zppo.engines.base import Engine
+from zppo.engines.loading import check_kernels
 from zppo.errors import LauncherError, SettingsError
 from zppo.measure.answers import AnswerFile, Answers, Who, of_rollouts, of_verdicts
 from zppo.models.student_model import load_chat, load_student
+from zppo.names import model_folder
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher
 from zppo.rollout.grading import grades_while_sampling, make_scorer, rule_grading
 from zppo.rollout.run_data import RunData, check_vocabulary, load_short
@@ -31,7 +33,6 @@ from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.student import Answered, PromptRenderer, Score, StudentSampler
 from zppo.runs.display import Progress as Loading
 from zppo.runs.display import show, warn
-from zppo.runs.signals import Stop
 from zppo.step_log import StepLog
 from zppo.teacher.interface import TeacherRequest
 from zppo.train.assemble import autocast_type, make_engine, make_engine_check, make_forward, start_vllm
@@ -103,12 +104,12 @@ def ready_models(
         if frozen.teachers:
             ask["teacher"] = partial(_ask_teacher, settings, frozen.teachers[0], renderer, score, n)
         if "student" in who:
+            check_kernels(model_folder(settings.student.model), accelerator.device, settings.student.revision)
             progress.doing(f"loading the student {settings.student.model}")
             student = load_student(settings, None, bf16=autocast_type(accelerator) is not None, images=inputs is not None)
             check_vocabulary(student.model, renderer, questions)
             progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler")
-            weights = make_weights(settings, accelerator, launch, Stop())
-            engine = _checked_engine(settings, student.model, renderer, questions, accelerator, weights, say)
+            engine = _checked_engine(settings, student.model, renderer, questions, accelerator, ReplicatedWeights(), say)
             background = grades_while_sampling(settings, score)
             sampler = StudentSampler(
                 engine, renderer, score, settings.rollout.sampling(), n, settings.seed, grades_while_sampling=background

@@ -18,7 +18,7 @@ from zppo.errors import DataError, SettingsError
 from zppo.measure.answers import AnswerFile, Who
 from zppo.measure.ask import Asking, ask_all, check_teacher, keyed_sample, ready_models
 from zppo.measure.verdict import Measured, judge_data, print_verdict, useful_filter, verdict_page
-from zppo.planning.dry_run import check_files
+from zppo.planning.needed import check_files
 from zppo.rollout.data import Loaded, load_mixture, tell_sources
 from zppo.rollout.run_data import seen_data
 from zppo.runs.display import show, warn

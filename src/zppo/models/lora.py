@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from zppo.config.settings import LoraSettings, names_vision_layers
 from zppo.core.draws import draw_key
 from zppo.errors import CheckpointError, SettingsError
-from zppo.models.quantized import make_whole
+from zppo.models.quantized import config_of_whole, make_whole
 from zppo.models.vision_parts import Part, parts_of
 from zppo.names import check_checkpoint
 
@@ -80,6 +80,23 @@ class Adapters:
         torch.nn.Module.to(self.handle, torch.float32)
         merged: PreTrainedModel = self.handle.merge_and_unload()
         return merged
+
+    def merged(self, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """What `merge` gives, as another model: this one, whose weights lie in shards, stays.
+
+        Args:
+            state: all weights by name, merged, in fp32; the model takes them over.
+        """
+        model: Any = self.handle.get_base_model()
+        with torch.device("meta"):
+            merged: Any = type(model)(config_of_whole(model))
+        held = {**dict(model.named_buffers()), **state}
+        merged.load_state_dict({name: held[name] for name in merged.state_dict() if name in held}, assign=True, strict=False)
+        merged.tie_weights()
+        merged.generation_config = model.generation_config
+        if hasattr(model, "_weight_conversions"):  # how names on disk differ, which `from_pretrained` notes
+            merged._weight_conversions = model._weight_conversions
+        return cast(PreTrainedModel, merged)
 
     @property
     def _config(self) -> Any:

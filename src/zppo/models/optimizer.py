@@ -14,19 +14,26 @@ from zppo.errors import SettingsError
 _PROBE_SIZE = 8192  # bitsandbytes keeps tensors of fewer than 4,096 numbers in 32 bits
 
 
-def make_optimizer(train: TrainSettings, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], device: torch.device) -> Any:
+def make_optimizer(
+    train: TrainSettings,
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+    device: torch.device,
+    *,
+    offloaded: bool = False,
+) -> Any:
     """The recipe's optimizer.
 
     Args:
         parameters: those that are trained among them (`requires_grad`), or groups of them with settings of their own.
         device: where the parameters will be; an optimizer that does not work there is refused now, not after the first rollouts.
+        offloaded: AdamW steps on the processor, in one pass over its memory.
 
     Raises:
         SettingsError: bitsandbytes is not installed, or does not work on this device.
     """
     trained: list[Any] = [p for p in parameters if isinstance(p, dict) or p.requires_grad]
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **_arguments(train))
+        return torch.optim.AdamW(trained, **_arguments(train), fused=offloaded or None)
     made = _adamw_8bit()
     _probe(made, train, device)
     return made(trained, **_arguments(train))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zppo.errors import SettingsError
+
+_QUANTIZATION = "quantization_config"  # of a configuration
 
 
 def four_bits(dtype: torch.dtype) -> Any:
@@ -57,17 +61,31 @@ def make_whole(handle: Any) -> None:
         if isinstance(base, Linear4bit) and not name.endswith("base_layer"):
             model.set_submodule(name, _whole(module, base))
     for holder, attribute in (
-        (model.config, "quantization_config"),
+        (model.config, _QUANTIZATION),
         *((model, name) for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method")),
     ):
         vars(holder).pop(attribute, None)
 
 
-def _whole(module: Any, base: Any) -> nn.Linear:
+def unpacked(layer: Any) -> torch.Tensor:
+    """The weight that a linear layer in 4 bits stands for."""
     from bitsandbytes.functional import dequantize_4bit
 
+    weight: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weight
+
+
+def config_of_whole(model: PreTrainedModel) -> PreTrainedConfig:
+    """A model's configuration as it is with whole weights in fp32."""
+    config: Any = copy.deepcopy(model.config)
+    vars(config).pop(_QUANTIZATION, None)
+    config.dtype = torch.float32
+    return cast(PreTrainedConfig, config)
+
+
+def _whole(module: Any, base: Any) -> nn.Linear:
     with torch.no_grad():
-        weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+        weight = unpacked(base).float()
         if module is not base:
             weight = weight + module.get_delta_weight("default").float()
     whole = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")

@@ -117,7 +117,7 @@ class Student:
     adapters: Adapters | None
 
     @property
-    def saved(self) -> PreTrainedModel | Adapters:
+    def saved(self) -> checkpoint.Savable:
         """What of it goes into a checkpoint."""
         return self.adapters or self.model
 

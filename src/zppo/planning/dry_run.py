@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateSyntaxError
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zppo.config.methods import load_reformulation
-from zppo.config.model_settings import FrozenModelSettings, ModelSettings, TeacherSettings
+from zppo.config.model_settings import FrozenModelSettings, TeacherSettings
 from zppo.config.settings import LoraSettings, Settings
-from zppo.core.reformulate import RESPONSES, Candidate, Material
+from zppo.core.reformulate import RESPONSES
 from zppo.core.select import share_of
-from zppo.core.types import Draft, Message, Question
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
-from zppo.errors import ModelError, SettingsError, TemplateError
-from zppo.names import check_checkpoint, check_file, model_folder, readable
-from zppo.planning.memory import GIB, Machine, Memory, estimate, find_machine
+from zppo.errors import SettingsError
+from zppo.planning.memory import GIB, Machine, Memory, cluster_rows, enough, estimate, find_machine
 from zppo.planning.model_shapes import context_in
-from zppo.prompts.book import PromptBook
-from zppo.rollout.rewards import make_rewards, unique_names
-from zppo.runs.files import check_output
+from zppo.rollout.rewards import unique_names
 from zppo.teacher.compression import REDRAWS
 
 _MUCH = 0.1  # of what is usable, for models that could be elsewhere
@@ -37,30 +28,40 @@ _TIGHT = 0.9  # of what is usable; above, an allocator's waste may be what does 
 Rows = list[tuple[str, str]]
 
 
-def memory_rows(settings: Settings, machine: Machine | None = None, images: int = 0, shortest: int = 0) -> Rows:
+def memory_rows(settings: Settings, machine: Machine | None = None, images: int = 0, shortest: int = 0, processes: int = 1) -> Rows:
     """(what, how much) for the plan, the verdict last.
 
     Args:
         machine: None for the one that this runs on.
         images: most images of a question.
         shortest: tokens of the shortest prompt, 0 where it is not known.
+        processes: that train together; 1 where none are started: with sharded weights the fewest that have room are found.
 
     Raises:
         ModelError: a checkpoint on disk cannot be read.
     """
+    if settings.student.tinker is not None:
+        return cluster_rows(settings.student.tinker)
     machine = machine or find_machine(settings.train.device)
-    data = _DataFacts(images, shortest)
+    data = _DataFacts(images, shortest, processes)
+    sharding: Rows = []
+    if settings.train.sharding != "none" and processes == 1 and settings.train.shard_within is None:
+        count, totals = enough(settings, machine, _TIGHT, **data._asdict())
+        listed = ", ".join(f"{tried}: {gib(total)}" for tried, total in totals.items())
+        data, sharding = data._replace(processes=count), [("sharding", f"counted for {count} processes; at most in each of {listed}")]
     memory = _estimate(settings, machine, data)
     if isinstance(memory, str):
         return [("estimate", memory)]
-    return [*_parts(settings, memory), ("at most", _against(memory.total, machine)), *_verdict(settings, memory, machine, data)]
+    most = ("at most", _against(memory.total, machine))
+    return [*_parts(settings, memory), *sharding, most, *_verdict(settings, memory, machine, data)]
 
 
 class _DataFacts(NamedTuple):
-    """What an estimate takes from the data: most images of a question, tokens of the shortest prompt."""
+    """What an estimate takes from the data: most images of a question, tokens of the shortest prompt; and how many processes train."""
 
     images: int
     shortest: int
+    processes: int = 1
 
 
 def _estimate(settings: Settings, machine: Machine | None, data: _DataFacts) -> Memory | str:
@@ -81,9 +82,15 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
         names = ", ".join(memory.unknown)
         rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
     if memory.vllm:
-        rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization)"))
+        awake = ", not during updates" if memory.sleeps else ""
+        rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization{awake})"))
+    if memory.host:
+        rows.append(("in the processor's memory", f"{gib(memory.host)} a process: weights, gradients and optimizer (train.offload)"))
     if memory.cast:
-        rows.append(("bf16 copy of the weights", gib(memory.cast)))
+        what = "bf16 copy of the weights" if memory.passing is None else "sampling: all weights, gathered"
+        rows.append((what, gib(memory.cast)))
+    if memory.passing is not None:
+        rows.append(("update: gathered weights, their gradients", gib(memory.passing)))
     if memory.rows:
         each = f"{memory.rows:,} rollouts at once, {gib(memory.row)} each at the limits"
         rows.append(("sampling", f"{gib(memory.row * memory.rows)} ({each})"))
@@ -95,8 +102,6 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     if memory.layer:
         rows.append(("update: a layer computed again", f"{gib(memory.layer)} (not while logits are held)"))
     rows.append(("update: logits", f"{gib(memory.logits)} (gradients included)"))
-    if settings.train.sharding != "none":
-        rows.append(("sharding", "not taken off here: weights, gradients and optimizer state are counted whole"))
     return rows
 
 
@@ -268,38 +273,6 @@ class Plan:
         return self.batch + self.replayed + self.reformulated
 
 
-def check_files(settings: Settings) -> None:
-    """Whether the files that a recipe names are there: templates, folders of models, the reward functions; `output` must be free.
-
-    Raises:
-        TemplateError, ModelError, RewardError, SettingsError.
-    """
-    book = PromptBook(settings.prompts, form=settings.answer_form)
-    book.try_out()
-    _try_reformulations(settings.method.resolve().reformulations, book)
-    teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
-    frozen: list[tuple[str, FrozenModelSettings]] = [("teacher", teacher) for teacher in teachers]
-    frozen += [("judge", settings.judge)] if settings.judge else []
-    models: list[tuple[str, ModelSettings]] = [("student", settings.student)]
-    models += [(name, model) for name, model in frozen if not model.base_urls]
-    for name, model in models:
-        if model.template is not None and not model.template.is_file():
-            raise TemplateError(f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out")
-        if model.template is not None:
-            _check_chat_template(name, model.template)
-        folder = model_folder(model.model)
-        if _is_path(folder) and not (Path(folder) / "config.json").is_file():
-            raise ModelError(
-                f"{name}.model: {model.model} is no transformers checkpoint (no config.json in it); "
-                "name a folder that has one, or a model of the hub as owner/name"
-            )
-        check_checkpoint(folder)
-    if settings.grading.rewards:
-        make_rewards(settings.grading)
-    if settings.output is not None:
-        check_output(settings.output)
-
-
 def check_student_context(settings: Settings) -> None:
     """Whether any prompt at all fits the student beside its completions; a run counts the tokens of each when it starts.
 
@@ -336,52 +309,6 @@ def _context_row(settings: Settings) -> list[tuple[str, str]]:
             f"{context - most:,}; data.max_prompt_tokens={context - most} drops such questions",
         )
     ]
-
-
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # tags of transformers, which jinja does not know
-
-
-def _check_chat_template(section: str, path: Path) -> None:
-    """Whether a file holds a template; what it makes of a conversation hangs on the tokenizer's tokens, which a dry run does not load."""
-    check_file(path, TemplateError)
-    try:
-        text = readable(path).read_text(encoding="utf-8")
-        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(_GENERATION.sub("", text))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(f"{section}.template: {path} cannot be read: {error}. Name a text file that holds a chat template") from error
-    except TemplateSyntaxError as error:
-        raise TemplateError(
-            f"{section}.template: {path}, line {error.lineno}: the chat template cannot be parsed: {error.message}. Mend that line"
-        ) from error
-    if not text.strip():
-        raise TemplateError(f"{section}.template: {path} is empty; write a chat template, or leave it out")
-
-
-def _try_reformulations(kinds: Sequence[str], book: PromptBook) -> None:
-    """Fills the templates of a method's reformulations with what these make of an invented question.
-
-    Raises:
-        SettingsError: one has no template.
-        TemplateError: one cannot be filled.
-    """
-    made = [load_reformulation(kind) for kind in kinds]
-    book.check_kinds(r.kind for r in made if not getattr(r, "shows_question_alone", False))
-    question = Question("invented", (Message("user", "2 plus 3?"),), "5")
-    right, *wrong = (Candidate(f"It is \\boxed{{{answer}}}.", answer, i) for i, answer in enumerate("564"))
-    material = Material(question, (right, wrong[0]), tuple(wrong), ("6", "4"), "Count.", tuple(range(20)))
-    for reformulation in made:
-        try:
-            draft = reformulation.draft(material, random.Random(0))
-        except Exception:  # one of the user's own may count on more than what is invented here
-            continue
-        if isinstance(draft, Draft):
-            book.render(draft)
-
-
-def _is_path(model: str) -> bool:
-    """Whether a model's name can only be a folder: the hub's names are one or two words with a slash between them."""
-    path = Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    return path and ":" not in model
 
 
 def make_plan(
@@ -438,17 +365,23 @@ def _judge_calls(settings: Settings, plain: int, reformulated: int, lazy: Teache
     """Completions of `plain` judge questions in one step: of the student, asked again too, and of the teacher."""
     again = min(reformulated, plain * len(settings.method.resolve().reformulations))
     calls = (plain + again) * settings.rollout.group_size
-    work = lazy if settings.teacher is not None and settings.teacher.ask == "lazy" else literal
+    work = lazy if settings.teacher is not None and settings.teacher.ask != "all" else literal
     group = settings.zone.teacher_group_size * (1 + len(settings.more_teachers))
     return calls + (min(work.rollouts, plain * group) if work is not None else 0)
 
 
 def render_plan(
-    settings: Settings, plan: Plan, source: str, folder: str, memory: Sequence[tuple[str, str]] = (), sources: Sequence[str] = ()
+    settings: Settings,
+    plan: Plan,
+    source: str,
+    folder: str,
+    memory: Sequence[tuple[str, str]] = (),
+    sources: Sequence[str] = (),
+    absent: Sequence[tuple[str, str]] = (),
 ) -> Group:
     """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`,
-    `sources` what each source of the training questions gives, a line each."""
-    parts: list[RenderableType] = [_table(f"plan of {source}", _run_rows(settings, plan, folder)), ""]
+    `sources` what each source of the training questions gives, a line each, `absent` of `missing_rows`."""
+    parts: list[RenderableType] = [_table(f"plan of {source}", [*_run_rows(settings, plan, folder), *absent]), ""]
     if sources:
         named = [(name, gives) for name, _, gives in (line.partition(": ") for line in sources)]
         parts += [_table("sources of the training questions", named), ""]
@@ -562,7 +495,7 @@ def _teacher_table(settings: Settings, lazy: TeacherPlan, literal: TeacherPlan) 
             f"{work.compressions:,}",
             f"{work.compressions * settings.teacher.compression.max_new_tokens:,}",
             *([f"{work.hints:,}"] if hints else []),
-            "<- this run" if name == chosen else "",
+            "<- this run" if name == chosen else "<- this run, and what it begins in vain" if (name, chosen) == ("lazy", "ahead") else "",
         )
     return table
 

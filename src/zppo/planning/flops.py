@@ -124,7 +124,9 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         sampling=once + sampled,
         logprob=total("logprob_tokens"),
         update=total("train_tokens_needed"),
-        teacher=total("teacher_prompt_tokens") + total("teacher_completion_tokens"),
+        teacher=total("teacher_prompt_tokens")
+        + total("teacher_completion_tokens")
+        + math.fsum(step.get(f"teacher_unused_{part}") or 0.0 for step in steps for part in ("prompt_tokens", "tokens")),
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.needs else 0.0),

@@ -12,15 +12,16 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import needs_of
-from zppo.config.model_settings import ModelSettings
+from zppo.config.model_settings import ModelSettings, TinkerSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
-from zppo.core.minibatch import PASS_TOKENS, PASS_TOKENS_GPU, Sharing, micro_batches, share_prompt
+from zppo.core.minibatch import Sharing, head_tokens, micro_batches, pass_tokens, share_prompt
 from zppo.core.select import share_of
 from zppo.core.types import Message, Question
 from zppo.names import model_folder
@@ -52,6 +53,14 @@ class Machine:
     def usable(self) -> int:
         """Bytes that a run which starts now can have."""
         return self.total if self.free is None else self.free
+
+
+def cluster_rows(tinker: TinkerSettings) -> list[tuple[str, str]]:
+    """(what, how) for the plan of a run whose student is on a server: what this machine lacks for it."""
+    where = tinker.base_url or "the server that TINKER_BASE_URL names, else the hosted service"
+    lacks = missing_for_tinker()
+    verdict = f"student.tinker is set, and {lacks}" if lacks else "its SDK and a key are here"
+    return [("student", f"on {where}: its weights are not here"), ("verdict", verdict)]
 
 
 def find_machine(device: Literal["auto", "cpu"]) -> Machine | None:
@@ -94,6 +103,7 @@ def _ram() -> Machine | None:
 
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
+_PROCESSES = (2, 4, 8, 16, 32, 64)
 _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
@@ -115,7 +125,7 @@ class Memory:
         row, rows: what one rollout that is being sampled holds at its longest, and how many are sampled at once.
         activations: what the largest micro-batch keeps for its backward pass.
         layer: what the backward pass computes again of one layer, with gradient checkpointing; 0 without.
-        logits: of that micro-batch, with their gradients; gone when layers are computed again.
+        logits: of a chunk of that micro-batch's tokens, and the output layer's gradient; gone when layers are computed again.
         tokens: of that micro-batch.
         longest: tokens of the longest single row, which no micro-batch can be smaller than.
         widest: what the longest rollout of all holds, where more of shorter ones hold the most together.
@@ -123,6 +133,9 @@ class Memory:
         tower: what a vision tower keeps for the backward pass of the pictures in that micro-batch.
         images: preprocessed pictures of a step, where they lie in the same memory.
         unknown: frozen models in this process that are in no number, because nothing here says how large they are.
+        passing: where weights are sharded, what the update gathers of them, with the gradients of a layer, in the place of `cast`.
+        host: what `train.offload` keeps in the processor's memory instead, in each process.
+        sleeps: vLLM gives its share back while the student is updated.
     """
 
     weights: int
@@ -143,21 +156,25 @@ class Memory:
     tower: int = 0
     images: int = 0
     unknown: tuple[str, ...] = ()
+    passing: int | None = None
+    host: int = 0
+    sleeps: bool = False
 
     @property
     def standing(self) -> int:
         """What is held all the time."""
-        return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm + self.images
+        return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm * (not self.sleeps) + self.images
 
     @property
     def sampling(self) -> int:
         """What sampling holds on top."""
-        return self.cast + self.row * self.rows
+        return self.cast + self.row * self.rows + self.vllm * self.sleeps
 
     @property
     def update(self) -> int:
         """What the update holds on top: the larger of its backward pass and its optimizer step."""
-        return max(self.cast + self.activations + self.tower + max(self.logits, self.layer), self.stepping)
+        weights = self.cast if self.passing is None else self.passing
+        return max(weights + self.activations + self.tower + max(self.logits, self.layer), self.stepping)
 
     @property
     def total(self) -> int:
@@ -165,14 +182,15 @@ class Memory:
         return self.standing + max(self.sampling, self.update)
 
 
-def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 0, shortest: int = 0) -> Memory | str:
-    """What a run of this recipe needs in one process that holds all weights.
+def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 0, shortest: int = 0, processes: int = 1) -> Memory | str:
+    """What a run of this recipe needs in one process.
 
     Args:
         gpu: whether it trains on one; decides what `auto` precision is.
         capacity: bytes of that GPU, of which vLLM in this process takes its share.
         images: most images of a question; with any the student has its vision tower, and so has a teacher in this process.
         shortest: tokens of the shortest prompt, for which no logits are computed; 0 where it is not known.
+        processes: that train together, and share weights out where `train.sharding` says so; 1: it holds all of them.
 
     Returns:
         The estimate, or why there is none.
@@ -192,19 +210,18 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
-    if settings.student.quantize:
-        packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
-        frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
+    packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps()) if settings.student.quantize else 0
+    frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
     largest = _largest(settings, shape, gpu=gpu, images=images)
     tokens = largest.rows * largest.longest
     width = 2 if bf16 else 4
     kept, again = activations_per_token(shape, bf16=bf16, recomputed=train.gradient_checkpointing)
-    per_logit = _DIVERGENCE if settings.method.resolve().distils else 2 * width
+    scored = tokens - largest.rows * min(shortest, largest.longest)
     own = settings.rollout.engine == "transformers"
     row, rows, widest = _sampled(settings, shape, width)
     vllm = settings.rollout.vllm
-    return Memory(
+    whole = Memory(
         weights=trained * 4 + frozen_bytes,
         gradients=trained * 4,
         optimizer=_optimizer(train.optimizer, trained),
@@ -216,13 +233,77 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         widest=widest if own else 0,
         activations=int(tokens * kept),
         layer=int(tokens * again),
-        logits=(tokens - largest.rows * min(shortest, largest.longest)) * shape.vocab * per_logit,
+        logits=head_bytes(shape, scored, bf16=bf16, gpu=gpu, diverges=settings.method.resolve().distils, trained=train.lora is None),
         tokens=tokens,
         longest=_longest(settings),
         stepping=trained * 4 if gpu else 0,
         tower=_tower(settings, vision_shape, largest.rows, images, bf16=bf16),
         images=int(settings.data.images.cache_gib * GIB) if vision_shape and not gpu else 0,
         unknown=unknown,
+        sleeps=vllm.enable_sleep_mode,
+    )
+    shards = train.shard_within or processes
+    if train.sharding == "none" or shards == 1:
+        return whole
+    seeing = vision_shape.tower + vision_shape.projector if vision_shape else 0
+    stays = _kept(settings, trained if train.lora else seeing - still, seeing, packed, gpu=gpu, width=width)
+    return _shared_out(whole, stays, settings, shape, parameters - seeing - packed, shards, gpu=gpu, width=width)
+
+
+def enough(settings: Settings, machine: Machine | None, most: float, **facts: int) -> tuple[int, dict[int, int]]:
+    """The fewest processes whose shares take no more than `most` of this machine, else the most that are tried; and the bytes of each.
+
+    Args:
+        facts: of the data, as `estimate` takes them.
+    """
+    gpu, capacity = machine is not None and machine.gpu, machine.total if machine and machine.gpu else 0
+    tried = {count: estimate(settings, gpu=gpu, capacity=capacity, **{**facts, "processes": count}) for count in _PROCESSES}
+    totals = {count: memory.total for count, memory in tried.items() if isinstance(memory, Memory)}
+    room = most * machine.usable if machine is not None else 0
+    return next((count for count, total in totals.items() if total <= room), _PROCESSES[-1]), totals
+
+
+class _Kept(NamedTuple):
+    """Bytes of what every process holds whole (`ShardedWeights`): the parts that see, adapters, weights in 4 bits."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    stepping: int
+
+
+def _kept(settings: Settings, moving: int, seeing: int, packed: int, *, gpu: bool, width: int) -> _Kept:
+    """Of `moving` trained parameters, all of a vision tower and its projector, and so many in 4 bits."""
+    own = moving * 4 + seeing * width if settings.train.lora else seeing * 4
+    optimizer = _optimizer(settings.train.optimizer, moving)
+    return _Kept(own + int(packed * FOUR_BITS), moving * 4, optimizer, moving * 4 if gpu else 0)
+
+
+def _shared_out(
+    whole: Memory, kept: _Kept, settings: Settings, shape: DecoderShape, parameters: int, shards: int, *, gpu: bool, width: int
+) -> Memory:
+    """A process's part of the memory of one that holds all weights, with what it gathers for a while.
+
+    A pass has two layers whole, the one that it computes and the next, beside what lies outside of the layers; in a backward pass the
+    gradients of that, and of a layer, in the type of the pass and once more in fp32, in which they are summed; none of frozen ones. The
+    transformers engine samples with all weights whole.
+
+    Args:
+        parameters: that are shared out.
+        width: bytes of a number in a pass.
+    """
+    offload = settings.train.offload and gpu
+    outside = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    layer = max(0, parameters - outside) // len(shape.layers)
+    own = {name: (getattr(whole, name) - each) // shards for name, each in kept._asdict().items()}
+    parts: dict[str, Any] = {name: each if offload else each + own[name] for name, each in kept._asdict().items()}
+    trained = width + 4 if settings.train.lora is None else 0
+    return replace(
+        whole,
+        **parts,
+        cast=parameters * width if settings.rollout.engine == "transformers" else 0,
+        passing=(outside + 2 * layer) * width + (outside + layer) * trained,
+        host=own["weights"] + own["gradients"] + own["optimizer"] if offload else 0,
     )
 
 
@@ -278,13 +359,20 @@ def _token_counter(settings: Settings) -> Callable[[str], int] | None:
 
 
 def expected(
-    settings: Settings, train: Sequence[Question], held_out: Sequence[Question], shown: Sequence[Message], *, gpu: bool, capacity: int
+    settings: Settings,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    shown: Sequence[Message],
+    *,
+    gpu: bool,
+    capacity: int,
+    processes: int = 1,
 ) -> Memory | str:
     """The estimate of a run on these questions, as its dry run shows it; the other args are of `within` and `estimate`."""
     asked = [*train, *held_out]
     images = max((len(q.images) for q in asked), default=0)
     limits, shortest = within(settings, asked, len(train), shown), prompt_tokens(settings, asked, shown)[0]
-    return estimate(limits, gpu=gpu, capacity=capacity, images=images, shortest=shortest)
+    return estimate(limits, gpu=gpu, capacity=capacity, images=images, shortest=shortest, processes=processes)
 
 
 def peak_of_process() -> int:
@@ -305,6 +393,19 @@ def activations_per_token(shape: DecoderShape, *, bf16: bool, recomputed: bool) 
     layers = [_layer(shape, kind, bf16=bf16) for kind in shape.layers]
     ends = 24.0 * shape.hidden  # embedding, last norm
     return (ends + 4 * shape.hidden * len(layers), max(layers)) if recomputed else (ends + sum(layers), 0.0)
+
+
+def head_bytes(shape: DecoderShape, tokens: int, *, bf16: bool, gpu: bool, diverges: bool = False, trained: bool = True) -> int:
+    """What scores of so many tokens hold at once in the backward pass: the logits of a chunk, and gradients of the output layer.
+
+    Args:
+        diverges: they are a divergence from a teacher.
+        trained: the output layer's weights have gradients: those of a chunk, and where there are several their sum in fp32.
+    """
+    chunk = min(tokens, head_tokens(shape.vocab, gpu=gpu, diverges=diverges))
+    per_logit = _DIVERGENCE if diverges else 10 if bf16 else 8  # logits in the pass's type, in fp32, their gradient
+    per_weight = (2 if bf16 else 4) + (4 if chunk < tokens else 0)
+    return chunk * shape.vocab * per_logit + (shape.vocab * shape.hidden * per_weight if trained else 0)
 
 
 def _layer(shape: DecoderShape, kind: str, *, bf16: bool) -> float:
@@ -387,7 +488,7 @@ def _largest(settings: Settings, shape: DecoderShape, *, gpu: bool, images: int)
         )
         for pack in packs * count:
             (shared if len(pack) > 1 else single).append(tokens + len(pack) * new)
-    overhead = PASS_TOKENS_GPU if gpu else PASS_TOKENS
+    overhead = pass_tokens(shape.hidden, gpu=gpu)
     found = [
         _Largest(len(batch), max(lengths[row] for row in batch))
         for lengths in (shared, single)

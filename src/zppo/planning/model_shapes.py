@@ -159,8 +159,8 @@ def shape_of(name: str) -> DecoderShape | None:
     file = config_file(name)
     if file is not None:
         return _from_config(file)
-    last = name.rpartition("/")[2].removesuffix("-FP8").removesuffix("-Base")
-    return _from_table(last) if last in _QWEN35 else None
+    known = _in_table(name)
+    return _from_table(known) if known else None
 
 
 def config_file(name: str) -> Path | None:
@@ -171,16 +171,30 @@ def config_file(name: str) -> Path | None:
 
 def context_in(name: str) -> int | None:
     """Positions that the model was made for, by its config.json on this machine; None where that does not say, or cannot be read."""
+    limit = _text_config(name).get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def family_of(name: str) -> str | None:
+    """The `model_type` of a model's text part, by its config.json on this machine, else by its name; None where neither says."""
+    kind = _text_config(name).get("model_type")
+    return kind if isinstance(kind, str) else "qwen3_5" if _in_table(name) else None
+
+
+def _text_config(name: str) -> Mapping[str, Any]:
+    """What config.json says of the text model; empty where it is not on this machine, or cannot be read."""
     file = config_file(name)
     try:
-        if file is None:
-            return None
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8")) if file else {}
         text = config.get("text_config") or config
-        limit = text.get("max_position_embeddings")
-    except (OSError, ValueError, TypeError, AttributeError):  # `shape_of` and the model's loading say so
-        return None
-    return limit if isinstance(limit, int) and limit > 0 else None
+    except (OSError, ValueError, AttributeError):  # `shape_of` and the model's loading say so
+        return {}
+    return text if isinstance(text, dict) else {}
+
+
+def _in_table(name: str) -> str | None:
+    last = name.rpartition("/")[2].removesuffix("-FP8").removesuffix("-Base")
+    return last if last in _QWEN35 else None
 
 
 def _cached(name: str) -> Path | None:

@@ -51,6 +51,11 @@ def boxes(text: str) -> list[str]:
     return found
 
 
+def candidates_of(prompt: str) -> list[str]:
+    """The candidates that a BCQ or NCQ prompt shows, by their `<candidate>` tags."""
+    return _CANDIDATE.findall(prompt)
+
+
 def match(answer: str | None, positives: Sequence[str], negatives: Sequence[str]) -> str:
     """Which of `MATCHES` an answer is, after method.md section 9's normalisation."""
     if answer is None:
@@ -135,7 +140,7 @@ def count_leaks(kind: str, audit: Mapping[str, Any], gold: str, prompt: str, oth
     - bcq "right longer", "wrong longer": which candidate has more characters; equal ones are left out.
     """
     counts: Counts = Counter()
-    blocks = _CANDIDATE.findall(prompt)
+    blocks = candidates_of(prompt)
     right_answers = set(map(normal, (gold, *others)))
     if kind == NCQ and "wrong_answers" in audit:
         if not blocks:

@@ -28,7 +28,7 @@ from zppo.report.charts import ChartSpec, Series, graduate_shares, kind_name, li
 from zppo.report.evaluations.paper_tables import method_row, tables_of_rows
 from zppo.report.evaluations.table_views import print_wide
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
-from zppo.report.read_run import Run, arm_names, differing, flat_recipe, open_run, visits_of
+from zppo.report.read_run import Run, arm_names, differing, flat_recipe, held_out_accuracies, open_run, visits_of
 from zppo.report.summary import duration
 from zppo.report.tables import (
     EVAL,
@@ -180,7 +180,12 @@ def comparison_json(comparison: RunComparison) -> str:
          "wins": wins, "seeds": mean.n}
         for one, other, quantity, mean, wins in _pairs(comparison.arms, comparison.results)
     ]  # fmt: skip
-    whole = {"outcome": comparison.outcome, "arms": arms, "pairs": pairs}
+    questions = [
+        {"minuend": one, "subtrahend": other, "difference": mean.value, "low": mean.low, "high": mean.high, "better": better,
+         "worse": worse, "questions": mean.n}
+        for one, other, mean, better, worse in _over_questions(comparison.arms)
+    ]  # fmt: skip
+    whole = {"outcome": comparison.outcome, "arms": arms, "pairs": pairs, "questions": questions}
     return json_module.dumps(_without_nan(whole), ensure_ascii=False, indent=1) + "\n"
 
 
@@ -205,7 +210,7 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
     tables = [
-        *(_summary(arms, results), _paired(arms, results), _fates(arms), _runs(arms, results)),
+        *(_summary(arms, results), _questions(arms), _paired(arms, results), _fates(arms), _runs(arms, results)),
         *(*_evaluations(arms), _differences(arms)),
     ]
     return RunComparison(tuple(arms), results, _outcome(arms, results), [table for table in tables if table.rows])
@@ -350,15 +355,53 @@ def _paired(arms: Sequence[Arm], results: Results) -> Table:
     return Table("paired", RESULTS, "Paired over seeds", ("", "difference", "95% interval", "wins"), tuple(rows), caption)
 
 
+def _arm_pairs(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
+    """All pairs of a few arms; of many the first with each other one."""
+    return list(combinations(arms, 2)) if len(arms) <= 4 else [(arms[0], other) for other in arms[1:]]
+
+
 def _pairs(arms: Sequence[Arm], results: Results) -> Iterator[tuple[str, str, str, Mean, int]]:
     """(minuend, subtrahend, quantity, mean difference over the seeds that both have, seeds won), where there is such a seed."""
-    pairs = list(combinations(arms, 2)) if len(arms) <= 4 else [(arms[0], other) for other in arms[1:]]
-    for first, second in pairs:
+    for first, second in _arm_pairs(arms):
         for quantity in _quantities(results):
             one, other = _known(results, first.name, quantity), _known(results, second.name, quantity)
             differences = [one[seed] - other[seed] for seed in one if seed in other]
             if differences:
                 yield first.name, second.name, quantity, mean_interval(differences), sum(d > 0 for d in differences)
+
+
+def _over_questions(arms: Sequence[Arm]) -> Iterator[tuple[str, str, Mean, int, int]]:
+    """(minuend, subtrahend, mean difference over held-out questions, questions better, worse) of arms that were asked the same ones.
+
+    A question's accuracy is its mean over the runs of an arm: what another draw of questions would change, whatever the seeds do.
+    """
+    asked: dict[str, dict[str, float]] = {}
+    for arm in arms:
+        runs = [held_out_accuracies(run) for run in arm.runs.values()]
+        shared = set.intersection(*map(set, runs))
+        asked[arm.name] = {question: statistics.fmean(own[question] for own in runs) for question in runs[0] if question in shared}
+    for first, second in _arm_pairs(arms):
+        one, other = asked[first.name], asked[second.name]
+        differences = [value - other[question] for question, value in one.items() if question in other]
+        if len(differences) > 1:
+            better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+            yield first.name, second.name, mean_interval(differences), better, worse
+
+
+def _questions(arms: Sequence[Arm]) -> Table:
+    """Whether the held-out questions are enough to tell arms apart."""
+    rows = []
+    for first, second, mean, better, worse in _over_questions(arms):
+        told = "first" if mean.low > 0 else "second" if mean.high < 0 else "not told apart"
+        interval = f"{100 * mean.low:+.1f} to {100 * mean.high:+.1f}"
+        counts = (f"{better:,}", f"{worse:,}", f"{mean.n:,}")
+        rows.append((f"{first} minus {second}", f"{100 * mean.value:+.1f}", interval, *counts, told))
+    caption = (
+        "Held-out accuracy at the last evaluation, in points, question by question; Student's t over questions. It says what other "
+        "questions would have changed; what other seeds would have is in the table of seeds."
+    )
+    columns = ("", "difference", "95% interval", "better", "worse", "questions", "which is better")
+    return Table("questions", RESULTS, "Paired over held-out questions", columns, tuple(rows), caption)
 
 
 def _runs(arms: Sequence[Arm], results: Results) -> Table:
@@ -387,7 +430,13 @@ def _outcome(arms: Sequence[Arm], results: Results) -> str:
         if values:
             seeds = f" (mean of {len(values)})" if len(values) > 1 else ""
             parts.append(f"{arm.name} {percent(statistics.fmean(values))}{seeds}")
-    return f"{quantity[0].upper()}{quantity[1:]}: {', '.join(parts)}." if parts else "No run has a result yet."
+    if not parts:
+        return "No run has a result yet."
+    text = f"{quantity[0].upper()}{quantity[1:]}: {', '.join(parts)}."
+    for first, second, mean, *_ in _over_questions(arms):
+        if mean.low <= 0 <= mean.high:
+            text += f" These {mean.n:,} questions do not tell {first} and {second} apart."
+    return text
 
 
 CURVES = "Curves"

@@ -50,6 +50,8 @@ def report_command(folder: Path, *, out: Path | None, suffixes: Sequence[str], c
     summary, target = Reader(folder).read(), out or folder
     write_page(console, report_page(summary), target / PAGE, summary.charts, target / FIGURES, suffixes)
     console.print(Text(summary.outcome), soft_wrap=True)
+    for warning in summary.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     for problem in summary.left_out.values():
         console.print(Text(f"left out: {problem}", style="yellow"), soft_wrap=True)
 
@@ -221,6 +223,7 @@ def run_payload(summary: Summary, index: Sequence[Mapping[str, Any]], note: str)
     return {
         "title": summary.run.name,
         "outcome": summary.outcome,
+        "warnings": summary.warnings,
         "head": list(summary.head.items()),
         "sections": sections(summary.tables, summary.charts),
         "index": index,

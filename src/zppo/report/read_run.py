@@ -25,6 +25,7 @@ from zppo.core.types import BCQ, PLAIN
 from zppo.errors import CheckpointError, ZPPOError, one_line
 from zppo.names import POINTER, check_file, check_run_folder, is_pointer_file
 from zppo.report.audits import Counts, PlainVisit, count_group, count_leaks
+from zppo.report.tells import Pair, pair_of
 from zppo.runs.files import WORDS
 from zppo.runs.log import BUFFER, HELD_OUT, METRICS, ROLLOUTS, read_lines
 
@@ -113,7 +114,9 @@ NOT_ARMS = (
     *(f"{model}.{name}" for model in ("teacher", "judge") for name in (
         "base_urls", "key_env", "concurrency", "deadline", "retry_for", "device",
     )),
-    *(f"rollout.vllm.{name}" for name in ("mode", "base_url", "group_port", "gpu_memory_utilization", "enable_sleep_mode")),
+    *(f"rollout.vllm.{name}" for name in (
+        "mode", "base_url", "group_port", "weights_folder", "gpu_memory_utilization", "enable_sleep_mode",
+    )),
     "teacher.ask",
 )  # fmt: skip
 """Settings that change nothing of what is learned, but for rounding: how often something is looked at or saved, where something runs, how
@@ -278,12 +281,14 @@ class StepScan:
         kinds: sums by kind.
         counts: of the audits.
         groups: one line each, in order.
+        pairs: the candidates of its BCQ prompts.
     """
 
     step: int
     kinds: dict[str, KindSums] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counter)
     groups: list[GroupLine] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
 
     @property
     def visits(self) -> list[PlainVisit]:
@@ -358,6 +363,19 @@ def _visits_in(path: Path, mtime: int, size: int) -> tuple[PlainVisit, ...]:
     )
 
 
+def held_out_accuracies(run: Run) -> dict[str, float]:
+    """By question the share of right completions at the last evaluation that can be read; empty where none can, or nothing was held out."""
+    for path in reversed(run.held_out_files):
+        with suppress(*DAMAGE):
+            table = pq.read_table(path, columns=["question_id", "correct", "graded"], partitioning=None).to_pydict()
+            verdicts: dict[str, list[bool]] = {}
+            for question, correct, graded in zip(*table.values(), strict=True):
+                if graded:
+                    verdicts.setdefault(question, []).append(correct)
+            return {question: sum(own) / len(own) for question, own in verdicts.items()}
+    return {}
+
+
 def question_ids(run: Run) -> list[str]:
     """The ids of all questions that a run asked, in training or evaluations, in order of first appearance; damaged files are left out."""
     found: dict[str, None] = {}
@@ -397,6 +415,8 @@ def _scan(table: pa.Table, step: int) -> StepScan:
             result.counts.update(counts)
             gold, *others = _right_answers(first)
             result.counts.update(count_leaks(first["kind"], audit, gold, first["prompt"], others))
+            if (pair := pair_of(first["kind"], first["question_id"], audit, first["prompt"])) is not None:
+                result.pairs.append(pair)
         shown = {name: first[name] for name in GroupLine._fields if name in first}
         line = GroupLine(
             **shown,

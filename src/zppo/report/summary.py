@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from zppo.report.charts import ChartSpec, charts_of
 from zppo.report.read_run import FINAL, RECIPE, RolloutFileError, Run, StepScan, open_run, scan_file
 from zppo.report.stories import QuestionLine, held_out_lines, question_lines
 from zppo.report.tables import EVAL, Table, evaluation_table, percent, read_evaluation, tables_of
+from zppo.report.tells import tell_warnings, tells
 from zppo.runs.log import HELD_OUT, METRICS, ROLLOUTS
+from zppo.train.health_checks import HealthChecks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Summary:
         head: what was run and what it took, label -> text, in the order of the page.
         charts, tables: what its sections show.
         lines: one per question, by key; training first, then held-out ones.
+        warnings: what a person should know: tells of candidates, and what the metrics of the steps show.
         left_out: files of rollouts and of held-out completions that are cut or damaged, and why. Nothing of them is in the rest;
             where the completions alone are, which only stories need, the stories lack them.
     """
@@ -41,6 +45,7 @@ class Summary:
     charts: list[ChartSpec]
     tables: list[Table]
     lines: dict[str, QuestionLine]
+    warnings: list[str] = field(default_factory=list)
     left_out: dict[Path, str] = field(default_factory=dict)
 
 
@@ -75,6 +80,7 @@ class Reader:
         counts: Counts = Counter()
         for scan in scans:
             counts.update(scan.counts)
+        shares = tells(counts, [pair for scan in scans for pair in scan.pairs])
         matches = run_rows([scan.counts for scan in scans])
         visits = [visit for scan in scans for visit in scan.visits]
         zone = zone_story(run.buffer, run.group_size, run.threshold, run.last_step, visits) if run.replays and run.steps else None
@@ -83,8 +89,9 @@ class Reader:
             outcome=outcome(run, zone),
             head=_head(run) | ({"left out, damaged": ", ".join(path.name for path in left_out)} if left_out else {}),
             charts=charts_of(run, scans, matches, zone),
-            tables=[*tables_of(run, counts, matches, zone), *_benchmarks(self.folder)],
+            tables=[*tables_of(run, counts, matches, zone, shares), *_benchmarks(self.folder)],
             lines=question_lines(run, scans) | held_out_lines(evaluations),
+            warnings=[*tell_warnings(shares), *_health(run)],
             left_out=left_out,
         )
 
@@ -99,6 +106,15 @@ class Reader:
                 left_out[path] = str(error)
         self._scans = scans
         return {path: scan for path, (_, scan) in scans.items()}
+
+
+def _health(run: Run) -> list[str]:
+    """The warnings that the metrics of the steps gave while the run went on, or would have given."""
+    with suppress(ZPPOError):
+        checks = HealthChecks.of(load_recipe(run.recipe))
+        lines = sorted([*run.steps, *run.evaluations], key=lambda line: line["step"])  # an evaluation comes after its step
+        return [text for line in lines for text in checks.advice(line["step"], line)]
+    return []
 
 
 def _benchmarks(folder: Path) -> list[Table]:

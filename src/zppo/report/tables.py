@@ -24,6 +24,7 @@ from zppo.report.bootstrap import RESAMPLES, MethodDifference, bootstrap_table
 from zppo.report.bootstrap import Table as Accuracies
 from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
 from zppo.report.read_run import Run
+from zppo.report.tells import LEAST_QUESTIONS
 
 
 class Strong(str):
@@ -61,9 +62,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
-def tables_of(run: Run, counts: Counts, matches: Sequence[MatchRow], zone: ZoneStory | None) -> list[Table]:
+def tables_of(
+    run: Run, counts: Counts, matches: Sequence[MatchRow], zone: ZoneStory | None, tells: Mapping[str, Proportion]
+) -> list[Table]:
     """Every table that has something to show, in the order of the page; `matches` are the rows of the candidate-match audit."""
-    audits = (_match(counts, matches), _position(counts), _leaks(counts), _compression(run.steps))
+    audits = (_match(counts, matches), _tells(counts, tells), _leaks(counts), _compression(run.steps))
     return [table for table in (_held_out(run), _eligible(run), _zone(zone), *audits) if table.rows]
 
 
@@ -187,19 +190,24 @@ def _shares(rows: Sequence[tuple[str, Proportion]]) -> tuple[tuple[str, ...], ..
     return tuple((words, percent(s.share), f"{percent(s.low)} to {percent(s.high)}", f"{s.n:,}") for words, s in rows if s.n)
 
 
-def _position(counts: Counts) -> Table:
-    longer = counts["leak", BCQ, "right longer"]
+_TELLS = {
+    "place": "BCQ prompts in which the right candidate stands first",
+    "length": "BCQ prompts in which the right candidate is the longer one",
+    "style": "BCQ questions whose right candidate is told by words and marks alone",
+}
+
+
+def _tells(counts: Counts, tells: Mapping[str, Proportion]) -> Table:
     rows = (
         ("BCQ rollouts that follow a candidate and follow the first one", position_bias(counts)),
-        ("BCQ prompts in which the right candidate stands first",
-         fraction(counts["position", "right first"], counts["position", "prompts"])),
-        ("BCQ prompts in which the right candidate is the longer one", fraction(longer, longer + counts["leak", BCQ, "wrong longer"])),
-    )  # fmt: skip
-    caption = (
-        "50% is no bias. 95% intervals by Wilson's score; for rollouts at the effective number, because those of one prompt are alike. "
-        "Candidates of equal length are left out of the last row."
+        *((_TELLS[name], share) for name, share in tells.items()),
     )
-    return Table("position-table", AUDITS, "Position and length", ("", "share", "95% interval", "of"), _shares(rows), caption)
+    caption = (
+        "50% is no tell. 95% intervals by Wilson's score; for rollouts at the effective number, because those of one prompt are alike. "
+        "Candidates of equal length are left out of their row. Words and marks: a classifier that sees neither numbers nor answers, on "
+        f"questions that it has not learned from; from {LEAST_QUESTIONS} questions on."
+    )
+    return Table("tells-table", AUDITS, "Tells: place, length, style", ("", "share", "95% interval", "of"), _shares(rows), caption)
 
 
 def _leaks(counts: Counts) -> Table:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zppo.config.methods import Method, load_reformulation
 from zppo.config.settings import Settings
-from zppo.core.draws import keyed_random
+from zppo.core.draws import draw_key, keyed_random
 from zppo.core.reformulate import RESPONSES, Material, Need, Placebo, Reformulation, distinct_answers, scrambled
-from zppo.core.select import next_wave
-from zppo.core.types import PLAIN, Draft, Group, Prompt, Question
+from zppo.core.replay import PromptReplayBuffer
+from zppo.core.select import is_hard, next_wave, share_of
+from zppo.core.types import PLAIN, Draft, Group, Prompt, Question, Rollout
 from zppo.errors import SettingsError, TemplateError
 from zppo.grading import has_gold_words, normalise
 from zppo.prompts.book import VARIABLES, PromptBook
 from zppo.rollout.student import PromptRenderer
-from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, TeacherSampler
+from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, SharedTeacher, TeacherSampler
 from zppo.step_log import StepLog
 from zppo.teacher.compression import COMPRESSION_COUNTS, Compressor, PairRequest, Prepared, Source, token_tail
 from zppo.teacher.hints import HINT_COUNTS, HintRequest, make_hints
-from zppo.teacher.interface import Teacher, TeacherSampling
+from zppo.teacher.interface import Teacher, TeacherRequest, TeacherSampling
 
 
 class CandidateMaker:
@@ -158,6 +161,7 @@ class Reformulator:
         teacher_sampler, candidates: the teacher's responses; compressed candidates and hints.
         renderer: the student's words.
         context: the student's context in tokens, None if unbounded.
+        ahead: who asks while the student samples; None where nobody does.
     """
 
     def __init__(
@@ -168,7 +172,9 @@ class Reformulator:
         candidates: CandidateMaker,
         renderer: PromptRenderer,
         context: int | None,
+        ahead: AskAhead | None = None,
     ) -> None:
+        self.ahead = ahead
         self.method, self.seed = settings.method.resolve(), settings.seed
         self.max_new_tokens, self.context = settings.rollout.max_new_tokens, context
         self.lazy = settings.teacher is None or settings.teacher.ask != "all"
@@ -186,11 +192,15 @@ class Reformulator:
         with log.time("teacher"):
             # Every step reports all counts, those of what it did not need as 0.
             log.add(**dict.fromkeys((*TEACHER_COUNTS, *self.candidates.count_names, "too_long"), 0.0))
+            if self.ahead is not None:
+                self.ahead.sampled(hard, log)
             pools = self.teacher_sampler.ask([g.question for g in self._asked_first(hard, cap)], log)
             built = self._fill_slots(hard[:cap], cap, pools, log)  # the pre-cap (l. 6)
             if self.method.control == "scrambled":
                 built = self._fitting(scrambled([draft for draft, _ in built]), log)
             prompts = [prompt for _, prompt in built]
+            if self.ahead is not None:
+                self.ahead.close(log)
         log.add(hard_questions=len(hard))
         log.add(**{f"{r.kind}_prompts": sum(p.kind == r.kind for p in prompts) for r in self.reformulations})
         return ReformulatedPrompts(prompts, pools)
@@ -237,6 +247,144 @@ class Reformulator:
         return fitting
 
 
+REACH = 1.3
+"""The teacher is asked ahead about so many times the questions that the slots take at least [zppo]: a question on which the teacher fails
+fills one slot in place of two, and of the further ones nobody then has to wait for an answer."""
+
+
+@dataclass(eq=False, slots=True)
+class _Seen:
+    """A question of the step, its rollouts up to now, and what the teacher can be asked about it.
+
+    Attributes:
+        entry: accuracy at which it came into the buffer; None where it is not there.
+        tie: its place among questions that are equally hard.
+        right, wrong: of its rollouts that are graded.
+        asks: what the step will ask about it, as far as that is known; of these the first `begun` are asked.
+    """
+
+    prompt: Prompt
+    entry: float | None
+    tie: int
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    right: int = 0
+    wrong: int = 0
+    asks: list[tuple[SharedTeacher, TeacherRequest, TeacherSampling]] = field(default_factory=list)
+    begun: int = 0
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Accuracy as far as is known, then ties."""
+        graded = self.right + self.wrong
+        return (self.right / graded if graded else self.entry or 0.0), self.tie
+
+
+class AskAhead:
+    """Asks a teacher on a server about hard questions while the student samples (`teacher.ask: ahead`) [zppo].
+
+    Asked about are a question that is hard however the rest of its rollouts turn out, and, from the start of the step, one that the
+    buffer holds. When all its rollouts are there, those that are wrong are shortened. Of these, the hardest as far as is known are
+    wanted, and what is no longer among them is broken off. The step asks afterwards as ever, and finds what is there.
+
+    Args:
+        settings: the recipe's.
+        reformulations, teacher_sampler, candidates: what the step asks with.
+        buffer: the prompt replay buffer.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        reformulations: Sequence[Reformulation],
+        teacher_sampler: TeacherSampler,
+        candidates: CandidateMaker,
+        buffer: PromptReplayBuffer,
+    ) -> None:
+        self._zone, self._seed, self._size = settings.zone, settings.seed, settings.rollout.group_size
+        self._sampler, self._compressor, self._buffer = teacher_sampler, candidates.compressor, buffer
+        self._responds = any(r.needs & RESPONSES for r in reformulations)
+        self._shortens = "wrong" in candidates.needs
+        self._every = settings.method.resolve().teacher_response
+        slots = share_of(settings.zone.rho_aug, settings.rollout.batch_size)
+        self._reach = min(slots, math.ceil(REACH * slots / len(reformulations)))
+        self._seen: dict[str, _Seen] = {}
+        self._log = StepLog()
+        self._lock = threading.Lock()
+
+    def begin(self, prompts: Sequence[Prompt], log: StepLog) -> None:
+        """The plain prompts of a step that this process samples; those whose questions were hard before are asked about now."""
+        self.close(log)
+        with self._lock:
+            self._log = log
+            for place, prompt in enumerate(prompts):
+                known, name = self._buffer.get(prompt.question.id), prompt.question.id
+                tie = draw_key(self._seed, "ties", log.step, name) if self._zone.ties == "random" else place
+                self._seen[name] = _Seen(prompt, known.accuracy if known else None, tie)
+            self._look()
+
+    def ended(self, prompt: Prompt, place: int, rollout: Rollout) -> None:
+        """A plain rollout is graded."""
+        with self._lock:
+            seen = self._seen[prompt.question.id]
+            seen.rollouts[place] = rollout
+            seen.right += rollout.graded and rollout.correct
+            seen.wrong += rollout.graded and not rollout.correct
+            if self._possible(seen) or seen.begun:
+                self._look()
+
+    def sampled(self, hard: Sequence[Group], log: StepLog) -> None:
+        """All plain rollouts are there: the hardest of the step are asked about, and all else is broken off.
+
+        Args:
+            hard: hard groups of all processes, hardest first. Each asks about those that it has sampled.
+        """
+        with self._lock:
+            self._log = log
+            wanted = hard if self._every else hard[: self._reach]
+            self._want([self._seen[g.question.id] for g in wanted if g.question.id in self._seen])
+
+    def close(self, log: StepLog) -> None:
+        """The step has its prompts: what was asked in vain ends and is counted."""
+        with self._lock:
+            log.add_own(teacher_broken_off=0.0, teacher_unused_prompt_tokens=0.0, teacher_unused_tokens=0.0)
+            for teacher, _ in self._sampler.teachers:
+                if isinstance(teacher, SharedTeacher):
+                    teacher.forget(log)
+            self._seen = {}
+
+    def _possible(self, seen: _Seen) -> bool:
+        """Whether it is hard in any case (ungraded rollouts may be right), or was hard before and may be again."""
+        certain = is_hard(1 - seen.wrong / self._size, self._zone.threshold)
+        return certain or (seen.entry is not None and is_hard(seen.right / self._size, self._zone.threshold))
+
+    def _look(self) -> None:
+        """Asks by what is known. To be called with the lock held."""
+        possible = sorted((seen for seen in self._seen.values() if self._possible(seen)), key=lambda seen: seen.rank)
+        self._want(possible if self._every else possible[: math.ceil(self._reach / self._sampler.processes.size)])
+
+    def _want(self, wanted: Sequence[_Seen]) -> None:
+        for seen in set(self._seen.values()) - set(wanted):
+            for teacher, request, _ in seen.asks[: seen.begun]:
+                teacher.break_off(request, self._log)
+            seen.begun = 0
+        for seen in wanted:
+            self._prepare(seen)
+            for teacher, request, how in seen.asks[seen.begun :]:
+                teacher.begin(request, how)
+            seen.begun = len(seen.asks)
+
+    def _prepare(self, seen: _Seen) -> None:
+        """What the step would ask about a question: its responses, and once all rollouts are there, short forms of the wrong ones."""
+        step, responses = self._log.step, len(self._sampler.teachers) * self._responds
+        if not seen.asks and self._responds:
+            seen.asks += self._sampler.requests(seen.prompt.question, step)
+        teacher = self._sampler.teachers[0][0]  # the first one shortens
+        if self._shortens and len(seen.rollouts) == self._size and len(seen.asks) == responses and isinstance(teacher, SharedTeacher):
+            whole = Group(seen.prompt, tuple(seen.rollouts[i] for i in range(self._size)))
+            requests, how = self._compressor.requests(_wrong(whole), self._seed, step)
+            seen.asks += [(teacher, request, how) for request in requests]
+
+
 def make_reformulations(method: Method) -> list[Reformulation]:
     """The reformulations of a method, in building order.
 
@@ -257,8 +405,12 @@ def make_reformulator(
     renderer: PromptRenderer,
     teacher_sampler: TeacherSampler,
     context: int | None,
+    buffer: PromptReplayBuffer | None = None,
 ) -> Reformulator:
     """Who reformulates by a recipe.
+
+    Args:
+        buffer: holds the questions that are replayed, which are asked about first where the teacher is asked ahead.
 
     Raises:
         SettingsError: a reformulation has no template.
@@ -286,7 +438,9 @@ def make_reformulator(
         count_duplicates=settings.zone.ncq_duplicates == "counted",
         seed=settings.seed,
     )
-    return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context)
+    asks_ahead = own is not None and own.ask == "ahead" and bool(reformulations)
+    ahead = AskAhead(settings, reformulations, teacher_sampler, candidates, buffer) if asks_ahead and buffer is not None else None
+    return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context, ahead)
 
 
 def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:

@@ -54,13 +54,10 @@ class RunData:
     examples: tuple[Example, ...] = ()
 
 
-def read_data(
-    settings: Settings, *, sharded: bool = False, warn: Callable[[str], None] | None = None, say: Callable[[str], None] | None = None
-) -> RunData:
+def read_data(settings: Settings, *, warn: Callable[[str], None] | None = None, say: Callable[[str], None] | None = None) -> RunData:
     """The questions of a recipe, and how its models are to see.
 
     Args:
-        sharded: whether the student's weights lie in shards over several processes.
         warn, say: are told of what should be mended, and what each source gives (`load_data`).
 
     Raises:
@@ -68,33 +65,28 @@ def read_data(
         SettingsError: images cannot be trained on with these settings.
     """
     loaded = load_questions_of(settings, warn, say)
-    return replace(seen_data(settings, loaded.mixture.questions, loaded.held_out, sharded=sharded), examples=loaded.examples)
+    return replace(seen_data(settings, loaded.mixture.questions, loaded.held_out), examples=loaded.examples)
 
 
-def seen_data(settings: Settings, train: list[Question], held_out: list[Question], *, sharded: bool = False) -> RunData:
+def seen_data(settings: Settings, train: list[Question], held_out: list[Question]) -> RunData:
     """Questions that were read, and how the models are to see them; raises as `read_data`."""
     first = first_with_images(settings, train, held_out)
     if first is None:
         return RunData(train, held_out, None)
-    check_images(settings, *first, sharded=sharded)
+    check_images(settings, *first)
     images = settings.data.images
     return RunData(
         train, held_out, ImageInputs(PixelLimits(images.min_pixels, images.max_pixels), PixelCache(int(images.cache_gib * (1 << 30))))
     )
 
 
-def check_images(settings: Settings, source: str, question: Question, *, sharded: bool) -> None:
+def check_images(settings: Settings, source: str, question: Question) -> None:
     """Whether the student of a recipe can be shown a question's images. DataError, SettingsError where not."""
     has = f"{source}: question {question.id!r} has {len(question.images)} image(s)"
     if not reads_images(model_folder(settings.student.model), settings.student.revision):
         raise DataError(
             f"{has}, and the student {settings.student.model!r} reads text only: name a vision-language checkpoint (one that "
             "AutoModelForImageTextToText of transformers loads), or write data.columns.images: '' to leave the images out"
-        )
-    if sharded:
-        raise SettingsError(
-            f"{has}, and the weights are sharded over several processes: the vision tower is called only by those that have an image in "
-            "their rows, and shards need all of them. Train without sharding (train.sharding: none)"
         )
 
 

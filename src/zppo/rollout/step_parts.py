@@ -164,12 +164,13 @@ class Parts:
             self.teacher.processes,
             whole,
             grades_while_sampling=grades_while_sampling(self.settings, self.score),
+            watch=self.reformulator.ahead,
         )
 
     def within(self, context: int | None) -> Parts:
         """The same for a student with so many positions: longer reformulated prompts are not asked. None: no limit."""
         old = self.reformulator
-        made = Reformulator(self.settings, old.reformulations, old.teacher_sampler, old.candidates, old.renderer, context)
+        made = Reformulator(self.settings, old.reformulations, old.teacher_sampler, old.candidates, old.renderer, context, old.ahead)
         return replace(self, reformulator=made)
 
     def close(self) -> None:
@@ -249,12 +250,13 @@ def parts(
         score = make_scorer(
             settings, rule, questions, renderer.chat, teachers.teachers, lambda own: load(own, "judge" if settings.judge else "teacher")
         )
-        asked = [SharedTeacher(teacher, processes) for teacher in teachers.teachers]
+        ahead = settings.teacher is not None and settings.teacher.ask == "ahead"
+        asked = [SharedTeacher(teacher, processes, ahead=ahead) for teacher in teachers.teachers]
         sampler = make_teacher_sampler(settings, asked, renderer, score, processes)
         if context is None:
             context = context_of(model_folder(settings.student.model), settings.student.revision)
-        reformulator = make_reformulator(settings, reformulations, asked, renderer, sampler, context)
         buffer = PromptReplayBuffer(settings.zone.buffer_capacity, settings.zone.threshold, settings.seed)
+        reformulator = make_reformulator(settings, reformulations, asked, renderer, sampler, context, buffer)
         return Parts(settings, renderer, score, sampler, reformulator, buffer, stack.pop_all())
 
 

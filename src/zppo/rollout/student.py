@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Protocol
 
 from zppo.core.draws import draw_key
 from zppo.core.types import PLAIN, Draft, Group, Message, Prompt, Question, Rollout
@@ -33,6 +34,18 @@ class Answered:
     think_open: bool
     kind: str = ""
     ids: tuple[int, ...] = ()
+
+
+class Watches(Protocol):
+    """What is told of the plain rollouts of a step while they are sampled."""
+
+    def begin(self, prompts: Sequence[Prompt], log: StepLog) -> None:
+        """These are about to be sampled, by this process."""
+        ...
+
+    def ended(self, prompt: Prompt, place: int, rollout: Rollout) -> None:
+        """One has ended and is graded. Called in any thread."""
+        ...
 
 
 Score = Callable[[Sequence[Answered], StepLog], list[Verdict]]
@@ -77,6 +90,7 @@ class StudentSampler:
         processes: the processes that share the groups out; each samples and grades whole groups, and all get all of them.
         whole: inside it the engine has all weights.
         grades_while_sampling: grade rollouts that have ended in a thread while others are sampled.
+        watch: told of plain rollouts in training; None where nobody asks ahead.
     """
 
     engine: Engine
@@ -88,6 +102,7 @@ class StudentSampler:
     processes: Processes = ONE_PROCESS
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     grades_while_sampling: bool = False
+    watch: Watches | None = None
 
     def rollout(self, prompts: Sequence[Prompt], log: StepLog, *, purpose: str = "rollout") -> list[Group]:
         """One group of G_S graded rollouts per prompt, in order (Alg. 1, l. 2 and 16).
@@ -115,6 +130,9 @@ class StudentSampler:
             for p in prompts
         ]
         done: dict[tuple[int, int], Rollout] = {}
+        watch = self.watch if purpose == "rollout" and prompts[0].kind == PLAIN else None
+        if watch is not None:
+            watch.begin(prompts, log)
 
         def tick(ended: Iterable[Ended]) -> Iterator[Ended]:
             total = len(requests) * self.group_size
@@ -125,6 +143,8 @@ class StudentSampler:
         def grade(ended: Sequence[Ended]) -> None:
             for (i, j, _), rollout in zip(ended, graded_rollouts(prompts, ended, self.renderer.chat, self.score, log), strict=True):
                 done[i, j] = rollout
+                if watch is not None:
+                    watch.ended(prompts[i], j, rollout)
 
         if self.grades_while_sampling:
             self._sample_and_grade(tick(self.engine.stream(requests, self.sampling)), grade)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol, runtime_checkable
 
 from zppo.config.settings import Settings
 from zppo.core.draws import draw_key
+from zppo.core.minibatch import shares
 from zppo.core.types import Message, Question
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.engines.chat import THINK_CLOSE, THINK_OPEN, Chat
@@ -33,19 +36,95 @@ TEACHER_COUNTS = (
 
 
 class SharedTeacher:
-    """A teacher whose requests are dealt out to the processes; it counts how long it was waited for."""
+    """A teacher whose requests are dealt out to the processes; it counts how long it was waited for.
 
-    def __init__(self, teacher: Teacher, processes: Processes = ONE_PROCESS) -> None:
+    With `ahead` requests may be begun before the step asks: it then finds their replies. A request holds the keys of its draws, so that it
+    is the same one whoever begins it, and what was begun in vain changes nothing but what it took.
+
+    Args:
+        ahead: requests may be begun; the same in all processes.
+    """
+
+    def __init__(self, teacher: Teacher, processes: Processes = ONE_PROCESS, *, ahead: bool = False) -> None:
         self.teacher, self.processes = teacher, processes
+        self.ahead = ahead and isinstance(teacher, BeginsRequests)
+        self._begun: dict[TeacherRequest, Future[TeacherReply]] = {}
 
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
         """Replies in the order of the requests."""
         began = time.perf_counter()
-        with self.processes.deal([float(len(request.keys)) for request in requests]) as deal:
-            deal.done = self.teacher.complete([requests[i] for i in deal.mine], how, log)
+        costs = [float(len(request.keys)) for request in requests]
+        holders = self._holders(requests)
+        with self.processes.deal(costs) as deal:
+            if holders:  # a process serves what it has begun, and its share of the rest
+                rest = [i for i in range(len(requests)) if i not in holders]
+                share = shares([costs[i] for i in rest], self.processes.size)[self.processes.rank]
+                deal.mine = sorted([*(i for i, rank in holders.items() if rank == self.processes.rank), *(rest[j] for j in share)])
+            deal.done = self._serve([requests[i] for i in deal.mine], how, log)
         if log is not None:
             log.add(teacher_wait_seconds=time.perf_counter() - began)
         return list(deal.results)
+
+    def begin(self, request: TeacherRequest, how: TeacherSampling) -> None:
+        """Asks for what `complete` will be asked for; nothing where that is under way, or cannot be done."""
+        if self.ahead and request not in self._begun:
+            assert isinstance(self.teacher, BeginsRequests)
+            self._begun[request] = self.teacher.begin(request, how)
+
+    def break_off(self, request: TeacherRequest, log: StepLog) -> None:
+        """Ends a request that was begun and counts it; a reply that is there is kept. What an unfinished one took no server says."""
+        future = self._begun.get(request)
+        if future is not None and future.cancel():
+            del self._begun[request]
+            log.add_own(teacher_broken_off=1.0)
+
+    def forget(self, log: StepLog) -> None:
+        """The step has all that it needs: what was begun ends, and the tokens of replies that nobody wanted are counted."""
+        for request in list(self._begun):
+            self.break_off(request, log)
+        for future in self._begun.values():
+            if future.exception() is None:
+                reply = future.result()
+                log.add_own(teacher_unused_prompt_tokens=reply.prompt_tokens, teacher_unused_tokens=reply.completion_tokens)
+        self._begun = {}
+
+    def _holders(self, requests: Sequence[TeacherRequest]) -> dict[int, int]:
+        """By place of a request the process that has begun it."""
+        if not self.ahead:
+            return {}
+        held = self.processes.gather([i for i, request in enumerate(requests) if request in self._begun])
+        return {i: rank for rank, places in reversed(list(enumerate(held))) for i in places}
+
+    def _serve(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None) -> list[TeacherReply]:
+        begun = {i: self._begun.pop(request) for i, request in enumerate(requests) if request in self._begun}
+        if not begun:
+            return self.teacher.complete(requests, how, log)
+        try:
+            found = self._ask([i for i in range(len(requests)) if i not in begun], requests, how, log)
+            early = {i: future.result() for i, future in begun.items()}
+        except BaseException:  # a signal: nobody waits for them any more
+            for future in begun.values():
+                future.cancel()
+            raise
+        # Where nothing came, the teacher may have been down and be back.
+        missed = [i for i, reply in early.items() if all(text is None for text in reply.texts)]
+        found |= early | (self._ask(missed, requests, how, log) if missed else {})
+        return [found[i] for i in range(len(requests))]
+
+    def _ask(
+        self, places: Sequence[int], requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None
+    ) -> dict[int, TeacherReply]:
+        """Replies of the teacher itself, by place."""
+        return dict(zip(places, self.teacher.complete([requests[i] for i in places], how, log), strict=True))
+
+
+@runtime_checkable
+class BeginsRequests(Protocol):
+    """A teacher that serves requests while the student samples: one on a server."""
+
+    def begin(self, request: TeacherRequest, how: TeacherSampling) -> Future[TeacherReply]:
+        """The reply, when it is there; cancelling it ends the request."""
+        ...
 
 
 class TeacherSampler:
@@ -87,10 +166,7 @@ class TeacherSampler:
     ) -> list[tuple[str, Source]]:
         """(question id, response) of the correct ones of G_T responses of one teacher, numbered from `first`."""
         indices = range(first, first + self.group_size)
-        requests = [
-            TeacherRequest(self.renderer.book.plain(q), tuple(draw_key(self.seed, "teacher", log.step, q.id, i) for i in indices), q.images)
-            for q in questions
-        ]
+        requests = [self._request(q, indices, log.step) for q in questions]
         replies = teacher.complete(requests, how, log)
         answered = [
             (index, Answered(question, text, reply.think_open, "teacher"))
@@ -115,6 +191,19 @@ class TeacherSampler:
             teacher_completion_tokens=sum(reply.completion_tokens for reply in replies),
         )
         return correct
+
+    def requests(self, question: Question, step: int) -> list[tuple[SharedTeacher, TeacherRequest, TeacherSampling]]:
+        """What `ask` will ask of each teacher about a question, for who asks ahead of it."""
+        firsts = (number * self.group_size for number in range(len(self.teachers)))
+        return [
+            (teacher, self._request(question, range(first, first + self.group_size), step), how)
+            for (teacher, how), first in zip(self.teachers, firsts, strict=True)
+            if isinstance(teacher, SharedTeacher)
+        ]
+
+    def _request(self, question: Question, indices: range, step: int) -> TeacherRequest:
+        keys = tuple(draw_key(self.seed, "teacher", step, question.id, i) for i in indices)
+        return TeacherRequest(self.renderer.book.plain(question), keys, question.images)
 
 
 class ResponseTokens:

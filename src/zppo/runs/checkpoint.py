@@ -6,7 +6,8 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from zppo.errors import CheckpointError
 from zppo.runs.files import MANIFEST, PARTIAL, fault, make_manifest, sync, writing
 
 CHECKPOINTS = "checkpoints"
-_MODEL, _OPTIMIZER, STATE = "model", "optimizer.pt", "state.json"
+_MODEL, _OPTIMIZER, PARTS, STATE = "model", "optimizer.pt", "optimizer", "state.json"
 _DAMAGED = ".damaged"
 _NAME = re.compile(r"step-(\d+)(?:\+(\d+))?")
 
@@ -56,42 +57,29 @@ class TakesState(Protocol):
         ...
 
 
-def save(
-    run: Path,
-    step: int,
-    model: Savable,
-    optimizer: HoldsState,
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    updates: int | None = None,
-    more: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write a checkpoint, whole or not at all, then remove all but the newest `keep`.
+@contextmanager
+def saving(run: Path, step: int, state: Mapping[str, Any], *, keep: int, updates: int | None = None) -> Iterator[Path]:
+    """The folder to write model and optimizer into: a checkpoint where nothing fails inside, and nothing at all otherwise.
 
     `model/` in it loads with `transformers` (or with `peft`, where adapters are trained); weights are stored in fp32, as they are
     trained. It is named step-NNNNNN after the last
-    whole step, or step-NNNNNN+K where `updates` = K optimizer steps of the next one are in the weights too.
+    whole step, or step-NNNNNN+K where `updates` = K optimizer steps of the next one are in the weights too. Afterwards all but the newest
+    `keep` are removed.
 
     Args:
         state: JSON-ready; `load_state` gives it back.
-        more: writes further files into the folder that it is given.
 
     Raises:
         StorageError: the disk refuses; older checkpoints are as they were.
     """
-    target = run / CHECKPOINTS / _name(step, updates)
+    target = place(run, step, updates)
     partial = target.with_name(target.name + PARTIAL)
     with writing(target):
         try:
             _remove_partial(run)
             partial.mkdir(parents=True)
-            model.save_pretrained(partial / _MODEL)
-            with open(partial / _OPTIMIZER, "wb") as file:
-                torch.save(optimizer.state_dict(), file)
+            yield partial
             (partial / STATE).write_text(json.dumps({"step": step, "updates": updates, **state}), encoding="utf-8")
-            if more is not None:
-                more(partial)
             (partial / MANIFEST).write_text(make_manifest(partial), encoding="utf-8")
             for path in (*partial.rglob("*"), partial):
                 sync(path)
@@ -105,12 +93,32 @@ def save(
         for old in existing(run)[:-keep]:
             old.rename(old.with_name(old.name + PARTIAL))  # a kill amid the removal leaves nothing that looks whole
         _remove_partial(run)
-    return target
 
 
-def place(run: Path, step: int) -> Path:
-    """Where the checkpoint after a whole step is."""
-    return run / CHECKPOINTS / _name(step, None)
+def save(
+    run: Path, step: int, model: Savable, optimizer: HoldsState, state: Mapping[str, Any], *, keep: int, updates: int | None = None
+) -> Path:
+    """Write a checkpoint of a model and an optimizer that are whole in this process; see `saving`."""
+    with saving(run, step, state, keep=keep, updates=updates) as folder:
+        write_whole_state(folder, model, optimizer)
+    return place(run, step, updates)
+
+
+def write_whole_state(folder: Path, model: Savable, optimizer: HoldsState) -> None:
+    """A model, and an optimizer's state in one file."""
+    model.save_pretrained(folder / _MODEL)
+    with open(folder / _OPTIMIZER, "wb") as file:
+        torch.save(optimizer.state_dict(), file)
+
+
+def in_parts(checkpoint: Path) -> bool:
+    """Whether the optimizer's state was written in parts, by the processes that held them."""
+    return (checkpoint / PARTS).is_dir()
+
+
+def place(run: Path, step: int, updates: int | None = None) -> Path:
+    """Where the checkpoint after a whole step, and so many updates of the next one, is."""
+    return run / CHECKPOINTS / _name(step, updates)
 
 
 def existing(run: Path) -> list[Path]:
@@ -129,7 +137,7 @@ def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(existing(run)):
-        problem = fault(checkpoint, (_OPTIMIZER, STATE))
+        problem = fault(checkpoint, (STATE,) if in_parts(checkpoint) else (_OPTIMIZER, STATE))
         if problem is None:
             return checkpoint, damaged
         damaged[checkpoint] = problem
@@ -170,26 +178,27 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(unusable(path, error)) from error
 
 
-def load_optimizer(checkpoint: Path, optimizer: TakesState, trained: Sequence[torch.nn.Parameter] = ()) -> None:
+def load_optimizer(checkpoint: Path, optimizer: TakesState, trained: Sequence[torch.nn.Parameter] = (), *, mapped: bool = False) -> None:
     """Give the optimizer its moments back. Learning rates and all else of its groups stay the recipe's, which may have been edited.
 
     Args:
         trained: the trained parameters in the order of the model, as a checkpoint with one group for all of them has them; empty: as
             the optimizer has them.
+        mapped: read no more of the file than the optimizer takes.
 
     Raises:
         CheckpointError: the file is no state of an optimizer, or of one over other weights.
     """
     path = checkpoint / _OPTIMIZER
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(unusable(path, error)) from error
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(_in_groups(state, optimizer, trained))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(_foreign(path, str(error))) from error
+        raise CheckpointError(foreign(path, str(error))) from error
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
         for parameter in group["params"]:
@@ -197,7 +206,7 @@ def load_optimizer(checkpoint: Path, optimizer: TakesState, trained: Sequence[to
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in moments and moments[name].shape != parameter.shape:
                     raise CheckpointError(
-                        _foreign(path, f"a moment of shape {tuple(moments[name].shape)} for weights of {tuple(parameter.shape)}")
+                        foreign(path, f"a moment of shape {tuple(moments[name].shape)} for weights of {tuple(parameter.shape)}")
                     )
 
 
@@ -225,7 +234,8 @@ def unusable(path: Path, error: Exception) -> str:
     )
 
 
-def _foreign(path: Path, reason: str) -> str:
+def foreign(path: Path, reason: str) -> str:
+    """The words for a file of a checkpoint that belongs to another recipe."""
     return (
         f"{path} does not fit the student of this run: {reason}. The checkpoint comes from another recipe; move the folder {path.parent} "
         "away, and the checkpoint before it is used"

@@ -89,7 +89,11 @@ def _words(settings: Settings) -> list[str]:
     ]
     if teacher is not None and settings.method.resolve().needs_teacher and (shown := public(teacher.model, "model")) != _LOCAL:
         lines.append(f"Its teacher was `{shown}`.")
-    if lora := settings.train.lora:
+    lora = settings.train.lora
+    if lora and settings.student.tinker:
+        lines.append(f"Low-rank adapters (rank {lora.rank}, alpha {lora.alpha:g}) were trained, on another machine: they are in `adapter/`")
+        lines.append("for `peft`, or kept by the server under the path in `tinker.json`. The base model is not in these files.")
+    elif lora:
         lines.append(f"Low-rank adapters (rank {lora.rank}, alpha {lora.alpha:g}) were trained and are merged into these weights;")
         lines.append("by themselves, for `peft`, they are in `adapter/`.")
     return [*lines, "Check the licences of the base model and of the training data before you share it."]

@@ -212,17 +212,20 @@ class Compressor:
         known = log.known("summaries")
         new = list({item.key: item for item in items if item.key not in known}.values())
         if new:
-            requests = [
-                TeacherRequest(
-                    messages=self._book.compression(item.text, item.answer is not None),
-                    keys=(draw_key(seed, log.step, "compress", item.text, *_answer_key(item.answer)),),
-                )
-                for item in new
-            ]
-            replies = self._teacher.complete(requests, self._how, log)
+            replies = self._teacher.complete([self._request(item, seed, log.step) for item in new], self._how, log)
             for item, reply in zip(new, replies, strict=True):
                 known[item.key] = self._judge(item, reply, log)
         return [known[item.key] for item in items]
+
+    def requests(self, items: Sequence[Source], seed: int, step: int) -> tuple[list[TeacherRequest], TeacherSampling]:
+        """What `compress` will ask for about them, for who asks ahead of it; nothing where compression is off."""
+        return [] if self._teacher is None else [self._request(item, seed, step) for item in items], self._how
+
+    def _request(self, item: Source, seed: int, step: int) -> TeacherRequest:
+        return TeacherRequest(
+            messages=self._book.compression(item.text, item.answer is not None),
+            keys=(draw_key(seed, step, "compress", item.text, *_answer_key(item.answer)),),
+        )
 
     def prepare(self, requests: Sequence[PairRequest], seed: int, log: StepLog) -> list[Prepared]:
         """Candidates for every request, in order; at most 1 + redraws teacher calls for all of them together.

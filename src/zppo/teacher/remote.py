@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -145,6 +146,7 @@ class RemoteTeacher:
         self._told: set[str] = set()
         wires = [Wire(url, key, deadline, concurrency) for url in base_urls]
         self.servers = Servers(wires, retry_for, lambda text: warn(f"{names.section}.base_urls: {text}"))
+        self._counted, self._counting = asdict(self.servers.service), threading.Lock()
         self.one_by_one = False
         self._official = any(urlsplit(url).hostname == OPENAI_HOST for url in base_urls)
         self._slots = asyncio.Semaphore(concurrency)
@@ -199,17 +201,26 @@ class RemoteTeacher:
         self.run(check_images(wires, body, count, use, self._names))
 
     def complete(self, requests: Sequence[TeacherRequest], how: TeacherSampling, log: StepLog | None = None) -> list[TeacherReply]:
-        """Replies in the order of the requests, when all are served or given up; `log` gets the counts of `Service` as remote_*.
+        """Replies in the order of the requests, when all are served or given up; `log` gets the counts of `Service` as remote_*, of
+        all that was served since a log got them last: what was begun too.
 
         `len(keys)` completions are asked for in one request, with a seed that follows from the keys, so that a server that honours
         seeds repeats itself. At temperature 0 one completion serves all keys of a request.
         """
-        before = asdict(self.servers.service)
         replies = self.run(self._complete(requests, how)) if requests else []
         if log is not None:
-            after = asdict(self.servers.service)
-            log.add_own(**{f"remote_{name}": float(after[name] - before[name]) for name in after})
+            with self._counting:
+                before, self._counted = self._counted, asdict(self.servers.service)
+                log.add_own(**{f"remote_{name}": float(now - before[name]) for name, now in self._counted.items()})
         return replies
+
+    def begin(self, request: TeacherRequest, how: TeacherSampling) -> Future[TeacherReply]:
+        """The reply to one request, when it is there; cancelling it breaks the request off. Any thread may call it."""
+
+        async def one() -> TeacherReply:
+            return (await self._complete([request], how))[0]
+
+        return asyncio.run_coroutine_threadsafe(one(), self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the teacher's thread; an interruption here ends it there. Any thread may call it."""

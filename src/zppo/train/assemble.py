@@ -23,12 +23,15 @@ from zppo.config.settings import Settings
 from zppo.core.minibatch import Sharing
 from zppo.core.types import Prompt, Rollout
 from zppo.distributed.parallel import ReplicatedWeights
+from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.engines.base import Engine
 from zppo.engines.chat import Chat
 from zppo.engines.image_check import check_image_input
+from zppo.engines.loading import check_kernels
 from zppo.engines.logprobs import ForwardPass, sharing_of
+from zppo.engines.tinker import TinkerEngine
 from zppo.engines.transformers import TransformersEngine
-from zppo.engines.vllm import VLLMEngine, open_vllm, require_vllm
+from zppo.engines.vllm.vllm_engine import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
 from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import Student, context_length, load_chat, load_student, recompute_layers
@@ -42,12 +45,13 @@ from zppo.rollout.run_data import RunData, check_context, check_vocabulary, load
 from zppo.rollout.step_parts import make_renderer
 from zppo.rollout.step_parts import parts as make_parts
 from zppo.rollout.teacher import ResponseTokens, TeacherSampler
-from zppo.runs import checkpoint
+from zppo.runs.checkpoint import HoldsState
 from zppo.runs.display import Progress, warn
 from zppo.runs.log import RunLog, SilentLog
 from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
+from zppo.train.cluster.tinker_student import NoState, TinkerStudent, open_student
 from zppo.train.distillation import Distillation
 from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
 from zppo.train.learner import Learner, OptimizerStep
@@ -55,37 +59,34 @@ from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
 from zppo.train.trainer import Trainer, total_steps
 
-StudentEngine = TransformersEngine | VLLMEngine
+StudentEngine = TransformersEngine | VLLMEngine | TinkerEngine
 
 
-def start_vllm(settings: Settings, model: PreTrainedModel, chat: Chat, accelerator: Accelerator) -> VLLMEngine:
-    """vLLM in this process, or the connection to its server.
+def start_vllm(
+    settings: Settings, model: PreTrainedModel, chat: Chat, accelerator: Accelerator, processes: Processes = ONE_PROCESS
+) -> VLLMEngine:
+    """vLLM in this process, or the connection to its servers.
 
     Raises:
-        SettingsError: several processes train with a server, or vLLM is not installed.
+        SettingsError: vLLM is not installed, or the servers cannot be shared out over the processes.
         EngineError: vLLM cannot be used; the message says why.
     """
-    vllm, server = settings.rollout.vllm, settings.rollout.vllm.mode == "server"
-    if server and accelerator.num_processes > 1:
-        raise SettingsError(
-            f"rollout.vllm.mode is server and {accelerator.num_processes} processes train, but a server takes weights and prompts from "
-            "one: set rollout.vllm.mode to colocate, where every process has a vLLM of its own, or train in one process with as many "
-            "GPUs for the server as you like"
-        )
+    vllm = settings.rollout.vllm
     return open_vllm(
         model,
         _checkpoint(settings.student),
-        chat.tokenizer,
         accelerator,
         eos_ids=chat.eos_ids(model),
         banned_ids=chat.banned_ids(model),
-        server=vllm.base_url.rstrip("/") if server else None,
+        servers=vllm.servers,
         image_processor=chat.image_processor,
         max_model_length=vllm.max_model_length,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         max_num_seqs=settings.rollout.max_rows,
         enable_sleep_mode=vllm.enable_sleep_mode,
         group_port=vllm.group_port,
+        weights_folder=vllm.weights_folder,
+        gather=processes.gather,
     )
 
 
@@ -110,8 +111,7 @@ def make_engine_check(
         every=settings.train.check_engine_every,
         seed=settings.seed,
         weights=weights,
-        # What a server computes in is its own affair.
-        rounded=accelerator.mixed_precision != "no" or bool(getattr(engine, "where", "")),
+        rounded=accelerator.mixed_precision != "no" or bool(getattr(engine, "rounded", False)),  # a server has its own precision
         exact=settings.rollout.sampling().exact,
     )
 
@@ -146,12 +146,14 @@ def make_learner(
     freeze_parts(model, train, images=chat.image_processor is not None, say=say)
     if train.gradient_checkpointing:
         recompute_layers(model)
-    budget = make_budget(train, weights.sharded, say, gpu=accelerator.device.type != "cpu")
-    sharing = _make_sharing(settings, model, accelerator)
+    width = model.config.get_text_config().hidden_size
+    budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
+    sharing = weights.decide(lambda: _make_sharing(settings, model, accelerator))
     prepared = weights.prepare(model, accelerator)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(train, parameter_groups(prepared, train), accelerator.device))
+    made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
+    optimizer = accelerator.prepare_optimizer(made)
     if start:
-        checkpoint.load_optimizer(start, weights.state_of(optimizer), [p for p in prepared.parameters() if p.requires_grad])
+        weights.load_optimizer(start, optimizer, prepared)
     forward = replace(make_forward(settings, model, chat), model=prepared)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)
@@ -241,6 +243,8 @@ class Assembled:
         engine = self.trainer.student.engine
         if isinstance(engine, VLLMEngine):
             engine.close()
+        if isinstance(self.student, TinkerStudent):
+            self.student.service.close()
 
 
 def autocast_type(accelerator: Accelerator) -> torch.dtype | None:
@@ -273,6 +277,28 @@ def make_engine(
     )
 
 
+def _start_engine(
+    settings: Settings,
+    student: Student,
+    chat: Chat,
+    accelerator: Accelerator,
+    weights: ReplicatedWeights,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> StudentEngine:
+    """What samples the student."""
+    model, vllm = student.model, settings.rollout.engine == "vllm"
+    if isinstance(student, TinkerStudent):
+        own: StudentEngine = student.engine(chat)
+    else:
+        own = make_engine(settings, model, chat, autocast_type(accelerator), say)
+        if chat.image_processor is not None:
+            with weights.whole():
+                check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
+    progress.doing("starting vLLM" if vllm else "checking the sampler against the trainer")
+    return start_vllm(settings, model, chat, accelerator, weights.processes) if vllm else own
+
+
 def assemble(
     settings: Settings,
     data: RunData,
@@ -297,9 +323,11 @@ def assemble(
     Raises:
         ZPPOError: what does not fit, by name.
     """
-    if settings.rollout.engine == "vllm":
-        require_vllm(server=settings.rollout.vllm.mode == "server")  # before models are loaded
+    vllm = settings.rollout.vllm
+    if settings.rollout.engine == "vllm" and vllm.runs_here:
+        require_vllm(server=bool(vllm.servers))  # before models are loaded
     make_reformulations(settings.method.resolve())  # one that cannot be imported is found now
+    check_kernels(model_folder(settings.student.model), accelerator.device, settings.student.revision)
     # Words: the chat template and the templates of prompts.
     image_inputs, teachers = data.image_inputs, frozen_models.teachers
     chat = load_chat(settings.student, image_inputs.limits, image_inputs.cache) if image_inputs else load_chat(settings.student)
@@ -316,35 +344,41 @@ def assemble(
         rule.steps = total_steps(settings, len(questions))
     # The student; whatever does not fit it is found now, since an engine may take minutes to start.
     progress.doing(f"loading the student {settings.student.model}")
-    student = load_student(settings, start, bf16=autocast_type(accelerator) is not None, images=image_inputs is not None)
+    bf16, images = autocast_type(accelerator) is not None, image_inputs is not None
+    remote = open_student(settings, start, run, images=images, processes=processes.size) if settings.student.tinker else None
+    student = remote or weights.load(lambda: load_student(settings, start, bf16=bf16, images=images))
     model, say = student.model, partial(warn, console)
     check_vocabulary(model, renderer, questions)
     check_context(settings, context_length(model), questions, held_out, length)
     processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))
     # What learns from groups, and the teachers that it may ask.
     origin = origin_of(settings, questions, model.config, accelerator.num_processes)
-    learner, optimizer = make_learner(settings, model, chat, start, accelerator, teachers, parts.teacher, weights, say)
+    learner: Learner
+    state: HoldsState
+    if remote:
+        respond = _make_respond(settings, chat, model) if settings.method.resolve().teacher_response else None
+        learner, state = remote.learner(settings, accelerator, weights, respond, say), NoState()
+    else:
+        learner, step = make_learner(settings, model, chat, start, accelerator, teachers, parts.teacher, weights, say)
+        state = step.optimizer
     # What samples, and the check that it holds the student's weights: a wrong engine is found before anything is written.
-    own = make_engine(settings, model, chat, autocast_type(accelerator), say)
-    if chat.image_processor is not None:
-        check_image_input(own, chat, settings.student.model)  # it is trained here, whatever samples
-    progress.doing("starting vLLM" if settings.rollout.engine == "vllm" else "checking the sampler against the trainer")
-    engine: StudentEngine = own if settings.rollout.engine != "vllm" else start_vllm(settings, model, chat, accelerator)
+    engine = _start_engine(settings, student, chat, accelerator, weights, progress, say)
     check_context(settings, engine.context, questions, held_out, length)
     fixed = renderer.plain(next((q for q in questions if q.images), questions[0]))  # the vision tower is compared too
     if chat.image_processor is not None:
         chat.image_processor.cache.pin({image.sha256 for image in fixed.images})
-    check = make_engine_check(settings, engine, make_forward(settings, model, chat), fixed, accelerator, weights)
+    forward = remote.scorer if remote else make_forward(settings, model, chat)
+    check = make_engine_check(settings, engine, forward, fixed, accelerator, weights)
     check.refresh(0)
     parts = parts.within(engine.context)
     trainer = Trainer(
         settings,
         RunData(questions, held_out, image_inputs),
         parts,
-        parts.student(engine, nullcontext if isinstance(engine, VLLMEngine) else weights.whole),  # vLLM has a copy
+        parts.student(engine, weights.whole if isinstance(engine, TransformersEngine) else nullcontext),  # others have a copy
         learner,
         check,
         RunLog(run) if processes.main else SilentLog(run),
     )
-    checkpointer = Checkpointer(settings.train, run, student, optimizer.optimizer, origin, weights)
+    checkpointer = Checkpointer(settings.train, run, student, state, origin, weights)
     return Assembled(trainer, checkpointer, student, chat, origin, weights)

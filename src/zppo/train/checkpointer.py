@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from zppo.config.settings import TrainSettings
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.models.student_model import Student
 from zppo.runs import checkpoint
-from zppo.runs.checkpoint import HoldsState, Savable
+from zppo.runs.checkpoint import HoldsState
+from zppo.runs.files import writing
 from zppo.train.mid_step import MidStep
 
 
@@ -31,7 +33,7 @@ class Checkpointer:
         settings: TrainSettings,
         run: Path,
         student: Student,
-        optimizer: torch.optim.Optimizer,
+        optimizer: HoldsState,
         origin: Mapping[str, Any],
         weights: ReplicatedWeights,
     ) -> None:
@@ -59,22 +61,26 @@ class Checkpointer:
         processes = self._weights.processes
         if not together and (self._weights.sharded or not processes.main):
             return None
-        model: Savable = self._weights.saved(self._student) if together else self._student.saved
-        held: HoldsState = self._weights.snapshot_of(self._optimizer) if together else self._optimizer
-        save = partial(
-            checkpoint.save,
-            self._run,
-            step,
-            state={**state, "origin": self._origin},
-            keep=self._keep,
-            updates=mid_step.partial.done if mid_step else None,
-            more=mid_step.write if mid_step else None,
-        )
+        updates = mid_step.partial.done if mid_step else None
+        state = {**state, "origin": self._origin}
         if later and self._copies:
-            self._begin(partial(save, CopiedModel(self._student.model), CopiedState(held)))
+            model, optimizer = CopiedModel(self._student.model), CopiedState(self._optimizer)
+            self._begin(partial(checkpoint.save, self._run, step, model, optimizer, state, keep=self._keep))
             return checkpoint.place(self._run, step)
-        folder = save(model, held) if processes.main else None
-        return processes.gather(folder)[0] if together else folder
+        saving = partial(checkpoint.saving, self._run, step, state, keep=self._keep, updates=updates)
+        with saving() if processes.main else nullcontext() as own:
+            folder = processes.gather(own)[0] if together else own
+            assert folder is not None
+            with writing(folder):
+                if together:
+                    self._weights.write(folder, self._student, self._optimizer)
+                else:
+                    checkpoint.write_whole_state(folder, self._student.saved, self._optimizer)
+            if mid_step and processes.main:
+                mid_step.write(folder)
+        if together:
+            processes.wait()  # until it counts
+        return checkpoint.place(self._run, step, updates)
 
     def check(self) -> None:
         """Raises what writing in the background has raised."""

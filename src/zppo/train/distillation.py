@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from zppo.core.loss import jensen_shannon
 from zppo.core.minibatch import MicroBatch, shares
 from zppo.core.types import Group, Rollout, Row
 from zppo.engines.logprobs import ForwardPass
@@ -108,9 +107,10 @@ class Distillation:
         while True:
             batches = self.budget.split([lengths[i] for i in own])
             try:
-                total = self._gradients(rows, lengths, parts, batches, tokens)
+                with self.weights.together():
+                    total = self._gradients(rows, lengths, parts, batches, tokens)
             except RuntimeError as error:
-                self.budget.shrink(error, batches, max(lengths[i] for i in own))
+                self.budget.shrink(error, batches, max((lengths[i] for i in own), default=0), self.weights.of_all)
             else:
                 self.budget.fits()
                 break
@@ -127,21 +127,15 @@ class Distillation:
         total = sum(self._backward([rows[own[m]] for m in micro.rows], tokens) for micro in batches)
         if self.weights.sharded:  # a process without a row left takes part in the passes of the others
             most = max(len(self.budget.split([lengths[i] for i in part])) for part in parts)
-            shortest = min(rows, key=lambda each: each.length).row
             for _ in range(most - len(batches)):
-                logits = self.forward.logits([shortest])
-                nothing = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0).sum()
-                self.optimizer.accelerator.backward(nothing)
+                self.optimizer.idle(self.forward, rows[0].row)
         return total
 
     def _backward(self, weighted: Sequence[Weighted], tokens: int) -> float:
         rows = [each.row for each in weighted]
-        with torch.no_grad():
-            wanted = self.teacher.logits(rows)
+        wanted = self.teacher.late(rows)
         with self.optimizer.accelerator.autocast():  # the vision tower is called by itself
-            logits = self.forward.logits(rows)
-        size = min(logits.shape[-1], wanted.shape[-1])  # embeddings may be padded to different sizes
-        divergence = jensen_shannon(logits[..., :size], wanted[..., :size].to(logits.device))
+            divergence = self.forward.divergence(rows, wanted)
         weights = torch.tensor([each.weight for each in weighted]).repeat_interleave(torch.tensor([len(r.completion_ids) for r in rows]))
         loss = (divergence * weights.to(divergence.device)).sum() / tokens
         self.optimizer.accelerator.backward(loss)

@@ -10,8 +10,11 @@ tokens: where the trainer has moved, the engine must have moved the same way. A 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from itertools import takewhile
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -21,9 +24,11 @@ from zppo.core.draws import draw_key
 from zppo.core.types import Group, Prompt, Row
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import ONE_PROCESS, Processes
-from zppo.engines.base import Engine, SampleRequest, Sampling
+from zppo.engines.base import Completion, Engine, SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
 from zppo.errors import EngineError
+
+Result = TypeVar("Result")
 
 SAMPLER_TOLERANCE_FP32 = 1e-4
 """Ten times the mean difference up to which Qwen3.5, whose recurrent form is not its chunked one, counts as exact in fp32."""
@@ -118,11 +123,14 @@ TOLERANCE_ROUNDED = 0.05
 _START = (1, 8)  # completions of a fixed prompt and their token limit: a look at a new engine,
 _RECHECK = (8, 64)  # and what decides where a look was over the tolerance: one unlikely token must not end a run
 _PROBED, _TOKENS = 4, 64  # rollouts that are looked at around an update, and how far
-_PLACES = 4  # of the fixed prompt
+_PLACES = 4  # of the fixed prompt,
+_FEW = 8  # and its first tokens, which are enough for an engine over the trainer's module
 _NOTICED = 1e-6  # nats: a movement of the trainer that is more than the rounding of fp32,
 _NOTICED_ROUNDED = 1e-3  # and one that bf16 cannot round away in all tokens
 _MANY = 16  # tokens: where so many have moved, and none has in the engine, it is no rounding either
-_HEARD = 0.5  # how much of the trainer's movement the engine must have made
+_HEARD = 0.5  # how much of the trainer's movement the engine must have made,
+_APART = 0.1  # and how much of it the two may be apart afterwards,
+_GROWN = 30  # where that is so many times what they were apart before: a part of the weights is old
 
 
 class Look(NamedTuple):
@@ -153,21 +161,26 @@ class _GapStats(NamedTuple):
 
 
 class Movement(NamedTuple):
-    """How far log-probs have moved in an update, (N,) each: those of tokens that were drawn again after the same tokens."""
+    """How far log-probs have moved in an update, (N,) each: those of tokens that were drawn again after the same tokens.
+
+    `noise` is how far engine and trainer were apart on them before, a root mean square.
+    """
 
     engine: torch.Tensor
     trainer: torch.Tensor
+    noise: float = math.inf
 
     @classmethod
     def between(cls, before: Look, now: Look) -> Movement:
         """From one look to another of the same requests."""
-        engine, trainer = [torch.zeros(0)], [torch.zeros(0)]
+        engine, trainer, apart = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
         for i, (old, new) in enumerate(zip(before.ids, now.ids, strict=True)):
             width = min(len(old), len(new))
             same = int((old[:width] == new[:width]).int().cumprod(0).sum())
             engine.append(now.engine[i][:same] - before.engine[i][:same])
             trainer.append(now.trainer[i][:same] - before.trainer[i][:same])
-        return cls(torch.cat(engine).double(), torch.cat(trainer).double())
+            apart.append(before.engine[i][:same] - before.trainer[i][:same])
+        return cls(torch.cat(engine).double(), torch.cat(trainer).double(), _root_mean_square(torch.cat(apart)))
 
     def share(self) -> tuple[float, float]:
         """How much of the trainer's movement the engine has made, as a least-squares factor, and four of its standard deviations."""
@@ -182,7 +195,7 @@ class Movement(NamedTuple):
         Args:
             rounded: the engine or the trainer computes in bf16, where small changes of weights may be rounded away.
         """
-        moved = float(self.trainer.square().mean().sqrt()) if len(self.trainer) else 0.0
+        moved = _root_mean_square(self.trainer)
         if not self.engine.any():
             many = not rounded and int(self.trainer.count_nonzero()) >= _MANY
             if many or moved > (_NOTICED_ROUNDED if rounded else _NOTICED):
@@ -191,9 +204,12 @@ class Movement(NamedTuple):
         if rounded or moved <= _NOTICED:
             return ""
         factor, margin = self.share()
-        if factor + margin >= _HEARD:
-            return ""
-        return f"its log-probs moved by {factor:.2g} of what the trainer's did, {moved:.3g} a token"
+        if factor + margin < _HEARD:
+            return f"its log-probs moved by {factor:.2g} of what the trainer's did, {moved:.3g} a token"
+        apart = _root_mean_square(self.engine - self.trainer)
+        if apart > max(_APART * moved, _GROWN * max(self.noise, _NOTICED)):
+            return f"its log-probs did not move as the trainer's did, {moved:.3g} a token: {apart:.3g} are missing"
+        return ""
 
     def heard(self, *, rounded: bool) -> bool:
         """Whether it is certain that the engine has the update, as far as log-probs tell."""
@@ -209,8 +225,8 @@ class EngineCheck:
     """Syncs the engine after a change of weights and compares it with the trainer.
 
     A fixed prompt is looked at first. Then, around each update, an engine with a copy of the weights samples a few rollouts that the
-    update learns from once more, from the same keys. One that shares the trainer's module, and can go wrong in fewer ways, draws the next
-    token at a few places of the fixed prompt.
+    update learns from once more, from the same keys. One that says it shares the trainer's weights draws the next token at a few places
+    of the fixed prompt; where it is seen to sample from the very module that is trained, at a single one near its beginning.
 
     Args:
         engine: what samples. One that says `shares_weights` has no copy of them; one that has `rest` is told when it may.
@@ -264,7 +280,7 @@ class EngineCheck:
             self._synced, self._gap = step, None
         if not self._due(step):
             return {}
-        self._gap = self._gap or self._together(lambda: self._after(step))
+        self._gap = self._gap or self._after(step)
         return {"engine_gap_mean": self._gap.mean, "engine_gap_max": self._gap.largest}
 
     def before_update(self, step: int, groups: Sequence[Group]) -> None:
@@ -277,7 +293,7 @@ class EngineCheck:
         """
         self._trained = 0.0
         if self._due(step) and not self.shared:
-            self._together(lambda: self._before(step, groups))
+            self._before(step, groups)
         if rest := getattr(self.engine, "rest", None):
             rest()
 
@@ -293,18 +309,12 @@ class EngineCheck:
     def _due(self, step: int) -> bool:
         return bool(self.every) and step % self.every == 0
 
-    def _together(self, compare: Callable[[], _GapStats]) -> _GapStats:
-        """The largest numbers of all processes."""
-        with self.weights.whole():
-            try:
-                found: _GapStats | str = compare()
-            except EngineError as error:
-                found = str(error)
-        all_found = self.weights.processes.gather(found)
-        if fault := next((f for f in all_found if isinstance(f, str)), None):
-            raise EngineError(fault)
-        gaps = [f for f in all_found if isinstance(f, _GapStats)]
-        return _GapStats(max(gap.mean for gap in gaps), max(gap.largest for gap in gaps))
+    def _all(self, value: Result, fault: str = "") -> list[Result]:
+        """Everybody's value; EngineError in all processes where one of them has found a fault."""
+        found = self.weights.processes.gather((value, fault))
+        if first := next((fault for _, fault in found if fault), None):
+            raise EngineError(first)
+        return [value for value, _ in found]
 
     def _before(self, step: int, groups: Sequence[Group]) -> _GapStats:
         probe = self._chosen(step, groups)
@@ -315,7 +325,8 @@ class EngineCheck:
 
     def _after(self, step: int) -> _GapStats:
         if not self._trained <= self.tolerance:
-            raise self._error(step, f"its log-probs differ by {self._trained:.3g} on average over the rollouts that the step learnt from")
+            fact = f"its log-probs differ by {self._trained:.3g} on average over the rollouts that the step learnt from"
+            raise EngineError(self._words(step, fact))
         if self._watched is None:
             first = self._fixed(*_START)
             look = self._look(first)
@@ -328,28 +339,37 @@ class EngineCheck:
         now = self._look(probe)
         found = self._judged(step, now)
         movement = Movement.between(before, now)
-        if fault := movement.fault(rounded=self.rounded):
-            raise self._error(step, fault)
+        fault = movement.fault(rounded=self.rounded)
+        self._all(None, self._words(step, fault) if fault else "")
         self._open = not (self.shared or movement.heard(rounded=self.rounded))
         if not self._open:
             self._watched = probe, now
         return found
 
     def _judged(self, step: int, look: Look) -> _GapStats:
+        """The largest numbers of all processes."""
         gaps = look.gaps
-        if not _mean(gaps) <= self.tolerance:
+        if not all(self._all(_mean(gaps) <= self.tolerance)):
             gaps = self._look(self._fixed(*_RECHECK)).gaps
-        if not _mean(gaps) <= self.tolerance:
-            raise self._error(step, f"its log-probs differ by {_mean(gaps):.3g} on average over {len(gaps)} tokens of a fixed prompt")
-        return _GapStats(_mean(gaps), float(gaps.max()))
+        fact = f"its log-probs differ by {_mean(gaps):.3g} on average over {len(gaps)} tokens of a fixed prompt"
+        found = self._all(_GapStats(_mean(gaps), float(gaps.max())), "" if _mean(gaps) <= self.tolerance else self._words(step, fact))
+        return _GapStats(max(gap.mean for gap in found), max(gap.largest for gap in found))
 
     def _fixed(self, size: int, tokens: int) -> _Probe:
         keys = tuple(draw_key(self.seed, "engine", i) for i in range(size))
         return _Probe((SampleRequest(self.prompt.ids, keys, self.prompt.images),), tokens)
 
     def _places(self) -> _Probe:
-        """The next token at places of the fixed prompt; at its end where it has images, which must be whole."""
+        """The next token at places of the fixed prompt; at its end where it has images, which must be whole.
+
+        Over the trainer's own module no weights can be stale, and a step must not pay for that: a few tokens of text show whether a
+        cache, a precision or a temperature has come between.
+        """
         ids, key = self.prompt.ids, (draw_key(self.seed, "engine", 0),)
+        if getattr(self.engine, "model", self) is getattr(self.forward.model, "module", self.forward.model):
+            images = self.forward.image_processor.image_ids if self.forward.image_processor else ()
+            if few := tuple(takewhile(lambda i: i not in images, ids[:_FEW])):
+                return _Probe((SampleRequest(few, key),), 1)
         cuts = [len(ids)] if self.prompt.images else sorted({max(1, len(ids) * i // _PLACES) for i in range(1, _PLACES + 1)})
         return _Probe(tuple(SampleRequest(ids[:cut], key, self.prompt.images) for cut in cuts), 1)
 
@@ -365,21 +385,32 @@ class EngineCheck:
         return _Probe(tuple(requests), _TOKENS)
 
     def _look(self, probe: _Probe) -> Look:
+        """Engine and trainer; the trainer's forward pass is one of all processes together where its weights are sharded."""
         sampling = Sampling(temperature=self.forward.temperature, max_new_tokens=probe.tokens)
-        done = self.engine.sample(probe.requests, sampling)
+        done, fault = list[list[Completion]](), ""
+        with self.weights.whole() if self.shared else nullcontext():
+            try:
+                done = self.engine.sample(probe.requests, sampling)
+            except EngineError as error:
+                fault = str(error)
+        self._all(None, fault)
         pairs = [(request, c) for request, row in zip(probe.requests, done, strict=True) for c in row]
-        with torch.no_grad():
+        with torch.no_grad(), self.weights.scoring():
             logprobs, mask = self.forward.logprobs([Row(request.prompt_ids, c.ids, request.images) for request, c in pairs])
         trainer = [line[known] for line, known in zip(logprobs.float().cpu(), mask.cpu(), strict=True)]
         return Look([c.ids for _, c in pairs], [c.logprobs for _, c in pairs], trainer)
 
-    def _error(self, step: int, fact: str) -> EngineError:
+    def _words(self, step: int, fact: str) -> str:
         when = f"after step {step}" if step else "before the first step"
-        return EngineError(
+        return (
             f"{when} the sampling engine does not hold the trainer's weights: {fact} (allowed: {self.tolerance:g}). Its weights are "
             "stale, or it runs another model, precision or temperature. Nothing was sampled from them. Start the engine again with "
             "student.model and continue with `zppo resume RUN`; where the difference is rounding, raise train.engine_tolerance"
         )
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt()) if len(values) else 0.0
 
 
 def _mean(values: torch.Tensor) -> float:

@@ -16,11 +16,14 @@ from rich.table import Table
 from zppo.config.settings import Settings
 from zppo.core.select import is_hard
 from zppo.engines.chat import Chat
-from zppo.engines.vllm import VLLMEngine
+from zppo.engines.tinker import TinkerEngine
+from zppo.engines.vllm.vllm_engine import VLLMEngine
+from zppo.images.features import device_of
 from zppo.models.student_model import Student, load_model
 from zppo.planning.dry_run import gib
 from zppo.planning.memory import Memory, expected, peak_of_process
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
+from zppo.rollout.student import StudentSampler
 from zppo.runs.checkpoint import Savable
 from zppo.runs.display import Progress
 from zppo.runs.files import FINAL, PARTIAL, sync, writing
@@ -28,6 +31,7 @@ from zppo.runs.log import METRICS, read_lines
 from zppo.runs.model_card import run_card
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, make_engine
+from zppo.train.cluster.tinker_student import TinkerStudent, final_place
 from zppo.train.trainer import MISSED, Totals, entry_bin
 
 GOLDS = 10  # right answers that the closing table names
@@ -37,9 +41,11 @@ ADAPTER = "adapter"  # in final/, where adapters were trained
 def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Path:
     """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
 
+    Of a student on a server it holds the adapters and where they are there.
+
     A student that was trained on images keeps its vision tower and processor, and loads with `AutoModelForImageTextToText`.
 
-    Adapters are merged into the weights, for good; by themselves they are in final/adapter/. Without adapters `weights` is saved.
+    Adapters are merged into the weights, for good (`ReplicatedWeights.merged`); by themselves they are in final/adapter/.
 
     Returns:
         The folder that it is in until `finish_final` gives it its name.
@@ -51,9 +57,12 @@ def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Pat
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
+    if isinstance(student, TinkerStudent):
+        student.save_final(folder, chat)
+        return folder
+    with writing(folder):
         if student.adapters:
             student.adapters.save_pretrained(folder / ADAPTER)
-            weights = student.adapters.merge()
         weights.save_pretrained(folder)
         chat.tokenizer.chat_template = chat.template  # what the student was trained with
         chat.tokenizer.save_pretrained(folder)
@@ -152,11 +161,12 @@ def _work(totals: Totals) -> str:
 
 def _memory(settings: Settings, parts: Assembled) -> str:
     """The most memory that this process has held until now, beside what a dry run says."""
-    device, trainer = parts.student.model.device, parts.trainer
+    device, trainer = device_of(parts.student.model), parts.trainer
     gpu = device.type == "cuda"
     measured = torch.cuda.max_memory_allocated(device) if gpu else peak_of_process()
     capacity = torch.cuda.get_device_properties(device).total_memory if gpu else 0
-    guess = expected(settings, trainer.questions, trainer.held_out, trainer.student.renderer.book.examples, gpu=gpu, capacity=capacity)
+    shown, processes = trainer.student.renderer.book.examples, trainer.processes.size
+    guess = expected(settings, trainer.questions, trainer.held_out, shown, gpu=gpu, capacity=capacity, processes=processes)
     estimated = f"{gib(guess.total)} at most by the estimate of `--dry-run`" if isinstance(guess, Memory) else "no estimate"
     return f"peak memory of {'the GPU (torch)' if gpu else 'this process'}: {gib(measured)}; {estimated}"
 
@@ -177,15 +187,20 @@ def _levels(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]
 
 
 def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, *, bf16: bool) -> None:
-    """Save final/, evaluate it freshly from the disk, write its card and print the closing table."""
-    trainer, processes = parts.trainer, parts.weights.processes
-    memory = _memory(settings, parts) if processes.main else ""  # of training alone: final/ is loaded beside it for its evaluation
+    """Save final/, evaluate it, freshly from the disk where it is not sharded, write its card and print the closing table."""
+    trainer, processes, student = parts.trainer, parts.weights.processes, parts.student
+    here = not isinstance(student, TinkerStudent)
+    memory = _memory(settings, parts) if processes.main and here else ""  # before final/ is loaded beside it for its evaluation
     progress.doing(f"writing {run / FINAL}")
-    saved = parts.weights.saved(parts.student)
-    folder = processes.gather(save_final(run, parts.student, saved, parts.chat) if processes.main else run)[0]
+    saved = parts.weights.merged(student)
+    folder = processes.gather(save_final(run, student, saved, parts.chat) if processes.main else run)[0]
     if trainer.held_out and trainer.done:
         progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")
-    after = _evaluate_saved(settings, folder, parts, bf16=bf16) if trainer.held_out and trainer.done else None
+    after = None
+    if trainer.held_out and trainer.done:
+        # What is sharded has no room for a second student: it is asked where it lies, and final/ was written from there.
+        sampler = trainer.student if parts.weights.sharded else _fresh(settings, folder, parts, bf16=bf16)
+        after = _evaluate(settings, sampler, parts)
     progress.end()
     if not processes.main:
         return
@@ -200,19 +215,25 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     closing_table(progress.console, run, settings, before=before, after=after, totals=trainer.totals, memory=memory)
 
 
-def _evaluate_saved(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> Evaluation:
-    """The evaluation of final/, by an engine over what was loaded from there."""
-    trainer = parts.trainer
+def _fresh(settings: Settings, folder: Path, parts: Assembled, *, bf16: bool) -> StudentSampler:
+    """final/ as it was written, by an engine over what was loaded from there."""
+    trainer, engine = parts.trainer, parts.trainer.student.engine
+    if isinstance(engine, TinkerEngine):
+        engine.sample_from(final_place(folder))
+        return replace(trainer.student, whole=nullcontext)
     images = parts.chat.image_processor is not None
     fresh = load_model(folder, dtype=torch.float32, attention=settings.student.attention, images=images)
     torch.nn.Module.to(fresh, parts.student.model.device)
-    engine = trainer.student.engine
     if isinstance(engine, VLLMEngine):
         engine.sample_from(fresh)
     else:
         engine = make_engine(settings, fresh, parts.chat, torch.bfloat16 if bf16 else None)
+    return replace(trainer.student, engine=engine, whole=nullcontext)
+
+
+def _evaluate(settings: Settings, student: StudentSampler, parts: Assembled) -> Evaluation:
+    trainer = parts.trainer
     log = StepLog(watch=trainer.watch)
-    student = replace(trainer.student, engine=engine, whole=nullcontext)
     result, groups = evaluate_held_out(student, trainer.held_out, settings.eval, log)
     with trainer.processes.stop.shield():
         trainer.log_evaluation("final", result, groups, log)

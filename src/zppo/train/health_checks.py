@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from zppo.config.settings import Settings
+
 EVERY = 50
 """Steps after which the same warning may come again."""
 
@@ -144,6 +146,13 @@ class HealthChecks:
         self._all_wrong = 0  # steps
         self._no_gradient = 0  # steps in a row
         self._entropies: list[float] = []  # of the first steps, then of the last ones
+
+    @classmethod
+    def of(cls, settings: Settings) -> HealthChecks:
+        """What is worth watching in a run with these settings."""
+        return cls(
+            own_reward=settings.grading.reward is not None, advantages=not settings.method.resolve().distils, form=settings.answer_form.name
+        )
 
     def remember(self, metrics: Metrics) -> None:
         """Take in a step of before the run was resumed; nothing is said about it."""

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from zppo.core.metrics import mean
-from zppo.core.types import Group
+from zppo.core.types import Group, Row
 from zppo.distributed.parallel import ReplicatedWeights, zero_gradients
+from zppo.engines.logprobs import ForwardPass
 from zppo.errors import MemoryLimitError
 from zppo.rollout.teacher import Pools
 from zppo.step_log import StepLog
@@ -71,7 +72,7 @@ class OptimizerStep:
 
     Args:
         model, optimizer: as `accelerator.prepare` returned them; weights in fp32, autocast is the accelerator's.
-        max_norm: of the gradient.
+        max_norm: of the gradient; None: it is not clipped.
         weights: how the weights lie over the processes.
 
     Attributes:
@@ -84,16 +85,30 @@ class OptimizerStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
-        max_norm: float,
+        max_norm: float | None,
         weights: ReplicatedWeights | None = None,
     ) -> None:
-        self.model, self.optimizer, self.accelerator, self.max_norm = model, optimizer, accelerator, max_norm
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.max_norm = math.inf if max_norm is None else max_norm
         self.weights = weights or ReplicatedWeights()
         self.skipped_in_a_row, self.fault = 0, ""
 
     def zero_gradients(self) -> None:
         """Gradients of all trainable parameters as zeros."""
         zero_gradients(self.model)
+
+    def idle(self, forward: ForwardPass, row: Row) -> None:
+        """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others.
+
+        Without a picture, since what sees is not sharded.
+
+        Args:
+            row: any; its first completion token is all that is computed.
+        """
+        token = torch.as_tensor(row.completion_ids)[:1]
+        with self.accelerator.autocast():
+            logprobs, mask = forward.logprobs([Row(token, token)])
+        self.accelerator.backward(logprobs.masked_fill(mask, 0.0).sum())
 
     def step(self, loss: float) -> tuple[float, float, bool]:
         """Loss of all processes together, gradient norm before clipping, and whether the weights moved; gradients are 0 afterwards.
@@ -102,7 +117,7 @@ class OptimizerStep:
             loss: what this process's rows add to the loss.
         """
         loss = sum(self.weights.processes.gather(loss))
-        norm, moved = self.weights.step(self.optimizer, self.accelerator, self.max_norm, finite=math.isfinite(loss))
+        norm, moved = self._move(finite=math.isfinite(loss))
         self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MOST_SKIPPED_UPDATES:
             self.fault = (
@@ -110,6 +125,10 @@ class OptimizerStep:
                 "unchanged since the last finite update. Lower train.learning_rate, or look for odd rewards in the rollout log"
             )
         return loss, norm, moved
+
+    def _move(self, *, finite: bool) -> tuple[float, bool]:
+        """Gradient norm before clipping, and whether the weights moved."""
+        return self.weights.step(self.optimizer, self.accelerator, self.max_norm, finite=finite)
 
 
 @dataclass(slots=True)

@@ -14,8 +14,6 @@ from zppo.core.advantages import spread_advantages, step_advantages, trivial
 from zppo.core.draws import keyed_random
 from zppo.core.loss import clipped_surrogate
 from zppo.core.minibatch import (
-    PASS_TOKENS,
-    PASS_TOKENS_GPU,
     MicroBatch,
     Sample,
     Share,
@@ -23,13 +21,14 @@ from zppo.core.minibatch import (
     deal_groups,
     pack_length,
     packed,
+    pass_tokens,
     samples_of,
     share_minibatch,
 )
 from zppo.core.types import Group, Rollout
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.out_of_memory import TokenBudget, release
-from zppo.errors import MemoryLimitError, SettingsError
+from zppo.errors import MemoryLimitError
 from zppo.rollout.teacher import Pools
 from zppo.step_log import StepLog
 from zppo.teacher.compression import Source
@@ -169,13 +168,17 @@ class PolicyGradient:
         tally.old_needed += sum(_needed(asked, micro) for micro in self._split(asked))
 
         def score(batches: list[MicroBatch]) -> None:
+            most = max(self.processes.gather(len(batches))) if self.weights.sharded else 0
             for micro in batches:
                 logprobs, _ = self._logprobs(asked, micro)
                 for (g, i), line in zip([unknown[m] for m in micro.rows], logprobs.float().cpu(), strict=True):
                     result[g, i] = line[: samples[g][i].tokens].clone()  # a view is sent with its whole batch
+            for _ in range(most - len(batches)):  # a process without a row left takes part in the passes of the others
+                shortest = min((s for group in samples for s in group), key=lambda s: s.length)
+                self._logprobs([shortest], MicroBatch([[0]], shortest.length))
 
         if self.processes.any(bool(unknown)):
-            with torch.no_grad(), self.weights.whole():
+            with torch.no_grad(), self.weights.scoring():
                 self._in_micro_batches(asked, score)
         return result
 
@@ -197,7 +200,7 @@ class PolicyGradient:
         def score(batches: list[MicroBatch]) -> list[torch.Tensor]:
             return [_gap(*self._logprobs(rows, micro), [rows[m] for m in micro.rows]) for micro in batches]
 
-        with torch.no_grad(), self.weights.whole():
+        with torch.no_grad(), self.weights.scoring():
             parts = self._in_micro_batches(rows, score) if rows else []
         for part in parts if self.processes.main else ():
             counts.add_gap(*part.tolist())
@@ -231,15 +234,10 @@ class PolicyGradient:
             others = share.others if self.weights.sharded else []
             passes = [len(self._split([samples[g][i] for g, i in rows])) for rows in others]
             for _ in range(max(passes, default=0) - len(batches)):
-                self._idle(min((s for s in minibatch if s.live), key=lambda s: s.length))
+                self.optimizer.idle(self.forward, next(s.row for s in minibatch if s.live))
             return counts.add(sums), counts
 
         return self._in_micro_batches(live, accumulate)
-
-    def _idle(self, sample: Sample) -> None:
-        """A pass that adds nothing: where weights are sharded, a process without a row left takes part in those of the others."""
-        logprobs, mask = self._logprobs([sample], MicroBatch([[0]], sample.length))
-        self.optimizer.accelerator.backward(logprobs.where(mask, 0.0).sum() * 0.0)
 
     def _backward(
         self, live: Sequence[Sample], old: Sequence[torch.Tensor], micro: MicroBatch, denominator: int, tally: UpdateCounts, *, first: bool
@@ -281,9 +279,10 @@ class PolicyGradient:
         while True:
             batches = self._split(rows)
             try:
-                result = work(batches)
+                with self.weights.together():
+                    result = work(batches)
             except RuntimeError as error:
-                self.budget.shrink(error, batches, max((s.length for s in rows), default=0))
+                self.budget.shrink(error, batches, max((s.length for s in rows), default=0), self.weights.of_all)
             else:
                 self.budget.fits()
                 return result
@@ -340,17 +339,8 @@ def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) 
     return torch.stack([gap.sum(), gap.max(), known.sum()]).float()
 
 
-def make_budget(train: TrainSettings, sharded: bool, say: Callable[[str], None] | None = None, *, gpu: bool = False) -> TokenBudget:
-    """The budget of a recipe.
-
-    Raises:
-        SettingsError: "auto" with sharded weights: while one process started over, the others would wait for it in vain.
-    """
+def make_budget(train: TrainSettings, say: Callable[[str], None] | None = None, *, gpu: bool = False, width: int = 1) -> TokenBudget:
+    """The budget of a recipe, for a model of this width."""
     adaptive = train.tokens_per_microbatch == "auto"
-    if adaptive and sharded:
-        raise SettingsError(
-            "train.tokens_per_microbatch is auto, and the weights are sharded over several processes, which must do equally many passes: "
-            "give a number"
-        )
     tokens = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
-    return TokenBudget(tokens, adaptive=adaptive, say=say, overhead=PASS_TOKENS_GPU if gpu else PASS_TOKENS)
+    return TokenBudget(tokens, adaptive=adaptive, say=say, overhead=pass_tokens(width, gpu=gpu))

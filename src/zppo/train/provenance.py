@@ -35,7 +35,7 @@ _IN_A_STEP = (
     *("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.group_size", "rollout.engine"),
     *("data.images.min_pixels", "data.images.max_pixels"),  # the token ids of a prompt hold a place for each feature of its images
 )
-_PACKAGES = ("torch", "transformers", "peft", "vllm", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "tinker")
 _WHOLE = ("*.safetensors", "*.json", "*.jinja")
 _EDGE = 1 << 20  # bytes at either end of a weights file that are looked at: trained weights differ everywhere
 
@@ -186,7 +186,8 @@ def _code_files(settings: Settings) -> dict[str, Path]:
 
 def _versions(settings: Settings) -> dict[str, str]:
     """Of this package and of those that compute; what a run does not use is no part of it."""
-    used = {"peft": settings.train.lora is not None, "vllm": settings.rollout.engine == "vllm"}
+    cluster = settings.student.tinker is not None
+    used = {"tinker": cluster, "peft": settings.train.lora is not None and not cluster, "vllm": settings.rollout.engine == "vllm"}
     used["bitsandbytes"] = settings.train.optimizer == "adamw-8bit" or settings.student.quantize is not None
     found = {"zppo": __version__}
     for name in _PACKAGES:

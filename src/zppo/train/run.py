@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.config.settings import PushSettings, Settings
 from zppo.core.replay import PromptReplayBuffer
-from zppo.distributed.launcher import read_launch
+from zppo.distributed.launcher import check_shards, read_launch, started_by_slurm
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
 from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
@@ -122,8 +122,7 @@ class TrainingLoop:
         self.progress = progress
         progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
         self.trainer.watch = self.progress.part
-        own_reward, learns = settings.grading.reward is not None, not self.trainer.method.distils
-        self.health = HealthChecks(own_reward=own_reward, advantages=learns, form=settings.answer_form.name)
+        self.health = HealthChecks.of(settings)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
@@ -294,11 +293,11 @@ def train(settings: Settings, recipe_name: str, console: Console | None = None, 
     return _run(settings.model_copy(update={"output": run}), run, console or Console(), stop or Stop(), resumed=False)
 
 
-def resume(run: Path, console: Console | None = None, stop: Stop | None = None) -> Path:
+def resume(run: Path, console: Console | None = None, stop: Stop | None = None, addresses: Sequence[str] | Mapping[str, Any] = ()) -> Path:
     """Continue a run after its newest checkpoint that is whole; returns the run folder.
 
     What was written after the checkpoint is taken back and done again; on a CPU with an in-process teacher with the same result.
-    Damaged newer checkpoints are named and set aside.
+    Damaged newer checkpoints are named and set aside. `addresses` are overrides of where servers answer, for this start alone.
 
     Raises:
         CheckpointError: the folder holds no run, no checkpoint of it is whole, or it belongs to another recipe.
@@ -310,7 +309,7 @@ def resume(run: Path, console: Console | None = None, stop: Stop | None = None) 
     check_run_folder(run)
     for name in (METRICS, BUFFER, TRACKERS):
         check_file(run / name, CheckpointError)  # what is written after a checkpoint is taken back in them
-    settings = load_recipe(run / RECIPE, []).model_copy(update={"output": run})
+    settings = load_recipe(run / RECIPE, addresses).model_copy(update={"output": run})
     if (run / FINAL / "README.md").exists() and not _has_more_steps(settings, run):
         console.print(f"{run} is finished already; its student is in {run / FINAL}", soft_wrap=True)
         return run
@@ -335,6 +334,10 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         with ExitStack() as held:
             # Processes first: only the first of them prints, writes, and decides where to start.
             launch = read_launch()
+            check_shards(settings.train, launch)
+            if launch.rank == 0 and (meeting := started_by_slurm()):
+                where = f"{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"
+                console.print(f"srun started {launch.processes} processes; they meet at {where}", style="dim", soft_wrap=True)
             accelerator = make_accelerator(settings, launch)
             weights = make_weights(settings, accelerator, launch, stop)
             run = weights.processes.gather(run)[0]  # its name has the time in it
@@ -367,7 +370,7 @@ def _go(
     # Everything is loaded and checked before the run folder is made, or changed.
     with Progress(console) as progress, rule_grading(settings) as rule, ExitStack() as stack:
         progress.doing(f"reading the questions of {settings.data.train_name}")
-        data = read_data(settings, sharded=weights.sharded, warn=progress.warning, say=partial(show, console))
+        data = read_data(settings, warn=progress.warning, say=partial(show, console))
         frozen_models = stack.enter_context(
             load_frozen_models(settings, accelerator.device, data.image_inputs, doing=progress.doing, warn=progress.warning)
         )

@@ -11,7 +11,7 @@ from zppo.core.metrics import accuracy_by_kind, composition, eligibility, reward
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
-from zppo.errors import MemoryLimitError
+from zppo.errors import ClusterError, MemoryLimitError
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.rollout.rewards import CALLS, METRIC
 from zppo.rollout.run_data import RunData
@@ -240,9 +240,9 @@ class Trainer:
             with log.time("update"):
                 updated = self.learner.update(rollouts.plain, rollouts.reformulated, rollouts.responses, log, partial)
             self.engine_check.trained(log.counts)
-        except MemoryLimitError:
+        except (MemoryLimitError, ClusterError):
             if self.processes.size == 1:
-                self.boundary = boundary  # the weights have not moved
+                self.boundary = boundary  # the weights have not moved, or a cluster has kept those of the step before
             raise
         except UpdateStopped as stopped:
             stopped.mid_step = MidStep(rollouts, log, stopped.partial)
@@ -297,7 +297,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
     groups = [*rollouts.plain, *rollouts.reformulated]
     replayed_slots = sum(g.question.id in rollouts.replayed for g in rollouts.reformulated)
     tokens = sum(len(r.ids) for g in groups for r in g.rollouts)
-    uses = ("teacher", "compression", "hint")
+    written = (*(f"{use}_completion_tokens" for use in ("teacher", "compression", "hint")), "teacher_unused_tokens")
     seconds = log.elapsed()
     return {
         "accuracy": accuracy_by_kind(groups),
@@ -312,7 +312,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "rollouts": sum(len(g.rollouts) for g in groups),
         "student_tokens": tokens,
         "prompt_tokens": sum((len(g.prompt.ids) + len(g.prompt.forced_ids)) * len(g.rollouts) for g in groups),
-        "teacher_tokens": sum(int(log.counts.get(f"{use}_completion_tokens") or 0) for use in uses),
+        "teacher_tokens": sum(int(log.counts.get(name) or 0) for name in written),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }

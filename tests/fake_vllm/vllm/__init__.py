@@ -1,4 +1,4 @@
-"""A stand-in for vLLM: the calls of the project and of TRL, checked, and answered by a real `transformers` model with what it was sent.
+"""A stand-in for vLLM: the calls of the project, checked, and answered by a real `transformers` model with what it was sent.
 
 It knows nothing of GPUs, batches or paging. `FAULTS` makes it go wrong on purpose, `ENGINES` keeps every engine for the tests.
 """
@@ -76,7 +76,7 @@ class Engine:
     """Takes requests and gives back, step by step, those that have ended; the last that came first, since no order is promised."""
 
     def __init__(self, llm: LLM) -> None:
-        self.llm, self.calls, self.ended = llm, [], 0
+        self.llm, self.calls, self.ended, self.emptied = llm, [], 0, 0
         self.waiting: dict[str, tuple[dict[str, Any], SamplingParams]] = {}
         self.engine_core = SimpleNamespace(shutdown=lambda: setattr(self, "ended", self.ended + 1))
         self.model_executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=llm)))
@@ -86,6 +86,9 @@ class Engine:
         assert prompt["prompt_token_ids"] and set(prompt) <= {"prompt_token_ids", "multi_modal_data"}
         self.calls.append((prompt["prompt_token_ids"], params))
         self.waiting[request_id] = prompt, params
+
+    def reset_encoder_cache(self) -> None:
+        self.emptied += 1
 
     def abort_request(self, request_ids: list[str]) -> None:
         for name in request_ids:
@@ -101,12 +104,14 @@ class Engine:
             if replace(self.waiting[name][1], seed=0, max_tokens=1) == replace(last, seed=0, max_tokens=1)
         ]
         given = [self.waiting.pop(name) for name in batch]
-        made = self.llm.model.generate(
-            [prompt["prompt_token_ids"] for prompt, _ in given],
-            [how for _, how in given],
-            [prompt.get("multi_modal_data", {}).get("image") for prompt, _ in given],
-        )
+        shown = [prompt.get("multi_modal_data", {}).get("image") for prompt, _ in given]
+        prompts = [
+            self.llm.model.expanded(prompt["prompt_token_ids"], images or ()) for (prompt, _), images in zip(given, shown, strict=True)
+        ]
+        made = self.llm.model.generate(prompts, [how for _, how in given], shown)
         return [
-            RequestOutput(request_id=name, finished=True, outputs=[CompletionOutput(token_ids=tokens, logprobs=logprobs)])
-            for name, (tokens, logprobs) in zip(batch, made, strict=True)
+            RequestOutput(
+                request_id=name, finished=True, prompt_token_ids=ids, outputs=[CompletionOutput(token_ids=tokens, logprobs=logprobs)]
+            )
+            for name, ids, (tokens, logprobs) in zip(batch, prompts, made, strict=True)
         ]

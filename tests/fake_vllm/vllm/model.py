@@ -43,6 +43,18 @@ class Model:
                     assert self.by_name[name].shape == value.shape
                     self.by_name[name].copy_(value)
 
+    def expanded(self, ids: list[int], images: Sequence[Any]) -> list[int]:
+        """As vLLM does: for the first image token of each picture as many as the picture has features; others stay as they are."""
+        written, rest = list[int](), list(ids)
+        for image in images:
+            processor = AutoImageProcessor.from_pretrained(self.checkpoint, backend="pil")
+            grid = processor(image, return_tensors="pt")["image_grid_thw"]
+            token = self.network.config.image_token_id
+            start = rest.index(token)
+            written += rest[:start] + [token] * int(grid.prod() // processor.merge_size**2)
+            rest = rest[start + 1 :]
+        return written + rest
+
     def seen(self, row: list[int], images: Any) -> torch.Tensor:
         """Logits after a row and its pictures, which are preprocessed here, by the checkpoint's own rules."""
         ids, given = torch.tensor([row]), dict[str, Any]()

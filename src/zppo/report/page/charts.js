@@ -126,6 +126,7 @@ function tableCard(table) {
 function drawHead(data) {
   document.getElementById("title").textContent = data.title;
   document.getElementById("outcome").textContent = data.outcome;
+  document.getElementById("warnings").replaceChildren(...(data.warnings ?? []).map((text) => el("li", {}, text)));
   document.getElementById("head").replaceChildren(...data.head.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 

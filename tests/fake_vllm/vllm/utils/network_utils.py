@@ -1,4 +1,4 @@
-"""What TRL's client asks for its own address."""
+"""The address of this machine."""
 
 
 def get_ip() -> str:

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,12 +22,33 @@ BATCHED_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One rollout to sample: token ids of the prompt, its pictures, its seed, its token limit."""
+    """One rollout to sample: token ids of the prompt, its pictures, its seed, its token limit, and the place of its prompt.
+
+    In the ids one token stands for each picture.
+    """
 
     prompt_ids: Sequence[int]
     pictures: Sequence[Any] | None
     seed: int
     limit: int
+    group: int = 0
+
+
+class Sampled(NamedTuple):
+    """What came of a `Draw`.
+
+    Attributes:
+        place: the draw's place in its list.
+        ids, logprobs: its tokens, and the log-prob of each; None where vLLM does not say.
+        prompt_ids: the prompt as vLLM read it, with a token for every feature of a picture.
+        where: the server, for messages; "" in this process.
+    """
+
+    place: int
+    ids: list[int]
+    logprobs: list[float | None] | None
+    prompt_ids: Sequence[int] | None
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +58,14 @@ class ProcessPlace:
     rank: int = 0
     local_rank: int = 0
     processes: int = 1
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The type that vLLM calls by a name. ValueError where torch has none."""
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype {name[:40]!r}")
+    return found
 
 
 class ColocatedVLLM:
@@ -97,9 +126,10 @@ class ColocatedVLLM:
             # Vectors stay as they are: some are kept in fp32 (the decay of a recurrence).
             model.load_weights([(name, value.to(self.dtype) if value.dim() > 1 else value)])
         self._llm.reset_prefix_cache()
+        self._engine.reset_encoder_cache()
 
-    def run(self, draws: Sequence[Draw], how: dict[str, Any]) -> Iterator[tuple[int, list[int], list[dict[int, Any]] | None]]:
-        """(place in `draws`, token ids, {id: log-prob} of every token) of each as it ends; `how` are vLLM's sampling parameters."""
+    def run(self, draws: Sequence[Draw], how: dict[str, Any]) -> Iterator[Sampled]:
+        """What came of each draw, as it ends; `how` are vLLM's sampling parameters."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         if self._asleep:
@@ -118,8 +148,7 @@ class ColocatedVLLM:
                 for output in self._engine.step():
                     if output.finished and output.request_id in waiting:
                         waiting.remove(output.request_id)
-                        (found,) = output.outputs
-                        yield int(output.request_id), list(found.token_ids), found.logprobs
+                        yield _sampled(output)
         finally:
             if waiting:  # a signal, or an error: the next call must not find them
                 self._engine.abort_request(sorted(waiting))
@@ -142,6 +171,15 @@ class ColocatedVLLM:
         engine, self._llm, self._engine = self._engine, None, None
         engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+
+
+def _sampled(output: Any) -> Sampled:
+    (found,) = output.outputs
+    ids = list(found.token_ids)
+    logprobs: list[float | None] | None = None
+    if found.logprobs is not None and len(found.logprobs) == len(ids):
+        logprobs = [each[token].logprob if token in each else None for token, each in zip(ids, found.logprobs, strict=True)]
+    return Sampled(int(output.request_id), ids, logprobs, output.prompt_token_ids)
 
 
 def _free_port() -> int:

@@ -1,0 +1,1 @@
+"""Students that are not in this process."""
