@@ -181,5 +181,6 @@ def test_there_is_one_door() -> None:
     for path in SOURCES.rglob("*.py"):
         if calls := re.findall(r"\w\.from_(?:pretrained|config)\(", path.read_text(encoding="utf-8")):
             found[path.relative_to(SOURCES).as_posix()] = len(calls)
-    assert found.pop("planning/model_shapes.py") == 1  # from_config, with trust_remote_code=False
+    for shapes in ("planning/model_shapes.py", "engines/loading.py"):  # from_config
+        assert found.pop(shapes) == 1 and "trust_remote_code=False" in (SOURCES / shapes).read_text(encoding="utf-8")
     assert found == aside

@@ -193,7 +193,7 @@ def test_a_full_disk_stops_the_run_with_nothing_lost(run: Run, whole: Path) -> N
     for name, at, nth in WRITERS:
         before = run.checkpoints()
         assert run.go(at=at, nth=nth, do="full") == 2, f"{name}: {run.said}"
-        assert f"{name} cannot be written: File too large" in run.said
+        assert f"{name} cannot be written: File too large" in run.said, run.said
         assert f"`zppo resume {run.folder}`" in run.said and "Traceback" not in run.said
         assert set(before) <= set(run.checkpoints()) or len(run.checkpoints()) == 2
         assert not list(run.folder.rglob("step-*.partial"))

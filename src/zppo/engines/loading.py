@@ -117,7 +117,7 @@ def empty_network(name: str | Path, revision: str | None = None) -> PreTrainedMo
         config = load_part(AutoConfig, name, revision=revision)
         kind: Any = AutoModelForImageTextToText if _sees_only_whole(name, revision) else AutoModelForCausalLM
         with torch.device("meta"):
-            model = kind.from_config(config)
+            model = kind.from_config(config, trust_remote_code=False)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:

@@ -71,7 +71,7 @@ class Checkpointer:
         with saving() if processes.main else nullcontext() as own:
             folder = processes.gather(own)[0] if together else own
             assert folder is not None
-            with writing(folder):
+            with writing(checkpoint.place(self._run, step, updates)):
                 if together:
                     self._weights.write(folder, self._student, self._optimizer)
                 else:
