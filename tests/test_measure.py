@@ -258,9 +258,9 @@ def test_both_are_asked_as_in_a_run_examples_too(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ask, "_ask_student", recorded(ask._ask_student, lambda given: given[0].renderer))
     monkeypatch.setattr(ask, "_ask_teacher", recorded(ask._ask_teacher, lambda given: given[2]))
     out = f"--out={tmp_path / 'm'}"
-    measure("--n=2", "--sample=2", "--teacher", "--data.examples=2", out)
+    measure("--n=2", "--sample=2", "--teacher", "--data.examples=2", "--data.max_prompt_tokens=64", out)
     assert shown == [5] * 4  # two questions with their answers, and the one that is asked: of the student and of the teacher
-    measure("--n=2", "--sample=2", "--teacher", out)
+    measure("--n=2", "--sample=2", "--teacher", "--data.max_prompt_tokens=64", out)
     assert shown[4:] == [1] * 4  # other prompts: nothing of before is taken for an answer to these
 
 
