@@ -172,7 +172,7 @@ class Late(NamedTuple):
             return self.output.logits(self.flat[self.places[part]])
 
 
-class Score(Protocol):
+class ChunkScore(Protocol):
     """A number for every token from its logits, a chunk at a time."""
 
     diverges: bool
@@ -261,7 +261,7 @@ def late_logits(model: Any, inputs: Mapping[str, Any], width: int, places: torch
     return _passed(model, inputs, width, lambda output, flat: Late(output, flat, places))
 
 
-def scored(model: Any, inputs: Mapping[str, Any], width: int, places: torch.Tensor, score: Score) -> torch.Tensor:
+def scored(model: Any, inputs: Mapping[str, Any], width: int, places: torch.Tensor, score: ChunkScore) -> torch.Tensor:
     """(N,) float32 scores of the tokens in `places`, with gradients where they are on; args as of `late_logits`."""
 
     def apply(output: Output, flat: torch.Tensor) -> torch.Tensor:
@@ -296,7 +296,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, score: Score, output: Output, grads: bool, places: torch.Tensor, flat: torch.Tensor, *weights: torch.Tensor
+        ctx: Any, score: ChunkScore, output: Output, grads: bool, places: torch.Tensor, flat: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
         wanted = grads and any(ctx.needs_input_grad)
         values = torch.empty(len(places), dtype=torch.float32, device=flat.device)

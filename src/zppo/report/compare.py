@@ -69,12 +69,17 @@ Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """By arm, by seed, by quantity; None is not known."""
 
 
+Questions = tuple[str, str, Mean, int, int]
+"""Minuend, subtrahend, mean difference over held-out questions, how many of them are better, and worse."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """What a comparison shows: its arms, what each of their runs came to, the outcome in one sentence, tables."""
+    """What a comparison shows: its arms, what their runs came to, arms paired over held-out questions, the outcome, tables."""
 
     arms: tuple[Arm, ...]
     results: Results
+    questions: tuple[Questions, ...]
     outcome: str
     tables: list[Table]
 
@@ -183,7 +188,7 @@ def comparison_json(comparison: RunComparison) -> str:
     questions = [
         {"minuend": one, "subtrahend": other, "difference": mean.value, "low": mean.low, "high": mean.high, "better": better,
          "worse": worse, "questions": mean.n}
-        for one, other, mean, better, worse in _over_questions(comparison.arms)
+        for one, other, mean, better, worse in comparison.questions
     ]  # fmt: skip
     whole = {"outcome": comparison.outcome, "arms": arms, "pairs": pairs, "questions": questions}
     return json_module.dumps(_without_nan(whole), ensure_ascii=False, indent=1) + "\n"
@@ -209,11 +214,12 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
         raise SettingsError(f"zppo compare needs at least two different run folders, and was given {named}")
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
+    questions = tuple(_over_questions(arms))
     tables = [
-        *(_summary(arms, results), _questions(arms), _paired(arms, results), _fates(arms), _runs(arms, results)),
+        *(_summary(arms, results), _questions(questions), _paired(arms, results), _fates(arms), _runs(arms, results)),
         *(*_evaluations(arms), _differences(arms)),
     ]
-    return RunComparison(tuple(arms), results, _outcome(arms, results), [table for table in tables if table.rows])
+    return RunComparison(tuple(arms), results, questions, _outcome(arms, results, questions), [table for table in tables if table.rows])
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
@@ -370,8 +376,8 @@ def _pairs(arms: Sequence[Arm], results: Results) -> Iterator[tuple[str, str, st
                 yield first.name, second.name, quantity, mean_interval(differences), sum(d > 0 for d in differences)
 
 
-def _over_questions(arms: Sequence[Arm]) -> Iterator[tuple[str, str, Mean, int, int]]:
-    """(minuend, subtrahend, mean difference over held-out questions, questions better, worse) of arms that were asked the same ones.
+def _over_questions(arms: Sequence[Arm]) -> Iterator[Questions]:
+    """Pairs of arms that were asked the same held-out questions.
 
     A question's accuracy is its mean over the runs of an arm: what another draw of questions would change, whatever the seeds do.
     """
@@ -388,10 +394,10 @@ def _over_questions(arms: Sequence[Arm]) -> Iterator[tuple[str, str, Mean, int, 
             yield first.name, second.name, mean_interval(differences), better, worse
 
 
-def _questions(arms: Sequence[Arm]) -> Table:
+def _questions(pairs: Sequence[Questions]) -> Table:
     """Whether the held-out questions are enough to tell arms apart."""
     rows = []
-    for first, second, mean, better, worse in _over_questions(arms):
+    for first, second, mean, better, worse in pairs:
         told = "first" if mean.low > 0 else "second" if mean.high < 0 else "not told apart"
         interval = f"{100 * mean.low:+.1f} to {100 * mean.high:+.1f}"
         counts = (f"{better:,}", f"{worse:,}", f"{mean.n:,}")
@@ -422,7 +428,7 @@ def _differences(arms: Sequence[Arm]) -> Table:
     return Table("recipes", RESULTS, "Settings that differ", ("setting", *(arm.name for arm in arms)), rows, caption)
 
 
-def _outcome(arms: Sequence[Arm], results: Results) -> str:
+def _outcome(arms: Sequence[Arm], results: Results, questions: Sequence[Questions]) -> str:
     quantity = _quantities(results)[0]
     parts = []
     for arm in arms:
@@ -433,7 +439,7 @@ def _outcome(arms: Sequence[Arm], results: Results) -> str:
     if not parts:
         return "No run has a result yet."
     text = f"{quantity[0].upper()}{quantity[1:]}: {', '.join(parts)}."
-    for first, second, mean, *_ in _over_questions(arms):
+    for first, second, mean, *_ in questions:
         if mean.low <= 0 <= mean.high:
             text += f" These {mean.n:,} questions do not tell {first} and {second} apart."
     return text
