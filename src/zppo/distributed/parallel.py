@@ -24,6 +24,7 @@ from torch import nn
 from zppo.config.settings import Settings
 from zppo.distributed.launcher import Launch, started_by_slurm
 from zppo.distributed.processes import ONE_PROCESS, Processes
+from zppo.engines.output_head import sum_in_place
 from zppo.errors import LauncherError, SettingsError
 from zppo.models.lora import Adapters
 from zppo.models.student_model import Student
@@ -193,9 +194,13 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def zero_gradients(model: torch.nn.Module) -> None:
-    """Gradients of all trainable parameters as zeros: AdamW passes over a parameter whose gradient is None, and 0 is a step."""
+    """Gradients of all trainable parameters as zeros: AdamW passes over a parameter whose gradient is None, and 0 is a step.
+
+    They are summed in place from now on (`zppo.engines.output_head`).
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
+            sum_in_place(parameter)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             else:

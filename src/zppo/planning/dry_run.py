@@ -94,6 +94,8 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     if memory.rows:
         each = f"{memory.rows:,} rollouts at once, {gib(memory.row)} each at the limits"
         rows.append(("sampling", f"{gib(memory.row * memory.rows)} ({each})"))
+    if memory.packed:
+        rows.append(("sampling: weights, packed", gib(memory.packed)))
     rows.append(("update: activations", f"{gib(memory.activations)} (micro-batches of {memory.tokens:,} tokens)"))
     if memory.images:
         rows.append(("preprocessed images of a step", f"{gib(memory.images)} at most (data.images.cache_gib)"))
@@ -125,7 +127,7 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: 
 
 def _fewer_rows(memory: Memory, machine: Machine) -> str:
     """How many rollouts fit at once."""
-    fit = (machine.usable - memory.standing - memory.cast) // memory.widest if memory.widest else 0
+    fit = (machine.usable - memory.standing - memory.multiplied) // memory.widest if memory.widest else 0
     if fit < 1:
         return "sampling: not even one rollout fits beside what stands; lower rollout.max_new_tokens or data.max_prompt_tokens"
     says = "it halves them by itself until they fit" if machine.gpu else "set it: a machine that runs out of RAM ends the run"

@@ -122,6 +122,7 @@ class Memory:
         others: weights of frozen models in this process.
         vllm: vLLM's share of the GPU where it samples in this process.
         cast: the bf16 copy of fp32 weights under autocast.
+        packed: the copy that sampling on a CPU multiplies with, in its place; 0 elsewhere.
         row, rows: what one rollout that is being sampled holds at its longest, and how many are sampled at once.
         activations: what the largest micro-batch keeps for its backward pass.
         layer: what the backward pass computes again of one layer, with gradient checkpointing; 0 without.
@@ -152,6 +153,7 @@ class Memory:
     tokens: int
     longest: int
     stepping: int
+    packed: int = 0
     widest: int = 0
     tower: int = 0
     images: int = 0
@@ -166,9 +168,14 @@ class Memory:
         return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm * (not self.sleeps) + self.images
 
     @property
+    def multiplied(self) -> int:
+        """The copy of the weights that sampling multiplies with; 0 where it takes the weights themselves."""
+        return self.packed or self.cast
+
+    @property
     def sampling(self) -> int:
         """What sampling holds on top."""
-        return self.cast + self.row * self.rows + self.vllm * self.sleeps
+        return self.multiplied + self.row * self.rows + self.vllm * self.sleeps
 
     @property
     def update(self) -> int:
@@ -210,8 +217,9 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
-    packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps()) if settings.student.quantize else 0
-    frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
+    linear = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
+    quantized = linear if settings.student.quantize else 0
+    frozen_bytes -= int(quantized * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
     largest = _largest(settings, shape, gpu=gpu, images=images)
     tokens = largest.rows * largest.longest
@@ -230,6 +238,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         cast=parameters * 2 if bf16 and not train.lora else 0,
         row=row if own else 0,
         rows=rows if own else 0,
+        packed=(linear + shape.vocab * shape.hidden) * width if own and not gpu and not settings.student.quantize else 0,
         widest=widest if own else 0,
         activations=int(tokens * kept),
         layer=int(tokens * again),
@@ -246,8 +255,8 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     if train.sharding == "none" or shards == 1:
         return whole
     seeing = vision_shape.tower + vision_shape.projector if vision_shape else 0
-    stays = _kept(settings, trained if train.lora else seeing - still, seeing, packed, gpu=gpu, width=width)
-    return _shared_out(whole, stays, settings, shape, parameters - seeing - packed, shards, gpu=gpu, width=width)
+    stays = _kept(settings, trained if train.lora else seeing - still, seeing, quantized, gpu=gpu, width=width)
+    return _shared_out(whole, stays, settings, shape, parameters - seeing - quantized, shards, gpu=gpu, width=width)
 
 
 def enough(settings: Settings, machine: Machine | None, most: float, **facts: int) -> tuple[int, dict[int, int]]:
@@ -298,10 +307,12 @@ def _shared_out(
     own = {name: (getattr(whole, name) - each) // shards for name, each in kept._asdict().items()}
     parts: dict[str, Any] = {name: each if offload else each + own[name] for name, each in kept._asdict().items()}
     trained = width + 4 if settings.train.lora is None else 0
+    gathered = parameters * width if settings.rollout.engine == "transformers" else 0
     return replace(
         whole,
         **parts,
-        cast=parameters * width if settings.rollout.engine == "transformers" else 0,
+        cast=gathered,
+        packed=whole.packed and whole.packed + gathered,
         passing=(outside + 2 * layer) * width + (outside + layer) * trained,
         host=own["weights"] + own["gradients"] + own["optimizer"] if offload else 0,
     )
