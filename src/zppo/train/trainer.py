@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import accuracy_by_kind, composition, eligibility, reward_means, rollout_metrics, wrong_example
+from zppo.core.metrics import (
+    accuracy_by_kind,
+    composition,
+    eligibility,
+    groups_with_gradient,
+    reward_means,
+    rollout_metrics,
+    wrong_example,
+)
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
@@ -307,6 +315,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "replayed_questions": len(rollouts.replayed),
         "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
         **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
+        **({} if "distilled_completions" in log.counts else _gradient(updated)),
         **_reward_metrics(groups, log),
         **_by_gold(_counts(log)),
         "rollouts": sum(len(g.rollouts) for g in groups),
@@ -316,6 +325,11 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }
+
+
+def _gradient(updated: UpdateResult) -> dict[str, int]:
+    """How many groups a step by advantages learnt from, of how many."""
+    return {"groups": len(updated.groups), "groups_with_gradient": groups_with_gradient(updated.groups, updated.advantages)}
 
 
 def _reward_metrics(groups: Sequence[Group], log: StepLog) -> dict[str, dict[str, float]]:
