@@ -236,6 +236,8 @@ def _compression(steps: Sequence[Mapping[str, Any]]) -> Table:
             ("completions sent to be compressed", f"{asked:,.0f}", ""),
             ("summaries refused: the answer did not survive, or the form is wrong", f"{total('compression_failed'):,.0f}",
              percent(total("compression_failed") / asked)),
+            *([("of these, the instructions repeated", f"{echoed:,.0f}", percent(echoed / asked))]
+              if (echoed := total("compression_echoed")) else []),
             ("requests that got no reply", f"{total('compression_unreachable'):,.0f}", percent(total("compression_unreachable") / asked)),
             ("NCQ candidates shown uncompressed", f"{total('ncq_raw_candidates'):,.0f}", ""),
         ]  # fmt: skip

@@ -35,9 +35,9 @@ from zppo.train.mid_step import MidStep, StepRollouts
 MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",
     "compression_unreachable": "compressions without a reply",
-    "compression_failed": "compressions refused (the answer or the form did not survive)",
+    "compression_failed": "compressions refused (the answer or the form did not survive, or they repeat the instructions)",
     "hint_unreachable": "hints without a reply",
-    "hint_failed": "hints refused (they gave the answer away, or had no form)",
+    "hint_failed": "hints refused (they gave the answer away, had no form, or repeat the instructions)",
     "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
     "judge_unreachable": "judge calls without a reply (ungraded)",
     "judge_malformed": "judge replies that were no verdict (wrong)",
