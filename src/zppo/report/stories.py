@@ -165,8 +165,7 @@ def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLin
         for group in scan.groups:
             line = lines.get(group.question_id)
             if line is None:
-                text = " ".join(group.question[: 4 * EXCERPT].split())[:EXCERPT]
-                line = lines[group.question_id] = QuestionLine(group.question_id, text, group.level, group.gold)
+                line = lines[group.question_id] = QuestionLine(group.question_id, _excerpt(group.question), group.level, group.gold)
             line.visits.append(_visit(group))
             line.classes |= group.classes
     bins = bin_count(run.group_size, run.threshold)
@@ -178,6 +177,12 @@ def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLin
     return lines
 
 
+def _excerpt(question: str) -> str:
+    """The beginning of a question's text, with a mark where it goes on."""
+    text = " ".join(question[: 4 * EXCERPT].split())
+    return text if len(text) <= EXCERPT and len(question) <= 4 * EXCERPT else f"{text[: EXCERPT - 1]}…"
+
+
 def _visit(group: GroupLine) -> Visit:
     return Visit(group.step, group.kind, group.correct, group.graded, group.size, group.reward, group.tokens)
 
@@ -187,8 +192,7 @@ def held_out_lines(scans: Iterable[StepScan]) -> dict[str, QuestionLine]:
     lines: dict[str, QuestionLine] = {}
     for scan in scans:
         for group in scan.groups:
-            text = " ".join(group.question[: 4 * EXCERPT].split())[:EXCERPT]
-            line = QuestionLine(group.question_id, text, group.level, group.gold, fate=HELD_OUT_KIND, held_out=True)
+            line = QuestionLine(group.question_id, _excerpt(group.question), group.level, group.gold, fate=HELD_OUT_KIND, held_out=True)
             line = lines.setdefault(line.key, line)
             line.visits.append(_visit(group))
             outcome = "right" if group.correct else "wrong" if group.answers else "none"
@@ -432,6 +436,15 @@ def inspect_command(
     for told in (story, held_out):
         if told["groups"]:
             print_story(told, console, step=step, kind=kind, full=full)
+    if not full and any(_shortened(told, step, kind) for told in (story, held_out)):
+        console.print(Text(f"Texts of more than {SHOWN:,} characters lost their middle; --full shows them whole.", style="yellow"))
+
+
+def _shortened(story: Story, step: int | None, kind: str | None) -> bool:
+    """Whether `print_story` leaves something out."""
+    groups = [g for g in story["groups"] if step in (None, g["step"]) and kind in (None, g["kind"])]
+    texts = [*(story["prompts"][g["prompt"]] for g in groups), *(r["completion"] for g in groups for r in g["rollouts"])]
+    return any(len(text) > SHOWN for text in texts)
 
 
 def print_story(story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False) -> None:
