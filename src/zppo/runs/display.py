@@ -258,9 +258,7 @@ class Progress:
         table.add_row(*(Text(name, style="dim") for name, _ in facts))
         table.add_row(*(Text(value, style="bold") for _, value in facts))
         head = Table.grid(padding=(0, 2))
-        head.add_row(
-            Text(f"step {step}/{self.steps}"), ProgressBar(total=max(1, self.steps), completed=step, width=40), Text(left)
-        )
+        head.add_row(Text(f"step {step}/{self.steps}"), ProgressBar(total=max(1, self.steps), completed=step, width=40), Text(left))
         return Group(head, table)
 
 

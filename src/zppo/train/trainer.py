@@ -7,15 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import (
-    accuracy_by_kind,
-    composition,
-    eligibility,
-    groups_with_gradient,
-    reward_means,
-    rollout_metrics,
-    wrong_example,
-)
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, groups_with_gradient, reward_means, rollout_metrics, wrong_example
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
