@@ -327,9 +327,8 @@ def test_the_data_s_own_prompts_are_counted_and_the_machine_is_named(
     rows = [f"What is {i} plus {i}?,{2 * i}" for i in range(10)]
     (tmp_path / "mine.csv").write_text("prompt,answer\n" + "\n".join(rows) + "\n", encoding="utf-8")
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(
-        f"method: grpo\nstudent: {{model: {tiny_qwen3_dir}}}\ndata: {{train: mine.csv}}\ntrain: {{steps: 1}}\n", encoding="utf-8"
-    )
+    own = {"method": "grpo", "student": {"model": str(tiny_qwen3_dir)}, "data": {"train": "mine.csv"}, "train": {"steps": 1}}
+    recipe.write_text(yaml.safe_dump(own | {"rollout": {"max_new_tokens": 64}}), encoding="utf-8")
 
     def said(*arguments: str) -> str:
         assert main([*arguments]) == 0
@@ -339,8 +338,8 @@ def test_the_data_s_own_prompts_are_counted_and_the_machine_is_named(
     lengths = prompt_tokens(settings, load_questions_of(settings).mixture.questions)
     for gpu, why in ((False, "exact in fp32: train.precision is auto, and this is counted for a CPU"), (True, "counted for a GPU")):
         monkeypatch.setattr("zppo.report.cost.find_machine", lambda device, gpu=gpu: Machine("it", gpu, 1 << 40))
-        own = said("cost", str(recipe))
-        assert f"plain prompts of {lengths.mean:,.0f} tokens (the data's have {lengths.mean:,.0f} on average" in own and why in own
+        out = said("cost", str(recipe))
+        assert f"plain prompts of {lengths.mean:,.0f} tokens (the data's have {lengths.mean:,.0f} on average" in out and why in out
     assert "plain prompts of 9 tokens, " in said("cost", str(recipe), "--mean-prompt", "9")
     assert "4,096 (the limit)" in said("cost", str(recipe), "--questions", "10")  # the data is not read
     assert f"the data's have {lengths.mean:,.0f} on average and {lengths.longest} at most" in said("train", str(recipe), "--dry-run")
