@@ -170,7 +170,7 @@ def _ask_teacher(
     verdicts = iter(score([each for texts in given for each in texts], log))
     prompts = ["\n\n".join(f"{message.role}: {message.content}" for message in request.messages) for request in requests]
     return [
-        of_verdicts([each.text for each in texts], [next(verdicts) for _ in texts], reply.completion_tokens, prompt)
+        of_verdicts([each.completion for each in texts], [next(verdicts) for _ in texts], reply.completion_tokens, prompt)
         for texts, reply, prompt in zip(given, replies, prompts, strict=True)
     ]
 
