@@ -271,7 +271,8 @@ class PromptLengths(NamedTuple):
     def told(self, most: int) -> str:
         """In words, where no more than `most` are let in."""
         how = "by the student's tokenizer" if self.counted else "by a token a byte: its tokenizer is not on this machine"
-        return f"the data's have {min(self.mean, most):,.0f} on average and {min(self.longest, most):,} at most, {how}"
+        over = f"; longer ones than data.max_prompt_tokens = {most:,} are dropped" if self.counted and self.longest > most else ""
+        return f"the data's have {self.mean:,.0f} on average and {self.longest:,} at most, {how}{over}"
 
 
 def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequence[Message] = ()) -> PromptLengths:
