@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import accuracy_by_kind, composition, eligibility, reward_means, rollout_metrics, wrong_example
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, groups_with_gradient, reward_means, rollout_metrics, wrong_example
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
@@ -27,9 +27,9 @@ from zppo.train.mid_step import MidStep, StepRollouts
 MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",
     "compression_unreachable": "compressions without a reply",
-    "compression_failed": "compressions refused (the answer or the form did not survive)",
+    "compression_failed": "compressions refused (the answer or the form did not survive, or they repeat the instructions)",
     "hint_unreachable": "hints without a reply",
-    "hint_failed": "hints refused (they gave the answer away, or had no form)",
+    "hint_failed": "hints refused (they gave the answer away, had no form, or repeat the instructions)",
     "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
     "judge_unreachable": "judge calls without a reply (ungraded)",
     "judge_malformed": "judge replies that were no verdict (wrong)",
@@ -307,6 +307,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "replayed_questions": len(rollouts.replayed),
         "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
         **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
+        **({} if "distilled_completions" in log.counts else _gradient(updated)),
         **_reward_metrics(groups, log),
         **_by_gold(_counts(log)),
         "rollouts": sum(len(g.rollouts) for g in groups),
@@ -316,6 +317,11 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }
+
+
+def _gradient(updated: UpdateResult) -> dict[str, int]:
+    """How many groups a step by advantages learnt from, of how many."""
+    return {"groups": len(updated.groups), "groups_with_gradient": groups_with_gradient(updated.groups, updated.advantages)}
 
 
 def _reward_metrics(groups: Sequence[Group], log: StepLog) -> dict[str, dict[str, float]]:
