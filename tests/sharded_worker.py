@@ -119,7 +119,7 @@ def check_resumed(case: Case, settings: Settings, chat: Chat, learner: PolicyGra
     processes, nothing, advantages = learner.processes, None, step_advantages(groups, "nontrivial")
     expected = update(learner, groups, advantages, len(groups))
     for weights in (make_shards(case, processes), ReplicatedWeights()):
-        student = weights.load(lambda: load_student(settings, start, bf16=False, images=chat.image_processor is not None))
+        student = weights.load(partial(load_student, settings, start, bf16=False, images=chat.image_processor is not None))
         other, _ = make_learner(settings, student.model, chat, start, Accelerator(cpu=True), [], nothing, weights)  # type: ignore[arg-type]
         assert isinstance(other, PolicyGradient)
         other.check, other.sampler_is_exact, other.budget.tokens = None, learner.sampler_is_exact, learner.budget.tokens

@@ -26,7 +26,7 @@ from zppo.distributed.launcher import Launch, started_by_slurm
 from zppo.distributed.processes import ONE_PROCESS, Processes
 from zppo.errors import LauncherError, SettingsError
 from zppo.models.lora import Adapters
-from zppo.models.student_model import Student
+from zppo.models.student_model import Student, UnreadStudent
 from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
 from zppo.runs.signals import Stop
@@ -68,12 +68,15 @@ class ReplicatedWeights:
     def __init__(self, processes: Processes = ONE_PROCESS) -> None:
         self.processes = processes
 
-    def load(self, make: Callable[[], Student]) -> Student:
-        """The student, from where `make` reads it. Every process must call it."""
-        return make()
+    def load(
+        self, make: Callable[[], Student], unread: Callable[[], UnreadStudent | str] | None = None, say: Callable[[str], None] | None = None
+    ) -> Student:
+        """The student, from where `make` reads it. Every process must call it.
 
-    def decide(self, make: Callable[[], Value]) -> Value:
-        """What `make` finds out with the weights of `load`, before `prepare`. Every process must call it."""
+        Args:
+            unread: gives it without its weights, or says why not: see `ShardedWeights.load`.
+            say: called with a message about how it is read.
+        """
         return make()
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
