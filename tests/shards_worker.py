@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pickle
 import resource
+import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -22,8 +25,10 @@ from transformers import PreTrainedModel
 
 from distributed_worker import load, sample
 from test_update import make_settings, update
+from zppo.config.settings import Settings
 from zppo.core.advantages import step_advantages
 from zppo.core.types import Group, Prompt, Question
+from zppo.distributed.checkpoint_parts import WeightFiles
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
 from zppo.distributed.sharded import ShardedWeights
@@ -31,7 +36,7 @@ from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.models.optimizer import make_optimizer
-from zppo.models.student_model import Student
+from zppo.models.student_model import Student, load_student, unread_student
 from zppo.train.engine_checks import EngineCheck
 from zppo.train.learner import OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
@@ -104,26 +109,92 @@ def train(learner: PolicyGradient, recorded: Sequence[list[Group]]) -> list[dict
     return [update(learner, groups, step_advantages(groups, "nontrivial"), step) for step, groups in enumerate(recorded)]
 
 
+class Reads:
+    """What this process reads of safetensors.
+
+    Attributes:
+        total: bytes.
+        most: of one tensor.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.most = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[Reads]:
+        whole, reads = safetensors.safe_open, self
+
+        class Slice:
+            def __init__(self, inner: Any) -> None:
+                self.inner = inner
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.inner, name)
+
+            def __getitem__(self, places: Any) -> torch.Tensor:
+                found: torch.Tensor = self.inner[places]
+                reads.total, reads.most = reads.total + found.nbytes, max(reads.most, found.nbytes)
+                return found
+
+        class File:
+            def __init__(self, *args: Any, **options: Any) -> None:
+                self.inner = whole(*args, **options)
+
+            def __enter__(self) -> File:
+                self.inner.__enter__()
+                return self
+
+            def __exit__(self, *error: Any) -> None:
+                self.inner.__exit__(*error)
+
+            def __getattr__(self, name: str) -> Any:
+                assert name in ("keys", "metadata"), f"{name} reads whole tensors"
+                return getattr(self.inner, name)
+
+            def get_slice(self, name: str) -> Slice:
+                return Slice(self.inner.get_slice(name))
+
+        safetensors.safe_open = File  # type: ignore[misc, assignment]
+        try:
+            yield self
+        finally:
+            safetensors.safe_open = whole  # type: ignore[misc]
+
+
 class Shard:
-    """Reads a student, shards it, trains it, and writes what it has."""
+    """Reads a student, shards it, trains it, and writes what it has.
 
-    def __init__(self, processes: Processes, path: Path, *, precision: str = "no", start: Path | None = None, **how: Any) -> None:
-        self.weights, self.reads = ShardedWeights(processes, bf16=precision == "bf16", **how), 0
+    Args:
+        parts: each process reads its own part, as a run does; otherwise the first one reads all of it.
+    """
 
-        def read() -> Student:
-            self.reads += 1
-            return Student(load(str(start / "model" if start else path)), None)
+    def __init__(
+        self, processes: Processes, path: Path, *, precision: str = "no", start: Path | None = None, parts: bool = True, **how: Any
+    ) -> None:
+        self.weights, self.made = ShardedWeights(processes, bf16=precision == "bf16", **how), 0
+        self.told: list[str] = []
+        settings = Settings(method="grpo", student={"model": str(path)}, data={"train": "-"})
 
-        self.student = self.weights.load(read)
+        def make() -> Student:
+            self.made += 1
+            return load_student(settings, start, bf16=False)
+
+        self.student = self.weights.load(make, partial(unread_student, settings, start) if parts else None, self.told.append)
         self.model = self.student.model
-        assert self.reads == processes.main, "others than the first process have read the student"
-        assert processes.main or all(p.is_meta for p in self.model.parameters())
+        assert processes.main or (not self.made and all(p.is_meta for p in self.model.parameters())), (
+            "more than the first process has read it"
+        )
         self.whole = sum(p.numel() for p in self.model.parameters())
         self.learner = make_learner(self.model, self.weights, precision)
         if start is not None:
             self.weights.load_optimizer(start, self.learner.optimizer.optimizer, self.model)
         own = sum(p.to_local().numel() for p in self.model.parameters())  # type: ignore[attr-defined]
         assert own * self.weights.within < self.whole * 1.1
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """This process's part of the weights, and all that is no weight."""
+        own = {name: p.to_local() for name, p in self.model.named_parameters(remove_duplicate=False)}  # type: ignore[operator]
+        return {**own, **dict(self.model.named_buffers())}
 
     def write(self, folder: Path) -> None:
         if self.weights.processes.main:
@@ -255,8 +326,48 @@ def trained_in_bf16(count: Gathered, processes: Processes, path: Path, recorded:
     shard.write(out / "bf16")
 
 
+def read_in_parts(processes: Processes, path: Path, start: Path | None) -> None:
+    """Each process reads a fourth, and has bit for bit what the first one's reading gives it; nobody ever has a whole matrix."""
+    with Reads().counted() as reads:
+        ours = Shard(processes, path, start=start)
+    assert not ours.made and not ours.told
+    theirs = Shard(processes, path, start=start, parts=False)
+    assert theirs.made == processes.main
+    found, wanted = ours.held(), theirs.held()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
+    tied = [shard.model.get_input_embeddings().weight is shard.model.get_output_embeddings().weight for shard in (ours, theirs)]
+    assert tied == [ours.model.config.tie_word_embeddings] * 2
+    size, kinds = (4, 3) if start else (2, 1)  # a checkpoint is in fp32, with two moments; the student as published in bf16
+    total = ours.whole * size * kinds
+    assert sum(processes.gather(reads.total)) == total, (reads.total, total)  # nothing is read twice
+    assert reads.total < total * 0.27 and reads.most <= -(-ours.largest(size) // 4) + 64 * size, (reads.total, reads.most)
+
+
+def read_whole(processes: Processes, path: Path, out: Path) -> None:
+    """What cannot be read in parts the first process reads, and says so."""
+    odd = out / "odd"
+    if processes.main:
+        shutil.copytree(path, odd)
+        shutil.copy(odd / "model.safetensors", odd / "model-copy.safetensors")
+    processes.wait()
+    here = WeightFiles.seen
+    for folder, seen, why in (
+        (odd, here, "hold model.embed_tokens.weight twice"),
+        (path, lambda files: None if processes.rank == 2 else here(files), "not all processes see the same files of it"),
+        (path, lambda files: f"{processes.rank} {here(files)}", "not all processes see the same files of it"),
+    ):
+        WeightFiles.seen = seen  # type: ignore[method-assign]
+        try:
+            shard = Shard(processes, folder)
+        finally:
+            WeightFiles.seen = here  # type: ignore[method-assign]
+        assert shard.made == len(shard.told) == processes.main, shard.told
+        assert not shard.told or ("first process" in shard.told[0] and why in shard.told[0]), shard.told
+        assert not any(p.is_meta for p in shard.model.parameters())
+
+
 def main(arguments: list[str]) -> int:
-    """Arguments: the model, the recorded groups, the folder to write to."""
+    """Arguments: the model, the recorded groups, the folder to write to, in which two models in bf16 are."""
     path, out = Path(arguments[0]), Path(arguments[2])
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
     processes, count = Processes(dist.get_rank(), dist.get_world_size()), Gathered()
@@ -266,6 +377,9 @@ def main(arguments: list[str]) -> int:
         trained_within_two(count, processes, path, recorded, out)
         trained_with_offload(processes, path, recorded, out)
         trained_in_bf16(count, processes, path, recorded, out)
+        for student, start in (("tied", None), ("untied", None), ("tied", out / "two")):
+            read_in_parts(processes, out / student, start)
+        read_whole(processes, out / "untied", out)
     except BaseException:
         traceback.print_exc()  # who started this reads what it prints, and no exception
         return 1

@@ -3,7 +3,7 @@
 Safetensors alone: DCP's usual format has a pickle in it, and a checkpoint may come from anybody.
 
 `model/` has whole tensors, each in the file of one process, with an index: `transformers` loads it as any other model. `optimizer/` has the
-shards of both moments, with their places, and `steps.json`; any number of processes puts them together again. Weights are read from `model/`
+shards of both moments, with their places, and `steps.json`; any number of processes puts them together again. Weights are read from there
 as from any model's safetensors.
 """
 
@@ -80,7 +80,8 @@ def files_of(model: PreTrainedModel, folder: Path) -> WeightFiles | str:
     try:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                for name in file.keys():
+                names = file.keys()
+                for name in names:
                     if name in sizes:
                         return f"its files hold {name} twice"
                     sizes[name] = file.get_slice(name).get_shape()

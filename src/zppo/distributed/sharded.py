@@ -1,7 +1,8 @@
 """The trained weights sharded over the processes with FSDP2 [zppo]. Loaded where a run asks for it: torch takes seconds to import that.
 
-No process holds all of the student in one place: each reads its own part of the weights' files. Where their form does not allow that, the first
-process reads all of them, and passes one layer after the other on. In bf16 layers are gathered in bf16 and gradients summed in fp32; weights and optimizer state are fp32 shards.
+No process holds all of the student in one place: each reads its own part of the files. Where their form does not allow that, the first
+process reads all of it, and passes one layer after the other on. In bf16 layers are gathered in bf16 and gradients summed in fp32; weights
+and optimizer state are fp32 shards.
 """
 
 from __future__ import annotations
@@ -85,23 +86,24 @@ class ShardedWeights(ReplicatedWeights):
         Where that cannot be, which is said, the first process reads all of them with `make`, and they follow layer by layer in `prepare`.
         One in 4 bits, a fraction of the size and no plain numbers, is read by every process.
         """
-        own, files, why = None, None, ""
+        own, files, why = None, None, "not all processes see the same files of it"
         if unread is not None and self.processes.main:
             found = unread()
-            files = found if isinstance(found, str) else files_of(found.student.model, found.folder)
-            if isinstance(files, str) or isinstance(found, str):
-                files, why = None, str(files)
+            if isinstance(found, str):
+                why = found
+            elif isinstance(named := files_of(found.student.model, found.folder), str):
+                why = named
             else:
-                own = found.student
+                own, files = found.student, named
         self._files = self._agreed(files)
         if self._files is None and self.processes.main:
-            if say is not None and unread is not None:
-                say(f"the first process reads the whole student, and passes it on: {why or 'not all processes see the same files of it'}")
             own = make()
         bare = None
         if own is not None and all(p.is_floating_point() for p in own.model.parameters()):
             empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in own.model.parameters()}
             bare = copy.deepcopy(own, empty)
+        if self._files is None and unread is not None and say is not None and self.processes.main:
+            say(f"{'every process' if bare is None else 'the first process, which passes it on,'} reads the whole student: {why}")
         sent = self.processes.gather(bare)[0]
         self._loaded = sent is not None
         return own or sent or make()

@@ -150,7 +150,7 @@ def make_learner(
     budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
     prepared = weights.prepare(model, accelerator)
     with weights.scoring():
-        sharing = _make_sharing(settings, prepared, accelerator)
+        sharing = _make_sharing(settings, model, accelerator)
     made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
     optimizer = accelerator.prepare_optimizer(made)
     if start:
