@@ -177,9 +177,7 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
     if case.full == "backward":
         metrics.append(distilled(settings, chat, learner, [g for g in recorded[0] if not g.prompt.images]))
     weights.write(out, student, optimizer.optimizer)
-    merged = weights.merged(student)
-    if weights.processes.main:
-        merged.save_pretrained(out / "whole")
+    weights.write_final(out / "whole", student)
     weights.processes.wait()
     if weights.sharded and not case.quantize:
         budget = learner.budget.tokens

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,13 @@ def _load(folder: Path, state: dict[str, torch.Tensor]) -> None:
         _told(lambda: load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True))
 
 
-def write_weights(folder: Path, model: PreTrainedModel, processes: Processes) -> None:
+def write_weights(
+    folder: Path, model: PreTrainedModel, processes: Processes, values: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> None:
     """A model's weights, gathered one by one; each process keeps and writes about the same share of them. Every process must call it.
+
+    Args:
+        values: whole tensors by name in the place of the model's own, as they are gathered; the same in all processes.
 
     Raises:
         Exception: what the disk refused, in all processes.
@@ -132,8 +137,7 @@ def write_weights(folder: Path, model: PreTrainedModel, processes: Processes) ->
     if processes.main:
         model.save_pretrained(folder, state_dict={})  # the configurations
     sizes, own = [0] * processes.size, dict[str, torch.Tensor]()
-    for name, value in untied(model).items():
-        whole = gathered(value)
+    for name, whole in values or ((name, gathered(value)) for name, value in untied(model).items()):
         keeper = sizes.index(min(sizes))
         sizes[keeper] += whole.nbytes
         if keeper == processes.rank:

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,11 +31,10 @@ from zppo.distributed.retries import Retries
 from zppo.engines.output_head import head_form
 from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.errors import LauncherError
-from zppo.models.lora import Adapters
 from zppo.models.quantized import unpacked
 from zppo.models.student_model import Student, UnreadStudent
 from zppo.models.vision_parts import parts_of
-from zppo.runs.checkpoint import HoldsState, Savable, TakesState, weights_folder, write_whole_state
+from zppo.runs.checkpoint import HoldsState, TakesState, weights_folder, write_whole_state
 
 
 class ShardedWeights(ReplicatedWeights):
@@ -261,23 +260,16 @@ class ShardedWeights(ReplicatedWeights):
         whole = nn.ParameterList(p for p in student.model.parameters() if not isinstance(p, DTensor))
         self.processes.check_same("the weights that every process holds whole", checksum(whole))
 
-    def saved(self, student: Student) -> Savable:
+    def write_final(self, folder: Path, student: Student) -> None:
+        """Each process writes its part; see `zppo.distributed.checkpoint_parts`."""
         self._check_whole(student)
-        if student.adapters is not None:
-            return student.adapters
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(student.model, options=options)  # empty in all processes but the first
-        return GatheredModel(student.model, {name: state[name] for name in untied(student.model) if name in state})
-
-    def merged(self, student: Student) -> Savable:
-        saved = self.saved(student)
         if student.adapters is None:
-            return saved
-        state = dict[str, torch.Tensor]()
-        for name, value in merged_weights(student.model, unpack=unpacked):
-            if self.processes.main:
-                state[name] = value.float().cpu()
-        return GatheredMerge(student.adapters, state)
+            write_weights(folder, student.model, self.processes)
+            return
+        merged = student.adapters.merged({})  # its shape
+        values = ((name, value.float()) for name, value in merged_weights(student.model, unpack=unpacked))
+        buffers = ((name, value) for name, value in untied(merged).items() if not isinstance(value, nn.Parameter))
+        write_weights(folder, merged, self.processes, chain(values, buffers))
 
     def state_of(self, optimizer: Any) -> TakesState:
         return _ShardedState(optimizer)
@@ -291,26 +283,6 @@ class ShardedWeights(ReplicatedWeights):
             return
         write_weights(weights_folder(folder), student.model, self.processes)
         write_moments(folder, cast(torch.optim.Optimizer, optimizer), student.model, self.processes)
-
-
-class GatheredModel:
-    """Saves a sharded model from its gathered weights."""
-
-    def __init__(self, model: Any, state: dict[str, Any]) -> None:
-        self._model, self._state = model, state
-
-    def save_pretrained(self, folder: Path, /) -> None:
-        self._model.save_pretrained(folder, state_dict=self._state)
-
-
-class GatheredMerge:
-    """Saves a sharded model with adapters from its merged weights."""
-
-    def __init__(self, adapters: Adapters, state: dict[str, torch.Tensor]) -> None:
-        self._adapters, self._state = adapters, state
-
-    def save_pretrained(self, folder: Path, /) -> None:
-        self._adapters.merged(self._state).save_pretrained(folder)
 
 
 class _ShardedState:
