@@ -161,6 +161,19 @@ class Reads:
             safetensors.safe_open = whole  # type: ignore[misc]
 
 
+def loaded(weights: ShardedWeights, path: Path, start: Path | None = None, *, parts: bool = True) -> tuple[Student, int, list[str]]:
+    """As a run loads it; how many times this process has read all of it, and what is said."""
+    settings, told, made = Settings(method="grpo", student={"model": str(path)}, data={"train": "-"}), list[str](), 0
+
+    def make() -> Student:
+        nonlocal made
+        made += 1
+        return load_student(settings, start, bf16=False)
+
+    student = weights.load(make, partial(unread_student, settings, start) if parts else None, told.append)
+    return student, made, told
+
+
 class Shard:
     """Reads a student, shards it, trains it, and writes what it has.
 
@@ -171,15 +184,8 @@ class Shard:
     def __init__(
         self, processes: Processes, path: Path, *, precision: str = "no", start: Path | None = None, parts: bool = True, **how: Any
     ) -> None:
-        self.weights, self.made = ShardedWeights(processes, bf16=precision == "bf16", **how), 0
-        self.told: list[str] = []
-        settings = Settings(method="grpo", student={"model": str(path)}, data={"train": "-"})
-
-        def make() -> Student:
-            self.made += 1
-            return load_student(settings, start, bf16=False)
-
-        self.student = self.weights.load(make, partial(unread_student, settings, start) if parts else None, self.told.append)
+        self.weights = ShardedWeights(processes, bf16=precision == "bf16", **how)
+        self.student, self.made, self.told = loaded(self.weights, path, start, parts=parts)
         self.model = self.student.model
         assert processes.main or (not self.made and all(p.is_meta for p in self.model.parameters())), (
             "more than the first process has read it"
@@ -355,18 +361,17 @@ def read_whole(processes: Processes, path: Path, out: Path) -> None:
     processes.wait()
     here = WeightFiles.seen
     for folder, seen, why in (
-        (odd, here, "hold model.embed_tokens.weight twice"),
+        (odd, here, "hold lm_head.weight twice"),
         (path, lambda files: None if processes.rank == 2 else here(files), "not all processes see the same files of it"),
         (path, lambda files: f"{processes.rank} {here(files)}", "not all processes see the same files of it"),
     ):
         WeightFiles.seen = seen  # type: ignore[method-assign]
         try:
-            shard = Shard(processes, folder)
+            _, made, told = loaded(ShardedWeights(processes), folder)
         finally:
             WeightFiles.seen = here  # type: ignore[method-assign]
-        assert shard.made == len(shard.told) == processes.main, shard.told
-        assert not shard.told or ("first process" in shard.told[0] and why in shard.told[0]), shard.told
-        assert not any(p.is_meta for p in shard.model.parameters())
+        assert made == len(told) == processes.main, told
+        assert not told or ("first process" in told[0] and why in told[0]), told
 
 
 def main(arguments: list[str]) -> int:
