@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import resource
 import shutil
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from test_update import make_settings, update
 from zppo.config.settings import Settings
 from zppo.core.advantages import step_advantages
 from zppo.core.types import Group, Prompt, Question
+from zppo.distributed import sharded
 from zppo.distributed.checkpoint_parts import WeightFiles
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
@@ -372,6 +374,44 @@ def read_whole(processes: Processes, path: Path, out: Path) -> None:
             WeightFiles.seen = here  # type: ignore[method-assign]
         assert made == len(told) == processes.main, told
         assert not told or ("first process" in told[0] and why in told[0]), told
+
+
+@contextmanager
+def growth() -> Iterator[list[int]]:
+    """The most bytes that this process has come to have of its own inside; pages of files, which are shared, are not counted."""
+
+    def own() -> int:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+    before, most, over = own(), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            most[0] = max(most[0], own() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
+def started(arguments: list[str]) -> int:
+    """How much a start takes until the first pass. Arguments: the model, the folder to write to."""
+    path, out = Path(arguments[0]), Path(arguments[1])
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    sharded.head_form = lambda *_, **__: None  # type: ignore[assignment]  # it would gather layers
+    for parts in (True, False):
+        weights = ShardedWeights(processes)
+        with growth() as most:
+            student, *_ = loaded(weights, path, parts=parts)
+            weights.prepare(student.model, accelerator)
+        (out / f"{'parts' if parts else 'whole'}-{processes.rank}").write_text(str(most[0]))
+        del student
+    return 0
 
 
 def main(arguments: list[str]) -> int:

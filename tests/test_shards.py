@@ -130,6 +130,21 @@ def test_whose_weights_are_read_in_parts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_a_start_takes_a_fourth_of_the_weights_in_each_of_four_processes(tmp_path: Path, victims: Victims) -> None:
+    size = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 16, "num_attention_heads": 12, "head_dim": 64}
+    path = make_tiny(tmp_path / "model", **size, num_key_value_heads=4, vocab_size=8000)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert victims.run(path, tmp_path, run=tmp_path, call="shards_worker:started", processes=4) == 0, victims.said[-3000:]
+    grown = {way: [int((tmp_path / f"{way}-{rank}").read_text()) for rank in range(4)] for way in ("parts", "whole")}
+    print(f"of {whole / 1e6:.0f} MB, MB a process: { ({way: [round(b / 1e6) for b in found] for way, found in grown.items()}) }")
+    assert max(grown["parts"]) < 0.3 * whole, grown
+    assert grown["whole"][0] > 0.9 * whole, grown
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_amid_a_checkpoint_it_goes_on_from_the_one_before_bit_for_bit(recipe: Path, tmp_path: Path, victims: Victims) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     command = ("train", recipe, "--train.sharding=fsdp2", "--data.eval=null")
