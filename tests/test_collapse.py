@@ -19,7 +19,7 @@ from zppo.models.student_model import Student
 from zppo.runs import checkpoint
 from zppo.runs.log import read_lines
 from zppo.train.checkpointer import Checkpointer
-from zppo.train.health_checks import CollapseWatch
+from zppo.train.health_checks import CollapseWatch, HealthChecks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -92,10 +92,30 @@ def test_a_small_batch_has_collapsed_after_more_steps() -> None:
     assert watch.good == 29
 
 
+def test_a_fall_is_told_before_it_is_over() -> None:
+    adviser = HealthChecks(own_reward=False)
+    lines = [*[step_of(0.6)] * 20, *[step_of(plain) for plain in (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)]]
+    told = [text for step, line in enumerate(lines, 1) for text in adviser.advice(step, line)]
+    assert len(told) == 1 and told[0].startswith("step 26: plain accuracy fell from 60% to 26%")
+    assert "checkpoints after step 22 away" in told[0] and "train.learning_rate" in told[0]
+    noisy = [step_of(plain, groups=4) for plain in (0.5, 0.25, 0.75, 0.25, 0.0, 0.25, 0.25, 0.0, 0.5)] * 20
+    adviser = HealthChecks(own_reward=False)
+    assert not [text for step, line in enumerate(noisy, 1) for text in adviser.advice(step, line)]
+
+
+def test_without_a_gradient_a_student_that_has_fallen_is_not_told_to_take_easier_questions() -> None:
+    adviser = HealthChecks(own_reward=False)
+    for step, line in enumerate(LEARNING, 1):
+        assert adviser.advice(step, line) == []
+    told = [text for step in (9, 10, 11) for text in adviser.advice(step, DEAD)]
+    assert any("solves nothing any more, of which it solved 38% before" in text for text in told), told
+    assert not any("start with questions" in text for text in told)
+
+
 class Weights(torch.nn.Linear):
     """Something to save."""
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
         folder.mkdir()
         (folder / "weights").write_text("1")
 
