@@ -110,7 +110,7 @@ def _train(options: argparse.Namespace) -> None:
 
         console = Console(quiet=bool(rank_of()))
         launch = read_launch()
-        check_shards(settings.train, launch)
+        check_shards(settings.train, launch, settings.method.resolve().loss)
         check_files(settings)
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)

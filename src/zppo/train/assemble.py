@@ -158,11 +158,6 @@ def make_learner(
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)
     if method.loss == "self-distill":
-        if weights.sharded:
-            raise SettingsError(
-                f"method {method.name!r} reads its own weights twice a pass, which cannot be where they are sharded: set train.sharding to "
-                "none (and no FSDP in the configuration of accelerate), or take another method"
-            )
         privileged = Privileged(teacher_sampler.renderer, method.teacher_response, context_length(model), settings.seed)
         return Distillation(forward, forward, step, budget, respond=respond, teacher_sampler=None, privileged=privileged), step
     if method.distils:
