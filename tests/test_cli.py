@@ -168,7 +168,8 @@ def test_methods_lists_the_table(capsys: pytest.CaptureFixture[str], monkeypatch
     for method in METHODS.values():
         assert method.paper in lines[method.name] and method.gradient in lines[method.name]
         assert ("yes" in lines[method.name].split()) == method.replay
-    assert "advantages of all but those that distil: two-step, Eqs. 2-3." in out
+    assert "advantages of the rows of the paper that do not distil: two-step, Eqs. 2-3." in out
+    assert "advantages of luffy: reward - group mean." in out
 
 
 @pytest.mark.parametrize("width", ["80", "120"])

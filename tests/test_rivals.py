@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,23 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel
 
 from same_run import records
-from test_distill import literal_divergence
+from test_distributed import assert_near_run
+from test_train import undocumented
 from test_update import Recorder, load, make_groups, make_policy_gradient, make_settings
+from victims import Victims
 from zppo.cli import main
 from zppo.config.methods import METHODS, RIVALS
 from zppo.config.recipe import load_recipe
 from zppo.core.advantages import group_advantages
 from zppo.core.credit import credited_groups
-from zppo.core.loss import clipped_surrogate, shaped_surrogate
-from zppo.core.minibatch import Sharing
+from zppo.core.loss import Surrogate, clipped_surrogate, shaped_surrogate
+from zppo.core.minibatch import Sample, Sharing
 from zppo.core.reformulate import Material, PartialSolution, TrialAndError
 from zppo.core.select import helped_below
-from zppo.core.types import Group, Message, Prompt, Question, Rollout
+from zppo.core.types import Group, Message, Question, Rollout
 from zppo.engines.logprobs import ForwardPass
 from zppo.errors import SettingsError
+from zppo.lab.questions import ASSETS
 from zppo.prompts.book import PromptBook
 from zppo.rollout.step_parts import parts
 from zppo.rollout.student import PromptRenderer
@@ -40,6 +43,7 @@ from zppo.train.distillation import Distillation, Privileged
 from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, StepRollouts
 from zppo.train.policy_gradient import PolicyGradient
+from zppo.train.trainer import REFILLS
 
 LAB = Path(__file__).parents[1] / "recipes" / "lab.yaml"
 PARTIAL = "reformulations: [partial]"
@@ -302,7 +306,9 @@ def test_self_distillation_is_its_definition(name: str, budget: int, tiny_qwen3_
     )
     log = StepLog(1)
     distiller.update(groups, [], pools, log)
-    assert log.counts["loss"] == pytest.approx(float(total) / tokens, rel=1e-4) and log.counts["distilled_completions"] == len(shown)
+    assert log.counts["loss"] == pytest.approx(float(total.detach()) / tokens, rel=1e-4) and log.counts["distilled_completions"] == len(
+        shown
+    )
     for given, gradient in zip(recorder.gradients[0], wanted, strict=True):
         torch.testing.assert_close(given, gradient, rtol=1e-3, atol=1e-6)
     tight = replace(privileged, context=3)
@@ -363,13 +369,126 @@ def test_own_loops_are_told_that_zppo_train_alone_does_it(name: str, recipe: Pat
         made.advantages([])
 
 
-def on_lab(output: Path, method: str, *more: str) -> list[dict[str, Any]]:
+def on_lab(output: Path, method: str, *more: str, world: str = "") -> list[dict[str, Any]]:
     """Two small steps on the lab; what was logged of them."""
     small = ["--train.steps=2", "--train.minibatches=2", "--rollout.batch_size=8", "--rollout.group_size=4", "--zone.rho_aug=1"]
     idle = ["--data.eval=null", "--train.checkpoint_every=0"]
-    assert main(["train", str(LAB), f"--method={method}", f"--output={output}", *small, *idle, *more]) == 0
-    return records(output)
+    recipe = LAB.with_name(f"lab{world}.yaml")
+    assert main(["train", str(recipe), f"--method={method}", f"--output={output}", *small, *idle, *more]) == 0
+    steps = records(output)
+    assert undocumented(output) == set() and len(steps) == 2
+    return steps
 
 
-def rollouts(run: Path) -> list[dict[str, Any]]:
-    return [row for path in sorted((run / "rollouts").iterdir()) for row in pq.read_table(path).to_pylist()]
+def by_group(run: Path) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
+    """Rollouts by step, kind and question, in the order in which they were sampled."""
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for path in sorted((run / "rollouts").iterdir()):
+        for row in pq.read_table(path).to_pylist():
+            groups.setdefault((row["step"], row["kind"], row["question_id"]), []).append(row)
+    return groups
+
+
+@pytest.fixture
+def learnt(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
+    """The rows with a gradient, as they reach the loss."""
+    kept: list[Sample] = []
+    inner = PolicyGradient._surrogate
+
+    def keep(self: PolicyGradient, logprobs: torch.Tensor, old: torch.Tensor, samples: Sequence[Sample]) -> Surrogate:
+        kept.extend(samples)
+        return inner(self, logprobs, old, samples)
+
+    monkeypatch.setattr(PolicyGradient, "_surrogate", keep)
+    return kept
+
+
+CANDIDATE = json.loads((ASSETS / "unreachable" / "student" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]["<candidate>"]
+MOST = "--zone.prefix_fraction=0.9"
+
+
+def test_guide_on_the_lab_learns_on_plain_prompts(tmp_path: Path, learnt: list[Sample]) -> None:
+    steps = on_lab(tmp_path / "run", f"{{name: guide-grpo, {PARTIAL}}}", MOST)
+    shaped = [s for s in learnt if s.gamma is not None]
+    assert len(shaped) > 5 and all(s.drawn is not None and CANDIDATE in s.drawn.prompt_ids for s in shaped)
+    assert all(CANDIDATE not in s.row.prompt_ids and len(s.row.prompt_ids) < len(s.drawn.prompt_ids) for s in shaped if s.drawn)
+    assert all(0 < r["accuracy"]["partial"] < 1 and r["hinted_rollouts_in_plain_groups"] == 4 * r["partial_prompts"] > 0 for r in steps)
+    groups = by_group(tmp_path / "run")
+    helped = {(step, question) for step, kind, question in groups if kind == "partial"}
+    unsolved = {(step, q) for (step, kind, q), rows in groups.items() if kind == "plain" and not any(r["correct"] for r in rows)}
+    assert helped == unsolved
+
+
+def test_lte_on_the_lab_needs_no_teacher(tmp_path: Path, learnt: list[Sample]) -> None:
+    steps = on_lab(tmp_path / "run", "lte", "--teacher=null", world="-reachable")
+    joined = [s for s in learnt if s.drawn is not None]
+    assert len(joined) == sum(r["hinted_rollouts_in_plain_groups"] for r in steps) > 0 and all(s.gamma == 0.1 for s in joined)
+    assert all(r["teacher_tokens"] == r["teacher_questions"] == 0 for r in steps)
+    groups = by_group(tmp_path / "run")
+    right = [(key, r) for key, rows in groups.items() if key[1] == "lte" for r in rows if r["correct"]]
+    assert len(right) == len(joined) and all(r["advantage"] > 0 for _, r in right)
+    for (step, _, question), _ in right:
+        assert sorted(r["advantage"] != 0 for r in groups[step, "plain", question]) == [False, True, True, True]
+    prompt = next(rows[0]["prompt"] for key, rows in groups.items() if key[1] == "lte")
+    assert "All wrong:" in prompt and "candidate" not in prompt
+
+
+def test_dapo_on_the_lab_fills_its_batch(tmp_path: Path) -> None:
+    steps = on_lab(tmp_path / "run", "dapo", "--teacher=null", world="-reachable")
+    groups = by_group(tmp_path / "run")
+    for record in steps:
+        asked = [rows for (step, _, _), rows in groups.items() if step == record["step"]]
+        mixed = [len({r["correct"] for r in rows}) > 1 for rows in asked]
+        assert len(asked) == 8 + record["refilled_questions"] > 8 and record["rollouts"] == 4 * len(asked)
+        assert all((r["advantage"] != 0) == learns for rows, learns in zip(asked, mixed, strict=True) for r in rows)
+        done, turns = 8, 0
+        while done < len(asked):  # each time as many as are missing
+            done, turns = done + 8 - sum(mixed[:done]), turns + 1
+        assert done == len(asked) and turns <= REFILLS and (sum(mixed) == 8 or turns == REFILLS)
+
+
+def test_sdpo_on_the_lab_teaches_itself(tmp_path: Path) -> None:
+    steps = on_lab(tmp_path / "run", "sdpo", "--teacher=null")
+    groups = by_group(tmp_path / "run")
+    for record in steps:
+        right = [sum(r["correct"] for r in rows) for (step, _, _), rows in groups.items() if step == record["step"]]
+        assert record["distilled_completions"] == sum(4 if n > 1 else 3 * n for n in right) > 0
+        assert record["optimizer_steps"] == 1 and 0 < record["loss"] < 0.7 and record["logprob_tokens"] > record["train_tokens_needed"]
+    assert main(["cost", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.long
+def test_the_others_on_the_lab(tmp_path: Path, learnt: list[Sample]) -> None:
+    steps = on_lab(tmp_path / "luffy", "luffy")
+    taught = [s for s in learnt if s.fixed]
+    given = [rows for rows in by_group(tmp_path / "luffy").values() if any(r["reason"] == "teacher response" for r in rows)]
+    assert all(r["teacher_responses_in_groups"] == 8 for r in steps) and len(given) == 16 and 0 < len(taught) <= 16
+    assert all(s.gamma == 0.1 and float(s.sampled_logprobs.abs().max()) == 0 for s in taught)
+    learnt.clear()
+    steps = on_lab(tmp_path / "scaf", f"{{name: scaf-grpo, {PARTIAL}}}", MOST)
+    hinted = [s for s in learnt if CANDIDATE in s.row.prompt_ids]
+    assert len(hinted) == sum(r["hinted_rollouts_in_plain_groups"] for r in steps) > 0 and all(s.comparable for s in hinted)
+    learnt.clear()
+    on_lab(tmp_path / "pope", "pope", MOST)
+    groups = by_group(tmp_path / "pope")
+    assert any(r["advantage"] != 0 for key, rows in groups.items() if key[1] == "partial" for r in rows)
+    assert any(CANDIDATE in s.row.prompt_ids for s in learnt) and all(s.drawn is None and s.gamma is None for s in learnt)
+    steps = on_lab(tmp_path / "opsd", "opsd")
+    assert all(r["distilled_completions"] == 4 * (8 - r["teacher_solved_none"]) > 0 for r in steps)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", [f"{{name: guide-grpo, {PARTIAL}}}", "sdpo", "luffy"])
+def test_adapters_learn_too(method: str, tmp_path: Path) -> None:
+    steps = on_lab(tmp_path / "run", method, MOST, "--train.lora={rank: 4}")
+    assert all(r["grad_norm"] > 0 and r["optimizer_steps"] > 0 for r in steps)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lte", "luffy", "dapo", "sdpo", "opsd"])
+def test_two_processes_are_one(method: str, recipe: Path, tmp_path: Path, victims: Victims) -> None:
+    short = [f"--method={method}", "--train.steps=2", "--data.eval=null", "--train.checkpoint_every=0"]
+    assert main(["train", str(recipe), *short, f"--output={tmp_path / 'one'}"]) == 0
+    status = victims.run("train", recipe, *short, f"--output={tmp_path / 'two'}", run=tmp_path / "two", processes=2)
+    assert status == 0, victims.said[-3000:]
+    assert_near_run(tmp_path / "one", tmp_path / "two")

@@ -168,5 +168,5 @@ def _methods(options: argparse.Namespace) -> None:
     console.print("replay: hard questions are asked again in later steps.")
     for words in dict.fromkeys(row.advantages for row in METHODS.values() if not row.distils):
         named = [row.name for row in METHODS.values() if row.advantages == words]
-        whose = "all but those that distil" if len(named) == sum(not row.distils for row in METHODS.values()) else ", ".join(named)
+        whose = "the rows of the paper that do not distil" if words == METHODS["zppo"].advantages else ", ".join(named)
         console.print(f"advantages of {whose}: {words}.")
