@@ -360,6 +360,12 @@ def test_some_need_no_teacher(name: str) -> None:
     assert not METHODS[name].needs_teacher
 
 
+def test_a_teacher_that_is_not_asked_is_not_asked_ahead_either(recipe: Path) -> None:
+    settings = load_recipe(recipe, ["--method=lte", "--teacher.base_urls=[http://nowhere/v1]", "--teacher.ask=ahead"])
+    with parts(settings, []) as made:
+        assert made.reformulator.ahead is None and [r.kind for r in made.reformulator.reformulations] == ["lte"]
+
+
 @pytest.mark.parametrize("name", [row.name for row in RIVALS if row.name != "pope"])
 def test_own_loops_are_told_that_zppo_train_alone_does_it(name: str, recipe: Path) -> None:
     """Pope is a step like the paper's: groups as they were sampled, in the clipped surrogate."""

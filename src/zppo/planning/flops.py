@@ -248,6 +248,8 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
     sampled = (plain + sum(zone.prompts.values())) * rollout.group_size * lengths.completion
     rows = prompts * rollout.group_size + sampled
     notes = [_stated(settings, assumed)]
+    if method.refill:
+        notes.append("What is sampled in the place of all-right and all-wrong groups is not counted.")
     if method.distils:
         literal, saved = _planned_distillation(settings, plain, assumed, lengths)
     else:

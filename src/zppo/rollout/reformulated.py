@@ -442,7 +442,7 @@ def make_reformulator(
         count_duplicates=settings.zone.ncq_duplicates == "counted",
         seed=settings.seed,
     )
-    asks_ahead = own is not None and own.ask == "ahead" and bool(reformulations)
+    asks_ahead = own is not None and own.ask == "ahead" and bool(reformulations) and bool(teachers)
     ahead = AskAhead(settings, reformulations, teacher_sampler, candidates, buffer) if asks_ahead and buffer is not None else None
     return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context, ahead)
 

@@ -126,7 +126,7 @@ class Distillation:
             rows = self._teacher_rows(self.teacher_sampler, plain, log)
         if self.privileged is not None:
             rows = self._privileged_rows(self.privileged, plain, responses, log.step)
-        lengths = [each.longest for each in rows]
+        lengths, needed = [each.longest for each in rows], sum(each.length for each in rows)
         # Without a correct response there is nothing to learn, and no step.
         loss, norm, moved, computed = self._optimizer_step(rows, lengths) if rows else (None, None, False, 0)
         log.counts |= {
@@ -135,8 +135,8 @@ class Distillation:
             "optimizer_steps": float(moved),
             "skipped_updates": float(bool(rows) and not moved),
             "distilled_completions": float(len(rows)),
-            "train_tokens_needed": float(sum(each.length for each in rows)),
-            "train_tokens_computed": float(computed),
+            "train_tokens_needed": float(needed),
+            "train_tokens_computed": float(needed + computed - sum(lengths)),  # and padding
             "logprob_tokens": float(sum(lengths)) if self.privileged is not None else 0.0,
             "tokens_per_microbatch": float(self.budget.tokens),
         }
