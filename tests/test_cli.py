@@ -455,7 +455,7 @@ def test_the_needs_of_a_reformulation_of_ones_own(tmp_path: Path, capsys: pytest
     found, _, err = run(capsys, "train", str(recipe), "--dry-run")
     assert found == status, err
     if status:
-        assert "what can be prepared is hint, pair, prefix, wrong" in " ".join(err.split())
+        assert "what can be prepared is answers, hint, pair, prefix, wrong" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(("like", "needs"), [("ncq", '{"wrong"}'), ("bcq", '{"pair"}'), ("hint", '{"hint"}'), ("prefix", '{"prefix"}')])
