@@ -6,7 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from zppo.core.reformulate import Material, PartialSolution, TrialAndError
 from zppo.core.select import helped_below
 from zppo.core.types import Group, Message, Question, Rollout
 from zppo.engines.logprobs import ForwardPass
-from zppo.errors import SettingsError
+from zppo.errors import CheckpointError, SettingsError
 from zppo.lab.questions import ASSETS
 from zppo.prompts.book import PromptBook
 from zppo.rollout.step_parts import parts
@@ -43,6 +43,7 @@ from zppo.train.distillation import Distillation, Privileged
 from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, StepRollouts
 from zppo.train.policy_gradient import PolicyGradient
+from zppo.train.provenance import _check_method
 from zppo.train.trainer import REFILLS
 
 LAB = Path(__file__).parents[1] / "recipes" / "lab.yaml"
@@ -364,6 +365,14 @@ def test_a_teacher_that_is_not_asked_is_not_asked_ahead_either(recipe: Path) -> 
     settings = load_recipe(recipe, ["--method=lte", "--teacher.base_urls=[http://nowhere/v1]", "--teacher.ask=ahead"])
     with parts(settings, []) as made:
         assert made.reformulator.ahead is None and [r.kind for r in made.reformulator.reformulations] == ["lte"]
+
+
+def test_a_checkpoint_from_before_the_rivals_goes_on(tmp_path: Path) -> None:
+    now = {"method": asdict(METHODS["zppo"])}
+    older = {name: value for name, value in now["method"].items() if name not in ("helped", "grouping", "credit", "gamma", "refill")}
+    _check_method({"method": older}, now, tmp_path)
+    with pytest.raises(CheckpointError, match="with refill False"):
+        _check_method({"method": older}, {"method": now["method"] | {"refill": True}}, tmp_path)
 
 
 @pytest.mark.parametrize("name", [row.name for row in RIVALS if row.name != "pope"])
