@@ -52,7 +52,7 @@ from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.cluster.tinker_student import NoState, TinkerStudent, open_student
-from zppo.train.distillation import Distillation
+from zppo.train.distillation import Distillation, Privileged
 from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
@@ -158,6 +158,9 @@ def make_learner(
     forward = replace(make_forward(settings, model, chat), model=prepared)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)
+    if method.loss == "self-distill":
+        privileged = Privileged(teacher_sampler.renderer, method.teacher_response, context_length(model), settings.seed)
+        return Distillation(forward, forward, step, budget, respond=respond, teacher_sampler=None, privileged=privileged), step
     if method.distils:
         teacher = in_process(teachers[0])
         _check_shared_tokenizer(settings, chat, teacher)
