@@ -148,9 +148,12 @@ def make_learner(
         recompute_layers(model)
     width = model.config.get_text_config().hidden_size
     budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
+    # Whole weights are tried before autocast is around them: rounding would hide a difference, or feign one. Sharded ones are nowhere whole.
+    sharing = None if weights.sharded else _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
-    with weights.scoring():
-        sharing = _make_sharing(settings, model, accelerator)
+    if weights.sharded:
+        with weights.scoring():
+            sharing = _make_sharing(settings, model, accelerator, rounded=accelerator.mixed_precision != "no")
     made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
     optimizer = accelerator.prepare_optimizer(made)
     if start:
@@ -209,10 +212,9 @@ def _make_respond(settings: Settings, chat: Chat, model: PreTrainedModel) -> Cal
     return respond
 
 
-def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator) -> Sharing | None:
+def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator, *, rounded: bool = False) -> Sharing | None:
     wanted = settings.train.share_prompts
     cpu = accelerator.device.type == "cpu"
-    rounded = accelerator.mixed_precision != "no"
     return sharing_of(model, rounded=rounded) if wanted == "on" or (wanted == "auto" and cpu) else None
 
 
