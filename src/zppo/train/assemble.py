@@ -148,7 +148,7 @@ def make_learner(
         recompute_layers(model)
     width = model.config.get_text_config().hidden_size
     budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
-    # Whole weights are tried before autocast is around them: rounding would hide a difference, or feign one. Sharded ones are nowhere whole.
+    # Whole weights are tried before autocast is around them: rounding hides a difference, or feigns one. Sharded ones are nowhere whole.
     sharing = None if weights.sharded else _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
     if weights.sharded:
