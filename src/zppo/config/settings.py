@@ -238,7 +238,12 @@ class TrainSettings(Section):
     checkpoint_in_background: bool = Field(
         False, description="write them while the next step goes on, from a copy of weights and optimizer in the processor's memory"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="older checkpoints are removed, but for the newest one from before accuracy fell by half"
+    )
+    stop_on_collapse: bool = Field(
+        True, description="end a run that had right answers, and has none and no gradient any more; `zppo resume` goes on from before that"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
     trackers: tuple[TrackerName, ...] = Field(
         (), description="where the numbers of metrics.jsonl go too; files of TensorBoard and DVCLive: in the run folder"

@@ -107,9 +107,9 @@ class Run:
 NOT_ARMS = (
     *("seed", "output", "push", "eval.every", "rollout.max_rows", "grading.workers", "data.images.folder", "data.images.cache_gib"),
     *(f"train.{name}" for name in (
-        "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "trackers", "tracker_completions", "tracker_project",
-        "threads", "collective_timeout", "check_engine_every", "engine_tolerance", "tokens_per_microbatch", "share_prompts",
-        "gradient_checkpointing", "sharding",
+        "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "stop_on_collapse", "trackers", "tracker_completions",
+        "tracker_project", "threads", "collective_timeout", "check_engine_every", "engine_tolerance", "tokens_per_microbatch",
+        "share_prompts", "gradient_checkpointing", "sharding",
     )),
     *(f"{model}.{name}" for model in ("teacher", "judge") for name in (
         "base_urls", "key_env", "concurrency", "deadline", "retry_for", "device",
