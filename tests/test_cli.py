@@ -70,6 +70,9 @@ def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: p
         (["train", "{recipe}", "--dry-run", "--data.train=none.jsonl"], "there is no such file"),
         (["train", "{recipe}", "--dry-run", "--prompts.bcq=none.jinja"], "none.jinja"),
         (["train", "{recipe}", "--dry-run", "--student.template=none.jinja"], "student.template: there is no file"),
+        (["train", "{recipe}", "--dry-run", "--prompts.closing=answerline"], "(think-boxed, boxed, answer-line)"),
+        (["train", "{recipe}", "--dry-run", "--prompts.closng=boxed"], "texts are called closing, bcq, ncq"),
+        (["train", "{recipe}", "--dry-run", "--prompts.closng={recipe}"], "no prompt of this run is called 'closng'"),
         (["train", "{recipe}", "--dry-run", "--teacher.model=./none"], "teacher.model: "),
         (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "there is no file"),
         (

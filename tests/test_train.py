@@ -212,6 +212,7 @@ def test_dynamic_sampling_leaves_trivial_groups_out_of_the_denominator(recipe: P
     off, on = runs
     assert on["accuracy"] == off["accuracy"] and on["train_tokens_needed"] == off["train_tokens_needed"]
     assert on["nonzero_advantage_share"] == off["nonzero_advantage_share"] < 1
+    assert 0 < off["groups_with_gradient"] < off["groups"] == off["rollouts"] / 4
     assert abs(on["loss"]) > abs(off["loss"])  # the same sum over fewer tokens
 
 

@@ -175,6 +175,7 @@ class Assumptions:
 
     Attributes:
         prompt: mean tokens of a plain prompt; None: data.max_prompt_tokens.
+        prompt_from: in words where that mean is from; "" for whoever gave it.
         completion: mean tokens of a student rollout; None: rollout.max_new_tokens.
         teacher_completion: mean tokens of a teacher rollout; None: teacher.rollout.max_new_tokens.
         hard: share of plain questions that are hard.
@@ -189,6 +190,7 @@ class Assumptions:
     hard: float = 1.0
     solved: float = 1.0
     live: float = 1.0
+    prompt_from: str = ""
 
     def __post_init__(self) -> None:
         for name in ("hard", "solved", "live"):
@@ -229,8 +231,10 @@ class _Lengths:
     answer: float
 
 
-def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, judged: float = 0.0) -> Cost:
+def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, judged: float = 0.0, gpu: bool = True) -> Cost:
     """The cost of a recipe on so many training questions, the share `judged` of them graded by a judge, at most or under assumptions.
+
+    `gpu`: whether it trains on one, which decides what `train.precision: auto` is.
 
     Every step counts as a full one: replay and buffer are taken to be full from the start (they need a few steps).
     """
@@ -253,7 +257,7 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
     if method.distils:
         literal, saved = _planned_distillation(settings, plain, assumed, lengths)
     else:
-        with_pass, why = _logprob_pass(settings)
+        with_pass, why = _logprob_pass(settings, gpu=gpu)
         notes.append(why)
         live = assumed.live * rows
         literal = TokensByPart(sampling=rows, logprob=rows, update=rows)
@@ -354,7 +358,7 @@ def _planned_distillation(settings: Settings, plain: int, assumed: Assumptions, 
     return literal, TokensByPart(sampling=once, update=right, teacher=theirs_once, scoring=right)
 
 
-def _logprob_pass(settings: Settings) -> tuple[bool, str]:
+def _logprob_pass(settings: Settings, *, gpu: bool) -> tuple[bool, str]:
     """Whether old log-probs take a forward pass of their own, and why."""
     train = settings.train
     if train.old_logprobs != "auto":
@@ -362,9 +366,12 @@ def _logprob_pass(settings: Settings) -> tuple[bool, str]:
         return own, f"Old log-probs: train.old_logprobs is {train.old_logprobs}."
     if not settings.rollout.sampling().exact:
         return True, "Old log-probs: from a forward pass, since top-p or top-k changes what is sampled."
-    if train.precision == "fp32" or (train.precision == "auto" and train.device == "cpu"):
-        return False, "Old log-probs: the sampler's, which are exact in fp32."
-    return (True, "Old log-probs: from a forward pass, as on a GPU in bf16; on a CPU in fp32 the sampler's are exact and cost nothing.")
+    on_gpu = gpu and train.device != "cpu"
+    if train.precision == "fp32" or (train.precision == "auto" and not on_gpu):
+        where = "" if train.precision == "fp32" else ": train.precision is auto, and this is counted for a CPU. On a GPU it is bf16"
+        return False, f"Old log-probs: the sampler's, which are exact in fp32{where}."
+    where = "train.precision is bf16" if train.precision == "bf16" else "train.precision is auto, and this is counted for a GPU"
+    return True, f"Old log-probs: from a forward pass, in bf16 ({where}); in fp32, as on a CPU, the sampler's are exact and cost nothing."
 
 
 def _stated(settings: Settings, assumed: Assumptions) -> str:
@@ -372,7 +379,7 @@ def _stated(settings: Settings, assumed: Assumptions) -> str:
         return f"{most:,} (the limit)" if given is None else f"{given:,.0f}"
 
     parts = [
-        f"plain prompts of {length(assumed.prompt, settings.data.max_prompt_tokens)} tokens",
+        f"plain prompts of {length(assumed.prompt, settings.data.max_prompt_tokens)} tokens{assumed.prompt_from}",
         f"rollouts of {length(assumed.completion, settings.rollout.max_new_tokens)}",
     ]
     method = settings.method.resolve()

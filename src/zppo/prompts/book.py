@@ -159,6 +159,16 @@ class PromptBook:
             if kind not in self._paths:
                 raise SettingsError(f"the method asks again with {kind!r}, which has no template: add prompts.{kind} to the recipe")
 
+    def check_used(self, kinds: Iterable[str]) -> None:
+        """Whether every template has a prompt that shows it, one of zppo's or of these kinds. TemplateError where one has none."""
+        known = [*dict.fromkeys([*VARIABLES, *kinds])]
+        for name in self.names():
+            if name not in known:
+                raise TemplateError(
+                    f"prompts.{name}: no prompt of this run is called {name!r}, so the template would never be shown (known: "
+                    f"{', '.join(known)}); mend the name, or leave it out"
+                )
+
     def names(self) -> tuple[str, ...]:
         """All templates, sorted by name."""
         return tuple(sorted(self._paths))
@@ -300,9 +310,12 @@ def _read(name: str, path: Path) -> str:
     try:
         return readable(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(
-            f"The template {name!r} cannot be read from {path}: {error}. Give the path of a UTF-8 text file, or leave the override out."
-        ) from error
+        mend = "Give the path of a UTF-8 text file, or leave the override out"
+        if name == CLOSING:
+            mend = f"Take one that comes with zppo ({', '.join(CLOSINGS)}), or give the path of a UTF-8 text file"
+        elif name not in VARIABLES:
+            mend += f"; zppo's own texts are called {', '.join(VARIABLES)}"
+        raise TemplateError(f"The template {name!r} cannot be read from {path}: {error}. {mend}.") from error
 
 
 def _frame(name: str) -> str:

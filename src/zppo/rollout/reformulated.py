@@ -14,9 +14,9 @@ from zppo.core.reformulate import RESPONSES, Material, Need, Placebo, Reformulat
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.select import is_hard, next_wave, share_of
 from zppo.core.types import PLAIN, Draft, Group, Prompt, Question, Rollout
-from zppo.errors import SettingsError, TemplateError
+from zppo.errors import SettingsError
 from zppo.grading import has_gold_words, normalise
-from zppo.prompts.book import VARIABLES, PromptBook
+from zppo.prompts.book import PromptBook
 from zppo.rollout.student import PromptRenderer
 from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, SharedTeacher, TeacherSampler
 from zppo.step_log import StepLog
@@ -420,7 +420,8 @@ def make_reformulator(
         SettingsError: a reformulation has no template.
         TemplateError: a template would never be shown.
     """
-    _check_templates(reformulations, renderer.book)
+    renderer.book.check_kinds(r.kind for r in reformulations if not getattr(r, "shows_question_alone", False))
+    renderer.book.check_used(r.kind for r in reformulations)
     teacher, own = (teachers[0], settings.teacher) if teachers else (None, None)
     chat, unused = renderer.chat, TeacherSampling(settings.rollout.sampling())
     compression = own.compression if own else None
@@ -445,14 +446,3 @@ def make_reformulator(
     asks_ahead = own is not None and own.ask == "ahead" and bool(reformulations) and bool(teachers)
     ahead = AskAhead(settings, reformulations, teacher_sampler, candidates, buffer) if asks_ahead and buffer is not None else None
     return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context, ahead)
-
-
-def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
-    book.check_kinds(r.kind for r in reformulations if not getattr(r, "shows_question_alone", False))
-    known = [*VARIABLES, *(r.kind for r in reformulations)]
-    for name in book.names():
-        if name not in known:
-            raise TemplateError(
-                f"prompts.{name}: no prompt of this run is called {name!r}, so the template would never be shown (known: "
-                f"{', '.join(dict.fromkeys(known))}); mend the name, or leave it out"
-            )

@@ -120,7 +120,7 @@ class TrainingLoop:
         self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
         kinds = ("plain", *(r.kind for r in self.trainer.parts.reformulator.reformulations))
         self.progress = progress
-        progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
+        progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay, evaluates=bool(self.trainer.held_out))
         self.trainer.watch = self.progress.part
         self.health = HealthChecks.of(settings)
         self.stop = self.trainer.processes.stop
