@@ -111,7 +111,7 @@ def _train(options: argparse.Namespace) -> None:
 
         console = Console(quiet=bool(rank_of()))
         launch = read_launch()
-        check_shards(settings.train, launch)
+        check_shards(settings.train, launch, settings.method.resolve().loss)
         check_files(settings)
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)
@@ -169,5 +169,5 @@ def _methods(options: argparse.Namespace) -> None:
     console.print("replay: hard questions are asked again in later steps.")
     for words in dict.fromkeys(row.advantages for row in METHODS.values() if not row.distils):
         named = [row.name for row in METHODS.values() if row.advantages == words]
-        whose = "all but those that distil" if len(named) == sum(not row.distils for row in METHODS.values()) else ", ".join(named)
+        whose = "the rows of the paper that do not distil" if words == METHODS["zppo"].advantages else ", ".join(named)
         console.print(f"advantages of {whose}: {words}.")

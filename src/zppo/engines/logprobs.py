@@ -207,8 +207,10 @@ def _agrees(model: PreTrainedModel, rounded: bool) -> bool:
     prompt, *completions = ([i % size for i in ids] for ids in (range(1, 8), range(11, 16), range(21, 24)))
     packed, mask = shared_logprobs(model, [Pack(prompt, completions)])
     plain, _ = completion_logprobs(model, [Row(prompt, c) for c in completions])
-    bound = 1e-3 if model.dtype == torch.float32 and not rounded else 0.1
-    return bool((packed - plain)[mask].abs().max() < bound)
+    gaps = (packed - plain)[mask].abs()
+    if rounded or model.dtype != torch.float32:
+        return bool(gaps.mean() < 0.1)  # a single token may be off by more
+    return bool(gaps.max() < 1e-3)
 
 
 def shared_logprobs(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.needs else 0.0),
-        scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
+        scoring=total("train_tokens_needed") if method.asks_distributions else 0.0,  # the teacher reads what the student learns from
         judge=math.fsum(step.get(f"judge_{part}_tokens") or 0.0 for step in steps for part in ("prompt", "completion")),
     )
     # To the letter: prompts once per rollout, every row trained, and the hard questions that the lazy order did not ask about.
@@ -140,7 +140,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
     teacher = total("teacher_prompt_tokens") * draws + total("teacher_completion_tokens")
     literal = TokensByPart(
         sampling=rows,
-        logprob=0.0 if method.distils else rows,
+        logprob=saved.logprob if method.distils else rows,
         update=saved.update if method.distils else rows,
         teacher=teacher * more,
         compression=saved.compression * _unbuilt(settings, steps),
@@ -252,6 +252,8 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
     sampled = (plain + sum(zone.prompts.values())) * rollout.group_size * lengths.completion
     rows = prompts * rollout.group_size + sampled
     notes = [_stated(settings, assumed)]
+    if method.refill:
+        notes.append("What is sampled in the place of all-right and all-wrong groups is not counted.")
     if method.distils:
         literal, saved = _planned_distillation(settings, plain, assumed, lengths)
     else:
@@ -276,7 +278,7 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
 def _zone(settings: Settings, plan: Plan, assumed: Assumptions) -> _Zone:
     """What a step asks again, with every share at its assumed mean (method.md section 3, 2 to 5)."""
     kinds = settings.method.resolve().reformulations
-    hard = assumed.hard * (plan.batch + plan.replayed)
+    hard = (1.0 if settings.method.resolve().helped == "every" else assumed.hard) * (plan.batch + plan.replayed)
     cap = float(share_of(settings.zone.rho_aug, plan.batch))
     # What shows nothing of the teacher's (NCQ) can be built without a right teacher response.
     chance = {kind: assumed.solved if needs_of(kind) & RESPONSES else 1.0 for kind in kinds}
@@ -337,11 +339,17 @@ def _planned_judge(settings: Settings, share: float, student: float, teacher: fl
 
 
 def _planned_distillation(settings: Settings, plain: int, assumed: Assumptions, lengths: _Lengths) -> tuple[TokensByPart, TokensByPart]:
-    """Both kinds of distillation in a step (Algs. 2 and 3): nothing is saved but the shared reading of prompts."""
-    group, draws = settings.rollout.group_size, settings.zone.teacher_group_size
+    """All kinds of distillation in a step (Algs. 2 and 3, SDPO): nothing is saved but the shared reading of prompts."""
+    method, group, draws = settings.method.resolve(), settings.rollout.group_size, settings.zone.teacher_group_size
     rows = plain * group * (lengths.prompt + lengths.completion)
     once = plain * (lengths.prompt + group * lengths.completion)
-    if settings.method.resolve().loss == "on-distill":
+    if method.loss == "self-distill":  # the student reads every rollout again behind a right response
+        shown = lengths.answer if method.teacher_response else lengths.completion
+        again = rows + plain * group * shown
+        asked = plain * draws * method.teacher_response
+        literal = TokensByPart(sampling=rows, logprob=again, update=rows, teacher=asked * (lengths.prompt + lengths.answer))
+        return literal, replace(literal, sampling=once, teacher=asked * lengths.answer + lengths.prompt * plain * method.teacher_response)
+    if method.loss == "on-distill":
         return TokensByPart(sampling=rows, update=rows, scoring=rows), TokensByPart(sampling=once, update=rows, scoring=rows)
     theirs = plain * draws * (lengths.prompt + lengths.answer)
     right = assumed.solved * theirs

@@ -478,6 +478,7 @@ def shown_tokens(settings: Settings, kind: str, response: float) -> float:
         "wrong": float(settings.rollout.group_size * cap),
         "hint": float(settings.teacher.hint.max_new_tokens),
         "prefix": settings.zone.prefix_fraction * response,
+        "answers": 16.0 * settings.rollout.group_size,  # an answer is short
     }
     return sum(of[need] for need in needs_of(kind))
 

@@ -26,6 +26,8 @@ CLOSING = "closing"
 COMPRESSION = "compression"
 JUDGE = "judge"
 HINTING = "hinting"
+PRIVILEGED = "privileged"
+"""What a student is shown that teaches itself (SDPO, OPSD)."""
 
 VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -36,6 +38,9 @@ VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
         JUDGE: frozenset({"question", "gold", "completion"}),
         "hint": frozenset({"hint"}),
         HINTING: frozenset({"question", "response", "answer_form"}),
+        "lte": frozenset({"answers", "truncated", "answer_form"}),
+        "partial": frozenset({"beginning"}),
+        PRIVILEGED: frozenset({"solution"}),
     }
 )
 """The bundled templates and the variables that each of them may use; `answer_form` is box, line or own (`WrittenForm.kind`)."""
@@ -50,6 +55,10 @@ _INVENTED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (JUDGE, {"question": "why?", "gold": "so", "completion": "so"}),
     ("hint", {"hint": "look"}),
     (HINTING, {"question": "why?", "response": "so"}),
+    ("lte", {"answers": [], "truncated": True}),
+    ("lte", {"answers": ["1", "2"], "truncated": False}),
+    ("partial", {"beginning": "so"}),
+    (PRIVILEGED, {"solution": "so"}),
 )
 _TAG = re.compile(r"</?\s*([A-Za-z][\w.:-]*)(?:\s[^<>]*?)?/?>")  # in a template
 _NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE, HINTING})

@@ -52,7 +52,7 @@ from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.cluster.tinker_student import NoState, TinkerStudent, open_student
-from zppo.train.distillation import Distillation
+from zppo.train.distillation import Distillation, Privileged
 from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
@@ -148,9 +148,12 @@ def make_learner(
         recompute_layers(model)
     width = model.config.get_text_config().hidden_size
     budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
+    # Whole weights are tried before autocast is around them: rounding hides a difference, or feigns one. Sharded ones are nowhere whole.
+    sharing = None if weights.sharded else _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
-    with weights.scoring():
-        sharing = _make_sharing(settings, model, accelerator)
+    if weights.sharded:
+        with weights.scoring():
+            sharing = _make_sharing(settings, model, accelerator, rounded=accelerator.mixed_precision != "no")
     made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
     optimizer = accelerator.prepare_optimizer(made)
     if start:
@@ -158,6 +161,9 @@ def make_learner(
     forward = replace(make_forward(settings, model, chat), model=prepared)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)
+    if method.loss == "self-distill":
+        privileged = Privileged(teacher_sampler.renderer, method.teacher_response, context_length(model), settings.seed)
+        return Distillation(forward, forward, step, budget, respond=respond, teacher_sampler=None, privileged=privileged), step
     if method.distils:
         teacher = in_process(teachers[0])
         _check_shared_tokenizer(settings, chat, teacher)
@@ -206,10 +212,9 @@ def _make_respond(settings: Settings, chat: Chat, model: PreTrainedModel) -> Cal
     return respond
 
 
-def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator) -> Sharing | None:
+def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator, *, rounded: bool = False) -> Sharing | None:
     wanted = settings.train.share_prompts
     cpu = accelerator.device.type == "cpu"
-    rounded = accelerator.mixed_precision != "no"
     return sharing_of(model, rounded=rounded) if wanted == "on" or (wanted == "auto" and cpu) else None
 
 

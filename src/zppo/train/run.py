@@ -349,7 +349,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         with ExitStack() as held:
             # Processes first: only the first of them prints, writes, and decides where to start.
             launch = read_launch()
-            check_shards(settings.train, launch)
+            check_shards(settings.train, launch, settings.method.resolve().loss)
             if launch.rank == 0 and (meeting := started_by_slurm()):
                 where = f"{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"
                 console.print(f"srun started {launch.processes} processes; they meet at {where}", style="dim", soft_wrap=True)

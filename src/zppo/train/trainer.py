@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
+from zppo.core.advantages import trivial
+from zppo.core.draws import keyed_random
 from zppo.core.metrics import accuracy_by_kind, composition, eligibility, groups_with_gradient, reward_means, rollout_metrics, wrong_example
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
@@ -38,6 +40,10 @@ MISSED = {
     "too_long": "prompts over the context",
 }
 """Metrics of what a step had to do without, in words; the closing table sums them."""
+
+
+REFILLS = 10
+"""Times that a step samples further questions, at most: `max_num_gen_batches` of verl's recipe of DAPO."""
 
 
 @dataclass(slots=True)
@@ -137,6 +143,7 @@ class Trainer:
         new = self._new_questions(step)
         replayed = self.parts.replayed(new)  # line 2
         plain = self.student.rollout(self._plain_prompts([*new, *replayed]), log)  # line 2
+        plain += self._refill(plain, log)  # none, but for DAPO
         hard = self.parts.hard(plain, step)  # the hard set (line 4), sorted for line 6
         # The teacher (line 4), pre-cap (6), BCQ and NCQ (8-10), post-cap (13-15).
         again = self.parts.reformulate(hard, len(new), log)
@@ -215,6 +222,26 @@ class Trainer:
 
     def _plain_prompts(self, questions: Sequence[Question]) -> list[Prompt]:
         return [self.student.renderer.plain(question) for question in questions]
+
+    def _refill(self, plain: Sequence[Group], log: StepLog) -> list[Group]:
+        """Groups of further questions in the place of all-right and all-wrong ones, until none is missing (DAPO, arXiv 2503.14476, Eq. 11).
+
+        Up to `REFILLS` times so many are asked about as are missing, drawn by (seed, step, time) from those that this step has not asked
+        about [zppo]: nothing is sampled in vain, and the order of the data stays what it is.
+        """
+        added: list[Group] = []
+        if not self.method.refill:
+            return added
+        for turn in range(REFILLS):
+            asked = {g.question.id for g in (*plain, *added)}
+            left = [question for question in self.questions if question.id not in asked]
+            missing = len(plain) - sum(not trivial(g) for g in (*plain, *added))
+            drawn = keyed_random(self.settings.seed, "refill", log.step, turn).sample(left, min(missing, len(left)))
+            if not drawn:
+                break
+            added += self.student.rollout(self._plain_prompts(drawn), log)
+        log.counts["refilled_questions"] = float(len(added))
+        return added
 
     def _new_questions(self, step: int) -> list[Question]:
         """X_new: a function of (seed, step)."""
