@@ -173,7 +173,7 @@ SMALL = [
     "--rollout.group_size=4",
     "--data.eval=null",
     "--train.checkpoint_every=1",
-    "--train.keep_checkpoints=1",
+    "--train.keep_checkpoints=2",
 ]
 
 
