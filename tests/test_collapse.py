@@ -177,7 +177,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_dies_is_stopped_and_goes_on_from_before_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The lab's student, whose third update is a thousand times too large."""
     run = tmp_path / "run"
