@@ -109,6 +109,7 @@ def teach(folder: Path, passes: int = 1, rate: float = 1e-4) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        print(f"taught on {start + len(batch)} of {len(rows_)}: cross-entropy {loss.item():.3f}", flush=True)
     model.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
 
