@@ -109,6 +109,7 @@ def teach(folder: Path, passes: int = 1, rate: float = 1e-4) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        print(f"taught on {start + len(batch)} of {len(rows_)}: cross-entropy {loss.item():.3f}", flush=True)
     model.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
 
@@ -201,6 +202,16 @@ class Bench:
             logprobs, mask = completion_logprobs(self.network, rows_)
         return float(logprobs.where(mask, 0).sum()) / len(rows_)
 
+    def sampled(self, each: int) -> dict[str, list[int]]:
+        """[right, without an answer, all] by family of one completion on `each` training questions of a family, as the recipe samples."""
+        from dataclasses import replace
+
+        from zppo.step_log import StepLog
+
+        some = [q for family in FAMILIES for q in [q for q in self.questions if q.level == family][:each]]
+        groups = replace(self.student, group_size=1).rollout([self.parts.prompts.plain(q) for q in some], StepLog(1))
+        return {kind.partition(" ")[2]: counts for kind, counts in self.counted(groups).items()}
+
     def counted(self, groups: Sequence[Any]) -> dict[str, list[int]]:
         """[right, without an answer, all] of rollouts by kind of prompt and family."""
         found: dict[str, list[int]] = {}
@@ -235,6 +246,14 @@ class Bench:
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file; none where there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def read_with_base(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, behind those of the base model in the study's own file where it has none: the student is the same."""
+    found = read(path)
+    if any(row["what"] == "base" for row in found):
+        return found
+    return [row for row in read(RESULTS / "real-model.jsonl") if row["what"] == "base"] + found
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -321,6 +340,14 @@ def evaluate(folder: Path, results: Path, more: Sequence[str]) -> None:
         print(place.name, ", ".join(f"{family} {a}/{b}" for family, (a, b) in right.items()), flush=True)
 
 
+def measure_teacher(folder: Path, results: Path, more: Sequence[str], each: int = 40) -> None:
+    """The row of the second teacher: held-out questions, greedy, and training questions as it is asked in a run, at its temperature."""
+    with Bench(folder, folder / "teacher", [*more, "--method=grpo", "--teacher=null", "--rollout.temperature=1.0"]) as bench:
+        found = {"held_out": bench.held_out_right(), "sampled": bench.sampled(each), "quint_logprob": bench.hidden_logprob()}
+    append(results, {"what": "teacher", **found})
+    print(found, flush=True)
+
+
 def base(folder: Path, results: Path, samples: int, more: Sequence[str], port: int) -> None:
     """The row of the base model: held-out questions, and the probe of the regime."""
     address = f"--teacher.base_urls=[http://127.0.0.1:{port}/v1]"
@@ -353,6 +380,11 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
     parts, every = [], [*FAMILIES, "all"]
     bases = [row for row in found if row["what"] == "base"]
+    for row in [row for row in found if row["what"] == "teacher"][-1:]:
+        drawn = [[row["sampled"][f][i] for f in FAMILIES] for i in (0, 2)]
+        shares = [wilson(*c) for c in [*zip(*drawn, strict=True), [sum(counts) for counts in drawn]]]
+        lines = [["held out, greedy", *_shares([row], every)], ["training, sampled", *shares]]
+        parts.append(markdown(["the taught copy", *every], lines))
     for row in bases:
         if probed := row.get("by kind and family"):
             lines = [
@@ -362,8 +394,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             right, samples = row["quint by sampling"]
             parts += [markdown(["base model", *FAMILIES], lines), f"`{FAMILIES[-1]}` by sampling: right in {right} of {samples:,}."]
     runs_done = [row for row in found if row["what"] == "run"]
-    for teacher in dict.fromkeys(row["teacher"] for row in runs_done):
-        mine = [row for row in runs_done if row["teacher"] == teacher]
+    for teacher, steps in dict.fromkeys((row["teacher"], row["steps"]) for row in runs_done):
+        mine = [row for row in runs_done if (row["teacher"], row["steps"]) == (teacher, steps)]
         methods = list(dict.fromkeys(row["method"] for row in mine))
         lines = [["before", "", *_shares(bases[-1:], every), _nats(bases[-1:])]] if bases else []
         costs, differences = [], []
@@ -386,9 +418,9 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             values.append(str(paired_difference(_by_seed(mine, a, FAMILIES), _by_seed(mine, b, FAMILIES))))
             differences.append([f"{a} - {b}", *values])
         parts += [
-            f"Teacher: {teacher}",
+            f"Teacher: {teacher}; {steps} steps",
             markdown(["held out", "seeds", *every, "log-prob of quint"], lines),
-            markdown(["paired over seeds", *every], differences),
+            *([markdown(["paired over seeds", *every], differences)] if differences else []),
             markdown(
                 [
                     "a run",
@@ -443,13 +475,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.pause()
     elif given.stage == "teach":
         teach(folder)
+        measure_teacher(folder, given.results, more)
     elif given.stage == "runs":
         seeds = [int(seed) for seed in given.seeds.split(",")]
         return min(1, runs(folder, given.methods.split(","), seeds, given.results, more, given.teacher, given.port))
     elif given.stage == "evaluate":
         evaluate(folder, given.results, more)
     else:
-        print(table(read(given.results)))
+        print(table(read_with_base(given.results)))
     return 0
 
 

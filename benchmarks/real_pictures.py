@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
-from benchmarks.real_model import read, wilson_bounds
+from benchmarks.real_model import read_with_base, wilson_bounds
 from benchmarks.stories import FAMILIES
 
 COLOURS = {"before": "#7F7F7F", "grpo-replay": "#0072B2", "zppo-placebo": "#E69F00", "zppo": "#D55E00"}
@@ -66,7 +66,7 @@ def prompts_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Draws both."""
-    rows = read(Path(argv[0]) if argv else RESULTS / "real-model.jsonl")
+    rows = read_with_base(Path(argv[0]) if argv else RESULTS / "real-model.jsonl")
     folder = Path(argv[1]) if len(argv) > 1 else ROOT / "docs" / "real-model"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in rows if row.get("teacher", "program") == "program"]

@@ -86,6 +86,16 @@ def test_the_teacher_speaks_the_protocol() -> None:
         assert ask(teacher.url, "Say ok.") == ["ok"]
 
 
+def test_the_table_tells_teachers_and_numbers_of_steps_apart() -> None:
+    study = real_model.read(real_model.RESULTS / "real-model.jsonl")
+    base, run = (next(row for row in reversed(study) if row["what"] == what) for what in ("base", "run"))
+    longer = {**run, "steps": 72, "held_out": dict.fromkeys(stories.FAMILIES, [3, 4])}
+    found = real_model.table([base, run, longer, {**longer, "teacher": "model"}])
+    assert re.findall("Teacher: .*", found) == ["Teacher: program; 24 steps", "Teacher: program; 72 steps", "Teacher: model; 72 steps"]
+    assert found.count("| before |") == 3 and found.count(f"| {run['method']} | 1 | 0.75 ") == 2
+    assert "paired over seeds" not in found  # there is one method
+
+
 @pytest.mark.long
 def test_every_stage_with_a_tiny_random_model(
     tiny_qwen3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -111,7 +121,8 @@ def test_every_stage_with_a_tiny_random_model(
     assert not (tmp_path / "runs").exists()
     stage("runs", "--teacher=model", *runs)
     stage("evaluate", *small)
-    first, by_program, by_model = real_model.read(results)
+    first, taught, by_program, by_model = real_model.read(results)
+    assert taught["what"] == "teacher" and taught["held_out"]["quint"] == [0, 2] and taught["sampled"]["quint"][2] == 3
     assert first["quint by sampling"] == [0, 6] and first["held_out"]["gets"][1] == 2
     assert (by_program["teacher"], by_model["teacher"]) == ("program", "model")
     assert by_program["admitted"] and by_program["student_tokens"] > 0 and by_program["processor_seconds"] > 0
