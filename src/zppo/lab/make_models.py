@@ -27,11 +27,12 @@ from zppo.lab.corpus import (
     PictureTeacherCorpus,
     TeacherCorpus,
 )
+from zppo.lab.families import family_questions
 from zppo.lab.models import lab_book, make_model, make_processor, make_tokenizer
 from zppo.lab.picture_world import KINDS, SIZE, Ask, PictureWorld
 from zppo.lab.pretrain import Probe, pretrain, pretrain_vision, probe_of
 from zppo.lab.questions import any_world, with_pictures, write_questions
-from zppo.lab.world import BeliefSettings, CorpusSettings, Entry, Pretraining, World
+from zppo.lab.world import BeliefSettings, CorpusSettings, Entry, Pretraining, World, study
 from zppo.prompts import PromptBook
 
 Say = Callable[[str], None]
@@ -166,7 +167,8 @@ def _pretrained(
     roles = ["student", "teacher"] if with_teacher else ["student"]
     hows = shortened(world.settings.pretraining), shortened(world.settings.teacher)
     for role, corpus, how in zip(roles, corpora, hows, strict=False):
-        model = deepcopy(base)
+        shape = world.settings.teacher.model if isinstance(world, World) and role == "teacher" else None
+        model = make_model(world, tokenizer, seed, shape) if shape else deepcopy(base)
         pretrain(model, corpus, chat, how, seed, teller(say, f"{world.name}/{role}", how.steps))
         save_models(model, tokenizer, out / role)
         if isinstance(world, PictureWorld):
@@ -195,9 +197,12 @@ def _measured(world: World | PictureWorld, out: Path, probes: dict[str, Probe]) 
         measured, corpus = {"hidden": hidden}, ChainTeacherCorpus(world, student.book)
     for split, of_split in questions.items():
         write_questions(out / f"{split}.jsonl", of_split)
+    asked = questions["test"]
+    if isinstance(world, World) and world.settings.families:
+        asked = [*study(world, asked), *family_questions(world)]
     return measured | {
-        "student": student.accuracy(questions["test"]),
-        "teacher": teacher.accuracy(questions["test"]) if teacher else {},
+        "student": student.accuracy(asked),
+        "teacher": teacher.accuracy(asked) if teacher else {},
         "fidelity": teacher.fidelity(corpus.response) if teacher else None,
     }
 
