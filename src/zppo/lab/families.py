@@ -77,7 +77,7 @@ def family_words(world: World) -> list[str]:
     return [*own, *count, *copy]
 
 
-def held_out(world: World) -> dict[str, list[Exercise]]:
+def held_out_exercises(world: World) -> dict[str, list[Exercise]]:
     """The held-out questions of every family, all different."""
     made = {}
     for name, family in world.settings.families.items():
@@ -94,7 +94,7 @@ def family_questions(world: World) -> list[Question]:
     """The held-out questions of a world's families; the level is the family."""
     return [
         Question(f"{world.name}-{name}-{i:03d}", (Message("user", exercise.question),), exercise.answer, level=name)
-        for name, exercises in held_out(world).items()
+        for name, exercises in held_out_exercises(world).items()
         for i, exercise in enumerate(exercises, 1)
     ]
 
@@ -104,7 +104,7 @@ class FamilyDraws:
 
     def __init__(self, world: World, weights: dict[str, float]) -> None:
         self.world, self.weights = world, {name: weight for name, weight in weights.items() if weight}
-        self._held_out = {exercise.question for exercises in held_out(world).values() for exercise in exercises}
+        self._held_out = {exercise.question for exercises in held_out_exercises(world).values() for exercise in exercises}
 
     @property
     def share(self) -> float:

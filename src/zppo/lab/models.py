@@ -30,8 +30,8 @@ from transformers import (
 from zppo.core.draws import draw_key
 from zppo.core.types import BCQ, HINT, NCQ, Draft, Message, Question
 from zppo.engines.chat import Chat
-from zppo.lab.picture_world import CELL, PALETTE, SIDE, SIZE, WORDS, Picture, PictureWorld, pixels
 from zppo.lab.families import family_words
+from zppo.lab.picture_world import CELL, PALETTE, SIDE, SIZE, WORDS, Picture, PictureWorld, pixels
 from zppo.lab.world import ModelShape, World
 from zppo.prompts import Neutraliser
 from zppo.prompts.book import CLOSING, COMPRESSION, HINTING, PromptBook

@@ -107,12 +107,14 @@ class ModelShape(WorldSection):
 
 
 class Pretraining(WorldSection):
-    """Length of a pretraining run; `batch` is in documents. `compression`: share of compression documents (teacher only)."""
+    """Length of a pretraining run; `batch` is in documents. `compression`: share of compression documents (teacher only); `tokens`: padded
+    tokens of one forward and backward, documents of like length share one."""
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     compression: float = Field(0.0, ge=0, le=1)
+    tokens: int = Field(2048, ge=1)
 
 
 class Writing(WorldSection):
@@ -159,7 +161,7 @@ class FamilySettings(WorldSection):
     test: int = Field(ge=1)
 
 
-class TeacherSettings(Pretraining):
+class ChainTeacherSettings(Pretraining):
     """A teacher of a world of text: its pretraining, and how it differs from the student.
 
     `model`: its size, the student's by default; `writing`: of its thoughts; `beliefs`: what it errs about, by tier; `hints`: share of
@@ -208,7 +210,7 @@ class WorldSettings(AnyWorldSettings):
     dialect: Writing | None = None
     families: dict[str, FamilySettings] = {}
     corpus: TextCorpusSettings
-    teacher: TeacherSettings
+    teacher: ChainTeacherSettings
 
     @model_validator(mode="after")
     def _consistent(self) -> WorldSettings:
