@@ -315,7 +315,7 @@ class TeacherCorpus(Corpus[Task, Result]):
 
 
 class ChainTeacherCorpus(TeacherCorpus[Chain, Results]):
-    """A teacher of a world of text. What the world's file says of it (`ChainTeacherSettings`) makes it err, write in its own way, give hints."""
+    """A teacher of a world of text; by its settings (`ChainTeacherSettings`) it errs, writes in its own way, gives hints."""
 
     world: World
 
