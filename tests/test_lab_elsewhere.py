@@ -51,7 +51,7 @@ def answer(question: str) -> str:
         return f"count→ {('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')[said[3:].count(said[1])]}"
     if said[0] == "copy→":
         *shown, _, place, _, other = said[1:]
-        shown[("first", "second", "third", "fourth", "fifth", "sixth").index(place)] = other
+        shown[("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth").index(place)] = other
         return " ".join(["copy→", *shown])
     tables, value, steps = {o.word: o.table for o in WORLD.operations}, WORLD.values.index(said[0]), list[str]()
     for word in said[1:]:
