@@ -23,6 +23,7 @@ ROWS = (
     "update_savings",
     "shared_prompt",
     "decode_step",
+    "packed_weights",
     "teacher_tokens",
     "teacher_ahead",
     "bookkeeping",

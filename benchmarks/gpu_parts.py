@@ -291,7 +291,8 @@ def reward(folder: Path) -> Path:
 def planned(recipe: Path, engine: Sequence[str]) -> int:
     """Bytes that the dry run would say."""
     from zppo.config.recipe import load_recipe
-    from zppo.planning.memory import expected, find_machine
+    from zppo.planning.machine import find_machine
+    from zppo.planning.memory import expected
     from zppo.rollout.data import load_questions_of
 
     settings = load_recipe(recipe, list(engine))

@@ -1111,6 +1111,12 @@ def _(w: World) -> None:
     w.set("train.optimizer", "adamw-8bit")
 
 
+@case("sharding, and a student that teaches itself")
+def _(w: World) -> None:
+    w.set("train.sharding", "fsdp2")
+    w.set("method", "sdpo")
+
+
 @case("an accelerate configuration with Megatron-LM")
 def _(w: World) -> None:
     _accelerate(w, ACCELERATE_USE_MEGATRON_LM="true")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from zppo.engines.out_of_memory import TokenBudget
 from zppo.images import features
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
-from zppo.models.student_model import Student, load_chat, load_student
+from zppo.models.student_model import Student, load_chat, load_student, unread_student
 from zppo.step_log import StepLog
 from zppo.train.assemble import make_learner
 from zppo.train.distillation import Distillation
@@ -114,12 +115,23 @@ def make_shards(case: Case, processes: Processes) -> ShardedWeights:
     return ShardedWeights(processes, retries=auto, offload=case.train.get("offload", False))
 
 
+def loaded(weights: ReplicatedWeights, settings: Settings, start: Path | None, images: bool) -> Student:
+    """As a run loads it; in parts where that can be."""
+    told: list[str] = []
+    make = partial(load_student, settings, start, bf16=False, images=images)
+    student = weights.load(make, partial(unread_student, settings, start, images=images), told.append)
+    parts = weights.sharded and settings.train.lora is None
+    assert len(told) == (weights.sharded and weights.processes.main and not parts), told
+    assert parts == all(p.is_meta for p in student.model.parameters()) or not weights.processes.main
+    return student
+
+
 def check_resumed(case: Case, settings: Settings, chat: Chat, learner: PolicyGradient, groups: list[Group], start: Path) -> None:
     """What was saved goes on as what has saved it, over the same processes and in one of them alone; nothing is saved of it."""
     processes, nothing, advantages = learner.processes, None, step_advantages(groups, "nontrivial")
     expected = update(learner, groups, advantages, len(groups))
     for weights in (make_shards(case, processes), ReplicatedWeights()):
-        student = weights.load(lambda: load_student(settings, start, bf16=False, images=chat.image_processor is not None))
+        student = loaded(weights, settings, start, chat.image_processor is not None)
         other, _ = make_learner(settings, student.model, chat, start, Accelerator(cpu=True), [], nothing, weights)  # type: ignore[arg-type]
         assert isinstance(other, PolicyGradient)
         other.check, other.sampler_is_exact, other.budget.tokens = None, learner.sampler_is_exact, learner.budget.tokens
@@ -146,7 +158,7 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
     settings = settings_of(case, folder)
     images = case.student != "text"
     chat = load_chat(settings.student, LIMITS, PixelCache(1 << 20)) if images else load_chat(settings.student)
-    student = weights.load(lambda: load_student(settings, None, bf16=False, images=images))
+    student = loaded(weights, settings, None, images)
     nothing: Any = None
     learner, optimizer = make_learner(settings, student.model, chat, None, Accelerator(cpu=True), [], nothing, weights)
     assert isinstance(learner, PolicyGradient)
@@ -165,9 +177,7 @@ def train(case: Case, weights: ReplicatedWeights, folder: Path, recorded: Sequen
     if case.full == "backward":
         metrics.append(distilled(settings, chat, learner, [g for g in recorded[0] if not g.prompt.images]))
     weights.write(out, student, optimizer.optimizer)
-    merged = weights.merged(student)
-    if weights.processes.main:
-        merged.save_pretrained(out / "whole")
+    weights.write_final(out / "whole", student)
     weights.processes.wait()
     if weights.sharded and not case.quantize:
         budget = learner.budget.tokens

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pickle
 import resource
+import shutil
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -22,8 +26,11 @@ from transformers import PreTrainedModel
 
 from distributed_worker import load, sample
 from test_update import make_settings, update
+from zppo.config.settings import Settings
 from zppo.core.advantages import step_advantages
 from zppo.core.types import Group, Prompt, Question
+from zppo.distributed import sharded
+from zppo.distributed.checkpoint_parts import WeightFiles
 from zppo.distributed.parallel import ReplicatedWeights
 from zppo.distributed.processes import Processes
 from zppo.distributed.sharded import ShardedWeights
@@ -31,7 +38,7 @@ from zppo.engines.base import Completion, SampleRequest, Sampling
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.models.optimizer import make_optimizer
-from zppo.models.student_model import Student
+from zppo.models.student_model import Student, load_student, unread_student
 from zppo.train.engine_checks import EngineCheck
 from zppo.train.learner import OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
@@ -104,26 +111,98 @@ def train(learner: PolicyGradient, recorded: Sequence[list[Group]]) -> list[dict
     return [update(learner, groups, step_advantages(groups, "nontrivial"), step) for step, groups in enumerate(recorded)]
 
 
+class Reads:
+    """What this process reads of safetensors.
+
+    Attributes:
+        total: bytes.
+        most: of one tensor.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.most = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[Reads]:
+        whole, reads = safetensors.safe_open, self
+
+        class Slice:
+            def __init__(self, inner: Any) -> None:
+                self.inner = inner
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.inner, name)
+
+            def __getitem__(self, places: Any) -> torch.Tensor:
+                found: torch.Tensor = self.inner[places]
+                reads.total, reads.most = reads.total + found.nbytes, max(reads.most, found.nbytes)
+                return found
+
+        class File:
+            def __init__(self, *args: Any, **options: Any) -> None:
+                self.inner = whole(*args, **options)
+
+            def __enter__(self) -> File:
+                self.inner.__enter__()
+                return self
+
+            def __exit__(self, *error: Any) -> None:
+                self.inner.__exit__(*error)
+
+            def __getattr__(self, name: str) -> Any:
+                assert name in ("keys", "metadata"), f"{name} reads whole tensors"
+                return getattr(self.inner, name)
+
+            def get_slice(self, name: str) -> Slice:
+                return Slice(self.inner.get_slice(name))
+
+        safetensors.safe_open = File  # type: ignore[misc, assignment]
+        try:
+            yield self
+        finally:
+            safetensors.safe_open = whole  # type: ignore[misc]
+
+
+def loaded(weights: ShardedWeights, path: Path, start: Path | None = None, *, parts: bool = True) -> tuple[Student, int, list[str]]:
+    """As a run loads it; how many times this process has read all of it, and what is said."""
+    settings, told, made = Settings(method="grpo", student={"model": str(path)}, data={"train": "-"}), list[str](), 0
+
+    def make() -> Student:
+        nonlocal made
+        made += 1
+        return load_student(settings, start, bf16=False)
+
+    student = weights.load(make, partial(unread_student, settings, start) if parts else None, told.append)
+    return student, made, told
+
+
 class Shard:
-    """Reads a student, shards it, trains it, and writes what it has."""
+    """Reads a student, shards it, trains it, and writes what it has.
 
-    def __init__(self, processes: Processes, path: Path, *, precision: str = "no", start: Path | None = None, **how: Any) -> None:
-        self.weights, self.reads = ShardedWeights(processes, bf16=precision == "bf16", **how), 0
+    Args:
+        parts: each process reads its own part, as a run does; otherwise the first one reads all of it.
+    """
 
-        def read() -> Student:
-            self.reads += 1
-            return Student(load(str(start / "model" if start else path)), None)
-
-        self.student = self.weights.load(read)
+    def __init__(
+        self, processes: Processes, path: Path, *, precision: str = "no", start: Path | None = None, parts: bool = True, **how: Any
+    ) -> None:
+        self.weights = ShardedWeights(processes, bf16=precision == "bf16", **how)
+        self.student, self.made, self.told = loaded(self.weights, path, start, parts=parts)
         self.model = self.student.model
-        assert self.reads == processes.main, "others than the first process have read the student"
-        assert processes.main or all(p.is_meta for p in self.model.parameters())
+        assert processes.main or (not self.made and all(p.is_meta for p in self.model.parameters())), (
+            "more than the first process has read it"
+        )
         self.whole = sum(p.numel() for p in self.model.parameters())
         self.learner = make_learner(self.model, self.weights, precision)
         if start is not None:
             self.weights.load_optimizer(start, self.learner.optimizer.optimizer, self.model)
         own = sum(p.to_local().numel() for p in self.model.parameters())  # type: ignore[attr-defined]
         assert own * self.weights.within < self.whole * 1.1
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """This process's part of the weights, and all that is no weight."""
+        own = {name: p.to_local() for name, p in self.model.named_parameters(remove_duplicate=False)}  # type: ignore[operator]
+        return {**own, **dict(self.model.named_buffers())}
 
     def write(self, folder: Path) -> None:
         if self.weights.processes.main:
@@ -190,9 +269,12 @@ def trained_within_two(count: Gathered, processes: Processes, path: Path, record
     with count.counted():
         shard.write(out / "within")
     assert count.most == shard.largest(4)
-    final = shard.weights.merged(shard.student)
-    if processes.main:
-        final.save_pretrained(out / "final")
+    with count.counted():
+        shard.weights.write_final(out / "final", shard.student)
+    assert count.most == shard.largest(4)
+    processes.wait()
+    files = [path.stat().st_size for path in (out / "final").glob("*.safetensors")]
+    assert len(files) == 4 and max(files) < 0.5 * sum(files), "a process writes more than its part"
     (out / f"within-{processes.rank}.pickle").write_bytes(pickle.dumps(metrics))
 
 
@@ -255,8 +337,85 @@ def trained_in_bf16(count: Gathered, processes: Processes, path: Path, recorded:
     shard.write(out / "bf16")
 
 
+def read_in_parts(processes: Processes, path: Path, start: Path | None) -> None:
+    """Each process reads a fourth, and has bit for bit what the first one's reading gives it; nobody ever has a whole matrix."""
+    with Reads().counted() as reads:
+        ours = Shard(processes, path, start=start)
+    assert not ours.made and not ours.told
+    theirs = Shard(processes, path, start=start, parts=False)
+    assert theirs.made == processes.main
+    found, wanted = ours.held(), theirs.held()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
+    tied = [shard.model.get_input_embeddings().weight is shard.model.get_output_embeddings().weight for shard in (ours, theirs)]
+    assert tied == [ours.model.config.tie_word_embeddings] * 2
+    size, kinds = (4, 3) if start else (2, 1)  # a checkpoint is in fp32, with two moments; the student as published in bf16
+    total = ours.whole * size * kinds
+    assert sum(processes.gather(reads.total)) == total, (reads.total, total)  # nothing is read twice
+    assert reads.total < total * 0.27 and reads.most <= -(-ours.largest(size) // 4) + 64 * size, (reads.total, reads.most)
+
+
+def read_whole(processes: Processes, path: Path, out: Path) -> None:
+    """What cannot be read in parts the first process reads, and says so."""
+    odd = out / "odd"
+    if processes.main:
+        shutil.copytree(path, odd)
+        shutil.copy(odd / "model.safetensors", odd / "model-copy.safetensors")
+    processes.wait()
+    here = WeightFiles.seen
+    for folder, seen, why in (
+        (odd, here, "hold lm_head.weight twice"),
+        (path, lambda files: None if processes.rank == 2 else here(files), "not all processes see the same files of it"),
+        (path, lambda files: f"{processes.rank} {here(files)}", "not all processes see the same files of it"),
+    ):
+        WeightFiles.seen = seen  # type: ignore[method-assign]
+        try:
+            _, made, told = loaded(ShardedWeights(processes), folder)
+        finally:
+            WeightFiles.seen = here  # type: ignore[method-assign]
+        assert made == len(told) == processes.main, told
+        assert not told or ("first process" in told[0] and why in told[0]), told
+
+
+@contextmanager
+def growth() -> Iterator[list[int]]:
+    """The most bytes that this process has come to have of its own inside; pages of files, which are shared, are not counted."""
+
+    def own() -> int:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+    before, most, over = own(), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            most[0] = max(most[0], own() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
+def started(arguments: list[str]) -> int:
+    """How much a start takes until the first pass. Arguments: the model, the folder to write to."""
+    path, out = Path(arguments[0]), Path(arguments[1])
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    sharded.head_form = lambda *_, **__: None  # type: ignore[assignment]  # it would gather layers
+    for parts in (True, False):
+        weights = ShardedWeights(processes)
+        with growth() as most:
+            student, *_ = loaded(weights, path, parts=parts)
+            weights.prepare(student.model, accelerator)
+        (out / f"{'parts' if parts else 'whole'}-{processes.rank}").write_text(str(most[0]))
+        del student
+    return 0
+
+
 def main(arguments: list[str]) -> int:
-    """Arguments: the model, the recorded groups, the folder to write to."""
+    """Arguments: the model, the recorded groups, the folder to write to, in which two models in bf16 are."""
     path, out = Path(arguments[0]), Path(arguments[2])
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
     processes, count = Processes(dist.get_rank(), dist.get_world_size()), Gathered()
@@ -266,6 +425,9 @@ def main(arguments: list[str]) -> int:
         trained_within_two(count, processes, path, recorded, out)
         trained_with_offload(processes, path, recorded, out)
         trained_in_bf16(count, processes, path, recorded, out)
+        for student, start in (("tied", None), ("untied", None), ("tied", out / "two")):
+            read_in_parts(processes, out / student, start)
+        read_whole(processes, out / "untied", out)
     except BaseException:
         traceback.print_exc()  # who started this reads what it prints, and no exception
         return 1

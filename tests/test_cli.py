@@ -70,6 +70,9 @@ def test_errors_of_the_user_are_one_block_and_status_2(tmp_path: Path, capsys: p
         (["train", "{recipe}", "--dry-run", "--data.train=none.jsonl"], "there is no such file"),
         (["train", "{recipe}", "--dry-run", "--prompts.bcq=none.jinja"], "none.jinja"),
         (["train", "{recipe}", "--dry-run", "--student.template=none.jinja"], "student.template: there is no file"),
+        (["train", "{recipe}", "--dry-run", "--prompts.closing=answerline"], "(think-boxed, boxed, answer-line)"),
+        (["train", "{recipe}", "--dry-run", "--prompts.closng=boxed"], "texts are called closing, bcq, ncq"),
+        (["train", "{recipe}", "--dry-run", "--prompts.closng={recipe}"], "no prompt of this run is called 'closng'"),
         (["train", "{recipe}", "--dry-run", "--teacher.model=./none"], "teacher.model: "),
         (["train", "{recipe}", "--dry-run", "--grading.reward=none.py:f"], "there is no file"),
         (
@@ -168,7 +171,8 @@ def test_methods_lists_the_table(capsys: pytest.CaptureFixture[str], monkeypatch
     for method in METHODS.values():
         assert method.paper in lines[method.name] and method.gradient in lines[method.name]
         assert ("yes" in lines[method.name].split()) == method.replay
-    assert "advantages of all but those that distil: two-step, Eqs. 2-3." in out
+    assert "advantages of the rows of the paper that do not distil: two-step, Eqs. 2-3." in out
+    assert "advantages of luffy: reward - group mean." in out
 
 
 @pytest.mark.parametrize("width", ["80", "120"])
@@ -454,7 +458,7 @@ def test_the_needs_of_a_reformulation_of_ones_own(tmp_path: Path, capsys: pytest
     found, _, err = run(capsys, "train", str(recipe), "--dry-run")
     assert found == status, err
     if status:
-        assert "what can be prepared is hint, pair, prefix, wrong" in " ".join(err.split())
+        assert "what can be prepared is answers, hint, pair, prefix, wrong" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(("like", "needs"), [("ncq", '{"wrong"}'), ("bcq", '{"pair"}'), ("hint", '{"hint"}'), ("prefix", '{"prefix"}')])

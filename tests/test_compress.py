@@ -108,7 +108,7 @@ def test_each_distinct_completion_is_asked_once_a_step() -> None:
     assert [len(call) for call in teacher.calls] == [2]
     assert "Do not write \\boxed{}" in teacher.asked[1]
     assert "Do not write \\boxed{}" not in teacher.asked[0]
-    assert list(log.counts) == list(COMPRESSION_COUNTS) and list(log.counts.values()) == [2, 0, 0, 20, 6]
+    assert list(log.counts) == list(COMPRESSION_COUNTS) and list(log.counts.values()) == [2, 0, 0, 0, 20, 6]
     compress.compress([one], 0, StepLog(1))
     assert [len(call) for call in teacher.calls] == [2, 1]
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zppo.core.metrics import accuracy_by_kind, composition, eligibility, mean, rollout_metrics
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, groups_with_gradient, mean, rollout_metrics
 from zppo.core.types import BCQ, NCQ, PLAIN, Group, Message, Prompt, Question, Rollout
 
 
@@ -58,6 +58,12 @@ def test_eligibility_is_of_plain_groups_alone_and_asks_what_the_teacher_said() -
     for responses, part in (({name: ("a response",)}, "bcq"), ({name: ()}, "ncq"), ({}, "unasked")):
         assert eligibility(plain, responses, 0.5) == {"easy": 2 / 4, part: 1 / 4, "ungraded": 1 / 4}
     assert eligibility([], {}, 0.5) == {}
+
+
+def test_a_group_counts_where_an_advantage_is_not_zero() -> None:
+    groups = [group(PLAIN, True, True), group(PLAIN, True, False, False), group(BCQ, False)]
+    assert groups_with_gradient(groups, torch.tensor([0.0, 0.0, 0.6, -0.3, -0.3, 0.0])) == 1
+    assert groups_with_gradient(groups, torch.zeros(6)) == groups_with_gradient([], torch.zeros(0)) == 0
 
 
 def test_rollout_metrics() -> None:

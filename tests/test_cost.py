@@ -38,7 +38,10 @@ from zppo.planning.flops import (
     paper_costs,
     planned,
 )
+from zppo.planning.machine import Machine
+from zppo.planning.memory import prompt_tokens
 from zppo.planning.model_shapes import count_parameters, nominal_size, parse_size, size_of
+from zppo.rollout.data import load_questions_of
 
 PAPER = [pytest.param(row, id=f"{row.method}-{row.scale}") for row in paper_costs()]
 QUESTIONS = 76_800
@@ -315,6 +318,31 @@ def test_zppo_cost_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "2 steps" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--set", "rollout.groupsize=4"]) == 2
     assert "rollout.group_size" in capsys.readouterr().err
+
+
+def test_the_data_s_own_prompts_are_counted_and_the_machine_is_named(
+    tiny_qwen3_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the data can be read; the dry run says the same lengths. What `auto` precision is follows the machine."""
+    rows = [f"What is {i} plus {i}?,{2 * i}" for i in range(10)]
+    (tmp_path / "mine.csv").write_text("prompt,answer\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    recipe = tmp_path / "mine.yaml"
+    own = {"method": "grpo", "student": {"model": str(tiny_qwen3_dir)}, "data": {"train": "mine.csv"}, "train": {"steps": 1}}
+    recipe.write_text(yaml.safe_dump(own | {"rollout": {"max_new_tokens": 64}}), encoding="utf-8")
+
+    def said(*arguments: str) -> str:
+        assert main([*arguments]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    settings = load_recipe(recipe)
+    lengths = prompt_tokens(settings, load_questions_of(settings).mixture.questions)
+    for gpu, why in ((False, "exact in fp32: train.precision is auto, and this is counted for a CPU"), (True, "counted for a GPU")):
+        monkeypatch.setattr("zppo.report.cost.find_machine", lambda device, gpu=gpu: Machine("it", gpu, 1 << 40))
+        out = said("cost", str(recipe))
+        assert f"plain prompts of {lengths.mean:,.0f} tokens (the data's have {lengths.mean:,.0f} on average" in out and why in out
+    assert "plain prompts of 9 tokens, " in said("cost", str(recipe), "--mean-prompt", "9")
+    assert "4,096 (the limit)" in said("cost", str(recipe), "--questions", "10")  # the data is not read
+    assert f"the data's have {lengths.mean:,.0f} on average and {lengths.longest} at most" in said("train", str(recipe), "--dry-run")
 
 
 def test_zppo_cost_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

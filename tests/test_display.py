@@ -108,3 +108,36 @@ def test_running_means_begin_unbiased() -> None:
         weights = [0.9 ** (step - i) for i in range(1, step + 1)]
         expected = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
         assert progress._means["plain"] == pytest.approx(expected)
+
+
+def test_a_step_says_how_many_groups_moved_the_weights_and_the_last_evaluation_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("zppo.runs.display.time.monotonic", lambda: now[0])
+    kinds = ("plain", "bcq", "ncq")
+    for terminal, wide in ((True, 80), (False, 200)):
+        out = io.StringIO()
+        progress = Progress(Console(file=out, width=wide, force_terminal=terminal, _environ={"TERM": "xterm"}))
+        progress.plan(3, kinds, replay=True, evaluates=True)
+        said = []
+        for step, live in ((1, 3), (2, 0), (3, 1)):
+            now[0] += 4.0
+            progress.step(step, METRICS | {"seconds": {"step": 4.0}, "groups": 8, "groups_with_gradient": live}, TOTALS)
+            said.append(shown(progress) if terminal else out.getvalue().splitlines()[-1])
+            if step == 1:  # as a held-out evaluation between two steps
+                progress.doing("evaluating on 9 held-out questions")
+                now[0] += 7.0
+                progress.evaluation(1, SimpleNamespace(accuracy=0.5, by_level={}, ungraded=0, count=9))  # type: ignore[arg-type]
+        assert "3 of 8" in said[0] and "none of 8" in said[1] and "1 of 8" in said[2] and "gradient" in said[2]
+        assert "left 0:08 and the last evaluation" in said[0]  # how long one takes is not known yet
+        assert "left 0:14" in said[1] and "and" not in said[1]  # (4 + 7 + 4) / 2 for the step, 7 for the evaluation
+        assert "left: the last evaluation, 0:07" in said[2] and "left 0:00" not in said[2]
+        assert all(len(line) <= wide for text in said for line in text.splitlines())
+
+
+def test_a_run_without_held_out_questions_ends_with_its_last_step() -> None:
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=200, force_terminal=False))
+    progress.plan(1, ("plain",), replay=False)
+    progress.step(1, METRICS, TOTALS)
+    line = out.getvalue()
+    assert "left 0:00" in line and "gradient" not in line  # distillation has no advantages

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zppo.engines.base import Sampling
-from zppo.engines.keyed_sampling import Drawer, key_states, truncate, uniforms
+from zppo.engines.keyed_sampling import Drawer, inverse_cdf, key_states, truncate, uniforms
 
 MASK = (1 << 64) - 1
 
@@ -72,6 +72,25 @@ def test_truncations_match_a_plain_restatement(order: list[int], top_k: int, top
     kept = places if ids is None else ids[0, places]
     assert set(kept.tolist()) == plain_truncation(logits, top_k, top_p, min_p)
     assert torch.equal(values[0, places], torch.tensor(logits)[kept])
+
+
+@pytest.mark.parametrize("width", [7, 256, 257, 5_000])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 20.0])
+def test_the_inverse_equals_one_cumulative_sum(width: int, spread: float) -> None:
+    """Over the vocabulary as a whole, with half of it impossible in every other row; the ends of the unit interval are possible tokens."""
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randn(400, width, generator=generator) * spread
+    logits[::2, torch.randperm(width, generator=generator)[: width // 2]] = float("-inf")
+    probs, numbers = logits.softmax(-1), uniforms(key_states(range(400)), 3)
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(cdf, (numbers * cdf[:, -1])[:, None], right=True)
+    assert torch.equal(inverse_cdf(probs, numbers), expected)
+    for end in (0.0, 1 - 2.0**-52):
+        assert (probs.gather(1, inverse_cdf(probs, torch.full_like(numbers, end))) > 0).all()
+
+
+def test_numbers_that_are_none_stay_within_the_vocabulary() -> None:
+    assert inverse_cdf(torch.full((2, 300), float("nan")), uniforms(key_states([1, 2]), 0)).max() < 300
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=4)])

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
+from zppo.distributed.parallel import zero_gradients
 from zppo.engines import output_head
 from zppo.engines.logprobs import Row, completion_logprobs, token_scores
 from zppo.images.features import device_of
@@ -44,6 +45,33 @@ def plainly(model: PreTrainedModel, row: Row, temperature: float, banned: list[i
     allowed[banned] = False
     logprobs = logits.masked_fill(~allowed, -1e30).log_softmax(-1)
     return logprobs.gather(1, completion[:, None])[:, 0], -(logprobs.exp() * logprobs)[:, allowed].sum(-1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunk", [3, 1 << 24])
+def test_gradients_that_are_summed_in_place_are_the_same(tied: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On top of what is there already, and only where the learner has said so."""
+    monkeypatch.setattr(output_head, "head_tokens", lambda *_, **__: chunk)
+    model = tiny("qwen3")
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+    def twice() -> dict[str, torch.Tensor]:
+        for _ in range(2):
+            token_scores(model, ROWS).logprobs.sum().backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    returned: list[torch.Tensor | None] = []
+    summed = output_head._sum
+    monkeypatch.setattr(output_head, "_sum", lambda *args: (returned.append(summed(*args)), returned[-1])[1])
+    expected = twice()
+    assert returned and all(part is not None for part in returned)
+    zero_gradients(model)
+    returned.clear()
+    found = twice()
+    assert returned and all(part is None for part in returned)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])

@@ -231,6 +231,22 @@ def test_whose_words_a_checkpoint_is_asked_in(run: Path, tmp_path: Path) -> None
     assert words(run / "models" / "other") == words(tmp_path / "final") == (None, {})
 
 
+@pytest.mark.parametrize("place", [True, False])
+@pytest.mark.parametrize(("closing", "read"), [("answer-line", "line"), ("boxed", "after-thoughts"), (None, "after-thoughts")])
+def test_answers_are_read_where_a_named_closing_puts_them(closing: str | None, read: str, place: bool, run: Path) -> None:
+    """With and without a run's recipe beside the checkpoint, as for a server."""
+    options = EvalOptions("m", "paper", closing=Path(closing) if closing else None)
+    assert with_words_of_run(options, run / "final" if place else None).answer_from == read
+
+
+def test_a_run_that_answers_in_a_line_is_read_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("student: {model: m}\ndata: {train: q}\nmethod: grpo\nprompts: {closing: answer-line}\n")
+    own = with_words_of_run(EvalOptions("m", "paper"), tmp_path / "run" / "final")
+    other = with_words_of_run(EvalOptions("m", "paper", closing=Path("boxed")), tmp_path / "run" / "final")
+    assert (own.answer_from, other.answer_from) == ("line", "after-thoughts")
+
+
 @pytest.mark.slow
 def test_a_checkpoint_in_the_middle_of_a_run_is_evaluated_with_the_runs_tokenizer(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -513,7 +513,7 @@ def test_data_that_cannot_be_had_or_read_is_skipped_and_said(
 MISTAKES: dict[str, tuple[Callable[[str, str, Path], list[str]], str]] = {
     "an unknown benchmark": (lambda m, j, f: [m, "--suite", "MMLUX", "--judge", j], "'MMLUX'"),
     "no judge": (lambda m, j, f: [m], "--judge URL"),
-    "no closing instruction": (lambda m, j, f: [m, "--judge", j, "--closing", str(f / "none")], "--closing: there is no file"),
+    "no closing instruction": (lambda m, j, f: [m, "--judge", j, "--closing", str(f / "none")], "think-boxed, boxed, answer-line"),
     "arguments that are none": (lambda m, j, f: [m, "--judge", j, "--template-args", "thinking"], "'thinking' is no mapping"),
     "arguments that are no YAML": (lambda m, j, f: [m, "--judge", j, "--template-args", "{"], "is no YAML"),
     "a model that is nowhere": (lambda m, j, f: [str(f / "none"), "--judge", j], "is no folder"),

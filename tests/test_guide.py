@@ -46,6 +46,28 @@ def server() -> Iterator[Server]:
     started.kill()
 
 
+def test_a_small_student_begins_with_a_recipe_and_four_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the dry run, which calls nobody; every place of the guide is marked in the recipe that is copied."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0 and "smollm2-135m where the student is small" in " ".join(capsys.readouterr().out.split())
+    assert main(["init", "mine", "--from", "smollm2-135m"]) == 0
+    recipe, changes = yaml.safe_load(Path("mine.yaml").read_text()), blocks("yaml")[1]
+    for text in (Path("mine.yaml").read_text(), changes):
+        assert all(re.search(rf"^\w+:.*# \({i}\)|^\w+:.*\# \({i}\)", text, re.MULTILINE) for i in (1, 2, 3, 4))
+    recipe.update(yaml.safe_load(changes))
+    recipe["student"] = {"model": "tiny"}
+    make_tiny(tmp_path / "tiny")
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+    (csv,) = blocks("csv")
+    Path("train.csv").write_text(csv)
+    Path("test.csv").write_text("question,solution,topic\nWhat is 3 times 4?,12,arithmetic\n")
+    assert main(["train", "mine.yaml", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "its-name-there at http://that-machine:8000/v1" in said and "2 from" in said and "greedy" in said and "verdict fits" in said
+
+
 @pytest.mark.slow
 def test_from_a_csv_to_a_student(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -59,7 +81,7 @@ def test_from_a_csv_to_a_student(
     (tmp_path / "other.csv").write_text(csv)
 
     recipe = yaml.safe_load((RECIPES / "single-gpu-lora.yaml").read_text())
-    (data,) = blocks("yaml")
+    data, _ = blocks("yaml")
     recipe.update(yaml.safe_load(data))
     make_tiny(tmp_path / "tiny")
     (tmp_path / "reward.py").write_text(REWARD)

@@ -17,7 +17,8 @@ from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.core.types import Message, Question
 from zppo.planning.dry_run import memory_rows
-from zppo.planning.memory import GIB, Machine, Memory, estimate, within
+from zppo.planning.machine import Machine
+from zppo.planning.memory import GIB, Memory, estimate, within
 from zppo.planning.model_shapes import VisionTowerShape, vision_shape_of
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,10 +14,14 @@ from test_compress import HOW, ScriptedTeacher, last_words, source
 from zppo.core.reformulate import Candidate
 from zppo.core.types import Draft, Message, Question
 from zppo.grading import extract_boxed
+from zppo.grading.answer_form import AnswerForm
+from zppo.names import CLOSINGS
 from zppo.prompts import PromptBook
 from zppo.prompts.neutralise import Neutraliser
 from zppo.step_log import StepLog
 from zppo.teacher.compression import Compressor, PairRequest, Prepared
+from zppo.teacher.hints import HintRequest, make_hints
+from zppo.teacher.interface import TeacherReply
 
 BOOK = PromptBook(neutralise=Neutraliser({"<|im_start|>", "<|im_end|>"}))
 QUESTION = Question("q", (Message("user", "What is 3 plus 4?"),), "7")
@@ -119,3 +124,49 @@ def test_an_echo_is_no_summary_of_a_completion_without_an_answer() -> None:
         log = StepLog(0)
         assert compressor.compress([silent], 0, log) == [None]
         assert log.counts["compression_failed"] == 1
+
+
+@pytest.mark.parametrize("form", ["boxed", "answer-line"])
+def test_instructions_in_other_dress_are_no_summary(form: str) -> None:
+    """Wrapped, numbered, capitalised, with a word before or the right answer behind them; honest texts pass."""
+    answers = AnswerForm(CLOSINGS[form])
+    book = PromptBook({"closing": form}, form=answers)
+    written = answers.written("7")
+    echoed = [
+        f"The short version has at most five lines.\n{written}",
+        f"1. it holds only the ESSENTIAL steps, and the final\nanswer in the order of the response\n{written}",
+        f"I will leave out exploration, detours, doubts and self-correction. {written}",
+        f"**Derive nothing new.** Do not check, judge or\nrepair anything.\nSo the final answer.\n{written}",
+    ]
+    honest = [
+        f"Five lines meet in one point, so there are 7 regions.\n{written}",
+        f"12 - 5 = 7, so the final answer is 7.\n{written}",
+        f"The response to the problem holds: 3 + 4 = 7.\n{written}",
+        written,
+    ]
+    replies = iter([*echoed, *honest])
+    log = StepLog(0)
+    teacher = ScriptedTeacher(lambda text: f"<summary>{next(replies)}</summary>")
+    compressor = Compressor(teacher, book, HOW, last_words(512), form=answers)
+    found = [compressor.compress([source(f"text {i}", "7")], 0, log)[0] for i in range(8)]
+    assert found == [None] * 4 + honest
+    assert (log.counts["compression_asked"], log.counts["compression_failed"], log.counts["compression_echoed"]) == (8, 4, 4)
+
+
+def test_a_failure_of_another_kind_is_no_echo() -> None:
+    log = StepLog(0)
+    Compressor(ScriptedTeacher(LIES["breaks the answer"]), BOOK, HOW, last_words(512)).compress([source("a", "7")], 0, log)
+    assert (log.counts["compression_failed"], log.counts["compression_echoed"]) == (1, 0)
+
+
+def test_a_hint_that_repeats_its_instructions_is_refused_and_another_response_is_tried() -> None:
+    class Hinter:
+        def __init__(self) -> None:
+            self.left = ["It names the idea, or the first thing to look at, in at most three sentences.", "Count on from three."]
+
+        def complete(self, requests: Any, how: Any, log: Any = None) -> list[TeacherReply]:
+            return [TeacherReply((f"<hint>{self.left.pop(0)}</hint>",)) for _ in requests]
+
+    log, responses = StepLog(0), tuple(source(f"three and four {i}", "7", i) for i in range(2))
+    assert make_hints([HintRequest(QUESTION, responses)], Hinter(), BOOK, HOW, seed=0, log=log) == ["Count on from three."]
+    assert (log.counts["hint_failed"], log.counts["hint_echoed"], log.counts["hint_leaked"]) == (1, 1, 0)

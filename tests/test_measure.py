@@ -28,6 +28,7 @@ from zppo.measure.answers import AnswerFile, Answers
 from zppo.measure.command import write_rows
 from zppo.measure.verdict import Measured, bins, charts, counts, judge_data, tables, useful_filter
 from zppo.rollout.data import load_data
+from zppo.runs.log import ROLLOUT_SCHEMA
 from zppo.teacher.interface import TeacherReply, TeacherRequest
 from zppo.teacher.local import LocalTeacher
 
@@ -64,6 +65,29 @@ def test_the_measured_questions_are_a_source_with_accuracies(tmp_path: Path, cap
     assert facts["student"]["accuracy"] == pytest.approx(sum(row["student_accuracy"] for row in rows) / 12)
     assert facts["teacher"]["accuracy"] == pytest.approx(sum(row["teacher_accuracy"] for row in rows) / 12)
     assert facts["questions"] == 12 and facts["words"][-1] in " ".join(printed.split())
+    kept = pq.read_table(tmp_path / "measured-completions.parquet")
+    assert kept.schema.equals(ROLLOUT_SCHEMA)
+    given = {(row["id"], kind): [r for r in kept.to_pylist() if (r["question_id"], r["kind"]) == (row["id"], kind)]
+             for row in rows for kind in ("plain", "teacher")}  # fmt: skip
+    assert kept.num_rows == sum(map(len, given.values())) == 2 * 4 * 12
+    for row in rows:
+        mine, theirs = given[row["id"], "plain"], given[row["id"], "teacher"]
+        assert [r["rollout"] for r in mine] == [0, 1, 2, 3] and all(row["prompt"] in r["prompt"] for r in (*mine, *theirs))
+        assert (
+            sum(r["correct"] for r in mine) == 4 * row["student_accuracy"]
+            and sum(r["correct"] for r in theirs) == 4 * row["teacher_accuracy"]
+        )
+        assert sum(r["completion_tokens"] for r in mine) == 4 * row["mean_tokens"] and all(r["completion"] for r in theirs)
+    assert main(["inspect", str(tmp_path / "measured-completions.parquet"), rows[0]["id"]]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "measured: plain" in told
+        and "measured: teacher" in told
+        and all(r["completion"][:20] in told for r in given[rows[0]["id"], "plain"])
+    )
+    assert main(["inspect", str(tmp_path / "measured-completions.parquet"), "none"]) == 2
+    assert main(["inspect", str(out), "none"]) == 2
+    assert "holds no rollouts" in capsys.readouterr().err
     page = (tmp_path / "measured.html").read_text(encoding="utf-8")
     assert facts["words"][-1] in page and "Teacher on hard questions" in page
     hard = [row["id"] for row in rows if row["student_accuracy"] < 0.9]
@@ -83,6 +107,7 @@ def test_answers_do_not_hang_on_what_is_asked_together(tmp_path: Path, monkeypat
     assert rows_of(other) == [row for row in rows_of(one) if row["id"] in {row["id"] for row in rows_of(other)}]
     measure("--n=3", "--sample=6", "--teacher", f"--out={other}")
     assert other.read_bytes() == one.read_bytes()
+    assert pq.read_table(tmp_path / "other-completions.parquet").equals(pq.read_table(tmp_path / "one-completions.parquet"))
     keys = [line["key"] for line in rows_of(tmp_path / "other-answers.jsonl")]
     assert len(keys) == len(set(keys)) == 12
 

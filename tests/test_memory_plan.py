@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,18 +42,8 @@ from zppo.models.lora import add_adapters
 from zppo.models.student_model import recompute_layers
 from zppo.planning import memory
 from zppo.planning.dry_run import memory_rows
-from zppo.planning.memory import (
-    GIB,
-    Machine,
-    Memory,
-    _pick,
-    activations_per_token,
-    estimate,
-    find_machine,
-    head_bytes,
-    prompt_tokens,
-    within,
-)
+from zppo.planning.machine import Machine, _pick, _ram, find_machine
+from zppo.planning.memory import GIB, Memory, activations_per_token, estimate, head_bytes, prompt_tokens, within
 from zppo.planning.model_shapes import DecoderShape, shape_of, vision_shape_of
 from zppo.prompts import PromptBook
 
@@ -373,13 +364,14 @@ def test_prompts_are_as_long_as_those_of_the_data(folder: Path, tmp_path: Path) 
         )
         for q in asked
     ]
-    low, high = prompt_tokens(chosen, asked)
+    low, high, mean, counted = prompt_tokens(chosen, asked)
+    assert counted and low < mean < high
     assert low <= real[0] and real[-1] <= high <= real[-1] + 64
     shown = (Message("user", "What is 3 plus 4?"), Message("assistant", "7"))
     assert within(chosen, asked, 3, shown).data.max_prompt_tokens > within(chosen, asked, 3).data.max_prompt_tokens == high
     assert within(chosen, asked, 3).zone.rho_replay == 0  # every question is new in every step
     (tmp_path / "student" / "tokenizer.json").write_text("{")
-    assert prompt_tokens(chosen, asked)[0] == 0 and prompt_tokens(chosen, asked)[1] > high
+    assert prompt_tokens(chosen, asked)[0] == 0 and prompt_tokens(chosen, asked)[1] > high and not prompt_tokens(chosen, asked).counted
 
 
 @pytest.mark.long
@@ -457,10 +449,45 @@ def test_the_gpu_that_a_run_would_see_is_asked(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert find_machine("auto") == _pick(table, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert find_machine("auto") == ram
+    assert is_ram(find_machine("auto"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     program.write_text("#!/bin/sh\nexit 9\n")
-    assert find_machine("auto") == ram
+    assert is_ram(find_machine("auto"))
+
+
+def is_ram(found: Machine | None) -> bool:
+    return found is not None and not found.gpu and found.name.startswith("RAM")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_ram_is_what_is_available_now_within_the_control_group(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every group above the process's own too; file pages that can be dropped count as free; one without a limit bounds nothing."""
+    monkeypatch.setattr("zppo.planning.machine.psutil.virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=40 * GIB))
+    assert _ram(tmp_path) == Machine("RAM", False, 64 * GIB, 40 * GIB)
+    top = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    (top / "job/step").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("5:cpu:/other\n4:memory:/job/step\n" if version == 1 else "0::/job/step\n")
+    most, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    (top / "job/step" / most).write_text(f"{2**63 - 4096 if version == 1 else 'max'}\n")
+    (top / "job/step" / used).write_text(f"{3 * GIB}\n")
+    assert _ram(tmp_path) == Machine("RAM", False, 64 * GIB, 40 * GIB)
+    (top / "job" / most).write_text(f"{16 * GIB}\n")
+    (top / "job" / used).write_text(f"{10 * GIB}\n")
+    (top / "job" / "memory.stat").write_text(f"anon 5\ninactive_file {4 * GIB}\n")
+    assert _ram(tmp_path) == Machine("RAM, as much as the control group may have", False, 16 * GIB, 10 * GIB)
+
+
+def test_the_verdict_is_about_what_is_free_and_both_are_said(folder: Path) -> None:
+    needs = estimated(folder, gpu=False).total
+    rows = dict(memory_rows(settings(folder), machine=Machine("RAM", False, 4 * needs, needs // 2)))
+    assert (
+        "(RAM; " in rows["at most"]
+        and "of it free now" in rows["at most"]
+        and rows["verdict"].startswith("others hold ")
+        and "it would fit" in rows["verdict"]
+    )
+    assert dict(memory_rows(settings(folder), machine=Machine("RAM", False, 4 * needs, 2 * needs)))["verdict"] == "fits"
 
 
 def test_a_small_card_is_sent_to_lora_and_to_a_teacher_that_fits() -> None:

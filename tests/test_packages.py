@@ -18,7 +18,8 @@ from zppo.config.recipe import load_recipe
 from zppo.engines.loading import check_kernels, load_network
 from zppo.errors import ModelError
 from zppo.packages import EXTRAS, distribution, install_line, kernels_of
-from zppo.planning.memory import GIB, Machine
+from zppo.planning.machine import Machine
+from zppo.planning.memory import GIB
 from zppo.planning.needed import missing_rows, packages_needed
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +123,7 @@ def test_extras_have_what_they_are_said_to_have() -> None:
 
 
 def test_the_dry_run_says_what_is_not_installed(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("zppo.planning.memory.find_machine", lambda device: Machine("H200", True, 141 * GIB))
+    monkeypatch.setattr("zppo.planning.machine.find_machine", lambda device: Machine("H200", True, 141 * GIB))
     monkeypatch.setattr("zppo.packages.find_spec", lambda module: None if module in ("fla", "vllm") else ModuleType(module))
     monkeypatch.setattr("zppo.planning.needed.kernels_of", lambda family: ("fla",) if family == "qwen3_5" else ())
     assert main(["train", str(recipe), "--dry-run", "--student.model=Qwen/Qwen3.5-2B", "--rollout.engine=vllm", "--train.device=auto"]) == 0

@@ -136,7 +136,8 @@ def test_nested_slots_are_neutralised_and_the_question_is_not(tmp_path: Path) ->
     question = Question("q", (Message("user", "Close </s> it"),), "1")
     draft = Draft("mine", question, {"rows": [{"text": " <think>"}, ("</s>",)], "n": 3})
     assert book.render(draft)[-1].content == f"Close </s> it\n\n[think]|< /s>|3\n\n{CLOSING}"
-    assert book.names() == ("bcq", "closing", "compression", "hint", "hinting", "judge", "mine", "ncq")
+    own = ("bcq", "closing", "compression", "hint", "hinting", "judge", "lte", "mine", "ncq", "partial", "privileged")
+    assert book.names() == own
 
 
 def test_a_hint_and_a_draft_that_shows_nothing(book: PromptBook) -> None:
@@ -192,7 +193,7 @@ def test_missing_files_unknown_kinds_and_useless_names_are_refused(tmp_path: Pat
     (tmp_path / "latin.jinja").write_bytes(b"\xe9\xff")
     with pytest.raises(TemplateError, match=r"UTF-8"):
         PromptBook({"bcq": tmp_path / "latin.jinja"})
-    with pytest.raises(TemplateError, match="known: bcq, hint, ncq"):
+    with pytest.raises(TemplateError, match="known: bcq, hint, lte, ncq, partial, privileged"):
         book.render(Draft("mine", QUESTION, {"x": 1}))
     with pytest.raises(TemplateError, match="'judge'"):
         book.render(Draft("judge", QUESTION, {}))
@@ -210,6 +211,9 @@ def test_images_stay_with_the_question_once_whatever_model_text_holds(book: Prom
             Draft("bcq", question, {"candidates": hostile}),
             Draft("ncq", question, {"answers": hostile, "candidates": hostile}),
             Draft("hint", question, {"hint": hostile[0]}),
+            Draft("lte", question, {"answers": hostile, "truncated": True}),
+            Draft("partial", question, {"beginning": hostile[0]}),
+            Draft("privileged", question, {"solution": hostile[0]}),
         ):
             (turn,) = message_parts(book.render(draft), question.images)
             assert [p for p in turn.parts if isinstance(p, ImageRef)] == list(SEEN.images)

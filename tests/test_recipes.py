@@ -19,7 +19,8 @@ from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings, ZoneSettings
 from zppo.core.types import ImageRef, Message, Question
 from zppo.planning.dry_run import memory_rows
-from zppo.planning.memory import Machine, within
+from zppo.planning.machine import Machine
+from zppo.planning.memory import within
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LARGE = ("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -13,15 +14,18 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from rich.console import Console
 
 from conftest import make_tiny
-from report_runs import change_rows, files_of, invented_run, rows_of
+from report_runs import change_rows, evaluated, files_of, invented_run, rows_of
 from zppo.cli import main
 from zppo.config.help import known_keys
 from zppo.report.compare import arms_of, compare_runs, comparison_charts
+from zppo.report.evaluations.table_views import print_fitting
 from zppo.report.page import write_figures
 from zppo.report.read_run import NOT_ARMS, open_run
 from zppo.report.summary import Reader, Summary
+from zppo.report.tables import Table
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +92,19 @@ def test_inspect_tells_a_whole_story(folder: Path, capsys: pytest.CaptureFixture
     assert "No group fits" in run(capsys, "inspect", folder, wanted, "--step", 99)
 
 
+def test_inspect_says_where_a_long_text_is_cut_and_how_it_is_seen_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = invented_run(tmp_path / "run", steps=1)
+    id = rows_of(base)[0]["question_id"]
+    assert "--full" not in run(capsys, "inspect", base, id)
+    long = "Who " + "and who else " * 200 + "stands in the middle?" + " of it all" * 200
+    change_rows(files_of(base)[0], lambda row: {**row, "question": long, "prompt": f"user {long} closing"})
+    text = run(capsys, "inspect", base, id)
+    assert "stands in the middle?" in text  # the question itself is whole
+    assert "characters left out ...]" in text and "Texts of more than 1,200 characters lost their middle; --full shows them whole." in text
+    assert "left out ...]" not in (whole := run(capsys, "inspect", base, id, "--full")) and whole.count("stands in the middle?") >= 2
+    assert "lost their middle" not in whole
+
+
 def test_inspect_names_similar_questions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "similar ones: invented.jsonl:" in run(capsys, "inspect", folder, "invented.jsonl:999999", status=2)
     assert "such as invented.jsonl:1" in run(capsys, "inspect", folder, "@", status=2)
@@ -135,7 +152,7 @@ def test_what_changes_nothing_that_is_learned_makes_no_arm(tmp_path: Path) -> No
 
 
 def test_words_of_ones_own_make_an_arm_though_they_have_one_name_in_every_run(tmp_path: Path) -> None:
-    folders = runs_of(tmp_path, {"seed": 0}, {"seed": 1}, {"seed": 2})
+    folders = runs_of(tmp_path, {"seed": 0}, {"seed": 1}, {"seed": 1})
     for folder, words in zip(folders, ("Box it.", "Box it.", "Think."), strict=True):
         (folder / "words").mkdir()
         (folder / "words" / "prompts.closing.jinja").write_text(words)
@@ -170,6 +187,53 @@ def test_numbers_of_a_comparison_as_csv_and_json(tmp_path: Path, capsys: pytest.
     assert pair["difference"] == pytest.approx(held_out(folders[0]) - held_out(folders[1])) and pair["low"] is None and pair["seeds"] == 1
     (tmp_path / "file").write_text("")
     assert "cannot be written" in run(capsys, "compare", *folders, "--json", tmp_path / "file" / "c.json", status=2)
+
+
+def of_other_questions(folder: Path, name: str) -> Path:
+    """An evaluation beside the run, of questions that have the ids of other runs' and ask something else, in a long-named file."""
+    evaluated(folder)
+    change_rows(folder / "held_out" / "eval-000000.parquet", lambda row: {**row, "question": f"{row['question']} {name}"})
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["data"]["eval"] = f"/home/somebody/arithmetic/data/held-out-questions-{name}.csv"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_held_out_accuracies_of_other_questions_are_not_compared_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by what is printed, which fits its terminal, nor question by question."""
+    first, second, third = runs_of(tmp_path, {"seed": 0}, {"seed": 1}, {"seed": 1})
+    for folder in (first, second):
+        of_other_questions(folder, "a")
+    alike = compare_runs([first, second])
+    assert alike.warnings == () and len(alike.arms) == 1
+    of_other_questions(third, "b")
+    comparison = compare_runs([first, second, third])
+    (told,) = comparison.warnings
+    assert "different held-out questions (run-0, run-1: 16; run-2: 16; none in common)" in told and not comparison.questions
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["compare", *map(str, (first, second, third))]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= columns and lines[0].startswith("warning: these runs were evaluated on different")
+        text = "\n".join(lines)
+        assert "A  zppo" in text and "A minus B" in text and "Settings that differ" in text
+    change = {**yaml.safe_load((second / "recipe.yaml").read_text())}
+    change["eval"]["temperature"] = 0.0
+    (second / "recipe.yaml").write_text(yaml.safe_dump(change))
+    assert any("asked in different ways (eval.temperature: 0.6, 0.0)" in text for text in compare_runs([first, second]).warnings)
+
+
+def test_a_table_is_wrapped_between_words_and_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = ("", "difference", "95% interval", "better", "worse", "questions", "which is better")
+    rows = (("held-out accuracy of the arm", "+0.0", "-10.0 to +10.0", "10", "10", "1,000", "not told apart"),)
+    for width in (40, 80, 120):
+        console = Console(file=io.StringIO(), width=width)
+        print_fitting(console, Table("t", "s", "A title", columns, rows, "What it says."))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert all(word in text.split() for word in " ".join((*columns, *rows[0])).split())
+        assert max(map(len, text.splitlines())) <= width
 
 
 def test_curves_differ_without_their_colours(tmp_path: Path) -> None:

@@ -191,7 +191,9 @@ def test_a_method_that_reformulates_needs_a_teacher(tmp_path: Path) -> None:
 
 def test_unknown_methods_and_reformulations(tmp_path: Path) -> None:
     assert "method: 'zpo' is no method; known: grpo," in message(write(tmp_path), "--method=zpo")
-    assert "'hnt' is no reformulation; known: bcq, hint, ncq, prefix" in message(write(tmp_path), "--method.reformulations=[hnt]")
+    assert "'hnt' is no reformulation; known: bcq, hint, lte, ncq, partial, prefix" in message(
+        write(tmp_path), "--method.reformulations=[hnt]"
+    )
 
 
 def test_combinations_of_methods_that_cannot_train_are_refused(tmp_path: Path) -> None:

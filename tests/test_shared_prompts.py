@@ -174,11 +174,11 @@ def test_the_setting_and_its_default(tiny_qwen3_dir: Path, recipe: Path, monkeyp
     model = load(tiny_qwen3_dir)
 
     def made(device: str, *overrides: str) -> Sharing | None:
-        where: Any = SimpleNamespace(device=torch.device(device))
+        where: Any = SimpleNamespace(device=torch.device(device), mixed_precision="no")
         return _make_sharing(load_recipe(recipe, overrides), model, where)
 
     on = sharing_of(model)
     assert on is not None and made("cpu") == on == made("cuda", "--train.share_prompts=on")
     assert made("cuda") is None and made("cpu", "--train.share_prompts=off") is None
-    monkeypatch.setattr(shared, "_agrees", lambda _: False)
+    monkeypatch.setattr(shared, "_agrees", lambda *_: False)
     assert made("cpu", "--train.share_prompts=on") is None

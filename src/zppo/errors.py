@@ -76,6 +76,10 @@ class CheckpointError(ZPPOError, RuntimeError):
     """A checkpoint or a run folder cannot be read, or does not belong to this recipe."""
 
 
+class CollapseError(ZPPOError, RuntimeError):
+    """A run had right answers, and has none and no gradient any more; its newest checkpoint is from before that."""
+
+
 class StorageError(ZPPOError, OSError):
     """A file of the run cannot be written: the disk is full, the folder is read-only."""
 

@@ -79,7 +79,13 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--video", choices=("frames", "file"), default="frames", help="clips as pictures (default), or whole to a server that takes them"
     )
     parser.add_argument("--frames", type=int, default=16, metavar="N", help="pictures of a clip (default: 16)")
-    parser.add_argument("--closing", type=Path, metavar="FILE", help="closing instruction (default: that of the run, else the project's)")
+    parser.add_argument(
+        "--closing",
+        type=Path,
+        metavar="FILE",
+        help="closing instruction: a file, think-boxed, boxed or answer-line, and answers are read where a named one puts them (default: "
+        "that of the run, else think-boxed)",
+    )
     parser.add_argument(
         "--template-args", metavar="YAML", help="of the chat template, e.g. '{enable_thinking: true}' (default: the run's, else none)"
     )

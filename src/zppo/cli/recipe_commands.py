@@ -42,7 +42,12 @@ def _recipes(options: argparse.Namespace) -> None:
         table.add_row(name, trains, _teacher(settings.teacher), made_for(path.read_text(encoding="utf-8")))
     console = Console(highlight=False)
     console.print(table)
-    console.print("\n`zppo train NAME` trains by one, `zppo init MINE --from NAME` copies it to MINE.yaml, ready to edit.", soft_wrap=True)
+    console.print(
+        "\nQuestions of your own: begin with my-data on a GPU, with smollm2-135m where the student is small and the teacher behind an "
+        "address (docs/train-your-model.md).",
+        soft_wrap=True,
+    )
+    console.print("`zppo train NAME` trains by one, `zppo init MINE --from NAME` copies it to MINE.yaml, ready to edit.", soft_wrap=True)
     console.print("For `accelerate launch --config_file FILE`, and `zppo init MINE --from accelerate/NAME`:", soft_wrap=True)
     for file in accelerate_files():
         console.print(f"  {file}", soft_wrap=True)

@@ -87,7 +87,9 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
-    inspect.add_argument("folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed")
+    inspect.add_argument(
+        "folder", metavar="RUN", type=Path, help="the folder that `zppo train` printed, or the completions.parquet of `zppo data measure`"
+    )
     inspect.add_argument("question", metavar="QUESTION_ID", help="as in the data, or <file>:<row>; the report and buffer.jsonl name them")
     inspect.add_argument("--step", type=int, help="only this step")
     inspect.add_argument("--kind", help="only this kind of prompt: plain, bcq, ncq")

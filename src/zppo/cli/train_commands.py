@@ -100,7 +100,8 @@ def _train(options: argparse.Namespace) -> None:
 
         from zppo.distributed.launcher import check_shards, rank_of, read_launch
         from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
-        from zppo.planning.memory import find_machine, prompt_tokens, within
+        from zppo.planning.machine import find_machine
+        from zppo.planning.memory import prompt_tokens, within
         from zppo.planning.needed import check_files, missing_rows
         from zppo.prompts.book import PromptBook
         from zppo.rollout.data import count_judged, load_questions_of
@@ -110,7 +111,7 @@ def _train(options: argparse.Namespace) -> None:
 
         console = Console(quiet=bool(rank_of()))
         launch = read_launch()
-        check_shards(settings.train, launch)
+        check_shards(settings.train, launch, settings.method.resolve().loss)
         check_files(settings)
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)
@@ -129,12 +130,12 @@ def _train(options: argparse.Namespace) -> None:
         )
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
-        shortest = prompt_tokens(settings, asked, shown)[0]
+        lengths = prompt_tokens(settings, asked, shown)
         machine = find_machine(settings.train.device)
         counted = within(settings, asked, len(train), shown)
-        memory = memory_rows(counted, machine, images=images, shortest=shortest, processes=launch.processes)
+        memory = memory_rows(counted, machine, images=images, shortest=lengths.shortest, processes=launch.processes)
         absent = missing_rows(settings, gpu=machine is not None and machine.gpu)
-        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent))
+        console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent, lengths))
         return
     start(settings, name)
 
@@ -168,5 +169,5 @@ def _methods(options: argparse.Namespace) -> None:
     console.print("replay: hard questions are asked again in later steps.")
     for words in dict.fromkeys(row.advantages for row in METHODS.values() if not row.distils):
         named = [row.name for row in METHODS.values() if row.advantages == words]
-        whose = "all but those that distil" if len(named) == sum(not row.distils for row in METHODS.values()) else ", ".join(named)
+        whose = "the rows of the paper that do not distil" if words == METHODS["zppo"].advantages else ", ".join(named)
         console.print(f"advantages of {whose}: {words}.")

@@ -22,6 +22,7 @@ from zppo.config.model_settings import (
     TeacherSettings,
 )
 from zppo.core.reformulate import REFORMULATIONS
+from zppo.core.select import helped_below
 from zppo.grading.answer_form import AFTER_THOUGHTS, AnswerForm, answer_form_of, check_place
 from zppo.names import CLOSINGS
 
@@ -36,7 +37,7 @@ class MethodSettings(Section):
     name: str = Field("zppo", description="row of the methods table (`zppo methods` prints it)")
     replay: bool | None = Field(None, description="override: replay hard questions from the buffer")
     reformulations: tuple[str, ...] | None = Field(
-        None, description="override: kinds of reformulated prompts (bcq, ncq, hint, prefix, or package.module:Class of your own)"
+        None, description="override: kinds of reformulated prompts (bcq, ncq, hint, prefix, lte, partial; package.module:Class of your own)"
     )
     teacher_response: bool | None = Field(None, description="override: a teacher response replaces a wrong rollout of a hard group")
     control: Control | None = Field(None, description="override: placebo or scrambled content of the reformulated prompts")
@@ -237,7 +238,12 @@ class TrainSettings(Section):
     checkpoint_in_background: bool = Field(
         False, description="write them while the next step goes on, from a copy of weights and optimizer in the processor's memory"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="older checkpoints are removed")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="older checkpoints are removed, but for the newest one from before accuracy fell by half"
+    )
+    stop_on_collapse: bool = Field(
+        True, description="end a run that had right answers, and has none and no gradient any more; `zppo resume` goes on from before that"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; empty: its default")
     trackers: tuple[TrackerName, ...] = Field(
         (), description="where the numbers of metrics.jsonl go too; files of TensorBoard and DVCLive: in the run folder"
@@ -369,6 +375,16 @@ class Settings(Section):
         return self.advantage.scope or self.method.resolve().advantage
 
     @property
+    def helped_below(self) -> float:
+        """The plain accuracy below which a question is helped: tau, but for rivals."""
+        return helped_below(self.method.resolve().helped, self.zone.threshold)
+
+    @property
+    def drops_trivial(self) -> bool:
+        """Whether groups whose rewards are all equal leave the batch and its denominator."""
+        return self.zone.dynamic_sampling == "after-reformulation" or self.method.resolve().refill
+
+    @property
     def answer_form(self) -> AnswerForm:
         """How an answer stands in a response: as `grading.answer_from` says, else as the closing instruction asks for it."""
         place = self.grading.answer_from or CLOSINGS.get(str(self.prompts.get("closing", "")), AFTER_THOUGHTS)
@@ -421,7 +437,7 @@ class Settings(Section):
                 f"method {method.name!r} trains on {method.gradient}, which needs a teacher: "
                 "set teacher.model, or choose grpo or grpo-replay"
             )
-        if method.distils and self.teacher is not None and self.teacher.base_urls:
+        if method.asks_distributions and self.teacher is not None and self.teacher.base_urls:
             raise ValueError(
                 f"method {method.name!r} compares next-token distributions, which no chat server gives: teacher.base_urls must be empty, "
                 "so that the teacher runs in this process; or choose a method that keeps the teacher in the prompt (zppo)"

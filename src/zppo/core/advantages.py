@@ -128,3 +128,14 @@ def spread_advantages(groups: Sequence[Group], kept: Sequence[Group], advantages
     """
     values, held = iter(advantages.tolist()), {id(g) for g in kept}
     return torch.tensor([next(values) if id(g) in held else 0.0 for g in groups for _ in g.rollouts])
+
+
+def advantages_as_sampled(groups: Sequence[Group], credited: Sequence[Group], advantages: torch.Tensor) -> torch.Tensor:
+    """Advantages of all rollouts as they were sampled, 0 for one that the gradient is not of (`core.credit`).
+
+    Args:
+        groups: as they were sampled.
+        advantages: of the rollouts of `credited`, which share their token ids with those that they came from.
+    """
+    values = dict(zip((id(r.ids) for g in credited for r in g.rollouts), advantages.tolist(), strict=True))
+    return torch.tensor([values.get(id(r.ids), 0.0) for g in groups for r in g.rollouts])

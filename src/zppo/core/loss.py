@@ -66,6 +66,23 @@ def clipped_surrogate(
     return Surrogate(loss, (ratio < 1 - clip_low) & negative, (ratio > 1 + clip_high) & positive, dual)
 
 
+def shaped_surrogate(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, gamma: float) -> torch.Tensor:
+    """-f(rho) A with f(x) = x / (x + gamma) and no clip, for tokens that another policy has drawn (LUFFY, arXiv 2504.14945).
+
+    Unlike the ratio itself f is bounded, and its slope is steepest where the token is unlikely.
+
+    Args:
+        logprobs: (B, T) of the current weights, with gradient.
+        old_logprobs: (B, T) of the policy that drew them; zeros (a probability of 1) for one whose probabilities nobody knows.
+        advantages: (B,), one per rollout.
+        gamma: above 0.
+
+    Returns:
+        (B, T) loss.
+    """
+    return -(logprobs - old_logprobs - math.log(gamma)).sigmoid() * advantages.unsqueeze(-1)
+
+
 def jensen_shannon(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """Per-token Jensen-Shannon divergence of two next-token distributions, nats (Algs. 2 and 3).
 

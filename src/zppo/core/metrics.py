@@ -77,6 +77,15 @@ def rollout_metrics(rollouts: Sequence[Rollout], advantages: torch.Tensor) -> di
     }
 
 
+def groups_with_gradient(groups: Sequence[Group], advantages: torch.Tensor) -> int:
+    """How many of the groups have a rollout whose advantage is not 0: the others move nothing.
+
+    Args:
+        advantages: (N,) of their rollouts, in order.
+    """
+    return sum(bool((part != 0).any()) for part in advantages.split([len(group.rollouts) for group in groups]))
+
+
 def reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """The mean of each of the user's reward functions, by its name, over the rollouts that it applied to."""
     given: dict[str, list[float]] = {}

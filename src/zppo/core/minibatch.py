@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from zppo.core.credit import Credit
 from zppo.core.draws import keyed_random
-from zppo.core.types import Group, Rollout, Row
+from zppo.core.types import Group, Prompt, Rollout, Row
 
 if TYPE_CHECKING:  # a plan of a run splits rows before torch is needed
     import torch
@@ -163,12 +164,23 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One rollout on its way into the loss."""
+    """One rollout on its way into the loss.
+
+    Attributes:
+        row: what its gradient is of.
+        sampled_logprobs: (T,) of the policy that drew it; NaN where nobody knows them.
+        advantage: of the rollout.
+        counted: stands in the token-level denominator.
+        drawn: what it was sampled from, where that is another prompt than the row's.
+        gamma: of `shaped_surrogate`; None for the clipped one.
+    """
 
     row: Row
     sampled_logprobs: torch.Tensor
     advantage: float
-    counted: bool  # stands in the token-level denominator
+    counted: bool
+    drawn: Row | None = None
+    gamma: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -184,20 +196,55 @@ class Sample:
         return bool(self.sampled_logprobs.isnan().any())
 
     @property
+    def fixed(self) -> bool:
+        """Whether its old log-probs are what they are said to be, whatever a forward pass says (LUFFY's: a probability of 1)."""
+        return self.gamma is not None and self.drawn is None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the sampler's log-probs should be the trainer's."""
+        return self.gamma is None and self.drawn is None and not self.foreign
+
+    @property
+    def scored(self) -> Sample:
+        """What a forward pass takes old log-probs from."""
+        return self if self.drawn is None else replace(self, row=self.drawn)
+
+    @property
     def live(self) -> bool:
         """Whether it has a gradient at all: with no KL term, a rollout with A = 0 has exactly none."""
         return self.counted and self.advantage != 0
 
 
-def samples_of(groups: Sequence[Group], advantages: torch.Tensor, *, mask_truncated: bool) -> list[list[Sample]]:
-    """Samples per group; an ungraded rollout stands in no statistics, and so not in the loss's denominator either [zppo]."""
+def samples_of(
+    groups: Sequence[Group], advantages: torch.Tensor, *, mask_truncated: bool, credit: Credit = "shown", gamma: float | None = None
+) -> list[list[Sample]]:
+    """Samples per group; an ungraded rollout stands in no statistics, and so not in the loss's denominator either [zppo].
+
+    Args:
+        credit: which prompt the gradient is on, for rollouts that were sampled from another one than their group's.
+        gamma: how what the student did not sample from that prompt is shaped (`shaped_surrogate`); None: not at all.
+    """
     values = iter(advantages.tolist())
 
     def sample(group: Group, rollout: Rollout) -> Sample:
-        row = Row(group.prompt.ids + group.prompt.forced_ids, tuple(rollout.ids.tolist()), group.prompt.images)
-        return Sample(row, rollout.logprobs, next(values), rollout.graded and not (mask_truncated and rollout.truncated))
+        ids, drawn = tuple(rollout.ids.tolist()), rollout.drawn
+        made = Sample(
+            _row(group.prompt, ids), rollout.logprobs, next(values), rollout.graded and not (mask_truncated and rollout.truncated)
+        )
+        if drawn is None:
+            taught = gamma is not None and made.foreign
+            return replace(made, sampled_logprobs=rollout.logprobs.new_zeros(len(ids)), gamma=gamma) if taught else made
+        if credit == "shown":
+            return replace(made, row=_row(drawn, ids))
+        on_plain = Row(group.prompt.ids + drawn.forced_ids, ids, group.prompt.images)
+        return replace(made, row=on_plain, drawn=_row(drawn, ids), gamma=gamma)
 
     return [[sample(group, rollout) for rollout in group.rollouts] for group in groups]
+
+
+def _row(prompt: Prompt, completion: tuple[int, ...]) -> Row:
+    return Row(prompt.ids + prompt.forced_ids, completion, prompt.images)
 
 
 @dataclass(frozen=True, slots=True)

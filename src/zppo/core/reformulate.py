@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
-from zppo.core.types import BCQ, HINT, NCQ, PREFIX, Draft, Question
+from zppo.core.types import BCQ, HINT, LTE, NCQ, PARTIAL, PREFIX, Draft, Question
 
-Need = Literal["pair", "wrong", "hint", "prefix"]
+Need = Literal["pair", "wrong", "hint", "prefix", "answers"]
 RESPONSES: frozenset[Need] = frozenset({"pair", "hint", "prefix"})
 """Needs that take a correct teacher response."""
 
@@ -42,9 +43,11 @@ class Material:
         wrong_answers: the distinct wrong answers, see `distinct_answers`.
         hint: a hint that the teacher made of one of its correct responses; None where there is none.
         response_ids: one correct teacher response in the student's tokens; empty where there is none.
+        response: its text.
         prefix_fraction: how much of that response Prefix gives.
         count_duplicates: NCQ shows candidates of one text once, with their number.
         teacher_answers: the distinct answers of all correct teacher responses, for the audit alone; None where the teacher was not asked.
+        truncated: a wrong rollout ran into the token limit.
     """
 
     question: Question
@@ -53,9 +56,11 @@ class Material:
     wrong_answers: tuple[str, ...] = ()
     hint: str | None = None
     response_ids: tuple[int, ...] = ()
+    response: str = ""
     prefix_fraction: float = 0.4
     count_duplicates: bool = False
     teacher_answers: tuple[str, ...] | None = None
+    truncated: bool = False
 
 
 class Reformulation(Protocol):
@@ -64,7 +69,7 @@ class Reformulation(Protocol):
     Attributes:
         kind: its name; also the name of its template. Where `shows_question_alone` is there and true it needs none.
         needs: what of `Material` must be prepared: "pair" costs teacher rollouts and compression, "wrong" compression of all of W_x,
-            "hint" teacher rollouts and a request for the hint, "prefix" teacher rollouts.
+            "hint" teacher rollouts and a request for the hint, "prefix" teacher rollouts; "answers", those of W_x, costs nothing.
     """
 
     kind: str
@@ -146,8 +151,40 @@ class PrefixQuestion:
         return Draft(self.kind, material.question, {}, forced_ids=forced) if forced else None
 
 
+class TrialAndError:
+    """LTE: the student's own wrong answers, stated to be wrong, and no attempt; prior art of NCQ (arXiv 2510.26109, section "hinted extra
+    rollouts"). Where an attempt ran into the token limit, it is told to think briefly."""
+
+    kind = LTE
+    needs: frozenset[Need] = frozenset({"answers"})
+
+    def draft(self, material: Material, rng: random.Random) -> Draft | None:
+        """Slots `answers` (may be empty) and `truncated`; None where there is nothing to say."""
+        if not (material.wrong_answers or material.truncated):
+            return None
+        slots = {"answers": material.wrong_answers, "truncated": material.truncated}
+        return Draft(self.kind, material.question, slots, audit={"wrong_answers": material.wrong_answers})
+
+
+class PartialSolution:
+    """The beginning of a correct teacher response, shown in the prompt to build on (POPE, arXiv 2601.18779); unlike Prefix the student
+    writes its completion from the start."""
+
+    kind = PARTIAL
+    needs: frozenset[Need] = frozenset({"prefix"})
+
+    def draft(self, material: Material, rng: random.Random) -> Draft | None:
+        """The slot `beginning`, so many of the response's words as Prefix gives of its tokens; None where that is none."""
+        words = re.findall(r"\S+\s*", material.response)
+        shown = "".join(words[: int(material.prefix_fraction * len(words) + 1e-9)])
+        return Draft(self.kind, material.question, {"beginning": shown}) if shown else None
+
+
 REFORMULATIONS: Mapping[str, type[Reformulation]] = MappingProxyType(
-    {row.kind: row for row in (BinaryCandidateQuestion, NegativeCandidateQuestion, HintQuestion, PrefixQuestion)}
+    {
+        row.kind: row
+        for row in (BinaryCandidateQuestion, NegativeCandidateQuestion, HintQuestion, PrefixQuestion, TrialAndError, PartialSolution)
+    }
 )
 """The reformulations that a recipe can name by their kind."""
 

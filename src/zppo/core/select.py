@@ -20,6 +20,19 @@ def is_hard(accuracy: float, threshold: float) -> bool:
     return accuracy < threshold
 
 
+Helped = Literal["hard", "unsolved", "every"]
+"""Which questions are helped: those below tau, those without a right rollout, or all."""
+
+
+def helped_below(helped: Helped, threshold: float) -> float:
+    """The accuracy below which a question is helped: tau in the paper, others for rivals (docs/method.md section 13).
+
+    Args:
+        threshold: tau.
+    """
+    return {"hard": threshold, "unsolved": 1e-9, "every": math.inf}[helped]
+
+
 def hard_groups(
     groups: Sequence[Group], threshold: float, *, ties: Literal["random", "batch"] = "random", seed: int = 0, step: int = 0
 ) -> list[Group]:
@@ -27,7 +40,7 @@ def hard_groups(
 
     Args:
         groups: plain groups in batch order, new questions first.
-        threshold: tau.
+        threshold: tau, or what `helped_below` gives.
         ties: order among equal accuracies: "random" is keyed by (seed, step, question id), "batch" is batch order [zppo].
 
     Returns:

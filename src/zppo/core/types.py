@@ -17,6 +17,8 @@ BCQ = "bcq"
 NCQ = "ncq"
 HINT = "hint"
 PREFIX = "prefix"
+LTE = "lte"
+PARTIAL = "partial"
 
 Grading = Literal["rule", "judge"]
 """Who decides whether an answer is right: the rules (or a reward function of the user's), or an LLM judge."""
@@ -191,6 +193,7 @@ class Rollout:
         entropy: mean over the tokens of the entropy of the sampling distribution, nats.
         rewards: what each of the user's reward functions gave, by its name; one that did not apply is left out.
         notes: what they reported about the completion, by name.
+        drawn: the prompt that it was sampled from, where that is another than its group's (`core.credit`); never saved.
     """
 
     ids: torch.Tensor
@@ -205,6 +208,7 @@ class Rollout:
     entropy: float = float("nan")
     rewards: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    drawn: Prompt | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

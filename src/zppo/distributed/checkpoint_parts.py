@@ -1,21 +1,25 @@
-"""Checkpoints of sharded weights, in parts: every process writes its own and reads its own (`torch.distributed.checkpoint`) [zppo].
+"""Sharded weights and their checkpoints, in parts: every process writes its own and reads its own (`torch.distributed.checkpoint`) [zppo].
 
 Safetensors alone: DCP's usual format has a pickle in it, and a checkpoint may come from anybody.
 
 `model/` has whole tensors, each in the file of one process, with an index: `transformers` loads it as any other model. `optimizer/` has the
-shards of both moments, with their places, and `steps.json`; any number of processes puts them together again.
+shards of both moments, with their places, and `steps.json`; any number of processes puts them together again. Weights are read from there
+as from any model's safetensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -26,15 +30,106 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from zppo.distributed.processes import Processes
 from zppo.engines.vllm.vllm_engine import gathered
-from zppo.errors import CheckpointError
+from zppo.errors import CheckpointError, ModelError, one_line
 from zppo.runs.checkpoint import PARTS, foreign, unusable
 
 _STEPS = "steps.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_EDGE = 1 << 20  # bytes at either end of a file that are looked at: trained weights differ everywhere
 
 
-def write_weights(folder: Path, model: PreTrainedModel, processes: Processes) -> None:
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The safetensors of one model.
+
+    Attributes:
+        folder: that they are in.
+        names: what they call the model's parameters and buffers, by the model's own names.
+    """
+
+    folder: Path
+    names: Mapping[str, str]
+
+    def seen(self) -> str | None:
+        """What this process sees of them, for a comparison; None where they are not to be read."""
+        digest = hashlib.sha256()
+        try:
+            for path in sorted(self.folder.glob("*.safetensors")):
+                with path.open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    digest.update(f"{path.name} {size}".encode() + file.read(_EDGE))
+                    file.seek(max(0, size - _EDGE))
+                    digest.update(file.read())
+        except OSError:
+            return None
+        return digest.hexdigest()
+
+
+def files_of(model: PreTrainedModel, folder: Path) -> WeightFiles | str:
+    """A model's weights in safetensors, where these hold each parameter as it is in the model; otherwise what is not so.
+
+    `transformers` makes some architectures' parameters of several tensors (experts, for one), which no process could cut a part out of.
+
+    Raises:
+        ModelError: the files are damaged.
+    """
+    for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if model.get_parameter(one) is not model.get_parameter(other):
+            return f"{one} and {other} are tied, and its files hold both"
+    sizes = dict[str, list[int]]()
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                for name in names:
+                    if name in sizes:
+                        return f"its files hold {name} twice"
+                    sizes[name] = file.get_slice(name).get_shape()
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    ours = untied(model)
+    theirs = {id(value): name for name, value in revert_weight_conversion(model, dict(ours)).items()}
+    names = {name: theirs.get(id(value), "") for name, value in ours.items()}
+    for name, value in ours.items():
+        if sizes.get(names[name]) != list(value.shape):
+            return f"its files hold {name} in another form"
+    return WeightFiles(folder, names)
+
+
+def read_weights(files: WeightFiles, model: nn.Module) -> None:
+    """Gives a model its shards of the weights, or whole ones where it has whole ones, in its own type, and reads no others.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    state = {files.names[name]: value.detach() for name, value in untied(model).items()}
+    try:
+        _load(files.folder, state)
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
+        raise _unreadable(files.folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"model {str(folder)!r}: its weights cannot be read ({one_line(error)}): a file is damaged or was not copied whole; copy or "
+        "download it again"
+    )
+
+
+def _load(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Fills tensors from safetensors, this process by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it reads for one process
+        _told(lambda: load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True))
+
+
+def write_weights(
+    folder: Path, model: PreTrainedModel, processes: Processes, values: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> None:
     """A model's weights, gathered one by one; each process keeps and writes about the same share of them. Every process must call it.
+
+    Args:
+        values: whole tensors by name in the place of the model's own, as they are gathered; the same in all processes.
 
     Raises:
         Exception: what the disk refused, in all processes.
@@ -42,8 +137,7 @@ def write_weights(folder: Path, model: PreTrainedModel, processes: Processes) ->
     if processes.main:
         model.save_pretrained(folder, state_dict={})  # the configurations
     sizes, own = [0] * processes.size, dict[str, torch.Tensor]()
-    for name, value in untied(model).items():
-        whole = gathered(value)
+    for name, whole in values or ((name, gathered(value)) for name, value in untied(model).items()):
         keeper = sizes.index(min(sizes))
         sizes[keeper] += whole.nbytes
         if keeper == processes.rank:
@@ -103,11 +197,8 @@ def read_moments(checkpoint: Path, optimizer: torch.optim.Optimizer, trained: Ma
         known = {name: float(step) for name, step in steps.items() if step is not None}
         moments = {f"{name}.{moment}": torch.zeros_like(trained[name].detach()) for name in known for moment in _MOMENTS}
         if moments:
-            reader = HuggingFaceStorageReader(str(folder))
-            _check_sizes(folder, moments, reader.read_metadata().state_dict_metadata)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it says that it reads for one process
-                _told(lambda: load(moments, storage_reader=reader, no_dist=True))
+            _check_sizes(folder, moments, HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+            _load(folder, moments)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CheckpointError(unusable(path, error)) from error
     state, places = optimizer.state_dict(), {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from zppo.errors import LauncherError, SettingsError
 
 if TYPE_CHECKING:
+    from zppo.config.methods import Loss
     from zppo.config.settings import TrainSettings
 
 Sharding = Literal["none", "fsdp2"]
@@ -89,7 +90,7 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
     return Launch(rank, processes, sharding, precision, reshard, offload)
 
 
-def check_shards(train: TrainSettings, launch: Launch) -> None:
+def check_shards(train: TrainSettings, launch: Launch, loss: Loss = "policy") -> None:
     """Whether so many processes can shard what a recipe trains, before they look for one another.
 
     Raises:
@@ -108,6 +109,11 @@ def check_shards(train: TrainSettings, launch: Launch) -> None:
         raise SettingsError(
             f"train.optimizer={train.optimizer} does not go with sharded weights ({sharding}), whose state it cannot hold: set it "
             "to adamw, whose state is sharded, or train adapters (train.lora), which every process holds whole"
+        )
+    if sharding != "none" and loss == "self-distill":
+        raise SettingsError(
+            f"a student that teaches itself (sdpo, opsd) reads its weights twice a pass, which they cannot be while sharded ({sharding}): "
+            "leave train.sharding and FSDP out, so that every process holds all weights, or take another method"
         )
 
 

@@ -24,9 +24,9 @@ from torch import nn
 from zppo.config.settings import Settings
 from zppo.distributed.launcher import Launch, started_by_slurm
 from zppo.distributed.processes import ONE_PROCESS, Processes
+from zppo.engines.output_head import sum_in_place
 from zppo.errors import LauncherError, SettingsError
-from zppo.models.lora import Adapters
-from zppo.models.student_model import Student
+from zppo.models.student_model import Student, UnreadStudent
 from zppo.runs import checkpoint
 from zppo.runs.checkpoint import HoldsState, Savable, TakesState
 from zppo.runs.signals import Stop
@@ -68,12 +68,15 @@ class ReplicatedWeights:
     def __init__(self, processes: Processes = ONE_PROCESS) -> None:
         self.processes = processes
 
-    def load(self, make: Callable[[], Student]) -> Student:
-        """The student, from where `make` reads it. Every process must call it."""
-        return make()
+    def load(
+        self, make: Callable[[], Student], unread: Callable[[], UnreadStudent | str] | None = None, say: Callable[[str], None] | None = None
+    ) -> Student:
+        """The student, from where `make` reads it. Every process must call it.
 
-    def decide(self, make: Callable[[], Value]) -> Value:
-        """What `make` finds out with the weights of `load`, before `prepare`. Every process must call it."""
+        Args:
+            unread: gives it without its weights, or says why not: see `ShardedWeights.load`.
+            say: called with a message about how it is read.
+        """
         return make()
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -154,10 +157,12 @@ class ReplicatedWeights:
         else:
             checkpoint.load_optimizer(start, self.state_of(optimizer), list(trained.values()), mapped=self.sharded)
 
-    def merged(self, student: Student) -> Savable:
-        """What the first process saves the whole student from in the end, adapters merged for good. Every process must call it."""
+    def write_final(self, folder: Path, student: Student) -> None:
+        """Writes the whole student into a folder, in fp32, adapters merged for good. Every process must call it."""
         saved = self.saved(student)
-        return saved if student.adapters is None else Merging(student.adapters)
+        if self.processes.main:
+            whole: Savable = saved if student.adapters is None else student.adapters.merge()
+            whole.save_pretrained(folder)
 
     def state_of(self, optimizer: Any) -> TakesState:
         """What takes a whole state for the optimizer."""
@@ -169,16 +174,6 @@ class ReplicatedWeights:
         saved = self.saved(student)
         if self.processes.main:
             checkpoint.write_whole_state(folder, saved, optimizer)
-
-
-class Merging:
-    """Saves a model from its adapters, which are merged when it is called."""
-
-    def __init__(self, adapters: Adapters) -> None:
-        self._adapters = adapters
-
-    def save_pretrained(self, folder: Path, /) -> None:
-        self._adapters.merge().save_pretrained(folder)
 
 
 def checksum(model: nn.Module) -> list[float]:
@@ -193,9 +188,13 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def zero_gradients(model: torch.nn.Module) -> None:
-    """Gradients of all trainable parameters as zeros: AdamW passes over a parameter whose gradient is None, and 0 is a step."""
+    """Gradients of all trainable parameters as zeros: AdamW passes over a parameter whose gradient is None, and 0 is a step.
+
+    They are summed in place from now on (`zppo.engines.output_head`).
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
+            sum_in_place(parameter)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             else:

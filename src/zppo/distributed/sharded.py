@@ -1,7 +1,8 @@
 """The trained weights sharded over the processes with FSDP2 [zppo]. Loaded where a run asks for it: torch takes seconds to import that.
 
-No process but the first ever holds all of the student in one place, and that one only while it is read: it passes one layer after the
-other on. In bf16 layers are gathered in bf16 and gradients summed in fp32; weights and optimizer state are fp32 shards.
+No process holds all of the student in one place: each reads its own part of the files. Where their form does not allow that, the first
+process reads all of it, and passes one layer after the other on. In bf16 layers are gathered in bf16 and gradients summed in fp32; weights
+and optimizer state are fp32 shards.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,24 +19,22 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from zppo.distributed.checkpoint_parts import untied, write_moments, write_weights
+from zppo.distributed.checkpoint_parts import WeightFiles, files_of, read_weights, untied, write_moments, write_weights
 from zppo.distributed.parallel import ReplicatedWeights, Value, checksum, keep_logits_small, trained_parameters
 from zppo.distributed.processes import Processes
 from zppo.distributed.retries import Retries
 from zppo.engines.output_head import head_form
 from zppo.engines.vllm.vllm_engine import merged_weights
 from zppo.errors import LauncherError
-from zppo.models.lora import Adapters
 from zppo.models.quantized import unpacked
-from zppo.models.student_model import Student
+from zppo.models.student_model import Student, UnreadStudent
 from zppo.models.vision_parts import parts_of
-from zppo.runs.checkpoint import HoldsState, Savable, TakesState, weights_folder, write_whole_state
+from zppo.runs.checkpoint import HoldsState, TakesState, weights_folder, write_whole_state
 
 
 class ShardedWeights(ReplicatedWeights):
@@ -70,33 +70,50 @@ class ShardedWeights(ReplicatedWeights):
         self.reshard, self.within, self.offload, self.bf16 = reshard, within or processes.size, offload, bf16
         if self.within < processes.size:
             self.kind = f"weights sharded over each {self.within} of them (FSDP2)"
-        self._loaded = False  # the first process has the weights, and the others know their shapes
+        self._files: WeightFiles | None = None  # what each process reads its part of
+        self._loaded = False  # the first process has the weights, or the files have, and the others know their shapes
         self._mesh: DeviceMesh | None = None
         self._retries = Retries(processes) if retries else None
         self._gathered = False
         self._modules: list[tuple[FSDPModule, bool]] = []  # with `reshard_after_forward` of each
 
-    def load(self, make: Callable[[], Student]) -> Student:
-        """The first process reads the student; the others get it without its weights, which follow layer by layer in `prepare`.
+    def load(
+        self, make: Callable[[], Student], unread: Callable[[], UnreadStudent | str] | None = None, say: Callable[[str], None] | None = None
+    ) -> Student:
+        """The student without its weights, of which each process reads its own part in `prepare`.
 
+        Where that cannot be, which is said, the first process reads all of them with `make`, and they follow layer by layer in `prepare`.
         One in 4 bits, a fraction of the size and no plain numbers, is read by every process.
         """
-        own = make() if self.processes.main else None
+        own, files, why = None, None, "not all processes see the same files of it"
+        if unread is not None and self.processes.main:
+            found = unread()
+            if isinstance(found, str):
+                why = found
+            elif isinstance(named := files_of(found.student.model, found.folder), str):
+                why = named
+            else:
+                own, files = found.student, named
+        self._files = self._agreed(files)
+        if self._files is None and self.processes.main:
+            own = make()
         bare = None
         if own is not None and all(p.is_floating_point() for p in own.model.parameters()):
             empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in own.model.parameters()}
             bare = copy.deepcopy(own, empty)
+        if self._files is None and unread is not None and say is not None and self.processes.main:
+            say(f"{'every process' if bare is None else 'the first process, which passes it on,'} reads the whole student: {why}")
         sent = self.processes.gather(bare)[0]
         self._loaded = sent is not None
         return own or sent or make()
 
-    def decide(self, make: Callable[[], Value]) -> Value:
-        """The first process alone has all weights."""
-        if not self._loaded:
-            return make()
-        answers: list[Any] = self.processes.gather(make() if self.processes.main else None)
-        decided: Value = answers[0]
-        return decided
+    def _agreed(self, files: WeightFiles | None) -> WeightFiles | None:
+        """The first process's, where all processes see the same under that name."""
+        found = self.processes.gather(files)[0]
+        if found is None:
+            return None
+        seen = self.processes.gather(found.seen())
+        return found if None not in seen and len(set(seen)) == 1 else None
 
     def prepare(self, model: nn.Module, accelerator: Accelerator) -> nn.Module:
         """Shards every layer that the architecture names as one, then the rest.
@@ -110,15 +127,17 @@ class ShardedWeights(ReplicatedWeights):
         keep_logits_small(prepared, accelerator)
         kept = kept_whole(prepared)
         if self._loaded:
-            self._pass_on(prepared, accelerator.device, kept)
+            self._place(prepared, accelerator.device, kept)
             kept = kept_whole(prepared)
         kinds = set(getattr(prepared, "_no_split_modules", None) or ())
         layers: list[nn.Module] = [m for m in prepared.modules() if type(m).__name__ in kinds and not kept.issuperset(m.parameters())]
         for module in (*layers, prepared):
-            if self._loaded:
-                self._pass_on(module, accelerator.device, set(module.parameters()) - kept)
+            if self._loaded and self._files is None:
+                self._place(module, accelerator.device, {p for p in module.parameters() if not isinstance(p, DTensor)} - kept)
             again = self.reshard and module is not prepared  # all of it is needed again at once
             fully_shard(module, reshard_after_forward=again, ignored_params=kept, **self._policies(accelerator.device))
+        if self._files is not None:
+            self._read(prepared, accelerator.device)
         for tensor in (*kept, *prepared.buffers()):  # the others are there
             tensor.data = tensor.data.to(accelerator.device)
         _always_differentiate(prepared)
@@ -149,19 +168,31 @@ class ShardedWeights(ReplicatedWeights):
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.bf16 else MixedPrecisionPolicy()
         return {"mesh": self._mesh, "mp_policy": precision, "offload_policy": offload}
 
-    def _pass_on(self, module: nn.Module, device: torch.device, wanted: set[nn.Parameter]) -> None:
-        """Gives all processes what the first one has read of these parameters of a module, of what is not sharded yet."""
-        passed = dict[int, tuple[nn.Parameter, nn.Parameter]]()  # tied weights stay one parameter
+    def _place(self, module: nn.Module, device: torch.device, wanted: set[nn.Parameter]) -> None:
+        """Gives these parameters of a module room on the device, and what the first process has read of them, if it has."""
+        placed = dict[int, nn.Parameter]()  # tied weights stay one parameter
         for owner in module.modules():
             for name, parameter in owner.named_parameters(recurse=False):
-                if parameter not in wanted or isinstance(parameter, DTensor):
+                if parameter not in wanted:
                     continue
-                if id(parameter) not in passed:
+                if id(parameter) not in placed:
                     own = parameter.detach()
-                    value = own.to(device) if self.processes.main else torch.empty_like(own, device=device)
-                    dist.broadcast(value, 0)
-                    passed[id(parameter)] = parameter, nn.Parameter(value, parameter.requires_grad)
-                owner.register_parameter(name, passed[id(parameter)][1])
+                    sent = self._files is None
+                    value = own.to(device) if sent and self.processes.main else torch.empty_like(own, device=device)
+                    if sent:
+                        dist.broadcast(value, 0)
+                    placed[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+                owner.register_parameter(name, placed[id(parameter)])
+
+    def _read(self, model: nn.Module, device: torch.device) -> None:
+        """Gives all that is still on the meta device room, and reads this process's part of the weights."""
+        assert self._files is not None
+        self._place(model, torch.device("cpu") if self.offload else device, {p for p in model.parameters() if p.is_meta})
+        for owner in model.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                if buffer.is_meta:
+                    setattr(owner, name, torch.empty_like(buffer, device=device))
+        read_weights(self._files, model)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -229,23 +260,16 @@ class ShardedWeights(ReplicatedWeights):
         whole = nn.ParameterList(p for p in student.model.parameters() if not isinstance(p, DTensor))
         self.processes.check_same("the weights that every process holds whole", checksum(whole))
 
-    def saved(self, student: Student) -> Savable:
+    def write_final(self, folder: Path, student: Student) -> None:
+        """Each process writes its part; see `zppo.distributed.checkpoint_parts`."""
         self._check_whole(student)
-        if student.adapters is not None:
-            return student.adapters
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(student.model, options=options)  # empty in all processes but the first
-        return GatheredModel(student.model, {name: state[name] for name in untied(student.model) if name in state})
-
-    def merged(self, student: Student) -> Savable:
-        saved = self.saved(student)
         if student.adapters is None:
-            return saved
-        state = dict[str, torch.Tensor]()
-        for name, value in merged_weights(student.model, unpack=unpacked):
-            if self.processes.main:
-                state[name] = value.float().cpu()
-        return GatheredMerge(student.adapters, state)
+            write_weights(folder, student.model, self.processes)
+            return
+        merged = student.adapters.merged({})  # its shape
+        values = ((name, value.float()) for name, value in merged_weights(student.model, unpack=unpacked))
+        buffers = ((name, value) for name, value in untied(merged).items() if not isinstance(value, nn.Parameter))
+        write_weights(folder, merged, self.processes, chain(values, buffers))
 
     def state_of(self, optimizer: Any) -> TakesState:
         return _ShardedState(optimizer)
@@ -259,26 +283,6 @@ class ShardedWeights(ReplicatedWeights):
             return
         write_weights(weights_folder(folder), student.model, self.processes)
         write_moments(folder, cast(torch.optim.Optimizer, optimizer), student.model, self.processes)
-
-
-class GatheredModel:
-    """Saves a sharded model from its gathered weights."""
-
-    def __init__(self, model: Any, state: dict[str, Any]) -> None:
-        self._model, self._state = model, state
-
-    def save_pretrained(self, folder: Path, /) -> None:
-        self._model.save_pretrained(folder, state_dict=self._state)
-
-
-class GatheredMerge:
-    """Saves a sharded model with adapters from its merged weights."""
-
-    def __init__(self, adapters: Adapters, state: dict[str, torch.Tensor]) -> None:
-        self._adapters, self._state = adapters, state
-
-    def save_pretrained(self, folder: Path, /) -> None:
-        self._adapters.merged(self._state).save_pretrained(folder)
 
 
 class _ShardedState:

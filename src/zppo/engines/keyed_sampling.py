@@ -137,11 +137,36 @@ class Drawer:
         logprobs = kept.log_softmax(-1)
         probs = logprobs.exp()
         numbers = uniforms(self._states, step)
-        cdf = probs.cumsum(-1, dtype=numbers.dtype)
-        places = torch.searchsorted(cdf, (numbers * cdf[:, -1])[:, None], right=True)
-        places = places.clamp_(max=kept.shape[1] - 1)  # only NaN gets there
+        places = inverse_cdf(probs, numbers)
         tokens = places if ids is None else ids.gather(1, places)
         return Draws(tokens[:, 0], logprobs.gather(1, places)[:, 0], torch.special.entr(probs).sum(-1))
+
+
+_BLOCK = 256
+"""Tokens whose probabilities are summed first: most of a vocabulary of 150,000 is passed over by their sums."""
+
+
+def inverse_cdf(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Where the cumulative distribution first exceeds a number's share of the whole, (R, 1) int64.
+
+    First over blocks of the vocabulary, then inside of the block that was found, so that only few sums are cumulative ones.
+
+    Args:
+        probs: (R, C) float32.
+        numbers: (R,) in [0, 1), of the type that sums are taken in: float64 but where there is none.
+    """
+    rows, width = probs.shape
+    blocks = torch.nn.functional.pad(probs, (0, -width % _BLOCK)).view(rows, -1, _BLOCK)
+    cdf = blocks.sum(-1, dtype=numbers.dtype).cumsum(-1)
+    sought = (numbers * cdf[:, -1])[:, None]
+    found = torch.searchsorted(cdf, sought, right=True).clamp_(max=blocks.shape[1] - 1)  # only NaN gets beyond
+    before = torch.nn.functional.pad(cdf, (1, 0)).gather(1, found)
+    inside = blocks[torch.arange(rows, device=probs.device), found[:, 0]]  # (R, B)
+    within = torch.searchsorted(inside.cumsum(-1, dtype=numbers.dtype) + before, sought, right=True)
+    # Where the two sums of a block differ by their rounding, the number may lie between them: its last possible token is meant.
+    possible = torch.arange(_BLOCK, device=probs.device) * (inside > 0)
+    within = torch.minimum(within, possible.amax(-1, keepdim=True))
+    return (found * _BLOCK + within).clamp_(max=width - 1)
 
 
 def _greedy(logits: torch.Tensor) -> Draws:

@@ -19,6 +19,8 @@ from torch.nn.functional import rms_norm
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from zppo.engines.packed_linear import PackedLinear
+
 _MODELS = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 """Classes whose decoder layers are: norm, attention, norm, MLP, each half added to what went in. Tested one by one."""
 
@@ -33,7 +35,12 @@ def is_plain(model: PreTrainedModel) -> bool:
     if torch.is_autocast_enabled(model.device.type):
         return False
     own = kind.__name__ in _MODELS and kind.__module__.startswith("transformers.models.")
-    return own and not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+    return own and not any(module._forward_hooks or module._forward_pre_hooks or _replaced(module) for module in model.modules())
+
+
+def _replaced(module: torch.nn.Module) -> bool:
+    """Whether something else is computed than what the module's class says; a packed weight changes nothing."""
+    return "forward" in vars(module) and not isinstance(module.forward, PackedLinear)
 
 
 def decode_tokens(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, families: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.hub import cached_file
 
 from zppo.errors import MemoryLimitError, ModelError, one_line, used_up
 from zppo.names import load_part
@@ -31,6 +32,7 @@ def load_network(
     revision: str | None = None,
     attention: str | None = None,
     images: bool = False,
+    unread: bool = False,
     **more: Any,
 ) -> PreTrainedModel:
     """A model with every weight from its checkpoint; `more` goes to `from_pretrained`.
@@ -40,6 +42,7 @@ def load_network(
     Args:
         images: with its vision tower. Without, a checkpoint that has a text model of its own (Qwen3.5) is loaded as that, and others
             that read images (Qwen3-VL) whole.
+        unread: the weights stay in their files: parameters are on the meta device. All else is as ever, what is checked too.
 
     Raises:
         ModelError: it cannot be loaded, or weights are missing or of another size than its configuration says.
@@ -48,6 +51,8 @@ def load_network(
     check_kernels(name, more.get("device_map"), revision)
     if attention:
         more["attn_implementation"] = attention
+    if unread:
+        more["device_map"] = "meta"
     kind = AutoModelForImageTextToText if images or _sees_only_whole(name, revision) else AutoModelForCausalLM
     try:
         loaded: Any = load_part(kind, name, dtype=dtype, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **more)
@@ -75,7 +80,35 @@ def load_network(
         )
     for config in (model.config, model.config.get_text_config()):
         vars(config).pop("auto_map", None)  # names code that was not run; what is saved from here does without
+    if unread:
+        _compute_buffers(model)
     return cast(PreTrainedModel, model)
+
+
+def _compute_buffers(model: Any) -> None:
+    """Gives a model on the meta device what no file holds (rotary frequencies), by its own code."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+                module._is_hf_initialized = False
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def safetensors_folder(name: str | Path, revision: str | None = None) -> Path | None:
+    """The folder that a checkpoint's safetensors lie in, downloaded where they are the hub's; None where it has none."""
+    with suppress(OSError, ValueError):  # loading the model says what is wrong
+        for file in ("model.safetensors", "model.safetensors.index.json"):
+            if found := cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False):
+                return Path(found).parent
+    return None
+
+
+def is_quantized(name: str | Path, revision: str | None = None) -> bool:
+    """Whether a checkpoint's configuration says that its weights are no plain numbers."""
+    return getattr(_config(name, revision), "quantization_config", None) is not None
 
 
 def check_kernels(name: str | Path, device: torch.device | str | None, revision: str | None = None) -> None:

@@ -183,7 +183,7 @@ class ChunkScore(Protocol):
         ...
 
     def gradient(self, logits: torch.Tensor, part: slice, upstream: torch.Tensor) -> torch.Tensor:
-        """(n, V) gradient of sum(upstream * value), in the type of the logits."""
+        """(n, V) gradient of sum(upstream * value), in the type of the logits, whose memory it may take."""
         ...
 
 
@@ -213,7 +213,7 @@ class TargetLogprobs:
     def gradient(self, logits: torch.Tensor, part: slice, upstream: torch.Tensor) -> torch.Tensor:
         """d logprob / d logit_v = (1[v = target] - p_v) / temperature."""
         scale = (upstream / self.temperature)[:, None]
-        probs = (self._scores(logits) - self._norms[part, None]).exp_()
+        probs = self._scores(logits).sub_(self._norms[part, None]).exp_()
         return probs.mul_(-scale).scatter_add_(1, self.targets[part, None], scale).to(logits.dtype)
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
@@ -301,7 +301,9 @@ class _Chunked(torch.autograd.Function):
         wanted = grads and any(ctx.needs_input_grad)
         values = torch.empty(len(places), dtype=torch.float32, device=flat.device)
         size = head_tokens(output.vocab, gpu=output.device != "cpu", diverges=score.diverges)
-        parts = [slice(start, min(start + size, len(places))) for start in range(0, len(places), size)]
+        short = len(places) % size  # comes first: the last chunk is the one that is not computed again
+        ends = range(short or size, len(places) + 1, size)
+        parts = [slice(max(0, end - size), end) for end in ends]
         ctx.save_for_backward(places, flat)
         ctx.score, ctx.output, ctx.weights, ctx.parts, ctx.kept = score, output, weights, parts, None
         with output.autocast():
@@ -329,7 +331,7 @@ class _Chunked(torch.autograd.Function):
                     own, *others = torch.autograd.grad(logits, (rows, *weights), gradient, allow_unused=True)
                 del rows, logits, gradient
                 of_rows[places[part]] = own.to(of_rows.dtype)
-                of_weights = [_sum(total, other) for total, other in zip(of_weights, others, strict=True)]
+                of_weights = [_sum(w, total, other) for w, total, other in zip(weights, of_weights, others, strict=True)]
         return None, None, None, None, of_rows, *(g if g is None else g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True))
 
 
@@ -340,6 +342,23 @@ def _run(output: Output, flat: torch.Tensor, places: torch.Tensor, grads: bool) 
         return rows, output.logits(rows)
 
 
-def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
-    """In fp32, whatever a chunk's part came in."""
-    return more if total is None or more is None else total.float().add_(more)
+_IN_PLACE = "zppo_sums_in_place"
+
+
+def sum_in_place(parameter: torch.Tensor) -> None:
+    """The gradient of this parameter may be added to its `grad` outside of autograd: no hook of anybody waits for it there.
+
+    An output layer's gradient is as large as its weight: through autograd it would be held until those of all layers are done, and summed
+    with that of a tied embedding into a third one.
+    """
+    setattr(parameter, _IN_PLACE, True)
+
+
+def _sum(weight: torch.Tensor, total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    """What autograd is given of a weight's gradient so far: in fp32, whatever a chunk's part came in; None where it is summed in place."""
+    if more is None:
+        return total
+    if getattr(weight, _IN_PLACE, False) and type(weight.grad) is torch.Tensor:
+        weight.grad.add_(more)
+        return None
+    return more if total is None else total.float().add_(more)

@@ -20,11 +20,13 @@ from zppo.engines.base import Completion, Ended, SampleRequest, Sampling, Watche
 from zppo.engines.keyed_sampling import Drawer, Draws
 from zppo.engines.kv_cache import DecodeState
 from zppo.engines.out_of_memory import out_of_memory, release
+from zppo.engines.packed_linear import packed_linears
 from zppo.errors import MemoryLimitError, ModelError
 from zppo.images.features import Positions, Seen, picture_inputs, positions_of
 from zppo.images.processor import ImageProcessor
 
 DROP_SHARE = 16  # rows are dropped once one in so many has finished
+WORTH_PACKING = 16  # new tokens: packing a weight takes as long as reading it ten times
 
 
 class Rows:
@@ -200,7 +202,7 @@ class TransformersEngine:
         check_requests(requests, sampling, self.vocab_size, self.context)
         done: list[set[int]] = [set() for _ in requests]  # places of keys whose completions have been given
         waiting = deque(plan(requests, sampling.max_new_tokens, self.max_rows, self.max_tokens))
-        with _evaluating(self.model), self.autocast():
+        with _evaluating(self.model), self.autocast(), self._packed(sampling.max_new_tokens):
             while waiting:
                 batch = [piece for whole in waiting.popleft() for piece in _missing(whole, done[whole.request])]
                 if not batch:
@@ -255,6 +257,10 @@ class TransformersEngine:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.autocast_dtype)
+
+    def _packed(self, new_tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Packed weights, where there are decoding steps enough to win back what packing takes."""
+        return packed_linears(self.model, self.autocast_dtype) if new_tokens >= WORTH_PACKING else contextlib.nullcontext()
 
     def _prefill(self, prompts: Sequence[SampleRequest]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
         """Logits after the last token (P, V), the cache, which places hold tokens (P, L), and the next positions (P,)."""

@@ -187,7 +187,7 @@ def _check(options: EvalOptions, chosen: tuple[Benchmark, ...]) -> None:
             f"--vllm.{next(iter(options.vllm_named))} is for the vLLM that zppo starts for a folder, and {why}: leave it out"
         )
     if options.closing is not None and str(options.closing) not in CLOSINGS and not options.closing.is_file():
-        raise SettingsError(f"--closing: there is no file {options.closing}")
+        raise SettingsError(f"--closing: there is no file {options.closing}; give one, or a name that zppo knows: {', '.join(CLOSINGS)}")
     for name, path in options.judge_prompts.items():
         if not path.is_file():
             raise SettingsError(f"--judge-prompt {name}={path}: there is no such file")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from zppo.config.recipe import load_recipe, parse_yaml
 from zppo.errors import SettingsError
-from zppo.grading.answer_form import AFTER_THOUGHTS
+from zppo.grading.answer_form import AFTER_THOUGHTS, AnswerForm
 from zppo.images.store import PixelLimits
 from zppo.names import CLOSINGS
 from zppo.prompts.book import CLOSING, PromptBook
@@ -130,7 +130,8 @@ def read_template_args(text: str) -> dict[str, Any]:
 def with_words_of_run(options: EvalOptions, checkpoint: Path | None) -> EvalOptions:
     """The options with closing instruction and template arguments of the run that made the checkpoint, where they name none themselves.
 
-    With the run's closing instruction goes where its answers stand, unless that is a box: those are read as the protocol does.
+    Answers are read where the closing instruction asks for them: a run's own as its recipe says, one that is named by its name; but
+    boxes behind the thoughts alone, as the protocol has it.
 
     A run's checkpoints are its final/ and what lies in its checkpoints/.
 
@@ -138,15 +139,18 @@ def with_words_of_run(options: EvalOptions, checkpoint: Path | None) -> EvalOpti
         SettingsError: the run's recipe cannot be read, or its closing instruction is gone.
     """
     run = run_of(checkpoint) if checkpoint else None
+    named = CLOSINGS.get(str(options.closing), AFTER_THOUGHTS)
+    place = named if AnswerForm(named).kind != "box" else AFTER_THOUGHTS
     if run is None or (options.closing is not None and options.template_args is not None):
-        return replace(options, template_args=options.template_args or {})
+        return replace(options, template_args=options.template_args or {}, answer_from=place)
     settings = load_recipe(run / "recipe.yaml")
     closing = options.closing or settings.prompts.get(CLOSING)
     if closing is not None and str(closing) not in CLOSINGS and not closing.is_file():
         raise SettingsError(f"{run} was trained with the closing instruction {closing}, which is gone: name its file with --closing")
     args = settings.student.template_args if options.template_args is None else options.template_args
-    form = settings.answer_form if options.closing is None else None
-    return replace(options, closing=closing, template_args=args, answer_from=form.place if form and form.kind != "box" else AFTER_THOUGHTS)
+    if options.closing is None and settings.answer_form.kind != "box":
+        place = settings.answer_form.place
+    return replace(options, closing=closing, template_args=args, answer_from=place)
 
 
 def run_of(checkpoint: Path) -> Path | None:

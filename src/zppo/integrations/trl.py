@@ -140,7 +140,7 @@ def settings_of(args: Any, student: str, teacher: str | None) -> Settings:
         base["teacher"] = {"model": teacher, "base_urls": [args.teacher_base_url] if args.teacher_base_url else []}
     settings = load_recipe(base, own)
     method = settings.method.resolve()
-    if method.teacher_response or method.distils:
+    if not method.plain_step:
         raise SettingsError(f"method {method.name!r} trains on {method.gradient}: `zppo train` does that, the trainer for TRL does not")
     return settings
 

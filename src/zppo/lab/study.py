@@ -77,6 +77,7 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
         f"--seed={cell.seed}",
         "--train.checkpoint_every=0",
         "--eval.every=0",
+        "--train.stop_on_collapse=false",  # a run that dies is a result
     ]
     if cell.student:
         extra.append(f"--student.model={cell.student}")

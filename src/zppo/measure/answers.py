@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from zppo.config.settings import Settings
-from zppo.core.types import Question, Rollout
+from zppo.core.types import PLAIN, Question, Rollout
 from zppo.errors import SettingsError
 from zppo.grading.grader import Verdict
 from zppo.names import CLOSINGS, readable
 from zppo.runs.files import writing
+from zppo.runs.log import question_columns
 from zppo.train.provenance import model_facts, word_files
 
 Who = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One answer, by the names of ROLLOUT_SCHEMA; None for what is not known of a teacher's."""
+
+    completion: str
+    answer: str | None
+    correct: bool
+    graded: bool
+    reason: str
+    reward: float
+    completion_tokens: int | None = None
+    truncated: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +46,7 @@ class Answers:
         none: how many have no answer that could be extracted.
         truncated: how many the limit stopped; None where that is not known.
         tokens: of all of them.
+        prompt, given: what was asked, and each answer; in the file alone, which may be large.
     """
 
     n: int
@@ -38,6 +54,8 @@ class Answers:
     none: int
     truncated: int | None
     tokens: int
+    prompt: str = ""
+    given: tuple[Given, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -54,8 +72,8 @@ class Answers:
         return {f"{who}_accuracy": self.accuracy, **{f"{front}{name}": value for name, value in values.items()}}
 
 
-def of_rollouts(rollouts: Sequence[Rollout]) -> Answers:
-    """The student's; those without a verdict are left out."""
+def of_rollouts(rollouts: Sequence[Rollout], prompt: str) -> Answers:
+    """The student's; those without a verdict are left out of the counts."""
     graded = [rollout for rollout in rollouts if rollout.graded]
     return Answers(
         len(graded),
@@ -63,13 +81,16 @@ def of_rollouts(rollouts: Sequence[Rollout]) -> Answers:
         sum(r.answer is None for r in graded),
         sum(r.truncated for r in graded),
         sum(len(r.ids) for r in graded),
+        prompt,
+        tuple(Given(r.text, r.answer, r.correct, r.graded, r.reason, r.reward, len(r.ids), r.truncated) for r in rollouts),
     )
 
 
-def of_verdicts(verdicts: Sequence[Verdict], tokens: int) -> Answers:
+def of_verdicts(texts: Sequence[str], verdicts: Sequence[Verdict], tokens: int, prompt: str) -> Answers:
     """A teacher's, which does not say where its limit stopped it."""
     graded = [verdict for verdict in verdicts if verdict.graded]
-    return Answers(len(graded), sum(v.correct for v in graded), sum(v.answer is None for v in graded), None, tokens)
+    given = tuple(Given(t, v.answer, v.correct, v.graded, v.reason, v.reward) for t, v in zip(texts, verdicts, strict=True))
+    return Answers(len(graded), sum(v.correct for v in graded), sum(v.answer is None for v in graded), None, tokens, prompt, given)
 
 
 class AnswerFile:
@@ -106,7 +127,24 @@ class AnswerFile:
                 self._file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
             self._file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
             self._file.flush()
-        self._known |= {str(line["key"]): each for line, (_, each) in zip(lines, answers, strict=True)}
+        self._known |= {str(line["key"]): _without_texts(each) for line, (_, each) in zip(lines, answers, strict=True)}
+
+    def rows(self, questions: Sequence[Question]) -> Iterator[list[dict[str, Any]]]:
+        """Rows of ROLLOUT_SCHEMA of all answers to each question, in the order of the questions, the student's first."""
+        places = _places(self._path)
+        with open(self._path, "rb") as file:
+            for question in questions:
+                rows: list[dict[str, Any]] = []
+                for who, kind in (("student", PLAIN), ("teacher", "teacher")):
+                    place = places.get(self._key(cast(Who, who), question))
+                    if place is None:
+                        continue
+                    file.seek(place)
+                    kept = json.loads(file.readline())["answers"]
+                    same = {"step": 0, "kind": kind, "replayed": False, "prompt": kept.get("prompt"), "audit": "{}"}
+                    given = kept.get("given") or ()  # older files have none
+                    rows += [{**same, **question_columns(question), "rollout": i, **each} for i, each in enumerate(given)]
+                yield rows
 
     def close(self) -> None:
         """Closes the file."""
@@ -118,14 +156,32 @@ class AnswerFile:
         return _digest([who, self._how[who], known])
 
 
+def _without_texts(answers: Answers) -> Answers:
+    return replace(answers, prompt="", given=())
+
+
+def _places(path: Path) -> dict[str, int]:
+    """Where the last whole line of each key begins."""
+    places: dict[str, int] = {}
+    at = 0
+    with open(path, "rb") as file:
+        for line in file:
+            with suppress(ValueError, KeyError, TypeError):
+                places[str(json.loads(line)["key"])] = at
+            at += len(line)
+    return places
+
+
 def _read(path: Path) -> dict[str, Answers]:
     """Answers by key; a line that is damaged is left out, and asked about again."""
     known: dict[str, Answers] = {}
-    lines = readable(path).read_bytes().splitlines() if path.exists() else []
-    for line in lines:
-        with suppress(ValueError, KeyError, TypeError):
-            data = json.loads(line)
-            known[str(data["key"])] = Answers(**data["answers"])
+    lines = 0
+    with open(readable(path), "rb") if path.exists() else nullcontext(()) as file:
+        for line in file:
+            lines += 1
+            with suppress(ValueError, KeyError, TypeError):
+                data = json.loads(line)
+                known[str(data["key"])] = _without_texts(Answers(**data["answers"]))
     if lines and not known:
         raise SettingsError(f"{path} holds something else than answers of a measurement: name another place with --out")
     return known

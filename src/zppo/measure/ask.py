@@ -143,7 +143,8 @@ def _checked_engine(
 def _ask_student(sampler: StudentSampler, questions: Sequence[Question], log: StepLog) -> list[Answers]:
     sampler.renderer.chat.forget_images()
     groups = sampler.rollout([sampler.renderer.plain(question) for question in questions], log, purpose="measure")
-    return [of_rollouts(group.rollouts) for group in groups]
+    show = sampler.renderer.chat.show_short
+    return [of_rollouts(group.rollouts, show(group.prompt.ids + group.prompt.forced_ids)) for group in groups]
 
 
 def _ask_teacher(
@@ -167,7 +168,11 @@ def _ask_teacher(
         for question, reply in zip(questions, replies, strict=True)
     ]
     verdicts = iter(score([each for texts in given for each in texts], log))
-    return [of_verdicts([next(verdicts) for _ in texts], reply.completion_tokens) for texts, reply in zip(given, replies, strict=True)]
+    prompts = ["\n\n".join(f"{message.role}: {message.content}" for message in request.messages) for request in requests]
+    return [
+        of_verdicts([each.completion for each in texts], [next(verdicts) for _ in texts], reply.completion_tokens, prompt)
+        for texts, reply, prompt in zip(given, replies, prompts, strict=True)
+    ]
 
 
 def keyed_sample(questions: Sequence[Question], size: int | None, seed: int) -> list[Question]:

@@ -23,6 +23,7 @@ from zppo.rollout.data import Loaded, load_mixture, tell_sources
 from zppo.rollout.run_data import seen_data
 from zppo.runs.display import show, warn
 from zppo.runs.files import PARTIAL, sync, write_whole, writing
+from zppo.runs.log import ROLLOUT_SCHEMA, ROWS_PER_GROUP
 
 FILES = (".jsonl", ".parquet")
 
@@ -35,12 +36,14 @@ class Places:
         answers: what was answered, for the next time.
         summary, page: what it says, for programs and for people.
         data: the measured questions of each source.
+        completions: every answer, laid out as rollouts of a run.
     """
 
     answers: Path
     summary: Path
     page: Path
     data: tuple[Path, ...]
+    completions: Path
 
 
 def places_of(out: Path, settings: Settings) -> Places:
@@ -55,14 +58,20 @@ def places_of(out: Path, settings: Settings) -> Places:
             raise SettingsError(f"--out {out} is one file, and data.train has {len(parts)} sources, each with its columns: name a folder")
         beside = out.with_suffix("")
         answers = beside.with_name(f"{beside.name}-answers.jsonl")
-        places = Places(answers, beside.with_name(f"{beside.name}-measure.json"), beside.with_suffix(".html"), (out,))
+        places = Places(
+            answers,
+            beside.with_name(f"{beside.name}-measure.json"),
+            beside.with_suffix(".html"),
+            (out,),
+            beside.with_name(f"{beside.name}-completions.parquet"),
+        )
         if out.exists() and not answers.exists():
             raise SettingsError(f"--out {out} is there already and holds no measurement: name a file that there is not yet")
     elif out.suffix and not out.is_dir():
         raise SettingsError(f"--out {out} ends in {out.suffix}: name a folder, or a file that ends in {' or '.join(FILES)}")
     else:
         data = tuple(out / f"{part.name}.jsonl" for part in parts)
-        places = Places(out / "answers.jsonl", out / "measure.json", out / "measure.html", data)
+        places = Places(out / "answers.jsonl", out / "measure.json", out / "measure.html", data, out / "completions.parquet")
     for part in parts:
         source = Path(part.source).expanduser().resolve()
         if any(source in (path.resolve(), path.resolve().parent) for path in places.data):
@@ -148,6 +157,7 @@ def _finish(
     for path, each in zip(places.data, rows, strict=True):
         if each:
             write_rows(path, each)
+    _write_completions(places.completions, answers, [question for question in mixture.questions if question.id in chosen])
     facts = {name: value for name, value in asdict(verdict).items() if name != "questions"} | {"questions": len(measured)}
     write_whole(places.summary, json.dumps({"recipe": name, "student_model": settings.student.model, **facts}, indent=1) + "\n")
     models = [("student", settings.student.model)]
@@ -161,7 +171,27 @@ def _finish(
         if each:
             show(console, f"{path}  {len(each):,} rows with student_accuracy{' and teacher_accuracy' if verdict.teacher.count else ''}")
     show(console, f"{places.page}  the same as a page")
+    show(console, f"{places.completions}  every answer; `zppo inspect {places.completions} QUESTION_ID` shows those to one question")
     show(console, _next_words(settings, places, useful_filter(verdict)))
+
+
+def _write_completions(path: Path, answers: AnswerFile, asked: Sequence[Question]) -> None:
+    """Every answer to the questions, a row each, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path), pq.ParquetWriter(partial, ROLLOUT_SCHEMA, compression="zstd") as file:
+        held: list[dict[str, Any]] = []
+        for rows in answers.rows(asked):
+            held += rows
+            if len(held) >= ROWS_PER_GROUP:
+                file.write_table(pa.Table.from_pylist(held, schema=ROLLOUT_SCHEMA))
+                held = []
+        file.write_table(pa.Table.from_pylist(held, schema=ROLLOUT_SCHEMA))
+    with writing(path):
+        sync(partial)
+        partial.replace(path)
 
 
 def _next_words(settings: Settings, places: Places, text: str) -> str:

@@ -33,7 +33,7 @@ def make_optimizer(
     """
     trained: list[Any] = [p for p in parameters if isinstance(p, dict) or p.requires_grad]
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **_arguments(train), fused=offloaded or None)
+        return torch.optim.AdamW(trained, **_arguments(train), fused=offloaded or device.type == "cpu" or None)
     made = _adamw_8bit()
     _probe(made, train, device)
     return made(trained, **_arguments(train))

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from zppo.config.model_settings import ModelSettings
 from zppo.config.settings import Settings
 from zppo.engines.chat import Chat
-from zppo.engines.loading import load_network
+from zppo.engines.loading import is_quantized, load_network, safetensors_folder
 from zppo.errors import CheckpointError, ModelError, SettingsError
 from zppo.images.processor import PixelCache
 from zppo.images.store import PixelLimits
@@ -64,19 +64,21 @@ def load_model(
     attention: str | None = None,
     images: bool = False,
     quantize: bool = False,
+    unread: bool = False,
 ) -> PreTrainedModel:
     """A language model in evaluation mode (no dropout anywhere in a run: old and new log-probs must be comparable).
 
     Args:
         images: with its vision tower.
         quantize: linear layers in 4 bits, to be trained by adapters alone.
+        unread: the weights stay in their files; see `load_network`.
 
     Raises:
         SettingsError: bitsandbytes is wanted for that and is not there.
         ModelError: it cannot be loaded whole; the message names the model and says why.
     """
     more = {"quantization_config": four_bits(dtype)} if quantize else {}
-    model = load_network(folder, dtype=dtype, revision=revision, attention=attention, images=images, **more)
+    model = load_network(folder, dtype=dtype, revision=revision, attention=attention, images=images, unread=unread, **more)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             f"model {str(folder)!r} holds adapters only, and the weights below them were loaded with it: merge them first (`final/` of a "
@@ -134,18 +136,12 @@ def load_student(settings: Settings, start: Path | None, *, bf16: bool, images: 
         ModelError, SettingsError: the model cannot be loaded, or the adapters do not fit it.
         CheckpointError: the checkpoint has adapters and the recipe has not, or the other way round.
     """
-    own, lora = settings.student, settings.train.lora
-    saved = checkpoint.weights_folder(start) if start else None
-    if saved is not None and (saved / ADAPTER_CONFIG).exists() != (lora is not None):
-        raise CheckpointError(
-            f"{saved} holds {'all weights' if lora else 'LoRA adapters'}, and train.lora of the recipe is {'on' if lora else 'off'}: "
-            "go back to the settings that the run was started with"
-        )
-    from_saved = saved is not None and lora is None
+    own, lora, saved = settings.student, settings.train.lora, _saved(settings, start)
+    name, revision = (saved, None) if saved is not None and lora is None else (model_folder(own.model), own.revision)
     model = load_model(
-        saved if saved is not None and from_saved else model_folder(own.model),
+        name,
         dtype=torch.bfloat16 if lora and bf16 else torch.float32,
-        revision=None if from_saved else own.revision,
+        revision=revision,
         attention=own.attention,
         images=images,
         quantize=own.quantize is not None,
@@ -156,6 +152,49 @@ def load_student(settings: Settings, start: Path | None, *, bf16: bool, images: 
     if saved is not None:
         adapters.load(saved)
     return Student(model, adapters)
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadStudent:
+    """A student whose weights are still in their files.
+
+    Attributes:
+        student: its parameters are on the meta device.
+        folder: of the safetensors.
+    """
+
+    student: Student
+    folder: Path
+
+
+def unread_student(settings: Settings, start: Path | None, *, images: bool = False) -> UnreadStudent | str:
+    """What `load_student` gives, without its weights, for processes that each read a part of them; or why they cannot.
+
+    Raises:
+        ModelError, CheckpointError: as there.
+    """
+    own, saved = settings.student, _saved(settings, start)
+    if settings.train.lora is not None:
+        return "adapters are trained, and the weights below them are read with them"
+    name, revision = (model_folder(own.model), own.revision) if saved is None else (saved, None)
+    if is_quantized(name, revision):
+        return "its weights are quantized"
+    folder = safetensors_folder(name, revision)
+    if folder is None:
+        return "its weights are no safetensors"
+    model = load_model(name, dtype=torch.float32, revision=revision, attention=own.attention, images=images, unread=True)
+    return UnreadStudent(Student(model, None), folder)
+
+
+def _saved(settings: Settings, start: Path | None) -> Path | None:
+    """Where the weights of a checkpoint are that fit a recipe; CheckpointError where they do not."""
+    saved, lora = checkpoint.weights_folder(start) if start else None, settings.train.lora
+    if saved is not None and (saved / ADAPTER_CONFIG).exists() != (lora is not None):
+        raise CheckpointError(
+            f"{saved} holds {'all weights' if lora else 'LoRA adapters'}, and train.lora of the recipe is {'on' if lora else 'off'}: "
+            "go back to the settings that the run was started with"
+        )
+    return saved
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -17,7 +17,8 @@ from zppo.core.select import share_of
 from zppo.data.order import effective_batch, steps_per_epochs
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError
-from zppo.planning.memory import GIB, Machine, Memory, cluster_rows, enough, estimate, find_machine
+from zppo.planning.machine import Machine, find_machine
+from zppo.planning.memory import GIB, Memory, PromptLengths, cluster_rows, enough, estimate
 from zppo.planning.model_shapes import context_in
 from zppo.rollout.rewards import unique_names
 from zppo.teacher.compression import REDRAWS
@@ -94,6 +95,8 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
     if memory.rows:
         each = f"{memory.rows:,} rollouts at once, {gib(memory.row)} each at the limits"
         rows.append(("sampling", f"{gib(memory.row * memory.rows)} ({each})"))
+    if memory.packed:
+        rows.append(("sampling: weights, packed", gib(memory.packed)))
     rows.append(("update: activations", f"{gib(memory.activations)} (micro-batches of {memory.tokens:,} tokens)"))
     if memory.images:
         rows.append(("preprocessed images of a step", f"{gib(memory.images)} at most (data.images.cache_gib)"))
@@ -115,6 +118,8 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: 
         left = f", if {', '.join(memory.unknown)} takes no more than {gib(room - memory.total)}" if memory.unknown else ""
         return [("verdict", fits + left)]
     words = []
+    if memory.total <= machine.total:
+        words.append(f"others hold {gib(machine.total - room)} of it now; with all of it free it would fit")
     if memory.standing + memory.update > room:
         advice, memory = _lighter(settings, memory, machine, data)
         words.append(advice)
@@ -125,7 +130,7 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: 
 
 def _fewer_rows(memory: Memory, machine: Machine) -> str:
     """How many rollouts fit at once."""
-    fit = (machine.usable - memory.standing - memory.cast) // memory.widest if memory.widest else 0
+    fit = (machine.usable - memory.standing - memory.multiplied) // memory.widest if memory.widest else 0
     if fit < 1:
         return "sampling: not even one rollout fits beside what stands; lower rollout.max_new_tokens or data.max_prompt_tokens"
     says = "it halves them by itself until they fit" if machine.gpu else "set it: a machine that runs out of RAM ends the run"
@@ -209,7 +214,7 @@ def _shown(value: Any) -> str:
 def _against(needed: int, machine: Machine | None) -> str:
     if machine is None:
         return gib(needed)
-    free = "" if machine.free is None or machine.free > _TIGHT * machine.total else f", {gib(machine.free)} of it free now"
+    free = "" if machine.free is None else f"; {gib(machine.free)} of it free now"
     return f"{gib(needed)} of {gib(machine.total)} ({machine.name}{free})"
 
 
@@ -378,14 +383,15 @@ def render_plan(
     memory: Sequence[tuple[str, str]] = (),
     sources: Sequence[str] = (),
     absent: Sequence[tuple[str, str]] = (),
+    prompts: PromptLengths | None = None,
 ) -> Group:
     """The plan as tables for a terminal; `source` is the recipe's name, `folder` where the run will be, `memory` of `memory_rows`,
-    `sources` what each source of the training questions gives, a line each, `absent` of `missing_rows`."""
+    `sources` what each source of the training questions gives, a line each, `absent` of `missing_rows`, `prompts` of `prompt_tokens`."""
     parts: list[RenderableType] = [_table(f"plan of {source}", [*_run_rows(settings, plan, folder), *absent]), ""]
     if sources:
         named = [(name, gives) for name, _, gives in (line.partition(": ") for line in sources)]
         parts += [_table("sources of the training questions", named), ""]
-    parts += [_table("one step, at most", _step_rows(settings, plan)), ""]
+    parts += [_table("one step, at most", _step_rows(settings, plan, prompts)), ""]
     if plan.lazy is not None and plan.literal is not None:
         parts += [_teacher_table(settings, plan.lazy, plan.literal), ""]
     if memory:
@@ -456,9 +462,11 @@ def _where(own: FrozenModelSettings) -> str:
     return f"{own.model} at {', '.join(own.base_urls)}" if own.base_urls else own.model
 
 
-def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
-    rollout = settings.rollout
-    plain_tokens = (plan.batch + plan.replayed) * settings.data.max_prompt_tokens
+def _step_rows(settings: Settings, plan: Plan, prompts: PromptLengths | None) -> list[tuple[str, str]]:
+    rollout, most = settings.rollout, settings.data.max_prompt_tokens
+    longest = most if prompts is None else min(most, prompts.longest)
+    plain_tokens = (plan.batch + plan.replayed) * longest
+    each = f"up to {longest:,} per prompt" if prompts is None else f"{prompts.told(most)}, each counted as the longest"
     return [
         ("new questions", f"{plan.batch:,}"),
         ("replayed questions", f"{plan.replayed:,}"),
@@ -467,7 +475,7 @@ def _step_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
         ("rollouts", f"{plan.rollouts:,} ({rollout.group_size} per prompt)"),
         ("sampled tokens", f"{plan.completion_tokens:,} (up to {rollout.max_new_tokens:,} per rollout)"),
         *([("judge calls", f"{plan.judge_calls:,}")] if plan.judge_calls else []),
-        ("plain prompt tokens", f"{plain_tokens:,} (up to {settings.data.max_prompt_tokens:,} per prompt, read once per prompt)"),
+        ("plain prompt tokens", f"{plain_tokens:,} ({each}; read once per prompt)"),
     ]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
         compression=total("compression_prompt_tokens")
         + total("compression_completion_tokens")
         + (total("hint_completion_tokens") if "hint" in method.needs else 0.0),
-        scoring=total("train_tokens_needed") if method.distils else 0.0,  # the teacher reads what the student learns from
+        scoring=total("train_tokens_needed") if method.asks_distributions else 0.0,  # the teacher reads what the student learns from
         judge=math.fsum(step.get(f"judge_{part}_tokens") or 0.0 for step in steps for part in ("prompt", "completion")),
     )
     # To the letter: prompts once per rollout, every row trained, and the hard questions that the lazy order did not ask about.
@@ -140,7 +140,7 @@ def as_run(settings: Settings, records: Sequence[Mapping[str, Any]], source: Pat
     teacher = total("teacher_prompt_tokens") * draws + total("teacher_completion_tokens")
     literal = TokensByPart(
         sampling=rows,
-        logprob=0.0 if method.distils else rows,
+        logprob=saved.logprob if method.distils else rows,
         update=saved.update if method.distils else rows,
         teacher=teacher * more,
         compression=saved.compression * _unbuilt(settings, steps),
@@ -175,6 +175,7 @@ class Assumptions:
 
     Attributes:
         prompt: mean tokens of a plain prompt; None: data.max_prompt_tokens.
+        prompt_from: in words where that mean is from; "" for whoever gave it.
         completion: mean tokens of a student rollout; None: rollout.max_new_tokens.
         teacher_completion: mean tokens of a teacher rollout; None: teacher.rollout.max_new_tokens.
         hard: share of plain questions that are hard.
@@ -189,6 +190,7 @@ class Assumptions:
     hard: float = 1.0
     solved: float = 1.0
     live: float = 1.0
+    prompt_from: str = ""
 
     def __post_init__(self) -> None:
         for name in ("hard", "solved", "live"):
@@ -229,8 +231,10 @@ class _Lengths:
     answer: float
 
 
-def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, judged: float = 0.0) -> Cost:
+def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, judged: float = 0.0, gpu: bool = True) -> Cost:
     """The cost of a recipe on so many training questions, the share `judged` of them graded by a judge, at most or under assumptions.
+
+    `gpu`: whether it trains on one, which decides what `train.precision: auto` is.
 
     Every step counts as a full one: replay and buffer are taken to be full from the start (they need a few steps).
     """
@@ -248,10 +252,12 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
     sampled = (plain + sum(zone.prompts.values())) * rollout.group_size * lengths.completion
     rows = prompts * rollout.group_size + sampled
     notes = [_stated(settings, assumed)]
+    if method.refill:
+        notes.append("What is sampled in the place of all-right and all-wrong groups is not counted.")
     if method.distils:
         literal, saved = _planned_distillation(settings, plain, assumed, lengths)
     else:
-        with_pass, why = _logprob_pass(settings)
+        with_pass, why = _logprob_pass(settings, gpu=gpu)
         notes.append(why)
         live = assumed.live * rows
         literal = TokensByPart(sampling=rows, logprob=rows, update=rows)
@@ -272,7 +278,7 @@ def planned(settings: Settings, questions: int, assumed: Assumptions = MOST, *, 
 def _zone(settings: Settings, plan: Plan, assumed: Assumptions) -> _Zone:
     """What a step asks again, with every share at its assumed mean (method.md section 3, 2 to 5)."""
     kinds = settings.method.resolve().reformulations
-    hard = assumed.hard * (plan.batch + plan.replayed)
+    hard = (1.0 if settings.method.resolve().helped == "every" else assumed.hard) * (plan.batch + plan.replayed)
     cap = float(share_of(settings.zone.rho_aug, plan.batch))
     # What shows nothing of the teacher's (NCQ) can be built without a right teacher response.
     chance = {kind: assumed.solved if needs_of(kind) & RESPONSES else 1.0 for kind in kinds}
@@ -333,11 +339,17 @@ def _planned_judge(settings: Settings, share: float, student: float, teacher: fl
 
 
 def _planned_distillation(settings: Settings, plain: int, assumed: Assumptions, lengths: _Lengths) -> tuple[TokensByPart, TokensByPart]:
-    """Both kinds of distillation in a step (Algs. 2 and 3): nothing is saved but the shared reading of prompts."""
-    group, draws = settings.rollout.group_size, settings.zone.teacher_group_size
+    """All kinds of distillation in a step (Algs. 2 and 3, SDPO): nothing is saved but the shared reading of prompts."""
+    method, group, draws = settings.method.resolve(), settings.rollout.group_size, settings.zone.teacher_group_size
     rows = plain * group * (lengths.prompt + lengths.completion)
     once = plain * (lengths.prompt + group * lengths.completion)
-    if settings.method.resolve().loss == "on-distill":
+    if method.loss == "self-distill":  # the student reads every rollout again behind a right response
+        shown = lengths.answer if method.teacher_response else lengths.completion
+        again = rows + plain * group * shown
+        asked = plain * draws * method.teacher_response
+        literal = TokensByPart(sampling=rows, logprob=again, update=rows, teacher=asked * (lengths.prompt + lengths.answer))
+        return literal, replace(literal, sampling=once, teacher=asked * lengths.answer + lengths.prompt * plain * method.teacher_response)
+    if method.loss == "on-distill":
         return TokensByPart(sampling=rows, update=rows, scoring=rows), TokensByPart(sampling=once, update=rows, scoring=rows)
     theirs = plain * draws * (lengths.prompt + lengths.answer)
     right = assumed.solved * theirs
@@ -346,7 +358,7 @@ def _planned_distillation(settings: Settings, plain: int, assumed: Assumptions, 
     return literal, TokensByPart(sampling=once, update=right, teacher=theirs_once, scoring=right)
 
 
-def _logprob_pass(settings: Settings) -> tuple[bool, str]:
+def _logprob_pass(settings: Settings, *, gpu: bool) -> tuple[bool, str]:
     """Whether old log-probs take a forward pass of their own, and why."""
     train = settings.train
     if train.old_logprobs != "auto":
@@ -354,9 +366,12 @@ def _logprob_pass(settings: Settings) -> tuple[bool, str]:
         return own, f"Old log-probs: train.old_logprobs is {train.old_logprobs}."
     if not settings.rollout.sampling().exact:
         return True, "Old log-probs: from a forward pass, since top-p or top-k changes what is sampled."
-    if train.precision == "fp32" or (train.precision == "auto" and train.device == "cpu"):
-        return False, "Old log-probs: the sampler's, which are exact in fp32."
-    return (True, "Old log-probs: from a forward pass, as on a GPU in bf16; on a CPU in fp32 the sampler's are exact and cost nothing.")
+    on_gpu = gpu and train.device != "cpu"
+    if train.precision == "fp32" or (train.precision == "auto" and not on_gpu):
+        where = "" if train.precision == "fp32" else ": train.precision is auto, and this is counted for a CPU. On a GPU it is bf16"
+        return False, f"Old log-probs: the sampler's, which are exact in fp32{where}."
+    where = "train.precision is bf16" if train.precision == "bf16" else "train.precision is auto, and this is counted for a GPU"
+    return True, f"Old log-probs: from a forward pass, in bf16 ({where}); in fp32, as on a CPU, the sampler's are exact and cost nothing."
 
 
 def _stated(settings: Settings, assumed: Assumptions) -> str:
@@ -364,7 +379,7 @@ def _stated(settings: Settings, assumed: Assumptions) -> str:
         return f"{most:,} (the limit)" if given is None else f"{given:,.0f}"
 
     parts = [
-        f"plain prompts of {length(assumed.prompt, settings.data.max_prompt_tokens)} tokens",
+        f"plain prompts of {length(assumed.prompt, settings.data.max_prompt_tokens)} tokens{assumed.prompt_from}",
         f"rollouts of {length(assumed.completion, settings.rollout.max_new_tokens)}",
     ]
     method = settings.method.resolve()

@@ -1,4 +1,4 @@
-"""How much memory a recipe needs, from sizes alone, and how much this machine has: that of its GPU, else its RAM. No torch.
+"""How much memory a recipe needs, from sizes alone. No torch.
 
 An estimate of the most that is allocated: what is held all the time, and what sampling and the update add. Weights, gradients and
 optimizer are counted; activations are a fit to what autograd keeps of the library's own layers (tests/test_memory_plan.py measures
@@ -7,15 +7,14 @@ how well), and a GPU's allocator wastes some on top. docs/train-your-model.md sa
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import needs_of
@@ -25,34 +24,11 @@ from zppo.core.minibatch import Sharing, head_tokens, micro_batches, pass_tokens
 from zppo.core.select import share_of
 from zppo.core.types import Message, Question
 from zppo.names import model_folder
+from zppo.planning.machine import Machine
 from zppo.planning.model_shapes import LINEAR, DecoderShape, VisionTowerShape, config_file, count_parameters, shape_of, vision_shape_of
 from zppo.prompts.book import CLOSING, PromptBook
 
 GIB = 1024**3
-_QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits")
-_PATIENCE = 20.0  # seconds; the first call on an idle machine starts the driver
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Where a run would train.
-
-    Attributes:
-        name: of the GPU, or "RAM".
-        gpu: whether it is one.
-        total: bytes.
-        free: bytes that are not in use now; None where that is not known.
-    """
-
-    name: str
-    gpu: bool
-    total: int
-    free: int | None = None
-
-    @property
-    def usable(self) -> int:
-        """Bytes that a run which starts now can have."""
-        return self.total if self.free is None else self.free
 
 
 def cluster_rows(tinker: TinkerSettings) -> list[tuple[str, str]]:
@@ -61,45 +37,6 @@ def cluster_rows(tinker: TinkerSettings) -> list[tuple[str, str]]:
     lacks = missing_for_tinker()
     verdict = f"student.tinker is set, and {lacks}" if lacks else "its SDK and a key are here"
     return [("student", f"on {where}: its weights are not here"), ("verdict", verdict)]
-
-
-def find_machine(device: Literal["auto", "cpu"]) -> Machine | None:
-    """The first GPU that a run would see; the RAM where there is none, or the recipe leaves it alone; None where nothing is known."""
-    return (None if device == "cpu" else _gpu()) or _ram()
-
-
-def _gpu() -> Machine | None:
-    """By `nvidia-smi`; None without it, without a GPU, or where CUDA_VISIBLE_DEVICES hides them all."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None and chosen.split(",")[0].strip() in ("", "-1"):
-        return None
-    try:
-        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_PATIENCE, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return _pick(answer.stdout, (chosen or "").split(",")[0].strip())
-
-
-def _pick(table: str, chosen: str) -> Machine | None:
-    """The GPU of this index or UUID (or its beginning) in the answer of `nvidia-smi`; the first one where none is chosen.
-
-    Lines that do not hold all numbers are passed over: a GPU cut into MIG slices says "[N/A]".
-    """
-    for line in table.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) != 5 or not all(field.isdigit() for field in (fields[0], *fields[3:])):
-            continue
-        index, uuid, name, total, free = fields
-        if not chosen or chosen == index or (not chosen.isdigit() and uuid.startswith(chosen)):
-            return Machine(name, True, int(total) * 1024**2, int(free) * 1024**2)
-    return None
-
-
-def _ram() -> Machine | None:
-    try:
-        return Machine("RAM", False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (OSError, ValueError, AttributeError):  # no such names on this system
-        return None
 
 
 RUNTIME = GIB  # Python, torch, and CUDA's own
@@ -122,6 +59,7 @@ class Memory:
         others: weights of frozen models in this process.
         vllm: vLLM's share of the GPU where it samples in this process.
         cast: the bf16 copy of fp32 weights under autocast.
+        packed: the copy that sampling on a CPU multiplies with, in its place; 0 elsewhere.
         row, rows: what one rollout that is being sampled holds at its longest, and how many are sampled at once.
         activations: what the largest micro-batch keeps for its backward pass.
         layer: what the backward pass computes again of one layer, with gradient checkpointing; 0 without.
@@ -152,6 +90,7 @@ class Memory:
     tokens: int
     longest: int
     stepping: int
+    packed: int = 0
     widest: int = 0
     tower: int = 0
     images: int = 0
@@ -166,9 +105,14 @@ class Memory:
         return RUNTIME + self.weights + self.gradients + self.optimizer + self.others + self.vllm * (not self.sleeps) + self.images
 
     @property
+    def multiplied(self) -> int:
+        """The copy of the weights that sampling multiplies with; 0 where it takes the weights themselves."""
+        return self.packed or self.cast
+
+    @property
     def sampling(self) -> int:
         """What sampling holds on top."""
-        return self.cast + self.row * self.rows + self.vllm * self.sleeps
+        return self.multiplied + self.row * self.rows + self.vllm * self.sleeps
 
     @property
     def update(self) -> int:
@@ -210,8 +154,9 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     still = _still(settings, vision_shape)
     trained = shape.adapters(train.lora.rank, train.lora.targets) if train.lora else parameters - still
     frozen_bytes = parameters * (2 if bf16 else 4) if train.lora else still * 4
-    packed = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps()) if settings.student.quantize else 0
-    frozen_bytes -= int(packed * ((2 if bf16 else 4) - FOUR_BITS))
+    linear = sum(width_in * width_out for _, width_in, width_out in shape.linear_maps())
+    quantized = linear if settings.student.quantize else 0
+    frozen_bytes -= int(quantized * ((2 if bf16 else 4) - FOUR_BITS))
     # The update: the largest micro-batch, whose rows all have the longest length.
     largest = _largest(settings, shape, gpu=gpu, images=images)
     tokens = largest.rows * largest.longest
@@ -230,6 +175,7 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
         cast=parameters * 2 if bf16 and not train.lora else 0,
         row=row if own else 0,
         rows=rows if own else 0,
+        packed=(linear + shape.vocab * shape.hidden) * width if own and not gpu and not settings.student.quantize else 0,
         widest=widest if own else 0,
         activations=int(tokens * kept),
         layer=int(tokens * again),
@@ -246,8 +192,8 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     if train.sharding == "none" or shards == 1:
         return whole
     seeing = vision_shape.tower + vision_shape.projector if vision_shape else 0
-    stays = _kept(settings, trained if train.lora else seeing - still, seeing, packed, gpu=gpu, width=width)
-    return _shared_out(whole, stays, settings, shape, parameters - seeing - packed, shards, gpu=gpu, width=width)
+    stays = _kept(settings, trained if train.lora else seeing - still, seeing, quantized, gpu=gpu, width=width)
+    return _shared_out(whole, stays, settings, shape, parameters - seeing - quantized, shards, gpu=gpu, width=width)
 
 
 def enough(settings: Settings, machine: Machine | None, most: float, **facts: int) -> tuple[int, dict[int, int]]:
@@ -298,10 +244,12 @@ def _shared_out(
     own = {name: (getattr(whole, name) - each) // shards for name, each in kept._asdict().items()}
     parts: dict[str, Any] = {name: each if offload else each + own[name] for name, each in kept._asdict().items()}
     trained = width + 4 if settings.train.lora is None else 0
+    gathered = parameters * width if settings.rollout.engine == "transformers" else 0
     return replace(
         whole,
         **parts,
-        cast=parameters * width if settings.rollout.engine == "transformers" else 0,
+        cast=gathered,
+        packed=whole.packed and whole.packed + gathered,
         passing=(outside + 2 * layer) * width + (outside + layer) * trained,
         host=own["weights"] + own["gradients"] + own["optimizer"] if offload else 0,
     )
@@ -314,7 +262,7 @@ def within(settings: Settings, questions: Iterable[Question], train: int | None 
     Args:
         shown: turns of examples, which every prompt holds.
     """
-    limit = min(settings.data.max_prompt_tokens, prompt_tokens(settings, questions, shown)[1])
+    limit = min(settings.data.max_prompt_tokens, prompt_tokens(settings, questions, shown).longest)
     batch = settings.rollout.batch_size if train is None else min(settings.rollout.batch_size, train)
     replay = settings.zone.rho_replay if train is None else min(settings.zone.rho_replay, (train - batch) / batch if batch else 0.0)
     rollout = settings.rollout.model_copy(update={"batch_size": batch})
@@ -323,8 +271,23 @@ def within(settings: Settings, questions: Iterable[Question], train: int | None 
     return settings.model_copy(update={"data": data, "rollout": rollout, "zone": zone})
 
 
-def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequence[Message] = ()) -> tuple[int, int]:
-    """Tokens of the shortest and of the longest plain prompt, about: an image has those of the largest, the chat template a few.
+class PromptLengths(NamedTuple):
+    """Tokens of the plain prompts of the data, about; `counted`: by the student's tokenizer, else no more than a byte has."""
+
+    shortest: int
+    longest: int
+    mean: float
+    counted: bool
+
+    def told(self, most: int) -> str:
+        """In words, where no more than `most` are let in."""
+        how = "by the student's tokenizer" if self.counted else "by a token a byte: its tokenizer is not on this machine"
+        over = f"; longer ones than data.max_prompt_tokens = {most:,} are dropped" if self.counted and self.longest > most else ""
+        return f"the data's have {self.mean:,.0f} on average and {self.longest:,} at most, {how}{over}"
+
+
+def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequence[Message] = ()) -> PromptLengths:
+    """How long the plain prompts are, about: an image has the tokens of the largest, the chat template a few.
 
     Counted with the student's tokenizer.json, where that is on this machine; without it a token has a byte at least, and the shortest is 0.
     """
@@ -335,12 +298,15 @@ def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequ
     turns = "\n".join(message.content for message in shown)
     count = _token_counter(settings)
     if count is None:
-        longest = max((len(text.encode()) + each * images for text, images in texts), default=0)
-        return 0, longest + len(turns.encode()) + _WORDS
+        lengths = [len(text.encode()) + each * images + len(turns.encode()) + _WORDS for text, images in texts]
+        return PromptLengths(0, max(lengths, default=_WORDS), fmean(lengths) if lengths else 0.0, False)
     around = count(turns) + count(PromptBook(settings.prompts, form=settings.answer_form).text(CLOSING, {}))
     low = min((count(text) for text, _ in texts[:_COUNTED]), default=0)
     high = max((count(text) + each * images for text, images in texts[-_COUNTED:]), default=0)
-    return low + around, high + around + _TEMPLATE * (1 + len(shown))
+    some = texts[:: len(texts) // _COUNTED + 1]  # short and long ones alike
+    mean = fmean(count(text) + each * images for text, images in some) if some else 0.0
+    template = _TEMPLATE * (1 + len(shown))
+    return PromptLengths(low + around, high + around + template, mean + around + template, True)
 
 
 def _token_counter(settings: Settings) -> Callable[[str], int] | None:
@@ -371,7 +337,7 @@ def expected(
     """The estimate of a run on these questions, as its dry run shows it; the other args are of `within` and `estimate`."""
     asked = [*train, *held_out]
     images = max((len(q.images) for q in asked), default=0)
-    limits, shortest = within(settings, asked, len(train), shown), prompt_tokens(settings, asked, shown)[0]
+    limits, shortest = within(settings, asked, len(train), shown), prompt_tokens(settings, asked, shown).shortest
     return estimate(limits, gpu=gpu, capacity=capacity, images=images, shortest=shortest, processes=processes)
 
 
@@ -512,6 +478,7 @@ def shown_tokens(settings: Settings, kind: str, response: float) -> float:
         "wrong": float(settings.rollout.group_size * cap),
         "hint": float(settings.teacher.hint.max_new_tokens),
         "prefix": settings.zone.prefix_fraction * response,
+        "answers": 16.0 * settings.rollout.group_size,  # an answer is short
     }
     return sum(of[need] for need in needs_of(kind))
 

@@ -73,7 +73,10 @@ def check_files(settings: Settings) -> None:
     models += [(name, model) for name, model in frozen if not model.base_urls]
     for name, model in models:
         if model.template is not None and not model.template.is_file():
-            raise TemplateError(f"{name}.template: there is no file {model.template}; give its path from the recipe, or leave it out")
+            raise TemplateError(
+                f"{name}.template: there is no file {model.template}; give the path of a jinja file from the recipe (none come with zppo), "
+                "or leave it out for the tokenizer's own"
+            )
         if model.template is not None:
             _check_chat_template(name, model.template)
         folder = model_folder(model.model)
@@ -114,6 +117,7 @@ def _try_reformulations(kinds: Sequence[str], book: PromptBook) -> None:
     """
     made = [load_reformulation(kind) for kind in kinds]
     book.check_kinds(r.kind for r in made if not getattr(r, "shows_question_alone", False))
+    book.check_used(r.kind for r in made)
     question = Question("invented", (Message("user", "2 plus 3?"),), "5")
     right, *wrong = (Candidate(f"It is \\boxed{{{answer}}}.", answer, i) for i, answer in enumerate("564"))
     material = Material(question, (right, wrong[0]), tuple(wrong), ("6", "4"), "Count.", tuple(range(20)))

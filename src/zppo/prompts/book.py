@@ -26,6 +26,8 @@ CLOSING = "closing"
 COMPRESSION = "compression"
 JUDGE = "judge"
 HINTING = "hinting"
+PRIVILEGED = "privileged"
+"""What a student is shown that teaches itself (SDPO, OPSD)."""
 
 VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -36,6 +38,9 @@ VARIABLES: Mapping[str, frozenset[str]] = MappingProxyType(
         JUDGE: frozenset({"question", "gold", "completion"}),
         "hint": frozenset({"hint"}),
         HINTING: frozenset({"question", "response", "answer_form"}),
+        "lte": frozenset({"answers", "truncated", "answer_form"}),
+        "partial": frozenset({"beginning"}),
+        PRIVILEGED: frozenset({"solution"}),
     }
 )
 """The bundled templates and the variables that each of them may use; `answer_form` is box, line or own (`WrittenForm.kind`)."""
@@ -50,6 +55,10 @@ _INVENTED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (JUDGE, {"question": "why?", "gold": "so", "completion": "so"}),
     ("hint", {"hint": "look"}),
     (HINTING, {"question": "why?", "response": "so"}),
+    ("lte", {"answers": [], "truncated": True}),
+    ("lte", {"answers": ["1", "2"], "truncated": False}),
+    ("partial", {"beginning": "so"}),
+    (PRIVILEGED, {"solution": "so"}),
 )
 _TAG = re.compile(r"</?\s*([A-Za-z][\w.:-]*)(?:\s[^<>]*?)?/?>")  # in a template
 _NOT_A_KIND = frozenset({PLAIN, CLOSING, COMPRESSION, JUDGE, HINTING})
@@ -149,6 +158,16 @@ class PromptBook:
         for kind in kinds:
             if kind not in self._paths:
                 raise SettingsError(f"the method asks again with {kind!r}, which has no template: add prompts.{kind} to the recipe")
+
+    def check_used(self, kinds: Iterable[str]) -> None:
+        """Whether every template has a prompt that shows it, one of zppo's or of these kinds. TemplateError where one has none."""
+        known = [*dict.fromkeys([*VARIABLES, *kinds])]
+        for name in self.names():
+            if name not in known:
+                raise TemplateError(
+                    f"prompts.{name}: no prompt of this run is called {name!r}, so the template would never be shown (known: "
+                    f"{', '.join(known)}); mend the name, or leave it out"
+                )
 
     def names(self) -> tuple[str, ...]:
         """All templates, sorted by name."""
@@ -291,9 +310,12 @@ def _read(name: str, path: Path) -> str:
     try:
         return readable(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(
-            f"The template {name!r} cannot be read from {path}: {error}. Give the path of a UTF-8 text file, or leave the override out."
-        ) from error
+        mend = "Give the path of a UTF-8 text file, or leave the override out"
+        if name == CLOSING:
+            mend = f"Take one that comes with zppo ({', '.join(CLOSINGS)}), or give the path of a UTF-8 text file"
+        elif name not in VARIABLES:
+            mend += f"; zppo's own texts are called {', '.join(VARIABLES)}"
+        raise TemplateError(f"The template {name!r} cannot be read from {path}: {error}. {mend}.") from error
 
 
 def _frame(name: str) -> str:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from zppo.errors import SettingsError
@@ -26,7 +26,7 @@ from zppo.report.audits import FATES, MOST_VISITS, PlainVisit, ZoneStory, zone_s
 from zppo.report.bootstrap import Mean, mean_interval
 from zppo.report.charts import ChartSpec, Series, graduate_shares, kind_name, line_style, numbers
 from zppo.report.evaluations.paper_tables import method_row, tables_of_rows
-from zppo.report.evaluations.table_views import print_wide
+from zppo.report.evaluations.table_views import print_fitting, print_wide
 from zppo.report.page import FIGURES, FOOTER, page, sections, write_page
 from zppo.report.read_run import Run, arm_names, differing, flat_recipe, held_out_accuracies, open_run, visits_of
 from zppo.report.summary import duration
@@ -36,11 +36,13 @@ from zppo.report.tables import (
     ZONE_CAPTION,
     ZONE_COLUMNS,
     EvaluationResults,
+    Heading,
     Table,
     paper_zone_rows,
     percent,
     read_evaluation,
     unlike,
+    unlike_questions,
     zone_rows,
 )
 
@@ -69,19 +71,24 @@ Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """By arm, by seed, by quantity; None is not known."""
 
 
+Asked = Mapping[str, Mapping[int, Mapping[tuple[str, int], float | None]]]
+"""By arm, by seed, by held-out question: the share of right completions at the last evaluation."""
+
 Questions = tuple[str, str, Mean, int, int]
 """Minuend, subtrahend, mean difference over held-out questions, how many of them are better, and worse."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """What a comparison shows: its arms, what their runs came to, arms paired over held-out questions, the outcome, tables."""
+    """What a comparison shows: its arms, what their runs came to, arms paired over held-out questions, the outcome, tables, and why
+    what it puts beside each other may not be alike."""
 
     arms: tuple[Arm, ...]
     results: Results
     questions: tuple[Questions, ...]
     outcome: str
     tables: list[Table]
+    warnings: tuple[str, ...] = ()
 
 
 def compare_command(
@@ -129,26 +136,43 @@ def _write(path: Path, text: str, console: Console) -> None:
     console.print(Text(f"written to {path.absolute()}"), soft_wrap=True)
 
 
+_LONG = 20  # characters of an arm's name that fit beside others
+
+
+def _lettered(comparison: RunComparison) -> tuple[list[Table], dict[str, str]]:
+    """The tables with letters in the place of arms' names where one is long, and what they stand for."""
+    if len(comparison.arms) > len(ascii_uppercase) or all(len(arm.name) <= _LONG for arm in comparison.arms):
+        return comparison.tables, {}
+    letters = dict(zip((arm.name for arm in comparison.arms), ascii_uppercase, strict=False))
+    arms = [replace(arm, name=letters[arm.name]) for arm in comparison.arms]
+    results = {letters[arm]: of_runs for arm, of_runs in comparison.results.items()}
+    questions = [(letters[one], letters[other], mean, up, down) for one, other, mean, up, down in comparison.questions]
+    return _tables(arms, results, questions), letters
+
+
 def _print_tables(comparison: RunComparison, console: Console) -> None:
-    for table in comparison.tables:
+    for text in comparison.warnings:
+        console.print(Text(f"warning: {text}\n", style="yellow"))
+    tables, letters = _lettered(comparison)
+    for name, letter in letters.items():
+        console.print(Text.assemble((letter, "bold"), f"  {name}"))
+    if letters:
+        console.print()
+    for table in tables:
         if table.section == SECTION:  # as many columns as there are benchmarks
             print_wide(console, table)
             console.print()
             continue
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 3, 0, 0))
-        for index, name in enumerate(table.columns):
-            shown.add_column(Text(name), justify="right" if index else "left", overflow="fold", min_width=None if index else 14)
-        above = ""
+        above, rows = "", list[tuple[str, ...]]()
         for row in table.rows:
             whose, parted, quantity = row[0].partition(": ") if table.id == "paired" else ("", "", "")
             if table.id == "fates":
                 quantity, parted, whose = row[0].partition(" · ")
             if parted and whose != above:
-                shown.add_row(Text(whose))  # said once for all of its quantities
+                rows.append((Heading(whose), *[""] * (len(row) - 1)))  # said once for all of its quantities
                 above = whose
-            shown.add_row(Text(f"  {quantity}" if parted else row[0]), *map(Text, row[1:]))
-        console.print(shown)
-        console.print(Text(table.caption, style="dim"), soft_wrap=True)
+            rows.append((f"  {quantity}" if parted else row[0], *row[1:]))
+        print_fitting(console, replace(table, rows=tuple(rows)))
         console.print()
 
 
@@ -190,7 +214,7 @@ def comparison_json(comparison: RunComparison) -> str:
          "worse": worse, "questions": mean.n}
         for one, other, mean, better, worse in comparison.questions
     ]  # fmt: skip
-    whole = {"outcome": comparison.outcome, "arms": arms, "pairs": pairs, "questions": questions}
+    whole = {"outcome": comparison.outcome, "warnings": comparison.warnings, "arms": arms, "pairs": pairs, "questions": questions}
     return json_module.dumps(_without_nan(whole), ensure_ascii=False, indent=1) + "\n"
 
 
@@ -214,12 +238,19 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
         raise SettingsError(f"zppo compare needs at least two different run folders, and was given {named}")
     arms = arms_of([open_run(folder) for folder in folders])
     results = {arm.name: {seed: results_of(run) for seed, run in arm.runs.items()} for arm in arms}
-    questions = tuple(_over_questions(arms))
+    asked = {arm.name: {seed: held_out_accuracies(run) for seed, run in arm.runs.items()} for arm in arms}
+    questions = tuple(_over_questions(arms, asked))
+    outcome, tables = _outcome(arms, results, questions), _tables(arms, results, questions)
+    known = [(run.name, asked[arm.name][seed]) for arm in arms for seed, run in arm.runs.items()]
+    return RunComparison(tuple(arms), results, questions, outcome, tables, unlike_questions(known, [arm.settings() for arm in arms]))
+
+
+def _tables(arms: Sequence[Arm], results: Results, questions: Sequence[Questions]) -> list[Table]:
     tables = [
         *(_summary(arms, results), _questions(questions), _paired(arms, results), _fates(arms), _runs(arms, results)),
         *(*_evaluations(arms), _differences(arms)),
     ]
-    return RunComparison(tuple(arms), results, questions, _outcome(arms, results, questions), [table for table in tables if table.rows])
+    return [table for table in tables if table.rows]
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
@@ -376,14 +407,14 @@ def _pairs(arms: Sequence[Arm], results: Results) -> Iterator[tuple[str, str, st
                 yield first.name, second.name, quantity, mean_interval(differences), sum(d > 0 for d in differences)
 
 
-def _over_questions(arms: Sequence[Arm]) -> Iterator[Questions]:
+def _over_questions(arms: Sequence[Arm], by_run: Asked) -> Iterator[Questions]:
     """Pairs of arms that were asked the same held-out questions.
 
     A question's accuracy is its mean over the runs of an arm: what another draw of questions would change, whatever the seeds do.
     """
-    asked: dict[str, dict[str, float]] = {}
+    asked: dict[str, dict[tuple[str, int], float]] = {}
     for arm in arms:
-        runs = [held_out_accuracies(run) for run in arm.runs.values()]
+        runs = [{key: value for key, value in own.items() if value is not None} for own in by_run[arm.name].values()]
         shared = set.intersection(*map(set, runs))
         asked[arm.name] = {question: statistics.fmean(own[question] for own in runs) for question in runs[0] if question in shared}
     for first, second in _arm_pairs(arms):
@@ -550,7 +581,10 @@ def comparison_payload(comparison: RunComparison, charts: Sequence[ChartSpec] | 
     return {
         "title": f"{count} runs compared",
         "outcome": comparison.outcome,
-        "head": [(arm.name, ", ".join(run.name for run in arm.runs.values())) for arm in comparison.arms],
+        "head": [
+            *(("not alike", text) for text in comparison.warnings),
+            *((arm.name, ", ".join(run.name for run in arm.runs.values())) for arm in comparison.arms),
+        ],
         "sections": sections(comparison.tables, charts),
         "index": None,
         "footer": FOOTER,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +14,12 @@ from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import ModelError, SettingsError
 from zppo.planning.flops import MOST, SCALES, UPDATES, Assumptions, Cost, as_run, counted, nearest_scale, paper_costs, planned
+from zppo.planning.machine import find_machine
+from zppo.planning.memory import prompt_tokens
 from zppo.planning.model_shapes import Size, size_of
-from zppo.rollout.data import count_judged, load_data
+from zppo.prompts.book import PromptBook
+from zppo.rollout.data import count_judged, load_questions_of
+from zppo.rollout.examples import example_turns
 from zppo.runs.log import METRICS, read_lines
 
 RECIPE, FINAL = "recipe.yaml", "final"
@@ -105,11 +110,18 @@ def paper_command(console: Console | None = None) -> None:
 def _of_recipe(path: Path, overrides: Sequence[str], assumed: Assumptions, questions: int | None) -> tuple[Settings, Cost]:
     settings, judged = load_recipe(path, overrides), 0.0
     if questions is None:
-        train = load_data(settings)[0]
+        loaded = load_questions_of(settings)
+        train = loaded.mixture.questions
         questions, judged = len(train), count_judged(settings, train) / len(train)
+        if assumed.prompt is None:
+            book = PromptBook(settings.prompts, form=settings.answer_form)
+            lengths = prompt_tokens(settings, train, example_turns(settings, loaded.examples, book, lambda text: text))
+            mean = min(lengths.mean, settings.data.max_prompt_tokens)
+            assumed = replace(assumed, prompt=mean, prompt_from=f" ({lengths.told(settings.data.max_prompt_tokens)})")
+    machine = find_machine(settings.train.device)
     if questions < 1:
         raise SettingsError(f"--questions is {questions}; give at least 1, or leave it out to count those of data.train")
-    return settings, planned(settings, questions, assumed, judged=judged)
+    return settings, planned(settings, questions, assumed, judged=judged, gpu=machine is not None and machine.gpu)
 
 
 def _sizes(settings: Settings, given: Mapping[str, float], target: Path, *, judged: bool) -> tuple[dict[str, Size], list[str]]:

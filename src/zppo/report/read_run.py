@@ -107,9 +107,9 @@ class Run:
 NOT_ARMS = (
     *("seed", "output", "push", "eval.every", "rollout.max_rows", "grading.workers", "data.images.folder", "data.images.cache_gib"),
     *(f"train.{name}" for name in (
-        "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "trackers", "tracker_completions", "tracker_project",
-        "threads", "collective_timeout", "check_engine_every", "engine_tolerance", "tokens_per_microbatch", "share_prompts",
-        "gradient_checkpointing", "sharding",
+        "checkpoint_every", "checkpoint_in_background", "keep_checkpoints", "stop_on_collapse", "trackers", "tracker_completions",
+        "tracker_project", "threads", "collective_timeout", "check_engine_every", "engine_tolerance", "tokens_per_microbatch",
+        "share_prompts", "gradient_checkpointing", "sharding",
     )),
     *(f"{model}.{name}" for model in ("teacher", "judge") for name in (
         "base_urls", "key_env", "concurrency", "deadline", "retry_for", "device",
@@ -363,17 +363,30 @@ def _visits_in(path: Path, mtime: int, size: int) -> tuple[PlainVisit, ...]:
     )
 
 
-def held_out_accuracies(run: Run, *, before: bool = False) -> dict[str, float]:
-    """By question the share of right completions at the last evaluation that can be read, or at the one before training; empty for none."""
+def held_out_accuracies(run: Run, *, before: bool = False) -> dict[tuple[str, int], float | None]:
+    """By question the share of right completions at the last evaluation that can be read, or at the one before training; empty for none,
+    None where no completion has a verdict.
+
+    A question is known by what it asks, text, right answer and images, as a digest, and by its number among those that ask the same: its
+    id may stand for another question in another file.
+    """
     files = run.held_out_files
     for path in [path for path in files if path.stem == "eval-000000"] if before else reversed(files):
         with suppress(*DAMAGE):
-            table = pq.read_table(path, columns=["question_id", "correct", "graded"], partitioning=None).to_pydict()
-            verdicts: dict[str, list[bool]] = {}
-            for question, correct, graded in zip(*table.values(), strict=True):
-                if graded:
-                    verdicts.setdefault(question, []).append(correct)
-            return {question: sum(own) / len(own) for question, own in verdicts.items()}
+            asks = [name for name in ("question", "gold", "image_sha256") if name in pq.read_schema(path).names]  # older files lack one
+            columns = ["question_id", "correct", "graded", *asks]
+            rows = pq.read_table(path, columns=columns, partitioning=None).to_pylist()
+            keys: dict[str, tuple[str, int]] = {}
+            alike: Counter[str] = Counter()
+            verdicts: dict[tuple[str, int], list[bool]] = {}
+            for row in rows:
+                if row["question_id"] not in keys:
+                    content = json.dumps([row[name] for name in asks])
+                    digest = hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
+                    keys[row["question_id"]] = digest, alike[digest]
+                    alike[digest] += 1
+                verdicts.setdefault(keys[row["question_id"]], []).extend([row["correct"]] * bool(row["graded"]))
+            return {key: sum(own) / len(own) if own else None for key, own in verdicts.items()}
     return {}
 
 

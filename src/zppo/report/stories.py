@@ -26,7 +26,7 @@ from rich.text import Text
 from zppo.core.draws import draw_key
 from zppo.core.select import is_hard
 from zppo.core.types import BCQ, PLAIN, ImageRef
-from zppo.errors import CheckpointError, DataError
+from zppo.errors import CheckpointError, DataError, one_line
 from zppo.images.store import as_url, open_file, open_image
 from zppo.report.audits import audit_class, bin_count, bin_name, bin_of, compared, match
 from zppo.report.charts import kind_name
@@ -165,8 +165,7 @@ def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLin
         for group in scan.groups:
             line = lines.get(group.question_id)
             if line is None:
-                text = " ".join(group.question[: 4 * EXCERPT].split())[:EXCERPT]
-                line = lines[group.question_id] = QuestionLine(group.question_id, text, group.level, group.gold)
+                line = lines[group.question_id] = QuestionLine(group.question_id, _excerpt(group.question), group.level, group.gold)
             line.visits.append(_visit(group))
             line.classes |= group.classes
     bins = bin_count(run.group_size, run.threshold)
@@ -178,6 +177,12 @@ def question_lines(run: Run, scans: Iterable[StepScan]) -> dict[str, QuestionLin
     return lines
 
 
+def _excerpt(question: str) -> str:
+    """The beginning of a question's text, with a mark where it goes on."""
+    text = " ".join(question[: 4 * EXCERPT].split())
+    return text if len(text) <= EXCERPT and len(question) <= 4 * EXCERPT else f"{text[: EXCERPT - 1]}…"
+
+
 def _visit(group: GroupLine) -> Visit:
     return Visit(group.step, group.kind, group.correct, group.graded, group.size, group.reward, group.tokens)
 
@@ -187,8 +192,7 @@ def held_out_lines(scans: Iterable[StepScan]) -> dict[str, QuestionLine]:
     lines: dict[str, QuestionLine] = {}
     for scan in scans:
         for group in scan.groups:
-            text = " ".join(group.question[: 4 * EXCERPT].split())[:EXCERPT]
-            line = QuestionLine(group.question_id, text, group.level, group.gold, fate=HELD_OUT_KIND, held_out=True)
+            line = QuestionLine(group.question_id, _excerpt(group.question), group.level, group.gold, fate=HELD_OUT_KIND, held_out=True)
             line = lines.setdefault(line.key, line)
             line.visits.append(_visit(group))
             outcome = "right" if group.correct else "wrong" if group.answers else "none"
@@ -274,13 +278,7 @@ def load_stories(
     for question_id, steps in wanted.items():
         for step in set(steps):
             by_step.setdefault(step, []).append(question_id)
-    stories: dict[str, Story] = {
-        question_id: {
-            **{"id": question_id, "level": "", "gold": "", "question": ""},
-            **{name: [] for name in ("images", "image_sha256", "events", "prompts", "groups")},
-        }
-        for question_id in wanted
-    }
+    stories = {question_id: _new_story(question_id) for question_id in wanted}
     for event in () if held_out else run.buffer:
         if event["id"] in stories:
             stories[event["id"]]["events"].append({k: v for k, v in event.items() if k != "id"})
@@ -299,6 +297,11 @@ def load_stories(
     for story in stories.values():
         _match(story)
     return stories
+
+
+def _new_story(question_id: str) -> Story:
+    texts = {"id": question_id, "level": "", "gold": "", "question": ""}
+    return texts | {name: [] for name in ("images", "image_sha256", "events", "prompts", "groups")}
 
 
 def _rows(path: Path, ids: list[str]) -> Iterable[Mapping[str, Any]]:
@@ -416,8 +419,11 @@ def inspect_command(
     Raises:
         CheckpointError: the folder holds no run, or the run never asked this question.
     """
-    run = open_run(folder)
     console, left_out = console or Console(), dict[Path, str]()
+    if folder.is_file():
+        _inspect_file(folder, question_id, console, step=step, kind=kind, full=full)
+        return
+    run = open_run(folder)
     story = load_stories(run, {question_id: map(step_of, run.rollout_files)}, left_out)[question_id]
     held_out = load_stories(run, {question_id: map(step_of, run.held_out_files)}, left_out, held_out=True)[question_id]
     for problem in left_out.values():
@@ -432,6 +438,36 @@ def inspect_command(
     for told in (story, held_out):
         if told["groups"]:
             print_story(told, console, step=step, kind=kind, full=full)
+    if not full and any(_shortened(told, step, kind) for told in (story, held_out)):
+        console.print(Text(_HOW_WHOLE, style="yellow"))
+
+
+def _inspect_file(path: Path, question_id: str, console: Console, *, step: int | None, kind: str | None, full: bool) -> None:
+    """Prints what one file of rollouts holds of a question, such as the completions of a measurement. CheckpointError where nothing."""
+    story = _new_story(question_id)
+    try:
+        for row in _rows(path, [question_id]):
+            _add(story, row, "measure")
+        known = [] if story["groups"] else pq.read_table(path, columns=["question_id"])["question_id"].unique().to_pylist()
+    except (*DAMAGE, KeyError) as error:
+        raise CheckpointError(f"{path} holds no rollouts ({one_line(error)}): name a run, or completions of `zppo data measure`") from error
+    if not story["groups"]:
+        near = ", ".join(nearest(question_id, known) or known[:1]) or "none"
+        raise CheckpointError(f"{path} holds no question {question_id!r}; it holds {len(known):,}, such as {near}")
+    _match(story)
+    print_story(story, console, step=step, kind=kind, full=full)
+    if not full and _shortened(story, step, kind):
+        console.print(Text(_HOW_WHOLE, style="yellow"))
+
+
+_HOW_WHOLE = f"Texts of more than {SHOWN:,} characters lost their middle; --full shows them whole."
+
+
+def _shortened(story: Story, step: int | None, kind: str | None) -> bool:
+    """Whether `print_story` leaves something out."""
+    groups = [g for g in story["groups"] if step in (None, g["step"]) and kind in (None, g["kind"])]
+    texts = [*(story["prompts"][g["prompt"]] for g in groups), *(r["completion"] for g in groups for r in g["rollouts"])]
+    return any(len(text) > SHOWN for text in texts)
 
 
 def print_story(story: Story, console: Console, *, step: int | None = None, kind: str | None = None, full: bool = False) -> None:
@@ -468,7 +504,8 @@ def print_story(story: Story, console: Console, *, step: int | None = None, kind
 def _print_group(console: Console, group: Mapping[str, Any], prompt: str | None, limit: int) -> None:
     rollouts = group["rollouts"]
     right, graded = sum(r["correct"] and r["graded"] for r in rollouts), sum(r["graded"] for r in rollouts)
-    when = {"eval": f"evaluation at step {group['step']}", "final": "evaluation of final/"}.get(group["event"], f"step {group['step']}")
+    named = {"eval": f"evaluation at step {group['step']}", "final": "evaluation of final/", "measure": "measured"}
+    when = named.get(group["event"], f"step {group['step']}")
     replayed = ", replayed" if group["replayed"] else ""
     console.print()
     console.print(Rule(Text(f"{when}{replayed}: {kind_name(group['kind'])}, {right} of {graded} right"), align="left", style="dim"))
@@ -484,7 +521,9 @@ def _print_group(console: Console, group: Mapping[str, Any], prompt: str | None,
     if prompt is None:
         _print(console, Text("the same prompt as before", style="dim"), 2)
     else:
-        _print(console, Text(f"prompt as the student saw it ({group['prompt_tokens']} tokens)", style="dim"), 2)
+        tokens = "" if group["prompt_tokens"] is None else f" ({group['prompt_tokens']} tokens)"
+        who = "teacher" if group["kind"] == "teacher" else "student"
+        _print(console, Text(f"prompt as the {who} saw it{tokens}", style="dim"), 2)
         _print(console, Text(harmless(cut(prompt, limit))), 4)
     for number, rollout in enumerate(rollouts, 1):
         _print(console, _verdict(number, rollout, group["kind"]), 2)
@@ -503,7 +542,8 @@ def _verdict(number: int, rollout: Mapping[str, Any], kind: str) -> Text:
     facts = [answer, reason, which, f"reward {rollout['reward']:g}" + (f" ({harmless(parts)})" if parts else ""),
              harmless(notes) if notes else None,
              None if rollout["advantage"] is None else f"advantage {rollout['advantage']:.3g}",
-             f"{rollout['completion_tokens']} tokens", "cut by the token limit" if rollout["truncated"] else None]  # fmt: skip
+             None if rollout["completion_tokens"] is None else f"{rollout['completion_tokens']} tokens",
+             "cut by the token limit" if rollout["truncated"] else None]  # fmt: skip
     text = Text(f"{number} ", style="dim").append(words, style=style)
     return text.append(": " + ", ".join(dict.fromkeys(f for f in facts if f)), style="not bold default")
 

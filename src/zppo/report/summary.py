@@ -162,7 +162,8 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
 def _change(run: Run) -> str:
     """How much of the change other questions might have undone; "" where fewer than two were asked before and after."""
     before, after = held_out_accuracies(run, before=True), held_out_accuracies(run)
-    mean = mean_interval([value - before[question] for question, value in after.items() if question in before])
+    pairs = [(value, before.get(question)) for question, value in after.items()]
+    mean = mean_interval([value - old for value, old in pairs if value is not None and old is not None])
     if mean.n < 2:
         return ""
     words = "" if mean.low > 0 or mean.high < 0 else ", which may be chance"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from zppo.report.audits import Counts, MatchRow, Proportion, ZoneStory, fraction
 from zppo.report.bootstrap import RESAMPLES, MethodDifference, bootstrap_table
 from zppo.report.bootstrap import Table as Accuracies
 from zppo.report.charts import AUDITS, DYNAMICS, ZONE, kind_name
-from zppo.report.read_run import Run
+from zppo.report.read_run import Run, differing
 from zppo.report.tells import LEAST_QUESTIONS
 
 
@@ -236,6 +236,8 @@ def _compression(steps: Sequence[Mapping[str, Any]]) -> Table:
             ("completions sent to be compressed", f"{asked:,.0f}", ""),
             ("summaries refused: the answer did not survive, or the form is wrong", f"{total('compression_failed'):,.0f}",
              percent(total("compression_failed") / asked)),
+            *([("of these, the instructions repeated", f"{echoed:,.0f}", percent(echoed / asked))]
+              if (echoed := total("compression_echoed")) else []),
             ("requests that got no reply", f"{total('compression_unreachable'):,.0f}", percent(total("compression_unreachable") / asked)),
             ("NCQ candidates shown uncompressed", f"{total('ncq_raw_candidates'):,.0f}", ""),
         ]  # fmt: skip
@@ -388,6 +390,31 @@ def unlike(evaluations: Sequence[EvaluationResults], names: Sequence[str]) -> li
         if len(said) > 1 and key not in ("data", "clips"):
             notes.append(f"the evaluations differ in {key}: {' and '.join(said.values())}")
     return notes
+
+
+def unlike_questions(asked: Sequence[tuple[str, Iterable[object]]], recipes: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """Why held-out accuracies of runs may not be compared: other questions, or asked in another way.
+
+    Args:
+        asked: the name of each run and its held-out questions; none where they are not known.
+        recipes: their settings, dotted.
+    """
+    sets: dict[frozenset[object], list[str]] = {}
+    for name, questions in asked:
+        if known := frozenset(questions):
+            sets.setdefault(known, []).append(name)
+    found = []
+    if len(sets) > 1:
+        named = "; ".join(f"{', '.join(names)}: {len(known):,}" for known, names in sets.items())
+        shared = len(frozenset.intersection(*sets)) or "none"
+        found.append(
+            f"these runs were evaluated on different held-out questions ({named}; {shared} in common): their held-out accuracies are of "
+            "different things. To ask the same of each: zppo train RECIPE --student.model=RUN/final --train.steps=0 --data.eval=FILE"
+        )
+    if ways := [key for key in differing(recipes) if key.startswith("eval.")]:
+        told = "; ".join(f"{key}: {', '.join(dict.fromkeys(recipe.get(key, '–') for recipe in recipes))}" for key in ways)
+        found.append(f"held-out questions were asked in different ways ({told}): a difference in accuracy may come from that")
+    return tuple(found)
 
 
 def compare_evaluations(

@@ -14,9 +14,9 @@ from zppo.core.reformulate import RESPONSES, Material, Need, Placebo, Reformulat
 from zppo.core.replay import PromptReplayBuffer
 from zppo.core.select import is_hard, next_wave, share_of
 from zppo.core.types import PLAIN, Draft, Group, Prompt, Question, Rollout
-from zppo.errors import SettingsError, TemplateError
+from zppo.errors import SettingsError
 from zppo.grading import has_gold_words, normalise
-from zppo.prompts.book import VARIABLES, PromptBook
+from zppo.prompts.book import PromptBook
 from zppo.rollout.student import PromptRenderer
 from zppo.rollout.teacher import TEACHER_COUNTS, Pools, ResponseTokens, SharedTeacher, TeacherSampler
 from zppo.step_log import StepLog
@@ -66,6 +66,7 @@ class CandidateMaker:
         wrong = [_wrong(g) for g in groups]
         prepared = self._candidates(groups, wrong, pools, log)
         hints = self._make_hints(groups, pools, log)
+        responses = [self._response(g, pools, log.step) for g in groups]
         return [
             Material(
                 question=g.question,
@@ -74,11 +75,13 @@ class CandidateMaker:
                 wrong_answers=_listed(sources, g.question),
                 teacher_answers=_distinct(pools.get(g.question.id)),
                 hint=hint,
-                response_ids=self._response(g, pools, log.step),
+                response_ids=self.response_ids(response) if response else (),
+                response=response.text if response else "",
                 prefix_fraction=self.prefix_fraction,
                 count_duplicates=self.count_duplicates,
+                truncated=any(r.truncated for r in g.wrong),
             )
-            for g, sources, p, hint in zip(groups, wrong, prepared, hints, strict=True)
+            for g, sources, p, hint, response in zip(groups, wrong, prepared, hints, responses, strict=True)
         ]
 
     def _candidates(self, groups: Sequence[Group], wrong: Sequence[tuple[Source, ...]], pools: Pools, log: StepLog) -> list[Prepared]:
@@ -109,12 +112,12 @@ class CandidateMaker:
         requests = [HintRequest(g.question, pools.get(g.question.id, ())) for g in groups]
         return make_hints(requests, self.teacher, self.book, self.hint, seed=self.seed, log=log)
 
-    def _response(self, group: Group, pools: Pools, step: int) -> tuple[int, ...]:
-        """One correct teacher response, drawn uniformly, in the student's tokens."""
+    def _response(self, group: Group, pools: Pools, step: int) -> Source | None:
+        """One correct teacher response, drawn uniformly."""
         pool = pools.get(group.question.id, ())
         if "prefix" not in self.needs or not pool:
-            return ()
-        return self.response_ids(keyed_random(self.seed, "prefix", step, group.question.id).choice(pool))
+            return None
+        return keyed_random(self.seed, "prefix", step, group.question.id).choice(pool)
 
 
 def _wrong(group: Group) -> tuple[Source, ...]:
@@ -211,7 +214,7 @@ class Reformulator:
         Teacher response wants every hard question. Algorithm 1 asks about all of them too; Hint and Prefix about the capped set. Lazily
         the others are asked about when their turn comes.
         """
-        if self.method.teacher_response:
+        if self.method.teacher_response:  # in groups, or in privileged prompts
             return hard
         if self.lazy or not self.needs_responses:
             return ()
@@ -301,6 +304,7 @@ class AskAhead:
         buffer: PromptReplayBuffer,
     ) -> None:
         self._zone, self._seed, self._size = settings.zone, settings.seed, settings.rollout.group_size
+        self._below = settings.helped_below
         self._sampler, self._compressor, self._buffer = teacher_sampler, candidates.compressor, buffer
         self._responds = any(r.needs & RESPONSES for r in reformulations)
         self._shortens = "wrong" in candidates.needs
@@ -354,8 +358,8 @@ class AskAhead:
 
     def _possible(self, seen: _Seen) -> bool:
         """Whether it is hard in any case (ungraded rollouts may be right), or was hard before and may be again."""
-        certain = is_hard(1 - seen.wrong / self._size, self._zone.threshold)
-        return certain or (seen.entry is not None and is_hard(seen.right / self._size, self._zone.threshold))
+        certain = is_hard(1 - seen.wrong / self._size, self._below)
+        return certain or (seen.entry is not None and is_hard(seen.right / self._size, self._below))
 
     def _look(self) -> None:
         """Asks by what is known. To be called with the lock held."""
@@ -416,7 +420,8 @@ def make_reformulator(
         SettingsError: a reformulation has no template.
         TemplateError: a template would never be shown.
     """
-    _check_templates(reformulations, renderer.book)
+    renderer.book.check_kinds(r.kind for r in reformulations if not getattr(r, "shows_question_alone", False))
+    renderer.book.check_used(r.kind for r in reformulations)
     teacher, own = (teachers[0], settings.teacher) if teachers else (None, None)
     chat, unused = renderer.chat, TeacherSampling(settings.rollout.sampling())
     compression = own.compression if own else None
@@ -438,17 +443,6 @@ def make_reformulator(
         count_duplicates=settings.zone.ncq_duplicates == "counted",
         seed=settings.seed,
     )
-    asks_ahead = own is not None and own.ask == "ahead" and bool(reformulations)
+    asks_ahead = own is not None and own.ask == "ahead" and bool(reformulations) and bool(teachers)
     ahead = AskAhead(settings, reformulations, teacher_sampler, candidates, buffer) if asks_ahead and buffer is not None else None
     return Reformulator(settings, reformulations, teacher_sampler, candidates, renderer, context, ahead)
-
-
-def _check_templates(reformulations: Sequence[Reformulation], book: PromptBook) -> None:
-    book.check_kinds(r.kind for r in reformulations if not getattr(r, "shows_question_alone", False))
-    known = [*VARIABLES, *(r.kind for r in reformulations)]
-    for name in book.names():
-        if name not in known:
-            raise TemplateError(
-                f"prompts.{name}: no prompt of this run is called {name!r}, so the template would never be shown (known: "
-                f"{', '.join(dict.fromkeys(known))}); mend the name, or leave it out"
-            )

@@ -70,9 +70,9 @@ class Parts:
         return self.buffer.sample(share_of(self.settings.zone.rho_replay, len(new)), [question.id for question in new])
 
     def hard(self, plain: Sequence[Group], step: int) -> list[Group]:
-        """The plain groups below tau, hardest first (Alg. 1, l. 4 and 6)."""
+        """The plain groups below tau, hardest first (Alg. 1, l. 4 and 6); for rivals those that they help."""
         zone = self.settings.zone
-        return hard_groups(plain, zone.threshold, ties=zone.ties, seed=self.settings.seed, step=step)
+        return hard_groups(plain, self.settings.helped_below, ties=zone.ties, seed=self.settings.seed, step=step)
 
     def reformulate(self, hard: Sequence[Group], new: int, log: StepLog) -> ReformulatedPrompts:
         """The prompts on which hard questions are asked again (Alg. 1, l. 4-15): at most floor(rho_aug `new`) of them.
@@ -116,8 +116,7 @@ class Parts:
 
     def counted(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that the batch consists of: all, but for those that `zone.dynamic_sampling` leaves out."""
-        drops = self.settings.zone.dynamic_sampling == "after-reformulation"
-        return [group for group in groups if not (drops and trivial(group))]
+        return [group for group in groups if not (self.settings.drops_trivial and trivial(group))]
 
     def advantages(self, groups: Sequence[Group]) -> torch.Tensor:
         """Advantages of all rollouts of a whole step, plain and reformulated, in their order (Eqs. 2-6): (N,) float32.
@@ -125,11 +124,11 @@ class Parts:
         The loss is a mean over the tokens of the graded rollouts of `counted` groups, those with an advantage of 0 too.
 
         Raises:
-            SettingsError: the method trains on something else than these groups (Teacher response, distillation), or the statistics are
-                those of minibatches, which are your trainer's.
+            SettingsError: the method trains on something else than these groups (Teacher response, distillation, rivals), or the
+                statistics are those of minibatches, which are your trainer's.
         """
         method = self.settings.method.resolve()
-        if method.teacher_response or method.distils:
+        if not method.plain_step:
             raise SettingsError(
                 f"method {method.name!r} trains on {method.gradient}, which `zppo train` alone puts together: choose a method whose "
                 "gradient is that of plain and reformulated groups (zppo, grpo, hint, ...)"

@@ -19,7 +19,7 @@ from zppo.runs.files import MANIFEST, PARTIAL, fault, make_manifest, sync, writi
 
 CHECKPOINTS = "checkpoints"
 _MODEL, _OPTIMIZER, PARTS, STATE = "model", "optimizer.pt", "optimizer", "state.json"
-_DAMAGED = ".damaged"
+DAMAGED, COLLAPSED = ".damaged", ".collapsed"
 _NAME = re.compile(r"step-(\d+)(?:\+(\d+))?")
 
 
@@ -58,13 +58,15 @@ class TakesState(Protocol):
 
 
 @contextmanager
-def saving(run: Path, step: int, state: Mapping[str, Any], *, keep: int, updates: int | None = None) -> Iterator[Path]:
+def saving(
+    run: Path, step: int, state: Mapping[str, Any], *, keep: int, updates: int | None = None, good: int | None = None
+) -> Iterator[Path]:
     """The folder to write model and optimizer into: a checkpoint where nothing fails inside, and nothing at all otherwise.
 
     `model/` in it loads with `transformers` (or with `peft`, where adapters are trained); weights are stored in fp32, as they are
     trained. It is named step-NNNNNN after the last
     whole step, or step-NNNNNN+K where `updates` = K optimizer steps of the next one are in the weights too. Afterwards all but the newest
-    `keep` are removed.
+    `keep` are removed, and the newest one of no later than step `good`.
 
     Args:
         state: JSON-ready; `load_state` gives it back.
@@ -90,16 +92,25 @@ def saving(run: Path, step: int, state: Mapping[str, Any], *, keep: int, updates
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)  # where the disk is full, the space is needed
             raise
-        for old in existing(run)[:-keep]:
+        kept = [] if good is None else up_to(run, good)[-1:]
+        for old in [path for path in existing(run)[:-keep] if path not in kept]:
             old.rename(old.with_name(old.name + PARTIAL))  # a kill amid the removal leaves nothing that looks whole
         _remove_partial(run)
 
 
 def save(
-    run: Path, step: int, model: Savable, optimizer: HoldsState, state: Mapping[str, Any], *, keep: int, updates: int | None = None
+    run: Path,
+    step: int,
+    model: Savable,
+    optimizer: HoldsState,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    updates: int | None = None,
+    good: int | None = None,
 ) -> Path:
     """Write a checkpoint of a model and an optimizer that are whole in this process; see `saving`."""
-    with saving(run, step, state, keep=keep, updates=updates) as folder:
+    with saving(run, step, state, keep=keep, updates=updates, good=good) as folder:
         write_whole_state(folder, model, optimizer)
     return place(run, step, updates)
 
@@ -127,6 +138,12 @@ def existing(run: Path) -> list[Path]:
     return [path for *_, path in sorted(_place(match, path) for match, path in found if match)]
 
 
+def up_to(run: Path, step: int) -> list[Path]:
+    """Those of them with no update after that step, oldest first."""
+    names = ((_NAME.fullmatch(path.name), path) for path in existing(run))
+    return [path for match, path in names if match and int(match[1]) + (match[2] is not None) <= step]
+
+
 def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose files are as they were written, None where there is none at all; and what newer ones lack.
 
@@ -150,12 +167,12 @@ def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, {}
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is not counted any more; returns its new place."""
-    target, number = checkpoint.with_name(checkpoint.name + _DAMAGED), 1
+def set_aside(checkpoint: Path, ending: str = DAMAGED) -> Path:
+    """Rename a checkpoint that is not to be gone on from, so that it is not counted any more; returns its new place."""
+    target, number = checkpoint.with_name(checkpoint.name + ending), 1
     while target.exists():
         number += 1
-        target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}-{number}")
+        target = checkpoint.with_name(f"{checkpoint.name}{ending}-{number}")
     with writing(target):
         checkpoint.rename(target)
     return target

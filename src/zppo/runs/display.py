@@ -130,6 +130,7 @@ class Progress:
         self.kinds: tuple[str, ...] = ("plain",)
         self._began: tuple[float, int] | None = None
         self._last_line = float("-inf")
+        self._evaluates, self._evaluation_seconds = False, 0.0
         self._means: dict[str, float] = {}
         self._steps: dict[str, int] = {}  # behind each mean
         self._table: RenderableType | None = None
@@ -151,15 +152,16 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def plan(self, steps: int, kinds: tuple[str, ...], *, replay: bool) -> None:
+    def plan(self, steps: int, kinds: tuple[str, ...], *, replay: bool, evaluates: bool = False) -> None:
         """What the table will show.
 
         Args:
             steps: steps of the whole run.
             kinds: kinds of prompts whose accuracy is shown, plain first.
             replay: whether there is a buffer to show.
+            evaluates: whether the run ends with an evaluation.
         """
-        self.steps, self.kinds, self.replay = steps, kinds, replay
+        self.steps, self.kinds, self.replay, self._evaluates = steps, kinds, replay, evaluates
 
     def doing(self, text: str) -> None:
         """Something begins, and what was before has ended."""
@@ -196,7 +198,8 @@ class Progress:
         return Group(*parts)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
-        """A held-out result."""
+        """A held-out result, of the evaluation that was begun last."""
+        self._evaluation_seconds = time.monotonic() - self._since
         levels = "  ".join(f"{name} {value:.3f}" for name, value in result.by_level.items())
         text = f"held-out accuracy at step {step}: {result.accuracy:.3f}  {levels}".rstrip()
         if result.ungraded:
@@ -218,14 +221,23 @@ class Progress:
             # Weights that fall by a tenth a step, over their sum: the first step alone does not set where the mean begins.
             self._means[kind] = before + 0.1 / (1 - 0.9**count) * (value - before)
         per_step = (now - self._began[0]) / (step - self._began[1])
-        left = _clock((self.steps - step) * per_step)
+        left = self._left(step, per_step)
         facts = self._facts(metrics, totals)
         if self._live:
             self._table = self._panel(step, left, facts)
         elif now - self._last_line >= self.PLAIN_LINE_SECONDS or step == self.steps:
             self._last_line = now
             line = "  ".join(f"{name} {value}" for name, value in facts)
-            self.console.print(Text(f"step {step}/{self.steps}  {line}  left {left}"), highlight=False, soft_wrap=True)
+            self.console.print(Text(f"step {step}/{self.steps}  {line}  {left}"), highlight=False, soft_wrap=True)
+
+    def _left(self, step: int, per_step: float) -> str:
+        """How long the run still takes, its last evaluation counted as long as the newest one."""
+        seconds = (self.steps - step) * per_step + self._evaluation_seconds * self._evaluates
+        if not self._evaluates or (step < self.steps and self._evaluation_seconds):
+            return f"left {_clock(seconds)}"
+        if step == self.steps:
+            return "left: the last evaluation" + (f", {_clock(seconds)}" if self._evaluation_seconds else "")
+        return f"left {_clock(seconds)} and the last evaluation"
 
     def _facts(self, metrics: Mapping[str, Any], totals: Any) -> list[tuple[str, str]]:
         facts = [(kind, f"{self._means[kind]:.2f}" if kind in self._means else "-") for kind in self.kinds]
@@ -233,6 +245,9 @@ class Progress:
             facts.append(("buffer", str(metrics["buffer"])))
             facts.append(("graduated", f"{sum(totals.graduated.values())}/{sum(totals.admitted.values())}"))
             facts.append(("evicted", str(sum(totals.evicted.values()))))
+        if "groups" in metrics:  # by advantages
+            live, of = metrics["groups_with_gradient"], metrics["groups"]
+            facts.append(("gradient", f"{live} of {of}" if live else f"none of {of}"))
         facts.append(("tokens/s", f"{metrics['tokens_per_second']:,.0f}"))
         return facts
 
@@ -243,9 +258,7 @@ class Progress:
         table.add_row(*(Text(name, style="dim") for name, _ in facts))
         table.add_row(*(Text(value, style="bold") for _, value in facts))
         head = Table.grid(padding=(0, 2))
-        head.add_row(
-            Text(f"step {step}/{self.steps}"), ProgressBar(total=max(1, self.steps), completed=step, width=40), Text(f"left {left}")
-        )
+        head.add_row(Text(f"step {step}/{self.steps}"), ProgressBar(total=max(1, self.steps), completed=step, width=40), Text(left))
         return Group(head, table)
 
 

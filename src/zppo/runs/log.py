@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zppo.core.replay import Changes, Entry
-from zppo.core.types import Group
+from zppo.core.types import Group, Question
 from zppo.errors import CheckpointError
 from zppo.names import check_file
 from zppo.runs.files import PARTIAL, sync, write_whole, writing
@@ -199,6 +199,21 @@ class SilentLog(RunLog):
         pass
 
 
+def question_columns(question: Question) -> dict[str, Any]:
+    """What a row of ROLLOUT_SCHEMA says of the question that was asked."""
+    return {
+        "question_id": question.id,
+        "question": question.messages[-1].content,
+        "images": [image.uri for image in question.images],
+        "image_sha256": [image.sha256 for image in question.images],
+        "level": question.level,
+        "gold": str(question.gold),
+        "golds": list(question.golds),
+        "answer_list": None if isinstance(question.gold, str) else question.gold.how,
+        "grading": question.grading,
+    }
+
+
 def _rows(
     step: int,
     groups: Sequence[Group],
@@ -211,20 +226,12 @@ def _rows(
         {
             "step": step,
             "kind": group.kind,
-            "question_id": group.question.id,
-            "question": group.question.messages[-1].content,
-            "images": [image.uri for image in group.question.images],
-            "image_sha256": [image.sha256 for image in group.question.images],
-            "level": group.question.level,
+            **question_columns(group.question),
             "replayed": group.question.id in replayed,
             "entry_accuracy": entry_accuracy.get(group.question.id),
             "rollout": index,
             "prompt": text,
             "completion": rollout.text,
-            "gold": str(group.question.gold),
-            "golds": list(group.question.golds),
-            "answer_list": None if isinstance(group.question.gold, str) else group.question.gold.how,
-            "grading": group.question.grading,
             "answer": rollout.answer,
             "correct": rollout.correct,
             "graded": rollout.graded,

@@ -6,6 +6,7 @@ method.md section 4.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from zppo.teacher.interface import Teacher, TeacherReply, TeacherRequest, Teache
 MAX_LINES = 5
 REDRAWS = 3
 ECHO = 20  # characters: a shorter line of the instructions could be anybody's
+ECHO_WORDS, ECHO_SHARE = 4, 0.5  # words in a row that are theirs too, and the share of a text in such rows that makes it an echo [zppo]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,11 @@ class Prepared:
     wrong_raw: int = 0
 
 
-COMPRESSION_COUNTS = tuple(f"compression_{name}" for name in ("asked", "failed", "unreachable", "prompt_tokens", "completion_tokens"))
-"""What a step counts: completions sent to the teacher; of these, summaries that `accept` refused, and completions for which no reply
-came; tokens as far as the teacher reports them."""
+COMPRESSION_COUNTS = tuple(
+    f"compression_{name}" for name in ("asked", "failed", "echoed", "unreachable", "prompt_tokens", "completion_tokens")
+)
+"""What a step counts: completions sent to the teacher; of these, summaries that `accept` refused, those of them that repeated the
+instructions, and completions for which no reply came; tokens as far as the teacher reports them."""
 
 
 def accept(
@@ -109,14 +113,9 @@ def accept(
         instructions: the request, without the completion.
         form: how answers are written.
     """
-    text = reply.rsplit("</think>", 1)[-1]
-    end = text.rfind("</summary>")
-    start = text.rfind("<summary>", 0, max(end, 0))
-    if start < 0:
-        return None
-    lines = [line.strip() for line in text[start + len("<summary>") : end].splitlines() if line.strip()]
+    lines = _summary_lines(reply)
     summary = "\n".join(_joined(lines, max_lines, form.kind == "box")).strip()
-    if not summary or cap(summary) != summary or _echoes(lines, summary, instructions):
+    if not summary or cap(summary) != summary or echoes(lines, instructions, "" if answer is None else form.written(answer)):
         return None
     kept = form.find(summary)
     if answer is None:
@@ -131,10 +130,42 @@ def _joined(lines: Sequence[str], most: int, joins_last: bool) -> list[str]:
     return [*lines[: most - 2], " ".join(lines[most - 2 : -1]), lines[-1]]
 
 
-def _echoes(lines: Sequence[str], summary: str, instructions: str) -> bool:
-    """Whether a summary is a piece of the instructions, or has a line of theirs."""
+def _summary_lines(reply: str) -> list[str]:
+    """The lines of the last complete `<summary>` block behind the thoughts, blank ones left out; none where there is no block."""
+    text = reply.rsplit("</think>", 1)[-1]
+    end = text.rfind("</summary>")
+    start = text.rfind("<summary>", 0, max(end, 0))
+    return [line.strip() for line in text[start + len("<summary>") : end].splitlines() if line.strip()] if start >= 0 else []
+
+
+def echoes(lines: Sequence[str], instructions: str, answer: str = "") -> bool:
+    """Whether a text repeats its instructions: it is a piece of them, has a line of theirs, or at least half of its words stand in
+    rows of four and more that are theirs, however they are wrapped, marked or capitalised.
+
+    Args:
+        lines: the text's, none blank.
+        answer: as the text's last words give it, which do not count.
+    """
+    if not lines or not instructions:
+        return False
     theirs = {stripped for line in instructions.splitlines() if len(stripped := line.strip(" -")) >= ECHO}
-    return summary in instructions or any(line.strip(" -") in theirs for line in lines)
+    text = "\n".join(lines)
+    if text in instructions or any(line.strip(" -") in theirs for line in lines):
+        return True
+    words, tail = _words(text), _words(answer)
+    if tail and words[-len(tail) :] == tail:
+        words = words[: -len(tail)]
+    known = set(_rows(_words(instructions)))
+    covered = {i + k for i, row in enumerate(_rows(words)) if row in known for k in range(ECHO_WORDS)}
+    return bool(words) and len(covered) >= ECHO_SHARE * len(words)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _rows(words: Sequence[str]) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + ECHO_WORDS]) for i in range(len(words) - ECHO_WORDS + 1)]
 
 
 def token_tail(tokenizer: Any, limit: int) -> Callable[[str], str]:
@@ -255,9 +286,11 @@ class Compressor:
         unfinished = text is not None and reply.think_open and "</think>" not in text
         request = self._book.compression("", item.answer is not None)[-1].content
         summary = None if text is None or unfinished else accept(text, item.answer, self._cap, instructions=request, form=self._form)
+        answer = "" if item.answer is None else self._form.written(item.answer)
         log.add(
             compression_asked=1,
             compression_failed=text is not None and summary is None,
+            compression_echoed=text is not None and not unfinished and summary is None and echoes(_summary_lines(text), request, answer),
             compression_unreachable=text is None,
             compression_prompt_tokens=reply.prompt_tokens,
             compression_completion_tokens=reply.completion_tokens,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.parts import last_turn_images
-from zppo.core.types import Question
+from zppo.core.types import Message, Question
 from zppo.prompts import PromptBook
 from zppo.step_log import StepLog
-from zppo.teacher.compression import REDRAWS, Source, draw_order
+from zppo.teacher.compression import REDRAWS, Source, draw_order, echoes
 from zppo.teacher.hint_leaks import gives_away
 from zppo.teacher.interface import Teacher, TeacherReply, TeacherRequest, TeacherSampling
 
@@ -23,8 +23,9 @@ class HintRequest:
     responses: tuple[Source, ...]
 
 
-HINT_COUNTS = ("hint_asked", "hint_failed", "hint_leaked", "hint_unreachable", "hint_completion_tokens")
-"""What a step counts: responses sent; hints refused, and those of them that gave the answer away; requests without a reply; tokens."""
+HINT_COUNTS = ("hint_asked", "hint_failed", "hint_leaked", "hint_echoed", "hint_unreachable", "hint_completion_tokens")
+"""What a step counts: responses sent; hints refused, those of them that gave the answer away, and that repeated the instructions; requests
+without a reply; tokens."""
 BY_GOLD = "hint_leaked of "
 """Before a right answer: the name under which a step counts the hints that gave it away."""
 _GOLD_CHARACTERS = 40  # of a right answer in such a name
@@ -55,6 +56,7 @@ def make_hints(
     step = log.step
     options = [draw_order(r.responses, REDRAWS + 1, keyed_random(seed, step, r.question.id, "hint")) for r in requests]
     hints: list[str | None] = [None] * len(requests)
+    instructions = book.hinting(Question("", (Message("user", ""),), ""), "")[-1].content
     for turn in range(REDRAWS + 1):
         still = [i for i, hint in enumerate(hints) if hint is None and turn < len(options[i])]
         if not still:
@@ -66,12 +68,14 @@ def make_hints(
             question = requests[i].question
             hint = _hint_in(reply, text)
             leaked = hint is not None and gives_away(hint, *question.golds, question="\n".join(m.content for m in question.messages))
-            hints[i] = None if leaked else hint
+            echoed = hint is not None and echoes([line.strip() for line in hint.splitlines() if line.strip()], instructions)
+            hints[i] = None if leaked or echoed else hint
             log.note_error("teacher", reply.error)
             log.add(
                 hint_asked=1,
                 hint_failed=text is not None and hints[i] is None,
                 hint_leaked=leaked,
+                hint_echoed=echoed,
                 hint_unreachable=text is None,
                 hint_completion_tokens=reply.completion_tokens,
             )

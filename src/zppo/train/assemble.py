@@ -34,7 +34,7 @@ from zppo.engines.transformers import TransformersEngine
 from zppo.engines.vllm.vllm_engine import VLLMEngine, open_vllm, require_vllm
 from zppo.errors import SettingsError
 from zppo.models.optimizer import make_optimizer
-from zppo.models.student_model import Student, context_length, load_chat, load_student, recompute_layers
+from zppo.models.student_model import Student, context_length, load_chat, load_student, recompute_layers, unread_student
 from zppo.models.vision_parts import freeze_parts, parameter_groups
 from zppo.names import model_folder
 from zppo.rollout.frozen_models import FrozenModels, FrozenTeacher, in_process
@@ -52,7 +52,7 @@ from zppo.teacher.compression import Source
 from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.cluster.tinker_student import NoState, TinkerStudent, open_student
-from zppo.train.distillation import Distillation
+from zppo.train.distillation import Distillation, Privileged
 from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
@@ -148,8 +148,12 @@ def make_learner(
         recompute_layers(model)
     width = model.config.get_text_config().hidden_size
     budget = make_budget(train, say, gpu=accelerator.device.type != "cpu", width=width)
-    sharing = weights.decide(lambda: _make_sharing(settings, model, accelerator))
+    # Whole weights are tried before autocast is around them: rounding hides a difference, or feigns one. Sharded ones are nowhere whole.
+    sharing = None if weights.sharded else _make_sharing(settings, model, accelerator)
     prepared = weights.prepare(model, accelerator)
+    if weights.sharded:
+        with weights.scoring():
+            sharing = _make_sharing(settings, model, accelerator, rounded=accelerator.mixed_precision != "no")
     made = make_optimizer(train, parameter_groups(prepared, train), accelerator.device, offloaded=weights.offload)
     optimizer = accelerator.prepare_optimizer(made)
     if start:
@@ -157,6 +161,9 @@ def make_learner(
     forward = replace(make_forward(settings, model, chat), model=prepared)
     step = OptimizerStep(prepared, optimizer, accelerator, train.max_grad_norm, weights)
     respond = _make_respond(settings, chat, model)
+    if method.loss == "self-distill":
+        privileged = Privileged(teacher_sampler.renderer, method.teacher_response, context_length(model), settings.seed)
+        return Distillation(forward, forward, step, budget, respond=respond, teacher_sampler=None, privileged=privileged), step
     if method.distils:
         teacher = in_process(teachers[0])
         _check_shared_tokenizer(settings, chat, teacher)
@@ -205,10 +212,10 @@ def _make_respond(settings: Settings, chat: Chat, model: PreTrainedModel) -> Cal
     return respond
 
 
-def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator) -> Sharing | None:
+def _make_sharing(settings: Settings, model: PreTrainedModel, accelerator: Accelerator, *, rounded: bool = False) -> Sharing | None:
     wanted = settings.train.share_prompts
     cpu = accelerator.device.type == "cpu"
-    return sharing_of(model) if wanted == "on" or (wanted == "auto" and cpu) else None
+    return sharing_of(model, rounded=rounded) if wanted == "on" or (wanted == "auto" and cpu) else None
 
 
 def _check_shared_tokenizer(settings: Settings, chat: Chat, teacher: LocalTeacher) -> None:
@@ -346,8 +353,11 @@ def assemble(
     progress.doing(f"loading the student {settings.student.model}")
     bf16, images = autocast_type(accelerator) is not None, image_inputs is not None
     remote = open_student(settings, start, run, images=images, processes=processes.size) if settings.student.tinker else None
-    student = remote or weights.load(lambda: load_student(settings, start, bf16=bf16, images=images))
-    model, say = student.model, partial(warn, console)
+    say = partial(warn, console)
+    student = remote or weights.load(
+        partial(load_student, settings, start, bf16=bf16, images=images), partial(unread_student, settings, start, images=images), say
+    )
+    model = student.model
     check_vocabulary(model, renderer, questions)
     check_context(settings, context_length(model), questions, held_out, length)
     processes.check_same("recipe and questions", (dump_recipe(settings), questions, held_out))

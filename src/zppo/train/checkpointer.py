@@ -26,6 +26,10 @@ class Checkpointer:
     In the background the file operations are those of the foreground, from a copy in the processor's memory of weights and optimizer; so
     a kill at any moment leaves whole checkpoints alone, with the same bytes. One is written at a time. Copies are made of plain
     tensors in one process: adapters, sharded weights, 8-bit optimizers and several processes are written in the foreground.
+
+    Attributes:
+        good: the last step after which the weights were good (`CollapseWatch.good`): its checkpoint, or the newest one before it, is kept
+            besides the newest ones.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Checkpointer:
         self._copies = (
             settings.checkpoint_in_background and weights.processes.size == 1 and not student.adapters and settings.optimizer == "adamw"
         )
+        self.good = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -65,9 +70,9 @@ class Checkpointer:
         state = {**state, "origin": self._origin}
         if later and self._copies:
             model, optimizer = CopiedModel(self._student.model), CopiedState(self._optimizer)
-            self._begin(partial(checkpoint.save, self._run, step, model, optimizer, state, keep=self._keep))
+            self._begin(partial(checkpoint.save, self._run, step, model, optimizer, state, keep=self._keep, good=self.good))
             return checkpoint.place(self._run, step)
-        saving = partial(checkpoint.saving, self._run, step, state, keep=self._keep, updates=updates)
+        saving = partial(checkpoint.saving, self._run, step, state, keep=self._keep, updates=updates, good=self.good)
         with saving() if processes.main else nullcontext() as own:
             folder = processes.gather(own)[0] if together else own
             assert folder is not None
@@ -81,6 +86,22 @@ class Checkpointer:
         if together:
             processes.wait()  # until it counts
         return checkpoint.place(self._run, step, updates)
+
+    def back_to_good(self) -> Path | None:
+        """Set aside the checkpoints after `good`, so that a resume goes on from the one before them; None where there is none.
+
+        All processes call it.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        self.wait()
+        kept = checkpoint.up_to(self._run, self.good)
+        if self._weights.processes.main:
+            for path in checkpoint.existing(self._run):
+                if path not in kept:
+                    checkpoint.set_aside(path, checkpoint.COLLAPSED)
+        return kept[-1] if kept else None
 
     def check(self) -> None:
         """Raises what writing in the background has raised."""

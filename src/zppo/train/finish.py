@@ -15,6 +15,7 @@ from rich.table import Table
 
 from zppo.config.settings import Settings
 from zppo.core.select import is_hard
+from zppo.distributed.parallel import ReplicatedWeights
 from zppo.engines.chat import Chat
 from zppo.engines.tinker import TinkerEngine
 from zppo.engines.vllm.vllm_engine import VLLMEngine
@@ -24,7 +25,6 @@ from zppo.planning.dry_run import gib
 from zppo.planning.memory import Memory, expected, peak_of_process
 from zppo.rollout.evaluation import Evaluation, evaluate_held_out
 from zppo.rollout.student import StudentSampler
-from zppo.runs.checkpoint import Savable
 from zppo.runs.display import Progress
 from zppo.runs.files import FINAL, PARTIAL, sync, writing
 from zppo.runs.log import METRICS, read_lines
@@ -38,14 +38,14 @@ GOLDS = 10  # right answers that the closing table names
 ADAPTER = "adapter"  # in final/, where adapters were trained
 
 
-def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Path:
-    """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`.
+def save_final(run: Path, student: Student, weights: ReplicatedWeights, chat: Chat) -> Path:
+    """final/: weights in fp32, tokenizer, generation config; loads with `AutoModelForCausalLM.from_pretrained`. Every process must call it.
 
     Of a student on a server it holds the adapters and where they are there.
 
     A student that was trained on images keeps its vision tower and processor, and loads with `AutoModelForImageTextToText`.
 
-    Adapters are merged into the weights, for good (`ReplicatedWeights.merged`); by themselves they are in final/adapter/.
+    Adapters are merged into the weights, for good (`ReplicatedWeights.write_final`); by themselves they are in final/adapter/.
 
     Returns:
         The folder that it is in until `finish_final` gives it its name.
@@ -53,22 +53,32 @@ def save_final(run: Path, student: Student, weights: Savable, chat: Chat) -> Pat
     Raises:
         StorageError: the disk refuses.
     """
-    folder = run / f"{FINAL}{PARTIAL}"
+    processes, folder = weights.processes, run / f"{FINAL}{PARTIAL}"
+    if processes.main:
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+    folder = processes.gather(folder)[0]
     with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        if not isinstance(student, TinkerStudent):
+            if student.adapters and processes.main:
+                student.adapters.save_pretrained(folder / ADAPTER)
+            weights.write_final(folder, student)
+        if processes.main:
+            _write_words(folder, student, chat)
+    processes.wait()
+    return folder
+
+
+def _write_words(folder: Path, student: Student, chat: Chat) -> None:
+    """What final/ holds beside the weights."""
     if isinstance(student, TinkerStudent):
         student.save_final(folder, chat)
-        return folder
-    with writing(folder):
-        if student.adapters:
-            student.adapters.save_pretrained(folder / ADAPTER)
-        weights.save_pretrained(folder)
-        chat.tokenizer.chat_template = chat.template  # what the student was trained with
-        chat.tokenizer.save_pretrained(folder)
-        for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
-            (folder / name).write_bytes(content)
-    return folder
+        return
+    chat.tokenizer.chat_template = chat.template  # what the student was trained with
+    chat.tokenizer.save_pretrained(folder)
+    for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
+        (folder / name).write_bytes(content)
 
 
 def finish_final(run: Path, folder: Path) -> Path:
@@ -192,8 +202,7 @@ def finish(settings: Settings, run: Path, parts: Assembled, progress: Progress, 
     here = not isinstance(student, TinkerStudent)
     memory = _memory(settings, parts) if processes.main and here else ""  # before final/ is loaded beside it for its evaluation
     progress.doing(f"writing {run / FINAL}")
-    saved = parts.weights.merged(student)
-    folder = processes.gather(save_final(run, student, saved, parts.chat) if processes.main else run)[0]
+    folder = save_final(run, student, parts.weights, parts.chat)
     if trainer.held_out and trainer.done:
         progress.doing(f"evaluating {FINAL}/ on {len(trainer.held_out):,} held-out questions")
     after = None

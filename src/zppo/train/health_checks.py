@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from zppo.config.settings import Settings
+from zppo.runs.checkpoint import COLLAPSED
+from zppo.runs.files import RECIPE
 
 EVERY = 50
 """Steps after which the same warning may come again."""
@@ -71,11 +75,16 @@ def _no_answer(metrics: Metrics) -> str:
     )
 
 
-def _no_gradient(metrics: Metrics) -> str:
-    """What to do depends on whether the rollouts of a group were all right or all wrong."""
+def _no_gradient(metrics: Metrics, before: float) -> str:
+    """What to do depends on whether the rollouts of a group were all right or all wrong, and on how often they were right `before`."""
     plain = (metrics.get("accuracy") or {}).get("plain") or 0.0
     if plain > 0.5:
         return "the student solves what it is asked. It is done, or needs harder questions"
+    if plain == 0 and before >= COLLAPSE_FROM:
+        return (
+            f"the student solves nothing any more, of which it solved {before:.0%} before. Its steps were too large: go back to a "
+            "checkpoint from before that, with a third of train.learning_rate"
+        )
     return (
         "the student solves nothing of it, so there is nothing to learn from. Look at some completions (`zppo inspect`, the report): start "
         "with questions that it solves now and then, show it the form of an answer, or give it a teacher that solves them"
@@ -129,6 +138,114 @@ ENTROPY_LEFT = 0.15
 """Share of the first steps' entropy below which it has collapsed; runs on real models that went on learning kept a third and more."""
 
 
+COLLAPSE_STEPS = 3
+"""Steps in a row without a right answer before a run can count as collapsed."""
+
+COLLAPSE_WINDOW, COLLAPSE_GROUPS = 20, 50
+"""Steps before them that say how often a group had right answers, and the groups that these count as at least: few prove little."""
+
+COLLAPSE_FROM = 0.05
+"""Plain accuracy of these steps from which on there was something to lose."""
+
+COLLAPSE_CHANCE = 1e-6
+"""Probability of so many groups without a right answer, had nothing changed, below which it is no chance."""
+
+FALL_STEPS, FALL_ERRORS = 5, 4.0
+"""Steps whose mean is held against the best, and the standard errors (of as many groups that are right or wrong) that are chance."""
+
+
+class CollapseWatch:
+    """Whether a run that had right answers has none any more, and no gradient to come back by.
+
+    A group of a student with plain accuracy a has no right rollout with probability 1 - a at most, so n groups in a row have none with
+    (1 - a)^n: below `COLLAPSE_CHANCE` the run has collapsed [zppo]. Few small batches prove nothing, and hard data takes long.
+
+    Args:
+        advantages: the method learns by them; distillation has a gradient where nothing is right.
+
+    Attributes:
+        good: the last step after which the weights were good: in the next one plain accuracy was half of the best mean of
+            `COLLAPSE_WINDOW` steps or more. A fatal update is that of the last good-looking step, hence the one before it.
+    """
+
+    def __init__(self, *, advantages: bool = True) -> None:
+        self.good = 0
+        self._advantages = advantages
+        self._best = 0.0
+        self._before: deque[tuple[float, int]] = deque(maxlen=COLLAPSE_WINDOW)  # plain accuracy, plain groups
+        self._none: list[tuple[int, int]] = []  # steps in a row with nothing right: number, plain groups
+        self._last: deque[tuple[float, int]] = deque(maxlen=FALL_STEPS)
+
+    @classmethod
+    def of(cls, settings: Settings) -> CollapseWatch:
+        """For a run with these settings."""
+        return cls(advantages=not settings.method.resolve().distils)
+
+    def see(self, step: int, metrics: Metrics) -> None:
+        """Take in the metrics of a step."""
+        accuracy = metrics.get("accuracy")
+        plain = accuracy.get("plain") if isinstance(accuracy, Mapping) else None
+        if accuracy is None or plain is None:  # nothing was graded, or an evaluation
+            return
+        groups = int(metrics.get("new_questions", 0)) + int(metrics.get("replayed_questions", 0))
+        self._last.append((float(plain), groups))
+        if self._advantages and not any(accuracy.values()) and metrics.get("nonzero_advantage_share") == 0:
+            self._none.append((step, groups))
+            return
+        self._before.extend((0.0, n) for _, n in self._none)
+        self._none.clear()
+        self._before.append((float(plain), groups))
+        self._best = max(self._best, self.before)
+        if plain >= self._best / 2:
+            self.good = step - 1
+
+    @property
+    def before(self) -> float:
+        """Plain accuracy of the steps before those with nothing right."""
+        return _mean(self._before, least=COLLAPSE_GROUPS)
+
+    @property
+    def fall(self) -> tuple[float, float] | None:
+        """(best mean plain accuracy of `COLLAPSE_WINDOW` steps, that of the last `FALL_STEPS`), where it has fallen by half and by no
+        chance; None where it has not."""
+        groups, now = sum(n for _, n in self._last), _mean(self._last)
+        chance = FALL_ERRORS * math.sqrt(self._best * (1 - self._best) / max(groups, 1))
+        fallen = len(self._last) == FALL_STEPS and now < self._best / 2 and self._best - now > chance
+        return (self._best, now) if fallen else None
+
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """First and last step with nothing right, where the run has collapsed; None where it has not."""
+        if len(self._none) < COLLAPSE_STEPS or self.before < COLLAPSE_FROM:
+            return None
+        chance = (1 - self.before) ** sum(n for _, n in self._none)
+        return (self._none[0][0], self._none[-1][0]) if chance < COLLAPSE_CHANCE else None
+
+    def text(self, metrics: Metrics, settings: Settings, kept: Path | None) -> str:
+        """The words for a run that has collapsed; `kept` is the checkpoint that it goes on from."""
+        first, last = self.steps or (0, 0)
+        rate, recipe = settings.train.learning_rate, (settings.output or Path()) / RECIPE
+        cut, missing = metrics.get("truncated_share") or 0.0, metrics.get("no_answer_share") or 0.0
+        look = f"{cut:.0%} of the completions were cut off" if cut > 0.5 else f"{missing:.0%} of the completions have no answer"
+        go_on = (
+            f"{kept} is from before that, and is gone on from; later ones are called *{COLLAPSED}. Set a third of it in {recipe}, then "
+            f"`zppo resume {settings.output}`"
+            if kept
+            else f"No checkpoint is from before that (train.checkpoint_every: {settings.train.checkpoint_every}): start again with a third"
+        )
+        return (
+            f"the run has collapsed: nothing was right in steps {first} to {last}, where {self.before:.0%} of the plain ones were before. "
+            f"Now {look}, and no rollout has an advantage, so there is no gradient to come back by. Mostly the steps were too large "
+            f"(train.learning_rate: {rate:g}). {go_on}; or let such a run go on with train.stop_on_collapse: false"
+        )
+
+
+def _mean(steps: Iterable[tuple[float, int]], least: int = 1) -> float:
+    """Mean accuracy of steps, by their groups, which count as so many at least."""
+    steps = list(steps)
+    return sum(plain * n for plain, n in steps) / max(sum(n for _, n in steps), least)
+
+
 class HealthChecks:
     """Warns of what a step's metrics show, each thing once in `EVERY` steps.
 
@@ -145,6 +262,7 @@ class HealthChecks:
         self._some_right = own_reward  # which may be a number that never says right
         self._all_wrong = 0  # steps
         self._no_gradient = 0  # steps in a row
+        self._collapse = CollapseWatch(advantages=advantages)
         self._entropies: list[float] = []  # of the first steps, then of the last ones
 
     @classmethod
@@ -157,7 +275,7 @@ class HealthChecks:
     def remember(self, metrics: Metrics) -> None:
         """Take in a step of before the run was resumed; nothing is said about it."""
         self._nothing_right(metrics)
-        self._count_steps(metrics)
+        self._count_steps(int(metrics.get("step", 0)), metrics)
 
     def advice(self, step: int, metrics: Metrics, example: str = "") -> list[str]:
         """Warnings that are due about the metrics of this step, or of an evaluation after it; `example` as `wrong_example` makes it."""
@@ -174,12 +292,19 @@ class HealthChecks:
                 "Where they mean the same, the right answers stand in a form that the rules do not match: data.answer_after takes them out "
                 "of a solution, a judge grades what has no one spelling (docs/data.md)"
             )
-        self._count_steps(metrics)
+        self._count_steps(step, metrics)
         if self._advantages and self._no_gradient >= STEPS_WITHOUT_GRADIENT and self._due("no gradient", step):
             due.append(
-                f"step {step}: no rollout of the last {self._no_gradient} steps has an advantage other than 0: {_no_gradient(metrics)}"
+                f"step {step}: no rollout of the last {self._no_gradient} steps has an advantage other than 0: "
+                f"{_no_gradient(metrics, self._collapse.before)}"
             )
-        if (fall := self._collapse(metrics)) and self._due("entropy", step):
+        if (fell := self._collapse.fall) and "nonzero_advantage_share" in metrics and self._due("fall", step):
+            due.append(
+                f"step {step}: plain accuracy fell from {fell[0]:.0%} to {fell[1]:.0%}: the steps are too large. Stop (Ctrl-C), move the "
+                f"checkpoints after step {self._collapse.good} away (the one before is kept), lower train.learning_rate to a third in the "
+                "run's recipe.yaml, and resume"
+            )
+        if (fall := self._lost_entropy(metrics)) and self._due("entropy", step):
             due.append(
                 f"step {step}: the entropy fell from {fall[0]:.2f} to {fall[1]:.3f} nats a token: the student hardly explores any more, "
                 "and what it does not solve by now it will not find. Go back to an earlier checkpoint with a lower train.learning_rate, or "
@@ -187,7 +312,8 @@ class HealthChecks:
             )
         return due
 
-    def _count_steps(self, metrics: Metrics) -> None:
+    def _count_steps(self, step: int, metrics: Metrics) -> None:
+        self._collapse.see(step, metrics)
         share, entropy = metrics.get("nonzero_advantage_share"), metrics.get("entropy")
         if share is not None:  # a step's; an evaluation has no advantages
             self._no_gradient = 0 if share > 0 else self._no_gradient + 1
@@ -196,7 +322,7 @@ class HealthChecks:
                     del self._entropies[ENTROPY_STEPS]  # the oldest of the last ones
                 self._entropies.append(float(entropy))
 
-    def _collapse(self, metrics: Metrics) -> tuple[float, float] | None:
+    def _lost_entropy(self, metrics: Metrics) -> tuple[float, float] | None:
         """(mean entropy of the first steps, of the last ones) where it has collapsed before the student had learned nearly everything."""
         if "nonzero_advantage_share" not in metrics or len(self._entropies) < 2 * ENTROPY_STEPS:
             return None

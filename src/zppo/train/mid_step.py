@@ -21,7 +21,7 @@ from zppo.teacher.compression import Source
 from zppo.train.learner import PartialUpdate, UpdateCounts
 
 _FACTS, _TOKENS = "halfway.json", "halfway.safetensors"
-_ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name not in ("ids", "logprobs"))
+_ROLLOUT = tuple(f.name for f in fields(Rollout) if f.name not in ("ids", "logprobs", "drawn"))
 
 
 @dataclass(frozen=True, slots=True)

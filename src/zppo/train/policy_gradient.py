@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, TrainSettings
-from zppo.core.advantages import spread_advantages, step_advantages, trivial
+from zppo.core.advantages import advantages_as_sampled, spread_advantages, step_advantages, trivial
+from zppo.core.credit import credited_groups
 from zppo.core.draws import keyed_random
-from zppo.core.loss import clipped_surrogate
+from zppo.core.loss import Surrogate, clipped_surrogate, shaped_surrogate
 from zppo.core.minibatch import (
     MicroBatch,
     Sample,
@@ -45,7 +46,7 @@ class PolicyGradient:
     """The clipped surrogate over all groups of a step.
 
     Args:
-        settings: the recipe's; of them the advantage estimator, the loss, minibatches and the seed.
+        settings: the recipe's; of them the method, the advantage estimator, the loss, minibatches and the seed.
         forward: the training forward of the student.
         optimizer: the optimizer steps.
         budget: tokens of a micro-batch.
@@ -71,7 +72,8 @@ class PolicyGradient:
         self.statistics = settings.advantage.statistics
         self.minibatches = settings.train.minibatches
         # Dynamic sampling, an extension: groups whose rewards are all equal leave the batch and its denominator.
-        self.drop_trivial = settings.zone.dynamic_sampling == "after-reformulation"
+        self.method = settings.method.resolve()
+        self.drop_trivial = settings.drops_trivial
         self.forward, self.optimizer, self.budget = forward, optimizer, budget
         self.sampler_is_exact, self.check, self.sharing, self.respond = sampler_is_exact, check, sharing, respond
         self.weights, self.processes = optimizer.weights, optimizer.weights.processes
@@ -80,15 +82,23 @@ class PolicyGradient:
         self, plain: Sequence[Group], reformulated: Sequence[Group], responses: Pools, log: StepLog, partial: PartialUpdate | None = None
     ) -> UpdateResult:
         """Advantages over the whole step, or its minibatches, then I optimizer steps; see `Learner.update`."""
-        groups = [*(self._with_response(g, responses, log.step) for g in plain), *reformulated]
-        kept = [g for g in groups if not (self.drop_trivial and trivial(g))]
+        answered = [self._with_response(g, responses, log.step) for g in plain]
+        groups, method = [*answered, *reformulated], self.method
+        # Rivals alone: hinted rollouts in the plain group, or under the plain prompt. For all others these are the groups themselves.
+        credited = groups
+        if method.rearranges:
+            credited = credited_groups(answered, reformulated, method.credit, method.grouping, seed=self.seed, step=log.step)
+        kept = [g for g in credited if not (self.drop_trivial and trivial(g))]
         batches = self._deal(kept, log.step) if self.statistics == "minibatch" else ()
         advantages = step_advantages(kept, self.estimator, batches)
         self.optimizer_steps(kept, advantages, log, partial)
         if self.respond is not None:
             replaced = sum(a is not b for a, b in zip(groups, plain, strict=False))
             log.counts["teacher_responses_in_groups"] = float(replaced)
-        return UpdateResult(groups, spread_advantages(groups, kept, advantages), self.optimizer.fault)
+        if method.rearranges:
+            log.counts["hinted_rollouts_in_plain_groups"] = float(sum(r.drawn is not None for g in credited for r in g.rollouts))
+        spread = (advantages_as_sampled if method.rearranges else spread_advantages)(groups, kept, advantages)
+        return UpdateResult(groups, spread, self.optimizer.fault)
 
     @property
     def trusts_sampler(self) -> bool:
@@ -108,7 +118,8 @@ class PolicyGradient:
             MemoryLimitError: memory ran out before the first optimizer step, or in one of several processes.
         """
         # Whole groups are dealt to minibatches, and the groups of a minibatch to the processes.
-        samples = samples_of(groups, advantages, mask_truncated=self.loss.mask_truncated)
+        how, truncated = self.method, self.loss.mask_truncated
+        samples = samples_of(groups, advantages, mask_truncated=truncated, credit=how.credit, gamma=how.gamma)
         deals = self._deal(groups, log.step)
         mine = [share_minibatch(samples, dealt, rank=self.processes.rank, size=self.processes.size) for dealt in deals]
         rows = [row for share in mine for row in share.rows]
@@ -163,8 +174,8 @@ class PolicyGradient:
     ) -> dict[tuple[int, int], torch.Tensor]:
         """(T,) per row, given as (group, rollout): the sampler's, or of a forward pass."""
         result = {(g, i): samples[g][i].sampled_logprobs for g, i in rows}
-        unknown = [(g, i) for g, i in rows if samples[g][i].foreign or not self.trusts_sampler]
-        asked = [samples[g][i] for g, i in unknown]
+        unknown = [(g, i) for g, i in rows if samples[g][i].foreign or not (self.trusts_sampler or samples[g][i].fixed)]
+        asked = [samples[g][i].scored for g, i in unknown]
         tally.old_needed += sum(_needed(asked, micro) for micro in self._split(asked))
 
         def score(batches: list[MicroBatch]) -> None:
@@ -190,8 +201,8 @@ class PolicyGradient:
         """
         if self.check is None or not self.trusts_sampler:
             return False
-        if not any(s.live and not s.foreign for s in first_minibatch):
-            self._probe([s for group in samples for s in group if s.live and not s.foreign][:PROBE], counts)
+        if not any(s.live and s.comparable for s in first_minibatch):
+            self._probe([s for group in samples for s in group if s.live and s.comparable][:PROBE], counts)
         return self.check.refuses(log.step, counts.gap)
 
     def _probe(self, rows: Sequence[Sample], counts: UpdateCounts) -> None:
@@ -245,15 +256,7 @@ class PolicyGradient:
         """Forward and backward of one micro-batch; sums over it (`UpdateCounts.add`) that stay on the device: reading would wait."""
         samples = [live[m] for m in micro.rows]
         logprobs, mask = self._logprobs(live, micro)
-        advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
-        surrogate = clipped_surrogate(
-            logprobs,
-            _padded([old[m] for m in micro.rows], logprobs.device),
-            advantages.to(logprobs.device, non_blocking=True),
-            clip_low=self.loss.clip_low,
-            clip_high=self.loss.clip_high,
-            dual_clip=self.loss.dual_clip,
-        )
+        surrogate = self._surrogate(logprobs, _padded([old[m] for m in micro.rows], logprobs.device), samples)
         loss = surrogate.loss.where(mask, 0.0).sum() / denominator
         self.optimizer.accelerator.backward(loss)
         tally.tokens += sum(s.tokens for s in samples)
@@ -263,6 +266,18 @@ class PolicyGradient:
         sums = torch.stack([loss.detach(), *clips]).float()
         # Before any update of this step: what the sampler said against what the trainer says.
         return torch.cat([sums, _gap(logprobs, mask, samples)]) if first else sums
+
+    def _surrogate(self, logprobs: torch.Tensor, old: torch.Tensor, samples: Sequence[Sample]) -> Surrogate:
+        """Loss per token and what was clipped, (B, T) each."""
+        advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32).to(logprobs.device, non_blocking=True)
+        low, high, dual = self.loss.clip_low, self.loss.clip_high, self.loss.dual_clip
+        surrogate = clipped_surrogate(logprobs, old, advantages, clip_low=low, clip_high=high, dual_clip=dual)
+        gamma = next((s.gamma for s in samples if s.gamma is not None), None)
+        if gamma is None:
+            return surrogate
+        own = torch.tensor([s.gamma is None for s in samples])[:, None].to(logprobs.device, non_blocking=True)
+        loss = surrogate.loss.where(own, shaped_surrogate(logprobs, old, advantages, gamma))
+        return Surrogate(loss, *(clip & own for clip in surrogate[1:]))
 
     def _split(self, rows: Sequence[Sample]) -> list[MicroBatch]:
         """Micro-batches of rows: packs that share a prompt apart from single rows, which need no attention mask."""
@@ -309,9 +324,10 @@ class PolicyGradient:
             self.check.load_state_dict(state)
 
     def _with_response(self, group: Group, responses: Pools, step: int) -> Group:
-        """A correct teacher response in the place of a wrong rollout, both drawn uniformly, as if the student had sampled it."""
+        """A correct teacher response in the place of a wrong rollout, both drawn uniformly, as if the student had sampled it; where all
+        questions get one, right or wrong, in the place of any (LUFFY)."""
         pool = responses.get(group.question.id, ()) if self.respond is not None else ()
-        wrong = [i for i, r in enumerate(group.rollouts) if r.graded and not r.correct]
+        wrong = [i for i, r in enumerate(group.rollouts) if (r.graded and not r.correct) or self.method.helped == "every"]
         if self.respond is None or not pool or not wrong:
             return group
         rng = keyed_random(self.seed, "teacher-response", step, group.question.id)
@@ -333,7 +349,8 @@ def _padded(lines: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor
 
 def _gap(logprobs: torch.Tensor, mask: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
     """(3,) float32: sum, largest and number of the differences between sampler and trainer, over tokens that a sampler knows."""
-    gap = (logprobs.detach() - _padded([s.sampled_logprobs for s in samples], logprobs.device)).abs()
+    said = [s.sampled_logprobs if s.comparable else s.sampled_logprobs.new_full((s.tokens,), torch.nan) for s in samples]
+    gap = (logprobs.detach() - _padded(said, logprobs.device)).abs()
     known = mask & ~gap.isnan()
     gap = gap.where(known, 0.0)
     return torch.stack([gap.sum(), gap.max(), known.sum()]).float()

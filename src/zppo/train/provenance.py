@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,7 @@ def _check_method(then: Mapping[str, Any], now: Mapping[str, Any], where: Path) 
         overrides = dict(then["recipe"]["method"])
         overrides.pop("loss", None)  # gone since
         before = asdict(MethodSettings.model_validate(overrides).resolve())
+    before = {f.name: f.default for f in fields(Method) if f.default is not MISSING} | before  # a field that is newer than the checkpoint
     differing = [name for name in _METHOD if _plain(before.get(name)) != _plain(after.get(name))]
     if differing:
         what = "" if differing[0] == "name" else f" with {differing[0]} {_plain(before.get(differing[0]))!r}"

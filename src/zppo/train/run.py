@@ -25,7 +25,7 @@ from zppo.config.settings import PushSettings, Settings
 from zppo.core.replay import PromptReplayBuffer
 from zppo.distributed.launcher import check_shards, read_launch, started_by_slurm
 from zppo.distributed.parallel import ReplicatedWeights, make_accelerator, make_weights
-from zppo.errors import CheckpointError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
+from zppo.errors import CheckpointError, CollapseError, DataError, EngineError, Interrupted, StorageError, ZPPOError, one_line
 from zppo.images.store import read_bytes
 from zppo.names import check_file, check_run_folder
 from zppo.rollout.form_check import check_form
@@ -43,7 +43,7 @@ from zppo.runs.trackers import TRACKERS, Trackers, tracking
 from zppo.step_log import StepLog
 from zppo.train.assemble import Assembled, assemble
 from zppo.train.finish import finish
-from zppo.train.health_checks import HealthChecks
+from zppo.train.health_checks import CollapseWatch, HealthChecks
 from zppo.train.learner import UpdateStopped
 from zppo.train.mid_step import MidStep, as_placed
 from zppo.train.provenance import changes_since, check_student, keep_words
@@ -120,9 +120,9 @@ class TrainingLoop:
         self.settings, self.trainer, self.checkpointer = settings, parts.trainer, parts.checkpointer
         kinds = ("plain", *(r.kind for r in self.trainer.parts.reformulator.reformulations))
         self.progress = progress
-        progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay)
+        progress.plan(self.trainer.steps, kinds, replay=self.trainer.method.replay, evaluates=bool(self.trainer.held_out))
         self.trainer.watch = self.progress.part
-        self.health = HealthChecks.of(settings)
+        self.health, self.collapse = HealthChecks.of(settings), CollapseWatch.of(settings)
         self.stop = self.trainer.processes.stop
         self.mid_step: MidStep | None = None
         self.folder: Path | None = None
@@ -149,6 +149,7 @@ class TrainingLoop:
                 if log.fault:
                     self._save(trainer.state_dict())  # all processes are here, so that sharded weights can be saved too
                     raise ZPPOError(log.fault)
+                self._stop_if_collapsed(log)
             self._evaluate_if_due()
             if every and (trainer.done % every == 0 or trainer.done == trainer.steps):
                 with self.stop.shield():
@@ -197,6 +198,20 @@ class TrainingLoop:
             self._advise(log.metrics, log.example)
         with self._harmless():
             self.progress.step(log.step, log.metrics, self.trainer.totals)
+
+    def _stop_if_collapsed(self, log: StepLog) -> None:
+        """Ends a run that died, with the newest good checkpoint as the one that a resume goes on from.
+
+        Raises:
+            CollapseError: it has died, and `train.stop_on_collapse` is on.
+        """
+        self.collapse.see(log.step, log.metrics)
+        self.checkpointer.good = self.collapse.good
+        # The first process decides: after a resume the others may have read a log that was still to be cut.
+        if self.settings.train.stop_on_collapse and self.trainer.processes.gather(self.collapse.steps is not None)[0]:
+            self.trainer.boundary = None  # nothing that is worth to be saved
+            self.folder = self.checkpointer.back_to_good()
+            raise CollapseError(self.collapse.text(log.metrics, self.settings, self.folder))
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -334,7 +349,7 @@ def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed
         with ExitStack() as held:
             # Processes first: only the first of them prints, writes, and decides where to start.
             launch = read_launch()
-            check_shards(settings.train, launch)
+            check_shards(settings.train, launch, settings.method.resolve().loss)
             if launch.rank == 0 and (meeting := started_by_slurm()):
                 where = f"{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"
                 console.print(f"srun started {launch.processes} processes; they meet at {where}", style="dim", soft_wrap=True)
@@ -440,6 +455,8 @@ def _open(
         for line in read_lines(run / METRICS):
             if line["event"] == "step":
                 loop.health.remember(line)
+                loop.collapse.see(line["step"], line)
+        loop.checkpointer.good = loop.collapse.good
         trackers.start(step)
         far = f" and {loop.mid_step.partial.done} updates of the next" if loop.mid_step else ""
         console.print(f"resumed after step {trainer.done} of {trainer.steps}{far}")

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zppo.config.settings import Settings
-from zppo.core.metrics import accuracy_by_kind, composition, eligibility, reward_means, rollout_metrics, wrong_example
+from zppo.core.advantages import trivial
+from zppo.core.draws import keyed_random
+from zppo.core.metrics import accuracy_by_kind, composition, eligibility, groups_with_gradient, reward_means, rollout_metrics, wrong_example
 from zppo.core.replay import Changes
 from zppo.core.types import Group, Prompt, Question
 from zppo.data.order import batch_ids, steps_per_epochs
@@ -27,9 +29,9 @@ from zppo.train.mid_step import MidStep, StepRollouts
 MISSED = {
     "teacher_unreachable": "teacher rollouts without a reply",
     "compression_unreachable": "compressions without a reply",
-    "compression_failed": "compressions refused (the answer or the form did not survive)",
+    "compression_failed": "compressions refused (the answer or the form did not survive, or they repeat the instructions)",
     "hint_unreachable": "hints without a reply",
-    "hint_failed": "hints refused (they gave the answer away, or had no form)",
+    "hint_failed": "hints refused (they gave the answer away, had no form, or repeat the instructions)",
     "bcq_raw_pairs": "BCQ prompts with uncompressed candidates",
     "judge_unreachable": "judge calls without a reply (ungraded)",
     "judge_malformed": "judge replies that were no verdict (wrong)",
@@ -38,6 +40,10 @@ MISSED = {
     "too_long": "prompts over the context",
 }
 """Metrics of what a step had to do without, in words; the closing table sums them."""
+
+
+REFILLS = 10
+"""Times that a step samples further questions, at most: `max_num_gen_batches` of verl's recipe of DAPO."""
 
 
 @dataclass(slots=True)
@@ -137,6 +143,7 @@ class Trainer:
         new = self._new_questions(step)
         replayed = self.parts.replayed(new)  # line 2
         plain = self.student.rollout(self._plain_prompts([*new, *replayed]), log)  # line 2
+        plain += self._refill(plain, log)  # none, but for DAPO
         hard = self.parts.hard(plain, step)  # the hard set (line 4), sorted for line 6
         # The teacher (line 4), pre-cap (6), BCQ and NCQ (8-10), post-cap (13-15).
         again = self.parts.reformulate(hard, len(new), log)
@@ -215,6 +222,26 @@ class Trainer:
 
     def _plain_prompts(self, questions: Sequence[Question]) -> list[Prompt]:
         return [self.student.renderer.plain(question) for question in questions]
+
+    def _refill(self, plain: Sequence[Group], log: StepLog) -> list[Group]:
+        """Groups of further questions in the place of all-right and all-wrong ones, until none is missing (DAPO, arXiv 2503.14476, Eq. 11).
+
+        Up to `REFILLS` times so many are asked about as are missing, drawn by (seed, step, time) from those that this step has not asked
+        about [zppo]: nothing is sampled in vain, and the order of the data stays what it is.
+        """
+        added: list[Group] = []
+        if not self.method.refill:
+            return added
+        for turn in range(REFILLS):
+            asked = {g.question.id for g in (*plain, *added)}
+            left = [question for question in self.questions if question.id not in asked]
+            missing = len(plain) - sum(not trivial(g) for g in (*plain, *added))
+            drawn = keyed_random(self.settings.seed, "refill", log.step, turn).sample(left, min(missing, len(left)))
+            if not drawn:
+                break
+            added += self.student.rollout(self._plain_prompts(drawn), log)
+        log.counts["refilled_questions"] = float(len(added))
+        return added
 
     def _new_questions(self, step: int) -> list[Question]:
         """X_new: a function of (seed, step)."""
@@ -307,6 +334,7 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "replayed_questions": len(rollouts.replayed),
         "replayed_share_of_slots": replayed_slots / len(rollouts.reformulated) if rollouts.reformulated else None,
         **rollout_metrics([r for g in groups for r in g.rollouts], updated.advantages),
+        **({} if "distilled_completions" in log.counts else _gradient(updated)),
         **_reward_metrics(groups, log),
         **_by_gold(_counts(log)),
         "rollouts": sum(len(g.rollouts) for g in groups),
@@ -316,6 +344,11 @@ def step_metrics(rollouts: StepRollouts, updated: UpdateResult, log: StepLog, th
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["step"],
     }
+
+
+def _gradient(updated: UpdateResult) -> dict[str, int]:
+    """How many groups a step by advantages learnt from, of how many."""
+    return {"groups": len(updated.groups), "groups_with_gradient": groups_with_gradient(updated.groups, updated.advantages)}
 
 
 def _reward_metrics(groups: Sequence[Group], log: StepLog) -> dict[str, dict[str, float]]:

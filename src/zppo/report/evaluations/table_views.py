@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
@@ -24,6 +25,7 @@ from zppo.report.evaluations.paper_tables import BEST, MethodRow, paper_rows_of,
 from zppo.report.tables import EvaluationResults, Heading, Strong, Table, unlike
 
 _GAP = 2  # columns between the columns of a table in a terminal
+_WORD = 20  # columns of a word that is not broken
 
 
 def _printable(text: str) -> str:
@@ -49,6 +51,34 @@ def print_wide(console: Console, table: Table) -> None:
         _print_piece(console, table, first, start, end)
         start = end
     console.print(Text(table.caption, style="dim"))
+
+
+def print_fitting(console: Console, table: Table) -> None:
+    """A table as wide as the console at most: its widest columns are wrapped between words, and where that is not enough it is cut into
+    pieces. Headings stand across it."""
+    lines = (table.columns, *(row for row in table.rows if not isinstance(row[0], Heading)))
+    widths = [max(cell_len(row[i]) for row in lines) for i in range(len(table.columns))]
+    least = [min(_WORD, max(cell_len(word) for row in lines for word in (row[i].split() or [""]))) for i in range(len(table.columns))]
+    room = console.width - _GAP * (len(widths) - 1)
+    while sum(widths) > room and any(map(int.__gt__, widths, least)):
+        widths[max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)] -= 1
+    if sum(widths) > room:
+        print_wide(console, table)
+        return
+    console.print(Text(table.title, style="bold"), soft_wrap=True)
+    for heading, rows in groupby((table.columns, *table.rows), key=lambda row: isinstance(row[0], Heading)):
+        if heading:
+            for row in rows:
+                console.print(Text(row[0]))
+            continue
+        view = View(box=None, padding=(0, _GAP, 0, 0), show_header=False, pad_edge=False)
+        for i, width in enumerate(widths):
+            view.add_column(width=width, overflow="fold", justify="right" if i else "left")
+        for row in rows:
+            view.add_row(*map(Text, row), style="bold" if row is table.columns else "")
+        console.print(view)
+    if table.caption:
+        console.print(Text(table.caption, style="dim"))
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
