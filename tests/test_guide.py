@@ -61,8 +61,11 @@ def test_a_small_student_begins_with_a_recipe_and_four_places(
     make_tiny(tmp_path / "tiny")
     Path("mine.yaml").write_text(yaml.safe_dump(recipe))
     (csv,) = blocks("csv")
-    Path("train.csv").write_text(csv)
-    Path("test.csv").write_text("question,solution,topic\nWhat is 3 times 4?,12,arithmetic\n")
+    head, first, second, *rest = csv.splitlines()
+    Path("train.csv").write_text(
+        "\n".join([f"{head},work", f"{first},12 times 11 is 132.", f"{second},2x is 4.", *(f"{row}," for row in rest)])
+    )
+    Path("test.csv").write_text("question,answer,topic\nWhat is 3 times 4?,12,arithmetic\n")
     assert main(["train", "mine.yaml", "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "its-name-there at http://that-machine:8000/v1" in said and "2 from" in said and "greedy" in said and "verdict fits" in said

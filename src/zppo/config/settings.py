@@ -239,7 +239,7 @@ class TrainSettings(Section):
         False, description="write them while the next step goes on, from a copy of weights and optimizer in the processor's memory"
     )
     keep_checkpoints: int = Field(
-        2, ge=1, description="older checkpoints are removed, but for the newest one from before accuracy fell by half"
+        2, ge=1, description="older checkpoints are removed; after a fall of accuracy by half the newest one from before it stays"
     )
     stop_on_collapse: bool = Field(
         True, description="end a run that had right answers, and has none and no gradient any more; `zppo resume` goes on from before that"

@@ -202,11 +202,13 @@ def zero_gradients(model: torch.nn.Module) -> None:
 
 
 def make_accelerator(settings: Settings, launch: Launch) -> Accelerator:
-    """Device and precision by the recipe; with several processes it waits until all are here.
+    """Device, precision and CPU threads by the recipe; with several processes it waits until all are here.
 
     Raises:
         LauncherError: what the launcher asked for is not what stands.
     """
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
     elsewhere = settings.student.tinker is not None  # nothing of the student is computed here
     on_cpu = settings.train.device == "cpu" or elsewhere or not torch.cuda.is_available()
     bf16 = settings.train.precision == "bf16" or (settings.train.precision == "auto" and not on_cpu)

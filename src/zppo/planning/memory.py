@@ -45,7 +45,7 @@ _CHUNK = 64  # tokens that linear attention works on at a time
 _DRAW = 26  # bytes per row and token of the vocabulary while one is drawn: logits, log-probs and probs in fp32, sums in fp64
 _DIVERGENCE = 48  # bytes per token and token of the vocabulary for a Jensen-Shannon divergence and its gradient
 _COUNTED = 2_000  # texts of the data that are counted, of its shortest and of its longest
-_TEMPLATE = 48  # tokens of the chat template around a turn, about, and of what it says by itself
+_TEMPLATE, _TURN = 48, 8  # tokens of what a chat template says by itself and around the question, about; and around each other turn
 FOUR_BITS = 0.516  # bytes a number in NF4: blocks of 64 share a scale, whose own are in 8 bits
 _WORDS = 300  # tokens of closing instruction and chat template, and of a reformulation's own words, about
 
@@ -305,7 +305,7 @@ def prompt_tokens(settings: Settings, questions: Iterable[Question], shown: Sequ
     high = max((count(text) + each * images for text, images in texts[-_COUNTED:]), default=0)
     some = texts[:: len(texts) // _COUNTED + 1]  # short and long ones alike
     mean = fmean(count(text) + each * images for text, images in some) if some else 0.0
-    template = _TEMPLATE * (1 + len(shown))
+    template = _TEMPLATE + _TURN * len(shown)
     return PromptLengths(low + around, high + around + template, mean + around + template, True)
 
 

@@ -60,6 +60,11 @@ def tell_sources(settings: Settings, loaded: Loaded, warn: Say | None, say: Say 
             shown = ", ".join(repr(example.question.id) for example in loaded.examples)
             say(f"examples: {len(loaded.examples)} training questions, shown in every prompt and not trained on ({shown})")
     if warn is not None:
+        if any(not example.solution for example in loaded.examples):
+            warn(
+                "examples (data.examples) show answers without the steps to them, and a small student copies that: write worked steps into "
+                f"a column, in {len(loaded.examples)} rows or more, and name it in data.columns.solution; examples are drawn from those"
+            )
         tell_copies(mixture.questions, warn)
         parts = settings.data.parts
         names = [parts[number].name for number, _ in mixture.places]

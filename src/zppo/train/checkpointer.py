@@ -28,8 +28,8 @@ class Checkpointer:
     tensors in one process: adapters, sharded weights, 8-bit optimizers and several processes are written in the foreground.
 
     Attributes:
-        good: the last step after which the weights were good (`CollapseWatch.good`): its checkpoint, or the newest one before it, is kept
-            besides the newest ones.
+        good: the last step after which the weights were good (`CollapseWatch.good`): where accuracy has fallen since, its checkpoint, or
+            the newest one before it, is kept besides the newest ones.
     """
 
     def __init__(
@@ -68,11 +68,12 @@ class Checkpointer:
             return None
         updates = mid_step.partial.done if mid_step else None
         state = {**state, "origin": self._origin}
+        good = self.good if self.good < step - 1 else None
         if later and self._copies:
             model, optimizer = CopiedModel(self._student.model), CopiedState(self._optimizer)
-            self._begin(partial(checkpoint.save, self._run, step, model, optimizer, state, keep=self._keep, good=self.good))
+            self._begin(partial(checkpoint.save, self._run, step, model, optimizer, state, keep=self._keep, good=good))
             return checkpoint.place(self._run, step)
-        saving = partial(checkpoint.saving, self._run, step, state, keep=self._keep, updates=updates, good=self.good)
+        saving = partial(checkpoint.saving, self._run, step, state, keep=self._keep, updates=updates, good=good)
         with saving() if processes.main else nullcontext() as own:
             folder = processes.gather(own)[0] if together else own
             assert folder is not None

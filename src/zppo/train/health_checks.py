@@ -137,6 +137,9 @@ ENTROPY_STEPS = 5
 ENTROPY_LEFT = 0.15
 """Share of the first steps' entropy below which it has collapsed; runs on real models that went on learning kept a third and more."""
 
+ENTROPY_GROWN, ACCURACY_LEFT = 2.0, 0.85
+"""Entropy in that of the first steps from which on it runs away, while so much of the best plain accuracy is left or less. Healthy runs of
+the lab stayed below 1.3 times; where a rate was too large by two to six, it doubled within ten steps, before accuracy had halved."""
 
 COLLAPSE_STEPS = 3
 """Steps in a row without a right answer before a run can count as collapsed."""
@@ -150,7 +153,7 @@ COLLAPSE_FROM = 0.05
 COLLAPSE_CHANCE = 1e-6
 """Probability of so many groups without a right answer, had nothing changed, below which it is no chance."""
 
-FALL_STEPS, FALL_ERRORS = 5, 4.0
+FALL_STEPS, FALL_ERRORS = 3, 4.0
 """Steps whose mean is held against the best, and the standard errors (of as many groups that are right or wrong) that are chance."""
 
 
@@ -204,13 +207,12 @@ class CollapseWatch:
         """Plain accuracy of the steps before those with nothing right."""
         return _mean(self._before, least=COLLAPSE_GROUPS)
 
-    @property
-    def fall(self) -> tuple[float, float] | None:
-        """(best mean plain accuracy of `COLLAPSE_WINDOW` steps, that of the last `FALL_STEPS`), where it has fallen by half and by no
-        chance; None where it has not."""
+    def fall(self, left: float = 0.5) -> tuple[float, float] | None:
+        """(best mean plain accuracy of `COLLAPSE_WINDOW` steps, that of the last `FALL_STEPS`), where it has fallen to that share of it
+        and by no chance; None where it has not."""
         groups, now = sum(n for _, n in self._last), _mean(self._last)
-        chance = FALL_ERRORS * math.sqrt(self._best * (1 - self._best) / max(groups, 1))
-        fallen = len(self._last) == FALL_STEPS and now < self._best / 2 and self._best - now > chance
+        chance = FALL_ERRORS * math.sqrt(self._best * (1 - self._best) / max(groups, 1)) if left <= 0.5 else 0.0
+        fallen = len(self._last) == FALL_STEPS and now < left * self._best and self._best - now > chance
         return (self._best, now) if fallen else None
 
     @property
@@ -298,11 +300,17 @@ class HealthChecks:
                 f"step {step}: no rollout of the last {self._no_gradient} steps has an advantage other than 0: "
                 f"{_no_gradient(metrics, self._collapse.before)}"
             )
-        if (fell := self._collapse.fall) and "nonzero_advantage_share" in metrics and self._due("fall", step):
+        if (fell := self._collapse.fall()) and "nonzero_advantage_share" in metrics and self._due("fall", step):
             due.append(
                 f"step {step}: plain accuracy fell from {fell[0]:.0%} to {fell[1]:.0%}: the steps are too large. Stop (Ctrl-C), move the "
                 f"checkpoints after step {self._collapse.good} away (the one before is kept), lower train.learning_rate to a third in the "
                 "run's recipe.yaml, and resume"
+            )
+        if (rise := self._grown_entropy(metrics)) and self._due("entropy rises", step):
+            due.append(
+                f"step {step}: the entropy rose from {rise[0]:.2f} to {rise[1]:.2f} nats a token while plain accuracy falls: the updates "
+                "of a step take the student too far, and it may lose all that it knows. Lower train.learning_rate to a third, or "
+                "train.minibatches"
             )
         if (fall := self._lost_entropy(metrics)) and self._due("entropy", step):
             due.append(
@@ -329,6 +337,13 @@ class HealthChecks:
         first, last = fmean(self._entropies[:ENTROPY_STEPS]), fmean(self._entropies[-ENTROPY_STEPS:])
         plain = (metrics.get("accuracy") or {}).get("plain") or 0.0
         return (first, last) if last < ENTROPY_LEFT * first and plain < 0.9 else None
+
+    def _grown_entropy(self, metrics: Metrics) -> tuple[float, float] | None:
+        """(mean entropy of the first steps, of the last ones) where it has grown while accuracy falls."""
+        if "nonzero_advantage_share" not in metrics or len(self._entropies) < 2 * ENTROPY_STEPS:
+            return None
+        first, last = fmean(self._entropies[:ENTROPY_STEPS]), fmean(self._entropies[-ENTROPY_STEPS:])
+        return (first, last) if last >= ENTROPY_GROWN * first and self._collapse.fall(ACCURACY_LEFT) else None
 
     def _due(self, name: str, step: int) -> bool:
         """Whether a warning is not too soon; it counts as said."""

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
@@ -343,8 +342,6 @@ def _has_more_steps(settings: Settings, run: Path) -> bool:
 
 def _run(settings: Settings, run: Path, console: Console, stop: Stop, *, resumed: bool) -> Path:
     transformers_logging.disable_progress_bar()  # our own display is live
-    if settings.train.threads:
-        torch.set_num_threads(settings.train.threads)
     try:
         with ExitStack() as held:
             # Processes first: only the first of them prints, writes, and decides where to start.
