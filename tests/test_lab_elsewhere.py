@@ -217,7 +217,7 @@ def documented(world: str) -> dict[str, list[float]]:
     return {level: [float(cell) for cell in cells] for level, _, *cells in rows}
 
 
-@pytest.mark.parametrize("world", ["elsewhere"])
+@pytest.mark.parametrize("world", ["elsewhere", "elsewhere-2"])
 def test_the_pretrained_models_are_at_the_levels_that_the_docs_say(world: str) -> None:
     """On a few questions of every level: a world that was built anew has another table, and other studies."""
     by_level = {level: [q for q in lab_questions(world, "study") if q.level == level] for level in documented(world)}
@@ -228,7 +228,7 @@ def test_the_pretrained_models_are_at_the_levels_that_the_docs_say(world: str) -
             assert abs(measured[level] - cells[2 * column]) <= 0.3, (role, level)
 
 
-@pytest.mark.parametrize("world", ["elsewhere"])
+@pytest.mark.parametrize("world", ["elsewhere", "elsewhere-2"])
 def test_bundled_questions_and_checkpoints_are_the_world_s(world: str) -> None:
     made = load_world(world)
     train, test = (lab_questions(world, split) for split in ("train", "test"))
