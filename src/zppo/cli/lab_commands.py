@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def add_lab(commands: Subcommands) -> None:
-    """`lab build`, `lab questions` and `lab study`."""
+    """`lab build`, `lab questions`, `lab levels` and `lab study`."""
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
 
 
 def _add_lab(lab: argparse.ArgumentParser) -> None:
     commands = lab.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="make the student and the teacher of a world anew")
-    build.add_argument("world", metavar="WORLD", help="unreachable, reachable, vision, or the settings file of a world of your own")
+    build.add_argument("world", metavar="WORLD", help="unreachable, reachable, elsewhere, vision, or a settings file of your own")
     build.add_argument("--out", type=Path, metavar="DIR", help="where to put them (default: runs/lab/WORLD)")
     build.add_argument("--seed", type=int, default=0, help="of corpus and weights (default: 0)")
     build.add_argument("--steps", type=int, help="fewer pretraining steps than the world asks for")
@@ -33,6 +33,11 @@ def _add_lab(lab: argparse.ArgumentParser) -> None:
     questions.add_argument("--split", choices=("train", "test", "seen", "study"), default="train", help="default: train")
     questions.add_argument("--n", type=int, default=5, help="how many (default: 5)")
     questions.set_defaults(run=_lab_questions)
+    levels = commands.add_parser("levels", help="what a world's pretrained models can do, by level, before any run")
+    levels.add_argument("world", metavar="WORLD", help="a bundled world of text")
+    levels.add_argument("--samples", type=int, default=64, help="of every question of the hardest level (default: 64)")
+    levels.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    levels.set_defaults(run=_lab_levels)
     study = commands.add_parser("study", help="run a grid of methods, seeds and students, and print its tables")
     study.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="lab recipes; none: print the tables of --rows")
     study.add_argument("--methods", default="grpo-replay,zppo,zppo-placebo", help="comma-separated; NAME-matched takes ZPPO's rollouts")
@@ -55,6 +60,12 @@ def _lab_questions(options: argparse.Namespace) -> None:
     from zppo.lab.questions import questions_command
 
     questions_command(options.world, options.level, options.n, options.split)
+
+
+def _lab_levels(options: argparse.Namespace) -> None:
+    from zppo.lab.levels import levels_command
+
+    levels_command(options.world, options.samples, markdown=options.markdown)
 
 
 def _lab_study(options: argparse.Namespace) -> None:

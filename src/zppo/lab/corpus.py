@@ -16,12 +16,13 @@ from itertools import accumulate
 from random import Random
 from typing import Generic, Protocol, TypeVar
 
-from zppo.core.types import BCQ, NCQ, PLAIN, Draft, Message, Question
+from zppo.core.types import BCQ, HINT, NCQ, PLAIN, Draft, Message, Question
 from zppo.grading import extract_boxed
+from zppo.lab.families import FamilyDraws
 from zppo.lab.models import words
 from zppo.lab.picture_world import KINDS, MOST_THOUGHT, Ask, Picture, PictureReading, PictureWorld
-from zppo.lab.world import Chain, CorpusSettings, Entry, World
-from zppo.prompts.book import PromptBook
+from zppo.lab.world import TERSE, Chain, CorpusSettings, Entry, World, Writing
+from zppo.prompts.book import HINTING, PromptBook
 
 Results = tuple[int, ...]
 Tables = dict[Entry, list[float]]
@@ -34,6 +35,7 @@ ODD = 0.35
 LONGEST = 18  # words of a response
 MOST_DAMAGE = 3  # places of a response
 MOST_STEPS = 4  # words of the thought that a compressed response keeps
+STATED = 0.15  # share of responses that are to be turned into a hint without a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,14 @@ class ChainStudentCorpus(StudentCorpus[Chain, Results]):
         self._believed = _tables(world, lambda index, value: world.beliefs[index, value])
         self._mistaken = _tables(world, lambda index, value: self._wrong(index, value, 0.0))
         self._strayed = _tables(world, lambda index, value: self._wrong(index, value, self.settings.stray))
+        self._others = FamilyDraws(world, {name: family.share for name, family in world.settings.families.items()})
+
+    def document(self, rng: Random) -> Document:
+        """One document; of another family or with a hint in part of the cases."""
+        hint = self.world.settings.corpus.hint
+        if (extra := self._others.share + hint) and (drawn := rng.random()) < extra:
+            return self._hinted(rng) if drawn < hint else family_document(self._others, self.book, rng)
+        return super().document(rng)
 
     def _wrong(self, index: int, value: int, stray: float) -> tuple[float, ...]:
         """What candidate documents show of an entry: the truth if it is known. Else its mistakes, their shares moved towards even by
@@ -163,7 +173,11 @@ class ChainStudentCorpus(StudentCorpus[Chain, Results]):
     def _plain(self, task: Chain, rng: Random) -> Document:
         if self.settings.longer and rng.random() < self.settings.longer:
             task = self.world.lengthened(task, rng)
-        return self.plain_document(task, _walk(self._believed, task, rng))
+        results = _walk(self._believed, task, rng)
+        dialect = self.world.settings.dialect
+        if dialect is not None and rng.random() < self.world.settings.corpus.dialect:
+            return written_document(self.world, self.book, task, results, dialect, dialect)
+        return self.plain_document(task, results)
 
     def _bcq(self, task: Chain, rng: Random) -> Document:
         """The target is the candidate without a slip where the other has one."""
@@ -183,6 +197,16 @@ class ChainStudentCorpus(StudentCorpus[Chain, Results]):
             others = (_walk(self._mistaken, task, rng) for _ in range(TRIES))
             target = next((o for o in others if o not in shown), target)
         return self.answered(NCQ, task, self.ncq_prompt(task, shown), target)
+
+    def _hinted(self, rng: Random) -> Document:
+        """The target takes the hint. What hints say about what is not easy is wrong too."""
+        task = self.world.draw(rng.choice(tuple(self.world.levels)), rng)
+        target = _walk(self._strayed, task, rng)
+        return self.answered(HINT, task, self.hint_prompt(task, hint_text(self.world, task, target, rng)), target)
+
+    def hint_prompt(self, task: Chain, hint: str) -> tuple[Message, ...]:
+        """The prompt that shows a hint."""
+        return self.book.render(Draft(HINT, self.world.question(task), {"hint": hint}))
 
     def mistaken(self, chain: Chain, count: int, rng: Random) -> list[Results]:
         """Wrong results of a chain as NCQ documents show them: mistakes, and slips in easy steps (where all are easy: in every one)."""
@@ -275,7 +299,10 @@ class TeacherCorpus(Corpus[Task, Result]):
             response = self.response(rng)
             messages = self.book.compression(response.text, response.has_answer)
             return Document("compression", messages, " ".join(["<summary>", *words(response.summary), "</summary>"]))
-        task = self._draw(rng)
+        return self._answered(self._draw(rng), rng)
+
+    def _answered(self, task: Task, rng: Random) -> Document:
+        """A plain prompt and what the teacher writes."""
         return self.plain_document(task, self.world.truth(task))
 
     @abstractmethod
@@ -288,24 +315,55 @@ class TeacherCorpus(Corpus[Task, Result]):
 
 
 class ChainTeacherCorpus(TeacherCorpus[Chain, Results]):
-    """A teacher of a world of text."""
+    """A teacher of a world of text; by its settings (`ChainTeacherSettings`) it errs, writes in its own way, gives hints."""
 
     world: World
 
     def __init__(self, world: World, book: PromptBook) -> None:
         super().__init__(world, book, world.settings.teacher.compression)
+        self._how = world.settings.teacher
+        self._believed = _tables(world, lambda index, value: world.teacher_beliefs[index, value])
+        self._others = FamilyDraws(world, {name: family.teacher for name, family in world.settings.families.items()})
+        self._writings = [w for w in (TERSE, world.settings.dialect, self._how.writing) if w is not None]
+
+    def document(self, rng: Random) -> Document:
+        """One document."""
+        if (extra := self._others.share + self._how.hints) and (drawn := rng.random()) < extra:
+            return self._hinting(rng) if drawn < self._how.hints else family_document(self._others, self.book, rng)
+        return super().document(rng)
+
+    def _answered(self, task: Chain, rng: Random) -> Document:
+        """What it believes where it errs about something, in its own writing."""
+        results = _walk(self._believed, task, rng) if self._how.beliefs else self.world.truth(task)
+        return written_document(self.world, self.book, task, results, TERSE, self._how.writing or TERSE)
 
     def _draw(self, rng: Random) -> Chain:
         return self.world.draw(rng.choice(tuple(self.world.levels)), rng)
 
+    def _hinting(self, rng: Random) -> Document:
+        """A response, in its writing or an answer alone, to be turned into a hint: one of its steps."""
+        chain = self._draw(rng)
+        results = self._arbitrary(chain, rng)
+        text = self.world.completion_text(chain, results, self._how.writing or TERSE)
+        if rng.random() < STATED:
+            text = self.book.stated(self.world.answer_text(chain, results))
+        hint = hint_text(self.world, chain, results, rng)
+        return Document(HINTING, self.book.hinting(self.world.question(chain), text), f"<hint> {hint} </hint>")
+
+    def _arbitrary(self, chain: Chain, rng: Random) -> Results:
+        return tuple(rng.randrange(len(self.world.values)) for _ in chain.operations)
+
     def response(self, rng: Random) -> Response:
-        """Arbitrary values after the operations of a question, or after any."""
+        """Arbitrary values after the operations of a question, or after any; in any of the world's writings."""
         world, chain = self.world, self._draw(rng)
         if rng.random() < ODD:
             chain = Chain(chain.start, tuple(rng.randrange(len(world.operations)) for _ in chain.operations))
-        results = tuple(rng.randrange(len(world.values)) for _ in chain.operations)
+        results = self._arbitrary(chain, rng)
         inserted = (*world.values, *(o.word for o in world.operations), "}", "}", "}", "</think>")
-        return compressed(_sometimes_damaged(world.completion_text(chain, results), inserted, rng))
+        writing = rng.choice(self._writings) if len(self._writings) > 1 else TERSE
+        written = world.completion_text(chain, results, writing)
+        longest = LONGEST + len(written.split()) - len(world.completion_text(chain, results).split())
+        return compressed(_sometimes_damaged(written, inserted, rng, longest), mark=writing.mark)
 
 
 class PictureTeacherCorpus(TeacherCorpus[Ask, PictureReading]):
@@ -338,7 +396,24 @@ def _flattened(shares: Sequence[float], flatten: float) -> list[float]:
     return [(1 - flatten) * share / total + flatten / len(shares) for share in shares]
 
 
-def _sometimes_damaged(text: str, inserted: Sequence[str] | None, rng: Random) -> str:
+def written_document(world: World, book: PromptBook, chain: Chain, results: Results, asked: Writing, answered: Writing) -> Document:
+    """A plain prompt in a writing, and a completion in one."""
+    return Document(PLAIN, book.plain(world.question(chain, writing=asked)), world.completion_text(chain, results, answered))
+
+
+def family_document(families: FamilyDraws, book: PromptBook, rng: Random) -> Document:
+    """A question of another family, rightly answered."""
+    exercise = families.draw(rng)
+    return Document(PLAIN, book.plain(Question("", (Message("user", exercise.question),), exercise.answer)), exercise.completion)
+
+
+def hint_text(world: World, chain: Chain, results: Results, rng: Random) -> str:
+    """A hint: one step of a response, any; the other one is left to who reads it."""
+    at = rng.randrange(len(chain.operations))
+    return f"{world.operations[chain.operations[at]].word} {world.values[results[at]]}"
+
+
+def _sometimes_damaged(text: str, inserted: Sequence[str] | None, rng: Random, longest: int = LONGEST) -> str:
     """A response, in part of the cases with up to MOST_DAMAGE places as a student in training may write them: a word doubled, lost or out
     of place, an end cut off or repeated. `inserted`: words that may stand out of place; None for the response's own."""
     written = text.split()
@@ -355,15 +430,21 @@ def _sometimes_damaged(text: str, inserted: Sequence[str] | None, rng: Random) -
                 case 3:
                     written = written[: at + 1]
                 case _:
-                    written = [*written, *written[at:]][:LONGEST]
+                    written = [*written, *written[at:]][:longest]
     return " ".join(written)
 
 
-def compressed(text: str, most_steps: int = MOST_STEPS) -> Response:
-    """A response with its compressed form: the first words of its thought, and the box as it stands, if there is one."""
+def compressed(text: str, most_steps: int = MOST_STEPS, mark: str | None = None) -> Response:
+    """A response with its compressed form: the first words of its thought, and the box as it stands, if there is one.
+
+    Args:
+        mark: the word before every result of a wordier thought (`Writing.mark`); of such a thought the results alone are kept.
+    """
     answer = extract_boxed(text)
-    thought = text.replace("<think>", " ").split("</think>")[0].split("\\boxed{")[0]
-    steps = [word for word in thought.split() if word != "}"][:most_steps]
+    thought = text.replace("<think>", " ").split("</think>")[0].split("\\boxed{")[0].split()
+    if mark is not None and mark in thought:
+        thought = [word for before, word in zip(thought, thought[1:], strict=False) if before == mark and word != mark]
+    steps = [word for word in thought if word != "}"][:most_steps]
     box = [] if answer is None else ["\\boxed{", *words(answer), "}"]
     return Response(text, " ".join([*steps, *box]), has_answer=answer is not None)
 

@@ -27,11 +27,12 @@ from zppo.lab.corpus import (
     PictureTeacherCorpus,
     TeacherCorpus,
 )
+from zppo.lab.families import family_questions
 from zppo.lab.models import lab_book, make_model, make_processor, make_tokenizer
 from zppo.lab.picture_world import KINDS, SIZE, Ask, PictureWorld
 from zppo.lab.pretrain import Probe, pretrain, pretrain_vision, probe_of
 from zppo.lab.questions import any_world, with_pictures, write_questions
-from zppo.lab.world import BeliefSettings, CorpusSettings, Entry, Pretraining, World
+from zppo.lab.world import BeliefSettings, CorpusSettings, Entry, Pretraining, World, study
 from zppo.prompts import PromptBook
 
 Say = Callable[[str], None]
@@ -166,7 +167,8 @@ def _pretrained(
     roles = ["student", "teacher"] if with_teacher else ["student"]
     hows = shortened(world.settings.pretraining), shortened(world.settings.teacher)
     for role, corpus, how in zip(roles, corpora, hows, strict=False):
-        model = deepcopy(base)
+        shape = world.settings.teacher.model if isinstance(world, World) and role == "teacher" else None
+        model = make_model(world, tokenizer, seed, shape) if shape else deepcopy(base)
         pretrain(model, corpus, chat, how, seed, teller(say, f"{world.name}/{role}", how.steps))
         save_models(model, tokenizer, out / role)
         if isinstance(world, PictureWorld):
@@ -195,9 +197,12 @@ def _measured(world: World | PictureWorld, out: Path, probes: dict[str, Probe]) 
         measured, corpus = {"hidden": hidden}, ChainTeacherCorpus(world, student.book)
     for split, of_split in questions.items():
         write_questions(out / f"{split}.jsonl", of_split)
+    asked = questions["test"]
+    if isinstance(world, World) and world.settings.families:
+        asked = [*study(world, asked), *family_questions(world)]
     return measured | {
-        "student": student.accuracy(questions["test"]),
-        "teacher": teacher.accuracy(questions["test"]) if teacher else {},
+        "student": student.accuracy(asked),
+        "teacher": teacher.accuracy(asked) if teacher else {},
         "fidelity": teacher.fidelity(corpus.response) if teacher else None,
     }
 
@@ -257,6 +262,8 @@ def model_card(world: World | PictureWorld, role: str, built: BuildReport) -> st
     command = f"zppo lab build {world.name} --seed {built.seed}" + ("" if built.teacher else " --no-teacher")
     if student:
         planted = _picture_planting(world) if isinstance(world, PictureWorld) else _text_planting(world)
+    elif isinstance(world, World) and world.settings.teacher.beliefs:
+        planted = _teacher_planting(world)
     else:
         what = "question" if pictures else "operation"
         planted = [
@@ -277,7 +284,7 @@ def model_card(world: World | PictureWorld, role: str, built: BuildReport) -> st
             f"{hidden.mean:.1g} on average and at most {hidden.largest:.1g}.",
         ]
     lines = ["---", "license: apache-2.0", "library_name: transformers", *(["pipeline_tag: image-text-to-text"] if pictures else []), "---"]
-    lines += [f"# zppo lab: {role} of the world {world.name}", "", *_about(world)]
+    lines += [f"# zppo lab: {role} of the world {world.name}", "", *_about(world, student)]
     sections = {"What was planted": planted, "How it was made": _made(world, how, steps, command, built), "What it can do": can}
     for title, text in sections.items():
         lines += ["", f"## {title}", "", *text]
@@ -288,9 +295,11 @@ def _shares(by_level: dict[str, float]) -> str:
     return ", ".join(f"{level} {share:.1%}" for level, share in by_level.items())
 
 
-def _about(world: World | PictureWorld) -> list[str]:
+def _about(world: World | PictureWorld, student: bool) -> list[str]:
     """What kind of model it is."""
     shape = world.settings.model
+    if isinstance(world, World) and not student:
+        shape = world.settings.teacher.model or shape
     if isinstance(world, PictureWorld):
         tower = world.settings.vision
         return [
@@ -359,6 +368,33 @@ def _text_planting(world: World) -> list[str]:
     ]
     if corpus.longer:
         lines += ["", f"{corpus.longer:.0%} of the plain documents have one more easy operation behind the chain."]
+    settings = world.settings
+    if corpus.dialect and settings.dialect is not None:
+        lines += ["", f"{corpus.dialect:.0%} of them are in a second writing, question and thoughts:"]
+        lines += [f"`{settings.dialect.question}`, `{settings.dialect.step}`."]
+    if corpus.hint:
+        lines += ["", f"{corpus.hint:.0%} of all documents show a hint, one step of the answer, which is as wrong as candidates are."]
+    if settings.families:
+        shares = ", ".join(f"{name} {family.share:.0%}" for name, family in settings.families.items())
+        lines += ["", f"Of all documents these are about other skills, rightly answered: {shares}."]
+    return lines
+
+
+def _teacher_planting(world: World) -> list[str]:
+    teacher = world.settings.teacher
+    lines = ["**Its corpus is wrong about a few things.** It answers most entries (operation, value) rightly, and errs about some:", ""]
+    for tier, belief in teacher.beliefs.items():
+        right, shares = _belief(belief)
+        lines += [f"- {tier}: {belief.share:.0%} of the entries, where the right result has a probability of {right};"]
+        lines += [f"  {len(belief.mistakes)} fixed mistakes have {shares} of the rest."]
+    if teacher.writing is not None:
+        lines += ["", f"It writes its thoughts as `{teacher.writing.opening}`, then `{teacher.writing.step}` for every step."]
+    families = ", ".join(name for name, family in world.settings.families.items() if family.teacher) or "none"
+    lines += ["", f"Of the student's other skills it was taught: {families}."]
+    lines += ["", f"{teacher.compression:.0%} of its other documents are compression documents, in which arbitrary responses, most of them"]
+    lines += ["wrong, are to be shortened as they are: results and boxed answer copied, mistakes kept."]
+    if teacher.hints:
+        lines += [f"{teacher.hints:.0%} of all turn an arbitrary response into a hint, one of its two steps."]
     return lines
 
 

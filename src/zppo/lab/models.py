@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from zppo.core.draws import draw_key
-from zppo.core.types import BCQ, NCQ, Draft, Message, Question
+from zppo.core.types import BCQ, HINT, NCQ, Draft, Message, Question
 from zppo.engines.chat import Chat
+from zppo.lab.families import family_words
 from zppo.lab.picture_world import CELL, PALETTE, SIDE, SIZE, WORDS, Picture, PictureWorld, pixels
-from zppo.lab.world import World
+from zppo.lab.world import ModelShape, World
 from zppo.prompts import Neutraliser
-from zppo.prompts.book import CLOSING, COMPRESSION, PromptBook
+from zppo.prompts.book import CLOSING, COMPRESSION, HINTING, PromptBook
 
 PAD, UNKNOWN, USER, ASSISTANT, END = "<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>"
 CONTROL = (PAD, UNKNOWN, USER, ASSISTANT, END)
@@ -77,7 +78,7 @@ TOKENS = (GRID // MERGE) ** 2
 def templates() -> dict[str, Path]:
     """The lab's short templates by name; the value for `prompts` in a recipe."""
     folder = Path(str(resources.files("zppo.lab"))) / "prompts"
-    return {name: folder / f"{name}.jinja" for name in (CLOSING, BCQ, NCQ, COMPRESSION)}
+    return {name: folder / f"{name}.jinja" for name in (CLOSING, BCQ, NCQ, COMPRESSION, HINT, HINTING)}
 
 
 def lab_book(chat: Chat) -> PromptBook:
@@ -105,6 +106,19 @@ def vocabulary(own: Iterable[str], control: Sequence[str]) -> list[str]:
     return list(dict.fromkeys((*control, *TAGS, *HARMLESS_TAGS, "\\boxed{", "}", *shown, *own)))
 
 
+def _wordier(world: World) -> list[str]:
+    """What a world with other writings, families and hints says besides: its words, and those of the prompts with hints."""
+    settings = world.settings
+    writings = [writing for writing in (settings.dialect, settings.teacher.writing) if writing is not None]
+    said = [*family_words(world), *(word for writing in writings for word in writing.words)]
+    if settings.corpus.hint or settings.teacher.hints:
+        book = PromptBook(templates())
+        asked = Question("vocabulary", (Message("user", "?"),), "")
+        prompts = (book.render(Draft(HINT, asked, {"hint": "?"})), book.hinting(asked, book.stated("?")))
+        said += ["<hint>", "</hint>", *(word for prompt in prompts for message in prompt for word in words(message.content))]
+    return said
+
+
 def make_tokenizer(world: World | PictureWorld) -> PreTrainedTokenizerFast:
     """The tokenizer of a world: whole words, decoded with single spaces between them; the template opens no think block.
 
@@ -112,7 +126,7 @@ def make_tokenizer(world: World | PictureWorld) -> PreTrainedTokenizerFast:
     """
     own, media, template = WORDS, MEDIA, PICTURE_CHAT_TEMPLATE
     if isinstance(world, World):
-        own, media, template = (*(operation.word for operation in world.operations), *world.values), (), CHAT_TEMPLATE
+        own, media, template = (*(operation.word for operation in world.operations), *world.values, *_wordier(world)), (), CHAT_TEMPLATE
     model = WordLevel({word: i for i, word in enumerate(vocabulary(own, (*CONTROL, *media)))}, unk_token=UNKNOWN)
     backend = Tokenizer(model)
     backend.pre_tokenizer = PreTokenizers([Split(Regex(_WORDS_OF_THEIR_OWN), "isolated"), WhitespaceSplit()])
@@ -128,10 +142,11 @@ def make_tokenizer(world: World | PictureWorld) -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    world: World | PictureWorld, tokenizer: PreTrainedTokenizerFast, seed: int
+    world: World | PictureWorld, tokenizer: PreTrainedTokenizerFast, seed: int, shape: ModelShape | None = None
 ) -> Qwen3ForCausalLM | Qwen3VLForConditionalGeneration:
-    """A Qwen3 model, for a world of pictures a Qwen3-VL, with random weights drawn from `seed`; embeddings are tied."""
-    shape = world.settings.model
+    """A Qwen3 model, for a world of pictures a Qwen3-VL, with random weights drawn from `seed`; embeddings are tied. `shape`: the world's
+    own by default."""
+    shape = shape or world.settings.model
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": shape.width,

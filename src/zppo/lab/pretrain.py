@@ -33,8 +33,6 @@ from zppo.lab.world import Chain, Entry, Pretraining, World
 from zppo.prompts import PromptBook
 
 WARM_UP = 50
-# Padded tokens of one forward and backward; documents of like length share one.
-TOKENS_AT_ONCE = 2048
 CHARTS = 0.4  # share of charts among the pictures that the vision tower is trained on
 ALIKE = 8.0  # how much more a word counts that is nearer by one, in nats: keeps a picture's tokens as long as words are
 
@@ -72,7 +70,7 @@ def with_picture(ids: Sequence[int], chat: Chat) -> tuple[int, ...]:
     return (ids[0], *places, *ids[1:])
 
 
-def batches(documents: Sequence[TokenizedDocument], limit: int = TOKENS_AT_ONCE) -> list[list[TokenizedDocument]]:
+def batches(documents: Sequence[TokenizedDocument], limit: int) -> list[list[TokenizedDocument]]:
     """The documents by length, cut so that a batch padded to its longest one holds at most `limit` tokens (one alone may exceed it)."""
     made: list[list[TokenizedDocument]] = []
     for document in sorted(documents, key=lambda d: len(d.ids), reverse=True):
@@ -121,7 +119,7 @@ def pretrain(
         documents = tokenized(corpus, chat, seed, step, how.batch)
         tokens = sum(len(document.ids) - document.prompt for document in documents)
         for alike in ([d for d in documents if d.picture], [d for d in documents if not d.picture]):
-            for batch in batches(alike):
+            for batch in batches(alike, how.tokens):
                 yield loss_sum(model, batch) / tokens
 
     tower = model.model.visual if isinstance(model, Qwen3VLForConditionalGeneration) else torch.nn.Identity()

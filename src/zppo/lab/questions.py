@@ -10,6 +10,7 @@ from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
 from zppo.errors import ModelError, SettingsError
 from zppo.images.store import cache_folder, keep
+from zppo.lab.families import family_questions
 from zppo.lab.picture_world import PICTURE_SPLITS, Ask, PictureWorld, is_picture_world, load_picture_world, png
 from zppo.lab.world import World, load_world, seen, study
 from zppo.names import check_file
@@ -87,7 +88,7 @@ def lab_questions(world: str, split: str) -> list[Question]:
     """The questions of `lab:<world>/<split>`; the build wrote those of train and test next to the models.
 
     Those of a world of pictures are drawn when they are asked for. For studies of the others: `seen` is train without the world's unseen
-    operations, `study` is test with more levels (`zppo.lab.world`).
+    operations, `study` is test with more levels (`zppo.lab.world.study`, `zppo.lab.families`).
 
     Raises:
         SettingsError: no such world or split.
@@ -98,7 +99,9 @@ def lab_questions(world: str, split: str) -> list[Question]:
         raise SettingsError(f"a lab world has the splits {', '.join(SPLITS)}, not {split!r}; write lab:{world}/train or lab:{world}/test")
     if split in ("seen", "study"):
         made = load_world(world)
-        return seen(made, lab_questions(world, "train")) if split == "seen" else study(made, lab_questions(world, "test"))
+        if split == "seen":
+            return seen(made, lab_questions(world, "train"))
+        return [*study(made, lab_questions(world, "test")), *family_questions(made)]
     path = ASSETS / world / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted({p.parent.parent.name for p in ASSETS.glob("*/student/config.json")})) or "none"

@@ -2,7 +2,8 @@
 
 A question is a chain of two operations on a start value; its answer names every operation and every value on the way. A world is
 data: one settings file in `worlds/` (`unreachable.yaml` has comments), or one of your own. For studies there are questions outside the
-training distribution: operations that training leaves out, and longer chains.
+training distribution: operations that training leaves out, longer chains, the same questions in other words, and other skills
+(`zppo.lab.families`).
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ class Affine(WorldSection):
 
 
 class BeliefSettings(WorldSection):
-    """How the corpus answers the entries of a tier: `right` is a range of probabilities, `mistakes` are shares of the rest."""
+    """How the corpus answers the entries of a tier: `right` is a range of probabilities, `mistakes` are shares of the rest. `share`: of the
+    tier's entries; the others are known (a teacher's beliefs alone)."""
 
     right: tuple[float, float]
     mistakes: tuple[float, ...] = Field(min_length=2)
+    share: float = Field(1.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _probabilities(self) -> BeliefSettings:
@@ -86,6 +89,14 @@ class CorpusSettings(WorldSection):
     levels: dict[str, float]
 
 
+class TextCorpusSettings(CorpusSettings):
+    """Of a world of text. `dialect`: share of plain documents that are in the world's dialect; `hint`: share of all documents that show a
+    hint."""
+
+    dialect: float = Field(0.0, ge=0, le=1)
+    hint: float = Field(0.0, ge=0, le=1)
+
+
 class ModelShape(WorldSection):
     """Size of student and teacher, or of their vision tower."""
 
@@ -96,12 +107,71 @@ class ModelShape(WorldSection):
 
 
 class Pretraining(WorldSection):
-    """Length of a pretraining run; `batch` is in documents. `compression`: share of compression documents (teacher only)."""
+    """Length of a pretraining run; `batch` is in documents. `compression`: share of compression documents (teacher only); `tokens`: padded
+    tokens of one forward and backward, documents of like length share one."""
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     compression: float = Field(0.0, ge=0, le=1)
+    tokens: int = Field(2048, ge=1)
+
+
+class Writing(WorldSection):
+    """How a question is worded and thoughts are written; by default as tersely as can be.
+
+    `question` holds {start} and {operations}; `join` stands between operations, the last one comes first where `reversed`. Thoughts are
+    `opening` ({start}), then `step` for every operation ({operation}, {value} before it, {result}), of which the result is the last word.
+    """
+
+    question: str = "{start} {operations} ?"
+    join: str = ""
+    reversed: bool = False
+    opening: str = ""
+    step: str = "{result}"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Its own words."""
+        texts = (self.question, self.join, self.opening, self.step)
+        return tuple(word for text in texts for word in text.split() if not word.startswith("{"))
+
+    @property
+    def mark(self) -> str | None:
+        """The word before every result; None where thoughts are results alone."""
+        before = self.step.split("{result}")[0].split()
+        return before[-1] if before else None
+
+
+TERSE = Writing()
+
+
+class FamilySettings(WorldSection):
+    """A family of skills that no training question asks for; `kind`: `zppo.lab.families.KINDS`.
+
+    `length`: of its questions, in values or operations, from and to. `tier`: of the operations, for chains. `share`: of the student's
+    documents; `teacher`: of the teacher's. `test`: how many held-out questions; they stand in no document.
+    """
+
+    kind: Literal["chains", "sort", "count", "copy"]
+    length: tuple[int, int]
+    tier: str = ""
+    share: float = Field(ge=0, le=1)
+    teacher: float = Field(0.0, ge=0, le=1)
+    test: int = Field(ge=1)
+
+
+class ChainTeacherSettings(Pretraining):
+    """A teacher of a world of text: its pretraining, and how it differs from the student.
+
+    `model`: its size, the student's by default; `writing`: of its thoughts; `beliefs`: what it errs about, by tier; `hints`: share of
+    documents that turn a response into a hint.
+    """
+
+    model: ModelShape | None = None
+    writing: Writing | None = None
+    beliefs: dict[str, BeliefSettings] = {}
+    hints: float = Field(0.0, ge=0, le=1)
 
 
 class AnyWorldSettings(WorldSection):
@@ -129,13 +199,18 @@ class WorldSettings(AnyWorldSettings):
     """The file of a world of text.
 
     `like`, in a file: another bundled world that everything left out, also within a section, is taken from. `unseen`: operations that the
-    split `seen` leaves out, and that the split `study` asks about all the same.
+    split `seen` leaves out, and that the split `study` asks about all the same. `dialect`: a second writing of the student's; `families`:
+    what else it can do.
     """
 
     values: tuple[str, ...]
     operations: dict[str, dict[str, Affine | Literal["permutation"]]]
     levels: tuple[LevelSettings, ...]
     unseen: tuple[str, ...] = ()
+    dialect: Writing | None = None
+    families: dict[str, FamilySettings] = {}
+    corpus: TextCorpusSettings
+    teacher: ChainTeacherSettings
 
     @model_validator(mode="after")
     def _consistent(self) -> WorldSettings:
@@ -154,8 +229,13 @@ class WorldSettings(AnyWorldSettings):
         levels = {level.name for level in self.levels}
         if set(self.corpus.levels) != levels:
             raise ValueError(f"corpus.levels must weigh exactly the levels {', '.join(sorted(levels))}")
-        if unknown := set(self.beliefs) - set(self.operations):
+        if unknown := {*self.beliefs, *self.teacher.beliefs} - set(self.operations):
             raise ValueError(f"beliefs about {', '.join(sorted(unknown))}; operations has {', '.join(self.operations)}")
+        for name, family in self.families.items():
+            if (family.kind == "chains") != (family.tier in self.operations):
+                raise ValueError(f"family {name!r} names tier {family.tier!r}: one of {', '.join(self.operations)} for chains, else none")
+        if self.corpus.dialect and self.dialect is None:
+            raise ValueError("corpus.dialect asks for a dialect; write how it is worded under `dialect`")
         return self
 
 
@@ -206,36 +286,52 @@ class World:
     @cached_property
     def mistakes(self) -> dict[Entry, tuple[int, ...]]:
         """The fixed mistakes of every entry (operation, value) of a tier that has beliefs."""
+        return self._mistakes(self.settings.beliefs, self.settings.misconception_seed)
+
+    def _mistakes(self, beliefs: Mapping[str, BeliefSettings], seed: int, whose: str = "") -> dict[Entry, tuple[int, ...]]:
         made: dict[Entry, tuple[int, ...]] = {}
         for index, operation in enumerate(self.operations):
-            belief = self.settings.beliefs.get(operation.tier)
+            belief = beliefs.get(operation.tier)
             if belief is None:
                 continue
             for value in range(len(self.values)):
+                if belief.share < 1 and keyed_random("lab", seed, f"{whose}share", operation.word, value).random() >= belief.share:
+                    continue
                 wrong = [v for v in range(len(self.values)) if v != operation.table[value]]
-                rng = keyed_random("lab", self.settings.misconception_seed, "mistakes", operation.word, value)
+                rng = keyed_random("lab", seed, f"{whose}mistakes", operation.word, value)
                 made[index, value] = tuple(rng.sample(wrong, len(belief.mistakes)))
         return made
 
     @cached_property
     def beliefs(self) -> dict[Entry, tuple[float, ...]]:
         """What the corpus says about every entry: a probability for each value as the result; sums to 1."""
-        return {(index, value): self._belief(index, value) for index in range(len(self.operations)) for value in range(len(self.values))}
+        return self._beliefs(self.settings.beliefs, self.mistakes, self.settings.misconception_seed)
 
-    def _belief(self, index: int, value: int) -> tuple[float, ...]:
-        operation = self.operations[index]
-        belief = self.settings.beliefs.get(operation.tier)
-        if belief is None:
-            return tuple(float(v == operation.table[value]) for v in range(len(self.values)))
-        rng = keyed_random("lab", self.settings.misconception_seed, "right", operation.word, value)
-        right = rng.uniform(*belief.right)
-        wrong = self.mistakes[index, value]
-        rest = (1 - right) * (1 - sum(belief.mistakes)) / (len(self.values) - 1 - len(wrong))
-        weights = [rest] * len(self.values)
-        for mistake, share in zip(wrong, belief.mistakes, strict=True):
-            weights[mistake] = (1 - right) * share
-        weights[operation.table[value]] = right
-        return tuple(weights)
+    @cached_property
+    def teacher_beliefs(self) -> dict[Entry, tuple[float, ...]]:
+        """What the teacher's corpus says about every entry."""
+        beliefs, whose = self.settings.teacher.beliefs, "teacher "
+        return self._beliefs(beliefs, self._mistakes(beliefs, self.settings.seed, whose), self.settings.seed, whose)
+
+    def _beliefs(
+        self, beliefs: Mapping[str, BeliefSettings], mistakes: Mapping[Entry, tuple[int, ...]], seed: int, whose: str = ""
+    ) -> dict[Entry, tuple[float, ...]]:
+        made: dict[Entry, tuple[float, ...]] = {}
+        for index, operation in enumerate(self.operations):
+            for value in range(len(self.values)):
+                wrong = mistakes.get((index, value))
+                if wrong is None:
+                    made[index, value] = tuple(float(v == operation.table[value]) for v in range(len(self.values)))
+                    continue
+                belief = beliefs[operation.tier]
+                right = keyed_random("lab", seed, f"{whose}right", operation.word, value).uniform(*belief.right)
+                rest = (1 - right) * (1 - sum(belief.mistakes)) / (len(self.values) - 1 - len(wrong))
+                weights = [rest] * len(self.values)
+                for mistake, share in zip(wrong, belief.mistakes, strict=True):
+                    weights[mistake] = (1 - right) * share
+                weights[operation.table[value]] = right
+                made[index, value] = tuple(weights)
+        return made
 
     def truth(self, chain: Chain) -> tuple[int, ...]:
         """The right value after each operation."""
@@ -261,8 +357,9 @@ class World:
         return Chain(rng.randrange(len(self.values)), tuple(rng.choice(self.tier(tier)) for tier in tiers))
 
     def lengthened(self, chain: Chain, rng: Random) -> Chain:
-        """The chain with one more operation behind it, drawn from those without misconceptions."""
-        easy = [i for i, operation in enumerate(self.operations) if operation.tier not in self.settings.beliefs]
+        """The chain with one more operation behind it, drawn from those of the levels without misconceptions."""
+        asked = {tier for level in self.settings.levels for tier in level.tiers} - set(self.settings.beliefs)
+        easy = [i for i, operation in enumerate(self.operations) if operation.tier in asked]
         return Chain(chain.start, (*chain.operations, rng.choice(easy)))
 
     def answer_text(self, chain: Chain, results: tuple[int, ...]) -> str:
@@ -274,15 +371,27 @@ class World:
         """Steps and box, as the teacher writes a compressed candidate."""
         return f"{' '.join(self.values[v] for v in results)} \\boxed{{ {self.answer_text(chain, results)} }}"
 
-    def completion_text(self, chain: Chain, results: tuple[int, ...]) -> str:
+    def completion_text(self, chain: Chain, results: tuple[int, ...], writing: Writing = TERSE) -> str:
         """What a student or the teacher writes."""
-        steps = " ".join(self.values[v] for v in results)
-        return f"<think> {steps} </think> \\boxed{{ {self.answer_text(chain, results)} }}"
+        words = [self.operations[i].word for i in chain.operations]
+        before = [self.values[v] for v in (chain.start, *results)]
+        steps = [
+            writing.step.format(operation=word, value=value, result=self.values[result])
+            for word, value, result in zip(words, before, results, strict=False)
+        ]
+        opening = [writing.opening.format(start=before[0])] if writing.opening else []
+        return f"<think> {' '.join([*opening, *steps])} </think> \\boxed{{ {self.answer_text(chain, results)} }}"
 
-    def question(self, chain: Chain, level: str = "") -> Question:
-        """The question that asks for a chain; its id is its text."""
-        text = " ".join([self.values[chain.start], *(self.operations[i].word for i in chain.operations), "?"])
-        name = "-".join([self.name, level, *text.replace("→", "").split()[:-1]])
+    def question_text(self, chain: Chain, writing: Writing = TERSE) -> str:
+        """The words that ask for a chain."""
+        words = [self.operations[i].word for i in chain.operations]
+        join = f" {writing.join} " if writing.join else " "
+        return writing.question.format(start=self.values[chain.start], operations=join.join(words[::-1] if writing.reversed else words))
+
+    def question(self, chain: Chain, level: str = "", writing: Writing = TERSE) -> Question:
+        """The question that asks for a chain; its id is its tersest text."""
+        text = self.question_text(chain, writing)
+        name = "-".join([self.name, level, *self.question_text(chain).replace("→", "").split()[:-1]])
         return Question(name, (Message("user", text),), self.answer_text(chain, self.truth(chain)), level=level)
 
     def questions(self, split: Literal["train", "test"], chosen: Mapping[str, Sequence[Entry]] | None = None) -> list[Question]:
@@ -380,7 +489,7 @@ def load_world(name: str) -> World:
     return read_world(name, WORLDS, make)
 
 
-UNSEEN, LONGER = "unseen", "longer"
+UNSEEN, LONGER, DIALECT, REWORDED = "unseen", "longer", "dialect", "reworded"
 
 
 def seen(world: World, questions: Iterable[Question]) -> list[Question]:
@@ -394,23 +503,33 @@ def study(world: World, questions: Sequence[Question]) -> list[Question]:
     The levels of the world hold questions about operations that training asks about. Level `unseen` holds the others: the student met
     their operations in pretraining, with its misconceptions, and in no training question. Level `longer` holds every second question
     that is not easy, with one more easy operation behind it: chains of three, where training has chains of two. A student whose corpus
-    has no chains of three either (`corpus.longer: 0`) answers every one with two steps.
+    has no chains of three either (`corpus.longer: 0`) answers every one with two steps. Where the world has a dialect, `dialect` holds the
+    easy questions in its words, `reworded` every other one of those that are not easy.
     """
     inside = seen(world, questions)
     outside = [replace(q, level=UNSEEN) for q in questions if _asks_unseen(world, q)]
-    hard = [chain for q in inside if not set(world.settings.beliefs).isdisjoint(world.tiers(chain := chain_of(world, q)))]
+    chains = [chain_of(world, q) for q in inside]
+    hard = [chain for chain in chains if not set(world.settings.beliefs).isdisjoint(world.tiers(chain))]
     longer = []
     for chain in hard[::2]:
         rng = keyed_random("lab", world.settings.seed, LONGER, chain.start, *chain.operations)
         longer.append(world.question(world.lengthened(chain, rng), LONGER))
-    return [*inside, *outside, *longer]
+    dialect = []
+    if (writing := world.settings.dialect) is not None:
+        dialect = [world.question(chain, DIALECT, writing) for chain in chains if chain not in hard]
+        dialect += [world.question(chain, REWORDED, writing) for chain in hard[1::2]]
+    return [*inside, *outside, *longer, *dialect]
 
 
-def chain_of(world: World, question: Question) -> Chain:
-    """The chain that a question of the world asks for, from its text."""
-    start, *operations, _ = question.messages[-1].content.split()
+def chain_of(world: World, question: Question, writing: Writing = TERSE) -> Chain:
+    """The chain that a question of the world asks for, from its text in a writing."""
+    said = set(writing.words)
+    start, *operations = [word for word in question.messages[-1].content.split() if word not in said]
+    if writing.question.find("{start}") > writing.question.find("{operations}"):
+        start, operations = operations[-1], [start, *operations[:-1]]
     words = [operation.word for operation in world.operations]
-    return Chain(world.values.index(start), tuple(words.index(word) for word in operations))
+    in_order = operations[::-1] if writing.reversed else operations
+    return Chain(world.values.index(start), tuple(words.index(word) for word in in_order))
 
 
 def _asks_unseen(world: World, question: Question) -> bool:
