@@ -98,7 +98,7 @@ def test_a_study_asks_by_level_what_may_be_lost_and_what_may_carry_over() -> Non
     golds = {q.gold for q in asked if q.level in ("easy", "medium", "hard")}
     for level, others in (("dialect", {"easy"}), ("reworded", {"medium", "hard"})):
         mine = [q for q in asked if q.level == level]
-        assert len(mine) >= 50 and {q.gold for q in mine} <= golds
+        assert len(mine) >= 40 and {q.gold for q in mine} <= golds
         for question in mine:
             chain = chain_of(WORLD, question, DIALECT)
             assert question.gold == WORLD.answer_text(chain, WORLD.truth(chain))
@@ -209,6 +209,11 @@ def test_what_may_be_wrong_with_families(tmp_path: Path) -> None:
         levels_command("elsewhere", 0)
 
 
+def roles_of(world: str) -> list[str]:
+    """The models of a world; a second student's teacher is the first one's."""
+    return [role for role in ("student", "teacher") if (ASSETS / world / role).is_dir()]
+
+
 def documented(world: str) -> dict[str, list[float]]:
     """The table of levels in the docs: greedy and sampled shares, student first."""
     text = (Path(__file__).parents[1] / "docs" / "lab.md").read_text(encoding="utf-8")
@@ -222,7 +227,7 @@ def test_the_pretrained_models_are_at_the_levels_that_the_docs_say(world: str) -
     """On a few questions of every level: a world that was built anew has another table, and other studies."""
     by_level = {level: [q for q in lab_questions(world, "study") if q.level == level] for level in documented(world)}
     few = [q for mine in by_level.values() for q in Random(0).sample(mine, 15)]
-    for column, role in enumerate(("student", "teacher")):
+    for column, role in enumerate(roles_of(world)):
         measured = probe_of(bundled_model(f"lab:{world}/{role}")).accuracy(few)
         for level, cells in documented(world).items():
             assert abs(measured[level] - cells[2 * column]) <= 0.3, (role, level)
@@ -236,14 +241,14 @@ def test_bundled_questions_and_checkpoints_are_the_world_s(world: str) -> None:
     for question in (*train, *test):
         chain = chain_of(made, question)
         assert question.gold == made.answer_text(chain, made.truth(chain)) == answer(question.messages[-1].content)
-    for role in ("student", "teacher"):
+    for role in roles_of(world):
         folder = bundled_model(f"lab:{world}/{role}")
         assert PreTrainedTokenizerFast.from_pretrained(folder).get_vocab() == CHAT.tokenizer.get_vocab()
     assert sum(path.stat().st_size for path in (ASSETS / world).rglob("*") if path.is_file()) < 4_000_000
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 25_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_levels_are_measured_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     levels_command("elsewhere", 2, markdown=True)
     told = capsys.readouterr().out
