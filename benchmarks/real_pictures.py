@@ -31,7 +31,7 @@ def accuracy_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             right, every = (sum(row["held_out"][family][k] for row in found) for k in (0, 1))
             low, high = wilson_bounds(right, every)
             x, share = i + (place - (len(bars) - 1) / 2) * 0.2, right / every
-            label = f"{name} ({len(found)} seeds)" if name != "before" else name
+            label = f"{name} ({len(found)} seed{'s' * (len(found) > 1)})" if name != "before" else name
             axes.bar(x, share, 0.18, color=COLOURS[name], label=None if i else label)
             axes.errorbar(x, share, [[max(0, share - low)], [max(0, high - share)]], color="#333333", capsize=2, linewidth=1)
     axes.set_xticks(range(len(FAMILIES)), FAMILIES)
