@@ -5,8 +5,9 @@ A world is fixed by looking at this table alone: whoever tuned it by what a meth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -57,7 +58,7 @@ def measure_levels(world: World, probes: dict[str, Probe], samples: int) -> Leve
         hard[level] = round(student.accuracy(pool, samples, 1.0)[level] * marks), marks
         mine = [q for q in asked if q.level == level]
         for what, prompts in prompts_of_hard(world, student, mine).items():
-            shown.setdefault(what, {})[level] = student.accuracy(mine, prompt=lambda q, prompts=prompts: prompts[q.id])[level]
+            shown.setdefault(what, {})[level] = student.accuracy(mine, prompt=partial(_prompt_of, prompts))[level]
     return Levels(
         {level: sum(q.level == level for q in asked) for level in dict.fromkeys(q.level for q in asked)},
         {role: probe.accuracy(asked) for role, probe in probes.items()},
@@ -67,6 +68,10 @@ def measure_levels(world: World, probes: dict[str, Probe], samples: int) -> Leve
         shown,
         teacher.fidelity(ChainTeacherCorpus(world, teacher.book).response) if teacher else None,
     )
+
+
+def _prompt_of(prompts: Mapping[str, tuple[Message, ...]], question: Question) -> tuple[Message, ...]:
+    return prompts[question.id]
 
 
 def prompts_of_hard(world: World, probe: Probe, questions: Sequence[Question]) -> dict[str, dict[str, tuple[Message, ...]]]:
