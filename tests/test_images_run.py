@@ -258,7 +258,7 @@ def test_two_processes_look_at_their_own_pictures(sharding: str, zppo: Zppo, rec
     for name in ("loss", "grad_norm", "entropy", "completion_tokens_mean", "train_tokens_needed"):
         assert one.get(name) == pytest.approx(two.get(name), rel=1e-4, abs=1e-6), name
     saved = "checkpoints/step-000001/model/adapter_model.safetensors"
-    for name in (saved, "final/model.safetensors", "final/adapter/adapter_model.safetensors"):
-        ours, theirs = load_file(alone / name), load_file(pair / name)
+    for name in (saved, "final/model*.safetensors", "final/adapter/adapter_model.safetensors"):  # sharded weights are in several files
+        ours, theirs = ({k: v for file in run.glob(name) for k, v in load_file(file).items()} for run in (alone, pair))
         assert ours.keys() == theirs.keys() and max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 2e-5, name
     assert json.loads((alone / "final" / "config.json").read_text()) == json.loads((pair / "final" / "config.json").read_text())

@@ -58,23 +58,22 @@ def save_final(run: Path, student: Student, weights: ReplicatedWeights, chat: Ch
         with writing(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+    if isinstance(student, TinkerStudent):
+        student.save_final(folder, chat)
+        return folder
     folder = processes.gather(folder)[0]
     with writing(folder):
-        if not isinstance(student, TinkerStudent):
-            if student.adapters and processes.main:
-                student.adapters.save_pretrained(folder / ADAPTER)
-            weights.write_final(folder, student)
+        if student.adapters and processes.main:
+            student.adapters.save_pretrained(folder / ADAPTER)
+        weights.write_final(folder, student)
         if processes.main:
-            _write_words(folder, student, chat)
+            _write_words(folder, chat)
     processes.wait()
     return folder
 
 
-def _write_words(folder: Path, student: Student, chat: Chat) -> None:
+def _write_words(folder: Path, chat: Chat) -> None:
     """What final/ holds beside the weights."""
-    if isinstance(student, TinkerStudent):
-        student.save_final(folder, chat)
-        return
     chat.tokenizer.chat_template = chat.template  # what the student was trained with
     chat.tokenizer.save_pretrained(folder)
     for name, content in chat.image_processor.files.items() if chat.image_processor is not None else ():
