@@ -88,7 +88,7 @@ def test_the_teacher_speaks_the_protocol() -> None:
 
 def test_the_table_tells_teachers_and_numbers_of_steps_apart() -> None:
     study = real_model.read(real_model.RESULTS / "real-model.jsonl")
-    base = next(row for row in study if row["what"] == "base")
+    base = next(row for row in reversed(study) if row["what"] == "base")
     run = next(row for row in study if row["what"] == "run" and row["teacher"] == "program")
     longer = {**run, "steps": 72, "held_out": dict.fromkeys(stories.FAMILIES, [3, 4])}
     found = real_model.table([base, run, longer, {**longer, "teacher": "model"}])
