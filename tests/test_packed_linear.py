@@ -92,3 +92,11 @@ def test_what_is_no_plain_layer_is_left_alone(model: PreTrainedModel, monkeypatc
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with packed_linears(model):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_processor_without_bf16_samples_with_the_layers_themselves(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with packed_linears(model, torch.bfloat16):
+        assert not any("forward" in vars(module) for module in model.modules())
+    with packed_linears(model):
+        assert any("forward" in vars(module) for module in model.modules())

@@ -19,7 +19,6 @@ _ROWS = 16
 """The batch that the layout is made for. Measured from 1 to 600 rows in fp32 and bf16, no other was more than 15% faster."""
 _SMALLEST = 1 << 16
 """Weights with fewer numbers fit the fast caches, and what a call costs is most of their time."""
-_TYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear:
@@ -45,12 +44,19 @@ class PackedLinear:
         return made
 
 
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, where PyTorch has it, multiplies numbers of this type on this processor: an older one has no bf16."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def can_pack(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer of `torch` itself with a whole, plain weight on a CPU that oneDNN multiplies with."""
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
     weight = layer.weight  # sharded and quantized ones have a class of their own
-    plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype in _TYPES
+    plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
     return plain and weight.numel() >= _SMALLEST
 
 
@@ -59,13 +65,12 @@ def packed_linears(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
     """Inside, the model's large linear layers on a CPU multiply with packed weights; outside everything is as it was.
 
     Results differ from the layers' own by the order of sums. Takes the memory of one more copy of these weights while it lasts, less than
-    what an update takes when it is over. Does nothing where PyTorch has no oneDNN.
+    what an update takes when it is over. Does nothing where PyTorch has no oneDNN, or none for the type.
 
     Args:
         dtype: of the products, where the model is run under autocast.
     """
-    packable = torch.backends.mkldnn.is_available() and (dtype is None or dtype in _TYPES)
-    layers = [layer for layer in model.modules() if packable and can_pack(layer)]
+    layers = [layer for layer in model.modules() if can_pack(layer) and _multiplies(dtype or layer.weight.dtype)]
     for layer in layers:
         layer.forward = PackedLinear(layer, dtype)  # type: ignore[assignment]
     try:
