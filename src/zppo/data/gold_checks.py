@@ -17,7 +17,7 @@ MOST_WORDS = 5
 
 _SHOWN = 60
 _JUDGE = "let a judge grade them (a column `grading` that says judge)"
-_MENDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+MENDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "mark": ("holds the mark '####'", "take what follows it with data.answer_after: '####'"),
         "box": ("is more than a box", "take what the box holds with data.answer_after: '\\boxed'"),
@@ -28,6 +28,7 @@ _MENDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "words": (f"has more than {MOST_WORDS} words", f"keep the answer alone (data.answer_after), or {_JUDGE}"),
     }
 )
+"""What stands in the way of a right answer, by its kind: how it is said, and what to do."""
 
 _MARK = "####"
 _TAG = re.compile(r"<([A-Za-z][\w-]*)>(.*?)</\1>", re.DOTALL)
@@ -46,7 +47,7 @@ _NO_WORDS = frozenset(
 
 
 def unmatchable(gold: str) -> tuple[str, str]:
-    """Why no boxed answer can be this right answer, a key of the table of mends, and what it is about; ("", "") where one can."""
+    """Why no boxed answer can be this right answer, a key of `MENDS`, and what it is about; ("", "") where one can."""
     if gold in NOTHING:
         return "nothing", ""
     head, mark, tail = gold.rpartition(_MARK)
@@ -98,7 +99,7 @@ class GoldChecks:
         self._questions += 1
         for kind, found, gold in ((*unmatchable(gold), gold) for gold in question.golds):
             if kind:
-                what, mend = (text.format(found=found) for text in _MENDS[kind])
+                what, mend = (text.format(found=found) for text in MENDS[kind])
                 first, mend, count = self._found.get(kind, (f"{place}, column {column!r}: the right answer {_shown(gold)} {what}", mend, 0))
                 self._found[kind] = first, mend, count + 1
                 return
