@@ -7,7 +7,7 @@ Where a model can do that exactly, a prompt is computed once for several of its 
 without its last token, then for each completion a branch of that last token and the completion. A branch sees the prompt and itself, by
 an attention mask, and its positions go on from the prompt's, so every token has the context that it was sampled in. The last prompt token
 is repeated in every branch so that each token predicts one. It needs attention that takes such a mask: a recurrence (linear attention)
-runs through a sequence in its order and cannot branch.
+runs through a sequence in its order and cannot branch. PyTorch's attention is given the parts that see one another, and no pair of others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -230,12 +231,77 @@ def shared_logprobs(
         pad_sequence([pack[i] for pack in laid], True, fill).to(device, non_blocking=True) for i, fill in enumerate((pad_id, 0, _PAD))
     )
     seen = (branches[:, :, None] == branches[:, None]) | (branches[:, None] == 0)  # (P, N, N): query, key
-    inputs = {"input_ids": ids, "position_ids": places, "attention_mask": seen.tril()[:, None], "use_cache": False}
+    mask = BranchMask.of(seen.tril()[:, None], [[len(p.prompt_ids) - 1, *map(len, p.completions)] for p in packs], _kv_heads(model))
+    inputs = {"input_ids": ids, "position_ids": places, "attention_mask": mask, "use_cache": False}
     completions, width = [torch.as_tensor(c) for pack in packs for c in pack.completions], ids.shape[1] - first
     where = _Where(torch.tensor([len(c) for c in completions]), _starts(packs, first, width))
     targets = torch.cat(completions).to(device, torch.int64, non_blocking=True)
     values = scored(model, inputs, width, where.places(device), TargetLogprobs(targets, temperature, banned_ids))
     return where.spread(values), where.mask.to(device, non_blocking=True)
+
+
+def _kv_heads(model: Any) -> int | None:
+    """How many heads of keys and values an attention layer has, where the configuration says it."""
+    return getattr(getattr(getattr(model, "module", model), "config", None), "num_key_value_heads", None)
+
+
+class BranchMask(torch.Tensor):
+    """Which token of a pack sees which, (P, 1, N, N) bool; PyTorch's attention with it computes the pairs that see one another, and few others.
+
+    To any other function it is the plain mask that it holds. A kernel that is given a mask computes what the mask hides too: of a prompt
+    and eight branches that is three quarters of all pairs. As an argument of the layers it is still there where they are computed again.
+
+    Attributes:
+        sizes: of every pack the tokens of its prompt and of each branch; what is left of N is padding.
+        heads: of keys and values, before they were repeated for the queries; None where that is not known.
+    """
+
+    sizes: list[list[int]]
+    heads: int | None
+    _late: torch.Tensor
+
+    @classmethod
+    def of(cls, seen: torch.Tensor, sizes: list[list[int]], heads: int | None) -> BranchMask:
+        """A plain mask with what else is known of it."""
+        made = seen.as_subclass(cls)
+        made.sizes, made.heads = sizes, heads
+        prompt, longest = max(parts[0] for parts in sizes), max(max(parts[1:]) for parts in sizes)
+        made._late = torch.ones(longest, prompt + longest, dtype=torch.bool, device=seen.device).tril(prompt)
+        return made
+
+    def late(self, prompt: int, branch: int) -> torch.Tensor:
+        """(branch, prompt + branch) bool: what the tokens of a branch see of the prompt and of themselves."""
+        start = self._late.shape[1] - self._late.shape[0] - prompt
+        return self._late[:branch, start : start + prompt + branch]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is scaled_dot_product_attention:
+                return _attend(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: BranchMask, **how: Any) -> torch.Tensor:
+    """`scaled_dot_product_attention` by blocks: the prompt causally, then every branch with keys and values of the prompt and its own."""
+    if not query.shape[2] == key.shape[2] == attn_mask.shape[-1] or how.get("is_causal"):
+        return scaled_dot_product_attention(query, key, value, attn_mask.as_subclass(torch.Tensor), **how)
+    heads, repeated = attn_mask.heads, key.shape[1]
+    if query.device.type == "cpu" and heads is not None and heads < repeated == query.shape[1]:
+        # Its kernel needs no copies: what is kept for the backward pass is a fraction.
+        key, value, how = key[:, :: repeated // heads], value[:, :: repeated // heads], {**how, "enable_gqa": True}
+    made = []
+    for pack, (prompt, *branches) in zip(zip(query.split(1), key.split(1), value.split(1), strict=True), attn_mask.sizes, strict=True):
+        padding = query.shape[2] - prompt - sum(branches)
+        (q, *queries), (k, *keys), (v, *values) = (x.split([prompt, *branches, padding], 2) for x in pack)
+        k, v = k.contiguous(), v.contiguous()  # of views all of a tensor would be kept
+        parts = [scaled_dot_product_attention(q, k, v, **{**how, "is_causal": True})]
+        for branch, own_q, own_k, own_v in zip(branches, queries, keys, values, strict=False):
+            late = attn_mask.late(prompt, branch)
+            parts.append(scaled_dot_product_attention(own_q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2), late, **how))
+        parts.append(value.new_zeros(1, query.shape[1], padding, value.shape[3]))
+        made.append(torch.cat([part.transpose(1, 2) for part in parts], 1))  # laid out as its reader wants it
+    return torch.cat(made).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -354,11 +354,16 @@ def sum_in_place(parameter: torch.Tensor) -> None:
     setattr(parameter, _IN_PLACE, True)
 
 
+def sums_in_place(parameter: torch.Tensor) -> bool:
+    """Whether that was said of it, and there is a plain gradient to add to."""
+    return getattr(parameter, _IN_PLACE, False) and type(parameter.grad) is torch.Tensor
+
+
 def _sum(weight: torch.Tensor, total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
     """What autograd is given of a weight's gradient so far: in fp32, whatever a chunk's part came in; None where it is summed in place."""
     if more is None:
         return total
-    if getattr(weight, _IN_PLACE, False) and type(weight.grad) is torch.Tensor:
+    if sums_in_place(weight) and weight.grad is not None:
         weight.grad.add_(more)
         return None
     return more if total is None else total.float().add_(more)
