@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from zppo.distributed.parallel import zero_gradients
 from zppo.engines import packed_linear
 from zppo.engines.base import SampleRequest, Sampling
-from zppo.engines.packed_linear import PackedLinear, packed_linears
+from zppo.engines.packed_linear import PackedLinear, packed_linears, trained_linears
 from zppo.engines.transformers import WORTH_PACKING, TransformersEngine
+from zppo.models.student_model import recompute_layers
 
 
 @pytest.fixture
@@ -100,3 +102,49 @@ def test_a_processor_without_bf16_samples_with_the_layers_themselves(model: PreT
         assert not any("forward" in vars(module) for module in model.modules())
     with packed_linears(model):
         assert any("forward" in vars(module) for module in model.modules())
+
+
+def learnt(model: PreTrainedModel, *, passes: int = 2) -> list[torch.Tensor]:
+    """Gradients of all weights after a few passes, the padding id among the tokens; and the logits of the last."""
+    zero_gradients(model)
+    for shift in range(passes):
+        ids = (torch.arange(24).view(2, 12) * 7 + shift) % 300
+        ids[0, 3] = 0
+        logits = model(ids).logits
+        (logits * torch.linspace(-1, 1, 300)).mean().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("how", ["plain", "biases", "untied", "frozen", "computed again", "not in place"])
+def test_training_has_the_outputs_and_gradients_of_the_layers_themselves(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 300, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size |= {"attention_bias": how == "biases", "mlp_bias": how == "biases", "tie_word_embeddings": how != "untied", "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=300, num_hidden_layers=2)).eval()
+    if how == "frozen":
+        model.model.layers[0].requires_grad_(False)
+    if how == "computed again":
+        recompute_layers(model)
+    if how == "not in place":
+        monkeypatch.setattr(packed_linear, "sums_in_place", lambda _: False)
+    expected = learnt(model)
+    products: list[tuple[int, ...]] = []
+    multiplied = packed_linear._multiplied
+    monkeypatch.setattr(packed_linear, "_multiplied", lambda x, w, b: (products.append(x.shape), multiplied(x, w, b))[1])
+    with trained_linears(model):
+        found = learnt(model)
+    assert products and all(rows == 24 for rows, _ in products)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
+
+
+def test_training_under_autocast_is_left_to_the_layers(model: PreTrainedModel) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = learnt(model)
+        with trained_linears(model):
+            found = learnt(model)
+    assert torch.equal(found[0], expected[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-2 * float(theirs.abs().max()), rtol=0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3_5TextConfig, Qwen3Config
 
 from test_memory import runs_out
@@ -19,7 +20,7 @@ from zppo.config.recipe import load_recipe
 from zppo.core.advantages import step_advantages
 from zppo.core.minibatch import Sharing, packed, samples_of, share_prompt
 from zppo.engines import logprobs as shared
-from zppo.engines.logprobs import Pack, completion_logprobs, shared_logprobs, sharing_of
+from zppo.engines.logprobs import BranchMask, Pack, completion_logprobs, shared_logprobs, sharing_of
 from zppo.models.student_model import recompute_layers
 from zppo.train.assemble import _make_sharing
 
@@ -72,6 +73,54 @@ def test_branches_score_what_rows_score(config: type, how: dict[str, Any]) -> No
     assert max(float((a - b).abs().max()) for a, b in zip(gradients, expected, strict=True)) <= 1e-5 * biggest
 
 
+class Kernels(TorchDispatchMode):
+    """Notes for how many queries and keys an attention kernel is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "scaled_dot_product" in str(func):
+            self.asked.append((args[0].shape[2], args[1].shape[2]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_attention_is_asked_for_pairs_that_see_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for all pairs of a pack."""
+    model, two = tiny(LlamaConfig), [Pack(range(20), [range(5), range(9), range(3)]), Pack(range(4), [range(2)])]
+    expected, _ = completion_logprobs(model, [(p.prompt_ids, c) for p in two for c in p.completions])
+    with Kernels() as seen:
+        found, _ = shared_logprobs(model, two)
+    assert sorted(set(seen.asked)) == [(2, 5), (3, 3), (3, 22), (5, 24), (9, 28), (19, 19)]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_any_other_reader_of_the_mask_finds_a_plain_one() -> None:
+    seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    mask = BranchMask.of(seen, [[1, 2]], None)  # and one token of padding
+    assert type(mask[:, :, :2]) is torch.Tensor and type(mask.float()) is torch.Tensor and torch.equal(mask.logical_not(), ~seen)
+    assert mask.late(1, 2).tolist() == [[True, True, False], [True, True, True]]
+    short, x = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)  # fewer queries than the mask has rows: nothing is known of them
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(attend(short, x, x, mask[:, :, :3]), attend(short, x, x, seen[:, :, :3]))
+    torch.testing.assert_close(attend(x, x, x, mask)[:, :, :3], attend(x, x, x, seen)[:, :, :3], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("config", [Qwen3Config, LlamaConfig])
+@torch.no_grad()
+def test_branches_in_bf16_are_as_near_as_rows_are(config: type) -> None:
+    model = tiny(config)
+    rows = [(p.prompt_ids, c) for p in packs() for c in p.completions]
+    exact, mask = completion_logprobs(model, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        gaps = [
+            (logprobs - exact)[mask].abs().mean() for logprobs, _ in (shared_logprobs(model, packs()), completion_logprobs(model, rows))
+        ]
+    assert float(gaps[0]) < 1.5 * float(gaps[1])
+
+
 def test_models_that_cannot_branch_are_not_asked_to() -> None:
     assert sharing_of(tiny(Qwen3Config)) == Sharing(reach=6 * 32)
     assert sharing_of(tiny(Qwen3Config, "eager")) is None  # would add a mask of truth values to its scores
@@ -93,14 +142,22 @@ def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPa
 @given(st.integers(1, 500), st.lists(st.integers(1, 200), min_size=1, max_size=8), st.integers(1, 10_000), st.integers(1, 5000))
 def test_packs_hold_each_completion_once_and_never_cost_more(prompt: int, tokens: list[int], reach: int, most: int) -> None:
     def cost(chosen: list[list[int]]) -> float:
-        lengths = [prompt + sum(tokens[i] for i in pack) for pack in chosen]
-        return sum(t + t * t / reach for t in lengths)
+        pairs = len(chosen) * prompt**2 + sum(t * (prompt + t) for t in tokens)
+        return sum(prompt + sum(tokens[i] for i in pack) for pack in chosen) + pairs / reach
 
     chosen = share_prompt(prompt, tokens, reach=reach, most=most)
     assert sorted(i for pack in chosen for i in pack) == list(range(len(tokens)))
     assert all(len(p) == 1 or prompt + sum(tokens[i] for i in p) <= most for p in chosen)
-    assert cost(chosen) <= cost([[i] for i in range(len(tokens))]) * (1 + 1e-9)
-    assert share_prompt(prompt, tokens, reach=10**9, most=10**9) == [sorted(range(len(tokens)), key=lambda i: -tokens[i])]
+    alone = [[i] for i in range(len(tokens))]
+    assert cost(chosen) <= cost(alone) * (1 + 1e-9)
+    whole = [list(range(len(tokens)))]
+    assert cost(share_prompt(prompt, tokens, reach=reach, most=10**9)) <= 1.05 * cost(whole) * (1 + 1e-9)
+
+
+def test_packs_are_as_small_as_costs_little() -> None:
+    assert len(share_prompt(150, [46] * 8, reach=3456, most=4096)) == 1
+    assert len(share_prompt(50, [500] * 8, reach=3456, most=10**6)) == 4  # 4 prompts of 50 more are 4% of 4,050 tokens
+    assert len(share_prompt(1, [500] * 8, reach=3456, most=10**6)) == 8
 
 
 @pytest.mark.parametrize("sampler", [True, False])

@@ -186,7 +186,7 @@ def sharing_of(model: PreTrainedModel, *, rounded: bool = False) -> Sharing | No
 
     Asked of it: text only, full attention in every layer, PyTorch's attention kernels, rotary positions; and that a prompt with two
     completions scores them as each on its own, which is tried. In a layer of width w attention over t^2 pairs takes 4 t^2 w multiplications
-    and additions, everything else about 24 t w^2: equal at t = 6 w.
+    and additions, everything else about 24 t w^2: equal at t = 6 w. `share_prompt` counts the pairs that are computed.
 
     Args:
         rounded: it computes in bf16, whatever its weights are.
@@ -246,7 +246,7 @@ def _kv_heads(model: Any) -> int | None:
 
 
 class BranchMask(torch.Tensor):
-    """Which token of a pack sees which, (P, 1, N, N) bool; PyTorch's attention with it computes the pairs that see one another, and few others.
+    """Which token of a pack sees which, (P, 1, N, N) bool. PyTorch's attention with it computes the pairs that see one another, few others.
 
     To any other function it is the plain mask that it holds. A kernel that is given a mask computes what the mask hides too: of a prompt
     and eight branches that is three quarters of all pairs. As an argument of the layers it is still there where they are computed again.

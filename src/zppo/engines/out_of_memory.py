@@ -67,21 +67,29 @@ class TokenBudget:
         adaptive: halve it whenever memory runs out (`train.tokens_per_microbatch: auto`).
         say: called with a message when memory has run out and what fits from then on.
         overhead: what a pass costs in addition to its tokens, in tokens; decides between padding and more micro-batches.
+        merged: padded tokens of a micro-batch of several packs that share a prompt, if that is less; None: it is not.
 
     Attributes:
         tokens: the budget now; where it is adaptive part of a checkpoint.
     """
 
     def __init__(
-        self, tokens: int, *, adaptive: bool = False, say: Callable[[str], None] | None = None, overhead: int = PASS_TOKENS
+        self,
+        tokens: int,
+        *,
+        adaptive: bool = False,
+        say: Callable[[str], None] | None = None,
+        overhead: int = PASS_TOKENS,
+        merged: int | None = None,
     ) -> None:
-        self.tokens, self.adaptive, self.say, self.overhead = tokens, adaptive, say, overhead
+        self.tokens, self.adaptive, self.say, self.overhead, self.merged = tokens, adaptive, say, overhead, merged
         self._before = tokens  # the first failed attempt
 
     def split(self, lengths: Sequence[int], packs: Sequence[list[int]] | None = None) -> list[MicroBatch]:
         """Micro-batches under the budget as it is now: of packs of these lengths, or of rows."""
         packs = packs if packs is not None else [[row] for row in range(len(lengths))]
-        batches = micro_batches(lengths, self.tokens, self.overhead)
+        limited = self.merged is not None and any(len(pack) > 1 for pack in packs)
+        batches = micro_batches(lengths, min(self.tokens, self.merged or 0) if limited else self.tokens, self.overhead)
         return [MicroBatch([packs[i] for i in batch], lengths[batch[0]]) for batch in batches]
 
     def shrink(

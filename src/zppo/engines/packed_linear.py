@@ -86,8 +86,8 @@ def packed_linears(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
 def trained_linears(model: nn.Module) -> Iterator[None]:
     """Inside, the model's large linear layers on a CPU in fp32 compute outputs and gradients by oneDNN; backward passes belong inside too.
 
-    Both differ from the layers' own by the order of sums. Gradients of weights that may be summed in place (`output_head.sum_in_place`) are,
-    those of embeddings too: a pass touches a few hundred of their rows.
+    Both differ from the layers' own by the order of sums. Gradients of weights that may be summed in place (`output_head.sum_in_place`)
+    are, those of embeddings too: a pass touches a few hundred of their rows.
     """
     layers = [layer for layer in model.modules() if can_pack(layer) and layer.weight.dtype == torch.float32 and _multiplies(torch.float32)]
     tables = [module for module in model.modules() if _can_add(module)]

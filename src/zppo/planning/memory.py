@@ -20,7 +20,7 @@ from zppo.config.cluster_settings import missing_for_tinker
 from zppo.config.methods import needs_of
 from zppo.config.model_settings import ModelSettings, TinkerSettings
 from zppo.config.settings import TOKENS_PER_MICROBATCH, Settings, names_vision_layers
-from zppo.core.minibatch import Sharing, head_tokens, micro_batches, pass_tokens, share_prompt
+from zppo.core.minibatch import MERGED_TOKENS, Sharing, head_tokens, micro_batches, pass_tokens, share_prompt
 from zppo.core.select import share_of
 from zppo.core.types import Message, Question
 from zppo.names import model_folder
@@ -457,8 +457,8 @@ def _largest(settings: Settings, shape: DecoderShape, *, gpu: bool, images: int)
     overhead = pass_tokens(shape.hidden, gpu=gpu)
     found = [
         _Largest(len(batch), max(lengths[row] for row in batch))
-        for lengths in (shared, single)
-        for batch in micro_batches(lengths, budget, overhead)
+        for lengths, limit in ((shared, budget if gpu else min(budget, MERGED_TOKENS)), (single, budget))
+        for batch in micro_batches(lengths, limit, overhead)
     ]
     return max(found, key=lambda micro: micro.rows * micro.longest)
 

@@ -15,6 +15,7 @@ from zppo.core.credit import credited_groups
 from zppo.core.draws import keyed_random
 from zppo.core.loss import Surrogate, clipped_surrogate, shaped_surrogate
 from zppo.core.minibatch import (
+    MERGED_TOKENS,
     MicroBatch,
     Sample,
     Share,
@@ -361,4 +362,5 @@ def make_budget(train: TrainSettings, say: Callable[[str], None] | None = None, 
     """The budget of a recipe, for a model of this width."""
     adaptive = train.tokens_per_microbatch == "auto"
     tokens = TOKENS_PER_MICROBATCH if train.tokens_per_microbatch == "auto" else train.tokens_per_microbatch
-    return TokenBudget(tokens, adaptive=adaptive, say=say, overhead=pass_tokens(width, gpu=gpu))
+    merged = None if gpu else MERGED_TOKENS
+    return TokenBudget(tokens, adaptive=adaptive, say=say, overhead=pass_tokens(width, gpu=gpu), merged=merged)
