@@ -44,6 +44,7 @@ from zppo.models.optimizer import make_optimizer
 from zppo.models.student_model import load_model, recompute_layers
 from zppo.runs import checkpoint
 from zppo.train.learner import UpdateStopped
+from zppo.train.policy_gradient import make_budget
 
 pytestmark = pytest.mark.slow
 
@@ -256,6 +257,15 @@ def test_a_fixed_budget_and_a_single_row_are_errors_that_say_the_mend(tiny_qwen3
         update(make_policy_gradient(model, tokens_per_microbatch="auto"), groups, advantages, step=1)
     assert re.search("with a single row of .* lower rollout.max_new_tokens", str(stopped.value.cause))
     assert TokenBudget(100).state_dict() == {}
+
+
+def test_a_cpu_puts_no_long_packs_into_one_pass(tiny_qwen3_dir: Path) -> None:
+    """Rows that share nothing are put together as before, and so are packs on a GPU."""
+    train, packs = make_policy_gradient(load(tiny_qwen3_dir)).budget, [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [m.packs for m in train.split([500, 500, 300, 300], packs)] == [[[0, 1]], [[2, 3]], [[4, 5], [6, 7]]]
+    assert [len(m.packs) for m in train.split([500, 500, 500])] == [3]
+    assert [len(m.packs) for m in make_budget(TrainSettings(), gpu=True).split([500, 500, 500, 500], packs)] == [4]
+    assert [m.width for m in train.split([2000], [[0, 1]])] == [2000]  # alone, whatever it has
 
 
 def test_where_one_budget_is_shared_the_process_that_failed_decides() -> None:

@@ -88,6 +88,7 @@ def test_memory_that_runs_out_between_two_updates_loses_nothing(
 ) -> None:
     run, whole, saving = tmp_path / "run", tmp_path / "whole", "--train.checkpoint_every=50"
     monkeypatch.setattr("zppo.train.policy_gradient.pass_tokens", lambda *_, **__: 10**6)  # one micro-batch per update, four updates a step
+    monkeypatch.setattr("zppo.train.policy_gradient.MERGED_TOKENS", 10**6)
     with monkeypatch.context() as patch:
         nth_call_raises(patch, PolicyGradient, "_backward", 7)
         status, said = zppo("train", recipe, *SHORT, saving, f"--output={run}")

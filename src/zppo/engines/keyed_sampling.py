@@ -139,7 +139,9 @@ class Drawer:
         numbers = uniforms(self._states, step)
         places = inverse_cdf(probs, numbers)
         tokens = places if ids is None else ids.gather(1, places)
-        return Draws(tokens[:, 0], logprobs.gather(1, places)[:, 0], torch.special.entr(probs).sum(-1))
+        drawn = logprobs.gather(1, places)[:, 0]
+        logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)  # 0 log 0 is 0
+        return Draws(tokens[:, 0], drawn, -torch.linalg.vecdot(probs, logprobs))
 
 
 _BLOCK = 256
@@ -156,7 +158,7 @@ def inverse_cdf(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         numbers: (R,) in [0, 1), of the type that sums are taken in: float64 but where there is none.
     """
     rows, width = probs.shape
-    blocks = torch.nn.functional.pad(probs, (0, -width % _BLOCK)).view(rows, -1, _BLOCK)
+    blocks = (torch.nn.functional.pad(probs, (0, -width % _BLOCK)) if width % _BLOCK else probs).view(rows, -1, _BLOCK)
     cdf = blocks.sum(-1, dtype=numbers.dtype).cumsum(-1)
     sought = (numbers * cdf[:, -1])[:, None]
     found = torch.searchsorted(cdf, sought, right=True).clamp_(max=blocks.shape[1] - 1)  # only NaN gets beyond
