@@ -145,7 +145,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUN_FILES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n.startswith("held_out") else n for n in RUN_FILES])
 def test_of_a_run_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     healthy = Path(shutil.copytree(run, tmp_path / "healthy"))
     pointer(run / name)

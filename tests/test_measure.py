@@ -155,6 +155,7 @@ def test_a_measurement_that_is_ended_goes_on_and_ends_the_same(how: signal.Signa
     assert process.returncode == (-how if how == signal.SIGKILL else 128 + how), said
     if how != signal.SIGKILL:
         assert "the same command goes on" in said and "Traceback" not in said
+        assert "questions say so far:" in said
     assert not out.exists()
     kept = (tmp_path / "ended-answers.jsonl").read_bytes()
     assert 6 <= kept.count(b"\n") < 180

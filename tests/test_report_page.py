@@ -360,7 +360,7 @@ def test_it_fits_a_phone(browser: Browser, folder: Path, dark: bool) -> None:
     assert (background == "rgb(255, 255, 255)") != dark
 
 
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_no_chart_is_cut_on_paper(browser: Browser, folder: Path, dark: bool) -> None:
     """A4 with the page's margins is 703 CSS pixels wide; what prints is what the browser lays out for that width."""
     browser.size(1280, 900, dark=dark)

@@ -240,7 +240,7 @@ def test_a_small_model_that_sees_has_its_own_limits(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.long), True])
 def test_what_does_not_end_in_time_is_answered(tmp_path: Path, stream: bool) -> None:
     """The grace of 30 seconds made a second: a batch that takes minutes, one that waits, and a body that is not whole."""
     path = make_tiny(tmp_path, max_position_embeddings=100_000)

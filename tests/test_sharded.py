@@ -71,8 +71,8 @@ def assert_weights_near(ours: Path, theirs: Path, bound: float) -> None:
     assert all(value.dtype == torch.float32 for value in other.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("names", [("rates", "adapters"), pytest.param(("frozen", "4 bits"), marks=pytest.mark.long)], ids=" ".join)
+@pytest.mark.long
+@pytest.mark.parametrize("names", [("rates", "adapters"), ("frozen", "4 bits")], ids=" ".join)
 def test_two_processes_with_shards_train_what_one_trains(names: tuple[str, ...], folder: Path, tmp_path: Path, victims: Victims) -> None:
     """Only one of them sees pictures, or has rows; memory runs out in the second one, on its way forward or back."""
     bits = importlib.util.find_spec("bitsandbytes") is not None

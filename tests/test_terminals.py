@@ -16,7 +16,7 @@ from zppo.cli import main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ENCODINGS = ("ascii", "latin-1", "cp1252", "koi8-r")
-WIDTHS = ("", "0", "00", "1", "10", "-5", "²", "wide", "100000")
+WIDTHS = ("", "10", "wide", *(pytest.param(width, marks=pytest.mark.long) for width in ("0", "00", "1", "-5", "²", "100000")))
 
 
 @pytest.fixture(scope="module")

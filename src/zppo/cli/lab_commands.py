@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_lab(commands: Subcommands) -> None:
-    """`lab build`, `lab questions`, `lab levels` and `lab study`."""
+    """`lab build`, `lab questions`, `lab levels`, `lab study` and `lab scorecard`."""
     _add_lab(commands.add_parser("lab", help="the bundled tiny world: its questions and models"))
 
 
@@ -48,6 +48,14 @@ def _add_lab(lab: argparse.ArgumentParser) -> None:
     study.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs; may be repeated")
     study.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     study.set_defaults(run=_lab_study)
+    card = commands.add_parser("scorecard", help="the paper's claims one by one: run what their verdicts need, and print them")
+    card.add_argument("--claims", default="", metavar="N,N", help="some of the claims by number (default: all)")
+    card.add_argument("--seeds", help="of every run (default: 10-17)")
+    card.add_argument("--rows", type=Path, default=Path("runs/scorecard.jsonl"), help="one line per finished run; appended to")
+    card.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each (default: cores)")
+    card.add_argument("--print", action="store_true", help="run nothing: print what the rows say")
+    card.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    card.set_defaults(run=_lab_scorecard)
 
 
 def _lab_build(options: argparse.Namespace) -> None:
@@ -81,5 +89,18 @@ def _lab_study(options: argparse.Namespace) -> None:
         extra = [f"--{setting}" for setting in options.set]
         failed = run_study(cells, options.rows, jobs=max(1, options.jobs), work=Path("runs/study"), extra=extra, console=console)
     print_study(options.rows, console, markdown=options.markdown)
+    if failed:
+        raise SettingsError(f"{failed} runs failed; the same command runs them again")
+
+
+def _lab_scorecard(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from zppo.lab.scorecard import CLAIMS, SEEDS, print_scorecard, run_scorecard
+
+    numbers, console, failed = [n for n in options.claims.split(",") if n] or list(CLAIMS), Console(), 0
+    if not options.print:
+        failed = run_scorecard(numbers, options.seeds or SEEDS, options.rows, jobs=max(1, options.jobs), console=console)
+    print_scorecard(options.rows, numbers, console, markdown=options.markdown)
     if failed:
         raise SettingsError(f"{failed} runs failed; the same command runs them again")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -22,15 +24,36 @@ from zppo import __version__
 from zppo.config.methods import METHODS
 from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
+from zppo.core.types import BCQ
 from zppo.errors import DataError, SettingsError
+from zppo.lab.drift import drift_of
 from zppo.lab.picture_world import is_picture_world
 from zppo.lab.questions import SCHEME
+from zppo.report.audits import run_rows
 from zppo.report.bootstrap import mean_interval, paired_difference
+from zppo.report.read_run import open_run, scan_file
 from zppo.runs.log import BUFFER, METRICS, read_lines
 from zppo.sweep import SweepRun, run_all
 
 MATCHED = "-matched"
 """Ending of a method's name that asks for as many student rollouts as ZPPO takes, by more steps (a matched-cost control)."""
+VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "zppo:minibatches-1": ("train.minibatches=1",),
+        "zppo:minibatches-4": ("train.minibatches=4",),
+        "zppo:minibatches-16": ("train.minibatches=16",),
+        "zppo:scope-all": ("advantage.scope=all",),
+        "zppo:scope-none": ("advantage.scope=none",),
+        "zppo:ask-all": ("teacher.ask=all",),
+        "zppo:ties-batch": ("zone.ties=batch",),
+        "zppo:dynamic": ("zone.dynamic_sampling=after-reformulation",),
+    }
+)
+"""A method with other settings than its recipe's, by METHOD:NAME."""
+
+
+Row = dict[str, Any]
+"""What `metrics.jsonl` and the rollouts of one finished run said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +72,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        student = self.student.removeprefix(SCHEME).replace("/", "-")
-        return "-".join(part for part in (self.recipe.stem, student, self.method, f"s{self.seed}") if part)
+        parts = (self.recipe.stem, self.student.removeprefix(SCHEME), self.method, f"s{self.seed}")
+        return re.sub("[/:]", "-", "-".join(part for part in parts if part))
 
 
 def grid(recipes: Sequence[Path], methods: Sequence[str], seeds: Sequence[int], students: Sequence[str]) -> Iterator[Cell]:
@@ -60,8 +83,8 @@ def grid(recipes: Sequence[Path], methods: Sequence[str], seeds: Sequence[int], 
         SettingsError: a method that is none.
     """
     for method in methods:
-        if method.removesuffix(MATCHED) not in METHODS:
-            raise SettingsError(f"{method!r} is no method; known: {', '.join(METHODS)}, each also with {MATCHED}")
+        if method not in VARIANTS and method.removesuffix(MATCHED) not in METHODS:
+            raise SettingsError(f"{method!r} is no method; known: {', '.join((*METHODS, *VARIANTS))}, each method also with {MATCHED}")
     for seed in seeds:
         for student in students or ("",):
             for recipe in recipes:
@@ -73,7 +96,8 @@ def overrides_of(cell: Cell, settings: Settings) -> list[str]:
     """What the command line of a cell's run adds to its recipe."""
     extra = [
         *_questions_of(cell, settings),
-        f"--method={cell.method.removesuffix(MATCHED)}",
+        f"--method={cell.method.removesuffix(MATCHED).partition(':')[0]}",
+        *(f"--{setting}" for setting in VARIANTS.get(cell.method, ())),
         f"--seed={cell.seed}",
         "--train.checkpoint_every=0",
         "--eval.every=0",
@@ -118,7 +142,10 @@ def row_of(cell: Cell, run: Path) -> dict[str, Any]:
         "steps": len(steps),
         "before": before["by_level"],
         "after": after["by_level"],
+        "curve": _curve(lines),
         **counts,
+        **_audit(run),
+        "drift": drift_of(run),
         "entropy": sum(late) / len(late) if late else None,
         "rollouts": sum(line["rollouts"] for line in steps),
         "student_tokens": sum(line["student_tokens"] for line in steps),
@@ -127,6 +154,24 @@ def row_of(cell: Cell, run: Path) -> dict[str, Any]:
         "version": __version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _curve(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Held-out accuracy by level along a run, with what it had cost until then."""
+    curve, student, teacher = [], 0, 0
+    for line in lines:
+        if line["event"] == "step":
+            student, teacher = student + line["student_tokens"], teacher + line["teacher_tokens"]
+        elif line["event"] == "eval":
+            curve.append({"step": line["step"], "student_tokens": student, "teacher_tokens": teacher, "by_level": line["by_level"]})
+    return curve
+
+
+def _audit(run: Path) -> dict[str, Any]:
+    """Of the audit's window (Tab. 16): the accuracy of BCQ rollouts, and the share of wrong ones with the wrong candidate's answer."""
+    counts = [scan_file(path).counts for path in open_run(run).rollout_files]
+    rows = {row.subset: row for row in run_rows(counts) if row.kind == BCQ and row.source.startswith("last")}
+    return {"bcq_accuracy": rows["all"].accuracy, "bcq_followed": rows["wrong"].negative} if rows else {}
 
 
 def run_study(
@@ -228,16 +273,26 @@ def graduated_share(row: dict[str, Any]) -> float | None:
     return row["graduated"].get("0", 0) / admitted if admitted else None
 
 
-def print_study(path: Path, console: Console, *, markdown: bool = False) -> None:
-    """Print the tables of a rows file, for a terminal or as Markdown.
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file.
 
     Raises:
-        DataError: the file is missing or empty.
+        DataError: it is missing or empty.
     """
     rows = read_lines(path)
     if not rows:
-        raise DataError(f"{path} holds no rows: run `zppo lab study` first, or name the file that it wrote")
-    for title, columns, lines in study_tables(rows):
+        raise DataError(f"{path} holds no rows: run the study first, or name the file that it wrote with --rows")
+    return rows
+
+
+def print_study(path: Path, console: Console, *, markdown: bool = False) -> None:
+    """Print the tables of a rows file, for a terminal or as Markdown. Raises DataError, as `read_rows`."""
+    print_tables(study_tables(read_rows(path)), console, markdown=markdown)
+
+
+def print_tables(tables: Sequence[tuple[str, list[str], list[list[str]]]], console: Console, *, markdown: bool = False) -> None:
+    """Print (title, columns, lines), for a terminal or as Markdown."""
+    for title, columns, lines in tables:
         if markdown:
             text = [f"**{title}**", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             text += ["| " + " | ".join(line) + " |" for line in lines]

@@ -121,6 +121,10 @@ def measure(settings: Settings, name: str, *, n: int, sample: int | None, teache
             opened = _ask(asking, who, asked, n, answers, console)
         _finish(settings, name, loaded, asked, answers, places, n, console)
     except KeyboardInterrupt:
+        measured, _ = _measured(settings, loaded, asked, answers)
+        if any(each.student for each in measured):
+            show(console, f"what {len(measured):,} of {len(asked):,} questions say so far:")
+            print_verdict(judge_data(measured, settings, n), console)
         done = sum(all(answers.get(each, question) is not None for each in who) for question in asked)
         show(console, f"stopped: {done:,} of {len(asked):,} questions are measured, in {places.answers}; the same command goes on")
         raise
@@ -134,30 +138,36 @@ def _ask(asking: Asking, who: Sequence[Who], asked: Sequence[Question], n: int, 
     return sum(ask_all(asking, each, asked, n, answers, console) for each in who if each in asking.ask)
 
 
+def _measured(
+    settings: Settings, loaded: Loaded, asked: Sequence[Question], answers: AnswerFile
+) -> tuple[list[Measured], list[list[dict[str, Any]]]]:
+    """The questions of which something is known, in the order of the data, and their rows with what is known, by part of the data."""
+    chosen = {question.id for question in asked}
+    measured: list[Measured] = []
+    rows: list[list[dict[str, Any]]] = [[] for _ in loaded.parts]
+    for question, (number, place) in zip(loaded.mixture.questions, loaded.mixture.places, strict=True):
+        student, teacher = answers.get("student", question), answers.get("teacher", question)
+        if question.id not in chosen or (student is None and teacher is None):
+            continue
+        measured.append(Measured(settings.data.parts[number].name, question.level, student, teacher))
+        columns = {**(student.columns("student") if student else {}), **(teacher.columns("teacher") if teacher else {})}
+        rows[number].append(loaded.parts[number].kept_rows[place] | columns)
+    return measured, rows
+
+
 def _finish(
     settings: Settings, name: str, loaded: Loaded, asked: Sequence[Question], answers: AnswerFile, places: Places, n: int, console: Console
 ) -> None:
     """Writes the measured rows, the summary and the page, and prints what they say."""
-    chosen = {question.id for question in asked}
-    parts, mixture = settings.data.parts, loaded.mixture
-    measured: list[Measured] = []
-    rows: list[list[dict[str, Any]]] = [[] for _ in parts]
-    for question, (number, place) in zip(mixture.questions, mixture.places, strict=True):
-        if question.id not in chosen:
-            continue
-        student, teacher = answers.get("student", question), answers.get("teacher", question)
-        if student is None and teacher is None:
-            continue
-        measured.append(Measured(parts[number].name, question.level, student, teacher))
-        columns = {**(student.columns("student") if student else {}), **(teacher.columns("teacher") if teacher else {})}
-        rows[number].append(loaded.parts[number].kept_rows[place] | columns)
+    measured, rows = _measured(settings, loaded, asked, answers)
     if not any(each.student for each in measured):
         raise DataError("nothing was answered, so nothing is measured: see the messages above; the same command asks again")
     verdict = judge_data(measured, settings, n)
     for path, each in zip(places.data, rows, strict=True):
         if each:
             write_rows(path, each)
-    _write_completions(places.completions, answers, [question for question in mixture.questions if question.id in chosen])
+    chosen = {question.id for question in asked}
+    _write_completions(places.completions, answers, [question for question in loaded.mixture.questions if question.id in chosen])
     facts = {name: value for name, value in asdict(verdict).items() if name != "questions"} | {"questions": len(measured)}
     write_whole(places.summary, json.dumps({"recipe": name, "student_model": settings.student.model, **facts}, indent=1) + "\n")
     models = [("student", settings.student.model)]
