@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
 
 from zppo.core.draws import draw_key
 from zppo.core.types import Question
@@ -37,7 +36,7 @@ def drift_of(run: Path) -> dict[str, float]:
 @torch.no_grad()
 def divergence(before: Probe, after: Path, questions: list[Question]) -> dict[str, float]:
     """KL(before || after) per token over samples of `before`, by the level of the questions; `after` is a folder of weights."""
-    new = AutoModelForCausalLM.from_pretrained(after, dtype=torch.float32).eval()
+    new = probe_of(after).model
     prompts = [before.chat.encode(before.book.plain(q)) for q in questions]
     asked = [SampleRequest(ids, (draw_key("lab", "drift", q.id),)) for q, ids in zip(questions, prompts, strict=True)]
     written = before.engine.sample(asked, Sampling(temperature=1.0, max_new_tokens=MAX_NEW_TOKENS))

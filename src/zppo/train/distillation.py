@@ -15,7 +15,6 @@ from zppo.core.types import Draft, Group, Prompt, Rollout, Row
 from zppo.engines.chat import THINK_CLOSE
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.out_of_memory import TokenBudget, release
-from zppo.engines.packed_linear import trained_linears
 from zppo.prompts.book import PRIVILEGED
 from zppo.rollout.student import PromptRenderer
 from zppo.rollout.teacher import Pools, TeacherSampler
@@ -173,7 +172,7 @@ class Distillation:
         while True:
             batches = self.budget.split([lengths[i] for i in own])
             try:
-                with self.weights.together(), trained_linears(self.forward.model):
+                with self.weights.together(), self.optimizer.gradients():
                     total = self._gradients(rows, lengths, parts, batches, tokens)
             except RuntimeError as error:
                 self.budget.shrink(error, batches, max((lengths[i] for i in own), default=0), self.weights.of_all)

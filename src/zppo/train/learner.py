@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +16,7 @@ from zppo.core.metrics import mean
 from zppo.core.types import Group, Row
 from zppo.distributed.parallel import ReplicatedWeights, zero_gradients
 from zppo.engines.logprobs import ForwardPass
+from zppo.engines.packed_linear import trained_linears
 from zppo.errors import MemoryLimitError
 from zppo.rollout.teacher import Pools
 from zppo.step_log import StepLog
@@ -92,6 +94,10 @@ class OptimizerStep:
         self.max_norm = math.inf if max_norm is None else max_norm
         self.weights = weights or ReplicatedWeights()
         self.skipped_in_a_row, self.fault = 0, ""
+
+    def gradients(self) -> AbstractContextManager[None]:
+        """Around the forward and backward passes of an optimizer step."""
+        return trained_linears(self.model)
 
     def zero_gradients(self) -> None:
         """Gradients of all trainable parameters as zeros."""

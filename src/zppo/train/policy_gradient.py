@@ -30,7 +30,6 @@ from zppo.core.minibatch import (
 from zppo.core.types import Group, Rollout
 from zppo.engines.logprobs import ForwardPass
 from zppo.engines.out_of_memory import TokenBudget, release
-from zppo.engines.packed_linear import trained_linears
 from zppo.errors import MemoryLimitError
 from zppo.rollout.teacher import Pools
 from zppo.step_log import StepLog
@@ -296,7 +295,7 @@ class PolicyGradient:
         while True:
             batches = self._split(rows)
             try:
-                with self.weights.together(), trained_linears(self.forward.model):
+                with self.weights.together(), self.optimizer.gradients():
                     result = work(batches)
             except RuntimeError as error:
                 self.budget.shrink(error, batches, max((s.length for s in rows), default=0), self.weights.of_all)

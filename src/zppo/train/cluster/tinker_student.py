@@ -9,7 +9,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -225,6 +225,10 @@ class TinkerStep(OptimizerStep):
         self.forward, self.accelerator, self.weights = forward, accelerator, weights
         self.skipped_in_a_row, self.fault = 0, ""
         self.adamw = AdamW(train.learning_rate, *train.betas, train.adam_eps, train.weight_decay, train.max_grad_norm or 0.0)
+
+    def gradients(self) -> AbstractContextManager[None]:
+        """Nothing is computed here."""
+        return nullcontext()
 
     def zero_gradients(self) -> None:
         self.forward.pending.clear()
