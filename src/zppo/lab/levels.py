@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from rich.console import Console
-from rich.table import Table
 
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
@@ -19,6 +18,7 @@ from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus
 from zppo.lab.picture_world import is_picture_world
 from zppo.lab.pretrain import Probe, probe_of
 from zppo.lab.questions import ASSETS, bundled_model, lab_questions
+from zppo.lab.study import print_table
 from zppo.lab.world import World, chain_of, load_world
 
 Shares = dict[str, float]
@@ -126,14 +126,7 @@ def print_levels(levels: Levels, console: Console, *, markdown: bool = False) ->
         [level, str(count), *(f"{shares[role][level]:.2f}" for role in roles for shares in (levels.greedy, levels.sampled))]
         for level, count in levels.questions.items()
     ]
-    if markdown:
-        text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(line) + " |" for line in lines), ""]
-        console.print("\n".join(text), highlight=False, markup=False, soft_wrap=True)
-    else:
-        table = Table(*columns, box=None, padding=(0, 2, 0, 0))
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+    print_table(columns, lines, console, markdown=markdown)
     told = [f"{role}: {tokens:.1f} tokens a completion" for role, tokens in levels.tokens.items()]
     told += [f"student, {level}: {right} of {count:,} samples right ({right / count:.1e})" for level, (right, count) in levels.hard.items()]
     told += [f"student, {level}, shown {what}: {share:.2f}" for what, by in levels.shown.items() for level, share in by.items()]

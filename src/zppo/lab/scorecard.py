@@ -38,12 +38,12 @@ TRAINED, COMPOSED, CARRIED = ("easy", "medium", "hard"), ("unseen", "longer"), (
 OTHERS = ("dialect", "other", "three", "sort", "count", "copy")
 
 
+def _over(levels: Sequence[str], accuracies: Mapping[str, float]) -> float:
+    return fmean(accuracies[level] for level in levels)
+
+
 def _mean(levels: Sequence[str]) -> Callable[[Row], float | None]:
-    return lambda row: fmean(row["after"][level] for level in levels)
-
-
-def _others(accuracies: Mapping[str, float]) -> float:
-    return fmean(accuracies[level] for level in OTHERS)
+    return lambda row: _over(levels, row["after"])
 
 
 MEASURES: Mapping[str, Callable[[Row], float | None]] = {
@@ -51,8 +51,8 @@ MEASURES: Mapping[str, Callable[[Row], float | None]] = {
     "hard": _mean(TRAINED[-1:]),
     "composed": _mean(COMPOSED),
     "carried": _mean(CARRIED),
-    "kept": lambda row: _others(row["after"]) - _others(row["before"]),
-    "along": lambda row: fmean(_others(point["by_level"]) - _others(row["before"]) for point in row["curve"] if point["step"]),
+    "kept": lambda row: _over(OTHERS, row["after"]) - _over(OTHERS, row["before"]),
+    "along": lambda row: fmean(_over(OTHERS, point["by_level"]) - _over(OTHERS, row["before"]) for point in row["curve"] if point["step"]),
     "drift": lambda row: fmean(row["drift"].values()) if row["drift"] else None,
     "graduated": graduated_share,
     "bcq": lambda row: row.get("bcq_accuracy"),
@@ -218,12 +218,12 @@ CLAIMS: Mapping[str, Claim] = {
 def _trained_at(row: Row, cost: str, spent: float) -> float:
     """Accuracy on the trained family when a run had spent so much, between its evaluations in a straight line."""
     points = [*row["curve"], {cost: row[cost], "by_level": row["after"]}]
-    accuracies = [fmean(point["by_level"][level] for level in TRAINED) for point in points]
+    accuracies = [_over(TRAINED, point["by_level"]) for point in points]
     return float(np.interp(spent, [float(point[cost]) for point in points], accuracies))
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Estimate:
     """What the rows say of a contrast.
 
     Attributes:
@@ -245,7 +245,7 @@ class Score:
         return "holds" if self.low > 0 else "refuted" if self.high <= contrast.small else "undecided"
 
 
-def score(contrast: Contrast, rows: Sequence[Row], looks: int) -> Score:
+def score(contrast: Contrast, rows: Sequence[Row], looks: int) -> Estimate:
     """The contrast over all seeds that have what it needs.
 
     Args:
@@ -256,10 +256,10 @@ def score(contrast: Contrast, rows: Sequence[Row], looks: int) -> Score:
     signs = (-1.0, 1.0) if contrast.between else (1 / len(STUDENTS),) * len(STUDENTS)
     value, fewest = sum(s * m for s, m in zip(signs, means, strict=True)), min(map(len, values))
     if fewest < 2:
-        return Score(means, value, math.nan, math.nan, fewest)
+        return Estimate(means, value, math.nan, math.nan, fewest)
     error = math.sqrt(sum(s * s * variance(v) / len(v) for s, v in zip(signs, values, strict=True)))
     half = student_t(1 - 0.05 / looks / 2, sum(map(len, values)) - len(values)) * error
-    return Score(means, value, value - half, value + half, fewest)
+    return Estimate(means, value, value - half, value + half, fewest)
 
 
 def _by_seed(rows: Sequence[Row], student: str) -> Iterator[dict[str, Row]]:

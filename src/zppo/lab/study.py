@@ -293,13 +293,17 @@ def print_study(path: Path, console: Console, *, markdown: bool = False) -> None
 def print_tables(tables: Sequence[tuple[str, list[str], list[list[str]]]], console: Console, *, markdown: bool = False) -> None:
     """Print (title, columns, lines), for a terminal or as Markdown."""
     for title, columns, lines in tables:
-        if markdown:
-            text = [f"**{title}**", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-            text += ["| " + " | ".join(line) + " |" for line in lines]
-            console.print("\n".join([*text, ""]), highlight=False, markup=False, soft_wrap=True)
-        else:
-            table = Table(*columns, box=None, padding=(0, 2, 0, 0))
-            for line in lines:
-                table.add_row(*line)
-            console.print(f"\n{title}", markup=False)
-            console.print(table)
+        console.print(f"**{title}**\n" if markdown else f"\n{title}", highlight=False, markup=False, soft_wrap=markdown)
+        print_table(columns, lines, console, markdown=markdown)
+
+
+def print_table(columns: Sequence[str], lines: Sequence[Sequence[str]], console: Console, *, markdown: bool = False) -> None:
+    """Print one table, for a terminal or as Markdown."""
+    if markdown:
+        text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(line) + " |" for line in lines), ""]
+        console.print("\n".join(text), highlight=False, markup=False, soft_wrap=True)
+    else:
+        table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
