@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from zppo.distributed.parallel import zero_gradients
 from zppo.engines import packed_linear
@@ -138,6 +138,39 @@ def test_training_has_the_outputs_and_gradients_of_the_layers_themselves(how: st
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
     assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
+
+
+def kept(model: PreTrainedModel) -> int:
+    """Numbers that a forward pass keeps for the backward pass, weights aside."""
+    weights = {p.data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        held.append(tensor)  # what has been freed could lend its address
+        return tensor
+
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(torch.arange(64)[None]).logits.sum()
+    return sum(size for at, size in seen.items() if at not in weights)
+
+
+@pytest.mark.parametrize("make", [(LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)])
+def test_a_gated_mlp_keeps_half_and_has_the_same_gradients(make: tuple[Any, Any]) -> None:
+    torch.manual_seed(0)
+    inner, layers = 512, 2
+    size = {"hidden_size": 256, "intermediate_size": inner, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    model = make[1](make[0](**size, num_hidden_layers=layers)).eval()
+    expected, own = learnt(model), kept(model)
+    with trained_linears(model):
+        found, less = learnt(model), kept(model)
+        model.model.layers[0].mlp.act_fn = nn.GELU()
+    assert own - less >= layers * 64 * 2 * inner
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+    with trained_linears(model):  # another activation is the library's own affair
+        assert ["forward" in vars(layer.mlp) for layer in model.model.layers] == [False, True]
 
 
 def test_training_under_autocast_is_left_to_the_layers(model: PreTrainedModel) -> None:

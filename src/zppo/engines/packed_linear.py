@@ -6,7 +6,8 @@ and multiplies with it then: `torch.compile` does the same to a frozen model. He
 layer is packed when a sampling first comes to it, and the copy is dropped when the sampling ends. A GPU needs none of it.
 
 Training multiplies many rows. There oneDNN reads weights as they are, which is a tenth faster than the library that `F.linear` calls, for
-outputs and for gradients of inputs. Gradients of weights are as fast by either; they are added by the product that makes them.
+outputs and for gradients of inputs. Gradients of weights are as fast by either; they are added by the product that makes them. What a gated
+MLP keeps for its backward pass is half of what a model keeps, and half of that is computed again from the rest in no time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+from transformers.activations import ACT2FN
 
 from zppo.engines.output_head import sums_in_place
 
@@ -87,11 +90,12 @@ def trained_linears(model: nn.Module) -> Iterator[None]:
     """Inside, the model's large linear layers on a CPU in fp32 compute outputs and gradients by oneDNN; backward passes belong inside too.
 
     Both differ from the layers' own by the order of sums. Gradients of weights that may be summed in place (`output_head.sum_in_place`)
-    are, those of embeddings too: a pass touches a few hundred of their rows.
+    are, those of embeddings too: a pass touches a few hundred of their rows. Gated MLPs keep two tensors of their inner width, not four.
     """
-    layers = [layer for layer in model.modules() if can_pack(layer) and layer.weight.dtype == torch.float32 and _multiplies(torch.float32)]
+    layers = [layer for layer in model.modules() if _can_train(layer)]
+    gated = [module for module in model.modules() if type(module).__name__ in _GATED and _is_gated(module)]
     tables = [module for module in model.modules() if _can_add(module)]
-    with _instead(layers, _TrainedLinear), _instead(tables, _TrainedEmbedding):
+    with _instead(layers, _TrainedLinear), _instead(gated, _TrainedMLP), _instead(tables, _TrainedEmbedding):
         yield
 
 
@@ -109,6 +113,10 @@ def _instead(layers: Sequence[Layer], make: Callable[[Layer], Any]) -> Iterator[
 def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
+
+
+def _can_train(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return can_pack(layer) and layer.weight.dtype == torch.float32 and _multiplies(torch.float32)
 
 
 class _TrainedLinear:
@@ -137,14 +145,67 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), weight, wanted = ctx.saved_tensors, ctx.weight, ctx.needs_input_grad
-        of_x, of_weight = None, None
-        if wanted[0]:
-            of_x = _multiplied(upstream, weight.t(), None)
-        if wanted[1] and sums_in_place(weight):
-            weight.grad.addmm_(upstream.t(), x)
-        elif wanted[1]:
-            of_weight = upstream.t() @ x
+        of_x = _multiplied(upstream, weight.t(), None) if wanted[0] else None
+        of_weight = _weight_gradient(weight, upstream, x) if wanted[1] else None
         return of_x, of_weight, upstream.sum(0) if wanted[2] else None
+
+
+def _weight_gradient(weight: torch.Tensor, upstream: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """Of `weight` (out, in) in a product of x (N, in); None where it has been added to what the weight has."""
+    if not sums_in_place(weight):
+        return upstream.t() @ x
+    assert weight.grad is not None
+    weight.grad.addmm_(upstream.t(), x)
+    return None
+
+
+_GATED = frozenset({"LlamaMLP", "Qwen2MLP", "Qwen3MLP"})
+"""Classes of the library that compute down(silu(gate(x)) * up(x)). Tested one by one."""
+
+
+def _is_gated(module: Any) -> bool:
+    """Whether it is one of the library's own, as it came, with a last layer that is trained here."""
+    if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
+        return False
+    return type(module.act_fn) is type(ACT2FN["silu"]) and _can_train(module.down_proj)
+
+
+class _TrainedMLP:
+    """What takes the place of a gated MLP's `forward`; under autocast it is the MLP's own."""
+
+    def __init__(self, mlp: Any) -> None:
+        self.mlp = mlp
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        mlp = self.mlp
+        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return type(mlp).forward(mlp, x)  # type: ignore[no-any-return]
+        gate, up = mlp.gate_proj(x).flatten(0, -2), mlp.up_proj(x).flatten(0, -2)
+        made: torch.Tensor = _Gated.apply(gate, up, mlp.down_proj.weight, mlp.down_proj.bias)  # type: ignore[no-untyped-call]
+        return made.view(*x.shape[:-1], -1)
+
+
+class _Gated(torch.autograd.Function):
+    """(silu(gate) * up) W' + b of two (N, inner), and its gradients; only these two are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.weight = weight
+        return _multiplied(silu(gate).mul_(up), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gate, up), weight, wanted = ctx.saved_tensors, ctx.weight, ctx.needs_input_grad
+        opened = silu(gate)
+        of_weight = _weight_gradient(weight, upstream, opened * up) if wanted[2] else None
+        of_gate, of_up = None, None
+        if wanted[0] or wanted[1]:
+            of_inner = _multiplied(upstream, weight.t(), None)
+            of_up = opened.mul_(of_inner)
+            of_gate = torch.ops.aten.silu_backward(of_inner.mul_(up), gate)
+        return of_gate, of_up, of_weight, upstream.sum(0) if wanted[3] else None
 
 
 def _can_add(module: nn.Module) -> TypeGuard[nn.Embedding]:
