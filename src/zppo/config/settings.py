@@ -232,7 +232,10 @@ class TrainSettings(Section):
     )
     check_engine_every: int = Field(1, ge=0, description="steps between comparisons of engine and trainer around an update; 0: none")
     engine_tolerance: float | None = Field(
-        None, gt=0, description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, else 0.05 (bf16 rounds)"
+        None,
+        gt=0,
+        description="largest mean difference of their log-probs; empty: 1e-3 for transformers in fp32, 0.2 for it in bf16, which rounds, "
+        "0.05 for an engine with a copy of the weights",
     )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none")
     checkpoint_in_background: bool = Field(

@@ -53,7 +53,7 @@ from zppo.teacher.local import LocalTeacher
 from zppo.train.checkpointer import Checkpointer
 from zppo.train.cluster.tinker_student import NoState, TinkerStudent, open_student
 from zppo.train.distillation import Distillation, Privileged
-from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, EngineCheck, make_check
+from zppo.train.engine_checks import TOLERANCE_FP32, TOLERANCE_ROUNDED, TOLERANCE_ROUNDED_SHARED, EngineCheck, make_check
 from zppo.train.learner import Learner, OptimizerStep
 from zppo.train.policy_gradient import PolicyGradient, make_budget
 from zppo.train.provenance import origin_of
@@ -102,12 +102,13 @@ def make_engine_check(
     settings: Settings, engine: Engine, forward: ForwardPass, prompt: Prompt, accelerator: Accelerator, weights: ReplicatedWeights
 ) -> EngineCheck:
     """The check of the run's engine; `prompt` is the fixed one."""
-    exact = isinstance(engine, TransformersEngine) and accelerator.mixed_precision == "no"
+    ours = isinstance(engine, TransformersEngine)
+    rounded = TOLERANCE_ROUNDED_SHARED if ours else TOLERANCE_ROUNDED
     return EngineCheck(
         engine,
         forward,
         prompt,
-        tolerance=settings.train.engine_tolerance or (TOLERANCE_FP32 if exact else TOLERANCE_ROUNDED),
+        tolerance=settings.train.engine_tolerance or (TOLERANCE_FP32 if ours and accelerator.mixed_precision == "no" else rounded),
         every=settings.train.check_engine_every,
         seed=settings.seed,
         weights=weights,
