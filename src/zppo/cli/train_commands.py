@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zppo.api import ADDRESSES, resume, start
-from zppo.errors import SettingsError
+from zppo.api import ADDRESSES, TrainedRun, resume, start
+from zppo.errors import SettingsError, ZPPOError
 
 if TYPE_CHECKING:
     from zppo.cli.command_parser import Subcommands
@@ -79,7 +80,18 @@ def _resume(options: argparse.Namespace) -> None:
             f"in {options.folder / 'recipe.yaml'}. Edit them there: train.steps and epochs, learning rates, betas, eps, weight decay and "
             "teachers' addresses act, and what cannot be changed is refused (docs/runs.md)"
         )
-    resume(options.folder, code=not options.no_code, addresses=options.overrides)
+    _say_change(resume(options.folder, code=not options.no_code, addresses=options.overrides))
+
+
+def _say_change(run: TrainedRun) -> None:
+    """Whether the held-out questions are enough to tell after from before."""
+    from zppo.distributed.launcher import rank_of
+    from zppo.report.read_run import open_run
+    from zppo.report.summary import change
+
+    with suppress(ZPPOError):
+        if not rank_of() and (words := change(open_run(run.folder))):
+            print(f"held-out accuracy, after minus before: {words}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -137,7 +149,7 @@ def _train(options: argparse.Namespace) -> None:
         absent = missing_rows(settings, gpu=machine is not None and machine.gpu)
         console.print(render_plan(settings, plan, options.recipe, folder, memory, sources, absent, lengths))
         return
-    start(settings, name)
+    _say_change(start(settings, name))
 
 
 def _check_images(settings: Settings, train: list[Question], held_out: list[Question]) -> None:

@@ -145,7 +145,8 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     if run.evaluations and first and (last := run.evaluations[-1]) is not first:
         levels = [f"{name} {percent(first['by_level'].get(name))} → {percent(v)}" for name, v in last["by_level"].items()]
         detail = f" ({', '.join(levels)})" if levels else ""
-        parts.append(f"held-out accuracy {percent(first['accuracy'])} → {percent(last['accuracy'])}{detail}{_change(run)}")
+        moved = ", " + words if (words := change(run)) else ""
+        parts.append(f"held-out accuracy {percent(first['accuracy'])} → {percent(last['accuracy'])}{detail}{moved}")
     if zone is not None and zone.admitted.any():
         name, admitted, graduated, _ = zone.totals()[0]
         if admitted:
@@ -159,15 +160,15 @@ def outcome(run: Run, zone: ZoneStory | None) -> str:
     return f"{text[0].upper()}{text[1:]}{state}."
 
 
-def _change(run: Run) -> str:
-    """How much of the change other questions might have undone; "" where fewer than two were asked before and after."""
+def change(run: Run) -> str:
+    """Held-out accuracy after training minus before, with a 95% interval over questions; "" where fewer than two were asked both times."""
     before, after = held_out_accuracies(run, before=True), held_out_accuracies(run)
     pairs = [(value, before.get(question)) for question, value in after.items()]
     mean = mean_interval([value - old for value, old in pairs if value is not None and old is not None])
     if mean.n < 2:
         return ""
     words = "" if mean.low > 0 or mean.high < 0 else ", which may be chance"
-    return f", {100 * mean.value:+.1f} points [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}] over {mean.n:,} questions{words}"
+    return f"{100 * mean.value:+.1f} points [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}] over {mean.n:,} questions{words}"
 
 
 def _head(run: Run) -> dict[str, str]:
