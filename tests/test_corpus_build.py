@@ -80,6 +80,7 @@ PLACES = [
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_build_killed_at_every_place(
     victims: Victims, crowded: tuple[Path, Path, Path], uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ def test_scientific_notation_is_a_number(grader: Grader) -> None:
 )
 @settings(max_examples=15, deadline=None)
 def test_exact_numbers_that_no_float_tells_apart(grader: Grader, size: int, form: str) -> None:
-    size = min(size, 300) if "!" in form else size
+    size = min(size, 300) if "!" in form or "sqrt" in form else size  # the root of a number of 4,000 digits takes a minute
     assert not grader.equal(form.format(size), form.format(size + 1))
     assert grader.equal(form.format(size), form.format(size) + "+0")
 

@@ -30,6 +30,7 @@ from zppo.runs import checkpoint
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_hold_shares_and_train_as_one(tmp_path: Path, victims: Victims) -> None:
     """Shards within two (HSDP), the optimizer on the processor, bf16, and checkpoints in parts, each against one process."""
     AcceleratorState._reset_state(True)
