@@ -205,6 +205,7 @@ CLAIMS: Mapping[str, Claim] = {
             Contrast("asking lazily saves teacher tokens (thousands)", "asked", {"zppo:ask-all": 1, "zppo": -1}),
             _above("zppo", "zppo:ties-batch"),
             _above("zppo:dynamic", "zppo"),
+            _above("zppo:two-teachers", "zppo"),
         ),
         ours=True,
     ),

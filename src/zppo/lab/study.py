@@ -47,6 +47,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "zppo:ask-all": ("teacher.ask=all",),
         "zppo:ties-batch": ("zone.ties=batch",),
         "zppo:dynamic": ("zone.dynamic_sampling=after-reformulation",),
+        "zppo:two-teachers": ("more_teachers=[{model: lab:elsewhere-2/teacher, rollout: {max_new_tokens: 32}}]",),
     }
 )
 """A method with other settings than its recipe's, by METHOD:NAME."""

@@ -177,8 +177,9 @@ class ChainTeacherSettings(Pretraining):
 class AnyWorldSettings(WorldSection):
     """What the file of every world holds.
 
-    `misconceptions`: seed of what the student wrongly believes, the world's `seed` by default; two worlds that differ in it alone hold the
-    same truth, so one teacher serves both. `beliefs`: what the corpus says about a tier; a tier without beliefs is known.
+    `misconceptions`: seed of what student and teacher wrongly believe, the world's `seed` by default; two worlds that differ in it alone
+    hold the same truth, so the teacher of one serves the other. `beliefs`: what the corpus says about a tier; a tier without beliefs is
+    known.
     """
 
     name: str
@@ -310,8 +311,8 @@ class World:
     @cached_property
     def teacher_beliefs(self) -> dict[Entry, tuple[float, ...]]:
         """What the teacher's corpus says about every entry."""
-        beliefs, whose = self.settings.teacher.beliefs, "teacher "
-        return self._beliefs(beliefs, self._mistakes(beliefs, self.settings.seed, whose), self.settings.seed, whose)
+        beliefs, seed, whose = self.settings.teacher.beliefs, self.settings.misconception_seed, "teacher "
+        return self._beliefs(beliefs, self._mistakes(beliefs, seed, whose), seed, whose)
 
     def _beliefs(
         self, beliefs: Mapping[str, BeliefSettings], mistakes: Mapping[Entry, tuple[int, ...]], seed: int, whose: str = ""
