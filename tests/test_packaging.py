@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import zppo
@@ -124,6 +128,57 @@ def test_what_contributors_are_told_to_run_exists() -> None:
 def zppo_python(version: str) -> bool:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return Version(version) in SpecifierSet(data["requires-python"])
+
+
+def brought(requirements: Iterable[Requirement]) -> set[str]:
+    """Distributions that pip installs for these, and for what they ask for in turn, of those that are here."""
+    seen: set[tuple[str, str]] = set()
+    waiting = [(canonicalize_name(r.name), extra) for r in requirements for extra in ("", *r.extras)]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        with contextlib.suppress(PackageNotFoundError):
+            asked = [r for r in map(Requirement, requires(name) or []) if r.marker is None or r.marker.evaluate({"extra": extra})]
+            waiting += [(canonicalize_name(r.name), more) for r in asked for more in ("", *r.extras)]
+    return {name for name, _ in seen}
+
+
+def test_what_is_imported_is_asked_for(tmp_path: Path) -> None:
+    """With what `pip install zppo` brings and nothing that else is installed here: the lab trains, and what cannot be imported names a
+    package of an extra."""
+    base = brought(project()[""].values())
+    extras = {canonicalize_name(name) for group in project().values() for name in group}
+    owners = {module: {canonicalize_name(name) for name in names} for module, names in packages_distributions().items()}
+    hidden = sorted(module for module, names in owners.items() if not names & (base | {"zppo"}))
+    assert "hypothesis" in hidden and "torch" not in hidden
+    run = ("--train.steps=1", "--rollout.batch_size=2", "--rollout.group_size=2", "--data.eval=null", f"--output={tmp_path / 'run'}")
+    script = f"""
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+class Fresh(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Fresh
+import zppo
+from zppo.errors import SettingsError
+for module in pkgutil.walk_packages(zppo.__path__, "zppo."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            print("missing:", module.name, error.name.partition(".")[0])
+        except SettingsError as error:
+            assert "pip install 'zppo[" in str(error), error
+from zppo.cli import main
+assert main(["train", "lab", *{run}]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for _, module, package in (line.split() for line in done.stdout.splitlines() if line.startswith("missing:")):
+        assert owners[package] & extras, f"{module} imports {package}, which no dependency or extra asks for"
 
 
 HEAVY = "datasets deepspeed matplotlib openai pandas plotly torch.distributed.checkpoint.state_dict trl vllm wandb"

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models
@@ -22,6 +21,7 @@ from serving import texts as texts_of
 from zppo.core.types import Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.engines.chat import Chat
+from zppo.http_client import httpx
 from zppo.serve.batcher import Batcher
 from zppo.serve.events import TextSoFar
 from zppo.serve.protocol import LockedChat

@@ -19,11 +19,7 @@ from typing import Any
 
 import openai
 
-try:  # the HTTP client that the openai package stands on
-    import httpx2 as httpx
-except ImportError:  # its older versions
-    import httpx  # type: ignore[no-redef]
-
+from zppo.http_client import httpx
 from zppo.teacher.proxy import proxy_to, transport_to
 from zppo.teacher.reply import Answer, Choice, Scrubber, error_within, is_hollow, refusal_within, split_content, what_came
 

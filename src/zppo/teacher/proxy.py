@@ -11,11 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zppo.errors import SettingsError
-
-try:  # the HTTP client that the openai package stands on
-    import httpx2 as httpx
-except ImportError:  # its older versions
-    import httpx  # type: ignore[no-redef]
+from zppo.http_client import httpx
 
 _PORTS = {"http": 80, "https": 443}
 

@@ -21,12 +21,12 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
-import httpx
 import torch
 from safetensors.torch import save_file
 
 from zppo.engines.vllm.vllm_colocate import LOGPROBS_MODE, Draw, ProcessPlace, Sampled, named_dtype
 from zppo.errors import EngineError, SettingsError, one_line
+from zppo.http_client import httpx
 
 SERVER_WAIT = 240.0
 """Seconds that a server is waited for at the start."""
