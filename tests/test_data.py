@@ -445,3 +445,14 @@ def test_a_batch_or_a_data_set_too_small_for_replay_and_help_is_said() -> None:
     ]
     assert "each of the 20 is new in every step" in said(20)[0]
     assert said(20, "--method=grpo") == said(1000, "--rollout.batch_size=3", "--zone.rho_replay=0", "--zone.rho_aug=0") == []
+
+
+@pytest.mark.parametrize("name", ["id", "level", "grading", "answer_list", "choices"])
+def test_a_column_that_is_named_and_in_no_row_is_said(name: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2", "topic": None}]
+    said: list[str] = []
+    for column in (name, "topic", "topik"):
+        columns = ColumnSettings.model_validate({name: column})
+        assert len(load_questions(str(write(tmp_path, *rows)), columns, warn=said.append)) == 2
+    (line,) = said
+    assert f"no row has the column 'topik' that data.columns.{name} names" in line

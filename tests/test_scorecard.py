@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from zppo.cli import main
 from zppo.config.bundled import recipes_folder
@@ -20,7 +22,7 @@ from zppo.lab.drift import divergence, drift_of
 from zppo.lab.pretrain import probe_of
 from zppo.lab.questions import bundled_model, lab_questions
 from zppo.lab.scorecard import CLAIMS, ENOUGH, MEASURES, STUDENTS, Contrast, methods_of, score, scorecard_tables, student_t
-from zppo.lab.study import VARIANTS, Cell, Row, grid, overrides_of
+from zppo.lab.study import VARIANTS, Cell, Row, grid, overrides_of, print_table
 
 LEVELS = ("easy", "medium", "hard", "unseen", "longer", "dialect", "reworded", "other", "three", "sort", "count", "copy")
 
@@ -138,6 +140,16 @@ def test_the_card_says_what_there_is_and_what_is_missing(tmp_path: Path, capsys:
     assert "| zppo > grpo-replay, trained |" in capsys.readouterr().out
     assert main(["lab", "scorecard", "--print", "--rows", str(tmp_path / "none.jsonl")]) == 2
     assert "holds no rows" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 300])
+def test_no_word_of_a_wide_table_is_cut(width: int) -> None:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    columns, line = [f"measure{i}" for i in range(14)], [f"-0.{i:03}" for i in range(14)]
+    print_table(columns, [line], console)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert {*columns, *line} <= set(told.split()) and max(map(len, told.splitlines())) <= width
+    assert told.count(line[0]) == told.count(columns[0]) and (told.count(line[0]) == 1) == (width == 300)
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ def _from_rows(part: Part, rows: Rows, warn: Callable[[str], None] | None, held_
     questions, seen, golds = list[Question](), dict[str, Place](), GoldChecks()
     filters, passed_over, kept = RowFilters(part.filters), set[str](), list[dict[str, Any]]()
     pictures, named, unused, count = RowImages(reading.image_cache), not columns.images, "", 0
+    unseen = {name: column for name in _MAY_LACK if (column := getattr(columns, name)) not in ("", name)}
     for place, data in islice(rows, part.limit):
         count += 1
         make = cache(partial(question_from_row, data, columns, place, reading.answer_after, pictures, reading.answer_list))
@@ -132,12 +133,19 @@ def _from_rows(part: Part, rows: Rows, warn: Callable[[str], None] | None, held_
             golds.look(question, place, columns.answer)
         named = named or has_column(data, columns.images)
         unused = unused or unused_images(data, columns)
+        unseen = {name: column for name, column in unseen.items() if not has_column(data, column)} if unseen else {}
     filters.check(part.source)
     if questions and not named and not any(question.images for question in questions):
         _check_blind(part.source, columns, unused, reading)
     if warn is not None:
         golds.tell(warn)
+        for name, column in unseen.items() if questions else ():
+            warn(f"{part.source}: no row has the column {column!r} that data.columns.{name} names; mend the name if that is not meant")
     return PartRead(questions, count, filters.dropped, frozenset(passed_over), kept)
+
+
+_MAY_LACK = ("id", "level", "grading", "answer_list", "choices")
+"""Columns that rows need not have: one that a recipe names by another name than its usual one, and no row has, is perhaps misspelt."""
 
 
 def _derived(question: Question, held_out: Collection[bytes], name: str) -> Any:

@@ -304,7 +304,21 @@ def print_table(columns: Sequence[str], lines: Sequence[Sequence[str]], console:
         text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(line) + " |" for line in lines), ""]
         console.print("\n".join(text), highlight=False, markup=False, soft_wrap=True)
     else:
-        table = Table(*columns, box=None, padding=(0, 2, 0, 0))
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+        needed = [max(len(word) for cell in column for word in cell.split() or [""]) for column in zip(columns, *lines, strict=True)]
+        for block in _blocks(needed, console.width):
+            table = Table(box=None, padding=(0, 2, 0, 0))
+            for i in block:
+                table.add_column(columns[i], min_width=needed[i])
+            for line in lines:
+                table.add_row(*(line[i] for i in block))
+            console.print(table)
+
+
+def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
+    """Columns that fit side by side without breaking a word; of a wider table several blocks, each with the first column."""
+    blocks = [[0]]
+    for i in range(1, len(needed)):
+        if len(blocks[-1]) > 1 and sum(needed[j] + 2 for j in [*blocks[-1], i]) > width:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return blocks

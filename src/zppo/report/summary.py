@@ -167,7 +167,7 @@ def change(run: Run) -> str:
     mean = mean_interval([value - old for value, old in pairs if value is not None and old is not None])
     if mean.n < 2:
         return ""
-    words = "" if mean.low > 0 or mean.high < 0 else ", which may be chance"
+    words = "" if mean.low > 0 or mean.high < 0 or mean.low == mean.high else ", which may be chance"
     return f"{100 * mean.value:+.1f} points [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}] over {mean.n:,} questions{words}"
 
 

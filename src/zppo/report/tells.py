@@ -146,8 +146,8 @@ _MENDS = {
 def tell_warnings(shares: Mapping[str, Proportion]) -> list[str]:
     """A warning for each tell that is there for certain."""
     return [
-        f"A tell: {_WORDS[name].format(share=share.share, n=share.n)} (95% interval {share.low:.0%} to {share.high:.0%}), so the student "
-        f"can be rewarded without reading; {_MENDS[name]}"
+        f"A tell: {_WORDS[name].format(share=share.share, n=share.n)} (95% interval {share.low:.0%} to {share.high:.0%}; 50% tells "
+        f"nothing), so the student can be rewarded without reading; {_MENDS[name]}"
         for name, share in shares.items()
         if share.low > 0.5 + MARGIN or share.high < 0.5 - MARGIN and name != "style"
     ]
