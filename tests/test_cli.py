@@ -145,8 +145,8 @@ def test_a_defect_shows_its_traceback_and_an_interruption_does_not(
 def test_train_and_resume_reach_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
     stand_in: Any = types.ModuleType("zppo.train.run")
-    stand_in.train = lambda settings, name, console, stop: calls.append((settings, name))
-    stand_in.resume = lambda folder, console, stop, addresses: calls.append((folder,))
+    stand_in.train = lambda settings, name, console, stop: calls.append((settings, name)) or tmp_path
+    stand_in.resume = lambda folder, console, stop, addresses: calls.append((folder,)) or tmp_path
     monkeypatch.setitem(sys.modules, "zppo.train.run", stand_in)
     assert run(capsys, "train", "--train.steps", "3", str(make_recipe(tmp_path)), "--seed=5")[0] == 0
     assert run(capsys, "resume", "runs/x")[0] == 0

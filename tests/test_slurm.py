@@ -157,7 +157,11 @@ status=0
 for job in $(jobs -p); do wait "$job" || status=$?; done
 exit $status
 """
-TORCHRUN = 'echo "torchrun on $SLURMD_NODENAME with $CUDA_VISIBLE_DEVICES: $*" >> "$LOG"; exec sleep "${TRAINS:-0}"'
+TORCHRUN = """
+echo "torchrun on $SLURMD_NODENAME with $CUDA_VISIBLE_DEVICES: $*" >> "$LOG"
+until [ "$(grep -c ^vllm "$LOG")" -ge "${SERVERS:-0}" ]; do sleep 0.05; done  # on a busy machine they begin later
+exec sleep "${TRAINS:-0}"
+"""
 
 
 def cluster(folder: Path, **commands: str) -> dict[str, str]:
@@ -195,7 +199,7 @@ def batch(env: dict[str, str], folder: Path, *, usr1_when: Path | None = None) -
 
 def test_the_batch_script_deals_out_nodes_and_gpus(tmp_path: Path) -> None:
     env = cluster(tmp_path, torchrun=TORCHRUN)
-    status, asked = batch(env | {"TEACHER": "big", "TEACHER_NODES": "1"}, tmp_path)
+    status, asked = batch(env | {"TEACHER": "big", "TEACHER_NODES": "1", "SERVERS": "1"}, tmp_path)
     assert status == 0 and len(asked) == 2, (tmp_path / "said").read_text()
     assert asked[0].startswith("torchrun on localhost with 0,1,2,3: --nnodes=1 --nproc_per_node=4 --rdzv_backend=c10d")
     assert "--rdzv_endpoint=localhost:" in asked[0]
@@ -203,7 +207,7 @@ def test_the_batch_script_deals_out_nodes_and_gpus(tmp_path: Path) -> None:
     assert asked[0].endswith("--teacher.base_urls=[http://127.0.0.1:8000/v1]")
     assert asked[1].startswith("vllm on 127.0.0.1 with 0,1,2,3: serve big --port 8000 --data-parallel-size 4")
 
-    status, asked = batch(env | {"TEACHER": "big", "TEACHER_NODES": "0"}, tmp_path)  # a GPU of every node
+    status, asked = batch(env | {"TEACHER": "big", "TEACHER_NODES": "0", "SERVERS": "2"}, tmp_path)  # a GPU of every node
     assert [line.split(":")[0] for line in asked] == [
         f"{what} on {host} with {gpus}" for what, gpus in (("torchrun", "1,2,3"), ("vllm", "0")) for host in ("127.0.0.1", "localhost")
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean, median, variance
 from typing import Any
 
 import numpy as np
@@ -330,10 +330,11 @@ def _outcomes(rows: Sequence[Row], student: str) -> tuple[str, list[str], list[l
         for measure in MEASURES.values():
             values = [value for row in found if (value := measure(row)) is not None]
             shares.append(f"{fmean(values):.3f}" if values else "-")
-        costs = [f"{fmean(row[cost] for row in found):,.0f}" for cost in ("student_tokens", "teacher_tokens", "seconds")]
+        costs = [f"{fmean(row[cost] for row in found):,.0f}" for cost in ("student_tokens", "teacher_tokens")]
+        costs.append(f"{median(row['seconds'] for row in found):,.0f}")  # a run that had to wait says nothing about what it takes
         lines.append([method, str(len(found)), *shares[:-1], *costs])
     columns = ["method", "seeds", *list(MEASURES)[:-1], "student tokens", "teacher tokens", "seconds"]
-    return f"{student}: means over seeds", columns, lines
+    return f"{student}: means over seeds; seconds: their median", columns, lines
 
 
 def print_scorecard(path: Path, numbers: Sequence[str], console: Console, *, markdown: bool = False) -> None:
