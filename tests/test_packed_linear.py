@@ -171,6 +171,9 @@ def test_a_gated_mlp_keeps_half_and_has_the_same_gradients(make: tuple[Any, Any]
         torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
     with trained_linears(model):  # another activation is the library's own affair
         assert ["forward" in vars(layer.mlp) for layer in model.model.layers] == [False, True]
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)  # it would not be called
+    with trained_linears(model):
+        assert not any("forward" in vars(layer.mlp) for layer in model.model.layers)
 
 
 def test_training_under_autocast_is_left_to_the_layers(model: PreTrainedModel) -> None:

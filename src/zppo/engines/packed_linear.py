@@ -164,10 +164,12 @@ _GATED = frozenset({"LlamaMLP", "Qwen2MLP", "Qwen3MLP"})
 
 
 def _is_gated(module: Any) -> bool:
-    """Whether it is one of the library's own, as it came, with a last layer that is trained here."""
+    """Whether it is one of the library's own, as it came, with a last layer that is trained here and that nobody looks into."""
     if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
         return False
-    return type(module.act_fn) is type(ACT2FN["silu"]) and _can_train(module.down_proj)
+    last = module.down_proj
+    hooked = last._forward_hooks or last._forward_pre_hooks or last._backward_hooks or last._backward_pre_hooks
+    return type(module.act_fn) is type(ACT2FN["silu"]) and not hooked and _can_train(last)
 
 
 class _TrainedMLP:
