@@ -514,3 +514,13 @@ def test_an_engine_with_a_part_of_the_update_is_found_where_it_was_near_before()
     assert "are missing" in Movement(part, trainer, 1e-7).fault(rounded=False)
     assert not Movement(part, trainer, 1e-3).fault(rounded=False) and not Movement(part, trainer, 1e-7).fault(rounded=True)
     assert not Movement(trainer + 1e-6, trainer, 1e-6).fault(rounded=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 15])
+def test_few_tokens_that_moved_by_a_rounding_are_no_fault(tokens: int) -> None:
+    """Their least-squares factor has no spread: a half is nothing to go by where a log-prob's last bit is half of the movement."""
+    trainer = torch.full((tokens,), 1.91e-6).double()
+    for engine in (trainer / 2, torch.zeros(tokens).double(), -trainer):
+        assert not Movement(engine, trainer, 0.0).fault(rounded=False)
+    for engine in (trainer / 4, torch.zeros(tokens).double()):
+        assert Movement(engine * 1e3, trainer * 1e3, 0.0).fault(rounded=False)

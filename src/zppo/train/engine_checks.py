@@ -129,7 +129,8 @@ _RECHECK = (8, 64)  # and what decides where a look was over the tolerance: one 
 _PROBED, _TOKENS = 4, 64  # rollouts that are looked at around an update, and how far
 _PLACES = 4  # of the fixed prompt,
 _FEW = 8  # and its first tokens, which are enough for an engine over the trainer's module
-_NOTICED = 1e-6  # nats: a movement of the trainer that is more than the rounding of fp32,
+_NOTICED = 1e-6  # nats: a movement of the trainer that is more than the rounding of fp32 on average,
+_NOTICED_FEW = 1e-4  # and in fewer than `_MANY` tokens, where one may round by a hundred-thousandth, and there is no spread to judge it by,
 _NOTICED_ROUNDED = 1e-3  # and one that bf16 cannot round away in all tokens
 _MANY = 16  # tokens: where so many have moved, and none has in the engine, it is no rounding either
 _HEARD = 0.5  # how much of the trainer's movement the engine must have made,
@@ -200,12 +201,13 @@ class Movement(NamedTuple):
             rounded: the engine or the trainer computes in bf16, where small changes of weights may be rounded away.
         """
         moved = _root_mean_square(self.trainer)
+        noticed = _NOTICED_ROUNDED if rounded else _NOTICED if len(self.trainer) >= _MANY else _NOTICED_FEW
         if not self.engine.any():
             many = not rounded and int(self.trainer.count_nonzero()) >= _MANY
-            if many or moved > (_NOTICED_ROUNDED if rounded else _NOTICED):
+            if many or moved > noticed:
                 return f"it says the same to the last bit while the trainer's log-probs moved by {moved:.3g}"
             return ""
-        if rounded or moved <= _NOTICED:
+        if rounded or moved <= noticed:
             return ""
         factor, margin = self.share()
         if factor + margin < _HEARD:
