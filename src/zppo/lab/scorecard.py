@@ -224,7 +224,7 @@ def _trained_at(row: Row, cost: str, spent: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class ContrastEstimate:
     """What the rows say of a contrast.
 
     Attributes:
@@ -246,7 +246,7 @@ class Estimate:
         return "holds" if self.low > 0 else "refuted" if self.high <= contrast.small else "undecided"
 
 
-def score(contrast: Contrast, rows: Sequence[Row], looks: int) -> Estimate:
+def score(contrast: Contrast, rows: Sequence[Row], looks: int) -> ContrastEstimate:
     """The contrast over all seeds that have what it needs.
 
     Args:
@@ -257,10 +257,10 @@ def score(contrast: Contrast, rows: Sequence[Row], looks: int) -> Estimate:
     signs = (-1.0, 1.0) if contrast.between else (1 / len(STUDENTS),) * len(STUDENTS)
     value, fewest = sum(s * m for s, m in zip(signs, means, strict=True)), min(map(len, values))
     if fewest < 2:
-        return Estimate(means, value, math.nan, math.nan, fewest)
+        return ContrastEstimate(means, value, math.nan, math.nan, fewest)
     error = math.sqrt(sum(s * s * variance(v) / len(v) for s, v in zip(signs, values, strict=True)))
     half = student_t(1 - 0.05 / looks / 2, sum(map(len, values)) - len(values)) * error
-    return Estimate(means, value, value - half, value + half, fewest)
+    return ContrastEstimate(means, value, value - half, value + half, fewest)
 
 
 def _by_seed(rows: Sequence[Row], student: str) -> Iterator[dict[str, Row]]:
