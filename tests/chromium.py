@@ -127,6 +127,8 @@ class Browser:
 
 
 def shown_ids(page: Browser) -> list[str]:
+    """Questions in the list, when completions have been looked into."""
+    page.until("!document.getElementById('shown').textContent.includes('looking into')")
     found: list[str] = page.eval("browser.shown.map((q) => q.id)")
     return found
 

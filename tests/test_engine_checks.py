@@ -355,8 +355,10 @@ FINE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"truncated_share": 0.4}, "40% of the completions were cut off at rollout.max_new_tokens"),
-        ({"truncated": 0.5}, "50% of the held-out completions were cut off at eval.max_new_tokens"),
+        ({"truncated_share": 0.4}, "40% of the completions were cut off at rollout.max_new_tokens, and most of those have no answer"),
+        ({"truncated": 0.4}, "40% of the held-out completions were cut off at eval.max_new_tokens, and most of those have no answer: the"),
+        ({"truncated_share": 0.9}, "90% of the completions were cut off at rollout.max_new_tokens, most of them after an answer"),
+        ({"truncated": 0.9}, "90% of the held-out completions were cut off at eval.max_new_tokens, most of them after an answer"),
         ({"no_answer_share": 0.75}, r"75% of the completions have no \boxed{} answer"),
         ({"no_answer_share": 0.6, "truncated_share": 0.3}, "most of them because they were cut off. Raise rollout.max_new_tokens"),
         ({"no_answer_share": 1.0}, "does not know the form"),
@@ -368,7 +370,7 @@ FINE: dict[str, Any] = {
 def test_each_watch_warns_with_advice(change: dict[str, Any], said: str) -> None:
     (text,) = HealthChecks(own_reward=False).advice(3, {**FINE, **change})
     assert text.startswith("step 3: ") and said in text
-    assert any(word in text for word in ("Raise", "Look at", "Ask for"))
+    assert any(word in text for word in ("Raise", "Look at", "Ask for", "Lower"))
 
 
 def test_advice_for_a_student_that_never_boxes_names_what_helps() -> None:

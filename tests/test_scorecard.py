@@ -21,8 +21,9 @@ from zppo.errors import SettingsError
 from zppo.lab.drift import divergence, drift_of
 from zppo.lab.pretrain import probe_of
 from zppo.lab.questions import bundled_model, lab_questions
-from zppo.lab.scorecard import CLAIMS, ENOUGH, MEASURES, STUDENTS, Contrast, methods_of, score, scorecard_tables, student_t
+from zppo.lab.scorecard import CLAIMS, ENOUGH, MEASURES, STUDENTS, Contrast, methods_of, score, scorecard_tables
 from zppo.lab.study import VARIANTS, Cell, Row, grid, overrides_of, print_table
+from zppo.report.bootstrap import student_t
 
 LEVELS = ("easy", "medium", "hard", "unseen", "longer", "dialect", "reworded", "other", "three", "sort", "count", "copy")
 

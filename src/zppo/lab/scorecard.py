@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any
@@ -21,6 +20,7 @@ from rich.console import Console
 from zppo.config.bundled import recipes_folder
 from zppo.errors import SettingsError
 from zppo.lab.study import MATCHED, Row, graduated_share, grid, print_tables, read_rows, run_study
+from zppo.report.bootstrap import student_t
 from zppo.sweep import parse_seeds
 
 RECIPE = "lab-elsewhere"
@@ -267,16 +267,6 @@ def _by_seed(rows: Sequence[Row], student: str) -> Iterator[dict[str, Row]]:
     mine = [row for row in rows if row["student"] == student]
     for seed in sorted({row["seed"] for row in mine}):
         yield {row["method"]: row for row in mine if row["seed"] == seed}
-
-
-@cache
-def student_t(level: float, freedom: int) -> float:
-    """The quantile of Student's t at a level above one half, from its density, to four digits."""
-    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-    angles = np.linspace(0, math.pi / 2, 200_001)  # t = sqrt(freedom) tan(angle): a finite range for any tail
-    steps = constant * math.sqrt(freedom) * np.cos(angles) ** (freedom - 1)
-    below = np.concatenate([[0.0], np.cumsum((steps[1:] + steps[:-1]) / 2) * (angles[1] - angles[0])])
-    return float(math.sqrt(freedom) * np.tan(np.interp(level - 0.5, below, angles)))
 
 
 def methods_of(numbers: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,12 +23,6 @@ from rich.table import Table as View
 
 from zppo.errors import DataError, SettingsError
 from zppo.names import check_file, readable
-
-# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is within 2%.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +54,18 @@ def mean_interval(values: Sequence[float]) -> Mean:
     n = len(values)
     if n < 2:
         return Mean(values[0] if values else math.nan, math.nan, math.nan, n)
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    half = t * stdev(values) / math.sqrt(n)
+    half = student_t(0.975, n - 1) * stdev(values) / math.sqrt(n)
     return Mean(fmean(values), fmean(values) - half, fmean(values) + half, n)
+
+
+@cache
+def student_t(level: float, freedom: int) -> float:
+    """The quantile of Student's t at a level above one half, from its density, to four digits."""
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    angles = np.linspace(0, math.pi / 2, 200_001)  # t = sqrt(freedom) tan(angle): a finite range for any tail
+    steps = constant * math.sqrt(freedom) * np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum((steps[1:] + steps[:-1]) / 2) * (angles[1] - angles[0])])
+    return float(math.sqrt(freedom) * np.tan(np.interp(level - 0.5, below, angles)))
 
 
 def paired_difference(minuend: dict[str, float], subtrahend: dict[str, float]) -> Mean:

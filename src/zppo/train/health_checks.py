@@ -75,6 +75,25 @@ def _no_answer(metrics: Metrics) -> str:
     )
 
 
+def _cut_off(metrics: Metrics) -> str:
+    """What to do about completions that were cut off depends on whether their answer came before that."""
+    evaluation = "truncated" in metrics
+    section, what = ("eval", "held-out completions") if evaluation else ("rollout", "completions")
+    cut, missing = metrics["truncated" if evaluation else "truncated_share"], metrics.get("no_answer_share")
+    head = f"{{value:.0%}} of the {what} were cut off at {section}.max_new_tokens"
+    if missing is not None and missing < 0.5 * cut:
+        return (
+            f"{head}, most of them after an answer, which counts: the student writes on where it should end. Lower train.learning_rate; "
+            "or, with loss.mask_truncated: true, it learns nothing from what does not end"
+        )
+    if evaluation:
+        return f"{head}, and most of those have no answer: the accuracy says little. Raise the limit"
+    return (
+        f"{head}, and most of those have no answer. Raise the limit; where the completions repeat themselves (see the report's stories), "
+        "lower train.learning_rate instead"
+    )
+
+
 def _no_gradient(metrics: Metrics, before: float) -> str:
     """What to do depends on whether the rollouts of a group were all right or all wrong, and on how often they were right `before`."""
     plain = (metrics.get("accuracy") or {}).get("plain") or 0.0
@@ -92,20 +111,8 @@ def _no_gradient(metrics: Metrics, before: float) -> str:
 
 
 WATCHES = (
-    Watch(
-        "truncated",
-        lambda m: m.get("truncated_share"),
-        0.3,
-        "{value:.0%} of the completions were cut off at rollout.max_new_tokens, and few of those have an answer. Raise the limit; where "
-        "the completions repeat themselves (see the report's stories), lower train.learning_rate instead",
-    ),
-    Watch(
-        "truncated evaluation",
-        lambda m: m.get("truncated"),
-        0.3,
-        "{value:.0%} of the held-out completions were cut off at eval.max_new_tokens, and few of those have an answer: the accuracy says "
-        "little. Raise the limit",
-    ),
+    Watch("truncated", lambda m: m.get("truncated_share"), 0.3, _cut_off),
+    Watch("truncated evaluation", lambda m: m.get("truncated"), 0.3, _cut_off),
     Watch("no answer", lambda m: m.get("no_answer_share"), 0.5, _no_answer, own_reward=False),
     Watch(
         "grading time-outs",

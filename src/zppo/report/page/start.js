@@ -3,8 +3,9 @@
 
 const live = { at: 0, age: null, problem: "" };
 
-function start() {
+async function start() {
   const data = report.data, main = document.getElementById("main");
+  let opened = null;
   drawHead(data);
   if (data.recipe) main.append(el("section", { id: "recipe" }, el("h2", {}, "Recipe"), el("details", {}, el("summary", {}, "every setting of this run"), el("pre", {}, data.recipe))));
   drawSections(data);
@@ -12,7 +13,7 @@ function start() {
     buildBrowser();
     if (data.recipe) main.append(document.getElementById("recipe"));
     addEventListener("hashchange", openNamed);
-    if (!openNamed() && data.index.length && !matchMedia("(max-width: 800px)").matches) openStory(browser.shown[0].key, false);
+    if (!openNamed() && data.index.length && !matchMedia("(max-width: 800px)").matches) opened = openStory(browser.shown[0].key, false);
   }
   main.append(el("footer", {}, data.footer));
   drawNav();
@@ -21,6 +22,7 @@ function start() {
     setInterval(drawLive, 1000);
     setTimeout(poll, 2000);
   }
+  await opened;
   document.body.dataset.ready = "yes";
 }
 

@@ -80,21 +80,27 @@ function asked() {
   return { words, ends, any: words.length > 0 || ends.length > 0 };
 }
 
+/* A story that this page holds: gzip in base64. */
+async function storyAt(place) {
+  const bytes = Uint8Array.from(atob(document.getElementById(`story-${place}`).textContent), (c) => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
 /* The completions of a question that this page holds. */
-function textsOf(q) {
+async function textsOf(q) {
   if (!browser.texts.has(q.key)) {
-    const story = JSON.parse(document.getElementById(`story-${report.data.index.indexOf(q)}`).textContent);
+    const story = await storyAt(report.data.index.indexOf(q));
     browser.texts.set(q.key, story.groups.flatMap((g) => g.rollouts.map((r) => ({ text: (r.completion ?? "").toLowerCase(), reward: r.reward, tokens: r.completion_tokens }))));
   }
   return browser.texts.get(q.key);
 }
 
-function searchHere({ words, ends }) {
+async function searchHere({ words, ends }) {
   const limit = Object.fromEntries(ends.map(([id, value]) => [id, Number(value)]));
   const inside = (value, name) => value >= (limit[`${name}-from`] ?? -Infinity) && value <= (limit[`${name}-to`] ?? Infinity);
   const fits = new Set(), found = new Set();
   for (const q of report.data.index) {
-    const fitting = textsOf(q).filter((r) => inside(r.reward, "reward") && inside(r.tokens, "tokens"));
+    const fitting = (await textsOf(q)).filter((r) => inside(r.reward, "reward") && inside(r.tokens, "tokens"));
     if (fitting.length) fits.add(q.key);
     if (words.length && fitting.some((r) => words.every((word) => r.text.includes(word)))) found.add(q.key);
   }
@@ -109,21 +115,18 @@ async function searchThere({ words, ends }) {
   return { fits: new Set(fits), found: new Set(found) };
 }
 
-/* The list follows at once; where completions lie with the server, again when it has looked. */
+/* The list follows at once, and again when completions, here or with the server, have been looked into. */
 function filter() {
-  const wanted = asked(), number = ++browser.asked;
+  const wanted = asked(), number = ++browser.asked, here = document.body.dataset.mode === "file";
   browser.limit = 100;
-  if (!wanted.any || document.body.dataset.mode === "file") {
-    choose(wanted, wanted.any ? searchHere(wanted) : null);
-    return Promise.resolve();
-  }
   choose(wanted, null);
+  if (!wanted.any) return Promise.resolve();
   const note = (text) => { document.getElementById("shown").textContent += text; };
   note(" · looking into completions");
-  return new Promise((done) => setTimeout(done, 250)).then(async () => {
+  return new Promise((done) => setTimeout(done, here ? 0 : 250)).then(async () => {
     if (number !== browser.asked) return;
     try {
-      const completions = await searchThere(wanted);
+      const completions = await (here ? searchHere : searchThere)(wanted);
       if (number === browser.asked) choose(wanted, completions);
     } catch (error) {
       if (number === browser.asked) { choose(wanted, null); note(` · completions could not be searched: ${error.message}`); }
@@ -175,7 +178,7 @@ async function loadStory(key) {
   if (document.body.dataset.mode === "file") {
     const place = report.data.index.findIndex((q) => q.key === key);
     if (place < 0) throw new Error(`this page does not hold the question ${key.replace(/^held-out=/, "")}; zppo inspect shows it, and zppo report --watch`);
-    return JSON.parse(document.getElementById(`story-${place}`).textContent);
+    return storyAt(place);
   }
   const answer = await fetch(`story?key=${encodeURIComponent(key)}`);
   if (!answer.ok) throw new Error(`the story cannot be read: ${answer.status} ${await answer.text()}`);
