@@ -135,8 +135,8 @@ def _accuracy(answers: Answers | None) -> float:
 def _words(verdict: DataVerdict, settings: Settings) -> Iterable[str]:
     student, teacher = verdict.student, verdict.teacher
     yield (
-        f"The student gets {percent(student.accuracy)} of its answers right. In {verdict.n} answers it never gets "
-        f"{percent(student.never)} of the questions right, and {percent(student.always)} always; {percent(verdict.hard)} are hard: below "
+        f"The student gets {percent(student.accuracy)} of its answers right. Of the questions, asked {verdict.n} times each, "
+        f"{percent(student.never)} are never right and {percent(student.always)} always; {percent(verdict.hard)} are hard: below "
         f"zone.threshold = {verdict.threshold:g}."
     )
     if teacher.count:
