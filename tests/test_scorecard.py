@@ -125,7 +125,7 @@ def test_every_claim_asks_for_methods_and_measures_that_are_there() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_is_a_setting_of_a_method(variant: str) -> None:
     recipe = recipes_folder() / "lab-elsewhere.yaml"
-    plain = load_recipe(recipe, overrides_of(Cell(recipe, "zppo", 10), load_recipe(recipe)))
+    plain = load_recipe(recipe, overrides_of(Cell(recipe, variant.partition(":")[0], 10), load_recipe(recipe)))
     varied = load_recipe(recipe, overrides_of(Cell(recipe, variant, 10), load_recipe(recipe)))
     assert varied.method == plain.method and varied != plain
 
