@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
-from transformers.utils import logging
 
 from zppo.core.draws import keyed_random
 from zppo.core.types import Message, Question
@@ -93,7 +92,6 @@ def build_command(world: str, out: Path | None = None, seed: int = 0, steps: int
     """
     if steps is not None and steps < 1:
         raise SettingsError(f"--steps is {steps}: a model takes at least one step; leave it out for the world's own number")
-    logging.disable_progress_bar()
     made = any_world(world)
     folder = out or Path("runs") / "lab" / made.name
     built = build(made, folder, seed, steps, lambda line: print(line, flush=True), with_teacher=with_teacher)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from transformers.utils import logging
 
 from zppo.core.draws import draw_key, keyed_random
 from zppo.core.types import ImageRef, Message, Question
@@ -182,6 +183,7 @@ LIMITS = PixelLimits(SIZE * SIZE, SIZE * SIZE)
 
 def probe_of(folder: Path) -> Probe:
     """A checkpoint as it lies there, with or without a vision tower, ready to be asked."""
+    logging.disable_progress_bar()  # so small a model is there at once
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     vision = (folder / "preprocessor_config.json").is_file()
     model: Any = Qwen3VLForConditionalGeneration if vision else Qwen3ForCausalLM
