@@ -84,6 +84,17 @@ def test_the_interval_is_student_s_t_over_both_students_and_as_wide_as_the_looks
     assert many.high - many.value == pytest.approx(4.14045 * error, rel=1e-4)
 
 
+@pytest.mark.parametrize(("without", "verdict"), [(1, "holds"), (2, "holds"), (7, "undecided"), (8, "undecided")])
+def test_a_seed_that_left_nothing_to_measure_counts_as_run(without: int, verdict: str) -> None:
+    """It has no value, so that the interval is of the others; no run would add one."""
+    half = Contrast("more than half", "followed", {"zppo": 1}, constant=-0.5)
+    made = [row("zppo", seed, s, 0.8, bcq_followed=0.8 + seed / 100 if seed >= without else None) for seed in range(8) for s in STUDENTS]
+    found = score(half, made, 1)
+    assert (found.verdict(half), found.seeds) == (verdict, 8)
+    if verdict == "holds":
+        assert found.value == pytest.approx(0.3 + (without + 7) / 200)
+
+
 def test_quantiles_of_student_s_t() -> None:
     for level, freedom, known in ((0.975, 1, 12.7062), (0.975, 7, 2.36462), (0.995, 14, 2.97684), (0.9995, 30, 3.64596)):
         assert student_t(level, freedom) == pytest.approx(known, rel=1e-4)

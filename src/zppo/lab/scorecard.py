@@ -94,9 +94,7 @@ class Contrast:
     equal: str = ""
 
     def value(self, rows: Mapping[str, Row]) -> float | None:
-        """Of one student and seed; None where a method has no row, or a row nothing of the measure."""
-        if any(method not in rows for method in self.weights):
-            return None
+        """Of the rows of one student and seed, which has all of its methods; None where a row has nothing of the measure."""
         if self.equal:
             spent = min(rows[method][self.equal] for method in self.weights)
             found: list[float | None] = [_trained_at(rows[method], self.equal, spent) for method in self.weights]
@@ -239,7 +237,7 @@ class ContrastEstimate:
     Attributes:
         students: mean over seeds, by student.
         value, low, high: mean over students and its interval; NaN where there is too little.
-        seeds: fewest of a student.
+        seeds: fewest of a student, for which every method has a row. A seed whose runs left nothing to measure counts, without a value.
     """
 
     students: tuple[float, ...]
@@ -261,11 +259,12 @@ def score(contrast: Contrast, rows: Sequence[Row], looks: int) -> ContrastEstima
     Args:
         looks: contrasts that are looked at in all; intervals hold for all of them at once with 95%.
     """
-    values = [[v for row in _by_seed(rows, student) if (v := contrast.value(row)) is not None] for student in STUDENTS]
+    complete = [[row for row in _by_seed(rows, student) if contrast.weights.keys() <= row.keys()] for student in STUDENTS]
+    values = [[v for row in seeds if (v := contrast.value(row)) is not None] for seeds in complete]
     means = tuple(fmean(v) if v else math.nan for v in values)
     signs = (-1.0, 1.0) if contrast.between else (1 / len(STUDENTS),) * len(STUDENTS)
-    value, fewest = sum(s * m for s, m in zip(signs, means, strict=True)), min(map(len, values))
-    if fewest < 2:
+    value, fewest = sum(s * m for s, m in zip(signs, means, strict=True)), min(map(len, complete))
+    if min(map(len, values)) < 2:
         return ContrastEstimate(means, value, math.nan, math.nan, fewest)
     error = math.sqrt(sum(s * s * variance(v) / len(v) for s, v in zip(signs, values, strict=True)))
     half = student_t(1 - 0.05 / looks / 2, sum(map(len, values)) - len(values)) * error
