@@ -12,7 +12,7 @@ from functools import partial
 from rich.console import Console
 
 from zppo.core.draws import keyed_random
-from zppo.core.types import Message, Question
+from zppo.core.types import Draft, Message, Question
 from zppo.errors import SettingsError
 from zppo.lab.corpus import ChainStudentCorpus, ChainTeacherCorpus
 from zppo.lab.picture_world import is_picture_world
@@ -20,6 +20,7 @@ from zppo.lab.pretrain import Probe, probe_of
 from zppo.lab.questions import ASSETS, bundled_model, lab_questions
 from zppo.lab.study import print_table
 from zppo.lab.world import World, chain_of, load_world
+from zppo.prompts.book import PRIVILEGED, PromptBook
 
 Shares = dict[str, float]
 
@@ -33,7 +34,8 @@ class Levels:
         greedy, sampled: by role.
         tokens: mean length of a sampled completion to a training question, by role.
         hard: levels about the unlikeliest entries: right samples of the student and all, training questions included.
-        shown: the same levels' held-out questions: the student's greedy share by what the prompt shows.
+        shown: the same levels' held-out questions: the student's greedy share by what the prompt shows. And of all levels that RL trains,
+            behind the right answer as self-distillation shows it (SDPO): no student has read such a prompt.
         fidelity: share of answers that survive the teacher's compression; None without a teacher.
     """
 
@@ -59,6 +61,8 @@ def measure_levels(world: World, probes: dict[str, Probe], samples: int) -> Leve
         mine = [q for q in asked if q.level == level]
         for what, prompts in prompts_of_hard(world, student, mine).items():
             shown.setdefault(what, {})[level] = student.accuracy(mine, prompt=partial(_prompt_of, prompts))[level]
+    levels = {level.name for level in world.settings.levels}
+    shown[PRIVILEGED] = student.accuracy([q for q in asked if q.level in levels], prompt=partial(_with_solution, student.book))
     return Levels(
         {level: sum(q.level == level for q in asked) for level in dict.fromkeys(q.level for q in asked)},
         {role: probe.accuracy(asked) for role, probe in probes.items()},
@@ -72,6 +76,10 @@ def measure_levels(world: World, probes: dict[str, Probe], samples: int) -> Leve
 
 def _prompt_of(prompts: Mapping[str, tuple[Message, ...]], question: Question) -> tuple[Message, ...]:
     return prompts[question.id]
+
+
+def _with_solution(book: PromptBook, question: Question) -> tuple[Message, ...]:
+    return book.render(Draft(PRIVILEGED, question, {"solution": f"\\boxed{{ {question.gold} }}"}))
 
 
 def prompts_of_hard(world: World, probe: Probe, questions: Sequence[Question]) -> dict[str, dict[str, tuple[Message, ...]]]:
