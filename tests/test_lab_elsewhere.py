@@ -257,4 +257,4 @@ def test_levels_are_measured_and_printed(capsys: pytest.CaptureFixture[str]) -> 
         assert abs(float(row[2]) - cells[0]) < 0.05 and abs(float(row[4]) - cells[2]) < 0.05, level
     assert re.search(r"teacher: 2\d\.\d tokens a completion", told) and "student, hard, shown bcq:" in told
     shown = re.search(r"student, easy, shown privileged: ([\d.]+)", told)
-    assert shown and abs(float(shown[1]) - 0.48) < 0.05
+    assert shown and abs(float(shown[1]) - 0.15) < 0.05

@@ -34,7 +34,7 @@ from zppo.lab.families import family_words
 from zppo.lab.picture_world import CELL, PALETTE, SIDE, SIZE, WORDS, Picture, PictureWorld, pixels
 from zppo.lab.world import ModelShape, World
 from zppo.prompts import Neutraliser
-from zppo.prompts.book import CLOSING, COMPRESSION, HINTING, PromptBook
+from zppo.prompts.book import PromptBook
 
 PAD, UNKNOWN, USER, ASSISTANT, END = "<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>"
 CONTROL = (PAD, UNKNOWN, USER, ASSISTANT, END)
@@ -78,7 +78,7 @@ TOKENS = (GRID // MERGE) ** 2
 def templates() -> dict[str, Path]:
     """The lab's short templates by name; the value for `prompts` in a recipe."""
     folder = Path(str(resources.files("zppo.lab"))) / "prompts"
-    return {name: folder / f"{name}.jinja" for name in (CLOSING, BCQ, NCQ, COMPRESSION, HINT, HINTING)}
+    return {path.stem: path for path in sorted(folder.glob("*.jinja"))}
 
 
 def lab_book(chat: Chat) -> PromptBook:
