@@ -164,6 +164,24 @@ def test_no_word_of_a_wide_table_is_cut(width: int) -> None:
     assert told.count(line[0]) == told.count(columns[0]) and (told.count(line[0]) == 1) == (width == 300)
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 130, 300])
+def test_no_word_of_a_table_of_sentences_is_cut(width: int) -> None:
+    """Columns of text beside columns of numbers: what is left of a line goes to the text, and no line is longer than the terminal."""
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    columns = ["", "claim", "what is above zero if it holds", "elsewhere", "elsewhere-2", "verdict"]
+    line = [
+        "7.10",
+        "with the teacher in the gradient students lose",
+        "zppo:minibatches-4 > teacher-response:minibatches-4",
+        "-0.017",
+        "+0.066",
+    ]
+    print_table(columns, [[*line, "undecided"]], console)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    words = {word for cell in (*columns, *line, "undecided") for word in cell.split()}
+    assert words <= set(told.split()) and max(map(len, told.splitlines())) <= width
+
+
 @pytest.mark.slow
 def test_drift_is_the_mean_divergence_over_the_old_student_s_samples(tmp_path: Path) -> None:
     """Of itself none; of another one the literal sum, token by token."""

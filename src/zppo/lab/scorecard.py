@@ -155,7 +155,7 @@ CLAIMS: Mapping[str, Claim] = {
         (
             _above("grpo-replay-bcq", "grpo-replay-ncq"),
             Contrast(
-                "BCQ - NCQ is more for the weaker student, trained",
+                "BCQ - NCQ, the second (weaker) student's minus the first one's, trained",
                 "trained",
                 {"grpo-replay-bcq": 1, "grpo-replay-ncq": -1},
                 small=SMALL,
@@ -301,7 +301,7 @@ def scorecard_tables(rows: Sequence[Row], numbers: Sequence[str]) -> list[tuple[
     for number in numbers:
         for at, contrast in enumerate(CLAIMS[number].contrasts):
             found = score(contrast, rows, looks)
-            head = [number, CLAIMS[number].text] if at == 0 else ["", ""]
+            head = [f"{number}.{at + 1}", CLAIMS[number].text if at == 0 else ""]
             interval = "-" if math.isnan(found.value) else f"{found.value:+.3f}"
             interval += "" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]"
             each = ["-" if math.isnan(mean) else f"{mean:+.3f}" for mean in found.students]

@@ -307,13 +307,24 @@ def print_table(columns: Sequence[str], lines: Sequence[Sequence[str]], console:
         console.print("\n".join(text), highlight=False, markup=False, soft_wrap=True)
     else:
         needed = [max(len(word) for cell in column for word in cell.split() or [""]) for column in zip(columns, *lines, strict=True)]
+        whole = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
         for block in _blocks(needed, console.width):
             table = Table(box=None, padding=(0, 2, 0, 0))
-            for i in block:
-                table.add_column(columns[i], min_width=needed[i])
+            for i, width in zip(block, _widths([needed[i] for i in block], [whole[i] for i in block], console.width), strict=True):
+                table.add_column(columns[i], width=width)
             for line in lines:
                 table.add_row(*(line[i] for i in block))
             console.print(table)
+
+
+def _widths(needed: Sequence[int], whole: Sequence[int], width: int) -> list[int]:
+    """Of columns side by side: what their longest words need, and what is left shared out among those whose cells are longer."""
+    widths, spare = list(needed), width - sum(needed) - 2 * len(needed)
+    modest_first = sorted(range(len(needed)), key=lambda i: whole[i] - needed[i])
+    for sharers, i in zip(range(len(needed), 0, -1), modest_first, strict=True):
+        more = max(0, min(whole[i] - needed[i], spare // sharers))
+        widths[i], spare = widths[i] + more, spare - more
+    return widths
 
 
 def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
