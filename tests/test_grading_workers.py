@@ -238,10 +238,10 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypat
 def test_a_host_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = "import sys, time; print('{\"ready\": true}', flush=True); time.sleep(60)"
     monkeypatch.setattr(pool_module, "_COMMAND", silent)
-    grader = Grader(deadline=DEADLINE)
+    grader = Grader(deadline=3 * DEADLINE)  # the worker after it may start on busy cores
     assert grader.grade(r"\boxed{x+y+1}", "x+y").reason == "timeout"
     monkeypatch.undo()
-    assert any(grader.equal(*FORMULA) for _ in range(5))  # a worker that starts on busy cores may need longer than the deadline
+    assert grader.equal(*FORMULA)
     grader.close()
 
 

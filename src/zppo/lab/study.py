@@ -306,8 +306,9 @@ def print_table(columns: Sequence[str], lines: Sequence[Sequence[str]], console:
         text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(line) + " |" for line in lines), ""]
         console.print("\n".join(text), highlight=False, markup=False, soft_wrap=True)
     else:
-        needed = [max(len(word) for cell in column for word in cell.split() or [""]) for column in zip(columns, *lines, strict=True)]
-        whole = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
+        cells = list(zip(columns, *lines, strict=True))
+        needed = [max(len(word) for cell in column for word in cell.split() or [""]) for column in cells]
+        whole = [max(map(len, column)) for column in cells]
         for block in _blocks(needed, console.width):
             table = Table(box=None, padding=(0, 2, 0, 0))
             for i, width in zip(block, _widths([needed[i] for i in block], [whole[i] for i in block], console.width), strict=True):
