@@ -268,7 +268,7 @@ def test_a_server_that_gives_no_completions_rests(server: Server, make: Any, nam
     for _ in range(5):
         assert all("unreachable for" in r.error and NONE[name][1] in r.error for r in teacher.complete(many(5), HOW))
     service = take_service(teacher)
-    assert (service.requests, service.given_up, service.short) == (0, 25, 0) and pings(server) >= 1
+    assert (service.requests, service.given_up, service.short) == (0, 25, 0) and pings(server.log) >= 1
 
 
 @pytest.mark.parametrize(
