@@ -111,14 +111,14 @@ def test_text_parts_are_one_text(client: TestClient) -> None:
     assert texts(split) == texts(whole) and split["usage"] == whole["usage"]
 
 
-def test_template_arguments_reach_the_template(client: TestClient, chat: Chat) -> None:
+def test_template_arguments_reach_the_template(client: TestClient, engine: Counting, chat: Chat) -> None:
     """The template opens the think block in the prompt: `content` begins inside it, as it was written."""
-    prompt = chat.encode([Message("user", QUESTION["content"])])
-    thinking = Chat(chat.tokenizer, {"enable_thinking": True}).encode([Message("user", QUESTION["content"])])
-    for given_args, ids in (({"enable_thinking": True}, thinking), ({"enable_thinking": False}, prompt), ({}, prompt)):
-        answer = ask(client, chat_template_kwargs=given_args)
-        assert answer["usage"]["prompt_tokens"] == len(ids)
-        assert not texts(answer)[0].startswith("<think>")
+    thinking = Chat(chat.tokenizer, {"enable_thinking": True})
+    assert "<think>" in chat.show(thinking.encode([Message("user", QUESTION["content"])])[-4:])
+    for given_args, asked in (({"enable_thinking": True}, thinking), ({"enable_thinking": False}, chat), ({}, chat)):
+        answer = ask(client, seed=3, chat_template_kwargs=given_args)
+        assert answer["usage"]["prompt_tokens"] == len(asked.encode([Message("user", QUESTION["content"])]))
+        assert texts(answer) == [chat.decode(c.ids.tolist()) for c in sampled(engine, asked, 3, 1, Sampling(max_new_tokens=8))]
     for i in range(20):  # a client cannot fill the memory with arguments
         ask(client, max_tokens=1, chat_template_kwargs={"enable_thinking": i})
 
