@@ -155,11 +155,11 @@ def test_train_and_resume_reach_the_trainer(tmp_path: Path, monkeypatch: pytest.
     assert folder == Path("runs/x")
 
 
-@given(st.lists(st.sampled_from(["r.yaml", "--dry-run", "--a.b=1", "--c"]), max_size=6))
+@given(st.lists(st.sampled_from(["r.yaml", "--dry-run", "--for-gpu=24", "--a.b=1", "--c"]), max_size=6))
 def test_overrides_are_parted_from_the_rest(tokens: list[str]) -> None:
     ours, overrides = cli.split_overrides(["train", *tokens])
     assert sorted([*ours, *overrides]) == sorted(["train", *tokens])
-    assert "--dry-run" not in overrides and "--a.b=1" not in ours and "--c" not in ours
+    assert not {"--dry-run", "--for-gpu=24"} & set(overrides) and "--a.b=1" not in ours and "--c" not in ours
     assert ours.count("--dry-run") == tokens.count("--dry-run")
 
 
@@ -195,7 +195,7 @@ def test_help_of_train_lists_every_setting_after_the_usage(capsys: pytest.Captur
         cli.main(["train", "--help"])
     out = capsys.readouterr().out
     assert caught.value.code == 0
-    assert out.startswith("usage: zppo train RECIPE [--dry-run] [--key=value ...]")
+    assert out.startswith("usage: zppo train RECIPE [--dry-run [--for-gpu=GB]] [--key=value ...]")
     assert all(f" {key.name}" in out for key in known_keys().values())
     assert out.index("--dry-run  ") < out.index("train.learning_rate")
 
@@ -232,6 +232,28 @@ def test_dry_run_errors_and_help_never_import_torch(tmp_path: Path) -> None:
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [["--for-gpu=24"], ["--for-gpu", "24"], ["--for-gpu=24GB", "--train.device=auto"]])
+def test_a_run_is_planned_for_a_gpu_that_is_not_here(
+    given: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    asked = ["train", str(MY_DATA), "--dry-run"]
+    here, there = run(capsys, *asked)[1], run(capsys, *asked, *given)[1]
+    assert "(RAM, as no GPU was found; " in here.replace(", as much as the control group may have", "") and "--for-gpu=24 plans for" in here
+    assert "of 22.4 GiB (a GPU of 24 GB)" in there and "bf16 copy of the weights" in there and "--for-gpu" not in there
+    assert "for-gpu" not in run(capsys, *asked, "--train.device=cpu")[1] + run(capsys, "train", "lab", "--dry-run")[1]
+
+
+def test_a_gpu_to_plan_for_has_a_size(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("x", "0", "-1", "nan", "inf", "24GiB"):
+        with pytest.raises(SystemExit):
+            cli.main(["train", str(MY_DATA), "--dry-run", f"--for-gpu={wrong}"])
+        assert f"{wrong!r} is no size in gigabytes, such as 24 or 80" in capsys.readouterr().err
+    assert "give it with --dry-run" in run(capsys, "train", str(MY_DATA), "--for-gpu=80")[2]
+    assert "leave one of them out" in run(capsys, "train", str(MY_DATA), "--dry-run", "--for-gpu=80", "--train.device=cpu")[2]
 
 
 def test_dry_run_of_a_control_prints_its_mark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

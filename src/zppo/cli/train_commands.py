@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zppo.config.settings import Settings
     from zppo.core.types import Question
 
-_TRAIN_FLAGS = ("-h", "--help", "--dry-run", "--no-code")
+_TRAIN_FLAGS = ("-h", "--help", "--dry-run", "--for-gpu", "--no-code")
 _NO_CODE = "end with an error where the recipe names code of its own (grading.reward, reformulations); see SECURITY.md"
 
 
@@ -25,7 +25,7 @@ def add_train(commands: Subcommands) -> None:
     """`train`, `resume` and `methods`."""
     train = commands.add_parser(
         "train",
-        usage="zppo train RECIPE [--dry-run] [--key=value ...] [--no-code]",
+        usage="zppo train RECIPE [--dry-run [--for-gpu=GB]] [--key=value ...] [--no-code]",
         help="train a student by a recipe",
         description="Train a student by a recipe. Any setting can be given as --key=value and wins over the recipe.",
         allow_abbrev=False,
@@ -34,6 +34,9 @@ def add_train(commands: Subcommands) -> None:
         "recipe", nargs="?", metavar="RECIPE", help="a YAML file, or the name of one that comes with zppo: see `zppo recipes`"
     )
     train.add_argument("--dry-run", action="store_true", help="resolve everything and print the plan; no model is loaded")
+    train.add_argument(
+        "--for-gpu", type=_gigabytes, metavar="GB", help="with --dry-run: plan for a GPU with so much memory, not for this machine"
+    )
     train.add_argument("--no-code", action="store_true", help=_NO_CODE)
     train.set_defaults(run=_train, several=True)
     train.more = _settings_help
@@ -52,17 +55,24 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     rest = iter(arguments)
     for token in rest:
-        if not token.startswith("--") or token in _TRAIN_FLAGS:
+        if not token.startswith("--") or token.partition("=")[0] in _TRAIN_FLAGS:
             ours.append(token)
             continue
         overrides.append(token)
         if "=" not in token:
             value = next(rest, None)
-            if value in _TRAIN_FLAGS:
+            if value is not None and value.partition("=")[0] in _TRAIN_FLAGS:
                 ours.append(value)
             elif value is not None:
                 overrides.append(value)
     return ours, overrides
+
+
+def _gigabytes(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (number := float(text.upper().removesuffix("GB"))) < 1e6:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no size in gigabytes, such as 24 or 80")
 
 
 def _settings_help() -> str:
@@ -106,13 +116,17 @@ def _train(options: argparse.Namespace) -> None:
     settings = load_recipe(options.recipe, options.overrides)
     if options.no_code:
         refuse_code(settings, options.recipe)
+    if options.for_gpu and not options.dry_run:
+        raise SettingsError("--for-gpu plans a run for another machine: give it with --dry-run")
+    if options.for_gpu and settings.train.device == "cpu":
+        raise SettingsError("--for-gpu: with train.device=cpu the run leaves every GPU alone; leave one of them out")
     name = find_recipe(options.recipe).stem
     if options.dry_run:
         from rich.console import Console
 
         from zppo.distributed.launcher import check_shards, rank_of, read_launch
         from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
-        from zppo.planning.machine import find_machine
+        from zppo.planning.machine import find_machine, gpu_of
         from zppo.planning.memory import prompt_tokens, within
         from zppo.planning.needed import check_files, missing_rows
         from zppo.prompts.book import PromptBook
@@ -143,7 +157,7 @@ def _train(options: argparse.Namespace) -> None:
         asked = [*train, *held_out]
         images = max((len(q.images) for q in asked), default=0)
         lengths = prompt_tokens(settings, asked, shown)
-        machine = find_machine(settings.train.device)
+        machine = gpu_of(options.for_gpu) if options.for_gpu else find_machine(settings.train.device)
         counted = within(settings, asked, len(train), shown)
         memory = memory_rows(counted, machine, images=images, shortest=lengths.shortest, processes=launch.processes)
         absent = missing_rows(settings, gpu=machine is not None and machine.gpu)

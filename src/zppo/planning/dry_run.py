@@ -54,7 +54,7 @@ def memory_rows(settings: Settings, machine: Machine | None = None, images: int 
     if isinstance(memory, str):
         return [("estimate", memory)]
     most = ("at most", _against(memory.total, machine))
-    return [*_parts(settings, memory), *sharding, most, *_verdict(settings, memory, machine, data)]
+    return [*_parts(settings, memory), *sharding, most, *_verdict(settings, memory, machine, data), *_gpu_row(settings, memory, machine)]
 
 
 class _DataFacts(NamedTuple):
@@ -126,6 +126,13 @@ def _verdict(settings: Settings, memory: Memory, machine: Machine | None, data: 
     if memory.standing + memory.sampling > room:
         words.append(_fewer_rows(memory, machine))
     return [("verdict", "; ".join(words))]
+
+
+def _gpu_row(settings: Settings, memory: Memory, machine: Machine | None) -> Rows:
+    """How to plan for a GPU, where a student that wants one is planned for a CPU since none was found."""
+    if machine is None or machine.gpu or settings.train.device == "cpu" or memory.weights < GIB:
+        return []
+    return [("on a GPU", "--for-gpu=24 plans for one of 24 GB, from any machine")]
 
 
 def _fewer_rows(memory: Memory, machine: Machine) -> str:

@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,17 @@ class Machine:
 
 def find_machine(device: Literal["auto", "cpu"]) -> Machine | None:
     """The first GPU that a run would see; the RAM where there is none, or the recipe leaves it alone; None where nothing is known."""
-    return (None if device == "cpu" else _gpu()) or _ram()
+    if device == "cpu":
+        return _ram()
+    if gpu := _gpu():
+        return gpu
+    ram = _ram()
+    return ram and replace(ram, name=f"{ram.name}, as no GPU was found")
+
+
+def gpu_of(gigabytes: float) -> Machine:
+    """A GPU that is not here, with so much memory (1 GB is 10^9 bytes), all of it free."""
+    return Machine(f"a GPU of {gigabytes:g} GB", True, int(gigabytes * 10**9))
 
 
 def _gpu() -> Machine | None:
