@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import zppo
 from zppo import cli
+from zppo.config.bundled import recipe_names, recipes_folder
 from zppo.config.help import known_keys
 from zppo.config.methods import METHODS
+from zppo.config.recipe import load_recipe
 from zppo.config.settings import Settings
 from zppo.errors import SettingsError
 from zppo.planning.dry_run import Plan, TeacherPlan, make_plan
@@ -175,12 +177,15 @@ def test_methods_lists_the_table(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "advantages of luffy: reward - group mean." in out
 
 
-@pytest.mark.parametrize("width", ["80", "120"])
-def test_methods_break_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+@pytest.mark.parametrize("width", ["40", "80", "120"])
+def test_lists_break_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: str) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    words = {word for text in (run(capsys, "methods")[1],) for word in text.split()}
+    words = set(run(capsys, "methods")[1].split())
     for method in METHODS.values():
         assert set(f"{method.name} {method.gradient} {method.paper}".split()) <= words
+    words = set(run(capsys, "recipes")[1].split())
+    models = {load_recipe(recipes_folder() / f"{name}.yaml").student.model for name in recipe_names()}
+    assert {*recipe_names(), *(model.rpartition("/")[2] for model in models if not model.startswith("lab:"))} <= words
 
 
 def test_resume_takes_no_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,6 +255,6 @@ def test_levels_are_measured_and_printed(capsys: pytest.CaptureFixture[str]) -> 
     for level, cells in documented("elsewhere").items():
         row = next(line for line in told.splitlines() if line.startswith(f"| {level} |")).strip("|").split("|")
         assert abs(float(row[2]) - cells[0]) < 0.05 and abs(float(row[4]) - cells[2]) < 0.05, level
-    assert re.search(r"teacher: 2\d\.\d tokens a completion", told) and "student, hard, shown bcq:" in told
-    shown = re.search(r"student, easy, shown privileged: ([\d.]+)", told)
+    assert re.search(r"teacher: 2\d\.\d tokens a completion", told) and "student, hard, shown the right answer and its likeliest" in told
+    shown = re.search(r"student, easy, shown the right answer as self-distillation shows it \(SDPO, OPSD\): ([\d.]+)", told)
     assert shown and abs(float(shown[1]) - 0.15) < 0.05

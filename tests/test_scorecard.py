@@ -116,12 +116,12 @@ def test_equal_cost_is_what_the_cheaper_run_spends() -> None:
 
 def test_measures_of_a_row() -> None:
     made = row("zppo", 0, STUDENTS[0], 0.8, bcq_accuracy=0.7, bcq_followed=0.6)
-    values = {name: measure(made) for name, measure in MEASURES.items()}
+    values = {name: measure.of(made) for name, measure in MEASURES.items()}
     assert values == pytest.approx(
         {"trained": 0.8, "hard": 0.8, "composed": 0.5, "carried": 0.5, "kept": 0.5, "along": 0.2, "drift": 1.0, "graduated": 0.5}
         | {"bcq": 0.7, "followed": 0.6, "asked": 0.1}
     )
-    assert MEASURES["bcq"](row("grpo", 0, STUDENTS[0], 0.8)) is None
+    assert MEASURES["bcq"].of(row("grpo", 0, STUDENTS[0], 0.8)) is None
 
 
 def test_every_claim_asks_for_methods_and_measures_that_are_there() -> None:

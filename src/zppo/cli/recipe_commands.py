@@ -26,22 +26,20 @@ def add_recipes(commands: Subcommands) -> None:
 
 def _recipes(options: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from zppo.config.bundled import accelerate_files, made_for, recipe_names, recipes_folder, slurm_script
     from zppo.config.recipe import load_recipe
+    from zppo.runs.display import show_table
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("recipe", "trains", "teacher", "made for"):
-        table.add_column(column, no_wrap=column == "recipe", overflow="fold")
+    lines = []
     for name in recipe_names():
         path = recipes_folder() / f"{name}.yaml"
         settings = load_recipe(path)
         student, data = _short(settings.student.model), _short(settings.data.train_name)
         trains = student + (" by LoRA" if settings.train.lora else "") + ("" if data == student else f" on {data}")
-        table.add_row(name, trains, _teacher(settings.teacher), made_for(path.read_text(encoding="utf-8")))
+        lines.append((name, trains, _teacher(settings.teacher), made_for(path.read_text(encoding="utf-8"))))
     console = Console(highlight=False)
-    console.print(table)
+    show_table(console, ("recipe", "trains", "teacher", "made for"), lines)
     console.print(
         "\nQuestions of your own: begin with my-data on a GPU, with smollm2-135m where the student is small and the teacher behind an "
         "address (docs/train-your-model.md).",

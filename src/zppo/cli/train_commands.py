@@ -179,18 +179,13 @@ def _check_images(settings: Settings, train: list[Question], held_out: list[Ques
 
 def _methods(options: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from zppo.config.methods import METHODS
+    from zppo.runs.display import show_table
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("method", "replay", "what enters the gradient", "in the paper"):
-        table.add_column(column, no_wrap=column != "what enters the gradient", overflow="fold")
-    for row in METHODS.values():
-        table.add_row(row.name, "yes" if row.replay else "-", row.gradient, Text(row.paper))
     console = Console()
-    console.print(table)
+    lines = [(row.name, "yes" if row.replay else "-", row.gradient, row.paper) for row in METHODS.values()]
+    show_table(console, ("method", "replay", "what enters the gradient", "in the paper"), lines)
     console.print()
     console.print("replay: hard questions are asked again in later steps.")
     for words in dict.fromkeys(row.advantages for row in METHODS.values() if not row.distils):

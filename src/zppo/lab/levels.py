@@ -48,6 +48,14 @@ class Levels:
     fidelity: float | None
 
 
+_SHOWN = {
+    "bcq": "shown the right answer and its likeliest mistake (BCQ)",
+    "ncq": "shown eight of its mistakes (NCQ)",
+    "hint": "shown a hint",
+    PRIVILEGED: "shown the right answer as self-distillation shows it (SDPO, OPSD)",
+}
+
+
 def measure_levels(world: World, probes: dict[str, Probe], samples: int) -> Levels:
     """Asks the student, and the teacher if there is one, everything that a study on this bundled world asks."""
     trained, asked = lab_questions(world.name, "seen"), lab_questions(world.name, "study")
@@ -137,7 +145,7 @@ def print_levels(levels: Levels, console: Console, *, markdown: bool = False) ->
     print_table(columns, lines, console, markdown=markdown)
     told = [f"{role}: {tokens:.1f} tokens a completion" for role, tokens in levels.tokens.items()]
     told += [f"student, {level}: {right} of {count:,} samples right ({right / count:.1e})" for level, (right, count) in levels.hard.items()]
-    told += [f"student, {level}, shown {what}: {share:.2f}" for what, by in levels.shown.items() for level, share in by.items()]
+    told += [f"student, {level}, {_SHOWN[what]}: {share:.2f}" for what, by in levels.shown.items() for level, share in by.items()]
     if levels.fidelity is not None:
         told.append(f"teacher: {levels.fidelity:.1%} of answers survive its compression")
     console.print("\n".join(told), highlight=False, markup=False, soft_wrap=True)

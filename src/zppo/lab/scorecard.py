@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median, variance
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -46,29 +46,33 @@ def _mean(levels: Sequence[str]) -> Callable[[Row], float | None]:
     return lambda row: _over(levels, row["after"])
 
 
-MEASURES: Mapping[str, Callable[[Row], float | None]] = {
-    "trained": _mean(TRAINED),
-    "hard": _mean(TRAINED[-1:]),
-    "composed": _mean(COMPOSED),
-    "carried": _mean(CARRIED),
-    "kept": lambda row: _over(OTHERS, row["after"]) - _over(OTHERS, row["before"]),
-    "along": lambda row: fmean(_over(OTHERS, point["by_level"]) - _over(OTHERS, row["before"]) for point in row["curve"] if point["step"]),
-    "drift": lambda row: fmean(row["drift"].values()) if row["drift"] else None,
-    "graduated": graduated_share,
-    "bcq": lambda row: row.get("bcq_accuracy"),
-    "followed": lambda row: row.get("bcq_followed"),
-    "asked": lambda row: row["teacher_tokens"] / 1000,
-}
-"""What a row says.
+class Measure(NamedTuple):
+    """What a row says; None where it says nothing of it."""
 
-- trained, hard: plain accuracy on held-out questions of the trained family, the mean of its three levels; of the hardest one.
-- composed, carried: of left-out operations and longer chains; of harder questions in the other wording.
-- kept: accuracy on the other skills after training minus before; along: the mean of that over the evaluations of a run.
-- drift: KL per token from the pretrained student on these skills, nats.
-- graduated: share of the entries admitted at 0%.
-- bcq, followed: accuracy of BCQ rollouts at the end; share of the wrong ones with the wrong candidate's answer.
-- asked: thousands of teacher tokens.
-"""
+    says: str
+    of: Callable[[Row], float | None]
+
+
+MEASURES: Mapping[str, Measure] = {
+    "trained": Measure("plain accuracy on held-out questions of the trained family, the mean of its three levels", _mean(TRAINED)),
+    "hard": Measure("the same of the hardest level", _mean(TRAINED[-1:])),
+    "composed": Measure("of left-out operations and longer chains", _mean(COMPOSED)),
+    "carried": Measure("of harder questions in the other wording", _mean(CARRIED)),
+    "kept": Measure(
+        "accuracy on the other skills after training minus before", lambda row: _over(OTHERS, row["after"]) - _over(OTHERS, row["before"])
+    ),
+    "along": Measure(
+        "the mean of that over the evaluations of a run",
+        lambda row: fmean(_over(OTHERS, point["by_level"]) - _over(OTHERS, row["before"]) for point in row["curve"] if point["step"]),
+    ),
+    "drift": Measure(
+        "KL per token from the pretrained student on these skills, nats", lambda row: fmean(row["drift"].values()) if row["drift"] else None
+    ),
+    "graduated": Measure("share of the entries admitted at 0%", graduated_share),
+    "bcq": Measure("accuracy of BCQ rollouts at the end", lambda row: row.get("bcq_accuracy")),
+    "followed": Measure("share of the wrong ones with the wrong candidate's answer", lambda row: row.get("bcq_followed")),
+    "asked": Measure("thousands of teacher tokens", lambda row: row["teacher_tokens"] / 1000),
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Contrast:
             spent = min(rows[method][self.equal] for method in self.weights)
             found: list[float | None] = [_trained_at(rows[method], self.equal, spent) for method in self.weights]
         else:
-            found = [MEASURES[self.measure](rows[method]) for method in self.weights]
+            found = [MEASURES[self.measure].of(rows[method]) for method in self.weights]
         if any(number is None for number in found):
             return None
         return self.constant + sum(w * number for w, number in zip(self.weights.values(), found, strict=True) if number is not None)
@@ -326,7 +330,7 @@ def _outcomes(rows: Sequence[Row], student: str) -> tuple[str, list[str], list[l
         found = [row for row in mine if row["method"] == method]
         shares = []
         for measure in MEASURES.values():
-            values = [value for row in found if (value := measure(row)) is not None]
+            values = [value for row in found if (value := measure.of(row)) is not None]
             shares.append(f"{fmean(values):.3f}" if values else "-")
         costs = [f"{fmean(row[cost] for row in found):,.0f}" for cost in ("student_tokens", "teacher_tokens")]
         costs.append(f"{median(row['seconds'] for row in found):,.0f}")  # a run that had to wait says nothing about what it takes
@@ -342,3 +346,6 @@ def print_scorecard(path: Path, numbers: Sequence[str], console: Console, *, mar
         DataError: the file is missing or empty.
     """
     print_tables(scorecard_tables(read_rows(path), numbers), console, markdown=markdown)
+    if not markdown:
+        legend = [f"{name}: {measure.says}" for name, measure in MEASURES.items()]
+        console.print("\n".join(["", *legend]), highlight=False, markup=False, soft_wrap=True)

@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from zppo import __version__
 from zppo.config.methods import METHODS
@@ -32,6 +31,7 @@ from zppo.lab.questions import SCHEME
 from zppo.report.audits import run_rows
 from zppo.report.bootstrap import mean_interval, paired_difference
 from zppo.report.read_run import open_run, scan_file
+from zppo.runs.display import show_table
 from zppo.runs.log import BUFFER, METRICS, read_lines
 from zppo.sweep import SweepRun, run_all
 
@@ -306,33 +306,4 @@ def print_table(columns: Sequence[str], lines: Sequence[Sequence[str]], console:
         text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(line) + " |" for line in lines), ""]
         console.print("\n".join(text), highlight=False, markup=False, soft_wrap=True)
     else:
-        cells = list(zip(columns, *lines, strict=True))
-        needed = [max(len(word) for cell in column for word in cell.split() or [""]) for column in cells]
-        whole = [max(map(len, column)) for column in cells]
-        for block in _blocks(needed, console.width):
-            table = Table(box=None, padding=(0, 2, 0, 0))
-            for i, width in zip(block, _widths([needed[i] for i in block], [whole[i] for i in block], console.width), strict=True):
-                table.add_column(columns[i], width=width)
-            for line in lines:
-                table.add_row(*(line[i] for i in block))
-            console.print(table)
-
-
-def _widths(needed: Sequence[int], whole: Sequence[int], width: int) -> list[int]:
-    """Of columns side by side: what their longest words need, and what is left shared out among those whose cells are longer."""
-    widths, spare = list(needed), width - sum(needed) - 2 * len(needed)
-    modest_first = sorted(range(len(needed)), key=lambda i: whole[i] - needed[i])
-    for sharers, i in zip(range(len(needed), 0, -1), modest_first, strict=True):
-        more = max(0, min(whole[i] - needed[i], spare // sharers))
-        widths[i], spare = widths[i] + more, spare - more
-    return widths
-
-
-def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
-    """Columns that fit side by side without breaking a word; of a wider table several blocks, each with the first column."""
-    blocks = [[0]]
-    for i in range(1, len(needed)):
-        if len(blocks[-1]) > 1 and sum(needed[j] + 2 for j in [*blocks[-1], i]) > width:
-            blocks.append([0])
-        blocks[-1].append(i)
-    return blocks
+        show_table(console, columns, lines)

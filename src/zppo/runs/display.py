@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -29,6 +30,40 @@ def warn(console: Console, text: str) -> None:
 def show(console: Console, text: str) -> None:
     """A line of text from elsewhere, as it is."""
     console.print(Text(text), highlight=False, soft_wrap=True)
+
+
+def show_table(console: Console, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Text in columns that breaks no word: what does not fit side by side follows below, each block with the first column."""
+    cells = list(zip(columns, *lines, strict=True))
+    needed = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in cells]
+    whole = [max(map(cell_len, column)) for column in cells]
+    for block in _blocks(needed, console.width):
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for i, width in zip(block, _widths([needed[i] for i in block], [whole[i] for i in block], console.width), strict=True):
+            table.add_column(Text(columns[i]), width=width)
+        for line in lines:
+            table.add_row(*(Text(line[i]) for i in block))
+        console.print(table)
+
+
+def _widths(needed: Sequence[int], whole: Sequence[int], width: int) -> list[int]:
+    """Of columns side by side: what their longest words need, and what is left shared out among those whose cells are longer."""
+    widths, spare = list(needed), width - sum(needed) - 2 * len(needed)
+    modest_first = sorted(range(len(needed)), key=lambda i: whole[i] - needed[i])
+    for sharers, i in zip(range(len(needed), 0, -1), modest_first, strict=True):
+        more = max(0, min(whole[i] - needed[i], spare // sharers))
+        widths[i], spare = widths[i] + more, spare - more
+    return widths
+
+
+def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
+    """Columns that fit side by side without breaking a word; of a wider table several blocks, each with the first column."""
+    blocks = [[0]]
+    for i in range(1, len(needed)):
+        if len(blocks[-1]) > 1 and sum(needed[j] + 2 for j in [*blocks[-1], i]) > width:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return blocks
 
 
 @contextmanager
