@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: as much of its HTTP interface as an upload by `huggingface_hub` needs, in one process."""
+"""A stand-in for the Hugging Face hub: as much of its HTTP interface as an upload and a small download by `huggingface_hub` need."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 
 class HubServer:
-    """Takes repositories and commits, and keeps them.
+    """Takes repositories and commits, keeps them, and gives their files.
 
     Attributes:
         repos: name -> whether it is private.
         files: name -> path -> content, after the commits.
         commits: (name, message).
+        read: paths that were asked for.
         token: what must be sent.
         refuse: a path that begins with the key is answered with this status.
     """
@@ -24,6 +25,7 @@ class HubServer:
         self.repos: dict[str, bool] = {}
         self.files: dict[str, dict[str, bytes]] = {}
         self.commits: list[tuple[str, str]] = []
+        self.read: list[str] = []
         self.token, self.refuse = token, dict[str, int]()
         self._large: dict[str, bytes] = {}
         hub = self
@@ -50,6 +52,23 @@ class HubServer:
                 if self.headers.get("Authorization") != f"Bearer {hub.token}":
                     status = 401
                 self._say(*((status, {"error": "refused"}) if status else hub.answer(self.path, body)))
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                hub.read.append(self.path)
+                name, _, file = self.path.strip("/").partition("/resolve/main/")
+                content = hub.files.get(name, {}).get(file)
+                self.send_response(200 if content is not None else 404)
+                if content is None:
+                    self.send_header("X-Error-Code", "EntryNotFound" if name in hub.files else "RepoNotFound")
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.send_header("ETag", '"1"')
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content or b"")
 
             def do_PUT(self) -> None:  # of large files
                 hub._large[self.path.rpartition("/")[2]] = self._body()

@@ -128,7 +128,7 @@ def _train(options: argparse.Namespace) -> None:
         from zppo.planning.dry_run import check_student_context, make_plan, memory_rows, render_plan
         from zppo.planning.machine import find_machine, gpu_of
         from zppo.planning.memory import prompt_tokens, within
-        from zppo.planning.needed import check_files, missing_rows
+        from zppo.planning.needed import check_files, fetch_configs, missing_rows
         from zppo.prompts.book import PromptBook
         from zppo.rollout.data import count_judged, load_questions_of
         from zppo.rollout.examples import example_turns
@@ -139,6 +139,7 @@ def _train(options: argparse.Namespace) -> None:
         launch = read_launch()
         check_shards(settings.train, launch, settings.method.resolve().loss)
         check_files(settings)
+        fetch_configs(settings)
         sources: list[str] = []
         loaded = load_questions_of(settings, partial(warn, console), sources.append)
         train, held_out = loaded.mixture.questions, loaded.held_out

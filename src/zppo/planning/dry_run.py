@@ -81,7 +81,7 @@ def _parts(settings: Settings, memory: Memory) -> Rows:
         rows.append(("teachers and judge in this process", gib(memory.others)))
     if memory.unknown:
         names = ", ".join(memory.unknown)
-        rows.append(("not counted", f"{names}: not on this machine (or no dense decoder), and not in the table of Qwen3.5 models"))
+        rows.append(("not counted", f"{names}: no config.json here or from the hub (or no dense decoder), nor in the table of Qwen3.5"))
     if memory.vllm:
         awake = ", not during updates" if memory.sleeps else ""
         rows.append(("vLLM in this process", f"{gib(memory.vllm)} (rollout.vllm.gpu_memory_utilization{awake})"))

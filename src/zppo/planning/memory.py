@@ -144,7 +144,10 @@ def estimate(settings: Settings, *, gpu: bool, capacity: int = 0, images: int = 
     """
     shape = shape_of(settings.student.model)
     if shape is None:
-        return f"not known: {settings.student.model} is not on this machine (or no dense decoder), and not in the table of Qwen3.5 students"
+        return (
+            f"not known: neither this machine nor the hub gives a config.json of {settings.student.model} (or it is no dense decoder), and "
+            "it is not in the table of Qwen3.5 students"
+        )
     vision_shape = vision_shape_of(settings.student.model) if images else None
     others, unknown = _frozen(settings, gpu, images=bool(images))
     # Weights are fp32, but for those under LoRA adapters, which have the width of the forward pass.

@@ -18,7 +18,7 @@ from zppo.data.reasoning_gym import SCHEME
 from zppo.errors import ModelError, TemplateError
 from zppo.names import check_checkpoint, check_file, model_folder, readable
 from zppo.packages import distribution, install_line, kernels_of, missing
-from zppo.planning.model_shapes import family_of
+from zppo.planning.model_shapes import config_file, family_of, shape_of
 from zppo.prompts.book import PromptBook
 from zppo.rollout.rewards import make_rewards
 from zppo.runs.files import check_output
@@ -54,6 +54,7 @@ def missing_rows(settings: Settings, *, gpu: bool) -> list[tuple[str, str]]:
     return [("not installed here", f"{', '.join(map(distribution, absent))}; {install_line(absent)}")] if absent else []
 
 
+_PATIENCE = 5.0  # seconds for the hub's first word
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # tags of transformers, which jinja does not know
 
 
@@ -66,12 +67,7 @@ def check_files(settings: Settings) -> None:
     book = PromptBook(settings.prompts, form=settings.answer_form)
     book.try_out()
     _try_reformulations(settings.method.resolve().reformulations, book)
-    teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
-    frozen: list[tuple[str, FrozenModelSettings]] = [("teacher", teacher) for teacher in teachers]
-    frozen += [("judge", settings.judge)] if settings.judge else []
-    models: list[tuple[str, ModelSettings]] = [("student", settings.student)]
-    models += [(name, model) for name, model in frozen if not model.base_urls]
-    for name, model in models:
+    for name, model in _models(settings):
         if model.template is not None and not model.template.is_file():
             raise TemplateError(
                 f"{name}.template: there is no file {model.template}; give the path of a jinja file from the recipe (none come with zppo), "
@@ -90,6 +86,50 @@ def check_files(settings: Settings) -> None:
         make_rewards(settings.grading)
     if settings.output is not None:
         check_output(settings.output)
+
+
+def _models(settings: Settings) -> list[tuple[str, ModelSettings]]:
+    """Student, teachers and judge, without those behind an address, each with the section of the recipe that names it."""
+    teachers = [*([settings.teacher] if settings.teacher else []), *settings.more_teachers]
+    frozen: list[tuple[str, FrozenModelSettings]] = [("teacher", teacher) for teacher in teachers]
+    frozen += [("judge", settings.judge)] if settings.judge else []
+    return [("student", settings.student), *((name, model) for name, model in frozen if not model.base_urls)]
+
+
+def fetch_configs(settings: Settings) -> None:
+    """Bring config.json of the recipe's models from the hub into its cache, a few KB each: memory is estimated by it. No weights.
+
+    Nothing where the hub does not answer at once: a plan says itself what it does not know.
+
+    Raises:
+        ModelError: the hub has no such model for this user.
+    """
+    hubs = [(name, model.model) for name, model in _models(settings) if not _is_path(model.model)]
+    absent = [(name, model) for name, model in hubs if config_file(model) is None and shape_of(model) is None]
+    if not absent:
+        return
+    # They take a second, and most plans need none.
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    from zppo.http_client import httpx
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        httpx.head(constants.ENDPOINT, timeout=_PATIENCE)  # the library would try for half a minute, a line for each try
+    except httpx.HTTPError:
+        return
+    for name, model in absent:
+        try:
+            hf_hub_download(model, "config.json")
+        except RepositoryNotFoundError as error:
+            raise ModelError(
+                f"{name}.model: the hub has no model {model!r} for you: check the name; for a private or gated one accept its terms at "
+                f"{constants.ENDPOINT}/{model} and run `hf auth login`"
+            ) from error
+        except (OSError, ValueError, EntryNotFoundError):  # no such file in it, a name that cannot be one, the network went away
+            continue
 
 
 def _check_chat_template(section: str, path: Path) -> None:
