@@ -10,8 +10,8 @@ RECIPE ?= recipes/lab.yaml
 ARGS ?=
 PIP_ARGS ?=
 
-# Tests run in one process more than there are cores, since they wait a quarter of their time; five at most, each with one thread.
-JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 1)")
+# Tests run in three processes more than there are cores, since many wait for servers; seven at most, each with one thread.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 2, 4) + 3)")
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal
 
 BIN := $(VENV)/bin
