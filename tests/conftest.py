@@ -64,6 +64,16 @@ settings.register_profile("zppo", deadline=None, max_examples=50, derandomize="Z
 settings.load_profile("zppo")
 
 
+@pytest.fixture(autouse=True)
+def fresh_precision() -> Iterator[None]:
+    """A run in bf16 leaves its precision to its process, and another one there could not have its own."""
+    yield
+    if accelerate := sys.modules.get("accelerate.state"):
+        state: Any = accelerate.AcceleratorState
+        if state._shared_state.get("_mixed_precision", "no") != "no":
+            state._reset_state(True)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """pytest's own lines are as wide as the terminal, whatever COLUMNS says."""

@@ -22,7 +22,6 @@ import gzip
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -44,7 +43,8 @@ class Faulty:
         self.faults: list[dict[str, Any]] = []
         self.always: dict[str, Any] | None = None
         self.log: list[dict[str, Any]] = []
-        self.open = self.most_open = self.flooded = 0
+        self.open: set[object] = set()
+        self.most_open = self.flooded = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -63,7 +63,7 @@ class Faulty:
         if path == "/control":
             self.faults, self.always = list(data.get("faults", [])), data.get("always")
             if data.get("reset"):
-                self.log, self.most_open = [], 0
+                self.log, self.most_open, self.open = [], 0, set()  # those that hang from before are counted no more
             return await self.send(writer, 200, {})
         if path == "/log":
             return await self.send(writer, 200, {"log": self.log, "most_open": self.most_open, "flooded": self.flooded})
@@ -79,15 +79,16 @@ class Faulty:
         if data.get("model") != self.model:
             return await self.send(writer, 404, {"error": {"message": f"The model `{data.get('model')}` does not exist."}})
         self.log.append(data)
-        self.open += 1
-        self.most_open = max(self.open, self.most_open)
+        under_way, me = self.open, object()
+        under_way.add(me)
+        self.most_open = max(len(self.open), self.most_open)
         try:
             fault = (self.faults.pop(0) if self.faults else self.always) or {"kind": "ok"}
             asked = data["messages"][-1]["content"]
             meant = fault.get("when", "") in said_in(asked) and not (fault.get("image") and isinstance(asked, str))
             await self.chat(data, fault if meant else {"kind": "ok"}, writer)
         finally:
-            self.open -= 1
+            under_way.discard(me)
 
     async def chat(self, data: dict[str, Any], fault: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         kind = fault["kind"]
@@ -178,10 +179,9 @@ class Server:
     """A running fault server on a port of its own."""
 
     def __init__(self, key: str = "", model: str = "tiny") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.key, self.model = key, model
+        from ports import hold_port  # the server itself runs from this file alone
+
+        self.port, self.key, self.model = hold_port(), key, model
         self.process: subprocess.Popen[str] | None = None
         self.start()
 

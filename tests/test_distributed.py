@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distributed_worker import distil, distrust, load, make_policy_gradient, train
+from ports import hold_port
 from test_update import make_groups
 from victims import Victims, ranks
 from zppo.cli import main
@@ -51,16 +51,10 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs a script or `-m module` in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    rendezvous = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(hold_port())]
     return subprocess.run([*launcher, *rendezvous, *command], env=environment(), capture_output=True, text=True, timeout=240)
 
 
@@ -230,7 +224,7 @@ def test_resumed_with_sharded_weights_by_accelerate_launch(alone: Path, tmp_path
     """A checkpoint knows nothing of processes and shards: one process wrote it, two with FSDP2 go on, with recipes/accelerate/."""
     run = interrupted(alone, tmp_path / "run")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")]
-    sizes = ["--num_processes", "2", "--main_process_port", free_port()]
+    sizes = ["--num_processes", "2", "--main_process_port", str(hold_port())]
     command = [*launcher, *sizes, "-m", "zppo", "resume", str(run)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -491,7 +491,7 @@ def test_the_server_of_a_checkpoint_ends_with_the_evaluation(tmp_path: Path, kil
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

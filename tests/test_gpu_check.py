@@ -25,12 +25,18 @@ LINE = json.dumps({"part": "kernels", "what": "a", "value": 1.5, "bound": "-", "
 
 
 @pytest.mark.parametrize(
-    ("does", "said"),
-    [("echo no room >&2; exit 3", "exit code 3: ...no room"), ("kill -9 $$", "exit code -9: ..."), ("sleep 60", "stopped after 1 s: ...")],
+    ("does", "limit", "said"),
+    [
+        ("echo no room >&2; exit 3", 60.0, "exit code 3: ...no room"),
+        ("kill -9 $$", 60.0, "exit code -9: ..."),
+        ("sleep 60", 4.0, "stopped after 4 s: ..."),
+    ],
 )
-def test_a_part_that_fails_or_hangs_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, said: str) -> None:
+def test_a_part_that_fails_or_hangs_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, limit: float, said: str
+) -> None:
     stand_in(tmp_path, monkeypatch, f"echo '{LINE}' > \"$6\"; {does}")
-    first, failed, seconds = gpu_check.part_in_child("kernels", 1.0, cpu=True)
+    first, failed, seconds = gpu_check.part_in_child("kernels", limit, cpu=True)
     assert first == Check("kernels", "a", 1.5, "-", True)
     assert failed.value == said and not failed.passed and seconds.passed
 

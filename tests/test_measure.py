@@ -131,7 +131,7 @@ def test_what_was_answered_is_not_asked_again_under_the_same_settings(tmp_path: 
 
 
 def lab_measure(out: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "zppo", "data", "measure", "lab", "--n=2", "--rollout.batch_size=3", f"--out={out}", *more]
+    command = [sys.executable, "-m", "zppo", "data", "measure", "lab", "--n=2", "--rollout.batch_size=1", f"--out={out}", *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hub_server import HubServer
+from ports import hold_port
 from zppo.cli import main
 from zppo.config.recipe import load_recipe
 from zppo.runs.model_card import public, run_card
@@ -107,9 +107,7 @@ def test_a_run_is_pushed_at_its_end_and_ends_well_where_that_fails(hub: HubServe
     done = zppo(hub.url, "train", "lab", *small, "--push.repo=mine", "--push.private=false", f"--output={tmp_path / 'one'}")
     assert done.returncode == 0 and f"pushed: {hub.url}/me/mine" in done.stdout, done.stdout + done.stderr
     assert hub.repos == {"me/mine": False} and hub.files["me/mine"] == everything(tmp_path / "one" / "final")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+    gone = f"http://127.0.0.1:{hold_port()}"
     done = zppo(gone, "train", "lab", *small, "--train.steps=0", "--push.repo=mine", f"--output={tmp_path / 'two'}")
     assert done.returncode == 0 and f"`zppo push {tmp_path / 'two'} --repo mine`" in " ".join(done.stdout.split())
     assert (tmp_path / "two" / "final" / "README.md").is_file()

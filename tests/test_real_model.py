@@ -6,7 +6,6 @@ import json
 import random
 import re
 import shutil
-import socket
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from benchmarks import real_model, real_pictures, stories
 
+from ports import hold_port
 from zppo.grading.answer_form import answer_form_of
 from zppo.teacher.compression import accept
 
@@ -106,7 +106,7 @@ def test_every_stage_with_a_tiny_random_model(
     shutil.copytree(tiny_qwen3_dir, tmp_path / "student")
     small = ["--train.steps=1", "--train.precision=fp32", "--rollout.max_new_tokens=4", "--rollout.group_size=2", "--eval.max_new_tokens=4"]
     small += ["--data.max_prompt_tokens=8192"]
-    results, port = tmp_path / "rows.jsonl", free_port()
+    results, port = tmp_path / "rows.jsonl", hold_port()
 
     def stage(name: str, *more: str) -> None:
         assert real_model.main([str(tmp_path), name, f"--results={results}", f"--port={port}", *more]) == 0
@@ -131,10 +131,3 @@ def test_every_stage_with_a_tiny_random_model(
     assert "| zppo | 1 | 0.00 [0.00, 0.66] |" in capsys.readouterr().out
     assert real_pictures.main([str(results), str(tmp_path / "pictures")]) == 0
     assert {path.name for path in (tmp_path / "pictures").glob("*.svg")} == {"accuracy.svg", "prompts.svg"}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

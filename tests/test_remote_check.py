@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from fault_server import Server
+from ports import hold_port
 from zppo.config.recipe import dump_recipe, load_recipe
 from zppo.engines.base import Sampling
 from zppo.errors import SettingsError, TeacherError
@@ -47,9 +47,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def closed_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    return f"http://127.0.0.1:{hold_port()}/v1"
 
 
 def checked(*urls: str, key: str = KEY, model: str = "tiny") -> tuple[list[str], RemoteTeacher]:
@@ -154,7 +152,6 @@ def test_a_token_limit_over_the_servers_context_is_found_out(server: Server, mon
     assert "teacher.rollout: " in said and "the context holds 512" in said and "max_new_tokens" in said
     assert [r["max_tokens"] for r in server.log] == [16, 600]
     # A server that takes the limit may need long for its answer: that is not waited for, and says nothing against it.
-    monkeypatch.setattr("zppo.teacher.startup_check.LIMIT_SECONDS", 0.3)
     server.control({"kind": "ok"}, {"kind": "hang"})
     assert checked(server.url)[0] == []
     assert [(r["max_tokens"], r["n"]) for r in server.log] == [(16, 1), (600, 1), (16, 4), (8, 1)]

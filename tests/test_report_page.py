@@ -385,7 +385,7 @@ def test_no_chart_is_cut_on_paper(browser: Browser, folder: Path, dark: bool) ->
     browser.size(1280, 900)
     browser.eval("dispatchEvent(new Event('afterprint'))")
     over = "(() => { const n = report.plots.get('held-out').node, bottom = n.querySelector('.legend').getBoundingClientRect().bottom;"
-    browser.until(f"{over} return bottom <= n.querySelector('.nsewdrag').getBoundingClientRect().top; }})()", 10)  # as before printing
+    browser.until(f"{over} return bottom <= n.querySelector('.nsewdrag').getBoundingClientRect().top; }})()")  # as before printing
 
 
 def test_stories_stay_within_their_limits_and_that_is_said(folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_watching_shows_every_question_and_every_new_step(browser: Browser, addr
     new.rename(run / "rollouts" / "step-000004.parquet")  # whole, as a run writes it
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(step) + "\n")
-    browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
+    browser.until("report.plots.get('loss').node.data[0].x.length === 4")
     assert known < set(shown_ids(browser))
     browser.eval(f"openStory({json.dumps('new ' + OPENED)})")
     browser.until(f"document.querySelector('#story h3').firstChild.textContent === {json.dumps('new ' + OPENED)}")
@@ -87,12 +87,12 @@ def test_an_update_keeps_zoom_legend_choices_filters_and_the_open_story(browser:
     zoomed = browser.eval(ranges := "['xaxis', 'yaxis'].map((a) => report.plots.get('loss').node.layout[a].range)")
     assert 1 < zoomed[0][0] < zoomed[0][1] < 3
     click(browser, "#chart-accuracy .legend .traces:nth-child(2) .legendtoggle")
-    browser.until("report.plots.get('accuracy').node.calcdata.filter((d) => d[0].trace.visible === 'legendonly').length === 1", 10)
+    browser.until("report.plots.get('accuracy').node.calcdata.filter((d) => d[0].trace.visible === 'legendonly').length === 1")
     visits = browser.eval("document.querySelectorAll('#story .visit').length")
 
     unreachable = {"teacher_unreachable": 3.0}  # a chart that was not there before
     one_more_step(run, 4, **unreachable)
-    browser.until("report.plots.get('loss').node.data[0].x.length === 4", 30)
+    browser.until("report.plots.get('loss').node.data[0].x.length === 4")
     browser.until(f"document.querySelectorAll('#story .visit').length === {visits + 1}")
     assert browser.eval(ranges) == zoomed
     visible = "report.plots.get('accuracy').node.data.map((t) => [t.name, t.visible ?? true])"
@@ -110,15 +110,15 @@ def test_watching_says_how_far_the_run_is_and_searches_completions(browser: Brow
     (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("steps: 3", "steps: 30"))
     browser.open(url)
     wanted = r"^live · step 3 of 30 · 6 min a step · about 2 h 38 min left · last news \d+ s ago$"
-    browser.until(f"/{wanted}/.test(document.getElementById('live').textContent)", 15)
+    browser.until(f"/{wanted}/.test(document.getElementById('live').textContent)")
     made = browser.eval("document.getElementById('made').textContent")
     one_more_step(run, 4)
-    browser.until("document.getElementById('live').textContent.startsWith('live · step 4 of 30')", 30)
+    browser.until("document.getElementById('live').textContent.startsWith('live · step 4 of 30')")
     assert browser.eval("document.getElementById('made').textContent") > made
     row = next(row for row in rows_of(run) if row["kind"] == "ncq" and row["answer"])
     word = row["completion"].split()[-1]
     set_field(browser, "search", word)
-    browser.until("!document.getElementById('shown').textContent.includes('looking')", 20)
+    browser.until("!document.getElementById('shown').textContent.includes('looking')")
     assert set(shown_ids(browser)) == {r["question_id"] for r in rows_of(run) if word.lower() in r["completion"].lower()}
 
 
@@ -163,7 +163,7 @@ def test_several_live_runs_on_one_page(browser: Browser, tmp_path: Path) -> None
             assert names == [["zppo", 3], ["grpo", 3]]
             assert "just-begun" in browser.eval("document.body.textContent")
             one_more_step(runs[1], 4)
-            browser.until("report.plots.get('accuracy-plain').node.data.some((t) => t.x.length === 4)", 30)
+            browser.until("report.plots.get('accuracy-plain').node.data.some((t) => t.x.length === 4)")
             at = browser.eval("document.getElementById('live').textContent")
             assert "grpo step 4 of 3" in at and "just-begun step 0 of 3" in at
         finally:

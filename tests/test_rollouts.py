@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -84,22 +86,26 @@ def test_what_has_ended_while_a_call_went_on_is_graded_in_the_next_one() -> None
 
 
 @pytest.mark.parametrize("at", [1, 12])
-def test_an_error_in_grading_ends_the_sampling_with_its_cause(at: int) -> None:
+def test_an_error_in_grading_ends_the_sampling_with_its_cause(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of the sampling, or of what the engine gives at its end."""
-    graded = [0]
-    ended = threading.Event()
+    graded, gradings = [0], list[Future[Any]]()
+
+    class Kept(ThreadPoolExecutor):
+        def submit(self, *args: Any, **more: Any) -> Future[Any]:
+            gradings.append(super().submit(*args, **more))
+            return gradings[-1]
+
+    monkeypatch.setattr("zppo.rollout.student.ThreadPoolExecutor", Kept)
 
     def broken(answered: Sequence[Answered], log: StepLog) -> list[Verdict]:
         graded[0] += len(answered)
         if graded[0] >= at:
-            ended.set()
             raise ValueError("the grader is broken")
         return score(answered, log)
 
     def between(count: int) -> None:
         if at == 1 and count == 1:
-            assert ended.wait(60)
-            time.sleep(0.05)
+            assert gradings[0].exception(60)
         assert at > 1 or count < 5, "it goes on sampling"
 
     with pytest.raises(ValueError, match="the grader is broken"):

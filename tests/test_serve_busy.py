@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,9 +168,17 @@ def test_a_real_model_stops_at_its_next_step_when_nobody_waits(tmp_path: Path) -
     counting.engine.eos_ids = frozenset({10**6})  # never ends by itself
     batcher = Batcher(counting, max_rows=8, max_queue=8)
     loaded.engine.watch = batcher.watch
+    abandoned = threading.Event()
+
+    def hold(*_: Any) -> None:
+        if counting.steps == 4:
+            assert abandoned.wait(60)
+
+    counting.engine.model.register_forward_pre_hook(hold)
     job = batcher.submit(SampleRequest((1, 2, 3), (1,)), Sampling(max_new_tokens=CONTEXT))
     wait_for(lambda: counting.steps > 2)
     batcher.abandon(job)
+    abandoned.set()
     wait_for(lambda: batcher.load == (0, 0))
     assert counting.steps < CONTEXT - 5
     following = batcher.submit(SampleRequest((1, 2, 3), (1,)), Sampling(max_new_tokens=3))

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from pictures import bomb, noise, picture
 from seeing import make_seeing
-from serving import QUESTION, URL, Gate, ask, connect, connected, service, texts
+from serving import QUESTION, URL, Gate, ask, connect, connected, service, texts, wait_for
 from zppo.core.types import IMAGE, Message
 from zppo.engines.base import SampleRequest, Sampling
 from zppo.errors import ModelError
@@ -193,7 +193,8 @@ def test_a_client_that_leaves_while_it_waits_leaves_nothing(loaded: ServedModel)
     batcher.abandon(waiting)
     assert ended == [True] and not first.future.done()
     gate.open.set()
-    assert first.future.result(30) and batcher.load == (0, 0)
+    assert first.future.result(30)
+    wait_for(lambda: batcher.load == (0, 0))
     batcher.close(30)
 
 

@@ -107,12 +107,13 @@ def test_a_server_that_is_told_to_end_finishes_what_runs_or_ends_at_once_when_to
     hello: Any = {"model": str(path), "messages": [{"role": "user", "content": "1"}], "presence_penalty": -2}
 
     with serving(str(path)) as (process, url), ThreadPoolExecutor(2) as pool, openai.DefaultHttpxClient() as http:
-        short = pool.submit(client(url).chat.completions.create, **hello, n=4, max_tokens=600)
+        # 128 rows: the first batch must still go on when the second request has come, and rows of a random model end by chance.
+        short = pool.submit(client(url).chat.completions.create, **hello, n=128, max_tokens=600)
         wait_for(lambda: b'"decoding":1' in http.get(url.removesuffix("v1") + "health").content)
         long = pool.submit(client(url).chat.completions.create, **hello, n=4, max_tokens=90_000)
         wait_for(lambda: b'"waiting":1' in http.get(url.removesuffix("v1") + "health").content)
         process.send_signal(signal.SIGTERM)
-        assert len(short.result(60).choices) == 4
+        assert len(short.result(60).choices) == 128
         process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError):
             long.result(60)

@@ -12,13 +12,14 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
+
+from ports import hold_port
 
 FILES = "files"
 """The place that stands for everything that opens, renames, makes or removes something in the run folder."""
@@ -96,10 +97,7 @@ def ranks(processes: int) -> list[dict[str, str]]:
     """What torchrun would put into the environment of each process."""
     if processes == 1:
         return [{}]
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = str(server.getsockname()[1])
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(hold_port())}
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
