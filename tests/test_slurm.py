@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from test_distributed import distance, environment, free_port, newest, records
+from ports import hold_port
+from test_distributed import distance, environment, newest, records
 from victims import Victims
 from zppo.api import ADDRESSES
 from zppo.cli import main
@@ -124,7 +125,7 @@ def test_other_commands_run_once(capsys: pytest.CaptureFixture[str], monkeypatch
 
 @pytest.mark.slow
 def test_processes_with_slurms_variables_alone_are_one_run(recipe: Path, tmp_path: Path, victims: Victims) -> None:
-    run, jobs = tmp_path / "run", {"SLURM_JOB_ID": free_port(), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
+    run, jobs = tmp_path / "run", {"SLURM_JOB_ID": str(hold_port()), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
     rest = ("--train.steps=2", "--data.eval=null")
     started = [{**jobs, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
     assert victims.run("train", recipe, f"--output={run}", *rest, run=run, started=started) == 0, victims.said[-3000:]
@@ -172,7 +173,12 @@ def cluster(folder: Path, **commands: str) -> dict[str, str]:
         path = folder / "bin" / name
         path.write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    job = {"SLURM_JOB_ID": free_port(), "SLURM_JOB_NAME": "zppo", "SLURM_JOB_NODELIST": "localhost,127.0.0.1", "SLURM_GPUS_ON_NODE": "4"}
+    job = {
+        "SLURM_JOB_ID": str(hold_port()),
+        "SLURM_JOB_NAME": "zppo",
+        "SLURM_JOB_NODELIST": "localhost,127.0.0.1",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
     paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LOG": str(folder / "log"), "PIDS": str(folder / "pids")}
     return environment() | job | paths | {"RUN": str(folder / "run"), "RECIPE": "mine.yaml", "PATIENCE": "0.1"}
 
